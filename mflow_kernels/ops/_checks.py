@@ -1,0 +1,43 @@
+"""Argument checks shared by the operators: each error names the argument, what was expected and
+what came, before any kernel runs."""
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = STATE_DTYPES) -> Tensor:
+    """`value` as a tensor of one of `dtypes`, or TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        came = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {names}, got {came}")
+    return value
+
+
+def check_state(name: str, value: object) -> Tensor:
+    """A flow state (N, C, *spatial): floating point, at least two axes, only N may be 0."""
+    x = check_tensor(name, value)
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected shape (N, C, *spatial), got {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected no empty channel or spatial axis, got {tuple(x.shape)}")
+    return x
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
