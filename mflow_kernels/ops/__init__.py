@@ -1,0 +1,21 @@
+"""The operators: each a registered custom op with a plain-torch reference and its own kernels."""
+
+from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse
+from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse
+from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_inverse_conv1x1
+from mflow_kernels.ops.logdet import accumulate_logdet
+from mflow_kernels.ops.scale import ScaleFunction
+
+__all__ = [
+    "ScaleFunction",
+    "accumulate_logdet",
+    "actnorm",
+    "actnorm_inverse",
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "conv1x1",
+    "conv1x1_inverse",
+    "coupling_conv1x1",
+    "coupling_inverse_conv1x1",
+]

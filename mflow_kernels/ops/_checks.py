@@ -7,7 +7,9 @@ from torch import Tensor
 STATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = STATE_DTYPES) -> Tensor:
+def check_tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...] = STATE_DTYPES
+) -> Tensor:
     """`value` as a tensor of one of `dtypes`, or TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")

@@ -1,0 +1,122 @@
+"""What Triton operators share: how tensors look to a kernel, and how a launcher is registered.
+
+A kernel sees a flow state (N, C, *spatial) as N samples of C channels by P pixels with one stride
+each, so that contiguous and channels_last tensors and views of their halves need no copy. It works
+on *columns*: the pixels of all samples, cut into tiles of `BLOCK_P`. Where a sample has fewer
+pixels than a tile, tiles run across samples (`FLAT`), so that (N, C) vectors fill the lanes too.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def register_triton(op: Any, launch: Callable[..., Any]) -> None:
+    """Make `launch` the implementation of `op` on CUDA, and on the CPU under TRITON_INTERPRET=1."""
+    op.register_kernel(["cpu", "cuda"] if INTERPRETED else "cuda")(launch)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and log-determinants of a state of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y` with the strides that `torch.empty_like(x)` has, as an operator promises them."""
+    out = torch.empty_like(x, dtype=y.dtype)
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
+class Strides(NamedTuple):
+    """Steps, in elements, to the next sample, channel and pixel."""
+
+    n: int
+    c: int
+    p: int
+
+
+def pixels(x: Tensor) -> int:
+    """P, the number of pixels of a sample: 1 for (N, C)."""
+    return math.prod(x.shape[2:])
+
+
+def dense_pixels(x: Tensor) -> Tensor:
+    """`x` itself where one stride walks all its pixels, as in the layouts of models; or a copy."""
+    size = 1
+    for length, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if length == 1:
+            continue
+        if size == 1:
+            step = stride
+        if stride != step * size:
+            return x.contiguous()
+        size *= length
+    return x
+
+
+def strides(x: Tensor) -> Strides:
+    """The strides of a tensor that `dense_pixels` returned."""
+    p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
+    return Strides(x.stride(0), x.stride(1), p)
+
+
+def channels_first(x: Tensor) -> bool:
+    """Whether neighbours in memory are pixels of one channel (else channels of one pixel)."""
+    return pixels(x) > 1 and strides(x).p == 1
+
+
+def elementwise_tile(x: Tensor) -> tuple[int, int]:
+    """Channels by columns of an elementwise program: 1,024 elements, longest along the axis whose
+    neighbours are neighbours in memory."""
+    if channels_first(x):
+        return 4, 256
+    block_c = min(64, triton.next_power_of_2(x.shape[1]))
+    return block_c, max(16, 1024 // block_c)
+
+
+class Tiles(NamedTuple):
+    """How N x P columns are cut: `programs` tiles of `block_p`, and the ledger's columns a sample."""
+
+    programs: int
+    block_p: int
+    flat: bool
+    ledger: int
+
+
+def tile_columns(n: int, p: int, block_p: int) -> Tiles:
+    if p < block_p:
+        return Tiles(triton.cdiv(n * p, block_p), block_p, True, p)
+    per_sample = triton.cdiv(p, block_p)
+    return Tiles(n * per_sample, block_p, False, per_sample)
+
+
+@triton.jit
+def columns(tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
+    """Sample and pixel of each column of a tile, and whether it exists."""
+    if FLAT:
+        j = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        return (j // P).to(tl.int64), j % P, j < N * P
+    else:
+        tiles = tl.cdiv(P, BLOCK_P)
+        p = (tile % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n = tl.full([BLOCK_P], tile // tiles, tl.int64)
+        return n, p, p < P
+
+
+@triton.jit
+def write_ledger(ledger, log_s, tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
+    """Store a tile's sum of log s (channels by columns) in its own place of the ledger."""
+    if FLAT:
+        j = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        tl.store(ledger + j, tl.sum(log_s, axis=0), mask=j < N * P)
+    else:
+        tl.store(ledger + tile, tl.sum(log_s))

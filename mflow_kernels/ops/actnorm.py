@@ -1,0 +1,225 @@
+r"""Actnorm: an affine map of each channel (Glow, arXiv 1807.03039, section 3.1).
+
+    y = exp(log_scale) * (x + bias)          logdet = P * sum(log_scale)
+
+Gradients, with g = d loss / d y, summed over samples and pixels:
+    dx = exp(log_scale) * g,   d bias = sum dx,   d log_scale = sum g * y (+ P * d logdet, by torch)
+
+Shapes: x (N, C, *spatial), bias and log_scale (C,). dtypes: computed in float32 (float64).
+Bytes at least: forward x read and y written; backward x and g read, dx written.
+
+Inside a step of flow actnorm is free: it folds into the 1x1 convolution that follows. This operator
+serves actnorm on its own.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._checks import check_device, check_shape, check_state, check_tensor
+from mflow_kernels.ops._launch import (
+    TL_DTYPE,
+    accumulator,
+    columns,
+    dense_pixels,
+    elementwise_tile,
+    in_layout_of,
+    pixels,
+    register_triton,
+    strides,
+    tile_columns,
+)
+
+
+def _per_channel(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(-1, *(1,) * (x.dim() - 2))
+
+
+def actnorm_ref(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    dtype = accumulator(x.dtype)
+    bias, log_scale = (_per_channel(v.to(dtype), x) for v in (bias, log_scale))
+    if inverse:
+        return (torch.exp(-log_scale) * x.to(dtype) - bias).to(x.dtype)
+    return (torch.exp(log_scale) * (x.to(dtype) + bias)).to(x.dtype)
+
+
+@triton.jit
+def _actnorm_fwd_kernel(
+    x, bias, log_scale, y, N, P,
+    x_n, x_c, x_p: tl.constexpr,
+    y_n, y_c, y_p: tl.constexpr,
+    C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (c[:, None] < C) & valid[None, :]
+        b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
+        log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
+        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
+        x_t = tl.load(at_x, mask=inside, other=0.0).to(DTYPE)
+        if INVERSE:
+            y_t = tl.exp(-log_s) * x_t - b
+        else:
+            y_t = tl.exp(log_s) * (x_t + b)
+        tl.store(y + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p, y_t, mask=inside)
+
+
+@triton.jit
+def _actnorm_bwd_kernel(
+    dy, x, bias, log_scale, dx, partials, N, P, TILES,
+    dy_n, dy_c, dy_p: tl.constexpr,
+    x_n, x_c, x_p: tl.constexpr,
+    dx_n, dx_c, dx_p: tl.constexpr,
+    C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    # A program owns BLOCK_C channels and every tile in its stride, so that each channel's two sums
+    # stay in registers and leave as one row of `partials` (programs, 2, C).
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
+    log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
+    sum_dx = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    sum_slope = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    for tile in range(program, TILES, programs):
+        n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+        inside = (c[:, None] < C) & valid[None, :]
+        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
+        at_dy = dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
+        x_t = tl.load(at_x, mask=inside, other=0.0).to(DTYPE)
+        dy_t = tl.load(at_dy, mask=inside, other=0.0).to(DTYPE)
+        if INVERSE:
+            dx_t = tl.exp(-log_s) * dy_t
+            sum_dx -= dy_t
+            sum_slope -= dx_t * x_t
+        else:
+            dx_t = tl.exp(log_s) * dy_t
+            sum_dx += dx_t
+            sum_slope += tl.where(inside, dx_t * (x_t + b), 0.0)
+        tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
+    row = partials + program * (2 * C)
+    tl.store(row + c, tl.sum(sum_dx, axis=1), mask=c < C)
+    tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
+
+
+PROGRAMS = 264  # of the backward pass: two for each multiprocessor of an H100
+
+
+def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    x = dense_pixels(x)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    y = torch.empty_like(x)
+    block_c, block_p = elementwise_tile(x)
+    tiles = tile_columns(n, p, block_p)
+    if n:
+        _actnorm_fwd_kernel[(tiles.programs,)](
+            x, bias.contiguous(), log_scale.contiguous(), y, n, p, *strides(x), *strides(y),
+            C=c, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
+            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
+        )  # fmt: skip
+    return y
+
+
+def launch_actnorm_backward(
+    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch, and the sum of its partial sums: (dx, d bias, d log_scale)."""
+    dy, x = dense_pixels(dy), dense_pixels(x)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    dtype = accumulator(x.dtype)
+    dx = torch.empty_like(x)
+    block_c, block_p = elementwise_tile(x)
+    tiles = tile_columns(n, p, block_p)
+    programs = max(1, min(tiles.programs, PROGRAMS))
+    partials = (x.new_empty if n else x.new_zeros)((programs, 2, c), dtype=dtype)
+    if n:
+        _actnorm_bwd_kernel[(programs, triton.cdiv(c, block_c))](
+            dy, x, bias.contiguous(), log_scale.contiguous(), dx, partials, n, p, tiles.programs,
+            *strides(dy), *strides(x), *strides(dx),
+            C=c, INVERSE=inverse, DTYPE=TL_DTYPE[dtype],
+            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
+        )  # fmt: skip
+    dbias, dlog_scale = partials.sum(0).unbind()
+    return dx, dbias.to(bias.dtype, copy=True), dlog_scale.to(log_scale.dtype, copy=True)
+
+
+@torch.library.custom_op("mflow::actnorm", mutates_args=())
+def _actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    return in_layout_of(x, actnorm_ref(x, bias, log_scale, inverse))
+
+
+@torch.library.custom_op("mflow::actnorm_backward", mutates_args=())
+def _actnorm_backward(
+    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_, bias_, log_scale_ = (v.detach().requires_grad_() for v in (x, bias, log_scale))
+    with torch.enable_grad():
+        y = actnorm_ref(x_, bias_, log_scale_, inverse)
+    dx, dbias, dlog_scale = torch.autograd.grad(y, (x_, bias_, log_scale_), dy)
+    return in_layout_of(x, dx), dbias, dlog_scale
+
+
+@_actnorm.register_fake
+def _(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_actnorm_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.inverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_actnorm_backward(dy, *ctx.saved_tensors, ctx.inverse), None)
+
+
+_actnorm.register_autograd(_backward, setup_context=_setup)
+register_triton(_actnorm, launch_actnorm)
+register_triton(_actnorm_backward, launch_actnorm_backward)
+
+
+def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+    x = check_state(name, x)
+    for label, value in (("bias", bias), ("log_scale", log_scale)):
+        check_tensor(label, value)
+        check_shape(label, value, (x.shape[1],))
+        check_device(label, value, x)
+    return x
+
+
+def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """y = exp(log_scale) * (x + bias), channel by channel (Glow, arXiv 1807.03039, section 3.1).
+
+    Args:
+        x: state (N, C, *spatial); float32, float64, float16 or bfloat16, any dense layout.
+        bias, log_scale: (C,), any of these dtypes.
+
+    Returns:
+        y, shaped and typed as x, and logdet (N,) = P * sum(log_scale), float32 (float64 for
+        float64 states), natural log.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any kernel runs.
+    """
+    x = _checked("x", x, bias, log_scale)
+    logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
+    return _actnorm(x, bias, log_scale, False), logdet.expand(x.shape[0])
+
+
+def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `actnorm`: x, and the negative of its logdet. Arguments as there."""
+    y = _checked("y", y, bias, log_scale)
+    logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
+    return _actnorm(y, bias, log_scale, True), logdet.expand(y.shape[0])

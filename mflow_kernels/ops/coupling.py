@@ -1,0 +1,318 @@
+r"""Affine coupling: scale and shift one half of the channels by a function of the other half.
+
+    x = (x_a, x_b),  params = net(x_a) = (raw, shift),  s = scale(raw)
+    y_a = x_a,  y_b = s * (x_b + shift)            logdet = sum over channels and pixels of log s
+
+and with the order "scale-shift" y_b = s * x_b + shift. The inverse has the same params, since the
+network reads the half that stays.
+
+Gradients, with g = d loss / d y_b and l = d loss / d logdet (order "shift-scale"):
+    d x_b = s * g,   d shift = s * g,   d raw = (g * y_b + l) * d log s / d raw
+
+Shapes: x (N, C, *spatial), params (N, 2 * C_b, *spatial), C_a = C // 2, C_b = C - C_a.
+dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logdet is float32
+(float64). params may be of a lower precision than x, as under autocast.
+Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._checks import check_device, check_shape, check_state
+from mflow_kernels.ops._launch import (
+    TL_DTYPE,
+    accumulator,
+    columns,
+    dense_pixels,
+    elementwise_tile,
+    in_layout_of,
+    pixels,
+    register_triton,
+    strides,
+    tile_columns,
+    write_ledger,
+)
+from mflow_kernels.ops.logdet import launch_accumulate
+from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale, log_scale_ref
+
+
+def affine_coupling_ref(
+    x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    c_a = x.shape[1] // 2
+    dtype = accumulator(x.dtype)
+    x_a, x_b = x[:, :c_a], x[:, c_a:].to(dtype)
+    raw, shift = params.to(dtype).chunk(2, dim=1)
+    log_s = log_scale_ref(raw, scale)
+    if inverse:
+        log_s = -log_s
+    s = log_s.exp()
+    if (scale.order == "shift-scale") == inverse:
+        y_b = s * x_b - shift if inverse else s * x_b + shift
+    else:
+        y_b = s * (x_b - shift) if inverse else s * (x_b + shift)
+    return torch.cat([x_a, y_b.to(x.dtype)], dim=1), log_s.flatten(1).sum(1)
+
+
+@triton.jit
+def load_params(
+    params, n, c, p, valid, C: tl.constexpr, sn, sc, sp: tl.constexpr, DTYPE: tl.constexpr
+):
+    """raw and shift of channels c (rows) at columns (n, p), and which rows and columns have any."""
+    C_A: tl.constexpr = C // 2
+    is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
+    at = params + n[None, :] * sn + (c - C_A)[:, None] * sc + p[None, :] * sp
+    raw = tl.load(at, mask=is_b, other=0.0).to(DTYPE)
+    shift = tl.load(at + (C - C_A) * sc, mask=is_b, other=0.0).to(DTYPE)
+    return raw, shift, is_b
+
+
+@triton.jit
+def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
+    """The coupling of one tile in registers: y, and log |dy/dx| (0 outside x_b)."""
+    log_s, _ = log_scale(raw, SCALE)
+    if INVERSE:
+        log_s = -log_s
+        shift = -shift
+    s = tl.exp(log_s)
+    # The inverse of "shift, then scale" scales first, and the other way round.
+    if (SCALE.order == "shift-scale") == INVERSE:
+        y = s * x + shift
+    else:
+        y = s * (x + shift)
+    return tl.where(is_b, y, x), tl.where(is_b, log_s, 0.0)
+
+
+@triton.jit
+def couple_backward(x, raw, shift, is_b, dy, dlogdet, SCALE: tl.constexpr, INVERSE: tl.constexpr):
+    """Gradients of `couple`: dx, d raw, d shift; x is the input, dlogdet one number a column."""
+    log_s, slope = log_scale(raw, SCALE)
+    if INVERSE:
+        log_s = -log_s
+        slope = -slope
+        shift = -shift
+    s = tl.exp(log_s)
+    dx = s * dy
+    if (SCALE.order == "shift-scale") == INVERSE:
+        dshift = dy
+        draw = (dx * x + dlogdet[None, :]) * slope
+    else:
+        dshift = dx
+        draw = (dx * (x + shift) + dlogdet[None, :]) * slope
+    if INVERSE:
+        dshift = -dshift
+    return tl.where(is_b, dx, dy), draw, dshift
+
+
+@triton.jit
+def _coupling_fwd_kernel(
+    x, params, y, ledger, N, P,
+    x_n, x_c, x_p: tl.constexpr,
+    params_n, params_c, params_p: tl.constexpr,
+    y_n, y_c, y_p: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+    total = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (c[:, None] < C) & valid[None, :]
+        x_t = tl.load(
+            x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=inside, other=0.0
+        ).to(DTYPE)
+        raw, shift, is_b = load_params(
+            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+        )
+        y_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
+        tl.store(y + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p, y_t, mask=inside)
+        total += log_s
+    write_ledger(ledger, total, tile, N, P, BLOCK_P, FLAT)
+
+
+@triton.jit
+def _coupling_bwd_kernel(
+    x, params, dy, dlogdet, dx, dparams, N, P,
+    x_n, x_c, x_p: tl.constexpr,
+    params_n, params_c, params_p: tl.constexpr,
+    dy_n, dy_c, dy_p: tl.constexpr,
+    dx_n, dx_c, dx_p: tl.constexpr,
+    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    dlogdet_t = tl.load(dlogdet + n, mask=valid, other=0.0)
+    C_A: tl.constexpr = C // 2
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (c[:, None] < C) & valid[None, :]
+        raw, shift, is_b = load_params(
+            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+        )
+        x_t = tl.load(
+            x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=is_b, other=0.0
+        ).to(DTYPE)
+        dy_t = tl.load(
+            dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p, mask=inside, other=0.0
+        ).to(DTYPE)
+        dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlogdet_t, SCALE, INVERSE)
+        tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
+        at = dparams + n[None, :] * dparams_n + (c - C_A)[:, None] * dparams_c
+        at += p[None, :] * dparams_p
+        tl.store(at, draw, mask=is_b)
+        tl.store(at + (C - C_A) * dparams_c, dshift, mask=is_b)
+
+
+def launch_coupling(
+    x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """One launch for the state and one that sums the ledger: (y, logdet)."""
+    x, params = dense_pixels(x), dense_pixels(params)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    dtype = accumulator(x.dtype)
+    y = torch.empty_like(x)
+    block_c, block_p = elementwise_tile(x)
+    tiles = tile_columns(n, p, block_p)
+    ledger = x.new_empty((n, tiles.ledger), dtype=dtype)
+    if n:
+        _coupling_fwd_kernel[(tiles.programs,)](
+            x, params, y, ledger, n, p, *strides(x), *strides(params), *strides(y),
+            C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[dtype],
+            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
+        )  # fmt: skip
+    return y, launch_accumulate(ledger, ledger.new_zeros(()))
+
+
+def launch_coupling_backward(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """One launch: (dx, dparams) from the coupling's input."""
+    dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    dx, dparams = torch.empty_like(x), torch.empty_like(params)
+    block_c, block_p = elementwise_tile(x)
+    tiles = tile_columns(n, p, block_p)
+    if n:
+        _coupling_bwd_kernel[(tiles.programs,)](
+            x, params, dy, dlogdet.contiguous(), dx, dparams, n, p,
+            *strides(x), *strides(params), *strides(dy), *strides(dx), *strides(dparams),
+            C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
+            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
+        )  # fmt: skip
+    return dx, dparams
+
+
+def coupling_backward_ref(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+        outputs = affine_coupling_ref(x, params, scale, inverse)
+        dx, dparams = torch.autograd.grad(outputs, (x, params), (dy, dlogdet))
+    return dx, dparams
+
+
+@torch.library.custom_op("mflow::affine_coupling", mutates_args=())
+def _affine_coupling(
+    x: Tensor, params: Tensor, kind: str, offset: float, eps: float, clamp: float, order: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    y, logdet = affine_coupling_ref(x, params, scale, inverse)
+    return in_layout_of(x, y), logdet
+
+
+@torch.library.custom_op("mflow::affine_coupling_backward", mutates_args=())
+def _affine_coupling_backward(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, kind: str, offset: float, eps: float,
+    clamp: float, order: str, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    dx, dparams = coupling_backward_ref(dy, dlogdet, x, params, scale, inverse)
+    return in_layout_of(x, dx), in_layout_of(params, dparams)
+
+
+@_affine_coupling.register_fake
+def _(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
+
+
+@_affine_coupling_backward.register_fake
+def _(dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(params)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, params, *ctx.options = inputs
+    ctx.save_for_backward(x, params)
+
+
+def _backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _affine_coupling_backward(dy, dlogdet, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None for _ in ctx.options))
+
+
+_affine_coupling.register_autograd(_backward, setup_context=_setup)
+
+
+@partial(register_triton, _affine_coupling)
+def _(x: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return launch_coupling(x, params, ScaleFunction(*options[:-1]), options[-1])
+
+
+@partial(register_triton, _affine_coupling_backward)
+def _(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
+    return launch_coupling_backward(dy, dlogdet, x, params, scale, inverse)
+
+
+def check_params(x: Tensor, params: object) -> Tensor:
+    """params of a coupling on the state x: (N, 2 * C_b, *spatial), on the same device."""
+    params = check_state("params", params)
+    if x.shape[1] < 2:
+        raise ValueError(f"x: expected at least 2 channels to couple, got shape {tuple(x.shape)}")
+    c_b = x.shape[1] - x.shape[1] // 2
+    check_shape("params", params, (x.shape[0], 2 * c_b, *x.shape[2:]))
+    check_device("params", params, x)
+    if params.dtype == torch.float64 and x.dtype != torch.float64:
+        raise TypeError(f"params: expected a dtype no wider than x's {x.dtype}, got float64")
+    return params
+
+
+def affine_coupling(
+    x: Tensor, params: Tensor, scale: ScaleFunction | Kind = "tanh"
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift the second half of the channels (RealNVP, arXiv 1605.08803, section 3.2).
+
+    Args:
+        x: state (N, C, *spatial) with C >= 2; float32, float64, float16 or bfloat16; contiguous,
+            channels_last and views of halves are read in place.
+        params: (N, 2 * (C - C // 2), *spatial): the network's raw scales, then its shifts. Any
+            dtype no wider than x's accumulation (float32; float64 for float64 states).
+        scale: the scale function, or the name of one with its defaults.
+
+    Returns:
+        y, shaped and typed as x, and logdet (N,), float32 (float64), natural log.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any kernel runs.
+    """
+    x = check_state("x", x)
+    return _affine_coupling(x, check_params(x, params), *ScaleFunction.of(scale).args, False)
+
+
+def affine_coupling_inverse(
+    y: Tensor, params: Tensor, scale: ScaleFunction | Kind = "tanh"
+) -> tuple[Tensor, Tensor]:
+    """Undo `affine_coupling`: x, and the negative of its logdet. Arguments as there."""
+    y = check_state("y", y)
+    return _affine_coupling(y, check_params(y, params), *ScaleFunction.of(scale).args, True)

@@ -1,0 +1,280 @@
+r"""The fused step: the coupling of one step of flow and the 1x1 convolution of the next, one pass.
+
+    z_a = x_a,  z_b = s * (x_b + shift)            as in `affine_coupling`
+    y_p = W z_p + bias                             as in `conv1x1`, actnorm folded in
+    logdet = sum over channels and pixels of log s
+
+z never exists in memory. The inverse has the same form, coupling inverse first, then a product:
+
+    x_p = couple^-1(y)_p,   z_p = W x_p + bias
+
+so that sampling walks a chain with W_k^-1, -W_k^-1 bias_k in the place of W, bias.
+
+Gradients: g_z = W^T g is formed tile by tile and goes through the coupling's gradient before it is
+stored; dW = sum g z^T takes z, computed again from x and params as they are read.
+Bytes at least: forward x and params read, y written; backward g, x and params read, dx and dparams
+written, and g, x, params once more for dW.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._checks import check_state
+from mflow_kernels.ops._launch import (
+    TL_DTYPE,
+    accumulator,
+    columns,
+    dense_pixels,
+    in_layout_of,
+    pixels,
+    register_triton,
+    strides,
+    tile_columns,
+)
+from mflow_kernels.ops.conv1x1 import (
+    check_mix,
+    conv1x1_backward_ref,
+    conv1x1_ref,
+    launch_dweight,
+    launch_mix,
+    mix_tile,
+)
+from mflow_kernels.ops.coupling import (
+    affine_coupling_ref,
+    check_params,
+    coupling_backward_ref,
+    couple_backward,
+    load_params,
+)
+from mflow_kernels.ops.logdet import launch_accumulate
+from mflow_kernels.ops.scale import Kind, ScaleFunction
+
+
+def coupling_conv1x1_ref(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: ScaleFunction,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    z, logdet = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
+    return conv1x1_ref(z, weight, bias).to(x.dtype), logdet
+
+
+@triton.jit
+def _coupling_conv1x1_bwd_kernel(
+    dy, x, params, weight, dlogdet, dx, dparams, N, P,
+    dy_n, dy_c, dy_p: tl.constexpr,
+    x_n, x_c, x_p: tl.constexpr,
+    params_n, params_c, params_p: tl.constexpr,
+    dx_n, dx_c, dx_p: tl.constexpr,
+    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    weight_o, weight_c,
+    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
+    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    inside = (c[:, None] < C) & valid[None, :]
+    dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    for start in range(0, C, BLOCK_C):
+        o = start + tl.arange(0, BLOCK_C)
+        at_dy = dy + n[None, :] * dy_n + o[:, None] * dy_c + p[None, :] * dy_p
+        dy_t = tl.load(at_dy, mask=(o[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+        at_w = weight + c[:, None] * weight_c + o[None, :] * weight_o
+        w_t = tl.load(at_w, mask=(c[:, None] < C) & (o[None, :] < C), other=0.0)
+        dz_t = tl.dot(w_t, dy_t, dz_t, input_precision=PRECISION, out_dtype=DTYPE)
+    raw, shift, is_b = load_params(params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE)
+    at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
+    x_t = tl.load(at_x, mask=is_b, other=0.0).to(DTYPE)
+    dlogdet_t = tl.load(dlogdet + n, mask=valid, other=0.0)
+    dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlogdet_t, SCALE, INVERSE)
+    tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
+    at = dparams + n[None, :] * dparams_n + (c - C // 2)[:, None] * dparams_c
+    at += p[None, :] * dparams_p
+    tl.store(at, draw, mask=is_b)
+    tl.store(at + (C - C // 2) * dparams_c, dshift, mask=is_b)
+
+
+def launch_coupling_conv1x1(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    scale: ScaleFunction,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """One launch for the state and one that sums the ledger: (y, logdet)."""
+    y, ledger = launch_mix(x, weight, bias, precision, params, scale, inverse)
+    assert ledger is not None
+    return y, launch_accumulate(ledger, ledger.new_zeros(()))
+
+
+def launch_coupling_conv1x1_backward(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    precision: str,
+    scale: ScaleFunction,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two launches, and the sums of the second's partial sums: dx, dparams, dW, d bias."""
+    dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    dtype = accumulator(x.dtype)
+    dx, dparams = torch.empty_like(x), torch.empty_like(params)
+    tile = mix_tile(c)
+    tiles = tile_columns(n, p, tile.block_p)
+    w = weight.to(dtype)
+    if n:
+        _coupling_conv1x1_bwd_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
+            dy, x, params, w, dlogdet.contiguous(), dx, dparams, n, p,
+            *strides(dy), *strides(x), *strides(params), *strides(dx), *strides(dparams),
+            *w.stride(),
+            C=c, SCALE=scale, INVERSE=inverse,
+            PRECISION="ieee" if dtype == torch.float64 else precision, DTYPE=TL_DTYPE[dtype],
+            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    dweight, dbias = launch_dweight(dy, x, precision, params, scale, inverse)
+    return dx, dparams, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("mflow::coupling_conv1x1", mutates_args=())
+def _coupling_conv1x1(
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, precision: str,
+    kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    y, logdet = coupling_conv1x1_ref(x, params, weight, bias, scale, inverse)
+    return in_layout_of(x, y), logdet
+
+
+@torch.library.custom_op("mflow::coupling_conv1x1_backward", mutates_args=())
+def _coupling_conv1x1_backward(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, precision: str,
+    kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    z, _ = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
+    dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight)
+    dx, dparams = coupling_backward_ref(dz, dlogdet, x, params, scale, inverse)
+    return in_layout_of(x, dx), in_layout_of(params, dparams), dweight, dbias
+
+
+@_coupling_conv1x1.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
+
+
+@_coupling_conv1x1_backward.register_fake
+def _(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c = weight.shape[0]
+    return (
+        torch.empty_like(x),
+        torch.empty_like(params),
+        weight.new_empty((c, c)),
+        weight.new_empty(c),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, params, weight, bias, *ctx.options = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, params, weight)
+
+
+def _backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, dbias = _coupling_conv1x1_backward(dy, dlogdet, *ctx.saved_tensors, *ctx.options)
+    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return (*grads, dbias, *(None for _ in ctx.options))
+
+
+_coupling_conv1x1.register_autograd(_backward, setup_context=_setup)
+
+
+@partial(register_triton, _coupling_conv1x1)
+def _(
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, precision: str, *options: Any
+) -> tuple[Tensor, Tensor]:
+    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
+    return launch_coupling_conv1x1(x, params, weight, bias, precision, scale, inverse)
+
+
+@partial(register_triton, _coupling_conv1x1_backward)
+def _(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, precision: str,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
+    return launch_coupling_conv1x1_backward(
+        dy, dlogdet, x, params, weight, precision, scale, inverse
+    )
+
+
+def coupling_conv1x1(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: ScaleFunction | Kind = "tanh",
+    *,
+    precision: str = "tf32x3",
+) -> tuple[Tensor, Tensor]:
+    """`affine_coupling`, then `conv1x1`, in one pass over the state.
+
+    Args:
+        x: state (N, C, *spatial) with C >= 2; float32, float64, float16 or bfloat16; contiguous,
+            channels_last and views of halves are read in place.
+        params: (N, 2 * (C - C // 2), *spatial), as for `affine_coupling`.
+        weight, bias: (C, C) and (C,) or None, as for `conv1x1`.
+        scale: the scale function, or the name of one with its defaults.
+        precision: "tf32x3" or "tf32", as for `conv1x1`.
+
+    Returns:
+        y, shaped and typed as x, and the coupling's logdet (N,), float32 (float64), natural log;
+        P * log |det W| is the caller's to add.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any kernel runs.
+    """
+    x = check_state("x", x)
+    params = check_params(x, params)
+    check_mix(x, weight, bias, precision)
+    args = ScaleFunction.of(scale).args
+    return _coupling_conv1x1(x, params, weight, bias, precision, *args, False)
+
+
+def coupling_inverse_conv1x1(
+    y: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: ScaleFunction | Kind = "tanh",
+    *,
+    precision: str = "tf32x3",
+) -> tuple[Tensor, Tensor]:
+    """`affine_coupling_inverse`, then `conv1x1`, in one pass: a sampling chain's step.
+
+    Give the inverse weight W^-1 and -W^-1 bias of the 1x1 convolution that comes before the
+    coupling in the data -> latent direction. Arguments and results as `coupling_conv1x1`, the
+    logdet that of the inverse coupling.
+    """
+    y = check_state("y", y)
+    params = check_params(y, params)
+    check_mix(y, weight, bias, precision)
+    args = ScaleFunction.of(scale).args
+    return _coupling_conv1x1(y, params, weight, bias, precision, *args, True)

@@ -1,0 +1,91 @@
+r"""Accumulation of log-determinants: the deterministic ledger.
+
+    logdet[n] = constant + sum_t ledger[n, t]
+
+Every launch that scales a state writes its tile's sum of log s into columns of its own of a ledger
+(N, T), float32 (float64 for float64 states); what does not depend on the sample, P * log |det W|
+and P * sum(log_scale) of each step, is the constant. One launch adds them in a fixed order: no
+atomics, the same bits on every run.
+
+Gradients: d ledger[n, t] = d logdet[n], a broadcast view; d constant = sum_n d logdet[n].
+Bytes at least: the ledger read once, N results written.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
+from mflow_kernels.ops._launch import register_triton
+
+BLOCK_T = 1024
+
+
+def accumulate_logdet_ref(ledger: Tensor, constant: Tensor) -> Tensor:
+    return ledger.sum(1) + constant
+
+
+@triton.jit
+def _accumulate_kernel(ledger, constant, logdet, T, BLOCK_T: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK_T], ledger.dtype.element_ty)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        total += tl.load(ledger + n * T + t, mask=t < T, other=0.0)
+    tl.store(logdet + n, tl.sum(total) + tl.load(constant))
+
+
+def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
+    n, t = ledger.shape
+    logdet = ledger.new_empty(n)
+    if n:
+        block = min(BLOCK_T, triton.next_power_of_2(max(t, 1)))
+        _accumulate_kernel[(n,)](ledger.contiguous(), constant, logdet, t, BLOCK_T=block)
+    return logdet
+
+
+@torch.library.custom_op("mflow::accumulate_logdet", mutates_args=())
+def _accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
+    return accumulate_logdet_ref(ledger, constant)
+
+
+@_accumulate_logdet.register_fake
+def _(ledger: Tensor, constant: Tensor) -> Tensor:
+    return ledger.new_empty(ledger.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.columns = inputs[0].shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return grad[:, None].expand(-1, ctx.columns), grad.sum()
+
+
+_accumulate_logdet.register_autograd(_backward, setup_context=_setup)
+register_triton(_accumulate_logdet, launch_accumulate)
+
+
+def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
+    """Sum each sample's partial log-determinants and a constant, in a fixed order.
+
+    Args:
+        ledger: (N, T) float32 or float64, natural log.
+        constant: scalar tensor of the same dtype and device, added for every sample.
+
+    Returns:
+        (N,) log-determinants in the ledger's dtype.
+
+    Raises:
+        TypeError, ValueError: on a dtype, shape or device that does not fit.
+    """
+    check_tensor("ledger", ledger, (torch.float32, torch.float64))
+    check_tensor("constant", constant, (ledger.dtype,))
+    if ledger.dim() != 2:
+        raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
+    check_shape("constant", constant, ())
+    check_device("constant", constant, ledger)
+    return _accumulate_logdet(ledger, constant)

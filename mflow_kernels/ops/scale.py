@@ -1,0 +1,129 @@
+r"""The scale functions of affine couplings: from a network's raw output to s > 0.
+
+    sigmoid   s = sigmoid(raw + offset) + eps                     Glow's (arXiv 1807.03039)
+    exp       s = exp(raw)                                        RealNVP's without its tanh
+    tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
+    atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
+
+Both log s and its derivative are computed without overflow and without taking the logarithm of a
+number that has underflowed: log sigmoid(-120) is -120.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._checks import check_choice
+
+Kind = Literal["sigmoid", "exp", "tanh", "atan"]
+Order = Literal["shift-scale", "scale-shift"]
+
+ATAN = 0.636  # FrEIA's rounding of 2 / pi, kept so that its couplings are expressed exactly
+
+
+@dataclass(frozen=True)
+class ScaleFunction:
+    """How a coupling turns params into a scale, and whether the shift comes before or after it.
+
+    Attributes:
+        kind: "sigmoid", "exp", "tanh" or "atan".
+        offset: added to raw by "sigmoid".
+        eps: floor of s with "sigmoid", >= 0.
+        clamp: bound of |log s| with "tanh" and "atan", > 0.
+        order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
+    """
+
+    kind: Kind = "tanh"
+    offset: float = 2.0
+    eps: float = 0.0
+    clamp: float = 2.0
+    order: Order = "shift-scale"
+
+    def __post_init__(self) -> None:
+        check_choice("scale.kind", self.kind, get_args(Kind))
+        check_choice("scale.order", self.order, get_args(Order))
+        if not 0 <= self.eps < float("inf"):
+            raise ValueError(f"scale.eps: expected a finite number >= 0, got {self.eps}")
+        if not 0 < self.clamp < float("inf"):
+            raise ValueError(f"scale.clamp: expected a finite number > 0, got {self.clamp}")
+        if not abs(self.offset) < float("inf"):
+            raise ValueError(f"scale.offset: expected a finite number, got {self.offset}")
+
+    @property
+    def args(self) -> tuple[str, float, float, float, str]:
+        """The fields in order, for the signature of an operator."""
+        return self.kind, self.offset, self.eps, self.clamp, self.order
+
+    @staticmethod
+    def of(scale: "ScaleFunction | Kind") -> "ScaleFunction":
+        """The default function of a kind, or the given one."""
+        if isinstance(scale, ScaleFunction):
+            return scale
+        check_choice("scale", scale, tuple(_DEFAULTS))
+        return _DEFAULTS[scale]
+
+
+_DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
+
+
+def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    """log s by plain torch: the specification."""
+    if scale.kind == "sigmoid":
+        if scale.eps == 0:
+            return F.logsigmoid(raw + scale.offset)
+        return torch.log(torch.sigmoid(raw + scale.offset) + scale.eps)
+    if scale.kind == "exp":
+        return raw
+    if scale.kind == "tanh":
+        return scale.clamp * torch.tanh(raw / scale.clamp)
+    return scale.clamp * ATAN * torch.atan(raw / scale.clamp)
+
+
+@triton.jit
+def _atan(x):
+    # 1 / x beyond 1, then two halvings atan(a) = 2 atan(a / (1 + sqrt(1 + a^2))) bring the
+    # argument under 0.2, where twelve terms of the series reach float64.
+    a = tl.abs(x)
+    a = tl.where(a > 1, 1 / tl.maximum(a, 1), a)
+    a = a / (1 + tl.sqrt(1 + a * a))
+    a = a / (1 + tl.sqrt(1 + a * a))
+    q = -a * a
+    series = tl.full(a.shape, 0.0, a.dtype)
+    for i in tl.static_range(12):
+        series = series * q + 1.0 / (23 - 2 * i)
+    r = 4 * a * series
+    r = tl.where(tl.abs(x) > 1, 1.5707963267948966 - r, r)
+    return tl.where(x < 0, -r, r)
+
+
+@triton.jit
+def log_scale(raw, SCALE: tl.constexpr):
+    """(log s, d log s / d raw), elementwise in raw's dtype."""
+    if SCALE.kind == "sigmoid":
+        r = raw + SCALE.offset
+        e = tl.exp(-tl.abs(r))
+        if SCALE.eps == 0:
+            log_s = tl.minimum(r, 0.0) - tl.log(1 + e)
+            slope = tl.where(r < 0, 1.0, e) / (1 + e)
+        else:
+            sigmoid = tl.where(r < 0, e, 1.0) / (1 + e)
+            log_s = tl.log(sigmoid + SCALE.eps)
+            slope = e / ((1 + e) * (1 + e)) / (sigmoid + SCALE.eps)
+    elif SCALE.kind == "exp":
+        log_s = raw
+        slope = tl.full(raw.shape, 1.0, raw.dtype)
+    elif SCALE.kind == "tanh":
+        e = tl.exp(-2 * tl.abs(raw) / SCALE.clamp)
+        tanh = (1 - e) / (1 + e)
+        log_s = SCALE.clamp * tl.where(raw < 0, -tanh, tanh)
+        slope = 4 * e / ((1 + e) * (1 + e))
+    else:
+        r = raw / SCALE.clamp
+        log_s = (SCALE.clamp * 0.636) * _atan(r)
+        slope = 0.636 / (1 + r * r)
+    return log_s, slope

