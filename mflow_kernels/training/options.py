@@ -28,8 +28,13 @@ class OptionParser(ArgumentParser):
         super().__init__(exit_on_error=False, formatter_class=_Formatter, **kwargs)
 
     def add_argument(self, *names: str, **kwargs: Any) -> Any:
-        hyphened = (n.replace("_", "-") if n.startswith("--") else n for n in names)
-        return super().add_argument(*hyphened, **kwargs)
+        return super().add_argument(*map(_hyphens, names), **kwargs)
+
+
+def _hyphens(name: str) -> str:
+    # jsonargparse adds a hidden --print_shtab of its own and looks for it by that name.
+    own = not name.startswith("--") or name.startswith("--print_")
+    return name if own else name.replace("_", "-")
 
 
 def explain(error: Exception) -> str:

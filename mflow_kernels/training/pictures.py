@@ -1,0 +1,116 @@
+"""The pictures of a run, as PNG files: drawn at one screen pixel for each picture pixel."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mflow_kernels.training.files import write_atomically
+
+_DPI = 100
+_TILE = 64  # pixels that a small image is enlarged towards
+_GAP = 4
+
+
+def draw_images(
+    path: Path, title: str, rows: Mapping[str, Tensor], footer: str | None = None
+) -> None:
+    """Rows of images under a title, each row named at its left.
+
+    Args:
+        path: the PNG to write (under a temporary name first).
+        title: what is seen.
+        rows: name to images, uint8 (N, C, H, W) with C of 1 or 3 and one shape for all.
+        footer: a line of explanation below.
+    """
+    mosaic = _mosaic(list(rows.values()))
+    height, width = mosaic.shape[:2]
+    left, right, top, bottom = 130, 16, 44, 34 if footer else 12
+    total = (left + width + right, bottom + height + top)
+    figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes(
+        (left / total[0], bottom / total[1], width / total[0], height / total[1])
+    )
+    axes.imshow(mosaic, interpolation="nearest")
+    axes.set_title(title, fontsize=12, pad=12)
+    row_height = (height + _GAP) / len(rows)
+    centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
+    axes.set_yticks(centres, list(rows), fontsize=10)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if footer:
+        figure.text(left / total[0], 12 / total[1], footer, fontsize=9, color="0.3")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
+    """Originals, their projections and the absolute difference, uint8 (N, C, H, W) each."""
+    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
+    rows = {"original": originals, "projection": projections, "|difference|": residual}
+    squared = (residual.float() / 255).square().mean().item()
+    footer = f"mean squared error of these images on the [0, 1] scale: {squared:.4f}"
+    draw_images(path, title, rows, footer)
+
+
+def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Training curves, one row of panels for each stage.
+
+    Args:
+        path: the PNG to write.
+        rows: metrics by name, each with `step` and `stage` (from 0); a name may be absent.
+    """
+    stages = sorted({int(row["stage"]) for row in rows})
+    figure = Figure(figsize=(12, 0.6 + 3.2 * len(stages)), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(len(stages), 3, squeeze=False)
+    figure.suptitle("Training", fontsize=13)
+    for stage, (likelihood, loss, parts) in zip(stages, panels, strict=True):
+        own = [row for row in rows if int(row["stage"]) == stage]
+        name = "image flow" if stage == 0 else f"flow {stage + 1} on the manifold"
+        likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
+        _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
+        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per sample")
+        _plot(loss, own, {"loss": "loss", "penalty": "weighted penalty"})
+        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per sample")
+        _plot(
+            parts,
+            own,
+            {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"},
+        )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
+    shown = []
+    for key, label in names.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        sparse = len(points) < 30
+        axes.plot(steps, values, label=label, lw=1.4, marker="o" if sparse else None, ms=3)
+        # The first steps fall from far above; scaled to them, the rest would look flat.
+        shown.append(np.quantile(values[len(values) // 20 :], [0.0, 0.5, 0.98]))
+    if shown:
+        low, high = min(s[0] for s in shown), max(s[2] for s in shown)
+        margin = 0.06 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        axes.legend(frameon=False, fontsize=9)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.title.set_fontsize(11)
+
+
+def _mosaic(rows: Sequence[Tensor]) -> np.ndarray:
+    """uint8 (height, width, 3): the rows below each other on white, small images enlarged."""
+    zoom = max(1, _TILE // rows[0].shape[-1])
+    lines = []
+    for images in rows:
+        pixels = images.cpu().numpy().transpose(0, 2, 3, 1)
+        tiles = np.repeat(np.repeat(pixels, zoom, axis=1), zoom, axis=2)
+        tiles = np.pad(tiles, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
+        lines.append(np.concatenate(list(np.broadcast_to(tiles, (*tiles.shape[:3], 3))), axis=1))
+    return np.concatenate(lines, axis=0)[:-_GAP, :-_GAP]
