@@ -1,0 +1,367 @@
+// The masked penalty on the CPU. Each tile of a sample is brought into small dense buffers (or used
+// where it lies, if it is dense already), so that one vectorized loop serves every layout.
+
+#include "masked_penalty.h"
+
+#include <algorithm>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+// A portable build that still uses the machine's widest vectors: the loader picks a clone.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
+    !defined(__clang__)
+#define MFLOW_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MFLOW_CLONES
+#endif
+
+namespace mflow {
+namespace {
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+MFLOW_INLINE To bit_cast(From from) {
+    To to;
+    static_assert(sizeof(to) == sizeof(from), "same size");
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class A>
+MFLOW_INLINE A widen(float v) { return v; }
+template <class A>
+MFLOW_INLINE A widen(double v) { return static_cast<A>(v); }
+template <class A>
+MFLOW_INLINE A widen(bool v) { return v ? A(1) : A(0); }
+template <class A>
+MFLOW_INLINE A widen(BFloat16 v) {
+    return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
+}
+// Without branches, so that loops over it vectorize; multiplying by 2^112 moves the exponent's bias
+// and normalizes subnormals.
+template <class A>
+MFLOW_INLINE A widen(Half v) {
+    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
+    uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+    bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN
+    return bit_cast<float>(bits | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+}
+
+template <class T>
+struct Narrow {
+    template <class A>
+    static MFLOW_INLINE T from(A v) { return static_cast<T>(v); }
+};
+template <>
+struct Narrow<BFloat16> {
+    static MFLOW_INLINE BFloat16 from(float v) {
+        const uint32_t bits = bit_cast<uint32_t>(v);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+    }
+};
+// To nearest even: adding a power of two that lies 13 bits above the half's last place lets the
+// float adder round; the two factors send what overflows a half to infinity.
+template <>
+struct Narrow<Half> {
+    static MFLOW_INLINE Half from(float v) {
+        const uint32_t bits = bit_cast<uint32_t>(v);
+        const uint32_t doubled = bits << 1;
+        const float magnitude = bit_cast<float>(bits & 0x7fffffffu) * 0x1p112f * 0x1p-110f;
+        const uint32_t bias = std::max(doubled & 0xff000000u, 0x71000000u);
+        const uint32_t sum =
+            bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + magnitude);
+        const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+        return {static_cast<uint16_t>((bits >> 16 & 0x8000u) |
+                                      (doubled > 0xff000000u ? 0x7e00u : half))};
+    }
+};
+
+// Where the elements [begin, begin + count) of one sample lie, row by row along the innermost axis.
+class Rows {
+public:
+    MFLOW_INLINE Rows(const Problem& p, const View& view, uint32_t begin) : p_(p), view_(view) {
+        for (int a = 0; a < p.axes; ++a) {
+            at_[a] = begin % p.extent[a];
+            begin /= p.extent[a];
+            offset_ += at_[a] * view.stride[a];
+        }
+    }
+    MFLOW_INLINE int64_t offset() const { return offset_; }
+    MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
+    MFLOW_INLINE void advance(int count) {
+        at_[0] += count;
+        offset_ += count * view_.stride[0];
+        for (int a = 0; a + 1 < p_.axes && at_[a] == p_.extent[a]; ++a) {
+            offset_ += view_.stride[a + 1] - at_[a] * view_.stride[a];
+            at_[a] = 0;
+            ++at_[a + 1];
+        }
+    }
+
+private:
+    const Problem& p_;
+    const View& view_;
+    uint32_t at_[kMaxAxes] = {};
+    int64_t offset_ = 0;
+};
+
+// `count` values of a sample from `begin` on, in the accumulate type: where they lie if they are
+// dense and of that type, else copied to `buffer`.
+template <class S, class A>
+MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
+                           int count, A* buffer) {
+    const S* base = static_cast<const S*>(view.data) + sample * view.sample_stride;
+    if (view.dense) {
+        base += begin;
+        if (std::is_same<S, A>::value) return reinterpret_cast<const A*>(base);
+#pragma omp simd
+        for (int i = 0; i < count; ++i) buffer[i] = widen<A>(base[i]);
+        return buffer;
+    }
+    Rows rows(p, view, begin);
+    const int64_t stride = view.stride[0];
+    for (int done = 0; done < count;) {
+        const int length = std::min(count - done, rows.left());
+        const S* row = base + rows.offset();
+        A* out = buffer + done;
+        if (stride == 0) {
+            const A value = widen<A>(*row);
+            for (int i = 0; i < length; ++i) out[i] = value;
+        } else {
+            for (int i = 0; i < length; ++i) out[i] = widen<A>(row[i * stride]);
+        }
+        rows.advance(length);
+        done += length;
+    }
+    return buffer;
+}
+
+// Writes sign * values through the view.
+template <class T, class A>
+MFLOW_INLINE void write(const Problem& p, const View& view, int64_t sample, uint32_t begin,
+                        int count, const A* values, A sign) {
+    T* base = static_cast<T*>(view.data) + sample * view.sample_stride;
+    if (view.dense) {
+        base += begin;
+#pragma omp simd
+        for (int i = 0; i < count; ++i) base[i] = Narrow<T>::from(sign * values[i]);
+        return;
+    }
+    Rows rows(p, view, begin);
+    for (int done = 0; done < count;) {
+        const int length = std::min(count - done, rows.left());
+        T* row = base + rows.offset();
+        for (int i = 0; i < length; ++i) {
+            row[i * view.stride[0]] = Narrow<T>::from(sign * values[done + i]);
+        }
+        rows.advance(length);
+        done += length;
+    }
+}
+
+template <class T>
+struct Types {
+    using Acc = float;
+};
+template <>
+struct Types<double> {
+    using Acc = double;
+};
+
+template <class A>
+struct Buffers {
+    A input[kTile], target[kTile], mask[kTile], weight[kTile], error[kTile];
+};
+
+// One tile of one sample as dense arrays: e, m, w.
+template <class A>
+struct Tile {
+    const A *error, *mask, *weight;
+};
+
+template <class T, class A>
+MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin, int count,
+                               Buffers<A>& buffers) {
+    Tile<A> tile;
+    tile.error = read<T, A>(p, p.input, sample, begin, count, buffers.input);
+    if (p.target.data) {
+        const A* input = tile.error;
+        const A* target = read<T, A>(p, p.target, sample, begin, count, buffers.target);
+#pragma omp simd
+        for (int i = 0; i < count; ++i) buffers.error[i] = input[i] - target[i];
+        tile.error = buffers.error;
+    }
+    // Absent operands stay as the thread filled their buffers.
+    tile.mask = buffers.mask;
+    if (p.mask.data) {
+        tile.mask = p.mask_is_bool
+                        ? read<bool, A>(p, p.mask, sample, begin, count, buffers.mask)
+                        : read<A, A>(p, p.mask, sample, begin, count, buffers.mask);
+    }
+    tile.weight = buffers.weight;
+    if (p.weight.data) {
+        tile.weight = read<A, A>(p, p.weight, sample, begin, count, buffers.weight);
+    }
+    return tile;
+}
+
+template <Rho R, class A>
+MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* penalty,
+                           A* gaussian) {
+    A sum = 0, log_density = 0;
+#pragma omp simd reduction(+ : sum, log_density)
+    for (int i = 0; i < count; ++i) {
+        const A e = tile.error[i], m = tile.mask[i];
+        sum += m * (scale * tile.weight[i]) * rho_value<R, A>(e, delta);
+        log_density += (A(1) - m) * normal_log_density(e);
+    }
+    *penalty = sum;
+    *gaussian = log_density;
+}
+
+template <Rho R, class A>
+MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A grad_penalty,
+                             A grad_gaussian, A* out) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        const A e = tile.error[i], m = tile.mask[i];
+        out[i] = grad_penalty * m * (scale * tile.weight[i]) * rho_slope<R, A>(e, delta) -
+                 grad_gaussian * (A(1) - m) * e;
+    }
+}
+
+template <class T>
+MFLOW_INLINE void forward_tile(const Problem& p, int64_t index, void* scratch) {
+    using A = typename Types<T>::Acc;
+    Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);
+    const int64_t sample = index / p.tiles;
+    const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
+    const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
+    const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
+    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
+    A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
+    A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
+                              : static_cast<A*>(p.gaussian) + index;
+    switch (p.rho) {
+        case Rho::l2: return sum_tile<Rho::l2, A>(tile, count, scale, delta, penalty, gaussian);
+        case Rho::l1: return sum_tile<Rho::l1, A>(tile, count, scale, delta, penalty, gaussian);
+        case Rho::huber:
+            return sum_tile<Rho::huber, A>(tile, count, scale, delta, penalty, gaussian);
+    }
+}
+
+template <class T>
+MFLOW_INLINE void backward_tile(const Problem& p, int64_t index, void* scratch) {
+    using A = typename Types<T>::Acc;
+    Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);
+    const int64_t sample = index / p.tiles;
+    const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
+    const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
+    const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
+    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
+    const A g = static_cast<const A*>(p.grad_penalty.data)[sample * p.grad_penalty.sample_stride];
+    const A h = static_cast<const A*>(p.grad_gaussian.data)[sample * p.grad_gaussian.sample_stride];
+    A* out = buffers.error;  // each element is read before it is written
+    switch (p.rho) {
+        case Rho::l2: slope_tile<Rho::l2, A>(tile, count, scale, delta, g, h, out); break;
+        case Rho::l1: slope_tile<Rho::l1, A>(tile, count, scale, delta, g, h, out); break;
+        case Rho::huber: slope_tile<Rho::huber, A>(tile, count, scale, delta, g, h, out); break;
+    }
+    if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
+    if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
+}
+
+// Only functions that are no templates can have clones.
+using RunRange = void (*)(const Problem&, int64_t, int64_t, void*);
+#define MFLOW_RANGE(name, step, T)                                                            \
+    MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, void* scratch) {    \
+        for (int64_t i = first; i < last; ++i) step<T>(p, i, scratch);                        \
+    }
+MFLOW_RANGE(forward_float32, forward_tile, float)
+MFLOW_RANGE(forward_float64, forward_tile, double)
+MFLOW_RANGE(forward_float16, forward_tile, Half)
+MFLOW_RANGE(forward_bfloat16, forward_tile, BFloat16)
+MFLOW_RANGE(backward_float32, backward_tile, float)
+MFLOW_RANGE(backward_float64, backward_tile, double)
+MFLOW_RANGE(backward_float16, backward_tile, Half)
+MFLOW_RANGE(backward_bfloat16, backward_tile, BFloat16)
+#undef MFLOW_RANGE
+
+template <class A>
+void run_range(const Problem& p, RunRange run, int64_t first, int64_t last) {
+    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than a stranger's stack may hold
+    std::fill_n(buffers[0].mask, kTile, A(1));
+    std::fill_n(buffers[0].weight, kTile, A(1));
+    run(p, first, last, buffers.data());
+}
+
+// Starting a thread costs what reading this many elements does, so smaller shares are not worth one.
+constexpr int64_t kElementsPerThread = 1 << 16;
+
+template <class A>
+void run_all(const Problem& p, RunRange run, int threads) {
+    const int64_t tiles = p.samples * p.tiles;
+    const int64_t useful = p.samples * static_cast<int64_t>(p.size) / kElementsPerThread;
+    const int64_t shares = std::max<int64_t>(1, std::min({int64_t(threads), useful, tiles}));
+    std::vector<std::thread> workers;
+    workers.reserve(shares);
+    int64_t share = 1;
+    try {
+        for (; share < shares; ++share) {
+            workers.emplace_back(run_range<A>, std::cref(p), run, tiles * share / shares,
+                                 tiles * (share + 1) / shares);
+        }
+    } catch (const std::system_error&) {
+        // No more threads to be had: the rest is done here.
+    }
+    run_range<A>(p, run, 0, tiles / shares);
+    if (share < shares) run_range<A>(p, run, tiles * share / shares, tiles);
+    for (std::thread& worker : workers) worker.join();
+}
+
+template <class A>
+void sum_partials(const Problem& p) {
+    if (p.tiles == 1) return;
+    const A* partial = static_cast<const A*>(p.partial);
+    for (void* out : {p.penalty, p.gaussian}) {
+        for (int64_t n = 0; n < p.samples; ++n) {
+            double sum = 0;
+            for (int64_t t = 0; t < p.tiles; ++t) sum += *partial++;
+            static_cast<A*>(out)[n] = static_cast<A>(sum);
+        }
+    }
+}
+
+}  // namespace
+
+void forward_cpu(const Problem& p, int threads) {
+    switch (p.dtype) {
+        case Dtype::float32: run_all<float>(p, forward_float32, threads); break;
+        case Dtype::float64: run_all<double>(p, forward_float64, threads); break;
+        case Dtype::float16: run_all<float>(p, forward_float16, threads); break;
+        case Dtype::bfloat16: run_all<float>(p, forward_bfloat16, threads); break;
+    }
+    p.dtype == Dtype::float64 ? sum_partials<double>(p) : sum_partials<float>(p);
+}
+
+void backward_cpu(const Problem& p, int threads) {
+    switch (p.dtype) {
+        case Dtype::float32: return run_all<float>(p, backward_float32, threads);
+        case Dtype::float64: return run_all<double>(p, backward_float64, threads);
+        case Dtype::float16: return run_all<float>(p, backward_float16, threads);
+        case Dtype::bfloat16: return run_all<float>(p, backward_bfloat16, threads);
+    }
+}
+
+}  // namespace mflow

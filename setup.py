@@ -1,0 +1,198 @@
+"""Builds mflow_kernels._C from csrc: the CPU loops always, the CUDA kernels where nvcc is found.
+
+No GPU is asked for, and neither is torch. Steered by three environment variables:
+    MFLOW_CUDA        0 leaves the CUDA part out, 1 makes its absence an error
+    MFLOW_CUDA_ARCHS  the GPU architectures to compile for, such as "80;90"
+    CXX               the C++ compiler
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHS = ("80", "86", "89", "90", "100")
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -pthread -DNDEBUG -Wall"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static"
+RULES = """
+rule cxx
+  command = $cxx -MMD -MF $out.d $cxx_flags $defines -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule nvcc
+  command = $nvcc -MMD -MF $out.d $nvcc_flags $gencode -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule link
+  command = $link -shared -o $out $in
+  description = link $out
+"""
+
+
+def say(line: str) -> None:
+    print(f"mflow_kernels: {line}", flush=True)
+
+
+def compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    raise SystemExit(
+        f"mflow_kernels: no C++ compiler found (tried {', '.join(names)}). "
+        "Install one (for example the package g++) or set CXX."
+    )
+
+
+def find_nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+@dataclass
+class Cuda:
+    """The CUDA part of a build; without an nvcc, `note` says why there is none."""
+
+    nvcc: str = ""
+    archs: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def gencode(self) -> list[str]:
+        newest = self.archs[-1]
+        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}", "--threads=0"]
+
+    @property
+    def contents(self) -> str:
+        """What the binary holds: machine code for each architecture, PTX of the newest."""
+        return " ".join([*(f"sm_{a}" for a in self.archs), f"compute_{self.archs[-1]}"])
+
+
+def choose_cuda() -> Cuda:
+    """Decides on the CUDA part from the environment, and says what is left out."""
+    wanted = os.environ.get("MFLOW_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"mflow_kernels: MFLOW_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return Cuda(note="left out by MFLOW_CUDA=0")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        note = "nvcc was found neither in CUDA_HOME nor on PATH"
+        if wanted == "1":
+            raise SystemExit(f"mflow_kernels: MFLOW_CUDA=1, but {note}")
+        return Cuda(note=note)
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = re.findall(r"compute_(\w+)", listed.stdout)
+    chosen = os.environ.get("MFLOW_CUDA_ARCHS", "")
+    archs = tuple(re.split(r"[;,\s]+", chosen.strip())) if chosen.strip() else CUDA_ARCHS
+    unknown = [arch for arch in archs if arch not in known]
+    if unknown and chosen:
+        raise SystemExit(
+            f"mflow_kernels: MFLOW_CUDA_ARCHS: expected some of {' '.join(known)} "
+            f"(what {nvcc} knows), got {' '.join(unknown)}"
+        )
+    for arch in unknown:
+        say(f"sm_{arch} left out: {nvcc} does not know it")
+    archs = tuple(sorted((a for a in archs if a in known), key=lambda a: int(re.sub(r"\D", "", a))))
+    if not archs:
+        note = f"{nvcc} knows none of sm_{' sm_'.join(CUDA_ARCHS)}"
+        if wanted == "1":
+            raise SystemExit(f"mflow_kernels: MFLOW_CUDA=1, but {note}")
+        return Cuda(note=note)
+    return Cuda(nvcc, archs)
+
+
+def ninja_escape(path: str | Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class NinjaBuildExt(build_ext):
+    """build_ext that writes one build.ninja and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        include = sysconfig.get_path("include")
+        if not (Path(include) / "Python.h").is_file():
+            raise SystemExit(
+                f"mflow_kernels: no Python.h in {include}. Install Python's development files "
+                "(for example the package python3-dev)."
+            )
+        cuda = choose_cuda()
+        if cuda.nvcc and not self.run_ninja(ext, cuda):
+            if os.environ.get("MFLOW_CUDA") == "1":
+                raise SystemExit("mflow_kernels: MFLOW_CUDA=1, but the CUDA part did not build")
+            cuda = Cuda(note=f"{cuda.nvcc} failed when the extension was built")
+        if not cuda.nvcc and not self.run_ninja(ext, cuda):
+            raise SystemExit("mflow_kernels: the C++ part did not build; see the errors above")
+        say("built the CPU part")
+        say(f"built the CUDA part for {cuda.contents}" if cuda.nvcc else f"no CUDA: {cuda.note}")
+
+    def run_ninja(self, ext: Extension, cuda: Cuda) -> bool:
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(ext, cuda, output))
+        have_module = subprocess.run([sys.executable, "-c", "import ninja"], capture_output=True)
+        ninja = ["ninja"] if have_module.returncode else [sys.executable, "-m", "ninja"]
+        try:
+            return subprocess.run([*ninja, "-C", str(folder)]).returncode == 0
+        except FileNotFoundError:
+            raise SystemExit("mflow_kernels: ninja is missing: pip install ninja") from None
+
+    def ninja_file(self, ext: Extension, cuda: Cuda, output: Path) -> str:
+        import pybind11
+
+        include = [sysconfig.get_path("include"), pybind11.get_include()]
+        defines = [f'-DMFLOW_CUDA_NOTE="{cuda.note}"']
+        sources = [ROOT / source for source in ext.sources]
+        link = f"{compiler()} -pthread"
+        if cuda.nvcc:
+            defines = ["-DMFLOW_WITH_CUDA", f'-DMFLOW_CUDA_ARCHS="{cuda.contents}"']
+            sources.append(ROOT / "csrc" / "masked_penalty.cu")
+            link = f"{shlex.quote(cuda.nvcc)} -cudart static -Xcompiler -pthread"
+        lines = [
+            f"cxx = {compiler()}",
+            f"cxx_flags = {CXX_FLAGS} {shlex.join(f'-isystem{path}' for path in include)}",
+            f"defines = {shlex.join(defines)}",
+            f"nvcc = {shlex.quote(cuda.nvcc)}",
+            f"nvcc_flags = {NVCC_FLAGS}",
+            f"gencode = {shlex.join(cuda.gencode) if cuda.nvcc else ''}",
+            f"link = {link}",
+            RULES,
+        ]
+        objects = []
+        for source in sources:
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            objects.append(f"{source.name}.o")
+            lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
+        lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
+        return "\n".join(lines) + "\n"
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "mflow_kernels._C",
+            sources=["csrc/masked_penalty.cpp", "csrc/module.cpp"],
+            depends=["csrc/masked_penalty.h", "csrc/masked_penalty.cu"],
+        )
+    ],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
