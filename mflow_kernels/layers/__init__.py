@@ -1,0 +1,19 @@
+"""Invertible layers over the operators: `z, logdet = layer(x)`, `x, logdet = layer.inverse(z)`."""
+
+from mflow_kernels.layers.actnorm import ActNorm
+from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
+from mflow_kernels.layers.coupling import AffineCoupling, Split
+from mflow_kernels.layers.squeeze import Squeeze
+from mflow_kernels.layers.step import Chain, FlowStep
+
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "Bijection",
+    "Chain",
+    "FlowStep",
+    "InvertibleConv1x1",
+    "Split",
+    "Squeeze",
+]

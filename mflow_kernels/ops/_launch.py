@@ -84,7 +84,7 @@ def elementwise_tile(x: Tensor) -> tuple[int, int]:
 
 
 class Tiles(NamedTuple):
-    """How N x P columns are cut: `programs` tiles of `block_p`, and the ledger's columns a sample."""
+    """How N x P columns are cut: one program a tile of `block_p`, and a sample's ledger columns."""
 
     programs: int
     block_p: int

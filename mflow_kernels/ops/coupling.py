@@ -44,19 +44,36 @@ from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale, log_scale_re
 def affine_coupling_ref(
     x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    c_a = x.shape[1] // 2
-    dtype = accumulator(x.dtype)
-    x_a, x_b = x[:, :c_a], x[:, c_a:].to(dtype)
-    raw, shift = params.to(dtype).chunk(2, dim=1)
-    log_s = log_scale_ref(raw, scale)
-    if inverse:
-        log_s = -log_s
-    s = log_s.exp()
+    x_a, x_b, raw, shift, sign = _halves(x, params, inverse)
+    log_s = sign * log_scale_ref(raw, scale)[0]
     if (scale.order == "shift-scale") == inverse:
-        y_b = s * x_b - shift if inverse else s * x_b + shift
+        y_b = log_s.exp() * x_b + sign * shift
     else:
-        y_b = s * (x_b - shift) if inverse else s * (x_b + shift)
+        y_b = log_s.exp() * (x_b + sign * shift)
     return torch.cat([x_a, y_b.to(x.dtype)], dim=1), log_s.flatten(1).sum(1)
+
+
+def coupling_backward_ref(
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    _, x_b, raw, shift, sign = _halves(x, params, inverse)
+    log_s, slope = log_scale_ref(raw, scale)
+    dy_a, dy_b = dy[:, : x.shape[1] // 2], dy[:, x.shape[1] // 2 :]
+    dx_b = (sign * log_s).exp() * dy_b
+    if (scale.order == "shift-scale") == inverse:
+        dshift, dlog_s = sign * dy_b, dx_b * x_b
+    else:
+        dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
+    dlog_s += dlogdet.view(-1, *(1,) * (x.dim() - 1))
+    draw = sign * slope * dlog_s
+    dx = torch.cat([dy_a.to(x.dtype), dx_b.to(x.dtype)], dim=1)
+    return dx, torch.cat([draw, dshift], dim=1).to(params.dtype)
+
+
+def _halves(x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    c_a, dtype = x.shape[1] // 2, accumulator(x.dtype)
+    raw, shift = params.to(dtype).chunk(2, dim=1)
+    return x[:, :c_a], x[:, c_a:].to(dtype), raw, shift, -1 if inverse else 1
 
 
 @triton.jit
@@ -206,16 +223,6 @@ def launch_coupling_backward(
             C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
             BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
         )  # fmt: skip
-    return dx, dparams
-
-
-def coupling_backward_ref(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
-        outputs = affine_coupling_ref(x, params, scale, inverse)
-        dx, dparams = torch.autograd.grad(outputs, (x, params), (dy, dlogdet))
     return dx, dparams
 
 

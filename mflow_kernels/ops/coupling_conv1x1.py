@@ -47,8 +47,8 @@ from mflow_kernels.ops.conv1x1 import (
 from mflow_kernels.ops.coupling import (
     affine_coupling_ref,
     check_params,
-    coupling_backward_ref,
     couple_backward,
+    coupling_backward_ref,
     load_params,
 )
 from mflow_kernels.ops.logdet import launch_accumulate

@@ -71,17 +71,21 @@ class ScaleFunction:
 _DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
 
 
-def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
-    """log s by plain torch: the specification."""
+def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
+    """log s and d log s / d raw by plain torch: the specification."""
     if scale.kind == "sigmoid":
+        sigmoid = torch.sigmoid(raw + scale.offset)
         if scale.eps == 0:
-            return F.logsigmoid(raw + scale.offset)
-        return torch.log(torch.sigmoid(raw + scale.offset) + scale.eps)
+            return F.logsigmoid(raw + scale.offset), 1 - sigmoid
+        s = sigmoid + scale.eps
+        return s.log(), sigmoid * (1 - sigmoid) / s
     if scale.kind == "exp":
-        return raw
+        return raw, torch.ones_like(raw)
+    r = raw / scale.clamp
     if scale.kind == "tanh":
-        return scale.clamp * torch.tanh(raw / scale.clamp)
-    return scale.clamp * ATAN * torch.atan(raw / scale.clamp)
+        tanh = torch.tanh(r)
+        return scale.clamp * tanh, 1 - tanh * tanh
+    return scale.clamp * ATAN * torch.atan(r), ATAN / (1 + r * r)
 
 
 @triton.jit

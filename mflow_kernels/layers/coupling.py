@@ -1,0 +1,104 @@
+"""Affine coupling, and the split that takes half of a state out through one."""
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import ops
+from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.ops.scale import Kind, ScaleFunction
+
+
+class AffineCoupling(Bijection):
+    """y_a = x_a, y_b = s * (x_b + shift) with (raw, shift) = net(x_a) (RealNVP, arXiv 1605.08803).
+
+    x_a is the first half of the channels (the smaller one where C is odd), x_b the rest.
+
+    Args:
+        channels: C >= 2 of the states (N, C, *spatial).
+        net: any module from x_a (N, C // 2, *spatial) to params (N, 2 * (C - C // 2), *spatial),
+            raw scales first; by default `coupling_net` of the given width.
+        width: hidden channels of the default net.
+        scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
+            |log s| < 2, so that no sample runs away.
+        spatial_dims: 0 to 3, the number of spatial axes the default net works on.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        net: nn.Module | None = None,
+        *,
+        width: int = 64,
+        scale: ScaleFunction | Kind = "tanh",
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"channels: expected at least 2 to couple, got {channels}")
+        c_a = channels // 2
+        self.net = net or coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
+        self.scale = ScaleFunction.of(scale)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(x, self.params(x), self.scale)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling_inverse(z, self.params(z), self.scale)
+
+    def params(self, x: Tensor) -> Tensor:
+        """The network's raw scales and shifts for a state, in whichever direction it goes."""
+        return self.net(x[:, : x.shape[1] // 2])
+
+
+class Split(Bijection):
+    """An affine coupling on the half that leaves; then it leaves.
+
+    Glow's learned prior N(mean(x_a), sd(x_a)) of the half x_b that leaves is this coupling, so that
+    every latent is standard normal and every round trip is exact. `z = (kept, latent)`.
+
+    Args: as `AffineCoupling`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        net: nn.Module | None = None,
+        *,
+        width: int = 64,
+        scale: ScaleFunction | Kind = "tanh",
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.coupling = AffineCoupling(
+            channels, net, width=width, scale=scale, spatial_dims=spatial_dims
+        )
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        y, logdet = self.coupling(x)
+        c_a = y.shape[1] // 2
+        return (y[:, :c_a], y[:, c_a:]), logdet
+
+    def inverse(self, z: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.coupling.inverse(torch.cat(z, dim=1))
+
+
+def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
+    """Glow's network: 3x3, 1x1 and 3x3 convolutions, the last one zero at first.
+
+    With no spatial axis, three linear layers.
+    """
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+    if not 0 <= spatial_dims <= 3:
+        raise ValueError(f"spatial_dims: expected 0, 1, 2 or 3, got {spatial_dims}")
+    layers: list[nn.Module]
+    if spatial_dims == 0:
+        layers = [nn.Linear(in_channels, width), nn.Linear(width, width)]
+        last: nn.Module = nn.Linear(width, out_channels)
+    else:
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+        layers = [conv(in_channels, width, 3, padding=1), conv(width, width, 1)]
+        last = conv(width, out_channels, 3, padding=1)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)

@@ -1,0 +1,97 @@
+"""Hierarchical training: further flows on the manifold's coordinates."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.models.manifold import ManifoldFlow, sample_normal
+from mflow_kernels.objectives import Terms
+
+
+class HierarchicalFlow(nn.Module):
+    """Manifold flows in stages: stage i is a flow on the u of stage i - 1 (arXiv 2206.03293).
+
+    u is not truly Gaussian after stage 0; each further stage learns its density, with a mask of its
+    own, so that sub-manifolds nest. Encoding, decoding, density and sampling compose.
+
+    Args:
+        stages: at least one; the input of each is a vector (N, d) of the d of the one before.
+
+    Raises:
+        ValueError: where a stage's input does not match the u of the one before.
+    """
+
+    def __init__(self, stages: Sequence[ManifoldFlow]) -> None:
+        super().__init__()
+        if not stages:
+            raise ValueError("stages: expected at least one ManifoldFlow, got none")
+        for i in range(1, len(stages)):
+            expected, came = (stages[i - 1].manifold_dim,), tuple(stages[i].input_shape)
+            if came != expected:
+                raise ValueError(
+                    f"stages[{i}]: expected a flow on {expected}, the u of the stage before, "
+                    f"got one on {came}"
+                )
+        self.stages = nn.ModuleList(stages)
+        self.input_shape = stages[0].input_shape
+        self.manifold_dim = stages[-1].manifold_dim
+
+    def terms(self, x: Tensor, stage: int, *, release: bool = False) -> Terms:
+        """The objective of one stage on the data x, earlier stages frozen unless released."""
+        with nullcontext() if release else torch.no_grad():
+            for earlier in self._until(stage):
+                x = earlier.encode(x)
+        return self.stages[stage].terms(x)  # type: ignore[operator]
+
+    def initialize(self, x: Tensor, stage: int) -> None:
+        """Set one stage's actnorms from a first batch of data; once, see `ActNorm`."""
+        with torch.no_grad():
+            for earlier in self._until(stage):
+                x = earlier.encode(x)
+            self.stages[stage].initialize(x)  # type: ignore[operator]
+
+    def encode(self, x: Tensor, stages: int | None = None) -> Tensor:
+        """The u of the last stage, or of the first `stages` of them."""
+        for stage in self._until(stages):
+            x = stage.encode(x)
+        return x
+
+    def decode(self, u: Tensor, stages: int | None = None) -> Tensor:
+        """The point on the manifold with the coordinates u of that stage."""
+        for stage in reversed(self._until(stages)):
+            u = stage.decode(u)
+        return u
+
+    def project(self, x: Tensor, stages: int | None = None) -> Tensor:
+        """x to its nearest by coordinates: encode, then decode with every v = 0."""
+        return self.decode(self.encode(x, stages), stages)
+
+    def log_prob(self, x: Tensor, stages: int | None = None) -> Tensor:
+        """log p(x) (N,) in the ambient space, nats: each stage's density of the u before it."""
+        *earlier, last = self._until(stages)
+        total = torch.zeros((), device=x.device)
+        for stage in earlier:
+            latents, logdet = stage.latents(x)
+            total = total + logdet + stage.objective.off_density(stage, latents)
+            x = stage.gather(latents)
+        return total + last.log_prob(x)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        stages: int | None = None,
+    ) -> Tensor:
+        """n points on the manifold: the last u ~ N(0, temperature^2), every v = 0."""
+        dim = self._until(stages)[-1].manifold_dim
+        return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
+
+    def _until(self, stages: int | None) -> list[ManifoldFlow]:
+        if stages is not None and not 0 <= stages <= len(self.stages):
+            raise ValueError(f"stages: expected at most {len(self.stages)}, got {stages}")
+        return cast(list[ManifoldFlow], list(self.stages))[:stages]

@@ -1,0 +1,152 @@
+"""A flow whose latent space is part manifold, part off it."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.objectives import ManifoldObjective, Terms
+
+
+class ManifoldFlow(nn.Module):
+    """One flow, trained in one step, that learns a manifold and the density on it.
+
+    (arXiv 2206.03293.) A mask says which latent pixels are u, coordinates on the manifold
+    {f^-1(u, 0)}; the rest are v. u is a vector (N, d) in all of these methods.
+
+    Args:
+        flow: `Glow`, `VectorFlow`, or any bijection from x to a tuple of latents that has
+            `input_shape` and `latent_shapes`.
+        manifold_dim: d, from 1 to the number of dimensions of the data: that many latent pixels,
+            coarsest latents and, in a latent, last channels first.
+        mask: in place of manifold_dim, one bool tensor for each latent, of its shape without N:
+            True where the pixel is u.
+        objective: the loss that it is trained with, and p_V with it.
+
+    Raises:
+        ValueError: where neither or both of manifold_dim and mask are given, the dimension is out
+            of range, or a mask has another shape than its latent or is empty.
+    """
+
+    def __init__(
+        self,
+        flow: Bijection,
+        manifold_dim: int | None = None,
+        *,
+        mask: tuple[Tensor, ...] | None = None,
+        objective: ManifoldObjective | None = None,
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.objective = objective or ManifoldObjective()
+        self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
+        self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
+        total = sum(math.prod(shape) for shape in self.latent_shapes)
+        if (manifold_dim is None) == (mask is None):
+            raise ValueError("manifold_dim, mask: expected exactly one of the two")
+        if mask is not None:
+            flat = _flat_mask(mask, self.latent_shapes)
+        else:
+            assert manifold_dim is not None
+            if not 1 <= manifold_dim <= total:
+                raise ValueError(
+                    f"manifold_dim: expected 1 to {total}, the data's dimensions, "
+                    f"got {manifold_dim}"
+                )
+            flat = torch.arange(total) >= total - manifold_dim
+        self.manifold_dim = int(flat.sum())
+        for i, part in enumerate(self._unflatten((~flat)[None])):
+            self.register_buffer(f"off_mask_{i}", part[0])
+        self.register_buffer("manifold_index", flat.nonzero()[:, 0])
+
+    def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """All latents of x and log |det df/dx| (N,)."""
+        return self.flow(x)
+
+    def off_masks(self) -> tuple[Tensor, ...]:
+        """For each latent, bool of its shape: where its pixels are v."""
+        return tuple(getattr(self, f"off_mask_{i}") for i in range(len(self.latent_shapes)))
+
+    def gather(self, latents: tuple[Tensor, ...]) -> Tensor:
+        """u (N, d) out of all latents."""
+        flat = torch.cat([z.flatten(1) for z in latents], dim=1)
+        return flat.index_select(1, self.manifold_index)  # type: ignore[arg-type]
+
+    def scatter(self, u: Tensor) -> tuple[Tensor, ...]:
+        """All latents with u (N, d) in its place and v = 0."""
+        if u.dim() != 2 or u.shape[1] != self.manifold_dim:
+            raise ValueError(f"u: expected shape (N, {self.manifold_dim}), got {tuple(u.shape)}")
+        total = sum(math.prod(shape) for shape in self.latent_shapes)
+        flat = u.new_zeros(u.shape[0], total)
+        return self._unflatten(flat.index_copy(1, self.manifold_index, u))  # type: ignore[arg-type]
+
+    def _unflatten(self, flat: Tensor) -> tuple[Tensor, ...]:
+        sizes = [math.prod(shape) for shape in self.latent_shapes]
+        parts = flat.split(sizes, dim=1)
+        return tuple(
+            part.unflatten(1, shape) for part, shape in zip(parts, self.latent_shapes, strict=True)
+        )
+
+    def terms(self, x: Tensor) -> Terms:
+        """The objective and its parts, (N,) each, nats."""
+        return self.objective(self, x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """u (N, d) of the data x."""
+        return self.gather(self.latents(x)[0])
+
+    def decode(self, u: Tensor) -> Tensor:
+        """f^-1(u, 0): the point on the manifold with coordinates u (N, d)."""
+        return self.flow.inverse(self.scatter(u))[0]
+
+    def project(self, x: Tensor) -> Tensor:
+        """x -> f^-1(u(x), 0), its projection on the manifold."""
+        return self.decode(self.encode(x))
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Euclidean distance (N,) of x to its projection."""
+        return (x - self.project(x)).flatten(1).norm(dim=1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) (N,) in the ambient space, nats."""
+        return self.objective.log_likelihood(self, x)
+
+    def initialize(self, x: Tensor) -> None:
+        """Set the flow's actnorms from a first batch; once, see `ActNorm`."""
+        self.flow.initialize(x)
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """n points on the manifold: u ~ N(0, temperature^2), v = 0.
+
+        `generator` is one of the device that the model is on.
+        """
+        return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
+
+
+def sample_normal(
+    model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """(n, dim) of N(0, temperature^2) on the device and in the dtype of the model's parameters."""
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+    like = next(model.parameters())
+    normal = torch.randn(n, dim, generator=generator, device=like.device, dtype=like.dtype)
+    return temperature * normal
+
+
+def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    came = tuple(tuple(part.shape) for part in mask)
+    if came != shapes:
+        raise ValueError(f"mask: expected one mask a latent, of shapes {shapes}, got {came}")
+    if any(part.dtype != torch.bool for part in mask):
+        raise TypeError(f"mask: expected dtype bool, got {[part.dtype for part in mask]}")
+    flat = torch.cat([part.flatten() for part in mask])
+    if not flat.any():
+        raise ValueError("mask: expected at least one True, got an empty manifold")
+    return flat
