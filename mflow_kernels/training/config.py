@@ -105,7 +105,7 @@ class TrainingOptions:
 
 @dataclass
 class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOptions, DataOptions):
-    """Everything that a run is made from; its config.yaml holds exactly these."""
+    """What `mflow train` can be told of a run."""
 
     def check(self) -> None:
         """ValueError for the first value out of range. What depends on the images' shape (levels
@@ -120,8 +120,8 @@ class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOpti
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight: expected at least 0, got {self.weight}")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight: expected more than 0, got {self.weight}")
         dims = [self.manifold_dim, *self.stage_dims]
         for outer, inner in pairwise(dims):
             if not 1 <= inner <= outer:
@@ -130,17 +130,45 @@ class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOpti
                     f"got {inner}"
                 )
 
+    def steps_per_stage(self, batches_per_pass: int) -> int:
+        """Optimizer steps of each stage, where a pass over the images has so many batches."""
+        return self.max_steps or self.epochs * batches_per_pass
+
     def default_run_dir(self) -> str:
         """A readable folder name that is a function of the configuration."""
         name = self.data if self.data == "digits" else Path(self.data).resolve().name
         size = f"-{self.image_size}px" if self.image_size else ""
         return f"runs/{name}{size}-d{self.manifold_dim}-seed{self.seed}"
 
+    def resolve(self, image_shape: tuple[int, int, int]) -> "RunConfig":
+        """This configuration for images of shape (C, H, W), with nothing left to be decided."""
+        values = dataclasses.asdict(self)
+        values["image_size"] = image_shape[1]
+        if self.data != "digits":
+            values["data"] = str(Path(self.data).resolve())
+        return RunConfig(**values, channels=image_shape[0])
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """A TrainConfig with the images' size and channels known: all that a run is made from, and
+    what its config.yaml holds."""
+
+    channels: int = 1
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        if self.image_size is None:
+            raise ValueError("image_size: expected a whole number, got nothing")
+        return self.channels, self.image_size, self.image_size
+
     def to_yaml(self) -> str:
+        """Every value, as text that `from_yaml` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, text: str) -> "TrainConfig":
+    def from_yaml(cls, text: str) -> "RunConfig":
         """The configuration that `to_yaml` wrote; values left out take their defaults.
 
         Raises:
@@ -148,6 +176,7 @@ class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOpti
         """
         parser = OptionParser()
         add_options(parser)
+        parser.add_argument("--channels", type=int, default=1)
         try:
             config = cls(**vars(parser.parse_string(text)))
         except ArgumentError as error:

@@ -144,6 +144,21 @@ class BatchStream:
                 step += 1
 
 
+class OrderedBatches:
+    """All images once, in order, as uint8 batches; the last may be smaller."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self._images = images
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._images) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for begin in range(0, len(self._images), self._batch_size):
+            yield self._images.batch(range(begin, min(begin + self._batch_size, len(self._images))))
+
+
 def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
     """uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
 
@@ -165,12 +180,6 @@ def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = 
 def to_image(x: Tensor) -> Tensor:
     """Centred data of any float dtype to uint8 of the same shape, values outside clipped."""
     return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)
-
-
-def bits_per_dim(log_likelihood: Tensor, dims: int, n_bits: int) -> Tensor:
-    """Nats of `dims`-dimensional dequantized data (any shape) to bits per dimension of the discrete
-    image: the density lives on [-0.5, 0.5), whose unit holds 2^n_bits levels."""
-    return -log_likelihood / (dims * math.log(2.0)) + n_bits
 
 
 def check_n_bits(n_bits: int) -> None:

@@ -50,10 +50,24 @@ def draw_images(
 def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
     """Originals, their projections and the absolute difference, uint8 (N, C, H, W) each."""
     residual = (originals.int() - projections.int()).abs().to(torch.uint8)
-    rows = {"original": originals, "projection": projections, "|difference|": residual}
+    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
     squared = (residual.float() / 255).square().mean().item()
     footer = f"mean squared error of these images on the [0, 1] scale: {squared:.4f}"
     draw_images(path, title, rows, footer)
+
+
+def in_rows(rows: Mapping[str, Tensor], columns: int = 12) -> dict[str, Tensor]:
+    """Rows of at most `columns` images from rows of any length: the first `columns` of each, then
+    the next. A last row that is not full is filled with white."""
+    result: dict[str, Tensor] = {}
+    count = max(len(images) for images in rows.values())
+    for begin in range(0, count, columns):
+        for name, images in rows.items():
+            part = images[begin : begin + columns]
+            blank = part.new_full((min(columns, count) - len(part), *part.shape[1:]), 255)
+            label = name + " " * (begin // columns)  # the same to the eye, another key
+            result[label] = torch.cat([part, blank])
+    return result
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:

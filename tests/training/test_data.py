@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +6,6 @@ from PIL import Image
 from mflow_kernels.training.data import (
     BatchStream,
     ImageSet,
-    bits_per_dim,
     dequantize,
     load_folder,
     load_splits,
@@ -206,15 +203,6 @@ class TestDequantize:
             dequantize(torch.zeros(1, 1, 2, 2), 8)
         with pytest.raises(ValueError, match="n_bits: expected 1 to 8, got 9"):
             dequantize(self.every_level, 9)
-
-
-@pytest.mark.parametrize("n_bits", [3, 8])
-def test_uniform_density_costs_exactly_n_bits(n_bits):
-    # The uniform density on [-0.5, 0.5) knows nothing: every level of n_bits is as likely.
-    assert bits_per_dim(torch.zeros(1), 784, n_bits).item() == n_bits
-    # Twice the density in every dimension saves one bit.
-    likely = torch.tensor([784 * math.log(2.0)])
-    assert bits_per_dim(likely, 784, n_bits).item() == pytest.approx(n_bits - 1)
 
 
 def test_image_set_checks_what_it_is_given():

@@ -1,0 +1,152 @@
+"""What a person sees of a run while it trains, and the metrics file."""
+
+import csv
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mflow_kernels.training.module import FlowTraining
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class ProgressReport(Callback):
+    """A progress bar on stderr; plain lines, one in a while, where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._last_line = 0.0
+        self._speed = 0.0
+        self._held_out = ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_line = time.monotonic()
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("stage {task.fields[stage]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "", total=_training(pl_module).total_steps, stage="", figures=""
+        )
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        training = _training(pl_module)
+        metrics = trainer.callback_metrics
+        if "images_per_second" not in metrics:  # the module logs it after its first step
+            return
+        speed = float(metrics["images_per_second"])
+        self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
+        stage = f"{training.trained_stage + 1}/{len(training.model.stages)}"
+        figures = f"loss {float(metrics['loss']):.3f}"
+        if training.trained_stage == 0:
+            figures += f"  {float(metrics['bits_per_dim']):.3f} bits/dim"
+        figures += f"{self._held_out}  {self._speed:.0f} images/s"
+        step = trainer.global_step
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, stage=stage, figures=figures)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            total = training.total_steps
+            self._console.print(
+                f"stage {stage}  step {step}/{total}  {figures}", highlight=False, soft_wrap=True
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bits = float(trainer.callback_metrics["heldout_bits_per_dim"])
+        self._held_out = f" (held out {bits:.3f} bits/dim)"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+        if isinstance(exception, KeyboardInterrupt):
+            self._console.print("interrupted; the same command with --resume goes on")
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class MetricsCsv(Logger):
+    """One CSV file with fixed columns, a row for each logged step, written at once.
+
+    Lightning's own CSVLogger empties its folder when a run resumes.
+
+    Args:
+        path: the file; rows of steps from `first_step` on are dropped, the others kept.
+        first_step: the step at which this run starts or resumes.
+    """
+
+    columns = (
+        "step",
+        "stage",
+        "loss",
+        "bits_per_dim",
+        "heldout_bits_per_dim",
+        "on_manifold",
+        "off_manifold",
+        "logdet",
+        "penalty",
+        "learning_rate",
+        "images_per_second",
+    )
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        super().__init__()
+        self._path = path
+        kept = [row for row in read_metrics(path) if row["step"] < first_step]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {name: metrics[name] for name in self.columns if name in metrics}
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow({**row, "step": step})
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a MetricsCsv file, empty cells left out; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+
+
+def _training(module: LightningModule) -> FlowTraining:
+    assert isinstance(module, FlowTraining)
+    return module

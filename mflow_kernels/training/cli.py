@@ -1,0 +1,277 @@
+"""The command line: `mflow train | sample | reconstruct | evaluate`.
+
+Each command first checks everything and returns its work, then the work is done: so bad input ends
+before anything is written, and an error of the work itself is never mistaken for bad input.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # a function that needs torch or Lightning imports it: --help must be quick
+    from mflow_kernels.training.options import OptionParser
+
+_NEEDED = ("jsonargparse", "lightning", "matplotlib", "PIL", "rich", "tensorboard", "yaml")
+
+Device = Literal["auto", "cpu", "cuda"]
+Work = Callable[[], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mflow` with these arguments (by default the process's) and return its exit code:
+    0, 1 for training that diverged, 2 for bad input, which is told in one line on stderr."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
+    from jsonargparse import ArgumentError
+
+    from mflow_kernels.training.options import explain
+
+    try:
+        work = _check(list(sys.argv[1:] if argv is None else argv))
+    except ArgumentError as error:
+        return _fail(explain(error), code=2)
+    except (ValueError, TypeError) as error:
+        return _fail(str(error), code=2)
+    try:
+        work()
+    except FloatingPointError as error:
+        return _fail(str(error), code=1)
+    return 0
+
+
+def train(options: dict[str, Any]) -> Work:
+    """Train a manifold flow on images.
+
+    With no further argument: on handwritten digits, on a CPU, in a few minutes. Writes one run
+    folder: the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures, an evaluation.
+    """
+    from mflow_kernels.training.config import TrainConfig
+
+    overwrite, resume = options.pop("overwrite"), options.pop("resume")
+    run_dir = options.pop("run_dir")
+    config = TrainConfig(**options)
+    folder = Path(run_dir or config.default_run_dir())
+
+    from mflow_kernels.training.train import plan_run, run
+
+    plan = plan_run(config, folder, overwrite=overwrite, resume=resume)
+
+    def work() -> None:
+        _report_skipped(plan.splits.skipped)
+        pictures = run(plan)
+        print(f"\nRun folder: {folder}\nPictures:")
+        for picture in pictures:
+            print(f"  {picture}")
+
+    return work
+
+
+def sample(
+    run: str,
+    number: int = 60,
+    temperature: float = 0.7,
+    seed: int = 0,
+    stages: int | None = None,
+    output: str | None = None,
+    device: Device = "auto",
+) -> Work:
+    """Draw images from a trained model.
+
+    Args:
+        run: Folder that mflow train wrote.
+        number: How many images.
+        temperature: Standard deviation of the manifold coordinates; below 1 draws likelier images.
+        seed: Seed of the draw.
+        stages: Use only the first so many stages; all by default.
+        output: PNG file to write; by default a name in the run folder.
+        device: Where to compute; auto takes a GPU if there is one.
+    """
+    from mflow_kernels.training.pictures import draw_images, in_rows
+    from mflow_kernels.training.runs import load_run
+    from mflow_kernels.training.samples import draw_samples
+
+    _check_at_least("number", number, 1)
+    _check_at_least("seed", seed, 0)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    loaded = load_run(run, device)
+    count = len(loaded.model.stages)
+    if stages is not None and not 1 <= stages <= count:
+        raise ValueError(f"stages: expected 1 to {count}, got {stages}")
+    suffix = f"-stages{stages}" if stages else ""
+    path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
+
+    def work() -> None:
+        images = draw_samples(loaded.model, number, temperature, seed, stages)
+        title = f"{number} samples at T = {temperature:g}, seed {seed}"
+        draw_images(path, title, in_rows({"": images}))
+        print(path)
+
+    return work
+
+
+def reconstruct(
+    run: str,
+    data: str | None = None,
+    number: int = 24,
+    output: str | None = None,
+    device: Device = "auto",
+) -> Work:
+    """Show images beside their projections on the manifold.
+
+    Args:
+        run: Folder that mflow train wrote.
+        data: Folder of images (of a CelebA folder, its test part); by default the images that the
+            run held out.
+        number: How many images.
+        output: PNG file to write; by default a name in the run folder.
+        device: Where to compute; auto takes a GPU if there is one.
+    """
+    from mflow_kernels.training.evaluation import held_out_images
+    from mflow_kernels.training.pictures import draw_residuals
+    from mflow_kernels.training.runs import load_run
+    from mflow_kernels.training.samples import project_images
+
+    _check_at_least("number", number, 1)
+    loaded = load_run(run, device)
+    images, name, skipped = held_out_images(loaded, data)
+    path = _png(output, loaded.folder / f"reconstructions-{name}.png")
+
+    def work() -> None:
+        _report_skipped(skipped)
+        originals = images.batch(range(min(number, len(images))))
+        title = f"{name}: images and their projections on the manifold"
+        draw_residuals(path, title, originals, project_images(loaded.model, originals))
+        print(path)
+
+    return work
+
+
+def evaluate(run: str, data: str | None = None, device: Device = "auto") -> Work:
+    """Print likelihood and reconstruction error on held-out images.
+
+    Args:
+        run: Folder that mflow train wrote; evaluation.json is written there.
+        data: Folder of images (of a CelebA folder, its test part); by default the images that the
+            run held out. Its figures go to evaluation-NAME.json.
+        device: Where to compute; auto takes a GPU if there is one.
+    """
+    from mflow_kernels.training.evaluation import evaluate_model, held_out_images
+    from mflow_kernels.training.runs import EVALUATION, load_run
+
+    loaded = load_run(run, device)
+    images, name, skipped = held_out_images(loaded, data)
+    path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
+
+    def work() -> None:
+        _report_skipped(skipped)
+        evaluation = evaluate_model(
+            loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
+        )
+        evaluation.write(path)
+        evaluation.print()
+        print(path)
+
+    return work
+
+
+def _check(argv: list[str]) -> Work:
+    """The work that these arguments ask for; ArgumentError, ValueError or TypeError if bad."""
+    parser, trainer = _parsers()
+    chosen = parser.parse_args(argv)
+    if chosen.subcommand == "train":
+        options = vars(chosen.train)
+        if chosen.train.resume:
+            # What the run recorded takes the place of the defaults: only what is typed can differ.
+            trainer.set_defaults(_recorded(options))
+            options = vars(parser.parse_args(argv).train)
+        return train(options)
+    commands: dict[str, Callable[..., Work]] = {
+        "sample": sample,
+        "reconstruct": reconstruct,
+        "evaluate": evaluate,
+    }
+    return commands[chosen.subcommand](**vars(chosen[chosen.subcommand]))
+
+
+def _parsers() -> tuple["OptionParser", "OptionParser"]:
+    """The parser of the whole command line, and that of `mflow train` within it."""
+    from mflow_kernels.training.config import add_options
+    from mflow_kernels.training.options import OptionParser
+
+    parser = OptionParser(
+        prog="mflow",
+        description="Manifold learning and density estimation with normalizing flows on images.",
+    )
+    commands = parser.add_subcommands(
+        metavar="COMMAND", title="commands", description="mflow COMMAND --help tells more of each."
+    )
+    trainer = OptionParser(description=_text(train))
+    trainer.add_argument(
+        "--run-dir", help="Folder to write; by default a name in runs/ made from the options."
+    )
+    trainer.add_argument(
+        "--overwrite", action="store_true", help="Replace the run folder if it exists."
+    )
+    trainer.add_argument(
+        "--resume", action="store_true", help="Go on with the run folder from its last checkpoint."
+    )
+    add_options(trainer)
+    commands.add_subcommand("train", trainer, help=_text(train, lines=1))
+    for command in (sample, reconstruct, evaluate):
+        subparser = OptionParser(description=_text(command))
+        subparser.add_function_arguments(command, as_group=False, as_positional=True)
+        commands.add_subcommand(command.__name__, subparser, help=_text(command))
+    return parser, trainer
+
+
+def _recorded(options: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.training.runs import read_config
+
+    names = {*options} - {"run_dir", "overwrite", "resume"}
+    config = TrainConfig(**{name: options[name] for name in names})
+    recorded = asdict(read_config(Path(options["run_dir"] or config.default_run_dir())))
+    return {name: recorded[name] for name in names}
+
+
+def _text(command: Callable[..., Work], lines: int | None = None) -> str:
+    """A command's docstring up to its arguments."""
+    text = (command.__doc__ or "").split("Args:")[0]
+    return " ".join(" ".join(text.strip().split("\n")[:lines]).split())
+
+
+def _png(output: str | None, default: Path) -> Path:
+    path = Path(output) if output else default
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"output: expected a name ending in .png, got {output!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"output: expected an existing folder, got {path.parent}")
+    return path
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _report_skipped(skipped: Sequence[Path]) -> None:
+    if skipped:
+        names = ", ".join(path.name for path in skipped[:5])
+        more = ", ..." if len(skipped) > 5 else ""
+        print(f"skipped {len(skipped)} files that are no images: {names}{more}", file=sys.stderr)
+
+
+def _fail(message: str, code: int) -> int:
+    # The library names its arguments as Python does; here they are options.
+    text = re.sub(
+        r"^(?!run:|checkpoint:|config)(\w+):", lambda m: "--" + m[0].replace("_", "-"), message
+    )
+    print(f"mflow: error: {text}", file=sys.stderr)
+    return code

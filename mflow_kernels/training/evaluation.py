@@ -1,0 +1,162 @@
+"""What a trained model is worth on images it has not seen."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.training.data import (
+    DIGITS,
+    ImageSet,
+    OrderedBatches,
+    dequantize,
+    load_folder,
+    load_splits,
+    stream_generator,
+)
+from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.runs import Run
+
+_NOISE = 3  # key of stream_generator
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """Means over the images, of the model up to one stage.
+
+    bits_per_dim = n_bits - (on_manifold + off_manifold + logdet), the three parts being the
+    log-densities and the log-determinant in bits per dimension. The error is that of the images'
+    projections, clipped to the range of images, on the [0, 1] scale; psnr is of that mean, in dB.
+    """
+
+    bits_per_dim: float
+    on_manifold: float
+    off_manifold: float
+    logdet: float
+    mean_squared_error: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`stages` holds the figures of stage 1 alone, of stages 1 and 2, and so on."""
+
+    data: str
+    images: int
+    manifold_dims: tuple[int, ...]
+    stages: tuple[StageFigures, ...]
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def print(self) -> None:
+        """As a table on stdout."""
+        table = Table(title=f"Held-out figures: {self.images:,} images of {self.data}")
+        table.add_column("")
+        for number, dim in enumerate(self.manifold_dims, start=1):
+            stages = "stage 1" if number == 1 else f"stages 1-{number}"
+            table.add_column(f"{stages}\n{dim} dimensions", justify="right")
+        rows = {
+            "bits per dimension": ("bits_per_dim", ".4f"),
+            "  on-manifold log-density": ("on_manifold", "+.4f"),
+            "  off-manifold log-density": ("off_manifold", "+.4f"),
+            "  log-determinant": ("logdet", "+.4f"),
+            "projection: mean squared error": ("mean_squared_error", ".5f"),
+            "projection: PSNR (dB)": ("psnr", ".2f"),
+        }
+        for label, (name, form) in rows.items():
+            table.add_row(label, *(format(getattr(stage, name), form) for stage in self.stages))
+        Console().print(table)
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: HierarchicalFlow,
+    images: ImageSet,
+    n_bits: int,
+    *,
+    data: str,
+    device: torch.device,
+    batch_size: int = 100,
+) -> Evaluation:
+    """Figures of a model on a set of images; the same images give the same figures.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        images: of the model's image shape.
+        n_bits: bits of each colour that the model was trained on.
+        data: what to call the images.
+        device: where to compute.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: images of another shape.
+    """
+    check_image_shape(images, model)
+    stages = cast(list[ManifoldFlow], list(model.stages))
+    dims = math.prod(images.image_shape)
+    sums = torch.zeros(len(stages), 4, dtype=torch.float64)
+    for number, batch in enumerate(OrderedBatches(images, batch_size)):
+        generator = stream_generator(0, _NOISE, number, device=device)
+        x = dequantize(batch.to(device), n_bits, generator)
+        u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
+        for index, stage in enumerate(stages):
+            terms = stage.terms(u)
+            u = stage.encode(u)
+            outside = outside + terms.off_manifold
+            logdet = logdet + terms.logdet
+            projected = model.project(x, index + 1)
+            squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
+            for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
+                sums[index, column] += part.double().sum().cpu()
+    means = sums / len(images)
+    figures = []
+    for on, off, volume, squared in means.tolist():
+        total = torch.tensor(on + off + volume, dtype=torch.float64)
+        bits = bits_per_dimension(total, dims, n_bits).item()
+        scale = 1 / (dims * math.log(2.0))
+        psnr = -10 * math.log10(squared) if squared else math.inf
+        figures.append(StageFigures(bits, on * scale, off * scale, volume * scale, squared, psnr))
+    manifold_dims = tuple(stage.manifold_dim for stage in stages)
+    return Evaluation(data, len(images), manifold_dims, tuple(figures))
+
+
+def held_out_images(run: Run, data: str | None) -> tuple[ImageSet, str, tuple[Path, ...]]:
+    """The images to evaluate a run on, what to call them, and the files that were skipped.
+
+    Args:
+        run: a trained run.
+        data: a folder that the run was not trained on, taken whole (of a CelebA folder, the test
+            part); None or the run's own data: the images that it held out.
+
+    Raises:
+        ValueError: no images there, or of other channels than the model's.
+    """
+    size = run.config.image_size
+    if data is None or data == run.config.data or str(Path(data).resolve()) == run.config.data:
+        splits = load_splits(run.config.data, size)
+        images, skipped = splits.test, splits.skipped
+    elif data == DIGITS:
+        images, skipped = load_splits(data, size).test, ()
+    else:
+        images, skipped = load_folder(data, run.config.image_shape[1])
+    check_image_shape(images, run.model)
+    return images, Path(data or run.config.data).resolve().name, skipped
+
+
+def check_image_shape(images: ImageSet, model: HierarchicalFlow) -> None:
+    """ValueError if the model was made for images of another shape, channels named first."""
+    expected, came = model.input_shape, images.image_shape
+    if came[0] != expected[0]:
+        raise ValueError(f"data: expected images of {expected[0]} channels, got {came[0]}")
+    if came != expected:
+        raise ValueError(f"data: expected images of shape {expected}, got {came}")

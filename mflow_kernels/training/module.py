@@ -1,0 +1,138 @@
+"""Training of all stages of a hierarchical flow, as one LightningModule and one `fit`."""
+
+import math
+import time
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.training.config import TrainConfig
+from mflow_kernels.training.data import (
+    BatchStream,
+    OrderedBatches,
+    Splits,
+    dequantize,
+    stream_generator,
+)
+
+_TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
+_WARM_UP_STEPS = 100
+_FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
+
+
+class FlowTraining(LightningModule):
+    """Trains the stages one after another, each for the same number of steps.
+
+    The stage, the batch, its noise and the learning rate are functions of `global_step` alone, so a
+    run that resumes at any step goes on bit for bit. The earlier stages are frozen, since the
+    model evaluates them without gradients.
+
+    Args:
+        model: the flow to train, on the device or still on the CPU.
+        splits: images; `train` is trained on, `valid` watched.
+        config: batch size, steps, seed and learning rate are read.
+    """
+
+    def __init__(self, model: HierarchicalFlow, splits: Splits, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._splits = splits
+        self._config = config
+        self._stream = BatchStream(splits.train, config.batch_size, config.seed)
+        self.steps_per_stage = config.steps_per_stage(self._stream.batches_per_pass)
+        self.validation_interval = min(self._stream.batches_per_pass, self.steps_per_stage)
+        self._dims = math.prod(splits.train.image_shape)
+        self._step_started = 0.0
+        self.trained_stage = 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_stage * len(self.model.stages)
+
+    @property
+    def stage(self) -> int:
+        """The stage that the next step trains, from 0."""
+        return min(self.global_step // self.steps_per_stage, len(self.model.stages) - 1)
+
+    def train_dataloader(self) -> BatchStream:
+        config = self._config
+        return BatchStream(self._splits.train, config.batch_size, config.seed, self.global_step)
+
+    def val_dataloader(self) -> OrderedBatches:
+        return OrderedBatches(self._splits.valid, self._config.batch_size)
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": list(stage.parameters())} for stage in self.model.stages]
+        optimizer = torch.optim.Adam(groups, lr=self._config.learning_rate)
+        rates = [self._rate_of_stage(stage) for stage in range(len(groups))]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self._step_started = time.perf_counter()
+        if self.global_step % self.steps_per_stage == 0:
+            with torch.no_grad():
+                self.model.initialize(self._dequantize(batch, _TRAIN_NOISE), self.stage)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        stage = self.trained_stage = self.stage
+        x = self._dequantize(batch, _TRAIN_NOISE)
+        terms = self.model.terms(x, stage)
+        dims = math.prod(cast(ManifoldFlow, self.model.stages[stage]).input_shape)
+        loss = terms.loss.mean() / dims
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self.global_step} (stage {stage + 1}); "
+                "a lower --learning-rate may help"
+            )
+        metrics = {
+            name: getattr(terms, name).detach().mean()
+            for name in ("on_manifold", "off_manifold", "logdet", "penalty")
+        }
+        metrics["loss"] = loss.detach()
+        if stage == 0:
+            bits = bits_per_dimension(
+                terms.log_likelihood.detach(), self._dims, self._config.n_bits
+            )
+            metrics["bits_per_dim"] = bits.mean()
+        metrics["stage"] = torch.tensor(float(stage))
+        self.log_dict(metrics)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        seconds = time.perf_counter() - self._step_started
+        rate = self.optimizers().param_groups[self.trained_stage]["lr"]  # type: ignore[union-attr]
+        self.log_dict({"images_per_second": len(batch) / seconds, "learning_rate": rate})
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        # `global_step` has already passed the last step of the stage that was just trained.
+        generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)
+        x = dequantize(batch, self._config.n_bits, generator)
+        log_prob = self.model.log_prob(x, self.trained_stage + 1)
+        bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
+        self.log("heldout_bits_per_dim", bits.mean(), batch_size=len(batch))
+        self.log("stage", float(self.trained_stage), batch_size=len(batch))
+
+    def _dequantize(self, batch: Tensor, key: int) -> Tensor:
+        generator = stream_generator(self._config.seed, key, self.global_step, device=self.device)
+        return dequantize(batch, self._config.n_bits, generator)
+
+    def _rate_of_stage(self, stage: int) -> Any:
+        steps = self.steps_per_stage
+        warm_up = max(1, min(_WARM_UP_STEPS, steps // 5))
+
+        def rate(step: int) -> float:
+            own = step - stage * steps
+            if not 0 <= own < steps:
+                return 0.0
+            falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * own / steps))
+            return min((own + 1) / warm_up, falling)
+
+        return rate

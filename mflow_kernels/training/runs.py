@@ -1,0 +1,158 @@
+"""Run folders: making one, reading one back, and the model that it describes."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.training.config import RunConfig
+
+CONFIG = "config.yaml"
+CHECKPOINT = "last.ckpt"
+METRICS = "metrics.csv"
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run: where it is, what it was made from, and its model in evaluation mode."""
+
+    folder: Path
+    config: RunConfig
+    model: HierarchicalFlow
+    device: torch.device
+
+
+def build_model(config: RunConfig) -> HierarchicalFlow:
+    """The untrained model of a configuration, its weights a function of the seed.
+
+    Raises:
+        ValueError: levels that do not divide the image, more manifold dimensions than it has.
+    """
+    objective = ManifoldObjective(config.domain, config.rho, config.weight)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        flow = Glow(config.image_shape, config.levels, config.steps, config.width)
+        stages = [ManifoldFlow(flow, manifold_dim=config.manifold_dim, objective=objective)]
+        dims = [config.manifold_dim, *config.stage_dims]
+        for outer, inner in pairwise(dims):
+            further = VectorFlow(outer, config.stage_steps, config.stage_width)
+            stages.append(ManifoldFlow(further, manifold_dim=inner, objective=objective))
+    return HierarchicalFlow(stages)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda"; ValueError for "cuda" with no GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA GPU for 'cuda', found none")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def create_run(folder: Path, config: RunConfig, overwrite: bool = False) -> None:
+    """Make a run folder with its config.yaml, under a temporary name first.
+
+    Raises:
+        ValueError: the folder exists and may not be, or is no run's, to be overwritten.
+    """
+    check_new_run(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = temporary.with_suffix(".old")
+    temporary.mkdir()
+    (temporary / CONFIG).write_text(config.to_yaml())
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_new_run(folder: Path, overwrite: bool) -> None:
+    """ValueError where `create_run` would not make this folder."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"run_dir: expected a new folder, but {folder} exists (--resume continues it, "
+            "--overwrite starts anew)"
+        )
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"run_dir: --overwrite expected a folder of mflow train with {CONFIG}, got {folder}"
+        )
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder; ValueError if there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"run: expected a folder of mflow train with {CONFIG}, got {folder}")
+    return RunConfig.from_yaml(path.read_text())
+
+
+def read_checkpoint(path: Path, config: RunConfig) -> dict[str, Any]:
+    """A checkpoint whose weights fit `config`, on the CPU. No code in the file is ever run.
+
+    Raises:
+        ValueError: no such file, a torn or foreign one, or another architecture's.
+    """
+    if not path.is_file():
+        raise ValueError(f"checkpoint: expected {path}, found none")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"checkpoint: expected a whole one of mflow train, got {path} ({reason[:120]})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"checkpoint: expected one of mflow train, got another kind of file: {path}"
+        )
+    expected = {
+        f"model.{name}": tuple(t.shape) for name, t in build_model(config).state_dict().items()
+    }
+    came = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+    if expected != came:
+        different = min(name for name in {*expected, *came} if expected.get(name) != came.get(name))
+        raise ValueError(
+            f"checkpoint: expected the architecture of {CONFIG}, got another in {path} "
+            f"({different}: expected {_shape(expected, different)}, got {_shape(came, different)})"
+        )
+    return checkpoint
+
+
+def load_run(folder: str, device: str = "auto") -> Run:
+    """Read a run folder of `mflow train`.
+
+    Raises:
+        ValueError: a folder that is none, a checkpoint that is torn or of another architecture.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    target = pick_device(device)
+    state = read_checkpoint(path / CHECKPOINT, config)["state_dict"]
+    model = build_model(config)
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return Run(path, config, model.to(target).eval(), target)
+
+
+def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
+    """The first option that differs and matters to a resumed run, explained; None if none does."""
+    for option in fields(RunConfig):
+        want, have = getattr(asked, option.name), getattr(recorded, option.name)
+        if option.name != "device" and want != have:
+            return f"{option.name}: expected {have} as in the run that resumes, got {want}"
+    return None
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(shapes[name]) if name in shapes else "nothing of that name"

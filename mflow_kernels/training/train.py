@@ -1,0 +1,186 @@
+"""`mflow train`: everything from a configuration to a run folder with its pictures and figures."""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from mflow_kernels.models import HierarchicalFlow
+from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
+from mflow_kernels.training.config import RunConfig, TrainConfig
+from mflow_kernels.training.data import Splits, load_splits
+from mflow_kernels.training.evaluation import evaluate_model
+from mflow_kernels.training.module import FlowTraining
+from mflow_kernels.training.pictures import draw_curves, draw_images, draw_residuals
+from mflow_kernels.training.runs import (
+    CHECKPOINT,
+    EVALUATION,
+    METRICS,
+    build_model,
+    changed_options,
+    check_new_run,
+    create_run,
+    pick_device,
+    read_checkpoint,
+    read_config,
+)
+from mflow_kernels.training.samples import draw_samples, project_images
+
+TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)
+_COLUMNS = 12
+_CLIP_NORM = 1.0
+_PRECISIONS: dict[str, Any] = {
+    "float32": "32-true",
+    "bfloat16": "bf16-mixed",
+    "float16": "16-mixed",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that passed every check: nothing is written yet."""
+
+    folder: Path
+    config: RunConfig
+    splits: Splits
+    model: HierarchicalFlow
+    device: torch.device
+    overwrite: bool
+    resumes: bool  # the run folder exists and is to be continued
+    first_step: int  # 0, or that of the checkpoint to go on from
+
+
+def plan_run(
+    config: TrainConfig, folder: Path, *, overwrite: bool = False, resume: bool = False
+) -> Plan:
+    """Check everything that can go wrong before a step is taken, and write nothing.
+
+    Raises:
+        ValueError: any bad value, unreadable data, a run folder that exists (or, to resume, that
+            does not), a checkpoint that does not belong to it.
+    """
+    if overwrite and resume:
+        raise ValueError("resume: expected either --resume or --overwrite, got both")
+    config.check()
+    device = pick_device(config.device)
+    if config.precision == "float16" and device.type == "cpu":
+        raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
+    if not resume:
+        check_new_run(folder, overwrite)
+    recorded = read_config(folder) if resume else None
+    splits = load_splits(config.data, config.image_size)
+    resolved = config.resolve(splits.train.image_shape)
+    model = build_model(resolved)
+    first_step = 0
+    if recorded is not None:
+        changed = changed_options(resolved, recorded)
+        if changed:
+            raise ValueError(changed)
+        if (folder / CHECKPOINT).exists():  # absent: stopped before the first one
+            first_step = read_checkpoint(folder / CHECKPOINT, resolved)["global_step"]
+    return Plan(folder, resolved, splits, model, device, overwrite, resume, first_step)
+
+
+def run(plan: Plan) -> list[Path]:
+    """Train (or go on training) all stages, then draw and evaluate into the run folder.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+    """
+    if not plan.resumes:
+        create_run(plan.folder, plan.config, plan.overwrite)
+    _fit(plan)
+    model = plan.model.to(plan.device).eval()
+    pictures = _draw(plan, model)
+    evaluation = evaluate_model(
+        model, plan.splits.test, plan.config.n_bits, data=plan.config.data, device=plan.device
+    )
+    evaluation.write(plan.folder / EVALUATION)
+    evaluation.print()
+    return pictures
+
+
+def _fit(plan: Plan) -> None:
+    training = FlowTraining(plan.model, plan.splits, plan.config)
+    checkpoint = ModelCheckpoint(
+        dirpath=plan.folder,
+        filename=Path(CHECKPOINT).stem,
+        every_n_train_steps=training.validation_interval,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    _quieten_lightning()
+    trainer = Trainer(
+        accelerator="gpu" if plan.device.type == "cuda" else "cpu",
+        devices=1,
+        precision=_PRECISIONS[plan.config.precision],
+        max_steps=training.total_steps,
+        max_epochs=-1,
+        val_check_interval=training.validation_interval,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=_CLIP_NORM,
+        log_every_n_steps=min(50, max(1, training.total_steps // 500)),
+        default_root_dir=plan.folder,
+        logger=[
+            MetricsCsv(plan.folder / METRICS, plan.first_step),
+            TensorBoardLogger(plan.folder, name="", version="tensorboard"),
+        ],
+        callbacks=[ProgressReport(), checkpoint],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    resume_from = plan.folder / CHECKPOINT if plan.first_step else None
+    trainer.fit(training, ckpt_path=resume_from, weights_only=True)
+    if trainer.global_step != plan.first_step:
+        trainer.save_checkpoint(plan.folder / CHECKPOINT)
+
+
+def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
+    folder = plan.folder
+    paths = [folder / f"{name}.png" for name in ("curves", "samples", "projections", "hierarchy")]
+    curves, samples, projections, hierarchy = paths
+    draw_curves(curves, read_metrics(folder / METRICS))
+    draw_images(
+        samples,
+        "Samples on the manifold at several temperatures",
+        {f"T = {t}": draw_samples(model, _COLUMNS, t, plan.config.seed) for t in TEMPERATURES},
+    )
+    test = plan.splits.test
+    originals = test.batch(range(min(_COLUMNS, len(test))))
+    draw_residuals(
+        projections,
+        f"Held-out images and their projections on the {plan.config.manifold_dim}-dimensional "
+        "manifold",
+        originals,
+        project_images(model, originals, stages=1),
+    )
+    if len(model.stages) == 1:
+        return paths[:-1]
+    rows = {}
+    for temperature in (0.7, 1.0):
+        for count, name in ((1, "before"), (len(model.stages), "after")):
+            images = draw_samples(model, _COLUMNS, temperature, plan.config.seed, count)
+            rows[f"{name}, T = {temperature}"] = images
+    draw_images(hierarchy, "Samples before and after the hierarchical stages", rows)
+    return paths
+
+
+def _quieten_lightning() -> None:
+    """Hide what Lightning says of itself; its warnings about real trouble stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
