@@ -11,8 +11,11 @@ from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
+from mflow_kernels.ops._checks import check_state
 from mflow_kernels.ops._launch import accumulator, pixels
-from mflow_kernels.ops.conv1x1 import inverse_weight
+from mflow_kernels.ops.conv1x1 import conv1x1_op, inverse_mix, spread
+from mflow_kernels.ops.coupling import affine_coupling_op, check_params
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -113,28 +116,45 @@ def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mix:
     return Mix(weight, bias, log_diagonal.sum() + log_scale.sum())
 
 
+PRECISION = "tf32x3"
+
+
 def _forward(steps: list[FlowStep], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = check_state("x", x)
     mix = fold(steps, accumulator(x.dtype))
-    ledger = []
-    x = ops.conv1x1(x, mix.weight[0], mix.bias[0])
+    weight, bias = spread(mix.weight, mix.bias, x)
+    dtype = network_dtype(x)
+    x, net = conv1x1_op(x, weight[0], bias[0], PRECISION, dtype)
+    ledgers = []
     for k, step in enumerate(steps):
-        params, scale = step.coupling.params(x), step.coupling.scale
+        params, scale = check_params(x, step.coupling.net(net)), step.coupling.scale.args
         if k + 1 < len(steps):
-            x, logdet = ops.coupling_conv1x1(x, params, mix.weight[k + 1], mix.bias[k + 1], scale)
+            x, net, ledger = coupling_conv1x1_op(
+                x, params, weight[k + 1], bias[k + 1], PRECISION, dtype, *scale, False
+            )
         else:
-            x, logdet = ops.affine_coupling(x, params, scale)
-        ledger.append(logdet)
-    return x, ops.accumulate_logdet(torch.stack(ledger, dim=1), pixels(x) * mix.logdet)
+            x, ledger = affine_coupling_op(x, params, *scale, False)
+        ledgers.append(ledger)
+    return x, ops.accumulate_logdet(torch.cat(ledgers, dim=1), pixels(x) * mix.logdet)
 
 
 def _inverse(steps: list[FlowStep], z: Tensor) -> tuple[Tensor, Tensor]:
+    z = check_state("z", z)
     mix = fold(steps, accumulator(z.dtype))
-    weight = inverse_weight(mix.weight)
-    bias = -(weight @ mix.bias.double()[:, :, None])[:, :, 0]
-    weight, bias = weight.to(mix.weight.dtype), bias.to(mix.bias.dtype)
-    ledger = []
+    weight, bias = spread(*inverse_mix(mix.weight, mix.bias), z)
+    dtype = network_dtype(z)
+    net = z[:, : z.shape[1] // 2].to(dtype)
+    ledgers = []
     for k, step in reversed(list(enumerate(steps))):
-        params, scale = step.coupling.params(z), step.coupling.scale
-        z, logdet = ops.coupling_inverse_conv1x1(z, params, weight[k], bias[k], scale)
-        ledger.append(logdet)
-    return z, ops.accumulate_logdet(torch.stack(ledger, dim=1), -pixels(z) * mix.logdet)
+        params, scale = check_params(z, step.coupling.net(net)), step.coupling.scale.args
+        z, net, ledger = coupling_conv1x1_op(
+            z, params, weight[k], bias[k], PRECISION, dtype if k else None, *scale, True
+        )
+        ledgers.append(ledger)
+    return z, ops.accumulate_logdet(torch.cat(ledgers, dim=1), -pixels(z) * mix.logdet)
+
+
+def network_dtype(x: Tensor) -> torch.dtype:
+    """What a coupling network computes in: autocast's dtype where it is on, else the state's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -25,6 +25,11 @@ def register_triton(op: Any, launch: Callable[..., Any]) -> None:
     op.register_kernel(["cpu", "cuda"] if INTERPRETED else "cuda")(launch)
 
 
+def uses_triton(x: Tensor) -> bool:
+    """Whether an operator on x runs its Triton kernels (else its reference)."""
+    return x.device.type == "cuda" or INTERPRETED
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and log-determinants of a state of `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -63,8 +68,10 @@ def dense_pixels(x: Tensor) -> Tensor:
     return x
 
 
-def strides(x: Tensor) -> Strides:
-    """The strides of a tensor that `dense_pixels` returned."""
+def strides(x: Tensor | None) -> Strides:
+    """The strides of a tensor that `dense_pixels` returned; zeros for one that is absent."""
+    if x is None:
+        return Strides(0, 0, 0)
     p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
     return Strides(x.stride(0), x.stride(1), p)
 
@@ -99,6 +106,13 @@ def tile_columns(n: int, p: int, block_p: int) -> Tiles:
     return Tiles(n * per_sample, block_p, False, per_sample)
 
 
+def ledger_columns(x: Tensor, block_p: int) -> int:
+    """T of the ledger (N, T) that a launch on x with tiles of `block_p` columns writes."""
+    if not uses_triton(x):
+        return 1
+    return tile_columns(x.shape[0], pixels(x), block_p).ledger
+
+
 @triton.jit
 def columns(tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
     """Sample and pixel of each column of a tile, and whether it exists."""
@@ -114,9 +128,21 @@ def columns(tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
 
 @triton.jit
 def write_ledger(ledger, log_s, tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
-    """Store a tile's sum of log s (channels by columns) in its own place of the ledger."""
+    """Store a tile's sum of log s (channels by columns) in its own place of the ledger (N, T)."""
     if FLAT:
         j = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         tl.store(ledger + j, tl.sum(log_s, axis=0), mask=j < N * P)
     else:
         tl.store(ledger + tile, tl.sum(log_s))
+
+
+@triton.jit
+def read_ledger(
+    dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P: tl.constexpr, FLAT: tl.constexpr
+):
+    """For each column, the gradient of the place in the ledger that its log s went to."""
+    if FLAT:
+        t = p
+    else:
+        t = p // BLOCK_P
+    return tl.load(dledger + n * dledger_n + t * dledger_t, mask=valid, other=0.0)

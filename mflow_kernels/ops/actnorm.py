@@ -162,24 +162,24 @@ def launch_actnorm_backward(
 
 
 @torch.library.custom_op("mflow::actnorm", mutates_args=())
-def _actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+def actnorm_op(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     return in_layout_of(x, actnorm_ref(x, bias, log_scale, inverse))
 
 
 @torch.library.custom_op("mflow::actnorm_backward", mutates_args=())
-def _actnorm_backward(
+def actnorm_backward_op(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dbias, dlog_scale = actnorm_backward_ref(dy, x, bias, log_scale, inverse)
     return in_layout_of(x, dx), dbias, dlog_scale
 
 
-@_actnorm.register_fake
+@actnorm_op.register_fake
 def _(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@_actnorm_backward.register_fake
+@actnorm_backward_op.register_fake
 def _(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,12 +192,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_actnorm_backward(dy, *ctx.saved_tensors, ctx.inverse), None)
+    return (*actnorm_backward_op(dy, *ctx.saved_tensors, ctx.inverse), None)
 
 
-_actnorm.register_autograd(_backward, setup_context=_setup)
-register_triton(_actnorm, launch_actnorm)
-register_triton(_actnorm_backward, launch_actnorm_backward)
+actnorm_op.register_autograd(_backward, setup_context=_setup)
+register_triton(actnorm_op, launch_actnorm)
+register_triton(actnorm_backward_op, launch_actnorm_backward)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
@@ -225,11 +225,11 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
     """
     x = _checked("x", x, bias, log_scale)
     logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
-    return _actnorm(x, bias, log_scale, False), logdet.expand(x.shape[0])
+    return actnorm_op(x, bias, log_scale, False), logdet.expand(x.shape[0])
 
 
 def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `actnorm`: x, and the negative of its logdet. Arguments as there."""
     y = _checked("y", y, bias, log_scale)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
-    return _actnorm(y, bias, log_scale, True), logdet.expand(y.shape[0])
+    return actnorm_op(y, bias, log_scale, True), logdet.expand(y.shape[0])

@@ -9,6 +9,9 @@ knows W's factors.
 Gradients, with g = d loss / d y:
     dx_p = W^T g_p,   dW = sum over samples and pixels of g_p x_p^T,   d bias = sum of g_p
 
+The launch can also write the input of the next coupling network, x_a of y, dense and in the
+network's dtype; its gradient comes back beside that of y and is added as both are read.
+
 Shapes: x (N, C, *spatial), weight (C, C), bias (C,). dtypes: products of float32 states are summed
 in float32 on the tensor cores with three tf32 products each ("tf32x3", within float32 rounding);
 float64 in float64; float16 and bfloat16 states are upcast to float32.
@@ -34,7 +37,6 @@ from mflow_kernels.ops._checks import (
 )
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
-    Tiles,
     accumulator,
     columns,
     dense_pixels,
@@ -43,6 +45,7 @@ from mflow_kernels.ops._launch import (
     register_triton,
     strides,
     tile_columns,
+    uses_triton,
     write_ledger,
 )
 from mflow_kernels.ops.coupling import couple, load_params
@@ -53,25 +56,52 @@ PRECISIONS = ("tf32x3", "tf32")
 
 def conv1x1_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = accumulator(x.dtype)
-    bias = None if bias is None else bias.to(dtype)
-    y = F.linear(x.movedim(1, -1).to(dtype), weight.to(dtype), bias)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        y = F.linear(x.movedim(1, -1).to(dtype), weight.to(dtype), bias)
     return y.movedim(-1, 1).to(x.dtype)
 
 
 def conv1x1_backward_ref(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dy_p, x_p = (t.movedim(1, -1).flatten(0, -2).to(accumulator(x.dtype)) for t in (dy, x))
-    dweight, dbias = dy_p.t() @ x_p, dy_p.sum(0)
-    return conv1x1_ref(dy, weight.t(), None), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        dweight = dy_p.t() @ x_p
+    return conv1x1_ref(dy, weight.t(), None), dweight, dy_p.sum(0)
+
+
+def add_to_first_half(dy: Tensor, dnet: Tensor | None) -> Tensor:
+    """The gradient of y from that of y itself and that of the network input cut from it."""
+    if dnet is None:
+        return dy
+    dy = dy.clone(memory_format=torch.preserve_format)
+    dy[:, : dnet.shape[1]] += dnet
+    return dy
+
+
+@triton.jit
+def load_gradient(
+    dy, dnet, n, c, p, valid, C: tl.constexpr,
+    dy_n, dy_c, dy_p: tl.constexpr, dnet_n, dnet_c, dnet_p: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of dy, with the gradient of the network input added to its first half."""
+    at = dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
+    dy_t = tl.load(at, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+    if dnet is not None:
+        at = dnet + n[None, :] * dnet_n + c[:, None] * dnet_c + p[None, :] * dnet_p
+        is_a = (c[:, None] < C // 2) & valid[None, :]
+        dy_t += tl.load(at, mask=is_a, other=0.0).to(DTYPE)
+    return dy_t
 
 
 @triton.jit
 def _mix_kernel(
-    x, params, weight, bias, y, ledger, N, P,
+    x, params, weight, bias, y, net, ledger, N, P,
     x_n, x_c, x_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     y_n, y_c, y_p: tl.constexpr,
+    net_n, net_c, net_p: tl.constexpr,
     weight_o, weight_c,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -83,9 +113,8 @@ def _mix_kernel(
     log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        inside = (c[:, None] < C) & valid[None, :]
         at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-        x_t = tl.load(at_x, mask=inside, other=0.0).to(DTYPE)
+        x_t = tl.load(at_x, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
         if SCALE is not None:
             raw, shift, is_b = load_params(
                 params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
@@ -95,18 +124,22 @@ def _mix_kernel(
         at_w = weight + o[:, None] * weight_o + c[None, :] * weight_c
         w_t = tl.load(at_w, mask=(o[:, None] < C) & (c[None, :] < C), other=0.0)
         y_t = tl.dot(w_t, x_t, y_t, input_precision=PRECISION, out_dtype=DTYPE)
-    if HAS_BIAS:
+    if bias is not None:
         y_t += tl.load(bias + o, mask=o < C, other=0.0)[:, None]
     at_y = y + n[None, :] * y_n + o[:, None] * y_c + p[None, :] * y_p
     tl.store(at_y, y_t, mask=(o[:, None] < C) & valid[None, :])
+    if net is not None:
+        at_net = net + n[None, :] * net_n + o[:, None] * net_c + p[None, :] * net_p
+        tl.store(at_net, y_t, mask=(o[:, None] < C // 2) & valid[None, :])
     if SCALE is not None and tl.program_id(1) == 0:
         write_ledger(ledger, log_s_sum, tile, N, P, BLOCK_P, FLAT)
 
 
 @triton.jit
 def _dweight_kernel(
-    dy, x, params, dweight, dbias, N, P, TILES,
+    dy, dnet, x, params, dweight, dbias, N, P, TILES,
     dy_n, dy_c, dy_p: tl.constexpr,
+    dnet_n, dnet_c, dnet_p: tl.constexpr,
     x_n, x_c, x_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
@@ -121,8 +154,9 @@ def _dweight_kernel(
     dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-        at_dy = dy + n[None, :] * dy_n + o[:, None] * dy_c + p[None, :] * dy_p
-        dy_t = tl.load(at_dy, mask=(o[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+        dy_t = load_gradient(
+            dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
+        )
         at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
         x_t = tl.load(at_x, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
         if SCALE is not None:
@@ -162,8 +196,52 @@ def dweight_tile(c: int) -> MixTile:
 DWEIGHT_PROGRAMS = 264  # of a dW launch: two for each multiprocessor of an H100
 
 
-def _splits(tiles: Tiles, blocks: int) -> int:
-    return max(1, min(tiles.programs, DWEIGHT_PROGRAMS // blocks))
+def dweight_splits(x: Tensor) -> int:
+    """How many partial sums of dW a backward launch on the state x leaves."""
+    if not uses_triton(x):
+        return 1
+    c = x.shape[1]
+    tile = dweight_tile(c)
+    blocks = triton.cdiv(c, tile.block_o) * triton.cdiv(c, tile.block_c)
+    tiles = tile_columns(x.shape[0], pixels(x), tile.block_p).programs
+    return max(1, min(tiles, DWEIGHT_PROGRAMS // blocks))
+
+
+def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`net_input`, filled from y."""
+    net = net_input(y, dtype)
+    return net if dtype is None else net.copy_(y[:, : y.shape[1] // 2])
+
+
+def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., C, C) and bias (..., C) as the operators take them: one copy, in appearance, for
+    each partial sum of its gradient.
+
+    So the partial sums leave the backward launch as they are, and one reduction adds them for all
+    the steps that were spread together, in a fixed order.
+    """
+    splits, c, dtype = dweight_splits(x), x.shape[1], accumulator(x.dtype)
+    weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).unsqueeze(-2)
+    return (
+        weight.expand(*weight.shape[:-3], splits, c, c),
+        bias.expand(*bias.shape[:-2], splits, c),
+    )
+
+
+def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor for the network input of the state y: dense, in y's order of axes; or (0,)."""
+    return (
+        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
+    )
+
+
+def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
+    """How a kernel computes products for the state x."""
+    dtype = accumulator(x.dtype)
+    return {
+        "PRECISION": "ieee" if dtype == torch.float64 else precision,
+        "DTYPE": TL_DTYPE[dtype],
+    }
 
 
 def launch_mix(
@@ -171,39 +249,40 @@ def launch_mix(
     weight: Tensor,
     bias: Tensor | None,
     precision: str,
+    net_dtype: torch.dtype | None = None,
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """One launch: y = W x + bias, x through its coupling first where params are given; and the
-    coupling's ledger."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One launch: y = W x + bias, x through its coupling first where params are given; the network
+    input cut from y; and the coupling's ledger."""
     x = dense_pixels(x)
+    params = None if params is None else dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    dtype = accumulator(x.dtype)
     y = torch.empty_like(x)
+    net = net_input(y, net_dtype)
+    net_or_none = None if net_dtype is None else net
     tile = mix_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
     ledger = None
     if params is not None:
-        params = dense_pixels(params)
-        ledger = x.new_empty((n, tiles.ledger), dtype=dtype)
-    weight = weight.to(dtype)
+        ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
     if n:
         _mix_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            x, x if params is None else params, weight, None if bias is None else bias.to(dtype),
-            y, ledger, n, p,
-            *strides(x), *strides(x if params is None else params), *strides(y), *weight.stride(),
-            C=c, SCALE=scale, INVERSE=inverse, HAS_BIAS=bias is not None,
-            PRECISION="ieee" if dtype == torch.float64 else precision, DTYPE=TL_DTYPE[dtype],
+            x, params, weight, bias, y, net_or_none, ledger, n, p,
+            *strides(x), *strides(params), *strides(y), *strides(net_or_none), *weight.stride(),
+            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
             num_warps=tile.warps,
         )  # fmt: skip
-    return y, ledger
+    return y, net, ledger
 
 
 def launch_dweight(
     dy: Tensor,
+    dnet: Tensor | None,
     x: Tensor,
+    splits: int,
     precision: str,
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
@@ -211,21 +290,18 @@ def launch_dweight(
 ) -> tuple[Tensor, Tensor]:
     """One launch: partial sums (splits, C, C) of dW and (splits, C) of d bias."""
     dy, x = dense_pixels(dy), dense_pixels(x)
-    params = x if params is None else dense_pixels(params)
+    dnet = None if dnet is None else dense_pixels(dnet)
+    params = None if params is None else dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    dtype = accumulator(x.dtype)
     tile = dweight_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
-    blocks = triton.cdiv(c, tile.block_o)
-    splits = _splits(tiles, blocks * blocks)
-    new = x.new_empty if n else x.new_zeros
-    dweight, dbias = new((splits, c, c), dtype=dtype), new((splits, c), dtype=dtype)
+    new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
+    dweight, dbias = new((splits, c, c)), new((splits, c))
     if n:
-        _dweight_kernel[(splits, blocks, blocks)](
-            dy, x, params, dweight, dbias, n, p, tiles.programs,
-            *strides(dy), *strides(x), *strides(params),
-            C=c, SCALE=scale, INVERSE=inverse,
-            PRECISION="ieee" if dtype == torch.float64 else precision, DTYPE=TL_DTYPE[dtype],
+        _dweight_kernel[(splits, triton.cdiv(c, tile.block_o), triton.cdiv(c, tile.block_c))](
+            dy, dnet, x, params, dweight, dbias, n, p, tiles.programs,
+            *strides(dy), *strides(dnet), *strides(x), *strides(params),
+            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
             num_warps=tile.warps,
         )  # fmt: skip
@@ -233,64 +309,76 @@ def launch_dweight(
 
 
 @torch.library.custom_op("mflow::conv1x1", mutates_args=())
-def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
-    return in_layout_of(x, conv1x1_ref(x, weight, bias))
+def conv1x1_op(
+    x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
+    return y, cut_net_input(y, net_dtype)
 
 
 @torch.library.custom_op("mflow::conv1x1_backward", mutates_args=())
-def _conv1x1_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, precision: str
+def conv1x1_backward_op(
+    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = conv1x1_backward_ref(dy, x, weight)
-    return in_layout_of(x, dx), dweight, dbias
+    dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
+    return in_layout_of(x, dx), dweight[None], dbias[None]
 
 
-@_conv1x1.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
-    return torch.empty_like(x)
+@conv1x1_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    return y, net_input(y, net_dtype)
 
 
-@_conv1x1_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+@conv1x1_backward_op.register_fake
+def _(
+    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.precision = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, _, ctx.precision, ctx.net_dtype = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = _conv1x1_backward(dy, *ctx.saved_tensors, ctx.precision)
-    return dx, dweight, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype), None
+def _backward(ctx: Any, dy: Tensor, dnet: Tensor) -> tuple[Tensor | None, ...]:
+    dnet_or_none = None if ctx.net_dtype is None else dnet
+    grads = conv1x1_backward_op(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
+    return (*grads, None, None)
 
 
-_conv1x1.register_autograd(_backward, setup_context=_setup)
+conv1x1_op.register_autograd(_backward, setup_context=_setup)
 
 
-@partial(register_triton, _conv1x1)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
-    return launch_mix(x, weight, bias, precision)[0]
+@partial(register_triton, conv1x1_op)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
+    return y, net
 
 
-@partial(register_triton, _conv1x1_backward)
-def _(dy: Tensor, x: Tensor, weight: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _ = launch_mix(dy, weight.t(), None, precision)
-    dweight, dbias = launch_dweight(dy, x, precision)
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+@partial(register_triton, conv1x1_backward_op)
+def _(
+    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, _, _ = launch_mix(add_to_first_half(dy, dnet), weight[0].t(), None, precision)
+    return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
 
 
-def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> None:
-    """weight (C, C) and bias (C,) that fit the state x."""
+def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
+    """weight (C, C) and bias (C,), zero where None, that fit the state x."""
     c = x.shape[1]
+    weight = check_tensor("weight", weight)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else check_tensor("bias", bias)
     for name, value, shape in (("weight", weight, (c, c)), ("bias", bias, (c,))):
-        if name == "bias" and value is None:
-            continue
-        value = check_tensor(name, value)
         check_shape(name, value, shape)
         check_device(name, value, x)
     check_choice("precision", precision, PRECISIONS)
+    return weight, bias
 
 
 def conv1x1(
@@ -315,8 +403,8 @@ def conv1x1(
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
     x = check_state("x", x)
-    check_mix(x, weight, bias, precision)
-    return _conv1x1(x, weight, bias, precision)
+    weight, bias = check_mix(x, weight, bias, precision)
+    return conv1x1_op(x, *spread(weight, bias, x), precision, None)[0]
 
 
 def conv1x1_inverse(
@@ -328,16 +416,17 @@ def conv1x1_inverse(
         ValueError: also where weight is singular or not finite.
     """
     y = check_state("y", y)
-    check_mix(y, weight, bias, precision)
-    inverse = inverse_weight(weight)
-    shift = None if bias is None else -(inverse @ bias.double())
-    dtype = accumulator(y.dtype)
-    return _conv1x1(y, inverse.to(dtype), None if shift is None else shift.to(dtype), precision)
+    weight, bias = check_mix(y, weight, bias, precision)
+    return conv1x1_op(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
 
-def inverse_weight(weight: Tensor) -> Tensor:
-    """W^-1 in float64, differentiable; ValueError where W is singular or not finite."""
+def inverse_mix(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """W^-1 and -W^-1 bias in float64, differentiable, batched over leading axes.
+
+    Raises:
+        ValueError: where a W is singular or not finite.
+    """
     inverse, info = torch.linalg.inv_ex(weight.double())
     if not torch.compiler.is_compiling() and (info.any() or not inverse.isfinite().all()):
         raise ValueError("weight: expected an invertible matrix, got one that is singular")
-    return inverse
+    return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

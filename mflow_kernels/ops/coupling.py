@@ -31,13 +31,15 @@ from mflow_kernels.ops._launch import (
     dense_pixels,
     elementwise_tile,
     in_layout_of,
+    ledger_columns,
     pixels,
+    read_ledger,
     register_triton,
     strides,
     tile_columns,
     write_ledger,
 )
-from mflow_kernels.ops.logdet import launch_accumulate
+from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale, log_scale_ref
 
 
@@ -50,11 +52,11 @@ def affine_coupling_ref(
         y_b = log_s.exp() * x_b + sign * shift
     else:
         y_b = log_s.exp() * (x_b + sign * shift)
-    return torch.cat([x_a, y_b.to(x.dtype)], dim=1), log_s.flatten(1).sum(1)
+    return torch.cat([x_a, y_b.to(x.dtype)], dim=1), log_s.flatten(1).sum(1, keepdim=True)
 
 
 def coupling_backward_ref(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     _, x_b, raw, shift, sign = _halves(x, params, inverse)
     log_s, slope = log_scale_ref(raw, scale)
@@ -64,7 +66,7 @@ def coupling_backward_ref(
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
-    dlog_s += dlogdet.view(-1, *(1,) * (x.dim() - 1))
+    dlog_s += dledger.view(-1, *(1,) * (x.dim() - 1))
     draw = sign * slope * dlog_s
     dx = torch.cat([dy_a.to(x.dtype), dx_b.to(x.dtype)], dim=1)
     return dx, torch.cat([draw, dshift], dim=1).to(params.dtype)
@@ -106,8 +108,8 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def couple_backward(x, raw, shift, is_b, dy, dlogdet, SCALE: tl.constexpr, INVERSE: tl.constexpr):
-    """Gradients of `couple`: dx, d raw, d shift; x is the input, dlogdet one number a column."""
+def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERSE: tl.constexpr):
+    """Gradients of `couple`: dx, d raw, d shift; x is the input, dlog_s one number a column."""
     log_s, slope = log_scale(raw, SCALE)
     if INVERSE:
         log_s = -log_s
@@ -117,10 +119,10 @@ def couple_backward(x, raw, shift, is_b, dy, dlogdet, SCALE: tl.constexpr, INVER
     dx = s * dy
     if (SCALE.order == "shift-scale") == INVERSE:
         dshift = dy
-        draw = (dx * x + dlogdet[None, :]) * slope
+        draw = (dx * x + dlog_s[None, :]) * slope
     else:
         dshift = dx
-        draw = (dx * (x + shift) + dlogdet[None, :]) * slope
+        draw = (dx * (x + shift) + dlog_s[None, :]) * slope
     if INVERSE:
         dshift = -dshift
     return tl.where(is_b, dx, dy), draw, dshift
@@ -155,17 +157,18 @@ def _coupling_fwd_kernel(
 
 @triton.jit
 def _coupling_bwd_kernel(
-    x, params, dy, dlogdet, dx, dparams, N, P,
+    x, params, dy, dledger, dx, dparams, N, P,
     x_n, x_c, x_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     dy_n, dy_c, dy_p: tl.constexpr,
     dx_n, dx_c, dx_p: tl.constexpr,
     dparams_n, dparams_c, dparams_p: tl.constexpr,
+    dledger_n, dledger_t,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
-    dlogdet_t = tl.load(dlogdet + n, mask=valid, other=0.0)
+    dlog_s = read_ledger(dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P, FLAT)
     C_A: tl.constexpr = C // 2
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -179,7 +182,7 @@ def _coupling_bwd_kernel(
         dy_t = tl.load(
             dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p, mask=inside, other=0.0
         ).to(DTYPE)
-        dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlogdet_t, SCALE, INVERSE)
+        dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlog_s, SCALE, INVERSE)
         tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
         at = dparams + n[None, :] * dparams_n + (c - C_A)[:, None] * dparams_c
         at += p[None, :] * dparams_p
@@ -190,7 +193,7 @@ def _coupling_bwd_kernel(
 def launch_coupling(
     x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """One launch for the state and one that sums the ledger: (y, logdet)."""
+    """One launch: y, and the ledger (N, T) of its tiles' sums of log s."""
     x, params = dense_pixels(x), dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     dtype = accumulator(x.dtype)
@@ -204,11 +207,11 @@ def launch_coupling(
             C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[dtype],
             BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
         )  # fmt: skip
-    return y, launch_accumulate(ledger, ledger.new_zeros(()))
+    return y, ledger
 
 
 def launch_coupling_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """One launch: (dx, dparams) from the coupling's input."""
     dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
@@ -218,8 +221,9 @@ def launch_coupling_backward(
     tiles = tile_columns(n, p, block_p)
     if n:
         _coupling_bwd_kernel[(tiles.programs,)](
-            x, params, dy, dlogdet.contiguous(), dx, dparams, n, p,
+            x, params, dy, dledger, dx, dparams, n, p,
             *strides(x), *strides(params), *strides(dy), *strides(dx), *strides(dparams),
+            *dledger.stride(),
             C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
             BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
         )  # fmt: skip
@@ -227,32 +231,33 @@ def launch_coupling_backward(
 
 
 @torch.library.custom_op("mflow::affine_coupling", mutates_args=())
-def _affine_coupling(
+def affine_coupling_op(
     x: Tensor, params: Tensor, kind: str, offset: float, eps: float, clamp: float, order: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
-    y, logdet = affine_coupling_ref(x, params, scale, inverse)
-    return in_layout_of(x, y), logdet
+    y, ledger = affine_coupling_ref(x, params, scale, inverse)
+    return in_layout_of(x, y), ledger
 
 
 @torch.library.custom_op("mflow::affine_coupling_backward", mutates_args=())
-def _affine_coupling_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, kind: str, offset: float, eps: float,
+def affine_coupling_backward_op(
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, kind: str, offset: float, eps: float,
     clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
-    dx, dparams = coupling_backward_ref(dy, dlogdet, x, params, scale, inverse)
+    dx, dparams = coupling_backward_ref(dy, dledger, x, params, scale, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-@_affine_coupling.register_fake
+@affine_coupling_op.register_fake
 def _(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
+    columns = ledger_columns(x, elementwise_tile(x)[1])
+    return torch.empty_like(x), x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
 
 
-@_affine_coupling_backward.register_fake
-def _(dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@affine_coupling_backward_op.register_fake
+def _(dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(params)
 
 
@@ -261,25 +266,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params)
 
 
-def _backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _affine_coupling_backward(dy, dlogdet, *ctx.saved_tensors, *ctx.options)
+def _backward(ctx: Any, dy: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...]:
+    grads = affine_coupling_backward_op(dy, dledger, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None for _ in ctx.options))
 
 
-_affine_coupling.register_autograd(_backward, setup_context=_setup)
+affine_coupling_op.register_autograd(_backward, setup_context=_setup)
 
 
-@partial(register_triton, _affine_coupling)
+@partial(register_triton, affine_coupling_op)
 def _(x: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return launch_coupling(x, params, ScaleFunction(*options[:-1]), options[-1])
 
 
-@partial(register_triton, _affine_coupling_backward)
+@partial(register_triton, affine_coupling_backward_op)
 def _(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, *options: Any
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     scale, inverse = ScaleFunction(*options[:-1]), options[-1]
-    return launch_coupling_backward(dy, dlogdet, x, params, scale, inverse)
+    return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
 
 
 def check_params(x: Tensor, params: object) -> Tensor:
@@ -314,7 +319,9 @@ def affine_coupling(
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
     x = check_state("x", x)
-    return _affine_coupling(x, check_params(x, params), *ScaleFunction.of(scale).args, False)
+    args = ScaleFunction.of(scale).args
+    y, ledger = affine_coupling_op(x, check_params(x, params), *args, False)
+    return y, sum_ledger(ledger)
 
 
 def affine_coupling_inverse(
@@ -322,4 +329,6 @@ def affine_coupling_inverse(
 ) -> tuple[Tensor, Tensor]:
     """Undo `affine_coupling`: x, and the negative of its logdet. Arguments as there."""
     y = check_state("y", y)
-    return _affine_coupling(y, check_params(y, params), *ScaleFunction.of(scale).args, True)
+    args = ScaleFunction.of(scale).args
+    x, ledger = affine_coupling_op(y, check_params(y, params), *args, True)
+    return x, sum_ledger(ledger)

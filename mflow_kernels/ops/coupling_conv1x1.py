@@ -4,7 +4,8 @@ r"""The fused step: the coupling of one step of flow and the 1x1 convolution of 
     y_p = W z_p + bias                             as in `conv1x1`, actnorm folded in
     logdet = sum over channels and pixels of log s
 
-z never exists in memory. The inverse has the same form, coupling inverse first, then a product:
+z never exists in memory. The launch can also write the input of the next coupling network, x_a of
+y, dense and in the network's dtype. The inverse has the same form, coupling inverse first:
 
     x_p = couple^-1(y)_p,   z_p = W x_p + bias
 
@@ -26,23 +27,30 @@ from torch import Tensor
 
 from mflow_kernels.ops._checks import check_state
 from mflow_kernels.ops._launch import (
-    TL_DTYPE,
     accumulator,
     columns,
     dense_pixels,
     in_layout_of,
+    ledger_columns,
     pixels,
+    read_ledger,
     register_triton,
     strides,
     tile_columns,
 )
 from mflow_kernels.ops.conv1x1 import (
+    add_to_first_half,
+    arithmetic,
     check_mix,
     conv1x1_backward_ref,
     conv1x1_ref,
+    cut_net_input,
     launch_dweight,
     launch_mix,
+    load_gradient,
     mix_tile,
+    net_input,
+    spread,
 )
 from mflow_kernels.ops.coupling import (
     affine_coupling_ref,
@@ -51,7 +59,7 @@ from mflow_kernels.ops.coupling import (
     coupling_backward_ref,
     load_params,
 )
-from mflow_kernels.ops.logdet import launch_accumulate
+from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -63,19 +71,20 @@ def coupling_conv1x1_ref(
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    z, logdet = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
-    return conv1x1_ref(z, weight, bias).to(x.dtype), logdet
+    z, ledger = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
+    return conv1x1_ref(z, weight, bias).to(x.dtype), ledger
 
 
 @triton.jit
 def _coupling_conv1x1_bwd_kernel(
-    dy, x, params, weight, dlogdet, dx, dparams, N, P,
+    dy, dnet, x, params, weight, dledger, dx, dparams, N, P,
     dy_n, dy_c, dy_p: tl.constexpr,
+    dnet_n, dnet_c, dnet_p: tl.constexpr,
     x_n, x_c, x_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     dx_n, dx_c, dx_p: tl.constexpr,
     dparams_n, dparams_c, dparams_p: tl.constexpr,
-    weight_o, weight_c,
+    weight_o, weight_c, dledger_n, dledger_t,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
@@ -87,16 +96,17 @@ def _coupling_conv1x1_bwd_kernel(
     dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         o = start + tl.arange(0, BLOCK_C)
-        at_dy = dy + n[None, :] * dy_n + o[:, None] * dy_c + p[None, :] * dy_p
-        dy_t = tl.load(at_dy, mask=(o[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+        dy_t = load_gradient(
+            dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
+        )
         at_w = weight + c[:, None] * weight_c + o[None, :] * weight_o
         w_t = tl.load(at_w, mask=(c[:, None] < C) & (o[None, :] < C), other=0.0)
         dz_t = tl.dot(w_t, dy_t, dz_t, input_precision=PRECISION, out_dtype=DTYPE)
     raw, shift, is_b = load_params(params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE)
     at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
     x_t = tl.load(at_x, mask=is_b, other=0.0).to(DTYPE)
-    dlogdet_t = tl.load(dlogdet + n, mask=valid, other=0.0)
-    dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlogdet_t, SCALE, INVERSE)
+    dlog_s = read_ledger(dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P, FLAT)
+    dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
     tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
     at = dparams + n[None, :] * dparams_n + (c - C // 2)[:, None] * dparams_c
     at += p[None, :] * dparams_p
@@ -104,24 +114,10 @@ def _coupling_conv1x1_bwd_kernel(
     tl.store(at + (C - C // 2) * dparams_c, dshift, mask=is_b)
 
 
-def launch_coupling_conv1x1(
-    x: Tensor,
-    params: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    precision: str,
-    scale: ScaleFunction,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """One launch for the state and one that sums the ledger: (y, logdet)."""
-    y, ledger = launch_mix(x, weight, bias, precision, params, scale, inverse)
-    assert ledger is not None
-    return y, launch_accumulate(ledger, ledger.new_zeros(()))
-
-
 def launch_coupling_conv1x1_backward(
     dy: Tensor,
-    dlogdet: Tensor,
+    dnet: Tensor | None,
+    dledger: Tensor,
     x: Tensor,
     params: Tensor,
     weight: Tensor,
@@ -129,99 +125,105 @@ def launch_coupling_conv1x1_backward(
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two launches, and the sums of the second's partial sums: dx, dparams, dW, d bias."""
+    """Two launches: dx and dparams; partial sums of dW and d bias."""
     dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
+    dnet = None if dnet is None else dense_pixels(dnet)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    dtype = accumulator(x.dtype)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
     tile = mix_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
-    w = weight.to(dtype)
     if n:
         _coupling_conv1x1_bwd_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            dy, x, params, w, dlogdet.contiguous(), dx, dparams, n, p,
-            *strides(dy), *strides(x), *strides(params), *strides(dx), *strides(dparams),
-            *w.stride(),
-            C=c, SCALE=scale, INVERSE=inverse,
-            PRECISION="ieee" if dtype == torch.float64 else precision, DTYPE=TL_DTYPE[dtype],
+            dy, dnet, x, params, weight, dledger, dx, dparams, n, p,
+            *strides(dy), *strides(dnet), *strides(x), *strides(params), *strides(dx),
+            *strides(dparams), weight.stride(1), weight.stride(2), *dledger.stride(),
+            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
             num_warps=tile.warps,
         )  # fmt: skip
-    dweight, dbias = launch_dweight(dy, x, precision, params, scale, inverse)
-    return dx, dparams, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+    splits = weight.shape[0]
+    return dx, dparams, *launch_dweight(dy, dnet, x, splits, precision, params, scale, inverse)
 
 
 @torch.library.custom_op("mflow::coupling_conv1x1", mutates_args=())
-def _coupling_conv1x1(
-    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, precision: str,
+def coupling_conv1x1_op(
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
+    net_dtype: torch.dtype | None,
     kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
-    y, logdet = coupling_conv1x1_ref(x, params, weight, bias, scale, inverse)
-    return in_layout_of(x, y), logdet
+    y, ledger = coupling_conv1x1_ref(x, params, weight[0], bias[0], scale, inverse)
+    y = in_layout_of(x, y)
+    return y, cut_net_input(y, net_dtype), ledger
 
 
 @torch.library.custom_op("mflow::coupling_conv1x1_backward", mutates_args=())
-def _coupling_conv1x1_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, precision: str,
+def coupling_conv1x1_backward_op(
+    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
+    precision: str,
     kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
     z, _ = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
-    dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight)
-    dx, dparams = coupling_backward_ref(dz, dlogdet, x, params, scale, inverse)
-    return in_layout_of(x, dx), in_layout_of(params, dparams), dweight, dbias
+    dy = add_to_first_half(dy.to(z.dtype), dnet)
+    dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
+    dx, dparams = coupling_backward_ref(dz, dledger, x, params, scale, inverse)
+    return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
 
 
-@_coupling_conv1x1.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=accumulator(x.dtype))
-
-
-@_coupling_conv1x1_backward.register_fake
+@coupling_conv1x1_op.register_fake
 def _(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = weight.shape[0]
-    return (
-        torch.empty_like(x),
-        torch.empty_like(params),
-        weight.new_empty((c, c)),
-        weight.new_empty(c),
-    )
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
+    net_dtype: torch.dtype | None, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = torch.empty_like(x)
+    columns = ledger_columns(x, mix_tile(x.shape[1]).block_p)
+    ledger = x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
+    return y, net_input(y, net_dtype), ledger
+
+
+@coupling_conv1x1_backward_op.register_fake
+def _(
+    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
+    return torch.empty_like(x), torch.empty_like(params), dweight, dbias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, params, weight, bias, *ctx.options = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    x, params, weight, _, ctx.precision, ctx.net_dtype, *ctx.options = inputs
     ctx.save_for_backward(x, params, weight)
 
 
-def _backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
-    *grads, dbias = _coupling_conv1x1_backward(dy, dlogdet, *ctx.saved_tensors, *ctx.options)
-    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
-    return (*grads, dbias, *(None for _ in ctx.options))
+def _backward(ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...]:
+    grads = coupling_conv1x1_backward_op(
+        dy, None if ctx.net_dtype is None else dnet, dledger, *ctx.saved_tensors,
+        ctx.precision, *ctx.options,
+    )  # fmt: skip
+    return (*grads, None, None, *(None for _ in ctx.options))
 
 
-_coupling_conv1x1.register_autograd(_backward, setup_context=_setup)
+coupling_conv1x1_op.register_autograd(_backward, setup_context=_setup)
 
 
-@partial(register_triton, _coupling_conv1x1)
+@partial(register_triton, coupling_conv1x1_op)
 def _(
-    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, precision: str, *options: Any
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
+    net_dtype: torch.dtype | None, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     scale, inverse = ScaleFunction(*options[:-1]), options[-1]
-    return launch_coupling_conv1x1(x, params, weight, bias, precision, scale, inverse)
+    return launch_mix(x, weight[0], bias[0], precision, net_dtype, params, scale, inverse)
 
 
-@partial(register_triton, _coupling_conv1x1_backward)
+@partial(register_triton, coupling_conv1x1_backward_op)
 def _(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, weight: Tensor, precision: str,
-    *options: Any,
+    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
+    precision: str, *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     scale, inverse = ScaleFunction(*options[:-1]), options[-1]
     return launch_coupling_conv1x1_backward(
-        dy, dlogdet, x, params, weight, precision, scale, inverse
+        dy, dnet, dledger, x, params, weight, precision, scale, inverse
     )
 
 
@@ -253,9 +255,10 @@ def coupling_conv1x1(
     """
     x = check_state("x", x)
     params = check_params(x, params)
-    check_mix(x, weight, bias, precision)
+    spread_mix = spread(*check_mix(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
-    return _coupling_conv1x1(x, params, weight, bias, precision, *args, False)
+    y, _, ledger = coupling_conv1x1_op(x, params, *spread_mix, precision, None, *args, False)
+    return y, sum_ledger(ledger)
 
 
 def coupling_inverse_conv1x1(
@@ -275,6 +278,7 @@ def coupling_inverse_conv1x1(
     """
     y = check_state("y", y)
     params = check_params(y, params)
-    check_mix(y, weight, bias, precision)
+    spread_mix = spread(*check_mix(y, weight, bias, precision), y)
     args = ScaleFunction.of(scale).args
-    return _coupling_conv1x1(y, params, weight, bias, precision, *args, True)
+    x, _, ledger = coupling_conv1x1_op(y, params, *spread_mix, precision, None, *args, True)
+    return x, sum_ledger(ledger)

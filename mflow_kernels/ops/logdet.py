@@ -48,11 +48,11 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("mflow::accumulate_logdet", mutates_args=())
-def _accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
+def accumulate_logdet_op(ledger: Tensor, constant: Tensor) -> Tensor:
     return accumulate_logdet_ref(ledger, constant)
 
 
-@_accumulate_logdet.register_fake
+@accumulate_logdet_op.register_fake
 def _(ledger: Tensor, constant: Tensor) -> Tensor:
     return ledger.new_empty(ledger.shape[0])
 
@@ -65,8 +65,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad[:, None].expand(-1, ctx.columns), grad.sum()
 
 
-_accumulate_logdet.register_autograd(_backward, setup_context=_setup)
-register_triton(_accumulate_logdet, launch_accumulate)
+accumulate_logdet_op.register_autograd(_backward, setup_context=_setup)
+register_triton(accumulate_logdet_op, launch_accumulate)
 
 
 def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
@@ -88,4 +88,11 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
         raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
     check_shape("constant", constant, ())
     check_device("constant", constant, ledger)
-    return _accumulate_logdet(ledger, constant)
+    return accumulate_logdet_op(ledger, constant)
+
+
+def sum_ledger(ledger: Tensor) -> Tensor:
+    """The ledger of one operator alone, summed."""
+    if ledger.shape[1] == 1:
+        return ledger[:, 0]
+    return accumulate_logdet_op(ledger, ledger.new_zeros(()))

@@ -44,27 +44,30 @@ Rho = Literal["l2", "l1", "huber"]
 RHOS = ("l2", "l1", "huber")
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+
+def rho_ref(e: Tensor, rho: str, delta: float) -> Tensor:
+    if rho == "l2":
+        return e.square() / 2
+    if rho == "l1":
+        return e.abs()
+    inside = e.abs().clamp(max=delta)
+    return inside * (e.abs() - inside / 2)
+
+
+def rho_slope_ref(e: Tensor, rho: str, delta: float) -> Tensor:
+    if rho == "l2":
+        return e
+    return e.sign() if rho == "l1" else e.clamp(-delta, delta)
 
 
 def _terms(
-    input: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    input: Tensor, target: Tensor | None, mask: Tensor | None, weight: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """e, m, w in the accumulate type."""
     dtype = accumulator(input.dtype)
     e = input.to(dtype) if target is None else input.to(dtype) - target.to(dtype)
-    one = torch.ones((), dtype=dtype, device=input.device)
-    m = one if mask is None else mask.to(dtype)
-    return e, m, scale * (one if weight is None else weight.to(dtype))
+    m = 1.0 if mask is None else mask.to(dtype)
+    return e, m, scale if weight is None else scale * weight.to(dtype)
 
 
 def masked_penalty_ref(
@@ -76,15 +79,9 @@ def masked_penalty_ref(
     rho: str,
     delta: float,
 ) -> tuple[Tensor, Tensor]:
-    """(penalty, gaussian); the weight is scale * weight."""
+    """(penalty, gaussian); w is scale * weight."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    size = e.abs()
-    value = {
-        "l2": e.square() / 2,
-        "l1": size,
-        "huber": torch.where(size <= delta, e.square() / 2, delta * (size - delta / 2)),
-    }[rho]
-    penalty = m * w * value
+    penalty = m * w * rho_ref(e, rho, delta)
     gaussian = (1 - m) * (-e.square() / 2 - HALF_LOG_2PI)
     return penalty.flatten(1).sum(1), gaussian.flatten(1).sum(1)
 
@@ -102,9 +99,8 @@ def masked_penalty_backward_ref(
 ) -> Tensor:
     """d loss / d input, in the accumulate type."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    slope = {"l2": e, "l1": e.sign(), "huber": e.clamp(-delta, delta)}[rho]
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
-    return g * m * w * slope - h * (1 - m) * e
+    return g * m * w * rho_slope_ref(e, rho, delta) - h * (1 - m) * e
 
 
 def _load_extension() -> ModuleType | None:
@@ -133,24 +129,15 @@ def _address(tensor: Tensor | None, shape: torch.Size) -> tuple[int, tuple[int, 
     return None if tensor is None else (tensor.data_ptr(), tensor.expand(shape).stride())
 
 
-def _launch(
-    kernel: Any,
-    input: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-    rho: str,
-    delta: float,
-    **rest: Any,
-) -> None:
+def _launch(kernel: Any, problem: tuple[Any, ...], **rest: Any) -> None:
+    input, target, mask, weight, scale, rho, delta = problem
     dtype, shape = accumulator(input.dtype), input.shape
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)
     arguments = dict(
-        dtype=_NAMES[input.dtype],
+        dtype=str(input.dtype).removeprefix("torch."),
         shape=tuple(shape),
         input=_address(input, shape),
         target=_address(target, shape),
@@ -201,7 +188,7 @@ def _masked_penalty(
     partial = penalty.new_empty(2 * samples * tiles if tiles > 1 else 0)
     _launch(
         native.forward,
-        *(input, target, mask, weight, scale, rho, delta),
+        (input, target, mask, weight, scale, rho, delta),
         penalty=penalty.data_ptr(),
         gaussian=gaussian.data_ptr(),
         partial=partial.data_ptr(),
@@ -210,17 +197,18 @@ def _masked_penalty(
 
 
 @_masked_penalty.register_fake
-def _(
-    input: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-    rho: str,
-    delta: float,
-) -> tuple[Tensor, Tensor]:
+def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     penalty = input.new_empty(input.shape[0], dtype=accumulator(input.dtype))
     return penalty, torch.empty_like(penalty)
+
+
+def _gradients(
+    input: Tensor, target: Tensor | None, for_input: bool, for_target: bool
+) -> tuple[Tensor, Tensor]:
+    """Room for (d input, d target) in their own layouts, empty where they are not asked for."""
+    dinput = torch.empty_like(input) if for_input else input.new_empty(0)
+    dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
+    return dinput, dtarget
 
 
 @torch.library.custom_op("mflow::masked_penalty_backward", mutates_args=())
@@ -237,9 +225,7 @@ def _masked_penalty_backward(
     for_input: bool,
     for_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d input, d target), each empty where it is not asked for."""
-    dinput = torch.empty_like(input) if for_input else input.new_empty(0)
-    dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
+    dinput, dtarget = _gradients(input, target, for_input, for_target)
     native = _native(input.device)
     if native is None:
         de = masked_penalty_backward_ref(
@@ -252,7 +238,7 @@ def _masked_penalty_backward(
         return dinput, dtarget
     _launch(
         native.backward,
-        *(input, target, mask, weight, scale, rho, delta),
+        (input, target, mask, weight, scale, rho, delta),
         grad_penalty=(grad_penalty.data_ptr(), grad_penalty.stride(0)),
         grad_gaussian=(grad_gaussian.data_ptr(), grad_gaussian.stride(0)),
         dinput=_address(dinput if for_input else None, input.shape),
@@ -263,21 +249,9 @@ def _masked_penalty_backward(
 
 @_masked_penalty_backward.register_fake
 def _(
-    grad_penalty: Tensor,
-    grad_gaussian: Tensor,
-    input: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    scale: float,
-    rho: str,
-    delta: float,
-    for_input: bool,
-    for_target: bool,
+    grad_penalty: Tensor, grad_gaussian: Tensor, input: Tensor, target: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    dinput = torch.empty_like(input) if for_input else input.new_empty(0)
-    dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
-    return dinput, dtarget
+    return _gradients(input, target, *rest[-2:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
