@@ -54,10 +54,10 @@ class ProgressReport(Callback):
         speed = float(metrics["images_per_second"])
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
         stage = f"{training.trained_stage + 1}/{len(training.model.stages)}"
-        figures = f"loss {float(metrics['loss']):.3f}"
-        if training.trained_stage == 0:
-            figures += f"  {float(metrics['bits_per_dim']):.3f} bits/dim"
-        figures += f"{self._held_out}  {self._speed:.0f} images/s"
+        figures = (
+            f"loss {float(metrics['loss']):.3f}  {float(metrics['bits_per_dim']):.3f} bits/dim"
+            f"{self._held_out}  {self._speed:.0f} images/s"
+        )
         step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._task, completed=step, stage=stage, figures=figures)
@@ -70,7 +70,7 @@ class ProgressReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bits = float(trainer.callback_metrics["heldout_bits_per_dim"])
-        self._held_out = f" (held out {bits:.3f} bits/dim)"
+        self._held_out = f" (held out {bits:.3f})"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -115,7 +115,7 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path, first_step: int = 0) -> None:
         super().__init__()
         self._path = path
-        kept = [row for row in read_metrics(path) if row["step"] < first_step]
+        kept = [row for row in _read_rows(path) if int(row["step"]) < first_step]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -140,11 +140,14 @@ class MetricsCsv(Logger):
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a MetricsCsv file, empty cells left out; none if there is no such file."""
+    return [{name: float(cell) for name, cell in row.items() if cell} for row in _read_rows(path)]
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+        return list(csv.DictReader(file))
 
 
 def _training(module: LightningModule) -> FlowTraining:

@@ -5,7 +5,6 @@ before anything is written, and an error of the work itself is never mistaken fo
 """
 
 import importlib.util
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         work = _check(list(sys.argv[1:] if argv is None else argv))
     except ArgumentError as error:
-        return _fail(explain(error), code=2)
+        return _fail(_as_option(explain(error)), code=2)
     except (ValueError, TypeError) as error:
-        return _fail(str(error), code=2)
+        return _fail(_as_option(str(error)), code=2)
     try:
         work()
     except FloatingPointError as error:
@@ -185,7 +184,7 @@ def _check(argv: list[str]) -> Work:
     chosen = parser.parse_args(argv)
     if chosen.subcommand == "train":
         options = vars(chosen.train)
-        if chosen.train.resume:
+        if chosen.train.resume and not chosen.train.overwrite:
             # What the run recorded takes the place of the defaults: only what is typed can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
@@ -237,7 +236,8 @@ def _recorded(options: dict[str, Any]) -> dict[str, Any]:
 
     names = {*options} - {"run_dir", "overwrite", "resume"}
     config = TrainConfig(**{name: options[name] for name in names})
-    recorded = asdict(read_config(Path(options["run_dir"] or config.default_run_dir())))
+    folder = Path(options["run_dir"] or config.default_run_dir())
+    recorded = asdict(read_config(folder, "run_dir"))
     return {name: recorded[name] for name in names}
 
 
@@ -268,10 +268,19 @@ def _report_skipped(skipped: Sequence[Path]) -> None:
         print(f"skipped {len(skipped)} files that are no images: {names}{more}", file=sys.stderr)
 
 
+def _as_option(message: str) -> str:
+    """The library names its arguments as Python does; here they are options."""
+    from dataclasses import fields
+
+    from mflow_kernels.training.config import TrainConfig
+
+    name, colon, rest = message.partition(":")
+    own = ("run_dir", "overwrite", "resume", "number", "temperature", "stages", "output")
+    if name in own or name in {option.name for option in fields(TrainConfig)}:
+        return "--" + name.replace("_", "-") + colon + rest
+    return message
+
+
 def _fail(message: str, code: int) -> int:
-    # The library names its arguments as Python does; here they are options.
-    text = re.sub(
-        r"^(?!run:|checkpoint:|config)(\w+):", lambda m: "--" + m[0].replace("_", "-"), message
-    )
-    print(f"mflow: error: {text}", file=sys.stderr)
+    print(f"mflow: error: {message}", file=sys.stderr)
     return code

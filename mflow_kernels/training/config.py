@@ -134,11 +134,15 @@ class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOpti
         """Optimizer steps of each stage, where a pass over the images has so many batches."""
         return self.max_steps or self.epochs * batches_per_pass
 
+    @property
+    def data_name(self) -> str:
+        """What to call the images: "digits", or the last part of a folder's path."""
+        return Path(self.data).resolve().name
+
     def default_run_dir(self) -> str:
         """A readable folder name that is a function of the configuration."""
-        name = self.data if self.data == "digits" else Path(self.data).resolve().name
         size = f"-{self.image_size}px" if self.image_size else ""
-        return f"runs/{name}{size}-d{self.manifold_dim}-seed{self.seed}"
+        return f"runs/{self.data_name}{size}-d{self.manifold_dim}-seed{self.seed}"
 
     def resolve(self, image_shape: tuple[int, int, int]) -> "RunConfig":
         """This configuration for images of shape (C, H, W), with nothing left to be decided."""

@@ -150,7 +150,8 @@ def held_out_images(run: Run, data: str | None) -> tuple[ImageSet, str, tuple[Pa
     else:
         images, skipped = load_folder(data, run.config.image_shape[1])
     check_image_shape(images, run.model)
-    return images, Path(data or run.config.data).resolve().name, skipped
+    name = Path(data).resolve().name if data else run.config.data_name
+    return images, name, skipped
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow) -> None:

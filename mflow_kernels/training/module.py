@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.objectives import Terms, bits_per_dimension
 from mflow_kernels.training.config import TrainConfig
 from mflow_kernels.training.data import (
     BatchStream,
@@ -28,8 +28,9 @@ class FlowTraining(LightningModule):
     """Trains the stages one after another, each for the same number of steps.
 
     The stage, the batch, its noise and the learning rate are functions of `global_step` alone, so a
-    run that resumes at any step goes on bit for bit. The earlier stages are frozen, since the
-    model evaluates them without gradients.
+    run that resumes at any step goes on bit for bit. The earlier stages are frozen. Everything is
+    logged in nats per dimension of the stage's own data, except bits_per_dim: of the image, under
+    all stages up to the trained one.
 
     Args:
         model: the flow to train, on the device or still on the CPU.
@@ -84,7 +85,7 @@ class FlowTraining(LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         stage = self.trained_stage = self.stage
         x = self._dequantize(batch, _TRAIN_NOISE)
-        terms = self.model.terms(x, stage)
+        terms, log_likelihood = self._terms(x, stage)
         dims = math.prod(cast(ManifoldFlow, self.model.stages[stage]).input_shape)
         loss = terms.loss.mean() / dims
         if not loss.isfinite():
@@ -93,18 +94,23 @@ class FlowTraining(LightningModule):
                 "a lower --learning-rate may help"
             )
         metrics = {
-            name: getattr(terms, name).detach().mean()
-            for name in ("on_manifold", "off_manifold", "logdet", "penalty")
+            name: getattr(terms, name).detach().mean() / dims
+            for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
         }
-        metrics["loss"] = loss.detach()
-        if stage == 0:
-            bits = bits_per_dimension(
-                terms.log_likelihood.detach(), self._dims, self._config.n_bits
-            )
-            metrics["bits_per_dim"] = bits.mean()
-        metrics["stage"] = torch.tensor(float(stage))
-        self.log_dict(metrics)
+        bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
+        self.log_dict({**metrics, "bits_per_dim": bits.mean(), "stage": float(stage)})
         return loss
+
+    def _terms(self, x: Tensor, stage: int) -> tuple[Terms, Tensor]:
+        """The objective of one stage, and log p(x) (N,) of all stages up to it."""
+        outside = x.new_zeros(len(x))
+        with torch.no_grad():
+            for earlier in cast(list[ManifoldFlow], list(self.model.stages)[:stage]):
+                latents, logdet = earlier.latents(x)
+                outside = outside + logdet + earlier.objective.off_density(earlier, latents)
+                x = earlier.gather(latents)
+        terms = cast(ManifoldFlow, self.model.stages[stage]).terms(x)
+        return terms, outside + terms.log_likelihood
 
     def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         seconds = time.perf_counter() - self._step_started

@@ -20,6 +20,9 @@ class _Formatter(DefaultHelpFormatter):
             default = " ".join(map(str, default))
         return f"{text} (default: {default})"
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.upper().replace("_", "-")
+
 
 class OptionParser(ArgumentParser):
     """An ArgumentParser that raises its errors (see `explain`) rather than exit."""
@@ -40,20 +43,21 @@ def _hyphens(name: str) -> str:
 def explain(error: Exception) -> str:
     """A parsing error as one line: which argument, what was expected, what came."""
     text = str(error)
+    if '"subcommand" to be one of' in text:
+        names = re.findall(r"\w+", text.partition("{")[2].partition("}")[0])
+        return f"expected a command: {', '.join(names)} (mflow --help)"
     key = re.search(r'Parser key "(\w+)"', text)
     came = re.search(r"(?:Got|Given) value: (.*)", text)
     expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)
     if not (key and came and expected):
         return " ".join(text.split())
-    types = " or ".join(_TYPES.get(e, e.removeprefix("typing.Literal")) for e in expected)
-    return f"{key[1]}: expected {types}, got {came[1]}"
+    kinds = [_in_words(kind) for kind in expected if "NoneType" not in kind]
+    return f"{key[1]}: expected {' or '.join(kinds)}, got {came[1]}"
 
 
-_TYPES = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'str'>": "text",
-    "<class 'bool'>": "true or false",
-    "<class 'list'>": "a list",
-    "<class 'NoneType'>": "nothing",
-}
+def _in_words(kind: str) -> str:
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if choices:
+        return "one of " + choices[1].replace("'", "")
+    words = {"int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+    return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)

@@ -13,6 +13,7 @@ from mflow_kernels.training.files import write_atomically
 _DPI = 100
 _TILE = 64  # pixels that a small image is enlarged towards
 _GAP = 4
+_LEAST_WIDTH = 640  # room for a title above few images
 
 
 def draw_images(
@@ -29,13 +30,13 @@ def draw_images(
     mosaic = _mosaic(list(rows.values()))
     height, width = mosaic.shape[:2]
     left, right, top, bottom = 130, 16, 44, 34 if footer else 12
-    total = (left + width + right, bottom + height + top)
+    total = (max(left + width + right, _LEAST_WIDTH), bottom + height + top)
     figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
     axes = figure.add_axes(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
     )
     axes.imshow(mosaic, interpolation="nearest")
-    axes.set_title(title, fontsize=12, pad=12)
+    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12)
     row_height = (height + _GAP) / len(rows)
     centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
     axes.set_yticks(centres, list(rows), fontsize=10)
@@ -83,12 +84,12 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     figure.suptitle("Training", fontsize=13)
     for stage, (likelihood, loss, parts) in zip(stages, panels, strict=True):
         own = [row for row in rows if int(row["stage"]) == stage]
-        name = "image flow" if stage == 0 else f"flow {stage + 1} on the manifold"
+        name = "image flow" if stage == 0 else "on the manifold"
         likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
         _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
-        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per sample")
-        _plot(loss, own, {"loss": "loss", "penalty": "weighted penalty"})
-        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per sample")
+        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per dimension")
+        _plot(loss, own, {"loss": "loss", "penalty": "penalty"})
+        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per dimension")
         _plot(
             parts,
             own,

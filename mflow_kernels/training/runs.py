@@ -90,11 +90,13 @@ def check_new_run(folder: Path, overwrite: bool) -> None:
         )
 
 
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of a run folder; ValueError if there is none."""
+def read_config(folder: Path, argument: str = "run") -> RunConfig:
+    """The configuration of a run folder; ValueError, naming `argument`, if there is none."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"run: expected a folder of mflow train with {CONFIG}, got {folder}")
+        raise ValueError(
+            f"{argument}: expected a folder of mflow train with {CONFIG}, got {folder}"
+        )
     return RunConfig.from_yaml(path.read_text())
 
 

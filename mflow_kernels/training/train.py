@@ -73,7 +73,7 @@ def plan_run(
         raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
     if not resume:
         check_new_run(folder, overwrite)
-    recorded = read_config(folder) if resume else None
+    recorded = read_config(folder, "run_dir") if resume else None
     splits = load_splits(config.data, config.image_size)
     resolved = config.resolve(splits.train.image_shape)
     model = build_model(resolved)
@@ -102,7 +102,7 @@ def run(plan: Plan) -> list[Path]:
     model = plan.model.to(plan.device).eval()
     pictures = _draw(plan, model)
     evaluation = evaluate_model(
-        model, plan.splits.test, plan.config.n_bits, data=plan.config.data, device=plan.device
+        model, plan.splits.test, plan.config.n_bits, data=plan.config.data_name, device=plan.device
     )
     evaluation.write(plan.folder / EVALUATION)
     evaluation.print()
@@ -177,10 +177,11 @@ def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
 
 def _quieten_lightning() -> None:
     """Hide what Lightning says of itself; its warnings about real trouble stay."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*The dirpath has changed from.*",  # a run folder that was moved, then resumed
     ):
         warnings.filterwarnings("ignore", message)

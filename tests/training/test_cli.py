@@ -1,0 +1,402 @@
+"""The commands end to end, in this process."""
+
+import csv
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_runs import TINY, write_images
+
+from mflow_kernels.training import cli
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+
+PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+class TestTrain:
+    def test_the_run_folder_is_complete(self, trained):
+        assert set(PICTURES) < set(listing(trained))
+        assert yaml.safe_load((trained / "config.yaml").read_text())["channels"] == 1
+        assert [p for p in trained.glob("tensorboard/events*")]
+        assert (trained / "evaluation.json").is_file()
+        assert not [name for name in listing(trained.parent) if ".tmp" in name or ".old" in name]
+
+    def test_metrics_have_a_row_for_each_step(self, trained):
+        with (trained / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        trained_on = [row for row in rows if row["loss"]]
+        assert [row["step"] for row in trained_on] == [str(step) for step in range(6)]
+        assert [float(row["stage"]) for row in trained_on] == [0, 0, 0, 1, 1, 1]
+        for row in trained_on:
+            assert all(math.isfinite(float(row[n])) for n in ("loss", "bits_per_dim", "logdet"))
+            assert float(row["images_per_second"]) > 0
+        assert any(row["heldout_bits_per_dim"] for row in rows)
+
+    def test_loss_and_bits_are_those_of_their_parts(self, trained):
+        with (trained / "metrics.csv").open() as file:
+            first = next(csv.DictReader(file))
+        parts = sum(float(first[name]) for name in ("on_manifold", "off_manifold", "logdet"))
+        # 8x8x1, so nats per dimension of stage 1 are those of the image.
+        assert float(first["bits_per_dim"]) == pytest.approx(8 - parts / math.log(2), rel=1e-5)
+
+    def test_pictures_are_images_of_a_readable_size(self, trained):
+        for name in PICTURES:
+            with Image.open(trained / name) as image:
+                image.load()
+                assert image.width >= 600
+
+    def test_what_is_printed(self, images, tmp_path, capsys):
+        folder = tmp_path / "run"
+        main(["train", *TINY, "--data", str(images), "--run-dir", str(folder), "--stage-dims"])
+        out, err = capsys.readouterr()
+        assert "bits per dimension" in out
+        assert str(folder / "samples.png") in out
+        assert "hierarchy.png" not in out  # one stage: no before and after
+        assert "Lightning" not in err
+        assert "GPU available" not in err
+
+    def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+        self, trained, images, tmp_path
+    ):
+        weights = [weights_of(trained)]
+        for seed in ("0", "1"):
+            folder = tmp_path / seed
+            main(["train", *TINY, "--data", str(images), "--run-dir", str(folder), "--seed", seed])
+            weights.append(weights_of(folder))
+        first, same, other = weights
+        assert all(torch.equal(first[name], same[name]) for name in first)
+        assert not all(torch.equal(first[name], other[name]) for name in first)
+
+    def test_overwrite_replaces_everything(self, run, images):
+        (run / "stray.txt").write_text("old")
+        arguments = ["train", *TINY, "--data", str(images), "--run-dir", str(run), "--overwrite"]
+        assert main(arguments) == 0
+        assert "stray.txt" not in listing(run)
+
+    def test_the_default_folder_is_named_after_the_options(self, images, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert main(["train", *TINY, "--data", str(images)]) == 0
+        assert (tmp_path / "runs" / "faces-8px-d6-seed0" / "last.ckpt").is_file()
+
+    def test_a_diverging_loss_is_told_and_keeps_the_checkpoint(
+        self, images, tmp_path, monkeypatch, capsys
+    ):
+        diverge_at(monkeypatch, step=4)
+        folder = tmp_path / "run"
+        code = main(["train", *TINY, "--data", str(images), "--run-dir", str(folder)])
+        assert code == 1
+        assert "the loss became nan at step 4 (stage 2)" in capsys.readouterr().err
+        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
+
+    def test_unexpected_errors_are_not_swallowed(self, images, tmp_path, monkeypatch):
+        def broken(self, batch, batch_idx):
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(FlowTraining, "training_step", broken)
+        arguments = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+        with pytest.raises(ValueError, match="a bug"):
+            main(arguments)
+
+
+class TestResume:
+    @pytest.mark.parametrize("stop", [1, 2, 3, 5])
+    def test_a_run_that_stopped_goes_on_bit_for_bit(
+        self, stop, trained, images, tmp_path, monkeypatch
+    ):
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+        with monkeypatch.context() as patch:
+            crash_before(patch, step=stop)
+            with pytest.raises(RuntimeError, match="power cut"):
+                main(command)
+        assert main([*command, "--resume"]) == 0
+        resumed, whole = (
+            torch.load(folder / "last.ckpt", weights_only=True)
+            for folder in (tmp_path / "run", trained)
+        )
+        for name, tensor in whole["state_dict"].items():
+            assert torch.equal(tensor, resumed["state_dict"][name]), name
+        moments = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
+        assert moments[0].keys() == moments[1].keys()
+        for index, moment in moments[0].items():
+            assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
+        assert losses(tmp_path / "run") == losses(trained)
+        whole_figures, figures = (
+            json.loads((folder / "evaluation.json").read_text())
+            for folder in (trained, tmp_path / "run")
+        )
+        assert figures == whole_figures
+
+    def test_options_need_not_be_repeated(self, run, trained):
+        assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+        assert losses(run) == losses(trained)
+
+    def test_other_options_are_refused(self, run, capsys):
+        assert main(["train", "--run-dir", str(run), "--resume", "--width", "16"]) == 2
+        assert "--width: expected 8 as in the run that resumes, got 16" in capsys.readouterr().err
+
+
+class TestSample:
+    def test_writes_a_picture(self, run, capsys):
+        assert main(["sample", str(run), "--number", "5", "--temperature", "0.5"]) == 0
+        (path,) = capsys.readouterr().out.split()
+        assert path == str(run / "samples-T0.5-seed0.png")
+        with Image.open(path) as image:
+            image.load()
+
+    def test_seed_stages_and_output_matter(self, run, tmp_path):
+        pictures = []
+        for number, extra in enumerate(["--seed 1", "--seed 1", "--seed 2", "--seed 1 --stages 1"]):
+            path = tmp_path / f"{number}.png"
+            assert main(["sample", str(run), "--output", str(path), *extra.split()]) == 0
+            with Image.open(path) as image:
+                pictures.append(image.tobytes())
+        assert pictures[0] == pictures[1]
+        assert len(set(pictures)) == 3
+
+
+class TestReconstructAndEvaluate:
+    def test_reconstruct(self, run, tmp_path, capsys):
+        assert main(["reconstruct", str(run)]) == 0
+        assert capsys.readouterr().out.strip() == str(run / "reconstructions-faces.png")
+        other = write_images(tmp_path / "other", count=3)
+        (other / "notes.txt").write_text("no image")
+        assert main(["reconstruct", str(run), "--data", str(other)]) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() == str(run / "reconstructions-other.png")
+        assert err.strip() == "skipped 1 files that are no images: notes.txt"
+
+    def test_evaluate_repeats_what_train_wrote(self, run, capsys):
+        before = (run / "evaluation.json").read_text()
+        (run / "evaluation.json").unlink()
+        assert main(["evaluate", str(run)]) == 0
+        assert (run / "evaluation.json").read_text() == before
+        table = capsys.readouterr().out
+        figures = json.loads(before)["stages"][-1]
+        assert f"{figures['bits_per_dim']:.4f}" in table
+        assert f"{figures['psnr']:.2f}" in table
+
+    def test_evaluate_takes_a_whole_folder(self, run, tmp_path):
+        other = write_images(tmp_path / "other", count=7, seed=5)
+        assert main(["evaluate", str(run), "--data", str(other)]) == 0
+        written = json.loads((run / "evaluation-other.json").read_text())
+        assert (written["data"], written["images"]) == ("other", 7)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("--levels 4", "divisible by 2 ** levels = 16, got 8x8"),
+            ("--levels 0", "--levels: expected at least 1, got 0"),
+            ("--levels two", "--levels: expected a whole number, got two"),
+            ("--manifold-dim 0", "--manifold-dim: expected at least 1, got 0"),
+            ("--manifold-dim 65", "--manifold-dim: expected 1 to 64"),
+            ("--stage-dims 7", "--stage-dims: expected dimensions from 1 to the 6"),
+            ("--stage-dims x", "--stage-dims: expected a whole number, got x"),
+            ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
+            ("--max-steps 0", "--max-steps: expected at least 1, got 0"),
+            ("--max-steps 1.5", "--max-steps: expected a whole number, got 1.5"),
+            ("--image-size 0", "--image-size: expected at least 1, got 0"),
+            ("--n-bits 9", "--n-bits: expected 1 to 8, got 9"),
+            ("--learning-rate 0", "--learning-rate: expected more than 0, got 0"),
+            ("--weight -1", "--weight: expected more than 0, got -1"),
+            ("--rho l3", "--rho: expected one of l2, l1, huber, got l3"),
+            ("--seed -1", "--seed: expected at least 0, got -1"),
+            ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
+            ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
+            ("--data /nowhere", "--data: expected 'digits' or an existing folder, got '/nowhere'"),
+            ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
+            ("--resume --overwrite", "--resume: expected either --resume or --overwrite, got both"),
+            ("--colour red", "unrecognized arguments: --colour red"),
+        ],
+    )
+    def test_train(self, arguments, told, images, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        base = ["train", *TINY, "--data", str(images), "--run-dir", "run"]
+        self.check([*base, *arguments.split()], told, tmp_path, capsys)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+    def test_cuda_without_a_gpu(self, images, trained, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        told = "--device: expected a CUDA GPU for 'cuda', found none"
+        self.check(
+            ["train", *TINY, "--data", str(images), "--device", "cuda"], told, tmp_path, capsys
+        )
+        self.check(["evaluate", str(trained), "--device", "cuda"], told, tmp_path, capsys)
+
+    def test_folders_without_images(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "a.png").write_text("no image")
+        for data, told in (("empty", "found none"), ("text", "found 1 files that are none")):
+            told = f"--data: expected images in {data}, {told}"
+            self.check(["train", *TINY, "--data", data], told, tmp_path, capsys)
+
+    def test_an_existing_run_folder(self, run, images, capsys):
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
+        self.check(command, "(--resume continues it, --overwrite starts anew)", run, capsys)
+
+    def test_overwrite_spares_folders_that_are_no_runs(self, images, tmp_path, capsys):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "thesis.tex").write_text("years of work")
+        command = ["train", *TINY, "--data", str(images), "--overwrite"]
+        command += ["--run-dir", str(tmp_path / "home")]
+        told = "--run-dir: --overwrite expected a folder of mflow train with config.yaml"
+        self.check(command, told, tmp_path, capsys)
+
+    @pytest.mark.parametrize("command", ["sample", "reconstruct", "evaluate"])
+    def test_broken_runs(self, command, run, tmp_path, capsys):
+        told = "run: expected a folder of mflow train with config.yaml"
+        self.check([command, str(tmp_path)], told, tmp_path, capsys)
+        checkpoint = run / "last.ckpt"
+        whole = checkpoint.read_bytes()
+        checkpoint.write_bytes(whole[: len(whole) // 2])
+        told = "checkpoint: expected a whole one of mflow train"
+        self.check([command, str(run)], told, tmp_path, capsys)
+        torch.save({"weights": torch.zeros(2)}, checkpoint)
+        self.check([command, str(run)], "got another kind of file", tmp_path, capsys)
+        checkpoint.unlink()
+        self.check([command, str(run)], "last.ckpt, found none", tmp_path, capsys)
+        (run / "config.yaml").write_text("levels: two")
+        told = "config.yaml: levels: expected a whole number, got two"
+        self.check([command, str(run)], told, tmp_path, capsys)
+
+    @pytest.mark.parametrize(
+        "command", ["sample RUN", "evaluate RUN", "train --resume --run-dir RUN"]
+    )
+    def test_a_checkpoint_of_another_architecture(self, command, run, tmp_path, capsys):
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("\nwidth: 8", "\nwidth: 16"))
+        told = "checkpoint: expected the architecture of config.yaml, got another"
+        self.check(command.replace("RUN", str(run)).split(), told, tmp_path, capsys)
+
+    def test_a_checkpoint_that_carries_code(self, run, tmp_path, capsys):
+        class Trap:
+            def __reduce__(self):
+                return open, (str(tmp_path / "trapped"), "w")
+
+        torch.save({"state_dict": {}, "trap": Trap()}, run / "last.ckpt")
+        told = "checkpoint: expected a whole one of mflow train"
+        self.check(["evaluate", str(run)], told, tmp_path, capsys)
+
+    def test_channels_that_do_not_match(self, run, tmp_path, capsys):
+        coloured = write_images(tmp_path / "coloured", channels=3)
+        for command in ("reconstruct", "evaluate"):
+            told = "--data: expected images of 1 channels, got 3"
+            self.check([command, str(run), "--data", str(coloured)], told, tmp_path, capsys)
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("--number 0", "--number: expected at least 1, got 0"),
+            ("--temperature -1", "--temperature: expected at least 0, got -1"),
+            ("--stages 3", "--stages: expected 1 to 2, got 3"),
+            ("--output a.jpg", "--output: expected a name ending in .png"),
+            ("--output no/where/a.png", "--output: expected an existing folder"),
+        ],
+    )
+    def test_sample(self, arguments, told, run, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        self.check(["sample", str(run), *arguments.split()], told, tmp_path, capsys)
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [([], "expected a command: train, sample"), (["draw"], "draw"), (["sample"], "run")],
+    )
+    def test_commands(self, arguments, told, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        self.check(arguments, told, tmp_path, capsys)
+
+    @staticmethod
+    def check(arguments, told, folder, capsys):
+        before = listing(folder)
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("mflow: error: ")
+        assert told in err
+        assert listing(folder) == before
+
+
+def test_images_smaller_than_asked_for_are_enlarged(tmp_path):
+    small = write_images(tmp_path / "small", size=(5, 3))
+    command = ["train", *TINY, "--data", str(small), "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 0
+
+
+def test_skipped_files_are_reported(tmp_path, capsys):
+    folder = write_images(tmp_path / "some")
+    (folder / "torn.png").write_bytes(b"\x89PNG")
+    command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "skipped 1 files that are no images: torn.png" in capsys.readouterr().err
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
+    find_spec = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda n: None if n == "lightning" else find_spec(n)
+    )
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "mflow: error: lightning missing: pip install 'mflow_kernels[train]'\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["", "train", "sample", "reconstruct", "evaluate"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([*command.split(), "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: mflow" in text
+    assert not re.findall(r"--\w*_", text)
+
+
+def weights_of(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def crash_before(patch, step):
+    original = FlowTraining.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == step:
+            raise RuntimeError("power cut")
+        return original(self, batch, batch_idx)
+
+    patch.setattr(FlowTraining, "training_step", training_step)
+
+
+def diverge_at(patch, step):
+    original = FlowTraining._terms
+
+    def terms(self, x, stage):
+        found, log_likelihood = original(self, x, stage)
+        if self.global_step == step:
+            found = found._replace(loss=found.loss * math.nan)
+        return found, log_likelihood
+
+    patch.setattr(FlowTraining, "_terms", terms)
