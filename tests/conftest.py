@@ -1,0 +1,36 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mflow_kernels.ops._launch import INTERPRETED
+
+# Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
+torch.set_num_threads(1)
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return _device(request.param)
+
+
+@pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), CUDA])
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where operators run their Triton kernels: the CPU only under TRITON_INTERPRET=1."""
+    return _device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random numbers, alone or in the suite."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,393 @@
+import importlib
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mflow_kernels.ops.masked_penalty import (
+    RHOS,
+    masked_penalty,
+    masked_penalty_gaussian,
+    masked_penalty_ref,
+    penalty_log_normalizer,
+)
+from mflow_kernels.testing import assert_close
+
+module = importlib.import_module("mflow_kernels.ops.masked_penalty")
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "inner permuted": lambda x: x.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3),
+    "samples apart": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "pixels apart": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "samples innermost": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "unaligned": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
+}
+# Of the mask or weight of a state (N, C, H, W).
+BROADCASTS = {
+    "none": None,
+    "number": (),
+    "row": (-1,),
+    "pixel": (-2, -1),
+    "channel": (-3, 0, 0),
+    "shared": (-3, -2, -1),
+    "sample": (-4, 0, 0, 0),
+    "sample and pixel": (-4, 0, -2, -1),
+    "channel and row": (0, -3, -2, 0),
+    "full": (-4, -3, -2, -1),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that no value is right by luck."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+
+def broadcast(name: str, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor | None:
+    axes = BROADCASTS[name]
+    if axes is None:
+        return None
+    small = tuple(shape[a] if a else 1 for a in axes)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(small, generator=generator).to(device)
+
+
+def check(
+    x: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+    rho: Any = "huber",
+    delta: float = 0.75,
+) -> None:
+    """Values and gradients against the float64 reference."""
+    leaves = [t.detach().requires_grad_() for t in (x, target) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    got = masked_penalty_gaussian(*leaves, mask=mask, weight=weight, rho=rho, delta=delta)
+    tensor, scale = (weight, 1.0) if isinstance(weight, Tensor) else (None, weight)
+    want = masked_penalty_ref(
+        exact[0], exact[1] if target is not None else None, mask, tensor, scale, rho, delta
+    )
+    terms = x[0].numel()
+    for name, a, b in zip(("penalty", "gaussian"), got, want, strict=True):
+        assert a.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        assert_close(a, b, terms=terms, name=name)
+    seeds = [random(tuple(t.shape), t.dtype, x.device, i) for i, t in enumerate(got)]
+    grads = torch.autograd.grad(got, leaves, seeds)
+    expected = torch.autograd.grad(want, exact, [s.double() for s in seeds])
+    for name, leaf, a, b in zip(("dinput", "dtarget"), leaves, grads, expected, strict=False):
+        assert a.dtype == leaf.dtype
+        if x.dim() <= 5:  # beyond, a flattened copy may stand in
+            assert a.stride() == torch.empty_like(leaf).stride()
+        assert_close(a, b, terms=4, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rho", RHOS)
+def test_layouts(device: torch.device, dtype: torch.dtype, rho: str) -> None:
+    for layout in LAYOUTS.values():
+        for shape in ((3, 4, 8, 16), (3, 3, 5, 7)):
+            x = layout(random(shape, dtype, device, 0))
+            check(x, rho=rho)
+            for other in LAYOUTS.values():
+                target = other(random(shape, dtype, device, 1))
+                check(x, target, mask=broadcast("pixel", shape, device, 2), weight=0.3, rho=rho)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "inner permuted"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_and_weights_broadcast(device: torch.device, dtype: torch.dtype, layout: str) -> None:
+    for shape in ((2, 8, 4, 8), (3, 3, 5, 7)):
+        x = LAYOUTS[layout](random(shape, dtype, device, 0))
+        for i, of_mask in enumerate(BROADCASTS):
+            mask = broadcast(of_mask, shape, device, 1)
+            for of_weight in BROADCASTS:
+                weight = broadcast(of_weight, shape, device, 2)
+                if mask is not None and i % 2:
+                    mask = mask > 0.4
+                check(x, mask=mask, weight=0.3 if weight is None else weight)
+
+
+def test_mask_in_another_memory_format(device: torch.device) -> None:
+    shape = (2, 12, 17, 9)
+    for of_x in LAYOUTS.values():
+        for of_mask in LAYOUTS.values():
+            x = of_x(random(shape, torch.float32, device, 0))
+            mask = of_mask(random(shape, torch.float32, device, 1)) > 0
+            check(x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(1, 1), (1, 3), (7, 1), (1000, 2), (3, 1, 1, 1), (2, 1025), (4, 31)],
+        *[(2, 3, 129, 131), (1, 300_001), (3, 2, 1, 4096), (2, 3, 5), (2, 3, 4, 5, 6)],
+        *[(2, 2, 3, 2, 3, 2), (2, 1, 2, 3, 1, 2, 3)],
+    ],
+)
+def test_sizes(device: torch.device, shape: tuple[int, ...]) -> None:
+    x, target = (random(shape, torch.float32, device, i) for i in range(2))
+    middle = (1,) * (len(shape) - 2)
+    mask = random((shape[1], *middle), torch.float32, device, 2) > 0
+    check(x, target)
+    check(x, target, mask=mask)
+    check(x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs())
+
+
+def test_more_axes_than_the_kernels_walk(device: torch.device) -> None:
+    shape = (2, 3, 2, 3, 2, 4)
+    x = random(shape, torch.float32, device, 0).transpose(1, 4)
+    mask = random((2, 2, 1, 3, 1, 4), torch.float32, device, 1) > 0
+    check(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(device: torch.device, dtype: torch.dtype) -> None:
+    top = torch.finfo(dtype).max
+    values = [
+        0.0,
+        -0.0,
+        torch.finfo(dtype).smallest_normal,
+        0.75,
+        -0.75,
+        1.0,
+        top**0.4,
+        -(top**0.4),
+    ]
+    x = torch.tensor(values, dtype=dtype, device=device)[:, None]
+    for rho in RHOS:
+        check(x, rho=rho)
+    for bad in (math.inf, -math.inf, math.nan):
+        x = torch.full((1, 3), bad, dtype=dtype, device=device)
+        for rho in RHOS:
+            assert not masked_penalty(x, rho=rho).isfinite()
+
+
+def test_every_half_survives_the_backward_pass() -> None:
+    """The CPU loops convert by integer arithmetic: hold them to torch's for all 65536 patterns."""
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        finite = every[every.isfinite()]
+        grad = module._masked_penalty_backward(
+            *(torch.full((1,), 1 / 3), torch.zeros(1), finite[None]),
+            *(None, None, None, 1.0, "l2", 1.0, True, False),
+        )[0]
+        assert torch.equal(grad[0], (finite.float() * torch.tensor(1 / 3)).to(dtype))
+
+
+def test_all_and_nothing_masked(device: torch.device) -> None:
+    x = random((3, 4, 5), torch.float32, device, 0)
+    everything, nothing = (torch.full((1,), on, device=device) for on in (True, False))
+    penalty, gaussian = masked_penalty_gaussian(x, mask=everything, rho="l2")
+    assert_close(penalty, x.double().square().sum((1, 2)) / 2, terms=20)
+    assert gaussian.eq(0).all()
+    penalty, gaussian = masked_penalty_gaussian(x, mask=nothing)
+    standard = torch.distributions.Normal(0.0, 1.0)
+    assert_close(gaussian, standard.log_prob(x.double()).sum((1, 2)), terms=20)
+    assert penalty.eq(0).all()
+
+
+def test_empty_batch(device: torch.device) -> None:
+    x = torch.empty(0, 3, 4, 4, device=device, requires_grad=True)
+    penalty, gaussian = masked_penalty_gaussian(x, mask=torch.rand(4, 4, device=device))
+    assert penalty.shape == gaussian.shape == (0,)
+    (penalty.sum() + gaussian.sum()).backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+def test_same_bits(device: torch.device) -> None:
+    """At every run, and on any number of threads."""
+    x = random((5, 3, 160, 170), torch.float32, device, 0)
+    mask = random((3, 160, 170), torch.float32, device, 1) > 0
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 1, 2, 3, 7):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            outputs = masked_penalty_gaussian(leaf, mask=mask)
+            results.append([*outputs, *torch.autograd.grad(sum(outputs).sum(), leaf)])
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+class _Fresh(TorchDispatchMode):
+    """Adds up the elements of every tensor that an aten call makes anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for t in result if isinstance(result, tuple) else (result,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.elements += t.numel()
+        return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_hidden_copies(device: torch.device, layout: str) -> None:
+    shape = (4, 6, 32, 32)
+    x, target = (LAYOUTS[layout](random(shape, torch.float16, device, i)) for i in range(2))
+    mask, weight = (broadcast(b, shape, device, 0) for b in ("pixel", "shared"))
+    assert mask is not None
+    problem = (x, target, mask > 0.5, weight, 1.0, "huber", 1.0)
+    tiles = x[0].numel() // 1024
+    with _Fresh() as fresh:
+        penalty, gaussian = module._masked_penalty._init_fn(*problem)
+    assert fresh.elements <= 2 * 4 + 2 * 4 * tiles + 2  # results, partial sums, weight's range
+    with _Fresh() as fresh:
+        module._masked_penalty_backward._init_fn(penalty, gaussian, *problem, True, True)
+    assert fresh.elements == 2 * x.numel()
+
+
+def test_gradcheck(device: torch.device) -> None:
+    x = random((2, 3, 2, 3), torch.float64, device, 0).requires_grad_()
+    t = random((2, 3, 2, 3), torch.float64, device, 1).requires_grad_()
+    mask, weight = (broadcast(b, (2, 3, 2, 3), device, 2) for b in ("pixel", "channel"))
+    fixed = x.detach() / 2
+    for rho in RHOS:
+
+        def both(x: Tensor, t: Tensor, rho: Any = rho) -> tuple[Tensor, Tensor]:
+            return masked_penalty_gaussian(x, t, mask=mask, weight=weight, rho=rho)
+
+        assert torch.autograd.gradcheck(both, (x, t))
+        assert torch.autograd.gradcheck(lambda x, f=both, t=fixed: f(x, t)[0], x)
+        assert torch.autograd.gradcheck(lambda t, f=both, x=fixed: f(x, t)[1], t)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "samples apart"])
+def test_opcheck(device: torch.device, layout: str) -> None:
+    x = LAYOUTS[layout](random((2, 3, 4, 5), torch.float32, device, 0))
+    mask = random((4, 5), torch.float32, device, 1) > 0
+    for target, m, w in [(None, None, None), (x.detach() * 0.5, mask, mask.float())]:
+        problem = (target, m, w, 0.7, "huber", 1.0)
+        torch.library.opcheck(module._masked_penalty, (x.clone().requires_grad_(), *problem))
+        grads = (torch.ones(2, device=device), torch.ones(2, device=device))
+        for flags in [(True, False), (False, target is not None)]:
+            torch.library.opcheck(module._masked_penalty_backward, (*grads, x, *problem, *flags))
+
+
+def test_compiles_without_a_break(device: torch.device) -> None:
+    torch.use_deterministic_algorithms(False)  # Inductor would fill what it allocates too
+
+    # No arithmetic of its own, for which Inductor would start a slow C++ compiler.
+    def loss(x: Tensor, t: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        both = masked_penalty_gaussian(x, t, mask=mask, weight=weight)
+        return *both, masked_penalty(x, weight=0.5, rho="l1")
+
+    compiled = torch.compile(loss, fullgraph=True)
+    for samples in (2, 5):
+        x = random((samples, 3, 4, 5), torch.float32, device, 0).requires_grad_()
+        rest = [random((4, 5), torch.float32, device, i).abs() for i in range(2)]
+        got, want = (f(x, x.detach() / 3, rest[0] > 0.5, rest[1]) for f in (compiled, loss))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        ones = [torch.ones_like(v) for v in want]
+        a, b = (torch.autograd.grad(v, x, ones)[0] for v in (got, want))
+        assert torch.equal(a, b)
+
+
+def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_C", None)
+    cpu = torch.device("cpu")
+    for dtype in DTYPES:
+        x, target = (random((2, 3, 4, 5), dtype, cpu, i) for i in range(2))
+        check(LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0))
+    with pytest.raises(RuntimeError, match=r"_C is not built.*MFLOW_CUDA=1"):
+        module._native(torch.device("cuda:0"))
+    monkeypatch.setattr(module, "_C", SimpleNamespace(cuda_archs=[], cuda_note="no nvcc"))
+    with pytest.raises(RuntimeError, match=r"no CUDA kernels \(no nvcc\).*MFLOW_CUDA=1"):
+        module._native(torch.device("cuda:0"))
+
+
+ONES = torch.ones(2, 3, 4, 4)
+BAD = {
+    "integer input": (TypeError, r"input: expected dtype .*got int64", {"input": ONES.long()}),
+    "no tensor": (TypeError, r"input: expected a torch.Tensor, got list", {"input": [1.0]}),
+    "one axis": (ValueError, r"input: expected shape \(N, C", {"input": torch.ones(3)}),
+    "empty sample": (ValueError, r"input: .*\(2, 0\)", {"input": torch.ones(2, 0)}),
+    "target shape": (ValueError, r"target: .*\(2, 3, 4, 4\), got \(3,", {"target": ONES[0]}),
+    "target dtype": (TypeError, r"target: .*float32, got float64", {"target": ONES.double()}),
+    "target device": (ValueError, r"target: .*cpu, got meta", {"target": ONES.to("meta")}),
+    "mask dtype": (TypeError, r"mask: .*bool.*got int64", {"mask": ONES.long()}),
+    "mask type": (TypeError, r"mask: expected a torch.Tensor, got bool", {"mask": True}),
+    "mask shape": (ValueError, r"mask: .*broadcasts.*got \(2,\)", {"mask": torch.ones(2)}),
+    "mask axes": (ValueError, r"mask: .*broadcasts", {"mask": torch.ones(1, 2, 3, 4, 4)}),
+    "mask wider": (ValueError, r"mask: .*broadcasts", {"mask": torch.ones(5, 3, 4, 4)}),
+    "mask device": (ValueError, r"mask: .*cpu, got meta", {"mask": ONES.to("meta")}),
+    "mask learned": (ValueError, r"mask: .*constant", {"mask": ONES.clone().requires_grad_()}),
+    "weight learned": (ValueError, r"weight: .*const", {"weight": ONES.clone().requires_grad_()}),
+    "weight shape": (ValueError, r"weight: .*broadcasts", {"weight": torch.ones(2, 4)}),
+    "weight dtype": (TypeError, r"weight: .*got int64", {"weight": ONES.long()}),
+    "weight type": (TypeError, r"weight: expected a number or", {"weight": "1"}),
+    "weight bool": (TypeError, r"weight: expected a number or", {"weight": True}),
+    "weight sign": (ValueError, r"weight: .*got -1", {"weight": -1}),
+    "weight nan": (ValueError, r"weight: .*got nan", {"weight": math.nan}),
+    "weight inf": (ValueError, r"weight: .*got inf", {"weight": math.inf}),
+    "weights sign": (ValueError, r"weight: .*from -1.0 to -1.0", {"weight": -ONES}),
+    "weights nan": (ValueError, r"weight: .*from nan", {"weight": ONES * math.nan}),
+    "weights inf": (ValueError, r"weight: .*to inf", {"weight": ONES * math.inf}),
+    "rho": (ValueError, r"rho: expected one of l2, l1, huber, got 'l3'", {"rho": "l3"}),
+    "delta 0": (ValueError, r"delta: .*got 0", {"delta": 0}),
+    "delta nan": (ValueError, r"delta: .*got nan", {"delta": math.nan}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    error, message, argument = BAD[case]
+    with pytest.raises(error, match=message):
+        masked_penalty(**{"input": ONES, **argument})
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_normalizer_is_the_integral(rho: Any) -> None:
+    delta = 0.8
+    for weight in (1e-3, 0.1, 1.0, 7.0, 1e4):
+        width = 60 * max(weight**-0.5, 1 / (weight * delta), 1 / weight)
+        # Finest at zero, where the density peaks (and l1 has its kink).
+        e = torch.from_numpy(np.linspace(0, 1, 400_001) ** 3 * width)
+        density = torch.exp(-weight * module.rho_ref(e, rho, delta))
+        integral = 2 * torch.trapezoid(density, e)
+        got = penalty_log_normalizer(rho, weight, delta)
+        assert got == pytest.approx(integral.log().item(), rel=1e-7, abs=1e-7)
+
+
+def test_normalizer_at_the_ends() -> None:
+    for weight in (1e-300, 1e-30, 1e30, 1e300):
+        tails = math.log(2 / 0.5) - math.log(weight)
+        gaussian = 0.5 * math.log(2 * math.pi / weight)
+        want = tails if weight < 1 else gaussian
+        assert penalty_log_normalizer("huber", weight, 0.5) == pytest.approx(want, rel=1e-12)
+    w = torch.tensor([1e-30, 1.0, 1e30, 0.0])
+    for rho in RHOS:
+        got = penalty_log_normalizer(rho, w, 0.5)
+        want = [penalty_log_normalizer(rho, v, 0.5) for v in w[:3].double().tolist()]
+        assert got.dtype == torch.float32
+        assert_close(got[:3], torch.tensor(want, dtype=torch.float64))
+        assert got[3] == math.inf
+    assert penalty_log_normalizer("l2", w.bfloat16()).dtype == torch.float32
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="weight: expected a finite number above 0"):
+            penalty_log_normalizer("l2", bad)
+    with pytest.raises(ValueError, match="rho: expected one of"):
+        penalty_log_normalizer("l3", 1.0)  # type: ignore[call-overload]

@@ -1,0 +1,63 @@
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mflow_kernels import env
+
+
+def test_report_names_versions_devices_and_the_extension() -> None:
+    text = env.report()
+    for name in ("mflow_kernels", "python", "torch", "triton", "devices", "extension", "nvcc"):
+        assert re.search(rf"^{name} +\S", text, re.MULTILINE), name
+    assert torch.__version__ in text
+    # One column of values, so that it reads as a table.
+    table = text.split("\n\n")[0].splitlines()
+    starts = {re.match(r"(?:\S+(?: \S+)*)?\s{2,}", line).end() for line in table}  # type: ignore
+    assert len(starts) == 1
+
+
+def test_report_says_what_to_do_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(env.importlib, "import_module", missing)
+    text = env.report()
+    assert re.search(r"^extension +missing", text, re.MULTILINE)
+    assert "pip install ." in text.split("\nmissing\n")[1]
+
+
+def test_report_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = SimpleNamespace(cuda_archs=[], cuda_note="left out by MFLOW_CUDA=0", cuda_runtime=0)
+    monkeypatch.setattr(env.importlib, "import_module", lambda name: native)
+    assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", env.report(), re.M)
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["sm_80"], (8, 0), True),
+        (["sm_80"], (8, 9), True),
+        (["sm_89"], (8, 6), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_80", "compute_80"], (9, 0), True),
+        (["sm_100", "compute_100"], (12, 0), True),
+        (["sm_100", "compute_100"], (9, 0), False),
+        (["sm_90"], (7, 5), False),
+    ],
+)
+def test_which_devices_an_architecture_serves(
+    archs: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    assert env._runs_on(archs, capability) == runs
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mflow_kernels.env"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mflow_kernels ")
