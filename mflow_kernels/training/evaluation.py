@@ -60,7 +60,7 @@ class Evaluation:
 
     def print(self) -> None:
         """As a table on stdout."""
-        table = Table(title=f"Held-out figures: {self.images:,} images of {self.data}")
+        table = Table(title=f"Evaluation on {self.images:,} images of {self.data}")
         table.add_column("")
         for number, dim in enumerate(self.manifold_dims, start=1):
             stages = "stage 1" if number == 1 else f"stages 1-{number}"
