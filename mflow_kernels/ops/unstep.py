@@ -1,0 +1,408 @@
+r"""Backward through a step of flow that stored nothing: two launches beside the network's own.
+
+A chain of steps keeps its output z = couple(y, params), y = W x + bias and nothing else. With the
+gradient dz at hand, and params = net(z_a) computed again, the first launch takes the coupling back:
+
+    y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
+
+the network's backward turns dparams into a gradient dnet of y_a, and the second launch un-mixes:
+
+    x = W^-1 (y - bias),   dx = W^T dy,   dy = (dz_a + dnet, dy_b)
+    gram = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
+
+and writes the input x_a of the network before, in its dtype. dW = sum dy x^T = gram W^-T is C x C
+work, left to the caller for all steps at once, in float64. Where y was kept, both launches read it
+and rebuild nothing: the same formulas without their inverses, gram included.
+
+The half that a coupling leaves alone is never copied: `a` and `b` halves of y and dy are tensors of
+their own. Swap W and W^-1 and set `inverse` to walk back through an inverse (sampling) chain.
+
+Shapes: states (N, C, *spatial), params (N, 2 * C_b, *spatial), C_a = C // 2, C_b = C - C_a.
+dtypes: as `affine_coupling` and `conv1x1`.
+Bytes at least, in states: 1.5 + params read, 1 + params written; then 2 (and dnet) read, 2 (and the
+network input) written. Up to C = 128 one program does all three products of its pixels; past that
+gram has programs of its own, and each block of 128 output channels reads its input again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops._launch import (
+    TL_DTYPE,
+    accumulator,
+    channels_first,
+    columns,
+    dense_pixels,
+    elementwise_tile,
+    pixels,
+    strides,
+    tile_columns,
+    uses_triton,
+)
+from mflow_kernels.ops.conv1x1 import (
+    add_to_first_half,
+    arithmetic,
+    conv1x1_ref,
+    cut_net_input,
+    net_input,
+)
+from mflow_kernels.ops.coupling import (
+    affine_coupling_ref,
+    couple,
+    couple_backward,
+    coupling_backward_ref,
+    load_params,
+)
+from mflow_kernels.ops.scale import ScaleFunction
+
+
+class Uncoupled(NamedTuple):
+    """What the first launch leaves: the b halves of y and dy, and dparams."""
+
+    y_b: Tensor
+    dy_b: Tensor
+    dparams: Tensor
+
+
+class Unmixed(NamedTuple):
+    """What the second launch leaves: x (None where y was kept), dx, the network input x_a, and
+    partial sums (splits, C, C) of gram and (splits, C) of d bias."""
+
+    x: Tensor | None
+    dx: Tensor
+    net: Tensor | None
+    gram: Tensor
+    dbias: Tensor
+
+
+def uncouple_ref(
+    z: Tensor,
+    dz: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    c_a = z.shape[1] // 2
+    y = z if kept else affine_coupling_ref(z, params, scale, not inverse)[0]
+    dy, dparams = coupling_backward_ref(dz, dlogdet[:, None], y, params, scale, inverse)
+    return Uncoupled(y[:, c_a:], dy[:, c_a:], dparams)
+
+
+def unmix_ref(
+    y: tuple[Tensor, Tensor],
+    dy: tuple[Tensor, Tensor],
+    dnet: Tensor | None,
+    weight: Tensor,
+    weight_inverse: Tensor | None,
+    bias: Tensor,
+    net_dtype: torch.dtype | None,
+) -> Unmixed:
+    shifted = torch.cat(y, dim=1) - bias.view(-1, *(1,) * (y[0].dim() - 2))
+    gradient = add_to_first_half(torch.cat(dy, dim=1), dnet)
+    dy_p, y_p = (t.movedim(1, -1).flatten(0, -2) for t in (gradient, shifted))
+    dx = conv1x1_ref(gradient, weight.t(), None)
+    gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
+    if weight_inverse is None:
+        return Unmixed(None, dx, None, gram, dbias)
+    x = conv1x1_ref(shifted, weight_inverse, None)
+    net = None if net_dtype is None else cut_net_input(x, net_dtype)
+    return Unmixed(x, dx, net, gram, dbias)
+
+
+@triton.jit
+def _uncouple_kernel(
+    z, params, dz, dlogdet, y_b, dy_b, dparams, N, P,
+    z_n, z_c, z_p: tl.constexpr,
+    params_n, params_c, params_p: tl.constexpr,
+    dz_n, dz_c, dz_p: tl.constexpr,
+    y_b_n, y_b_c, y_b_p: tl.constexpr,
+    dy_b_n, dy_b_c, dy_b_p: tl.constexpr,
+    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, KEPT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    dlog_s = tl.load(dlogdet + n, mask=valid, other=0.0)
+    C_A: tl.constexpr = C // 2
+    for start in range(0, C - C_A, BLOCK_C):
+        b = start + tl.arange(0, BLOCK_C)
+        c = C_A + b
+        raw, shift, is_b = load_params(
+            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+        )
+        at_z = z + n[None, :] * z_n + c[:, None] * z_c + p[None, :] * z_p
+        y_t = tl.load(at_z, mask=is_b, other=0.0).to(DTYPE)
+        if not KEPT:
+            y_t, _ = couple(y_t, raw, shift, is_b, SCALE, not INVERSE)
+            at_y = y_b + n[None, :] * y_b_n + b[:, None] * y_b_c + p[None, :] * y_b_p
+            tl.store(at_y, y_t, mask=is_b)
+        at_dz = dz + n[None, :] * dz_n + c[:, None] * dz_c + p[None, :] * dz_p
+        dz_t = tl.load(at_dz, mask=is_b, other=0.0).to(DTYPE)
+        dy_t, draw, dshift = couple_backward(y_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
+        at_dy = dy_b + n[None, :] * dy_b_n + b[:, None] * dy_b_c + p[None, :] * dy_b_p
+        tl.store(at_dy, dy_t, mask=is_b)
+        at = dparams + n[None, :] * dparams_n + b[:, None] * dparams_c + p[None, :] * dparams_p
+        tl.store(at, draw, mask=is_b)
+        tl.store(at + (C - C_A) * dparams_c, dshift, mask=is_b)
+
+
+@triton.jit
+def _unmix_kernel(
+    y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net, gram, dbias, N, P, TILES,
+    y_a_n, y_a_c, y_a_p: tl.constexpr,
+    y_b_n, y_b_c, y_b_p: tl.constexpr,
+    dy_a_n, dy_a_c, dy_a_p: tl.constexpr,
+    dnet_n, dnet_c, dnet_p: tl.constexpr,
+    dy_b_n, dy_b_c, dy_b_p: tl.constexpr,
+    x_n, x_c, x_p: tl.constexpr,
+    dx_n, dx_c, dx_p: tl.constexpr,
+    net_n, net_c, net_p: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, MIXERS: tl.constexpr,
+    GRAM_BLOCKS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """The first MIXERS programs of axis 1 each give BLOCK_O channels of x and dx; where they see
+    all channels at once (one mixer, one block of input channels) they form gram on the way, else
+    the programs after them do."""
+    program, programs, role = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    if role < MIXERS:
+        o = role * BLOCK_O + tl.arange(0, BLOCK_O)
+        if GRAM_BLOCKS == 0:
+            gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
+            dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+        for tile in range(program, TILES, programs):
+            n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                at_w = weight + c[None, :] * C + o[:, None]
+                inside = (o[:, None] < C) & (c[None, :] < C)
+                w_t = tl.load(at_w, mask=inside, other=0.0)
+                dy_t = _load_gradient_halves(
+                    dy_a, dnet, dy_b, n, c, p, valid, C, dy_a_n, dy_a_c, dy_a_p,
+                    dnet_n, dnet_c, dnet_p, dy_b_n, dy_b_c, dy_b_p, DTYPE,
+                )  # fmt: skip
+                dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
+                if (x is not None) or (GRAM_BLOCKS == 0):
+                    y_t = _load_shifted_halves(
+                        y_a, y_b, bias, n, c, p, valid, C, y_a_n, y_a_c, y_a_p,
+                        y_b_n, y_b_c, y_b_p, DTYPE,
+                    )  # fmt: skip
+                if x is not None:
+                    at_w = weight_inverse + o[:, None] * C + c[None, :]
+                    w_t = tl.load(at_w, mask=inside, other=0.0)
+                    x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
+                if GRAM_BLOCKS == 0:
+                    gram_t = tl.dot(
+                        dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE
+                    )
+                    dbias_t += dy_t
+            inside = (o[:, None] < C) & valid[None, :]
+            tl.store(dx + n[None, :] * dx_n + o[:, None] * dx_c + p[None, :] * dx_p, dx_t, inside)
+            if x is not None:
+                tl.store(x + n[None, :] * x_n + o[:, None] * x_c + p[None, :] * x_p, x_t, inside)
+            if net is not None:
+                is_a = (o[:, None] < C // 2) & valid[None, :]
+                at_net = net + n[None, :] * net_n + o[:, None] * net_c + p[None, :] * net_p
+                tl.store(at_net, x_t, is_a)
+        if GRAM_BLOCKS == 0:
+            _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
+    else:
+        block = role - MIXERS
+        o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
+        c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
+        gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
+        dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+        for tile in range(program, TILES, programs):
+            n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+            dy_t = _load_gradient_halves(
+                dy_a, dnet, dy_b, n, o, p, valid, C, dy_a_n, dy_a_c, dy_a_p,
+                dnet_n, dnet_c, dnet_p, dy_b_n, dy_b_c, dy_b_p, DTYPE,
+            )  # fmt: skip
+            y_t = _load_shifted_halves(
+                y_a, y_b, bias, n, c, p, valid, C, y_a_n, y_a_c, y_a_p,
+                y_b_n, y_b_c, y_b_p, DTYPE,
+            )  # fmt: skip
+            gram_t = tl.dot(dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE)
+            dbias_t += dy_t
+        # Programs of one block of rows sum the same dy: they store the same d bias.
+        _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C)
+
+
+@triton.jit
+def _load_gradient_halves(
+    dy_a, dnet, dy_b, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
+    net_n, net_c, net_p: tl.constexpr, b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    is_a = (c[:, None] < C // 2) & valid[None, :]
+    dy_t = _load_halves(dy_a, dy_b, n, c, p, valid, C, a_n, a_c, a_p, b_n, b_c, b_p, DTYPE)
+    if dnet is not None:
+        at = dnet + n[None, :] * net_n + c[:, None] * net_c + p[None, :] * net_p
+        dy_t += tl.load(at, mask=is_a, other=0.0).to(DTYPE)
+    return dy_t
+
+
+@triton.jit
+def _load_shifted_halves(
+    y_a, y_b, bias, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
+    b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    y_t = _load_halves(y_a, y_b, n, c, p, valid, C, a_n, a_c, a_p, b_n, b_c, b_p, DTYPE)
+    shift = tl.load(bias + c, mask=c < C, other=0.0)
+    # Columns that do not exist must stay zero: gram sums over them.
+    return tl.where(valid[None, :], y_t - shift[:, None], 0.0)
+
+
+@triton.jit
+def _load_halves(
+    a, b, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
+    b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state whose channels below C // 2 are `a` and whose others are `b`."""
+    C_A: tl.constexpr = C // 2
+    is_a = (c[:, None] < C_A) & valid[None, :]
+    is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
+    at_a = a + n[None, :] * a_n + c[:, None] * a_c + p[None, :] * a_p
+    at_b = b + n[None, :] * b_n + (c - C_A)[:, None] * b_c + p[None, :] * b_p
+    a_t = tl.load(at_a, mask=is_a, other=0.0).to(DTYPE)
+    return a_t + tl.load(at_b, mask=is_b, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C: tl.constexpr):
+    at = gram + program.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+    tl.store(at, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
+    tl.store(dbias + program * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
+
+
+class UnmixTile(NamedTuple):
+    """Blocks of an un-mixing launch: output channels, input channels, columns; and its warps."""
+
+    block_o: int
+    block_c: int
+    block_p: int
+    warps: int
+
+
+def unmix_tile(c: int) -> UnmixTile:
+    if c <= 128:
+        block = max(16, triton.next_power_of_2(c))
+        return UnmixTile(block, block, 64 if c <= 32 else 32, 4 if c <= 32 else 8)
+    return UnmixTile(128, 32, 32, 8)
+
+
+UNMIX_PROGRAMS = 264  # of a launch: two for each multiprocessor of an H100
+
+
+def launch_uncouple(
+    z: Tensor,
+    dz: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    """One launch. z is the coupling's output, or its input where that was `kept`."""
+    z, dz, params = dense_pixels(z), dense_pixels(dz), dense_pixels(params)
+    n, c, p = z.shape[0], z.shape[1], pixels(z)
+    z_b = z[:, c // 2 :]
+    y_b = z_b if kept else torch.empty_like(z_b)
+    dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
+    block_c, block_p = elementwise_tile(z)
+    tiles = tile_columns(n, p, block_p)
+    if n:
+        _uncouple_kernel[(tiles.programs,)](
+            z, params, dz, dlogdet, None if kept else y_b, dy_b, dparams, n, p,
+            *strides(z), *strides(params), *strides(dz), *strides(y_b), *strides(dy_b),
+            *strides(dparams),
+            C=c, SCALE=scale, INVERSE=inverse, KEPT=kept, DTYPE=TL_DTYPE[accumulator(z.dtype)],
+            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
+        )  # fmt: skip
+    return Uncoupled(y_b, dy_b, dparams)
+
+
+def launch_unmix(
+    y: tuple[Tensor, Tensor],
+    dy: tuple[Tensor, Tensor],
+    dnet: Tensor | None,
+    weight: Tensor,
+    weight_inverse: Tensor | None,
+    bias: Tensor,
+    net_dtype: torch.dtype | None,
+    precision: str,
+) -> Unmixed:
+    """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
+    y_a, y_b, dy_a, dy_b = map(dense_pixels, (*y, *dy))
+    dnet = None if dnet is None else dense_pixels(dnet)
+    weight = weight.contiguous()
+    weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
+    n, c, p = y_a.shape[0], weight.shape[0], pixels(y_a)
+    tile = unmix_tile(c)
+    tiles = tile_columns(n, p, tile.block_p)
+    mixers = triton.cdiv(c, tile.block_o)
+    gram_blocks = 0 if tile.block_c >= c else mixers
+    roles = mixers + gram_blocks * gram_blocks
+    splits = max(1, min(tiles.programs, UNMIX_PROGRAMS // roles))
+    dx = empty_state(y_b, c)
+    x = None if weight_inverse is None else torch.empty_like(dx)
+    net = None if x is None or net_dtype is None else net_input(x, net_dtype)
+    new = y_b.new_empty if n else y_b.new_zeros
+    gram, dbias = (new(s, dtype=accumulator(y_b.dtype)) for s in ((splits, c, c), (splits, c)))
+    if n:
+        _unmix_kernel[(splits, roles)](
+            y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net,
+            gram, dbias, n, p, tiles.programs,
+            *strides(y_a), *strides(y_b), *strides(dy_a), *strides(dnet), *strides(dy_b),
+            *strides(x), *strides(dx), *strides(net),
+            C=c, **arithmetic(y_b, precision), MIXERS=mixers, GRAM_BLOCKS=gram_blocks,
+            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return Unmixed(x, dx, net, gram, dbias)
+
+
+def empty_state(half: Tensor, channels: int) -> Tensor:
+    """An empty state of so many channels, dense in the order of axes of one of its halves."""
+    if channels_first(half) or half.dim() == 2:
+        return half.new_empty((half.shape[0], channels, *half.shape[2:]))
+    last = half.new_empty((half.shape[0], *half.shape[2:], channels))
+    return last.movedim(-1, 1)
+
+
+def uncouple(
+    z: Tensor,
+    dz: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    """The first half of a step's backward: one launch, or the reference on a CPU."""
+    run = launch_uncouple if uses_triton(z) else uncouple_ref
+    return run(z, dz, dlogdet, params, scale, inverse, kept)
+
+
+def unmix(
+    y: tuple[Tensor, Tensor],
+    dy: tuple[Tensor, Tensor],
+    dnet: Tensor | None,
+    weight: Tensor,
+    weight_inverse: Tensor | None,
+    bias: Tensor,
+    net_dtype: torch.dtype | None,
+    precision: str = "tf32x3",
+) -> Unmixed:
+    """The second half of a step's backward: one launch, or the reference on a CPU."""
+    if uses_triton(y[0]):
+        return launch_unmix(y, dy, dnet, weight, weight_inverse, bias, net_dtype, precision)
+    return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype)
