@@ -11,8 +11,7 @@ from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
-from mflow_kernels.ops._checks import check_state
-from mflow_kernels.ops._launch import accumulator, pixels
+from mflow_kernels.ops._launch import accumulator, flow_state, pixels
 from mflow_kernels.ops.conv1x1 import conv1x1_op, inverse_mix, spread
 from mflow_kernels.ops.coupling import affine_coupling_op, check_params
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
@@ -120,7 +119,7 @@ PRECISION = "tf32x3"
 
 
 def _forward(steps: list[FlowStep], x: Tensor) -> tuple[Tensor, Tensor]:
-    x = check_state("x", x)
+    x = flow_state("x", x)
     mix = fold(steps, accumulator(x.dtype))
     weight, bias = spread(mix.weight, mix.bias, x)
     dtype = network_dtype(x)
@@ -139,7 +138,7 @@ def _forward(steps: list[FlowStep], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(steps: list[FlowStep], z: Tensor) -> tuple[Tensor, Tensor]:
-    z = check_state("z", z)
+    z = flow_state("z", z)
     mix = fold(steps, accumulator(z.dtype))
     weight, bias = spread(*inverse_mix(mix.weight, mix.bias), z)
     dtype = network_dtype(z)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops._checks import check_state
+
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,8 +39,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """`y` with the strides that `torch.empty_like(x)` has, as an operator promises them."""
-    out = torch.empty_like(x, dtype=y.dtype)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    if y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
 class Strides(NamedTuple):
@@ -66,6 +69,14 @@ def dense_pixels(x: Tensor) -> Tensor:
             return x.contiguous()
         size *= length
     return x
+
+
+def flow_state(name: str, value: object) -> Tensor:
+    """`value` as a flow state that kernels can walk, copied only where its layout is of no model's.
+
+    Before the operator, not in it: what an operator promises of its outputs follows its inputs.
+    """
+    return dense_pixels(check_state(name, value))
 
 
 def strides(x: Tensor | None) -> Strides:

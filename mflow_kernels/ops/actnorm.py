@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._checks import check_device, check_shape, check_state, check_tensor
+from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
     accumulator,
     columns,
     dense_pixels,
     elementwise_tile,
+    flow_state,
     in_layout_of,
     pixels,
     register_triton,
@@ -201,7 +202,7 @@ register_triton(actnorm_backward_op, launch_actnorm_backward)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
-    x = check_state(name, x)
+    x = flow_state(name, x)
     for label, value in (("bias", bias), ("log_scale", log_scale)):
         check_tensor(label, value)
         check_shape(label, value, (x.shape[1],))

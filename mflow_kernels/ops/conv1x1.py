@@ -32,7 +32,6 @@ from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
     check_shape,
-    check_state,
     check_tensor,
 )
 from mflow_kernels.ops._launch import (
@@ -40,6 +39,7 @@ from mflow_kernels.ops._launch import (
     accumulator,
     columns,
     dense_pixels,
+    flow_state,
     in_layout_of,
     pixels,
     register_triton,
@@ -402,7 +402,7 @@ def conv1x1(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    x = check_state("x", x)
+    x = flow_state("x", x)
     weight, bias = check_mix(x, weight, bias, precision)
     return conv1x1_op(x, *spread(weight, bias, x), precision, None)[0]
 
@@ -415,7 +415,7 @@ def conv1x1_inverse(
     Raises:
         ValueError: also where weight is singular or not finite.
     """
-    y = check_state("y", y)
+    y = flow_state("y", y)
     weight, bias = check_mix(y, weight, bias, precision)
     return conv1x1_op(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
@@ -426,7 +426,10 @@ def inverse_mix(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: where a W is singular or not finite.
     """
-    inverse, info = torch.linalg.inv_ex(weight.double())
-    if not torch.compiler.is_compiling() and (info.any() or not inverse.isfinite().all()):
-        raise ValueError("weight: expected an invertible matrix, got one that is singular")
+    weight = weight.double()
+    inverse, info = torch.linalg.inv_ex(weight)
+    finite = weight.isfinite().all()  # an infinite W may have a finite inverse
+    if not torch.compiler.is_compiling() and not (finite & inverse.isfinite().all() & ~info.any()):
+        came = "singular" if finite else "not finite"
+        raise ValueError(f"weight: expected an invertible matrix, got one that is {came}")
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

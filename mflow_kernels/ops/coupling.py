@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._checks import check_device, check_shape, check_state
+from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
     accumulator,
     columns,
     dense_pixels,
     elementwise_tile,
+    flow_state,
     in_layout_of,
     ledger_columns,
     pixels,
@@ -289,7 +290,7 @@ def _(
 
 def check_params(x: Tensor, params: object) -> Tensor:
     """params of a coupling on the state x: (N, 2 * C_b, *spatial), on the same device."""
-    params = check_state("params", params)
+    params = flow_state("params", params)
     if x.shape[1] < 2:
         raise ValueError(f"x: expected at least 2 channels to couple, got shape {tuple(x.shape)}")
     c_b = x.shape[1] - x.shape[1] // 2
@@ -318,7 +319,7 @@ def affine_coupling(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    x = check_state("x", x)
+    x = flow_state("x", x)
     args = ScaleFunction.of(scale).args
     y, ledger = affine_coupling_op(x, check_params(x, params), *args, False)
     return y, sum_ledger(ledger)
@@ -328,7 +329,7 @@ def affine_coupling_inverse(
     y: Tensor, params: Tensor, scale: ScaleFunction | Kind = "tanh"
 ) -> tuple[Tensor, Tensor]:
     """Undo `affine_coupling`: x, and the negative of its logdet. Arguments as there."""
-    y = check_state("y", y)
+    y = flow_state("y", y)
     args = ScaleFunction.of(scale).args
     x, ledger = affine_coupling_op(y, check_params(y, params), *args, True)
     return x, sum_ledger(ledger)

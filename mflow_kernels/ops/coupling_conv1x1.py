@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._checks import check_state
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
     dense_pixels,
+    flow_state,
     in_layout_of,
     ledger_columns,
     pixels,
@@ -253,7 +253,7 @@ def coupling_conv1x1(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    x = check_state("x", x)
+    x = flow_state("x", x)
     params = check_params(x, params)
     spread_mix = spread(*check_mix(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
@@ -276,7 +276,7 @@ def coupling_inverse_conv1x1(
     coupling in the data -> latent direction. Arguments and results as `coupling_conv1x1`, the
     logdet that of the inverse coupling.
     """
-    y = check_state("y", y)
+    y = flow_state("y", y)
     params = check_params(y, params)
     spread_mix = spread(*check_mix(y, weight, bias, precision), y)
     args = ScaleFunction.of(scale).args
