@@ -1,0 +1,224 @@
+"""What tests of operators and layers share: states in every shape and layout, the operators with
+their float64 references, and one comparison of values and gradients."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mflow_kernels import ops
+from mflow_kernels.ops._launch import dense_pixels
+from mflow_kernels.ops.actnorm import actnorm_ref
+from mflow_kernels.ops.conv1x1 import conv1x1_ref
+from mflow_kernels.ops.coupling import affine_coupling_ref
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
+
+# Vectors; odd channels and sizes; N = 1; P = 1; more channels than a block of a kernel has; P past
+# one tile and no multiple of it (tiles have 16 to 256 columns).
+SHAPES = [
+    (2, 5),
+    (1, 2),
+    (33, 3),
+    (1, 2, 1),
+    (2, 3, 9),
+    (2, 12, 5, 7),
+    (1, 4, 1, 1),
+    (2, 33, 3, 5),
+    (1, 130, 3, 3),
+    (2, 6, 17, 16),
+    (1, 5, 2, 3, 4),
+    (3, 2, 8, 8),
+]
+IMAGES = [(2, 7, 5, 6), (1, 4, 9, 8)]
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "first half": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "second half": lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :],
+    "first half, channels_last": lambda x: torch.cat([x, x + 1], 1).contiguous(
+        memory_format=torch.channels_last
+    )[:, : x.shape[1]],
+    "second half, channels_last": lambda x: torch.cat([x + 1, x], 1).contiguous(
+        memory_format=torch.channels_last
+    )[:, x.shape[1] :],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+# Layouts that kernels read in place; others are copied, to contiguous ones.
+IN_PLACE = [name for name in LAYOUTS if name != "transposed"]
+
+# A state's dtype and its params'.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+
+SCALES = [
+    ScaleFunction("sigmoid"),
+    ScaleFunction("sigmoid", eps=1e-3, order="scale-shift"),
+    ScaleFunction("exp"),
+    ScaleFunction("exp", order="scale-shift"),
+    ScaleFunction("tanh", clamp=1.5),
+    ScaleFunction("tanh", order="scale-shift"),
+    ScaleFunction("atan", clamp=1.9),
+    ScaleFunction("atan", order="scale-shift"),
+]
+
+
+def normal(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    layout: str = "contiguous",
+) -> Tensor:
+    """Normal values of a shape in a layout of LAYOUTS, the same on every device."""
+    return LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(device, dtype))
+
+
+def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(C, C) near a rotation: no cancellation in its inverse that float32 would feel."""
+    q = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+    return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
+
+
+def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n, c, *spatial = shape
+    return (n, 2 * (c - c // 2), *spatial)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public operator: how to call it, its reference in plain torch, and the inputs of both."""
+
+    name: str
+    call: Callable[..., tuple[Tensor, ...]]
+    reference: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[str, ...]
+
+    @property
+    def scaled(self) -> bool:
+        return "params" in self.inputs
+
+    @property
+    def mixes(self) -> bool:
+        return "weight" in self.inputs
+
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+        device: torch.device | str = "cpu",
+        layout: str = "contiguous",
+    ) -> dict[str, Tensor]:
+        """Inputs that require gradients, for a state of `shape` in `layout`."""
+        state, other = dtypes
+        c = shape[1]
+        made = {
+            "x": lambda: normal(*shape, dtype=state, device=device, layout=layout),
+            "params": lambda: normal(
+                *params_shape(shape), dtype=other, device=device, layout=layout
+            ),
+            "weight": lambda: rotation(c, other).to(device),
+            "bias": lambda: normal(c, dtype=other, device=device),
+            "log_scale": lambda: 0.5 * normal(c, dtype=other, device=device),
+        }
+        return {name: made[name]().requires_grad_() for name in self.inputs}
+
+
+def _actnorm(inverse: bool) -> Operator:
+    def reference(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        logdet = (-1 if inverse else 1) * math.prod(x.shape[2:]) * log_scale.sum()
+        return actnorm_ref(x, bias, log_scale, inverse), logdet.expand(x.shape[0])
+
+    call = ops.actnorm_inverse if inverse else ops.actnorm
+    return Operator(call.__name__, call, reference, ("x", "bias", "log_scale"))
+
+
+def _coupling(inverse: bool, mix: bool) -> Operator:
+    def reference(
+        x: Tensor,
+        params: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        scale: ScaleFunction,
+    ) -> tuple[Tensor, ...]:
+        y, log_s = affine_coupling_ref(x, params, scale, inverse)
+        y = y if weight is None else conv1x1_ref(y, weight, bias)
+        return y, log_s.reshape(x.shape[0], -1).sum(1)
+
+    if mix:
+        call = ops.coupling_inverse_conv1x1 if inverse else ops.coupling_conv1x1
+        return Operator(call.__name__, call, reference, ("x", "params", "weight", "bias"))
+    call = ops.affine_coupling_inverse if inverse else ops.affine_coupling
+    return Operator(call.__name__, call, reference, ("x", "params"))
+
+
+def _conv1x1_inverse_ref(y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    inverse = torch.linalg.inv(weight)
+    return (conv1x1_ref(y, inverse, -(inverse @ bias)),)
+
+
+OPERATORS = {
+    op.name: op
+    for op in (
+        _actnorm(False),
+        _actnorm(True),
+        Operator(
+            "conv1x1",
+            lambda x, weight, bias: (ops.conv1x1(x, weight, bias),),
+            lambda x, weight, bias: (conv1x1_ref(x, weight, bias),),
+            ("x", "weight", "bias"),
+        ),
+        Operator(
+            "conv1x1_inverse",
+            lambda x, weight, bias: (ops.conv1x1_inverse(x, weight, bias),),
+            _conv1x1_inverse_ref,
+            ("x", "weight", "bias"),
+        ),
+        _coupling(False, False),
+        _coupling(True, False),
+        _coupling(False, True),
+        _coupling(True, True),
+    )
+}
+
+
+def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
+    return {"scale": scale or ScaleFunction("tanh")} if op.scaled else {}
+
+
+def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
+    """Assert values and gradients of an operator against its reference in float64 under autograd,
+    and the layout and dtype of what it returns."""
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    actual = op.call(*inputs.values(), **options(op, scale))
+    expected = op.reference(*exact.values(), **options(op, scale))
+    x = inputs["x"]
+    n, c, p = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    assert actual[0].dtype == x.dtype
+    assert actual[0].stride() == torch.empty_like(dense_pixels(x)).stride()
+    mixed = c if op.mixes else 1
+    assert_close(actual[0], expected[0], terms=mixed, name="y")
+    if len(actual) > 1:
+        # Its terms are of order one; a sum of few samples may cancel to less.
+        assert_close(actual[1], expected[1], terms=c * p, scale=1.0, name="logdet")
+        assert actual[1].dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    # Gradients arrive in the dtype of what they are of, so both sides see the same numbers.
+    cotangents = [torch.randn_like(y, dtype=torch.float64).to(y.dtype) for y in actual]
+    grads = torch.autograd.grad(actual, list(inputs.values()), cotangents)
+    exact_grads = torch.autograd.grad(
+        expected, list(exact.values()), [g.double() for g in cotangents]
+    )
+    terms = {"x": mixed, "params": mixed, "weight": n * p * c, "bias": n * p * mixed}
+    for name, got, want in zip(inputs, grads, exact_grads, strict=True):
+        assert got.dtype == inputs[name].dtype
+        assert_close(got, want, terms=terms.get(name, n * p), name=f"d {name}")

@@ -1,0 +1,90 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, IMAGES, LAYOUTS, OPERATORS, SHAPES, compare, normal, rotation
+
+from mflow_kernels import ops
+from mflow_kernels.testing import assert_close
+
+CONV, INVERSE = OPERATORS["conv1x1"], OPERATORS["conv1x1_inverse"]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)], ids=str)
+def test_shapes(shape, device):
+    compare(CONV, CONV.sample(shape, device=device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts(shape, layout, device):
+    compare(CONV, CONV.sample(shape, device=device, layout=layout))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(dtypes, device):
+    compare(CONV, CONV.sample((2, 5, 3, 4), dtypes, device))
+
+
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7, 3, 4)], ids=str)
+def test_inverse(shape, dtypes, device):
+    compare(INVERSE, INVERSE.sample(shape, dtypes, device))
+
+
+def test_without_bias_and_with_a_transposed_weight(device):
+    x = normal(2, 6, 3, 4, device=device).requires_grad_()
+    weight = rotation(6).to(device).t().requires_grad_()
+    y = ops.conv1x1(x, weight)
+    exact = F.conv2d(x.double(), weight.double()[:, :, None, None])
+    assert_close(y, exact, terms=6)
+    g = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, weight], g)
+    want = torch.autograd.grad(exact, [x, weight], g.double())
+    assert_close(got[0], want[0], terms=6)
+    assert_close(got[1], want[1], terms=2 * 12)
+
+
+def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
+    """A weight in bfloat16 must not cost the float32 bias its digits."""
+    inputs = CONV.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
+    inputs["bias"] = normal(5, device=device).requires_grad_()
+    compare(CONV, inputs)
+
+
+def test_inverse_undoes_an_ill_conditioned_weight(device):
+    """With W^-1 from float64, the round trip costs the rounding of y times W^-1's norm, once."""
+    weight = rotation(8, torch.float64)
+    weight = (weight @ torch.diag(torch.logspace(0, -4, 8, dtype=torch.float64))).float()
+    norm = torch.linalg.matrix_norm(torch.linalg.inv(weight.double()), 2).item()
+    x, weight = normal(4, 8, 5, device=device), weight.to(device)
+    y = ops.conv1x1(x, weight)
+    size = norm * y.abs().max().item()
+    assert_close(ops.conv1x1_inverse(y, weight), x.double(), terms=8, scale=size)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(3, 3),
+        torch.zeros(3, 3),
+        torch.full((3, 3), float("nan")),
+        torch.diag(torch.tensor([1.0, float("inf"), 1.0])),
+    ],
+    ids=["rank one", "zero", "nan", "infinite"],
+)
+def test_inverse_of_what_has_none(weight, device):
+    x = normal(2, 3, 4, device=device)
+    with pytest.raises(ValueError, match=r"weight: expected an invertible matrix, got"):
+        ops.conv1x1_inverse(x, weight.to(device))
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
+def test_precision(precision, device):
+    """tf32 rounds factors to 10 bits on a GPU's tensor cores, and is exact elsewhere."""
+    x, weight = normal(2, 16, 40, device=device), rotation(16).to(device)
+    expected = torch.einsum("oc,ncp->nop", weight.double(), x.double())
+    y = ops.conv1x1(x, weight, precision=precision)
+    if precision == "tf32" and device.type == "cuda":
+        assert (y - expected).abs().max() < 2**-10 * expected.abs().max() * 4
+    else:
+        assert_close(y, expected, terms=16)

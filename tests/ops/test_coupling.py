@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+from cases import DTYPES, IMAGES, LAYOUTS, OPERATORS, SCALES, SHAPES, compare, normal, params_shape
+
+from mflow_kernels import ops
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
+
+DIRECTIONS = [OPERATORS["affine_coupling"], OPERATORS["affine_coupling_inverse"]]
+both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.name)
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(op, shape, device):
+    compare(op, op.sample(shape, device=device))
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts(op, shape, layout, device):
+    compare(op, op.sample(shape, device=device, layout=layout))
+
+
+@both
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(op, dtypes, device):
+    compare(op, op.sample((2, 5, 3, 4), dtypes, device))
+
+
+@both
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+def test_scales(op, scale, device):
+    compare(op, op.sample((2, 5, 3, 4), device=device), scale)
+    double = (torch.float64, torch.float64)
+    compare(op, op.sample((2, 5, 3, 4), double, device), scale)
+
+
+def test_layouts_of_state_and_params_may_differ(device):
+    op = DIRECTIONS[0]
+    inputs = op.sample((2, 5, 4, 3), device=device)
+    params = inputs["params"].detach().contiguous(memory_format=torch.channels_last)
+    compare(op, inputs | {"params": params.requires_grad_()})
+
+
+def test_by_hand(device):
+    """s = e^0.5 on the second channel: the first stays, shift before scale by default."""
+
+    def row(*values):
+        return torch.tensor([values], dtype=torch.float64, device=device)
+
+    e = math.exp(0.5)
+    y, logdet = ops.affine_coupling(row(3.0, 1.0), row(0.5, 2.0), "exp")
+    assert_close(y, row(3.0, e * 3.0))
+    assert_close(logdet, row(0.5)[0])
+    later = ScaleFunction("exp", order="scale-shift")
+    y, _ = ops.affine_coupling(row(3.0, 1.0), row(0.5, 2.0), later)
+    assert_close(y, row(3.0, e + 2.0))
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+def test_inverse_undoes(scale, device):
+    shape = (2, 7, 3, 5)
+    x, params = normal(*shape, device=device), normal(*params_shape(shape), device=device)
+    y, logdet = ops.affine_coupling(x, params, scale)
+    back, negative = ops.affine_coupling_inverse(y, params, scale)
+    # x comes back through 1 / s of y's rounding, and y is s times larger than x.
+    raw = params.double()[:, :4]
+    growth = torch.exp(torch.maximum(raw.abs(), -torch.nn.functional.logsigmoid(raw + 2))).max()
+    assert_close(back, x.double(), scale=growth.item() * y.abs().max().item())
+    assert torch.equal(negative, -logdet)
+
+
+@both
+@pytest.mark.parametrize("raw", [-1e4, -120.0, 120.0, 1e4])
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+def test_extreme_params(op, scale, raw, device):
+    """logdet is exact where s itself under- or overflows, gradients where s is in range."""
+    inputs = op.sample((2, 3, 2, 2), device=device)
+    with torch.no_grad():
+        inputs["params"][:, :2] = raw
+    y, logdet = op.call(*inputs.values(), scale=scale)
+    exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
+    expected = op.reference(*exact.values(), scale=scale)
+    # s near 1 rounds by eps, however near 0 its logarithm is: hence magnitude 1.
+    assert_close(logdet, expected[1], terms=8, scale=1.0)
+    log_s = (expected[1] / 8).max().item()
+    if log_s < 88:  # e^88 is the largest float32
+        assert_close(y, expected[0], terms=2)
+        grads = torch.autograd.grad((y.sum(), logdet.sum()), list(inputs.values()))
+        wants = torch.autograd.grad((expected[0].sum(), expected[1].sum()), list(exact.values()))
+        for name, got, want in zip(inputs, grads, wants, strict=True):
+            assert_close(got, want, terms=2, name=f"d {name}")
+
+
+def test_log_sigmoid_of_minus_120_is_minus_120(device):
+    x = torch.zeros(1, 2, device=device)
+    params = torch.tensor([[-120.0, 0.0]], device=device)
+    _, logdet = ops.affine_coupling(x, params, ScaleFunction("sigmoid", offset=0.0))
+    assert logdet.item() == -120.0
+
+
+def test_one_channel_has_no_half_to_read(device):
+    x = normal(2, 1, 3, device=device)
+    with pytest.raises(ValueError, match=r"x: expected at least 2 channels.*\(2, 1, 3\)"):
+        ops.affine_coupling(x, normal(2, 2, 3, device=device))
+
+
+def test_params_wider_than_the_state(device):
+    x, params = normal(2, 2, device=device), normal(2, 2, dtype=torch.float64, device=device)
+    with pytest.raises(
+        TypeError, match=r"params: expected a dtype no wider .*float32, got float64"
+    ):
+        ops.affine_coupling(x, params)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    IMAGES,
+    LAYOUTS,
+    OPERATORS,
+    SCALES,
+    SHAPES,
+    compare,
+    normal,
+    params_shape,
+    rotation,
+)
+
+from mflow_kernels import ops
+from mflow_kernels.testing import assert_close
+
+DIRECTIONS = [OPERATORS["coupling_conv1x1"], OPERATORS["coupling_inverse_conv1x1"]]
+both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.name)
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(op, shape, device):
+    compare(op, op.sample(shape, device=device))
+
+
+@both
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts(op, shape, layout, device):
+    compare(op, op.sample(shape, device=device, layout=layout))
+
+
+@both
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(op, dtypes, device):
+    compare(op, op.sample((2, 5, 3, 4), dtypes, device))
+
+
+@both
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+def test_scales(op, scale, device):
+    compare(op, op.sample((2, 5, 3, 4), device=device), scale)
+    double = (torch.float64, torch.float64)
+    compare(op, op.sample((2, 5, 3, 4), double, device), scale)
+
+
+@both
+def test_without_bias(op, device):
+    shape = (2, 5, 3, 4)
+    x, params = normal(*shape, device=device), normal(*params_shape(shape), device=device)
+    weight = rotation(5).to(device)
+    zero = torch.zeros(5, device=device)
+    bare, logdet = op.call(x, params, weight)
+    biased, _ = op.call(x, params, weight, zero)
+    assert torch.equal(bare, biased)
+    assert logdet.shape == (2,)
+
+
+def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
+    """A weight in bfloat16 must not cost the float32 bias its digits."""
+    op = DIRECTIONS[0]
+    inputs = op.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
+    compare(op, inputs | {"bias": normal(5, device=device).requires_grad_()})
+
+
+def test_is_the_coupling_then_the_convolution(device):
+    shape = (2, 6, 5, 3)
+    x, params = normal(*shape, device=device), normal(*params_shape(shape), device=device)
+    weight, bias = rotation(6).to(device), normal(6, device=device)
+    z, expected_logdet = ops.affine_coupling(x, params, "sigmoid")
+    y, logdet = ops.coupling_conv1x1(x, params, weight, bias, "sigmoid")
+    assert_close(y, ops.conv1x1(z, weight, bias), terms=6)
+    assert_close(logdet, expected_logdet, terms=45)
+
+
+def test_inverse_walks_a_chain_back(device):
+    """coupling^-1 then W^-1 undoes W then coupling."""
+    shape = (2, 6, 5, 3)
+    x, params = normal(*shape, device=device), normal(*params_shape(shape), device=device)
+    weight, bias = rotation(6).to(device), normal(6, device=device)
+    z, logdet = ops.affine_coupling(ops.conv1x1(x, weight, bias), params)
+    inverse = torch.linalg.inv(weight.double())
+    back, negative = ops.coupling_inverse_conv1x1(
+        z, params, inverse.float(), -(inverse @ bias.double()).float()
+    )
+    # tanh with clamp 2 bounds 1 / s by e^2, which multiplies z's rounding.
+    assert_close(back, x, terms=6, scale=7.4 * z.abs().max().item())
+    assert_close(negative, -logdet, terms=45)

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from cases import normal
+
+from mflow_kernels import ops
+from mflow_kernels.testing import assert_close
+
+
+# T of 0, of one column, of a whole block (1,024) and of one more.
+@pytest.mark.parametrize("shape", [(3, 0), (1, 1), (2, 3), (4, 1024), (2, 1025)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_each_sample(shape, dtype, device):
+    ledger = normal(*shape, dtype=dtype, device=device).requires_grad_()
+    constant = normal(1, dtype=dtype, device=device)[0].requires_grad_()
+    total = ops.accumulate_logdet(ledger, constant)
+    terms = max(1, shape[1])
+    assert total.dtype == dtype
+    # Random signs cancel: a partial sum is as large as the root of how many terms it has.
+    exact = ledger.double().sum(1) + constant.double()
+    assert_close(total, exact, terms=terms, scale=terms**0.5)
+    g = torch.randn_like(total)
+    dledger, dconstant = torch.autograd.grad(total, [ledger, constant], g)
+    assert torch.equal(dledger, g[:, None].expand(shape))
+    assert_close(dconstant, g.sum(), terms=shape[0])
+
+
+def test_strided_ledger(device):
+    ledger = normal(5, 3, device=device).t()
+    constant = torch.ones((), device=device)
+    assert_close(ops.accumulate_logdet(ledger, constant), ledger.double().sum(1) + 1, terms=5)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "constant", "error", "message"),
+    [
+        (torch.ones(2, 3, 4), torch.ones(()), ValueError, r"ledger: expected shape \(N, T\), got"),
+        (torch.ones(2, 3), torch.ones(2), ValueError, r"constant: expected shape \(\), got \(2,\)"),
+        (torch.ones(2, 3), torch.ones((), dtype=torch.float64), TypeError, "constant: .*float64"),
+        (torch.ones(2, 3, dtype=torch.half), torch.ones(()), TypeError, "ledger: .*got float16"),
+        (torch.ones(2, 3), torch.ones((), device="meta"), ValueError, "constant: .*cpu, got meta"),
+        (torch.ones(2, 3), 1.0, TypeError, "constant: expected a torch.Tensor, got float"),
+    ],
+)  # fmt: skip
+def test_bad_input(ledger, constant, error, message):
+    with pytest.raises(error, match=message):
+        ops.accumulate_logdet(ledger, constant)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from cases import SCALES
+
+from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref
+from mflow_kernels.testing import assert_close
+
+RAW = torch.linspace(-6, 6, 49, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.eps}")
+def test_formulas(scale):
+    expected = {
+        "sigmoid": lambda r: 1 / (1 + (-(r + scale.offset)).exp()) + scale.eps,
+        "exp": torch.exp,
+        "tanh": lambda r: torch.exp(scale.clamp * torch.tanh(r / scale.clamp)),
+        "atan": lambda r: torch.exp(scale.clamp * 0.636 * torch.atan(r / scale.clamp)),
+    }[scale.kind]
+    log_s, _ = log_scale_ref(RAW, scale)
+    assert_close(log_s.exp(), expected(RAW))
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.eps}")
+def test_slope_is_the_derivative(scale):
+    raw = RAW.clone().requires_grad_()
+    log_s, slope = log_scale_ref(raw, scale)
+    (expected,) = torch.autograd.grad(log_s.sum(), raw)
+    assert_close(slope.detach(), expected)
+
+
+@pytest.mark.parametrize("kind", ["tanh", "atan"])
+def test_bounded(kind):
+    raw = torch.tensor([-1e30, -1e4, 0, 1e4, 1e30])
+    log_s, slope = log_scale_ref(raw, ScaleFunction(kind, clamp=1.5))
+    assert log_s.abs().max() <= 1.5
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "relu"}, "scale.kind: expected one of sigmoid, exp, tanh, atan, got 'relu'"),
+        ({"order": "both"}, "scale.order: expected one of shift-scale, scale-shift, got 'both'"),
+        ({"eps": -1e-3}, "scale.eps: expected a finite number >= 0, got -0.001"),
+        ({"eps": float("nan")}, "scale.eps: .* got nan"),
+        ({"clamp": 0.0}, "scale.clamp: expected a finite number > 0, got 0.0"),
+        ({"clamp": float("inf")}, "scale.clamp: .* got inf"),
+        ({"offset": float("inf")}, "scale.offset: expected a finite number, got inf"),
+        ({"offset": float("nan")}, "scale.offset: .* got nan"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScaleFunction(**arguments)
+
+
+@pytest.mark.parametrize("scale", ["relu", None, 3])
+def test_of_no_scale(scale):
+    with pytest.raises(ValueError, match="scale: expected one of sigmoid, exp, tanh, atan, got"):
+        ScaleFunction.of(scale)
