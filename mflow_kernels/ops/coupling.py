@@ -44,39 +44,56 @@ from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale, log_scale_ref
 
 
-def affine_coupling_ref(
-    x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+def couple_ref(
+    x_b: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    x_a, x_b, raw, shift, sign = _halves(x, params, inverse)
+    """y_b and log |dy_b / dx_b|, elementwise."""
+    x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = sign * log_scale_ref(raw, scale)[0]
     if (scale.order == "shift-scale") == inverse:
-        y_b = log_s.exp() * x_b + sign * shift
-    else:
-        y_b = log_s.exp() * (x_b + sign * shift)
-    return torch.cat([x_a, y_b.to(x.dtype)], dim=1), log_s.flatten(1).sum(1, keepdim=True)
+        return log_s.exp() * x_b + sign * shift, log_s
+    return log_s.exp() * (x_b + sign * shift), log_s
 
 
-def coupling_backward_ref(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+def couple_backward_ref(
+    dy_b: Tensor, dlogdet: Tensor, x_b: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    _, x_b, raw, shift, sign = _halves(x, params, inverse)
+    """dx_b and dparams, from the coupling's input; dlogdet (N,)."""
+    dtype = x_b.dtype
+    x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s, slope = log_scale_ref(raw, scale)
-    dy_a, dy_b = dy[:, : x.shape[1] // 2], dy[:, x.shape[1] // 2 :]
     dx_b = (sign * log_s).exp() * dy_b
     if (scale.order == "shift-scale") == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
-    dlog_s += dledger.view(-1, *(1,) * (x.dim() - 1))
-    draw = sign * slope * dlog_s
-    dx = torch.cat([dy_a.to(x.dtype), dx_b.to(x.dtype)], dim=1)
-    return dx, torch.cat([draw, dshift], dim=1).to(params.dtype)
+    draw = sign * slope * (dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1)))
+    return dx_b.to(dtype), torch.cat([draw, dshift], dim=1).to(params.dtype)
 
 
-def _halves(x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    c_a, dtype = x.shape[1] // 2, accumulator(x.dtype)
+def _upcast(x_b: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor, int]:
+    dtype = accumulator(x_b.dtype)
     raw, shift = params.to(dtype).chunk(2, dim=1)
-    return x[:, :c_a], x[:, c_a:].to(dtype), raw, shift, -1 if inverse else 1
+    return x_b.to(dtype), raw, shift, -1 if inverse else 1
+
+
+def affine_coupling_ref(
+    x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    c_a = x.shape[1] // 2
+    y_b, log_s = couple_ref(x[:, c_a:], params, scale, inverse)
+    y = torch.cat([x[:, :c_a], y_b.to(x.dtype)], dim=1)
+    return y, log_s.flatten(1).sum(1, keepdim=True)
+
+
+def coupling_backward_ref(
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    c_a = x.shape[1] // 2
+    dx_b, dparams = couple_backward_ref(
+        dy[:, c_a:], dledger[:, 0], x[:, c_a:], params, scale, inverse
+    )
+    return torch.cat([dy[:, :c_a].to(x.dtype), dx_b], dim=1), dparams
 
 
 @triton.jit

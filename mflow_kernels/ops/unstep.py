@@ -51,10 +51,10 @@ from mflow_kernels.ops.conv1x1 import (
     net_input,
 )
 from mflow_kernels.ops.coupling import (
-    affine_coupling_ref,
     couple,
     couple_backward,
-    coupling_backward_ref,
+    couple_backward_ref,
+    couple_ref,
     load_params,
 )
 from mflow_kernels.ops.scale import ScaleFunction
@@ -66,6 +66,9 @@ class Uncoupled(NamedTuple):
     y_b: Tensor
     dy_b: Tensor
     dparams: Tensor
+
+
+Halves = tuple[Tensor, Tensor]
 
 
 class Unmixed(NamedTuple):
@@ -80,23 +83,22 @@ class Unmixed(NamedTuple):
 
 
 def uncouple_ref(
-    z: Tensor,
-    dz: Tensor,
+    z_b: Tensor,
+    dz_b: Tensor,
     dlogdet: Tensor,
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
 ) -> Uncoupled:
-    c_a = z.shape[1] // 2
-    y = z if kept else affine_coupling_ref(z, params, scale, not inverse)[0]
-    dy, dparams = coupling_backward_ref(dz, dlogdet[:, None], y, params, scale, inverse)
-    return Uncoupled(y[:, c_a:], dy[:, c_a:], dparams)
+    y_b = z_b if kept else couple_ref(z_b, params, scale, not inverse)[0].to(z_b.dtype)
+    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse)
+    return Uncoupled(y_b, dy_b, dparams)
 
 
 def unmix_ref(
-    y: tuple[Tensor, Tensor],
-    dy: tuple[Tensor, Tensor],
+    y: Halves,
+    dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
     weight_inverse: Tensor | None,
@@ -117,40 +119,37 @@ def unmix_ref(
 
 @triton.jit
 def _uncouple_kernel(
-    z, params, dz, dlogdet, y_b, dy_b, dparams, N, P,
+    z_b, params, dz_b, dlogdet, y_b, dy_b, dparams, N, P,
     z_n, z_c, z_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     dz_n, dz_c, dz_p: tl.constexpr,
-    y_b_n, y_b_c, y_b_p: tl.constexpr,
-    dy_b_n, dy_b_c, dy_b_p: tl.constexpr,
+    y_n, y_c, y_p: tl.constexpr,
+    dy_n, dy_c, dy_p: tl.constexpr,
     dparams_n, dparams_c, dparams_p: tl.constexpr,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, KEPT: tl.constexpr,
-    DTYPE: tl.constexpr,
+    C_B: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
     dlog_s = tl.load(dlogdet + n, mask=valid, other=0.0)
-    C_A: tl.constexpr = C // 2
-    for start in range(0, C - C_A, BLOCK_C):
-        b = start + tl.arange(0, BLOCK_C)
-        c = C_A + b
-        raw, shift, is_b = load_params(
-            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+    for start in range(0, C_B, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        raw, shift, inside = load_params(
+            params, n, C_B + c, p, valid, 2 * C_B, params_n, params_c, params_p, DTYPE
         )
-        at_z = z + n[None, :] * z_n + c[:, None] * z_c + p[None, :] * z_p
-        y_t = tl.load(at_z, mask=is_b, other=0.0).to(DTYPE)
-        if not KEPT:
-            y_t, _ = couple(y_t, raw, shift, is_b, SCALE, not INVERSE)
-            at_y = y_b + n[None, :] * y_b_n + b[:, None] * y_b_c + p[None, :] * y_b_p
-            tl.store(at_y, y_t, mask=is_b)
-        at_dz = dz + n[None, :] * dz_n + c[:, None] * dz_c + p[None, :] * dz_p
-        dz_t = tl.load(at_dz, mask=is_b, other=0.0).to(DTYPE)
-        dy_t, draw, dshift = couple_backward(y_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
-        at_dy = dy_b + n[None, :] * dy_b_n + b[:, None] * dy_b_c + p[None, :] * dy_b_p
-        tl.store(at_dy, dy_t, mask=is_b)
-        at = dparams + n[None, :] * dparams_n + b[:, None] * dparams_c + p[None, :] * dparams_p
-        tl.store(at, draw, mask=is_b)
-        tl.store(at + (C - C_A) * dparams_c, dshift, mask=is_b)
+        at_z = z_b + n[None, :] * z_n + c[:, None] * z_c + p[None, :] * z_p
+        y_t = tl.load(at_z, mask=inside, other=0.0).to(DTYPE)
+        if y_b is not None:
+            y_t, _ = couple(y_t, raw, shift, inside, SCALE, not INVERSE)
+            at_y = y_b + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p
+            tl.store(at_y, y_t, mask=inside)
+        at_dz = dz_b + n[None, :] * dz_n + c[:, None] * dz_c + p[None, :] * dz_p
+        dz_t = tl.load(at_dz, mask=inside, other=0.0).to(DTYPE)
+        dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
+        at_dy = dy_b + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
+        tl.store(at_dy, dy_t, mask=inside)
+        at = dparams + n[None, :] * dparams_n + c[:, None] * dparams_c + p[None, :] * dparams_p
+        tl.store(at, draw, mask=inside)
+        tl.store(at + C_B * dparams_c, dshift, mask=inside)
 
 
 @triton.jit
@@ -303,36 +302,35 @@ UNMIX_PROGRAMS = 264  # of a launch: two for each multiprocessor of an H100
 
 
 def launch_uncouple(
-    z: Tensor,
-    dz: Tensor,
+    z_b: Tensor,
+    dz_b: Tensor,
     dlogdet: Tensor,
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
 ) -> Uncoupled:
-    """One launch. z is the coupling's output, or its input where that was `kept`."""
-    z, dz, params = dense_pixels(z), dense_pixels(dz), dense_pixels(params)
-    n, c, p = z.shape[0], z.shape[1], pixels(z)
-    z_b = z[:, c // 2 :]
-    y_b = z_b if kept else torch.empty_like(z_b)
+    """One launch. z_b is the coupling's output, or its input where that was `kept`."""
+    z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
+    n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
+    y_b = None if kept else torch.empty_like(z_b)
     dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
-    block_c, block_p = elementwise_tile(z)
+    block_c, block_p = elementwise_tile(z_b)
     tiles = tile_columns(n, p, block_p)
     if n:
         _uncouple_kernel[(tiles.programs,)](
-            z, params, dz, dlogdet, None if kept else y_b, dy_b, dparams, n, p,
-            *strides(z), *strides(params), *strides(dz), *strides(y_b), *strides(dy_b),
+            z_b, params, dz_b, dlogdet.contiguous(), y_b, dy_b, dparams, n, p,
+            *strides(z_b), *strides(params), *strides(dz_b), *strides(y_b), *strides(dy_b),
             *strides(dparams),
-            C=c, SCALE=scale, INVERSE=inverse, KEPT=kept, DTYPE=TL_DTYPE[accumulator(z.dtype)],
+            C_B=c_b, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(z_b.dtype)],
             BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
         )  # fmt: skip
-    return Uncoupled(y_b, dy_b, dparams)
+    return Uncoupled(z_b if y_b is None else y_b, dy_b, dparams)
 
 
 def launch_unmix(
-    y: tuple[Tensor, Tensor],
-    dy: tuple[Tensor, Tensor],
+    y: Halves,
+    dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
     weight_inverse: Tensor | None,
@@ -379,22 +377,30 @@ def empty_state(half: Tensor, channels: int) -> Tensor:
 
 
 def uncouple(
-    z: Tensor,
-    dz: Tensor,
+    z_b: Tensor,
+    dz_b: Tensor,
     dlogdet: Tensor,
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
 ) -> Uncoupled:
-    """The first half of a step's backward: one launch, or the reference on a CPU."""
-    run = launch_uncouple if uses_triton(z) else uncouple_ref
-    return run(z, dz, dlogdet, params, scale, inverse, kept)
+    """The first launch of a step's backward; on a CPU its reference.
+
+    Args:
+        z_b: (N, C_b, *spatial), the half that the coupling changed, or where `kept` its input.
+        dz_b: gradient of the coupling's output, that half.
+        dlogdet: (N,).
+        params: (N, 2 * C_b, *spatial), the network's output.
+        scale, inverse: of the coupling as it ran.
+    """
+    run = launch_uncouple if uses_triton(z_b) else uncouple_ref
+    return run(z_b, dz_b, dlogdet, params, scale, inverse, kept)
 
 
 def unmix(
-    y: tuple[Tensor, Tensor],
-    dy: tuple[Tensor, Tensor],
+    y: Halves,
+    dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
     weight_inverse: Tensor | None,
@@ -402,7 +408,17 @@ def unmix(
     net_dtype: torch.dtype | None,
     precision: str = "tf32x3",
 ) -> Unmixed:
-    """The second half of a step's backward: one launch, or the reference on a CPU."""
+    """The second launch of a step's backward; on a CPU its reference.
+
+    Args:
+        y: the halves (N, C_a, *spatial), (N, C_b, *spatial) of y = W x + bias.
+        dy: the halves of its gradient.
+        dnet: further gradient of the first half, or None.
+        weight, bias: (C, C) and (C,), float32 (float64).
+        weight_inverse: W^-1, or None where x was kept and is not asked for.
+        net_dtype: dtype of the network input to cut from x, or None for none.
+        precision: as for `conv1x1`.
+    """
     if uses_triton(y[0]):
         return launch_unmix(y, dy, dnet, weight, weight_inverse, bias, net_dtype, precision)
     return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype)
