@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 // A portable build that still uses the machine's widest vectors: the loader picks a clone.
@@ -123,12 +125,11 @@ private:
 };
 
 constexpr int kShortRow = 64;  // shorter rows are read across, many at a time
+constexpr int kSlack = 8;      // how many values may be written past a tile's end in its buffer
 
-// Copies `count` values of a sample, in any layout, to `buffer`.
+// Copies the `count` values from `rows` on, in any layout, to `buffer`.
 template <class S, class A>
-void gather(const Problem& p, const View& view, const S* base, uint32_t begin, int count,
-            A* buffer) {
-    Rows rows(p, view, begin);
+void gather(const Problem& p, const View& view, const S* base, Rows rows, int count, A* buffer) {
     const int64_t stride = view.stride[0], across = view.stride[1];
     const int width = static_cast<int>(p.extent[0]);
     for (int done = 0; done < count;) {
@@ -136,9 +137,18 @@ void gather(const Problem& p, const View& view, const S* base, uint32_t begin, i
         A* out = buffer + done;
         if (const int many = std::min(rows.whole(), (count - done) / width);
             width <= kShortRow && many > 0) {
-            for (int c = 0; c < width; ++c) {
+            if (stride == 0) {  // whole vectors: the next row covers what is too much
                 for (int r = 0; r < many; ++r) {
-                    out[r * width + c] = widen<A>(row[c * stride + r * across]);
+                    const A value = widen<A>(row[r * across]);
+                    for (int c = 0; c < width; c += kSlack) {
+                        for (int i = 0; i < kSlack; ++i) out[r * width + c + i] = value;
+                    }
+                }
+            } else {
+                for (int c = 0; c < width; ++c) {
+                    for (int r = 0; r < many; ++r) {
+                        out[r * width + c] = widen<A>(row[c * stride + r * across]);
+                    }
                 }
             }
             rows.advance(1, many);
@@ -173,17 +183,22 @@ void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int co
     }
 }
 
-// `count` values of a sample from `begin` on, in the accumulate type: where they lie if they are
-// dense and of that type, else copied to `buffer`.
+// `count` values of a sample from `begin` on, in the accumulate type: where they lie if they lie
+// together and are of that type, else copied to `buffer`.
 template <class S, class A>
 MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                            int count, A* buffer) {
     const S* base = static_cast<const S*>(view.data) + sample * view.sample_stride;
-    if (!view.dense) {
-        gather<S, A>(p, view, base, begin, count, buffer);
-        return buffer;
+    if (view.dense) {
+        base += begin;
+    } else {
+        const Rows rows(p, view, begin);
+        if (view.stride[0] != 1 || rows.left() < count) {
+            gather<S, A>(p, view, base, rows, count, buffer);
+            return buffer;
+        }
+        base += rows.offset();
     }
-    base += begin;
     if (std::is_same<S, A>::value) return reinterpret_cast<const A*>(base);
 #pragma omp simd
     for (int i = 0; i < count; ++i) buffer[i] = widen<A>(base[i]);
@@ -212,7 +227,8 @@ struct Types<double> {
 
 template <class A>
 struct Buffers {
-    A input[kTile], target[kTile], mask[kTile], weight[kTile], error[kTile];
+    A input[kTile + kSlack], target[kTile + kSlack], mask[kTile + kSlack], weight[kTile + kSlack];
+    A error[kTile];
 };
 
 // One tile of one sample as dense arrays: e, m, w.
