@@ -27,13 +27,13 @@ class ActNorm(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return ops.actnorm(x, self.bias, self.log_scale)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return ops.actnorm_inverse(z, self.bias, self.log_scale)
 
-    def initialize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def initialize(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         self.set_from(x)
         return self(x)
 

@@ -37,10 +37,10 @@ class InvertibleConv1x1(Bijection):
         """W (C, C), differentiable in its factors."""
         return plu(self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return ops.conv1x1(x, self.weight()), self._logdet(x)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return ops.conv1x1_inverse(z, self.weight()), -self._logdet(z)
 
     def _logdet(self, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class AffineCoupling(Bijection):
     Args:
         channels: C >= 2 of the states (N, C, *spatial).
         net: any module from x_a (N, C // 2, *spatial) to params (N, 2 * (C - C // 2), *spatial),
-            raw scales first; by default `coupling_net` of the given width.
+            raw scales first; what else the layer is called with goes to it too. By default
+            `coupling_net` of the given width.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
             |log s| < 2, so that no sample runs away.
@@ -39,15 +40,14 @@ class AffineCoupling(Bijection):
         self.net = net or coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
         self.scale = ScaleFunction.of(scale)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling(x, self.params(x), self.scale)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(x, self._params(x, context), self.scale)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.affine_coupling_inverse(z, self.params(z), self.scale)
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling_inverse(z, self._params(z, context), self.scale)
 
-    def params(self, x: Tensor) -> Tensor:
-        """The network's raw scales and shifts for a state, in whichever direction it goes."""
-        return self.net(x[:, : x.shape[1] // 2])
+    def _params(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        return self.net(x[:, : x.shape[1] // 2], *context)
 
 
 class Split(Bijection):
@@ -73,13 +73,13 @@ class Split(Bijection):
             channels, net, width=width, scale=scale, spatial_dims=spatial_dims
         )
 
-    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        y, logdet = self.coupling(x)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        y, logdet = self.coupling(x, *context)
         c_a = y.shape[1] // 2
         return (y[:, :c_a], y[:, c_a:]), logdet
 
-    def inverse(self, z: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.coupling.inverse(torch.cat(z, dim=1))
+    def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.coupling.inverse(torch.cat(z, dim=1), *context)
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:

@@ -1,9 +1,9 @@
 """Glow on images, and its like for vectors."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mflow_kernels.layers import Bijection, Chain, FlowStep, Split, Squeeze
+from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -20,6 +20,7 @@ class Glow(Bijection):
         steps: K, steps of flow at each level.
         width: hidden channels of the coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
+        reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
         ValueError: where the levels do not divide the image, or a number is not positive.
@@ -33,6 +34,8 @@ class Glow(Bijection):
         width: int,
         *,
         scale: ScaleFunction | Kind = "tanh",
+        reversible: bool = True,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         c, h, w = image_shape
@@ -45,54 +48,38 @@ class Glow(Bijection):
                 f"got {h}x{w}"
             )
         self.input_shape = (c, h, w)
-        self.squeeze = Squeeze()
-        self.chains, self.splits = nn.ModuleList(), nn.ModuleList()
+        layers: list[Bijection] = []
         shapes = []
         for level in range(levels):
             c, h, w = 4 * c, h // 2, w // 2
-            self.chains.append(Chain([FlowStep(c, width=width, scale=scale) for _ in range(steps)]))
+            layers.append(Squeeze())
+            layers += [FlowStep(c, width=width, scale=scale) for _ in range(steps)]
             if level + 1 < levels:
-                self.splits.append(Split(c, width=width, scale=scale))
+                layers.append(Split(c, width=width, scale=scale))
                 shapes.append((c - c // 2, h, w))
                 c = c // 2
         self.latent_shapes = (*shapes, (c, h, w))
+        self.chain = ReversibleChain(
+            layers, reversible=reversible, checkpoint_every=checkpoint_every
+        )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        return self._down(self._checked(x), initialize=False)
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        z, logdet = self.chain(self._checked(x), *context)
+        return z if isinstance(z, tuple) else (z,), logdet
 
-    def initialize(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Set every actnorm from the batch x (N, C, H, W), level by level; once, see `ActNorm`."""
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Set every actnorm from the batch x (N, C, H, W), layer by layer; once, see `ActNorm`."""
         with torch.no_grad():
-            return self._down(self._checked(x), initialize=True)
+            z, logdet = self.chain.initialize(self._checked(x), *context)
+        return z if isinstance(z, tuple) else (z,), logdet
 
-    def _down(self, x: Tensor, initialize: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-        latents, logdets = [], []
-        for level, chain in enumerate(self.chains):
-            x, _ = self.squeeze(x)
-            x, logdet = chain.initialize(x) if initialize else chain(x)  # type: ignore[operator]
-            logdets.append(logdet)
-            if level < len(self.splits):
-                (x, latent), logdet = self.splits[level](x)
-                latents.append(latent)
-                logdets.append(logdet)
-        return (*latents, x), torch.stack(logdets).sum(0)
-
-    def inverse(self, z: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
         shapes = tuple(tuple(latent.shape[1:]) for latent in z)
         if shapes != self.latent_shapes:
             raise ValueError(f"z: expected latents of shapes {self.latent_shapes}, got {shapes}")
-        *latents, x = z
-        x = x.contiguous(memory_format=torch.channels_last)
-        logdets = []
-        for level in reversed(range(len(self.chains))):
-            if level < len(self.splits):
-                x, logdet = self.splits[level].inverse((x, latents[level]))  # type: ignore[operator]
-                logdets.append(logdet)
-            x, logdet = self.chains[level].inverse(x)  # type: ignore[operator]
-            logdets.append(logdet)
-            x, _ = self.squeeze.inverse(x)
-        return x, torch.stack(logdets).sum(0)
+        z = tuple(latent.contiguous(memory_format=torch.channels_last) for latent in z)
+        return self.chain.inverse(z if len(z) > 1 else z[0], *context)
 
     def _checked(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_shape:
@@ -111,10 +98,18 @@ class VectorFlow(Bijection):
         steps: K.
         width: hidden units of the coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
+        reversible, checkpoint_every: as for `ReversibleChain`.
     """
 
     def __init__(
-        self, dim: int, steps: int, width: int, *, scale: ScaleFunction | Kind = "tanh"
+        self,
+        dim: int,
+        steps: int,
+        width: int,
+        *,
+        scale: ScaleFunction | Kind = "tanh",
+        reversible: bool = True,
+        checkpoint_every: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 2), ("steps", steps, 1), ("width", width, 1)):
@@ -122,23 +117,25 @@ class VectorFlow(Bijection):
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.input_shape = (dim,)
         self.latent_shapes = ((dim,),)
-        self.chain = Chain(
-            [FlowStep(dim, width=width, scale=scale, spatial_dims=0) for _ in range(steps)]
+        self.chain = ReversibleChain(
+            [FlowStep(dim, width=width, scale=scale, spatial_dims=0) for _ in range(steps)],
+            reversible=reversible,
+            checkpoint_every=checkpoint_every,
         )
 
-    def forward(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, logdet = self.chain(self._checked("x", x))
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        z, logdet = self.chain(self._checked("x", x), *context)
         return (z,), logdet
 
-    def initialize(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Set every actnorm from the batch x (N, dim); once, see `ActNorm`."""
         with torch.no_grad():
-            z, logdet = self.chain.initialize(self._checked("x", x))
+            z, logdet = self.chain.initialize(self._checked("x", x), *context)
         return (z,), logdet
 
-    def inverse(self, z: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
         (vector,) = z
-        return self.chain.inverse(self._checked("z", vector))
+        return self.chain.inverse(self._checked("z", vector), *context)
 
     def _checked(self, name: str, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_shape:

@@ -1,0 +1,164 @@
+"""What a run of flow layers does to a state, move by move, in either direction.
+
+Layers say what they do as a list of moves; `run` walks the list with as few launches as there are
+(a coupling and the 1x1 convolution after it are one), and `layers.reversible` walks it back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops.conv1x1 import conv1x1_op, spread
+from mflow_kernels.ops.coupling import affine_coupling_op, check_params
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
+from mflow_kernels.ops.scale import ScaleFunction
+
+PRECISION = "tf32x3"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """x -> W x + bias, with the weight and bias in row `row` of the mixes' entry `group`."""
+
+    group: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Couple:
+    """The affine coupling with this network, or its inverse."""
+
+    net: nn.Module
+    scale: ScaleFunction
+    inverse: bool
+
+
+@dataclass(frozen=True)
+class Squeezing:
+    """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`."""
+
+    inverse: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, 2) if self.inverse else F.pixel_unshuffle(x, 2)
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The second half of the channels leaves as a latent."""
+
+
+@dataclass(frozen=True)
+class Return:
+    """The latent that left last comes back as the second half."""
+
+
+Move = Mix | Couple | Squeezing | Leave | Return
+
+
+class Mixes(NamedTuple):
+    """Folded 1x1 convolutions of K steps of one width."""
+
+    weight: Tensor  # (K, C, C)
+    bias: Tensor  # (K, C)
+
+
+class Watch(Protocol):
+    """What a walk shows to whoever will walk it back."""
+
+    def before_network(self, x: Tensor) -> None: ...
+    def after_network(self) -> None: ...
+
+
+class Ran(NamedTuple):
+    """The state at the end, the latents that left, finest first, and the ledger (N, T)."""
+
+    x: Tensor
+    latents: tuple[Tensor, ...]
+    ledger: Tensor
+
+
+def run(
+    moves: Sequence[Move],
+    x: Tensor,
+    latents: Sequence[Tensor],
+    mixes: Sequence[Mixes],
+    context: Sequence[Tensor] = (),
+    watch: Watch | None = None,
+) -> Ran:
+    """Walk the moves: one launch for each coupling with the mix that follows it.
+
+    Args:
+        moves: what to do.
+        x: state (N, C, *spatial).
+        latents: what `Return` brings back, the last one first.
+        mixes: the weights that the `Mix` moves name.
+        context: further inputs of every network.
+        watch: is shown the state before each network, and told when it ran.
+    """
+    waiting, left, ledgers = list(latents), [], []
+    ready: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def mix_of(move: Mix) -> tuple[Tensor, Tensor]:
+        if move.group not in ready:
+            ready[move.group] = spread(*mixes[move.group], x)
+        weight, bias = ready[move.group]
+        return weight[move.row], bias[move.row]
+
+    net = None  # the next network's input, where a launch has written it
+    i = 0
+    while i < len(moves):
+        move, i = moves[i], i + 1
+        if isinstance(move, Mix):
+            dtype = _feeds(moves, i, x)
+            x, net = conv1x1_op(x, *mix_of(move), PRECISION, dtype)
+        elif isinstance(move, Couple):
+            if watch is not None:
+                watch.before_network(x)
+            if net is None:
+                net = x[:, : x.shape[1] // 2].to(network_dtype(x))
+            params = check_params(x, move.net(net, *context))
+            if watch is not None:
+                watch.after_network()
+            mix = moves[i] if i < len(moves) else None
+            if isinstance(mix, Mix):
+                i += 1
+                dtype = _feeds(moves, i, x)
+                x, net, ledger = coupling_conv1x1_op(
+                    x, params, *mix_of(mix), PRECISION, dtype, *move.scale.args, move.inverse
+                )
+            else:
+                x, ledger = affine_coupling_op(x, params, *move.scale.args, move.inverse)
+                dtype = None
+            ledgers.append(ledger)
+        else:
+            dtype = None
+            if isinstance(move, Squeezing):
+                x = move(x)
+            elif isinstance(move, Leave):
+                c_a = x.shape[1] // 2
+                left.append(x[:, c_a:].clone())
+                x = x[:, :c_a]
+            else:
+                x = torch.cat([x, waiting.pop()], dim=1)
+        if dtype is None:
+            net = None
+    if not ledgers:
+        ledgers.append(x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype)))
+    return Ran(x, tuple(left), torch.cat(ledgers, dim=1))
+
+
+def _feeds(moves: Sequence[Move], i: int, x: Tensor) -> torch.dtype | None:
+    """The dtype of the network input that a launch just before move i writes, if it does."""
+    return network_dtype(x) if i < len(moves) and isinstance(moves[i], Couple) else None
+
+
+def network_dtype(x: Tensor) -> torch.dtype:
+    """What a coupling network computes in: autocast's dtype where it is on, else the state's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

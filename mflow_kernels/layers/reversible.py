@@ -1,0 +1,259 @@
+"""Chains of flow layers whose memory does not grow with depth.
+
+The forward pass keeps the chain's output. The backward pass rebuilds each state from the one after
+it, runs each network again, and needs two launches a step beside them (`ops.unstep`). W^-1 is taken
+in float64, networks run again under the autocast, with the random numbers and without a second
+update of the running statistics of the first time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import ops
+from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.coupling import Split
+from mflow_kernels.layers.moves import (
+    Couple,
+    Leave,
+    Mix,
+    Mixes,
+    Move,
+    Return,
+    Squeezing,
+    run,
+)
+from mflow_kernels.layers.squeeze import Squeeze
+from mflow_kernels.layers.step import FlowStep, fold, inverse
+from mflow_kernels.layers.walkback import (
+    RandomState,
+    WalkBack,
+    autocast_state,
+    random_state,
+    same_random_state,
+)
+from mflow_kernels.ops._launch import accumulator, flow_state, pixels
+
+
+class ReversibleChain(Bijection):
+    """Flow layers one after the other, trained in the memory of one of them.
+
+    `z, logdet = chain(x)`; with splits z is the tuple of latents, finest first, the last state
+    last. K steps cost K + 1 launches beside their networks, and backward two a step.
+
+    Args:
+        layers: `FlowStep`, `Squeeze` and `Split` layers.
+        reversible: rebuild states in the backward pass; if False autograd stores them, which
+            allows double backward through the networks, functorch and `torch.compile` of the whole.
+        checkpoint_every: None keeps no state; k keeps every k-th step's, and rebuilds only in
+            between: more exact, since the rounding of at most k inversions adds up. The networks'
+            activations are never kept.
+
+    Attributes:
+        drift: after a backward pass, the largest |rebuilt - true| of the chain's input, a scalar
+            tensor; before one, None.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Bijection],
+        *,
+        reversible: bool = True,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("layers: expected at least one, got none")
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, FlowStep | Squeeze | Split):
+                raise TypeError(
+                    f"layers[{i}]: expected FlowStep, Squeeze or Split, got {type(layer).__name__}"
+                )
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every: expected None or >= 1, got {checkpoint_every}")
+        self.layers = nn.ModuleList(layers)
+        self.reversible = reversible
+        self.checkpoint_every = checkpoint_every
+        self.drift: Tensor | None = None
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        x = flow_state("x", x)
+        moves, mixes, log_det = self._plan(x, False)
+        x, latents, ledger = self._walk(moves, mixes, x, (), context)
+        z = (*latents, x) if latents else x
+        return z, ops.accumulate_logdet(ledger, log_det)
+
+    def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
+        splits = sum(isinstance(layer, Split) for layer in self.layers)
+        *latents, x = z if splits else (z,)
+        if len(latents) != splits:
+            raise ValueError(f"z: expected {splits + 1} latents, got {len(latents) + 1}")
+        x = flow_state("z", x)
+        moves, mixes, log_det = self._plan(x, True)
+        x, _, ledger = self._walk(moves, mixes, x, tuple(latents), context)
+        return x, ops.accumulate_logdet(ledger, log_det)
+
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        with torch.no_grad():
+            state = x
+            for layer in self.layers:
+                state, _ = layer.initialize(state, *context)  # type: ignore[operator]
+                state = state[0] if isinstance(layer, Split) else state
+        return self(x, *context)
+
+    def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Mixes], Tensor]:
+        """The moves in one direction, the weights they name, and their constant logdet."""
+        layers = list(self.layers)
+        moves: list[Move] = []
+        groups: list[list[FlowStep]] = []
+        area, areas = pixels(x), []
+        if inverted:
+            area *= 4 ** sum(isinstance(layer, Squeeze) for layer in layers)
+        for i, layer in enumerate(layers):
+            if isinstance(layer, FlowStep):
+                if i == 0 or not isinstance(layers[i - 1], FlowStep):
+                    groups.append([])
+                    areas.append(area)
+                mix = Mix(len(groups) - 1, len(groups[-1]))
+                groups[-1].append(layer)
+                step: list[Move] = [mix, layer.couple(inverted)]
+                moves += step
+            elif isinstance(layer, Squeeze):
+                area //= 4
+                moves.append(Squeezing(inverted))
+            elif isinstance(layer, Split):
+                coupling = layer.coupling
+                moves.append(Couple(coupling.net, coupling.scale, inverted))
+                moves.append(Return() if inverted else Leave())
+        folded = [fold(group, accumulator(x.dtype)) for group in groups]
+        mixes = [inverse(mix) if inverted else mix for mix, _ in folded]
+        sign = -1 if inverted else 1
+        log_det = x.new_zeros((), dtype=accumulator(x.dtype))
+        for (_, value), size in zip(folded, areas, strict=True):
+            log_det = log_det + sign * size * value
+        return moves[::-1] if inverted else moves, mixes, log_det
+
+    def _walk(
+        self,
+        moves: list[Move],
+        mixes: list[Mixes],
+        x: Tensor,
+        latents: tuple[Tensor, ...],
+        context: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        if not (self.reversible and torch.is_grad_enabled()):
+            return run(moves, x, latents, mixes, context)
+        return _reversibly(self, moves, mixes, x, latents, context)
+
+
+@dataclass
+class _Journey:
+    """What one forward walk leaves for the walk back, beside tensors."""
+
+    chain: ReversibleChain
+    moves: list[Move]
+    latents: int
+    mixes: int
+    context: int
+    parameters: list[nn.Parameter]
+    autocast: dict[str, Any]
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    random: list[RandomState | None] = field(default_factory=list)
+
+
+class _Watch:
+    """Keeps every k-th state and the random state of networks that draw."""
+
+    def __init__(self, journey: _Journey, device: torch.device) -> None:
+        self.journey, self.device = journey, device
+
+    def before_network(self, x: Tensor) -> None:
+        every = self.journey.chain.checkpoint_every
+        ordinal = len(self.journey.random)
+        if every is not None and ordinal % every == 0:
+            self.journey.kept[ordinal] = x
+        self.state = random_state(self.device)
+
+    def after_network(self) -> None:
+        drew = not same_random_state(self.state, random_state(self.device))
+        self.journey.random.append(self.state if drew else None)
+
+
+@torch.compiler.disable
+def _reversibly(
+    chain: ReversibleChain,
+    moves: list[Move],
+    mixes: list[Mixes],
+    x: Tensor,
+    latents: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "ReversibleChain: functorch transforms cannot pass a reversible backward; "
+            "build the chain with reversible=False"
+        )
+    networks = [move.net for move in moves if isinstance(move, Couple)]
+    parameters = {id(p): p for net in networks for p in net.parameters() if p.requires_grad}
+    journey = _Journey(
+        chain, moves, len(latents), len(mixes), len(context), list(parameters.values()),
+        autocast_state(x.device),
+    )  # fmt: skip
+    flat_mixes = [tensor for mix in mixes for tensor in mix]
+    x, ledger, *left = _Reversible.apply(
+        journey, x, *latents, *flat_mixes, *context, *journey.parameters
+    )
+    return x, tuple(left), ledger
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, journey: _Journey, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        latents, mixes, context = _unpack(journey, rest)
+        with torch.autocast(**journey.autocast):
+            ran = run(journey.moves, x, latents, mixes, context, _Watch(journey, x.device))
+        kept = list(journey.kept.values())
+        ctx.journey, ctx.kept_at = journey, list(journey.kept)
+        journey.kept.clear()
+        flat_mixes = [tensor for mix in mixes for tensor in mix]
+        ctx.save_for_backward(x, ran.x, *ran.latents, *flat_mixes, *context, *kept)
+        return ran.x, ran.ledger, *ran.latents
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ReversibleChain: a reversible backward cannot be differentiated again; build the "
+                "chain with reversible=False"
+            )
+        journey: _Journey = ctx.journey
+        dx, dledger, *dlatents = grads
+        x_true, x, *rest = ctx.saved_tensors
+        latents, rest = rest[: len(dlatents)], rest[len(dlatents) :]
+        mixes = [Mixes(*rest[2 * i : 2 * i + 2]) for i in range(journey.mixes)]
+        context = rest[2 * journey.mixes : 2 * journey.mixes + journey.context]
+        kept = dict(zip(ctx.kept_at, rest[2 * journey.mixes + journey.context :], strict=True))
+        back = WalkBack(
+            journey.moves, mixes, context, kept, journey.random, journey.autocast, dledger[:, 0]
+        )
+        back.walk(x, dx, latents, dlatents)
+        journey.chain.drift = (back.x - x_true).abs().max() if x_true.numel() else None
+        return (
+            None,
+            back.dx,
+            *back.dlatents,
+            *back.mix_gradients(),
+            *back.context_gradients,
+            *(back.parameter_gradients.get(id(p)) for p in journey.parameters),
+        )
+
+
+def _unpack(
+    journey: _Journey, rest: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], list[Mixes], tuple[Tensor, ...]]:
+    latents, rest = rest[: journey.latents], rest[journey.latents :]
+    mixes = [Mixes(rest[2 * i], rest[2 * i + 1]) for i in range(journey.mixes)]
+    return latents, mixes, rest[2 * journey.mixes : 2 * journey.mixes + journey.context]
