@@ -43,7 +43,7 @@ class ModelOptions:
     """
 
     levels: int = 2
-    steps: int = 8
+    steps: int = 4
     width: int = 64
     manifold_dim: int = 64
 
@@ -74,9 +74,9 @@ class ObjectiveOptions:
         weight: Weight of the penalty.
     """
 
-    domain: Literal["latent", "data"] = "latent"
+    domain: Literal["latent", "data"] = "data"
     rho: Literal["l2", "l1", "huber"] = "l2"
-    weight: float = 1.0
+    weight: float = 1000.0
 
 
 @dataclass
@@ -95,7 +95,7 @@ class TrainingOptions:
     """
 
     batch_size: int = 64
-    epochs: int = 8
+    epochs: int = 14
     max_steps: int | None = None
     learning_rate: float = 2e-3
     seed: int = 0
