@@ -173,13 +173,13 @@ OPERATORS = {
         _actnorm(True),
         Operator(
             "conv1x1",
-            lambda x, weight, bias: (ops.conv1x1(x, weight, bias),),
+            lambda x, weight, bias, **rest: (ops.conv1x1(x, weight, bias, **rest),),
             lambda x, weight, bias: (conv1x1_ref(x, weight, bias),),
             ("x", "weight", "bias"),
         ),
         Operator(
             "conv1x1_inverse",
-            lambda x, weight, bias: (ops.conv1x1_inverse(x, weight, bias),),
+            lambda x, weight, bias, **rest: (ops.conv1x1_inverse(x, weight, bias, **rest),),
             _conv1x1_inverse_ref,
             ("x", "weight", "bias"),
         ),

@@ -1,0 +1,107 @@
+"""Bad input: an error before any kernel runs, that names the argument, what was expected and what
+came."""
+
+import pytest
+import torch
+from cases import OPERATORS, options
+
+every = pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
+couplings = [op for op in OPERATORS.values() if op.scaled]
+mixes = [op for op in OPERATORS.values() if op.mixes]
+
+
+def fails(op, error, message, **changes):
+    """Assert that a call fails with one input changed; "x" is "y" in the errors of inverses."""
+    inputs = {name: t.detach() for name, t in op.sample((2, 4, 3, 5)).items()}
+    extra = {k: v for k, v in changes.items() if k not in inputs}
+    inputs |= {k: v for k, v in changes.items() if k in inputs}
+    if message.startswith("x:") and "inverse" in op.name:
+        message = "y" + message[1:]
+    with pytest.raises(error, match=f"^{message}"):
+        op.call(*inputs.values(), **options(op) | extra)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.ones(2, 4, 3, 5, dtype=torch.int64),
+            TypeError,
+            "x: expected dtype float.*got int64",
+        ),
+        (torch.ones(2, 4, 3, 5, dtype=torch.cfloat), TypeError, "x: .*got complex64"),
+        ([[1.0, 2.0]], TypeError, "x: expected a torch.Tensor, got list"),
+        (torch.ones(4), ValueError, r"x: expected shape \(N, C, \*spatial\), got \(4,\)"),
+        (torch.ones(2, 4, 0, 5), ValueError, r"x: expected no empty .*axis, got \(2, 4, 0, 5\)"),
+        (torch.ones(2, 0, 3, 5), ValueError, r"x: expected no empty channel.*got \(2, 0, 3, 5\)"),
+    ],
+)
+@every
+def test_state(op, x, error, message):
+    fails(op, error, message, x=x)
+
+
+@every
+def test_another_device(op):
+    for name in op.inputs[1:]:
+        value = op.sample((2, 4, 3, 5))[name].detach().to("meta")
+        fails(op, ValueError, f"{name}: expected device cpu, got meta", **{name: value})
+
+
+@every
+def test_another_dtype(op):
+    for name in op.inputs[1:]:
+        value = op.sample((2, 4, 3, 5))[name].detach().long()
+        fails(op, TypeError, f"{name}: expected dtype float.*got int64", **{name: value})
+
+
+@every
+def test_no_tensor(op):
+    for name in op.inputs[1:]:
+        fails(op, TypeError, f"{name}: expected a torch.Tensor, got float", **{name: 1.0})
+
+
+@pytest.mark.parametrize("op", couplings, ids=lambda op: op.name)
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (2, 4, 5, 3), (1, 4, 3, 5), (2, 4, 3)], ids=str)
+def test_params_shape(op, shape):
+    message = rf"params: expected shape \(2, 4, 3, 5\), got \{str(shape)[:-1]}\)"
+    fails(op, ValueError, message, params=torch.ones(shape))
+
+
+@pytest.mark.parametrize("op", couplings, ids=lambda op: op.name)
+def test_one_channel(op):
+    with pytest.raises(ValueError, match=r"x: expected at least 2 channels .*\(2, 1, 3\)"):
+        op.call(*[t.detach() for t in op.sample((2, 1, 3)).values()])
+
+
+@pytest.mark.parametrize("op", couplings, ids=lambda op: op.name)
+@pytest.mark.parametrize("scale", ["relu", None, 1.0])
+def test_scale(op, scale):
+    message = f"scale: expected one of sigmoid, exp, tanh, atan, got {scale!r}"
+    fails(op, ValueError, message, scale=scale)
+
+
+@pytest.mark.parametrize("op", mixes, ids=lambda op: op.name)
+@pytest.mark.parametrize("shape", [(4, 3), (5, 5), (4, 4, 1), (4,)], ids=str)
+def test_weight_shape(op, shape):
+    message = rf"weight: expected shape \(4, 4\), got \{str(shape)[:-1]}\)"
+    fails(op, ValueError, message, weight=torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in OPERATORS.values() if "bias" in op.inputs], ids=lambda op: op.name
+)
+def test_bias_shape(op):
+    fails(op, ValueError, r"bias: expected shape \(4,\), got \(4, 1\)", bias=torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(
+    "op", [OPERATORS["actnorm"], OPERATORS["actnorm_inverse"]], ids=lambda op: op.name
+)
+def test_log_scale_shape(op):
+    fails(op, ValueError, r"log_scale: expected shape \(4,\), got \(3,\)", log_scale=torch.ones(3))
+
+
+@pytest.mark.parametrize("op", mixes, ids=lambda op: op.name)
+def test_precision(op):
+    fails(op, ValueError, "precision: expected one of tf32x3, tf32, got 'fp8'", precision="fp8")

@@ -1,0 +1,212 @@
+"""What every operator promises, whatever its formula."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import IN_PLACE, OPERATORS, SCALES, normal, options
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mflow_kernels import Glow, ops
+
+every = pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
+# A flat tile; a tail after whole tiles, in both formats; more channels than one block.
+CASES = [
+    ((3, 5), "contiguous"),
+    ((2, 6, 17, 16), "contiguous"),
+    ((2, 6, 17, 16), "channels_last"),
+    ((1, 130, 3, 3), "contiguous"),
+]
+
+
+def run(op, inputs):
+    """All outputs and gradients, of cotangents that the inputs' shapes alone decide."""
+    outputs = op.call(*inputs.values(), **options(op))
+    torch.manual_seed(1)
+    cotangents = [torch.randn_like(y) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), cotangents)]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 1, 2), (2, 3, 2, 2)], ids=str)
+@every
+def test_gradcheck(op, shape, device):
+    inputs = op.sample(shape, (torch.float64, torch.float64), device)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: op.call(*tensors, **options(op)), list(inputs.values()), fast_mode=True
+    )
+
+
+# The fused operators compute a scale by the same code.
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+@pytest.mark.parametrize("name", ["affine_coupling", "affine_coupling_inverse"])
+def test_gradcheck_of_every_scale(name, scale, device):
+    op = OPERATORS[name]
+    inputs = op.sample((2, 3, 2), (torch.float64, torch.float64), device)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: op.call(*tensors, scale=scale), list(inputs.values()), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@every
+def test_compiles_whole(op, layout, device):
+    torch.compiler.reset()
+    inputs = op.sample((2, 5, 3, 4), device=device, layout=layout)
+    compiled = torch.compile(op.call, fullgraph=True, backend="aot_eager")
+    eager = run(op, inputs)
+    torch.manual_seed(1)
+    outputs = compiled(*inputs.values(), **options(op))
+    cotangents = [torch.randn_like(y) for y in outputs]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+    for got, expected in zip([*outputs, *grads], eager, strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got.stride() == expected.stride()
+
+
+@every
+def test_same_bits_twice(op, device):
+    inputs = op.sample((2, 6, 17, 16), device=device)
+    for first, second in zip(run(op, inputs), run(op, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill every tensor that torch.empty and its like return with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    assert torch.ones(2).new_empty(2, dtype=torch.float64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+@every
+def test_outputs_are_wholly_written(op, shape, layout, kernel_device):
+    for result in run(op, op.sample(shape, device=kernel_device, layout=layout)):
+        assert result.isfinite().all()
+
+
+def allocated(call) -> tuple[list[Tensor], int]:
+    """What `call` returns, and the bytes that it allocated on the way."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    events = profile.events()
+    return result, sum(
+        max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
+        for event in events
+    )
+
+
+@pytest.mark.parametrize("layout", IN_PLACE)
+@every
+def test_no_hidden_copy(op, layout, kernel_device):
+    """Nothing of the size of half a state is allocated beside the results."""
+    inputs = op.sample((1, 4, 16, 16), device=kernel_device, layout=layout)
+    slack = inputs["x"].numel() // 2 * inputs["x"].element_size()
+
+    def size(results):
+        return sum(t.untyped_storage().nbytes() for t in results)
+
+    outputs, cost = allocated(lambda: op.call(*inputs.values(), **options(op)))
+    assert cost < size(outputs) + slack
+    # A cotangent in the layout of its output, as the next operator's backward gives it.
+    cotangents = [torch.randn_like(y) for y in outputs]
+    grads, cost = allocated(lambda: torch.autograd.grad(outputs, list(inputs.values()), cotangents))
+    assert cost < size(grads) + slack
+
+
+def test_a_copy_would_be_seen():
+    x = torch.randn(64, 64)
+    _, cost = allocated(lambda: x.t().contiguous())
+    assert cost >= x.numel() * 4
+
+
+@pytest.mark.parametrize("dtypes", [torch.float32, torch.bfloat16], ids=str)
+@every
+def test_autocast_changes_no_bit(op, dtypes, device):
+    """Under autocast networks compute in bfloat16, operators in the precision of the state."""
+    inputs = op.sample((2, 6, 4, 3), (torch.float32, dtypes), device)
+    expected = run(op, inputs)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        results = run(op, inputs)
+    for got, want in zip(results, expected, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 4, 3, 2)], ids=str)
+@every
+def test_empty_batch(op, shape, device):
+    inputs = op.sample(shape, device=device)
+    outputs = op.call(*inputs.values(), **options(op))
+    assert outputs[0].shape == shape
+    assert all(logdet.shape == (0,) for logdet in outputs[1:])
+    grads = torch.autograd.grad(
+        outputs, list(inputs.values()), [torch.ones_like(y) for y in outputs]
+    )
+    for name, grad in zip(inputs, grads, strict=True):
+        assert grad.shape == inputs[name].shape
+        assert not grad.any()
+
+
+def test_empty_ledger(device):
+    assert ops.accumulate_logdet(
+        normal(0, 3, device=device), torch.ones((), device=device)
+    ).shape == (0,)
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of this package's operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mflow":
+            self.calls.setdefault(func._schema.name, []).append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
+    """Every operator called as the public functions and a flow call it."""
+    with Recorder() as recorder:
+        for op in OPERATORS.values():
+            layout = "contiguous" if "inverse" in op.name else "second half, channels_last"
+            run(op, op.sample((2, 4, 5, 4), device=device, layout=layout))
+        glow = Glow((1, 6, 4), levels=1, steps=2, width=3).to(device)
+        z, logdet = glow(normal(2, 1, 6, 4, device=device))
+        back, negative = glow.inverse(z)
+        (back.sum() + negative.sum() + logdet.sum()).backward()
+    return recorder.calls
+
+
+# The masked penalty has a test file of its own.
+REGISTERED = sorted(
+    name
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("mflow::") and "masked_penalty" not in name
+)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name, device):
+    calls = recorded_calls(device).get(name)
+    assert calls, f"{name} is registered, but nothing here calls it"
+    looks = {}
+    for func, args in calls:
+        look = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
+        looks[str(look)] = func, args
+    for func, args in looks.values():
+        # A backward operator has no derivative of its own.
+        leaves = [
+            a.detach().requires_grad_("_backward" not in name) if isinstance(a, Tensor) else a
+            for a in args
+        ]
+        torch.library.opcheck(func, leaves)
