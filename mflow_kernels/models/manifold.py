@@ -57,7 +57,9 @@ class ManifoldFlow(nn.Module):
             flat = torch.arange(total) >= total - manifold_dim
         self.manifold_dim = int(flat.sum())
         for i, part in enumerate(self._unflatten((~flat)[None])):
-            self.register_buffer(f"off_mask_{i}", part[0])
+            # Channels last, as the latents of image flows are.
+            off = part[0].movedim(0, -1).contiguous().movedim(-1, 0)
+            self.register_buffer(f"off_mask_{i}", off)
         self.register_buffer("manifold_index", flat.nonzero()[:, 0])
 
     def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -24,6 +24,7 @@ is read fastest in the memory format of the input.
 
 import importlib
 import math
+import warnings
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -117,11 +118,13 @@ def _native(device: torch.device) -> ModuleType | None:
     """The extension if it serves `device`; None where the reference has to."""
     if device.type == "cuda" and (_C is None or not _C.cuda_archs):
         why = "is not built" if _C is None else f"has no CUDA kernels ({_C.cuda_note})"
-        raise RuntimeError(
-            f"masked_penalty: mflow_kernels._C {why}, but the input is on {device}. Build it where "
-            "nvcc is on PATH or in CUDA_HOME: MFLOW_CUDA=1 pip install --force-reinstall --no-deps "
-            "<the source folder>; `python -m mflow_kernels.env` shows what is inside"
+        warnings.warn(
+            f"masked_penalty: mflow_kernels._C {why}, so plain torch stands in on {device}. Build "
+            "it where nvcc is on PATH or in CUDA_HOME: MFLOW_CUDA=1 pip install --force-reinstall "
+            "--no-deps <the source folder>; `python -m mflow_kernels.env` shows what is inside",
+            stacklevel=2,
         )
+        return None
     return _C if device.type in ("cpu", "cuda") else None
 
 
@@ -327,7 +330,6 @@ def masked_penalty_gaussian(
     Raises:
         TypeError: an argument is no tensor or number, or a tensor of another dtype.
         ValueError: shapes, devices, rho, delta or weight do not fit.
-        RuntimeError: the input is on a GPU that this build has no kernels for.
 
     Source: Razavi et al., arXiv 2206.03293, per-pixel penalized log-likelihood.
     """
