@@ -1,9 +1,11 @@
 """Tolerances and assertions that hold kernels, layers and whole flows to their arithmetic."""
 
+import copy
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rounding a result to `dtype` costs half an eps; summing n rounded terms of random sign costs about
 # sqrt(n) of them. SAFETY covers the spread around that expectation and the handful of roundings of
@@ -56,3 +58,110 @@ def assert_close(
             f"{name}: largest error {error:.3e} exceeds {bound:.3e} "
             f"({str(actual.dtype).removeprefix('torch.')}, {terms} terms, magnitude {size:.3e})"
         )
+
+
+# Past this condition number a Jacobian in float64 proves nothing: its determinant has few digits.
+SINGULAR = 1e10
+
+
+def check_bijection(
+    layer: nn.Module, shape: tuple[int, ...], *, perturb: float = 0.1, seed: int = 0
+) -> None:
+    """Assert that a layer keeps the contract of `Bijection`, for one of your own as for ours.
+
+    A float64 copy is run on normal states of `shape`, and held to: one result for one input; no
+    sample that depends on another; log-determinants (N,) equal to those of the Jacobian that
+    autograd finds; an inverse that returns the state, and the negative of the log-determinant. The
+    parameters of the copy are moved by `perturb`, because at their initial values most
+    log-determinants are 0, which hides a wrong sign or a missing factor.
+
+    Args:
+        layer: `z, logdet = layer(x)` and `x, logdet = layer.inverse(z)`; z a tensor, or nested
+            tuples of them that start with the sample axis. It is not changed.
+        shape: (N, C, *spatial) with N >= 2. The Jacobian takes N * D backward passes for states of
+            D numbers: choose small ones.
+        perturb: standard deviation of what is added to each parameter.
+        seed: of the states and of what is added.
+
+    Raises:
+        AssertionError: naming the promise that was broken, and by how much.
+        ValueError: where `shape` has fewer than two samples or no elements.
+    """
+    if len(shape) < 2 or shape[0] < 2 or 0 in shape:
+        raise ValueError(f"shape: expected (N, C, *spatial) with N >= 2, got {shape}")
+    copied, x = _perturbed(layer, shape, perturb, seed)
+    n, d = shape[0], math.prod(shape[1:])
+    with torch.no_grad():
+        z, logdet = copied(x)
+        again, logdet_again = copied(x)
+    if not (torch.equal(_flat(z), _flat(again)) and torch.equal(logdet, logdet_again)):
+        raise AssertionError("forward: two calls on one input differ")
+    if tuple(logdet.shape) != (n,):
+        raise AssertionError(f"logdet: shape {tuple(logdet.shape)}, not one number a sample ({n},)")
+    if _flat(z).shape != (n, d):
+        raise AssertionError(f"z: {tuple(_flat(z).shape)} numbers, not the state's {(n, d)}")
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: _flat(copied(x)[0]), x)
+    jacobian = jacobian.reshape(n, d, n, d)
+    own = torch.stack([jacobian[i, :, i] for i in range(n)])
+    others = jacobian.abs().sum((1, 3)).fill_diagonal_(0)
+    if others.any():
+        raise AssertionError("forward: a sample's z depends on another sample of the batch")
+    singular = torch.linalg.svdvals(own)
+    condition = (singular[:, 0] / singular[:, -1]).max().item()
+    if not condition < SINGULAR:
+        raise AssertionError(f"forward: not invertible, its Jacobian has condition {condition:.1e}")
+    # Rounding moves log |det J| by up to D * eps * condition.
+    loose: dict[str, Any] = {"terms": d * d, "scale": max(1.0, condition)}
+    expected = torch.linalg.slogdet(own).logabsdet
+    try:
+        assert_close(logdet, expected, **loose, name="logdet against autograd's Jacobian")
+    except AssertionError as error:
+        raise AssertionError(f"{error}{_hint(logdet, expected, math.prod(shape[2:]))}") from None
+
+    with torch.no_grad():
+        back, logdet_back = copied.inverse(z)
+    # z is rounded, and the inverse multiplies that by up to 1 / the smallest singular value.
+    size = condition * x.abs().max().item()
+    size += _flat(z).abs().max().item() / singular.min().item()
+    assert_close(back, x, terms=d, scale=size, name="inverse(forward(x))")
+    assert_close(logdet_back, -logdet, **loose, name="logdet of the inverse")
+
+
+def _perturbed(
+    layer: nn.Module, shape: tuple[int, ...], perturb: float, seed: int
+) -> tuple[Any, Tensor]:
+    """A float64 copy of the layer with its parameters moved, and a state for it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    layer = copy.deepcopy(layer).double()
+    device = next((t.device for t in layer.state_dict().values()), torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(perturb * normal(tuple(parameter.shape)).to(device))
+    return layer, normal(shape).to(device)
+
+
+def _flat(z: Any) -> Tensor:
+    """(N, D) out of a tensor or nested tuples of them."""
+    if isinstance(z, Tensor):
+        return z.flatten(1)
+    return torch.cat([_flat(part) for part in z], dim=1)
+
+
+def _hint(logdet: Tensor, expected: Tensor, pixels: int) -> str:
+    """What a wrong log-determinant looks like, where it looks like something."""
+
+    def like(candidate: Tensor) -> bool:
+        return torch.allclose(candidate, expected, rtol=1e-6, atol=1e-9)
+
+    if like(-logdet):
+        return "; it is that of the inverse: the sign is wrong"
+    if pixels > 1 and like(pixels * logdet):
+        return f"; it is that of one of {pixels} pixels"
+    if bool((logdet == logdet[0]).all()) and not bool((expected == expected[0]).all()):
+        return "; it is one number for all samples"
+    return ""

@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mflow_kernels import AffineCoupling, InvertibleConv1x1
+from mflow_kernels.testing import EPS, SAFETY, assert_close, check_bijection, tolerance
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_assert_close_at_its_bound(dtype):
+    bound = tolerance(dtype, terms=4)
+    expected = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    inside = (expected + 0.5 * bound).to(dtype)
+    outside = (expected + 2.0 * bound).to(dtype)
+    assert_close(inside, expected, terms=4)
+    with pytest.raises(AssertionError, match=r"sum: largest error .* exceeds .* 4 terms"):
+        assert_close(outside, expected, terms=4, name="sum")
+
+
+def test_tolerance_grows_as_the_root_of_terms():
+    assert tolerance(torch.float32, 100) == pytest.approx(10 * tolerance(torch.float32))
+    assert tolerance(torch.float64) == SAFETY * 2**-52
+    # A 16-bit result is rounded once; its float32 sum adds little.
+    assert tolerance(torch.bfloat16, 100) < 1.001 * SAFETY * (2**-7) + 1e-5
+
+
+def test_assert_close_looks_at_scale():
+    assert_close(torch.tensor([1e-5]), torch.tensor([0.0]), scale=100.0)
+    with pytest.raises(AssertionError):
+        assert_close(torch.tensor([1e-5]), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_assert_close_never_passes_what_is_not_finite(bad):
+    with pytest.raises(AssertionError):
+        assert_close(torch.tensor([bad]), torch.tensor([1.0]))
+    with pytest.raises(AssertionError):
+        assert_close(torch.tensor([1.0]), torch.tensor([math.nan]))
+
+
+def test_assert_close_never_broadcasts():
+    with pytest.raises(AssertionError, match=r"shape \(1,\), not \(2,\)"):
+        assert_close(torch.ones(1), torch.ones(2))
+    assert_close(torch.ones(0), torch.ones(0))
+
+
+class Scale(nn.Module):
+    """y = exp(a) x for each channel, right; what follows goes wrong in one thing each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(3))
+
+    def _s(self, x):
+        return self.a.exp().view(-1, *(1,) * (x.dim() - 2))
+
+    def forward(self, x):
+        return x * self._s(x), (self.a.sum() * x[0, 0].numel()).expand(x.shape[0])
+
+    def inverse(self, z):
+        return z / self._s(z), -(self.a.sum() * z[0, 0].numel()).expand(z.shape[0])
+
+
+class NoPixels(Scale):
+    def forward(self, x):
+        return x * self._s(x), self.a.sum().expand(x.shape[0])
+
+
+class WrongSign(Scale):
+    def forward(self, x):
+        return x * self._s(x), -super().forward(x)[1]
+
+
+class Coupling(AffineCoupling):
+    def __init__(self) -> None:
+        super().__init__(3, width=4)
+
+
+class OverTheBatch(Coupling):
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z, logdet.mean().expand(len(x))
+
+
+class OneNumber(Coupling):
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z, logdet.sum()
+
+
+class InverseKeepsSign(Coupling):
+    def inverse(self, z):
+        x, logdet = super().inverse(z)
+        return x, -logdet
+
+
+class NoInverse(Coupling):
+    def inverse(self, z):
+        x, logdet = super().inverse(z)
+        return x * (1 + 1e-9), logdet
+
+
+class Singular(Scale):
+    """The last channel is lost."""
+
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return torch.cat([z[:, :2], z[:, 1:2]], 1), logdet
+
+
+class Shrinks(Scale):
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z[:, :2], logdet
+
+
+class MixesSamples(Scale):
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z + 1e-3 * x.mean(0), logdet
+
+
+class Draws(Scale):
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z + 1e-6 * torch.rand(()), logdet
+
+
+PLANTED = {
+    NoPixels: "logdet against autograd's Jacobian: .*; it is that of one of 4 pixels",
+    WrongSign: "logdet against autograd's Jacobian: .*the sign is wrong",
+    OverTheBatch: "logdet against autograd's Jacobian: .*one number for all samples",
+    OneNumber: r"logdet: shape \(\), not one number a sample",
+    InverseKeepsSign: "logdet of the inverse: ",
+    NoInverse: r"inverse\(forward\(x\)\): ",
+    Singular: "not invertible, its Jacobian has condition",
+    Shrinks: r"z: \(2, 8\) numbers, not the state's \(2, 12\)",
+    MixesSamples: "a sample's z depends on another sample",
+    Draws: "two calls on one input differ",
+}
+
+
+@pytest.mark.parametrize("layer", PLANTED, ids=lambda layer: layer.__name__)
+def test_check_bijection_finds(layer):
+    with pytest.raises(AssertionError, match=PLANTED[layer]):
+        check_bijection(layer(), (2, 3, 2, 2))
+
+
+@pytest.mark.parametrize("layer", [Scale, Coupling], ids=lambda layer: layer.__name__)
+def test_check_bijection_passes_what_is_right(layer):
+    check_bijection(layer(), (2, 3, 2, 2))
+
+
+def test_check_bijection_needs_the_perturbation():
+    """At its start a scale of 1 has logdet 0 whatever its sign: nothing to see."""
+    check_bijection(WrongSign(), (2, 3, 2, 2), perturb=0.0)
+
+
+def test_check_bijection_leaves_the_layer_alone():
+    layer = InvertibleConv1x1(3)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    check_bijection(layer, (2, 3, 2))
+    for name, value in layer.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2,), (2, 3, 0)])
+def test_check_bijection_wants_two_samples(shape):
+    with pytest.raises(ValueError, match=r"shape: expected \(N, C, \*spatial\) with N >= 2, got"):
+        check_bijection(Scale(), shape)
