@@ -1,6 +1,7 @@
 """What a person sees of a run while it trains, and the metrics file."""
 
 import csv
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,8 +80,12 @@ class ProgressReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._stop()
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt | SystemExit):
             self._console.print("interrupted; the same command with --resume goes on")
+        if isinstance(exception, SystemExit) and exception.code is None:
+            exception.code = (
+                128 + signal.SIGTERM
+            )  # Lightning's, at SIGTERM: it would report success
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -5,10 +5,12 @@ import json
 import math
 import re
 import shutil
+import signal
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tiny_runs import TINY, write_images
 
@@ -103,6 +105,19 @@ class TestTrain:
         assert "the loss became nan at step 4 (stage 2)" in capsys.readouterr().err
         assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
 
+    @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 1), (SIGTERMException, 143)])
+    def test_interruptions_are_told_and_are_no_success(
+        self, raised, code, images, tmp_path, monkeypatch, capsys
+    ):
+        # Lightning ignores SIGINT for the rest of the process once it was interrupted.
+        before = signal.getsignal(signal.SIGINT)
+        crash_before(monkeypatch, step=2, error=raised())
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")])
+        signal.signal(signal.SIGINT, before)
+        assert leaving.value.code == code
+        assert "the same command with --resume goes on" in capsys.readouterr().err
+
     def test_unexpected_errors_are_not_swallowed(self, images, tmp_path, monkeypatch):
         def broken(self, batch, batch_idx):
             raise ValueError("a bug")
@@ -120,7 +135,7 @@ class TestResume:
     ):
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
         with monkeypatch.context() as patch:
-            crash_before(patch, step=stop)
+            crash_before(patch, step=stop, error=RuntimeError("power cut"))
             with pytest.raises(RuntimeError, match="power cut"):
                 main(command)
         assert main([*command, "--resume"]) == 0
@@ -379,12 +394,12 @@ def losses(folder):
         return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-def crash_before(patch, step):
+def crash_before(patch, step, error):
     original = FlowTraining.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == step:
-            raise RuntimeError("power cut")
+            raise error
         return original(self, batch, batch_idx)
 
     patch.setattr(FlowTraining, "training_step", training_step)

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from PIL import Image
+
+from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.pictures import draw_images, in_rows
+
+
+def test_images_are_drawn_at_whole_pixels(tmp_path):
+    # Red and blue tiles of 16 pixels, enlarged 4 times with no blur between them.
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(4, 3, 16, 16)
+    blue = red.flip(1)
+    draw_images(tmp_path / "a.png", "Two rows", {"red": red, "blue": blue})
+    with Image.open(tmp_path / "a.png") as image:
+        colours = dict((colour, count) for count, colour in image.convert("RGB").getcolors(1 << 16))
+    assert colours[255, 0, 0] == colours[0, 0, 255] == 4 * 64 * 64
+
+
+def test_long_rows_are_broken_and_the_last_is_filled():
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
+    rows = list(in_rows({"a": images, "b": images + 10}, columns=3).values())
+    assert [row.flatten().tolist() for row in rows] == [
+        [0, 1, 2], [10, 11, 12], [3, 4, 255], [13, 14, 255],
+    ]  # fmt: skip
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
