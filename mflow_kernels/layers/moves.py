@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops._launch import accumulator
-from mflow_kernels.ops.conv1x1 import conv1x1_op, spread
+from mflow_kernels.ops.conv1x1 import conv1x1_op, cut_net_input, spread
 from mflow_kernels.ops.coupling import affine_coupling_op, check_params
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
 from mflow_kernels.ops.scale import ScaleFunction
@@ -121,7 +121,7 @@ def run(
             if watch is not None:
                 watch.before_network(x)
             if net is None:
-                net = x[:, : x.shape[1] // 2].to(network_dtype(x))
+                net = cut_net_input(x, network_dtype(x))
             params = check_params(x, move.net(net, *context))
             if watch is not None:
                 watch.after_network()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
+from mflow_kernels.ops._launch import channels_first
 from mflow_kernels.ops.unstep import uncouple, unmix
 
 
@@ -102,6 +103,7 @@ class WalkBack:
 
     def _set(self, x: Tensor, dx: Tensor) -> None:
         c_a = x.shape[1] // 2
+        self.channels_last = x.dim() > 2 and not channels_first(x)
         self._set_halves(x[:, :c_a], x[:, c_a:], dx[:, :c_a], dx[:, c_a:])
         self._whole = x, dx
 
@@ -118,7 +120,9 @@ class WalkBack:
         if kept is not None:
             c_a = kept.shape[1] // 2
             self.a, self.b, self.net = kept[:, :c_a], kept[:, c_a:], None
-        network_input = self.a.to(self._network_dtype()) if self.net is None else self.net
+        network_input = self.net
+        if network_input is None:
+            network_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),
@@ -159,7 +163,7 @@ class WalkBack:
         inverse = self.inverses[move.group][move.row].to(mix.weight.dtype) if rebuild else None
         x, dx, net, gram, dbias = unmix(
             (self.a, self.b), (self.da, self.db), self.dnet, mix.weight[move.row], inverse,
-            mix.bias[move.row], self._network_dtype() if feeds else None,
+            mix.bias[move.row], self._network_dtype() if feeds else None, self.channels_last,
         )  # fmt: skip
         self.partials[move] = gram, dbias
         # Where the state before was kept, x is None and dx stands in until it is picked up.

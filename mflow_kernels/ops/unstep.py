@@ -34,7 +34,6 @@ from torch import Tensor
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
     accumulator,
-    channels_first,
     columns,
     dense_pixels,
     elementwise_tile,
@@ -104,15 +103,17 @@ def unmix_ref(
     weight_inverse: Tensor | None,
     bias: Tensor,
     net_dtype: torch.dtype | None,
+    channels_last: bool,
 ) -> Unmixed:
     shifted = torch.cat(y, dim=1) - bias.view(-1, *(1,) * (y[0].dim() - 2))
     gradient = add_to_first_half(torch.cat(dy, dim=1), dnet)
     dy_p, y_p = (t.movedim(1, -1).flatten(0, -2) for t in (gradient, shifted))
-    dx = conv1x1_ref(gradient, weight.t(), None)
+    dx = empty_state(y[1], weight.shape[0], channels_last)
+    dx.copy_(conv1x1_ref(gradient, weight.t(), None))
     gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
     if weight_inverse is None:
         return Unmixed(None, dx, None, gram, dbias)
-    x = conv1x1_ref(shifted, weight_inverse, None)
+    x = torch.empty_like(dx).copy_(conv1x1_ref(shifted, weight_inverse, None))
     net = None if net_dtype is None else cut_net_input(x, net_dtype)
     return Unmixed(x, dx, net, gram, dbias)
 
@@ -336,6 +337,7 @@ def launch_unmix(
     weight_inverse: Tensor | None,
     bias: Tensor,
     net_dtype: torch.dtype | None,
+    channels_last: bool,
     precision: str,
 ) -> Unmixed:
     """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
@@ -350,7 +352,7 @@ def launch_unmix(
     gram_blocks = 0 if tile.block_c >= c else mixers
     roles = mixers + gram_blocks * gram_blocks
     splits = max(1, min(tiles.programs, UNMIX_PROGRAMS // roles))
-    dx = empty_state(y_b, c)
+    dx = empty_state(y_b, c, channels_last)
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = None if x is None or net_dtype is None else net_input(x, net_dtype)
     new = y_b.new_empty if n else y_b.new_zeros
@@ -368,9 +370,9 @@ def launch_unmix(
     return Unmixed(x, dx, net, gram, dbias)
 
 
-def empty_state(half: Tensor, channels: int) -> Tensor:
-    """An empty state of so many channels, dense in the order of axes of one of its halves."""
-    if channels_first(half) or half.dim() == 2:
+def empty_state(half: Tensor, channels: int, channels_last: bool) -> Tensor:
+    """An empty, dense state of so many channels, shaped otherwise as one of its halves."""
+    if not channels_last:
         return half.new_empty((half.shape[0], channels, *half.shape[2:]))
     last = half.new_empty((half.shape[0], *half.shape[2:], channels))
     return last.movedim(-1, 1)
@@ -406,6 +408,7 @@ def unmix(
     weight_inverse: Tensor | None,
     bias: Tensor,
     net_dtype: torch.dtype | None,
+    channels_last: bool,
     precision: str = "tf32x3",
 ) -> Unmixed:
     """The second launch of a step's backward; on a CPU its reference.
@@ -417,8 +420,12 @@ def unmix(
         weight, bias: (C, C) and (C,), float32 (float64).
         weight_inverse: W^-1, or None where x was kept and is not asked for.
         net_dtype: dtype of the network input to cut from x, or None for none.
+        channels_last: the memory format of what is returned: that of the states as they were, which
+            halves of few channels no longer tell. A network given another one may differ in bits.
         precision: as for `conv1x1`.
     """
     if uses_triton(y[0]):
-        return launch_unmix(y, dy, dnet, weight, weight_inverse, bias, net_dtype, precision)
-    return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype)
+        return launch_unmix(
+            y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, precision
+        )
+    return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)

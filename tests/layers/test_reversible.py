@@ -1,0 +1,326 @@
+"""Reversible chains: the gradients of stored activations, and nothing of the caller's disturbed."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
+from mflow_kernels.testing import assert_close
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """The module with every parameter moved off its start, where couplings do nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return module
+
+
+def loss_of(z: Tensor | tuple[Tensor, ...], logdet: Tensor) -> Tensor:
+    parts = z if isinstance(z, tuple) else (z,)
+    cubes = sum((i + 1) * part.pow(3).sum() for i, part in enumerate(parts))
+    return cubes + (logdet * torch.arange(1, len(logdet) + 1, device=logdet.device)).sum()
+
+
+def gradients(chain: nn.Module, *inputs: Tensor, call: Callable[..., object]) -> list[Tensor]:
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    chain.zero_grad()
+    loss = loss_of(*call(*inputs))  # type: ignore[misc]
+    loss.backward()
+    return [
+        loss.detach(),
+        *(x.grad for x in inputs if x.grad is not None),
+        *(p.grad.clone() for p in chain.parameters() if p.grad is not None),
+    ]
+
+
+def compare(got: list[Tensor], want: list[Tensor], terms: int) -> None:
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_close(a, b, terms=terms, name=f"gradient {i}")
+
+
+FLOWS = {
+    "image": (lambda **o: Glow((3, 8, 8), 2, 3, 8, **o), (2, 3, 8, 8)),
+    "one level": (lambda **o: Glow((1, 4, 4), 1, 2, 8, **o), (3, 1, 4, 4)),
+    "vector": (lambda **o: VectorFlow(5, 3, 8, **o), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_gradients_are_those_of_stored_activations(
+    flow: str, backwards: bool, every: int | None, dtype: torch.dtype
+) -> None:
+    make, shape = FLOWS[flow]
+    stored = shaken(make(reversible=False)).to(dtype)
+    rebuilt = make(checkpoint_every=every).to(dtype)
+    rebuilt.load_state_dict(stored.state_dict())
+    x = torch.randn(shape, dtype=dtype)
+    inputs = tuple(z.detach() for z in stored(x)[0]) if backwards else (x,)
+
+    def run(model: nn.Module) -> list[Tensor]:
+        call = (lambda *z: model.inverse(z)) if backwards else model
+        return gradients(model, *inputs, call=call)
+
+    # The longest sum, dW's over all pixels, of states that rounded once a step each way.
+    compare(run(rebuilt), run(stored), terms=2 * 7 * x[:, 0].numel())
+    assert rebuilt.chain.drift is not None
+    assert_close(rebuilt.chain.drift, torch.zeros_like(rebuilt.chain.drift), terms=64, scale=4.0)
+
+
+def test_memory_holds_no_state_but_the_ends() -> None:
+    chain = shaken(Glow((3, 8, 8), 2, 6, 8)).chain  # type: ignore[union-attr]
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for every, states in ((None, 0), (1, 13), (4, 4)):
+        chain.checkpoint_every = every
+        saved: list[Tensor] = []
+
+        def pack(t: Tensor, into: list[Tensor] = saved) -> Tensor:
+            into.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            chain(x)
+        # Four-dimensional: the input, the last state, the latent that left, and states kept.
+        assert sum(t.dim() == 4 for t in saved) == 3 + states
+
+
+def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain:
+    return ReversibleChain([FlowStep(4, net()) for _ in range(3)], **options)  # type: ignore[arg-type]
+
+
+class Network(nn.Module):
+    """A coupling network with everything that running it again could disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+            nn.Conv2d(8, 4, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_dropout_and_running_statistics() -> None:
+    stored = shaken(chain_of(Network, reversible=False)).double()
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    results, after = [], []
+    for chain in (stored, rebuilt):
+        torch.manual_seed(1)
+        results.append(gradients(chain, x, call=chain))
+        after.append((dict(chain.named_buffers()), torch.get_rng_state()))
+    compare(results[1], results[0], terms=2 * 3 * 75)
+    (buffers, rng), (buffers_rebuilt, rng_rebuilt) = after
+    assert torch.equal(rng, rng_rebuilt)
+    for name, buffer in buffers.items():
+        if name.endswith("num_batches_tracked"):
+            assert buffer.item() == buffers_rebuilt[name].item() == 1
+        else:
+            assert_close(buffers_rebuilt[name].double(), buffer.double(), terms=75, name=name)
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.label = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.state(x) + self.label(label)[:, :, None, None]
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+def test_conditional_inputs_have_gradients(backwards: bool) -> None:
+    stored = shaken(chain_of(Conditional, reversible=False)).double()
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x, label = torch.randn(2, 4, 3, 3).double(), torch.randn(2, 3).double()
+    results = [
+        gradients(c, x, label, call=c.inverse if backwards else c) for c in (rebuilt, stored)
+    ]
+    assert len(results[0]) == 3 + sum(1 for _ in stored.parameters())
+    compare(*results, terms=2 * 3 * 18)
+
+
+def test_shared_and_frozen_parameters() -> None:
+    shared = nn.Conv2d(2, 4, 3, padding=1)
+    stored = shaken(ReversibleChain([FlowStep(4, shared) for _ in range(3)], reversible=False))
+    stored.double()
+    stored.layers[1].actnorm.bias.requires_grad_(False)
+    shared.weight.requires_grad_(False)
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(2, 4, 3, 3).double()
+    compare(
+        gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored), terms=2 * 3 * 18
+    )
+    assert rebuilt.layers[0].coupling.net.weight.grad is None
+
+
+def test_twice_in_one_graph_and_autograd_grad() -> None:
+    chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 1))).double()
+    x = torch.randn(2, 4, 3, 3).double()
+    parameters = list(chain.parameters())
+
+    def twice() -> Tensor:
+        once, logdet = chain(x)
+        return loss_of(*chain(once)) + logdet.sum()
+
+    got = torch.autograd.grad(twice(), parameters)
+    chain.reversible = False
+    compare(list(got), list(torch.autograd.grad(twice(), parameters)), terms=2 * 6 * 18)
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    chain = chain_of(lambda: nn.Conv2d(2, 4, 1))
+    x = torch.randn(2, 4, 3, 3)
+    with torch.no_grad():
+        z, _ = chain(x)
+    assert z.grad_fn is None
+    assert chain.drift is None
+
+
+def test_the_callers_tensors_are_left_alone() -> None:
+    chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 1)))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    z, logdet = chain(x)
+    before = x.detach().clone(), z.detach().clone()
+    loss_of(z, logdet).backward()
+    assert torch.equal(x, before[0])
+    assert torch.equal(z, before[1])
+
+
+def test_a_changed_output_is_noticed() -> None:
+    chain = chain_of(lambda: nn.Conv2d(2, 4, 1))
+    z, _ = chain(torch.randn(2, 4, 3, 3, requires_grad=True))
+    loss = z.pow(2).sum()
+    with torch.no_grad():
+        z.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_cannot_work_names_the_switch() -> None:
+    chain = chain_of(lambda: nn.Conv2d(2, 4, 1))
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="reversible=False"):
+        torch.autograd.grad(chain(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="reversible=False"):
+        torch.func.grad(lambda x: chain(x)[0].sum())(x)
+
+
+def test_autocast_leaves_the_state_in_float32() -> None:
+    """bf16 networks, float32 state: rebuilding costs less than bf16 itself does.
+
+    The bar for checkpoint_every=1, whose networks see the same bits again.
+    """
+    stored = shaken(Glow((3, 8, 8), 2, 4, 16, reversible=False))
+    rebuilt = Glow((3, 8, 8), 2, 4, 16, checkpoint_every=1)
+    rebuilt.load_state_dict(stored.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+
+    def run(model: nn.Module, bf16: bool) -> list[Tensor]:
+        def call(x: Tensor) -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                z, logdet = model(x)
+            assert all(part.dtype == torch.float32 for part in (*z, logdet))
+            return z, logdet
+
+        return gradients(model, x, call=call)
+
+    exact, low, again = run(stored, False), run(stored, True), run(rebuilt, True)
+
+    def distance(a: list[Tensor], b: list[Tensor]) -> float:
+        total = sum(t.double().pow(2).sum() for t in b)
+        return (
+            sum((s - t).double().pow(2).sum() for s, t in zip(a, b, strict=True)) / total
+        ) ** 0.5
+
+    assert distance(low, exact) > 1e-4  # the networks did run in bf16
+    assert distance(again, low) < distance(low, exact) / 10
+
+
+def test_autocast_casts_its_weights_anew_for_the_walk_back() -> None:
+    """Backward inside autocast must not meet weights that were cast without gradients."""
+    chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 1)))
+    x = torch.randn(2, 4, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(*chain(x)).backward()
+    assert all(p.grad is not None for p in chain.parameters())
+
+
+def test_networks_may_be_compiled() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
+    stored = shaken(ReversibleChain([FlowStep(4, net)], reversible=False))
+    x = torch.randn(2, 4, 3, 3)
+    want = gradients(stored, x, call=stored)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    chain = ReversibleChain([FlowStep(4, compiled)])
+    chain.layers[0].actnorm.load_state_dict(stored.layers[0].actnorm.state_dict())
+    chain.layers[0].conv.load_state_dict(stored.layers[0].conv.state_dict())
+    compare(gradients(chain, x, call=chain), want, terms=2 * 18)
+
+
+def test_stored_chain_compiles_whole() -> None:
+    chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 3, padding=1), reversible=False))
+    x = torch.randn(2, 4, 3, 3)
+    want = gradients(chain, x, call=chain)
+    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
+    compare(gradients(chain, x, call=compiled), want, terms=3 * 18)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: ReversibleChain([]), ValueError, "layers: expected at least one"),
+        (lambda: ReversibleChain([nn.ReLU()]), TypeError, r"layers\[0\].*got ReLU"),  # type: ignore[list-item]
+        (lambda: ReversibleChain([Squeeze()], checkpoint_every=0), ValueError, "got 0"),
+        (lambda: ReversibleChain([Split(4)]).inverse((torch.zeros(1, 2, 2, 2),)), ValueError,
+         "expected 2 latents, got 1"),
+    ],
+)  # fmt: skip
+def test_bad_input(make: Callable[[], object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_equals_an_eager_one() -> None:
+    """A whole training step of the chain in a CUDA graph: no host sync, no data-dependent size."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = shaken(Glow((3, 16, 16), 2, 3, 16)).cuda()
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+
+    def step() -> Tensor:
+        for p in model.parameters():
+            p.grad = None
+        loss = loss_of(*model(x))
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    want = [step().detach(), *(p.grad.clone() for p in model.parameters())]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    captured = [loss, *(p.grad for p in model.parameters())]
+    for tensor in captured:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    for got, expected in zip(captured, want, strict=True):
+        assert torch.equal(got, expected)

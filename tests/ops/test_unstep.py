@@ -1,0 +1,102 @@
+"""The two backward launches of a step that stored nothing, against their references in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops._launch import pixels
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.unstep import (
+    Halves,
+    launch_uncouple,
+    launch_unmix,
+    uncouple_ref,
+    unmix_ref,
+)
+from mflow_kernels.testing import assert_close
+from tests.cases import LAYOUTS, SCALES, normal, params_shape, rotation
+
+SHAPES = [(2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (2, 7, 20, 13), (1, 33, 3, 3), (1, 130, 3, 3)]
+# What a float32 rounding becomes in y = z / s - shift, dy and dparams: 1 / s and s are within e^2.
+UNCOUPLED_SCALE = math.e**2
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_uncouple(
+    kernel_device: torch.device, scale: ScaleFunction, inverse: bool, kept: bool
+) -> None:
+    shape = (2, 7, 5, 6)
+    z, dz = (normal(*shape, device=kernel_device, layout="channels_last") for _ in range(2))
+    params = normal(*params_shape(shape), device=kernel_device)
+    dlogdet = normal(2, device=kernel_device)
+    z_b, dz_b = z[:, 3:], dz[:, 3:]
+    got = launch_uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+    want = uncouple_ref(*doubled(z_b, dz_b, dlogdet, params), scale, inverse, kept)  # type: ignore[arg-type]
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert_close(a, b, scale=UNCOUPLED_SCALE * b.abs().max().item(), name=name)
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unmix(
+    kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool
+) -> None:
+    n, c, *spatial = shape
+    if layout == "channels_last" and len(spatial) != 2:
+        layout = "contiguous"
+    c_a = c // 2
+
+    def halves() -> Halves:
+        state = normal(*shape, device=kernel_device, layout=layout)
+        # One half a view, the other a tensor of its own, as a walk back has them.
+        return state[:, :c_a], state[:, c_a:].clone()
+
+    y, dy = halves(), halves()
+    dnet = LAYOUTS[layout](normal(n, c_a, *spatial, device=kernel_device))
+    weight = rotation(c).to(kernel_device)
+    inverse = torch.linalg.inv(weight.double()).float() if rebuild else None
+    bias = normal(c, device=kernel_device)
+    dtype = torch.bfloat16 if rebuild else None
+    last = layout == "channels_last"
+    got = launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, "tf32x3")
+    want = unmix_ref(
+        tuple(doubled(*y)), tuple(doubled(*dy)), dnet.double(),  # type: ignore[arg-type]
+        weight.double(), None if inverse is None else inverse.double(), bias.double(), dtype, last,
+    )  # fmt: skip
+    for name, terms in (("x", c), ("dx", c), ("net", c)):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None) == (not rebuild and name != "dx")
+        if a is not None:
+            assert_close(a, b, terms=terms, name=name)
+    columns = n * pixels(y[0])
+    magnitude = math.sqrt(columns) * want.dx.abs().max().item() ** 2
+    assert_close(got.gram.sum(0), want.gram.sum(0), terms=columns, scale=magnitude, name="gram")
+    assert_close(got.dbias.sum(0), want.dbias.sum(0), terms=columns, scale=magnitude, name="dbias")
+    assert got.dx.stride() == normal(*shape, layout=layout).stride()
+    again = launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, "tf32x3")
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True) if a is not None)
+
+
+def test_gram_recovers_the_gradient_of_the_weight() -> None:
+    """dW = gram W^-T, in float64 to rounding: the identity that lets gram take y for x."""
+    x = normal(2, 6, 3, 4, dtype=torch.float64)
+    weight, bias = rotation(6, torch.float64), normal(6, dtype=torch.float64)
+    weight.requires_grad_()
+    y = torch.einsum("oc,nchw->nohw", weight, x) + bias.view(-1, 1, 1)
+    dy = normal(2, 6, 3, 4, dtype=torch.float64)
+    (dweight,) = torch.autograd.grad(y, weight, dy)
+    y, weight = y.detach(), weight.detach()
+    inverse = torch.linalg.inv(weight)
+    gram = unmix_ref(
+        (y[:, :3], y[:, 3:]), (dy[:, :3], dy[:, 3:]), None, weight, inverse, bias, None, False
+    ).gram[0]
+    assert_close(gram @ inverse.mT, dweight, terms=24 * 6)
