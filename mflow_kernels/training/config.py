@@ -95,7 +95,7 @@ class TrainingOptions:
     """
 
     batch_size: int = 64
-    epochs: int = 14
+    epochs: int = 12
     max_steps: int | None = None
     learning_rate: float = 2e-3
     seed: int = 0

@@ -113,7 +113,7 @@ def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
         low, high = min(s[0] for s in shown), max(s[2] for s in shown)
         margin = 0.06 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(fontsize=9, framealpha=0.85, edgecolor="none")
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.title.set_fontsize(11)
