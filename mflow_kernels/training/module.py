@@ -48,7 +48,6 @@ class FlowTraining(LightningModule):
         self.validation_interval = min(self._stream.batches_per_pass, self.steps_per_stage)
         self._dims = math.prod(splits.train.image_shape)
         self._step_started = 0.0
-        self.trained_stage = 0
 
     @property
     def total_steps(self) -> int:
@@ -57,7 +56,15 @@ class FlowTraining(LightningModule):
     @property
     def stage(self) -> int:
         """The stage that the next step trains, from 0."""
-        return min(self.global_step // self.steps_per_stage, len(self.model.stages) - 1)
+        return self._stage_of(self.global_step)
+
+    @property
+    def trained_stage(self) -> int:
+        """The stage that the last step trained: at a boundary, `stage` is already the next."""
+        return self._stage_of(max(0, self.global_step - 1))
+
+    def _stage_of(self, step: int) -> int:
+        return min(step // self.steps_per_stage, len(self.model.stages) - 1)
 
     def train_dataloader(self) -> BatchStream:
         config = self._config
@@ -83,7 +90,7 @@ class FlowTraining(LightningModule):
                 self.model.initialize(self._dequantize(batch, _TRAIN_NOISE), self.stage)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        stage = self.trained_stage = self.stage
+        stage = self.stage
         x = self._dequantize(batch, _TRAIN_NOISE)
         terms, log_likelihood = self._terms(x, stage)
         dims = math.prod(cast(ManifoldFlow, self.model.stages[stage]).input_shape)
@@ -118,7 +125,6 @@ class FlowTraining(LightningModule):
         self.log_dict({"images_per_second": len(batch) / seconds, "learning_rate": rate})
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        # `global_step` has already passed the last step of the stage that was just trained.
         generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)
         x = dequantize(batch, self._config.n_bits, generator)
         log_prob = self.model.log_prob(x, self.trained_stage + 1)

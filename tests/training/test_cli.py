@@ -150,6 +150,7 @@ class TestResume:
         for index, moment in moments[0].items():
             assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
         assert losses(tmp_path / "run") == losses(trained)
+        assert held_out(tmp_path / "run") == held_out(trained)
         whole_figures, figures = (
             json.loads((folder / "evaluation.json").read_text())
             for folder in (trained, tmp_path / "run")
@@ -392,6 +393,15 @@ def weights_of(folder):
 def losses(folder):
     with (folder / "metrics.csv").open() as file:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+def held_out(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [
+            (row["step"], row["stage"], row["heldout_bits_per_dim"])
+            for row in csv.DictReader(file)
+            if row["heldout_bits_per_dim"]
+        ]
 
 
 def crash_before(patch, step, error):
