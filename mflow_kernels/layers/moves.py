@@ -45,6 +45,11 @@ class Squeezing:
     inverse: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not len(x):  # torch returns an empty batch as it came
+            n, c, h, w = x.shape
+            return x.reshape(
+                (n, c // 4, 2 * h, 2 * w) if self.inverse else (n, 4 * c, h // 2, w // 2)
+            )
         return F.pixel_shuffle(x, 2) if self.inverse else F.pixel_unshuffle(x, 2)
 
 
