@@ -1,12 +1,28 @@
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from mflow_kernels.ops._launch import INTERPRETED
 
 # Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
 torch.set_num_threads(1)
+
+_convert_float = interpreter._convert_float
+
+
+def _convert_as_a_gpu(values, from_dtype, to_dtype, rounding_mode):
+    """float32 to bfloat16 to the nearest even: the interpreter would cut the digits off."""
+    if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
+        return _convert_float(values, from_dtype, to_dtype, rounding_mode)
+    rounded = torch.from_numpy(np.array(values)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16)
+
+
+interpreter._convert_float = _convert_as_a_gpu
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 

@@ -1,0 +1,170 @@
+"""What every layer promises, whatever it computes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from cases import normal
+from torch import Tensor
+
+from mflow_kernels import (
+    ActNorm,
+    AffineCoupling,
+    FlowStep,
+    InvertibleConv1x1,
+    ReversibleChain,
+    Split,
+    Squeeze,
+)
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close, check_bijection
+
+GLOWS_SCALE = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
+
+
+def _levels(**options) -> ReversibleChain:
+    layers = [Squeeze(), FlowStep(4, width=3), FlowStep(4, width=3), Split(4, width=3)]
+    return ReversibleChain([*layers, FlowStep(2, width=3)], **options)
+
+
+LAYERS = {
+    "actnorm, vectors": (lambda: ActNorm(3), (2, 3)),
+    "actnorm, images": (lambda: ActNorm(3), (2, 3, 2, 3)),
+    "conv1x1, vectors": (lambda: InvertibleConv1x1(5), (3, 5)),
+    "conv1x1, volumes": (lambda: InvertibleConv1x1(3), (2, 3, 1, 2, 2)),
+    "coupling, vectors": (lambda: AffineCoupling(5, width=4, spatial_dims=0), (3, 5)),
+    "coupling, signals": (lambda: AffineCoupling(3, width=4, spatial_dims=1), (2, 3, 4)),
+    "coupling, images": (lambda: AffineCoupling(3, width=4, scale=GLOWS_SCALE), (2, 3, 2, 3)),
+    "coupling, volumes": (lambda: AffineCoupling(2, width=4, spatial_dims=3), (2, 2, 2, 1, 2)),
+    "split": (lambda: Split(5, width=4), (2, 5, 2, 1)),
+    "squeeze": (Squeeze, (2, 2, 2, 4)),
+    "step": (lambda: FlowStep(3, width=4), (2, 3, 2, 3)),
+    "step, one pixel": (lambda: FlowStep(4, width=4, scale="atan"), (2, 4, 1, 1)),
+    "step, vectors": (lambda: FlowStep(5, width=4, spatial_dims=0, scale="exp"), (2, 5)),
+    "chain": (lambda: ReversibleChain([FlowStep(2, width=3) for _ in range(2)]), (2, 2, 2, 3)),
+    "chain of levels": (_levels, (2, 1, 4, 2)),
+    "chain of levels, stored": (lambda: _levels(reversible=False), (2, 1, 4, 2)),
+}
+every = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+def flat(z) -> list[Tensor]:
+    return [z] if isinstance(z, Tensor) else [t for part in z for t in flat(part)]
+
+
+def moved(layer, by=0.1):
+    """The layer with its parameters moved: at their start most of what it does is to do nothing."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(by * torch.randn(parameter.shape).to(parameter))
+    return layer
+
+
+@every
+def test_round_trip_jacobian_and_logdets(make, shape, device):
+    check_bijection(make().to(device), shape)
+
+
+@every
+def test_float32(make, shape, device):
+    """As in float64 up to rounding, results float32, and the way back within rounding."""
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    z, logdet = layer(x)
+    exact, exact_logdet = copy.deepcopy(layer).double()(x.double())
+    assert logdet.dtype == torch.float32
+    # Each of some six operators rounds what the ones before it left.
+    for got, want in zip(flat(z), flat(exact), strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got, want, terms=36, scale=exact[0].abs().max().item())
+    assert_close(logdet, exact_logdet, terms=x[0].numel(), scale=4.0)
+    back, negative = layer.inverse(z)
+    assert_close(back, x, terms=36, scale=8.0)
+    assert_close(negative, -logdet, terms=x[0].numel(), scale=4.0)
+
+
+@every
+def test_empty_batch(make, shape, device):
+    layer = make().to(device)
+    z, logdet = layer(torch.ones(0, *shape[1:], device=device))
+    assert logdet.shape == (0,)
+    back, negative = layer.inverse(z)
+    assert back.shape == (0, *shape[1:])
+    assert negative.shape == (0,)
+
+
+@every
+def test_copies_pickles_and_state_dicts_compute_the_same(make, shape, device):
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    z, logdet = layer(x)
+    stored = io.BytesIO()
+    torch.save(layer, stored)
+    stored.seek(0)
+    restored = torch.load(stored, weights_only=False)
+    fresh = make().to(device)
+    fresh.load_state_dict(layer.state_dict())
+    for other in (copy.deepcopy(layer), restored, fresh):
+        other_z, other_logdet = other(x)
+        assert torch.equal(other_logdet, logdet)
+        for got, want in zip(flat(other_z), flat(z), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [v for v in LAYERS.values() if len(v[1]) == 4],
+    ids=[k for k, v in LAYERS.items() if len(v[1]) == 4],
+)  # fmt: skip
+def test_memory_format_changes_no_value(make, shape, device):
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    z, logdet = layer(x)
+    other_z, other_logdet = layer(x.contiguous(memory_format=torch.channels_last))
+    assert_close(other_logdet, logdet, terms=x[0].numel(), scale=4.0)
+    for got, want in zip(flat(other_z), flat(z), strict=True):
+        assert_close(got, want, terms=36)
+
+
+@every
+def test_initialize_returns_what_forward_does(make, shape, device):
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    z, logdet = layer.initialize(x)
+    again, logdet_again = layer(x)
+    assert torch.equal(logdet, logdet_again)
+    for got, want in zip(flat(z), flat(again), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "name", ["actnorm, images", "conv1x1, vectors", "coupling, images", "step"]
+)
+def test_compiles_whole(name, device):
+    torch.compiler.reset()
+    make, shape = LAYERS[name]
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    for direction in (layer.forward, layer.inverse):
+        z, logdet = direction(x)
+        got, got_logdet = torch.compile(direction, fullgraph=True, backend="aot_eager")(x)
+        assert_close(got, z, terms=36)
+        assert_close(got_logdet, logdet, terms=x[0].numel(), scale=4.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["coupling, images", "coupling, vectors", "split", "step", "chain"]
+)
+def test_autocast_keeps_the_state_in_float32(name, device):
+    """Only the network computes in bfloat16: the half that it does not touch keeps every bit, and
+    the way back is as exact as without."""
+    make, shape = LAYERS[name]
+    layer = moved(make()).to(device)
+    x = normal(*shape, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        z, logdet = layer(x)
+        back, negative = layer.inverse(z)
+    assert logdet.dtype == torch.float32
+    assert all(part.dtype == torch.float32 for part in flat(z))
+    assert_close(back, x, terms=36, scale=8.0)
+    assert_close(negative, -logdet, terms=x[0].numel(), scale=4.0)

@@ -1,0 +1,107 @@
+import pytest
+import torch
+from cases import normal
+from torch import nn
+
+from mflow_kernels import AffineCoupling, Split
+from mflow_kernels.layers.coupling import coupling_net
+from mflow_kernels.ops.scale import ScaleFunction
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_default_net_fits_and_starts_at_zero(dims):
+    net = coupling_net(2, 6, 5, dims)
+    x = normal(3, 2, *(4,) * dims)
+    before = x.clone()
+    params = net(x)
+    assert params.shape == (3, 6, *(4,) * dims)
+    assert not params.any()
+    assert torch.equal(x, before)  # its ReLUs work in place, but not on the state
+
+
+@pytest.mark.parametrize("scale", ["tanh", "atan", "exp"])
+def test_new_coupling_is_the_identity(scale):
+    x = normal(2, 5, 3, 4)
+    y, logdet = AffineCoupling(5, width=3, scale=scale)(x)
+    assert torch.equal(y, x)
+    assert not logdet.any()
+
+
+def test_net_reads_the_half_that_stays():
+    """x_a is the smaller half where C is odd, and comes out bit for bit."""
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return torch.cat([x, x, 2 * x], 1)  # 2 channels to 6: raw (3), shift (3)
+
+    x = normal(2, 5, 3)
+    layer = AffineCoupling(5, Net(), scale=ScaleFunction("exp"))
+    y, logdet = layer(x)
+    x_a, x_b = x[:, :2], x[:, 2:]
+    assert torch.equal(seen[0], x_a)
+    assert torch.equal(y[:, :2], x_a)
+    raw, shift = torch.cat([x_a, x_a, 2 * x_a], 1).chunk(2, 1)
+    torch.testing.assert_close(y[:, 2:], raw.exp() * (x_b + shift))
+    torch.testing.assert_close(logdet, raw.flatten(1).sum(1))
+
+
+def test_context_reaches_the_net():
+    class Net(nn.Module):
+        def forward(self, x, context):
+            return torch.cat([x, x + context], 1)
+
+    x, context = normal(2, 2, 3), normal(2, 1, 3)
+    layer = AffineCoupling(2, Net())
+    y, logdet = layer(x, context)
+    back, negative = layer.inverse(y, context)
+    torch.testing.assert_close(back, x)
+    assert torch.equal(negative, -logdet)
+    assert not torch.allclose(layer(x, context + 1)[0], y)
+
+
+def test_net_with_too_few_channels():
+    net = nn.Conv1d(2, 4, 1)
+    with pytest.raises(ValueError, match=r"params: expected shape \(2, 6, 3\), got \(2, 4, 3\)"):
+        AffineCoupling(5, net)(normal(2, 5, 3))
+
+
+@pytest.mark.parametrize("layer", [AffineCoupling, Split])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 1}, "channels: expected at least 2 to couple, got 1"),
+        ({"channels": 4, "width": 0}, "width: expected at least 1, got 0"),
+        ({"channels": 4, "spatial_dims": 4}, "spatial_dims: expected 0, 1, 2 or 3, got 4"),
+        ({"channels": 4, "scale": "relu"}, "scale: expected one of .*, got 'relu'"),
+    ],
+)
+def test_bad_arguments(layer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layer(**arguments)
+
+
+def test_split_is_a_coupling_cut_in_two():
+    x = normal(2, 5, 3, 4)
+    split = Split(5, width=3)
+    nn.init.normal_(split.coupling.net[-1].weight, std=0.1)
+    (kept, latent), logdet = split(x)
+    y, coupling_logdet = split.coupling(x)
+    assert torch.equal(torch.cat([kept, latent], 1), y)
+    assert kept.shape[1], latent.shape[1] == (2, 3)
+    assert torch.equal(kept, x[:, :2])
+    assert torch.equal(logdet, coupling_logdet)
+
+
+def test_split_makes_a_learned_normal_prior_standard():
+    """log p(x_b | x_a) of a normal prior = log N(latent) + logdet."""
+    x = normal(3, 4, 2).double()
+    split = Split(4, width=3, spatial_dims=1, scale="exp").double()
+    nn.init.normal_(split.coupling.net[-1].weight, std=0.3)
+    (_, latent), logdet = split(x)
+    raw, shift = split.coupling.net(x[:, :2]).chunk(2, 1)
+    prior = torch.distributions.Normal(-shift, (-raw).exp())
+    expected = prior.log_prob(x[:, 2:]).flatten(1).sum(1)
+    standard = torch.distributions.Normal(0, 1).log_prob(latent).flatten(1).sum(1)
+    torch.testing.assert_close(standard + logdet, expected)
