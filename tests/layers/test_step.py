@@ -1,0 +1,103 @@
+import pytest
+import torch
+from cases import normal
+from torch import nn
+
+from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels.testing import assert_close
+
+
+def moved_steps(channels, count=1, **options):
+    """Steps whose parameters have left their start, in float64."""
+    steps = [FlowStep(channels, width=4, **options).double() for _ in range(count)]
+    with torch.no_grad():
+        for step in steps:
+            for parameter in step.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return steps
+
+
+def one_by_one(steps, x):
+    """Actnorm, convolution and coupling as separate layers: nothing folded, nothing fused."""
+    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    for step in steps:
+        for layer in (step.actnorm, step.conv, step.coupling):
+            x, logdet = layer(x)
+            total = total + logdet
+    return x, total
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("scale", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(("shape", "dims"), [((3, 5), 0), ((2, 3, 4, 3), 2)], ids=str)
+def test_is_its_layers_one_after_the_other(shape, dims, scale, reversible, device):
+    steps = moved_steps(shape[1], 2, spatial_dims=dims, scale=scale)
+    chain = ReversibleChain(steps, reversible=reversible).to(device)
+    x = normal(*shape, dtype=torch.float64, device=device).requires_grad_()
+    leaves = [x, *chain.parameters()]
+    results = []
+    for z, logdet in (chain(x), one_by_one(steps, x)):
+        loss = (z * torch.arange(1, z[0].numel() + 1, device=device).view(z[0].shape)).sum()
+        results.append([z, logdet, *torch.autograd.grad(loss + logdet.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        # Sums over samples, pixels and channels, through networks of two more layers each.
+        size = max(1.0, want.abs().max().item())
+        assert_close(got, want, terms=10_000, scale=size)
+
+
+def test_one_step_is_a_chain_of_one(device):
+    (step,) = moved_steps(4)
+    x = normal(2, 4, 3, 2, dtype=torch.float64, device=device)
+    for one, other in zip(step.to(device)(x), ReversibleChain([step])(x), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_initialize_sets_actnorm_from_what_reaches_it():
+    steps = [FlowStep(3, width=4) for _ in range(2)]
+    for step in steps:
+        nn.init.normal_(step.coupling.net[-1].weight, std=0.1)
+    x = 3 + 2 * normal(16, 3, 4, 4)
+    z, _ = ReversibleChain(steps).initialize(x)
+    for step in steps:
+        y, _ = step.actnorm(x)
+        assert y.mean((0, 2, 3)).abs().max() < 1e-4
+        assert (y.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+        x, _ = step(x)
+    assert_close(z, x, terms=36)
+
+
+def test_weight_that_cannot_be_inverted():
+    step = FlowStep(3, width=4)
+    with torch.no_grad():
+        step.actnorm.log_scale[0] = 1e3  # e^1000 is infinite
+    with pytest.raises(
+        ValueError, match="expected an invertible matrix, got one that is not finite"
+    ):
+        step.inverse(normal(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("call", ["forward", "inverse"])
+def test_bad_states(call):
+    step = FlowStep(3, width=4)
+    name = "z" if call == "inverse" else "x"
+    with pytest.raises(TypeError, match=f"{name}: expected dtype .*got int64"):
+        getattr(step, call)(torch.ones(2, 3, 4, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"{name}: expected no empty channel or spatial axis"):
+        getattr(step, call)(torch.ones(2, 3, 0, 4))
+
+
+def test_compiles_with_inductor(device):
+    """One vector step through the real backend; the rest of the suite compiles by aot_eager."""
+    torch.compiler.reset()
+    (step,) = moved_steps(4, spatial_dims=0)
+    step.to(device)
+    x = normal(8, 4, dtype=torch.float64, device=device).requires_grad_()
+    leaves = [x, *step.parameters()]
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True)):
+        z, logdet = call(x)
+        results.append(
+            [z, logdet, *torch.autograd.grad((z.square().sum(1) + logdet).sum(), leaves)]
+        )
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, terms=10_000, scale=max(1.0, want.abs().max().item()))
