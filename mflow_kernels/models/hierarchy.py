@@ -41,17 +41,19 @@ class HierarchicalFlow(nn.Module):
 
     def terms(self, x: Tensor, stage: int, *, release: bool = False) -> Terms:
         """The objective of one stage on the data x, earlier stages frozen unless released."""
+        earlier, trained = self._split_at(stage)
         with nullcontext() if release else torch.no_grad():
-            for earlier in self._until(stage):
-                x = earlier.encode(x)
-        return self.stages[stage].terms(x)  # type: ignore[operator]
+            for flow in earlier:
+                x = flow.encode(x)
+        return trained.terms(x)
 
     def initialize(self, x: Tensor, stage: int) -> None:
         """Set one stage's actnorms from a first batch of data; once, see `ActNorm`."""
+        earlier, trained = self._split_at(stage)
         with torch.no_grad():
-            for earlier in self._until(stage):
-                x = earlier.encode(x)
-            self.stages[stage].initialize(x)  # type: ignore[operator]
+            for flow in earlier:
+                x = flow.encode(x)
+            trained.initialize(x)
 
     def encode(self, x: Tensor, stages: int | None = None) -> Tensor:
         """The u of the last stage, or of the first `stages` of them."""
@@ -71,7 +73,7 @@ class HierarchicalFlow(nn.Module):
 
     def log_prob(self, x: Tensor, stages: int | None = None) -> Tensor:
         """log p(x) (N,) in the ambient space, nats: each stage's density of the u before it."""
-        *earlier, last = self._until(stages)
+        *earlier, last = self._until(stages, least=1)
         total = torch.zeros((), device=x.device)
         for stage in earlier:
             latents, logdet = stage.latents(x)
@@ -88,10 +90,17 @@ class HierarchicalFlow(nn.Module):
         stages: int | None = None,
     ) -> Tensor:
         """n points on the manifold: the last u ~ N(0, temperature^2), every v = 0."""
-        dim = self._until(stages)[-1].manifold_dim
+        dim = self._until(stages, least=1)[-1].manifold_dim
         return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
 
-    def _until(self, stages: int | None) -> list[ManifoldFlow]:
-        if stages is not None and not 0 <= stages <= len(self.stages):
-            raise ValueError(f"stages: expected at most {len(self.stages)}, got {stages}")
+    def _until(self, stages: int | None, least: int = 0) -> list[ManifoldFlow]:
+        if stages is not None and not least <= stages <= len(self.stages):
+            raise ValueError(f"stages: expected {least} to {len(self.stages)}, got {stages}")
         return cast(list[ManifoldFlow], list(self.stages))[:stages]
+
+    def _split_at(self, stage: int) -> tuple[list[ManifoldFlow], ManifoldFlow]:
+        """The stages before one, and that one."""
+        if not 0 <= stage < len(self.stages):
+            raise ValueError(f"stage: expected 0 to {len(self.stages) - 1}, got {stage}")
+        *earlier, one = self._until(stage + 1)
+        return earlier, one
