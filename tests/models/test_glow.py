@@ -1,0 +1,186 @@
+import copy
+import io
+
+import pytest
+import torch
+from cases import normal
+from torch import nn
+
+from mflow_kernels import Glow, VectorFlow
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close, check_bijection
+
+SETUPS = {
+    "one level, one channel": ((1, 2, 4), 1, 1),
+    "two levels, colour": ((3, 4, 8), 2, 2),
+    "three levels, odd multiples": ((1, 8, 24), 3, 1),
+}
+
+
+def moved(model, by=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "expected"),
+    [
+        ((3, 32, 32), 3, ((6, 16, 16), (12, 8, 8), (48, 4, 4))),
+        ((1, 28, 28), 2, ((2, 14, 14), (8, 7, 7))),
+        ((2, 2, 6), 1, ((8, 1, 3),)),
+    ],
+)
+def test_latent_shapes(shape, levels, expected):
+    glow = Glow(shape, levels, 1, 2)
+    assert glow.latent_shapes == expected
+    assert glow.input_shape == shape
+    z, logdet = glow(normal(2, *shape))
+    assert tuple(part.shape[1:] for part in z) == expected
+    assert logdet.shape == (2,)
+
+
+@pytest.mark.parametrize("scale", ["tanh", ScaleFunction("sigmoid", eps=1e-3)], ids=str)
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_round_trip(setup, scale, device):
+    shape, levels, steps = setup
+    glow = moved(Glow(shape, levels, steps, 4, scale=scale), 0.05).double().to(device)
+    x = normal(3, *shape, dtype=torch.float64, device=device)
+    glow.initialize(x)
+    z, logdet = glow(x)
+    back, negative = glow.inverse(z)
+    # Some ten operators a level each round; sigmoid may shrink a state by 1 / s.
+    assert_close(back, x, terms=10_000, scale=100.0)
+    assert_close(negative, -logdet, terms=10_000, scale=logdet.abs().max().item())
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("setup", [((1, 2, 4), 1, 2), ((1, 4, 4), 2, 1)], ids=str)
+def test_jacobian(setup, reversible, device):
+    shape, levels, steps = setup
+    glow = Glow(shape, levels, steps, 3, reversible=reversible).to(device)
+    check_bijection(glow, (2, *shape))
+
+
+def test_fresh_flow_only_rotates():
+    """Couplings and actnorms start as the identity, so a new Glow is volume-preserving."""
+    x = normal(2, 3, 8, 8)
+    z, logdet = Glow((3, 8, 8), 2, 2, 4)(x)
+    assert_close(logdet, torch.zeros(2), scale=1.0, terms=10_000)
+    norms = torch.stack([part.square().flatten(1).sum(1) for part in z]).sum(0)
+    assert_close(norms, x.square().flatten(1).sum(1), terms=192)
+
+
+def test_initialize_once_then_load():
+    glow, x = moved(Glow((1, 4, 4), 1, 2, 4)), 2 + 3 * normal(32, 1, 4, 4)
+    glow.initialize(x)
+    state = copy.deepcopy(glow.state_dict())
+    loaded = Glow((1, 4, 4), 1, 2, 4)
+    loaded.load_state_dict(state)
+    for model in (glow, loaded):
+        model.initialize(10 * x)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name])
+
+
+def test_initialized_flow_sees_standard_channels():
+    """Before any coupling moves, actnorm leaves every channel of z with mean 0 and variance 1 up
+    to the rotation of channels that follows it."""
+    glow, x = Glow((1, 4, 4), 1, 1, 4), 5 + 3 * normal(64, 1, 4, 4)
+    (z,), _ = glow.initialize(x)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3
+    assert z.square().mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_copies_pickles_and_trains_after():
+    glow = moved(Glow((1, 4, 4), 2, 1, 4))
+    x = normal(2, 1, 4, 4)
+    z, logdet = glow(x)
+    logdet.sum().backward()  # a reversible backward leaves a trace on the chain
+    stored = io.BytesIO()
+    torch.save(glow, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(glow), torch.load(stored, weights_only=False)):
+        other_z, other_logdet = other(x)
+        assert torch.equal(other_logdet, logdet)
+        assert all(torch.equal(a, b) for a, b in zip(other_z, z, strict=True))
+        other_logdet.sum().backward()
+
+
+def test_latents_of_another_shape():
+    glow = Glow((1, 4, 4), 2, 1, 2)
+    z, _ = glow(normal(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"z: expected latents of shapes .*\(2, 2, 2\).*, got"):
+        glow.inverse(z[::-1])
+    with pytest.raises(ValueError, match="z: expected latents of shapes"):
+        glow.inverse(z[:1])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 6), (2, 3, 4, 4), (1, 4, 4), (2, 16)], ids=str)
+def test_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 4, 4\), got \("):
+        Glow((1, 4, 4), 1, 1, 2)(normal(*shape))
+
+
+def test_images_of_integers():
+    with pytest.raises(TypeError, match=r"x: expected dtype float.*got uint8"):
+        Glow((1, 4, 4), 1, 1, 2)(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1, 28, 28), 3, 1, 4), r"image_shape: expected .*2 \*\* levels = 8, got 28x28"),
+        (((1, 8, 6), 2, 1, 4), "image_shape: expected .* = 4, got 8x6"),
+        (((1, 0, 8), 1, 1, 4), "image_shape: expected .* got 0x8"),
+        (((0, 8, 8), 1, 1, 4), "C: expected at least 1, got 0"),
+        (((1, 8, 8), 0, 1, 4), "levels: expected at least 1, got 0"),
+        (((1, 8, 8), 1, 0, 4), "steps: expected at least 1, got 0"),
+        (((1, 8, 8), 1, 1, 0), "width: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Glow(*arguments)
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_vector_flow(dim, device):
+    flow = VectorFlow(dim, 2, 4).to(device)
+    assert flow.latent_shapes == (flow.input_shape,) == ((dim,),)
+    check_bijection(flow, (3, dim))
+    x = 4 + 2 * normal(64, dim, device=device)
+    (z,), _ = flow.initialize(x)
+    assert z.mean(0).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 1, 4), "dim: expected at least 2, got 1"),
+        ((3, 0, 4), "steps: expected at least 1, got 0"),
+        ((3, 1, 0), "width: expected at least 1, got 0"),
+    ],
+)
+def test_vector_flow_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VectorFlow(*arguments)
+
+
+def test_vector_flow_bad_vectors():
+    with pytest.raises(ValueError, match=r"x: expected \(N, 3\), got \(2, 4\)"):
+        VectorFlow(3, 1, 4)(normal(2, 4))
+    with pytest.raises(ValueError, match=r"z: expected \(N, 3\), got \(2, 4\)"):
+        VectorFlow(3, 1, 4).inverse((normal(2, 4),))
+
+
+def test_samples_of_a_trained_flow_stay_finite():
+    """With |log s| bounded by the default scale no sample runs away, however wild the networks."""
+    glow = Glow((1, 4, 4), 2, 8, 8)
+    for module in glow.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=3.0)
+    x, logdet = glow.inverse(tuple(normal(16, *shape) for shape in glow.latent_shapes))
+    assert x.isfinite().all()
+    assert logdet.isfinite().all()

@@ -1,0 +1,159 @@
+import itertools
+import math
+
+import pytest
+import torch
+from cases import normal
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+
+
+def moved(model, by=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+def stages(*dims: int) -> list[ManifoldFlow]:
+    """An image flow with the first dim, then vector flows with the rest."""
+    first = ManifoldFlow(moved(Glow((1, 4, 4), 1, 1, 4)).double(), dims[0])
+    rest = [
+        ManifoldFlow(moved(VectorFlow(before, 2, 4)).double(), after)
+        for before, after in itertools.pairwise(dims)
+    ]
+    return [first, *rest]
+
+
+X = (3, 1, 4, 4)
+
+
+def test_encoding_and_decoding_compose():
+    a, b, c = stages(8, 8, 3)
+    model = HierarchicalFlow([a, b, c])
+    x = normal(*X, dtype=torch.float64)
+    u = c.encode(b.encode(a.encode(x)))
+    assert torch.equal(model.encode(x), u)
+    assert torch.equal(model.decode(u), a.decode(b.decode(c.decode(u))))
+    assert torch.equal(model.encode(x, 2), b.encode(a.encode(x)))
+    assert torch.equal(model.project(x, 1), a.project(x))
+    assert torch.equal(model.project(x, 0), x)
+    assert model.manifold_dim == 3
+    assert model.input_shape == (1, 4, 4)
+
+
+def test_sub_manifolds_nest():
+    """A point on the smaller manifold lies on the larger one, and projects to itself."""
+    model = HierarchicalFlow(stages(8, 8, 3))
+    x = normal(*X, dtype=torch.float64)
+    small = model.project(x)
+    for count in (1, 2, 3):
+        torch.testing.assert_close(model.project(small, count), small, rtol=1e-8, atol=1e-8)
+    assert (model.project(x, 1) - small).abs().max() > 1e-3
+
+
+def test_log_prob_composes():
+    """p(x) = p_V(v) |det| p(u), with p(u) from the next stage: added up here by hand."""
+    a, b = stages(6, 4)
+    model = HierarchicalFlow([a, b])
+    x = normal(*X, dtype=torch.float64)
+    z, logdet = a.latents(x)
+    v = torch.cat([part[:, m] for part, m in zip(z, a.off_masks(), strict=True)], 1)
+    off = torch.distributions.Normal(0, math.sqrt(1 / a.objective.weight)).log_prob(v).sum(1)
+    expected = logdet + off + b.log_prob(a.encode(x))
+    torch.testing.assert_close(model.log_prob(x), expected)
+    torch.testing.assert_close(model.log_prob(x, 1), a.log_prob(x))
+
+
+def test_a_second_stage_that_only_rotates_changes_no_density():
+    """Fresh flows turn u, whose standard normal density no rotation changes."""
+    (a,) = stages(6)
+    rotation = ManifoldFlow(VectorFlow(6, 2, 4).double(), 6)
+    model = HierarchicalFlow([a, rotation])
+    x = normal(*X, dtype=torch.float64)
+    # W was rounded to float32 when it was made, so it is a rotation up to 1e-7.
+    torch.testing.assert_close(model.log_prob(x), a.log_prob(x), rtol=1e-6, atol=1e-5)
+
+
+def test_earlier_stages_are_frozen_unless_released():
+    x = normal(*X, dtype=torch.float64)
+    for release in (False, True):
+        model = HierarchicalFlow(stages(6, 4))
+        model.terms(x, 1, release=release).loss.sum().backward()
+        grads = [p.grad is not None for p in model.stages[0].parameters()]
+        assert all(grads) if release else not any(grads)
+        assert all(p.grad is not None for p in model.stages[1].parameters())
+
+
+def test_terms_of_a_stage_are_those_of_its_input():
+    a, b = stages(6, 4)
+    model = HierarchicalFlow([a, b])
+    x = normal(*X, dtype=torch.float64)
+    for stage, expected in ((0, a.terms(x)), (1, b.terms(a.encode(x)))):
+        for got, want in zip(model.terms(x, stage), expected, strict=True):
+            # torch multiplies matrices in another order where no gradient is asked for.
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_initialize_sets_one_stage():
+    model = HierarchicalFlow(stages(6, 4))
+    model.initialize(normal(16, 1, 4, 4, dtype=torch.float64), 1)
+    flags = [
+        {bool(v) for k, v in stage.state_dict().items() if k.endswith("initialized")}
+        for stage in model.stages
+    ]
+    assert flags == [{False}, {True}]
+
+
+def test_samples_repeat_with_their_generator():
+    model = HierarchicalFlow(stages(6, 4))
+
+    def draw(seed, **options):
+        return model.sample(2, generator=torch.Generator().manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert draw(1).shape == (2, 1, 4, 4)
+    expected = model.stages[0].sample(2, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(draw(1, stages=1), expected)
+
+
+def test_objectives_of_stages_may_differ():
+    a, b = stages(6, 4)
+    b.objective = ManifoldObjective("data", "huber", sigma=0.5)
+    model = HierarchicalFlow([a, b])
+    assert model.log_prob(normal(*X, dtype=torch.float64)).isfinite().all()
+
+
+def test_stages_that_do_not_fit():
+    with pytest.raises(ValueError, match="stages: expected at least one ManifoldFlow, got none"):
+        HierarchicalFlow([])
+    (a,) = stages(6)
+    b = ManifoldFlow(VectorFlow(5, 1, 4), 2)
+    message = r"stages\[1\]: expected a flow on \(6,\), .* got one on \(5,\)"
+    with pytest.raises(ValueError, match=message):
+        HierarchicalFlow([a, b])
+
+
+@pytest.mark.parametrize("stages_asked", [-1, 3])
+@pytest.mark.parametrize("call", ["encode", "project", "log_prob"])
+def test_stages_out_of_range(call, stages_asked):
+    model = HierarchicalFlow(stages(6, 4))
+    with pytest.raises(ValueError, match=f"stages: expected .* 2, got {stages_asked}"):
+        getattr(model, call)(normal(*X, dtype=torch.float64), stages_asked)
+
+
+@pytest.mark.parametrize("call", ["terms", "initialize"])
+@pytest.mark.parametrize("stage", [-1, 2])
+def test_stage_out_of_range(call, stage):
+    model = HierarchicalFlow(stages(6, 4))
+    with pytest.raises(ValueError, match=f"stage: expected 0 to 1, got {stage}"):
+        getattr(model, call)(normal(*X, dtype=torch.float64), stage)
+
+
+def test_no_stage_has_no_density():
+    model = HierarchicalFlow(stages(6, 4))
+    with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
+        model.log_prob(normal(*X, dtype=torch.float64), 0)
+    with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
+        model.sample(2, stages=0)

@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+from cases import normal
+
+from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.testing import assert_close
+
+
+def moved(model, by=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model
+
+
+def image_flow(manifold_dim=5, width=4, **options) -> ManifoldFlow:
+    glow = moved(Glow((1, 4, 4), 2, 1, width)).double()
+    return ManifoldFlow(glow, manifold_dim, **options)
+
+
+def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
+    flow = image_flow(manifold_dim=9)
+    fine, coarse = flow.off_masks()
+    assert fine.shape == (2, 2, 2)
+    assert coarse.shape == (8, 1, 1)
+    assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer
+    assert (~fine).nonzero().tolist() == [[1, 1, 1]]
+    fine, coarse = image_flow(manifold_dim=3).off_masks()
+    assert fine.all()
+    assert coarse.flatten().tolist() == [True] * 5 + [False] * 3
+
+
+def test_encode_and_decode_follow_the_mask():
+    mask = (torch.rand(2, 2, 2) < 0.5, torch.rand(8, 1, 1) < 0.5)
+    mask[0][0, 0, 0] = True
+    flow = ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask)
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    z, _ = flow.latents(x)
+    u = flow.encode(x)
+    assert torch.equal(u, torch.cat([part[:, m] for part, m in zip(z, mask, strict=True)], 1))
+    assert u.shape == (3, flow.manifold_dim)
+    zeroed = tuple(torch.where(m, part, 0.0) for part, m in zip(z, mask, strict=True))
+    assert_close(flow.decode(u), flow.flow.inverse(zeroed)[0], terms=100)
+    for off, m in zip(flow.off_masks(), mask, strict=True):
+        assert torch.equal(off, ~m)
+
+
+@pytest.mark.parametrize("make", [image_flow, lambda: ManifoldFlow(moved(VectorFlow(4, 3, 8)), 2)])
+def test_a_projection_projects_to_itself(make, device):
+    flow = make().double().to(device)
+    x = normal(5, *flow.input_shape, dtype=torch.float64, device=device)
+    projected = flow.project(x)
+    assert (flow.distance(x) > 1e-3).all()
+    torch.testing.assert_close(flow.project(projected), projected, rtol=1e-9, atol=1e-9)
+    assert (flow.distance(projected) < 1e-8).all()
+    torch.testing.assert_close(flow.distance(x), (x - projected).flatten(1).square().sum(1).sqrt())
+
+
+def test_the_whole_space_is_a_manifold_too():
+    flow = image_flow(manifold_dim=16)
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(flow.project(x), x, rtol=1e-9, atol=1e-9)
+    z, logdet = flow.latents(x)
+    standard = sum((-part.square() / 2 - math.log(2 * math.pi) / 2).flatten(1).sum(1) for part in z)
+    torch.testing.assert_close(flow.log_prob(x), standard + logdet)
+
+
+def test_log_prob_is_that_of_the_objective():
+    flow = image_flow(objective=ManifoldObjective("latent", "l1", weight=30.0))
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(flow.log_prob(x), flow.terms(x).log_likelihood)
+
+
+def test_samples_repeat_with_their_generator(device):
+    flow = image_flow().to(device)
+
+    def draw(seed, **options):
+        return flow.sample(4, generator=torch.Generator(device).manual_seed(seed), **options)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert draw(1).shape == (4, 1, 4, 4)
+    assert draw(1).dtype == torch.float64
+    assert not draw(1).requires_grad
+    cold = draw(1, temperature=0.0)
+    assert torch.equal(cold, cold[:1].expand_as(cold))
+    assert_close(flow.encode(draw(1, temperature=0.5)), flow.encode(draw(1)) / 2, terms=10_000)
+
+
+def test_samples_lie_on_the_manifold():
+    flow = image_flow()
+    assert (flow.distance(flow.sample(4)) < 1e-8).all()
+
+
+def test_masks_travel_with_the_state_dict():
+    mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
+    flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
+    other = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), flow.manifold_dim)
+    other.load_state_dict(flow.state_dict())
+    x = normal(2, 1, 4, 4)
+    assert torch.equal(other.encode(x), flow.encode(x))
+    for a, b in zip(other.off_masks(), flow.off_masks(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_reach_every_parameter():
+    for domain in ("latent", "data"):
+        # So many units and samples that some are alive in every network.
+        flow = image_flow(width=16, objective=ManifoldObjective(domain))
+        flow.terms(normal(32, 1, 4, 4, dtype=torch.float64)).loss.sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+        assert all(p.grad.any() for p in flow.parameters())
+
+
+def shapes(*sizes):
+    return tuple(torch.ones(size, dtype=torch.bool) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "manifold_dim, mask: expected exactly one of the two"),
+        ({"manifold_dim": 2, "mask": shapes((2, 2, 2), (8, 1, 1))}, ValueError, "exactly one"),
+        ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, .*got 0"),
+        ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, .*got 17"),
+        (
+            {"mask": shapes((2, 2, 2))},
+            ValueError,
+            r"mask: expected one mask a latent, of shapes .*got",
+        ),
+        ({"mask": shapes((2, 2), (8, 1, 1))}, ValueError, r"mask: expected .*got \(\(2, 2\), \(8"),
+        (
+            {"mask": tuple(~m for m in shapes((2, 2, 2), (8, 1, 1)))},
+            ValueError,
+            "mask: expected at least one True, got an empty manifold",
+        ),
+        (
+            {"mask": tuple(m.float() for m in shapes((2, 2, 2), (8, 1, 1)))},
+            TypeError,
+            "mask: expected dtype bool, got .*float32",
+        ),
+    ],
+)
+def test_bad_masks(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
+
+
+def test_bad_calls():
+    flow = image_flow()
+    with pytest.raises(ValueError, match=r"u: expected shape \(N, 5\), got \(2, 4\)"):
+        flow.decode(normal(2, 4))
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        flow.sample(0)
+    for temperature in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
+            flow.sample(1, temperature)
