@@ -122,7 +122,8 @@ class ManifoldObjective:
         ]
         penalty = torch.stack([p for p, _ in parts]).sum(0)
         on = torch.stack([g for _, g in parts]).sum(0)
-        count = sum(mask.sum() for mask in masks)
+        # In the penalty's dtype: an integer times a float would be a float32.
+        count = torch.stack([mask.sum() for mask in masks]).sum().to(penalty.dtype)
         return penalty, on, -penalty - count * penalty_log_normalizer(rho, weight, self.delta)
 
 
