@@ -11,6 +11,9 @@ from mflow_kernels.ops._launch import INTERPRETED
 # Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
 torch.set_num_threads(1)
 
+# Networks in float32 are float32 on a GPU too, where convolutions would round factors to 10 bits.
+torch.backends.cudnn.allow_tf32 = False
+
 _convert_float = interpreter._convert_float
 
 

@@ -1,0 +1,132 @@
+"""Trained side by side, our Glow and a Glow of plain PyTorch give one loss curve.
+
+The plain one is written here from the paper (arXiv 1807.03039): actnorm is an operation of its own,
+the weight goes through F.conv2d and torch.slogdet, couplings are a few lines by hand, autograd
+stores every activation. Both start from the same weights.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels import FlowStep, Glow, Split, Squeeze
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
+from mflow_kernels.training.data import BatchStream, dequantize, load_splits, stream_generator
+
+STEPS = 25
+SHAPE = (1, 28, 28)
+BATCH = 16
+
+
+class PlainGlow(nn.Module):
+    """The layers of a Glow for their weights alone; everything that is computed is below."""
+
+    def __init__(self, glow: Glow, scale: str) -> None:
+        super().__init__()
+        self.layers = copy.deepcopy(glow.chain.layers)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        latents, logdet = [], x.new_zeros(x.shape[0])
+        for layer in self.layers:
+            if isinstance(layer, Squeeze):
+                x = F.pixel_unshuffle(x, 2)
+            elif isinstance(layer, FlowStep):
+                x, change = self.step(layer, x)
+                logdet = logdet + change
+            elif isinstance(layer, Split):
+                x, change = self.couple(layer.coupling.net, x)
+                logdet = logdet + change
+                x, latent = x.chunk(2, dim=1)
+                latents.append(latent)
+        return [*latents, x], logdet
+
+    def step(self, step: FlowStep, x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = x.shape[2] * x.shape[3]
+        bias, log_scale = (p.view(1, -1, 1, 1) for p in (step.actnorm.bias, step.actnorm.log_scale))
+        x = (x + bias) * log_scale.exp()
+        conv = step.conv
+        lower = conv.lower.tril(-1) + torch.eye(len(conv.lower)).to(conv.lower)
+        upper = conv.upper.triu(1) + torch.diag(conv.sign * conv.log_diagonal.exp())
+        weight = conv.permutation @ lower @ upper
+        x = F.conv2d(x, weight[:, :, None, None])
+        x, coupling = self.couple(step.coupling.net, x)
+        return x, coupling + pixels * (log_scale.sum() + torch.linalg.slogdet(weight).logabsdet)
+
+    def couple(self, net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_a, x_b = x.chunk(2, dim=1)
+        raw, shift = net(x_a).chunk(2, dim=1)
+        if self.scale == "sigmoid":
+            log_s = F.logsigmoid(raw + 2)
+        else:
+            log_s = 2 * torch.tanh(raw / 2)
+        y_b = (x_b + shift) * log_s.exp()
+        return torch.cat([x_a, y_b], dim=1), log_s.flatten(1).sum(1)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    """The first digits of a training run, dequantized, in float64: one batch more than steps."""
+    stream = iter(BatchStream(load_splits("digits").train, BATCH, seed=0))
+    return [
+        dequantize(next(stream), 8, stream_generator(0, 1, step)).double()
+        for step in range(STEPS + 1)
+    ]
+
+
+def train(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Bits per dimension at every step of Adam."""
+    like = next(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    curve = []
+    for x in batches:
+        latents, logdet = model(x.to(like))
+        normal = sum((z.square() + math.log(2 * math.pi)).flatten(1).sum(1) for z in latents) / 2
+        loss = (normal - logdet).mean() / (math.prod(SHAPE) * math.log(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.detach())
+    return torch.stack(curve)
+
+
+def start(scale: str, reversible: bool, first: Tensor) -> Glow:
+    """A Glow that no gradient is mathematically zero for.
+
+    Adam's first step is lr times a gradient's sign: where that is rounding alone, curves part by
+    1e-4 and show nothing. So the networks' last layers are not zero, and actnorm is set from a
+    batch that is not trained on, on which the gradient of its bias would vanish.
+    """
+    glow = Glow(SHAPE, 2, 2, 16, scale=ScaleFunction(scale), reversible=reversible)
+    for name, parameter in glow.named_parameters():
+        if "net.4.weight" in name:
+            nn.init.normal_(parameter, std=0.02)
+    glow.initialize(first.float())
+    return glow
+
+
+@pytest.mark.parametrize("scale", ["tanh", "sigmoid"])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_one_loss_curve(scale, reversible, batches, device):
+    first, *rest = batches
+    glow = start(scale, reversible, first)
+    plain = PlainGlow(glow, scale)
+    curves = {
+        (name, dtype): train(copy.deepcopy(model).to(device, dtype), rest)
+        for dtype in (torch.float64, torch.float32)
+        for name, model in (("ours", glow), ("plain", plain))
+    }
+    exact = curves["plain", torch.float64]
+    assert exact[-1] < exact[0] - 0.2  # they do learn
+
+    # In float64 nothing but the order of sums differs.
+    assert (curves["ours", torch.float64] - exact).abs().max() < 1e-9
+    # In float32 each step adds its own rounding of weights and loss, of random sign: a sum of
+    # STEPS terms, of losses of order one.
+    for name in ("ours", "plain"):
+        assert_close(curves[name, torch.float32], exact, terms=STEPS, scale=1.0, name=name)
