@@ -6,16 +6,16 @@ Layers say what they do as a list of moves; `run` walks the list with as few lau
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops._launch import accumulator
-from mflow_kernels.ops.conv1x1 import conv1x1_op, cut_net_input, spread
-from mflow_kernels.ops.coupling import affine_coupling_op, check_params
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_op
+from mflow_kernels.ops.conv1x1 import conv1x1_forward, conv1x1_op, cut_net_input, spread
+from mflow_kernels.ops.coupling import affine_coupling_op, check_params, coupling_forward
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_forward, coupling_conv1x1_op
 from mflow_kernels.ops.scale import ScaleFunction
 
 PRECISION = "tf32x3"
@@ -106,6 +106,11 @@ def run(
         context: further inputs of every network.
         watch: is shown the state before each network, and told when it ran.
     """
+    # Only autograd and the compiler need registered operators, which cost the host more.
+    registered = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    conv1x1: Any = conv1x1_op if registered else conv1x1_forward
+    coupling: Any = affine_coupling_op if registered else coupling_forward
+    coupling_conv1x1: Any = coupling_conv1x1_op if registered else coupling_conv1x1_forward
     waiting, left, ledgers = list(latents), [], []
     ready: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -121,7 +126,7 @@ def run(
         move, i = moves[i], i + 1
         if isinstance(move, Mix):
             dtype = _feeds(moves, i, x)
-            x, net = conv1x1_op(x, *mix_of(move), PRECISION, dtype)
+            x, net = conv1x1(x, *mix_of(move), PRECISION, dtype)
         elif isinstance(move, Couple):
             if watch is not None:
                 watch.before_network(x)
@@ -134,11 +139,11 @@ def run(
             if isinstance(mix, Mix):
                 i += 1
                 dtype = _feeds(moves, i, x)
-                x, net, ledger = coupling_conv1x1_op(
+                x, net, ledger = coupling_conv1x1(
                     x, params, *mix_of(mix), PRECISION, dtype, *move.scale.args, move.inverse
                 )
             else:
-                x, ledger = affine_coupling_op(x, params, *move.scale.args, move.inverse)
+                x, ledger = coupling(x, params, *move.scale.args, move.inverse)
                 dtype = None
             ledgers.append(ledger)
         else:

@@ -1,4 +1,4 @@
-"""What Triton operators share: how tensors look to a kernel, and how a launcher is registered.
+"""What Triton operators share: how tensors look to a kernel, and when its launcher runs.
 
 A kernel sees a flow state (N, C, *spatial) as N samples of C channels by P pixels with one stride
 each, so that contiguous and channels_last tensors and views of their halves need no copy. It works
@@ -8,8 +8,7 @@ pixels than a tile, tiles run across samples (`FLAT`), so that (N, C) vectors fi
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,13 +21,9 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def register_triton(op: Any, launch: Callable[..., Any]) -> None:
-    """Make `launch` the implementation of `op` on CUDA, and on the CPU under TRITON_INTERPRET=1."""
-    op.register_kernel(["cpu", "cuda"] if INTERPRETED else "cuda")(launch)
-
-
 def uses_triton(x: Tensor) -> bool:
-    """Whether an operator on x runs its Triton kernels (else its reference)."""
+    """Whether an operator on x runs its Triton kernels: on CUDA, and under TRITON_INTERPRET=1 on
+    the CPU too. Else its reference runs."""
     return x.device.type == "cuda" or INTERPRETED
 
 

@@ -29,9 +29,9 @@ from mflow_kernels.ops._launch import (
     flow_state,
     in_layout_of,
     pixels,
-    register_triton,
     strides,
     tile_columns,
+    uses_triton,
 )
 
 
@@ -162,17 +162,23 @@ def launch_actnorm_backward(
     return dx, dbias.to(bias.dtype, copy=True), dlog_scale.to(log_scale.dtype, copy=True)
 
 
-@torch.library.custom_op("mflow::actnorm", mutates_args=())
-def actnorm_op(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+def _forward(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+    if uses_triton(x):
+        return launch_actnorm(x, bias, log_scale, inverse)
     return in_layout_of(x, actnorm_ref(x, bias, log_scale, inverse))
 
 
-@torch.library.custom_op("mflow::actnorm_backward", mutates_args=())
-def actnorm_backward_op(
+def _backward(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if uses_triton(x):
+        return launch_actnorm_backward(dy, x, bias, log_scale, inverse)
     dx, dbias, dlog_scale = actnorm_backward_ref(dy, x, bias, log_scale, inverse)
     return in_layout_of(x, dx), dbias, dlog_scale
+
+
+actnorm_op = torch.library.custom_op("mflow::actnorm", _forward, mutates_args=())
+actnorm_backward_op = torch.library.custom_op("mflow::actnorm_backward", _backward, mutates_args=())
 
 
 @actnorm_op.register_fake
@@ -192,13 +198,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*actnorm_backward_op(dy, *ctx.saved_tensors, ctx.inverse), None)
 
 
-actnorm_op.register_autograd(_backward, setup_context=_setup)
-register_triton(actnorm_op, launch_actnorm)
-register_triton(actnorm_backward_op, launch_actnorm_backward)
+actnorm_op.register_autograd(_grad, setup_context=_setup)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Bytes at least: forward x read and y written; backward g and x read, dx written.
 output channels of its pixels up to C = 128; past that each block of 128 reads the state again.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,7 +43,6 @@ from mflow_kernels.ops._launch import (
     flow_state,
     in_layout_of,
     pixels,
-    register_triton,
     strides,
     tile_columns,
     uses_triton,
@@ -54,17 +54,25 @@ from mflow_kernels.ops.scale import ScaleFunction
 PRECISIONS = ("tf32x3", "tf32")
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products of states are never autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def conv1x1_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = accumulator(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with without_autocast(x):
         y = F.linear(x.movedim(1, -1).to(dtype), weight.to(dtype), bias)
     return y.movedim(-1, 1).to(x.dtype)
 
 
 def conv1x1_backward_ref(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dy_p, x_p = (t.movedim(1, -1).flatten(0, -2).to(accumulator(x.dtype)) for t in (dy, x))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         dweight = dy_p.t() @ x_p
     return conv1x1_ref(dy, weight.t(), None), dweight, dy_p.sum(0)
 
@@ -95,8 +103,9 @@ def load_gradient(
 
 @triton.jit
 def _mix_kernel(
-    x, params, weight, bias, y, net, ledger, N, P,
+    x, dnet, params, weight, bias, y, net, ledger, N, P,
     x_n, x_c, x_p: tl.constexpr,
+    dnet_n, dnet_c, dnet_p: tl.constexpr,
     params_n, params_c, params_p: tl.constexpr,
     y_n, y_c, y_p: tl.constexpr,
     net_n, net_c, net_p: tl.constexpr,
@@ -105,7 +114,8 @@ def _mix_kernel(
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first."""
+    """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
+    may be a gradient, to which that of a network input is added."""
     tile = tl.program_id(0)
     n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -113,8 +123,9 @@ def _mix_kernel(
     log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-        x_t = tl.load(at_x, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+        x_t = load_gradient(
+            x, dnet, n, c, p, valid, C, x_n, x_c, x_p, dnet_n, dnet_c, dnet_p, DTYPE
+        )
         if SCALE is not None:
             raw, shift, is_b = load_params(
                 params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
@@ -253,11 +264,13 @@ def launch_mix(
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
+    dnet: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One launch: y = W x + bias, x through its coupling first where params are given; the network
     input cut from y; and the coupling's ledger."""
     x = dense_pixels(x)
     params = None if params is None else dense_pixels(params)
+    dnet = None if dnet is None else dense_pixels(dnet)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
@@ -269,8 +282,9 @@ def launch_mix(
         ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
     if n:
         _mix_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            x, params, weight, bias, y, net_or_none, ledger, n, p,
-            *strides(x), *strides(params), *strides(y), *strides(net_or_none), *weight.stride(),
+            x, dnet, params, weight, bias, y, net_or_none, ledger, n, p,
+            *strides(x), *strides(dnet), *strides(params), *strides(y),
+            *strides(net_or_none), *weight.stride(),
             C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
             num_warps=tile.warps,
@@ -308,20 +322,32 @@ def launch_dweight(
     return dweight, dbias
 
 
-@torch.library.custom_op("mflow::conv1x1", mutates_args=())
-def conv1x1_op(
+def conv1x1_forward(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
+    """y and the network input cut from it, without autograd; weight and bias as `spread` them."""
+    if uses_triton(x):
+        y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
+        return y, net
     y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
 
-@torch.library.custom_op("mflow::conv1x1_backward", mutates_args=())
-def conv1x1_backward_op(
+def conv1x1_backward(
     dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and partial sums of dW and d bias."""
+    if uses_triton(x):
+        dx, _, _ = launch_mix(dy, weight[0].t(), None, precision, dnet=dnet)
+        return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]
+
+
+conv1x1_op = torch.library.custom_op("mflow::conv1x1", conv1x1_forward, mutates_args=())
+conv1x1_backward_op = torch.library.custom_op(
+    "mflow::conv1x1_backward", conv1x1_backward, mutates_args=()
+)
 
 
 @conv1x1_op.register_fake
@@ -351,22 +377,6 @@ def _backward(ctx: Any, dy: Tensor, dnet: Tensor) -> tuple[Tensor | None, ...]:
 
 
 conv1x1_op.register_autograd(_backward, setup_context=_setup)
-
-
-@partial(register_triton, conv1x1_op)
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
-    return y, net
-
-
-@partial(register_triton, conv1x1_backward_op)
-def _(
-    dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, _ = launch_mix(add_to_first_half(dy, dnet), weight[0].t(), None, precision)
-    return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
 
 
 def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:

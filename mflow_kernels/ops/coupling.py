@@ -15,7 +15,6 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +34,20 @@ from mflow_kernels.ops._launch import (
     ledger_columns,
     pixels,
     read_ledger,
-    register_triton,
     strides,
     tile_columns,
+    uses_triton,
     write_ledger,
 )
 from mflow_kernels.ops.logdet import sum_ledger
-from mflow_kernels.ops.scale import Kind, ScaleFunction, log_scale, log_scale_ref
+from mflow_kernels.ops.scale import (
+    Kind,
+    ScaleFunction,
+    log_scale,
+    log_scale_ref,
+    scale_of,
+    slope_ref,
+)
 
 
 def couple_ref(
@@ -49,7 +55,7 @@ def couple_ref(
 ) -> tuple[Tensor, Tensor]:
     """y_b and log |dy_b / dx_b|, elementwise."""
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
-    log_s = sign * log_scale_ref(raw, scale)[0]
+    log_s = sign * log_scale_ref(raw, scale)
     if (scale.order == "shift-scale") == inverse:
         return log_s.exp() * x_b + sign * shift, log_s
     return log_s.exp() * (x_b + sign * shift), log_s
@@ -61,13 +67,12 @@ def couple_backward_ref(
     """dx_b and dparams, from the coupling's input; dlogdet (N,)."""
     dtype = x_b.dtype
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
-    log_s, slope = log_scale_ref(raw, scale)
-    dx_b = (sign * log_s).exp() * dy_b
+    dx_b = (sign * log_scale_ref(raw, scale)).exp() * dy_b
     if (scale.order == "shift-scale") == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
-    draw = sign * slope * (dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1)))
+    draw = sign * slope_ref(raw, scale) * (dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1)))
     return dx_b.to(dtype), torch.cat([draw, dshift], dim=1).to(params.dtype)
 
 
@@ -248,24 +253,36 @@ def launch_coupling_backward(
     return dx, dparams
 
 
-@torch.library.custom_op("mflow::affine_coupling", mutates_args=())
-def affine_coupling_op(
+def coupling_forward(
     x: Tensor, params: Tensor, kind: str, offset: float, eps: float, clamp: float, order: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    """y and the ledger, without autograd."""
+    scale = scale_of(kind, offset, eps, clamp, order)
+    if uses_triton(x):
+        return launch_coupling(x, params, scale, inverse)
     y, ledger = affine_coupling_ref(x, params, scale, inverse)
     return in_layout_of(x, y), ledger
 
 
-@torch.library.custom_op("mflow::affine_coupling_backward", mutates_args=())
-def affine_coupling_backward_op(
+def coupling_backward(
     dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, kind: str, offset: float, eps: float,
     clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    """dx and dparams."""
+    scale = scale_of(kind, offset, eps, clamp, order)
+    if uses_triton(x):
+        return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
     dx, dparams = coupling_backward_ref(dy, dledger, x, params, scale, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams)
+
+
+affine_coupling_op = torch.library.custom_op(
+    "mflow::affine_coupling", coupling_forward, mutates_args=()
+)
+affine_coupling_backward_op = torch.library.custom_op(
+    "mflow::affine_coupling_backward", coupling_backward, mutates_args=()
+)
 
 
 @affine_coupling_op.register_fake
@@ -290,19 +307,6 @@ def _backward(ctx: Any, dy: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...
 
 
 affine_coupling_op.register_autograd(_backward, setup_context=_setup)
-
-
-@partial(register_triton, affine_coupling_op)
-def _(x: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return launch_coupling(x, params, ScaleFunction(*options[:-1]), options[-1])
-
-
-@partial(register_triton, affine_coupling_backward_op)
-def _(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
-    return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
 
 
 def check_params(x: Tensor, params: object) -> Tensor:

@@ -17,7 +17,6 @@ Bytes at least: forward x and params read, y written; backward g, x and params r
 written, and g, x, params once more for dW.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +33,9 @@ from mflow_kernels.ops._launch import (
     ledger_columns,
     pixels,
     read_ledger,
-    register_triton,
     strides,
     tile_columns,
+    uses_triton,
 )
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
@@ -60,7 +59,7 @@ from mflow_kernels.ops.coupling import (
     load_params,
 )
 from mflow_kernels.ops.logdet import sum_ledger
-from mflow_kernels.ops.scale import Kind, ScaleFunction
+from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
 
 
 def coupling_conv1x1_ref(
@@ -145,30 +144,49 @@ def launch_coupling_conv1x1_backward(
     return dx, dparams, *launch_dweight(dy, dnet, x, splits, precision, params, scale, inverse)
 
 
-@torch.library.custom_op("mflow::coupling_conv1x1", mutates_args=())
-def coupling_conv1x1_op(
+def coupling_conv1x1_forward(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
     net_dtype: torch.dtype | None,
     kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    """y, the network input cut from it, and the ledger, without autograd; weight and bias as
+    `spread` them."""
+    scale = scale_of(kind, offset, eps, clamp, order)
+    if uses_triton(x):
+        y, net, ledger = launch_mix(
+            x, weight[0], bias[0], precision, net_dtype, params, scale, inverse
+        )
+        assert ledger is not None
+        return y, net, ledger
     y, ledger = coupling_conv1x1_ref(x, params, weight[0], bias[0], scale, inverse)
     y = in_layout_of(x, y)
     return y, cut_net_input(y, net_dtype), ledger
 
 
-@torch.library.custom_op("mflow::coupling_conv1x1_backward", mutates_args=())
-def coupling_conv1x1_backward_op(
+def coupling_conv1x1_backward(
     dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
     precision: str,
     kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scale = ScaleFunction(kind, offset, eps, clamp, order)  # type: ignore[arg-type]
+    """dx and dparams, and partial sums of dW and d bias."""
+    scale = scale_of(kind, offset, eps, clamp, order)
+    if uses_triton(x):
+        return launch_coupling_conv1x1_backward(
+            dy, dnet, dledger, x, params, weight, precision, scale, inverse
+        )
     z, _ = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
     dx, dparams = coupling_backward_ref(dz, dledger, x, params, scale, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
+
+
+coupling_conv1x1_op = torch.library.custom_op(
+    "mflow::coupling_conv1x1", coupling_conv1x1_forward, mutates_args=()
+)
+coupling_conv1x1_backward_op = torch.library.custom_op(
+    "mflow::coupling_conv1x1_backward", coupling_conv1x1_backward, mutates_args=()
+)
 
 
 @coupling_conv1x1_op.register_fake
@@ -205,26 +223,6 @@ def _backward(ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor) -> tuple[Tens
 
 
 coupling_conv1x1_op.register_autograd(_backward, setup_context=_setup)
-
-
-@partial(register_triton, coupling_conv1x1_op)
-def _(
-    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
-    net_dtype: torch.dtype | None, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
-    return launch_mix(x, weight[0], bias[0], precision, net_dtype, params, scale, inverse)
-
-
-@partial(register_triton, coupling_conv1x1_backward_op)
-def _(
-    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
-    precision: str, *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scale, inverse = ScaleFunction(*options[:-1]), options[-1]
-    return launch_coupling_conv1x1_backward(
-        dy, dnet, dledger, x, params, weight, precision, scale, inverse
-    )
 
 
 def coupling_conv1x1(

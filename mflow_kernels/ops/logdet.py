@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops._launch import register_triton
+from mflow_kernels.ops._launch import uses_triton
 
 BLOCK_T = 1024
 
@@ -47,9 +47,14 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     return logdet
 
 
-@torch.library.custom_op("mflow::accumulate_logdet", mutates_args=())
-def accumulate_logdet_op(ledger: Tensor, constant: Tensor) -> Tensor:
-    return accumulate_logdet_ref(ledger, constant)
+def _accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
+    run = launch_accumulate if uses_triton(ledger) else accumulate_logdet_ref
+    return run(ledger, constant)
+
+
+accumulate_logdet_op = torch.library.custom_op(
+    "mflow::accumulate_logdet", _accumulate, mutates_args=()
+)
 
 
 @accumulate_logdet_op.register_fake
@@ -66,7 +71,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 accumulate_logdet_op.register_autograd(_backward, setup_context=_setup)
-register_triton(accumulate_logdet_op, launch_accumulate)
 
 
 def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:

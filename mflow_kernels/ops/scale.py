@@ -10,6 +10,7 @@ number that has underflowed: log sigmoid(-120) is -120.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -68,24 +69,39 @@ class ScaleFunction:
         return _DEFAULTS[scale]
 
 
+@cache
+def scale_of(kind: Kind, offset: float, eps: float, clamp: float, order: Order) -> ScaleFunction:
+    """The function whose `args` these are."""
+    return ScaleFunction(kind, offset, eps, clamp, order)
+
+
 _DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
 
 
-def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
-    """log s and d log s / d raw by plain torch: the specification."""
+def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    """log s by plain torch: the specification."""
+    if scale.kind == "sigmoid":
+        if scale.eps == 0:
+            return F.logsigmoid(raw + scale.offset)
+        return (torch.sigmoid(raw + scale.offset) + scale.eps).log()
+    if scale.kind == "exp":
+        return raw
+    if scale.kind == "tanh":
+        return (raw / scale.clamp).tanh() * scale.clamp
+    return (raw / scale.clamp).atan() * (scale.clamp * ATAN)
+
+
+def slope_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    """d log s / d raw by plain torch."""
     if scale.kind == "sigmoid":
         sigmoid = torch.sigmoid(raw + scale.offset)
-        if scale.eps == 0:
-            return F.logsigmoid(raw + scale.offset), 1 - sigmoid
-        s = sigmoid + scale.eps
-        return s.log(), sigmoid * (1 - sigmoid) / s
+        slope = torch.sigmoid(-raw - scale.offset)
+        return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
     if scale.kind == "exp":
-        return raw, torch.ones_like(raw)
-    r = raw / scale.clamp
+        return torch.ones_like(raw)
     if scale.kind == "tanh":
-        tanh = torch.tanh(r)
-        return scale.clamp * tanh, 1 - tanh * tanh
-    return scale.clamp * ATAN * torch.atan(r), ATAN / (1 + r * r)
+        return 1 - (raw / scale.clamp).tanh().square()
+    return ATAN / (1 + (raw / scale.clamp).square())
 
 
 @triton.jit
