@@ -1,0 +1,143 @@
+"""The operators and chains that the reports run, on states of chosen shape, layout and dtypes.
+
+Every state here has two spatial axes and nothing else has: a tensor of four axes is one with
+pixels (a state, params, a network's input, or a gradient of these), which the reports rely on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import ops
+from mflow_kernels.layers import FlowStep, ReversibleChain
+from mflow_kernels.ops import ScaleFunction
+
+SHORT = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pass
+    "stored chain": {"reversible": False},
+    "reversible chain": {},
+    "checkpointed chain": {"checkpoint_every": 1},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of state, and the dtype of the coupling networks beside it."""
+
+    c: int
+    n: int = 2
+    side: int = 64  # P = side * side
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    params_dtype: torch.dtype = torch.float32
+    scale: ScaleFunction = ScaleFunction()  # noqa: RUF009 - frozen
+    precision: str = "tf32x3"
+
+    @property
+    def p(self) -> int:
+        return self.side * self.side
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
+    def tensor(self, channels: int, dtype: torch.dtype) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        # Any values serve: no report looks at results.
+        t = torch.full((self.n, channels, self.side, self.side), 0.5, dtype=dtype)
+        return t.to(memory_format=layout).requires_grad_()
+
+
+class Constant(nn.Module):
+    """A coupling network that costs nothing, and so leaves the flow's own launches."""
+
+    def __init__(self, params: Tensor) -> None:
+        super().__init__()
+        self.params = nn.Parameter(params.detach().clone(memory_format=torch.preserve_format))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.params
+
+
+def chain(case: Case, steps: int, **options: Any) -> ReversibleChain:
+    """A chain of that many steps with constant networks, in the case's dtypes."""
+    channels = 2 * (case.c - case.c // 2)
+    nets = [Constant(case.tensor(channels, case.params_dtype)) for _ in range(steps)]
+    made = ReversibleChain([FlowStep(case.c, net, scale=case.scale) for net in nets], **options)
+    return made if case.dtype != torch.float64 else made.double()
+
+
+def autocast(case: Case) -> AbstractContextManager[object]:
+    """What tells a chain in which dtype its networks want their input."""
+    if case.params_dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast("cpu", case.params_dtype)
+    return nullcontext()
+
+
+class Operation(NamedTuple):
+    """`prepare()` runs what comes before (a backward's forward) and returns what to observe."""
+
+    name: str
+    direction: str  # forward or inverse, or either's backward
+    prepare: Callable[[], Callable[[], object]]
+
+
+def operations(case: Case) -> Iterator[Operation]:
+    """Every operator on its own and a chain of two steps, forward, inverse and backward."""
+    x = case.tensor(case.c, case.dtype)
+    params = case.tensor(2 * (case.c - case.c // 2), case.params_dtype)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    weight = torch.eye(case.c, dtype=wide, requires_grad=True)
+    bias = torch.zeros(case.c, dtype=wide, requires_grad=True)
+    log_scale = torch.zeros(case.c, dtype=wide, requires_grad=True)
+    scale, precision = {"scale": case.scale}, {"precision": case.precision}
+    couple, mixed = [x, params], [x, params, weight, bias]
+    table: list[tuple[str, str, Callable[..., object], list[Tensor]]] = [
+        ("actnorm", "forward", ops.actnorm, [x, bias, log_scale]),
+        ("actnorm", "inverse", ops.actnorm_inverse, [x, bias, log_scale]),
+        ("conv1x1", "forward", partial(ops.conv1x1, **precision), [x, weight, bias]),
+        ("affine_coupling", "forward", partial(ops.affine_coupling, **scale), couple),
+        ("affine_coupling", "inverse", partial(ops.affine_coupling_inverse, **scale), couple),
+        ("coupling_conv1x1", "forward", partial(ops.coupling_conv1x1, **scale, **precision), mixed),
+        (
+            "coupling_conv1x1",
+            "inverse",
+            partial(ops.coupling_inverse_conv1x1, **scale, **precision),
+            mixed,
+        ),
+    ]
+    for kind, options in CHAINS.items():
+        two = chain(case, 2, **options)
+        learned = [x, *(p for p in two.parameters() if p.requires_grad)]
+        table.append((kind, "forward", lambda x, *_, two=two: two(x), learned))
+        table.append((kind, "inverse", lambda x, *_, two=two: two.inverse(x), learned))
+    for name, direction, function, inputs in table:
+        run = partial(_run, case, partial(function, *inputs))
+        yield Operation(name, direction, lambda run=run: torch.no_grad()(run))
+        yield Operation(name, f"{direction} backward", partial(backward_of, run, inputs))
+
+
+def _run(case: Case, function: Callable[[], object]) -> object:
+    with autocast(case):
+        return function()
+
+
+def backward_of(run: Callable[[], object], inputs: list[Tensor]) -> Callable[[], object]:
+    """Runs forward now; the returned function runs backward alone, from gradients laid out as the
+    outputs are (those that `sum()` broadcasts have strides of zero, and would be copied)."""
+    outputs = run()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]
+    return partial(torch.autograd.grad, outputs, inputs, grads, allow_unused=True)
