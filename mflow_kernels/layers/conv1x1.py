@@ -1,5 +1,7 @@
 """Invertible 1x1 convolution with an LU-factored weight."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -24,18 +26,64 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        p, lower, upper = torch.linalg.lu(rotation)
-        dtype = torch.get_default_dtype()
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
-        self.log_diagonal = nn.Parameter(upper.diagonal().abs().log().to(dtype))
-        self.register_buffer("permutation", p.to(dtype))
-        self.register_buffer("sign", upper.diagonal().sign().to(dtype))
+        self.lower = nn.Parameter(torch.empty(channels, channels))
+        self.upper = nn.Parameter(torch.empty(channels, channels))
+        self.log_diagonal = nn.Parameter(torch.empty(channels))
+        self.register_buffer("permutation", torch.empty(channels, channels))
+        self.register_buffer("sign", torch.empty(channels))
+        with torch.no_grad():
+            square = torch.randn(channels, channels, dtype=torch.float64)
+            self._factor(torch.linalg.qr(square)[0])
 
     def weight(self) -> Tensor:
         """W (C, C), differentiable in its factors."""
         return plu(self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
+
+    @torch.no_grad()
+    def condition_number(self) -> Tensor:
+        """Largest singular value of W over its smallest, a float64 scalar of W's device; infinite
+        where W is not finite. Rounding errors of W^-1 y grow with it."""
+        weight = self.weight().double()
+        if not weight.isfinite().all():
+            return weight.new_full((), math.inf)
+        singular = torch.linalg.svdvals(weight)
+        return singular[0] / singular[-1]
+
+    @torch.no_grad()
+    def bound_condition_(self, limit: float) -> bool:
+        """Bring the condition number of W down to `limit`, up to the rounding of W's factors.
+
+        Singular values are clipped to [m / sqrt(limit), m * sqrt(limit)] around their geometric
+        mean m; W is factored anew, its permutation and signs included.
+
+        Returns:
+            Whether W was changed: not where its condition number is within the limit.
+
+        Raises:
+            ValueError: a limit below 1, a W that is not finite.
+        """
+        if not limit >= 1:
+            raise ValueError(f"limit: expected at least 1, got {limit}")
+        weight = self.weight().double()
+        if not weight.isfinite().all():
+            raise ValueError("weight: expected a finite matrix to bound its condition")
+        u, singular, vh = torch.linalg.svd(weight)
+        if singular[0] <= limit * singular[-1]:
+            return False
+        middle = self.log_diagonal.double().mean().exp()  # |det W|^(1 / C)
+        clipped = singular.clamp(middle / math.sqrt(limit), middle * math.sqrt(limit))
+        self._factor((u * clipped) @ vh)
+        return True
+
+    def _factor(self, weight: Tensor) -> None:
+        """Set the factors from W (C, C), by pivoted LU."""
+        p, lower, upper = torch.linalg.lu(weight)
+        diagonal = upper.diagonal()
+        self.permutation.copy_(p)
+        self.sign.copy_(diagonal.sign())
+        self.lower.copy_(lower.tril(-1))
+        self.upper.copy_(upper.triu(1))
+        self.log_diagonal.copy_(diagonal.abs().log())
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return ops.conv1x1(x, self.weight()), self._logdet(x)

@@ -29,6 +29,7 @@ from mflow_kernels.layers.moves import (
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep, fold, inverse
 from mflow_kernels.layers.walkback import (
+    Network,
     RandomState,
     WalkBack,
     autocast_state,
@@ -53,8 +54,8 @@ class ReversibleChain(Bijection):
             activations are never kept.
 
     Attributes:
-        drift: after a backward pass, the largest |rebuilt - true| of the chain's input, a scalar
-            tensor; before one, None.
+        drift: the largest |rebuilt - true| of the chain's input in any backward pass since it was
+            last None, a scalar tensor; set it to None before a step whose own you want.
     """
 
     def __init__(
@@ -104,11 +105,16 @@ class ReversibleChain(Bijection):
                 state = state[0] if isinstance(layer, Split) else state
         return self(x, *context)
 
+    def _record(self, drift: Tensor) -> None:
+        # A graph may hold the chain several times: a data-domain objective walks both ways.
+        self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
+
     def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Mixes], Tensor]:
         """The moves in one direction, the weights they name, and their constant logdet."""
         layers = list(self.layers)
         moves: list[Move] = []
         groups: list[list[FlowStep]] = []
+        names: list[list[str]] = []
         area, areas = pixels(x), []
         if inverted:
             area *= 4 ** sum(isinstance(layer, Squeeze) for layer in layers)
@@ -116,9 +122,11 @@ class ReversibleChain(Bijection):
             if isinstance(layer, FlowStep):
                 if i == 0 or not isinstance(layers[i - 1], FlowStep):
                     groups.append([])
+                    names.append([])
                     areas.append(area)
                 mix = Mix(len(groups) - 1, len(groups[-1]))
                 groups[-1].append(layer)
+                names[-1].append(f"layers.{i}.conv")
                 step: list[Move] = [mix, layer.couple(inverted)]
                 moves += step
             elif isinstance(layer, Squeeze):
@@ -129,7 +137,9 @@ class ReversibleChain(Bijection):
                 moves.append(Couple(coupling.net, coupling.scale, inverted))
                 moves.append(Return() if inverted else Leave())
         folded = [fold(group, accumulator(x.dtype)) for group in groups]
-        mixes = [inverse(mix) if inverted else mix for mix, _ in folded]
+        mixes = [mix for mix, _ in folded]
+        if inverted:
+            mixes = [inverse(mix, of) for mix, of in zip(mixes, names, strict=True)]
         sign = -1 if inverted else 1
         log_det = x.new_zeros((), dtype=accumulator(x.dtype))
         for (_, value), size in zip(folded, areas, strict=True):
@@ -158,6 +168,7 @@ class _Journey:
     latents: int
     mixes: int
     context: int
+    networks: list[Network]
     parameters: list[nn.Parameter]
     autocast: dict[str, Any]
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -169,17 +180,20 @@ class _Watch:
 
     def __init__(self, journey: _Journey, device: torch.device) -> None:
         self.journey, self.device = journey, device
+        self.state = random_state(device)
 
     def before_network(self, x: Tensor) -> None:
         every = self.journey.chain.checkpoint_every
         ordinal = len(self.journey.random)
         if every is not None and ordinal % every == 0:
             self.journey.kept[ordinal] = x
-        self.state = random_state(self.device)
 
     def after_network(self) -> None:
-        drew = not same_random_state(self.state, random_state(self.device))
+        # Nothing but networks draws in a walk: each starts from where the one before it ended.
+        state = random_state(self.device)
+        drew = not same_random_state(self.state, state)
         self.journey.random.append(self.state if drew else None)
+        self.state = state
 
 
 @torch.compiler.disable
@@ -196,10 +210,10 @@ def _reversibly(
             "ReversibleChain: functorch transforms cannot pass a reversible backward; "
             "build the chain with reversible=False"
         )
-    networks = [move.net for move in moves if isinstance(move, Couple)]
-    parameters = {id(p): p for net in networks for p in net.parameters() if p.requires_grad}
+    networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
+    parameters = {id(p): p for network in networks for p in network.parameters}
     journey = _Journey(
-        chain, moves, len(latents), len(mixes), len(context), list(parameters.values()),
+        chain, moves, len(latents), len(mixes), len(context), networks, list(parameters.values()),
         autocast_state(x.device),
     )  # fmt: skip
     flat_mixes = [tensor for mix in mixes for tensor in mix]
@@ -237,10 +251,18 @@ class _Reversible(torch.autograd.Function):
         context = rest[2 * journey.mixes : 2 * journey.mixes + journey.context]
         kept = dict(zip(ctx.kept_at, rest[2 * journey.mixes + journey.context :], strict=True))
         back = WalkBack(
-            journey.moves, mixes, context, kept, journey.random, journey.autocast, dledger[:, 0]
+            journey.moves,
+            mixes,
+            context,
+            kept,
+            journey.networks,
+            journey.random,
+            journey.autocast,
+            dledger[:, 0],
         )
         back.walk(x, dx, latents, dlatents)
-        journey.chain.drift = (back.x - x_true).abs().max() if x_true.numel() else None
+        if x_true.numel():
+            journey.chain._record((back.x - x_true).abs().max())
         return (
             None,
             back.dx,

@@ -50,7 +50,8 @@ class FlowStep(Bijection):
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = flow_state("z", z)
         mixes, log_det = fold([self], accumulator(z.dtype))
-        x, _, ledger = run([self.couple(True), Mix(0, 0)], z, (), [inverse(mixes)], context)
+        mixes = inverse(mixes, ["conv"])
+        x, _, ledger = run([self.couple(True), Mix(0, 0)], z, (), [mixes], context)
         return x, ops.accumulate_logdet(ledger, -pixels(z) * log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,8 @@ def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> tuple[Mixes, Tensor]:
     return Mixes(weight, bias), log_diagonal.sum() + log_scale.sum()
 
 
-def inverse(mixes: Mixes) -> Mixes:
-    """The mixes that undo these: W^-1 and -W^-1 bias, computed in float64."""
-    weight, bias = inverse_mix(mixes.weight, mixes.bias)
+def inverse(mixes: Mixes, names: Sequence[str]) -> Mixes:
+    """The mixes that undo these: W^-1 and -W^-1 bias, computed in float64; ValueError, with the
+    name of the layer, where one is singular or not finite."""
+    weight, bias = inverse_mix(mixes.weight, mixes.bias, names)
     return Mixes(weight.to(mixes.weight.dtype), bias.to(mixes.bias.dtype))

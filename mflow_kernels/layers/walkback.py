@@ -13,6 +13,17 @@ from mflow_kernels.ops._launch import channels_first
 from mflow_kernels.ops.unstep import uncouple, unmix
 
 
+class Network:
+    """A coupling network, with what the walk back asks of its modules looked up once."""
+
+    def __init__(self, net: nn.Module) -> None:
+        modules = list(net.modules())
+        parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+        self.net = net
+        self.parameters = [p for p in parameters.values() if p.requires_grad]
+        self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
+
+
 class WalkBack:
     """Takes moves back one by one, carrying the state and its gradient in halves.
 
@@ -25,6 +36,7 @@ class WalkBack:
         mixes: the weights that `Mix` moves name.
         context: further inputs of every network.
         kept: states before the networks of these ordinals, which need not be rebuilt.
+        networks: in the order in which they ran.
         random: for each network, the random state it started from if it drew.
         autocast: arguments of the autocast that was on.
         dlogdet: (N,), gradient of each sample's log-determinant.
@@ -40,12 +52,13 @@ class WalkBack:
         mixes: Sequence[Mixes],
         context: Sequence[Tensor],
         kept: dict[int, Tensor],
+        networks: Sequence[Network],
         random: Sequence["RandomState | None"],
         autocast: dict[str, Any],
         dlogdet: Tensor,
     ) -> None:
         self.moves, self.mixes, self.kept, self.random = moves, mixes, kept, random
-        self.autocast, self.dlogdet = autocast, dlogdet
+        self.networks, self.autocast, self.dlogdet = networks, autocast, dlogdet
         self.inverses = [torch.linalg.inv_ex(m.weight.double())[0] for m in mixes]
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context_gradients: list[Tensor | None] = [None] * len(context)
@@ -123,28 +136,32 @@ class WalkBack:
         network_input = self.net
         if network_input is None:
             network_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
+        network = self.networks[ordinal]
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),
             _random_state_of(self.random[ordinal]),
-            _still_statistics(move.net),
+            _still_statistics(network.norms),
         ):
             network_input = network_input.detach().requires_grad_()
-            params = move.net(network_input, *self.context)
+            params = network.net(network_input, *self.context)
         b, db, dparams = uncouple(
             self.b, self.db, self.dlogdet, params.detach(), move.scale, move.inverse,
             kept is not None,
         )  # fmt: skip
-        dnet = self._network_backward(move.net, network_input, params, dparams)
+        dnet = self._network_backward(network.parameters, network_input, params, dparams)
         self._set_halves(self.a, b, self._add_dnet(), db)
         self.dnet = dnet
 
     def _network_backward(
-        self, net: nn.Module, network_input: Tensor, params: Tensor, dparams: Tensor
+        self,
+        parameters: list[nn.Parameter],
+        network_input: Tensor,
+        params: Tensor,
+        dparams: Tensor,
     ) -> Tensor | None:
         if not params.requires_grad:
             return None
-        parameters = [p for p in net.parameters() if p.requires_grad]
         context = [i for i, c in enumerate(self.context) if c.requires_grad]
         sources = [network_input, *parameters, *(self.context[i] for i in context)]
         gradients = torch.autograd.grad(params, sources, dparams, allow_unused=True)
@@ -219,9 +236,8 @@ def _random_state_of(state: RandomState | None) -> Iterator[None]:
 
 
 @contextmanager
-def _still_statistics(net: nn.Module) -> Iterator[None]:
+def _still_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Running statistics were updated the first time; running a network again leaves them."""
-    norms = [m for m in net.modules() if isinstance(m, _NormBase) and m.training]
     saved = [(m, m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:
         # Of weight 0, the batch changes no running mean; the count of batches is put back below.

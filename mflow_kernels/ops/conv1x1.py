@@ -19,6 +19,7 @@ Bytes at least: forward x read and y written; backward g and x read, dx written.
 output channels of its pixels up to C = 128; past that each block of 128 reads the state again.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -430,19 +431,28 @@ def conv1x1_inverse(
     return conv1x1_op(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
 
-def inverse_mix(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_mix(
+    weight: Tensor, bias: Tensor, names: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """W^-1 and -W^-1 bias in float64, differentiable, batched over leading axes.
+
+    Args:
+        names: of the layers that the weights (K, C, C) are of, for the error.
 
     Raises:
         ValueError: where a W is singular or not finite.
     """
     weight = weight.double()
     inverse, info = torch.linalg.inv_ex(weight)
-    finite = weight.isfinite().all()  # an infinite W may have a finite inverse
+    # An infinite W may have a finite inverse.
+    finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
+    good = finite & inverted & (info == 0)
     captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing may be read
     if torch.compiler.is_compiling() or captured:
         pass
-    elif not (finite & inverse.isfinite().all() & ~info.any()):
-        came = "singular" if finite else "not finite"
-        raise ValueError(f"weight: expected an invertible matrix, got one that is {came}")
+    elif not good.all():
+        first = int(good.flatten().int().argmin())
+        came = "singular" if finite.flatten()[first] else "not finite"
+        name = names[first] if names else "weight"
+        raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

@@ -62,17 +62,25 @@ def couple_ref(
 
 
 def couple_backward_ref(
-    dy_b: Tensor, dlogdet: Tensor, x_b: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    dy_b: Tensor,
+    dlogdet: Tensor,
+    x_b: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    log_s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx_b and dparams, from the coupling's input; dlogdet (N,)."""
+    """dx_b and dparams, from the coupling's input, and its log s if known; dlogdet (N,)."""
     dtype = x_b.dtype
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
-    dx_b = (sign * log_scale_ref(raw, scale)).exp() * dy_b
+    log_s = log_scale_ref(raw, scale) if log_s is None else log_s
+    dx_b = (sign * log_s).exp() * dy_b
     if (scale.order == "shift-scale") == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
-    draw = sign * slope_ref(raw, scale) * (dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1)))
+    dlog_s = dlog_s + dlogdet.view(-1, *(1,) * (x_b.dim() - 1))
+    draw = sign * slope_ref(raw, log_s, scale) * dlog_s
     return dx_b.to(dtype), torch.cat([draw, dshift], dim=1).to(params.dtype)
 
 
@@ -88,7 +96,7 @@ def affine_coupling_ref(
     c_a = x.shape[1] // 2
     y_b, log_s = couple_ref(x[:, c_a:], params, scale, inverse)
     y = torch.cat([x[:, :c_a], y_b.to(x.dtype)], dim=1)
-    return y, log_s.flatten(1).sum(1, keepdim=True)
+    return y, log_s.sum(dim=tuple(range(1, log_s.dim())))[:, None]
 
 
 def coupling_backward_ref(

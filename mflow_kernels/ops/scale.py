@@ -91,8 +91,8 @@ def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
     return (raw / scale.clamp).atan() * (scale.clamp * ATAN)
 
 
-def slope_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
-    """d log s / d raw by plain torch."""
+def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
+    """d log s / d raw by plain torch, from raw and its log s."""
     if scale.kind == "sigmoid":
         sigmoid = torch.sigmoid(raw + scale.offset)
         slope = torch.sigmoid(-raw - scale.offset)
@@ -100,7 +100,7 @@ def slope_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
     if scale.kind == "exp":
         return torch.ones_like(raw)
     if scale.kind == "tanh":
-        return 1 - (raw / scale.clamp).tanh().square()
+        return 1 - (log_s / scale.clamp).square()
     return ATAN / (1 + (raw / scale.clamp).square())
 
 

@@ -43,11 +43,10 @@ from mflow_kernels.ops._launch import (
     uses_triton,
 )
 from mflow_kernels.ops.conv1x1 import (
-    add_to_first_half,
     arithmetic,
-    conv1x1_ref,
     cut_net_input,
     net_input,
+    without_autocast,
 )
 from mflow_kernels.ops.coupling import (
     couple,
@@ -90,9 +89,12 @@ def uncouple_ref(
     inverse: bool,
     kept: bool,
 ) -> Uncoupled:
-    y_b = z_b if kept else couple_ref(z_b, params, scale, not inverse)[0].to(z_b.dtype)
-    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse)
-    return Uncoupled(y_b, dy_b, dparams)
+    y_b, log_s = z_b, None
+    if not kept:
+        y_b, log_s = couple_ref(z_b, params, scale, not inverse)
+        log_s = log_s if inverse else -log_s
+    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
+    return Uncoupled(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
 
 def unmix_ref(
@@ -105,15 +107,25 @@ def unmix_ref(
     net_dtype: torch.dtype | None,
     channels_last: bool,
 ) -> Unmixed:
-    shifted = torch.cat(y, dim=1) - bias.view(-1, *(1,) * (y[0].dim() - 2))
-    gradient = add_to_first_half(torch.cat(dy, dim=1), dnet)
-    dy_p, y_p = (t.movedim(1, -1).flatten(0, -2) for t in (gradient, shifted))
-    dx = empty_state(y[1], weight.shape[0], channels_last)
-    dx.copy_(conv1x1_ref(gradient, weight.t(), None))
-    gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
-    if weight_inverse is None:
-        return Unmixed(None, dx, None, gram, dbias)
-    x = torch.empty_like(dx).copy_(conv1x1_ref(shifted, weight_inverse, None))
+    dtype, c = accumulator(y[1].dtype), weight.shape[0]
+    shifted = torch.cat(y, dim=1).to(dtype)
+    gradient = torch.cat(dy, dim=1).to(dtype)
+    if dnet is not None:
+        gradient[:, : c // 2] += dnet
+    columns = [t.movedim(1, -1).reshape(-1, c) for t in (shifted, gradient)]
+    y_p, dy_p = columns[0] - bias, columns[1]
+
+    def state(rows: Tensor) -> Tensor:
+        n, *spatial = y[1].shape[:1] + y[1].shape[2:]
+        whole = rows.view(n, *spatial, c).movedim(-1, 1).to(y[1].dtype)
+        return whole if channels_last or not spatial else whole.contiguous()
+
+    with without_autocast(shifted):
+        dx = state(dy_p @ weight)
+        gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
+        if weight_inverse is None:
+            return Unmixed(None, dx, None, gram, dbias)
+        x = state(y_p @ weight_inverse.t())
     net = None if net_dtype is None else cut_net_input(x, net_dtype)
     return Unmixed(x, dx, net, gram, dbias)
 
