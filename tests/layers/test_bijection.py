@@ -168,3 +168,26 @@ def test_autocast_keeps_the_state_in_float32(name, device):
     assert all(part.dtype == torch.float32 for part in flat(z))
     assert_close(back, x, terms=36, scale=8.0)
     assert_close(negative, -logdet, terms=x[0].numel(), scale=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["actnorm, images", "conv1x1, vectors", "split", "step", "chain"])
+def test_16_bit_states(name, dtype, device):
+    """Accepted, computed in float32 and rounded once an operator, forward and backward."""
+    make, shape = LAYERS[name]
+    layer = moved(make()).to(device, dtype)
+    x = normal(*shape, dtype=dtype, device=device).requires_grad_()
+    z, logdet = layer(x)
+    exact, exact_logdet = copy.deepcopy(layer).double()(x.double())
+    assert logdet.dtype == torch.float32
+    for got, want in zip(flat(z), flat(exact), strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want)
+    # The network reads a rounded state, and its params are rounded too.
+    assert_close(logdet.to(dtype), exact_logdet, scale=4.0)
+    leaves = [x, *layer.parameters()]
+    loss = logdet.sum() + sum(part.float().square().sum() for part in flat(z))
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert grad.dtype == dtype
+        assert grad.shape == leaf.shape
+        assert grad.isfinite().all()

@@ -1,0 +1,73 @@
+"""How kernels see a state: strides, tiles, and layouts that need no copy."""
+
+import pytest
+import torch
+from cases import IMAGES, IN_PLACE, LAYOUTS, normal
+
+from mflow_kernels.ops._launch import dense_pixels, flow_state, in_layout_of, strides, tile_columns
+
+
+@pytest.mark.parametrize("layout", IN_PLACE)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts_of_models_are_read_in_place(shape, layout):
+    x = normal(*shape, layout=layout)
+    assert dense_pixels(x) is x
+    assert flow_state("x", x) is x
+    n, c, p = strides(x)
+    walked = torch.as_strided(x, (*shape[:2], x[0, 0].numel()), (n, c, p), x.storage_offset())
+    assert torch.equal(walked, x.flatten(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (2, 3, 2, 2, 3), (1, 4, 1, 1)], ids=str)
+def test_strides_of_any_number_of_axes(shape):
+    x = normal(*shape)
+    n, c, p = strides(dense_pixels(x))
+    pixels = x[0, 0].numel()
+    walked = torch.as_strided(x, (*shape[:2], pixels), (n, c, p))
+    assert torch.equal(walked, x.view(*shape[:2], pixels))
+
+
+def test_other_layouts_are_copied():
+    x = normal(2, 3, 5, 6, layout="transposed")
+    assert not x.is_contiguous()
+    assert dense_pixels(x).is_contiguous()
+    assert torch.equal(dense_pixels(x), x)
+    every_second = normal(2, 3, 5, 6)[..., ::2]
+    assert dense_pixels(every_second) is every_second  # one stride, of 2, walks all its pixels
+    cropped = normal(2, 3, 5, 6)[..., 1:5]
+    assert dense_pixels(cropped).is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_layout_of(layout):
+    x = normal(2, 3, 5, 6, layout=layout)
+    y = in_layout_of(x, normal(2, 3, 5, 6, layout="channels_last"))
+    assert y.stride() == torch.empty_like(x).stride()
+    fitting = torch.empty_like(x)
+    assert in_layout_of(x, fitting) is fitting
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("p", [1, 15, 16, 63, 64, 65, 200])
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_tiles_cover_every_column_once(n, p, block):
+    tiles = tile_columns(n, p, block)
+    seen = []
+    for tile in range(tiles.programs):  # as `columns` does it
+        for i in range(block):
+            if tiles.flat:
+                j = tile * block + i
+                if j < n * p:
+                    seen.append(divmod(j, p))
+            else:
+                per_sample = -(-p // block)
+                pixel = tile % per_sample * block + i
+                if pixel < p:
+                    seen.append((tile // per_sample, pixel))
+    assert sorted(seen) == [(i, j) for i in range(n) for j in range(p)]
+    # The ledger has a place for each tile of a sample, or for each of its pixels.
+    assert n * tiles.ledger == (n * p if tiles.flat else tiles.programs)
+
+
+def test_an_empty_batch_has_no_tile():
+    assert tile_columns(0, 5, 16).programs == 0
