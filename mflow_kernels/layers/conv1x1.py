@@ -43,7 +43,7 @@ class InvertibleConv1x1(Bijection):
     def condition_number(self) -> Tensor:
         """Largest singular value of W over its smallest, a float64 scalar of W's device; infinite
         where W is not finite. Rounding errors of W^-1 y grow with it."""
-        weight = self.weight().double()
+        weight = self._exact_weight()
         if not weight.isfinite().all():
             return weight.new_full((), math.inf)
         singular = torch.linalg.svdvals(weight)
@@ -64,7 +64,7 @@ class InvertibleConv1x1(Bijection):
         """
         if not limit >= 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
-        weight = self.weight().double()
+        weight = self._exact_weight()
         if not weight.isfinite().all():
             raise ValueError("weight: expected a finite matrix to bound its condition")
         u, singular, vh = torch.linalg.svd(weight)
@@ -74,6 +74,10 @@ class InvertibleConv1x1(Bijection):
         clipped = singular.clamp(middle / math.sqrt(limit), middle * math.sqrt(limit))
         self._factor((u * clipped) @ vh)
         return True
+
+    def _exact_weight(self) -> Tensor:
+        factors = (self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
+        return plu(*(factor.double() for factor in factors))
 
     def _factor(self, weight: Tensor) -> None:
         """Set the factors from W (C, C), by pivoted LU."""

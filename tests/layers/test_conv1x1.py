@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from cases import normal
 
-from mflow_kernels import InvertibleConv1x1
-from mflow_kernels.testing import assert_close
+from mflow_kernels import FlowStep, InvertibleConv1x1, ReversibleChain, Squeeze
+from mflow_kernels.testing import assert_close, check_bijection
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 48])
@@ -54,6 +56,87 @@ def test_a_weight_that_is_not_finite_says_so():
         ValueError, match="weight: expected an invertible matrix, got one that is not"
     ):
         layer.inverse(normal(2, 3))
+
+
+def test_a_chain_names_the_layer_that_cannot_be_inverted():
+    chain = ReversibleChain([FlowStep(2, width=4), Squeeze(), *(FlowStep(8) for _ in range(3))])
+    z = chain(normal(1, 2, 4, 4))[0].detach()
+    with torch.no_grad():
+        chain.layers[3].actnorm.log_scale[1] = -1e4  # e^-10000 is 0
+    with pytest.raises(ValueError, match=r"^layers\.3\.conv: .* one that is singular"):
+        chain.inverse(z)
+    with torch.no_grad():
+        chain.layers[3].conv.log_diagonal[1] = float("nan")
+    with pytest.raises(ValueError, match=r"^layers\.3\.conv: .* one that is not finite"):
+        chain.inverse(z)
+    with pytest.raises(ValueError, match=r"^conv: .* one that is not finite"):
+        chain.layers[3].inverse(z)
+
+
+def ill_conditioned(channels):
+    """Singular values from 0.01 to 100."""
+    layer, other = (InvertibleConv1x1(channels) for _ in range(2))
+    u, v = layer.weight().detach().double(), other.weight().detach().double()
+    with torch.no_grad():
+        layer._factor((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
+    return layer
+
+
+@pytest.mark.parametrize("channels", [1, 2, 12, 48])
+def test_condition_number(channels):
+    layer = ill_conditioned(channels)
+    singular = torch.linalg.svdvals(copy.deepcopy(layer).double().weight().detach())
+    torch.testing.assert_close(layer.condition_number(), singular[0] / singular[-1])
+    assert InvertibleConv1x1(channels).condition_number() < 1 + 1e-5 * channels
+
+
+def test_condition_number_of_a_weight_that_has_none():
+    layer = InvertibleConv1x1(3)
+    with torch.no_grad():
+        layer.log_diagonal[0] = -1e4
+        assert layer.condition_number() > 1e15
+        layer.log_diagonal[0] = float("nan")
+        assert layer.condition_number() == float("inf")
+
+
+@pytest.mark.parametrize("limit", [1.0, 3.0, 100.0])
+@pytest.mark.parametrize("channels", [2, 12, 48])
+def test_bounding_the_condition(channels, limit):
+    torch.manual_seed(channels)
+    layer = ill_conditioned(channels)
+    before = copy.deepcopy(layer).double().weight().detach()
+    assert layer.condition_number() > limit
+    assert layer.bound_condition_(limit)
+    # The new factors are rounded to float32: W by about C roundings, its smallest singular value
+    # by as much as its largest.
+    assert layer.condition_number() <= limit * (1 + limit * channels * 1e-6)
+    assert torch.equal(layer.permutation @ layer.permutation.t(), torch.eye(channels))
+    assert (layer.sign.abs() == 1).all()
+    # The nearest W with singular values in that range: inside it, none has moved.
+    u, singular, vh = torch.linalg.svd(before)
+    middle = singular.log().mean().exp()
+    clipped = singular.clamp(middle / limit**0.5, middle * limit**0.5)
+    assert_close(layer.weight(), (u * clipped) @ vh, terms=channels * channels)
+    check_bijection(layer, (2, channels, 1, 2))
+
+
+def test_a_condition_within_the_bound_changes_nothing():
+    layer = ill_conditioned(12)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert not layer.bound_condition_(1.01 * layer.condition_number().item())
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_bad_bounds():
+    layer = InvertibleConv1x1(3)
+    for limit in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="limit: expected at least 1, got"):
+            layer.bound_condition_(limit)
+    with torch.no_grad():
+        layer.upper[0, 1] = float("nan")
+    with pytest.raises(ValueError, match="weight: expected a finite matrix"):
+        layer.bound_condition_(2.0)
 
 
 def test_channels_that_do_not_match():
