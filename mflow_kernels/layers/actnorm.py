@@ -13,7 +13,8 @@ class ActNorm(Bijection):
     A new layer is the identity. `initialize(x)` makes its output zero mean and unit variance on
     that batch, once: the buffer `initialized` is saved with the weights, so that a loaded layer is
     never set again. `forward` looks at no flag. A channel that is constant in the batch keeps its
-    scale.
+    scale. Where torch.distributed runs, the batch is that of all ranks together, and all set the
+    same values; every rank must take part.
 
     Args:
         channels: C of the states (N, C, *spatial).
@@ -43,12 +44,25 @@ class ActNorm(Bijection):
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()
-        if samples.shape[1] < 2:
+        # Ranks raise together, since all see the same sums: none is left waiting for another.
+        count, total = (
+            _over_ranks(samples.new_tensor(samples.shape[1])),
+            _over_ranks(samples.sum(1)),
+        )
+        if count < 2:
             raise ValueError(f"x: expected at least two values a channel, got {tuple(x.shape)}")
-        if not samples.isfinite().all():
+        if not total.isfinite().all():
             raise ValueError("x: expected finite values to initialize actnorm from")
-        mean, std = samples.mean(1), samples.std(1, correction=0)
+        mean = total / count
+        std = (_over_ranks((samples - mean[:, None]).square().sum(1)) / count).sqrt()
         constant = std <= 1e-6 * (1 + mean.abs())
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, 0.0, -std.log()))
         self.initialized.fill_(True)
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    """The sum of x over all ranks, or x where there is but one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x

@@ -1,0 +1,66 @@
+"""Two ranks on a CPU train as one rank does on their joined batch."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mflow_kernels import Glow
+from mflow_kernels.testing import assert_close
+
+RANKS = 2
+
+
+def glow() -> Glow:
+    """Its couplings moved off their start, where they do nothing."""
+    torch.manual_seed(0)
+    flow = Glow((3, 8, 8), levels=2, steps=3, width=8, checkpoint_every=2).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return flow
+
+
+def batch() -> Tensor:
+    """Its halves are far apart: neither's statistics are those of both."""
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x * torch.tensor([0.2, 0.2, 3.0, 3.0], dtype=torch.float64).view(4, 1, 1, 1)
+
+
+def train(flow: nn.Module, x: Tensor) -> None:
+    latents, logdet = flow(x)
+    (sum(z.pow(4).sum() for z in latents) / len(x) - logdet.mean()).backward()
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    flow, x = glow(), batch().chunk(RANKS)[rank]
+    flow.initialize(x)
+    train(DistributedDataParallel(flow), x)
+    gradients = {name: p.grad for name, p in flow.named_parameters()}
+    torch.save((flow.state_dict(), gradients), folder / f"{rank}.pt")
+    with pytest.raises(ValueError, match="expected finite values"):
+        # The other rank's batch is finite: both must hear of it.
+        glow().initialize(x * float("inf") if rank == 0 else x)
+    dist.destroy_process_group()
+
+
+def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=RANKS)
+    flow = glow()
+    flow.initialize(batch())
+    train(flow, batch())
+    for rank in range(RANKS):
+        state, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in flow.state_dict().items():
+            if value.is_floating_point():
+                assert_close(state[name], value, terms=1000, name=f"{name} of rank {rank}")
+        for name, p in flow.named_parameters():
+            assert p.grad is not None
+            assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
