@@ -43,11 +43,7 @@ class InvertibleConv1x1(Bijection):
     def condition_number(self) -> Tensor:
         """Largest singular value of W over its smallest, a float64 scalar of W's device; infinite
         where W is not finite. Rounding errors of W^-1 y grow with it."""
-        weight = self._exact_weight()
-        if not weight.isfinite().all():
-            return weight.new_full((), math.inf)
-        singular = torch.linalg.svdvals(weight)
-        return singular[0] / singular[-1]
+        return condition_number(self._exact_weight())
 
     @torch.no_grad()
     def bound_condition_(self, limit: float) -> bool:
@@ -98,6 +94,14 @@ class InvertibleConv1x1(Bijection):
     def _logdet(self, x: Tensor) -> Tensor:
         log_det = self.log_diagonal.to(accumulator(x.dtype)).sum()
         return (pixels(x) * log_det).expand(x.shape[0])
+
+
+def condition_number(weight: Tensor) -> Tensor:
+    """Largest singular value of a matrix over its smallest; infinite where it is not finite."""
+    if not weight.isfinite().all():
+        return weight.new_full((), math.inf)
+    singular = torch.linalg.svdvals(weight)
+    return singular[0] / singular[-1]
 
 
 def plu(

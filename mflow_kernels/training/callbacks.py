@@ -113,6 +113,9 @@ class MetricsCsv(Logger):
         "off_manifold",
         "logdet",
         "penalty",
+        "drift",
+        "condition",
+        "folded_condition",
         "learning_rate",
         "images_per_second",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from mflow_kernels.training.options import OptionParser, explain
 
@@ -80,6 +80,27 @@ class ObjectiveOptions:
 
 
 @dataclass
+class MemoryOptions:
+    """Memory and exactness: how the backward pass comes by the states of the forward pass.
+
+    Args:
+        reversible: Rebuild states instead of storing them, in memory that does not grow with the
+            number of steps.
+        checkpoint_every: Keep every so many-th state, which costs memory and makes the others more
+            exact; by default none is kept.
+        max_drift: Largest error of a rebuilt image (in units of its range, 0 to 1) or vector;
+            training stops above it, before the gradients of that step are used.
+        max_condition: Largest condition number of the 1x1 convolutions' weights, brought down to it
+            every 100 steps; by default they go where training takes them.
+    """
+
+    reversible: bool = True
+    checkpoint_every: int | None = None
+    max_drift: float = 0.01
+    max_condition: float | None = None
+
+
+@dataclass
 class TrainingOptions:
     """Training.
 
@@ -104,7 +125,9 @@ class TrainingOptions:
 
 
 @dataclass
-class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOptions, DataOptions):
+class TrainConfig(
+    TrainingOptions, MemoryOptions, ObjectiveOptions, HierarchyOptions, ModelOptions, DataOptions
+):
     """What `mflow train` can be told of a run."""
 
     def check(self) -> None:
@@ -112,16 +135,17 @@ class TrainConfig(TrainingOptions, ObjectiveOptions, HierarchyOptions, ModelOpti
         that divide it, dimensions it has) the models check themselves."""
         for name in ("levels", "steps", "width", "manifold_dim", "stage_steps", "stage_width"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("image_size", "batch_size", "epochs", "max_steps"):
+        for name in ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
         _check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight: expected more than 0, got {self.weight}")
+        for name in ("learning_rate", "weight", "max_drift"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.max_condition is not None and not self.max_condition >= 1:
+            raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         dims = [self.manifold_dim, *self.stage_dims]
         for outer, inner in pairwise(dims):
             if not 1 <= inner <= outer:
@@ -191,9 +215,25 @@ class RunConfig(TrainConfig):
 
 def add_options(parser: ArgumentParser) -> None:
     """Give `parser` every option of TrainConfig, in groups."""
-    for options in (DataOptions, ModelOptions, HierarchyOptions, ObjectiveOptions, TrainingOptions):
-        # By hand: a list[int] of the signature would be typed "[64,32]", which shells expand.
-        parser.add_class_arguments(options, as_group=True, skip={"stage_dims"})
+    for options in (
+        DataOptions,
+        ModelOptions,
+        HierarchyOptions,
+        ObjectiveOptions,
+        MemoryOptions,
+        TrainingOptions,
+    ):
+        # By hand: a list[int] of the signature would be typed "[64,32]", which shells expand, and a
+        # bool "--reversible false".
+        parser.add_class_arguments(options, as_group=True, skip={"stage_dims", "reversible"})
+        if options is MemoryOptions:
+            (parser.groups or {})[options.__name__].add_argument(
+                "--reversible",
+                action=ActionYesNo(no_prefix="no-"),
+                default=MemoryOptions().reversible,
+                help="Rebuild states instead of storing them, in memory that does not grow with "
+                "the number of steps.",
+            )
         if options is HierarchyOptions:
             (parser.groups or {})[options.__name__].add_argument(
                 "--stage_dims",

@@ -8,6 +8,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from mflow_kernels.layers import FlowStep, InvertibleConv1x1, ReversibleChain
+from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.objectives import Terms, bits_per_dimension
 from mflow_kernels.training.config import TrainConfig
@@ -21,6 +24,7 @@ from mflow_kernels.training.data import (
 
 _TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
 _WARM_UP_STEPS = 100
+_BOUND_EVERY = 100  # steps between two bounds of the weights' condition
 _FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
 
 
@@ -35,7 +39,8 @@ class FlowTraining(LightningModule):
     Args:
         model: the flow to train, on the device or still on the CPU.
         splits: images; `train` is trained on, `valid` watched.
-        config: batch size, steps, seed and learning rate are read.
+        config: batch size, steps, seed, learning rate and the limits of drift and condition are
+            read.
     """
 
     def __init__(self, model: HierarchicalFlow, splits: Splits, config: TrainConfig) -> None:
@@ -48,6 +53,7 @@ class FlowTraining(LightningModule):
         self.validation_interval = min(self._stream.batches_per_pass, self.steps_per_stage)
         self._dims = math.prod(splits.train.image_shape)
         self._step_started = 0.0
+        self._loss = torch.zeros(())
 
     @property
     def total_steps(self) -> int:
@@ -91,15 +97,13 @@ class FlowTraining(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         stage = self.stage
+        for chain in self._chains(stage):
+            chain.drift = None
         x = self._dequantize(batch, _TRAIN_NOISE)
         terms, log_likelihood = self._terms(x, stage)
         dims = math.prod(cast(ManifoldFlow, self.model.stages[stage]).input_shape)
         loss = terms.loss.mean() / dims
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.global_step} (stage {stage + 1}); "
-                "a lower --learning-rate may help"
-            )
+        self._loss = loss.detach()
         metrics = {
             name: getattr(terms, name).detach().mean() / dims
             for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
@@ -107,6 +111,44 @@ class FlowTraining(LightningModule):
         bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
         self.log_dict({**metrics, "bits_per_dim": bits.mean(), "stage": float(stage)})
         return loss
+
+    def on_after_backward(self) -> None:
+        """Stop before the optimizer uses the gradients of a loss that is not finite, or of states
+        that were not rebuilt well enough. One look at the device for both."""
+        drifts = [c.drift for c in self._chains(self.stage) if c.drift is not None]
+        figures = torch.stack([self._loss, *drifts]).tolist()
+        loss, limit = figures[0], self._config.max_drift
+        where = f"at step {self.global_step} (stage {self.stage + 1})"
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} {where}; a lower --learning-rate may help"
+            )
+        if not drifts:
+            return
+        # NaN is no number to compare by: it is the largest.
+        drift = max(figures[1:], key=lambda value: math.inf if math.isnan(value) else value)
+        if not drift <= limit:
+            every = self._config.checkpoint_every
+            closer = 4 if every is None else max(1, every // 2)
+            raise FloatingPointError(
+                f"rebuilt states drifted by {drift:.2g} {where}, more than --max-drift {limit:g}: "
+                f"the gradients would be wrong; --resume with --checkpoint-every {closer} or "
+                "--no-reversible goes on, in more memory"
+            )
+        self.log("drift", drift)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Before anything is saved, so that a run that resumes goes on from bounded weights too.
+        limit, done = self._config.max_condition, (self.global_step + 1) % self.steps_per_stage
+        if limit is not None and done % _BOUND_EVERY == 0:
+            for module in self.model.stages[self.stage].modules():
+                if isinstance(module, InvertibleConv1x1):
+                    module.bound_condition_(limit)
+
+    def _chains(self, stage: int) -> list[ReversibleChain]:
+        modules = self.model.stages[stage].modules()
+        return [module for module in modules if isinstance(module, ReversibleChain)]
 
     def _terms(self, x: Tensor, stage: int) -> tuple[Terms, Tensor]:
         """The objective of one stage, and log p(x) (N,) of all stages up to it."""
@@ -123,6 +165,15 @@ class FlowTraining(LightningModule):
         seconds = time.perf_counter() - self._step_started
         rate = self.optimizers().param_groups[self.trained_stage]["lr"]  # type: ignore[union-attr]
         self.log_dict({"images_per_second": len(batch) / seconds, "learning_rate": rate})
+
+    def on_validation_epoch_start(self) -> None:
+        steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
+        with torch.no_grad():
+            folded = [condition_number(fold([step], torch.float64)[0].weight[0]) for step in steps]
+        condition = torch.stack([step.conv.condition_number() for step in steps]).max()
+        # What is inverted is W with actnorm's scale folded in; what --max-condition bounds is W.
+        figures = {"condition": condition, "folded_condition": torch.stack(folded).max()}
+        self.log_dict({name: value.float() for name, value in figures.items()})
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)

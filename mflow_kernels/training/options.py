@@ -16,6 +16,8 @@ class _Formatter(DefaultHelpFormatter):
         unsaid = default is None or default is False or default == argparse.SUPPRESS
         if unsaid or not action.option_strings:
             return text
+        if default is True:
+            default = action.option_strings[0]
         if isinstance(default, list):
             default = " ".join(map(str, default))
         return f"{text} (default: {default})"

@@ -17,6 +17,8 @@ from mflow_kernels.training.config import RunConfig
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
 METRICS = "metrics.csv"
+# What a run that resumes may change: how it computes, not what.
+FREE_OPTIONS = ("device", "reversible", "checkpoint_every", "max_drift", "max_condition")
 EVALUATION = "evaluation.json"
 
 
@@ -39,11 +41,15 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     objective = ManifoldObjective(config.domain, config.rho, config.weight)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        flow = Glow(config.image_shape, config.levels, config.steps, config.width)
+        how: dict[str, Any] = {
+            "reversible": config.reversible,
+            "checkpoint_every": config.checkpoint_every,
+        }
+        flow = Glow(config.image_shape, config.levels, config.steps, config.width, **how)
         stages = [ManifoldFlow(flow, manifold_dim=config.manifold_dim, objective=objective)]
         dims = [config.manifold_dim, *config.stage_dims]
         for outer, inner in pairwise(dims):
-            further = VectorFlow(outer, config.stage_steps, config.stage_width)
+            further = VectorFlow(outer, config.stage_steps, config.stage_width, **how)
             stages.append(ManifoldFlow(further, manifold_dim=inner, objective=objective))
     return HierarchicalFlow(stages)
 
@@ -151,7 +157,7 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
     """The first option that differs and matters to a resumed run, explained; None if none does."""
     for option in fields(RunConfig):
         want, have = getattr(asked, option.name), getattr(recorded, option.name)
-        if option.name != "device" and want != have:
+        if option.name not in FREE_OPTIONS and want != have:
             return f"{option.name}: expected {have} as in the run that resumes, got {want}"
     return None
 
