@@ -49,11 +49,7 @@ class ManifoldFlow(nn.Module):
             flat = _flat_mask(mask, self.latent_shapes)
         else:
             assert manifold_dim is not None
-            if not 1 <= manifold_dim <= total:
-                raise ValueError(
-                    f"manifold_dim: expected 1 to {total}, the data's dimensions, "
-                    f"got {manifold_dim}"
-                )
+            check_manifold_dim(manifold_dim, self.latent_shapes)
             flat = torch.arange(total) >= total - manifold_dim
         self.manifold_dim = int(flat.sum())
         for i, part in enumerate(self._unflatten((~flat)[None])):
@@ -127,6 +123,15 @@ class ManifoldFlow(nn.Module):
         `generator` is one of the device that the model is on.
         """
         return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
+
+
+def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
+    """ValueError where a flow of these latents has no manifold of that dimension."""
+    total = sum(math.prod(shape) for shape in latent_shapes)
+    if not 1 <= manifold_dim <= total:
+        raise ValueError(
+            f"manifold_dim: expected 1 to {total}, the data's dimensions, got {manifold_dim}"
+        )
 
 
 def sample_normal(

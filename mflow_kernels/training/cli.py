@@ -1,4 +1,4 @@
-"""The command line: `mflow train | sample | reconstruct | evaluate`.
+"""The command line: `mflow train | sample | reconstruct | evaluate | plan`.
 
 Each command first checks everything and returns its work, then the work is done: so bad input ends
 before anything is written, and an error of the work itself is never mistaken for bad input.
@@ -178,6 +178,27 @@ def evaluate(run: str, data: str | None = None, device: Device = "auto") -> Work
     return work
 
 
+def plan(options: dict[str, Any]) -> Work:
+    """Predict the memory that training needs.
+
+    Takes the options of mflow train and tells, before anything is allocated, the peak memory of a
+    training step and what it is for. No image is read: give their --image-size and --channels, or
+    --data digits.
+    """
+    import torch
+
+    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.training.plan import parse_memory, plan_model, report
+
+    channels, text = options.pop("channels"), options.pop("gpu_memory")
+    gpu_memory = None if text is None else parse_memory(text)
+    config = TrainConfig(**{**options, "data": options["data"] or ""})
+    there = config.device == "auto" and torch.cuda.is_available()
+    gpu = gpu_memory is not None or config.device == "cuda" or there
+    resolved = plan_model(config, channels, gpu=gpu)
+    return lambda: print(report(resolved, gpu, gpu_memory))
+
+
 def _check(argv: list[str]) -> Work:
     """The work that these arguments ask for; ArgumentError, ValueError or TypeError if bad."""
     parser, trainer = _parsers()
@@ -189,6 +210,8 @@ def _check(argv: list[str]) -> Work:
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
         return train(options)
+    if chosen.subcommand == "plan":
+        return plan(vars(chosen.plan))
     commands: dict[str, Callable[..., Work]] = {
         "sample": sample,
         "reconstruct": reconstruct,
@@ -225,6 +248,18 @@ def _parsers() -> tuple["OptionParser", "OptionParser"]:
         subparser = OptionParser(description=_text(command))
         subparser.add_function_arguments(command, as_group=False, as_positional=True)
         commands.add_subcommand(command.__name__, subparser, help=_text(command))
+    planner = OptionParser(description=_text(plan))
+    planner.add_argument(
+        "--gpu-memory", metavar="SIZE", help="Tell the largest batch that fits a GPU of, say, 80GB."
+    )
+    planner.add_argument(
+        "--channels",
+        type=int,
+        help="Colour channels of the images; by default 3, and 1 for the digits.",
+    )
+    add_options(planner)
+    planner.set_defaults(data=None)
+    commands.add_subcommand("plan", planner, help=_text(plan, lines=1))
     return parser, trainer
 
 
@@ -275,7 +310,8 @@ def _as_option(message: str) -> str:
     from mflow_kernels.training.config import TrainConfig
 
     name, colon, rest = message.partition(":")
-    own = ("run_dir", "overwrite", "resume", "number", "temperature", "stages", "output")
+    own = {"run_dir", "overwrite", "resume", "number", "temperature", "stages", "output"}
+    own |= {"gpu_memory", "channels"}
     if name in own or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest
     return message

@@ -245,6 +245,12 @@ def add_options(parser: ArgumentParser) -> None:
             )
 
 
+def check_precision(precision: Precision, device: str) -> None:
+    """ValueError for what a type of device ("cpu" or "cuda") cannot do."""
+    if precision == "float16" and device == "cpu":
+        raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
+
+
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")

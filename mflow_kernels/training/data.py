@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 DIGITS = "digits"
+DIGITS_SIZE = 28
 DEFAULT_FOLDER_SIZE = 64
 CELEBA_CROP = 148
 HELD_OUT_FRACTION = 0.1
@@ -214,8 +215,8 @@ def _read_digits(image_size: int | None) -> Tensor:
     path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     with gzip.open(path, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    digits = table[:, :-1].reshape(-1, 28, 28)  # the last column is the class
-    if image_size not in (None, 28):
+    digits = table[:, :-1].reshape(-1, DIGITS_SIZE, DIGITS_SIZE)  # the last column is the class
+    if image_size not in (None, DIGITS_SIZE):
         digits = np.stack([np.asarray(_square(Image.fromarray(d), image_size)) for d in digits])
     return torch.from_numpy(np.ascontiguousarray(digits)).unsqueeze(1)
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
-from mflow_kernels.training.config import RunConfig, TrainConfig
+from mflow_kernels.training.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.training.data import Splits, load_splits
 from mflow_kernels.training.evaluation import evaluate_model
 from mflow_kernels.training.module import FlowTraining
@@ -69,8 +69,7 @@ def plan_run(
         raise ValueError("resume: expected either --resume or --overwrite, got both")
     config.check()
     device = pick_device(config.device)
-    if config.precision == "float16" and device.type == "cpu":
-        raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
+    check_precision(config.precision, device.type)
     if not resume:
         check_new_run(folder, overwrite)
     recorded = read_config(folder, "run_dir") if resume else None

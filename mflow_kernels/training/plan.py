@@ -1,0 +1,301 @@
+"""The peak memory of a training step, by arithmetic: nothing is allocated.
+
+Units: a state of C channels on p pixels is S = B C p numbers (float32), a hidden layer of a
+coupling network H = B width p, its output Q = 2 B C_b p, in bytes of the networks' precision (4, or
+2 in bfloat16 and float16); C_a = C // 2, C_b = C - C_a. P counts the parameters of a stage.
+
+Held through the step: parameters and buffers of all stages, and Adam's two moments of every stage
+trained so far (8 bytes a parameter).
+
+The backward pass takes the coupling networks one by one; the peak is at one of them:
+
+    gradients    of the networks that are done. Where the objective decodes (the data domain), two
+                 passes go through the flow: the inverse's is walked back first, and its gradients,
+                 complete, are held while the other makes its own.
+    ends         the images, and of each pass not yet done the input, the latents and their
+                 gradients: 3 S of the data. A reversible pass holds these whatever its depth.
+    kept         S at each `checkpoint_every`-th network, of each pass not yet done.
+    stored       where not reversible, of each network not yet done: S, its input, Q and 2 H.
+    folded       9 C^2 of each step: 6 for W' and what its gradient needs, 3 for W^-1 (float64) and
+                 the sums of dW; of the pass through the inverse 12 C^2.
+    one step     rebuilt state and gradient: 2 S and their new halves, 2 B C_b p; network input, Q
+                 and dQ; 4 H (both hidden layers and, at the last ReLU, its gradient before and
+                 after); one network's weights in low precision.
+
+Two other moments count where they are larger: the end of the forward pass, which still has the
+gradients of the step before; and the optimizer's, all gradients beside its temporaries (on a GPU
+one copy of the parameters, on a CPU twice the largest one). What is not counted: what libraries
+allocate for themselves (cuDNN, oneDNN), CUDA's context (about 0.5 GB) and the fragments of its
+caching allocator.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from mflow_kernels import Glow, VectorFlow
+from mflow_kernels.models.manifold import check_manifold_dim
+from mflow_kernels.training.config import RunConfig, TrainConfig, check_precision
+from mflow_kernels.training.data import DEFAULT_FOLDER_SIZE, DIGITS, DIGITS_SIZE
+
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Network:
+    """A coupling network in its place: C channels on p pixels, and whether a 1x1 convolution of
+    its own comes before it (a step) or not (a split)."""
+
+    channels: int
+    pixels: int
+    width: int
+    taps: int  # weights of its first and last layer between two channels: 9, or 1 for vectors
+    mixes: bool
+
+    @property
+    def out_channels(self) -> int:
+        """Of the network: a raw scale and a shift for each channel of the changed half."""
+        return 2 * (self.channels - self.channels // 2)
+
+    @property
+    def parameters(self) -> int:
+        """Of the network alone."""
+        c, w, t = self.channels // 2, self.width, self.taps
+        return (t * c + 1) * w + (w + 1) * w + (t * w + 1) * self.out_channels
+
+    @property
+    def mix_parameters(self) -> int:
+        """Of the step's actnorm (2 C) and 1x1 convolution (lower, upper, diagonal)."""
+        c = self.channels
+        return 2 * c + 2 * c * c + c if self.mixes else 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Permutation, signs and the flag of actnorm."""
+        c = self.channels
+        return FLOAT * (c * c + c) + 1 if self.mixes else 0
+
+
+def _row(label: str) -> int:
+    return dataclasses.field(metadata={"label": label})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step, by what they are for."""
+
+    parameters: int = _row("parameters and buffers")
+    optimizer: int = _row("optimizer (Adam)")
+    gradients: int = _row("gradients of the parameters")
+    ends: int = _row("images, latents and their gradients")
+    kept: int = _row("states kept (--checkpoint-every)")
+    stored: int = _row("activations stored (--no-reversible)")
+    folded: int = _row("weights of the 1x1 convolutions, folded and inverted")
+    one_step: int = _row("one step: state, network and their gradients")
+    stage: int = 0  # whose training has the peak, from 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in _rows())
+
+
+def plan_model(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunConfig:
+    """The configuration with its images' shape, checked as `mflow train` does, reading no image.
+
+    Args:
+        config: what to train; its `data` may be empty.
+        channels: of the images; by default 1 for the digits, else 3.
+
+    Raises:
+        ValueError: the first value out of range.
+    """
+    digits = config.data == DIGITS
+    config.check()
+    check_precision(config.precision, "cuda" if gpu else "cpu")
+    channels = channels if channels is not None else 1 if digits else 3
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    size = config.image_size or (DIGITS_SIZE if digits else DEFAULT_FOLDER_SIZE)
+    resolved = config.resolve((channels, size, size))
+    with torch.device("meta"):  # the models' own checks, with no memory behind their tensors
+        shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
+        check_manifold_dim(config.manifold_dim, shapes)
+        for outer in [config.manifold_dim, *config.stage_dims][:-1]:
+            VectorFlow(outer, steps=1, width=1)
+    return resolved
+
+
+def networks(config: RunConfig, stage: int) -> list[Network]:
+    """The coupling networks of one stage, in the order in which data passes them."""
+    if stage:
+        dim = [config.manifold_dim, *config.stage_dims][stage - 1]
+        return [Network(dim, 1, config.stage_width, 1, True)] * config.stage_steps
+    found = []
+    c, side = config.channels, config.image_size or 0
+    for level in range(config.levels):
+        c, side = 4 * c, side // 2
+        found += [Network(c, side * side, config.width, 9, True)] * config.steps
+        if level + 1 < config.levels:
+            found.append(Network(c, side * side, config.width, 9, False))
+            c //= 2
+    return found
+
+
+def peak_memory(config: RunConfig, *, gpu: bool) -> Memory:
+    """The predicted peak of training `config` on a GPU or a CPU."""
+    stages = [networks(config, stage) for stage in range(1 + len(config.stage_dims))]
+    dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
+    dims += config.stage_dims
+    masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
+    counts = [sum(n.parameters + n.mix_parameters for n in found) for found in stages]
+    fixed = FLOAT * sum(counts) + sum(n.buffer_bytes for found in stages for n in found) + masks
+    moments = []
+    for stage, found in enumerate(stages):
+        image = config.batch_size * dims[stage]
+        # uint8 images and what the trained stage is given of them.
+        batch = config.batch_size * dims[0] + (FLOAT * image if stage else 0)
+        largest = max(n.width * max(n.taps * n.out_channels, n.width) for n in found)
+        update = FLOAT * (counts[stage] if gpu else 2 * largest)
+        optimizer = Memory(0, update, FLOAT * counts[stage], 0, 0, 0, 0, 0)
+        for moment in (*_moments(config, found, image), optimizer):
+            held = dataclasses.replace(
+                moment,
+                parameters=fixed,
+                optimizer=moment.optimizer + 2 * FLOAT * sum(counts[: stage + 1]),
+                ends=moment.ends + batch,
+                stage=stage,
+            )
+            moments.append(held)
+    return max(moments, key=lambda memory: memory.total)
+
+
+def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
+    """What `mflow plan` prints."""
+    peak = peak_memory(config, gpu=gpu)
+    states = (
+        "stored" if not config.reversible
+        else "rebuilt" if config.checkpoint_every is None
+        else f"rebuilt, every {config.checkpoint_every}. kept"
+    )  # fmt: skip
+    size = config.image_size
+    lines = [
+        f"Batches of {config.batch_size} images of {config.channels}x{size}x{size}; "
+        f"{config.levels} levels of {config.steps} steps, width {config.width}",
+        f"states {states}; networks in {config.precision}; penalty in the {config.domain} domain",
+        "",
+        f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
+        + (f" (in stage {peak.stage + 1})" if config.stage_dims else ""),
+    ]
+    labels = {f.metadata["label"]: getattr(peak, f.name) for f in _rows()}
+    rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
+    width = max(map(len, rows)) + 2
+    lines += [f"  {label:{width}}{_readable(value):>10}" for label, value in rows.items()]
+    if gpu_memory is not None:
+        batch = largest_batch(config, gpu_memory, gpu=gpu)
+        lines += ["", f"Largest batch in {_readable(gpu_memory)}: {batch or 'none fits'}"]
+    if gpu:
+        lines += [
+            "",
+            "A prediction, within 10% of what was measured on a CPU but not verified on a GPU. Leave",
+            "room for CUDA's context (about 0.5 GB) and for what cuDNN and the allocator take.",
+        ]
+    return "\n".join(lines)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "80GB", "16GiB" or "900MB"; ValueError for anything else."""
+    units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError(f"gpu_memory: expected a size such as 80GB or 16GiB, got {text}")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def _readable(size: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.1f} kB"
+
+
+def _rows() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(Memory) if f.metadata]
+
+
+def largest_batch(config: RunConfig, memory: int, *, gpu: bool) -> int:
+    """The largest batch whose predicted peak fits in so many bytes; 0 if none does."""
+
+    def fits(batch: int) -> bool:
+        return peak_memory(dataclasses.replace(config, batch_size=batch), gpu=gpu).total <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _moments(config: RunConfig, found: list[Network], image: int) -> Iterator[Memory]:
+    """What is held, beyond what is held through the step, as the forward pass ends and at each
+    network of the backward pass. `image`: numbers in a batch of the stage's data."""
+    decodes = config.domain == "data"
+    every = config.checkpoint_every if config.reversible else None
+    there = range(len(found))
+    # A pass through the inverse ran from the last network to the first, and is walked back first.
+    walks = [there, there[::-1]] if decodes else [there[::-1]]
+    kept = [{i for i in walk[::-1][:: every or 1] if every} for walk in walks]
+    stored = 0 if config.reversible else sum(_stored(config, n) for n in found)
+    squares = FLOAT * sum(n.channels**2 for n in found if n.mixes)
+    ends = FLOAT * 3 * image
+    all_gradients = FLOAT * sum(n.parameters + n.mix_parameters for n in found)
+
+    def held(done: int, gradients: int, left: int, one_step: int) -> Memory:
+        """With so many of the walks done."""
+        passes = len(walks) - done
+        states = sum(_state(config, found[i]) for ordinals in kept[done:] for i in ordinals)
+        folded = squares * (9 if passes == 1 else 9 + 12)
+        return Memory(0, 0, gradients, passes * ends, states, left, folded, one_step)
+
+    left = len(walks) * stored
+    yield held(0, all_gradients, left, 0)  # the gradients are those of the step before
+    gradients = 0
+    for done, walk in enumerate(walks):
+        for i in walk:
+            yield held(done, gradients, left, _one_step(config, found[i], i in kept[done]))
+            gradients += FLOAT * found[i].parameters
+            left -= 0 if config.reversible else _stored(config, found[i])
+        gradients = all_gradients
+
+
+def _state(config: RunConfig, n: Network) -> int:
+    return FLOAT * config.batch_size * n.channels * n.pixels
+
+
+def _stored(config: RunConfig, n: Network) -> int:
+    """What autograd keeps of a network and the launches around it."""
+    low = _network_bytes(config)
+    numbers = n.channels // 2 + n.out_channels + 2 * n.width
+    return _state(config, n) + low * config.batch_size * n.pixels * numbers
+
+
+def _one_step(config: RunConfig, n: Network, kept: bool) -> int:
+    """What the backward pass of one network needs beside what is held for others."""
+    b, p, low = config.batch_size, n.pixels, _network_bytes(config)
+    weights = low * n.parameters if low < FLOAT else 0
+    if not config.reversible:
+        # The gradient of the state, dQ and the hidden layers' gradient before and after a ReLU.
+        return 2 * _state(config, n) + low * b * p * (n.out_channels + 2 * n.width)
+    halves = n.out_channels // 2
+    state = (n.channels + halves) if kept else 2 * (n.channels + halves)
+    network = n.channels // 2 + 2 * n.out_channels + 4 * n.width
+    return FLOAT * b * p * state + low * b * p * network + weights
+
+
+def _network_bytes(config: RunConfig) -> int:
+    return FLOAT if config.precision == "float32" else 2
