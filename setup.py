@@ -196,8 +196,19 @@ setup(
     ext_modules=[
         Extension(
             "mflow_kernels._C",
-            sources=["csrc/masked_penalty.cpp", "csrc/module.cpp"],
-            depends=["csrc/masked_penalty.h", "csrc/masked_penalty.cu"],
+            sources=[
+                "csrc/masked_penalty.cpp",
+                "csrc/coupling.cpp",
+                "csrc/assemble.cpp",
+                "csrc/module.cpp",
+            ],
+            depends=[
+                "csrc/masked_penalty.h",
+                "csrc/masked_penalty.cu",
+                "csrc/coupling.h",
+                "csrc/scale.h",
+                "csrc/cpu.h",
+            ],
         )
     ],
     cmdclass={"build_ext": NinjaBuildExt},

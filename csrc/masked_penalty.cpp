@@ -4,21 +4,10 @@
 #include "masked_penalty.h"
 
 #include <algorithm>
-#include <cstring>
-#include <functional>
-#include <system_error>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
-// A portable build that still uses the machine's widest vectors: the loader picks a clone.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
-    !defined(__clang__)
-#define MFLOW_CLONES \
-    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MFLOW_CLONES
-#endif
+#include "cpu.h"
 
 namespace mflow {
 namespace {
@@ -29,14 +18,6 @@ struct Half {
 struct BFloat16 {
     uint16_t bits;
 };
-
-template <class To, class From>
-MFLOW_INLINE To bit_cast(From from) {
-    To to;
-    static_assert(sizeof(to) == sizeof(from), "same size");
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
 
 template <class A>
 MFLOW_INLINE A widen(float v) { return v; }
@@ -341,28 +322,10 @@ void run_range(const Problem& p, RunTiles run, bool backward, int64_t first, int
     run(p, first, last, backward, buffers.data());
 }
 
-// Starting a thread costs what reading this many elements does, so smaller shares are not worth one.
-constexpr int64_t kElementsPerThread = 1 << 16;
-
 template <class A>
 void run_all(const Problem& p, RunTiles run, bool backward, int threads) {
-    const int64_t tiles = p.samples * p.tiles;
-    const int64_t useful = p.samples * static_cast<int64_t>(p.size) / kElementsPerThread;
-    const int64_t shares = std::max<int64_t>(1, std::min({int64_t(threads), useful, tiles}));
-    std::vector<std::thread> workers;
-    workers.reserve(shares);
-    int64_t share = 1;
-    try {
-        for (; share < shares; ++share) {
-            workers.emplace_back(run_range<A>, std::cref(p), run, backward,
-                                 tiles * share / shares, tiles * (share + 1) / shares);
-        }
-    } catch (const std::system_error&) {
-        // No more threads to be had: the rest is done here.
-    }
-    run_range<A>(p, run, backward, 0, tiles / shares);
-    if (share < shares) run_range<A>(p, run, backward, tiles * share / shares, tiles);
-    for (std::thread& worker : workers) worker.join();
+    share_out(p.samples * p.tiles, p.samples * static_cast<int64_t>(p.size), threads,
+              [&](int64_t first, int64_t last) { run_range<A>(p, run, backward, first, last); });
 }
 
 template <class A>

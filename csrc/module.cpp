@@ -1,11 +1,12 @@
 // The Python module mflow_kernels._C: turns addresses, shapes and strides into a Problem. The
-// caller (mflow_kernels/ops/masked_penalty.py) owns every tensor and has checked dtypes, devices and
-// broadcasting; here only what would make the loops read wrong memory is checked again.
+// callers (mflow_kernels/ops/masked_penalty.py and _native.py) own every tensor and have checked
+// dtypes, devices and shapes; here only what would make the loops read wrong memory is checked again.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "coupling.h"
 #include "masked_penalty.h"
 
 // Space-separated architectures inside, and a reason where there are none; setup.py sets both.
@@ -196,12 +198,120 @@ void backward(bool cuda, Pointer queue, const std::string& dtype, const Sizes& s
     dispatch(p, cuda, queue, backward_cpu, backward_cuda);
 }
 
+// Address, and strides of sample, channel and pixel; all zero where a tensor is absent.
+using Walked = std::array<int64_t, 4>;
+using Extent = std::array<int64_t, 3>;  // samples, channels, pixels of a whole state
+
+Walk walk(const Walked& w) { return {reinterpret_cast<void*>(w[0]), w[1], w[2], w[3]}; }
+
+// From a channel on; the item size of what the walk goes through.
+Walk from_channel(Walk w, int64_t channel, bool is_double) {
+    if (!w.data) return w;
+    w.data = static_cast<char*>(w.data) + channel * w.channel * (is_double ? 8 : 4);
+    return w;
+}
+
+Scale parse_scale(const std::string& kind, double offset, double eps, double clamp,
+                  const std::string& order, bool is_double) {
+    Scale s;
+    s.offset = offset;
+    s.eps = eps;
+    s.clamp = clamp;
+    if (order != "shift-scale" && order != "scale-shift") fail("unknown order " + order);
+    s.shift_first = order == "shift-scale";
+    if (kind == "sigmoid") {
+        // An eps that rounds to 0 is none.
+        const bool floored = is_double ? eps > 0 : static_cast<float>(eps) > 0;
+        s.kind = floored ? Kind::floored_sigmoid : Kind::sigmoid;
+    } else if (kind == "exp") {
+        s.kind = Kind::exp;
+    } else if (kind == "tanh") {
+        s.kind = Kind::tanh;
+    } else if (kind == "atan") {
+        s.kind = Kind::atan;
+    } else {
+        fail("unknown kind " + kind);
+    }
+    return s;
+}
+
+Coupling describe_coupling(bool is_double, const Extent& half, const std::string& kind, double offset,
+                           double eps, double clamp, const std::string& order, bool inverse,
+                           const Walked& params) {
+    Coupling p;
+    p.is_double = is_double;
+    p.shape = {half[0], half[1], half[2]};
+    p.scale = parse_scale(kind, offset, eps, clamp, order, is_double);
+    p.inverse = inverse;
+    p.raw = walk(params);
+    p.shift = from_channel(p.raw, half[1], is_double);
+    return p;
+}
+
+void couple(bool is_double, int threads, const Extent& half, int64_t stays, const Walked& x,
+            const Walked& params, const Walked& y, Pointer ledger, const std::string& kind,
+            double offset, double eps, double clamp, const std::string& order, bool inverse) {
+    Coupling p =
+        describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
+    if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
+    p.stays = stays;
+    p.from = walk(x);
+    p.to = walk(y);
+    p.x = from_channel(p.from, stays, is_double);
+    p.y = from_channel(p.to, stays, is_double);
+    p.ledger = reinterpret_cast<void*>(ledger);
+    py::gil_scoped_release release;
+    couple_cpu(p, threads);
+}
+
+// x and dx may be halves (stays = 0), or whole states, whose first halves dx takes from dy.
+void uncouple(bool is_double, int threads, const Extent& half, int64_t stays, bool kept,
+              const Walked& given, const Walked& params, const Walked& dy,
+              std::pair<Pointer, int64_t> dlogdet, const Walked& x, const Walked& dx,
+              const Walked& dparams, const std::string& kind, double offset, double eps, double clamp,
+              const std::string& order, bool inverse) {
+    Coupling p =
+        describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
+    if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
+    p.kept = kept;
+    (kept ? p.x : p.y) = from_channel(walk(given), stays, is_double);
+    if (!kept) p.x = walk(x);
+    p.stays = stays;
+    p.from = walk(dy);
+    if (stays > 0) p.to = walk(dx);
+    p.dy = from_channel(p.from, stays, is_double);
+    p.dx = from_channel(walk(dx), stays, is_double);
+    p.draw = walk(dparams);
+    p.dshift = from_channel(p.draw, half[1], is_double);
+    p.dlogdet = reinterpret_cast<const void*>(dlogdet.first);
+    p.dlogdet_stride = dlogdet.second;
+    py::gil_scoped_release release;
+    uncouple_cpu(p, threads);
+}
+
+void assemble(bool is_double, int threads, const Extent& whole, int64_t first, double sign,
+              const std::array<Walked, 2>& halves, const std::array<Walked, 2>& others,
+              const Walked& out) {
+    Assembly p;
+    p.is_double = is_double;
+    p.shape = {whole[0], whole[1], whole[2]};
+    p.first = first;
+    p.sign = sign;
+    for (int h = 0; h < 2; ++h) {
+        p.half[h] = walk(halves[h]);
+        p.other[h] = walk(others[h]);
+    }
+    p.out = walk(out);
+    py::gil_scoped_release release;
+    assemble_cpu(p, threads);
+}
+
 }  // namespace
 }  // namespace mflow
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU loops and CUDA kernels of the masked penalty, by address. `queue` is the number "
-              "of threads on a CPU, the stream on a GPU.";
+    m.doc() = "CPU loops and CUDA kernels of the masked penalty, CPU loops of couplings, by address. "
+              "`queue` is the number of threads on a CPU, the stream on a GPU.";
     // clang-format off
     m.def("forward", &mflow::forward,
           py::arg("cuda"), py::arg("queue"), py::arg("dtype"), py::arg("shape"),
@@ -214,6 +324,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("weight"), py::arg("scale"), py::arg("rho"), py::arg("delta"),
           py::arg("grad_penalty"), py::arg("grad_gaussian"), py::arg("dinput"), py::arg("dtarget"));
     // clang-format on
+    // Called many times a step, so without names, which would cost as much as the arguments.
+    m.def("couple", &mflow::couple);
+    m.def("uncouple", &mflow::uncouple);
+    m.def("assemble", &mflow::assemble);
     m.attr("tile") = mflow::kTile;
     m.attr("max_axes") = mflow::kMaxAxes;
     m.attr("cuda_archs") = py::str(MFLOW_CUDA_ARCHS).attr("split")();

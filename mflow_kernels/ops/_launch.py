@@ -8,7 +8,8 @@ pixels than a tile, tiles run across samples (`FLAT`), so that (N, C) vectors fi
 
 import math
 import os
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,14 @@ def uses_triton(x: Tensor) -> bool:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and log-determinants of a state of `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products of states are never autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
@@ -54,6 +63,10 @@ def pixels(x: Tensor) -> int:
 
 def dense_pixels(x: Tensor) -> Tensor:
     """`x` itself where one stride walks all its pixels, as in the layouts of models; or a copy."""
+    if x.dim() == 4:  # the usual case, told without a loop
+        _, _, height, width = x.shape
+        *_, down, right = x.stride()
+        return x if height == 1 or width == 1 or down == width * right else x.contiguous()
     size = 1
     for length, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if length == 1:
@@ -78,6 +91,10 @@ def strides(x: Tensor | None) -> Strides:
     """The strides of a tensor that `dense_pixels` returned; zeros for one that is absent."""
     if x is None:
         return Strides(0, 0, 0)
+    if x.dim() == 4:
+        n, c, down, right = x.stride()
+        _, _, height, width = x.shape
+        return Strides(n, c, right if width > 1 else down if height > 1 else 1)
     p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
     return Strides(x.stride(0), x.stride(1), p)
 

@@ -20,7 +20,6 @@ output channels of its pixels up to C = 128; past that each block of 128 reads t
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops import _native
 from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
@@ -47,20 +47,13 @@ from mflow_kernels.ops._launch import (
     strides,
     tile_columns,
     uses_triton,
+    without_autocast,
     write_ledger,
 )
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.scale import ScaleFunction
 
 PRECISIONS = ("tf32x3", "tf32")
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Products of states are never autocast."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def conv1x1_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,7 +215,7 @@ def dweight_splits(x: Tensor) -> int:
 def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`net_input`, filled from y."""
     net = net_input(y, dtype)
-    return net if dtype is None else net.copy_(y[:, : y.shape[1] // 2])
+    return net if dtype is None else _native.cut(y, net)
 
 
 def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,7 +323,8 @@ def conv1x1_forward(
     if uses_triton(x):
         y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
         return y, net
-    y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
+    run = _native.conv1x1 if _native.serves(x) else conv1x1_ref
+    y = in_layout_of(x, run(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops import _native
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
@@ -269,6 +270,8 @@ def coupling_forward(
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         return launch_coupling(x, params, scale, inverse)
+    if _native.serves(x):
+        return _native.couple(x, params, scale, inverse)
     y, ledger = affine_coupling_ref(x, params, scale, inverse)
     return in_layout_of(x, y), ledger
 
@@ -281,6 +284,9 @@ def coupling_backward(
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
+    if _native.serves(x):
+        dx, dparams = _native.couple_backward(dy, dledger[:, 0], x, params, scale, inverse)
+        return in_layout_of(x, dx), in_layout_of(params, dparams)
     dx, dparams = coupling_backward_ref(dy, dledger, x, params, scale, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
@@ -158,7 +159,11 @@ def coupling_conv1x1_forward(
         )
         assert ledger is not None
         return y, net, ledger
-    y, ledger = coupling_conv1x1_ref(x, params, weight[0], bias[0], scale, inverse)
+    if _native.serves(x):
+        z, ledger = _native.couple(x, params, scale, inverse)
+        y = _native.conv1x1(z, weight[0], bias[0])
+    else:
+        y, ledger = coupling_conv1x1_ref(x, params, weight[0], bias[0], scale, inverse)
     y = in_layout_of(x, y)
     return y, cut_net_input(y, net_dtype), ledger
 
@@ -174,6 +179,11 @@ def coupling_conv1x1_backward(
         return launch_coupling_conv1x1_backward(
             dy, dnet, dledger, x, params, weight, precision, scale, inverse
         )
+    if _native.serves(x):
+        dx, dparams, dweight, dbias = _native.coupling_conv1x1_backward(
+            dy, dnet, dledger[:, 0], x, params, weight[0], scale, inverse
+        )
+        return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
     z, _ = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])

@@ -22,7 +22,6 @@ decides, so that the bits are the same at every run and with any number of threa
 is read fastest in the memory format of the input.
 """
 
-import importlib
 import math
 import warnings
 from types import ModuleType
@@ -40,6 +39,7 @@ from mflow_kernels.ops._checks import (
     check_tensor,
 )
 from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops._native import _C
 
 Rho = Literal["l2", "l1", "huber"]
 RHOS = ("l2", "l1", "huber")
@@ -102,16 +102,6 @@ def masked_penalty_backward_ref(
     e, m, w = _terms(input, target, mask, weight, scale)
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
     return g * m * w * rho_slope_ref(e, rho, delta) - h * (1 - m) * e
-
-
-def _load_extension() -> ModuleType | None:
-    try:
-        return importlib.import_module("mflow_kernels._C")
-    except ModuleNotFoundError:  # a source checkout that nobody has built
-        return None
-
-
-_C = _load_extension()
 
 
 def _native(device: torch.device) -> ModuleType | None:

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
     accumulator,
@@ -41,13 +42,9 @@ from mflow_kernels.ops._launch import (
     strides,
     tile_columns,
     uses_triton,
-)
-from mflow_kernels.ops.conv1x1 import (
-    arithmetic,
-    cut_net_input,
-    net_input,
     without_autocast,
 )
+from mflow_kernels.ops.conv1x1 import arithmetic, cut_net_input, net_input
 from mflow_kernels.ops.coupling import (
     couple,
     couple_backward,
@@ -399,7 +396,7 @@ def uncouple(
     inverse: bool,
     kept: bool,
 ) -> Uncoupled:
-    """The first launch of a step's backward; on a CPU its reference.
+    """The first launch of a step's backward; on a CPU its loop or reference.
 
     Args:
         z_b: (N, C_b, *spatial), the half that the coupling changed, or where `kept` its input.
@@ -408,6 +405,8 @@ def uncouple(
         params: (N, 2 * C_b, *spatial), the network's output.
         scale, inverse: of the coupling as it ran.
     """
+    if not uses_triton(z_b) and _native.serves(z_b):
+        return Uncoupled(*_native.uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept))
     run = launch_uncouple if uses_triton(z_b) else uncouple_ref
     return run(z_b, dz_b, dlogdet, params, scale, inverse, kept)
 
@@ -423,7 +422,7 @@ def unmix(
     channels_last: bool,
     precision: str = "tf32x3",
 ) -> Unmixed:
-    """The second launch of a step's backward; on a CPU its reference.
+    """The second launch of a step's backward; on a CPU BLAS's products, or its reference.
 
     Args:
         y: the halves (N, C_a, *spatial), (N, C_b, *spatial) of y = W x + bias.
@@ -440,4 +439,10 @@ def unmix(
         return launch_unmix(
             y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, precision
         )
+    if _native.serves(y[1]):
+        shifted = empty_state(y[1], weight.shape[0], channels_last)
+        states = shifted, torch.empty_like(shifted)
+        x, dx, gram, dbias = _native.unmix(y, dy, dnet, weight, weight_inverse, bias, states)
+        net = None if x is None or net_dtype is None else cut_net_input(x, net_dtype)
+        return Unmixed(x, dx, net, gram[None], dbias[None])
     return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)

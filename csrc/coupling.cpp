@@ -1,0 +1,316 @@
+// Couplings on the CPU. Each tile is brought into small dense buffers (or used where it lies, if it
+// is dense already), so that one vectorized loop serves every layout.
+
+#include "coupling.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "cpu.h"
+#include "scale.h"
+
+namespace mflow {
+namespace {
+
+// Elements of a tile. A sample's log s is summed in tiles, and the tiles' sums are added in order:
+// the order depends on shape and layout alone, never on the number of threads.
+constexpr int kTile = 1024;
+
+// How a half is cut: `inner` is the axis whose neighbours are neighbours in memory, channels or
+// pixels, `outer` the other one. A tile is whole inner rows, or a part of one long row. Vectors,
+// which have one pixel, take their samples for outer axis.
+struct Grid {
+    bool pixels_inside, vectors;
+    int64_t samples, outer, inner;
+    int64_t rows, width;                  // of a full tile
+    int64_t across, along;                // tiles of a sample: outer and inner
+    int64_t tiles, sums;                  // in all; of one sample's log s
+
+    explicit Grid(const Coupling& p) {
+        const Shape& s = p.shape;
+        vectors = s.pixels == 1;
+        pixels_inside = !vectors && (p.kept || !p.dy.data ? p.x : p.y).pixel == 1;
+        samples = vectors ? 1 : s.samples;
+        outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
+        inner = pixels_inside ? s.pixels : s.channels;
+        width = std::min<int64_t>(inner, kTile);
+        rows = std::min<int64_t>(outer, kTile / width);
+        across = (outer + rows - 1) / rows;
+        along = (inner + width - 1) / width;
+        tiles = samples * across * along;
+        sums = vectors ? along : across * along;
+    }
+};
+
+struct Tile {
+    int64_t sample, outer, inner;
+    int rows, width;
+    int size() const { return rows * width; }
+};
+
+Tile tile_at(const Grid& g, int64_t index) {
+    Tile t;
+    t.inner = index % g.along * g.width;
+    t.outer = index / g.along % g.across * g.rows;
+    t.sample = index / g.along / g.across;
+    t.width = static_cast<int>(std::min(g.width, g.inner - t.inner));
+    t.rows = static_cast<int>(std::min(g.rows, g.outer - t.outer));
+    return t;
+}
+
+// A tile of one tensor.
+template <class A>
+struct Part {
+    A* data;
+    int64_t row, step;  // strides
+    bool dense;
+};
+
+template <class A>
+MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const Walk& w) {
+    const int64_t row = g.vectors ? w.sample : g.pixels_inside ? w.channel : w.pixel;
+    const int64_t step = g.pixels_inside ? w.pixel : w.channel;
+    A* data = static_cast<A*>(w.data) + t.sample * w.sample + t.outer * row + t.inner * step;
+    return {data, row, step, step == 1 && (row == t.width || t.rows == 1)};
+}
+
+template <class A>
+MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
+    if (from.step != 1 || to.step != 1 || width < 4) {
+        for (int i = 0; i < width; ++i) {
+            const A* in = from.data + i * from.step;
+            A* out = to.data + i * to.step;
+            for (int r = 0; r < rows; ++r) out[r * to.row] = in[r * from.row];
+        }
+        return;
+    }
+    for (int r = 0; r < rows; ++r, from.data += from.row, to.data += to.row) {
+        in_blocks(width, [&](auto length, int64_t i) {
+            std::memcpy(to.data + i, from.data + i, length.value * sizeof(A));
+        });
+    }
+}
+
+template <class A>
+MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
+    const Part<A> from = part<A>(g, t, w);
+    if (from.dense) return from.data;
+    copy<A>(t.rows, t.width, from, {buffer, t.width, 1, true});
+    return buffer;
+}
+
+// Where results are put: in place, if the tile is dense there; else `write` brings them there.
+template <class A>
+MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
+    const Part<A> to = part<A>(g, t, w);
+    return to.dense ? to.data : buffer;
+}
+template <class A>
+MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) {
+    const Part<A> to = part<A>(g, t, w);
+    if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
+}
+
+// The tile's share of the half that stays: the same channels, counted from its own first.
+template <class A>
+MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
+    if (!p.to.data) return;
+    const int64_t first = g.pixels_inside ? t.outer : t.inner;
+    const int64_t left = p.stays - first;
+    const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
+    const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
+    if (left <= 0) return;
+    copy<A>(rows, width, part<A>(g, t, p.from), part<A>(g, t, p.to));
+}
+
+template <class A>
+struct Buffers {
+    A x[kTile], raw[kTile], shift[kTile], log_s[kTile], slope[kTile], dlogdet[kTile];
+    A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
+};
+
+template <Kind K, bool SLOPE, class A>
+MFLOW_INLINE void log_scales(int count, const A* raw, const Constants<A>& k, A* log_s, A* slope) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        A s, d;
+        log_scale<K, A>(raw[i], k, &s, &d);
+        log_s[i] = s;
+        if (SLOPE) slope[i] = d;
+    }
+}
+
+template <bool SLOPE, class A>
+MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, A* slope) {
+    const Constants<A> k = {A(s.offset), A(s.eps), A(s.clamp)};
+    switch (s.kind) {
+        case Kind::sigmoid: return log_scales<Kind::sigmoid, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::floored_sigmoid:
+            return log_scales<Kind::floored_sigmoid, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::exp: return log_scales<Kind::exp, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::tanh: return log_scales<Kind::tanh, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::atan: return log_scales<Kind::atan, SLOPE>(count, raw, k, log_s, slope);
+    }
+}
+
+// y = s (x + t) where ADD_FIRST, else s x + t; with sign -1 for an inverse, log s and t negated.
+template <bool ADD_FIRST, class A>
+MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        y[i] = ADD_FIRST ? s * (x[i] + t) : s * x[i] + t;
+    }
+}
+
+template <class A>
+MFLOW_INLINE A sum(int count, const A* values) {
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; ++i) total += values[i];
+    return total;
+}
+
+template <class A>
+MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b,
+                              double* sums) {
+    const Tile t = tile_at(g, index);
+    const A sign = p.inverse ? A(-1) : A(1);
+    const A* x = read<A>(g, t, p.x, b.x);
+    const A* raw = read<A>(g, t, p.raw, b.raw);
+    const A* shift = read<A>(g, t, p.shift, b.shift);
+    A* y = room<A>(g, t, p.y, b.y);
+    log_scales<false, A>(p.scale, t.size(), raw, b.log_s, b.slope);
+    if (p.scale.shift_first != p.inverse) {
+        scale_values<true, A>(t.size(), sign, x, b.log_s, shift, y);
+    } else {
+        scale_values<false, A>(t.size(), sign, x, b.log_s, shift, y);
+    }
+    copy_what_stays<A>(p, g, t);
+    write<A>(g, t, p.y, y);
+    if (!g.vectors) {
+        sums[index] = sign * sum(t.size(), b.log_s);
+    } else {
+        for (int r = 0; r < t.rows; ++r) {
+            sums[(t.outer + r) * g.along + index % g.along] =
+                sign * sum(t.width, b.log_s + r * t.width);
+        }
+    }
+}
+
+// From x where KEPT, else x from y; u is what s multiplies.
+template <bool ADD_FIRST, bool KEPT, class A>
+MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
+                                 const A* shift, const A* dy, const A* dlogdet, A* x, A* dx, A* draw,
+                                 A* dshift) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        A u;
+        if (KEPT) {
+            u = ADD_FIRST ? given[i] + t : given[i];
+        } else {
+            u = ADD_FIRST ? given[i] / s : (given[i] - t) / s;
+            x[i] = ADD_FIRST ? u - t : u;
+        }
+        const A g = s * dy[i];
+        dx[i] = g;
+        dshift[i] = sign * (ADD_FIRST ? g : dy[i]);
+        draw[i] = sign * slope[i] * (g * u + dlogdet[i]);
+    }
+}
+
+template <class A>
+MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
+    const Tile t = tile_at(g, index);
+    const A sign = p.inverse ? A(-1) : A(1);
+    const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.y);
+    const A* raw = read<A>(g, t, p.raw, b.raw);
+    const A* shift = read<A>(g, t, p.shift, b.shift);
+    const A* dy = read<A>(g, t, p.dy, b.dy);
+    const A* dlogdet = static_cast<const A*>(p.dlogdet);
+    for (int r = 0; r < t.rows; ++r) {
+        const int64_t n = g.vectors ? t.outer + r : t.sample;
+        std::fill_n(b.dlogdet + r * t.width, t.width, dlogdet[n * p.dlogdet_stride]);
+    }
+    A* x = p.kept ? nullptr : room<A>(g, t, p.x, b.x);
+    A* dx = room<A>(g, t, p.dx, b.dx);
+    A* draw = room<A>(g, t, p.draw, b.draw);
+    A* dshift = room<A>(g, t, p.dshift, b.dshift);
+    log_scales<true, A>(p.scale, t.size(), raw, b.log_s, b.slope);
+    const bool add_first = p.scale.shift_first != p.inverse;
+    const auto run = [&](auto add_first, auto kept) __attribute__((always_inline)) {
+        unscale_values<add_first.value, kept.value, A>(t.size(), sign, given, b.log_s, b.slope, shift,
+                                                       dy, b.dlogdet, x, dx, draw, dshift);
+    };
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (add_first) {
+        p.kept ? run(Yes{}, Yes{}) : run(Yes{}, No{});
+    } else {
+        p.kept ? run(No{}, Yes{}) : run(No{}, No{});
+    }
+    copy_what_stays<A>(p, g, t);
+    if (!p.kept) write<A>(g, t, p.x, x);
+    write<A>(g, t, p.dx, dx);
+    write<A>(g, t, p.draw, draw);
+    write<A>(g, t, p.dshift, dshift);
+}
+
+// Only functions that are no templates can have clones.
+#define MFLOW_RUN_TILES(name, A)                                                                   \
+    MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
+                           double* sums, Buffers<A>& buffers) {                                    \
+        for (int64_t i = first; i < last; ++i) {                                                   \
+            if (sums) {                                                                            \
+                couple_tile<A>(p, g, i, buffers, sums);                                            \
+            } else {                                                                               \
+                uncouple_tile<A>(p, g, i, buffers);                                                \
+            }                                                                                      \
+        }                                                                                          \
+    }
+MFLOW_RUN_TILES(run_tiles, float)
+MFLOW_RUN_TILES(run_tiles, double)
+#undef MFLOW_RUN_TILES
+
+template <class A>
+void run(const Coupling& p, const Grid& g, int threads, double* sums) {
+    share_out(g.tiles, p.shape.size(), threads, [&](int64_t first, int64_t last) {
+        // 44 to 88 KB: more than a stranger's stack may hold.
+        const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
+        run_tiles(p, g, first, last, sums, *buffers);
+    });
+}
+
+template <class A>
+void couple(const Coupling& p, int threads) {
+    if (p.shape.size() == 0) {
+        std::fill_n(static_cast<A*>(p.ledger), p.shape.samples, A(0));
+        return;
+    }
+    const Grid g(p);
+    std::vector<double> sums(p.shape.samples * g.sums);
+    run<A>(p, g, threads, sums.data());
+    const double* next = sums.data();
+    for (int64_t n = 0; n < p.shape.samples; ++n) {
+        double total = 0;
+        for (int64_t i = 0; i < g.sums; ++i) total += *next++;
+        static_cast<A*>(p.ledger)[n] = static_cast<A>(total);
+    }
+}
+
+}  // namespace
+
+void couple_cpu(const Coupling& p, int threads) {
+    p.is_double ? couple<double>(p, threads) : couple<float>(p, threads);
+}
+
+void uncouple_cpu(const Coupling& p, int threads) {
+    if (p.shape.size() == 0) return;
+    const Grid g(p);
+    p.is_double ? run<double>(p, g, threads, nullptr) : run<float>(p, g, threads, nullptr);
+}
+
+}  // namespace mflow

@@ -1,0 +1,67 @@
+// Affine couplings on the CPU: the problem that a loop is given. The formulas are those of
+// mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
+//
+//   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
+//   uncouple   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
+//   assemble   one state from its halves, with a bias taken off or a gradient added
+#pragma once
+
+#include <cstdint>
+
+namespace mflow {
+
+enum class Kind : int { sigmoid, floored_sigmoid, exp, tanh, atan };
+
+struct Scale {
+    Kind kind = Kind::tanh;
+    double offset = 0, eps = 0, clamp = 1;
+    bool shift_first = true;
+};
+
+// Where elements (sample, channel, pixel) lie: strides count elements; null: absent.
+struct Walk {
+    void* data = nullptr;
+    int64_t sample = 0, channel = 0, pixel = 0;
+};
+
+struct Shape {
+    int64_t samples = 0, channels = 0, pixels = 0;
+    int64_t size() const { return samples * channels * pixels; }
+};
+
+struct Coupling {
+    bool is_double = false;
+    Scale scale;
+    bool inverse = false;  // of the coupling as it ran; `couple` runs it so
+    bool kept = false;     // uncouple: x_b is given, y_b is not
+    Shape shape;           // of the half that is scaled
+    Walk raw, shift;
+
+    // couple: x to y. uncouple: y to x, or where `kept` x alone.
+    Walk x, y;
+    void* ledger = nullptr;  // couple: one sum a sample
+
+    // uncouple: one dlogdet a sample, dy to dx, draw, dshift.
+    const void* dlogdet = nullptr;
+    int64_t dlogdet_stride = 0;
+    Walk dy, dx, draw, dshift;
+
+    // The half that stays is copied on the way, where there is somewhere to copy it to.
+    int64_t stays = 0;  // its channels, no more than those of the other
+    Walk from, to;
+};
+
+// out = half + sign * other for each of two halves of its channels; other may be absent.
+struct Assembly {
+    bool is_double = false;
+    Shape shape;  // of out
+    int64_t first = 0;  // channels of the first half
+    double sign = 1;
+    Walk half[2], other[2], out;
+};
+
+void couple_cpu(const Coupling& problem, int threads);
+void uncouple_cpu(const Coupling& problem, int threads);
+void assemble_cpu(const Assembly& problem, int threads);
+
+}  // namespace mflow

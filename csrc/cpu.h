@@ -1,0 +1,74 @@
+// What the CPU loops share: clones for the machine's vectors, and work shared out to threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#ifndef MFLOW_INLINE
+#define MFLOW_INLINE inline __attribute__((always_inline))
+#endif
+
+// A portable build that still uses the machine's widest vectors: the loader picks a clone.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
+    !defined(__clang__)
+#define MFLOW_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MFLOW_CLONES
+#endif
+
+namespace mflow {
+
+template <class To, class From>
+MFLOW_INLINE To bit_cast(From from) {
+    To to;
+    static_assert(sizeof(to) == sizeof(from), "same size");
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+// Calls run(length, begin) for blocks of constant length that cover `count` values, at least 4. The
+// last block may overlap the one before: for short rows a loop of unknown length costs more.
+template <class Run>
+MFLOW_INLINE void in_blocks(int64_t count, const Run& run) {
+    using Four = std::integral_constant<int, 4>;
+    using Eight = std::integral_constant<int, 8>;
+    if (count >= 8) {
+        for (int64_t i = 0; i < count - 8; i += 8) run(Eight{}, i);
+        run(Eight{}, count - 8);
+    } else {
+        run(Four{}, 0);
+        run(Four{}, count - 4);
+    }
+}
+
+// Starting a thread costs what reading this many elements does, so smaller shares are not worth one.
+constexpr int64_t kElementsPerThread = 1 << 16;
+
+// Calls run(first, last) for consecutive ranges of `tasks`, one a thread. What a task computes may
+// not depend on its range.
+template <class Run>
+void share_out(int64_t tasks, int64_t elements, int threads, const Run& run) {
+    const int64_t useful = elements / kElementsPerThread;
+    const int64_t shares = std::max<int64_t>(1, std::min({int64_t(threads), useful, tasks}));
+    std::vector<std::thread> workers;
+    workers.reserve(shares - 1);
+    int64_t share = 1;
+    try {
+        for (; share < shares; ++share) {
+            workers.emplace_back(run, tasks * share / shares, tasks * (share + 1) / shares);
+        }
+    } catch (const std::system_error&) {
+        // No more threads to be had: the rest is done here.
+    }
+    run(0, tasks / shares);
+    if (share < shares) run(tasks * share / shares, tasks);
+    for (std::thread& worker : workers) worker.join();
+}
+
+}  // namespace mflow

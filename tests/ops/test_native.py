@@ -1,0 +1,242 @@
+"""The CPU loops against the references in float64, called as the operators call them."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from mflow_kernels import ops
+from mflow_kernels.ops import _native
+from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward
+from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
+from mflow_kernels.ops.unstep import empty_state, uncouple_ref, unmix_ref
+from mflow_kernels.testing import assert_close
+from tests.cases import LAYOUTS, SCALES, SHAPES, normal, params_shape, rotation
+
+pytestmark = pytest.mark.skipif(_native._C is None, reason="the extension is not built")
+FLOATS = [torch.float32, torch.float64]
+# Beside those of the operators: a batch of vectors and a row past one tile of 1,024 elements, with
+# no multiple of it; rows of few channels; more channels than a tile.
+MORE = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2), (0, 4, 2)]
+# 1 / s and s are within e^2 with the default scale: what a rounding may grow to.
+GROWTH = 7.4
+
+
+def layouts(shape: tuple[int, ...]) -> list[str]:
+    return list(LAYOUTS) if len(shape) == 4 else ["contiguous"]
+
+
+CASES = [(shape, layout) for shape in SHAPES + MORE for layout in layouts(shape)]
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+def sample(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """A state, its params, a gradient of the state, and one of each log-determinant."""
+    state, dstate = (normal(*shape, dtype=dtype, layout=layout) for _ in range(2))
+    params = normal(*params_shape(shape), dtype=dtype, layout=layout)
+    return state, params, dstate, normal(shape[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+def test_couple(shape, layout, inverse, dtype):
+    scale = ScaleFunction("tanh")
+    x, params, dy, dlogdet = sample(shape, layout, dtype)
+    y, ledger = _native.couple(x, params, scale, inverse)
+    want, sums = affine_coupling_ref(*exact(x, params), scale, inverse)
+    assert_close(y, want, scale=GROWTH, name="y")
+    assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
+    assert y.dtype == ledger.dtype == dtype
+    got = _native.couple_backward(dy, dlogdet, x, params, scale, inverse)
+    wants = coupling_backward_ref(*exact(dy, dlogdet[:, None], x, params), scale, inverse)
+    for name, a, b in zip(("dx", "dparams"), got, wants, strict=True):
+        assert_close(a, b, scale=GROWTH, name=name)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+def test_uncouple(shape, layout, inverse, kept):
+    scale = ScaleFunction("tanh")
+    z, params, dz, dlogdet = sample(shape, layout)
+    c_a = shape[1] // 2
+    given = z[:, c_a:], dz[:, c_a:], dlogdet, params
+    got = _native.uncouple(*given, scale, inverse, kept)
+    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        size = b.abs().max().item() if b.numel() else 1.0
+        assert_close(a, b, scale=GROWTH * size, name=name)
+        assert a.shape == b.shape
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_every_scale(scale, inverse, kept, dtype):
+    shape = (2, 7, 5, 6)
+    z, params, dz, dlogdet = sample(shape, "channels_last", dtype)
+    given = z[:, 3:], dz[:, 3:], dlogdet, params
+    got = _native.uncouple(*given, scale, inverse, kept)
+    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    log_s = log_scale_ref(params.double()[:, :4], scale)
+    growth = log_s.abs().max().exp().item()
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert_close(a, b, scale=growth * b.abs().max().item(), name=name)
+    y, ledger = _native.couple(z, params, scale, inverse)
+    expected, sums = affine_coupling_ref(*exact(z, params), scale, inverse)
+    assert_close(y, expected, scale=growth, name="y")
+    assert_close(ledger, sums, terms=120, scale=1.0, name="ledger")
+
+
+def log_scale_and_slope(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
+    """Both by the loops: one channel a sample, so that the ledger is log s; and dlogdet = 1."""
+    x, params = raw.new_zeros(len(raw), 2), torch.stack([raw, torch.zeros_like(raw)], dim=1)
+    ledger = _native.couple(x, params, scale, False)[1]
+    ones = raw.new_ones(len(raw))
+    slope = _native.couple_backward(x, ones, x, params, scale, False)[1][:, 0]
+    if scale.kind == "exp":  # s = e^raw overflows, and is multiplied by a gradient of 0
+        slope = slope.where(log_scale_ref(raw, scale).exp().isfinite(), 1.0)
+    return ledger[:, 0], slope
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_accurate_to_the_last_places(scale, dtype):
+    """Relative to each value, not to the largest: from 1e-30 to where float32 ends."""
+    magnitudes = torch.logspace(-30, 2.5, 4001, dtype=torch.float64)
+    raw = torch.cat([magnitudes, -magnitudes, torch.linspace(-12, 12, 4001).double()]).to(dtype)
+    raw = raw[raw.abs() <= 300]
+    got = log_scale_and_slope(raw, scale)
+    log_s = log_scale_ref(raw.double(), scale)
+    if scale.kind == "tanh":  # 1 - tanh^2 in float64 has lost its digits far out
+        wants = log_s, 1 / torch.cosh(raw.double() / scale.clamp).square()
+    else:
+        wants = log_s, slope_ref(raw.double(), log_s, scale)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    # A slope that vanishes as e^-|raw| feels the rounding of raw / clamp and raw + offset.
+    growth = 1 + 2 * raw.double().abs()
+    for name, a, b, grown in zip(("log s", "slope"), got, wants, (1, growth), strict=True):
+        # Where s is near 1 its logarithm has lost what s has not.
+        absolute = 4 * eps if scale.kind == "sigmoid" else 4 * tiny
+        error = (a.double() - b).abs()
+        assert (error <= 8 * eps * grown * b.abs() + absolute).all(), name
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_no_overflow_and_nothing_swallowed(scale, dtype):
+    raw = torch.tensor([1e4, -1e4, 3e38, -3e38, -120.0, 0.0, float("nan")], dtype=dtype)
+    log_s, slope = log_scale_and_slope(raw, scale)
+    assert log_s[:-1].isfinite().all()
+    assert slope[:-1].isfinite().all()
+    assert log_s[-1].isnan()
+    assert slope[-1].isnan() or scale.kind == "exp"
+    infinite = torch.tensor([float("inf")], dtype=dtype)
+    want = log_scale_ref(infinite, scale)
+    assert torch.equal(log_scale_and_slope(infinite, scale)[0].isinf(), want.isinf())
+
+
+def test_log_sigmoid_of_minus_120_is_minus_120():
+    log_s, _ = log_scale_and_slope(torch.tensor([-120.0]), ScaleFunction("sigmoid", offset=0.0))
+    assert log_s.item() == -120.0
+
+
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+def test_unmix(shape, layout, bare, rebuild):
+    n, c, *spatial = shape
+    if c > 2000:
+        pytest.skip("the inverse of so large a matrix tells nothing of the loops")
+    c_a = c // 2
+    y, _, dy, _ = sample(shape, layout)
+    dnet = None if bare else normal(n, c_a, *spatial)
+    # One half a view, the other a tensor of its own, as a walk back has them.
+    halves = (y[:, :c_a], y[:, c_a:].clone()), (dy[:, :c_a], dy[:, c_a:].clone())
+    weight, bias = rotation(c), normal(c)
+    inverse = torch.linalg.inv(weight.double()).float() if rebuild else None
+    last = "channels_last" in layout
+    states = [empty_state(y, c, last) for _ in range(2)]
+    got = _native.unmix(*halves, dnet, weight, inverse, bias, tuple(states))
+    want = unmix_ref(
+        tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
+        weight.double(), None if inverse is None else inverse.double(), bias.double(), None, last,
+    )  # fmt: skip
+    assert (got[0] is None) == (not rebuild)
+    columns = max(1, y.numel() // c)
+    size = columns**0.5 * max([t.abs().max().item() for t in exact(*dy, *y)], default=1.0) ** 2
+    for name, a in zip(("x", "dx", "gram", "dbias"), got, strict=True):
+        b = getattr(want, name)
+        if a is None or b is None:
+            continue
+        sums = name in ("gram", "dbias")
+        b = b[0] if sums else b
+        assert_close(a, b, terms=columns if sums else c, scale=size if sums else None, name=name)
+    if spatial and n:
+        form = torch.channels_last if last else torch.contiguous_format
+        assert got[1].is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_with_any_number_of_threads(layout):
+    """Large enough that threads share the work."""
+    shape = (3, 6, 320, 160)
+    x, params, dy, dlogdet = sample(shape, layout)
+    weight, scale = rotation(6)[None], ScaleFunction("tanh")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            out = empty_state(x, 6, layout == "channels_last")
+            results.append([
+                *_native.couple(x, params, scale, False),
+                *_native.couple_backward(dy, dlogdet, x, params, scale, False),
+                *_native.uncouple(
+                    x[:, 3:], dy[:, 3:], dlogdet, params, scale, False, False
+                ),
+                _native._subtract_bias(out, x[:, :3], x[:, 3:], weight[0, 0]),
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_without_the_extension_references_stand_in(layout, monkeypatch):
+    x, params, dy, dlogdet = sample((2, 6, 5, 4), layout)
+    weight, dledger = rotation(6)[None], dlogdet[:, None]
+    options = "tf32x3", *ScaleFunction("tanh").args, False
+
+    def everything() -> list[Tensor]:
+        y, logdet = ops.coupling_conv1x1(x, params, weight[0])
+        z, _ = ops.affine_coupling(x, params)
+        backward = coupling_conv1x1_backward(dy, dy[:, :3], dledger, x, params, weight, *options)
+        return [y, z, logdet, *backward]
+
+    native = everything()
+    monkeypatch.setattr(import_module("mflow_kernels.ops._native"), "_C", None)
+    assert not _native.serves(x)
+    for a, b in zip(native, everything(), strict=True):
+        assert_close(a, b.double(), terms=120, scale=GROWTH)
+        assert a.stride() == b.stride()
+
+
+def test_serves_what_the_loops_can_read():
+    assert _native.serves(normal(2, 4))
+    assert not _native.serves(normal(2, 4, dtype=torch.bfloat16))
+    assert not _native.serves(torch.empty(2, 4, device="meta"))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_native.serves(x)) or x)(normal(2, 4))
+    assert seen == [False]
