@@ -13,9 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops._launch import accumulator
-from mflow_kernels.ops.conv1x1 import conv1x1_forward, conv1x1_op, cut_net_input, spread
-from mflow_kernels.ops.coupling import affine_coupling_op, check_params, coupling_forward
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_forward, coupling_conv1x1_op
+from mflow_kernels.ops.conv1x1 import (
+    conv1x1_eager,
+    conv1x1_forward,
+    conv1x1_op,
+    cut_net_input,
+    spread,
+)
+from mflow_kernels.ops.coupling import (
+    affine_coupling_op,
+    check_params,
+    coupling_eager,
+    coupling_forward,
+)
+from mflow_kernels.ops.coupling_conv1x1 import (
+    coupling_conv1x1_eager,
+    coupling_conv1x1_forward,
+    coupling_conv1x1_op,
+)
 from mflow_kernels.ops.scale import ScaleFunction
 
 PRECISION = "tf32x3"
@@ -106,11 +121,7 @@ def run(
         context: further inputs of every network.
         watch: is shown the state before each network, and told when it ran.
     """
-    # Only autograd and the compiler need registered operators, which cost the host more.
-    registered = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    conv1x1: Any = conv1x1_op if registered else conv1x1_forward
-    coupling: Any = affine_coupling_op if registered else coupling_forward
-    coupling_conv1x1: Any = coupling_conv1x1_op if registered else coupling_conv1x1_forward
+    conv1x1, coupling, coupling_conv1x1 = _operators()
     waiting, left, ledgers = list(latents), [], []
     ready: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -161,6 +172,16 @@ def run(
     if not ledgers:
         ledgers.append(x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype)))
     return Ran(x, tuple(left), torch.cat(ledgers, dim=1))
+
+
+def _operators() -> tuple[Any, Any, Any]:
+    """conv1x1, coupling and the fused step, in the form that costs the host least: registered for
+    compilers and functorch, autograd functions for autograd, and plain ones."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return conv1x1_op, affine_coupling_op, coupling_conv1x1_op
+    if torch.is_grad_enabled():
+        return conv1x1_eager, coupling_eager, coupling_conv1x1_eager
+    return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
 
 
 def _feeds(moves: Sequence[Move], i: int, x: Tensor) -> torch.dtype | None:

@@ -20,14 +20,13 @@ from mflow_kernels.layers.moves import (
     Couple,
     Leave,
     Mix,
-    Mixes,
     Move,
     Return,
     Squeezing,
     run,
 )
 from mflow_kernels.layers.squeeze import Squeeze
-from mflow_kernels.layers.step import FlowStep, fold, inverse
+from mflow_kernels.layers.step import FlowStep, Group
 from mflow_kernels.layers.walkback import (
     Network,
     RandomState,
@@ -82,8 +81,8 @@ class ReversibleChain(Bijection):
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         x = flow_state("x", x)
-        moves, mixes, log_det = self._plan(x, False)
-        x, latents, ledger = self._walk(moves, mixes, x, (), context)
+        moves, groups, log_det = self._plan(x, False)
+        x, latents, ledger = self._walk(moves, groups, x, (), context)
         z = (*latents, x) if latents else x
         return z, ops.accumulate_logdet(ledger, log_det)
 
@@ -93,8 +92,8 @@ class ReversibleChain(Bijection):
         if len(latents) != splits:
             raise ValueError(f"z: expected {splits + 1} latents, got {len(latents) + 1}")
         x = flow_state("z", x)
-        moves, mixes, log_det = self._plan(x, True)
-        x, _, ledger = self._walk(moves, mixes, x, tuple(latents), context)
+        moves, groups, log_det = self._plan(x, True)
+        x, _, ledger = self._walk(moves, groups, x, tuple(latents), context)
         return x, ops.accumulate_logdet(ledger, log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
@@ -109,26 +108,25 @@ class ReversibleChain(Bijection):
         # A graph may hold the chain several times: a data-domain objective walks both ways.
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
-    def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Mixes], Tensor]:
-        """The moves in one direction, the weights they name, and their constant logdet."""
+    def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Group], Tensor]:
+        """The moves in one direction, the steps whose weights they name, and the logdet that does
+        not depend on the sample."""
         layers = list(self.layers)
         moves: list[Move] = []
-        groups: list[list[FlowStep]] = []
-        names: list[list[str]] = []
+        groups: list[Group] = []
+        dtype = accumulator(x.dtype)
         area, areas = pixels(x), []
         if inverted:
             area *= 4 ** sum(isinstance(layer, Squeeze) for layer in layers)
         for i, layer in enumerate(layers):
             if isinstance(layer, FlowStep):
                 if i == 0 or not isinstance(layers[i - 1], FlowStep):
-                    groups.append([])
-                    names.append([])
+                    groups.append(Group([], [], inverted))
                     areas.append(area)
-                mix = Mix(len(groups) - 1, len(groups[-1]))
-                groups[-1].append(layer)
-                names[-1].append(f"layers.{i}.conv")
-                step: list[Move] = [mix, layer.couple(inverted)]
-                moves += step
+                group = groups[-1]
+                moves += [Mix(len(groups) - 1, len(group.steps)), layer.couple(inverted)]
+                group.steps.append(layer)
+                group.names.append(f"layers.{i}.conv")
             elif isinstance(layer, Squeeze):
                 area //= 4
                 moves.append(Squeezing(inverted))
@@ -136,27 +134,23 @@ class ReversibleChain(Bijection):
                 coupling = layer.coupling
                 moves.append(Couple(coupling.net, coupling.scale, inverted))
                 moves.append(Return() if inverted else Leave())
-        folded = [fold(group, accumulator(x.dtype)) for group in groups]
-        mixes = [mix for mix, _ in folded]
-        if inverted:
-            mixes = [inverse(mix, of) for mix, of in zip(mixes, names, strict=True)]
-        sign = -1 if inverted else 1
-        log_det = x.new_zeros((), dtype=accumulator(x.dtype))
-        for (_, value), size in zip(folded, areas, strict=True):
-            log_det = log_det + sign * size * value
-        return moves[::-1] if inverted else moves, mixes, log_det
+        log_det = x.new_zeros((), dtype=dtype)
+        for group, size in zip(groups, areas, strict=True):
+            log_det = log_det + size * group.log_det(dtype)
+        return moves[::-1] if inverted else moves, groups, log_det
 
     def _walk(
         self,
         moves: list[Move],
-        mixes: list[Mixes],
+        groups: list[Group],
         x: Tensor,
         latents: tuple[Tensor, ...],
         context: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         if not (self.reversible and torch.is_grad_enabled()):
+            mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
             return run(moves, x, latents, mixes, context)
-        return _reversibly(self, moves, mixes, x, latents, context)
+        return _reversibly(self, moves, groups, x, latents, context)
 
 
 @dataclass
@@ -165,8 +159,8 @@ class _Journey:
 
     chain: ReversibleChain
     moves: list[Move]
+    groups: list[Group]
     latents: int
-    mixes: int
     context: int
     networks: list[Network]
     parameters: list[nn.Parameter]
@@ -200,7 +194,7 @@ class _Watch:
 def _reversibly(
     chain: ReversibleChain,
     moves: list[Move],
-    mixes: list[Mixes],
+    groups: list[Group],
     x: Tensor,
     latents: tuple[Tensor, ...],
     context: tuple[Tensor, ...],
@@ -211,29 +205,30 @@ def _reversibly(
             "build the chain with reversible=False"
         )
     networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
-    parameters = {id(p): p for network in networks for p in network.parameters}
+    parts = [network.parameters() for network in networks]
+    parts += [group.parameters() for group in groups]
+    parameters = {id(p): p for part in parts for p in part}
     journey = _Journey(
-        chain, moves, len(latents), len(mixes), len(context), networks, list(parameters.values()),
+        chain, moves, groups, len(latents), len(context), networks, list(parameters.values()),
         autocast_state(x.device),
     )  # fmt: skip
-    flat_mixes = [tensor for mix in mixes for tensor in mix]
-    x, ledger, *left = _Reversible.apply(
-        journey, x, *latents, *flat_mixes, *context, *journey.parameters
-    )
+    x, ledger, *left = _Reversible.apply(journey, x, *latents, *context, *journey.parameters)
     return x, tuple(left), ledger
 
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, journey: _Journey, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        latents, mixes, context = _unpack(journey, rest)
+        latents, rest = rest[: journey.latents], rest[journey.latents :]
+        context, parameters = rest[: journey.context], rest[journey.context :]
+        mixes = [group.mixes(accumulator(x.dtype)) for group in journey.groups]
         with torch.autocast(**journey.autocast):
             ran = run(journey.moves, x, latents, mixes, context, _Watch(journey, x.device))
-        kept = list(journey.kept.values())
         ctx.journey, ctx.kept_at = journey, list(journey.kept)
+        kept = list(journey.kept.values())
         journey.kept.clear()
-        flat_mixes = [tensor for mix in mixes for tensor in mix]
-        ctx.save_for_backward(x, ran.x, *ran.latents, *flat_mixes, *context, *kept)
+        # Parameters are saved too: autograd then notices one that changes before the walk back.
+        ctx.save_for_backward(x, ran.x, *ran.latents, *kept, *context, *parameters)
         return ran.x, ran.ledger, *ran.latents
 
     @staticmethod
@@ -247,14 +242,12 @@ class _Reversible(torch.autograd.Function):
         dx, dledger, *dlatents = grads
         x_true, x, *rest = ctx.saved_tensors
         latents, rest = rest[: len(dlatents)], rest[len(dlatents) :]
-        mixes = [Mixes(*rest[2 * i : 2 * i + 2]) for i in range(journey.mixes)]
-        context = rest[2 * journey.mixes : 2 * journey.mixes + journey.context]
-        kept = dict(zip(ctx.kept_at, rest[2 * journey.mixes + journey.context :], strict=True))
+        kept, rest = rest[: len(ctx.kept_at)], rest[len(ctx.kept_at) :]
         back = WalkBack(
             journey.moves,
-            mixes,
-            context,
-            kept,
+            journey.groups,
+            rest[: journey.context],
+            dict(zip(ctx.kept_at, kept, strict=True)),
             journey.networks,
             journey.random,
             journey.autocast,
@@ -267,15 +260,6 @@ class _Reversible(torch.autograd.Function):
             None,
             back.dx,
             *back.dlatents,
-            *back.mix_gradients(),
             *back.context_gradients,
             *(back.parameter_gradients.get(id(p)) for p in journey.parameters),
         )
-
-
-def _unpack(
-    journey: _Journey, rest: tuple[Tensor, ...]
-) -> tuple[tuple[Tensor, ...], list[Mixes], tuple[Tensor, ...]]:
-    latents, rest = rest[: journey.latents], rest[journey.latents :]
-    mixes = [Mixes(rest[2 * i], rest[2 * i + 1]) for i in range(journey.mixes)]
-    return latents, mixes, rest[2 * journey.mixes : 2 * journey.mixes + journey.context]

@@ -1,6 +1,7 @@
 """A step of flow."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
-from mflow_kernels.layers.moves import Couple, Mix, Mixes, run
+from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, run
 from mflow_kernels.ops._launch import accumulator, flow_state, pixels
 from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.ops.scale import Kind, ScaleFunction
@@ -43,16 +44,17 @@ class FlowStep(Bijection):
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = flow_state("x", x)
-        mixes, log_det = fold([self], accumulator(x.dtype))
-        z, _, ledger = run([Mix(0, 0), self.couple(False)], x, (), [mixes], context)
-        return z, ops.accumulate_logdet(ledger, pixels(x) * log_det)
+        group, dtype = Group([self], ["conv"], False), accumulator(x.dtype)
+        moves: list[Move] = [Mix(0, 0), self.couple(False)]
+        z, _, ledger = run(moves, x, (), [group.mixes(dtype)], context)
+        return z, ops.accumulate_logdet(ledger, pixels(x) * group.log_det(dtype))
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = flow_state("z", z)
-        mixes, log_det = fold([self], accumulator(z.dtype))
-        mixes = inverse(mixes, ["conv"])
-        x, _, ledger = run([self.couple(True), Mix(0, 0)], z, (), [mixes], context)
-        return x, ops.accumulate_logdet(ledger, -pixels(z) * log_det)
+        group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
+        moves: list[Move] = [self.couple(True), Mix(0, 0)]
+        x, _, ledger = run(moves, z, (), [group.mixes(dtype)], context)
+        return x, ops.accumulate_logdet(ledger, pixels(z) * group.log_det(dtype))
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         self.actnorm.set_from(x)
@@ -63,32 +65,55 @@ class FlowStep(Bijection):
         return Couple(self.coupling.net, self.coupling.scale, inverse)
 
 
-def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> tuple[Mixes, Tensor]:
-    """Fold each step's actnorm into its 1x1 convolution, all steps in one batched product.
+class Group(NamedTuple):
+    """Steps of one width, one after the other, in the direction in which they are walked.
 
-    W' = W diag(exp(log_scale)), bias' = W' bias; and the sum of log |det W'|, for one pixel.
+    names are what errors call their 1x1 convolutions.
     """
+
+    steps: list[FlowStep]
+    names: list[str]
+    inverted: bool
+
+    def mixes(self, dtype: torch.dtype) -> Mixes:
+        """Each step's folded 1x1 convolution, or its inverse computed in float64.
+
+        Raises:
+            ValueError: with the name of the layer, where an inverse is asked for of a W that is
+                singular or not finite.
+        """
+        weight, bias = fold(self.steps, dtype)
+        if self.inverted:
+            weight, bias = inverse_mix(weight, bias, self.names)
+        return Mixes(weight.to(dtype), bias.to(dtype))
+
+    def log_det(self, dtype: torch.dtype) -> Tensor:
+        """The sum of log |det W'| over the steps, for one pixel; negative where inverted."""
+        diagonals = [step.conv.log_diagonal for step in self.steps]
+        scales = [step.actnorm.log_scale for step in self.steps]
+        total = torch.cat([*diagonals, *scales]).to(dtype).sum()
+        return -total if self.inverted else total
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that `mixes` depends on and that have gradients."""
+        parameters = [p for s in self.steps for m in (s.conv, s.actnorm) for p in m.parameters()]
+        return [p for p in parameters if p.requires_grad]
+
+
+def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mixes:
+    """Fold each step's actnorm into its 1x1 convolution, all steps in one batched product:
+    W' = W diag(exp(log_scale)), bias' = W' bias."""
 
     def stack(tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors).to(dtype)
 
-    log_diagonal = stack([step.conv.log_diagonal for step in steps])
-    log_scale = stack([step.actnorm.log_scale for step in steps])
     weight = plu(
         stack([step.conv.permutation for step in steps]),
         stack([step.conv.lower for step in steps]),
         stack([step.conv.upper for step in steps]),
         stack([step.conv.sign for step in steps]),
-        log_diagonal,
+        stack([step.conv.log_diagonal for step in steps]),
     )
-    weight = weight * log_scale.exp()[:, None, :]
+    weight = weight * stack([step.actnorm.log_scale for step in steps]).exp()[:, None, :]
     bias = stack([step.actnorm.bias for step in steps])
-    bias = (weight * bias[:, None, :]).sum(2)
-    return Mixes(weight, bias), log_diagonal.sum() + log_scale.sum()
-
-
-def inverse(mixes: Mixes, names: Sequence[str]) -> Mixes:
-    """The mixes that undo these: W^-1 and -W^-1 bias, computed in float64; ValueError, with the
-    name of the layer, where one is singular or not finite."""
-    weight, bias = inverse_mix(mixes.weight, mixes.bias, names)
-    return Mixes(weight.to(mixes.weight.dtype), bias.to(mixes.bias.dtype))
+    return Mixes(weight, (weight * bias[:, None, :]).sum(2))

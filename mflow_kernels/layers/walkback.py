@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
-from mflow_kernels.ops._launch import channels_first
+from mflow_kernels.layers.moves import Couple, Leave, Mix, Move, Squeezing
+from mflow_kernels.layers.step import Group
+from mflow_kernels.ops._launch import accumulator, channels_first
 from mflow_kernels.ops.unstep import uncouple, unmix
 
 
@@ -20,8 +21,12 @@ class Network:
         modules = list(net.modules())
         parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
         self.net = net
-        self.parameters = [p for p in parameters.values() if p.requires_grad]
+        self.trained = [p for p in parameters.values() if p.requires_grad]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that have gradients."""
+        return self.trained
 
 
 class WalkBack:
@@ -33,7 +38,7 @@ class WalkBack:
 
     Args:
         moves: as they were walked.
-        mixes: the weights that `Mix` moves name.
+        groups: the steps whose weights `Mix` moves name; folded again, one group at a time.
         context: further inputs of every network.
         kept: states before the networks of these ordinals, which need not be rebuilt.
         networks: in the order in which they ran.
@@ -49,7 +54,7 @@ class WalkBack:
     def __init__(
         self,
         moves: Sequence[Move],
-        mixes: Sequence[Mixes],
+        groups: Sequence[Group],
         context: Sequence[Tensor],
         kept: dict[int, Tensor],
         networks: Sequence[Network],
@@ -57,13 +62,12 @@ class WalkBack:
         autocast: dict[str, Any],
         dlogdet: Tensor,
     ) -> None:
-        self.moves, self.mixes, self.kept, self.random = moves, mixes, kept, random
+        self.moves, self.groups, self.kept, self.random = moves, groups, kept, random
         self.networks, self.autocast, self.dlogdet = networks, autocast, dlogdet
-        self.inverses = [torch.linalg.inv_ex(m.weight.double())[0] for m in mixes]
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context_gradients: list[Tensor | None] = [None] * len(context)
         self.parameter_gradients: dict[int, Tensor] = {}
-        self.partials: dict[Mix, tuple[Tensor, Tensor]] = {}
+        self.entered: _Entered | None = None
         self.dlatents: list[Tensor] = []
 
     def walk(
@@ -92,17 +96,6 @@ class WalkBack:
             else:
                 self.dlatents.append(self.db)
                 self._set(self.a, self._add_dnet())
-
-    def mix_gradients(self) -> list[Tensor]:
-        """d weight and d bias of each of the mixes, in turn."""
-        gradients = []
-        for group, mix in enumerate(self.mixes):
-            rows = [self.partials[Mix(group, row)] for row in range(mix.weight.shape[0])]
-            gram = torch.stack([gram for gram, _ in rows]).sum(1)
-            dweight = gram.double() @ self.inverses[group].mT
-            dbias = torch.stack([dbias for _, dbias in rows]).sum(1)
-            gradients += [dweight.to(mix.weight.dtype), dbias]
-        return gradients
 
     @property
     def x(self) -> Tensor:
@@ -149,7 +142,7 @@ class WalkBack:
             self.b, self.db, self.dlogdet, params.detach(), move.scale, move.inverse,
             kept is not None,
         )  # fmt: skip
-        dnet = self._network_backward(network.parameters, network_input, params, dparams)
+        dnet = self._network_backward(network.trained, network_input, params, dparams)
         self._set_halves(self.a, b, self._add_dnet(), db)
         self.dnet = dnet
 
@@ -165,30 +158,89 @@ class WalkBack:
         context = [i for i, c in enumerate(self.context) if c.requires_grad]
         sources = [network_input, *parameters, *(self.context[i] for i in context)]
         gradients = torch.autograd.grad(params, sources, dparams, allow_unused=True)
-        for p, g in zip(parameters, gradients[1:], strict=False):
-            if g is not None:
-                total = self.parameter_gradients.get(id(p))
-                self.parameter_gradients[id(p)] = g if total is None else total + g
+        self._add_gradients(parameters, gradients[1 : 1 + len(parameters)])
         for i, g in zip(context, gradients[1 + len(parameters) :], strict=True):
             if g is not None:
                 total = self.context_gradients[i]
                 self.context_gradients[i] = g if total is None else total + g
         return gradients[0]
 
+    def _add_gradients(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    ) -> None:
+        for p, g in zip(parameters, gradients, strict=True):
+            if g is not None:
+                total = self.parameter_gradients.get(id(p))
+                self.parameter_gradients[id(p)] = g if total is None else total + g
+
     def _unmix(self, move: Mix, feeds: bool, rebuild: bool) -> None:
-        mix = self.mixes[move.group]
-        inverse = self.inverses[move.group][move.row].to(mix.weight.dtype) if rebuild else None
+        if self.entered is None:
+            self.entered = _Entered(self.groups[move.group], accumulator(self.db.dtype))
+        weight, bias, inverse = self.entered.row(move.row)
         x, dx, net, gram, dbias = unmix(
-            (self.a, self.b), (self.da, self.db), self.dnet, mix.weight[move.row], inverse,
-            mix.bias[move.row], self._network_dtype() if feeds else None, self.channels_last,
+            (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
+            bias, self._network_dtype() if feeds else None, self.channels_last,
         )  # fmt: skip
-        self.partials[move] = gram, dbias
+        self.entered.gather(move.row, gram, dbias)
+        if not self.entered.left:
+            self._add_gradients(*self.entered.leave())
+            self.entered = None
         # Where the state before was kept, x is None and dx stands in until it is picked up.
         self._set(dx if x is None else x, dx)
         self.net = net
 
     def _network_dtype(self) -> torch.dtype:
         return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
+
+
+PARTIALS_BYTES = 2**26  # of partial sums of gram to keep before they are added up
+
+
+class _Entered:
+    """A group of steps on the walk back: its folded weights, and the gradients they gather."""
+
+    def __init__(self, group: Group, dtype: torch.dtype) -> None:
+        self.group = group
+        with torch.enable_grad():
+            self.mixes = group.mixes(dtype)
+        self.inverse = torch.linalg.inv_ex(self.mixes.weight.detach().double())[0]
+        self.left = len(group.steps)
+        self.partials: list[tuple[int, Tensor, Tensor]] = []
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """weight, bias and the inverse weight of a step."""
+        weight, bias = (t.detach()[row] for t in self.mixes)
+        return weight, bias, self.inverse[row].to(weight.dtype)
+
+    def gather(self, row: int, gram: Tensor, dbias: Tensor) -> None:
+        """Take a step's partial sums of gram and d bias; many steps' are added in one launch."""
+        self.left -= 1
+        self.partials.append((row, gram, dbias))
+        if len(self.partials) * gram.nbytes > PARTIALS_BYTES:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if self.partials:
+            rows, grams, dbiases = zip(*self.partials, strict=True)
+            sums = torch.stack(grams).sum(1), torch.stack(dbiases).sum(1)
+            self.sums.update({row: (sums[0][i], sums[1][i]) for i, row in enumerate(rows)})
+            self.partials.clear()
+
+    def leave(self) -> tuple[list[nn.Parameter], tuple[Tensor | None, ...]]:
+        """The steps' own parameters and their gradients, by way of dW = gram W^-T and d bias."""
+        parameters = self.group.parameters()
+        if not parameters:
+            return [], ()
+        self._add_up()
+        rows = [self.sums[row] for row in range(len(self.group.steps))]
+        gram, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
+        with torch.autocast(gram.device.type, enabled=False):
+            dweight = (gram.double() @ self.inverse.mT).to(gram.dtype)
+            gradients = torch.autograd.grad(
+                tuple(self.mixes), parameters, (dweight, dbias), allow_unused=True
+            )
+        return parameters, gradients
 
 
 def autocast_state(device: torch.device) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class FlowTraining(LightningModule):
     def on_validation_epoch_start(self) -> None:
         steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
         with torch.no_grad():
-            folded = [condition_number(fold([step], torch.float64)[0].weight[0]) for step in steps]
+            folded = [condition_number(fold([step], torch.float64).weight[0]) for step in steps]
         condition = torch.stack([step.conv.condition_number() for step in steps]).max()
         # What is inverted is W with actnorm's scale folded in; what --max-condition bounds is W.
         figures = {"condition": condition, "folded_condition": torch.stack(folded).max()}
