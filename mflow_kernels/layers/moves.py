@@ -60,6 +60,10 @@ class Squeezing:
     inverse: bool
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.inverse and (x.dim() != 4 or x.shape[1] % 4):
+            raise ValueError(f"z: expected (N, 4C, H, W), got {tuple(x.shape)}")
+        if not self.inverse and (x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2):
+            raise ValueError(f"x: expected (N, C, H, W) with even H and W, got {tuple(x.shape)}")
         if not len(x):  # torch returns an empty batch as it came
             n, c, h, w = x.shape
             return x.reshape(
@@ -123,13 +127,14 @@ def run(
     """
     conv1x1, coupling, coupling_conv1x1 = _operators()
     waiting, left, ledgers = list(latents), [], []
-    ready: dict[int, tuple[Tensor, Tensor]] = {}
+    ready: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def mix_of(move: Mix) -> tuple[Tensor, Tensor]:
         if move.group not in ready:
-            ready[move.group] = spread(*mixes[move.group], x)
-        weight, bias = ready[move.group]
-        return weight[move.row], bias[move.row]
+            # Unbound at once: gradients of rows would each be added to one of the whole group.
+            weight, bias = spread(*mixes[move.group], x)
+            ready[move.group] = list(zip(weight.unbind(), bias.unbind(), strict=True))
+        return ready[move.group][move.row]
 
     net = None  # the next network's input, where a launch has written it
     i = 0

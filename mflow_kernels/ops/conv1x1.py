@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
+from mflow_kernels.ops._autograd import eager_function
 from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
@@ -365,13 +366,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, dy: Tensor, dnet: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dy: Tensor, dnet: Tensor, run: Any = conv1x1_backward_op
+) -> tuple[Tensor | None, ...]:
     dnet_or_none = None if ctx.net_dtype is None else dnet
-    grads = conv1x1_backward_op(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
+    grads = run(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
     return (*grads, None, None)
 
 
 conv1x1_op.register_autograd(_backward, setup_context=_setup)
+conv1x1_eager = eager_function(conv1x1_forward, _setup, partial(_backward, run=conv1x1_backward))
 
 
 def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
+from mflow_kernels.ops._autograd import eager_function
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
@@ -315,12 +317,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params)
 
 
-def _backward(ctx: Any, dy: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...]:
-    grads = affine_coupling_backward_op(dy, dledger, *ctx.saved_tensors, *ctx.options)
+def _backward(
+    ctx: Any, dy: Tensor, dledger: Tensor, run: Any = affine_coupling_backward_op
+) -> tuple[Tensor | None, ...]:
+    grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None for _ in ctx.options))
 
 
 affine_coupling_op.register_autograd(_backward, setup_context=_setup)
+coupling_eager = eager_function(coupling_forward, _setup, partial(_backward, run=coupling_backward))
 
 
 def check_params(x: Tensor, params: object) -> Tensor:

@@ -17,6 +17,7 @@ Bytes at least: forward x and params read, y written; backward g, x and params r
 written, and g, x, params once more for dW.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
+from mflow_kernels.ops._autograd import eager_function
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
@@ -224,8 +226,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params, weight)
 
 
-def _backward(ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor) -> tuple[Tensor | None, ...]:
-    grads = coupling_conv1x1_backward_op(
+def _backward(
+    ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor, run: Any = coupling_conv1x1_backward_op
+) -> tuple[Tensor | None, ...]:
+    grads = run(
         dy, None if ctx.net_dtype is None else dnet, dledger, *ctx.saved_tensors,
         ctx.precision, *ctx.options,
     )  # fmt: skip
@@ -233,6 +237,9 @@ def _backward(ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor) -> tuple[Tens
 
 
 coupling_conv1x1_op.register_autograd(_backward, setup_context=_setup)
+coupling_conv1x1_eager = eager_function(
+    coupling_conv1x1_forward, _setup, partial(_backward, run=coupling_conv1x1_backward)
+)
 
 
 def coupling_conv1x1(
