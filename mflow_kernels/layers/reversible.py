@@ -48,9 +48,10 @@ class ReversibleChain(Bijection):
         layers: `FlowStep`, `Squeeze` and `Split` layers.
         reversible: rebuild states in the backward pass; if False autograd stores them, which
             allows double backward through the networks, functorch and `torch.compile` of the whole.
-        checkpoint_every: None keeps no state; k keeps every k-th step's, and rebuilds only in
-            between: more exact, since the rounding of at most k inversions adds up. The networks'
-            activations are never kept.
+        checkpoint_every: k keeps the state of every k-th step and rebuilds only in between, so
+            that the rounding of at most k inversions adds up; None keeps none: memory is flat, and
+            gradients drift from the stored ones as training goes on (docs/memory.md has figures).
+            The networks' activations are never kept.
 
     Attributes:
         drift: the largest |rebuilt - true| of the chain's input in any backward pass since it was
@@ -62,7 +63,7 @@ class ReversibleChain(Bijection):
         layers: Sequence[Bijection],
         *,
         reversible: bool = True,
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
         if not layers:

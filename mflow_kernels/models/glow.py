@@ -35,7 +35,7 @@ class Glow(Bijection):
         *,
         scale: ScaleFunction | Kind = "tanh",
         reversible: bool = True,
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
         c, h, w = image_shape
@@ -75,9 +75,7 @@ class Glow(Bijection):
         return z if isinstance(z, tuple) else (z,), logdet
 
     def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = tuple(tuple(latent.shape[1:]) for latent in z)
-        if shapes != self.latent_shapes:
-            raise ValueError(f"z: expected latents of shapes {self.latent_shapes}, got {shapes}")
+        check_latents(z, self.latent_shapes)
         z = tuple(latent.contiguous(memory_format=torch.channels_last) for latent in z)
         return self.chain.inverse(z if len(z) > 1 else z[0], *context)
 
@@ -109,7 +107,7 @@ class VectorFlow(Bijection):
         *,
         scale: ScaleFunction | Kind = "tanh",
         reversible: bool = True,
-        checkpoint_every: int | None = None,
+        checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 2), ("steps", steps, 1), ("width", width, 1)):
@@ -124,20 +122,32 @@ class VectorFlow(Bijection):
         )
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, logdet = self.chain(self._checked("x", x), *context)
+        z, logdet = self.chain(self._checked(x), *context)
         return (z,), logdet
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Set every actnorm from the batch x (N, dim); once, see `ActNorm`."""
         with torch.no_grad():
-            z, logdet = self.chain.initialize(self._checked("x", x), *context)
+            z, logdet = self.chain.initialize(self._checked(x), *context)
         return (z,), logdet
 
     def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        (vector,) = z
-        return self.chain.inverse(self._checked("z", vector), *context)
+        check_latents(z, self.latent_shapes)
+        return self.chain.inverse(z[0], *context)
 
-    def _checked(self, name: str, x: Tensor) -> Tensor:
+    def _checked(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(f"{name}: expected (N, {self.input_shape[0]}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected (N, {self.input_shape[0]}), got {tuple(x.shape)}")
         return x
+
+
+def check_latents(z: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+    """ValueError unless z is a tuple of latents of these shapes, all of one N."""
+    if not isinstance(z, tuple):
+        raise TypeError(f"z: expected a tuple of {len(shapes)} latents, got {type(z).__name__}")
+    came = tuple(tuple(latent.shape[1:]) for latent in z)
+    if came != shapes:
+        raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
+    if len({latent.shape[0] for latent in z}) > 1:
+        sizes = [latent.shape[0] for latent in z]
+        raise ValueError(f"z: expected latents of one batch size, got {sizes}")

@@ -171,7 +171,9 @@ def test_vector_flow_bad_arguments(arguments, message):
 def test_vector_flow_bad_vectors():
     with pytest.raises(ValueError, match=r"x: expected \(N, 3\), got \(2, 4\)"):
         VectorFlow(3, 1, 4)(normal(2, 4))
-    with pytest.raises(ValueError, match=r"z: expected \(N, 3\), got \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"z: expected latents of shapes \(\(3,\),\), got \(\(4,\),\)"
+    ):
         VectorFlow(3, 1, 4).inverse((normal(2, 4),))
 
 
@@ -184,3 +186,12 @@ def test_samples_of_a_trained_flow_stay_finite():
     x, logdet = glow.inverse(tuple(normal(16, *shape) for shape in glow.latent_shapes))
     assert x.isfinite().all()
     assert logdet.isfinite().all()
+
+
+def test_latents_of_another_batch_or_kind() -> None:
+    glow = Glow((1, 4, 4), 2, 1, 4)
+    shapes = glow.latent_shapes
+    with pytest.raises(ValueError, match=r"z: expected latents of one batch size, got \[2, 3\]"):
+        glow.inverse((torch.zeros(2, *shapes[0]), torch.zeros(3, *shapes[1])))
+    with pytest.raises(TypeError, match="z: expected a tuple of 2 latents, got Tensor"):
+        glow.inverse(torch.zeros(2, *shapes[0]))  # type: ignore[arg-type]
