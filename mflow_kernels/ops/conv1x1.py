@@ -191,12 +191,15 @@ class MixTile(NamedTuple):
 
 def mix_tile(c: int) -> MixTile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
-    return MixTile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4 if c <= 32 else 8)
+    # Past C = 64, 4 warps and not 8: a lane then holds 8 neighbours, 16 bytes of 16-bit params too.
+    warps = 8 if 32 < c <= 64 else 4
+    return MixTile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, warps)
 
 
 def dweight_tile(c: int) -> MixTile:
     block = min(128, max(16, triton.next_power_of_2(c)))
-    return MixTile(block, block, 32, 4 if c <= 32 else 8)
+    # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
+    return MixTile(block, block, 32 if c <= 64 else 16, 4 if c <= 32 else 8)
 
 
 DWEIGHT_PROGRAMS = 264  # of a dW launch: two for each multiprocessor of an H100
