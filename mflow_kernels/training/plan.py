@@ -15,9 +15,12 @@ The backward pass takes the coupling networks one by one; the peak is at one of 
     ends         the images, and of each pass not yet done the input, the latents and their
                  gradients: 3 S of the data. A reversible pass holds these whatever its depth.
     kept         S at each `checkpoint_every`-th network, of each pass not yet done.
-    stored       where not reversible, of each network not yet done: S, its input, Q and 2 H.
-    folded       9 C^2 of each step: 6 for W' and what its gradient needs, 3 for W^-1 (float64) and
-                 the sums of dW; of the pass through the inverse 12 C^2.
+    stored       where not reversible, of each network not yet done: S, its input, Q and 2 H; and
+                 the weights of all in low precision.
+    folded       of the steps of one level, 9 C^2 each: 6 for W' and what its gradient needs, 3 for
+                 W^-1 (float64) and the sums of dW; and 12 C^2 when these become gradients of W's
+                 factors. 12 and 20 C^2 in the pass through the inverse, for a W^-1 with gradients.
+                 Where not reversible, of all levels: 6 C^2, and 5 for the pass through the inverse.
     one step     rebuilt state and gradient: 2 S and their new halves, 2 B C_b p; network input, Q
                  and dQ; 4 H (both hidden layers and, at the last ReLU, its gradient before and
                  after); one network's weights in low precision.
@@ -179,7 +182,7 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     states = (
         "stored" if not config.reversible
         else "rebuilt" if config.checkpoint_every is None
-        else f"rebuilt, every {config.checkpoint_every}. kept"
+        else f"rebuilt, one in {config.checkpoint_every} kept"
     )  # fmt: skip
     size = config.image_size
     lines = [
@@ -188,7 +191,7 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
         f"states {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f" (in stage {peak.stage + 1})" if config.stage_dims else ""),
+        + (f", while stage {peak.stage + 1} trains" if config.stage_dims else ""),
     ]
     labels = {f.metadata["label"]: getattr(peak, f.name) for f in _rows()}
     rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
@@ -200,7 +203,7 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     if gpu:
         lines += [
             "",
-            "A prediction, within 10% of what was measured on a CPU but not verified on a GPU. Leave",
+            "A prediction: within 10% of peaks measured on a CPU, not verified on a GPU. Leave",
             "room for CUDA's context (about 0.5 GB) and for what cuDNN and the allocator take.",
         ]
     return "\n".join(lines)
@@ -242,35 +245,55 @@ def largest_batch(config: RunConfig, memory: int, *, gpu: bool) -> int:
 
 
 def _moments(config: RunConfig, found: list[Network], image: int) -> Iterator[Memory]:
-    """What is held, beyond what is held through the step, as the forward pass ends and at each
-    network of the backward pass. `image`: numbers in a batch of the stage's data."""
+    """What is held, beyond what is held through the step, as the forward pass ends and through the
+    backward pass. `image`: numbers in a batch of the stage's data."""
     decodes = config.domain == "data"
     every = config.checkpoint_every if config.reversible else None
     there = range(len(found))
     # A pass through the inverse ran from the last network to the first, and is walked back first.
     walks = [there, there[::-1]] if decodes else [there[::-1]]
     kept = [{i for i in walk[::-1][:: every or 1] if every} for walk in walks]
-    stored = 0 if config.reversible else sum(_stored(config, n) for n in found)
-    squares = FLOAT * sum(n.channels**2 for n in found if n.mixes)
-    ends = FLOAT * 3 * image
-    all_gradients = FLOAT * sum(n.parameters + n.mix_parameters for n in found)
+    squares = {n.channels: 0 for n in found}  # of the weights of a group of steps, bytes
+    for n in found:
+        squares[n.channels] += FLOAT * n.channels**2 if n.mixes else 0
 
-    def held(done: int, gradients: int, left: int, one_step: int) -> Memory:
+    def held(done: int, gradients: int, left: int, folded: int, one_step: int) -> Memory:
         """With so many of the walks done."""
-        passes = len(walks) - done
+        ends = FLOAT * 3 * image * (len(walks) - done)
         states = sum(_state(config, found[i]) for ordinals in kept[done:] for i in ordinals)
-        folded = squares * (9 if passes == 1 else 9 + 12)
-        return Memory(0, 0, gradients, passes * ends, states, left, folded, one_step)
+        return Memory(0, 0, gradients, ends, states, left, folded, one_step)
 
-    left = len(walks) * stored
-    yield held(0, all_gradients, left, 0)  # the gradients are those of the step before
+    low = _network_bytes(config)
+    left = folded = 0
+    if not config.reversible:
+        left = len(walks) * sum(_stored(config, n) for n in found)
+        left += low * sum(n.parameters for n in found) if low < FLOAT else 0
+        folded = sum(squares.values()) * (6 + (5 if decodes else 0))
+    gradients = FLOAT * sum(n.parameters + n.mix_parameters for n in found)
+    yield held(0, gradients, left, folded, 0)  # the gradients are those of the step before
     gradients = 0
     for done, walk in enumerate(walks):
+        decoding = len(walks) - done == 2
         for i in walk:
-            yield held(done, gradients, left, _one_step(config, found[i], i in kept[done]))
-            gradients += FLOAT * found[i].parameters
-            left -= 0 if config.reversible else _stored(config, found[i])
-        gradients = all_gradients
+            n = found[i]
+            group = [j for j in there if found[j].channels == n.channels and found[j].mixes]
+            inside, leaving = (12, 20) if decoding else (9, 12)
+            # A step's convolution is walked back after its network, or where decoding before it.
+            if config.reversible:
+                folded = inside * squares[n.channels] if n.mixes and i != group[-1] else 0
+            leaves = n.mixes and i == group[-1 if decoding else 0]
+            own = FLOAT * sum(found[j].mix_parameters for j in group) if leaves else 0
+            moment = _one_step(config, n, i in kept[done])
+            if decoding:
+                gradients += own
+            yield held(done, gradients, left, folded, moment)
+            gradients += FLOAT * n.parameters
+            left -= 0 if config.reversible else _stored(config, n)
+            if not decoding:
+                gradients += own
+            if leaves and config.reversible:
+                folded = leaving * squares[n.channels]
+                yield held(done, gradients, left, folded, 2 * _state(config, n))
 
 
 def _state(config: RunConfig, n: Network) -> int:

@@ -1,0 +1,180 @@
+"""The predicted peak of training against the real one, and the options of `mflow plan`.
+
+Measured is every byte that torch's CPU allocator hands out, from the building of the model to the
+last step, as its profiler records them: all tensors, temporary ones and Lightning's too. What
+oneDNN allocates for itself is not seen.
+"""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from tiny_runs import TINY
+from torch.profiler import ProfilerActivity, profile
+
+from mflow_kernels.training import plan as planning
+from mflow_kernels.training import train
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.config import TrainConfig
+from mflow_kernels.training.data import ImageSet, Splits
+from mflow_kernels.training.plan import largest_batch, networks, parse_memory, peak_memory
+from mflow_kernels.training.runs import build_model
+
+# Adam's state exists from the second step on.
+BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
+CASES = {
+    "reversible": {"steps": 4, "width": 64},
+    "deep": {"steps": 16, "width": 16, "levels": 3},
+    "keeps all": {"steps": 16, "width": 16, "checkpoint_every": 1},
+    "keeps some": {"steps": 4, "width": 32, "checkpoint_every": 4},
+    "stored": {"steps": 4, "width": 16, "reversible": False},
+    "stored, deep": {"steps": 16, "width": 64, "reversible": False},
+    "low precision": {"steps": 4, "width": 64, "precision": "bfloat16"},
+    "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
+    "wide levels": {"steps": 4, "width": 8, "levels": 4},
+    "another stage": {"steps": 1, "width": 8, "stage_dims": [16], "stage_width": 256},
+}
+
+
+def measured(config: TrainConfig, folder) -> int:
+    """Bytes at the peak of `mflow train`'s own loop."""
+    images = torch.randint(256, (48, 3, 16, 16)).byte()
+    # Two steps and no validation between them, which would drop the first one's gradients.
+    splits = Splits(ImageSet(images), *(ImageSet(images[:16]) for _ in range(2)))
+    resolved = config.resolve(splits.train.image_shape)
+    folder.mkdir()
+    gc.collect()  # what is freed later would count as negative
+    with (
+        warnings.catch_warnings(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        warnings.simplefilter("ignore")
+        model = build_model(resolved)
+        train._fit(
+            train.Plan(folder, resolved, splits, model, torch.device("cpu"), False, False, 0)
+        )
+    events = profiler.profiler.kineto_results.events()
+    allocations = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    peak = held = 0
+    for _, size in allocations:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("domain", ["latent", "data"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_the_measured_one(case, domain, tmp_path):
+    config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case], "domain": domain})
+    predicted = peak_memory(config.resolve((3, 16, 16)), gpu=False)
+    assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
+    assert predicted.stage == len(config.stage_dims)
+
+
+def test_parameters_and_buffers_are_those_of_the_model():
+    config = TrainConfig(steps=3, levels=3, stage_dims=[7, 5]).resolve((3, 24, 24))
+    model = build_model(config)
+    for stage, flow in enumerate(model.stages):
+        found = networks(config, stage)
+        expected = sum(n.parameters + n.mix_parameters for n in found)
+        assert expected == sum(p.numel() for p in flow.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    held = peak_memory(config, gpu=False).parameters
+    assert held == sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("memory", [10**8, 2**33])
+def test_the_largest_batch_is_the_largest(memory, gpu):
+    config = TrainConfig(batch_size=3).resolve((3, 64, 64))
+
+    def peak(batch: int) -> int:
+        return peak_memory(TrainConfig(batch_size=batch).resolve((3, 64, 64)), gpu=gpu).total
+
+    batch = largest_batch(config, memory, gpu=gpu)
+    assert peak(batch) <= memory < peak(batch + 1)
+    assert largest_batch(config, 10**6, gpu=gpu) == 0
+
+
+def test_reversible_memory_grows_with_depth_by_its_parameters_alone():
+    def peak(steps: int):
+        config = TrainConfig(steps=steps, domain="latent", stage_dims=[]).resolve((3, 64, 64))
+        return peak_memory(config, gpu=True)
+
+    assert peak(32).one_step == peak(4).one_step
+    assert peak(32).ends == peak(4).ends
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("16 GiB", 2**34), ("1.5gb", 15 * 10**8)]
+)
+def test_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+class TestCommand:
+    def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(planning, "Glow", meta_only(planning.Glow))
+        options = "--image-size 256 --levels 6 --steps 32 --width 512 --batch-size 16"
+        assert main(["plan", *options.split(), "--gpu-memory", "80GB"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert "16 images of 3x256x256" in out
+        assert "Largest batch in 80.0 GB" in out
+        assert "not verified on a GPU" in out
+        assert not list(tmp_path.iterdir())
+
+    def test_the_rows_add_up(self, capsys):
+        assert main(["plan", "--data", "digits", "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert "1x28x28" in out
+        assert "GPU" not in out
+        units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+        rows = [line.split() for line in out.splitlines() if line.startswith("  ")]
+        sizes = [float(row[-2]) * units[row[-1]] for row in rows]
+        assert sum(sizes[:-1]) == pytest.approx(sizes[-1], rel=0.01)
+
+    def test_it_takes_the_options_of_train(self, capsys, tmp_path):
+        assert main(["plan", *TINY, "--data", str(tmp_path / "not read")]) == 0
+        out = capsys.readouterr().out
+        assert main(["plan", *TINY, "--no-reversible"]) == 0
+        assert main(["plan", *TINY, "--checkpoint-every", "2"]) == 0
+        stored, kept = capsys.readouterr().out.split("Batches")[1:]
+        assert "stored (--no-reversible)" in stored
+        assert "kept (--checkpoint-every)" in kept
+        assert "stored (--no-reversible)" not in out
+        assert "kept (--checkpoint-every)" not in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
+            ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
+            ("--channels 0", "--channels: expected at least 1, got 0"),
+            ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
+            ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
+            ("--stage-dims 65", "--stage-dims: expected dimensions from 1 to the 64"),
+            ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
+            ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
+            ("--run-dir x", "unrecognized arguments: --run-dir x"),
+        ],
+    )
+    def test_bad_input(self, arguments, told, capsys):
+        assert main(["plan", *arguments.split()]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert told in err
+
+
+def meta_only(original):
+    def build(*args, **kwargs):
+        model = original(*args, **kwargs)
+        assert all(p.is_meta for p in model.parameters())
+        return model
+
+    return build
