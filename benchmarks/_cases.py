@@ -27,7 +27,7 @@ SHORT = {
 
 CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pass
     "stored chain": {"reversible": False},
-    "reversible chain": {},
+    "reversible chain": {"checkpoint_every": None},
     "checkpointed chain": {"checkpoint_every": 1},
 }
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import _aot  # before anything of mflow_kernels
 
@@ -36,35 +37,66 @@ SCALES = (
     ScaleFunction("tanh", order="scale-shift"),
 )
 TRAINING = ("forward", "forward backward")
-ALL = (*TRAINING, "inverse", "inverse backward")
+INVERSE = ("inverse", "inverse backward")
+CHAIN = ("reversible chain",)  # what a model trains with
+OPERATORS = ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
+CHAINS_THAT_STORE = ("stored chain", "checkpointed chain")
+EVERY = (*OPERATORS, *CHAIN, *CHAINS_THAT_STORE)
 
 
-def cases(size: str) -> Iterator[tuple[Case, tuple[str, ...]]]:
-    """What is run, and in which directions; duplicates cost nothing."""
+class Run(NamedTuple):
+    """Operations of `_cases` on a case, and in which directions; what compiles alike costs once."""
+
+    case: Case
+    operations: tuple[str, ...]
+    directions: tuple[str, ...] = TRAINING
+
+
+def runs(size: str) -> Iterator[Run]:
     if size == "quick":
-        yield Case(12), TRAINING
-        yield Case(96, channels_last=True), ("forward",)
-        return
-    full = size == "full"
-    for last in (False, True):
-        for c in CHANNELS:
-            yield Case(c, channels_last=last), ALL if full or c in (48, 192) else TRAINING
-        for c in CHANNELS if full else (48, 192):  # the networks' output under autocast
-            yield Case(c, channels_last=last, params_dtype=BF16), ALL if full else TRAINING
-        for c in CHANNELS if full else (12, 192):  # tiles across samples
-            yield Case(c, side=4, n=8, channels_last=last), TRAINING
-        for c in (2, 12, 48, 96, 192, 512) if full else (12, 192):
-            yield Case(c, channels_last=last, dtype=FP64, params_dtype=FP64), TRAINING
-    for c, side in product((12, 48) if full else (12,), (6, 10, 5)):  # P not a multiple of 16
-        yield Case(c, side=side, n=8), TRAINING
+        yield Run(Case(12), (*OPERATORS, *CHAIN))
+        yield Run(Case(96, channels_last=True), CHAIN, ("forward",))
+    elif size == "full":
+        yield from full_runs()
+    else:
+        yield from standard_runs()
+
+
+def standard_runs() -> Iterator[Run]:
+    """Every width, layout, dtype, tiling and direction, but not each with each."""
+    for c in CHANNELS:
+        for last in (False, True) if c in (12, 48, 96, 192) else (c in (24, 384),):
+            yield Run(Case(c, channels_last=last), CHAIN)
+    for c in (48, 192):
+        yield Run(Case(c, channels_last=True), CHAINS_THAT_STORE)
+        yield Run(Case(c, channels_last=c == 48, params_dtype=BF16), CHAIN)  # as under autocast
+    yield Run(Case(12), OPERATORS)
+    yield Run(Case(48, channels_last=True), OPERATORS)
+    yield Run(Case(48, channels_last=True), CHAIN, INVERSE)
+    for c, last in ((12, False), (192, True)):
+        yield Run(Case(c, side=4, n=8, channels_last=last), CHAIN)  # tiles across samples
+        yield Run(Case(c, channels_last=last, dtype=FP64, params_dtype=FP64), CHAIN)
+    # Sizes that are multiples of 4 but not of 16, of which Triton would know by itself; and odd P.
+    for c, side, last in ((12, 6, False), (12, 14, False), (24, 7, True), (12, 7, False)):
+        yield Run(Case(c, side=side, n=8, channels_last=last), CHAIN)
     for scale in SCALES:
-        yield Case(24, scale=scale), ALL if full else ("forward", "forward backward")
-    if full:
-        for c, dtype in product((12, 48, 192), (BF16, FP16)):
-            yield Case(c, dtype=dtype, params_dtype=dtype), TRAINING
-        for c in (48, 192):
-            yield Case(c, precision="tf32"), ALL
-            yield Case(c, params_dtype=FP16, channels_last=True), TRAINING
+        yield Run(Case(24, scale=scale), ("affine_coupling",))
+
+
+def full_runs() -> Iterator[Run]:
+    every = (*TRAINING, *INVERSE)
+    for last, c in product((False, True), CHANNELS):
+        for params_dtype in (torch.float32, BF16):
+            yield Run(Case(c, channels_last=last, params_dtype=params_dtype), EVERY, every)
+        yield Run(Case(c, channels_last=last, dtype=FP64, params_dtype=FP64), EVERY)
+        for side in (4, 6, 14, 7):
+            yield Run(Case(c, side=side, n=8, channels_last=last), EVERY)
+    for c, dtype in product((12, 48, 192), (BF16, FP16)):
+        yield Run(Case(c, dtype=dtype, params_dtype=dtype), EVERY)
+    for scale, c in product(SCALES, (24, 192)):
+        yield Run(Case(c, scale=scale), EVERY, every)
+    for c in (48, 192):
+        yield Run(Case(c, precision="tf32"), OPERATORS, every)
 
 
 @dataclass
@@ -102,18 +134,21 @@ def wide(launch: _aot.Launch, case: Case) -> set[str]:
     allowed = set()
     for name, t in _aot.pixel_tensors(launch).items():
         lanes = 16 // t.element_size()
-        runs = (case.c, case.c // 2, t.shape[1]) if case.channels_last else (case.p,)
-        whole = all(run % lanes == 0 for run in runs)
-        if whole and t.data_ptr() % 16 == 0 and all(s == 1 or s % lanes == 0 for s in t.stride()):
+        # What must be whole multiples: runs of neighbours in memory, and the steps between runs.
+        if case.channels_last:
+            steps = (case.c, case.c // 2, t.shape[1], t.stride(0), t.stride(3))
+        else:
+            steps = (case.p, t.stride(0), t.stride(1))
+        if all(step % lanes == 0 for step in steps) and t.data_ptr() % 16 == 0:
             allowed.add(name)
     return allowed
 
 
 def configurations(size: str) -> list[Configuration]:
     found: dict[str, Configuration] = {}
-    for case, directions in cases(size):
+    for case, names, directions in runs(size):
         for operation in operations(case):
-            if operation.direction not in directions:
+            if operation.name not in names or operation.direction not in directions:
                 continue
             for launch in _aot.capture(lambda op=operation: op.prepare()()):
                 allowed = wide(launch, case)

@@ -70,7 +70,7 @@ def _unlaunchable_kernel(x, params):
 def operations(case):
     x, y = (case.tensor(16, torch.float32).detach() for _ in range(2))
     kernel = globals()[sys.argv[1]]
-    yield Operation("planted", "forward", lambda: lambda: kernel[(1,)](x, y))
+    yield Operation("actnorm", "forward", lambda: lambda: kernel[(1,)](x, y))
 
 static_report.operations = operations
 static_report.NATIVE = []
