@@ -129,11 +129,11 @@ class FlowTraining(LightningModule):
         drift = max(figures[1:], key=lambda value: math.inf if math.isnan(value) else value)
         if not drift <= limit:
             every = self._config.checkpoint_every
-            closer = 4 if every is None else max(1, every // 2)
+            closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
             raise FloatingPointError(
                 f"rebuilt states drifted by {drift:.2g} {where}, more than --max-drift {limit:g}: "
-                f"the gradients would be wrong; --resume with --checkpoint-every {closer} or "
-                "--no-reversible goes on, in more memory"
+                f"the gradients would be wrong; --resume with {closer}--no-reversible goes on, in "
+                "more memory"
             )
         self.log("drift", drift)
 

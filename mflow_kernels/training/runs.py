@@ -13,6 +13,7 @@ import torch
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.training.config import RunConfig
+from mflow_kernels.training.files import write_atomically
 
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
@@ -79,6 +80,11 @@ def create_run(folder: Path, config: RunConfig, overwrite: bool = False) -> None
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def record_config(folder: Path, config: RunConfig) -> None:
+    """Write what a run that resumes was told in place of what it was told before."""
+    write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
 def check_new_run(folder: Path, overwrite: bool) -> None:

@@ -29,6 +29,7 @@ from mflow_kernels.training.runs import (
     pick_device,
     read_checkpoint,
     read_config,
+    record_config,
 )
 from mflow_kernels.training.samples import draw_samples, project_images
 
@@ -95,7 +96,9 @@ def run(plan: Plan) -> list[Path]:
     Raises:
         FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
     """
-    if not plan.resumes:
+    if plan.resumes:
+        record_config(plan.folder, plan.config)
+    else:
         create_run(plan.folder, plan.config, plan.overwrite)
     _fit(plan)
     model = plan.model.to(plan.device).eval()

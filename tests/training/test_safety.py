@@ -1,0 +1,178 @@
+"""Reversible training: its options, the drift that stops it, and the condition of its weights."""
+
+import csv
+
+import pytest
+import torch
+from tiny_runs import TINY
+
+from mflow_kernels import InvertibleConv1x1, ReversibleChain
+from mflow_kernels.training import module
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+from mflow_kernels.training.runs import load_run, read_config
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reversible", "every"),
+    [([], True, None), (["--no-reversible"], False, None), (["--checkpoint-every", "2"], True, 2)],
+)
+def test_options_reach_every_chain(options, reversible, every, command, tmp_path):
+    assert main([*command, *options]) == 0
+    config = read_config(tmp_path / "run")
+    assert (config.reversible, config.checkpoint_every) == (reversible, every)
+    model = load_run(str(tmp_path / "run")).model
+    chains = [m for m in model.modules() if isinstance(m, ReversibleChain)]
+    assert len(chains) == 2
+    for chain in chains:
+        assert (chain.reversible, chain.checkpoint_every) == (reversible, every)
+    drifts = [row["drift"] for row in rows(tmp_path / "run") if row["loss"]]
+    assert all(float(drift) < 1e-4 for drift in drifts) if reversible else not any(drifts)
+
+
+def test_both_ways_train_alike(command, trained, tmp_path):
+    assert main([*command, "--no-reversible"]) == 0
+    # The image flow: Adam's first step on a vector flow set from four points magnifies rounding.
+    stored, rebuilt = (
+        [float(row["loss"]) for row in rows(folder) if row["loss"] and float(row["stage"]) == 0]
+        for folder in (tmp_path / "run", trained)
+    )
+    assert len(stored) == 3
+    assert stored == pytest.approx(rebuilt, rel=1e-4)
+
+
+def drift_at(patch, step, drift):
+    """Chains claim to have drifted in that step."""
+    original = FlowTraining.on_after_backward
+
+    def on_after_backward(self):
+        if self.global_step == step:
+            self._chains(self.stage)[0].drift = torch.tensor(drift)
+        original(self)
+
+    patch.setattr(FlowTraining, "on_after_backward", on_after_backward)
+
+
+@pytest.mark.parametrize("drift", [0.02, float("nan"), float("inf")])
+def test_drift_stops_before_its_gradients_are_used(drift, command, tmp_path, monkeypatch, capsys):
+    stepped = []
+    original = torch.optim.Adam.step
+
+    def step(self, closure=None):
+        result = original(self, closure)
+        stepped.append(1)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step)
+        drift_at(patch, 4, drift)
+        assert main(command) == 1
+    told = capsys.readouterr().err
+    assert f"rebuilt states drifted by {drift:.2g} at step 4 (stage 2), more than" in told
+    assert "--max-drift 0.01" in told
+    assert "--checkpoint-every 4 or --no-reversible" in told
+    assert len(stepped) == 4
+    # As it is told to: what is changed is recorded, and a further resume keeps it.
+    assert main([*command, "--resume", "--checkpoint-every", "4"]) == 0
+    assert read_config(tmp_path / "run").checkpoint_every == 4
+
+
+def test_the_threshold_is_an_option(command, monkeypatch, capsys):
+    drift_at(monkeypatch, 1, 0.02)
+    assert main([*command, "--max-drift", "0.03"]) == 0
+    assert main([*command, "--overwrite", "--checkpoint-every", "1", "--max-drift", "1e-3"]) == 1
+    assert "--checkpoint-every 1 or" not in capsys.readouterr().err
+
+
+def test_the_drift_of_both_passes_counts(command, monkeypatch, capsys):
+    recorded = []
+    original = ReversibleChain._record
+
+    def record(self, drift):
+        # The pass through the inverse is walked back first: its drift must outlive the other's.
+        recorded.append(self)
+        original(self, drift + (0.5 if self not in recorded[:-1] else 0.0))
+
+    monkeypatch.setattr(ReversibleChain, "_record", record)
+    assert main(command) == 1
+    assert "drifted by 0.5 at step 0" in capsys.readouterr().err
+    assert len(recorded) == 2
+
+
+def test_one_look_at_the_device_a_step(command, monkeypatch):
+    """Drift and loss are read together."""
+    looks = []
+    original = torch.Tensor.tolist
+
+    def tolist(self):
+        looks.append(tuple(self.shape))
+        return original(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    assert main([*command, "--stage-dims"]) == 0
+    assert looks.count((2,)) == 3
+
+
+def test_conditions_are_logged(trained):
+    logged = [row for row in rows(trained) if row["condition"]]
+    assert len(logged) >= 2
+    for row in logged:
+        assert row["heldout_bits_per_dim"]
+        assert 1 <= float(row["condition"]) < 2  # three steps from a rotation
+        assert float(row["folded_condition"]) >= 1
+
+
+def conditions(folder):
+    model = load_run(str(folder)).model
+    return [
+        float(m.condition_number()) for m in model.modules() if isinstance(m, InvertibleConv1x1)
+    ]
+
+
+def test_the_condition_is_bounded(command, trained, tmp_path, monkeypatch):
+    limit = 1 + (max(conditions(trained)) - 1) / 10
+    monkeypatch.setattr(module, "_BOUND_EVERY", 1)
+    bounded = [*command, "--max-condition", str(limit)]
+    assert main(bounded) == 0
+    assert max(conditions(tmp_path / "run")) < limit * (1 + 1e-5) < max(conditions(trained))
+    whole = weights(tmp_path / "run")
+    # A run that resumes goes on from bounded weights too.
+    with monkeypatch.context() as patch:
+        drift_at(patch, 5, 1.0)
+        assert main([*bounded, "--overwrite"]) == 1
+    assert main([*bounded, "--resume"]) == 0
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
+        ("--checkpoint-every x", "--checkpoint-every: expected a whole number, got x"),
+        ("--max-drift 0", "--max-drift: expected more than 0, got 0"),
+        ("--max-drift nan", "--max-drift: expected a number, got nan"),
+        ("--max-condition 0.5", "--max-condition: expected at least 1, got 0.5"),
+        ("--reversible maybe", "maybe"),
+    ],
+)
+def test_bad_input(arguments, told, command, tmp_path, capsys):
+    assert main([*command, *arguments.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert told in err
+    assert not (tmp_path / "run").exists()
