@@ -94,8 +94,9 @@ class Launch:
         *_, binder = self.kernel.device_caches["sm_90"]
         try:
             _, specialization, options = binder(*self.args, **self.kwargs)
-        except Exception as error:  # compiling will say so in the table
-            return f"{self.kernel.__name__} {error} {self.kwargs}"
+        except Exception:  # compiling will say so in the table
+            given = [(type(arg), getattr(arg, "dtype", None)) for arg in self.args]
+            return f"{self.kernel.__name__} {given} {self.kwargs}"
         return f"{self.kernel.__name__} {specialization} {options}"
 
 
