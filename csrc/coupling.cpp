@@ -116,13 +116,15 @@ MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) 
 // The tile's share of the half that stays: the same channels, counted from its own first.
 template <class A>
 MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
-    if (!p.to.data) return;
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
     const int64_t left = p.stays - first;
     const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
     const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
     if (left <= 0) return;
-    copy<A>(rows, width, part<A>(g, t, p.from), part<A>(g, t, p.to));
+    for (int i = 0; i < 2; ++i) {
+        if (!p.to[i].data) continue;
+        copy<A>(rows, width, part<A>(g, t, p.from[i]), part<A>(g, t, p.to[i]));
+    }
 }
 
 template <class A>
@@ -200,10 +202,10 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
     }
 }
 
-// From x where KEPT, else x from y; u is what s multiplies.
+// From x where KEPT, to y as well; else x from y. u is what s multiplies.
 template <bool ADD_FIRST, bool KEPT, class A>
 MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
-                                 const A* shift, const A* dy, const A* dlogdet, A* x, A* dx, A* draw,
+                                 const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
                                  A* dshift) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
@@ -211,9 +213,10 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
         A u;
         if (KEPT) {
             u = ADD_FIRST ? given[i] + t : given[i];
+            other[i] = ADD_FIRST ? s * u : s * u + t;
         } else {
             u = ADD_FIRST ? given[i] / s : (given[i] - t) / s;
-            x[i] = ADD_FIRST ? u - t : u;
+            other[i] = ADD_FIRST ? u - t : u;
         }
         const A g = s * dy[i];
         dx[i] = g;
@@ -226,7 +229,7 @@ template <class A>
 MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
     const Tile t = tile_at(g, index);
     const A sign = p.inverse ? A(-1) : A(1);
-    const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.y);
+    const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
     const A* shift = read<A>(g, t, p.shift, b.shift);
     const A* dy = read<A>(g, t, p.dy, b.dy);
@@ -235,7 +238,8 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
         const int64_t n = g.vectors ? t.outer + r : t.sample;
         std::fill_n(b.dlogdet + r * t.width, t.width, dlogdet[n * p.dlogdet_stride]);
     }
-    A* x = p.kept ? nullptr : room<A>(g, t, p.x, b.x);
+    const Walk& result = p.kept ? p.y : p.x;
+    A* other = result.data ? room<A>(g, t, result, b.y) : b.y;
     A* dx = room<A>(g, t, p.dx, b.dx);
     A* draw = room<A>(g, t, p.draw, b.draw);
     A* dshift = room<A>(g, t, p.dshift, b.dshift);
@@ -243,7 +247,7 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
     const bool add_first = p.scale.shift_first != p.inverse;
     const auto run = [&](auto add_first, auto kept) __attribute__((always_inline)) {
         unscale_values<add_first.value, kept.value, A>(t.size(), sign, given, b.log_s, b.slope, shift,
-                                                       dy, b.dlogdet, x, dx, draw, dshift);
+                                                       dy, b.dlogdet, other, dx, draw, dshift);
     };
     using Yes = std::true_type;
     using No = std::false_type;
@@ -253,7 +257,7 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
         p.kept ? run(No{}, Yes{}) : run(No{}, No{});
     }
     copy_what_stays<A>(p, g, t);
-    if (!p.kept) write<A>(g, t, p.x, x);
+    if (result.data) write<A>(g, t, result, other);
     write<A>(g, t, p.dx, dx);
     write<A>(g, t, p.draw, draw);
     write<A>(g, t, p.dshift, dshift);

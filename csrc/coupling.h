@@ -37,7 +37,7 @@ struct Coupling {
     Shape shape;           // of the half that is scaled
     Walk raw, shift;
 
-    // couple: x to y. uncouple: y to x, or where `kept` x alone.
+    // couple: x to y. uncouple: y to x, or where `kept` x to y, which may be absent.
     Walk x, y;
     void* ledger = nullptr;  // couple: one sum a sample
 
@@ -46,9 +46,10 @@ struct Coupling {
     int64_t dlogdet_stride = 0;
     Walk dy, dx, draw, dshift;
 
-    // The half that stays is copied on the way, where there is somewhere to copy it to.
+    // The half that stays, of the state and of its gradient, is copied on the way where there is
+    // somewhere to copy it to.
     int64_t stays = 0;  // its channels, no more than those of the other
-    Walk from, to;
+    Walk from[2], to[2];
 };
 
 // out = half + sign * other for each of two halves of its channels; other may be absent.

@@ -255,32 +255,38 @@ void couple(bool is_double, int threads, const Extent& half, int64_t stays, cons
         describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
     if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
     p.stays = stays;
-    p.from = walk(x);
-    p.to = walk(y);
-    p.x = from_channel(p.from, stays, is_double);
-    p.y = from_channel(p.to, stays, is_double);
+    p.from[0] = walk(x);
+    p.to[0] = walk(y);
+    p.x = from_channel(p.from[0], stays, is_double);
+    p.y = from_channel(p.to[0], stays, is_double);
     p.ledger = reinterpret_cast<void*>(ledger);
     py::gil_scoped_release release;
     couple_cpu(p, threads);
 }
 
-// x and dx may be halves (stays = 0), or whole states, whose first halves dx takes from dy.
+// `given` and `dy` are halves (stays = 0) or whole states, and the results like them; `other`, the
+// coupling's output where its input is given and the other way round, may be absent where `kept`.
 void uncouple(bool is_double, int threads, const Extent& half, int64_t stays, bool kept,
               const Walked& given, const Walked& params, const Walked& dy,
-              std::pair<Pointer, int64_t> dlogdet, const Walked& x, const Walked& dx,
+              std::pair<Pointer, int64_t> dlogdet, const Walked& other, const Walked& dx,
               const Walked& dparams, const std::string& kind, double offset, double eps, double clamp,
               const std::string& order, bool inverse) {
     Coupling p =
         describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
     if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
     p.kept = kept;
+    if (!kept && !other[0] && p.shape.size() > 0) fail("other is absent");
     (kept ? p.x : p.y) = from_channel(walk(given), stays, is_double);
-    if (!kept) p.x = walk(x);
-    p.stays = stays;
-    p.from = walk(dy);
-    if (stays > 0) p.to = walk(dx);
-    p.dy = from_channel(p.from, stays, is_double);
+    (kept ? p.y : p.x) = from_channel(walk(other), stays, is_double);
+    p.dy = from_channel(walk(dy), stays, is_double);
     p.dx = from_channel(walk(dx), stays, is_double);
+    p.stays = stays;
+    if (stays > 0) {
+        p.from[0] = walk(given);
+        p.to[0] = walk(other);
+        p.from[1] = walk(dy);
+        p.to[1] = walk(dx);
+    }
     p.draw = walk(dparams);
     p.dshift = from_channel(p.draw, half[1], is_double);
     p.dlogdet = reinterpret_cast<const void*>(dlogdet.first);

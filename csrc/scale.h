@@ -104,8 +104,8 @@ MFLOW_INLINE Tanh<float> tanh_of(float x) {
     const float two = e.two * e.two2;
     const float exp = (1.0f + e.less) * e.two * e.two2;
     const float expm1 = two * e.less + (two - 1.0f);
-    const float below = 2.0f + expm1;
-    return {-expm1 / below, 4.0f * exp / (below * below)};
+    const float over = 1.0f / (2.0f + expm1);  // one division for both
+    return {-expm1 * over, 4.0f * exp * over * over};
 }
 MFLOW_INLINE Tanh<double> tanh_of(double x) {
     const double e = std::exp(-2 * x);

@@ -34,4 +34,4 @@ def eager_function(
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
-    return Eager.apply  # type: ignore[no-any-return]
+    return Eager.apply

@@ -52,6 +52,10 @@ def _walk(x: Tensor) -> Walked:
     return (x.data_ptr(), *strides(x))
 
 
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return dense_pixels(x if x.dtype == dtype else x.to(dtype))
+
+
 def _half(x: Tensor, channels: int) -> tuple[int, int, int]:
     return x.shape[0], channels, pixels(x)
 
@@ -60,7 +64,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
     """`coupling.affine_coupling_ref`."""
     assert _C is not None
     dtype, c_a = x.dtype, x.shape[1] // 2
-    x, params = dense_pixels(x), dense_pixels(params.to(dtype))
+    x, params = dense_pixels(x), _dense(params, dtype)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
         dtype == torch.float64, torch.get_num_threads(), _half(x, x.shape[1] - c_a), c_a,
@@ -70,12 +74,17 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
 
 
 def couple_backward(
-    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`coupling.coupling_backward_ref`; dlogdet (N,)."""
-    c_a = x.shape[1] // 2
-    dx, dparams, _ = _uncouple(x, dy, dlogdet, params, scale, inverse, True, c_a)
-    return dx, dparams
+    """`coupling.coupling_backward_ref`, with dlogdet (N,); fills y, where given, with what x is
+    coupled to, which costs little on the way."""
+    return _uncouple(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
 
 
 def uncouple(
@@ -88,12 +97,15 @@ def uncouple(
     kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`unstep.uncouple_ref`."""
-    dy_b, dparams, y_b = _uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
-    return y_b, dy_b, dparams
+    z_b = dense_pixels(z_b)
+    y_b = None if kept else torch.empty_like(z_b)
+    dy_b, dparams = _uncouple(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
+    return z_b if y_b is None else y_b, dy_b, dparams
 
 
 def _uncouple(
-    z: Tensor,
+    given: Tensor,
+    other: Tensor | None,
     dz: Tensor,
     dlogdet: Tensor,
     params: Tensor,
@@ -101,21 +113,21 @@ def _uncouple(
     inverse: bool,
     kept: bool,
     stays: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, and the coupling's input; of the whole state where some of its channels stay."""
+) -> tuple[Tensor, Tensor]:
+    """dy and dparams of a coupling y -> z, from y where `kept`, else from z; the other one of the
+    two is written to `other`. Of states of which so many channels stay."""
     assert _C is not None
-    dtype = z.dtype
-    exact = params.to(dtype)
-    z, dz, exact = dense_pixels(z), dense_pixels(dz.to(dtype)), dense_pixels(exact)
-    dy, dparams = torch.empty_like(z), torch.empty_like(exact)
-    y = z if kept else torch.empty_like(z)
+    dtype = given.dtype
+    given, dz, exact = dense_pixels(given), _dense(dz, dtype), _dense(params, dtype)
+    dy, dparams = torch.empty_like(given), torch.empty_like(exact)
     dlogdet = dlogdet.to(dtype)
     _C.uncouple(
-        dtype == torch.float64, torch.get_num_threads(), _half(z, z.shape[1] - stays), stays, kept,
-        _walk(z), _walk(exact), _walk(dz), (dlogdet.data_ptr(), dlogdet.stride(0)), _walk(y),
+        dtype == torch.float64, torch.get_num_threads(), _half(given, given.shape[1] - stays),
+        stays, kept, _walk(given), _walk(exact), _walk(dz),
+        (dlogdet.data_ptr(), dlogdet.stride(0)), ABSENT if other is None else _walk(other),
         _walk(dy), _walk(dparams), *scale.args, inverse,
     )  # fmt: skip
-    return dy, dparams.to(params.dtype), y
+    return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
 
 def _assemble(
@@ -136,7 +148,7 @@ def _add_gradients(out: Tensor, a: Tensor, b: Tensor, dnet: Tensor | None) -> Te
     if dnet is None:
         _assemble(out, a, b)
     else:
-        dnet = dense_pixels(dnet.to(out.dtype))
+        dnet = _dense(dnet, out.dtype)
         _assemble(out, a, b, (_walk(dnet), ABSENT))
     return out
 
@@ -209,16 +221,16 @@ def coupling_conv1x1_backward(
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dparams, dW and d bias of `coupling_conv1x1.coupling_conv1x1_ref`."""
-    z, _ = couple(x, params, scale, inverse)
+    x = dense_pixels(x)
+    z = torch.empty_like(x)
     rows, c_a = not channels_first(z), z.shape[1] // 2
     if dnet is not None:
         dy = _add_gradients(torch.empty_like(z), dy[:, :c_a], dy[:, c_a:], dnet)
-    z_m, dy_m = _matrix(z, rows), _matrix(dy, rows)
+    dy_m = _matrix(dy, rows)
     with without_autocast(z):
         dz = _state(_mix(weight.t(), dy_m, None, rows), z, rows)
-        dweight, dbias = _gram(dy_m, z_m, rows)
-    dx, dparams = couple_backward(dz, dlogdet, x, params, scale, inverse)
-    return dx, dparams, dweight, dbias
+        dx, dparams = couple_backward(dz, dlogdet, x, params, scale, inverse, z)
+        return dx, dparams, *_gram(dy_m, _matrix(z, rows), rows)
 
 
 def unmix(
