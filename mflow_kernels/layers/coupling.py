@@ -20,7 +20,7 @@ class AffineCoupling(Bijection):
             `coupling_net` of the given width.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
-            |log s| < 2, so that no sample runs away.
+            |log s| < 1, so that no sample runs away.
         spatial_dims: 0 to 3, the number of spatial axes the default net works on.
     """
 

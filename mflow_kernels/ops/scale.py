@@ -35,14 +35,15 @@ class ScaleFunction:
         kind: "sigmoid", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", > 0.
+        clamp: bound of |log s| with "tanh" and "atan", > 0. At 2 a deep flow can still send a
+            sample past float32; at 1 none was seen to, at no cost in likelihood (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
     kind: Kind = "tanh"
     offset: float = 2.0
     eps: float = 0.0
-    clamp: float = 2.0
+    clamp: float = 1.0
     order: Order = "shift-scale"
 
     def __post_init__(self) -> None:

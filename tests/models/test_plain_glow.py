@@ -64,7 +64,7 @@ class PlainGlow(nn.Module):
         if self.scale == "sigmoid":
             log_s = F.logsigmoid(raw + 2)
         else:
-            log_s = 2 * torch.tanh(raw / 2)
+            log_s = torch.tanh(raw)
         y_b = (x_b + shift) * log_s.exp()
         return torch.cat([x_a, y_b], dim=1), log_s.flatten(1).sum(1)
 
