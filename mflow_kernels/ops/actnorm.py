@@ -62,9 +62,9 @@ def actnorm_backward_ref(
 
 @triton.jit
 def _actnorm_fwd_kernel(
-    x, bias, log_scale, y, N, P,
-    x_n, x_c, x_p: tl.constexpr,
-    y_n, y_c, y_p: tl.constexpr,
+    x, bias, log_scale, y, N, P: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
     C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -85,10 +85,10 @@ def _actnorm_fwd_kernel(
 
 @triton.jit
 def _actnorm_bwd_kernel(
-    dy, x, bias, log_scale, dx, partials, N, P, TILES,
-    dy_n, dy_c, dy_p: tl.constexpr,
-    x_n, x_c, x_p: tl.constexpr,
-    dx_n, dx_c, dx_p: tl.constexpr,
+    dy, x, bias, log_scale, dx, partials, N, P: tl.constexpr, TILES,
+    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
     C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip

@@ -98,12 +98,12 @@ def load_gradient(
 
 @triton.jit
 def _mix_kernel(
-    x, dnet, params, weight, bias, y, net, ledger, N, P,
-    x_n, x_c, x_p: tl.constexpr,
-    dnet_n, dnet_c, dnet_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
-    y_n, y_c, y_p: tl.constexpr,
-    net_n, net_c, net_p: tl.constexpr,
+    x, dnet, coupling_params, weight, bias, y, net, ledger, N, P: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
+    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
+    net_n: tl.constexpr, net_c: tl.constexpr, net_p: tl.constexpr,
     weight_o, weight_c,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
@@ -123,7 +123,7 @@ def _mix_kernel(
         )
         if SCALE is not None:
             raw, shift, is_b = load_params(
-                params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
             )
             x_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
             log_s_sum += log_s
@@ -143,11 +143,11 @@ def _mix_kernel(
 
 @triton.jit
 def _dweight_kernel(
-    dy, dnet, x, params, dweight, dbias, N, P, TILES,
-    dy_n, dy_c, dy_p: tl.constexpr,
-    dnet_n, dnet_c, dnet_p: tl.constexpr,
-    x_n, x_c, x_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
+    dy, dnet, x, coupling_params, dweight, dbias, N, P: tl.constexpr, TILES,
+    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
+    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
@@ -167,7 +167,7 @@ def _dweight_kernel(
         x_t = tl.load(at_x, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
         if SCALE is not None:
             raw, shift, is_b = load_params(
-                params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
             )
             x_t, _ = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
         dweight_t = tl.dot(

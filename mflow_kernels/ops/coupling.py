@@ -164,10 +164,10 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
 
 @triton.jit
 def _coupling_fwd_kernel(
-    x, params, y, ledger, N, P,
-    x_n, x_c, x_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
-    y_n, y_c, y_p: tl.constexpr,
+    x, coupling_params, y, ledger, N, P: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
+    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _coupling_fwd_kernel(
             x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=inside, other=0.0
         ).to(DTYPE)
         raw, shift, is_b = load_params(
-            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+            coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
         )
         y_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
         tl.store(y + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p, y_t, mask=inside)
@@ -191,12 +191,12 @@ def _coupling_fwd_kernel(
 
 @triton.jit
 def _coupling_bwd_kernel(
-    x, params, dy, dledger, dx, dparams, N, P,
-    x_n, x_c, x_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
-    dy_n, dy_c, dy_p: tl.constexpr,
-    dx_n, dx_c, dx_p: tl.constexpr,
-    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    x, coupling_params, dy, dledger, dx, dparams, N, P: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
+    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
+    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
+    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
     dledger_n, dledger_t,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
@@ -208,7 +208,7 @@ def _coupling_bwd_kernel(
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
         raw, shift, is_b = load_params(
-            params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+            coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
         )
         x_t = tl.load(
             x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=is_b, other=0.0

@@ -79,13 +79,13 @@ def coupling_conv1x1_ref(
 
 @triton.jit
 def _coupling_conv1x1_bwd_kernel(
-    dy, dnet, x, params, weight, dledger, dx, dparams, N, P,
-    dy_n, dy_c, dy_p: tl.constexpr,
-    dnet_n, dnet_c, dnet_p: tl.constexpr,
-    x_n, x_c, x_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
-    dx_n, dx_c, dx_p: tl.constexpr,
-    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    dy, dnet, x, coupling_params, weight, dledger, dx, dparams, N, P: tl.constexpr,
+    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
+    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
+    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
+    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
     weight_o, weight_c, dledger_n, dledger_t,
     C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
@@ -104,7 +104,9 @@ def _coupling_conv1x1_bwd_kernel(
         at_w = weight + c[:, None] * weight_c + o[None, :] * weight_o
         w_t = tl.load(at_w, mask=(c[:, None] < C) & (o[None, :] < C), other=0.0)
         dz_t = tl.dot(w_t, dy_t, dz_t, input_precision=PRECISION, out_dtype=DTYPE)
-    raw, shift, is_b = load_params(params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE)
+    raw, shift, is_b = load_params(
+        coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+    )
     at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
     x_t = tl.load(at_x, mask=is_b, other=0.0).to(DTYPE)
     dlog_s = read_ledger(dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P, FLAT)

@@ -20,8 +20,9 @@ their own. Swap W and W^-1 and set `inverse` to walk back through an inverse (sa
 Shapes: states (N, C, *spatial), params (N, 2 * C_b, *spatial), C_a = C // 2, C_b = C - C_a.
 dtypes: as `affine_coupling` and `conv1x1`.
 Bytes at least, in states: 1.5 + params read, 1 + params written; then 2 (and dnet) read, 2 (and the
-network input) written. Up to C = 128 one program does all three products of its pixels; past that
-gram has programs of its own, and each block of 128 output channels reads its input again.
+network input) written. Up to C = 64 one program does all three products of its pixels; past that,
+where arithmetic sets the pace, they do not fit its registers: gram has programs of its own, which
+read y and dy once more, and each block of 128 output channels reads its input again.
 """
 
 from typing import NamedTuple
@@ -129,13 +130,13 @@ def unmix_ref(
 
 @triton.jit
 def _uncouple_kernel(
-    z_b, params, dz_b, dlogdet, y_b, dy_b, dparams, N, P,
-    z_n, z_c, z_p: tl.constexpr,
-    params_n, params_c, params_p: tl.constexpr,
-    dz_n, dz_c, dz_p: tl.constexpr,
-    y_n, y_c, y_p: tl.constexpr,
-    dy_n, dy_c, dy_p: tl.constexpr,
-    dparams_n, dparams_c, dparams_p: tl.constexpr,
+    z_b, coupling_params, dz_b, dlogdet, y_b, dy_b, dparams, N, P: tl.constexpr,
+    z_n: tl.constexpr, z_c: tl.constexpr, z_p: tl.constexpr,
+    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
+    dz_n: tl.constexpr, dz_c: tl.constexpr, dz_p: tl.constexpr,
+    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
+    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
+    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
     C_B: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +145,7 @@ def _uncouple_kernel(
     for start in range(0, C_B, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         raw, shift, inside = load_params(
-            params, n, C_B + c, p, valid, 2 * C_B, params_n, params_c, params_p, DTYPE
+            coupling_params, n, C_B + c, p, valid, 2 * C_B, params_n, params_c, params_p, DTYPE
         )
         at_z = z_b + n[None, :] * z_n + c[:, None] * z_c + p[None, :] * z_p
         y_t = tl.load(at_z, mask=inside, other=0.0).to(DTYPE)
@@ -164,15 +165,16 @@ def _uncouple_kernel(
 
 @triton.jit
 def _unmix_kernel(
-    y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net, gram, dbias, N, P, TILES,
-    y_a_n, y_a_c, y_a_p: tl.constexpr,
-    y_b_n, y_b_c, y_b_p: tl.constexpr,
-    dy_a_n, dy_a_c, dy_a_p: tl.constexpr,
-    dnet_n, dnet_c, dnet_p: tl.constexpr,
-    dy_b_n, dy_b_c, dy_b_p: tl.constexpr,
-    x_n, x_c, x_p: tl.constexpr,
-    dx_n, dx_c, dx_p: tl.constexpr,
-    net_n, net_c, net_p: tl.constexpr,
+    y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net, gram, dbias,
+    N, P: tl.constexpr, TILES,
+    y_a_n: tl.constexpr, y_a_c: tl.constexpr, y_a_p: tl.constexpr,
+    y_b_n: tl.constexpr, y_b_c: tl.constexpr, y_b_p: tl.constexpr,
+    dy_a_n: tl.constexpr, dy_a_c: tl.constexpr, dy_a_p: tl.constexpr,
+    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
+    dy_b_n: tl.constexpr, dy_b_c: tl.constexpr, dy_b_p: tl.constexpr,
+    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
+    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
+    net_n: tl.constexpr, net_c: tl.constexpr, net_p: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, MIXERS: tl.constexpr,
     GRAM_BLOCKS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
@@ -224,7 +226,7 @@ def _unmix_kernel(
                 tl.store(at_net, x_t, is_a)
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
-    else:
+    elif GRAM_BLOCKS != 0:
         block = role - MIXERS
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -293,19 +295,28 @@ def _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C: tl.constexpr):
 
 
 class UnmixTile(NamedTuple):
-    """Blocks of an un-mixing launch: output channels, input channels, columns; and its warps."""
+    """Blocks of an un-mixing launch: output channels, input channels, columns; its warps and
+    software pipelining stages."""
 
     block_o: int
     block_c: int
     block_p: int
     warps: int
+    stages: int
 
 
-def unmix_tile(c: int) -> UnmixTile:
-    if c <= 128:
-        block = max(16, triton.next_power_of_2(c))
-        return UnmixTile(block, block, 64 if c <= 32 else 32, 4 if c <= 32 else 8)
-    return UnmixTile(128, 32, 32, 8)
+def unmix_tile(c: int, dtype: torch.dtype) -> UnmixTile:
+    """What compiles without spills for sm_80, sm_90 and sm_100. Past C = 64 three products of one
+    tile do not fit the registers, and gram has programs of its own."""
+    if dtype == torch.float64:
+        return UnmixTile(16, 16, 16, 4, 1) if c <= 16 else UnmixTile(32, 16, 16, 4, 1)
+    if c <= 16:
+        return UnmixTile(16, 16, 32, 4, 3)
+    if c <= 32:
+        return UnmixTile(32, 32, 16, 4, 3)
+    if c <= 64:
+        return UnmixTile(64, 64, 16, 4, 2)
+    return UnmixTile(128, 64, 16, 8, 2)
 
 
 UNMIX_PROGRAMS = 264  # of a launch: two for each multiprocessor of an H100
@@ -355,7 +366,7 @@ def launch_unmix(
     weight = weight.contiguous()
     weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
     n, c, p = y_a.shape[0], weight.shape[0], pixels(y_a)
-    tile = unmix_tile(c)
+    tile = unmix_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
     mixers = triton.cdiv(c, tile.block_o)
     gram_blocks = 0 if tile.block_c >= c else mixers
@@ -374,7 +385,7 @@ def launch_unmix(
             *strides(x), *strides(dx), *strides(net),
             C=c, **arithmetic(y_b, precision), MIXERS=mixers, GRAM_BLOCKS=gram_blocks,
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return Unmixed(x, dx, net, gram, dbias)
 
