@@ -1,17 +1,21 @@
 """Fused kernels for normalizing flows on images, and manifold learning with them."""
 
-from mflow_kernels.layers import (
-    ActNorm,
-    AffineCoupling,
-    Bijection,
-    FlowStep,
-    InvertibleConv1x1,
-    ReversibleChain,
-    Split,
-    Squeeze,
-)
-from mflow_kernels.models import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
-from mflow_kernels.objectives import ManifoldObjective, Terms, bits_per_dimension
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mflow_kernels.layers import (
+        ActNorm,
+        AffineCoupling,
+        Bijection,
+        FlowStep,
+        InvertibleConv1x1,
+        ReversibleChain,
+        Split,
+        Squeeze,
+    )
+    from mflow_kernels.models import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
+    from mflow_kernels.objectives import ManifoldObjective, Terms, bits_per_dimension
 
 __version__ = "0.1.0"
 
@@ -32,3 +36,23 @@ __all__ = [
     "VectorFlow",
     "bits_per_dimension",
 ]
+
+_PARTS = ("layers", "models", "objectives")
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line answers --help, and sets what torch reads from the
+    environment as it starts, before torch is there."""
+    if name in (*_PARTS, "ops"):
+        return importlib.import_module(f"mflow_kernels.{name}")
+    if name in __all__:
+        for part in _PARTS:
+            module = importlib.import_module(f"mflow_kernels.{part}")
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'mflow_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *globals()})

@@ -5,6 +5,7 @@ before anything is written, and an error of the work itself is never mistaken fo
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ Work = Callable[[], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mflow` with these arguments (by default the process's) and return its exit code:
     0, 1 for training that diverged, 2 for bad input, which is told in one line on stderr."""
+    # Else torch's threads spin while they wait, on a busy machine for the cores that they take.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
@@ -142,7 +143,11 @@ def _fit(plan: Plan) -> None:
         enable_model_summary=False,
     )
     resume_from = plan.folder / CHECKPOINT if plan.first_step else None
-    trainer.fit(training, ckpt_path=resume_from, weights_only=True)
+    try:
+        trainer.fit(training, ckpt_path=resume_from, weights_only=True)
+    except SIGTERMException:  # raised between two steps
+        trainer.save_checkpoint(plan.folder / CHECKPOINT)
+        raise
     if trainer.global_step != plan.first_step:
         trainer.save_checkpoint(plan.folder / CHECKPOINT)
 

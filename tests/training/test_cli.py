@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -156,6 +159,27 @@ class TestResume:
             for folder in (trained, tmp_path / "run")
         )
         assert figures == whole_figures
+
+    def test_sigterm_saves_the_step_it_stops_at(self, trained, images, tmp_path, monkeypatch):
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+        original = FlowTraining.on_train_batch_end
+
+        def terminate(self, *args):
+            original(self, *args)
+            if self.global_step == 3:  # checkpoints are written at 2 and 4
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlowTraining, "on_train_batch_end", terminate)
+            with pytest.raises(SystemExit) as leaving:
+                main(command)
+        assert leaving.value.code == 143
+        saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] == 3
+        assert main([*command, "--resume"]) == 0
+        resumed, whole = weights_of(tmp_path / "run"), weights_of(trained)
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+        assert losses(tmp_path / "run") == losses(trained)
 
     def test_options_need_not_be_repeated(self, run, trained):
         assert main(["train", "--run-dir", str(run), "--resume"]) == 0
@@ -376,7 +400,22 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("command", ["", "train", "sample", "reconstruct", "evaluate"])
+def test_help_is_quick_and_threads_wait_asleep():
+    code = """
+import os, sys
+from mflow_kernels.training.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+assert os.environ["OMP_WAIT_POLICY"] == "passive"
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["", "train", "sample", "reconstruct", "evaluate", "plan"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as leaving:
         main([*command.split(), "--help"])
