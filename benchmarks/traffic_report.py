@@ -8,8 +8,8 @@ ledgers and partial sums are listed apart ("other").
 
 Exit code 1 where the ratio passes 1.05 up to C = 128 at sizes that fill tiles, or 1.25 at any size
 of at least 1,024 pixels; where past C = 128 an element is read more than ceil(C / 128) times or
-written more than once (un-mixing past C = 64: twice that, see `TWICE`); or where a chain of K steps takes more than K + 1 launches over states
-forward, inverse, or two a step and one more backward.
+written more than once (un-mixing past C = 64: twice that, see `TWICE`); or where a chain of K steps
+takes more than K + 1 launches over states forward, inverse, or two a step and one more backward.
 """
 
 import argparse
