@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from tiny_runs import TINY, write_images
@@ -25,3 +27,8 @@ def trained(tmp_path_factory, images):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", *TINY, "--data", str(images), "--run-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")

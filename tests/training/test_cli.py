@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,22 +14,13 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
-from tiny_runs import TINY, write_images
+from tiny_runs import TINY, listing, write_images
 
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-def listing(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 class TestTrain:
@@ -235,144 +225,6 @@ class TestReconstructAndEvaluate:
         assert main(["evaluate", str(run), "--data", str(other)]) == 0
         written = json.loads((run / "evaluation-other.json").read_text())
         assert (written["data"], written["images"]) == ("other", 7)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("arguments", "told"),
-        [
-            ("--levels 4", "divisible by 2 ** levels = 16, got 8x8"),
-            ("--levels 0", "--levels: expected at least 1, got 0"),
-            ("--levels two", "--levels: expected a whole number, got two"),
-            ("--manifold-dim 0", "--manifold-dim: expected at least 1, got 0"),
-            ("--manifold-dim 65", "--manifold-dim: expected 1 to 64"),
-            ("--stage-dims 7", "--stage-dims: expected dimensions from 1 to the 6"),
-            ("--stage-dims x", "--stage-dims: expected a whole number, got x"),
-            ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
-            ("--max-steps 0", "--max-steps: expected at least 1, got 0"),
-            ("--max-steps 1.5", "--max-steps: expected a whole number, got 1.5"),
-            ("--image-size 0", "--image-size: expected at least 1, got 0"),
-            ("--n-bits 9", "--n-bits: expected 1 to 8, got 9"),
-            ("--learning-rate 0", "--learning-rate: expected more than 0, got 0"),
-            ("--weight -1", "--weight: expected more than 0, got -1"),
-            ("--rho l3", "--rho: expected one of l2, l1, huber, got l3"),
-            ("--seed -1", "--seed: expected at least 0, got -1"),
-            ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
-            ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
-            ("--data /nowhere", "--data: expected 'digits' or an existing folder, got '/nowhere'"),
-            ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
-            ("--resume --overwrite", "--resume: expected either --resume or --overwrite, got both"),
-            ("--colour red", "unrecognized arguments: --colour red"),
-        ],
-    )
-    def test_train(self, arguments, told, images, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        base = ["train", *TINY, "--data", str(images), "--run-dir", "run"]
-        self.check([*base, *arguments.split()], told, tmp_path, capsys)
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-    def test_cuda_without_a_gpu(self, images, trained, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        told = "--device: expected a CUDA GPU for 'cuda', found none"
-        self.check(
-            ["train", *TINY, "--data", str(images), "--device", "cuda"], told, tmp_path, capsys
-        )
-        self.check(["evaluate", str(trained), "--device", "cuda"], told, tmp_path, capsys)
-
-    def test_folders_without_images(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "text").mkdir()
-        (tmp_path / "text" / "a.png").write_text("no image")
-        for data, told in (("empty", "found none"), ("text", "found 1 files that are none")):
-            told = f"--data: expected images in {data}, {told}"
-            self.check(["train", *TINY, "--data", data], told, tmp_path, capsys)
-
-    def test_an_existing_run_folder(self, run, images, capsys):
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
-        self.check(command, "(--resume continues it, --overwrite starts anew)", run, capsys)
-
-    def test_overwrite_spares_folders_that_are_no_runs(self, images, tmp_path, capsys):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "thesis.tex").write_text("years of work")
-        command = ["train", *TINY, "--data", str(images), "--overwrite"]
-        command += ["--run-dir", str(tmp_path / "home")]
-        told = "--run-dir: --overwrite expected a folder of mflow train with config.yaml"
-        self.check(command, told, tmp_path, capsys)
-
-    @pytest.mark.parametrize("command", ["sample", "reconstruct", "evaluate"])
-    def test_broken_runs(self, command, run, tmp_path, capsys):
-        told = "run: expected a folder of mflow train with config.yaml"
-        self.check([command, str(tmp_path)], told, tmp_path, capsys)
-        checkpoint = run / "last.ckpt"
-        whole = checkpoint.read_bytes()
-        checkpoint.write_bytes(whole[: len(whole) // 2])
-        told = "checkpoint: expected a whole one of mflow train"
-        self.check([command, str(run)], told, tmp_path, capsys)
-        torch.save({"weights": torch.zeros(2)}, checkpoint)
-        self.check([command, str(run)], "got another kind of file", tmp_path, capsys)
-        checkpoint.unlink()
-        self.check([command, str(run)], "last.ckpt, found none", tmp_path, capsys)
-        (run / "config.yaml").write_text("levels: two")
-        told = "config.yaml: levels: expected a whole number, got two"
-        self.check([command, str(run)], told, tmp_path, capsys)
-
-    @pytest.mark.parametrize(
-        "command", ["sample RUN", "evaluate RUN", "train --resume --run-dir RUN"]
-    )
-    def test_a_checkpoint_of_another_architecture(self, command, run, tmp_path, capsys):
-        config = run / "config.yaml"
-        config.write_text(config.read_text().replace("\nwidth: 8", "\nwidth: 16"))
-        told = "checkpoint: expected the architecture of config.yaml, got another"
-        self.check(command.replace("RUN", str(run)).split(), told, tmp_path, capsys)
-
-    def test_a_checkpoint_that_carries_code(self, run, tmp_path, capsys):
-        class Trap:
-            def __reduce__(self):
-                return open, (str(tmp_path / "trapped"), "w")
-
-        torch.save({"state_dict": {}, "trap": Trap()}, run / "last.ckpt")
-        told = "checkpoint: expected a whole one of mflow train"
-        self.check(["evaluate", str(run)], told, tmp_path, capsys)
-
-    def test_channels_that_do_not_match(self, run, tmp_path, capsys):
-        coloured = write_images(tmp_path / "coloured", channels=3)
-        for command in ("reconstruct", "evaluate"):
-            told = "--data: expected images of 1 channels, got 3"
-            self.check([command, str(run), "--data", str(coloured)], told, tmp_path, capsys)
-
-    @pytest.mark.parametrize(
-        ("arguments", "told"),
-        [
-            ("--number 0", "--number: expected at least 1, got 0"),
-            ("--temperature -1", "--temperature: expected at least 0, got -1"),
-            ("--stages 3", "--stages: expected 1 to 2, got 3"),
-            ("--output a.jpg", "--output: expected a name ending in .png"),
-            ("--output no/where/a.png", "--output: expected an existing folder"),
-        ],
-    )
-    def test_sample(self, arguments, told, run, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        self.check(["sample", str(run), *arguments.split()], told, tmp_path, capsys)
-
-    @pytest.mark.parametrize(
-        ("arguments", "told"),
-        [([], "expected a command: train, sample"), (["draw"], "draw"), (["sample"], "run")],
-    )
-    def test_commands(self, arguments, told, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        self.check(arguments, told, tmp_path, capsys)
-
-    @staticmethod
-    def check(arguments, told, folder, capsys):
-        before = listing(folder)
-        assert main(arguments) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1
-        assert err.startswith("mflow: error: ")
-        assert told in err
-        assert listing(folder) == before
 
 
 def test_images_smaller_than_asked_for_are_enlarged(tmp_path):

@@ -20,3 +20,8 @@ def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
         image = Image.fromarray(coarse if channels == 3 else coarse[..., 0])
         image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:03}.png")
     return folder
+
+
+def listing(folder):
+    """Everything below a folder, by relative path."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
