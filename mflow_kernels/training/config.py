@@ -87,7 +87,7 @@ class MemoryOptions:
         reversible: Rebuild states instead of storing them, in memory that does not grow with the
             number of steps.
         checkpoint_every: Keep every so many-th state, which costs memory and makes the others more
-            exact; by default none is kept.
+            exact; null keeps none.
         max_drift: Largest error of a rebuilt image (in units of its range, 0 to 1) or vector;
             training stops above it, before the gradients of that step are used.
         max_condition: Largest condition number of the 1x1 convolutions' weights, brought down to it
@@ -95,7 +95,7 @@ class MemoryOptions:
     """
 
     reversible: bool = True
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = 8
     max_drift: float = 0.01
     max_condition: float | None = None
 

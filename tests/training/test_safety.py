@@ -29,7 +29,7 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     ("options", "reversible", "every"),
-    [([], True, None), (["--no-reversible"], False, None), (["--checkpoint-every", "2"], True, 2)],
+    [([], True, 8), (["--no-reversible"], False, 8), (["--checkpoint-every", "null"], True, None)],
 )
 def test_options_reach_every_chain(options, reversible, every, command, tmp_path):
     assert main([*command, *options]) == 0
