@@ -116,7 +116,7 @@ class TrainingOptions:
     """
 
     batch_size: int = 64
-    epochs: int = 12
+    epochs: int = 7
     max_steps: int | None = None
     learning_rate: float = 2e-3
     seed: int = 0
