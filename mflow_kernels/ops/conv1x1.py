@@ -163,16 +163,16 @@ def _dweight_kernel(
         dy_t = load_gradient(
             dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
         )
-        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-        x_t = tl.load(at_x, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+        # Columns by channels, as the product wants it: a transpose of the other way round made
+        # Triton load single words.
+        at_x = x + n[:, None] * x_n + p[:, None] * x_p + c[None, :] * x_c
+        x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
         if SCALE is not None:
             raw, shift, is_b = load_params(
                 coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
             )
-            x_t, _ = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
-        dweight_t = tl.dot(
-            dy_t, tl.trans(x_t), dweight_t, input_precision=PRECISION, out_dtype=DTYPE
-        )
+            x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
+        dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
         dbias_t += dy_t
     at = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
     tl.store(at, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
@@ -315,7 +315,7 @@ def launch_dweight(
             *strides(dy), *strides(dnet), *strides(x), *strides(params),
             C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
             BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps,
+            num_warps=tile.warps, num_stages=2,
         )  # fmt: skip
     return dweight, dbias
 

@@ -316,7 +316,7 @@ def unmix_tile(c: int, dtype: torch.dtype) -> UnmixTile:
         return UnmixTile(32, 32, 16, 4, 3)
     if c <= 64:
         return UnmixTile(64, 64, 16, 4, 2)
-    return UnmixTile(128, 64, 16, 8, 2)
+    return UnmixTile(128, 64, 16, 8, 1)
 
 
 UNMIX_PROGRAMS = 264  # of a launch: two for each multiprocessor of an H100
