@@ -36,7 +36,7 @@ class ScaleFunction:
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid", >= 0.
         clamp: bound of |log s| with "tanh" and "atan", > 0. At 2 a deep flow can still send a
-            sample past float32; at 1 none was seen to, at no cost in likelihood (docs/results.md).
+            sample past float32; at 1 none was seen to (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
