@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Move, Squeezing
 from mflow_kernels.layers.step import Group
 from mflow_kernels.ops._launch import accumulator, channels_first
-from mflow_kernels.ops.unstep import uncouple, unmix
+from mflow_kernels.ops.uncouple import uncouple
+from mflow_kernels.ops.unmix import unmix
 
 
 class Network:

@@ -96,7 +96,7 @@ def uncouple(
     inverse: bool,
     kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`unstep.uncouple_ref`."""
+    """`uncouple_ref`."""
     z_b = dense_pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
     dy_b, dparams = _uncouple(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
@@ -242,7 +242,7 @@ def unmix(
     bias: Tensor,
     states: tuple[Tensor, Tensor],
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """x, dx, gram and d bias of `unstep.unmix_ref`; `states` is room for two, in its layout."""
+    """x, dx, gram and d bias of `unmix_ref`; `states` is room for two, in its layout."""
     rows = not channels_first(states[0])
     y_m = _matrix(_subtract_bias(states[0], *y, bias), rows)
     dy_m = _matrix(_add_gradients(states[1], *dy, dnet), rows)

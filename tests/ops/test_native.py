@@ -11,7 +11,8 @@ from mflow_kernels.ops import _native
 from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
-from mflow_kernels.ops.unstep import empty_state, uncouple_ref, unmix_ref
+from mflow_kernels.ops.uncouple import uncouple_ref
+from mflow_kernels.ops.unmix import empty_state, unmix_ref
 from mflow_kernels.testing import assert_close
 from tests.cases import LAYOUTS, SCALES, SHAPES, normal, params_shape, rotation
 
