@@ -67,15 +67,16 @@ class Evaluation:
             table.add_column(f"{stages}\n{dim} dimensions", justify="right")
         rows = {
             "bits per dimension": ("bits_per_dim", ".4f"),
-            "  on-manifold log-density": ("on_manifold", "+.4f"),
-            "  off-manifold log-density": ("off_manifold", "+.4f"),
-            "  log-determinant": ("logdet", "+.4f"),
+            "  of it: log-density on the manifold": ("on_manifold", "+.4f"),
+            "         log-density off it": ("off_manifold", "+.4f"),
+            "         log-determinant": ("logdet", "+.4f"),
             "projection: mean squared error": ("mean_squared_error", ".5f"),
             "projection: PSNR (dB)": ("psnr", ".2f"),
         }
         for label, (name, form) in rows.items():
             table.add_row(label, *(format(getattr(stage, name), form) for stage in self.stages))
         Console().print(table)
+        print("Parts are in bits per dimension; bits per dimension = bits of a pixel - their sum.")
 
 
 @torch.no_grad()
