@@ -38,7 +38,7 @@ def gradients(chain: nn.Module, *inputs: Tensor, call: Callable[..., object]) ->
     ]
 
 
-def compare(got: list[Tensor], want: list[Tensor], terms: int) -> None:
+def assert_all_close(got: list[Tensor], want: list[Tensor], terms: int) -> None:
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(a, b, terms=terms, name=f"gradient {i}")
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_stored_activations(
         return gradients(model, *inputs, call=call)
 
     # The longest sum, dW's over all pixels, of states that rounded once a step each way.
-    compare(run(rebuilt), run(stored), terms=2 * 7 * x[:, 0].numel())
+    assert_all_close(run(rebuilt), run(stored), terms=2 * 7 * x[:, 0].numel())
     assert rebuilt.chain.drift is not None
     assert_close(rebuilt.chain.drift, torch.zeros_like(rebuilt.chain.drift), terms=64, scale=4.0)
 
@@ -121,7 +121,7 @@ def test_dropout_and_running_statistics() -> None:
         torch.manual_seed(1)
         results.append(gradients(chain, x, call=chain))
         after.append((dict(chain.named_buffers()), torch.get_rng_state()))
-    compare(results[1], results[0], terms=2 * 3 * 75)
+    assert_all_close(results[1], results[0], terms=2 * 3 * 75)
     (buffers, rng), (buffers_rebuilt, rng_rebuilt) = after
     assert torch.equal(rng, rng_rebuilt)
     for name, buffer in buffers.items():
@@ -150,7 +150,7 @@ def test_conditional_inputs_have_gradients(backwards: bool) -> None:
         gradients(c, x, label, call=c.inverse if backwards else c) for c in (rebuilt, stored)
     ]
     assert len(results[0]) == 3 + sum(1 for _ in stored.parameters())
-    compare(*results, terms=2 * 3 * 18)
+    assert_all_close(*results, terms=2 * 3 * 18)
 
 
 def test_shared_and_frozen_parameters() -> None:
@@ -162,7 +162,7 @@ def test_shared_and_frozen_parameters() -> None:
     rebuilt = copy.deepcopy(stored)
     rebuilt.reversible = True
     x = torch.randn(2, 4, 3, 3).double()
-    compare(
+    assert_all_close(
         gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored), terms=2 * 3 * 18
     )
     assert rebuilt.layers[0].coupling.net.weight.grad is None
@@ -179,7 +179,7 @@ def test_twice_in_one_graph_and_autograd_grad() -> None:
 
     got = torch.autograd.grad(twice(), parameters)
     chain.reversible = False
-    compare(list(got), list(torch.autograd.grad(twice(), parameters)), terms=2 * 6 * 18)
+    assert_all_close(list(got), list(torch.autograd.grad(twice(), parameters)), terms=2 * 6 * 18)
 
 
 def test_without_gradients_nothing_is_kept() -> None:
@@ -280,7 +280,7 @@ def test_networks_may_be_compiled() -> None:
     chain = ReversibleChain([FlowStep(4, compiled)])
     chain.layers[0].actnorm.load_state_dict(stored.layers[0].actnorm.state_dict())
     chain.layers[0].conv.load_state_dict(stored.layers[0].conv.state_dict())
-    compare(gradients(chain, x, call=chain), want, terms=2 * 18)
+    assert_all_close(gradients(chain, x, call=chain), want, terms=2 * 18)
 
 
 def test_stored_chain_compiles_whole() -> None:
@@ -288,7 +288,7 @@ def test_stored_chain_compiles_whole() -> None:
     x = torch.randn(2, 4, 3, 3)
     want = gradients(chain, x, call=chain)
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
-    compare(gradients(chain, x, call=compiled), want, terms=3 * 18)
+    assert_all_close(gradients(chain, x, call=compiled), want, terms=3 * 18)
 
 
 @pytest.mark.parametrize(
