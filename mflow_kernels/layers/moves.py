@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops._launch import accumulator, forward_mode
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_forward,
@@ -182,6 +182,8 @@ def run(
 def _operators() -> tuple[Any, Any, Any]:
     """conv1x1, coupling and the fused step, in the form that costs the host least: registered for
     compilers and functorch, autograd functions for autograd, and plain ones."""
+    if forward_mode():
+        return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return conv1x1_op, affine_coupling_op, coupling_conv1x1_op
     if torch.is_grad_enabled():

@@ -35,7 +35,7 @@ from mflow_kernels.layers.walkback import (
     random_state,
     same_random_state,
 )
-from mflow_kernels.ops._launch import accumulator, flow_state, pixels
+from mflow_kernels.ops._launch import accumulator, flow_state, forward_mode, pixels
 
 
 class ReversibleChain(Bijection):
@@ -148,7 +148,7 @@ class ReversibleChain(Bijection):
         latents: tuple[Tensor, ...],
         context: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        if not (self.reversible and torch.is_grad_enabled()):
+        if forward_mode() or not (self.reversible and torch.is_grad_enabled()):
             mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
             return run(moves, x, latents, mixes, context)
         return _reversibly(self, moves, groups, x, latents, context)

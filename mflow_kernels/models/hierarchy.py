@@ -7,11 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.models.manifold import ManifoldFlow, sample_normal
+from mflow_kernels.models.chart import Chart, sample_normal
+from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.objectives import Terms
 
 
-class HierarchicalFlow(nn.Module):
+class HierarchicalFlow(Chart):
     """Manifold flows in stages: stage i is a flow on the u of stage i - 1 (arXiv 2206.03293).
 
     u is not truly Gaussian after stage 0; each further stage learns its density, with a mask of its

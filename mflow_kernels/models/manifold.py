@@ -3,13 +3,14 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.objectives import ManifoldObjective, Terms
 
 
-class ManifoldFlow(nn.Module):
+class ManifoldFlow(Chart):
     """One flow, trained in one step, that learns a manifold and the density on it.
 
     (arXiv 2206.03293.) A mask says which latent pixels are u, coordinates on the manifold
@@ -98,14 +99,6 @@ class ManifoldFlow(nn.Module):
         """f^-1(u, 0): the point on the manifold with coordinates u (N, d)."""
         return self.flow.inverse(self.scatter(u))[0]
 
-    def project(self, x: Tensor) -> Tensor:
-        """x -> f^-1(u(x), 0), its projection on the manifold."""
-        return self.decode(self.encode(x))
-
-    def distance(self, x: Tensor) -> Tensor:
-        """Euclidean distance (N,) of x to its projection."""
-        return (x - self.project(x)).flatten(1).norm(dim=1)
-
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) (N,) in the ambient space, nats."""
         return self.objective.log_likelihood(self, x)
@@ -113,16 +106,6 @@ class ManifoldFlow(nn.Module):
     def initialize(self, x: Tensor) -> None:
         """Set the flow's actnorms from a first batch; once, see `ActNorm`."""
         self.flow.initialize(x)
-
-    @torch.no_grad()
-    def sample(
-        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """n points on the manifold: u ~ N(0, temperature^2), v = 0.
-
-        `generator` is one of the device that the model is on.
-        """
-        return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -132,19 +115,6 @@ def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], 
         raise ValueError(
             f"manifold_dim: expected 1 to {total}, the data's dimensions, got {manifold_dim}"
         )
-
-
-def sample_normal(
-    model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
-) -> Tensor:
-    """(n, dim) of N(0, temperature^2) on the device and in the dtype of the model's parameters."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    like = next(model.parameters())
-    normal = torch.randn(n, dim, generator=generator, device=like.device, dtype=like.dtype)
-    return temperature * normal
 
 
 def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> Tensor:

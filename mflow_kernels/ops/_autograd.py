@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mflow_kernels.ops._launch import forward_mode
+
 
 def eager_function(
     forward: Callable[..., Any],
@@ -35,3 +37,9 @@ def eager_function(
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
     return Eager.apply
+
+
+def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The registered operator; or, since it passes no tangents, its plain `forward` where
+    forward-mode differentiation is on."""
+    return forward if forward_mode() else registered

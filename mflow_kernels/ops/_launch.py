@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mflow_kernels.ops._checks import check_state
 
@@ -22,10 +23,16 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on. No kernel carries tangents: then references run,
+    whose derivatives autograd finds to any order."""
+    return forward_ad._current_level >= 0
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether an operator on x runs its Triton kernels: on CUDA, and under TRITON_INTERPRET=1 on
     the CPU too. Else its reference runs."""
-    return x.device.type == "cuda" or INTERPRETED
+    return (x.device.type == "cuda" or INTERPRETED) and not forward_mode()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mflow_kernels.ops._launch import (
     channels_first,
     dense_pixels,
+    forward_mode,
     pixels,
     strides,
     without_autocast,
@@ -36,10 +37,11 @@ ABSENT: Walked = (0, 0, 0, 0)
 
 def serves(x: Tensor) -> bool:
     """Whether the loops take the state x: not where something other than a tensor in memory passes
-    through, as for a compiler, functorch or a fake tensor."""
+    through, as for a compiler, forward mode, functorch or a fake tensor."""
     return (
         _C is not None
         and not torch.compiler.is_compiling()
+        and not forward_mode()
         and type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
         and x.device.type == "cpu"

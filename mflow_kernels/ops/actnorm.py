@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops._autograd import operator
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
@@ -230,11 +231,13 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
     """
     x = _checked("x", x, bias, log_scale)
     logdet = pixels(x) * log_scale.to(accumulator(x.dtype)).sum()
-    return actnorm_op(x, bias, log_scale, False), logdet.expand(x.shape[0])
+    y = operator(actnorm_op, _forward)(x, bias, log_scale, False)
+    return y, logdet.expand(x.shape[0])
 
 
 def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `actnorm`: x, and the negative of its logdet. Arguments as there."""
     y = _checked("y", y, bias, log_scale)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
-    return actnorm_op(y, bias, log_scale, True), logdet.expand(y.shape[0])
+    x = operator(actnorm_op, _forward)(y, bias, log_scale, True)
+    return x, logdet.expand(y.shape[0])

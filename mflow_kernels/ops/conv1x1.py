@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function
+from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
@@ -416,7 +416,8 @@ def conv1x1(
     """
     x = flow_state("x", x)
     weight, bias = check_mix(x, weight, bias, precision)
-    return conv1x1_op(x, *spread(weight, bias, x), precision, None)[0]
+    run = operator(conv1x1_op, conv1x1_forward)
+    return run(x, *spread(weight, bias, x), precision, None)[0]
 
 
 def conv1x1_inverse(
@@ -429,7 +430,8 @@ def conv1x1_inverse(
     """
     y = flow_state("y", y)
     weight, bias = check_mix(y, weight, bias, precision)
-    return conv1x1_op(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
+    run = operator(conv1x1_op, conv1x1_forward)
+    return run(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
 
 def inverse_mix(

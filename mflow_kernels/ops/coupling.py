@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function
+from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
@@ -361,7 +361,8 @@ def affine_coupling(
     """
     x = flow_state("x", x)
     args = ScaleFunction.of(scale).args
-    y, ledger = affine_coupling_op(x, check_params(x, params), *args, False)
+    run = operator(affine_coupling_op, coupling_forward)
+    y, ledger = run(x, check_params(x, params), *args, False)
     return y, sum_ledger(ledger)
 
 
@@ -371,5 +372,6 @@ def affine_coupling_inverse(
     """Undo `affine_coupling`: x, and the negative of its logdet. Arguments as there."""
     y = flow_state("y", y)
     args = ScaleFunction.of(scale).args
-    x, ledger = affine_coupling_op(y, check_params(y, params), *args, True)
+    run = operator(affine_coupling_op, coupling_forward)
+    x, ledger = run(y, check_params(y, params), *args, True)
     return x, sum_ledger(ledger)

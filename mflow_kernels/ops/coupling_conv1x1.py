@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function
+from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
@@ -274,7 +274,8 @@ def coupling_conv1x1(
     params = check_params(x, params)
     spread_mix = spread(*check_mix(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
-    y, _, ledger = coupling_conv1x1_op(x, params, *spread_mix, precision, None, *args, False)
+    run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
+    y, _, ledger = run(x, params, *spread_mix, precision, None, *args, False)
     return y, sum_ledger(ledger)
 
 
@@ -297,5 +298,6 @@ def coupling_inverse_conv1x1(
     params = check_params(y, params)
     spread_mix = spread(*check_mix(y, weight, bias, precision), y)
     args = ScaleFunction.of(scale).args
-    x, _, ledger = coupling_conv1x1_op(y, params, *spread_mix, precision, None, *args, True)
+    run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
+    x, _, ledger = run(y, params, *spread_mix, precision, None, *args, True)
     return x, sum_ledger(ledger)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops._autograd import operator
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import uses_triton
 
@@ -92,11 +93,11 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
         raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
     check_shape("constant", constant, ())
     check_device("constant", constant, ledger)
-    return accumulate_logdet_op(ledger, constant)
+    return operator(accumulate_logdet_op, _accumulate)(ledger, constant)
 
 
 def sum_ledger(ledger: Tensor) -> Tensor:
     """The ledger of one operator alone, summed."""
     if ledger.shape[1] == 1:
         return ledger[:, 0]
-    return accumulate_logdet_op(ledger, ledger.new_zeros(()))
+    return operator(accumulate_logdet_op, _accumulate)(ledger, ledger.new_zeros(()))

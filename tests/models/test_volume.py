@@ -1,0 +1,256 @@
+"""Log-density on the manifold: against closed forms and autograd's Jacobians, in float64."""
+
+import math
+
+import pytest
+import torch
+from cases import normal
+from torch import nn
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
+from mflow_kernels.models.volume import log_volume
+from mflow_kernels.testing import assert_close
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def moved(model, by=0.2):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model.double()
+
+
+def vector_flow(dim=4, manifold_dim=2, **options) -> ManifoldFlow:
+    return ManifoldFlow(moved(VectorFlow(dim, 2, 8, **options)), manifold_dim)
+
+
+def image_flow(manifold_dim=5, **options) -> ManifoldFlow:
+    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 2, 4, **options)), manifold_dim)
+
+
+def hierarchy() -> HierarchicalFlow:
+    return HierarchicalFlow([image_flow(6), vector_flow(6, 6), vector_flow(6, 3)])
+
+
+def linear(matrix):
+    """u -> matrix u, (N, D)."""
+    return lambda u: u @ matrix.T
+
+
+def jacobians(decode, u):
+    """(N, D, d), by reverse mode; the flow has to differentiate through stored states."""
+    rows = [
+        torch.autograd.functional.jacobian(lambda v: decode(v[None])[0].flatten(), one) for one in u
+    ]
+    return torch.stack(rows)
+
+
+def expected_log_prob(model, x):
+    u = model.encode(x).detach()
+    singular = torch.linalg.svdvals(jacobians(model.decode, u))
+    return -(u.square() / 2 + LOG_2PI / 2).sum(1) - singular.log().sum(1)
+
+
+def test_a_linear_flow_by_hand(device):
+    """With coupling networks that are zero a flow is z = A x + b, and J the columns of A^-1."""
+    flow = VectorFlow(5, 3, 4).double()
+    with torch.no_grad():
+        for step in flow.chain.layers:
+            for parameter in (*step.conv.parameters(), *step.actnorm.parameters()):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model = ManifoldFlow(flow, 2).to(device)
+    x = normal(4, 5, dtype=torch.float64, device=device)
+    origin = torch.zeros(1, 5, dtype=torch.float64, device=device)
+    matrix = flow(torch.eye(5, dtype=torch.float64, device=device))[0][0] - flow(origin)[0][0]
+    j = torch.linalg.inv(matrix.T)[:, 3:]
+    u = model.encode(x)
+    expected = -(u.square() / 2 + LOG_2PI / 2).sum(1) - torch.logdet(j.T @ j) / 2
+    got = model.manifold_log_prob(x)
+    assert_close(got.value, expected, terms=1000)
+    assert not got.error.any()
+
+
+@pytest.mark.parametrize("make", [vector_flow, image_flow, hierarchy])
+def test_exact_against_autograd(make):
+    model = make()
+    x = normal(3, *model.input_shape, dtype=torch.float64)
+    assert_close(model.manifold_log_prob(x).value, expected_log_prob(model, x), terms=10_000)
+
+
+def test_passes_of_few_columns_and_samples_change_nothing(monkeypatch):
+    model = image_flow()
+    x = normal(5, 1, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model.manifold_log_prob(x)
+        estimated = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
+        monkeypatch.setattr("mflow_kernels.models.volume.PASS", 64)  # 4 samples or columns of 16
+        assert_close(model.manifold_log_prob(x).value, whole.value, terms=100)
+        parts = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
+    assert (parts.value - estimated.value).abs().max() < 1e-6
+
+
+def seeded(seed=0, device="cpu"):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def test_all_of_the_latent_on_the_manifold_is_the_ambient_density():
+    model = image_flow(16)
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    assert_close(model.manifold_log_prob(x).value, model.log_prob(x), terms=10_000)
+
+
+def test_the_estimate_is_within_its_error(device):
+    model = image_flow(8).to(device)
+    x = normal(6, 1, 4, 4, dtype=torch.float64, device=device)
+    exact = model.manifold_log_prob(x).value
+    options = {"method": "hutchinson", "probes": 24}
+    got = model.manifold_log_prob(x, generator=seeded(0, device), **options)
+    again = model.manifold_log_prob(x, generator=seeded(0, device), **options)
+    assert torch.equal(got.value, again.value)
+    assert (got.error > 0).all()
+    # Student's t with 23 degrees of freedom passes 5 in one of 20,000 draws; here are 6.
+    assert ((got.value - exact).abs() < 5 * got.error).all()
+    assert (got.error < 1).all()
+
+
+def test_errors_are_of_the_size_they_say():
+    """Over many independent estimates of one number, (value - exact) / error is of order 1."""
+    matrix = normal(30, 12, dtype=torch.float64)
+    u = torch.zeros(100, 12, dtype=torch.float64)
+    exact = torch.linalg.svdvals(matrix).log().sum()
+    got = log_volume(linear(matrix), u, 30, "hutchinson", probes=20, generator=seeded())
+    score = (got.value - exact) / got.error
+    assert 0.8 < score.std() < 1.3  # of 100 of Student's t with 19 degrees of freedom: 1.06 +- 0.08
+    assert score.mean().abs() < 0.4  # 4 standard errors
+
+
+def test_an_embedding_that_scales_needs_one_step():
+    """M = 9 I: every probe gives the exact value, in the first step."""
+    u = torch.zeros(2, 40, dtype=torch.float64)
+    got = log_volume(lambda u: 3 * u, u, 40, "hutchinson", probes=2, generator=seeded())
+    assert_close(got.value, torch.full_like(got.value, 40 * math.log(3)), terms=1000)
+    assert (got.error < 1e-12).all()
+
+
+def test_too_few_steps_are_told_by_the_error():
+    """Singular values from 1 to 1,000 are not seen in five steps: the bias is in the error."""
+    scale = torch.logspace(0, 3, 50, dtype=torch.float64)
+    u = torch.zeros(1, 50, dtype=torch.float64)
+    decode = linear(torch.linalg.qr(normal(50, 50, dtype=torch.float64))[0] * scale)
+    options = {"probes": 200, "generator": seeded()}
+    exact = scale.log().sum()
+    short = log_volume(decode, u, 50, "hutchinson", iterations=5, **options)
+    long = log_volume(decode, u, 50, "hutchinson", **options)
+    assert short.error > 5 * long.error
+    assert (short.value - exact).abs() < 5 * short.error
+    assert (long.value - exact).abs() < 5 * long.error
+
+
+def gradient_of(model, x, **options):
+    """d sum log p / d (x, parameters), flat."""
+    x = x.clone().requires_grad_()
+    value = model.manifold_log_prob(x, **options).value.sum()
+    grads = torch.autograd.grad(value, [x, *model.parameters()], allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_gradients_of_the_exact_density(reversible):
+    """Against finite differences along a random direction of the parameters and x, all at once."""
+    model = vector_flow(reversible=reversible)
+    x = normal(3, 4, dtype=torch.float64)
+    got = gradient_of(model, x)
+    names = [x, *(p for p in model.parameters())]
+    direction = [torch.randn_like(p) for p in names]
+    step, values = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(names, direction, strict=True):
+                p += sign * step * v
+            values.append(model.manifold_log_prob(x).value.sum())
+            for p, v in zip(names, direction, strict=True):
+                p -= sign * step * v
+    expected = (values[0] - values[1]) / (2 * step)
+    along = (got * torch.cat([v.flatten() for v in direction])).sum()
+    # Differences are good to step^2 and to the rounding of the values over the step.
+    assert (along - expected).abs() < 1e-6 * max(1.0, expected.abs().item())
+
+
+def test_gradients_of_the_estimate_are_right_on_average():
+    model = vector_flow(6, 4)
+    x = normal(2, 6, dtype=torch.float64)
+    exact = gradient_of(model, x)
+    draws = torch.stack(
+        [
+            gradient_of(model, x, method="hutchinson", probes=50, generator=seeded(seed))
+            for seed in range(8)
+        ]
+    )
+    error = draws.std(0) / math.sqrt(8)
+    # Student's t of 7 degrees of freedom has standard deviation 1.18; hundreds of parameters.
+    score = ((draws.mean(0) - exact) / error.clamp(min=1e-12))[error > 1e-9]
+    assert len(score) > 100
+    assert 0.6 < score.square().mean().sqrt() < 2
+    assert (draws.mean(0) - exact).norm() < 0.1 * exact.norm()
+
+
+def test_float32_is_close_to_float64():
+    model = image_flow()
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        exact = model.manifold_log_prob(x)
+        single = model.float()
+        for method in ("exact", "hutchinson"):
+            got = single.manifold_log_prob(x.float(), method=method, generator=seeded())
+            assert got.value.dtype == got.error.dtype == torch.float32
+            slack = 5 * got.error.double() + 1e-4
+            assert ((got.value.double() - exact.value).abs() < slack).all()
+
+
+def test_a_flow_of_ones_own():
+    """Any bijection of plain torch that has the two shapes will do."""
+
+    class Scale(nn.Module):
+        input_shape, latent_shapes = (3,), ((3,),)
+
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+
+        def forward(self, x):
+            return (x * self.log_scale.exp(),), self.log_scale.sum().expand(len(x))
+
+        def inverse(self, z):
+            return z[0] / self.log_scale.exp(), -self.log_scale.sum().expand(len(z[0]))
+
+    model = ManifoldFlow(Scale(), 2)
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    got = model.manifold_log_prob(x).value
+    assert_close(got, torch.full_like(got, 3 - LOG_2PI), terms=10)
+
+
+def test_an_empty_batch():
+    for method in ("exact", "hutchinson"):
+        value, error = image_flow().manifold_log_prob(
+            torch.empty(0, 1, 4, 4, dtype=torch.float64), method=method
+        )
+        assert value.shape == error.shape == (0,)
+
+
+def test_bad_arguments():
+    model = image_flow()
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="method: expected one of exact, hutchinson, got 'exakt'"):
+        model.manifold_log_prob(x, method="exakt")
+    with pytest.raises(ValueError, match="probes: expected at least 2, got 1"):
+        model.manifold_log_prob(x, method="hutchinson", probes=1)
+    with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
+        model.manifold_log_prob(x, method="hutchinson", iterations=0)
+    message = "needs 1,920 bytes for Jacobians of 16 x 5 .*3 of them.*allows 1,000.*hutchinson"
+    with pytest.raises(ValueError, match=message):
+        model.manifold_log_prob(x, max_bytes=1000)
+    with torch.no_grad():
+        assert model.manifold_log_prob(x, max_bytes=1000).value.isfinite().all()
+        with pytest.raises(ValueError, match=r"needs 640 bytes .*\(one\).* allows 639"):
+            model.manifold_log_prob(x, max_bytes=639)

@@ -1,0 +1,68 @@
+"""Forward-mode differentiation, which kernels do not know: plain torch carries the tangents."""
+
+import pytest
+import torch
+from cases import OPERATORS, normal, options
+from torch.autograd import forward_ad
+
+from mflow_kernels import Glow, Split
+from mflow_kernels.testing import assert_close
+
+
+def tangents(call, inputs, directions):
+    """Tangents of all results; None where one has none."""
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, v) for x, v in zip(inputs, directions, strict=True)]
+        return [forward_ad.unpack_dual(y).tangent for y in call(*duals)]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_carry_tangents(name, device):
+    op = OPERATORS[name]
+    inputs = op.sample((2, 6, 3, 5), (torch.float64, torch.float64), device).values()
+    inputs = [value.detach() for value in inputs]
+    directions = [torch.randn_like(value) for value in inputs]
+    got = tangents(lambda *args: op.call(*args, **options(op)), inputs, directions)
+    want = tangents(lambda *args: op.reference(*args, **options(op)), inputs, directions)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, terms=1000)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_flows_carry_tangents(reversible, grad, device):
+    """Against the inner product with a gradient: w . (J v) = (J^T w) . v."""
+    flow = Glow((2, 4, 4), 2, 2, 4, reversible=reversible).double().to(device)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x = normal(3, 2, 4, 4, dtype=torch.float64, device=device).requires_grad_()
+    v = torch.randn_like(x)
+
+    def outputs(x):
+        z, logdet = flow(x)
+        back, _ = flow.inverse(tuple(2 * part for part in z))
+        return *z, logdet, back
+
+    weights = [torch.randn_like(y) for y in outputs(x)]
+    (pulled,) = torch.autograd.grad(outputs(x), x, weights)
+    with torch.set_grad_enabled(grad):
+        pushed = tangents(outputs, [x], [v])
+        _, functorch = torch.func.jvp(outputs, (x,), (v,))
+    assert all(t.requires_grad == grad for t in pushed)
+    for tangent, other, weight in zip(pushed, functorch, weights, strict=True):
+        assert_close(other, tangent, terms=1000)
+        assert tangent.shape == weight.shape
+    total = sum((t * w).sum() for t, w in zip(pushed, weights, strict=True))
+    assert_close(total, (pulled * v).sum(), terms=10_000, scale=(pulled * v).abs().sum().item())
+
+
+def test_a_split_carries_tangents():
+    split = Split(4, width=4).double()
+    x, v = normal(2, 4, 2, 2, dtype=torch.float64), normal(2, 4, 2, 2, dtype=torch.float64)
+    # Fresh, its network is 0: it scales by a constant, shifts by none.
+    (kept, left) = tangents(lambda x: split(x)[0], [x], [v])
+    assert torch.equal(kept, v[:, :2])
+    (_, latent), logdet = split(x)
+    assert_close(left, v[:, 2:] * latent / x[:, 2:], terms=100)
+    assert logdet.shape == (2,)
