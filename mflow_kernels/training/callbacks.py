@@ -1,7 +1,6 @@
 """What a person sees of a run while it trains, and the metrics file."""
 
 import csv
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mflow_kernels.training.files import write_atomically
 from mflow_kernels.training.module import FlowTraining
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -82,10 +82,6 @@ class ProgressReport(Callback):
         self._stop()
         if isinstance(exception, KeyboardInterrupt | SystemExit):
             self._console.print("interrupted; the same command with --resume goes on")
-        if isinstance(exception, SystemExit) and exception.code is None:
-            exception.code = (
-                128 + signal.SIGTERM
-            )  # Lightning's, at SIGTERM: it would report success
 
     def _stop(self) -> None:
         if self._progress is not None:
@@ -124,10 +120,14 @@ class MetricsCsv(Logger):
         super().__init__()
         self._path = path
         kept = [row for row in _read_rows(path) if int(row["step"]) < first_step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(kept)
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(kept)
+
+        write_atomically(path, write)
 
     @property
     def name(self) -> str:
@@ -155,7 +155,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values()]  # a power cut may tear the last one
 
 
 def _training(module: LightningModule) -> FlowTraining:

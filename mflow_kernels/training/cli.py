@@ -1,9 +1,10 @@
-"""The command line: `mflow train | sample | reconstruct | evaluate | plan`.
+"""The command line: `mflow prepare | train | sample | reconstruct | evaluate | plan`.
 
 Each command first checks everything and returns its work, then the work is done: so bad input ends
 before anything is written, and an error of the work itself is never mistaken for bad input.
 """
 
+import errno
 import importlib.util
 import os
 import sys
@@ -22,7 +23,7 @@ Work = Callable[[], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mflow` with these arguments (by default the process's) and return its exit code:
-    0, 1 for training that diverged, 2 for bad input, which is told in one line on stderr."""
+    0, 1 for training that diverged or a full disk, 2 for bad input, told in one line on stderr."""
     # Else torch's threads spin while they wait, on a busy machine for the cores that they take.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         work()
     except FloatingPointError as error:
         return _fail(str(error), code=1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(error.strerror or str(error), code=1)
     return 0
 
 
@@ -68,6 +73,55 @@ def train(options: dict[str, Any]) -> Work:
         print(f"\nRun folder: {folder}\nPictures:")
         for picture in pictures:
             print(f"  {picture}")
+
+    return work
+
+
+def prepare(
+    data: str, out: str, image_size: int = 64, workers: int | None = None, overwrite: bool = False
+) -> Work:
+    """Decode and resize a data set once, into one file that training reads at memory speed.
+
+    Give that file to --data. A command that was killed goes on when it is given again; one that was
+    done checks the file.
+
+    Args:
+        data: Folder or zip of images; CelebA as downloaded keeps its official partition.
+        out: File to write.
+        image_size: Side of the square images in pixels.
+        workers: Processes that decode; by default one for each core.
+        overwrite: Replace the file if it exists.
+    """
+    from mflow_kernels.training.prepare import is_prepared_from
+    from mflow_kernels.training.prepare import prepare as make
+    from mflow_kernels.training.prepared import open_prepared
+    from mflow_kernels.training.progress import counting
+    from mflow_kernels.training.sources import find_images
+
+    path = Path(out)
+    _check_at_least("image_size", image_size, 1)
+    if workers is not None:
+        _check_at_least("workers", workers, 1)
+    if not path.parent.is_dir():
+        raise ValueError(f"out: expected an existing folder, got {path.parent}")
+    if path.is_dir() or Path(data).resolve() in path.resolve().parents:
+        raise ValueError(f"out: expected a file outside of the images' folder, got {out!r}")
+    source = find_images(data)
+    made = not overwrite and is_prepared_from(path, source, image_size)
+    if path.exists() and not made and not overwrite:
+        raise ValueError(
+            f"out: {out} exists and is not made from these images at {image_size}x{image_size} "
+            "(--overwrite replaces it)"
+        )
+
+    def work() -> None:
+        if made:
+            prepared = open_prepared(path)
+            with counting("checking", len(prepared.images)) as tell:
+                prepared.verify(tell)
+        else:
+            prepared = make(source, path, image_size, workers)
+        print(prepared.summary())
 
     return work
 
@@ -216,6 +270,7 @@ def _check(argv: list[str]) -> Work:
     if chosen.subcommand == "plan":
         return plan(vars(chosen.plan))
     commands: dict[str, Callable[..., Work]] = {
+        "prepare": prepare,
         "sample": sample,
         "reconstruct": reconstruct,
         "evaluate": evaluate,
@@ -235,6 +290,12 @@ def _parsers() -> tuple["OptionParser", "OptionParser"]:
     commands = parser.add_subcommands(
         metavar="COMMAND", title="commands", description="mflow COMMAND --help tells more of each."
     )
+    preparer = OptionParser(description=_text(prepare))
+    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip={"out"})
+    preparer.add_argument(
+        "--out", required=True, metavar="FILE", help="File to write, such as celeba64.safetensors."
+    )
+    commands.add_subcommand("prepare", preparer, help=_text(prepare, lines=1))
     trainer = OptionParser(description=_text(train))
     trainer.add_argument(
         "--run-dir", help="Folder to write; by default a name in runs/ made from the options."
@@ -299,9 +360,9 @@ def _check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def _report_skipped(skipped: Sequence[Path]) -> None:
+def _report_skipped(skipped: Sequence[str]) -> None:
     if skipped:
-        names = ", ".join(path.name for path in skipped[:5])
+        names = ", ".join(skipped[:5])
         more = ", ..." if len(skipped) > 5 else ""
         print(f"skipped {len(skipped)} files that are no images: {names}{more}", file=sys.stderr)
 
@@ -314,6 +375,7 @@ def _as_option(message: str) -> str:
 
     name, colon, rest = message.partition(":")
     own = {"run_dir", "overwrite", "resume", "number", "temperature", "stages", "output"}
+    own |= {"out", "workers"}
     own |= {"gpu_memory", "channels"}
     if name in own or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest

@@ -113,6 +113,9 @@ class TrainingOptions:
         seed: Seed of weights, data order and noise.
         device: Where to train; auto takes a GPU if there is one.
         precision: Arithmetic of the coupling networks; the flow's state is always float32.
+        save_minutes: Write a checkpoint at least every so many minutes.
+        save_steps: Write one at least every so many steps; one is written before each validation
+            anyway.
     """
 
     batch_size: int = 64
@@ -122,6 +125,8 @@ class TrainingOptions:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
+    save_minutes: float = 10.0
+    save_steps: int | None = None
 
 
 @dataclass
@@ -135,13 +140,14 @@ class TrainConfig(
         that divide it, dimensions it has) the models check themselves."""
         for name in ("levels", "steps", "width", "manifold_dim", "stage_steps", "stage_width"):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every"):
+        whole = ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every")
+        for name in (*whole, "save_steps"):
             if getattr(self, name) is not None:
                 _check_at_least(name, getattr(self, name), 1)
         _check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
-        for name in ("learning_rate", "weight", "max_drift"):
+        for name in ("learning_rate", "weight", "max_drift", "save_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if self.max_condition is not None and not self.max_condition >= 1:

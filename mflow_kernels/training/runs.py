@@ -1,9 +1,7 @@
 """Run folders: making one, reading one back, and the model that it describes."""
 
 import os
-import pickle
 import shutil
-import zipfile
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -12,14 +10,22 @@ from typing import Any
 import torch
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.training.checkpoints import LAST, Shapes, newest_checkpoint
 from mflow_kernels.training.config import RunConfig
 from mflow_kernels.training.files import write_atomically
 
 CONFIG = "config.yaml"
-CHECKPOINT = "last.ckpt"
 METRICS = "metrics.csv"
 # What a run that resumes may change: how it computes, not what.
-FREE_OPTIONS = ("device", "reversible", "checkpoint_every", "max_drift", "max_condition")
+FREE_OPTIONS = (
+    "device",
+    "reversible",
+    "checkpoint_every",
+    "max_drift",
+    "max_condition",
+    "save_minutes",
+    "save_steps",
+)
 EVALUATION = "evaluation.json"
 
 
@@ -112,36 +118,9 @@ def read_config(folder: Path, argument: str = "run") -> RunConfig:
     return RunConfig.from_yaml(path.read_text())
 
 
-def read_checkpoint(path: Path, config: RunConfig) -> dict[str, Any]:
-    """A checkpoint whose weights fit `config`, on the CPU. No code in the file is ever run.
-
-    Raises:
-        ValueError: no such file, a torn or foreign one, or another architecture's.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint: expected {path}, found none")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"checkpoint: expected a whole one of mflow train, got {path} ({reason[:120]})"
-        ) from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"checkpoint: expected one of mflow train, got another kind of file: {path}"
-        )
-    expected = {
-        f"model.{name}": tuple(t.shape) for name, t in build_model(config).state_dict().items()
-    }
-    came = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-    if expected != came:
-        different = min(name for name in {*expected, *came} if expected.get(name) != came.get(name))
-        raise ValueError(
-            f"checkpoint: expected the architecture of {CONFIG}, got another in {path} "
-            f"({different}: expected {_shape(expected, different)}, got {_shape(came, different)})"
-        )
-    return checkpoint
+def checkpoint_shapes(model: HierarchicalFlow) -> Shapes:
+    """Names and shapes of what a checkpoint of this model's training holds."""
+    return {f"model.{name}": tuple(t.shape) for name, t in model.state_dict().items()}
 
 
 def load_run(folder: str, device: str = "auto") -> Run:
@@ -153,8 +132,11 @@ def load_run(folder: str, device: str = "auto") -> Run:
     path = Path(folder)
     config = read_config(path)
     target = pick_device(device)
-    state = read_checkpoint(path / CHECKPOINT, config)["state_dict"]
     model = build_model(config)
+    checkpoint = newest_checkpoint(path, checkpoint_shapes(model))
+    if checkpoint is None:
+        raise ValueError(f"checkpoint: expected {path / LAST}, found none")
+    state = checkpoint.state["state_dict"]
     model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
     return Run(path, config, model.to(target).eval(), target)
 
@@ -166,7 +148,3 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
         if option.name not in FREE_OPTIONS and want != have:
             return f"{option.name}: expected {have} as in the run that resumes, got {want}"
     return None
-
-
-def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    return str(shapes[name]) if name in shapes else "nothing of that name"

@@ -8,27 +8,32 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
+from mflow_kernels.training.checkpoints import (
+    Checkpoint,
+    CheckpointFiles,
+    Checkpoints,
+    keep_as_last,
+    newest_checkpoint,
+)
 from mflow_kernels.training.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.training.data import Splits, load_splits
 from mflow_kernels.training.evaluation import evaluate_model
+from mflow_kernels.training.files import remove_temporary
 from mflow_kernels.training.module import FlowTraining
 from mflow_kernels.training.pictures import draw_curves, draw_images, draw_residuals
 from mflow_kernels.training.runs import (
-    CHECKPOINT,
     EVALUATION,
     METRICS,
     build_model,
     changed_options,
     check_new_run,
+    checkpoint_shapes,
     create_run,
     pick_device,
-    read_checkpoint,
     read_config,
     record_config,
 )
@@ -55,7 +60,11 @@ class Plan:
     device: torch.device
     overwrite: bool
     resumes: bool  # the run folder exists and is to be continued
-    first_step: int  # 0, or that of the checkpoint to go on from
+    checkpoint: Checkpoint | None  # to go on from
+
+    @property
+    def first_step(self) -> int:
+        return self.checkpoint.state["global_step"] if self.checkpoint else 0
 
 
 def plan_run(
@@ -78,14 +87,13 @@ def plan_run(
     splits = load_splits(config.data, config.image_size)
     resolved = config.resolve(splits.train.image_shape)
     model = build_model(resolved)
-    first_step = 0
+    checkpoint = None
     if recorded is not None:
         changed = changed_options(resolved, recorded)
         if changed:
             raise ValueError(changed)
-        if (folder / CHECKPOINT).exists():  # absent: stopped before the first one
-            first_step = read_checkpoint(folder / CHECKPOINT, resolved)["global_step"]
-    return Plan(folder, resolved, splits, model, device, overwrite, resume, first_step)
+        checkpoint = newest_checkpoint(folder, checkpoint_shapes(model))
+    return Plan(folder, resolved, splits, model, device, overwrite, resume, checkpoint)
 
 
 def run(plan: Plan) -> list[Path]:
@@ -96,8 +104,11 @@ def run(plan: Plan) -> list[Path]:
 
     Raises:
         FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+        OSError: a file could not be written, as on a full disk; the last checkpoint stays.
+        SystemExit: on SIGTERM or SIGINT, after a checkpoint.
     """
     if plan.resumes:
+        remove_temporary(plan.folder)
         record_config(plan.folder, plan.config)
     else:
         create_run(plan.folder, plan.config, plan.overwrite)
@@ -114,18 +125,12 @@ def run(plan: Plan) -> list[Path]:
 
 def _fit(plan: Plan) -> None:
     training = FlowTraining(plan.model, plan.splits, plan.config)
-    checkpoint = ModelCheckpoint(
-        dirpath=plan.folder,
-        filename=Path(CHECKPOINT).stem,
-        every_n_train_steps=training.validation_interval,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
+    config = plan.config
     _quieten_lightning()
     trainer = Trainer(
         accelerator="gpu" if plan.device.type == "cuda" else "cpu",
         devices=1,
-        precision=_PRECISIONS[plan.config.precision],
+        precision=_PRECISIONS[config.precision],
         max_steps=training.total_steps,
         max_epochs=-1,
         val_check_interval=training.validation_interval,
@@ -138,18 +143,17 @@ def _fit(plan: Plan) -> None:
             MetricsCsv(plan.folder / METRICS, plan.first_step),
             TensorBoardLogger(plan.folder, name="", version="tensorboard"),
         ],
-        callbacks=[ProgressReport(), checkpoint],
+        callbacks=[
+            ProgressReport(),
+            Checkpoints(plan.folder, config.save_minutes, config.save_steps),
+        ],
+        plugins=[CheckpointFiles()],
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    resume_from = plan.folder / CHECKPOINT if plan.first_step else None
-    try:
-        trainer.fit(training, ckpt_path=resume_from, weights_only=True)
-    except SIGTERMException:  # raised between two steps
-        trainer.save_checkpoint(plan.folder / CHECKPOINT)
-        raise
-    if trainer.global_step != plan.first_step:
-        trainer.save_checkpoint(plan.folder / CHECKPOINT)
+    resume_from = keep_as_last(plan.checkpoint) if plan.checkpoint else None
+    trainer.fit(training, ckpt_path=resume_from, weights_only=True)
 
 
 def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:

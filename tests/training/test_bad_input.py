@@ -75,6 +75,7 @@ class TestBadInput:
         told = "run: expected a folder of mflow train with config.yaml"
         self.check([command, str(tmp_path)], told, tmp_path, capsys)
         checkpoint = run / "last.ckpt"
+        (run / "previous.ckpt").unlink()
         whole = checkpoint.read_bytes()
         checkpoint.write_bytes(whole[: len(whole) // 2])
         told = "checkpoint: expected a whole one of mflow train"
@@ -101,6 +102,7 @@ class TestBadInput:
             def __reduce__(self):
                 return open, (str(tmp_path / "trapped"), "w")
 
+        (run / "previous.ckpt").unlink()
         torch.save({"state_dict": {}, "trap": Trap()}, run / "last.ckpt")
         told = "checkpoint: expected a whole one of mflow train"
         self.check(["evaluate", str(run)], told, tmp_path, capsys)

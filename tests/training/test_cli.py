@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tiny_runs import TINY, listing, write_images
 
@@ -98,19 +97,6 @@ class TestTrain:
         assert "the loss became nan at step 4 (stage 2)" in capsys.readouterr().err
         assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
 
-    @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 1), (SIGTERMException, 143)])
-    def test_interruptions_are_told_and_are_no_success(
-        self, raised, code, images, tmp_path, monkeypatch, capsys
-    ):
-        # Lightning ignores SIGINT for the rest of the process once it was interrupted.
-        before = signal.getsignal(signal.SIGINT)
-        crash_before(monkeypatch, step=2, error=raised())
-        with pytest.raises(SystemExit) as leaving:
-            main(["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")])
-        signal.signal(signal.SIGINT, before)
-        assert leaving.value.code == code
-        assert "the same command with --resume goes on" in capsys.readouterr().err
-
     def test_unexpected_errors_are_not_swallowed(self, images, tmp_path, monkeypatch):
         def broken(self, batch, batch_idx):
             raise ValueError("a bug")
@@ -150,20 +136,26 @@ class TestResume:
         )
         assert figures == whole_figures
 
-    def test_sigterm_saves_the_step_it_stops_at(self, trained, images, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_signals_save_the_step_they_stop_at(
+        self, number, code, trained, images, tmp_path, monkeypatch, capsys
+    ):
+        before = signal.getsignal(number)
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
-        original = FlowTraining.on_train_batch_end
+        original = FlowTraining.training_step
 
-        def terminate(self, *args):
-            original(self, *args)
-            if self.global_step == 3:  # checkpoints are written at 2 and 4
-                os.kill(os.getpid(), signal.SIGTERM)
+        def training_step(self, *args):
+            if self.global_step == 2:  # in step 3; checkpoints are written at 2 and 4
+                os.kill(os.getpid(), number)
+            return original(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(FlowTraining, "on_train_batch_end", terminate)
+            patch.setattr(FlowTraining, "training_step", training_step)
             with pytest.raises(SystemExit) as leaving:
                 main(command)
-        assert leaving.value.code == 143
+        assert leaving.value.code == code
+        assert signal.getsignal(number) == before
+        assert "the same command with --resume goes on" in capsys.readouterr().err
         saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
         assert saved["global_step"] == 3
         assert main([*command, "--resume"]) == 0

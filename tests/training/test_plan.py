@@ -52,7 +52,7 @@ def measured(config: TrainConfig, folder) -> int:
         warnings.simplefilter("ignore")
         model = build_model(resolved)
         train._fit(
-            train.Plan(folder, resolved, splits, model, torch.device("cpu"), False, False, 0)
+            train.Plan(folder, resolved, splits, model, torch.device("cpu"), False, False, None)
         )
     events = profiler.profiler.kineto_results.events()
     allocations = sorted(
