@@ -2,7 +2,7 @@ r"""The manifold objective: a penalized log-likelihood (arXiv 2206.03293).
 
 A mask says which latent pixels are u, on the manifold; the rest are v, off it.
 
-    L(x) = -log N(u; 0, I) - log p_V(v) - log |det df/dx| + sum_i w rho(e_i)
+    L(x) = -log N(u; 0, I) - log p_V(v) - log |det df/dx| + sum_i w_i rho(e_i)
 
 rho(e) is "l2" e^2 / 2, "l1" |e| or "huber": e^2 / 2 up to delta and delta (|e| - delta / 2) beyond.
 The paper's abstract leaves open whose pixels e are; two domains are offered:
@@ -16,13 +16,13 @@ The paper's abstract leaves open whose pixels e are; two domains are offered:
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mflow_kernels.ops._checks import check_choice
+from mflow_kernels.layers.actnorm import over_ranks
+from mflow_kernels.ops._checks import check_choice, check_state, check_tensor
 from mflow_kernels.ops.masked_penalty import (
     masked_penalty,
     masked_penalty_gaussian,
@@ -31,6 +31,10 @@ from mflow_kernels.ops.masked_penalty import (
 
 Rho = Literal["l2", "l1", "huber"]
 Domain = Literal["latent", "data"]
+Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"]
+
+MEMORY = 100  # batches that the tracked variance looks back on
+LEAST_VARIANCE = 1e-8  # keeps w finite where reconstructions are exact
 
 
 class Terms(NamedTuple):
@@ -51,50 +55,109 @@ class Terms(NamedTuple):
 class Manifold(Protocol):
     """What an objective asks of a model: latents, the masks of their v pixels, and decoding."""
 
+    input_shape: tuple[int, ...]
+    latent_shapes: tuple[tuple[int, ...], ...]
+
     def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]: ...
     def off_masks(self) -> tuple[Tensor, ...]: ...
     def gather(self, latents: tuple[Tensor, ...]) -> Tensor: ...
     def decode(self, u: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class ManifoldObjective:
+class ManifoldObjective(nn.Module):
     """The penalized log-likelihood of joint manifold learning (arXiv 2206.03293).
 
-    Attributes:
+    Args:
         domain: "latent" or "data", whose pixels the penalty is on.
         rho: "l2", "l1" or "huber".
-        weight: w > 0, of each penalty term.
-        delta: where "huber" turns from quadratic to linear, > 0.
+        weight: w, of each penalty term. A number > 0. Or a map: in the data domain a tensor that
+            broadcasts to an image, of finite numbers >= 0; in the latent domain a tuple of one
+            tensor for each latent, that broadcasts to it, of numbers > 0, so that p_V is a density.
+            Or, in the data domain, "variance": w = 1 / (2 variance), with the variance of e about
+            0, over samples and pixels, tracked while training (the mean of all batches, from the
+            100th on a running one) and kept in the state dict; a constant to the gradient. After
+            arXiv 2308.13792, whose abstract speaks of a variance-derived factor. In the latent
+            domain it would be no penalty: as w falls with the variance of v, stretching v raises
+            the log-determinant without bound.
+        delta: where "huber" turns from quadratic to linear, > 0, in units of e.
         sigma: standard deviation of p_V in the data domain, > 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
-    domain: Domain = "latent"
-    rho: Rho = "l2"
-    weight: float = 100.0
-    delta: float = 1.0
-    sigma: float = 0.1
+    variance: Tensor
+    batches: Tensor
 
-    def __post_init__(self) -> None:
-        check_choice("domain", self.domain, ("latent", "data"))
-        check_choice("rho", self.rho, ("l2", "l1", "huber"))
-        for name in ("weight", "delta", "sigma"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    def __init__(
+        self,
+        domain: Domain = "latent",
+        rho: Rho = "l2",
+        weight: Weight = 100.0,
+        delta: float = 1.0,
+        sigma: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_choice("domain", domain, ("latent", "data"))
+        check_choice("rho", rho, ("l2", "l1", "huber"))
+        for name, value in (("delta", delta), ("sigma", sigma)):
+            _check_positive(name, value)
+        self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)
+        self._weight = _check_weight(weight, domain)
+        self._maps = 0
+        if isinstance(weight, tuple | Tensor):
+            maps = weight if isinstance(weight, tuple) else (weight,)
+            self._maps = len(maps)
+            for i, part in enumerate(maps):
+                self.register_buffer(f"weight_{i}", part.detach().clone())
+        elif weight == "variance":
+            self.register_buffer("variance", torch.ones((), dtype=torch.float32))
+            self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def __call__(self, model: Manifold, x: Tensor) -> Terms:
-        """The terms for a batch x."""
+    @property
+    def weight(self) -> Weight:
+        """w: a number, a map on the module's device, or "variance"."""
+        if not self._maps:
+            return self._weight
+        maps = tuple(getattr(self, f"weight_{i}") for i in range(self._maps))
+        return maps if self.domain == "latent" else maps[0]
+
+    def check_fits(self, model: Manifold) -> None:
+        """ValueError where a map of weights does not broadcast to the image or the latents."""
+        weight = self.weight
+        if isinstance(weight, Tensor):
+            _check_broadcast("weight", weight, model.input_shape)
+        elif isinstance(weight, tuple):
+            if len(weight) != len(model.latent_shapes):
+                raise ValueError(
+                    f"weight: expected one map for each of {len(model.latent_shapes)} latents, "
+                    f"got {len(weight)}"
+                )
+            for i, (part, shape) in enumerate(zip(weight, model.latent_shapes, strict=True)):
+                _check_broadcast(f"weight[{i}]", part, shape)
+
+    def forward(self, model: Manifold, x: Tensor) -> Terms:
+        """The terms for a batch x, in training mode with the tracked variance brought up to date.
+
+        Raises:
+            TypeError: x is not of a floating dtype.
+            ValueError: x has no samples or another shape than the model's input, or a map of
+                weights does not fit the model.
+        """
+        self.check_fits(model)
+        if not len(check_state("x", x)):
+            raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
         latents, logdet = model.latents(x)
         off_loss, on, off = self._densities(model, latents)
-        if self.domain == "latent":
-            penalty = off_loss
-            return Terms(off_loss - on - logdet, on + off + logdet, on, off, logdet, penalty)
-        projection = model.decode(model.gather(latents))
-        penalty = masked_penalty(
-            x, projection.to(x.dtype), weight=self.weight, rho=self.rho, delta=self.delta
-        )
         likelihood = on + off + logdet
+        if self.domain == "latent":
+            return Terms(off_loss - on - logdet, likelihood, on, off, logdet, off_loss)
+        u = model.gather(latents)
+        if u.shape[1] == math.prod(model.input_shape):
+            # Nothing is off the manifold: every x is its own projection.
+            penalty = torch.zeros_like(off_loss)
+        else:
+            penalty = self._reconstruction(x, model.decode(u).to(x.dtype))
         return Terms(penalty - likelihood, likelihood, on, off, logdet, penalty)
 
     def log_likelihood(self, model: Manifold, x: Tensor) -> Tensor:
@@ -107,24 +170,108 @@ class ManifoldObjective:
         """log p_V(v), (N,), nats, normalizer included."""
         return self._densities(model, latents)[2]
 
+    def extra_repr(self) -> str:
+        shown = f"map of {self._maps} tensors" if self._maps else repr(self._weight)
+        return (
+            f"{self.domain!r}, {self.rho!r}, weight={shown}, delta={self.delta}, sigma={self.sigma}"
+        )
+
     def _densities(
         self, model: Manifold, latents: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """-log p_V without its normalizer, log N(u), and log p_V."""
-        if self.domain == "latent":
-            rho, weight = self.rho, self.weight
-        else:
-            rho, weight = "l2", self.sigma**-2
         masks = model.off_masks()
-        parts = [
-            masked_penalty_gaussian(z, mask=mask, weight=weight, rho=rho, delta=self.delta)
-            for z, mask in zip(latents, masks, strict=True)
-        ]
+        rho: Rho = self.rho
+        weight = self.weight
+        if self.domain == "data":
+            rho, weight = "l2", self.sigma**-2
+        weights = weight if isinstance(weight, tuple) else (weight,) * len(masks)
+        parts, normalizers = [], []
+        for z, mask, w in zip(latents, masks, weights, strict=True):
+            assert not isinstance(w, str)  # never in the latent domain
+            parts.append(masked_penalty_gaussian(z, mask=mask, weight=w, rho=rho, delta=self.delta))
+            normalizers.append(_log_normalizer(mask, w, rho, self.delta))
         penalty = torch.stack([p for p, _ in parts]).sum(0)
         on = torch.stack([g for _, g in parts]).sum(0)
-        # In the penalty's dtype: an integer times a float would be a float32.
-        count = torch.stack([mask.sum() for mask in masks]).sum().to(penalty.dtype)
-        return penalty, on, -penalty - count * penalty_log_normalizer(rho, weight, self.delta)
+        return penalty, on, -penalty - torch.stack(normalizers).sum().to(penalty.dtype)
+
+    def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
+        """sum w rho(x - projection) (N,)."""
+        weight = self.weight
+        assert not isinstance(weight, tuple)  # never in the data domain
+        if not isinstance(weight, str):
+            return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
+        penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
+        if self.training:
+            self._track(x, projection)
+        return penalty / (2 * self.variance.to(penalty.dtype).clamp(min=LEAST_VARIANCE))
+
+    @torch.no_grad()
+    def _track(self, x: Tensor, projection: Tensor) -> None:
+        """Bring the variance of x - projection about 0 up to date with one more batch."""
+        squares = 2 * masked_penalty(x, projection, rho="l2").double().sum()
+        # All ranks see the same sums, and keep the same variance.
+        squares, count = over_ranks(torch.stack([squares, squares.new_tensor(x.numel())]))
+        self.batches += 1
+        share = 1 / self.batches.clamp(max=MEMORY)
+        self.variance.lerp_((squares / count).to(self.variance.dtype), share)
+
+
+def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float) -> Tensor:
+    """log of the integral of exp(-w rho) over the masked pixels, a float64 scalar."""
+    if isinstance(weight, Tensor):
+        each = penalty_log_normalizer(rho, weight.double(), delta)
+        return torch.where(mask, each, 0.0).sum()
+    return mask.sum().double() * penalty_log_normalizer(rho, weight, delta)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def _check_weight(weight: object, domain: Domain) -> Weight:
+    if isinstance(weight, str):
+        if weight != "variance":
+            raise ValueError(f"weight: expected a number, a map or 'variance', got {weight!r}")
+        if domain == "latent":
+            raise ValueError(
+                "weight: expected a number or a map in the latent domain, got 'variance', with "
+                "which stretching v would lower the loss without bound"
+            )
+        return "variance"
+    if isinstance(weight, Tensor | tuple):
+        if isinstance(weight, tuple) != (domain == "latent"):
+            kind = "a tuple of one map a latent" if domain == "latent" else "one map of the image"
+            raise TypeError(
+                f"weight: expected {kind} in the {domain} domain, got a {type(weight).__name__}"
+            )
+        for part in weight if isinstance(weight, tuple) else (weight,):
+            _check_map(part, domain)
+        return weight
+    _check_positive("weight", weight)
+    return float(weight)  # type: ignore[arg-type]
+
+
+def _check_map(part: object, domain: Domain) -> None:
+    part = check_tensor("weight", part)
+    if not part.numel():
+        raise ValueError(f"weight: expected no empty map, got shape {tuple(part.shape)}")
+    low, high = (value.item() for value in part.detach().aminmax())
+    wanted = "> 0" if domain == "latent" else ">= 0, not all 0"
+    good = low > 0 if domain == "latent" else low >= 0 and high > 0
+    if not (good and high < math.inf):
+        raise ValueError(f"weight: expected finite numbers {wanted}, got some from {low} to {high}")
+
+
+def _check_broadcast(name: str, value: Tensor, onto: tuple[int, ...]) -> None:
+    aligned = zip(reversed(value.shape), reversed(onto), strict=False)
+    if value.dim() > len(onto) or any(size not in (1, full) for size, full in aligned):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {onto}, got {tuple(value.shape)}"
+        )
 
 
 def bits_per_dimension(log_likelihood: Tensor, dimensions: int, n_bits: int) -> Tensor:

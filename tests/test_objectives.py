@@ -158,20 +158,244 @@ def test_float32_terms_are_float32():
         assert value.shape == (4,)
 
 
+def latent_maps(flow):
+    """One weight for each channel of each latent."""
+    return tuple(
+        1 + torch.rand(shape[0], 1, 1, dtype=torch.float64) for shape in flow.latent_shapes
+    )
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_weights_may_be_maps_of_the_latents(rho):
+    """Each v pixel has a weight and a normalizer of its own."""
+    maps = latent_maps(image_flow(None))
+    flow = image_flow(ManifoldObjective("latent", rho, weight=maps, delta=0.4))
+    x = normal(*X, dtype=torch.float64)
+    u, v, logdet = split_latents(flow, x)
+    weights = [w.expand(m.shape)[m] for w, m in zip(maps, flow.off_masks(), strict=True)]
+    w = torch.cat(weights)
+    terms = flow.terms(x)
+    each = w * rho_of(rho, v, 0.4)
+    torch.testing.assert_close(terms.penalty, each.sum(1), rtol=1e-12, atol=1e-10)
+    grid = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
+    integrals = torch.stack(
+        [torch.trapezoid((-one * rho_of(rho, grid, 0.4)).exp(), grid) for one in w]
+    )
+    expected = log_normal(u, 1) + logdet - (each + integrals.log()).sum(1)
+    torch.testing.assert_close(terms.log_likelihood, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow.log_prob(x), terms.log_likelihood)
+
+
+def test_a_map_of_one_number_is_that_number():
+    """Latent l2 with weights 100 is PIE's Gaussian, whichever way they are given."""
+    x = normal(*X, dtype=torch.float64)
+    latent = image_flow(ManifoldObjective("latent", weight=50.0))
+    maps = tuple(torch.full(shape, 50.0, dtype=torch.float64) for shape in latent.latent_shapes)
+    data = image_flow(ManifoldObjective("data", weight=50.0))
+    for flow, weight in ((latent, maps), (data, torch.full((4, 4), 50.0, dtype=torch.float64))):
+        expected = flow.terms(x)
+        flow.objective = ManifoldObjective(flow.objective.domain, weight=weight)
+        for got, want in zip(flow.terms(x), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-11)
+
+
+def test_a_map_of_the_image_weighs_pixels():
+    weight = torch.rand(1, 4, 4, dtype=torch.float64)
+    weight[0, 0] = 0  # pixels that may be anything
+    flow = image_flow(ManifoldObjective("data", "l1", weight=weight))
+    x = normal(*X, dtype=torch.float64)
+    error = (x - flow.project(x)).abs()
+    expected = (weight * error).flatten(1).sum(1)
+    terms = flow.terms(x)
+    torch.testing.assert_close(terms.penalty, expected, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(terms.loss, expected - terms.log_likelihood)
+
+
+def test_maps_move_and_are_saved_with_the_model():
+    weight = torch.rand(4, 4) + 0.1
+    flow = image_flow(ManifoldObjective("data", weight=weight))
+    other = image_flow(ManifoldObjective("data", weight=torch.ones(4, 4)))
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(other.objective.weight, weight.double())
+    assert flow.objective.weight.dtype == torch.float64  # as the model, of the dtype asked for
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_the_variance_is_tracked_in_training(rho):
+    """w = 1 / (2 variance): the mean of e^2 over all pixels of all batches so far."""
+    flow = image_flow(ManifoldObjective("data", rho, weight="variance", delta=0.4)).train()
+    squares = []
+    for scale in (1.0, 3.0, 0.5):
+        x = scale * normal(*X, dtype=torch.float64)
+        error = (x - flow.project(x)).detach()
+        squares.append(error.square().mean())
+        terms = flow.terms(x)
+        variance = torch.stack(squares).mean()
+        torch.testing.assert_close(flow.objective.variance.double(), variance, rtol=1e-6, atol=0)
+        expected = rho_of(rho, error, 0.4).flatten(1).sum(1) / (2 * variance)
+        torch.testing.assert_close(terms.penalty, expected, rtol=1e-6, atol=0)
+    assert flow.objective.batches == 3
+
+
+def test_the_variance_rests_in_evaluation_and_is_saved():
+    flow = image_flow(ManifoldObjective("data", weight="variance")).train()
+    x = normal(*X, dtype=torch.float64)
+    flow.terms(x)
+    before = flow.objective.variance.clone()
+    flow.eval()
+    flow.terms(3 * x)
+    assert torch.equal(flow.objective.variance, before)
+    other = image_flow(ManifoldObjective("data", weight="variance")).eval()
+    other.load_state_dict(flow.state_dict())
+    assert torch.equal(other.terms(x).loss, flow.terms(x).loss)
+
+
+def test_the_variance_forgets_old_batches():
+    objective = ManifoldObjective("data", weight="variance").train()
+    e = torch.ones(1, 2)
+    for value, batches in ((1.0, 150), (2.0, 100)):
+        for _ in range(batches):
+            objective._track(value * e, torch.zeros_like(e))
+    # From the 100th batch on a running mean, whose old value has faded by 0.99^100.
+    expected = 4 - 3 * 0.99**100
+    assert objective.variance.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_variance_is_a_constant_to_the_gradient():
+    flow = image_flow(ManifoldObjective("data", weight="variance")).train()
+    x = normal(*X, dtype=torch.float64)
+    parameters = list(flow.parameters())
+    got = torch.autograd.grad(flow.terms(x).loss.sum(), parameters)
+    w = 1 / (2 * flow.objective.variance.item())
+    flow.objective = ManifoldObjective("data", weight=w)
+    want = torch.autograd.grad(flow.terms(x).loss.sum(), parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_stages_that_share_an_objective_track_variances_of_their_own():
+    objective = ManifoldObjective("data", weight="variance")
+    one, other = image_flow(objective).train(), image_flow(objective).train()
+    one.terms(normal(*X, dtype=torch.float64))
+    assert one.objective.batches == 1
+    assert other.objective.batches == objective.batches == 0
+
+
+def saved_bytes(steps, reversible, domain):
+    """Bytes that the terms of a batch keep for the backward pass, parameters aside."""
+    glow = Glow((1, 8, 8), 1, steps, 4, reversible=reversible, checkpoint_every=None)
+    flow = ManifoldFlow(glow, 8, objective=ManifoldObjective(domain))
+    own = {p.untyped_storage().data_ptr() for p in (*flow.parameters(), *flow.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.numel() > 2048:  # of a state, not of a weight
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = normal(64, 1, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = flow.terms(x).loss.sum()
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_the_inverse_pass_of_the_data_domain_stores_nothing():
+    """Depth adds nothing to what is kept; what differentiates the inverse is its ends alone."""
+    shallow, deep = saved_bytes(2, True, "data"), saved_bytes(8, True, "data")
+    assert shallow == deep
+    state = 64 * 64 * 4
+    assert shallow <= saved_bytes(2, True, "latent") + 6 * state
+    assert saved_bytes(8, False, "data") > 4 * deep
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"domain": "pixel"}, "domain: expected one of latent, data, got 'pixel'"),
-        ({"rho": "l3"}, "rho: expected one of l2, l1, huber, got 'l3'"),
-        ({"weight": 0.0}, "weight: expected a finite number > 0, got 0.0"),
-        ({"weight": math.inf}, "weight: expected a finite number > 0, got inf"),
-        ({"delta": -1.0}, "delta: expected a finite number > 0, got -1.0"),
-        ({"sigma": math.nan}, "sigma: expected a finite number > 0, got nan"),
+        ({"domain": "pixel"}, ValueError, "domain: expected one of latent, data, got 'pixel'"),
+        ({"rho": "l3"}, ValueError, "rho: expected one of l2, l1, huber, got 'l3'"),
+        ({"weight": 0.0}, ValueError, "weight: expected a finite number > 0, got 0.0"),
+        ({"weight": -2}, ValueError, "weight: expected a finite number > 0, got -2"),
+        ({"weight": math.inf}, ValueError, "weight: expected a finite number > 0, got inf"),
+        ({"weight": math.nan}, ValueError, "weight: expected a finite number > 0, got nan"),
+        ({"weight": None}, TypeError, "weight: expected a number, got NoneType"),
+        ({"weight": True}, TypeError, "weight: expected a number, got bool"),
+        (
+            {"domain": "data", "weight": "std"},
+            ValueError,
+            "weight: expected a number, a map or 'variance', got 'std'",
+        ),
+        (
+            {"weight": "variance"},
+            ValueError,
+            "weight: expected a number or a map in the latent domain, got 'variance', with which",
+        ),
+        (
+            {"weight": torch.ones(3)},
+            TypeError,
+            "weight: expected a tuple of one map a latent in the latent domain, got a Tensor",
+        ),
+        (
+            {"domain": "data", "weight": (torch.ones(3),)},
+            TypeError,
+            "weight: expected one map of the image in the data domain, got a tuple",
+        ),
+        (
+            {"weight": (torch.tensor([1.0, 0.0]),)},
+            ValueError,
+            "weight: expected finite numbers > 0, got some from 0.0 to 1.0",
+        ),
+        (
+            {"domain": "data", "weight": torch.tensor([-1.0, 0.0])},
+            ValueError,
+            "weight: expected finite numbers >= 0, not all 0, got some from -1.0 to 0.0",
+        ),
+        ({"domain": "data", "weight": torch.zeros(3)}, ValueError, "not all 0, got some from 0.0"),
+        (
+            {"domain": "data", "weight": torch.tensor([1.0, math.nan])},
+            ValueError,
+            "weight: expected finite numbers .* got some from nan to nan",
+        ),
+        (
+            {"domain": "data", "weight": torch.tensor([1.0, math.inf])},
+            ValueError,
+            "weight: expected finite numbers .* got some from 1.0 to inf",
+        ),
+        ({"domain": "data", "weight": torch.ones(0)}, ValueError, "weight: expected no empty map"),
+        ({"domain": "data", "weight": torch.ones(3).int()}, TypeError, "weight: .*got int32"),
+        ({"delta": 0}, ValueError, "delta: expected a finite number > 0, got 0"),
+        ({"delta": -1.0}, ValueError, "delta: expected a finite number > 0, got -1.0"),
+        ({"sigma": math.nan}, ValueError, "sigma: expected a finite number > 0, got nan"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
         ManifoldObjective(**arguments)
+
+
+def test_maps_that_do_not_fit_the_model():
+    message = r"weight: expected a shape that broadcasts to \(1, 4, 4\), got \(3, 4\)"
+    with pytest.raises(ValueError, match=message):
+        image_flow(ManifoldObjective("data", weight=torch.ones(3, 4)))
+    with pytest.raises(ValueError, match="weight: expected one map for each of 2 latents, got 1"):
+        image_flow(ManifoldObjective(weight=(torch.ones(2, 1, 1),)))
+    message = r"weight\[1\]: expected a shape that broadcasts to \(8, 1, 1\), got \(2, 1, 1\)"
+    flow = image_flow(None)
+    flow.objective = ManifoldObjective(weight=(torch.ones(2, 1, 1),) * 2)
+    with pytest.raises(ValueError, match=message):
+        flow.terms(normal(*X, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_bad_batches(domain):
+    flow = image_flow(ManifoldObjective(domain))
+    with pytest.raises(TypeError, match=r"x: expected dtype float32, .* got int64"):
+        flow.terms(torch.ones(X, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: expected at least one sample, got shape \(0, 1, 4"):
+        flow.terms(torch.empty(0, 1, 4, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 4, 4\), got \(2, 1, 4, 6\)"):
+        flow.terms(torch.ones(2, 1, 4, 6, dtype=torch.float64))
 
 
 def test_bits_per_dimension():

@@ -46,22 +46,22 @@ class ActNorm(Bijection):
         samples = x.transpose(0, 1).flatten(1).double()
         # Ranks raise together, since all see the same sums: none is left waiting for another.
         count, total = (
-            _over_ranks(samples.new_tensor(samples.shape[1])),
-            _over_ranks(samples.sum(1)),
+            over_ranks(samples.new_tensor(samples.shape[1])),
+            over_ranks(samples.sum(1)),
         )
         if count < 2:
             raise ValueError(f"x: expected at least two values a channel, got {tuple(x.shape)}")
         if not total.isfinite().all():
             raise ValueError("x: expected finite values to initialize actnorm from")
         mean = total / count
-        std = (_over_ranks((samples - mean[:, None]).square().sum(1)) / count).sqrt()
+        std = (over_ranks((samples - mean[:, None]).square().sum(1)) / count).sqrt()
         constant = std <= 1e-6 * (1 + mean.abs())
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, 0.0, -std.log()))
         self.initialized.fill_(True)
 
 
-def _over_ranks(x: Tensor) -> Tensor:
+def over_ranks(x: Tensor) -> Tensor:
     """The sum of x over all ranks, or x where there is but one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)

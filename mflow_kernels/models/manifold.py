@@ -1,6 +1,8 @@
 """A flow whose latent space is part manifold, part off it."""
 
+import copy
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -21,13 +23,16 @@ class ManifoldFlow(Chart):
             `input_shape` and `latent_shapes`.
         manifold_dim: d, from 1 to the number of dimensions of the data: that many latent pixels,
             coarsest latents and, in a latent, last channels first.
-        mask: in place of manifold_dim, one bool tensor for each latent, of its shape without N:
-            True where the pixel is u.
-        objective: the loss that it is trained with, and p_V with it.
+        mask: one bool tensor for each latent that broadcasts to its shape without N: True where the
+            pixel is u. All True: the manifold is the whole space, and the objective is plain
+            likelihood. All False: the manifold is the one point f^-1(0), d = 0, and the objective
+            is pure penalty. A warning says so.
+        objective: the loss that it is trained with, and p_V with it; the model keeps a copy.
 
     Raises:
-        ValueError: where neither or both of manifold_dim and mask are given, the dimension is out
-            of range, or a mask has another shape than its latent or is empty.
+        TypeError: a mask is not of bool tensors.
+        ValueError: neither manifold_dim nor mask is given, or both of different dimensions; the
+            dimension is out of range; a mask, or a map of weights, does not broadcast.
     """
 
     def __init__(
@@ -40,18 +45,11 @@ class ManifoldFlow(Chart):
     ) -> None:
         super().__init__()
         self.flow = flow
-        self.objective = objective or ManifoldObjective()
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
-        total = sum(math.prod(shape) for shape in self.latent_shapes)
-        if (manifold_dim is None) == (mask is None):
-            raise ValueError("manifold_dim, mask: expected exactly one of the two")
-        if mask is not None:
-            flat = _flat_mask(mask, self.latent_shapes)
-        else:
-            assert manifold_dim is not None
-            check_manifold_dim(manifold_dim, self.latent_shapes)
-            flat = torch.arange(total) >= total - manifold_dim
+        self.objective = copy.deepcopy(objective) or ManifoldObjective()
+        self.objective.check_fits(self)
+        flat = _choose(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
         for i, part in enumerate(self._unflatten((~flat)[None])):
             # Channels last, as the latents of image flows are.
@@ -117,13 +115,50 @@ def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], 
         )
 
 
+def _choose(
+    manifold_dim: int | None,
+    mask: tuple[Tensor, ...] | None,
+    shapes: tuple[tuple[int, ...], ...],
+) -> Tensor:
+    """Bool (D,), over all latents: which pixels are u."""
+    total = sum(math.prod(shape) for shape in shapes)
+    if mask is not None:
+        flat = _flat_mask(mask, shapes)
+        chosen = int(flat.sum())
+        if manifold_dim is not None and manifold_dim != chosen:
+            raise ValueError(
+                f"manifold_dim, mask: expected one dimension, got manifold_dim={manifold_dim} and "
+                f"a mask of {chosen}"
+            )
+        if chosen == total:
+            warnings.warn(
+                "mask: all latent pixels are u, so that the manifold is the whole space and the "
+                "objective plain likelihood",
+                stacklevel=3,
+            )
+        elif not chosen:
+            warnings.warn(
+                "mask: no latent pixel is u, so that the manifold is one point and the objective "
+                "pure penalty",
+                stacklevel=3,
+            )
+        return flat
+    if manifold_dim is None:
+        raise ValueError("manifold_dim, mask: expected one of the two, got neither")
+    check_manifold_dim(manifold_dim, shapes)
+    return torch.arange(total) >= total - manifold_dim
+
+
 def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> Tensor:
-    came = tuple(tuple(part.shape) for part in mask)
-    if came != shapes:
-        raise ValueError(f"mask: expected one mask a latent, of shapes {shapes}, got {came}")
+    if not isinstance(mask, tuple) or not all(isinstance(part, Tensor) for part in mask):
+        raise TypeError(f"mask: expected a tuple of tensors, got {type(mask).__name__}")
     if any(part.dtype != torch.bool for part in mask):
         raise TypeError(f"mask: expected dtype bool, got {[part.dtype for part in mask]}")
-    flat = torch.cat([part.flatten() for part in mask])
-    if not flat.any():
-        raise ValueError("mask: expected at least one True, got an empty manifold")
-    return flat
+    try:
+        parts = [part.expand(shape) for part, shape in zip(mask, shapes, strict=True)]
+    except (RuntimeError, ValueError):
+        came = tuple(tuple(part.shape) for part in mask)
+        raise ValueError(
+            f"mask: expected one mask a latent, that broadcast to {shapes}, got {came}"
+        ) from None
+    return torch.cat([part.flatten() for part in parts])

@@ -121,21 +121,25 @@ def shapes(*sizes):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "manifold_dim, mask: expected exactly one of the two"),
-        ({"manifold_dim": 2, "mask": shapes((2, 2, 2), (8, 1, 1))}, ValueError, "exactly one"),
+        ({}, ValueError, "manifold_dim, mask: expected one of the two, got neither"),
+        (
+            {"manifold_dim": 2, "mask": (torch.eye(2) > 0, torch.ones(8, 1, 1) > 0)},
+            ValueError,
+            "manifold_dim, mask: expected one dimension, got manifold_dim=2 and a mask of 12",
+        ),
         ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, .*got 0"),
         ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, .*got 17"),
         (
             {"mask": shapes((2, 2, 2))},
             ValueError,
-            r"mask: expected one mask a latent, of shapes .*got",
+            r"mask: expected one mask a latent, that broadcast to .*got \(\(2, 2, 2\),\)",
         ),
-        ({"mask": shapes((2, 2), (8, 1, 1))}, ValueError, r"mask: expected .*got \(\(2, 2\), \(8"),
         (
-            {"mask": tuple(~m for m in shapes((2, 2, 2), (8, 1, 1)))},
+            {"mask": shapes((2, 3), (8, 1, 1))},
             ValueError,
-            "mask: expected at least one True, got an empty manifold",
+            r"mask: expected .* broadcast to \(\(2, 2, 2\), \(8, 1, 1\)\), got \(\(2, 3\), \(8",
         ),
+        ({"mask": torch.ones(8, 1, 1) > 0}, TypeError, "mask: expected a tuple of .*got Tensor"),
         (
             {"mask": tuple(m.float() for m in shapes((2, 2, 2), (8, 1, 1)))},
             TypeError,
@@ -146,6 +150,56 @@ def shapes(*sizes):
 def test_bad_masks(arguments, error, message):
     with pytest.raises(error, match=message):
         ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
+
+
+def test_masks_broadcast_and_may_repeat_the_dimension():
+    coarse = torch.arange(8)[:, None, None] >= 5
+    flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), 7, mask=(torch.eye(2) > 0, coarse))
+    assert flow.manifold_dim == 7
+    fine_off, coarse_off = flow.off_masks()
+    assert torch.equal(fine_off, ~(torch.eye(2) > 0).expand(2, 2, 2))
+    assert torch.equal(coarse_off, ~coarse)
+
+
+def all_or_nothing(every: bool, objective) -> ManifoldFlow:
+    mask = tuple(torch.full((1, 1, 1), every) for _ in range(2))
+    word = "the whole space .* plain likelihood" if every else "one point .* pure penalty"
+    with pytest.warns(UserWarning, match=f"mask: .* {word}"):
+        return ManifoldFlow(
+            moved(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask, objective=objective
+        )
+
+
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_a_mask_all_on_is_plain_likelihood(domain):
+    flow = all_or_nothing(True, ManifoldObjective(domain))
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    terms = flow.terms(x)
+    z, logdet = flow.latents(x)
+    standard = sum((-part.square() / 2 - math.log(2 * math.pi) / 2).flatten(1).sum(1) for part in z)
+    torch.testing.assert_close(terms.loss, -(standard + logdet))
+    torch.testing.assert_close(terms.log_likelihood, standard + logdet)
+    assert not terms.penalty.any()
+    assert flow.manifold_dim == 16
+
+
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_a_mask_all_off_is_pure_penalty(domain):
+    flow = all_or_nothing(False, ManifoldObjective(domain, weight=7.0))
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    assert flow.encode(x).shape == (3, 0)
+    point = flow.flow.inverse((x.new_zeros(1, 2, 2, 2), x.new_zeros(1, 8, 1, 1)))[0]
+    assert_close(flow.project(x), point.expand(3, -1, -1, -1), terms=100)
+    assert_close(flow.sample(2), point.expand(2, -1, -1, -1), terms=100)
+    terms = flow.terms(x)
+    z, logdet = flow.latents(x)
+    e = torch.cat([part.flatten(1) for part in z], 1) if domain == "latent" else (x - point)
+    penalty = 7 * e.square().flatten(1).sum(1) / 2
+    torch.testing.assert_close(terms.penalty, penalty)
+    assert not terms.on_manifold.any()
+    assert not flow.manifold_log_prob(x).value.any()
+    kept = torch.zeros_like(penalty) if domain == "latent" else terms.off_manifold
+    torch.testing.assert_close(terms.loss, penalty - logdet - kept)
 
 
 def test_bad_calls():
