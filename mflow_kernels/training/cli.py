@@ -78,7 +78,7 @@ def train(options: dict[str, Any]) -> Work:
 
 
 def prepare(
-    data: str, out: str, image_size: int = 64, workers: int | None = None, overwrite: bool = False
+    data: str, out: str, overwrite: bool, image_size: int = 64, workers: int | None = None
 ) -> Work:
     """Decode and resize a data set once, into one file that training reads at memory speed.
 
@@ -88,9 +88,9 @@ def prepare(
     Args:
         data: Folder or zip of images; CelebA as downloaded keeps its official partition.
         out: File to write.
+        overwrite: Replace it if it exists.
         image_size: Side of the square images in pixels.
         workers: Processes that decode; by default one for each core.
-        overwrite: Replace the file if it exists.
     """
     from mflow_kernels.training.prepare import is_prepared_from
     from mflow_kernels.training.prepare import prepare as make
@@ -119,6 +119,7 @@ def prepare(
             prepared = open_prepared(path)
             with counting("checking", len(prepared.images)) as tell:
                 prepared.verify(tell)
+            print("made before; every byte is as it was written")
         else:
             prepared = make(source, path, image_size, workers)
         print(prepared.summary())
@@ -291,10 +292,12 @@ def _parsers() -> tuple["OptionParser", "OptionParser"]:
         metavar="COMMAND", title="commands", description="mflow COMMAND --help tells more of each."
     )
     preparer = OptionParser(description=_text(prepare))
-    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip={"out"})
     preparer.add_argument(
         "--out", required=True, metavar="FILE", help="File to write, such as celeba64.safetensors."
     )
+    preparer.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
+    by_hand: set[str | int] = {"out", "overwrite"}
+    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip=by_hand)
     commands.add_subcommand("prepare", preparer, help=_text(prepare, lines=1))
     trainer = OptionParser(description=_text(train))
     trainer.add_argument(

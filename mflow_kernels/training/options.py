@@ -48,6 +48,9 @@ def explain(error: Exception) -> str:
     if '"subcommand" to be one of' in text:
         names = re.findall(r"\w+", text.partition("{")[2].partition("}")[0])
         return f"expected a command: {', '.join(names)} (mflow --help)"
+    if "arguments are required: " in text:
+        names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
+        return f"{names[0]}: expected a value, got none"
     key = re.search(r'Parser key "(\w+)"', text)
     came = re.search(r"(?:Got|Given) value: (.*)", text)
     expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)

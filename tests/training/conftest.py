@@ -14,6 +14,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """A cache of prepared images of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MFLOW_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "faces")

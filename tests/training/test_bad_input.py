@@ -29,7 +29,11 @@ class TestBadInput:
             ("--seed -1", "--seed: expected at least 0, got -1"),
             ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
             ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
-            ("--data /nowhere", "--data: expected 'digits' or an existing folder, got '/nowhere'"),
+            (
+                "--data /nowhere",
+                "--data: expected 'digits', a folder or zip of images, or a file of mflow "
+                "prepare, got '/nowhere'",
+            ),
             ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
             ("--resume --overwrite", "--resume: expected either --resume or --overwrite, got both"),
             ("--colour red", "unrecognized arguments: --colour red"),
@@ -129,7 +133,11 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("arguments", "told"),
-        [([], "expected a command: train, sample"), (["draw"], "draw"), (["sample"], "run")],
+        [
+            ([], "expected a command: prepare, train, sample"),
+            (["draw"], "draw"),
+            (["sample"], "run"),
+        ],
     )
     def test_commands(self, arguments, told, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

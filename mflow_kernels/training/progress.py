@@ -1,0 +1,62 @@
+"""Telling on stderr how far a long piece of work has come."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+Tell = Callable[[int], None]
+
+
+@contextmanager
+def counting(what: str, total: int, done: int = 0) -> Iterator[Tell]:
+    """A progress bar of images; plain lines, one in a while, where stderr is no terminal.
+
+    Args:
+        what: is being done.
+        total: images in all.
+        done: images that need not be done any more.
+
+    Yields:
+        A function to call with the number of images done so far.
+    """
+    console = Console(stderr=True)
+    started = last = time.monotonic()
+    first = done
+
+    def rate(count: int) -> str:
+        return f"{(count - first) / max(1e-9, time.monotonic() - started):,.0f} images/s"
+
+    if not console.is_terminal:
+
+        def tell_in_lines(count: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                line = f"{what}: {count:,} of {total:,} images, {rate(count)}"
+                console.print(line, highlight=False, soft_wrap=True)
+
+        yield tell_in_lines
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(what, total=total, completed=done, rate="")
+        yield lambda count: bar.update(task, completed=count, rate=rate(count))
