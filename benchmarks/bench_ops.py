@@ -1,0 +1,122 @@
+"""Every operator, forward, inverse and backward, at the states of Glow's levels: ours, its
+reference in eager torch, and that reference under torch.compile, all held to float64."""
+
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks._measure import REPLAY, interleaved, launches, peak_bytes
+from benchmarks._operators import Function, Operation, Shape, operations
+from benchmarks.conftest import Bench, Measured, Missing
+
+ROUNDS = 15
+VARIANTS = ("ours", "eager", "compiled")
+OPERATIONS = (
+    *((name, direction)
+      for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
+      for direction in ("forward", "inverse", "backward")),
+    ("uncouple", "backward"),
+    ("unmix", "backward"),
+    ("accumulate_logdet", "forward"),
+    ("masked_penalty", "forward"),
+    ("masked_penalty", "backward"),
+)  # fmt: skip
+
+
+def shapes(size: str, gpu: bool) -> list[Shape]:
+    """The first one is that at which torch.compile runs too, unless all are asked for."""
+    if size == "tiny":
+        return [Shape(16, 1, 2, True)]
+    batches = {64: 64, 256: 16, 1024: 2} if gpu else {64: 8, 256: 2, 1024: 1}
+    if size == "full":
+        levels = {64: 4, 256: 6, 1024: 6}
+        every = [(px, level, last) for last in (True, False)
+                 for px in batches for level in range(1, levels[px] + 1)]  # fmt: skip
+    elif gpu:
+        every = [
+            (px, level, True) for px, level in ((256, 1), (256, 3), (256, 6), (64, 1), (1024, 1))
+        ]
+    else:
+        every = [(px, level, True) for px, level in ((64, 1), (64, 3), (256, 1), (256, 6))]
+    return [Shape(px, level, batches[px], last) for px, level, last in every]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    size = "full" if option("--full") else "tiny" if option("--tiny") else "default"
+    grid = shapes(size, option("--device").startswith("cuda"))
+    rows = [
+        pytest.param(shape, name, direction, variant, shape == grid[0],
+                     id="-".join((shape.id, name, direction, variant)))
+        for shape in grid for name, direction in OPERATIONS for variant in VARIANTS
+    ]  # fmt: skip
+    metafunc.parametrize(("shape", "name", "direction", "variant", "first"), rows)
+
+
+@cache
+def _table(shape: Shape, device: torch.device) -> dict[tuple[str, str], Operation]:
+    _table.cache_clear()  # one shape's inputs at a time
+    return {(op.name, op.direction): op for op in operations(shape, device)}
+
+
+def _compiled(reference: Function, device: torch.device) -> Function:
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise Missing("torch.compile needs a C++ compiler on a CPU")
+    torch._dynamo.reset()
+    return torch.compile(reference, dynamic=False)
+
+
+def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measured:
+    measured = Measured()
+    exact = op.exact()
+    functions: dict[str, Function] = {}
+    for variant in VARIANTS:
+        try:
+            if variant == "compiled":
+                if not compiles:
+                    raise Missing("torch.compile runs at the first shape alone; at all with --full")
+                function = _compiled(op.reference, bench.device)
+            else:
+                function = op.ours if variant == "ours" else op.reference
+            op.check(function, exact)
+            functions[variant] = function
+        except (Missing, AssertionError) as fault:
+            measured.faults[variant] = fault
+    prepares = {v: (lambda f=f: op.prepare(f)) for v, f in functions.items()}
+    measured.seconds = interleaved(
+        prepares, bench.rounds(ROUNDS), bench.device, bench.clock, flush=True
+    )
+    for variant, prepare in prepares.items():
+        taken = sorted(measured.seconds[variant])[len(measured.seconds[variant]) // 2]
+        rate = op.fewest / taken
+        measured.extra[variant] = {
+            "operator": op.name,
+            "direction": op.direction,
+            "shape": str(shape),
+            "bytes": op.fewest,
+            "bytes_per_second": rate,
+            "share_of_copy_bandwidth": rate / bench.environment["copy_bytes_per_second"],
+            "peak_bytes": peak_bytes(prepare(), bench.device),
+            "launches": launches(prepare(), bench.device),
+        }
+    return measured
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_operator(
+    bench: Bench,
+    benchmark: BenchmarkFixture,
+    shape: Shape,
+    name: str,
+    direction: str,
+    variant: str,
+    first: bool,
+) -> None:
+    op = _table(shape, bench.device)[name, direction]
+    benchmark.group = f"{name} {direction}, {shape}"
+    compiles = first or bench.size == "full"
+    bench.record(benchmark, (shape, name, direction), variant,
+                 lambda: measure(bench, op, shape, compiles))  # fmt: skip
