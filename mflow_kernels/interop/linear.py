@@ -1,0 +1,205 @@
+"""The linear layers of other libraries, folded into one weight and bias between two couplings.
+
+Every linear map here is one of x -> W x + bias at each pixel, read off the parameters of the module
+that owns them, in the direction data -> latent; those of K steps are read and folded in one batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.layers.moves import Mixes
+from mflow_kernels.ops.conv1x1 import inverse_mix
+
+
+class Affine(NamedTuple):
+    """K maps of C channels. weight is (K, C, C), or (K, C) of a diagonal, or an integer (K, C) that
+    says which channel of x each channel of y is. log_det is log |det W| at one pixel."""
+
+    weight: Tensor
+    bias: Tensor | None = None  # (K, C)
+    log_det: Tensor | None = None  # (K,)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """How a layer that normalizes its first batch is set from it.
+
+    Attributes:
+        unset: whether the layer waits for its first batch.
+        set_from: take scale and shift from this batch; True where it arrives from the latent side.
+        state: a tensor that changes when `unset` may, so that it need not be asked at every call.
+    """
+
+    unset: Callable[[Any], bool]
+    set_from: Callable[[Any, Tensor, bool], None]
+    state: Callable[[Any], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear layer: the module with its parameters, and how to read K of its kind."""
+
+    module: nn.Module
+    read: Callable[[Sequence[Any]], Affine]
+    what: str = "1x1 convolution"
+    setting: Setting | None = None
+
+    @property
+    def permutes(self) -> bool:
+        return self.what == "permutation"
+
+    def kind(self) -> Any:
+        return self.read
+
+
+@dataclass(frozen=True, eq=False)
+class Reorder:
+    """A fixed order of the channels: channel i of y is channel order[i] of x."""
+
+    order: Callable[[int], tuple[int, ...]]
+    what: str = "permutation"
+    permutes: bool = True
+    setting: None = None
+
+    def kind(self) -> Any:
+        return self.order
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The last C - a channels first, then the others, with a = C // 2 (or the larger half)."""
+
+    larger: bool
+    back: bool = False
+
+    def __call__(self, channels: int) -> tuple[int, ...]:
+        first = (channels + 1) // 2 if self.larger else channels // 2
+        if self.back:
+            first = channels - first
+        return (*range(first, channels), *range(first))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The given order."""
+
+    channels: tuple[int, ...]
+
+    def __call__(self, channels: int) -> tuple[int, ...]:
+        if len(self.channels) != channels:
+            raise ValueError(f"x: expected {len(self.channels)} channels, got {channels}")
+        return self.channels
+
+
+def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+@cache
+def index_of(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, device=device)
+
+
+def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
+    """The order (C,) that permutations one after the other amount to."""
+    order = torch.arange(x.shape[1], device=x.device)
+    for part in parts:
+        order = order[_read([part], x.shape[1], x.device).weight[0]]
+    return order
+
+
+def _read(parts: Sequence[Linear | Reorder], channels: int, device: torch.device) -> Affine:
+    first = parts[0]
+    if isinstance(first, Reorder):
+        index = index_of(first.order(channels), device)
+        return Affine(index.expand(len(parts), channels))
+    return first.read([part.module for part in parts if isinstance(part, Linear)])
+
+
+class Folded(NamedTuple):
+    """K folded maps: weight (K, C, C), bias (K, C), and log_det (K,) at one pixel."""
+
+    weight: Tensor
+    bias: Tensor
+    log_det: Tensor
+
+
+def _fold_alike(
+    rows: Sequence[Sequence[Linear | Reorder]], channels: int, device: torch.device, dtype: Any
+) -> Folded:
+    """Rows of one signature, column by column."""
+    k = len(rows)
+    weight: Tensor | None = None  # None stands for the identity
+    bias = torch.zeros(k, channels, dtype=dtype, device=device)
+    log_det = torch.zeros(k, dtype=dtype, device=device)
+    for column in zip(*rows, strict=True):
+        step = _read(column, channels, device)
+        if tuple(step.weight.shape[:2]) != (k, channels):
+            raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
+        if not step.weight.is_floating_point():
+            if weight is None:
+                weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
+            weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
+            bias = bias.gather(1, step.weight)
+        elif step.weight.dim() == 2:
+            scale = step.weight.to(dtype)
+            weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
+            bias = scale * bias
+        else:
+            matrix = step.weight.to(dtype)
+            weight = matrix if weight is None else matrix @ weight
+            bias = (matrix @ bias[:, :, None]).squeeze(2)
+        if step.bias is not None:
+            bias = bias + step.bias.to(dtype)
+        if step.log_det is not None:
+            log_det = log_det + step.log_det.to(dtype)
+    assert weight is not None
+    return Folded(weight, bias, log_det)
+
+
+class Rows:
+    """The linear maps of a run at one width, each a row of layers: what `layers.step.Group` is to
+    our own steps."""
+
+    def __init__(
+        self, rows: Sequence[Sequence[Linear | Reorder]], channels: int, device: torch.device
+    ) -> None:
+        self.steps = [tuple(row) for row in rows]
+        self.channels, self.device = channels, device
+        self.inverted = False
+
+    def fold(self, dtype: torch.dtype) -> Folded:
+        """All rows, those of one signature in one batch, outside autocast."""
+        alike: dict[Any, list[int]] = {}
+        for i, row in enumerate(self.steps):
+            alike.setdefault(tuple(part.kind() for part in row), []).append(i)
+        with torch.autocast(self.device.type, enabled=False):
+            folded = [
+                _fold_alike([self.steps[i] for i in places], self.channels, self.device, dtype)
+                for places in alike.values()
+            ]
+        if len(folded) == 1:
+            return folded[0]
+        order = index_of(inverse_of([i for places in alike.values() for i in places]), self.device)
+        return Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))
+
+    def directed(self, folded: Folded, dtype: torch.dtype) -> Mixes:
+        """The maps in the direction in which they are walked, inverses taken in float64."""
+        weight, bias, _ = folded
+        if self.inverted:
+            with torch.autocast(self.device.type, enabled=False):
+                weight, bias = inverse_mix(weight, bias)
+        return Mixes(weight.to(dtype), bias.to(dtype))
+
+    def mixes(self, dtype: torch.dtype) -> Mixes:
+        return self.directed(self.fold(dtype), dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the maps depend on and that have gradients."""
+        modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
+        return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())

@@ -1,0 +1,159 @@
+"""Networks of other libraries' couplings, giving params as our kernels read them: raw scales in the
+first half of the channels, shifts in the second."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels.interop.linear import index_of
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+Passing = Literal["none", "channels", "argument"]
+
+
+class Params(nn.Module):
+    """One network whose output channels are scales and shifts in some order.
+
+    Where its last layer is a convolution or linear layer, that layer's few weights are reordered,
+    not the activations.
+
+    Args:
+        net: the network, which keeps its parameters.
+        raw, shift: which of its output channels are the raw scales and the shifts; raw None for
+            couplings that only shift.
+        factors: what raw scales and shifts are multiplied by.
+        passing: how the network takes further inputs: not at all, as channels beside the state, or
+            as a second argument that may be None.
+        conditions: which of the run's further inputs it takes; None for all.
+        inner: names of the attribute that holds the layers of `net`, if it is a wrapper of an
+            `nn.Sequential` whose output it returns.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        raw: slice | None,
+        shift: slice,
+        factors: tuple[float, float] = (1.0, 1.0),
+        *,
+        passing: Passing = "none",
+        conditions: tuple[int, ...] | None = None,
+        inner: str = "",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.raw, self.shift, self.factors = raw, shift, factors
+        self.passing, self.conditions, self.inner = passing, conditions, inner
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        if self.conditions is not None:
+            context = tuple(context[i] for i in self.conditions)
+        if self.passing == "argument":
+            return self._ordered(self.net(x, context[0] if context else None))
+        if self.passing == "channels" and context:
+            x = torch.cat([x, *context], dim=1)
+        layers = self._layers()
+        if layers is None:
+            return self._ordered(self.net(x))
+        for layer in layers[:-1]:
+            x = layer(x)
+        last: Any = layers[-1]
+        weight = self._ordered(last.weight, 0)
+        bias = None if last.bias is None else self._ordered(last.bias, 0)
+        if isinstance(last, nn.Linear):
+            return F.linear(x, weight, bias)
+        return last._conv_forward(x, weight, bias)
+
+    def _layers(self) -> list[nn.Module] | None:
+        """The network's layers, if the last is one whose output channels can be reordered."""
+        if self.raw is None or self._in_order():
+            return None
+        layers = getattr(self.net, self.inner) if self.inner else self.net
+        if type(layers) is not nn.Sequential or not len(layers) or has_hooks(self.net, layers):
+            return None
+        last = layers[-1]
+        if type(last) is nn.Linear or (type(last) in _CONVOLUTIONS and last.groups == 1):
+            return None if has_hooks(last) else list(layers)
+        return None
+
+    def _in_order(self) -> bool:
+        at_start = self.raw is not None and self.raw.start in (None, 0) and self.raw.step is None
+        return at_start and self.shift.step is None and self.factors == (1.0, 1.0)
+
+    def _ordered(self, out: Tensor, dim: int = 1) -> Tensor:
+        if self._in_order():
+            return out
+        shift = _scaled(_channels(out, self.shift, dim), self.factors[1])
+        if self.raw is None:
+            return torch.cat([torch.zeros_like(shift), shift], dim)
+        return torch.cat([_scaled(_channels(out, self.raw, dim), self.factors[0]), shift], dim)
+
+
+class Pair(nn.Module):
+    """Two networks, one for the raw scales and one for the shifts; arguments as `Params`."""
+
+    def __init__(
+        self,
+        scale_net: nn.Module,
+        shift_net: nn.Module,
+        factors: tuple[float, float] = (1.0, 1.0),
+        conditions: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_net, self.shift_net = scale_net, shift_net
+        self.factors, self.conditions = factors, conditions
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        if self.conditions is not None:
+            context = tuple(context[i] for i in self.conditions)
+        x = torch.cat([x, *context], dim=1) if context else x
+        raw, shift = self.scale_net(x), self.shift_net(x)
+        return torch.cat([_scaled(raw, self.factors[0]), _scaled(shift, self.factors[1])], dim=1)
+
+
+class Masked(nn.Module):
+    """Two networks that see the whole state with the features that move set to 0, and give a scale
+    and a shift for every feature; without one of them, 0. Not finite is NaN, as in normflows."""
+
+    def __init__(
+        self,
+        scale_net: nn.Module | None,
+        shift_net: nn.Module | None,
+        stays: tuple[int, ...],
+        moves: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.scale_net, self.shift_net = scale_net, shift_net
+        self.stays, self.moves = stays, moves
+
+    def forward(self, x: Tensor) -> Tensor:
+        masked = x.new_zeros(len(x), len(self.stays) + len(self.moves))
+        masked[:, index_of(self.stays, x.device)] = x
+        moves = index_of(self.moves, x.device)
+        outs = []
+        for net in (self.scale_net, self.shift_net):
+            if net is None:
+                outs.append(x.new_zeros(len(x), len(self.moves)))
+            else:
+                out = net(masked)[:, moves]
+                outs.append(torch.where(out.isfinite(), out, torch.nan))
+        return torch.cat(outs, dim=1)
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody listens to calls of these modules, which a fused run would not make."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
+def _channels(out: Tensor, which: slice, dim: int) -> Tensor:
+    return out[which] if dim == 0 else out[:, which]
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else factor * x

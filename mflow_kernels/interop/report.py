@@ -1,0 +1,58 @@
+"""What `accelerate` did to a model, to be read by a person or by a program."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A layer, or the layers of a container, that now run on ours."""
+
+    name: str
+    layer: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A layer that runs as before, and why."""
+
+    name: str
+    layer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """`print(report)` shows it.
+
+    Attributes:
+        library: "normflows", "nflows" or "FrEIA", with its version; "" where the model is of none.
+        replaced, left: layer by layer, named as in `model.named_modules()`.
+        notes: in which the accelerated model differs from the original on purpose.
+    """
+
+    library: str
+    replaced: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.replaced:
+            lines = ["Nothing was replaced; the model is as it was."]
+        else:
+            lines = [f"Accelerated a model of {self.library}."]
+        if self.replaced:
+            lines.append("replaced:")
+            lines += [f"  {r.name or '(model)'}  {r.layer} -> {r.by}" for r in self.replaced]
+        if self.left:
+            lines.append("left:")
+            alike: dict[tuple[str, str], list[str]] = {}
+            for one in self.left:
+                alike.setdefault((one.layer, one.why), []).append(one.name or "(model)")
+            for (layer, why), names in alike.items():
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                lines.append(f"  {names[0]}{more}  {layer}: {why}")
+        if self.notes:
+            lines.append("notes:")
+            lines += [f"  - {note}" for note in self.notes]
+        return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""What the tests of all libraries share: an accelerated model held to its original."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.interop import Report, accelerate
+from mflow_kernels.testing import assert_close
+
+Results = dict[str, Tensor]  # of a model: outputs and log-determinants by name
+
+
+def perturbed(model: nn.Module, by: float = 0.1, seed: int = 1) -> nn.Module:
+    """`model` with every trainable parameter moved, so that no network is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(by * torch.randn(p.shape, generator=generator).to(p.dtype))
+    return model
+
+
+def compare(
+    model: nn.Module,
+    results: Callable[[nn.Module], Results],
+    terms: int,
+    *,
+    reversible: bool = False,
+) -> tuple[nn.Module, Report]:
+    """Assert that an accelerated copy gives what the model gives, values and gradients.
+
+    Both run in their own dtype: a float32 result is held to the rounding of a float32 sum of so
+    many terms, a float64 result to 1e-10.
+    """
+    fast = copy.deepcopy(model)
+    report = accelerate(fast, reversible=reversible)
+    assert report.replaced, str(report)
+    for name, (got, want) in _pairs(results(fast), results(model)):
+        assert got.dtype == want.dtype, name
+        assert got.shape == want.shape, name
+        _assert_equal(got, want, terms, name)
+    assert gradients_agree(fast, model, results, terms) > 0
+    return fast, report
+
+
+def gradients_agree(
+    fast: nn.Module, model: nn.Module, results: Callable[[nn.Module], Results], terms: int
+) -> int:
+    """Assert equal gradients of a fixed combination of all results; how many were compared."""
+    for m in (fast, model):
+        m.zero_grad()
+        generator = torch.Generator().manual_seed(2)
+        total = sum(
+            (r * torch.randn(r.shape, generator=generator).to(r.dtype)).sum()
+            for r in results(m).values()
+        )
+        assert isinstance(total, Tensor)
+        total.backward()
+    compared = 0
+    for (name, p), (same, q) in zip(fast.named_parameters(), model.named_parameters(), strict=True):
+        assert name == same
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and q.grad is not None:
+            _assert_equal(p.grad, q.grad, terms, f"d {name}")
+            compared += 1
+    return compared
+
+
+def _pairs(got: Results, want: Results) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
+    assert got.keys() == want.keys()
+    return ((name, (got[name], want[name])) for name in got)
+
+
+def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
+    if want.dtype == torch.float64:
+        error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
+        assert error < 1e-10, f"{name}: {error:.1e}"
+    else:
+        # Both sides round, each like a sum of so many terms.
+        assert_close(got, want, terms=4 * terms, scale=1.0, name=name)
+
+
+def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int) -> list[float]:
+    """Losses of so many steps of Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        value = loss(model, step)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def assert_trained_together(
+    make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], *, reversible: bool
+) -> nn.Module:
+    """Assert that 50 steps of Adam of a model and its accelerated copy stay together; the copy.
+
+    In float64 to 1e-7. In float32 Adam, which moves a weight by its learning rate whatever the size
+    of its gradient, makes much of a rounding: the losses may part ten times as far as those of the
+    original and of the original with weights moved by one unit in the last place.
+    """
+    for dtype in (torch.float32, torch.float64):
+        with default_dtype(dtype):
+            torch.manual_seed(0)
+            model = make()
+            fast, nudged = copy.deepcopy(model), copy.deepcopy(model)
+            assert accelerate(fast, reversible=reversible).replaced
+            perturbed(nudged, torch.finfo(dtype).eps)
+            plain, ours, other = (train(m, loss, 50) for m in (model, fast, nudged))
+            assert abs(plain[48] - plain[0]) > 1e-3  # on one batch: it does train
+            apart = _apart(plain, ours)
+            assert apart < (1e-7 if dtype == torch.float64 else 1e-6 + 10 * _apart(plain, other))
+    return fast
+
+
+def _apart(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / (1 + abs(x)) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def classes(model: nn.Module) -> list[Any]:
+    return [type(m) for m in model.modules()]

@@ -1,0 +1,354 @@
+"""Models built as normflows' README, examples and tests build them, accelerated."""
+
+import copy
+import pickle
+import warnings
+
+import normflows as nf
+import pytest
+import torch
+from normflows.flows import mixing_test
+from normflows.flows.affine import coupling_test, glow_test
+
+from mflow_kernels.interop import accelerate, decelerate
+from tests.interop import peers
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.lu is deprecated", "ignore:normflows' ActNorm"
+)
+
+
+def glow(levels=2, steps=2, shape=(3, 8, 8), classes=3, **block):
+    """The multi-scale Glow of examples/glow.ipynb and of core_test.py."""
+    c, h, w = shape
+    base, merges, flows = [], [], []
+    for i in range(levels):
+        blocks = [nf.flows.GlowBlock(c * 2 ** (levels + 1 - i), 8, **block) for _ in range(steps)]
+        flows.append([*blocks, nf.flows.Squeeze()])
+        if i > 0:
+            merges.append(nf.flows.Merge())
+        down = levels - i if i else levels
+        channels = c * 2 ** (levels - i) if i else c * 2 ** (levels + 1)
+        base.append(
+            nf.distributions.ClassCondDiagGaussian((channels, h // 2**down, w // 2**down), classes)
+        )
+    return nf.MultiscaleFlow(base, flows, merges)
+
+
+def couplings(layers=4, **block):
+    """README: couplings of two numbers, swapped in between."""
+    flows = []
+    for _ in range(layers):
+        net = nf.nets.MLP([1, 16, 16, 2 if block.get("scale", True) else 1], init_zeros=True)
+        flows.append(nf.flows.AffineCouplingBlock(net, **block))
+        flows.append(nf.flows.Permute(2, mode="swap"))
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(2), flows)
+
+
+def real_nvp(layers=4, size=2):
+    """examples/real_nvp.ipynb: masks, and an actnorm after each."""
+    mask = torch.tensor([1.0 if i % 2 == 0 else 0.0 for i in range(size)])
+    flows = []
+    for i in range(layers):
+        s = nf.nets.MLP([size, 2 * size, size], init_zeros=True)
+        t = nf.nets.MLP([size, 2 * size, size], init_zeros=True)
+        flows.append(nf.flows.MaskedAffineFlow(mask if i % 2 == 0 else 1 - mask, t, s))
+        flows.append(nf.flows.ActNorm(size))
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(size, trainable=False), flows)
+
+
+def mixed(size=4):
+    """Every way to mix channels between couplings."""
+    flows = []
+    for mix in (
+        nf.flows.LULinearPermute(size, identity_init=False),
+        nf.flows.InvertibleAffine(size, use_lu=True),
+        nf.flows.InvertibleAffine(size, use_lu=False),
+        nf.flows.Permute(size, mode="shuffle"),
+    ):
+        net = nf.nets.MLP([size // 2, 8, size], init_zeros=False)
+        flows += [nf.flows.AffineCouplingBlock(net, scale_map="sigmoid"), mix]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
+
+
+def vectors(size, n=64):
+    return torch.randn(n, size, generator=torch.Generator().manual_seed(3))
+
+
+def images(n=4, c=3, s=8):
+    return torch.rand(n, c, s, s, generator=torch.Generator().manual_seed(3))
+
+
+MODELS = {
+    "glow": lambda: glow(),
+    "glow, other half": lambda: glow(split_mode="channel_inv"),
+    "glow, plain W, exp": lambda: glow(use_lu=False, scale_map="exp"),
+    "glow, multiplied when sampling": lambda: glow(scale_map="sigmoid_inv", leaky=0.1),
+    "glow, only shifts": lambda: glow(scale=False, net_actnorm=True),
+    "couplings": couplings,
+    "couplings, other half": lambda: couplings(split_mode="channel_inv"),
+    "couplings, only shifts": lambda: couplings(scale=False),
+    "real nvp": real_nvp,
+    "real nvp of 4": lambda: real_nvp(size=4),
+    "mixed": mixed,
+}
+
+
+def sample_of(model):
+    if isinstance(model, nf.MultiscaleFlow):
+        return images()
+    return vectors(model.q0.d if hasattr(model.q0, "d") else model.q0.shape[0])
+
+
+def settled(make):
+    """A model whose actnorms were set from data, and whose weights are random."""
+    torch.manual_seed(0)
+    model = make()
+    model.inverse_and_log_det(sample_of(model))
+    return peers.perturbed(model)
+
+
+def results(dtype):
+    def of(model):
+        x = sample_of(model).to(dtype)
+        z, log_det = model.inverse_and_log_det(x)
+        out = {"log_det": log_det}
+        latents = z if isinstance(z, list) else [z]
+        out |= {f"z{i}": latent for i, latent in enumerate(latents)}
+        back, log_det = model.forward_and_log_det(z)
+        out |= {"x": back, "log_det of x": log_det}
+        if isinstance(model, nf.MultiscaleFlow):
+            y = torch.arange(len(x)) % 3
+            out["loss"] = model.forward_kld(x, y)
+        else:
+            out["log_prob"] = model.log_prob(x)
+        return out
+
+    return of
+
+
+@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_original(name, reversible):
+    model = settled(MODELS[name]).double()
+    # normflows adds some log-determinants up in the default dtype, whatever the model's.
+    with peers.default_dtype(torch.float64):
+        fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
+    model, fast = model.float(), fast.float()
+    if not reversible:
+        terms = 4096 if isinstance(model, nf.MultiscaleFlow) else 64
+        peers.compare(model, results(torch.float32), terms)
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step % 2)
+    if isinstance(model, nf.MultiscaleFlow):
+        x = torch.rand(4, 3, 8, 8, generator=generator)
+        return model.forward_kld(x, torch.arange(4) % 3)
+    x = torch.randn(32, 2, generator=generator)
+    x[:, 1] += x[:, 0].square()
+    return model.forward_kld(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "reversible"),
+    [(lambda: glow(levels=1, steps=3), True), (couplings, False), (real_nvp, False)],
+    ids=["glow", "couplings", "real nvp"],
+)
+def test_training_stays_together(make, reversible):
+    """50 steps from the same start, unset actnorms included; then a copy with the trained weights
+    still equals its original."""
+    fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
+    decelerate(fast)
+    with peers.default_dtype(torch.float64):
+        peers.compare(fast, results(torch.float64), 1)
+
+
+THEIR_TESTS = [glow_test.GlowTest, coupling_test.CouplingTest, mixing_test.MixingTest]
+
+
+@pytest.mark.parametrize("case", THEIR_TESTS, ids=lambda c: c.__name__)
+def test_their_round_trips(case, monkeypatch):
+    """normflows' own tests of its layers, each layer accelerated before it runs."""
+    seen = []
+
+    def check(self, flow, inputs, *args, **named):
+        seen.append(bool(accelerate(flow).replaced))
+        return original(self, flow, inputs, *args, **named)
+
+    original = case.checkForwardInverse
+    monkeypatch.setattr(case, "checkForwardInverse", check)
+    for test in [name for name in dir(case) if name.startswith("test_")]:
+        getattr(case(test), test)()
+    assert any(seen)
+
+
+def test_their_models_round_trip():
+    """core_test.py's checks of a multi-scale flow, whose first call is to sample."""
+    torch.manual_seed(0)
+    model = glow(levels=3, shape=(1, 16, 16), classes=5)
+    accelerate(model)
+    y = torch.randint(5, (5,))
+    x, log_q = model.sample(5, y)
+    assert x.shape == (5, 1, 16, 16)
+    torch.testing.assert_close(log_q, model.log_prob(x, y))
+    torch.testing.assert_close(model.forward(x, y).mean(), model.forward_kld(x, y))
+    z, log_det = model.inverse_and_log_det(x)
+    back, log_det_back = model.forward_and_log_det(z)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(log_det, -log_det_back)
+
+
+def test_single_layers_keep_their_interface():
+    torch.manual_seed(0)
+    for layer, x in (
+        (nf.flows.Invertible1x1Conv(4, use_lu=True), images(c=4)),
+        (nf.flows.Invertible1x1Conv(4, use_lu=False), images(c=4)),
+        (nf.flows.ActNorm((4, 1, 1)), images(c=4)),
+        (nf.flows.ActNorm(4), vectors(4)),
+        (nf.flows.InvertibleAffine(4), vectors(4)),
+        (nf.flows.LULinearPermute(4), vectors(4)),
+        (nf.flows.GlowBlock(4, 8), images(c=4)),
+    ):
+        layer.inverse(x)  # sets actnorms
+        fast = copy.deepcopy(peers.perturbed(layer))
+        assert accelerate(fast).replaced
+        assert isinstance(fast, type(layer))
+        for method in ("forward", "inverse"):
+            (y, log_det), (want, log_want) = (getattr(m, method)(x) for m in (fast, layer))
+            torch.testing.assert_close(y, want)
+            torch.testing.assert_close(log_det, log_want)
+            assert log_det.shape == log_want.shape
+
+
+def test_checkpoints_and_copies():
+    model = settled(MODELS["glow"])
+    fast = settled(MODELS["glow"])
+    peers.perturbed(fast, seed=5)
+    parameters = list(fast.parameters())
+    accelerate(fast)
+    assert [id(p) for p in fast.parameters()] == [id(p) for p in parameters]
+    assert not peers.same_state(fast, model)
+    fast.load_state_dict(model.state_dict())
+    assert peers.same_state(fast, model)
+    x, y = images(), torch.arange(4) % 3
+    want = model.log_prob(x, y)
+    torch.testing.assert_close(fast.log_prob(x, y), want)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert peers.classes(copied) == peers.classes(fast)
+        torch.testing.assert_close(copied.log_prob(x, y), want)
+        peers.perturbed(copied)  # a copy of its own
+        assert not torch.equal(copied.log_prob(x, y), fast.log_prob(x, y))
+    decelerate(fast)
+    assert peers.classes(fast) == peers.classes(model)
+    assert all("_mflow_plan" not in m.__dict__ for m in fast.modules())
+    assert torch.equal(fast.log_prob(x, y), want)
+
+
+def test_what_is_not_ours_stays():
+    flows = [
+        nf.flows.AutoregressiveRationalQuadraticSpline(2, 1, 8),
+        nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.0, 1.0])),
+        nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 4, 2])),  # of 3 channels, it keeps 2
+        nf.flows.GlowBlock(4, 8, split_mode="checkerboard").flows[0],
+    ]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(3), flows)
+    before = peers.classes(model)
+    report = accelerate(model)
+    assert not report.replaced
+    assert not report.notes
+    assert peers.classes(model) == before
+    assert [left.layer for left in report.left] == [type(flow).__name__ for flow in flows]
+    assert str(report).startswith("Nothing was replaced; the model is as it was.")
+    assert "its mask keeps 2 of 3 features; ours keep 1" in str(report)
+    assert "its coupling keeps 2 of 3 channels; ours keep the first 1" in str(report)
+    assert "checkerboard" in str(report)
+
+
+def test_no_model_of_theirs():
+    model = torch.nn.Linear(2, 2)
+    report = accelerate(model)
+    assert type(model) is torch.nn.Linear
+    assert "no layer of normflows, nflows or FrEIA" in str(report)
+
+
+def test_odd_channels_run_as_before_where_nobody_could_tell():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(3), [nf.flows.AffineCouplingBlock(net) for _ in range(2)]
+    )
+    fast = copy.deepcopy(model)
+    assert accelerate(fast).replaced
+    torch.testing.assert_close(fast.log_prob(vectors(3)), model.log_prob(vectors(3)))
+    torch.testing.assert_close(fast.forward(vectors(3)), model.forward(vectors(3)))
+
+
+def test_hooks_and_subclasses_are_left_alone():
+    class Own(nf.flows.GlowBlock):
+        pass
+
+    model = nf.NormalizingFlow(None, [Own(4, 8), nf.flows.GlowBlock(4, 8), nf.flows.Squeeze()])
+    model.flows[1].flows[2].register_forward_hook(lambda *_: None)
+    report = accelerate(model)
+    assert type(model.flows[0]) is Own
+    assert type(model.flows[1]) is nf.flows.GlowBlock
+    assert "it has hooks" in str(report)
+
+
+def test_other_layers_put_in_are_walked():
+    model = couplings()
+    accelerate(model)
+    model.flows[0] = nf.flows.Permute(2, mode="swap")
+    plain = copy.deepcopy(model)
+    decelerate(plain)
+    torch.testing.assert_close(model.log_prob(vectors(2)), plain.log_prob(vectors(2)))
+
+
+def test_a_subclass_with_its_own_way_keeps_it():
+    class Own(nf.NormalizingFlow):
+        def log_prob(self, x):
+            return super().log_prob(x) + 1
+
+    model = Own(nf.distributions.DiagGaussian(2), list(couplings().flows))
+    want = model.log_prob(vectors(2))
+    report = accelerate(model)
+    assert "methods of its own" in str(report)
+    torch.testing.assert_close(model.log_prob(vectors(2)), want)
+
+
+def test_samples_set_actnorm_in_training_only_and_aloud():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = glow()
+    accelerate(model)
+    model.eval()
+    with pytest.warns(RuntimeWarning, match="waits for the first batch"), torch.no_grad():
+        model.sample(3, torch.arange(3))
+    actnorms = [m for m in model.modules() if isinstance(m, nf.flows.ActNorm)]
+    assert not any(m.data_dep_init_done for m in actnorms)
+    model.train()
+    with pytest.warns(RuntimeWarning, match="set from samples"):
+        model.sample(3, torch.arange(3))
+    assert all(m.data_dep_init_done for m in actnorms)
+
+
+def test_a_constant_channel_keeps_its_scale():
+    model = nf.flows.GlowBlock(4, 8)
+    accelerate(model)
+    x = images(c=4)
+    x[:, 1] = 0.25
+    model.inverse(x)
+    s, t = model.flows[2].s.flatten(), model.flows[2].t.flatten()
+    assert s[1] == 0
+    assert t[1].item() == pytest.approx(0.25)
+
+
+def test_log_sigmoid_stays_finite():
+    net = torch.nn.Linear(1, 2)
+    torch.nn.init.zeros_(net.weight)
+    with torch.no_grad():
+        net.bias.copy_(torch.tensor([0.0, -122.0]))
+    layer = nf.flows.AffineCouplingBlock(net, scale_map="sigmoid")
+    assert layer.inverse(vectors(2))[1].isinf().all()
+    accelerate(layer)
+    torch.testing.assert_close(layer.inverse(vectors(2))[1], torch.full((64,), -120.0))
