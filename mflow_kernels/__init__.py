@@ -14,7 +14,17 @@ if TYPE_CHECKING:
         Split,
         Squeeze,
     )
-    from mflow_kernels.models import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
+    from mflow_kernels.models import (
+        Estimate,
+        Glow,
+        HierarchicalFlow,
+        IntrinsicDimension,
+        ManifoldFlow,
+        VectorFlow,
+        estimate_intrinsic_dimension,
+        latent_importance,
+        manifold_mask_from_data,
+    )
     from mflow_kernels.objectives import ManifoldObjective, Terms, bits_per_dimension
 
 __version__ = "0.1.0"
@@ -23,9 +33,11 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
+    "Estimate",
     "FlowStep",
     "Glow",
     "HierarchicalFlow",
+    "IntrinsicDimension",
     "InvertibleConv1x1",
     "ManifoldFlow",
     "ManifoldObjective",
@@ -35,6 +47,9 @@ __all__ = [
     "Terms",
     "VectorFlow",
     "bits_per_dimension",
+    "estimate_intrinsic_dimension",
+    "latent_importance",
+    "manifold_mask_from_data",
 ]
 
 _PARTS = ("layers", "models", "objectives")

@@ -3,5 +3,22 @@
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.selection import (
+    IntrinsicDimension,
+    estimate_intrinsic_dimension,
+    latent_importance,
+    manifold_mask_from_data,
+)
+from mflow_kernels.models.volume import Estimate
 
-__all__ = ["Glow", "HierarchicalFlow", "ManifoldFlow", "VectorFlow"]
+__all__ = [
+    "Estimate",
+    "Glow",
+    "HierarchicalFlow",
+    "IntrinsicDimension",
+    "ManifoldFlow",
+    "VectorFlow",
+    "estimate_intrinsic_dimension",
+    "latent_importance",
+    "manifold_mask_from_data",
+]

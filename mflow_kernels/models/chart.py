@@ -1,6 +1,7 @@
 """What a manifold with coordinates u answers, whatever flows those coordinates come from."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,15 @@ class Chart(nn.Module):
             ValueError: "exact" would hold more than max_bytes; a number of probes or iterations
                 out of range, an unknown method.
         """
+        dimensions = math.prod(self.input_shape)
+        if self.manifold_dim == dimensions:  # the log-determinant knows it
+            value = self.log_prob(x)
+            return Estimate(value, torch.zeros_like(value))
         u = self.encode(x)
         volume = log_volume(
             self.decode,
             u,
-            math.prod(self.input_shape),
+            dimensions,
             method,
             probes=probes,
             iterations=iterations,
@@ -86,6 +91,66 @@ class Chart(nn.Module):
         )
         density = -(u.square() / 2 + HALF_LOG_2PI).sum(1)
         return Estimate(density - volume.value, volume.error)
+
+    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
+        """Points on the manifold from the projection of x0 to that of x1.
+
+        Straight in u, as between latents in Glow (arXiv 1807.03039, section 6), so that no point
+        leaves the manifold.
+
+        Args:
+            x0, x1: (N, *input_shape), ends.
+            steps: how many points, ends included, at least 2.
+
+        Returns:
+            (steps, N, *input_shape).
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {steps}")
+        if x0.shape != x1.shape:
+            raise ValueError(
+                f"x1: expected the shape of x0 {tuple(x0.shape)}, got {tuple(x1.shape)}"
+            )
+        u0, u1 = self.encode(x0), self.encode(x1)
+        t = torch.linspace(0, 1, steps, dtype=u0.dtype, device=u0.device).view(-1, 1, 1)
+        path = torch.lerp(u0, u1, t)
+        return self.decode(path.flatten(0, 1)).unflatten(0, (steps, len(u0)))
+
+    @torch.no_grad()
+    def deviation(self, x: Tensor) -> float:
+        """Standard deviation of data x from the manifold in each of the D - d directions off it.
+
+        The root of the mean squared distance over D - d, of a set of training data; 0 where d = D.
+        What `ood_score` compares distances with.
+        """
+        if not len(x):
+            raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
+        off = math.prod(self.input_shape) - self.manifold_dim
+        return math.sqrt(self.distance(x).double().square().mean().item() / off) if off else 0.0
+
+    def ood_score(self, x: Tensor, deviation: float, **density: Any) -> Tensor:
+        """How far x (N,) is out of the distribution, nats: its density and its distance in one.
+
+        The negative log-density of a point on the manifold, moved off it in the D - d directions
+        there by N(0, deviation^2):
+
+            -log p(projection) + distance^2 / (2 deviation^2) + (D - d) / 2 log(2 pi deviation^2)
+
+        with the density on the manifold, `manifold_log_prob`. After arXiv 2308.13792, by whose
+        abstract density on the manifold and distance to it are each insufficient alone. The sum,
+        and so their relative weight, is our choice.
+
+        Args:
+            x: (N, *input_shape).
+            deviation: what distances are measured in, > 0: `deviation(training data)`.
+            density: how to compute the density, as for `manifold_log_prob`.
+        """
+        if not 0 < deviation < math.inf:
+            raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
+        off = math.prod(self.input_shape) - self.manifold_dim
+        squared = (self.distance(x) / deviation).square() / 2 if off else 0.0
+        constant = off * (HALF_LOG_2PI + math.log(deviation))
+        return squared + constant - self.manifold_log_prob(x, **density).value
 
     @torch.no_grad()
     def sample(

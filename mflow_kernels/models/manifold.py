@@ -51,7 +51,7 @@ class ManifoldFlow(Chart):
         self.objective.check_fits(self)
         flat = _choose(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
-        for i, part in enumerate(self._unflatten((~flat)[None])):
+        for i, part in enumerate(self.unflatten((~flat)[None])):
             # Channels last, as the latents of image flows are.
             off = part[0].movedim(0, -1).contiguous().movedim(-1, 0)
             self.register_buffer(f"off_mask_{i}", off)
@@ -76,9 +76,10 @@ class ManifoldFlow(Chart):
             raise ValueError(f"u: expected shape (N, {self.manifold_dim}), got {tuple(u.shape)}")
         total = sum(math.prod(shape) for shape in self.latent_shapes)
         flat = u.new_zeros(u.shape[0], total)
-        return self._unflatten(flat.index_copy(1, self.manifold_index, u))  # type: ignore[arg-type]
+        return self.unflatten(flat.index_copy(1, self.manifold_index, u))  # type: ignore[arg-type]
 
-    def _unflatten(self, flat: Tensor) -> tuple[Tensor, ...]:
+    def unflatten(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """All latents from one vector (N, D) of them."""
         sizes = [math.prod(shape) for shape in self.latent_shapes]
         parts = flat.split(sizes, dim=1)
         return tuple(

@@ -13,7 +13,7 @@ differentiation (ops and chains run as plain torch there), J^T w by the model's 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,24 +63,41 @@ def log_volume(
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
     if method == "exact":
-        _check_memory(n if torch.is_grad_enabled() else 1, dimensions, d, max_bytes)
-        size = max(1, min(PASS // dimensions, max_bytes // (8 * dimensions * d)))
-        value = torch.cat([_exact(decode, part, dimensions) for part in u.split(size)])
+        way_out = "; method='hutchinson' estimates the log-determinant with an error"
+        parts = [_log_volume_of(j) for j in jacobians(decode, u, dimensions, max_bytes, way_out)]
+        value = torch.cat(parts).to(u.dtype)
         return Estimate(value, torch.zeros_like(value))
     size = max(1, PASS // (dimensions * probes))
     estimates = [_stochastic(decode, part, probes, iterations, generator) for part in u.split(size)]
     return Estimate(*(torch.cat(parts) for parts in zip(*estimates, strict=True)))
 
 
-def _check_memory(samples: int, dimensions: int, d: int, max_bytes: int) -> None:
+def jacobians(
+    decode: Decode, u: Tensor, dimensions: int, max_bytes: int, way_out: str = ""
+) -> Iterator[Tensor]:
+    """J (n, D, d) of decode at u (N, d), float64, some n samples at a time; as `log_volume`.
+
+    Raises:
+        ValueError: one J, or with gradients the N of them, would take more than max_bytes; the
+            message ends with `way_out`.
+    """
+    n, d = u.shape
+    samples = n if torch.is_grad_enabled() else 1
     needed = 8 * samples * dimensions * d
     if needed > max_bytes:
-        kept = f"{samples} of them, which gradients need at once" if samples > 1 else "one"
+        kept = f"{samples} at once, for their gradients" if samples > 1 else "one at a time"
         raise ValueError(
-            f"method: 'exact' needs {needed:,} bytes for Jacobians of {dimensions} x {d} in "
-            f"float64 ({kept}), and max_bytes allows {max_bytes:,}; method='hutchinson' estimates "
-            "the same with an error, torch.no_grad() needs one Jacobian at a time"
+            f"max_bytes: expected at least {needed:,} for exact Jacobians of {dimensions} x {d} in "
+            f"float64 ({kept}), got {max_bytes:,}{way_out}"
         )
+    for part in u.split(max(1, min(PASS // dimensions, max_bytes // (8 * dimensions * d)))):
+        columns: list[Tensor] = []
+        size = max(1, PASS // (len(part) * dimensions))  # columns of a pass
+        for unit in torch.eye(d, dtype=u.dtype, device=u.device).split(size):
+            k = len(unit)
+            pushed = _push(decode, part.repeat(k, 1), unit.repeat_interleave(len(part), 0))
+            columns += pushed.double().unflatten(0, (k, len(part))).unbind()
+        yield torch.stack(columns, dim=2)
 
 
 def _push(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
@@ -91,16 +108,9 @@ def _push(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
         return tangent.flatten(1)
 
 
-def _exact(decode: Decode, u: Tensor, dimensions: int) -> Tensor:
-    n, d = u.shape
-    columns: list[Tensor] = []
-    size = max(1, PASS // (n * dimensions))  # columns of a pass
-    for unit in torch.eye(d, dtype=u.dtype, device=u.device).split(size):
-        k = len(unit)
-        pushed = _push(decode, u.repeat(k, 1), unit.repeat_interleave(n, 0))
-        columns += pushed.double().unflatten(0, (k, n)).unbind()
-    _, r = torch.linalg.qr(torch.stack(columns, dim=2))
-    return r.diagonal(dim1=1, dim2=2).abs().log().sum(1).to(u.dtype)
+def _log_volume_of(jacobian: Tensor) -> Tensor:
+    _, r = torch.linalg.qr(jacobian)
+    return r.diagonal(dim1=1, dim2=2).abs().log().sum(1)
 
 
 def _stochastic(

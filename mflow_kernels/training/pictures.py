@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mflow_kernels.models.selection import IntrinsicDimension
 from mflow_kernels.training.files import write_atomically
 
 _DPI = 100
@@ -95,6 +96,31 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
             own,
             {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"},
         )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
+    """The spectrum behind an estimate of the intrinsic dimension, and where it was cut."""
+    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    values, d = estimate.spectrum.cpu().numpy(), estimate.dimension
+    order = np.arange(1, len(values) + 1)
+    for part, colour, label in (
+        (slice(None, d), "C0", f"on the manifold: {d}"),
+        (slice(d, None), "C1", f"off it: {len(values) - d}"),
+    ):
+        if len(order[part]):
+            axes.plot(order[part], values[part], "o-", ms=3, lw=1, color=colour, label=label)
+    if d < len(values):
+        axes.axvline(d + 0.5, color="0.6", lw=1, ls="--")
+        title = f"intrinsic dimension {d}: the largest step, a factor of {estimate.gap:.3g}"
+    else:
+        title = f"no step: the largest is a factor of {estimate.gap:.3g}"
+    axes.set(title=title, xlabel="singular value", ylabel="local standard deviation", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(framealpha=0.85, edgecolor="none")
+    axes.grid(alpha=0.25)
+    axes.title.set_fontsize(11)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mflow_kernels.models.selection import IntrinsicDimension
 from mflow_kernels.training.files import write_atomically
-from mflow_kernels.training.pictures import draw_images, in_rows
+from mflow_kernels.training.pictures import draw_images, draw_spectrum, in_rows
 
 
 def test_images_are_drawn_at_whole_pixels(tmp_path):
@@ -22,6 +23,17 @@ def test_long_rows_are_broken_and_the_last_is_filled():
     assert [row.flatten().tolist() for row in rows] == [
         [0, 1, 2], [10, 11, 12], [3, 4, 255], [13, 14, 255],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dimension", [2, 5])
+def test_a_spectrum_is_drawn(tmp_path, dimension):
+    spectrum = torch.tensor([2.0, 1.0, 0.02, 0.01, 0.01], dtype=torch.float64)
+    draw_spectrum(tmp_path / "a.png", IntrinsicDimension(dimension, 50.0, spectrum))
+    with Image.open(tmp_path / "a.png") as image:
+        colours = {colour[:3] for _, colour in image.getcolors(1 << 20)}
+    # Those on the manifold in blue, those off it in orange.
+    assert (31, 119, 180) in colours
+    assert ((255, 127, 14) in colours) == (dimension == 2)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

@@ -1,0 +1,203 @@
+"""What flows with a manifold answer alike: one flow, and hierarchies of two and three."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import normal
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.testing import assert_close
+
+
+def moved(model, by=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by * torch.randn_like(parameter))
+    return model.double()
+
+
+def one_flow(dim=5) -> ManifoldFlow:
+    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)), dim)
+
+
+def hierarchy(*dims) -> HierarchicalFlow:
+    flows = [one_flow(dims[0])]
+    for before, after in itertools.pairwise(dims):
+        flows.append(ManifoldFlow(moved(VectorFlow(before, 2, 4)), after))
+    return HierarchicalFlow(flows)
+
+
+MODELS = [one_flow, lambda: hierarchy(6, 6), lambda: hierarchy(8, 6, 3)]
+X = (3, 1, 4, 4)
+
+
+@pytest.fixture(params=range(len(MODELS)))
+def model(request, device):
+    return MODELS[request.param]().to(device)
+
+
+@pytest.fixture
+def x(device):
+    return normal(*X, dtype=torch.float64, device=device)
+
+
+def test_shapes_are_alike(model, x, device):
+    d = model.manifold_dim
+    u = model.encode(x)
+    assert u.shape == (3, d)
+    assert model.decode(u).shape == model.project(x).shape == X
+    assert model.log_prob(x).shape == model.distance(x).shape == (3,)
+    assert model.manifold_log_prob(x).value.shape == (3,)
+    assert model.sample(2, generator=torch.Generator(device)).shape == (2, 1, 4, 4)
+
+
+def test_a_projection_is_at_no_distance(model, x):
+    assert (model.distance(x) > 1e-2).all()
+    assert_close(model.distance(x), (x - model.project(x)).flatten(1).norm(dim=1), terms=100)
+    assert (model.distance(model.project(x)) < 1e-8).all()
+
+
+def test_interpolation_stays_on_the_manifold(model, x):
+    y = torch.flip(x, (0,)) + 1
+    path = model.interpolate(x, y, 5)
+    assert path.shape == (5, *X)
+    assert_close(path[0], model.project(x), terms=1000)
+    assert_close(path[-1], model.project(y), terms=1000)
+    assert (model.distance(path.flatten(0, 1)) < 1e-8).all()
+    middle = (model.encode(x) + model.encode(y)) / 2
+    assert_close(model.encode(path[2]), middle, terms=10_000)
+
+
+def test_density_on_the_manifold_is_that_of_the_projection(model, x):
+    got = model.manifold_log_prob(x).value
+    assert_close(got, model.manifold_log_prob(model.project(x)).value, terms=10_000)
+
+
+def test_the_score_joins_density_and_distance(model, x):
+    """By hand: -log p_M - log N(distance in the D - d directions off the manifold)."""
+    off = 16 - model.manifold_dim
+    noise = torch.distributions.Normal(0.0, torch.tensor(0.3, dtype=torch.float64, device=x.device))
+    spread = torch.zeros(3, off, dtype=torch.float64, device=x.device)
+    spread[:, 0] = model.distance(x).detach()
+    expected = -model.manifold_log_prob(x).value - noise.log_prob(spread).sum(1)
+    assert_close(model.ood_score(x, 0.3), expected, terms=1000)
+
+
+def test_the_score_tells_both_kinds_of_strangers(model):
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(3)
+    usual = model.sample(200, generator=generator)
+    like = {"dtype": usual.dtype, "device": usual.device}
+    usual = usual + 0.05 * torch.randn(usual.shape, generator=generator, **like)
+    deviation = model.deviation(usual)
+    with torch.no_grad():
+        least = model.ood_score(usual, deviation).quantile(0.99)
+        far_along = model.decode(torch.full((1, model.manifold_dim), 4.0, **like))
+        far_off = usual[:1] + 1.0
+        assert model.distance(far_along) < 1e-8  # by its distance alone as usual as can be
+        assert model.ood_score(far_along, deviation) > least
+        assert model.ood_score(far_off, deviation) > least
+
+
+def test_deviation_is_per_direction_off_the_manifold():
+    model = one_flow()
+    x = normal(4, 1, 4, 4, dtype=torch.float64)
+    squared = (x - model.project(x)).square().flatten(1).sum(1).mean() / 11
+    assert model.deviation(x) == pytest.approx(squared.sqrt().item())
+    assert one_flow(16).deviation(x) == 0
+
+
+def test_the_score_of_a_manifold_of_everything_is_the_density():
+    model = one_flow(16)
+    x = normal(*X, dtype=torch.float64)
+    assert_close(model.ood_score(x, 1.0), -model.log_prob(x), terms=100)
+
+
+def test_the_score_takes_an_estimated_density():
+    model = one_flow(8)
+    x = normal(*X, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        got = model.ood_score(x, 0.3, method="hutchinson", probes=64, generator=generator)
+        exact = model.ood_score(x, 0.3)
+        generator.manual_seed(0)
+        how = {"method": "hutchinson", "probes": 64, "generator": generator}
+        error = model.manifold_log_prob(x, **how).error
+    assert not torch.equal(got, exact)
+    assert ((got - exact).abs() < 5 * error).all()
+
+
+def test_bad_calls(model, x):
+    with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
+        model.interpolate(x, x, 1)
+    with pytest.raises(ValueError, match=r"x1: expected the shape of x0 \(3, 1, 4, 4\), got \(2,"):
+        model.interpolate(x, x[:2], 3)
+    for deviation in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="deviation: expected a finite number > 0, got"):
+            model.ood_score(x, deviation)
+    with pytest.raises(ValueError, match="x: expected at least one sample, got shape"):
+        model.deviation(x[:0])
+    for call in (model.encode, model.log_prob, model.distance, model.manifold_log_prob):
+        with pytest.raises(TypeError, match=r"x: expected dtype float32, .* got int64"):
+            call(x.long())
+
+
+def test_empty_batches_have_empty_answers(model, x):
+    none = x[:0]
+    assert model.encode(none).shape == (0, model.manifold_dim)
+    assert model.project(none).shape == (0, 1, 4, 4)
+    for call in (model.log_prob, model.distance, lambda x: model.ood_score(x, 1.0)):
+        assert call(none).shape == (0,)
+    assert model.interpolate(none, none, 3).shape == (3, 0, 1, 4, 4)
+
+
+def test_a_hierarchy_of_rotations_keeps_the_density_on_the_manifold():
+    """A stage that is volume-preserving on u and keeps its normal changes nothing."""
+    first = one_flow(6)
+    rotation = ManifoldFlow(VectorFlow(6, 2, 4).double(), 6)
+    both = HierarchicalFlow([first, rotation])
+    x = normal(*X, dtype=torch.float64)
+    got, want = both.manifold_log_prob(x).value, first.manifold_log_prob(x).value
+    # W was rounded to float32 when it was made, so it is a rotation up to 1e-7.
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+def test_all_latents_at_all_stages_are_the_ambient_density():
+    """Three bijections of the whole space: one log-density, by the logdets or by the Jacobian."""
+    model = hierarchy(16, 16, 16)
+    x = normal(*X, dtype=torch.float64)
+    u = model.encode(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.encode(x).sum(0), x)
+    logdet = torch.linalg.slogdet(jacobian.permute(1, 0, 2, 3, 4).reshape(3, 16, 16)).logabsdet
+    standard = -(u.square() / 2 + math.log(2 * math.pi) / 2).sum(1)
+    assert_close(model.log_prob(x), standard + logdet, terms=10_000)
+    assert (model.distance(x) < 1e-8).all()
+
+
+def test_density_and_samples_agree_over_a_hierarchy():
+    """A hierarchy to a line: the density on it integrates to one along the curve."""
+    model = hierarchy(3, 2, 1)
+    u = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        points = model.decode(u)
+        density = model.manifold_log_prob(points).value.exp()
+    length = (points[1:] - points[:-1]).flatten(1).norm(dim=1)
+    total = (length * (density[1:] + density[:-1]) / 2).sum().item()
+    # Chords and trapezoids of 0.004, of a curve of ReLU networks: smooth but for its kinks.
+    assert total == pytest.approx(1, abs=1e-3)
+
+
+def test_objectives_differ_by_stage():
+    objectives = [ManifoldObjective("data", weight="variance"), ManifoldObjective("latent", "l1")]
+    model = hierarchy(6, 4)
+    for stage, objective in zip(model.stages, objectives, strict=True):
+        stage.objective = objective
+    x = normal(*X, dtype=torch.float64)
+    model.train()
+    model.terms(x, 0)
+    assert model.stages[0].objective.batches == 1
+    terms = model.terms(x, 1)
+    v = model.stages[1].latents(model.encode(x, 1))[0][0][:, :2]
+    assert_close(terms.penalty, 100 * v.abs().sum(1), terms=100)
+    assert model.stages[0].objective.batches == 1

@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import torch
+from cases import normal
+from torch import nn
+
+from mflow_kernels import (
+    Glow,
+    ManifoldFlow,
+    VectorFlow,
+    estimate_intrinsic_dimension,
+    latent_importance,
+    manifold_mask_from_data,
+)
+from mflow_kernels.testing import assert_close
+
+
+class Scale(nn.Module):
+    """z = x / deviation: the flow that whitens independent normals."""
+
+    def __init__(self, deviation) -> None:
+        super().__init__()
+        self.deviation = nn.Parameter(torch.tensor(deviation, dtype=torch.float64))
+        self.input_shape = tuple(self.deviation.shape)
+        self.latent_shapes = (self.input_shape,)
+
+    def forward(self, x):
+        return (x / self.deviation,), -self.deviation.log().sum().expand(len(x))
+
+    def inverse(self, z):
+        return z[0] * self.deviation, self.deviation.log().sum().expand(len(z[0]))
+
+
+DEVIATIONS = [0.01, 2.0, 0.02, 1.0, 0.015]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_spectrum_of_a_linear_flow_is_known():
+    flow = Scale(DEVIATIONS)
+    x = normal(7, 5, dtype=torch.float64) * flow.deviation.detach()
+    estimate = estimate_intrinsic_dimension(flow, x)
+    expected = torch.tensor([2.0, 1.0, 0.02, 0.015, 0.01], dtype=torch.float64)
+    assert estimate.dimension == 2
+    assert estimate.gap == pytest.approx(50)
+    assert_close(estimate.spectrum, expected, terms=100)
+
+
+def test_a_spectrum_without_a_step_is_all_manifold():
+    estimate = estimate_intrinsic_dimension(
+        Scale([1.0, 1.5, 0.8]), normal(3, 3, dtype=torch.float64)
+    )
+    assert estimate.dimension == 3
+    assert estimate.gap == pytest.approx(1.5)
+
+
+def test_the_spectrum_is_that_of_autograds_jacobians():
+    flow = Glow((1, 4, 4), 2, 1, 4).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = normal(3, 1, 4, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: torch.cat([z.flatten(1) for z in flow(x)[0]], 1), x
+    )
+    jacobian = jacobian.reshape(3, 16, 3, 16)
+    singular = torch.stack([torch.linalg.svdvals(jacobian[i, :, i]) for i in range(3)])
+    expected = (1 / singular).flip(1).log().mean(0).exp()
+    assert_close(estimate_intrinsic_dimension(flow, x).spectrum, expected, terms=10_000)
+
+
+def trained(data, dim, steps):
+    """A small flow after some steps of likelihood."""
+    flow = VectorFlow(dim, 6, 32)
+    flow.initialize(data(512))
+    model = ManifoldFlow(flow, dim)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.terms(data(256)).loss.mean().backward()
+        optimizer.step()
+    return flow
+
+
+def test_the_dimension_of_a_curved_surface_is_found():
+    """A noisy paraboloid in five dimensions, in coordinates of a random rotation."""
+    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
+    generator = seeded(1)
+
+    def data(n):
+        ab = torch.randn(n, 2, generator=generator)
+        points = torch.cat([ab, (ab.square().sum(1, True) - 2) / 2, torch.zeros(n, 2)], 1)
+        return points @ rotation + 0.02 * torch.randn(n, 5, generator=generator)
+
+    flow = trained(data, 5, 300)
+    estimate = estimate_intrinsic_dimension(flow, data(64))
+    assert estimate.dimension == 2
+    assert estimate.gap > 3
+
+
+def test_importance_is_what_the_reconstruction_loses():
+    """Of a linear flow, zeroing z_i moves x by z_i deviation_i: exactly x_i."""
+    flow = Scale(DEVIATIONS)
+    x = normal(400, 5, dtype=torch.float64) * flow.deviation.detach()
+    # Another seed than that of x, whose numbers the probes would else repeat.
+    (got,) = latent_importance(flow, x, probes=16, generator=seeded(1))
+    (again,) = latent_importance(flow, x, probes=16, generator=seeded(1))
+    assert torch.equal(got, again)
+    expected = x.square().mean(0)
+    # z^2 w^2 in the mean over 400 x 16 draws of w; 5 of its standard errors.
+    assert ((got / expected - 1).abs() < 5 * math.sqrt(2 * 3 / (400 * 16))).all()
+
+
+def test_the_mask_takes_what_carries_most():
+    flow = Scale(DEVIATIONS)
+    x = normal(100, 5, dtype=torch.float64) * flow.deviation.detach()
+    (mask,) = manifold_mask_from_data(flow, x, 2, generator=seeded(1))
+    assert mask.tolist() == [False, True, False, True, False]
+    chosen, default = ManifoldFlow(flow, mask=(mask,)), ManifoldFlow(flow, 2)
+    assert chosen.manifold_dim == 2
+    assert chosen.distance(x).mean() < 0.03 < default.distance(x).mean()
+
+
+def test_masks_of_images_reconstruct_better_than_the_default():
+    """Where fine pixels carry the image, coarsest first is the wrong choice."""
+    flow = Glow((1, 4, 4), 2, 1, 4).double()
+    x = 0.1 * normal(64, 1, 4, 4, dtype=torch.float64)
+    x[:, :, ::2] += normal(64, 1, 2, 4, dtype=torch.float64)
+    masks = manifold_mask_from_data(flow, x, 6, generator=seeded(1))
+    assert [tuple(mask.shape) for mask in masks] == [(2, 2, 2), (8, 1, 1)]
+    assert sum(int(mask.sum()) for mask in masks) == 6
+    importance = latent_importance(flow, x, generator=seeded(1))
+    kept = torch.cat([i[m] for i, m in zip(importance, masks, strict=True)])
+    left = torch.cat([i[~m] for i, m in zip(importance, masks, strict=True)])
+    assert kept.min() > left.max()
+    chosen, default = ManifoldFlow(flow, mask=masks), ManifoldFlow(flow, 6)
+    assert chosen.distance(x).mean() < default.distance(x).mean()
+
+
+def test_of_equals_the_coarser_is_taken():
+    flow = Scale([1.0, 1.0, 1.0])
+    (mask,) = manifold_mask_from_data(flow, torch.zeros(2, 3, dtype=torch.float64), 2)
+    assert mask.tolist() == [False, True, True]
+
+
+def test_bad_arguments():
+    flow = Scale(DEVIATIONS)
+    x, none = torch.ones(2, 5, dtype=torch.float64), torch.ones(0, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"manifold_dim: expected 1 to 5, .* got 6"):
+        manifold_mask_from_data(flow, x, 6)
+    with pytest.raises(ValueError, match="probes: expected at least 1, got 0"):
+        latent_importance(flow, x, probes=0)
+    for call in (latent_importance, estimate_intrinsic_dimension):
+        with pytest.raises(
+            ValueError, match=r"x: expected at least one sample, got shape \(0, 5\)"
+        ):
+            call(flow, none)
+    with pytest.raises(ValueError, match=r"max_bytes: .* least 200 for .* 5 x 5 .*got 199"):
+        estimate_intrinsic_dimension(flow, x, max_bytes=199)
