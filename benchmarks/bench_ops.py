@@ -8,9 +8,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks._bench import Bench, Measured, Missing, size_of
 from benchmarks._measure import REPLAY, interleaved, launches, peak_bytes
 from benchmarks._operators import Function, Operation, Shape, operations
-from benchmarks.conftest import Bench, Measured, Missing
 
 ROUNDS = 15
 VARIANTS = ("ours", "eager", "compiled")
@@ -45,9 +45,8 @@ def shapes(size: str, gpu: bool) -> list[Shape]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    option = metafunc.config.getoption
-    size = "full" if option("--full") else "tiny" if option("--tiny") else "default"
-    grid = shapes(size, option("--device").startswith("cuda"))
+    config = metafunc.config
+    grid = shapes(size_of(config), config.getoption("--device").startswith("cuda"))
     rows = [
         pytest.param(shape, name, direction, variant, shape == grid[0],
                      id="-".join((shape.id, name, direction, variant)))

@@ -1,0 +1,226 @@
+"""A Glow of one size in every package: built, held to the reference, and run."""
+
+import multiprocessing
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._bench import Bench, Measured, Missing
+from benchmarks._cases import Constant
+from benchmarks._measure import Call, interleaved, peak_bytes
+from benchmarks._peers import BUILDERS, NOTES, Peer
+from benchmarks._plain import Latents
+from mflow_kernels import FlowStep, Glow
+from mflow_kernels.testing import assert_close
+
+INVERTIBLE = ("ours, stored", "plain", "plain, channels_last", "plain, compiled", "normflows",
+              "nflows", "FrEIA")  # fmt: skip
+RECOMPUTING = ("ours, reversible", "ours, nothing kept", "checkpointing", "memcnn")
+
+
+class Spec(NamedTuple):
+    """What is built, from one seed.
+
+    constant: networks that return a parameter, so that the flow's own work is left.
+    precision: of the networks, "float32" or, under autocast, "bfloat16".
+    """
+
+    channels: int = 3
+    side: int = 32
+    levels: int = 3
+    steps: int = 8
+    width: int = 64
+    batch: int = 8
+    constant: bool = False
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        size = f"B={self.batch} {self.channels}x{self.side}x{self.side} L={self.levels}"
+        nets = "constant networks" if self.constant else f"W={self.width}"
+        return f"{size} K={self.steps} {nets}" + (" bf16" if self.precision == "bfloat16" else "")
+
+    @property
+    def terms(self) -> int:
+        """Products behind one element: each step adds its network's and its convolution's."""
+        return self.levels * self.steps * 9 * self.width
+
+    def glow(self, device: torch.device) -> Glow:
+        """Ours, moved off its initial values, at which couplings are the identity."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = (self.channels, self.side, self.side)
+            made = Glow(shape, self.levels, self.steps, 1 if self.constant else self.width)
+            for name, parameter in made.named_parameters():
+                if name.endswith(("net.4.weight", "net.4.bias")):
+                    nn.init.normal_(parameter, std=0.02)
+                elif "actnorm" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            if self.constant:
+                assert self.levels == 1
+                for layer in made.chain.layers:
+                    if isinstance(layer, FlowStep):
+                        side = self.side // 2
+                        params = 0.1 * torch.randn(self.batch, 4 * self.channels, side, side)
+                        last = params.to(memory_format=torch.channels_last)
+                        layer.coupling.net = Constant(last)
+        return made.to(device)
+
+    def images(self, device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.channels, self.side, self.side)
+        return torch.rand(size, generator=generator).sub_(0.5).to(device)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+
+def nll(z: Latents, logdet: Tensor) -> Tensor:
+    """The likelihood's loss, its constant left out."""
+    return (sum(cast(Tensor, t.square().sum()) for t in z) / 2 - logdet.sum()) / len(logdet)
+
+
+class Model:
+    """One variant of a spec.
+
+    Raises:
+        Missing: where its package is not installed.
+    """
+
+    def __init__(self, spec: Spec, variant: str, device: torch.device) -> None:
+        self.spec, self.variant, self.device = spec, variant, device
+        self.peer: Peer = BUILDERS[variant](spec.glow(torch.device("cpu")))
+        self.module = self.peer.module.to(device)
+        self.x = spec.images(device)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    def forward(self, x: Tensor) -> tuple[Latents, Tensor]:
+        with self.spec.autocast(self.device):
+            return cast(tuple[Latents, Tensor], self.module(x))
+
+    def train(self) -> None:
+        """Forward and backward; the optimizer's step, alike for all, is left out."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        nll(*self.forward(self.x)).backward()
+
+    def task(self, name: str) -> Call:
+        """What to time: "train", "forward" (no gradients) or "sample"."""
+        if name == "train":
+            return self.train
+        if name == "forward":
+            return torch.no_grad()(partial(self.forward, self.x))
+        with torch.no_grad():
+            z = tuple(t.float().clone() for t in self.forward(self.x)[0])
+        return torch.no_grad()(partial(self._inverse, z))
+
+    def _inverse(self, z: Latents) -> tuple[Tensor, Tensor]:
+        with self.spec.autocast(self.device):
+            return cast(Any, self.module).inverse(z)  # type: ignore[no-any-return]
+
+    def check(self, task: str) -> None:
+        """AssertionError unless latents, logdet and (where it trains) the gradient of the images
+        are the reference's, or a sample is the image whose latents it was made from."""
+        x = self.x.clone().requires_grad_()
+        wide = self.x.double().requires_grad_()
+        self.peer.exact.to(self.device)
+        z, logdet = self.forward(x)
+        exact_z, exact_logdet = self.peer.exact(wide)
+        for i, (got, want) in enumerate(zip(z, exact_z, strict=True)):
+            self._close(got, want, f"z[{i}]")
+        # A step's logdet has terms of order one that may cancel over pixels.
+        size = self.spec.channels * self.spec.side**2
+        self._close(logdet, exact_logdet, "logdet", size**0.5, self.spec.steps * size)
+        if task == "train":
+            nll(z, logdet).backward()
+            nll(exact_z, exact_logdet).backward()
+            assert x.grad is not None
+            assert wide.grad is not None
+            self._close(x.grad, wide.grad, "d images")
+        if task == "sample":
+            with torch.no_grad():
+                back, _ = self._inverse(tuple(t.detach().float() for t in exact_z))
+            self._close(back, self.x, "sample")
+
+    def _close(
+        self, got: Tensor, want: Tensor, name: str, scale: float = 0.0, terms: int = 1
+    ) -> None:
+        if self.spec.precision == "bfloat16":
+            # Autocast makes the peers' states bfloat16: each step rounds them anew.
+            got = got.to(torch.bfloat16)
+            roundings = 2 * self.spec.levels * self.spec.steps
+            scale = max(scale, want.abs().max().item()) * roundings**0.5
+        terms = max(terms, self.spec.terms)
+        name = f"{self.variant}: {name}"
+        assert_close(got.detach(), want.detach(), terms=terms, scale=scale, name=name)
+
+
+def step_peak(job: tuple[Spec, str, str, int]) -> int:
+    """Bytes of a training step beyond the model and its images, gradients included; to be run in a
+    process of its own."""
+    spec, variant, device_name, threads = job
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    model = Model(spec, variant, device)
+    del model.peer.exact
+    model.train()  # what is allocated once
+    for parameter in model.module.parameters():
+        parameter.grad = None
+    return peak_bytes(model.train, device)
+
+
+def fresh_peaks(
+    spec: Spec, variants: Sequence[str], device: torch.device, threads: int
+) -> dict[str, int]:
+    """Peaks, each from a process that ran nothing else. Not to be called while anything is timed:
+    on a CPU two of them run at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks._models"])  # imported once, then forked
+    workers = 1 if device.type == "cuda" else 2
+    jobs = [(spec, variant, str(device), threads) for variant in variants]
+    with context.Pool(workers, maxtasksperchild=1) as pool:
+        return dict(zip(variants, pool.map(step_peak, jobs, chunksize=1), strict=True))
+
+
+def measure(
+    bench: Bench, spec: Spec, task: str, variants: Sequence[str], rounds: int, *, memory: bool
+) -> Measured:
+    """Interleaved seconds of a task, of every variant that agrees with the reference; and the peak
+    memory of its training step, where asked."""
+    measured = Measured()
+    calls: dict[str, Call] = {}
+    for variant in variants:
+        try:
+            model = Model(spec, variant, bench.device)
+            model.check(task)
+            calls[variant] = model.task(task)
+            calls[variant]()
+        except (Missing, AssertionError) as fault:
+            measured.faults[variant] = fault
+            continue
+        except Exception as fault:
+            if variant.startswith("ours"):
+                raise
+            # A peer's own limit: memcnn under autocast, an operator that torch has dropped.
+            told = str(fault).splitlines() or [""]
+            measured.faults[variant] = Missing(f"{variant}: {type(fault).__name__}: {told[0]}")
+            continue
+        measured.extra[variant] = {
+            **spec._asdict(), "spec": str(spec), "task": task, "parameters": model.parameters,
+            "note": NOTES[variant],
+        }  # fmt: skip
+    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
+    measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
+    if memory:
+        peaks = fresh_peaks(spec, list(calls), bench.device, bench.threads)
+        for variant, peak in peaks.items():
+            measured.extra[variant]["peak_bytes"] = peak
+    return measured

@@ -1,0 +1,186 @@
+"""A Glow of plain PyTorch, as the paper (arXiv 1807.03039) is commonly written: what the packages
+are compared with, and in float64 the reference that all are held to."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels import FlowStep, Glow, Split
+from mflow_kernels.ops import ScaleFunction
+from mflow_kernels.ops.scale import log_scale_ref
+
+Latents = tuple[Tensor, ...]
+
+
+class Coupling(nn.Module):
+    """An affine coupling, a few lines by hand."""
+
+    def __init__(self, net: nn.Module, scale: ScaleFunction) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_a, x_b = x.chunk(2, dim=1)
+        raw, shift = self.net(x_a).chunk(2, dim=1)
+        log_s = log_scale_ref(raw, self.scale)
+        if self.scale.order == "shift-scale":
+            y_b = (x_b + shift) * log_s.exp()
+        else:
+            y_b = x_b * log_s.exp() + shift
+        return torch.cat([x_a, y_b], dim=1), log_s.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        y_a, y_b = y.chunk(2, dim=1)
+        raw, shift = self.net(y_a).chunk(2, dim=1)
+        log_s = log_scale_ref(raw, self.scale)
+        if self.scale.order == "shift-scale":
+            x_b = y_b * (-log_s).exp() - shift
+        else:
+            x_b = (y_b - shift) * (-log_s).exp()
+        return torch.cat([y_a, x_b], dim=1), -log_s.flatten(1).sum(1)
+
+
+class Step(nn.Module):
+    """Actnorm, 1x1 convolution and coupling, each an operation of its own, weights copied."""
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        conv, actnorm = step.conv, step.actnorm
+        self.bias = nn.Parameter(actnorm.bias.detach().clone())
+        self.log_scale = nn.Parameter(actnorm.log_scale.detach().clone())
+        self.lower = nn.Parameter(conv.lower.detach().clone())
+        self.upper = nn.Parameter(conv.upper.detach().clone())
+        self.log_diagonal = nn.Parameter(conv.log_diagonal.detach().clone())
+        self.register_buffer("permutation", conv.permutation.clone())
+        self.register_buffer("sign", conv.sign.clone())
+        self.register_buffer("eye", torch.eye(len(conv.sign)))
+        self.coupling = Coupling(step.coupling.net, step.coupling.scale)
+
+    def weight(self) -> Tensor:
+        lower = self.lower.tril(-1) + cast(Tensor, self.eye)
+        upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
+        return self.permutation @ lower @ upper
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = x.shape[2] * x.shape[3]
+        bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
+        x = log_scale.exp() * (x + bias)
+        x = F.conv2d(x, self.weight()[:, :, None, None])
+        x, logdet = self.coupling(x)
+        return x, logdet + pixels * (self.log_scale.sum() + self.log_diagonal.sum())
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = z.shape[2] * z.shape[3]
+        z, logdet = self.coupling.inverse(z)
+        z = F.conv2d(z, torch.linalg.inv(self.weight())[:, :, None, None])
+        bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
+        z = (-log_scale).exp() * z - bias
+        return z, logdet - pixels * (self.log_scale.sum() + self.log_diagonal.sum())
+
+
+class Exact(nn.Module):
+    """The reference of a step, whatever factors its W has and whichever part comes first."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        log_scale: Tensor,
+        net: nn.Module,
+        scale: ScaleFunction,
+        coupling_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.log_scale = (
+            t.detach().double() for t in (weight, bias.flatten(), log_scale.flatten())
+        )
+        self.coupling = Coupling(net, scale).double()
+        self.coupling_first = coupling_first
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [self.mix, self.coupling]
+        logdet = x.new_zeros(x.shape[0])
+        for part in parts[::-1] if self.coupling_first else parts:
+            x, change = part(x)
+            logdet = logdet + change
+        return x, logdet
+
+    def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
+        x = F.conv2d(log_scale.exp() * (x + bias), self.weight[:, :, None, None])
+        log_det = self.log_scale.sum() + torch.linalg.slogdet(self.weight).logabsdet
+        return x, x.shape[2] * x.shape[3] * log_det
+
+
+class Multiscale(nn.Module):
+    """Squeeze, steps, split, level by level: `z, logdet` as Glow returns them."""
+
+    def __init__(self, levels: Sequence[Sequence[nn.Module]], splits: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
+        self.splits = nn.ModuleList(splits)
+
+    def forward(self, x: Tensor) -> tuple[Latents, Tensor]:
+        latents: list[Tensor] = []
+        logdet = x.new_zeros(x.shape[0])
+        for i, level in enumerate(self.levels):
+            x = F.pixel_unshuffle(x, 2)
+            for step in cast(nn.ModuleList, level):
+                x, change = step(x)
+                logdet = logdet + change
+            if i < len(self.splits):
+                x, change = self.splits[i](x)
+                logdet = logdet + change
+                x, latent = x.chunk(2, dim=1)
+                latents.append(latent)
+        return (*latents, x), logdet
+
+    def inverse(self, z: Latents) -> tuple[Tensor, Tensor]:
+        *latents, x = z
+        logdet = x.new_zeros(x.shape[0])
+        for i in reversed(range(len(self.levels))):
+            if i < len(self.splits):
+                split = cast(Coupling, self.splits[i])
+                x, change = split.inverse(torch.cat([x, latents[i]], dim=1))
+                logdet = logdet + change
+            for step in reversed(cast(nn.ModuleList, self.levels[i])):
+                x, change = cast(Step, step).inverse(x)
+                logdet = logdet + change
+            x = F.pixel_shuffle(x, 2)
+        return x, logdet
+
+
+def multiscale(
+    glow: Glow,
+    step: Callable[[FlowStep], nn.Module] = Step,
+    split: Callable[[Split], nn.Module] = lambda s: Coupling(s.coupling.net, s.coupling.scale),
+) -> Multiscale:
+    """A Glow's layers, each turned into another one with its weights."""
+    levels: list[list[nn.Module]] = []
+    splits = []
+    for layer in glow.chain.layers:
+        if isinstance(layer, FlowStep):
+            levels[-1].append(step(layer))
+        elif isinstance(layer, Split):
+            splits.append(split(layer))
+        else:
+            levels.append([])
+    return Multiscale(levels, splits)
+
+
+def exact(glow: Glow) -> Multiscale:
+    """The reference of a Glow, in float64."""
+
+    def step(s: FlowStep) -> Exact:
+        weight = Step(s).double().weight()
+        return Exact(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, s.coupling.scale)
+
+    return multiscale(glow, step).double()

@@ -1,0 +1,53 @@
+"""Layers against the peers: a step of flow, and steps whose networks are constants, which leave the
+time of the flow's own operators."""
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks._bench import Bench, size_of
+from benchmarks._measure import REPLAY
+from benchmarks._models import INVERTIBLE, Spec, measure
+
+ROUNDS = 15
+TASKS = ("train", "forward", "sample")
+
+
+def specs(size: str, gpu: bool) -> list[Spec]:
+    """C = 4 * channels, on side / 2."""
+    if size == "tiny":
+        return [Spec(side=8, levels=1, steps=2, batch=2, constant=True)]
+    batch, width = (32, 256) if gpu else (8, 64)
+    near, deep = ((3, 128), (12, 64)) if gpu else ((3, 64), (12, 16))
+    made = [Spec(c, side, 1, 8, width, batch, constant=True) for c, side in (near, deep)]
+    made += [Spec(c, side, 1, 1, width, batch) for c, side in (near, deep)]
+    if size == "full":
+        made += [Spec(48, 16, 1, 8, width, batch, constant=True), Spec(48, 16, 1, 1, width, batch)]
+    return made
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    size = size_of(config)
+    rows = [
+        pytest.param(spec, task, variant, id="-".join((str(spec).replace(" ", ","), task, variant)))
+        for spec in specs(size, config.getoption("--device").startswith("cuda"))
+        for task in TASKS
+        for variant in variants(size)
+    ]
+    metafunc.parametrize(("spec", "task", "variant"), rows)
+
+
+def variants(size: str) -> list[str]:
+    return [name for name in INVERTIBLE if name != "plain, compiled" or size == "full"]
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_layer(
+    bench: Bench, benchmark: BenchmarkFixture, spec: Spec, task: str, variant: str
+) -> None:
+    benchmark.group = f"{task}, {spec}"
+    names = variants(bench.size)
+    bench.record(
+        benchmark, ("layers", spec, task), variant,
+        lambda: measure(bench, spec, task, names, bench.rounds(ROUNDS), memory=False),
+    )  # fmt: skip
