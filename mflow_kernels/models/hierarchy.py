@@ -1,7 +1,6 @@
 """Hierarchical training: further flows on the manifold's coordinates."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -22,13 +21,17 @@ class HierarchicalFlow(Chart):
         stages: at least one; the input of each is a vector (N, d) of the d of the one before.
 
     Raises:
-        ValueError: where a stage's input does not match the u of the one before.
+        TypeError: a stage that is no ManifoldFlow.
+        ValueError: no stages, or one whose input does not match the u of the one before.
     """
 
     def __init__(self, stages: Sequence[ManifoldFlow]) -> None:
         super().__init__()
         if not stages:
             raise ValueError("stages: expected at least one ManifoldFlow, got none")
+        for i, stage in enumerate(stages):
+            if not isinstance(stage, ManifoldFlow):
+                raise TypeError(f"stages[{i}]: expected a ManifoldFlow, got {type(stage).__name__}")
         for i in range(1, len(stages)):
             expected, came = (stages[i - 1].manifold_dim,), tuple(stages[i].input_shape)
             if came != expected:
@@ -41,12 +44,36 @@ class HierarchicalFlow(Chart):
         self.manifold_dim = stages[-1].manifold_dim
 
     def terms(self, x: Tensor, stage: int, *, release: bool = False) -> Terms:
-        """The objective of one stage on the data x, earlier stages frozen unless released."""
+        """The objective of one stage on the data x.
+
+        Args:
+            x: (N, *input_shape).
+            stage: which one, from 0.
+            release: train the earlier stages along. By default they are frozen, and the terms are
+                the stage's own, of the u that it works on. Released, they are those of all stages
+                up to it: loss is the penalized likelihood of x, in which each stage's -log N(u)
+                gives way to the terms of the next. The stage's own would not do: without the
+                earlier log-determinants, shrinking u to a point would be rewarded.
+        """
         earlier, trained = self._split_at(stage)
-        with nullcontext() if release else torch.no_grad():
-            for flow in earlier:
-                x = flow.encode(x)
-        return trained.terms(x)
+        if not release:
+            with torch.no_grad():
+                for flow in earlier:
+                    x = flow.encode(x)
+            return trained.terms(x)
+        before = []
+        for flow in earlier:
+            before.append(flow.terms(x))
+            x = flow.encode(x)
+        terms = trained.terms(x)
+        for each in before:
+            inner = each._replace(
+                loss=each.loss + each.on_manifold,
+                log_likelihood=each.log_likelihood - each.on_manifold,
+                on_manifold=torch.zeros_like(each.on_manifold),
+            )
+            terms = Terms(*(a + b for a, b in zip(terms, inner, strict=True)))
+        return terms
 
     def initialize(self, x: Tensor, stage: int) -> None:
         """Set one stage's actnorms from a first batch of data; once, see `ActNorm`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from mflow_kernels.models.selection import IntrinsicDimension
@@ -117,7 +118,7 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
     else:
         title = f"no step: the largest is a factor of {estimate.gap:.3g}"
     axes.set(title=title, xlabel="singular value", ylabel="local standard deviation", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(framealpha=0.85, edgecolor="none")
     axes.grid(alpha=0.25)
     axes.title.set_fontsize(11)

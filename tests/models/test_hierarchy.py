@@ -85,6 +85,39 @@ def test_earlier_stages_are_frozen_unless_released():
         assert all(p.grad is not None for p in model.stages[1].parameters())
 
 
+def test_released_stages_train_the_likelihood_of_the_data():
+    """The loss is -log p(x) of all stages, up to penalties and normalizers that are constants."""
+    a, b, c = stages(8, 6, 4)
+    a.objective = ManifoldObjective("data", "huber", weight=3.0, sigma=0.5)
+    b.objective = ManifoldObjective("latent", "l1", weight=20.0)
+    c.objective = ManifoldObjective("latent", "l2", weight=50.0)
+    model = HierarchicalFlow([a, b, c])
+    x = normal(*X, dtype=torch.float64)
+    terms = model.terms(x, 2, release=True)
+    torch.testing.assert_close(terms.log_likelihood, model.log_prob(x))
+    torch.testing.assert_close(terms.on_manifold, c.terms(model.encode(x, 2)).on_manifold)
+    normalizers = 2 * math.log(2 / 20) + 2 * math.log(2 * math.pi / 50) / 2
+    penalty = a.terms(x).penalty
+    torch.testing.assert_close(terms.loss, penalty - model.log_prob(x) - normalizers)
+    # Of one stage there is nothing to release.
+    for got, want in zip(model.terms(x, 0, release=True), a.terms(x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_released_stages_do_not_collapse():
+    """The gradient that shrinks u is the log-determinant's to stop: it is in the loss."""
+    model = HierarchicalFlow(stages(16, 4))
+    x = normal(64, 1, 4, 4, dtype=torch.float64)
+    for stage in range(2):
+        model.initialize(x, stage)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model.terms(x, 1, release=True).loss.mean().backward()
+        optimizer.step()
+    assert 0.5 < model.encode(x, 1).std() < 2
+
+
 def test_terms_of_a_stage_are_those_of_its_input():
     a, b = stages(6, 4)
     model = HierarchicalFlow([a, b])
@@ -128,6 +161,8 @@ def test_objectives_of_stages_may_differ():
 def test_stages_that_do_not_fit():
     with pytest.raises(ValueError, match="stages: expected at least one ManifoldFlow, got none"):
         HierarchicalFlow([])
+    with pytest.raises(TypeError, match=r"stages\[1\]: expected a ManifoldFlow, got VectorFlow"):
+        HierarchicalFlow([*stages(6), VectorFlow(6, 1, 4)])
     (a,) = stages(6)
     b = ManifoldFlow(VectorFlow(5, 1, 4), 2)
     message = r"stages\[1\]: expected a flow on \(6,\), .* got one on \(5,\)"
