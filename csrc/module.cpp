@@ -198,15 +198,63 @@ void backward(bool cuda, Pointer queue, const std::string& dtype, const Sizes& s
     dispatch(p, cuda, queue, backward_cpu, backward_cuda);
 }
 
-// Address, and strides of sample, channel and pixel; all zero where a tensor is absent.
-using Walked = std::array<int64_t, 4>;
-using Extent = std::array<int64_t, 3>;  // samples, channels, pixels of a whole state
+// Names looked up for every tensor: made once.
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
-Walk walk(const Walked& w) { return {reinterpret_cast<void*>(w[0]), w[1], w[2], w[3]}; }
+// A state (N, C, *spatial) as the loops walk it. It is asked of the tensor in Python, which costs less
+// than Python code that asks, and leaves the extension free of torch. A tensor whose pixels no single
+// stride walks, or of another dtype than the state's, is read from a copy.
+enum class Use { read, write };
 
-// From a channel on; the item size of what the walk goes through.
+class State {
+public:
+    State(py::object tensor, const py::object& dtype, Use use) : tensor_(std::move(tensor)) {
+        static PyObject* const dtype_name = name("dtype");
+        if (!py::getattr(tensor_, dtype_name).is(dtype)) {
+            if (use == Use::write) fail("expected results of the state's dtype");
+            tensor_ = tensor_.attr("to")(dtype);
+        }
+        if (walks()) return;
+        if (use == Use::write) fail("expected results whose pixels one stride walks");
+        tensor_ = tensor_.attr("contiguous")();
+        if (!walks()) fail("expected a contiguous copy");
+    }
+
+    const Shape& shape() const { return shape_; }
+    const Walk& walk() const { return walk_; }
+
+private:
+    bool walks() {
+        static PyObject* const shape_name = name("shape");
+        static PyObject* const stride_name = name("stride");
+        static PyObject* const pointer_name = name("data_ptr");
+        const py::tuple lengths = py::getattr(tensor_, shape_name);
+        const py::tuple strides = py::reinterpret_steal<py::object>(
+            PyObject_CallMethodNoArgs(tensor_.ptr(), stride_name));
+        const auto at = [](const py::tuple& t, size_t i) { return PyLong_AsLongLong(t[i].ptr()); };
+        if (lengths.size() < 2) fail("expected (N, C, *spatial)");
+        int64_t pixels = 1, step = 1;
+        for (size_t axis = lengths.size(); axis-- > 2;) {
+            const int64_t length = at(lengths, axis), stride = at(strides, axis);
+            if (length == 1) continue;
+            if (pixels == 1) step = stride;
+            if (stride != step * pixels) return false;
+            pixels *= length;
+        }
+        shape_ = {at(lengths, 0), at(lengths, 1), pixels};
+        const py::object pointer = py::reinterpret_steal<py::object>(
+            PyObject_CallMethodNoArgs(tensor_.ptr(), pointer_name));
+        walk_ = {PyLong_AsVoidPtr(pointer.ptr()), at(strides, 0), at(strides, 1), step};
+        return true;
+    }
+
+    py::object tensor_;
+    Shape shape_;
+    Walk walk_;
+};
+
+// From a channel on.
 Walk from_channel(Walk w, int64_t channel, bool is_double) {
-    if (!w.data) return w;
     w.data = static_cast<char*>(w.data) + channel * w.channel * (is_double ? 8 : 4);
     return w;
 }
@@ -235,79 +283,147 @@ Scale parse_scale(const std::string& kind, double offset, double eps, double cla
     return s;
 }
 
-Coupling describe_coupling(bool is_double, const Extent& half, const std::string& kind, double offset,
-                           double eps, double clamp, const std::string& order, bool inverse,
-                           const Walked& params) {
+Coupling describe_coupling(bool is_double, const Shape& half, const State& params,
+                           const std::string& kind, double offset, double eps, double clamp,
+                           const std::string& order, bool inverse) {
+    const Shape& given = params.shape();
+    if (given.samples != half.samples || given.channels != 2 * half.channels ||
+        given.pixels != half.pixels) {
+        fail("expected params of twice the half's channels");
+    }
     Coupling p;
     p.is_double = is_double;
-    p.shape = {half[0], half[1], half[2]};
+    p.shape = half;
     p.scale = parse_scale(kind, offset, eps, clamp, order, is_double);
     p.inverse = inverse;
-    p.raw = walk(params);
-    p.shift = from_channel(p.raw, half[1], is_double);
+    p.raw = params.walk();
+    p.shift = from_channel(p.raw, half.channels, is_double);
     return p;
 }
 
-void couple(bool is_double, int threads, const Extent& half, int64_t stays, const Walked& x,
-            const Walked& params, const Walked& y, Pointer ledger, const std::string& kind,
-            double offset, double eps, double clamp, const std::string& order, bool inverse) {
-    Coupling p =
-        describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
-    if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
+// The half of a state that is scaled; `stays` channels are not.
+Shape scaled_half(const State& state, int64_t stays) {
+    Shape half = state.shape();
+    half.channels -= stays;
+    if (stays > half.channels) fail("expected the half that stays to be no larger than the other");
+    return half;
+}
+
+void expect_like(const State& state, const State& other) {
+    const Shape &a = state.shape(), &b = other.shape();
+    if (a.samples != b.samples || a.channels != b.channels || a.pixels != b.pixels) {
+        fail("expected states of one shape");
+    }
+}
+
+void couple(bool is_double, int threads, int64_t stays, const py::object& x, const py::object& params,
+            const py::object& y, Pointer ledger, const std::string& kind, double offset, double eps,
+            double clamp, const std::string& order, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const State from(x, dtype, Use::read), raw(params, dtype, Use::read), to(y, dtype, Use::write);
+    expect_like(from, to);
+    Coupling p = describe_coupling(is_double, scaled_half(from, stays), raw, kind, offset, eps, clamp,
+                                   order, inverse);
     p.stays = stays;
-    p.from[0] = walk(x);
-    p.to[0] = walk(y);
-    p.x = from_channel(p.from[0], stays, is_double);
-    p.y = from_channel(p.to[0], stays, is_double);
+    p.from[0] = from.walk();
+    p.to[0] = to.walk();
+    p.x = from_channel(from.walk(), stays, is_double);
+    p.y = from_channel(to.walk(), stays, is_double);
     p.ledger = reinterpret_cast<void*>(ledger);
     py::gil_scoped_release release;
     couple_cpu(p, threads);
 }
 
 // `given` and `dy` are halves (stays = 0) or whole states, and the results like them; `other`, the
-// coupling's output where its input is given and the other way round, may be absent where `kept`.
-void uncouple(bool is_double, int threads, const Extent& half, int64_t stays, bool kept,
-              const Walked& given, const Walked& params, const Walked& dy,
-              std::pair<Pointer, int64_t> dlogdet, const Walked& other, const Walked& dx,
-              const Walked& dparams, const std::string& kind, double offset, double eps, double clamp,
-              const std::string& order, bool inverse) {
-    Coupling p =
-        describe_coupling(is_double, half, kind, offset, eps, clamp, order, inverse, params);
-    if (stays > half[1]) fail("expected the half that stays to be no larger than the other");
+// coupling's output where its input is given and the other way round, may be None where `kept`.
+void uncouple(bool is_double, int threads, int64_t stays, bool kept, const py::object& given,
+              const py::object& params, const py::object& dy,
+              std::pair<Pointer, int64_t> dlogdet, const py::object& other, const py::object& dx,
+              const py::object& dparams, const std::string& kind, double offset, double eps,
+              double clamp, const std::string& order, bool inverse) {
+    const py::object dtype = given.attr("dtype");
+    const State state(given, dtype, Use::read), raw(params, dtype, Use::read), gradient(dy, dtype, Use::read);
+    const State result(dx, dtype, Use::write), draw(dparams, dtype, Use::write);
+    expect_like(state, gradient);
+    expect_like(state, result);
+    expect_like(raw, draw);
+    std::optional<State> filled;
+    if (!other.is_none()) filled.emplace(other, dtype, Use::write);
+    if (filled) expect_like(state, *filled);
+    if (!kept && !filled) fail("other is absent");
+    Coupling p = describe_coupling(is_double, scaled_half(state, stays), raw, kind, offset, eps, clamp,
+                                   order, inverse);
     p.kept = kept;
-    if (!kept && !other[0] && p.shape.size() > 0) fail("other is absent");
-    (kept ? p.x : p.y) = from_channel(walk(given), stays, is_double);
-    (kept ? p.y : p.x) = from_channel(walk(other), stays, is_double);
-    p.dy = from_channel(walk(dy), stays, is_double);
-    p.dx = from_channel(walk(dx), stays, is_double);
+    (kept ? p.x : p.y) = from_channel(state.walk(), stays, is_double);
+    if (filled) (kept ? p.y : p.x) = from_channel(filled->walk(), stays, is_double);
+    p.dy = from_channel(gradient.walk(), stays, is_double);
+    p.dx = from_channel(result.walk(), stays, is_double);
     p.stays = stays;
     if (stays > 0) {
-        p.from[0] = walk(given);
-        p.to[0] = walk(other);
-        p.from[1] = walk(dy);
-        p.to[1] = walk(dx);
+        p.from[0] = state.walk();
+        if (filled) p.to[0] = filled->walk();
+        p.from[1] = gradient.walk();
+        p.to[1] = result.walk();
     }
-    p.draw = walk(dparams);
-    p.dshift = from_channel(p.draw, half[1], is_double);
+    p.draw = draw.walk();
+    p.dshift = from_channel(p.draw, p.shape.channels, is_double);
     p.dlogdet = reinterpret_cast<const void*>(dlogdet.first);
     p.dlogdet_stride = dlogdet.second;
     py::gil_scoped_release release;
     uncouple_cpu(p, threads);
 }
 
-void assemble(bool is_double, int threads, const Extent& whole, int64_t first, double sign,
-              const std::array<Walked, 2>& halves, const std::array<Walked, 2>& others,
-              const Walked& out) {
+Assembly describe_assembly(bool is_double, const State& out, const State& first,
+                           const State* second) {
+    const Shape &whole = out.shape(), &a = first.shape();
+    const int64_t channels = second ? a.channels + second->shape().channels : whole.channels;
+    if (a.samples != whole.samples || a.pixels != whole.pixels || channels != whole.channels ||
+        (second && (second->shape().samples != a.samples || second->shape().pixels != a.pixels)) ||
+        a.channels < (second ? 0 : whole.channels)) {
+        fail("expected two halves of a state");
+    }
     Assembly p;
     p.is_double = is_double;
-    p.shape = {whole[0], whole[1], whole[2]};
-    p.first = first;
-    p.sign = sign;
-    for (int h = 0; h < 2; ++h) {
-        p.half[h] = walk(halves[h]);
-        p.other[h] = walk(others[h]);
-    }
-    p.out = walk(out);
+    p.shape = whole;
+    p.first = second ? a.channels : whole.channels;
+    p.half[0] = first.walk();
+    if (second) p.half[1] = second->walk();
+    p.out = out.walk();
+    return p;
+}
+
+// out = (a + of_a, b) where `of_a` is a tensor or None.
+void add_gradients(bool is_double, int threads, const py::object& out, const py::object& a,
+                   const py::object& b, const py::object& of_a) {
+    const py::object dtype = out.attr("dtype");
+    const State whole(out, dtype, Use::write), first(a, dtype, Use::read), second(b, dtype, Use::read);
+    std::optional<State> added;
+    if (!of_a.is_none()) added.emplace(of_a, dtype, Use::read);
+    if (added) expect_like(first, *added);
+    Assembly p = describe_assembly(is_double, whole, first, &second);
+    if (added) p.other[0] = added->walk();
+    py::gil_scoped_release release;
+    assemble_cpu(p, threads);
+}
+
+// out = (a, b) - bias, one value a channel: address and stride.
+void subtract_bias(bool is_double, int threads, const py::object& out, const py::object& a,
+                   const py::object& b, std::pair<Pointer, int64_t> bias) {
+    const py::object dtype = out.attr("dtype");
+    const State whole(out, dtype, Use::write), first(a, dtype, Use::read), second(b, dtype, Use::read);
+    Assembly p = describe_assembly(is_double, whole, first, &second);
+    p.sign = -1;
+    p.other[0] = {reinterpret_cast<void*>(bias.first), 0, bias.second, 0};
+    p.other[1] = from_channel(p.other[0], p.first, is_double);
+    py::gil_scoped_release release;
+    assemble_cpu(p, threads);
+}
+
+// out = the first channels of x.
+void cut(bool is_double, int threads, const py::object& out, const py::object& x) {
+    const py::object dtype = out.attr("dtype");
+    const State whole(x, dtype, Use::read), first(out, dtype, Use::write);
+    Assembly p = describe_assembly(is_double, first, whole, nullptr);
     py::gil_scoped_release release;
     assemble_cpu(p, threads);
 }
@@ -333,7 +449,9 @@ PYBIND11_MODULE(_C, m) {
     // Called many times a step, so without names, which would cost as much as the arguments.
     m.def("couple", &mflow::couple);
     m.def("uncouple", &mflow::uncouple);
-    m.def("assemble", &mflow::assemble);
+    m.def("add_gradients", &mflow::add_gradients);
+    m.def("subtract_bias", &mflow::subtract_bias);
+    m.def("cut", &mflow::cut);
     m.attr("tile") = mflow::kTile;
     m.attr("max_axes") = mflow::kMaxAxes;
     m.attr("cuda_archs") = py::str(MFLOW_CUDA_ARCHS).attr("split")();

@@ -31,9 +31,6 @@ def load_extension() -> ModuleType | None:
 
 
 _C = load_extension()
-Walked = tuple[int, int, int, int]
-ABSENT: Walked = (0, 0, 0, 0)
-
 
 def serves(x: Tensor) -> bool:
     """Whether the loops take the state x: not where something other than a tensor in memory passes
@@ -49,28 +46,18 @@ def serves(x: Tensor) -> bool:
     )
 
 
-def _walk(x: Tensor) -> Walked:
-    """Address and strides of a tensor that `dense_pixels` returned."""
-    return (x.data_ptr(), *strides(x))
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return dense_pixels(x if x.dtype == dtype else x.to(dtype))
-
-
-def _half(x: Tensor, channels: int) -> tuple[int, int, int]:
-    return x.shape[0], channels, pixels(x)
+def _how(x: Tensor) -> tuple[bool, int]:
+    """The first arguments of every loop: whether it computes in double, and its threads."""
+    return x.dtype == torch.float64, torch.get_num_threads()
 
 
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
     """`coupling.affine_coupling_ref`."""
     assert _C is not None
-    dtype, c_a = x.dtype, x.shape[1] // 2
-    x, params = dense_pixels(x), _dense(params, dtype)
+    x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
-        dtype == torch.float64, torch.get_num_threads(), _half(x, x.shape[1] - c_a), c_a,
-        _walk(x), _walk(params), _walk(y), ledger.data_ptr(), *scale.args, inverse,
+        *_how(x), x.shape[1] // 2, x, params, y, ledger.data_ptr(), *scale.args, inverse,
     )  # fmt: skip
     return y, ledger
 
@@ -119,47 +106,27 @@ def _uncouple(
     """dy and dparams of a coupling y -> z, from y where `kept`, else from z; the other one of the
     two is written to `other`. Of states of which so many channels stay."""
     assert _C is not None
-    dtype = given.dtype
-    given, dz, exact = dense_pixels(given), _dense(dz, dtype), _dense(params, dtype)
-    dy, dparams = torch.empty_like(given), torch.empty_like(exact)
-    dlogdet = dlogdet.to(dtype)
+    dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
+    dlogdet = dlogdet if dlogdet.dtype == dtype else dlogdet.to(dtype)
+    dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.uncouple(
-        dtype == torch.float64, torch.get_num_threads(), _half(given, given.shape[1] - stays),
-        stays, kept, _walk(given), _walk(exact), _walk(dz),
-        (dlogdet.data_ptr(), dlogdet.stride(0)), ABSENT if other is None else _walk(other),
-        _walk(dy), _walk(dparams), *scale.args, inverse,
+        *_how(given), stays, kept, given, params, dz, (dlogdet.data_ptr(), dlogdet.stride(0)),
+        other, dy, dparams, *scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
 
-def _assemble(
-    out: Tensor, a: Tensor, b: Tensor, others: tuple[Walked, Walked] = (ABSENT, ABSENT),
-    sign: float = 1.0,
-) -> None:  # fmt: skip
-    """out = (a, b) + sign * others, where there are any."""
-    assert _C is not None
-    a, b = dense_pixels(a), dense_pixels(b)
-    _C.assemble(
-        out.dtype == torch.float64, torch.get_num_threads(), _half(out, out.shape[1]), a.shape[1],
-        sign, (_walk(a), _walk(b)), others, _walk(out),
-    )  # fmt: skip
-
-
 def _add_gradients(out: Tensor, a: Tensor, b: Tensor, dnet: Tensor | None) -> Tensor:
     """`out`, filled with (a + dnet, b)."""
-    if dnet is None:
-        _assemble(out, a, b)
-    else:
-        dnet = _dense(dnet, out.dtype)
-        _assemble(out, a, b, (_walk(dnet), ABSENT))
+    assert _C is not None
+    _C.add_gradients(*_how(out), out, a, b, dnet)
     return out
 
 
 def _subtract_bias(out: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """`out`, filled with (a, b) - bias."""
-    at, step = bias.data_ptr(), bias.stride(0)
-    after = at + a.shape[1] * step * bias.element_size()
-    _assemble(out, a, b, ((at, 0, step, 0), (after, 0, step, 0)), -1.0)
+    assert _C is not None
+    _C.subtract_bias(*_how(out), out, a, b, (bias.data_ptr(), bias.stride(0)))
     return out
 
 
@@ -169,11 +136,7 @@ def cut(x: Tensor, out: Tensor) -> Tensor:
     if out.dtype != x.dtype or recorded or not serves(x):
         return out.copy_(x[:, : out.shape[1]])
     assert _C is not None
-    x = dense_pixels(x)
-    _C.assemble(
-        out.dtype == torch.float64, torch.get_num_threads(), _half(out, out.shape[1]), out.shape[1],
-        1.0, (_walk(x), ABSENT), (ABSENT, ABSENT), _walk(out),
-    )  # fmt: skip
+    _C.cut(*_how(out), out, x)
     return out
 
 
