@@ -96,8 +96,13 @@ class Group(NamedTuple):
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that `mixes` depends on and that have gradients."""
-        parameters = [p for s in self.steps for m in (s.conv, s.actnorm) for p in m.parameters()]
-        return [p for p in parameters if p.requires_grad]
+        return [
+            p
+            for step in self.steps
+            for module in (step.conv, step.actnorm)
+            for p in module._parameters.values()  # `parameters()` takes ten times as long
+            if p is not None and p.requires_grad
+        ]
 
 
 def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mixes:

@@ -16,8 +16,6 @@ from mflow_kernels.ops._launch import (
     channels_first,
     dense_pixels,
     forward_mode,
-    pixels,
-    strides,
     without_autocast,
 )
 from mflow_kernels.ops.scale import ScaleFunction
@@ -31,6 +29,7 @@ def load_extension() -> ModuleType | None:
 
 
 _C = load_extension()
+
 
 def serves(x: Tensor) -> bool:
     """Whether the loops take the state x: not where something other than a tensor in memory passes
