@@ -46,7 +46,7 @@ class Task:
 
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    steps, passes = (20, 1) if quick else (700, 6)
+    steps, passes = (20, 1) if quick else (600, 5)
     return [Task(method, seed, steps, passes) for method in METHODS for seed in seeds]
 
 

@@ -43,7 +43,7 @@ class Task:
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
     """A curve over dimensions for each number of factors, of the first seed alone."""
-    steps = 60 if quick else 600
+    steps = 60 if quick else 500
     counts = (2,) if quick else tuple(FACTORS)
     return [Task(count, dim, seeds[0], steps) for count in counts for dim in DIMENSIONS[count]]
 

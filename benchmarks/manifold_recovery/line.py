@@ -25,7 +25,7 @@ class MixtureFlow(Bijection):
         self.means = nn.Parameter(torch.linspace(-1, 1, components))
         self.log_deviations = nn.Parameter(torch.zeros(components))
 
-    def initialize(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Spread the components over the quantiles of a first batch x (N, 1)."""
         with torch.no_grad():
             k = len(self.means)
@@ -33,13 +33,13 @@ class MixtureFlow(Bijection):
             self.log_deviations.fill_(math.log(2 * x.std().item() / k + 1e-6))
         return self(x)
 
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         cdf, log_density = self._mixture(x.double())
         z = torch.special.ndtri(cdf.clamp(_TINY, 1 - _TINY))
         logdet = log_density + z.square() / 2 + math.log(2 * math.pi) / 2
         return (z[:, None].to(x.dtype),), logdet.to(x.dtype)
 
-    def inverse(self, z: tuple[Tensor, ...], *_: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
         """By bisection, then one step of Newton's method that carries the gradient."""
         target = torch.special.ndtr(z[0][:, 0].double()).clamp(_TINY, 1 - _TINY)
         with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective
+from mflow_kernels.layers import Bijection
 
 Batches = Iterator[Tensor]
 WARM_UP = 50
@@ -44,6 +45,7 @@ class Method:
         if not self.off_deviation:
             return self.model.sample(n, generator=generator)
         (flow,) = self.model.stages  # only single flows sample the ambient space
+        assert isinstance(flow, ManifoldFlow)
         u = torch.randn(n, flow.manifold_dim, generator=generator)
         latents = flow.scatter(u)
         noise = [
@@ -82,20 +84,20 @@ def train(method: Method, batches: Batches, steps: int, rate: float) -> None:
     method.model.eval()
 
 
-def plain(flow: nn.Module, dim: int) -> Method:
+def plain(flow: Bijection, dim: int) -> Method:
     """Maximum likelihood with all latents standard normal (Glow, arXiv 1807.03039). Which latents
     are called u matters to its projections only."""
     return penalized(flow, dim, ManifoldObjective("latent", "l2", weight=1.0), off_deviation=1.0)
 
 
-def pie(flow: nn.Module, dim: int, deviation: float) -> Method:
+def pie(flow: Bijection, dim: int, deviation: float) -> Method:
     """Pseudo-invertible encoder (arXiv 2006.00866): v is a Gaussian of small standard deviation.
     Sampled with v = 0, as it is there."""
     return penalized(flow, dim, ManifoldObjective("latent", "l2", weight=deviation**-2))
 
 
 def penalized(
-    flow: nn.Module, dim: int, objective: ManifoldObjective, off_deviation: float = 0.0
+    flow: Bijection, dim: int, objective: ManifoldObjective, off_deviation: float = 0.0
 ) -> Method:
     """The penalized likelihood (arXiv 2206.03293), one step."""
     model = ManifoldFlow(flow, dim, objective=objective)
@@ -104,10 +106,10 @@ def penalized(
 
 
 def hierarchical(
-    flow: nn.Module,
+    flow: Bijection,
     dim: int,
     objective: ManifoldObjective,
-    further: nn.Module,
+    further: Bijection,
     first_share: float = 0.7,
 ) -> Method:
     """The penalized likelihood, then a second flow on all of its u, the first one frozen."""
@@ -121,7 +123,7 @@ def hierarchical(
     return Method(model, phases)
 
 
-def two_phases(flow: nn.Module, dim: int, further: nn.Module) -> Method:
+def two_phases(flow: Bijection, dim: int, further: Bijection) -> Method:
     """M-flow (Brehmer and Cranmer, arXiv 2003.13913), trained as they advise: the manifold by
     reconstruction alone, then, it being fixed, a flow on u by likelihood."""
     first = ManifoldFlow(flow, dim)
@@ -132,7 +134,7 @@ def two_phases(flow: nn.Module, dim: int, further: nn.Module) -> Method:
 
 
 def denoising(
-    flow: nn.Module, dim: int, deviation: float, weight: float, generator: torch.Generator
+    flow: Bijection, dim: int, deviation: float, weight: float, generator: torch.Generator
 ) -> Method:
     """Denoising normalizing flow (Horvat and Pfister, NeurIPS 2021): the likelihood of the data
     plus noise, v having the noise's variance, and the reconstruction of the data from it."""
@@ -151,7 +153,7 @@ def denoising(
     return Method(HierarchicalFlow([model]), [Phase(1.0, model, model.initialize, loss)])
 
 
-def rectangular(flow: nn.Module, dim: int, weight: float) -> Method:
+def rectangular(flow: Bijection, dim: int, weight: float) -> Method:
     """Rectangular flow (Caterini et al., arXiv 2106.01413): the exact likelihood on the manifold,
     log N(u) - 1/2 log det J^T J, and the reconstruction, in one step."""
     model = ManifoldFlow(flow, dim)
