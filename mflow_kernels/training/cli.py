@@ -7,6 +7,7 @@ before anything is written, and an error of the work itself is never mistaken fo
 import errno
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     from mflow_kernels.training.options import explain
+    from mflow_kernels.training.sources import DataError
 
     try:
         work = _check(list(sys.argv[1:] if argv is None else argv))
@@ -39,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_as_option(explain(error)), code=2)
     except (ValueError, TypeError) as error:
         return _fail(_as_option(str(error)), code=2)
+    except OSError as error:  # a folder of images is prepared in a cache
+        return _fail_lacking(error)
     try:
         work()
+    except DataError as error:
+        return _fail(_as_option(str(error)), code=2)
     except FloatingPointError as error:
         return _fail(str(error), code=1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(error.strerror or str(error), code=1)
+        return _fail_lacking(error)
     return 0
 
 
@@ -102,8 +106,8 @@ def prepare(
     _check_at_least("image_size", image_size, 1)
     if workers is not None:
         _check_at_least("workers", workers, 1)
-    if not path.parent.is_dir():
-        raise ValueError(f"out: expected an existing folder, got {path.parent}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"out: expected a folder that can be written, got {path.parent}")
     if path.is_dir() or Path(data).resolve() in path.resolve().parents:
         raise ValueError(f"out: expected a file outside of the images' folder, got {out!r}")
     source = find_images(data)
@@ -121,7 +125,11 @@ def prepare(
                 prepared.verify(tell)
             print("made before; every byte is as it was written")
         else:
-            prepared = make(source, path, image_size, workers)
+            try:
+                prepared = make(source, path, image_size, workers)
+            except KeyboardInterrupt:
+                print("interrupted; the same command goes on", file=sys.stderr)
+                raise SystemExit(128 + signal.SIGINT) from None
         print(prepared.summary())
 
     return work
@@ -383,6 +391,13 @@ def _as_option(message: str) -> str:
     if name in own or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest
     return message
+
+
+def _fail_lacking(error: OSError) -> int:
+    """Fail for a full disk or memory; raise any other error again."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+        raise error
+    return _fail(error.strerror or str(error), code=1)
 
 
 def _fail(message: str, code: int) -> int:

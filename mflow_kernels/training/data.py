@@ -249,7 +249,13 @@ def _open(data: str, image_size: int | None) -> Prepared:
     megabytes = len(source.entries) * 3 * size**2 / 1e6
     if megabytes > _MEGABYTES_TO_TELL:
         print(f"preparing {data} in {cached} ({megabytes:,.0f} MB)", file=sys.stderr)
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"data: cannot keep prepared images in {cached.parent} ({error.strerror}); set "
+            "MFLOW_CACHE to another folder, or give a file of mflow prepare"
+        ) from None
     return prepare(source, cached, size)
 
 

@@ -34,7 +34,7 @@ from mflow_kernels.training.sources import DataError, Entry, Source
 HELD_OUT_FRACTION = 0.1
 _SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
 _BLOCK_BYTES = 16 * 2**20
-_BLOCK_IMAGES = 1024
+_BLOCK_IMAGES = 256
 _IMAGES_WORTH_A_PROCESS = 256  # to start one takes about as long as to decode so many
 
 
@@ -61,7 +61,7 @@ def prepare(source: Source, out: Path, image_size: int, workers: int | None = No
     Raises:
         DataError: no readable image, or one smaller than the crop.
         OSError: ENOSPC where the disk is full, before the start if that can be foreseen. What was
-            done is kept for the next try.
+            done is kept for the next try. ENOMEM where a process that decodes was killed.
     """
     identity = _identity(source, image_size)
     partial, journal = (out.with_name(f".{out.name}.{end}") for end in ("partial", "journal"))
@@ -209,8 +209,9 @@ def _decode_in_order(
             yield ahead.popleft().result()
     except BrokenProcessPool:
         raise OSError(
+            errno.ENOMEM,
             "a process that decodes images was killed, perhaps for want of memory; the same "
-            "command goes on, --workers 1 with less memory"
+            "command goes on, with --workers 1 in less memory",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

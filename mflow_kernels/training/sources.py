@@ -193,10 +193,14 @@ def _list_zip(path: Path, prefix: str) -> list[Entry]:
     return sorted(entries)
 
 
-@lru_cache(maxsize=4)
 def _opened(path: str) -> zipfile.ZipFile:
-    # Kept open: each process reads a zip's table of contents (200,000 lines) once.
     try:
-        return zipfile.ZipFile(path)
+        return _kept_open(path, os.stat(path).st_mtime_ns)
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"data: expected a whole zip, got {path} ({error})") from None
+
+
+@lru_cache(maxsize=4)
+def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
+    # Each process reads a zip's table of contents (200,000 lines of CelebA's) once.
+    return zipfile.ZipFile(path)

@@ -7,6 +7,7 @@ from mflow_kernels.training.data import (
     BatchStream,
     ImageSet,
     dequantize,
+    flip_at_random,
     load_folder,
     load_splits,
     stream_generator,
@@ -171,11 +172,67 @@ class TestBatchStream:
     def test_starting_later_continues_the_same_stream(self, start):
         assert self.take(6)[start:] == self.take(6 - start, first=start)
 
+    def test_rows_of_a_file_are_read_alike(self, tmp_path):
+        rows = np.array([7, 1, 4, 2])
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
+        (tmp_path / "pixels").write_bytes(pixels.tobytes())
+        mapped = np.memmap(tmp_path / "pixels", np.uint8, "r", shape=pixels.shape)
+        batch = ImageSet(mapped, rows).batch([3, 0, 0])
+        assert torch.equal(batch, torch.from_numpy(pixels[[2, 7, 7]]))
+
+    def test_an_image_that_is_not_there(self):
+        with pytest.raises(IndexError):
+            self.images.batch([10])
+
     def test_seeds_differ(self):
         assert self.take(3) != self.take(3, seed=1)
 
     def test_a_batch_larger_than_the_set_is_the_set(self):
         assert sorted(self.take(1, batch_size=64)[0]) == list(range(10))
+
+
+class TestFlips:
+    images = torch.arange(24, dtype=torch.uint8).reshape(1, 2, 3, 4).repeat(1000, 1, 1, 1)
+
+    def test_half_of_the_images_are_mirrored(self):
+        flipped = flip_at_random(self.images, stream_generator(0))
+        same = (flipped == self.images).flatten(1).all(1)
+        mirrored = (flipped == self.images.flip(-1)).flatten(1).all(1)
+        assert torch.equal(same, ~mirrored)
+        assert 437 <= same.sum() <= 563  # 500 and 4 standard deviations of a fair coin
+        assert flipped.dtype == torch.uint8
+
+    def test_they_follow_the_generator(self):
+        draws = [flip_at_random(self.images, stream_generator(0, key)) for key in (1, 1, 2)]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+
+
+class TestCache:
+    def test_decodes_once(self, tmp_path, cache, monkeypatch):
+        write_image(tmp_path / "faces" / "a.png")
+        write_image(tmp_path / "faces" / "b.png", seed=1)
+        first = load_splits(str(tmp_path / "faces"), 8)
+        assert len(list(cache.glob("faces-8px-*"))) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("mflow_kernels.training.prepare.decode", None)
+            again = load_splits(str(tmp_path / "faces"), 8)
+        assert torch.equal(first.train.batch([0]), again.train.batch([0]))
+
+    def test_changed_folders_are_decoded_anew(self, tmp_path, cache):
+        for seed, name in enumerate("abc"):
+            write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
+            if seed:
+                images, _ = load_folder(str(tmp_path / "faces2"), 8)
+                assert len(images) == seed + 1
+        assert len(list(cache.glob("faces2-8px-*"))) == 1  # in place of the former
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
+        write_image(tmp_path / "faces" / "a.png")
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "file" / "below"))
+        with pytest.raises(ValueError, match="set MFLOW_CACHE to another folder"):
+            load_folder(str(tmp_path / "faces"), 8)
 
 
 class TestDequantize:

@@ -1,0 +1,98 @@
+"""A folder in CelebA's format, made from photographs and faces that scikit-image and scikit-learn
+ship: for tests, and for rehearsing a training on CelebA where CelebA is not."""
+
+import importlib.util
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SIZE = (178, 218)  # of CelebA's aligned and cropped images
+_PHOTOGRAPHS = (
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/rocket.jpg"),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+)
+_FACES = ("skimage", "data/lfw_subset.npy")  # 100 faces, then 100 that are none, of 25x25
+
+
+def make_celeba(folder: Path, count: int, *, zipped: bool = False, seed: int = 0) -> Path:
+    """Write `count` images of 178x218 and their partition: 8 of 10 for training, one for
+    validation, one for test, faces and photographs in each.
+
+    Every second image is one of 100 faces of Labeled Faces in the Wild, enlarged from 25x25, the
+    others are crops of six photographs; all shifted, mirrored and of another brightness each.
+
+    Args:
+        folder: is made; receives img_align_celeba/ and list_eval_partition.txt.
+        count: how many images.
+        zipped: write img_align_celeba.zip, not the folder.
+        seed: of the draws.
+    """
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = folder / "img_align_celeba"
+    images.mkdir()
+    lines = []
+    for number in range(1, count + 1):
+        image = _face(random) if number % 2 else _crop(random)
+        name = f"{number:06}.jpg"
+        image.save(images / name, quality=90)
+        lines.append(f"{name} {(0, 0, 0, 0, 0, 0, 0, 0, 1, 2)[number // 2 % 10]}\n")
+    (folder / "list_eval_partition.txt").write_text("".join(lines))
+    if zipped:
+        with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
+            for path in sorted(images.iterdir()):
+                archive.write(path, f"img_align_celeba/{path.name}")
+                path.unlink()
+        images.rmdir()
+    return folder
+
+
+def _face(random: np.random.Generator) -> Image.Image:
+    face = Image.fromarray(_faces()[random.integers(100)]).convert("RGB")
+    return _varied(face.resize((200, 240), Image.Resampling.BICUBIC), random)
+
+
+def _crop(random: np.random.Generator) -> Image.Image:
+    photograph = _photographs()[random.integers(len(_PHOTOGRAPHS))]
+    scale = random.uniform(0.5, 1.0)
+    width, height = (round(side / scale) for side in SIZE)
+    width, height = min(width, photograph.width), min(height, photograph.height)
+    left = random.integers(photograph.width - width + 1)
+    top = random.integers(photograph.height - height + 1)
+    return _varied(photograph.crop((left, top, left + width, top + height)), random)
+
+
+def _varied(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    image = ImageOps.fit(image, (SIZE[0] + 10, SIZE[1] + 10), Image.Resampling.BICUBIC)
+    if random.random() < 0.5:
+        image = ImageOps.mirror(image)
+    left, top = random.integers(11, size=2)
+    image = image.crop((left, top, left + SIZE[0], top + SIZE[1]))
+    brightness = random.uniform(0.7, 1.3)
+    return image.point(lambda value: min(255, value * brightness))
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> list[Image.Image]:
+    return [Image.open(_shipped(*place)).convert("RGB") for place in _PHOTOGRAPHS]
+
+
+@lru_cache(maxsize=1)
+def _faces() -> np.ndarray:
+    faces = np.load(_shipped(*_FACES))[:100]
+    return (255 * (faces - faces.min()) / (faces.max() - faces.min())).astype(np.uint8)
+
+
+def _shipped(package: str, path: str) -> Path:
+    # Not through the packages: to import them takes seconds.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the photographs are shipped by {package}, which is missing")
+    return Path(spec.submodule_search_locations[0], path)
