@@ -281,6 +281,8 @@ def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
 
 def _check_rho(rho: str, delta: float) -> None:
     check_choice("rho", rho, RHOS)
+    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
     if not (0 < delta < math.inf):
         raise ValueError(f"delta: expected a finite number above 0, got {delta}")
 

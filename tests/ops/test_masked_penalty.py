@@ -347,6 +347,7 @@ BAD = {
     "weights nan": (ValueError, r"weight: .*from nan", {"weight": ONES * math.nan}),
     "weights inf": (ValueError, r"weight: .*to inf", {"weight": ONES * math.inf}),
     "rho": (ValueError, r"rho: expected one of l2, l1, huber, got 'l3'", {"rho": "l3"}),
+    "delta type": (TypeError, r"delta: expected a number, got str", {"delta": "1"}),
     "delta 0": (ValueError, r"delta: .*got 0", {"delta": 0}),
     "delta nan": (ValueError, r"delta: .*got nan", {"delta": math.nan}),
 }
