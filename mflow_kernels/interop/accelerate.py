@@ -4,12 +4,13 @@ import importlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 from torch import nn
 
 from mflow_kernels.interop.linear import Linear, Reorder
-from mflow_kernels.interop.params import has_hooks
+from mflow_kernels.interop.params import Pair, Params, has_hooks
 from mflow_kernels.interop.report import Left, Replaced, Report
 from mflow_kernels.interop.run import Coupling, Part, Run, why_not
 from mflow_kernels.interop.swap import (
@@ -19,7 +20,7 @@ from mflow_kernels.interop.swap import (
 )
 from mflow_kernels.layers.moves import Squeezing
 
-_ADAPTERS = {"normflows": "normflows"}
+_ADAPTERS = {"normflows": "normflows", "FrEIA": "freia"}
 
 
 def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
@@ -112,19 +113,26 @@ class Walk:
             self.visit(child, f"{name}.{child_name}" if name else child_name, told)
 
     def runs(
-        self, layers: Sequence[nn.Module], names: Sequence[str]
+        self,
+        layers: Sequence[nn.Module],
+        names: Sequence[str],
+        conditions: Sequence[tuple[int, ...]] | None = None,
     ) -> list[tuple[list[nn.Module], Run | None]]:
-        """Layers one after the other, data -> latent, cut into runs and layers that stay alone."""
+        """Layers one after the other, data -> latent, cut into runs and layers that stay alone.
+
+        `conditions` says for each layer which of the container's conditions it takes.
+        """
         cut: list[tuple[list[nn.Module], Run | None]] = []
         members: list[nn.Module] = []
         parts: list[Part] = []
         name = ""
-        for layer, path in (*zip(layers, names, strict=True), (None, "")):
+        chosen: Sequence[tuple[int, ...] | None] = conditions or [None] * len(layers)
+        for layer, path, some in (*zip(layers, names, chosen, strict=True), (None, "", None)):
             of = "" if layer is None else self._parts(layer)
             if not isinstance(of, str) and layer is not None:
                 name = name or path
                 members.append(layer)
-                parts += of
+                parts += of if some is None else [_given(part, some) for part in of]
                 continue
             if len(members) > 1 and not _gains_nothing(parts):
                 cut.append((members, Run(parts, self.reversible)))
@@ -152,6 +160,13 @@ class Walk:
         if has_hooks(*_bypassed(layer, parts)):
             return "it has hooks, which a fused run would not call"
         return parts
+
+
+def _given(part: Part, conditions: tuple[int, ...]) -> Part:
+    """A coupling whose network takes these of a run's conditions."""
+    if isinstance(part, Coupling) and isinstance(part.net, Params | Pair):
+        return replace(part, net=part.net.given(conditions))
+    return part
 
 
 def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:

@@ -18,11 +18,13 @@ from mflow_kernels.ops.conv1x1 import inverse_mix
 
 class Affine(NamedTuple):
     """K maps of C channels. weight is (K, C, C), or (K, C) of a diagonal, or an integer (K, C) that
-    says which channel of x each channel of y is. log_det is log |det W| at one pixel."""
+    says which channel of x each channel of y is. log_det is log |det W| at one pixel. inverse
+    is what the library takes for W^-1, where that is not computed from W."""
 
     weight: Tensor
     bias: Tensor | None = None  # (K, C)
     log_det: Tensor | None = None  # (K,)
+    inverse: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,18 +131,43 @@ class Folded(NamedTuple):
     log_det: Tensor
 
 
+def _inverted(step: Affine) -> Affine:
+    """The inverse maps, in float64; x = W^-1 (y - b)."""
+    weight, bias, log_det, inverse = step
+    bias = None if bias is None else bias.double()
+    log_det = None if log_det is None else -log_det
+    if not weight.is_floating_point():
+        return Affine(weight.argsort(1), None, log_det)
+    if weight.dim() == 2:
+        scale = 1 / weight.double()
+        return Affine(scale, None if bias is None else -scale * bias, log_det)
+    if inverse is not None:
+        inverse = inverse.double()
+        bias = None if bias is None else -(inverse @ bias[:, :, None]).squeeze(2)
+        return Affine(inverse, bias, log_det)
+    zero = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    return Affine(*inverse_mix(weight, zero), log_det)
+
+
 def _fold_alike(
-    rows: Sequence[Sequence[Linear | Reorder]], channels: int, device: torch.device, dtype: Any
+    rows: Sequence[Sequence[Linear | Reorder]],
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    inverted: bool,
 ) -> Folded:
     """Rows of one signature, column by column."""
     k = len(rows)
+    dtype = torch.float64 if inverted else dtype
     weight: Tensor | None = None  # None stands for the identity
     bias = torch.zeros(k, channels, dtype=dtype, device=device)
     log_det = torch.zeros(k, dtype=dtype, device=device)
-    for column in zip(*rows, strict=True):
+    columns = list(zip(*rows, strict=True))
+    for column in reversed(columns) if inverted else columns:
         step = _read(column, channels, device)
         if tuple(step.weight.shape[:2]) != (k, channels):
             raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
+        step = _inverted(step) if inverted else step
         if not step.weight.is_floating_point():
             if weight is None:
                 weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
@@ -164,40 +191,51 @@ def _fold_alike(
 
 class Rows:
     """The linear maps of a run at one width, each a row of layers: what `layers.step.Group` is to
-    our own steps."""
+    our own steps.
+
+    Args:
+        rows: the layers between two couplings, data -> latent, step by step.
+        inverted: whether they are walked latent -> data.
+    """
 
     def __init__(
-        self, rows: Sequence[Sequence[Linear | Reorder]], channels: int, device: torch.device
+        self,
+        rows: Sequence[Sequence[Linear | Reorder]],
+        channels: int,
+        device: torch.device,
+        inverted: bool = False,
     ) -> None:
         self.steps = [tuple(row) for row in rows]
-        self.channels, self.device = channels, device
-        self.inverted = False
+        self.channels, self.device, self.inverted = channels, device, inverted
 
     def fold(self, dtype: torch.dtype) -> Folded:
-        """All rows, those of one signature in one batch, outside autocast."""
+        """All rows as they are walked, those of one signature in one batch, outside autocast.
+
+        Raises:
+            ValueError: where an inverse is asked for of a W that is singular or not finite.
+        """
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(self.steps):
             alike.setdefault(tuple(part.kind() for part in row), []).append(i)
         with torch.autocast(self.device.type, enabled=False):
             folded = [
-                _fold_alike([self.steps[i] for i in places], self.channels, self.device, dtype)
+                _fold_alike(
+                    [self.steps[i] for i in places],
+                    self.channels,
+                    self.device,
+                    dtype,
+                    self.inverted,
+                )
                 for places in alike.values()
             ]
-        if len(folded) == 1:
-            return folded[0]
-        order = index_of(inverse_of([i for places in alike.values() for i in places]), self.device)
-        return Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))
-
-    def directed(self, folded: Folded, dtype: torch.dtype) -> Mixes:
-        """The maps in the direction in which they are walked, inverses taken in float64."""
-        weight, bias, _ = folded
-        if self.inverted:
-            with torch.autocast(self.device.type, enabled=False):
-                weight, bias = inverse_mix(weight, bias)
-        return Mixes(weight.to(dtype), bias.to(dtype))
+        if len(folded) > 1:
+            places = [i for places in alike.values() for i in places]
+            order = index_of(inverse_of(places), self.device)
+            folded = [Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))]
+        return Folded(*(part.to(dtype) for part in folded[0]))
 
     def mixes(self, dtype: torch.dtype) -> Mixes:
-        return self.directed(self.fold(dtype), dtype)
+        return Mixes(*self.fold(dtype)[:2])
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the maps depend on and that have gradients."""

@@ -53,8 +53,8 @@ def _plain(modules: Sequence[Any]) -> Affine:
 
 
 def _plain_of_rows(modules: Sequence[Any]) -> Affine:
-    weight, _, log_det = _plain(modules)
-    return Affine(weight.mT, None, log_det)
+    rows = _plain(modules)
+    return rows._replace(weight=rows.weight.mT)
 
 
 def _plu(modules: Sequence[Any]) -> Affine:
@@ -68,8 +68,8 @@ def _plu(modules: Sequence[Any]) -> Affine:
 
 
 def _plu_of_rows(modules: Sequence[Any]) -> Affine:
-    weight, _, log_det = _plu(modules)
-    return Affine(weight.mT, None, log_det)
+    rows = _plu(modules)
+    return rows._replace(weight=rows.weight.mT)
 
 
 def _permutations(modules: Sequence[Any]) -> Affine:

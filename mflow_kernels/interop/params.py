@@ -67,6 +67,14 @@ class Params(nn.Module):
             return F.linear(x, weight, bias)
         return last._conv_forward(x, weight, bias)
 
+    def given(self, conditions: tuple[int, ...]) -> "Params":
+        """This, taking only these conditions of those a run is called with."""
+        kept = self.passing, () if self.passing == "none" else conditions
+        return Params(
+            self.net, self.raw, self.shift, self.factors,
+            passing=kept[0], conditions=kept[1], inner=self.inner,
+        )  # fmt: skip
+
     def _layers(self) -> list[nn.Module] | None:
         """The network's layers, if the last is one whose output channels can be reordered."""
         if self.raw is None or self._in_order():
@@ -105,6 +113,11 @@ class Pair(nn.Module):
         super().__init__()
         self.scale_net, self.shift_net = scale_net, shift_net
         self.factors, self.conditions = factors, conditions
+
+    def given(self, conditions: tuple[int, ...]) -> "Pair":
+        """As `Params.given`."""
+        kept = () if self.conditions == () else conditions
+        return Pair(self.scale_net, self.shift_net, self.factors, kept)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.conditions is not None:

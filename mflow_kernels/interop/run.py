@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.linear import Linear, Reorder, Rows, permutation
-from mflow_kernels.layers.moves import Couple, Mix, Move, Squeezing
+from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, Squeezing
 from mflow_kernels.layers.moves import run as walk
 from mflow_kernels.layers.reversible import _reversibly
 from mflow_kernels.ops._launch import accumulator, flow_state, forward_mode, pixels
@@ -97,9 +97,7 @@ class Stretch:
             else:
                 back.moves.append(Squeezing(True) if isinstance(move, Squeezing) else move)
         for group in self.groups:
-            turned = Rows(group.steps, group.channels, group.device)
-            turned.inverted = True
-            back.groups.append(turned)
+            back.groups.append(Rows(group.steps, group.channels, group.device, inverted=True))
         back.squeezed = self.squeezed
         return back
 
@@ -115,14 +113,12 @@ class Stretch:
         log_det = x.new_zeros((), dtype=dtype)
         for fold, squeezed in zip(folded, self.squeezed, strict=True):
             log_det = log_det + area // 4**squeezed * fold.log_det.sum()
-        if inverse:
-            log_det = -log_det
         if reversible and torch.is_grad_enabled() and not forward_mode():
             groups: Any = self.groups
             chain: Any = self
             x, _, ledger = _reversibly(chain, self.moves, groups, x, (), context)
         else:
-            mixes = [g.directed(f, dtype) for g, f in zip(self.groups, folded, strict=True)]
+            mixes = [Mixes(weight, bias) for weight, bias, _ in folded]
             x, _, ledger = walk(self.moves, x, (), mixes, context)
         return x, ledger, log_det
 

@@ -109,7 +109,7 @@ def assert_trained_together(
     for dtype in (torch.float32, torch.float64):
         with default_dtype(dtype):
             torch.manual_seed(0)
-            model = make()
+            model = make().to(dtype)
             fast, nudged = copy.deepcopy(model), copy.deepcopy(model)
             assert accelerate(fast, reversible=reversible).replaced
             perturbed(nudged, torch.finfo(dtype).eps)

@@ -1,0 +1,564 @@
+"""FrEIA: what each of its modules is in ours, and how its networks walk them.
+
+Its modules go data -> latent, and back with `rev=True`.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import ops
+from mflow_kernels.interop.linear import Affine, Linear, Reorder, Rotated, Setting
+from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.report import Left
+from mflow_kernels.interop.run import Coupling, Exactly, Part, Run
+from mflow_kernels.interop.settings import per_channel, standard_deviation
+from mflow_kernels.interop.swap import Fused, accelerate_module, plan_of
+from mflow_kernels.layers.moves import Squeezing
+from mflow_kernels.ops.scale import ScaleFunction
+
+TESTED = "0.2"
+
+# Linear modules, data -> latent.
+
+
+def _actnorms(modules: Sequence[Any]) -> Affine:
+    log_scale = torch.stack([m.scale.flatten() for m in modules])
+    bias = torch.stack([m.bias.flatten() for m in modules])
+    return Affine(log_scale.exp(), bias, log_scale.sum(1))
+
+
+def _permutations(modules: Sequence[Any]) -> Affine:
+    return Affine(torch.stack([m.perm for m in modules]))
+
+
+def _fixed_convs(modules: Sequence[Any]) -> Affine:
+    weight, inverse = (
+        torch.stack([getattr(m, name).flatten(1) for m in modules]) for name in ("M", "M_inv")
+    )
+    return Affine(weight, None, torch.stack([m.logDetM for m in modules]), inverse)
+
+
+def _fixed_linears(modules: Sequence[Any]) -> Affine:
+    weight, inverse = (
+        torch.stack([getattr(m, name).t() for m in modules]) for name in ("M", "M_inv")
+    )
+    bias = torch.stack([weight.new_zeros(len(m.M)) + m.b for m in modules])
+    log_det = torch.stack([m.logDetM for m in modules])
+    return Affine(weight, bias.flatten(1), log_det, inverse)
+
+
+def _householders(modules: Sequence[Any]) -> Affine:
+    weight = [m.W if m.fixed else Fm.orthogonal._fast_h(m.Vs) for m in modules]
+    return _orthogonal(torch.stack(weight).mT)
+
+
+def _orthogonal(weight: Tensor) -> Affine:
+    return Affine(weight, inverse=weight.mT)
+
+
+def _haars(modules: Sequence[Any]) -> Affine:
+    """On squeezed channels: a 4x4 block for each channel."""
+    weights, log_dets = [], []
+    for m in modules:
+        blocks = m.haar_weights.reshape(m.in_channels, 4, 4) * m.fac_fwd
+        weight = torch.block_diag(*blocks)
+        weights.append(weight[m.perm.to(weight.device)] if m.permute else weight)
+        log_dets.append(weight.new_tensor(4 * m.in_channels * float(m.jac_fwd)))
+    return Affine(torch.stack(weights), None, torch.stack(log_dets))
+
+
+def _global_affines(blocks: Sequence[Any]) -> Affine:
+    scale = torch.stack([b.global_scale_activation(b.global_scale).flatten() for b in blocks])
+    offset = torch.stack([b.global_offset.flatten() for b in blocks])
+    return Affine(scale, offset, scale.log().sum(1))
+
+
+def _global_offsets(blocks: Sequence[Any]) -> Affine:
+    """Of blocks that preserve volume."""
+    offset = torch.stack([b.global_offset.flatten() for b in blocks])
+    return Affine(torch.ones_like(offset), offset)
+
+
+def _block_permutation(blocks: Sequence[Any]) -> Tensor:
+    return torch.stack(
+        [
+            (b._construct_householder_permutation() if b.householder else b.w_perm).flatten(1)
+            for b in blocks
+        ]
+    )
+
+
+def _block_permutations(blocks: Sequence[Any]) -> Affine:
+    return _orthogonal(_block_permutation(blocks))
+
+
+def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
+    return _orthogonal(_block_permutation(blocks).mT)
+
+
+def _unset(layer: Any) -> bool:
+    return bool(layer.init_on_next_batch)
+
+
+def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+    """As FrEIA does, except that a constant channel keeps its scale."""
+    if from_latent:
+        if not layer.training:
+            warnings.warn(
+                "FrEIA's ActNorm would have been set from samples of a model in eval mode; it "
+                "waits for the first batch instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        warnings.warn(
+            "FrEIA's ActNorm is set from samples, as nothing was trained or encoded before: a "
+            "density trained from here may start far off. Encode a batch of data first",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    std, constant = standard_deviation(x, 1)
+    scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
+    layer.scale.copy_(scale.view_as(layer.scale))
+    layer.bias.copy_((-per_channel(x).mean(1) * scale.exp()).view_as(layer.bias))
+    layer.init_on_next_batch = False
+
+
+def _no_tensor(layer: Any) -> None:
+    return None
+
+
+_SETTING = Setting(_unset, _set_actnorm, _no_tensor)
+
+# Module by module.
+
+_PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
+
+
+def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
+    """The scale function, and what its raw scale is multiplied by."""
+    if not layer.clamp > 0:
+        return f"its clamp of {layer.clamp} is no bound"
+    try:
+        clamped = layer.f_clamp(_PROBE)
+    except Exception:
+        return "its clamp activation is one of its own"
+    if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
+        return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
+    if torch.equal(clamped, _PROBE.tanh()):
+        return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp
+    if torch.equal(clamped, 2.0 * (torch.sigmoid(_PROBE) - 0.5)):
+        return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp / 2
+    return "its clamp activation is one of its own"
+
+
+def _passing(layer: Any) -> dict[str, Any]:
+    return {"passing": "channels"} if layer.conditional else {"conditions": ()}
+
+
+def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
+    """The first half moved by the second, then the second by the first."""
+    first, second = nets
+    return (
+        Reorder(Rotated(larger=False)),
+        Coupling(first, scale, False, Exactly(layer.split_len2)),
+        Reorder(Rotated(larger=False, back=True)),
+        Coupling(second, scale, False, Exactly(layer.split_len1)),
+    )
+
+
+def _glow_coupling(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    nets = [
+        Params(net, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+        for net, n in ((layer.subnet2, layer.split_len1), (layer.subnet1, layer.split_len2))
+    ]
+    return _two_sided(layer, nets, scale[0])
+
+
+def _rnvp_coupling(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    conditions = None if layer.conditional else ()
+    nets = [
+        Pair(s, t, (scale[1], 1.0), conditions)
+        for s, t in ((layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1))
+    ]
+    return _two_sided(layer, nets, scale[0])
+
+
+def _nice_coupling(layer: Any) -> tuple[Part, ...]:
+    nets = [Params(net, None, slice(None), **_passing(layer)) for net in (layer.F, layer.G)]
+    return _two_sided(layer, nets, ScaleFunction("exp", order="scale-shift"))
+
+
+def _one_sided(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    n = layer.split_len2
+    net = Params(layer.subnet, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+    return (Coupling(net, scale[0], False, Exactly(layer.split_len1)),)
+
+
+def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
+    if layer.GIN:
+        return "its scales are centred over the whole sample, to preserve volume"
+    if not layer.clamp > 0:
+        return f"its clamp of {layer.clamp} is no bound"
+    stays, n = layer.splits
+    net = Params(
+        layer.subnet,
+        slice(0, n),
+        slice(n, None),
+        (0.1 * layer.clamp, 0.1),
+        **_passing(layer),
+    )
+    scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
+    before: tuple[Part, ...] = ()
+    if layer.reverse_pre_permute:
+        before = (Linear(layer, _block_permutations_back, "rotation"),)
+    return (
+        *before,
+        Coupling(net, scale, False, Exactly(stays)),
+        Linear(layer, _global_affines, "actnorm"),
+        Linear(layer, _block_permutations, "rotation"),
+    )
+
+
+def _actnorm(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _actnorms, "actnorm", _SETTING),)
+
+
+def _permute(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _permutations, "permutation"),)
+
+
+def _fixed_conv(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _fixed_convs),)
+
+
+def _fixed_linear(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _fixed_linears),)
+
+
+def _householder(layer: Any) -> tuple[Part, ...] | str:
+    if layer.conditional:
+        return "its reflections come with the condition, one matrix a sample"
+    return (Linear(layer, _householders),)
+
+
+def _downsampling(layer: Any) -> tuple[Part, ...] | str:
+    if layer.legacy_backend:
+        return "its legacy backend orders channels in a way of its own"
+    plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
+    if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
+        return "its kernel is not the one it was built with"
+    return (Squeezing(inverse=False),)
+
+
+def _haar(layer: Any) -> tuple[Part, ...] | str:
+    if 4 * layer.in_channels > 128:
+        return "as a 1x1 convolution of more than 128 channels it would cost more"
+    return (Squeezing(inverse=False), Linear(layer, _haars, "Haar transform"))
+
+
+LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
+    Fm.ActNorm: _actnorm,
+    Fm.AllInOneBlock: _all_in_one,
+    Fm.GLOWCouplingBlock: _glow_coupling,
+    Fm.RNVPCouplingBlock: _rnvp_coupling,
+    Fm.NICECouplingBlock: _nice_coupling,
+    Fm.AffineCouplingOneSided: _one_sided,
+    Fm.PermuteRandom: _permute,
+    Fm.Fixed1x1Conv: _fixed_conv,
+    Fm.FixedLinearTransform: _fixed_linear,
+    Fm.HouseholderPerm: _householder,
+    Fm.IRevNetDownsampling: _downsampling,
+    Fm.HaarDownsampling: _haar,
+}
+_CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
+
+
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(module, Fm.InvertibleModule) and not isinstance(module, _CONTAINERS)
+
+
+def why_left(layer: nn.Module) -> str:
+    if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
+        return "it cuts, joins or reshapes states, with nothing to compute"
+    return "no layer of ours does this"
+
+
+def channels_of(layer: Any) -> int | None:
+    if isinstance(layer, Fm.IRevNetDownsampling | Fm.HaarDownsampling):
+        return None
+    dims = layer.dims_in[0]  # an ActNorm keeps those of its one input only
+    return int(dims if isinstance(dims, int) else dims[0])
+
+
+# How its networks and modules walk.
+
+
+class FusedModule(Fused):
+    """Modules of a network as one. Their conditions are those of the whole network, in order."""
+
+    def __init__(self, layers: Sequence[nn.Module], run: Run, conditions: Sequence[Any]) -> None:
+        super().__init__(layers, run)
+        self.conditions = list(conditions)
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        if self.run.expresses(x[0], rev):
+            z, log_det = self.run(x[0], tuple(c), inverse=rev)
+            return (z,), log_det.expand(len(z))
+        total = torch.zeros(len(x[0]), dtype=x[0].dtype, device=x[0].device)
+        pairs = list(zip(self.layers, self.conditions, strict=True))
+        for layer, chosen in reversed(pairs) if rev else pairs:
+            named = {"c": [c[i] for i in chosen]} if chosen else {}
+            x, log_det = layer(x, rev=rev, jac=jac, **named)
+            total = total + log_det
+        return (x[0],), total
+
+
+def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
+        run: Run = plan_of(self)
+        c = c or ()
+        if not run.expresses(x[0], rev):
+            named = {"c": c} if c else {}
+            return super(type(self), self).forward(x, rev=rev, jac=jac, **named)
+        z, log_det = run(x[0], tuple(c), inverse=rev)
+        return returned(z, log_det)
+
+    return {"forward": forward}
+
+
+def _actnorm_methods() -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
+        plan_of(self).settle(x[0], inverse=rev)
+        # exp(s) x + b is the inverse of exp(-s) (x - b).
+        log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
+        z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
+        return [z], log_det
+
+    return {"forward": forward}
+
+
+def _haar_methods() -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
+        # The original multiplies its input in place on the way back.
+        x = (x[0].clone(),) if rev else x
+        return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
+
+    return {"forward": forward}
+
+
+def _sequence_forward(
+    self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
+) -> Any:
+    plan: _Plan = plan_of(self)
+    if not plan.is_of(self.module_list):
+        return super(type(self), self).forward(x_or_z, c, rev, jac)
+    x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
+    log_det: Any = 0
+    for module, chosen, _ in reversed(plan.items) if rev else plan.items:
+        named = {} if chosen is None else {"c": [c[i] for i in chosen]}
+        x, j = module(x, jac=jac, rev=rev, **named)
+        log_det = j + log_det
+    return x if self.force_tuple_output else x[0], log_det
+
+
+def _graph_forward(
+    self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True,
+    intermediate_outputs: bool = False, x: None = None,
+) -> Any:  # fmt: skip
+    plan: _Plan = plan_of(self)
+    if intermediate_outputs or x is not None or not plan.is_of(self.module_list):
+        original = super(type(self), self).forward
+        return original(x_or_z, c, rev, jac, intermediate_outputs, x)
+    given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
+    c = () if c is None else (c,) if torch.is_tensor(c) else tuple(c)
+    starts, ends = (self.out_nodes, self.in_nodes) if rev else (self.in_nodes, self.out_nodes)
+    for came, nodes, what in ((given, starts, "inputs"), (c, self.condition_nodes, "conditions")):
+        if len(came) != len(nodes):
+            raise ValueError(f"Got {len(came)} {what}, but expected {len(nodes)}.")
+    items = plan.items[::-1] if rev else plan.items
+    sources = [_sources(nodes, rev) for _, _, nodes in items] + [_sources([n], rev) for n in ends]
+    uses = Counter(key for keys in sources for key in keys)
+    held: dict[Any, Tensor] = {(node, 0): t for node, t in zip(starts, given, strict=True)}
+
+    def take(key: Any) -> Tensor:
+        """An output, forgotten once nobody waits for it any more."""
+        uses[key] -= 1
+        return held[key] if uses[key] else held.pop(key)
+
+    log_det = torch.zeros(given[0].shape[0]).to(given[0])
+    del given, x_or_z
+    for (module, chosen, nodes), keys in zip(items, sources, strict=False):
+        named = {} if chosen is None else {"c": tuple(c[i] for i in chosen)}
+        end = nodes[0] if rev else nodes[-1]
+        try:
+            out = module(tuple(map(take, keys)), rev=rev, jac=jac, **named)
+        except Exception as error:
+            raise RuntimeError(f"{nodes[0]} encountered an error.") from error
+        values, j = self._check_output(end, out, jac, rev)
+        held.update({(end, i): value for i, value in enumerate(values)})
+        if jac:
+            log_det = log_det + j
+    results = tuple(take(keys[0]) for keys in sources[len(items) :])
+    return (results[0] if len(results) == 1 and not self.force_tuple_output else results), log_det
+
+
+def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
+    return list(nodes[-1].outputs if rev else nodes[0].inputs)
+
+
+class _Plan:
+    """A network's modules in order, runs in place of some: (module, conditions, nodes)."""
+
+    def __init__(self, modules: Sequence[nn.Module], items: list[Any]) -> None:
+        self.items = items
+        self._modules = list(modules)
+
+    def is_of(self, modules: Any) -> bool:
+        return len(modules) == len(self._modules) and all(
+            a is b for a, b in zip(modules, self._modules, strict=True)
+        )
+
+
+def _as_tuple(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), log_det.expand(len(z))
+
+
+def _as_scalar(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), log_det
+
+
+def _volume_preserving(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), 0.0
+
+
+def _rotated(z: Tensor, log_det: Tensor) -> Any:
+    return [z], 0.0
+
+
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {
+    "module": _layer_methods(_as_tuple),
+    "scalar": _layer_methods(_as_scalar),
+    "nice": _layer_methods(_volume_preserving),
+    "rotation": _layer_methods(_rotated),
+    "actnorm": _actnorm_methods(),
+    "haar": _haar_methods(),
+    "SequenceINN": {"forward": _sequence_forward},
+    "GraphINN": {"forward": _graph_forward},
+}
+_KINDS = {
+    Fm.ActNorm: "actnorm",
+    Fm.Fixed1x1Conv: "scalar",
+    Fm.NICECouplingBlock: "nice",
+    Fm.HouseholderPerm: "rotation",
+    Fm.HaarDownsampling: "haar",
+    Fm.PermuteRandom: "rotation",
+}
+
+
+def kind_of(layer: nn.Module) -> str:
+    return _KINDS.get(type(layer), "module")
+
+
+def fuse(module: nn.Module, name: str, walk: Any) -> None:
+    """Let a network walk runs of its modules."""
+    kind = next((c for c in _CONTAINERS if isinstance(module, c)), None)
+    if kind is None:
+        return
+    if type(module).forward is not kind.forward:
+        why = f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
+        walk.left.append(Left(name, type(module).__name__, why))
+        return
+    chains = _sequence_chains(module) if kind is Ff.SequenceINN else _graph_chains(module)
+    modules: Any = module.module_list
+    place = {id(m): i for i, m in enumerate(modules)}
+    prefix = f"{name}.module_list" if name else "module_list"
+    items = []
+    before = len(walk.replaced)
+    for chain in chains:
+        layers = [m for m, _, _ in chain]
+        names = [f"{prefix}.{place[id(m)]}" for m in layers]
+        start = 0
+        for members, run in walk.runs(layers, names, [chosen or () for _, chosen, _ in chain]):
+            part = chain[start : start + len(members)]
+            start += len(members)
+            if run is None:
+                items += part
+                continue
+            conditions = [chosen or () for _, chosen, _ in part]
+            wanted = sorted({i for chosen in conditions for i in chosen})
+            everything = tuple(range(wanted[-1] + 1)) if wanted else None
+            fused = FusedModule(members, run, conditions)
+            items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
+    if len(walk.replaced) > before:
+        accelerate_module(module, "freia", kind.__name__, _Plan(modules, items))
+
+
+Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
+
+
+def _sequence_chains(module: Any) -> list[list[Item]]:
+    return [
+        [
+            (m, None if chosen is None else (chosen,), [])
+            for m, chosen in zip(module.module_list, module.conditions, strict=True)
+        ]
+    ]
+
+
+def _graph_chains(module: Any) -> list[list[Item]]:
+    """Nodes that only have each other, one after the other."""
+    special = {*module.in_nodes, *module.out_nodes, *module.condition_nodes}
+    index = {node: i for i, node in enumerate(module.condition_nodes)}
+    chains: list[list[Item]] = []
+    chain_of: dict[Any, list[Item]] = {}
+    for node in module.node_list:
+        if node in special:
+            continue
+        chosen = tuple(index[n] for n in node.conditions) if node.conditions else None
+        before: Any = node.inputs[0][0] if len(node.inputs) == 1 else None
+        chain: list[Item] | None = chain_of.get(before)
+        if chain is None or len(before.outputs) != 1 or before.outputs[0] != (node, 0):
+            chain = []
+            chains.append(chain)
+        chain.append((node.module, chosen, [node]))
+        chain_of[node] = chain
+    return chains
+
+
+def notes_of(layers: Sequence[nn.Module]) -> list[str]:
+    """In which these modules differ from FrEIA's on purpose."""
+    notes = []
+    if any(isinstance(m, Fm.ActNorm) for m in layers):
+        notes += [
+            "ActNorm is set from whichever direction runs first, as in FrEIA; but a model in eval "
+            "mode does not set it from samples, and one in training mode warns when it does.",
+            "ActNorm keeps the scale of a channel that is constant in its first batch; FrEIA's "
+            "turns to NaN.",
+        ]
+    if any(isinstance(m, Fm.HaarDownsampling) for m in layers):
+        notes.append("HaarDownsampling leaves its input alone on the way back; FrEIA's changes it.")
+    if any(isinstance(m, Ff.GraphINN) for m in layers):
+        notes.append(
+            "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
+            "asked for; FrEIA's keeps them all to the end."
+        )
+    return notes

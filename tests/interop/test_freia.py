@@ -1,0 +1,333 @@
+"""Networks built as FrEIA's README, tutorial and examples build them, accelerated."""
+
+import copy
+import pickle
+import weakref
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mflow_kernels.interop import accelerate, decelerate
+from tests.interop import peers
+
+pytestmark = pytest.mark.filterwarnings("ignore:FrEIA's ActNorm")
+
+
+@pytest.fixture(autouse=True)
+def _numpy_seeded():
+    np.random.seed(0)  # noqa: NPY002 - FrEIA draws from this generator
+
+
+def fully_connected(c_in, c_out):
+    return nn.Sequential(nn.Linear(c_in, 16), nn.ReLU(), nn.Linear(16, c_out))
+
+
+def convolutional(c_in, c_out):
+    return nn.Sequential(
+        nn.Conv2d(c_in, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, c_out, 3, padding=1)
+    )
+
+
+def readme(dim=2, blocks=3, **block):
+    """README: a sequence of AllInOneBlocks."""
+    inn = Ff.SequenceINN(dim)
+    for _ in range(blocks):
+        inn.append(Fm.AllInOneBlock, subnet_constructor=fully_connected, **block)
+    return inn
+
+
+def conditional(dim=4):
+    """The tutorial's cINN: couplings with a condition, permutations in between."""
+    inn = Ff.SequenceINN(dim)
+    for k, coupling in enumerate((Fm.GLOWCouplingBlock, Fm.RNVPCouplingBlock)):
+        inn.append(coupling, cond=k, cond_shape=(3,), subnet_constructor=fully_connected, clamp=1.2)
+        inn.append(Fm.PermuteRandom, seed=k)
+    inn.append(Fm.ActNorm)
+    inn.append(Fm.NICECouplingBlock, subnet_constructor=fully_connected)
+    inn.append(Fm.FixedLinearTransform, M=torch.randn(dim, dim), b=torch.randn(dim))
+    inn.append(
+        Fm.AffineCouplingOneSided, subnet_constructor=fully_connected, clamp_activation="SIGMOID"
+    )
+    inn.append(Fm.HouseholderPerm, n_reflections=3)
+    inn.append(Fm.GLOWCouplingBlock, subnet_constructor=fully_connected, clamp_activation="TANH")
+    return inn
+
+
+def image_graph():
+    """The tutorial's image network: downsampling, couplings with fixed 1x1 convolutions, a split
+    whose one part goes on and whose other is an output, and a condition."""
+    nodes = [Ff.InputNode(3, 8, 8, name="input")]
+    condition = Ff.ConditionNode(2, 4, 4, name="condition")
+
+    def add(module, name, conditions=None, **args):
+        nodes.append(Ff.Node(nodes[-1], module, args, conditions=conditions, name=name))
+
+    add(Fm.HaarDownsampling, "haar", order_by_wavelet=True, rebalance=0.5)
+    for k in range(2):
+        add(Fm.ActNorm, f"actnorm {k}")
+        add(
+            Fm.GLOWCouplingBlock,
+            f"coupling {k}",
+            conditions=condition if k else None,
+            subnet_constructor=convolutional,
+        )
+        q = np.linalg.qr(np.random.default_rng(k).normal(size=(12, 12)))[0]
+        add(Fm.Fixed1x1Conv, f"conv {k}", M=torch.tensor(q, dtype=torch.float32))
+    split = Ff.Node(nodes[-1], Fm.Split, {"section_sizes": (4, 8)}, name="split")
+    out = Ff.OutputNode(split.out0, name="left early")
+    nodes.append(split)
+    nodes.append(
+        Ff.Node(split.out1, Fm.IRevNetDownsampling, {}, name="checkerboard"),
+    )
+    for k in range(2):
+        add(Fm.AllInOneBlock, f"block {k}", subnet_constructor=convolutional, permute_soft=True)
+    add(Fm.Flatten, "flat")
+    nodes.append(Ff.OutputNode(nodes[-1], name="output"))
+    return Ff.GraphINN([*nodes, out, condition])
+
+
+MODELS = {
+    "readme": lambda: readme(permute_soft=True),
+    "all in one, exp": lambda: readme(6, global_affine_type="EXP", affine_clamping=1.0),
+    "all in one, sigmoid": lambda: readme(4, global_affine_type="SIGMOID"),
+    "all in one, householder": lambda: readme(
+        4, learned_householder_permutation=2, reverse_permutation=True
+    ),
+    "conditional": conditional,
+    "graph": image_graph,
+}
+
+
+def inputs_of(model, dtype, n=5, seed=3):
+    """The state and the conditions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(n, *shape, generator=generator).to(dtype)
+
+    if isinstance(model, Ff.GraphINN):
+        return normal(3, 8, 8), [normal(2, 4, 4)]
+    dim = model.shapes[0][0]
+    return normal(dim), [normal(3), normal(3)] if dim == 4 and None not in model.conditions[
+        :1
+    ] else None
+
+
+def results(dtype):
+    def of(model):
+        x, c = inputs_of(model, dtype)
+        z, log_det = model(x, c)
+        latents = list(z) if isinstance(z, tuple) else [z]
+        back, log_det_back = model(z, c, rev=True)
+        out = {f"z{i}": latent for i, latent in enumerate(latents)}
+        return out | {"log_det": log_det, "x": back, "log_det back": log_det_back}
+
+    return of
+
+
+def settled(make):
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():  # or blocks with reflections keep a graph, and cannot be copied
+        model(*inputs_of(model, torch.float32))
+    return peers.perturbed(model)
+
+
+@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_original(name, reversible):
+    model = settled(MODELS[name]).double()
+    with peers.default_dtype(torch.float64):  # FrEIA adds constant log-determinants up in it
+        fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
+    if not reversible:
+        terms = 4096 if isinstance(model, Ff.GraphINN) else 256
+        peers.compare(settled(MODELS[name]), results(torch.float32), terms)
+    decelerate(fast)
+    assert peers.classes(fast) == peers.classes(model)
+
+
+def loss_of(model, step):
+    x, c = inputs_of(model, torch.get_default_dtype(), 8, step % 2)
+    z, log_det = model(x, c)
+    latents = z if isinstance(z, tuple) else (z,)
+    return (sum(u.flatten(1).square().sum(1) for u in latents) / 2 - log_det).mean()
+
+
+@pytest.mark.parametrize("name", ["readme", "graph"])
+def test_training_stays_together(name):
+    peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "graph")
+
+
+def test_what_was_replaced():
+    torch.manual_seed(0)
+    report = accelerate(image_graph())
+    assert [r.name for r in report.replaced] == ["module_list.0", "module_list.8"]
+    assert report.replaced[0].layer.startswith("HaarDownsampling, 2 ActNorm, 2 GLOWCouplingBlock")
+    assert {left.layer for left in report.left} == {"Split", "Flatten"}
+    for word in ("either direction", "constant", "its input alone", "forgets a node's output"):
+        assert word in str(report) or word == "either direction"
+
+
+def test_fixed_stays_fixed():
+    model = settled(MODELS["graph"])
+    accelerate(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert not [name for name in trained if name.endswith((".M", ".haar_weights", ".w_perm"))]
+    loss_of(model, 0).backward()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_single_modules_keep_their_interface():
+    x, image = torch.randn(5, 4), torch.randn(3, 4, 8, 8)
+    sub = {"subnet_constructor": fully_connected}
+    for layer, state, c in (
+        (Fm.ActNorm([(4,)]), x, None),
+        (Fm.ActNorm([(4, 8, 8)]), image, None),
+        (Fm.Fixed1x1Conv([(4, 8, 8)], M=torch.randn(4, 4)), image, None),
+        (Fm.FixedLinearTransform([(4,)], M=torch.randn(4, 4)), x, None),
+        (Fm.HouseholderPerm([(4,)], n_reflections=2), x, None),
+        (Fm.NICECouplingBlock([(4,)], **sub), x, None),
+        (Fm.AllInOneBlock([(4,)], **sub), x, None),
+        (Fm.GLOWCouplingBlock([(4,)], dims_c=[(3,)], **sub), x, [torch.randn(5, 3)]),
+    ):
+        named = {} if c is None else {"c": c}
+        layer([state], **named)  # sets actnorm
+        fast = copy.deepcopy(layer)
+        assert accelerate(fast).replaced
+        for rev in (False, True):
+            (y,), j = fast([state], rev=rev, **named)
+            (want,), j_want = layer([state], rev=rev, **named)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+            assert type(j) is type(j_want)
+            torch.testing.assert_close(j, j_want, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_and_copies():
+    model, fast = settled(MODELS["graph"]), settled(MODELS["graph"])
+    peers.perturbed(fast, seed=7)
+    accelerate(fast)
+    fast.load_state_dict(model.state_dict())
+    assert peers.same_state(fast, model)
+    x, c = inputs_of(model, torch.float32)
+    want = model(x, c)[1]
+    torch.testing.assert_close(fast(x, c)[1], want)
+    copied = copy.deepcopy(fast)
+    torch.testing.assert_close(copied(x, c)[1], want)
+    peers.perturbed(copied)
+    assert not torch.equal(copied(x, c)[1], fast(x, c)[1])
+    decelerate(fast)
+    assert torch.equal(fast(x, c)[1], want)
+
+
+def test_pickles_where_the_original_does():
+    inn = Ff.SequenceINN(4)
+    inn.append(Fm.AllInOneBlock, subnet_constructor=fully_connected)
+    accelerate(inn)
+    with pytest.raises(Exception, match="lambda"):  # FrEIA's own: the scale's activation
+        pickle.dumps(inn)
+
+
+def test_round_trips_of_their_tests():
+    """tests/ of FrEIA check each module like this."""
+    torch.manual_seed(0)
+    for make in MODELS.values():
+        model = settled(make)
+        accelerate(model)
+        x, c = inputs_of(model, torch.float32)
+        z, j = model(x, c)
+        back, j_back = model(z, c, rev=True)
+        assert torch.allclose(back, x, atol=1e-4)
+        assert torch.allclose(j, -j_back, atol=1e-3)
+
+
+def test_graph_checks_and_intermediate_outputs():
+    model = settled(MODELS["graph"])
+    x, c = inputs_of(model, torch.float32)
+    want, _ = model(x, c, intermediate_outputs=True)
+    accelerate(model)
+    outs, jacobians = model(x, c, intermediate_outputs=True)
+    assert outs.keys() == want.keys()
+    assert len(jacobians) == len(model.module_list)
+    torch.testing.assert_close(list(outs.values()), list(want.values()), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="Got 0 conditions, but expected 1"):
+        model(x)
+    with pytest.raises(RuntimeError, match="haar"):
+        model(x[:, :2], c)
+
+
+def test_haar_leaves_its_input_alone():
+    model = Ff.SequenceINN(4, 4, 4)
+    model.append(Fm.HaarDownsampling)
+    z = torch.randn(2, 16, 2, 2)
+    before = z.clone()
+    assert not torch.equal(model(z.clone(), rev=True)[0], z)
+    accelerate(model)
+    want = copy.deepcopy(model)(z, rev=True)[0]
+    assert torch.equal(z, before)
+    decelerate(model)
+    torch.testing.assert_close(model(z.clone(), rev=True)[0], want)
+
+
+def test_graph_forgets_what_was_used():
+    """Without gradients, states in a graph are let go as the next one is there."""
+    alive = []
+
+    class Watch(Fm.InvertibleModule):
+        def forward(self, x, rev=False, jac=True):
+            y = x[0] + 1
+            alive[:] = [ref for ref in alive if ref() is not None]
+            alive.append(weakref.ref(y))
+            return (y,), torch.zeros(len(y))
+
+        def output_dims(self, dims):
+            return dims
+
+    nodes = [Ff.InputNode(4)]
+    for _ in range(6):
+        nodes.append(Ff.Node(nodes[-1], Watch, {}))
+    for _ in range(2):
+        nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": fully_connected}))
+    model = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])
+    model(torch.zeros(2, 4))
+    assert len(alive) == 6
+    alive.clear()
+    accelerate(model)
+    with torch.no_grad():
+        model(torch.zeros(2, 4))
+    assert len(alive) <= 2
+
+
+def test_what_is_not_ours_stays():
+    inn = Ff.SequenceINN(4)
+    inn.append(Fm.GINCouplingBlock, subnet_constructor=fully_connected)
+    inn.append(Fm.AllInOneBlock, subnet_constructor=fully_connected, gin_block=True)
+    inn.append(Fm.InvAutoAct)
+    inn.append(Fm.GLOWCouplingBlock, subnet_constructor=fully_connected, clamp_activation=torch.erf)
+    inn.append(Fm.AffineCouplingOneSided, subnet_constructor=fully_connected, split_len=1)
+    before = peers.classes(inn)
+    report = accelerate(inn)
+    assert not report.replaced
+    assert peers.classes(inn) == before
+    assert len(report.left) == 5
+    for why in ("centred", "one of its own", "keeps 1 of 4 channels"):
+        assert why in str(report)
+
+
+def test_actnorm_from_samples_and_constant_channels():
+    model = Ff.SequenceINN(4)
+    model.append(Fm.ActNorm)
+    accelerate(model)
+    model.eval()
+    with pytest.warns(RuntimeWarning, match="waits for the first batch"):
+        model(torch.randn(5, 4), rev=True)
+    assert model[0].init_on_next_batch
+    x = torch.randn(50, 4)
+    x[:, 2] = 3.0
+    z, _ = model(x)
+    assert z.isfinite().all()
+    torch.testing.assert_close(z[:, 2], torch.zeros(50))
+    torch.testing.assert_close(z[:, 0].std(), torch.tensor(1.0))
