@@ -91,9 +91,9 @@ class ManifoldObjective(nn.Module):
 
     def __init__(
         self,
-        domain: Domain = "latent",
+        domain: Domain = "data",
         rho: Rho = "l2",
-        weight: Weight = 100.0,
+        weight: Weight = 1000.0,
         delta: float = 1.0,
         sigma: float = 0.1,
     ) -> None:

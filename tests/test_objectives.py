@@ -144,8 +144,9 @@ def _under(prefix, parameters):
     return {prefix + name: value for name, value in parameters.items()}
 
 
-def test_the_whole_space_has_no_off_manifold_term():
-    flow = image_flow(ManifoldObjective(), manifold_dim=16)
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_the_whole_space_has_no_off_manifold_term(domain):
+    flow = image_flow(ManifoldObjective(domain), manifold_dim=16)
     terms = flow.terms(normal(*X, dtype=torch.float64))
     assert not terms.off_manifold.any()
     assert not terms.penalty.any()
@@ -327,12 +328,12 @@ def test_the_inverse_pass_of_the_data_domain_stores_nothing():
             "weight: expected a number, a map or 'variance', got 'std'",
         ),
         (
-            {"weight": "variance"},
+            {"domain": "latent", "weight": "variance"},
             ValueError,
             "weight: expected a number or a map in the latent domain, got 'variance', with which",
         ),
         (
-            {"weight": torch.ones(3)},
+            {"domain": "latent", "weight": torch.ones(3)},
             TypeError,
             "weight: expected a tuple of one map a latent in the latent domain, got a Tensor",
         ),
@@ -342,7 +343,7 @@ def test_the_inverse_pass_of_the_data_domain_stores_nothing():
             "weight: expected one map of the image in the data domain, got a tuple",
         ),
         (
-            {"weight": (torch.tensor([1.0, 0.0]),)},
+            {"domain": "latent", "weight": (torch.tensor([1.0, 0.0]),)},
             ValueError,
             "weight: expected finite numbers > 0, got some from 0.0 to 1.0",
         ),
@@ -379,10 +380,10 @@ def test_maps_that_do_not_fit_the_model():
     with pytest.raises(ValueError, match=message):
         image_flow(ManifoldObjective("data", weight=torch.ones(3, 4)))
     with pytest.raises(ValueError, match="weight: expected one map for each of 2 latents, got 1"):
-        image_flow(ManifoldObjective(weight=(torch.ones(2, 1, 1),)))
+        image_flow(ManifoldObjective("latent", weight=(torch.ones(2, 1, 1),)))
     message = r"weight\[1\]: expected a shape that broadcasts to \(8, 1, 1\), got \(2, 1, 1\)"
     flow = image_flow(None)
-    flow.objective = ManifoldObjective(weight=(torch.ones(2, 1, 1),) * 2)
+    flow.objective = ManifoldObjective("latent", weight=(torch.ones(2, 1, 1),) * 2)
     with pytest.raises(ValueError, match=message):
         flow.terms(normal(*X, dtype=torch.float64))
 

@@ -55,11 +55,12 @@ def test_sub_manifolds_nest():
 def test_log_prob_composes():
     """p(x) = p_V(v) |det| p(u), with p(u) from the next stage: added up here by hand."""
     a, b = stages(6, 4)
+    a.objective = ManifoldObjective("latent", "l2", weight=30.0)
     model = HierarchicalFlow([a, b])
     x = normal(*X, dtype=torch.float64)
     z, logdet = a.latents(x)
     v = torch.cat([part[:, m] for part, m in zip(z, a.off_masks(), strict=True)], 1)
-    off = torch.distributions.Normal(0, math.sqrt(1 / a.objective.weight)).log_prob(v).sum(1)
+    off = torch.distributions.Normal(0, math.sqrt(1 / 30.0)).log_prob(v).sum(1)
     expected = logdet + off + b.log_prob(a.encode(x))
     torch.testing.assert_close(model.log_prob(x), expected)
     torch.testing.assert_close(model.log_prob(x, 1), a.log_prob(x))
@@ -107,6 +108,8 @@ def test_released_stages_train_the_likelihood_of_the_data():
 def test_gradients_of_released_stages_are_those_of_the_likelihood():
     """In the latent domain nothing else is trained, at any stage."""
     model = HierarchicalFlow(stages(8, 8, 4))
+    for stage in model.stages:
+        stage.objective = ManifoldObjective("latent", "l2", weight=30.0)
     x = normal(*X, dtype=torch.float64)
     parameters = list(model.parameters())
     got = torch.autograd.grad(model.terms(x, 2, release=True).loss.sum(), parameters)
