@@ -20,7 +20,7 @@ from mflow_kernels.interop.swap import (
 )
 from mflow_kernels.layers.moves import Squeezing
 
-_ADAPTERS = {"normflows": "normflows", "FrEIA": "freia"}
+_ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
 
 
 def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:

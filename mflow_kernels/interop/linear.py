@@ -240,4 +240,5 @@ class Rows:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the maps depend on and that have gradients."""
         modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
-        return list({id(p): p for m in modules for p in m.parameters() if p.requires_grad}.values())
+        own = [p for m in modules for p in m._parameters.values() if p is not None]
+        return list({id(p): p for p in own if p.requires_grad}.values())

@@ -1,0 +1,237 @@
+"""Flows built as nflows' README, tests and image examples build them, accelerated."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from nflows import transforms as nt
+from nflows.distributions.normal import StandardNormal
+from nflows.flows.base import Flow
+from nflows.flows.realnvp import SimpleRealNVP
+from nflows.nn.nets import ConvResidualNet, ResidualNet
+
+from mflow_kernels.interop import accelerate, decelerate
+from tests.interop import peers
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+
+
+def vector_net(context=None):
+    def make(c_in, c_out):
+        return ResidualNet(c_in, c_out, hidden_features=8, num_blocks=1, context_features=context)
+
+    return make
+
+
+def image_net(c_in, c_out):
+    return ConvResidualNet(c_in, c_out, hidden_channels=6, num_blocks=1)
+
+
+def halves(n, turned=False):
+    mask = torch.ones(n)
+    mask[n // 2 :] = -1
+    return mask if turned else -mask
+
+
+def real_nvp(features=4, **rest):
+    """nflows.flows.SimpleRealNVP."""
+    return SimpleRealNVP(features, hidden_features=8, num_layers=4, num_blocks_per_layer=1, **rest)
+
+
+def conditional(features=4):
+    """README's flow with a context: linear transforms and couplings in turn."""
+    layers = []
+    for k, linear in enumerate(
+        (nt.LULinear(features, identity_init=False), nt.NaiveLinear(features))
+    ):
+        layers += [
+            nt.ActNorm(features),
+            nt.RandomPermutation(features),
+            linear,
+            nt.AffineCouplingTransform(halves(features, bool(k)), vector_net(3)),
+            nt.ReversePermutation(features),
+        ]
+    return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
+
+
+def images(channels=1, size=8):
+    """The multi-scale image flow of nflows' experiments: steps in composites in composites."""
+    transform = nt.MultiscaleCompositeTransform(num_transforms=2)
+    c, h = channels, size
+    for _ in range(2):
+        squeeze = nt.SqueezeTransform()
+        c, h, _ = squeeze.get_output_shape(c, h, h)
+        steps = [
+            nt.CompositeTransform(
+                [
+                    nt.ActNorm(c),
+                    nt.OneByOneConvolution(c),
+                    nt.AffineCouplingTransform(halves(c), image_net),
+                ]
+            )
+            for _ in range(2)
+        ]
+        hidden = transform.add_transform(nt.CompositeTransform([squeeze, *steps]), (c, h, h))
+        c = hidden[0] if hidden else c
+    return Flow(transform, StandardNormal([channels * size * size]))
+
+
+MODELS = {
+    "real nvp": real_nvp,
+    "real nvp, only shifts": lambda: real_nvp(use_volume_preserving=True),
+    "real nvp, batch norm between": lambda: real_nvp(batch_norm_between_layers=True),
+    "conditional": conditional,
+    "images": images,
+}
+
+
+def inputs_of(model, dtype, n=16, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    c = torch.randn(n, 3, generator=generator).to(dtype)
+    if isinstance(model._transform, nt.MultiscaleCompositeTransform):
+        return torch.rand(n, 1, 8, 8, generator=generator).to(dtype), None
+    x = torch.randn(n, 4, generator=generator).to(dtype)
+    takes = any(getattr(m, "context_features", None) for m in model.modules())
+    return x, c if takes else None
+
+
+def has_inverse(model):
+    """nflows' NaiveLinear needs torch.solve, which is gone."""
+    return not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
+
+
+def results(dtype, both=True):
+    def of(model):
+        x, c = inputs_of(model, dtype)
+        z, log_det = model._transform(x, c)
+        out = {"z": z, "log_det": log_det, "log_prob": model.log_prob(x, c)}
+        if both and has_inverse(model):
+            back, log_det = model._transform.inverse(z, c)
+            out |= {"x": back, "log_det of x": log_det}
+        return out
+
+    return of
+
+
+def settled(make):
+    torch.manual_seed(0)
+    model = make()
+    model.log_prob(*inputs_of(model, torch.float32))
+    # Batch norm has an inverse only in eval mode.
+    return peers.perturbed(model).eval()
+
+
+@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_original(name, reversible):
+    model = settled(MODELS[name]).double()
+    fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
+    if not reversible:
+        terms = 4096 if name == "images" else 256
+        peers.compare(settled(MODELS[name]), results(torch.float32), terms)
+    decelerate(fast)
+    assert peers.classes(fast) == peers.classes(model)
+
+
+def loss_of(model, step):
+    x, c = inputs_of(model, torch.get_default_dtype(), 4, step % 2)
+    return -model.log_prob(x, c).mean()
+
+
+@pytest.mark.parametrize("name", ["conditional", "images"])
+def test_training_stays_together(name):
+    peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "images")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trips(name):
+    """As tests/transforms/transform_test.py checks them; here NaiveLinear has an inverse too."""
+    model = settled(MODELS[name])
+    assert accelerate(model).replaced
+    x, c = inputs_of(model, torch.float32)
+    z, log_det = model._transform(x, c)
+    back, log_det_back = model._transform.inverse(z, c)
+    torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(log_det, -log_det_back, atol=1e-3, rtol=1e-4)
+    torch.manual_seed(0)
+    samples = model.sample(2, c) if c is not None else model.sample(2)
+    assert samples.isfinite().all()
+
+
+def test_what_was_replaced():
+    report = accelerate(images())
+    assert [r.name for r in report.replaced] == [f"_transform._transforms.{i}" for i in range(2)]
+    assert "squeeze, 2 actnorm, 2 permutation, 2 1x1 convolution, 2 affine" in str(report)
+    assert not report.left
+    report = accelerate(real_nvp(batch_norm_between_layers=True))
+    assert {left.layer for left in report.left} == {"BatchNorm"}
+    assert len(report.replaced) == 4
+
+
+def test_checkpoints_and_copies():
+    model, fast = settled(images), settled(images)
+    peers.perturbed(fast, seed=7)
+    accelerate(fast)
+    fast.load_state_dict(model.state_dict())
+    assert peers.same_state(fast, model)
+    x, _ = inputs_of(model, torch.float32)
+    want = model.log_prob(x)
+    torch.testing.assert_close(fast.log_prob(x), want)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(copied.log_prob(x), want)
+        peers.perturbed(copied)
+        assert not torch.equal(copied.log_prob(x), fast.log_prob(x))
+    decelerate(fast)
+    assert torch.equal(fast.log_prob(x), want)
+
+
+def test_what_is_not_ours_stays():
+    def more(features):
+        return nt.PointwiseAffineTransform(scale=2.0)
+
+    layers = [
+        nt.AffineCouplingTransform(torch.tensor([1, -1, -1]), vector_net()),
+        nt.AffineCouplingTransform(halves(4), vector_net(), unconditional_transform=more),
+        nt.SqueezeTransform(3),
+        nt.QRLinear(4, 2),
+        nt.Permutation(torch.arange(3), dim=2),
+    ]
+    model = nt.CompositeTransform(layers)
+    before = peers.classes(model)
+    report = accelerate(model)
+    assert not report.replaced
+    assert peers.classes(model) == before
+    for why in ("keeps 2 of 3 channels", "leave alone too", "by 3, ours by 2", "axis 2"):
+        assert why in str(report)
+
+
+def test_actnorm_is_set_as_in_nflows_but_for_constant_channels():
+    x = torch.randn(50, 4)
+    plain, fast = nt.ActNorm(4), nt.ActNorm(4)
+    accelerate(fast)
+    for layer in (plain, fast):
+        layer.eval()
+        layer(x)
+        layer.train()
+        layer.inverse(x)
+        assert not layer.initialized
+        layer(x)
+        assert layer.initialized
+    torch.testing.assert_close(fast.log_scale, plain.log_scale)
+    torch.testing.assert_close(fast.shift, plain.shift)
+    fast = nt.ActNorm(4)
+    accelerate(fast)
+    x[:, 2] = 3.0
+    z, _ = fast(x)
+    assert z.isfinite().all()
+    torch.testing.assert_close(z[:, 2], torch.zeros(50))
+
+
+def test_naive_linear_has_an_inverse():
+    layer = nt.NaiveLinear(4)
+    x = torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="removed"):
+        layer.inverse(x)
+    assert "torch.solve" in str(accelerate(layer))
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)
