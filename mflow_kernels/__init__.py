@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         Squeeze,
     )
     from mflow_kernels.models import (
-        Estimate,
         Glow,
         HierarchicalFlow,
         IntrinsicDimension,
@@ -33,7 +32,6 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
-    "Estimate",
     "FlowStep",
     "Glow",
     "HierarchicalFlow",

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mflow_kernels.ops._checks import check_choice
+from mflow_kernels.ops._launch import without_autocast
 
 Method = Literal["exact", "hutchinson"]
 Decode = Callable[[Tensor], Tensor]
@@ -62,13 +63,14 @@ def log_volume(
     n, d = u.shape
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
-    if method == "exact":
-        way_out = "; method='hutchinson' estimates the log-determinant with an error"
-        parts = [_log_volume_of(j) for j in jacobians(decode, u, dimensions, max_bytes, way_out)]
-        value = torch.cat(parts).to(u.dtype)
-        return Estimate(value, torch.zeros_like(value))
-    size = max(1, PASS // (dimensions * probes))
-    estimates = [_stochastic(decode, part, probes, iterations, generator) for part in u.split(size)]
+    with without_autocast(u):  # whose rounding no exact volume would survive
+        if method == "exact":
+            way_out = "; method='hutchinson' estimates the log-determinant with an error"
+            found = jacobians(decode, u, dimensions, max_bytes, way_out)
+            value = torch.cat([_log_volume_of(j) for j in found]).to(u.dtype)
+            return Estimate(value, torch.zeros_like(value))
+        parts = u.split(max(1, PASS // (dimensions * probes)))
+        estimates = [_stochastic(decode, part, probes, iterations, generator) for part in parts]
     return Estimate(*(torch.cat(parts) for parts in zip(*estimates, strict=True)))
 
 

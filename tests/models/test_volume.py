@@ -209,6 +209,18 @@ def test_float32_is_close_to_float64():
             assert ((got.value.double() - exact.value).abs() < slack).all()
 
 
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_autocast_does_not_round_it(method):
+    model = image_flow().float()
+    u = normal(3, 5)
+    with torch.no_grad():
+        plain = log_volume(model.decode, u, 16, method, generator=seeded()).value
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(
+                log_volume(model.decode, u, 16, method, generator=seeded()).value, plain
+            )
+
+
 def test_a_flow_of_ones_own():
     """Any bijection of plain torch that has the two shapes will do."""
 
