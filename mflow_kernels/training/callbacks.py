@@ -26,6 +26,7 @@ class ProgressReport(Callback):
         self._task: Any = None
         self._last_line = 0.0
         self._speed = 0.0
+        self._figures = ""
         self._held_out = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,17 +50,14 @@ class ProgressReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = _training(pl_module)
-        metrics = trainer.callback_metrics
-        if "images_per_second" not in metrics:  # the module logs it after its first step
-            return
-        speed = float(metrics["images_per_second"])
-        self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
-        stage = f"{training.trained_stage + 1}/{len(training.model.stages)}"
-        figures = (
-            f"loss {float(metrics['loss']):.3f}  {float(metrics['bits_per_dim']):.3f} bits/dim"
-            f"{self._held_out}  {self._speed:.0f} images/s"
-        )
         step = trainer.global_step
+        # To read them is to wait for the device: after a step that was logged, which has waited.
+        if step % training.log_interval == 1 % training.log_interval:
+            self._read(trainer.callback_metrics)
+        if not self._figures:
+            return
+        stage = f"{training.trained_stage + 1}/{len(training.model.stages)}"
+        figures = self._figures + self._held_out
         if self._progress is not None:
             self._progress.update(self._task, completed=step, stage=stage, figures=figures)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -69,9 +67,21 @@ class ProgressReport(Callback):
                 f"stage {stage}  step {step}/{total}  {figures}", highlight=False, soft_wrap=True
             )
 
+    def _read(self, metrics: Mapping[str, Any]) -> None:
+        if "images_per_second" not in metrics:  # the module logs it after its first step
+            return
+        loss, bits, speed, skipped = (
+            float(metrics[name])
+            for name in ("loss", "bits_per_dim", "images_per_second", "skipped")
+        )
+        self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
+        self._figures = f"loss {loss:.3f}  {bits:.3f} bits/dim  {self._speed:.0f} images/s"
+        if skipped:
+            self._figures += f"  {skipped:.0f} skipped"
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bits = float(trainer.callback_metrics["heldout_bits_per_dim"])
-        self._held_out = f" (held out {bits:.3f})"
+        self._held_out = f"  held out {bits:.3f}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -110,6 +120,8 @@ class MetricsCsv(Logger):
         "logdet",
         "penalty",
         "drift",
+        "gradient_norm",
+        "skipped",
         "condition",
         "folded_condition",
         "learning_rate",

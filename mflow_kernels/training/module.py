@@ -2,62 +2,85 @@
 
 import math
 import time
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from mflow_kernels.layers import FlowStep, InvertibleConv1x1, ReversibleChain
+from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
 from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.objectives import Terms, bits_per_dimension
+from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.config import TrainConfig
 from mflow_kernels.training.data import (
     BatchStream,
     OrderedBatches,
     Splits,
     dequantize,
+    flip_at_random,
     stream_generator,
 )
+from mflow_kernels.training.guard import Figures, StepGuard
+from mflow_kernels.training.stages import joint_terms
 
 _TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
-_WARM_UP_STEPS = 100
 _BOUND_EVERY = 100  # steps between two bounds of the weights' condition
 _FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FlowTraining(LightningModule):
-    """Trains the stages one after another, each for the same number of steps.
+    """Trains the stages one after another, each for its own number of steps.
 
-    The stage, the batch, its noise and the learning rate are functions of `global_step` alone, so a
-    run that resumes at any step goes on bit for bit. The earlier stages are frozen. Everything is
-    logged in nats per dimension of the stage's own data, except bits_per_dim: of the image, under
-    all stages up to the trained one.
+    The stage, the batch, its noise and the learning rate are functions of `global_step` alone, and
+    everything else is in the checkpoint, so a run that resumes at any step goes on bit for bit.
+    A stage is trained on the averaged weights of those before it, which stay as they are unless
+    released. A step that the guard refuses changes no weight but counts as a step.
+
+    Everything is logged in nats per dimension of the stage's own data (of the image, where earlier
+    stages are released), except bits_per_dim: of the image, under all stages up to the trained one.
+    The host waits for the device in logged steps only.
+
+    Several ranks share each batch: rank r takes every so many-th image from the r-th on, so that
+    they train as one would.
 
     Args:
         model: the flow to train, on the device or still on the CPU.
         splits: images; `train` is trained on, `valid` watched.
-        config: batch size, steps, seed, learning rate and the limits of drift and condition are
-            read.
+        config: all of its training options, the stages' budgets and the limits of drift and
+            condition are read.
     """
 
     def __init__(self, model: HierarchicalFlow, splits: Splits, config: TrainConfig) -> None:
         super().__init__()
         self.model = model
+        self.average = WeightAverage(model, config.ema_decay)
+        self.guard = StepGuard(config.loss_spike, config.max_drift)
         self._splits = splits
         self._config = config
         self._stream = BatchStream(splits.train, config.batch_size, config.seed)
-        self.steps_per_stage = config.steps_per_stage(self._stream.batches_per_pass)
-        self.validation_interval = min(self._stream.batches_per_pass, self.steps_per_stage)
+        passes = self._stream.batches_per_pass
+        budgets = [stage.optimizer_steps(passes) for stage in config.stages]
+        self._ends = list(accumulate(budgets))
+        self._budgets = budgets
+        self.validation_interval = min(passes, *budgets)
+        self.log_interval = min(50, max(1, self.total_steps // 500))
         self._dims = math.prod(splits.train.image_shape)
-        self._step_started = 0.0
+        self._chains = [
+            [module for module in stage.modules() if isinstance(module, ReversibleChain)]
+            for stage in model.stages
+        ]
+        self._since_look = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
+        self._logged: dict[str, Any] = {}
 
     @property
     def total_steps(self) -> int:
-        return self.steps_per_stage * len(self.model.stages)
+        return self._ends[-1]
 
     @property
     def stage(self) -> int:
@@ -69,8 +92,30 @@ class FlowTraining(LightningModule):
         """The stage that the last step trained: at a boundary, `stage` is already the next."""
         return self._stage_of(max(0, self.global_step - 1))
 
+    @property
+    def averaged(self) -> HierarchicalFlow:
+        """The model with averaged weights."""
+        return cast(HierarchicalFlow, self.average.model)
+
     def _stage_of(self, step: int) -> int:
-        return min(step // self.steps_per_stage, len(self.model.stages) - 1)
+        return next((i for i, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
+
+    def _own_step(self, stage: int) -> int:
+        """How many steps of its budget a stage has taken."""
+        return self.global_step - (self._ends[stage] - self._budgets[stage])
+
+    def _active(self, stage: int) -> list[int]:
+        """The stages whose weights change while `stage` is trained."""
+        return list(range(stage + 1)) if self._config.release else [stage]
+
+    @property
+    def _looks(self) -> bool:
+        """Whether this step is logged, and the guard looked at."""
+        return (self.global_step + 1) % self.log_interval == 0
+
+    def setup(self, stage: str) -> None:
+        half = self._config.precision == "float16"
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
 
     def train_dataloader(self) -> BatchStream:
         config = self._config
@@ -80,93 +125,132 @@ class FlowTraining(LightningModule):
         return OrderedBatches(self._splits.valid, self._config.batch_size)
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": list(stage.parameters())} for stage in self.model.stages]
-        optimizer = torch.optim.Adam(groups, lr=self._config.learning_rate)
-        rates = [self._rate_of_stage(stage) for stage in range(len(groups))]
+        groups, rates = [], []
+        for index, stage in enumerate(self.model.stages):
+            weights, others = _decayed(stage)
+            groups.append({"params": weights, "weight_decay": self._config.weight_decay})
+            groups.append({"params": others, "weight_decay": 0.0})
+            rates += 2 * [self._rate_of_stage(index)]
+        # Fused, it skips a step by a flag on the device.
+        optimizer = torch.optim.AdamW(groups, lr=self._config.learning_rate, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        self._since_look = time.perf_counter(), self.global_step
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self._step_started = time.perf_counter()
-        if self.global_step % self.steps_per_stage == 0:
+        stage = self.stage
+        if self._own_step(stage) == 0:
+            for earlier in range(stage):
+                copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
-                self.model.initialize(self._dequantize(batch, _TRAIN_NOISE), self.stage)
+                self.model.initialize(self._dequantize(batch, _TRAIN_NOISE), stage)
+            copy_weights(self.model.stages[stage], self.averaged.stages[stage])
+            self.guard.begin_stage()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        stage = self.stage
-        for chain in self._chains(stage):
+        stage, release = self.stage, self._config.release
+        for chain in self._trained_chains():
             chain.drift = None
         x = self._dequantize(batch, _TRAIN_NOISE)
-        terms, log_likelihood = self._terms(x, stage)
-        dims = math.prod(cast(ManifoldFlow, self.model.stages[stage]).input_shape)
-        loss = terms.loss.mean() / dims
+        with self._autocast():
+            terms, log_likelihood = joint_terms(self.model, x, stage, release)
+        shape = self.model.input_shape
+        if not release:
+            shape = cast(ManifoldFlow, self.model.stages[stage]).input_shape
+        loss = terms.loss.mean() / math.prod(shape)
         self._loss = loss.detach()
-        metrics = {
-            name: getattr(terms, name).detach().mean() / dims
-            for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
-        }
-        bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
-        self.log_dict({**metrics, "bits_per_dim": bits.mean(), "stage": float(stage)})
-        return loss
+        if self._looks:
+            names = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
+            means = {n: getattr(terms, n).detach().mean() / math.prod(shape) for n in names}
+            bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
+            self.log_dict({**means, "bits_per_dim": bits.mean(), "stage": float(stage)})
+        return self._scaler.scale(loss)
 
-    def on_after_backward(self) -> None:
-        """Stop before the optimizer uses the gradients of a loss that is not finite, or of states
-        that were not rebuilt well enough. One look at the device for both."""
-        drifts = [c.drift for c in self._chains(self.stage) if c.drift is not None]
-        figures = torch.stack([self._loss, *drifts]).tolist()
-        loss, limit = figures[0], self._config.max_drift
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Forward, backward, and the step, unless the guard has it skipped."""
+        optimizer_closure()
+        fused: Any = optimizer.optimizer
+        self._scaler.unscale_(fused)
+        groups = [group["params"] for group in fused.param_groups]
+        parameters = [p for group in groups for p in group if p.grad is not None]
+        norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, norm)
+        drifts = [c.drift for c in self._trained_chains() if c.drift is not None]
+        drift = torch.stack(drifts).max() if drifts else None
+        fused.grad_scale, fused.found_inf = None, self.guard.judge(self._loss, norm, drift)
+        if self._looks:
+            self._look(norm, drift)
+        fused.step()
+        self._scaler.update()
+        stage = self.stage
+        self._bound_conditions(stage)
+        self.average.update(
+            ((self.model.stages[i], self.averaged.stages[i]) for i in self._active(stage)),
+            self._own_step(stage),
+        )
+
+    def _look(self, norm: Tensor, drift: Tensor | None) -> None:
+        """Wait for the device, and stop where training cannot go on, before this step is taken."""
+        seen = self.guard.look()
         where = f"at step {self.global_step} (stage {self.stage + 1})"
-        if not math.isfinite(loss):
+        if not seen.drift <= self._config.max_drift:
+            raise FloatingPointError(self._explain_drift(seen, where))
+        if seen.in_a_row >= self._config.max_skipped:
             raise FloatingPointError(
-                f"the loss became {loss} {where}; a lower --learning-rate may help"
+                f"{seen.in_a_row} steps in a row were skipped, the last of them with a loss of "
+                f"{seen.loss:.4g} and a gradient of norm {seen.norm:.4g}, {where}; the last "
+                "checkpoint is from before them or holds the same weights; a lower "
+                "--learning-rate may help"
             )
-        if not drifts:
-            return
-        # NaN is no number to compare by: it is the largest.
-        drift = max(figures[1:], key=lambda value: math.inf if math.isnan(value) else value)
-        if not drift <= limit:
-            every = self._config.checkpoint_every
-            closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
-            raise FloatingPointError(
-                f"rebuilt states drifted by {drift:.2g} {where}, more than --max-drift {limit:g}: "
-                f"the gradients would be wrong; --resume with {closer}--no-reversible goes on, in "
-                "more memory"
-            )
-        self.log("drift", drift)
+        self._logged = {"skipped": float(seen.skipped), "gradient_norm": norm}
+        if drift is not None:
+            self._logged["drift"] = drift
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def _explain_drift(self, seen: Figures, where: str) -> str:
+        every = self._config.checkpoint_every
+        closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
+        return (
+            f"rebuilt states drifted by {seen.drift:.2g} {where}, more than --max-drift "
+            f"{self._config.max_drift:g}: the gradients would be wrong; --resume with "
+            f"{closer}--no-reversible goes on, in more memory"
+        )
+
+    def _bound_conditions(self, stage: int) -> None:
         # Before anything is saved, so that a run that resumes goes on from bounded weights too.
-        limit, done = self._config.max_condition, (self.global_step + 1) % self.steps_per_stage
-        if limit is not None and done % _BOUND_EVERY == 0:
-            for module in self.model.stages[self.stage].modules():
-                if isinstance(module, InvertibleConv1x1):
-                    module.bound_condition_(limit)
+        limit = self._config.max_condition
+        if limit is None or (self._own_step(stage) + 1) % _BOUND_EVERY:
+            return
+        for i in self._active(stage):
+            averaged = self.averaged.stages[i].modules()
+            pairs = zip(self.model.stages[i].modules(), averaged, strict=True)
+            for module, its_average in pairs:
+                if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
+                    # Factors by another permutation: there is nothing to average them with.
+                    copy_weights(module, its_average)
 
-    def _chains(self, stage: int) -> list[ReversibleChain]:
-        modules = self.model.stages[stage].modules()
-        return [module for module in modules if isinstance(module, ReversibleChain)]
+    def _trained_chains(self) -> list[ReversibleChain]:
+        return [chain for i in self._active(self.stage) for chain in self._chains[i]]
 
-    def _terms(self, x: Tensor, stage: int) -> tuple[Terms, Tensor]:
-        """The objective of one stage, and log p(x) (N,) of all stages up to it."""
-        outside = x.new_zeros(len(x))
-        with torch.no_grad():
-            for earlier in cast(list[ManifoldFlow], list(self.model.stages)[:stage]):
-                latents, logdet = earlier.latents(x)
-                outside = outside + logdet + earlier.objective.off_density(earlier, latents)
-                x = earlier.gather(latents)
-        terms = cast(ManifoldFlow, self.model.stages[stage]).terms(x)
-        return terms, outside + terms.log_likelihood
-
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        seconds = time.perf_counter() - self._step_started
-        rate = self.optimizers().param_groups[self.trained_stage]["lr"]  # type: ignore[union-attr]
-        self.log_dict({"images_per_second": len(batch) / seconds, "learning_rate": rate})
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step % self.log_interval:
+            return
+        started, step = self._since_look
+        self._since_look = time.perf_counter(), self.global_step
+        seconds = self._since_look[0] - started
+        rate = self.optimizers().param_groups[2 * self.trained_stage]["lr"]  # type: ignore[union-attr]
+        speed = len(batch) * (self.global_step - step) / seconds
+        self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
 
     def on_validation_epoch_start(self) -> None:
+        for stage, averaged in zip(self.model.stages, self.averaged.stages, strict=True):
+            copy_buffers(stage, averaged)
         steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
         with torch.no_grad():
             folded = [condition_number(fold([step], torch.float64).weight[0]) for step in steps]
@@ -178,24 +262,63 @@ class FlowTraining(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)
         x = dequantize(batch, self._config.n_bits, generator)
-        log_prob = self.model.log_prob(x, self.trained_stage + 1)
+        with self._autocast():
+            log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
         self.log("heldout_bits_per_dim", bits.mean(), batch_size=len(batch))
         self.log("stage", float(self.trained_stage), batch_size=len(batch))
 
+    def on_validation_end(self) -> None:
+        self._since_look = time.perf_counter(), self.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for stage, averaged in zip(self.model.stages, self.averaged.stages, strict=True):
+            copy_buffers(stage, averaged)
+        checkpoint["grad_scaler"] = self._scaler.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["grad_scaler"]:
+            self._scaler.load_state_dict(checkpoint["grad_scaler"])
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _DTYPES[self._config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
     def _dequantize(self, batch: Tensor, key: int) -> Tensor:
         generator = stream_generator(self._config.seed, key, self.global_step, device=self.device)
-        return dequantize(batch, self._config.n_bits, generator)
+        if self._config.flips:
+            batch = flip_at_random(batch, generator)
+        x = dequantize(batch, self._config.n_bits, generator)
+        return x[self.trainer.global_rank :: self.trainer.world_size]
 
     def _rate_of_stage(self, stage: int) -> Any:
-        steps = self.steps_per_stage
-        warm_up = max(1, min(_WARM_UP_STEPS, steps // 5))
-
         def rate(step: int) -> float:
-            own = step - stage * steps
-            if not 0 <= own < steps:
+            trained = self._stage_of(step)
+            if step >= self.total_steps or stage not in self._active(trained):
                 return 0.0
+            steps = self._budgets[trained]
+            own = step - (self._ends[trained] - steps)
+            warm_up = max(1, min(self._config.warm_up, steps // 5))
             falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * own / steps))
             return min((own + 1) / warm_up, falling)
 
         return rate
+
+
+def compile_networks(model: nn.Module, **options: Any) -> None:
+    """Compile every coupling network of a model in place; `options` are torch.compile's."""
+    networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
+    # They all share the code that dynamo counts by: each shape, with and without gradients, is one.
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
+    for network in networks:
+        network.compile(**options)
+
+
+def _decayed(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of its coupling networks, and all its other parameters."""
+    networks = [m.net for m in stage.modules() if isinstance(m, AffineCoupling)]
+    weights = {id(p) for net in networks for p in net.parameters() if p.dim() > 1}
+    parameters = list(stage.parameters())
+    return [p for p in parameters if id(p) in weights], [
+        p for p in parameters if id(p) not in weights
+    ]

@@ -13,7 +13,7 @@ class _Formatter(DefaultHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        unsaid = default is None or default is False or default == argparse.SUPPRESS
+        unsaid = default in (None, False, argparse.SUPPRESS) or default == []
         if unsaid or not action.option_strings:
             return text
         if default is True:

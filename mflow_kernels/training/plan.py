@@ -4,8 +4,8 @@ Units: a state of C channels on p pixels is S = B C p numbers (float32), a hidde
 coupling network H = B width p, its output Q = 2 B C_b p, in bytes of the networks' precision (4, or
 2 in bfloat16 and float16); C_a = C // 2, C_b = C - C_a. P counts the parameters of a stage.
 
-Held through the step: parameters and buffers of all stages, and Adam's two moments of every stage
-trained so far (8 bytes a parameter).
+Held through the step: parameters and buffers of all stages, once more as a running average, and
+AdamW's two moments of every stage trained so far (8 bytes a parameter).
 
 The backward pass takes the coupling networks one by one; the peak is at one of them:
 
@@ -25,11 +25,10 @@ The backward pass takes the coupling networks one by one; the peak is at one of 
                  and dQ; 4 H (both hidden layers and, at the last ReLU, its gradient before and
                  after); one network's weights in low precision.
 
-Two other moments count where they are larger: the end of the forward pass, which still has the
-gradients of the step before; and the optimizer's, all gradients beside its temporaries (on a GPU
-one copy of the parameters, on a CPU twice the largest one). What is not counted: what libraries
-allocate for themselves (cuDNN, oneDNN), CUDA's context (about 0.5 GB) and the fragments of its
-caching allocator.
+The end of the forward pass, which still has the gradients of the step before, counts where it is
+larger. The fused optimizer and the average need nothing beside their state. What is not counted:
+what libraries allocate for themselves (cuDNN, oneDNN), CUDA's context (about 0.5 GB) and the
+fragments of its caching allocator.
 """
 
 import dataclasses
@@ -92,7 +91,8 @@ class Memory:
     """Bytes at the peak of a training step, by what they are for."""
 
     parameters: int = _row("parameters and buffers")
-    optimizer: int = _row("optimizer (Adam)")
+    average: int = _row("averaged weights")
+    optimizer: int = _row("optimizer (AdamW)")
     gradients: int = _row("gradients of the parameters")
     ends: int = _row("images, latents and their gradients")
     kept: int = _row("states kept (--checkpoint-every)")
@@ -127,16 +127,16 @@ def plan_model(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunCo
     with torch.device("meta"):  # the models' own checks, with no memory behind their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
         check_manifold_dim(config.manifold_dim, shapes)
-        for outer in [config.manifold_dim, *config.stage_dims][:-1]:
-            VectorFlow(outer, steps=1, width=1)
+        for outer in config.stages[:-1]:
+            VectorFlow(outer.dim, steps=1, width=1)
     return resolved
 
 
 def networks(config: RunConfig, stage: int) -> list[Network]:
     """The coupling networks of one stage, in the order in which data passes them."""
     if stage:
-        dim = [config.manifold_dim, *config.stage_dims][stage - 1]
-        return [Network(dim, 1, config.stage_width, 1, True)] * config.stage_steps
+        before, own = config.stages[stage - 1 : stage + 1]
+        return [Network(before.dim, 1, own.width, 1, True)] * own.steps
     found = []
     c, side = config.channels, config.image_size or 0
     for level in range(config.levels):
@@ -148,27 +148,27 @@ def networks(config: RunConfig, stage: int) -> list[Network]:
     return found
 
 
-def peak_memory(config: RunConfig, *, gpu: bool) -> Memory:
-    """The predicted peak of training `config` on a GPU or a CPU."""
+def peak_memory(config: RunConfig) -> Memory:
+    """The predicted peak of training `config`. Where earlier stages are released, a later one's
+    is not more than the sum of theirs, which is not counted."""
     stages = [networks(config, stage) for stage in range(1 + len(config.stage_dims))]
     dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
     dims += config.stage_dims
     masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
     counts = [sum(n.parameters + n.mix_parameters for n in found) for found in stages]
-    fixed = FLOAT * sum(counts) + sum(n.buffer_bytes for found in stages for n in found) + masks
+    buffers = sum(n.buffer_bytes for found in stages for n in found) + masks
+    weights = FLOAT * sum(counts) + buffers
     moments = []
     for stage, found in enumerate(stages):
         image = config.batch_size * dims[stage]
         # uint8 images and what the trained stage is given of them.
         batch = config.batch_size * dims[0] + (FLOAT * image if stage else 0)
-        largest = max(n.width * max(n.taps * n.out_channels, n.width) for n in found)
-        update = FLOAT * (counts[stage] if gpu else 2 * largest)
-        optimizer = Memory(0, update, FLOAT * counts[stage], 0, 0, 0, 0, 0)
-        for moment in (*_moments(config, found, image), optimizer):
+        for moment in _moments(config, found, image, config.stages[stage].domain):
             held = dataclasses.replace(
                 moment,
-                parameters=fixed,
-                optimizer=moment.optimizer + 2 * FLOAT * sum(counts[: stage + 1]),
+                parameters=weights,
+                average=weights,
+                optimizer=2 * FLOAT * sum(counts[: stage + 1]),
                 ends=moment.ends + batch,
                 stage=stage,
             )
@@ -178,7 +178,7 @@ def peak_memory(config: RunConfig, *, gpu: bool) -> Memory:
 
 def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     """What `mflow plan` prints."""
-    peak = peak_memory(config, gpu=gpu)
+    peak = peak_memory(config)
     states = (
         "stored" if not config.reversible
         else "rebuilt" if config.checkpoint_every is None
@@ -198,7 +198,7 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{_readable(value):>10}" for label, value in rows.items()]
     if gpu_memory is not None:
-        batch = largest_batch(config, gpu_memory, gpu=gpu)
+        batch = largest_batch(config, gpu_memory)
         lines += ["", f"Largest batch in {_readable(gpu_memory)}: {batch or 'none fits'}"]
     if gpu:
         lines += [
@@ -229,11 +229,11 @@ def _rows() -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(Memory) if f.metadata]
 
 
-def largest_batch(config: RunConfig, memory: int, *, gpu: bool) -> int:
+def largest_batch(config: RunConfig, memory: int) -> int:
     """The largest batch whose predicted peak fits in so many bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
-        return peak_memory(dataclasses.replace(config, batch_size=batch), gpu=gpu).total <= memory
+        return peak_memory(dataclasses.replace(config, batch_size=batch)).total <= memory
 
     low, high = 0, 1
     while fits(high):
@@ -244,10 +244,10 @@ def largest_batch(config: RunConfig, memory: int, *, gpu: bool) -> int:
     return low
 
 
-def _moments(config: RunConfig, found: list[Network], image: int) -> Iterator[Memory]:
+def _moments(config: RunConfig, found: list[Network], image: int, domain: str) -> Iterator[Memory]:
     """What is held, beyond what is held through the step, as the forward pass ends and through the
     backward pass. `image`: numbers in a batch of the stage's data."""
-    decodes = config.domain == "data"
+    decodes = domain == "data"
     every = config.checkpoint_every if config.reversible else None
     there = range(len(found))
     # A pass through the inverse ran from the last network to the first, and is walked back first.
@@ -261,7 +261,7 @@ def _moments(config: RunConfig, found: list[Network], image: int) -> Iterator[Me
         """With so many of the walks done."""
         ends = FLOAT * 3 * image * (len(walks) - done)
         states = sum(_state(config, found[i]) for ordinals in kept[done:] for i in ordinals)
-        return Memory(0, 0, gradients, ends, states, left, folded, one_step)
+        return Memory(0, 0, 0, gradients, ends, states, left, folded, one_step)
 
     low = _network_bytes(config)
     left = folded = 0

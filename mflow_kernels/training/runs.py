@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels import (
+    Bijection,
+    Glow,
+    HierarchicalFlow,
+    ManifoldFlow,
+    ManifoldObjective,
+    VectorFlow,
+)
 from mflow_kernels.training.checkpoints import LAST, Shapes, newest_checkpoint
 from mflow_kernels.training.config import RunConfig
 from mflow_kernels.training.files import write_atomically
@@ -25,8 +32,11 @@ FREE_OPTIONS = (
     "max_condition",
     "save_minutes",
     "save_steps",
+    "max_skipped",
+    "compile",
 )
 EVALUATION = "evaluation.json"
+_AVERAGE = "average.model."  # where a checkpoint holds the averaged weights
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,6 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     Raises:
         ValueError: levels that do not divide the image, more manifold dimensions than it has.
     """
-    objective = ManifoldObjective(config.domain, config.rho, config.weight)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         how: dict[str, Any] = {
@@ -53,12 +62,19 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
             "checkpoint_every": config.checkpoint_every,
         }
         flow = Glow(config.image_shape, config.levels, config.steps, config.width, **how)
-        stages = [ManifoldFlow(flow, manifold_dim=config.manifold_dim, objective=objective)]
-        dims = [config.manifold_dim, *config.stage_dims]
-        for outer, inner in pairwise(dims):
-            further = VectorFlow(outer, config.stage_steps, config.stage_width, **how)
-            stages.append(ManifoldFlow(further, manifold_dim=inner, objective=objective))
-    return HierarchicalFlow(stages)
+        flows: list[Bijection] = [flow]
+        for outer, stage in pairwise(config.stages):
+            flows.append(VectorFlow(outer.dim, stage.steps, stage.width, **how))
+        return HierarchicalFlow(
+            [
+                ManifoldFlow(
+                    flow,
+                    manifold_dim=stage.dim,
+                    objective=ManifoldObjective(stage.domain, stage.rho, stage.weight),
+                )
+                for flow, stage in zip(flows, config.stages, strict=True)
+            ]
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,12 +135,16 @@ def read_config(folder: Path, argument: str = "run") -> RunConfig:
 
 
 def checkpoint_shapes(model: HierarchicalFlow) -> Shapes:
-    """Names and shapes of what a checkpoint of this model's training holds."""
-    return {f"model.{name}": tuple(t.shape) for name, t in model.state_dict().items()}
+    """Names and shapes of what a checkpoint of this model's training holds: the weights as they
+    are, their average, and the guard's figures."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    trained = {f"model.{name}": shape for name, shape in shapes.items()}
+    averaged = {f"{_AVERAGE}{name}": shape for name, shape in shapes.items()}
+    return {**trained, **averaged, "guard.state": (5,)}
 
 
 def load_run(folder: str, device: str = "auto") -> Run:
-    """Read a run folder of `mflow train`.
+    """Read a run folder of `mflow train`, its averaged weights.
 
     Raises:
         ValueError: a folder that is none, a checkpoint that is torn or of another architecture.
@@ -137,7 +157,12 @@ def load_run(folder: str, device: str = "auto") -> Run:
     if checkpoint is None:
         raise ValueError(f"checkpoint: expected {path / LAST}, found none")
     state = checkpoint.state["state_dict"]
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    averaged = {
+        name.removeprefix(_AVERAGE): value
+        for name, value in state.items()
+        if name.startswith(_AVERAGE)
+    }
+    model.load_state_dict(averaged)
     return Run(path, config, model.to(target).eval(), target)
 
 

@@ -4,7 +4,6 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -23,7 +22,7 @@ from mflow_kernels.training.config import RunConfig, TrainConfig, check_precisio
 from mflow_kernels.training.data import Splits, load_splits
 from mflow_kernels.training.evaluation import evaluate_model
 from mflow_kernels.training.files import remove_temporary
-from mflow_kernels.training.module import FlowTraining
+from mflow_kernels.training.module import FlowTraining, compile_networks
 from mflow_kernels.training.pictures import draw_curves, draw_images, draw_residuals
 from mflow_kernels.training.runs import (
     EVALUATION,
@@ -41,12 +40,6 @@ from mflow_kernels.training.samples import draw_samples, project_images
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)
 _COLUMNS = 12
-_CLIP_NORM = 1.0
-_PRECISIONS: dict[str, Any] = {
-    "float32": "32-true",
-    "bfloat16": "bf16-mixed",
-    "float16": "16-mixed",
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,8 @@ def run(plan: Plan) -> list[Path]:
         The pictures.
 
     Raises:
-        FloatingPointError: the loss became infinite or NaN; the last checkpoint stays.
+        FloatingPointError: too many steps in a row were skipped, or rebuilt states drifted; the
+            last checkpoint stays.
         OSError: a file could not be written, as on a full disk; the last checkpoint stays.
         SystemExit: on SIGTERM or SIGINT, after a checkpoint.
     """
@@ -112,8 +106,7 @@ def run(plan: Plan) -> list[Path]:
         record_config(plan.folder, plan.config)
     else:
         create_run(plan.folder, plan.config, plan.overwrite)
-    _fit(plan)
-    model = plan.model.to(plan.device).eval()
+    model = _fit(plan).to(plan.device).eval()
     pictures = _draw(plan, model)
     evaluation = evaluate_model(
         model, plan.splits.test, plan.config.n_bits, data=plan.config.data_name, device=plan.device
@@ -123,21 +116,22 @@ def run(plan: Plan) -> list[Path]:
     return pictures
 
 
-def _fit(plan: Plan) -> None:
-    training = FlowTraining(plan.model, plan.splits, plan.config)
+def _fit(plan: Plan) -> HierarchicalFlow:
+    """Train, and return the averaged model."""
     config = plan.config
+    training = FlowTraining(plan.model, plan.splits, config)
+    if config.compile:
+        compile_networks(plan.model)
     _quieten_lightning()
     trainer = Trainer(
         accelerator="gpu" if plan.device.type == "cuda" else "cpu",
         devices=1,
-        precision=_PRECISIONS[config.precision],
         max_steps=training.total_steps,
         max_epochs=-1,
         val_check_interval=training.validation_interval,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        gradient_clip_val=_CLIP_NORM,
-        log_every_n_steps=min(50, max(1, training.total_steps // 500)),
+        log_every_n_steps=training.log_interval,
         default_root_dir=plan.folder,
         logger=[
             MetricsCsv(plan.folder / METRICS, plan.first_step),
@@ -154,6 +148,7 @@ def _fit(plan: Plan) -> None:
     )
     resume_from = keep_as_last(plan.checkpoint) if plan.checkpoint else None
     trainer.fit(training, ckpt_path=resume_from, weights_only=True)
+    return training.averaged
 
 
 def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
@@ -192,7 +187,7 @@ def _quieten_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the averaged model
         ".*The dirpath has changed from.*",  # a run folder that was moved, then resumed
     ):
         warnings.filterwarnings("ignore", message)

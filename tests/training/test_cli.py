@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tiny_runs import TINY, listing, write_images
 
-from mflow_kernels.training import cli
+from mflow_kernels.training import cli, module
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
@@ -90,11 +90,13 @@ class TestTrain:
     def test_a_diverging_loss_is_told_and_keeps_the_checkpoint(
         self, images, tmp_path, monkeypatch, capsys
     ):
-        diverge_at(monkeypatch, step=4)
+        diverge_from(monkeypatch, step=4)
         folder = tmp_path / "run"
-        code = main(["train", *TINY, "--data", str(images), "--run-dir", str(folder)])
-        assert code == 1
-        assert "the loss became nan at step 4 (stage 2)" in capsys.readouterr().err
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(folder)]
+        assert main([*command, "--max-skipped", "2"]) == 1
+        told = capsys.readouterr().err
+        assert "2 steps in a row were skipped, the last of them with a loss of nan" in told
+        assert "at step 5 (stage 2)" in told
         assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
 
     def test_unexpected_errors_are_not_swallowed(self, images, tmp_path, monkeypatch):
@@ -298,13 +300,15 @@ def crash_before(patch, step, error):
     patch.setattr(FlowTraining, "training_step", training_step)
 
 
-def diverge_at(patch, step):
-    original = FlowTraining._terms
+def diverge_from(patch, step):
+    calls = []
+    original = module.joint_terms
 
-    def terms(self, x, stage):
-        found, log_likelihood = original(self, x, stage)
-        if self.global_step == step:
-            found = found._replace(loss=found.loss * math.nan)
-        return found, log_likelihood
+    def joint_terms(*args):
+        terms, log_likelihood = original(*args)
+        calls.append(1)
+        if len(calls) > step:
+            terms = terms._replace(loss=terms.loss * math.nan)
+        return terms, log_likelihood
 
-    patch.setattr(FlowTraining, "_terms", terms)
+    patch.setattr(module, "joint_terms", joint_terms)

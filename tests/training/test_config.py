@@ -34,8 +34,49 @@ def test_bad_yaml_is_told_in_one_line(text, told):
 
 
 def test_max_steps_take_the_place_of_epochs():
-    assert TrainConfig(epochs=3).steps_per_stage(batches_per_pass=10) == 30
-    assert TrainConfig(epochs=3, max_steps=7).steps_per_stage(batches_per_pass=10) == 7
+    def budgets(**options):
+        return [s.optimizer_steps(batches_per_pass=10) for s in TrainConfig(**options).stages]
+
+    assert budgets(epochs=3) == [30, 30]
+    assert budgets(epochs=3, max_steps=7) == [7, 7]
+    two = {"stage_dims": [8, 4], "max_steps": 7}
+    assert budgets(**two, stage_epochs=[2]) == [7, 20, 20]
+    assert budgets(**two, stage_max_steps=[5, 6]) == [7, 5, 6]
+
+
+def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
+    config = TrainConfig(
+        stage_dims=[32, 16],
+        stage_steps=[3],
+        stage_width=[8, 9],
+        stage_rho=["l1", "huber"],
+        weight=7.0,
+        domain="data",
+        stage_domain=["latent"],
+    )
+    config.check()
+    image, *further = config.stages
+    assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
+    found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
+    assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"stage_width": [1, 2, 3]}, "stage_width: expected one value or 2, as stage_dims, got 3"),
+        ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
+        ({"stage_epochs": [0]}, "stage_epochs: expected at least 1, got 0"),
+        ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected more than 0, got -1"),
+        ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
+        ({"weight": "variance", "domain": "latent"}, "weight: expected a number in the latent"),
+        ({"ema_decay": 1.0}, "ema_decay: expected 0 to less than 1, got 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm: expected more than 0, got 0"),
+    ],
+)
+def test_bad_values(options, told):
+    with pytest.raises(ValueError, match=told):
+        TrainConfig(stage_dims=[8, 4], **options).check()
 
 
 def test_the_default_folder_tells_runs_apart():

@@ -1,0 +1,311 @@
+"""What a training step does: skipping, clipping, averaging, stages, precision, compilation."""
+
+import csv
+import math
+
+import pytest
+import torch
+from tiny_runs import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mflow_kernels import AffineCoupling, HierarchicalFlow, ManifoldFlow, VectorFlow
+from mflow_kernels.training import module, train
+from mflow_kernels.training.averaging import WeightAverage
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.guard import StepGuard
+from mflow_kernels.training.module import FlowTraining, compile_networks
+from mflow_kernels.training.runs import load_run
+from mflow_kernels.training.stages import joint_terms
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["loss"]]
+
+
+def state(folder, name="last.ckpt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+class TestGuard:
+    def judge(self, guard, loss=1.0, norm=1.0, drift=0.0):
+        return bool(guard.judge(torch.tensor(loss), torch.tensor(norm), torch.tensor(drift)))
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            *({name: value} for name in ("loss", "norm") for value in (math.nan, math.inf)),
+            *({"drift": value} for value in (0.02, math.nan)),
+        ],
+    )
+    def test_what_is_not_finite_or_drifted_is_skipped(self, bad):
+        guard = StepGuard(spike=10, max_drift=0.01)
+        assert [self.judge(guard), self.judge(guard, **bad), self.judge(guard)] == [0, 1, 0]
+        seen = guard.look()
+        assert (seen.skipped, seen.in_a_row) == (1, 1)
+        assert guard.look().in_a_row == 0
+        assert guard.look().skipped == 1
+
+    def test_spikes_are_told_by_the_spread_of_the_losses_before(self):
+        guard = StepGuard(spike=10, max_drift=1.0)
+        draw = torch.Generator().manual_seed(0)
+        losses = 5 + 0.5 * torch.randn(200, generator=draw)
+        assert not any(self.judge(guard, float(loss)) for loss in losses)
+        assert not self.judge(guard, 5 + 0.5 * 8)
+        assert self.judge(guard, 5 + 0.5 * 13)
+        assert not self.judge(guard, 5 - 0.5 * 13)  # a loss that falls is none
+        guard.begin_stage()
+        assert not self.judge(guard, 100.0)
+
+    def test_steps_in_a_row_are_counted_past_looks(self):
+        guard = StepGuard(spike=10, max_drift=1.0)
+        found = []
+        for losses in ([math.nan] * 2, [math.nan], [1.0, math.nan]):
+            for loss in losses:
+                self.judge(guard, loss)
+            found.append(guard.look().in_a_row)
+        assert found == [2, 3, 1]
+
+
+def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monkeypatch):
+    """Step 1 has a gradient that is not finite; a checkpoint is written before it and after."""
+    calls = []
+    original = module.joint_terms
+
+    def poisoned(*args):
+        terms, log_likelihood = original(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            terms = terms._replace(loss=terms.loss + (terms.loss * 0).sqrt())
+        return terms, log_likelihood
+
+    monkeypatch.setattr(module, "joint_terms", poisoned)
+    saved = {}
+    step = FlowTraining.optimizer_step
+
+    def optimizer_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        moments = self.optimizers().state_dict()["state"]
+        saved[self.global_step] = [
+            *(p.detach().clone() for p in self.model.parameters()),
+            *(t.clone() for moment in moments.values() for t in moment.values()),
+        ]
+
+    monkeypatch.setattr(FlowTraining, "optimizer_step", optimizer_step)
+    assert main(command) == 0
+    same = [
+        all(torch.equal(a, b) for a, b in zip(saved[i], saved[i + 1], strict=True)) for i in (0, 1)
+    ]
+    assert same == [True, False]
+    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 1, 1]
+    assert rows(tmp_path / "run")[1]["gradient_norm"] in ("nan", "inf")
+
+
+def test_gradients_are_clipped(command, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spied(self, *args):
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    assert main([*command, "--clip-norm", "0.5"]) == 0
+    logged = [float(row["gradient_norm"]) for row in rows(tmp_path / "run")]
+    assert max(logged) > 1
+    assert norms == pytest.approx([min(0.5, norm) for norm in logged], rel=1e-4)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts where the host takes a number from the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_in_logged_steps_only(command, monkeypatch):
+    found, looks = [], []
+    step, init = FlowTraining.optimizer_step, FlowTraining.__init__
+    look = StepGuard.look
+
+    def looked(self):
+        looks.append(len(found))
+        return look(self)
+
+    def counted(self, *args, **kwargs):
+        with Syncs() as syncs:
+            step(self, *args, **kwargs)
+        found.append(syncs.count)
+
+    def logs_every_third(self, *args):
+        init(self, *args)
+        self.log_interval = 3
+
+    monkeypatch.setattr(StepGuard, "look", looked)
+    monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
+    monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
+    # It computes a number of numbers on the host.
+    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    # In the latent domain: decoding looks whether W is singular.
+    assert main([*command, "--domain", "latent"]) == 0
+    assert found[:2] == found[3:5] == [0, 0]
+    assert looks == [2, 5]
+
+
+class TestAverage:
+    def test_it_is_the_exponential_average(self):
+        net = torch.nn.Linear(3, 2)
+        average = WeightAverage(net, decay=0.15)
+        expected = net.weight.detach().clone()
+        for step in range(4):
+            with torch.no_grad():
+                net.weight.add_(1.0)
+            decay = min(0.15, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * net.weight.detach()
+            average.update([(net, average.model)], step)
+        torch.testing.assert_close(average.model.weight.detach(), expected)
+        assert not any(p.requires_grad for p in average.parameters())
+
+    def test_it_is_what_a_run_is_read_and_evaluated_with(self, trained):
+        model = load_run(str(trained), "cpu").model
+        saved = state(trained)["state_dict"]
+        differ = 0
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, saved[f"average.model.{name}"])
+            differ += not torch.equal(value, saved[f"model.{name}"])
+        assert differ > 10
+
+    def test_stages_are_trained_on_the_averages_of_those_before(self, trained):
+        saved = state(trained)["state_dict"]
+        first = [name for name in saved if name.startswith("model.stages.0.")]
+        assert first
+        assert all(torch.equal(saved[name], saved[f"average.{name}"]) for name in first)
+
+    def test_without_decay_it_is_the_weights(self, command, tmp_path):
+        assert main([*command, "--ema-decay", "0"]) == 0
+        saved = state(tmp_path / "run")["state_dict"]
+        names = [name for name in saved if name.startswith("model.")]
+        assert all(torch.equal(saved[name], saved[f"average.{name}"]) for name in names)
+
+
+class TestStages:
+    OWN = (
+        "--stage-dims 5 4 --stage-max-steps 2 4 --stage-domain latent data "
+        "--stage-weight 9 variance"
+    )
+
+    def test_each_has_its_own_budget_and_objective(self, command, tmp_path):
+        assert main([*command, *self.OWN.split()]) == 0
+        stages = [float(row["stage"]) for row in rows(tmp_path / "run")]
+        assert stages == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+        objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
+        assert [o.domain for o in objectives] == ["data", "latent", "data"]
+        assert [o.weight for o in objectives] == [1000.0, 9.0, "variance"]
+        assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
+
+    @pytest.mark.parametrize("stop", [4, 7])
+    def test_they_resume_inside_any(self, stop, command, tmp_path, monkeypatch):
+        command = [*command, *self.OWN.split(), "--release", "--save-steps", "1"]
+        assert main(command) == 0
+        whole = state(tmp_path / "run")["state_dict"]
+        calls = []
+        original = module.joint_terms
+
+        def power_cut(*args):
+            calls.append(1)
+            if len(calls) > stop:
+                raise RuntimeError("power cut")
+            return original(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "joint_terms", power_cut)
+            with pytest.raises(RuntimeError, match="power cut"):
+                main([*command, "--overwrite"])
+        assert state(tmp_path / "run")["global_step"] == stop
+        assert main([*command, "--resume"]) == 0
+        torch.testing.assert_close(state(tmp_path / "run")["state_dict"], whole, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("release", [False, True])
+    def test_earlier_ones_change_where_released(self, release, command, tmp_path, monkeypatch):
+        kept = []
+        begin = StepGuard.begin_stage
+        fit = train._fit
+
+        def begin_stage(self):
+            begin(self)
+            kept.append([p.detach().clone() for p in models[0].stages[0].parameters()])
+
+        models = []
+
+        def spied(plan):
+            models.append(plan.model)
+            return fit(plan)
+
+        monkeypatch.setattr(StepGuard, "begin_stage", begin_stage)
+        monkeypatch.setattr(train, "_fit", spied)
+        assert main([*command, *(["--release"] if release else [])]) == 0
+        after = list(models[0].stages[0].parameters())
+        changed = [not torch.equal(a, b) for a, b in zip(kept[1], after, strict=True)]
+        assert all(changed) if release else not any(changed)
+
+    def test_released_ones_are_trained_on_the_joint_likelihood(self):
+        """With penalties in the latent domain, minus the loss is log p(x) up to a constant."""
+        flows = [VectorFlow(outer, steps=2, width=4) for outer in (6, 4)]
+        model = HierarchicalFlow(
+            [ManifoldFlow(f, manifold_dim=d) for f, d in zip(flows, (4, 2), strict=True)]
+        )
+        for parameter in model.double().parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        x = torch.randn(5, 6, dtype=torch.float64)
+        joint, total = joint_terms(model, x, 1, release=True)
+        frozen, log_prob = joint_terms(model, x, 1, release=False)
+        torch.testing.assert_close(total, model.log_prob(x))
+        torch.testing.assert_close(log_prob, model.log_prob(x))
+        constants = joint.loss + total
+        torch.testing.assert_close(constants, constants[:1].expand(5))
+        torch.testing.assert_close(frozen.loss, model.terms(x, 1).loss)
+        joint.loss.mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch):
+    """On a CPU, which the command refuses."""
+    monkeypatch.setattr(train, "check_precision", lambda *_: None)
+    assert main([*command, "--precision", "float16"]) == 0
+    found = rows(tmp_path / "run")
+    assert all(math.isfinite(float(row["loss"])) for row in found)
+    norms = [float(row["gradient_norm"]) for row in found]
+    overflows = sum(not math.isfinite(norm) for norm in norms)
+    assert 0 < overflows < 6  # it starts at 2^16, too high for these losses
+    assert float(found[-1]["skipped"]) == overflows
+    assert state(tmp_path / "run")["grad_scaler"]["scale"] == 2.0 ** (16 - overflows)
+    whole = rows(trained)[overflows]
+    assert norms[overflows] == pytest.approx(float(whole["gradient_norm"]), rel=0.5)
+
+
+def test_networks_are_compiled_in_place_and_compute_the_same(
+    command, tmp_path, trained, monkeypatch
+):
+    monkeypatch.setattr(train, "compile_networks", lambda m: compile_networks(m, backend="eager"))
+    seen = []
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **k: (seen.append(self), original(self, **k))
+    )
+    assert main([*command, "--compile"]) == 0
+    networks = [m for m in load_run(str(trained)).model.modules() if isinstance(m, AffineCoupling)]
+    assert len(seen) == len(networks)
+    torch.testing.assert_close(
+        state(tmp_path / "run")["state_dict"], state(trained)["state_dict"], rtol=0, atol=0
+    )
