@@ -213,8 +213,8 @@ class ManifoldObjective(nn.Module):
         # All ranks see the same sums, and keep the same variance.
         squares, count = over_ranks(torch.stack([squares, squares.new_tensor(x.numel())]))
         self.batches += 1
-        share = 1 / self.batches.clamp(max=MEMORY)
-        self.variance.lerp_((squares / count).to(self.variance.dtype), share)
+        share = (1 / self.batches.clamp(max=MEMORY)).to(self.variance.dtype)
+        self.variance.lerp_((squares / count).to(share.dtype), share)
 
 
 def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float) -> Tensor:

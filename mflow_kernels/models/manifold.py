@@ -108,7 +108,10 @@ class ManifoldFlow(Chart):
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
-    """ValueError where a flow of these latents has no manifold of that dimension."""
+    """ValueError where a flow of these latents has no manifold of that dimension, TypeError where
+    it is no whole number."""
+    if isinstance(manifold_dim, bool) or not isinstance(manifold_dim, int):
+        raise TypeError(f"manifold_dim: expected a whole number, got {type(manifold_dim).__name__}")
     total = sum(math.prod(shape) for shape in latent_shapes)
     if not 1 <= manifold_dim <= total:
         raise ValueError(

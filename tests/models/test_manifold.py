@@ -127,6 +127,7 @@ def shapes(*sizes):
             ValueError,
             "manifold_dim, mask: expected one dimension, got manifold_dim=2 and a mask of 12",
         ),
+        ({"manifold_dim": 2.5}, TypeError, "manifold_dim: expected a whole number, got float"),
         ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, .*got 0"),
         ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, .*got 17"),
         (
