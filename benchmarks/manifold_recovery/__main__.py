@@ -13,8 +13,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +34,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     for name in options.only or PARTS:
-        part = PARTS[name]
-        started = time.perf_counter()
-        rows = _run(name, part.tasks(seeds, options.quick), options.jobs)
-        minutes = (time.perf_counter() - started) / 60
-        details = _details(options, rows, minutes)
-        save_text(
-            options.out / f"{name}.json",
-            json.dumps({"run": details, "rows": [_without_pictures(r) for r in rows]}, indent=1),
-        )
-        table = part.report(rows, options.out)
-        about = ", ".join(f"{key} {value}" for key, value in details.items())
-        save_text(options.out / f"{name}.md", f"{table}\n{about}\n")
-        print(f"\n{table}\n{about}\n")
+        _run_part(name, seeds, options)
     print(f"figures, tables and pictures are in {options.out}")
 
 
-def _run(name: str, tasks: Sequence[Any], jobs: int) -> list[dict[str, Any]]:
+def _run_part(name: str, seeds: list[int], options: argparse.Namespace) -> None:
+    part, out = PARTS[name], options.out
+    started = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    details: dict[str, Any] = {}
+    tasks = part.tasks(seeds, options.quick)
+    for row in _in_processes(name, part.run, tasks, options.jobs):
+        rows.append(row)
+        minutes = (time.perf_counter() - started) / 60
+        details = _details(rows, len(tasks), minutes, options)
+        content = {"run": details, "rows": [_without_picture(row) for row in rows]}
+        save_text(out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    about = ", ".join(f"{key} {value}" for key, value in details.items())
+    table = f"{part.report(rows, out)}\n{about}\n"
+    save_text(out / f"{name}.md", table)
+    print(f"\n{table}")
+
+
+def _in_processes(
+    name: str, run: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], jobs: int
+) -> Iterator[dict[str, Any]]:
     """One row for each task, in the order of the tasks."""
-    run = PARTS[name].run
-    rows: list[dict[str, Any]] = [{} for _ in tasks]
     # spawn: threads of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(name, total=len(tasks))
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(run, task): i for i, task in enumerate(tasks)}
-            for future in as_completed(futures):
-                rows[futures[future]] = future.result()
-                progress.advance(bar)
-    return rows
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool,
+    ):
+        yield from progress.track(pool.map(run, tasks), total=len(tasks))
 
 
-def _details(options: argparse.Namespace, rows: list[Any], minutes: float) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+def _details(
+    rows: list[dict[str, Any]], tasks: int, minutes: float, options: argparse.Namespace
+) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "seeds": sorted({row["seed"] for row in rows}),
+        "runs": f"{len(rows)} of {tasks}",
         "minutes": round(minutes, 1),
         "processes": options.jobs,
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,
-        "commit": commit or "not in a git checkout",
+        "commit": _commit(),
     } | ({"quick": True} if options.quick else {})
 
 
-def _without_pictures(row: dict[str, Any]) -> dict[str, Any]:
+@cache
+def _commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or "not in a git checkout"
+
+
+def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "picture"}
 
 

@@ -47,7 +47,7 @@ class Task:
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
     steps, passes = (20, 1) if quick else (600, 5)
-    return [Task(method, seed, steps, passes) for method in METHODS for seed in seeds]
+    return [Task(method, seed, steps, passes) for seed in seeds for method in METHODS]
 
 
 def run(task: Task) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Shaded ellipses; 2 factors are their position, 3 also their size, 5 also angle and brightness. Each
 flow is trained with one manifold dimension; the reconstruction error stops falling where the
 dimension reaches that of the data. A principal component analysis has no such place: a moving
-ellipse is not linear in its position.
+ellipse is not linear in its position. Beside it, the dimension that the spectrum of one flow
+trained by plain likelihood speaks for (`estimate_intrinsic_dimension`).
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.manifold_recovery import methods
 from benchmarks.manifold_recovery.report import Row, markdown, save_figure
-from mflow_kernels import ManifoldObjective, VectorFlow
+from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
 from mflow_kernels.training.data import to_image
 from mflow_kernels.training.pictures import draw_images
 
@@ -30,11 +31,14 @@ DIMENSIONS = {2: (1, 2, 3, 4, 5), 3: (1, 2, 3, 4, 5, 6), 5: (2, 3, 4, 5, 6, 7, 8
 STEPS, WIDTH = 4, 128
 BATCH, RATE = 64, 2e-3
 TEST_IMAGES = 500
+SPECTRUM_IMAGES, SPECTRUM_STEPS = 32, 3  # so many times the steps of a manifold flow
 OBJECTIVE = ManifoldObjective("data", "l2", weight=1000.0)
 
 
 @dataclass(frozen=True)
 class Task:
+    """One training: of a manifold flow, or by plain likelihood where dim is 0."""
+
     factors: int
     dim: int
     seed: int
@@ -42,10 +46,14 @@ class Task:
 
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """A curve over dimensions for each number of factors, of the first seed alone."""
+    """A curve over dimensions and a spectrum for each number of factors, of the first seed."""
     steps = 60 if quick else 500
     counts = (2,) if quick else tuple(FACTORS)
-    return [Task(count, dim, seeds[0], steps) for count in counts for dim in DIMENSIONS[count]]
+    return [
+        Task(count, dim, seeds[0], steps if dim else SPECTRUM_STEPS * steps)
+        for count in counts
+        for dim in (*DIMENSIONS[count], 0)
+    ]
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -53,22 +61,27 @@ def run(task: Task) -> dict[str, Any]:
     torch.manual_seed(task.seed)  # of the weights
     generator = torch.Generator().manual_seed(task.seed)
     flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
-    method = methods.penalized(flow, task.dim, OBJECTIVE)
+    method = methods.penalized(flow, task.dim, OBJECTIVE) if task.dim else methods.plain(flow, 1)
     started = time.process_time()
     methods.train(method, batches(task.factors, generator), task.steps, RATE)
-    seconds = time.process_time() - started
+    row: dict[str, Any] = {
+        "factors": task.factors, "dim": task.dim, "seed": task.seed, "steps": task.steps,
+        "seconds": time.process_time() - started,
+    }  # fmt: skip
+    if not task.dim:
+        x = next(batches(task.factors, torch.Generator().manual_seed(10**6)))[:SPECTRUM_IMAGES]
+        found = estimate_intrinsic_dimension(flow, x)
+        return row | found._asdict() | {"spectrum": found.spectrum.tolist()}
     test_generator = torch.Generator().manual_seed(10**6)
     clean = ellipses(TEST_IMAGES, task.factors, test_generator)
     noisy = clean + NOISE * torch.randn(clean.shape, generator=test_generator)
     with torch.no_grad():
         projected = method.model.project(noisy.flatten(1)).view_as(clean)
-    return {
-        "factors": task.factors, "dim": task.dim, "seed": task.seed, "steps": task.steps,
-        "seconds": seconds,
+    return row | {
         "squared_error": (projected - clean).square().mean().item(),
         "linear_error": _linear_error(clean, task.dim),
         "picture": {"images": clean[:12].tolist(), "projections": projected[:12].tolist()},
-    }  # fmt: skip
+    }
 
 
 def batches(factors: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -95,15 +108,17 @@ def ellipses(n: int, factors: int, generator: torch.Generator) -> Tensor:
     return (inside * shade - 0.5)[:, None]
 
 
-def elbow(errors: dict[int, float]) -> int:
-    """The dimension at which the logarithm of the error bends most: falls before it, no more after.
+def elbow(errors: dict[int, float]) -> int | None:
+    """The dimension before which the error falls and after which it does no more: where the
+    logarithm of the error bends most; None if the falls before and after differ by less than 2.
 
     Args:
         errors: of three dimensions or more, one apart.
     """
     logs = {dim: math.log(error) for dim, error in errors.items()}
-    inner = sorted(logs)[1:-1]
-    return max(inner, key=lambda dim: logs[dim - 1] - 2 * logs[dim] + logs[dim + 1])
+    bends = {dim: logs[dim - 1] - 2 * logs[dim] + logs[dim + 1] for dim in sorted(logs)[1:-1]}
+    found = max(bends, key=lambda dim: bends[dim])
+    return found if bends[found] >= math.log(2) else None
 
 
 def _linear_error(clean: Tensor, dim: int) -> float:
@@ -121,24 +136,52 @@ METRICS = {
 
 def report(rows: Sequence[Row], folder: Path) -> str:
     """Write the pictures; return the tables."""
+    spectra = {row["factors"]: row for row in rows if not row["dim"]}
+    rows = [row for row in rows if row["dim"]]
     curves = {
         count: {row["dim"]: row["squared_error"] for row in rows if row["factors"] == count}
-        for count in dict.fromkeys(row["factors"] for row in rows)
+        for count in spectra
     }
     _draw_curves(folder / "factors_dimension.png", rows, curves)
+    _draw_spectra(folder / "factors_spectrum.png", spectra)
     for count in curves:
         _draw_projections(folder / f"factors_{count}.png", count, rows)
-    found = [{"factors": n, "names": FACTORS[n], "elbow": elbow(e)} for n, e in curves.items()]
-    keys = {"factors": "factors", "names": "which", "elbow": "dimension recovered"}
+    found = [
+        {
+            "factors": count, "names": FACTORS[count], "elbow": elbow(errors) or "no bend",
+            "step": f"{spectra[count]['dimension']} (gap {spectra[count]['gap']:.1f})",
+        }
+        for count, errors in curves.items()
+    ]  # fmt: skip
+    keys = {
+        "factors": "factors",
+        "names": "which",
+        "elbow": "dimension by reconstruction",
+        "step": "dimension by spectrum",
+    }
     text = [
         "## Images of known factors\n",
         markdown(found, keys, {}),
         "\n",
         markdown(rows, {"factors": "factors", "dim": "manifold dimension"}, METRICS),
         f"\nErrors are those of noisy images' projections to the clean images, of {SIDE}x{SIDE} "
-        f"pixels in a range of 1; the noise's own is {NOISE**2:.5f}.\n",
+        f"pixels in a range of 1; the noise's own is {NOISE**2:.5f}. A spectrum with no step says "
+        f"{SIDE**2}.\n",
     ]
     return "\n".join(text)
+
+
+def _draw_spectra(path: Path, spectra: dict[int, Row]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for count, row in spectra.items():
+        values = row["spectrum"][:30]
+        axis.plot(range(1, len(values) + 1), values, "o-", ms=3, label=f"{count} factors")
+    axis.axhline(NOISE, color="0.5", lw=0.8, ls=":", label="noise")
+    axis.set(yscale="log", xlabel="rank", ylabel="singular value of the Jacobian")
+    axis.set_title("Flows trained by plain likelihood: local standard deviations", fontsize=11)
+    axis.legend(fontsize=8)
+    save_figure(path, figure)
 
 
 def _draw_curves(path: Path, rows: Sequence[Row], curves: dict[int, dict[int, float]]) -> None:

@@ -29,7 +29,7 @@ class MixtureFlow(Bijection):
         """Spread the components over the quantiles of a first batch x (N, 1)."""
         with torch.no_grad():
             k = len(self.means)
-            self.means.copy_(x[:, 0].quantile((torch.arange(k) + 0.5) / k))
+            self.means.copy_(x[:, 0].quantile((torch.arange(k, dtype=x.dtype) + 0.5) / k))
             self.log_deviations.fill_(math.log(2 * x.std().item() / k + 1e-6))
         return self(x)
 

@@ -53,24 +53,24 @@ class Task:
 
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """The comparison of methods, then the scan of penalties."""
+    """The comparison of methods and the scan of penalties, one seed after the other."""
     steps = 100 if quick else 400
     targets, noises = (("circle",), (NOISE,)) if quick else (tuple(TARGETS), (0.0, NOISE))
-    compared = [
-        Task(target, noise, method, seed, steps)
-        for target in targets
-        for noise in noises
-        for method in METHODS
-        for seed in seeds
-    ]
-    scanned = [
-        Task(SCANNED, NOISE, "scan", seed, steps, (domain, rho, weight))
-        for domain in DOMAINS
-        for rho in RHOS[: 1 if quick else None]
-        for weight in WEIGHTS[:: 2 if quick else 1]
-        for seed in seeds
-    ]
-    return compared + scanned
+    tasks: list[Task] = []
+    for seed in seeds:
+        tasks += [
+            Task(target, noise, method, seed, steps)
+            for target in targets
+            for noise in noises
+            for method in METHODS
+        ]
+        tasks += [
+            Task(SCANNED, NOISE, "scan", seed, steps, (domain, rho, weight))
+            for domain in DOMAINS
+            for rho in RHOS[: 1 if quick else None]
+            for weight in WEIGHTS[:: 2 if quick else 1]
+        ]
+    return tasks
 
 
 def run(task: Task) -> dict[str, Any]:
