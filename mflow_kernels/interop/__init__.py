@@ -1,6 +1,20 @@
 """Models of other flow libraries on our kernels, in one line: `accelerate(model)`."""
 
 from mflow_kernels.interop.accelerate import accelerate, decelerate
+from mflow_kernels.interop.published import (
+    PublishedGlow,
+    glow_from_openai,
+    glow_from_rosinality,
+)
 from mflow_kernels.interop.report import Left, Replaced, Report
 
-__all__ = ["Left", "Replaced", "Report", "accelerate", "decelerate"]
+__all__ = [
+    "Left",
+    "PublishedGlow",
+    "Replaced",
+    "Report",
+    "accelerate",
+    "decelerate",
+    "glow_from_openai",
+    "glow_from_rosinality",
+]
