@@ -71,9 +71,10 @@ def check_bijection(
 
     A float64 copy is run on normal states of `shape`, and held to: one result for one input; no
     sample that depends on another; log-determinants (N,) equal to those of the Jacobian that
-    autograd finds; an inverse that returns the state, and the negative of the log-determinant. The
-    parameters of the copy are moved by `perturb`, because at their initial values most
-    log-determinants are 0, which hides a wrong sign or a missing factor.
+    autograd finds; an inverse that returns the state, and the negative of the log-determinant; and
+    states and log-determinants of the dtype of their input, a float32 copy's too. The parameters of
+    the float64 copy are moved by `perturb`, because at their initial values most log-determinants
+    are 0, which hides a wrong sign or a missing factor.
 
     Args:
         layer: `z, logdet = layer(x)` and `x, logdet = layer.inverse(z)`; z a tensor, or nested
@@ -126,6 +127,24 @@ def check_bijection(
     size += _flat(z).abs().max().item() / singular.min().item()
     assert_close(back, x, terms=d, scale=size, name="inverse(forward(x))")
     assert_close(logdet_back, -logdet, **loose, name="logdet of the inverse")
+    _check_dtypes(copied, x)
+    _check_dtypes(copy.deepcopy(layer).float(), x.float())
+
+
+def _check_dtypes(layer: Any, x: Tensor) -> None:
+    """States and log-determinants of one dtype, there and back."""
+    with torch.no_grad():
+        z, logdet = layer(x)
+        back, logdet_back = layer.inverse(z)
+    for name, value in (
+        ("z", _flat(z)),
+        ("logdet", logdet),
+        ("inverse(z)", back),
+        ("logdet of the inverse", logdet_back),
+    ):
+        if value.dtype != x.dtype:
+            came, expected = (str(d).removeprefix("torch.") for d in (value.dtype, x.dtype))
+            raise AssertionError(f"{name}: {came}, of a state in {expected}")
 
 
 def _perturbed(

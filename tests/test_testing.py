@@ -128,6 +128,53 @@ class Draws(Scale):
         return z + 1e-6 * torch.rand(()), logdet
 
 
+class Squares(Scale):
+    """Its Jacobian is invertible; two states have one z."""
+
+    def forward(self, x):
+        return x.square(), (2 * x).abs().log().flatten(1).sum(1)
+
+    def inverse(self, z):
+        return z.sqrt(), -(4 * z).log().flatten(1).sum(1) / 2
+
+
+class NoPixelsBack(Scale):
+    def inverse(self, z):
+        return z / self._s(z), -self.a.sum().expand(z.shape[0])
+
+
+class OthersLogdet(Coupling):
+    """The log-determinants of the first sample, for all."""
+
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z, logdet[:1].expand(len(x))
+
+
+class Column(Coupling):
+    """(N, 1), which a sum with (N,) would broadcast to (N, N)."""
+
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z, logdet[:, None]
+
+
+class Single(Coupling):
+    """A log-determinant in float32 whatever the state is in."""
+
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z, logdet.float()
+
+
+class Widens(Scale):
+    """A constant of numpy's makes of float32 states float64 ones."""
+
+    def forward(self, x):
+        z, logdet = super().forward(x)
+        return z * torch.ones(3, 2, 2, dtype=torch.float64), logdet
+
+
 PLANTED = {
     NoPixels: "logdet against autograd's Jacobian: .*; it is that of one of 4 pixels",
     WrongSign: "logdet against autograd's Jacobian: .*the sign is wrong",
@@ -139,6 +186,12 @@ PLANTED = {
     Shrinks: r"z: \(2, 8\) numbers, not the state's \(2, 12\)",
     MixesSamples: "a sample's z depends on another sample",
     Draws: "two calls on one input differ",
+    Squares: r"inverse\(forward\(x\)\): ",
+    NoPixelsBack: "logdet of the inverse: ",
+    OthersLogdet: "logdet against autograd's Jacobian: .*one number for all samples",
+    Column: r"logdet: shape \(2, 1\), not one number a sample",
+    Single: "logdet: float32, of a state in float64",
+    Widens: "z: float64, of a state in float32",
 }
 
 
