@@ -101,6 +101,7 @@ def check_bijection(
         raise AssertionError(f"logdet: shape {tuple(logdet.shape)}, not one number a sample ({n},)")
     if _flat(z).shape != (n, d):
         raise AssertionError(f"z: {tuple(_flat(z).shape)} numbers, not the state's {(n, d)}")
+    _check_dtypes(x, z=z, logdet=logdet)
 
     jacobian = torch.autograd.functional.jacobian(lambda x: _flat(copied(x)[0]), x)
     jacobian = jacobian.reshape(n, d, n, d)
@@ -127,24 +128,21 @@ def check_bijection(
     size += _flat(z).abs().max().item() / singular.min().item()
     assert_close(back, x, terms=d, scale=size, name="inverse(forward(x))")
     assert_close(logdet_back, -logdet, **loose, name="logdet of the inverse")
-    _check_dtypes(copied, x)
-    _check_dtypes(copy.deepcopy(layer).float(), x.float())
-
-
-def _check_dtypes(layer: Any, x: Tensor) -> None:
-    """States and log-determinants of one dtype, there and back."""
+    _check_dtypes(x, inverse=back, logdet_of_the_inverse=logdet_back)
+    single: Any = copy.deepcopy(layer).float()
     with torch.no_grad():
-        z, logdet = layer(x)
-        back, logdet_back = layer.inverse(z)
-    for name, value in (
-        ("z", _flat(z)),
-        ("logdet", logdet),
-        ("inverse(z)", back),
-        ("logdet of the inverse", logdet_back),
-    ):
-        if value.dtype != x.dtype:
-            came, expected = (str(d).removeprefix("torch.") for d in (value.dtype, x.dtype))
-            raise AssertionError(f"{name}: {came}, of a state in {expected}")
+        z, logdet = single(x.float())
+        back, logdet_back = single.inverse(z)
+    _check_dtypes(x.float(), z=z, logdet=logdet, inverse=back, logdet_of_the_inverse=logdet_back)
+
+
+def _check_dtypes(x: Tensor, **results: Any) -> None:
+    """States and log-determinants are of the dtype of the state they came from."""
+    for name, value in results.items():
+        dtype = _flat(value).dtype
+        if dtype != x.dtype:
+            came, expected = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
+            raise AssertionError(f"{name.replace('_', ' ')}: {came}, of a state in {expected}")
 
 
 def _perturbed(
@@ -167,7 +165,7 @@ def _perturbed(
 def _flat(z: Any) -> Tensor:
     """(N, D) out of a tensor or nested tuples of them."""
     if isinstance(z, Tensor):
-        return z.flatten(1)
+        return z.flatten(1) if z.dim() > 1 else z[:, None]
     return torch.cat([_flat(part) for part in z], dim=1)
 
 
