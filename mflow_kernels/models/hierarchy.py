@@ -1,6 +1,7 @@
 """Hierarchical training: further flows on the manifold's coordinates."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -120,6 +121,14 @@ class HierarchicalFlow(Chart):
         """n points on the manifold: the last u ~ N(0, temperature^2), every v = 0."""
         dim = self._until(stages, least=1)[-1].manifold_dim
         return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
+        """The model of a folder that `mflow export` wrote, all its stages, on the CPU and in
+        evaluation mode; ValueError for torn or foreign files."""
+        from mflow_kernels.models.pretrained import load_pretrained
+
+        return load_pretrained(folder)
 
     def _until(self, stages: int | None, least: int = 0) -> list[ManifoldFlow]:
         if stages is not None and not least <= stages <= len(self.stages):

@@ -3,6 +3,8 @@
 import copy
 import math
 import warnings
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -56,6 +58,14 @@ class ManifoldFlow(Chart):
             off = part[0].movedim(0, -1).contiguous().movedim(-1, 0)
             self.register_buffer(f"off_mask_{i}", off)
         self.register_buffer("manifold_index", flat.nonzero()[:, 0])
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> "ManifoldFlow":
+        """The image flow of a folder that `mflow export` wrote: the model, or the first stage of a
+        hierarchy. On the CPU and in evaluation mode; ValueError for torn or foreign files."""
+        from mflow_kernels.models.pretrained import load_pretrained
+
+        return cast(ManifoldFlow, load_pretrained(folder).stages[0])
 
     def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """All latents of x and log |det df/dx| (N,)."""

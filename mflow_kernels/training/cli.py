@@ -1,4 +1,5 @@
-"""The command line: `mflow prepare | train | sample | reconstruct | evaluate | plan`.
+"""The command line: `mflow prepare | train | sample | reconstruct | evaluate | plan |
+presets | export`.
 
 Each command first checks everything and returns its work, then the work is done: so bad input ends
 before anything is written, and an error of the work itself is never mistaken for bad input.
@@ -190,8 +191,8 @@ def reconstruct(
 
     Args:
         run: Folder that mflow train wrote.
-        data: Folder of images (of a CelebA folder, its test part); by default the images that the
-            run held out.
+        data: Folder or zip of images or file of mflow prepare (of CelebA, its test part); by
+            default the images that the run held out.
         number: How many images.
         output: PNG file to write; by default a name in the run folder.
         device: Where to compute; auto takes a GPU if there is one.
@@ -221,8 +222,8 @@ def evaluate(run: str, data: str | None = None, device: Device = "auto") -> Work
 
     Args:
         run: Folder that mflow train wrote; evaluation.json is written there.
-        data: Folder of images (of a CelebA folder, its test part); by default the images that the
-            run held out. Its figures go to evaluation-NAME.json.
+        data: Folder or zip of images or file of mflow prepare (of CelebA, its test part); by
+            default the images that the run held out. Its figures go to evaluation-NAME.json.
         device: Where to compute; auto takes a GPU if there is one.
     """
     from mflow_kernels.training.evaluation import evaluate_model, held_out_images
@@ -265,30 +266,80 @@ def plan(options: dict[str, Any]) -> Work:
     return lambda: print(report(resolved, gpu, gpu_memory))
 
 
+def presets(name: str | None = None) -> Work:
+    """Print a preset of mflow train, or their names.
+
+    Args:
+        name: Preset to print, in the form that --preset FILE takes.
+    """
+    from mflow_kernels.training.presets import PRESETS, preset_text
+
+    text = "\n".join(PRESETS) if name is None else preset_text(name).rstrip()
+    return lambda: print(text)
+
+
+def export(run: str, out: str) -> Work:
+    """Write a trained model as safetensors and JSON.
+
+    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained read that folder, in plain
+    PyTorch.
+
+    Args:
+        run: Folder that mflow train wrote; its averaged weights are taken.
+        out: New folder to write.
+    """
+    from mflow_kernels.training.runs import export_run, load_run
+
+    path = Path(out)
+    if path.exists():
+        raise ValueError(f"out: expected a new folder, but {path} exists")
+    loaded = load_run(run, "cpu")
+
+    def work() -> None:
+        export_run(loaded, path)
+        print(path)
+
+    return work
+
+
 def _check(argv: list[str]) -> Work:
     """The work that these arguments ask for; ArgumentError, ValueError or TypeError if bad."""
-    parser, trainer = _parsers()
+    parser, trainer, planner = _parsers()
     chosen = parser.parse_args(argv)
+    preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
+    if preset:
+        from mflow_kernels.training.presets import preset_options
+
+        # Its values take the place of the defaults: what is typed overrules them.
+        for command in (trainer, planner):
+            command.set_defaults(preset_options(preset))
+        chosen = parser.parse_args(argv)
     if chosen.subcommand == "train":
         options = vars(chosen.train)
+        options.pop("preset")
         if chosen.train.resume and not chosen.train.overwrite:
             # What the run recorded takes the place of the defaults: only what is typed can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
+            options.pop("preset")
         return train(options)
     if chosen.subcommand == "plan":
-        return plan(vars(chosen.plan))
+        options = vars(chosen.plan)
+        options.pop("preset")
+        return plan(options)
     commands: dict[str, Callable[..., Work]] = {
         "prepare": prepare,
         "sample": sample,
         "reconstruct": reconstruct,
         "evaluate": evaluate,
+        "presets": presets,
+        "export": export,
     }
     return commands[chosen.subcommand](**vars(chosen[chosen.subcommand]))
 
 
-def _parsers() -> tuple["OptionParser", "OptionParser"]:
-    """The parser of the whole command line, and that of `mflow train` within it."""
+def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
+    """The parser of the whole command line, and those of `mflow train` and `plan` within it."""
     from mflow_kernels.training.config import add_options
     from mflow_kernels.training.options import OptionParser
 
@@ -317,12 +368,21 @@ def _parsers() -> tuple["OptionParser", "OptionParser"]:
     trainer.add_argument(
         "--resume", action="store_true", help="Go on with the run folder from its last checkpoint."
     )
+    preset = {
+        "metavar": "NAME",
+        "help": "Start from a preset (mflow presets lists them) or a YAML file with options; what "
+        "is typed overrules it.",
+    }
+    trainer.add_argument("--preset", **preset)
     add_options(trainer)
     commands.add_subcommand("train", trainer, help=_text(train, lines=1))
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
         subparser.add_function_arguments(command, as_group=False, as_positional=True)
         commands.add_subcommand(command.__name__, subparser, help=_text(command))
+    lister = OptionParser(description=_text(presets))
+    lister.add_argument("name", nargs="?", help="Preset to print; by default the names of all.")
+    commands.add_subcommand("presets", lister, help=_text(presets))
     planner = OptionParser(description=_text(plan))
     planner.add_argument(
         "--gpu-memory", metavar="SIZE", help="Tell the largest batch that fits a GPU of, say, 80GB."
@@ -332,10 +392,15 @@ def _parsers() -> tuple["OptionParser", "OptionParser"]:
         type=int,
         help="Colour channels of the images; by default 3, and 1 for the digits.",
     )
+    planner.add_argument("--preset", **preset)
     add_options(planner)
     planner.set_defaults(data=None)
     commands.add_subcommand("plan", planner, help=_text(plan, lines=1))
-    return parser, trainer
+    exporter = OptionParser(description=_text(export))
+    exporter.add_argument("--out", required=True, metavar="FOLDER", help="New folder to write.")
+    exporter.add_function_arguments(export, as_group=False, as_positional=True, skip={"out"})
+    commands.add_subcommand("export", exporter, help=_text(export, lines=1))
+    return parser, trainer, planner
 
 
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
@@ -385,7 +450,7 @@ def _as_option(message: str) -> str:
     from mflow_kernels.training.config import TrainConfig
 
     name, colon, rest = message.partition(":")
-    own = {"run_dir", "overwrite", "resume", "number", "temperature", "stages", "output"}
+    own = {"run_dir", "overwrite", "resume", "preset", "number", "temperature", "stages", "output"}
     own |= {"out", "workers"}
     own |= {"gpu_memory", "channels"}
     if name in own or name in {option.name for option in fields(TrainConfig)}:

@@ -3,20 +3,13 @@
 import os
 import shutil
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mflow_kernels import (
-    Bijection,
-    Glow,
-    HierarchicalFlow,
-    ManifoldFlow,
-    ManifoldObjective,
-    VectorFlow,
-)
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.models.pretrained import build, save_pretrained
 from mflow_kernels.training.checkpoints import LAST, Shapes, newest_checkpoint
 from mflow_kernels.training.config import RunConfig
 from mflow_kernels.training.files import write_atomically
@@ -57,24 +50,28 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        how: dict[str, Any] = {
-            "reversible": config.reversible,
-            "checkpoint_every": config.checkpoint_every,
-        }
-        flow = Glow(config.image_shape, config.levels, config.steps, config.width, **how)
-        flows: list[Bijection] = [flow]
-        for outer, stage in pairwise(config.stages):
-            flows.append(VectorFlow(outer.dim, stage.steps, stage.width, **how))
-        return HierarchicalFlow(
-            [
-                ManifoldFlow(
-                    flow,
-                    manifold_dim=stage.dim,
-                    objective=ManifoldObjective(stage.domain, stage.rho, stage.weight),
-                )
-                for flow, stage in zip(flows, config.stages, strict=True)
-            ]
+        return build(
+            architecture(config),
+            reversible=config.reversible,
+            checkpoint_every=config.checkpoint_every,
         )
+
+
+def architecture(config: RunConfig) -> dict[str, Any]:
+    """What `pretrained.build` makes the model of a configuration from."""
+    stages = [
+        {
+            "manifold_dim": stage.dim,
+            "steps": stage.steps,
+            "width": stage.width,
+            "domain": stage.domain,
+            "rho": stage.rho,
+            "weight": stage.weight,
+        }
+        for stage in config.stages
+    ]
+    flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
+    return {"image_shape": list(config.image_shape), **flow, "stages": stages}
 
 
 def pick_device(name: str) -> torch.device:
@@ -164,6 +161,19 @@ def load_run(folder: str, device: str = "auto") -> Run:
     }
     model.load_state_dict(averaged)
     return Run(path, config, model.to(target).eval(), target)
+
+
+def export_run(run: Run, folder: Path) -> None:
+    """Write the model of a run, in plain PyTorch's reach, into a new folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise within [0, 1).
+        save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
