@@ -200,6 +200,7 @@ setup(
                 "csrc/masked_penalty.cpp",
                 "csrc/coupling.cpp",
                 "csrc/assemble.cpp",
+                "csrc/coupling_bindings.cpp",
                 "csrc/module.cpp",
             ],
             depends=[

@@ -45,18 +45,14 @@ def serves(x: Tensor) -> bool:
     )
 
 
-def _how(x: Tensor) -> tuple[bool, int]:
-    """The first arguments of every loop: whether it computes in double, and its threads."""
-    return x.dtype == torch.float64, torch.get_num_threads()
-
-
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
     """`coupling.affine_coupling_ref`."""
     assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
-        *_how(x), x.shape[1] // 2, x, params, y, ledger.data_ptr(), *scale.args, inverse,
+        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger.data_ptr(), *scale.args,
+        inverse,
     )  # fmt: skip
     return y, ledger
 
@@ -109,7 +105,8 @@ def _uncouple(
     dlogdet = dlogdet if dlogdet.dtype == dtype else dlogdet.to(dtype)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.uncouple(
-        *_how(given), stays, kept, given, params, dz, (dlogdet.data_ptr(), dlogdet.stride(0)),
+        torch.get_num_threads(), stays, kept, given, params, dz,
+        (dlogdet.data_ptr(), dlogdet.stride(0)),
         other, dy, dparams, *scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
@@ -118,14 +115,14 @@ def _uncouple(
 def _add_gradients(out: Tensor, a: Tensor, b: Tensor, dnet: Tensor | None) -> Tensor:
     """`out`, filled with (a + dnet, b)."""
     assert _C is not None
-    _C.add_gradients(*_how(out), out, a, b, dnet)
+    _C.add_gradients(torch.get_num_threads(), out, a, b, dnet)
     return out
 
 
 def _subtract_bias(out: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """`out`, filled with (a, b) - bias."""
     assert _C is not None
-    _C.subtract_bias(*_how(out), out, a, b, (bias.data_ptr(), bias.stride(0)))
+    _C.subtract_bias(torch.get_num_threads(), out, a, b, (bias.data_ptr(), bias.stride(0)))
     return out
 
 
@@ -135,7 +132,7 @@ def cut(x: Tensor, out: Tensor) -> Tensor:
     if out.dtype != x.dtype or recorded or not serves(x):
         return out.copy_(x[:, : out.shape[1]])
     assert _C is not None
-    _C.cut(*_how(out), out, x)
+    _C.cut(torch.get_num_threads(), out, x)
     return out
 
 

@@ -241,3 +241,19 @@ def test_serves_what_the_loops_can_read():
     seen = []
     torch.func.vmap(lambda x: seen.append(_native.serves(x)) or x)(normal(2, 4))
     assert seen == [False]
+
+
+def test_loops_refuse_what_they_would_misread():
+    x, params, dy, dlogdet = sample((2, 6, 5, 4), "contiguous")
+    scale = ScaleFunction("tanh")
+    with pytest.raises(ValueError, match="twice the half's channels"):
+        _native.couple(x, params[:, :4], scale, False)
+    with pytest.raises(ValueError, match="one shape"):
+        _native.couple_backward(dy[:1], dlogdet, x, params, scale, False)
+    with pytest.raises(ValueError, match="one stride walks"):
+        _native._subtract_bias(x.transpose(2, 3), x[:, :3], x[:, 3:], normal(6))
+    ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
+    with pytest.raises(ValueError, match="state's dtype"):
+        _native._C.couple(1, 3, x, params, y, ledger.data_ptr(), *scale.args, False)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        _native.couple(x.half(), params, scale, False)
