@@ -40,10 +40,10 @@ NOTES = {
 
 @dataclass
 class Peer:
-    """A model under one name, and its reference in float64."""
+    """A model under one name, and what makes its reference in float64."""
 
     module: nn.Module
-    exact: Multiscale
+    exact: Callable[[], Multiscale]
 
 
 def _package(name: str) -> Any:
@@ -125,7 +125,7 @@ def _normflows(glow: Glow) -> Peer:
         net = _normflows_net(s.coupling.net, cast(nn.Conv2d, first).out_channels)
         return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
-    return Peer(multiscale(glow, step, split), exact(_with_scale(glow, scale)))
+    return Peer(multiscale(glow, step, split), lambda: exact(_with_scale(glow, scale)))
 
 
 def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
@@ -172,9 +172,13 @@ def _nflows(glow: Glow) -> Peer:
         return coupling(s.coupling.net, out)
 
     made = multiscale(glow, step, split)
-    steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
-    changed = _with_scale(glow, scale)
-    return Peer(made, multiscale(changed, lambda s: reference(s, next(steps))).double())
+
+    def exactly() -> Multiscale:
+        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
+        changed = _with_scale(glow, scale)
+        return multiscale(changed, lambda s: reference(s, next(steps))).double()
+
+    return Peer(made, exactly)
 
 
 class Copied(nn.Module):
@@ -230,26 +234,29 @@ def _freia(glow: Glow) -> Peer:
         return AllInOne(block)
 
     made = multiscale(glow, step)
-    steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
 
-    def reference(s: FlowStep) -> Exact:
-        weight = cast(Any, next(steps)).block.w_perm[:, :, 0, 0]
+    def reference(s: FlowStep, block: nn.Module) -> Exact:
+        weight = cast(Any, block).block.w_perm[:, :, 0, 0]
         return Exact(
             weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale, coupling_first=True
         )
 
-    return Peer(made, multiscale(glow, reference).double())
+    def exactly() -> Multiscale:
+        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
+        return multiscale(glow, lambda s: reference(s, next(steps))).double()
+
+    return Peer(made, exactly)
 
 
 def _ours(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
     made = copy.deepcopy(glow)
     made.chain.reversible, made.chain.checkpoint_every = reversible, checkpoint_every
-    return Peer(made, exact(glow))
+    return Peer(made, partial(exact, glow))
 
 
 def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -> Peer:
-    made: nn.Module = multiscale(glow).to(memory_format=torch.contiguous_format)
+    made: nn.Module = multiscale(glow)
     if channels_last:
         made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         made.register_forward_pre_hook(
@@ -258,7 +265,7 @@ def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -
     if compiled:
         torch._dynamo.reset()
         made = cast(nn.Module, torch.compile(made, dynamic=False))
-    return Peer(made, exact(glow))
+    return Peer(made, partial(exact, glow))
 
 
 class Checkpointed(nn.Module):
@@ -307,8 +314,8 @@ BUILDERS: dict[str, Callable[[Glow], Peer]] = {
     "plain": _plain,
     "plain, channels_last": partial(_plain, channels_last=True),
     "plain, compiled": partial(_plain, compiled=True),
-    "checkpointing": lambda glow: Peer(multiscale(glow, Checkpointed), exact(glow)),
-    "memcnn": lambda glow: Peer(multiscale(glow, Inverted), exact(glow)),
+    "checkpointing": lambda glow: Peer(multiscale(glow, Checkpointed), partial(exact, glow)),
+    "memcnn": lambda glow: Peer(multiscale(glow, Inverted), partial(exact, glow)),
     "normflows": _normflows,
     "nflows": _nflows,
     "FrEIA": _freia,

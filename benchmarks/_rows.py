@@ -1,0 +1,91 @@
+"""Saved benchmark runs, read back."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+
+@dataclass
+class Row:
+    """One variant of one group, from pytest-benchmark's JSON."""
+
+    name: str  # pytest's node id
+    group: str
+    rounds: list[float]  # seconds
+    extra: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What it is: ops, layers, models, ceilings or training."""
+        return Path(self.name.split("::")[0]).stem.removeprefix("bench_")
+
+    @property
+    def variant(self) -> str:
+        return str(self.extra["variant"])
+
+    @property
+    def median(self) -> float:
+        return median(self.rounds)
+
+
+@dataclass
+class Runs:
+    rows: list[Row]
+    not_measured: list[dict[str, str]]  # name, outcome (skipped or failed), reason
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """The different machines and versions that the rows carry."""
+        keys = ("device", "threads", "clock", "torch", "triton", "mflow_kernels", "commit")
+        found = [{key: row.extra.get(key) for key in keys} for row in self.rows]
+        return [e for i, e in enumerate(found) if e not in found[:i]]
+
+
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """Several files as one, in pytest-benchmark's format.
+
+    Raises:
+        ValueError: naming a file that is not there, or not of this format.
+    """
+    whole: dict[str, Any] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            benchmarks, not_measured = content["benchmarks"], content.get("not_measured", [])
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected the JSON of pytest --benchmark-json ({error!r})"
+            ) from None
+        if not whole:
+            whole = {**content, "benchmarks": [], "not_measured": []}
+        whole["benchmarks"] += benchmarks
+        whole["not_measured"] += not_measured
+    return whole
+
+
+def runs(content: dict[str, Any]) -> Runs:
+    rows = [
+        Row(b["fullname"], b["group"], b["stats"]["data"], b["extra_info"])
+        for b in content["benchmarks"]
+        if "variant" in b["extra_info"]
+    ]
+    return Runs(rows, content["not_measured"])
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The first and third quartiles."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def ratio(row: Row, base: Row) -> tuple[float, float, float]:
+    """Median and quartiles of row / base, round by round: they ran in turn."""
+    each = [a / b for a, b in zip(row.rounds, base.rounds, strict=False)]
+    return median(each), *spread(each)

@@ -1,0 +1,106 @@
+"""A short training run with bfloat16 networks, beside the same one in float32 and one that stores
+its activations: it has to learn, and the runs have to agree."""
+
+import math
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks._bench import Bench, Measured
+from benchmarks._measure import REPLAY, seconds
+from benchmarks._models import Spec, nll
+from mflow_kernels import Glow
+
+VARIANTS = {  # precision of the networks, and whether states are rebuilt
+    "bf16, reversible": ("bfloat16", True),
+    "bf16, stored": ("bfloat16", False),
+    "float32, reversible": ("float32", True),
+}
+
+
+def spec_of(size: str, gpu: bool) -> tuple[Spec, int]:
+    """The model, and the number of steps."""
+    if size == "tiny":
+        return Spec(3, 8, 2, 2, 8, 8), 30
+    return (Spec(3, 64, 4, 16, 256, 32), 150) if gpu else (Spec(3, 16, 2, 4, 32, 16), 60)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("variant", list(VARIANTS))
+
+
+def scenes(spec: Spec, steps: int, device: torch.device) -> Tensor:
+    """Batches of images of smooth gradients with a disc each, 5 bits, dequantized."""
+    generator = torch.Generator().manual_seed(0)
+    n = (steps + 1) * spec.batch
+    at = torch.linspace(-1, 1, spec.side)
+    slope, centre, shade = (
+        torch.rand(n, k, 1, 1, generator=generator) * 2 - 1 for k in (2, 2, 2 * spec.channels)
+    )
+    plane = slope[:, :1] * at[:, None] + slope[:, 1:] * at
+    inside = ((at[:, None] - centre[:, :1]) ** 2 + (at - centre[:, 1:]) ** 2 < 0.2).float()
+    one, two = shade.chunk(2, dim=1)
+    images = ((plane * one + inside * two) / 4 + 0.5).clamp(0, 1)
+    levels = (images * 31).round() + torch.rand(images.shape, generator=generator)
+    return (levels / 32 - 0.5).view(steps + 1, spec.batch, *images.shape[1:]).to(device)
+
+
+def train(bench: Bench, variant: str) -> tuple[list[float], list[float]]:
+    """Seconds and nats a dimension of every step of Adam."""
+    precision, reversible = VARIANTS[variant]
+    spec, steps = spec_of(bench.size, bench.device.type == "cuda")
+    spec = spec._replace(precision=precision)
+    batches = scenes(spec, steps, bench.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = (spec.channels, spec.side, spec.side)
+        glow = Glow(shape, spec.levels, spec.steps, spec.width, reversible=reversible)
+    glow.to(bench.device).initialize(batches[0])
+    optimizer = torch.optim.Adam(glow.parameters(), lr=1e-3)
+    losses: list[Tensor] = []
+
+    def step(x: Tensor) -> None:
+        with spec.autocast(bench.device):
+            loss = nll(*glow(x)) / math.prod(shape)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(glow.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+
+    taken = [seconds(lambda x=x: step(x), bench.device, bench.clock) for x in batches[1:]]
+    return taken, torch.stack(losses).tolist()
+
+
+def measure(bench: Bench) -> Measured:
+    measured = Measured()
+    curves = {variant: train(bench, variant) for variant in VARIANTS}
+    ends = {v: sum(losses[-10:]) / 10 for v, (_, losses) in curves.items()}
+    spec, steps = spec_of(bench.size, bench.device.type == "cuda")
+    for variant, (taken, losses) in curves.items():
+        start, end = losses[0], ends[variant]
+        gained = start - ends["float32, reversible"]
+        if not (math.isfinite(end) and end < start):
+            fault = AssertionError(f"{variant}: the loss went from {start:.4f} to {end:.4f} nats")
+            measured.faults[variant] = fault
+        elif abs(end - ends["float32, reversible"]) > 0.1 * gained:
+            told = f"{variant}: ends at {end:.4f} nats a dimension, float32 at {start - gained:.4f}"
+            measured.faults[variant] = AssertionError(told)
+        measured.seconds[variant] = taken[5:]  # the first ones compile and warm up
+        middle = sorted(taken[5:])[len(taken[5:]) // 2]
+        figures = {"steps": steps, "first loss": round(start, 4), "last 10": round(end, 4),
+                   "images/s": round(spec.batch / middle, 1)}  # fmt: skip
+        measured.extra[variant] = {
+            "spec": str(spec._replace(precision=VARIANTS[variant][0])),
+            "losses": losses,
+            "figures": figures,
+        }
+    return measured
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_training(bench: Bench, benchmark: BenchmarkFixture, variant: str) -> None:
+    benchmark.group = "short training"
+    bench.record(benchmark, ("training",), variant, lambda: measure(bench))

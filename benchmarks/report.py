@@ -1,0 +1,254 @@
+"""Turn saved benchmark runs into a Markdown page and plots, and compare two runs.
+
+    pytest benchmarks/ --benchmark-only --benchmark-json results.json
+    python -m benchmarks.report results.json --out report
+    python -m benchmarks.report new.json --against old.json --threshold 1.1
+
+Ratios are medians over rounds that ran in turn; what follows in brackets is their first and third
+quartile. With --against, the exit code is 1 where a row of both runs takes more than `threshold`
+times as long, or as much memory, as it did, or fails now; 2 where the two ran on different devices.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._rows import Row, Runs, merged, ratio, runs, spread
+from benchmarks._table import save
+
+MIB = 2**20
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _spread(row: Row) -> str:
+    low, high = spread(row.rounds)
+    return f"{_time(row.median)} [{_time(low)}, {_time(high)}]"
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, {})[row.variant] = row
+    return found
+
+
+def _against(row: Row | None, base: Row | None) -> str:
+    if row is None or base is None:
+        return "-"
+    middle, low, high = ratio(row, base)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def operators(rows: Sequence[Row]) -> Iterator[str]:
+    """A table for each shape."""
+    shapes = dict.fromkeys(row.extra["shape"] for row in rows)
+    for shape in shapes:
+        lines = []
+        for mine in _groups([r for r in rows if r.extra["shape"] == shape]).values():
+            ours, eager, compiled = (mine.get(v) for v in ("ours", "eager", "compiled"))
+            first = next(iter(mine.values()))
+            lines.append([
+                f"{first.extra['operator']} {first.extra['direction']}",
+                f"{first.extra['bytes'] / MIB:.2f}",
+                *(_time(row.median) if row else "-" for row in (ours, eager, compiled)),
+                _against(ours, eager), _against(ours, compiled),
+                *(f"{row.extra['bytes_per_second'] / 1e9:.1f}" if row else "-"
+                  for row in (ours, eager, compiled)),
+                *(f"{row.extra['share_of_copy_bandwidth']:.0%}" if row else "-"
+                  for row in (ours, eager, compiled)),
+                " / ".join(f"{row.extra['peak_bytes'] / MIB:.2f}" if row else "-"
+                           for row in (ours, eager, compiled)),
+                " / ".join(str(row.extra["launches"]) if row and row.extra["launches"] is not None
+                           else "-" for row in (ours, eager, compiled)),
+            ])  # fmt: skip
+        head = ["", "MiB at least", "ours", "eager", "compiled", "ours / eager", "ours / compiled",
+                *("GB/s ours", "eager", "compiled"), *("of copy: ours", "eager", "compiled"),
+                "peak MiB (o / e / c)", "launches (o / e / c)"]  # fmt: skip
+        yield f"### {shape}\n\n{_markdown(head, lines)}"
+
+
+VARYING = ("channels", "side", "levels", "steps", "width", "batch", "precision")
+SHORT = {"channels": "channels", "side": "px", "levels": "L", "steps": "K", "width": "W",
+         "batch": "B", "precision": ""}  # fmt: skip
+
+
+def comparisons(rows: Sequence[Row]) -> Iterator[str]:
+    """For each task and width, tables over depth and resolution: time against plain, and memory."""
+    families: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        e = row.extra
+        key = (e["task"], e["constant"], None if e["constant"] else e["width"], e["precision"])
+        families.setdefault(key, []).append(row)
+    for (task, constant, width, precision), family in families.items():
+        networks = "constant networks" if constant else f"width {width}"
+        low = "" if precision == "float32" else f", {precision} networks"
+        yield f"### {task.capitalize()}, {networks}{low}\n\n{_comparison(family)}"
+
+
+def _comparison(family: Sequence[Row]) -> str:
+    groups = list(_groups(family).values())
+    first = [next(iter(mine.values())).extra for mine in groups]
+    differ = [f for f in VARYING if len({e[f] for e in first}) > 1] or ["steps"]
+    heads = [" ".join(f"{SHORT[f]}={e[f]}" for f in differ) for e in first]
+    same = ", ".join(f"{SHORT[f] or f}={first[0][f]}" for f in VARYING if f not in differ)
+    names = list(dict.fromkeys(row.variant for row in family))
+
+    def tabled(cell: Callable[[dict[str, Row], str], str]) -> str:
+        lines = [[name, *(cell(mine, name) for mine in groups)] for name in names]
+        return _markdown(["", *heads], lines)
+
+    def timed(mine: dict[str, Row], name: str) -> str:
+        if name == "plain" and name in mine:
+            return _spread(mine[name])
+        return _against(mine.get(name), mine.get("plain"))
+
+    def held(mine: dict[str, Row], name: str) -> str:
+        peak = mine[name].extra.get("peak_bytes") if name in mine else None
+        return "-" if peak is None else f"{peak / MIB:.1f}"
+
+    parts = [f"{same}. Time against plain eager (plain: seconds):\n\n{tabled(timed)}"]
+    if any("peak_bytes" in row.extra for row in family):
+        parts.append("Peak memory of a training step, gradients included, MiB:\n\n" + tabled(held))
+    numbers = {row.variant: row.extra["parameters"] for row in groups[-1].values()}
+    counts = ", ".join(f"{name} {count:,}" for name, count in numbers.items())
+    parts.append(f"Parameters ({heads[-1]}): {counts}.\n")
+    return "\n".join(parts)
+
+
+def others(rows: Sequence[Row]) -> Iterator[str]:
+    """Ceilings and training: each row's own figures."""
+    by_columns: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        by_columns.setdefault(tuple(row.extra["figures"]), []).append(row)
+    for columns, mine in by_columns.items():
+        lines = [[row.variant, row.extra["spec"], _time(row.median),
+                  *(str(row.extra["figures"][c]) for c in columns)] for row in mine]  # fmt: skip
+        yield _markdown(["", "model", "step", *columns], lines)
+
+
+def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
+    """The Markdown page."""
+    parts = ["# Benchmarks\n"]
+    for e in told.environments:
+        parts.append(
+            f"- {e['device']}, {e['threads']} thread(s), {e['clock']}; torch {e['torch']}, triton "
+            f"{e['triton']}, mflow_kernels {e['mflow_kernels']} at {e['commit']}"
+        )
+    bandwidths = sorted({row.extra["copy_bytes_per_second"] for row in told.rows})
+    if bandwidths:
+        rates = ", ".join(f"{b / 1e9:.1f}" for b in bandwidths)
+        parts.append(f"- copy bandwidth, read and written, GB/s: {rates}\n")
+    for title, kind, tables in (
+        ("Operators", "ops", operators),
+        ("Layers", "layers", comparisons),
+        ("Models", "models", comparisons),
+        ("Memory ceilings", "ceilings", others),
+        ("Short training", "training", others),
+    ):
+        rows = [row for row in told.rows if row.kind == kind]
+        parts.append(f"## {title}\n")
+        parts += list(tables(rows)) if rows else ["Not measured.\n"]
+    notes = {row.variant: row.extra["note"] for row in told.rows if "note" in row.extra}
+    if notes:
+        lines = [f"- {name}: {note}" for name, note in notes.items()]
+        parts.append("## What is compared\n\n" + "\n".join(lines) + "\n")
+    parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
+    parts.append(not_measured(told))
+    return "\n".join(parts)
+
+
+def not_measured(told: Runs) -> str:
+    """Skipped and failed rows, one line for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in told.not_measured:
+        reasons.setdefault((row["outcome"], row["reason"]), []).append(row["name"])
+    lines = [f"- {outcome}: {reason} ({len(names)} rows, the first {names[0].split('::')[-1]})"
+             for (outcome, reason), names in reasons.items()]  # fmt: skip
+    return "## Not measured\n\n" + ("\n".join(lines) or "Nothing was left out.") + "\n"
+
+
+def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
+    """A table of what got slower or larger, and whether anything did."""
+    before = {row.name: row for row in old.rows}
+    lines, compared = [], 0
+    for row in new.rows:
+        base = before.get(row.name)
+        if base is None:
+            continue
+        compared += 1
+        measures = [("time", row.median, base.median, _time)]
+        if row.extra.get("peak_bytes") and base.extra.get("peak_bytes"):
+            measures.append(("memory", row.extra["peak_bytes"], base.extra["peak_bytes"],
+                             lambda b: f"{b / MIB:.2f} MiB"))  # fmt: skip
+        for what, now, then, written in measures:
+            if now > threshold * then:
+                lines.append([row.name.split("::")[-1], what, written(then), written(now),
+                              f"{now / then:.2f}"])  # fmt: skip
+    failed = [r for r in new.not_measured if r["outcome"] == "failed" and r["name"] in before]
+    lines += [[r["name"].split("::")[-1], "fails now", "-", "-", r["reason"]] for r in failed]
+    lost = len(before) - compared - len(failed)
+    told = f"{compared} rows compared, {lost} of the old run not in the new one; "
+    if not lines:
+        return told + f"none more than {threshold:g} times what it was", not compared
+    told += f"{len(lines)} more than {threshold:g} times what they were, or failing\n\n"
+    return told + _markdown(["", "", "was", "is", "ratio"], lines), True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of pytest --benchmark-json")
+    parser.add_argument("--against", type=Path, metavar="OLD", help="an earlier run")
+    parser.add_argument("--threshold", type=float, default=1.1, help="of a regression (1.1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and plots there")
+    parser.add_argument("--save", type=Path, metavar="PATH", help="write all results as one file")
+    options = parser.parse_args(arguments)
+    if not options.threshold > 0:
+        parser.error(f"argument --threshold: expected more than 0, got {options.threshold}")
+    try:
+        content = merged(options.results)
+        new = runs(content)
+        old = runs(merged([options.against])) if options.against else None
+    except ValueError as error:
+        parser.error(str(error))
+    if options.save:
+        save(options.save, content)
+    if options.out:
+        from benchmarks._plots import draw
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        pictures = draw(new.rows, options.out)
+        part = options.out / ".report.md.part"
+        part.write_text(page(new, pictures))
+        part.replace(options.out / "report.md")
+        print(f"wrote {options.out / 'report.md'} and {len(pictures)} plots")
+    elif old is None and not options.save:
+        print(page(new))
+    if old is None:
+        return 0
+    devices = [{row.extra["device"] for row in run.rows} for run in (new, old)]
+    if devices[0] != devices[1]:
+        print(f"not comparable: {sorted(devices[0])} against {sorted(devices[1])}", file=sys.stderr)
+        return 2
+    told, worse = regressions(new, old, options.threshold)
+    print(told)
+    return int(worse)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""gpu_run.sh rehearsed on a CPU, and with parts that fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
+
+
+def run(*arguments: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    first = path or Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}", **env}
+    # Under pytest-xdist its own benchmarks would be disabled.
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
+
+
+# About 30 s of CPU: six processes import torch, as on the GPU that they rehearse for.
+def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
+    done = run(str(tmp_path / "out"), "--rehearse", MFLOW_COMMIT="abc123", MFLOW_SECONDS="1000")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert done.returncode == 0, log[-3000:]
+    assert "all parts passed" in done.stdout
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not [row for row in told["not_measured"] if row["outcome"] == "failed"]
+    rows = told["benchmarks"]
+    kinds = {row["fullname"].split("::")[0].split("_")[-1] for row in rows}
+    assert kinds == {"ops.py", "layers.py", "models.py", "ceilings.py", "training.py"}
+    assert all(row["extra_info"]["commit"] == "abc123" for row in rows)
+    for row in rows:
+        assert min(row["stats"]["data"]) > 0
+        assert {"device", "torch", "triton", "mflow_kernels"} <= row["extra_info"].keys()
+    trained = [r["extra_info"] for r in rows if r["extra_info"].get("task") == "train"]
+    assert {"ours, stored", "ours, reversible", "plain", "checkpointing"} <= {
+        extra["variant"] for extra in trained
+    }
+    assert all(e["peak_bytes"] > 4 * e["parameters"] for e in trained if "peak_bytes" in e)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "coupling_conv1x1 backward" in page
+    assert (tmp_path / "out" / "speedup.png").stat().st_size > 1000
+
+
+def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -> None:
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3 ;; esac\n')
+    fake.chmod(0o755)
+    done = run(str(tmp_path / "out"), path=fake.parent)
+    assert done.returncode == 1
+    failed = done.stdout[done.stdout.index("failed, after") :].splitlines()[1:]
+    names = ("tests", "models", "ceilings", "ops")
+    assert failed == [f"  {name} (exit code 3)" for name in names]
+    assert "== report: exit code 0" in done.stdout
+
+
+def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    done = run(str(tmp_path / "out"), path=fake.parent, MFLOW_SECONDS="31")
+    assert done.returncode == 1
+    assert "  tests (no time left)" in done.stdout
+
+
+def test_a_folder_has_to_be_given() -> None:
+    done = run("--rehearse")
+    assert done.returncode == 2
+    assert "benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]" in done.stderr

@@ -1,0 +1,80 @@
+"""How benchmarks measure: only what agrees with the reference, in turn, each peak by itself."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from benchmarks._bench import Bench
+from benchmarks._fresh import Died, fresh
+from benchmarks._measure import interleaved, peak_bytes
+from benchmarks._models import Model, Spec
+from benchmarks._operators import Shape, operations
+from benchmarks.bench_ops import measure
+
+CPU = torch.device("cpu")
+SHAPE = Shape(16, 1, 2, True)
+
+
+def bench() -> Bench:
+    return Bench(CPU, "tiny", "wall", 1, {"copy_bytes_per_second": 1e10}, float("inf"), None)
+
+
+def operation(name: str, direction: str):
+    return next(op for op in operations(SHAPE, CPU) if (op.name, op.direction) == (name, direction))
+
+
+def test_a_wrong_operator_has_no_time() -> None:
+    right = operation("affine_coupling", "backward")
+    wrong = dataclasses.replace(
+        right, ours=lambda x, q: tuple(t * (1 + 1e-3) for t in right.ours(x, q))
+    )
+    measured = measure(bench(), wrong, SHAPE, compiles=False)
+    assert measured.seconds.keys() == {"eager"}
+    with pytest.raises(AssertionError, match=r"affine_coupling\[0\]: largest error"):
+        raise measured.faults["ours"]
+    assert measured.extra["eager"]["bytes"] == right.fewest
+
+
+def test_a_wrong_model_does_not_pass_its_check() -> None:
+    model = Model(Spec(side=8, levels=2, steps=2, width=8, batch=2), "plain", CPU)
+    model.check("train")
+    with torch.no_grad():
+        next(p for n, p in model.module.named_parameters() if n.endswith("lower")).add_(1e-2)
+    with pytest.raises(AssertionError, match="plain: z"):
+        model.check("train")
+
+
+def test_variants_run_in_turn() -> None:
+    order: list[str] = []
+    prepares = {name: (lambda name=name: lambda: order.append(name)) for name in "ab"}
+    taken = interleaved(prepares, 3, CPU, "wall")
+    assert [len(rounds) for rounds in taken.values()] == [3, 3]
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(runs) == "ab" * 4  # two calls of each to warm up, then three rounds
+
+
+def test_the_peak_counts_what_was_freed_meanwhile() -> None:
+    def call() -> torch.Tensor:
+        kept = torch.empty(1 << 18)
+        torch.empty(1 << 20)  # freed at once
+        return kept
+
+    assert peak_bytes(call, CPU) == 5 * (1 << 20)
+
+
+def test_a_process_that_dies_or_raises_says_so() -> None:
+    dead, raised, told = fresh(_fate, ["die", "raise", "tell"], workers=3, seconds=60)
+    assert isinstance(dead, Died)
+    assert "the process died" in str(dead)
+    assert "ValueError: no" in str(raised)
+    assert told == "tell"
+
+
+def _fate(what: str) -> str:
+    if what == "die":
+        os._exit(1)
+    if what == "raise":
+        raise ValueError("no")
+    return what

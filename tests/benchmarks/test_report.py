@@ -1,0 +1,80 @@
+"""The report on saved runs, and what it calls a regression."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+
+def row(variant: str, seconds: list[float], **extra: Any) -> dict[str, Any]:
+    told = {
+        "variant": variant, "device": "CPU, some", "threads": 1, "clock": "wall time",
+        "torch": "2", "triton": "3", "mflow_kernels": "0", "commit": "abc",
+        "copy_bytes_per_second": 1e10, "task": "train", "channels": 3, "side": 32, "levels": 3,
+        "steps": 8, "width": 64, "batch": 8, "constant": False, "precision": "float32",
+        "spec": "K=8", "parameters": 10, "note": "a note", **extra,
+    }  # fmt: skip
+    name = f"benchmarks/bench_models.py::test_model[K={told['steps']}-{variant}]"
+    return {"fullname": name, "group": f"train, K={told['steps']}", "stats": {"data": seconds},
+            "extra_info": told}  # fmt: skip
+
+
+def saved(path: Path, *rows: dict[str, Any], missing: tuple[dict[str, str], ...] = ()) -> str:
+    path.write_text(json.dumps({"benchmarks": rows, "not_measured": missing}))
+    return str(path)
+
+
+def test_ratios_are_medians_of_rounds_in_turn(tmp_path, capsys) -> None:
+    plain, ours = [1.0, 2.0, 4.0], [0.5, 1.6, 1.0]  # 0.5, 0.8, 0.25 of plain
+    skipped = {"name": "x::y", "outcome": "skipped", "reason": "nflows is not installed"}
+    rows = [row("plain", plain), row("ours, stored", ours, peak_bytes=2**21)]
+    file = saved(tmp_path / "a.json", *rows, missing=(skipped,))
+    assert report.main([file]) == 0
+    page = capsys.readouterr().out
+    assert "| ours, stored | 0.50 [0.38, 0.65] |" in page
+    assert "| ours, stored | 2.0 |" in page
+    assert "skipped: nflows is not installed (1 rows" in page
+
+
+def test_plots_and_page_are_written(tmp_path) -> None:
+    rows = [row(v, [1.0 * k, 1.1 * k], steps=k, peak_bytes=2**20 * k)
+            for k in (4, 8) for v in ("plain", "ours, stored")]  # fmt: skip
+    file = saved(tmp_path / "a.json", *rows)
+    assert report.main([file, "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.md", "depth.png", "speedup.png"}
+
+
+@pytest.mark.parametrize(
+    ("new", "extra", "code"),
+    [([1.05], {}, 0), ([1.3], {}, 1), ([0.5], {"peak_bytes": 1200}, 1), ([0.5], {}, 0)],
+)
+def test_slower_or_larger_past_the_threshold_fails(tmp_path, capsys, new, extra, code) -> None:
+    old = saved(tmp_path / "old.json", row("plain", [1.0], peak_bytes=1000))
+    now = saved(tmp_path / "new.json", row("plain", new, **{"peak_bytes": 1000, **extra}))
+    assert report.main([now, "--against", old, "--threshold", "1.1"]) == code
+    assert "1 rows compared" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_now_is_a_regression(tmp_path, capsys) -> None:
+    gone, kept = row("ours, stored", [1.0]), row("plain", [1.0])
+    old = saved(tmp_path / "old.json", gone, kept)
+    failed = {"name": gone["fullname"], "outcome": "failed", "reason": "AssertionError: off"}
+    assert report.main([saved(tmp_path / "n.json", kept, missing=(failed,)), "--against", old]) == 1
+    assert "AssertionError: off" in capsys.readouterr().out
+
+
+def test_other_devices_are_not_compared(tmp_path) -> None:
+    old = saved(tmp_path / "old.json", row("plain", [1.0]))
+    new = saved(tmp_path / "new.json", row("plain", [1.0], device="a GPU"))
+    assert report.main([new, "--against", old]) == 2
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path, capsys) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "a.json")])
+    assert "a.json: expected the JSON of pytest --benchmark-json" in capsys.readouterr().err
