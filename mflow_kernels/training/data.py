@@ -23,14 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.training.decoding import square_of
-from mflow_kernels.training.prepare import HELD_OUT_FRACTION, is_prepared_from, prepare
+from mflow_kernels.training.prepare import HELD_OUT_FRACTION, SPLIT_SEED, is_prepared_from, prepare
 from mflow_kernels.training.prepared import PARTS, Prepared, is_prepared, open_prepared
 from mflow_kernels.training.sources import DataError, find_images
 
 DIGITS = "digits"
 DIGITS_SIZE = 28
 DEFAULT_FOLDER_SIZE = 64
-_SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
 _MEGABYTES_TO_TELL = 100  # of disk, that may surprise
 _READERS = 4  # threads, so that a disk gets more than one request at a time
 
@@ -278,7 +277,7 @@ def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
 def _split_at_random(images: Tensor) -> Splits:
     count = len(images)
     held_out = math.ceil(count * HELD_OUT_FRACTION)
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
     order = torch.randperm(count, generator=generator)  # the digits come sorted by class
     test = ImageSet(images[order[:held_out]])
     return Splits(ImageSet(images[order[held_out:]]), test, test)

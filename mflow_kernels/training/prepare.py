@@ -32,7 +32,7 @@ from mflow_kernels.training.progress import counting
 from mflow_kernels.training.sources import DataError, Entry, Source
 
 HELD_OUT_FRACTION = 0.1
-_SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
+SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
 _IMAGES_WORTH_A_PROCESS = 256  # to start one takes about as long as to decode so many
@@ -254,7 +254,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
 def _random_parts(count: int) -> np.ndarray:
     """A tenth of the images is test, the others train, whatever the run's seed."""
     part = np.zeros(count, np.uint8)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(count)
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
     part[order[: math.ceil(count * HELD_OUT_FRACTION)]] = 2
     return part
 

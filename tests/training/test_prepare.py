@@ -316,7 +316,7 @@ class TestCommand:
         assert "15 train, 2 valid, 2 test (official partition)" in told
         assert "skipped 1 files" in told
         assert "  000005.jpg: " in told
-        tiny = [*TINY, "--data", "tiny.safetensors", "--run-dir", "run"]
+        tiny = [*TINY, "--data", "tiny.safetensors", "--run-dir", "run", "--flips"]
         assert main(["train", *tiny]) == 0
         assert main(["evaluate", "run", "--data", "tiny.safetensors"]) == 0
         assert main(["reconstruct", "run"]) == 0
