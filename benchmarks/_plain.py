@@ -89,6 +89,10 @@ class Step(nn.Module):
 class Exact(nn.Module):
     """The reference of a step, whatever factors its W has and whichever part comes first."""
 
+    weight: Tensor
+    bias: Tensor
+    log_scale: Tensor
+
     def __init__(
         self,
         weight: Tensor,
@@ -99,9 +103,8 @@ class Exact(nn.Module):
         coupling_first: bool = False,
     ) -> None:
         super().__init__()
-        self.weight, self.bias, self.log_scale = (
-            t.detach().double() for t in (weight, bias.flatten(), log_scale.flatten())
-        )
+        for name, value in (("weight", weight), ("bias", bias), ("log_scale", log_scale)):
+            self.register_buffer(name, value.detach().double())
         self.coupling = Coupling(net, scale).double()
         self.coupling_first = coupling_first
 

@@ -91,6 +91,11 @@ def _against(series: Sequence[Row], axis: str, label: str) -> Any:
     return figure
 
 
+def _marks(count: int) -> list[Any]:
+    """A legend's patches, in the order of colours."""
+    return [plt.Rectangle((0, 0), 1, 1, color=plt.get_cmap("tab10")(i)) for i in range(count)]
+
+
 def _bandwidth(rows: Sequence[Row]) -> Any:
     shapes = list(dict.fromkeys(row.extra["shape"] for row in rows))[:4]
     named = list(dict.fromkeys((r.extra["operator"], r.extra["direction"]) for r in rows))
@@ -107,7 +112,7 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
             at = [j + i * height for j, key in enumerate(named) if key in mine]
             shares = [100 * mine[key].extra["share_of_copy_bandwidth"] for key in named
                       if key in mine]  # fmt: skip
-            panel.barh(at, shares, height, label=variant, color=plt.get_cmap("tab10")(i))
+            panel.barh(at, shares, height, color=plt.get_cmap("tab10")(i))
         panel.axvline(100, color="black", linewidth=0.7)
         panel.set_title(shape, fontsize=8)
         panel.set_xlabel("% of copy bandwidth", fontsize=8)
@@ -115,7 +120,7 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
     middles = [j + 0.4 - height / 2 for j in range(len(named))]
     panels[0][0].set_yticks(middles, [" ".join(key) for key in named], fontsize=8)
     panels[0][0].invert_yaxis()
-    panels[0][-1].legend(fontsize=8)
+    panels[0][-1].legend(_marks(len(variants)), variants, fontsize=8)
     figure.suptitle(
         "The fewest bytes an operator must move, over its time, against a copy\n"
         f"(states that fit the cache can pass 100%), {rows[0].extra['device']}",
@@ -156,8 +161,7 @@ def _speedup(rows: Sequence[Row]) -> Any:
         panel.invert_yaxis()
         panel.set_title(f"{task}: time over ours with stored activations", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
-    marks = [plt.Rectangle((0, 0), 1, 1, color=plt.get_cmap("tab10")(i)) for i in range(len(peers))]
-    figure.legend(marks, peers, loc="lower center", ncols=len(peers), fontsize=8, frameon=False,
-                  bbox_to_anchor=(0.5, -0.03))  # fmt: skip
+    below = {"loc": "lower center", "bbox_to_anchor": (0.5, -0.03), "frameon": False}
+    figure.legend(_marks(len(peers)), peers, ncols=len(peers), fontsize=8, **below)
     figure.tight_layout()
     return figure

@@ -72,10 +72,10 @@ def largest(model: Model) -> tuple[int, int, float]:
     """The largest batch, and the peak and seconds of its step."""
     few = model.spec.batch
     small, double = (_step(model, batch)[0] for batch in (few, 2 * few))
-    an_image = max(1, (double - small) // few)
+    an_image = max(1, (double - small) // few) + model.x[0].nbytes
     for parameter in model.module.parameters():
         parameter.grad = None
-    rest = small - few * an_image
+    rest = 2 * small - double
     batch = max(1, int((SHARE * _free(model.device) - rest) // an_image))
     while True:
         try:

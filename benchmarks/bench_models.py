@@ -9,7 +9,6 @@ from benchmarks._measure import REPLAY
 from benchmarks._models import INVERTIBLE, RECOMPUTING, Spec, measure
 
 ROUNDS = 5
-DEPTHS = (4, 8, 16, 32)
 
 
 def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
@@ -18,7 +17,10 @@ def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
     if size == "tiny":
         return [(Spec(side=8, levels=2, steps=2, width=8, batch=2), every)]
     base = Spec(side=64, width=256, batch=32) if gpu else Spec()
-    depths = [(base._replace(steps=k), every) for k in DEPTHS]
+    deep = (4, 8, 16, 32) if size == "full" or not gpu else (8, 32)
+    # Forward and sampling cost the same at every step.
+    few = every if size == "full" or gpu else ("train",)
+    depths = [(base._replace(steps=k), every if k in (8, 32) else few) for k in deep]
     sides = (128, 256) if gpu else (16, 64)
     wide = [(base._replace(width=2 * base.width, steps=k), every) for k in (8, 16, 32)]
     low = base._replace(steps=16, precision="bfloat16")

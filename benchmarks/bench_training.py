@@ -24,7 +24,7 @@ def spec_of(size: str, gpu: bool) -> tuple[Spec, int]:
     """The model, and the number of steps."""
     if size == "tiny":
         return Spec(3, 8, 2, 2, 8, 8), 30
-    return (Spec(3, 64, 4, 16, 256, 32), 150) if gpu else (Spec(3, 16, 2, 4, 32, 16), 60)
+    return (Spec(3, 64, 4, 8, 256, 32), 100) if gpu else (Spec(3, 16, 2, 4, 32, 16), 60)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -61,28 +61,28 @@ part() {
 bench() {
   local name=$1 limit=$2
   shift 2
-  part "$name" "$limit" python -m pytest "${@/#/benchmarks/bench_}" --benchmark-only \
+  part "$name" "$limit" python3 -m pytest "${@/#/benchmarks/bench_}" --benchmark-only \
     --benchmark-json "$out/parts/$name.json" --time-limit $((limit * 3 / 5)) "${sizes[@]}"
 }
 
 if [ -n "$rehearse" ]; then
   sizes=(--tiny --device cpu)
   tests=(tests/ops/test_logdet.py)
-  build=(python -c 'import mflow_kernels._C') # as it was built: others may be using it
+  build=(python3 -c 'import mflow_kernels._C') # as it was built: others may be using it
 else
   sizes=(--device cuda)
   tests=()
-  build=(python setup.py build_ext --inplace)
+  build=(python3 setup.py build_ext --inplace)
 fi
 
-part environment 20 python -m mflow_kernels.env
+part environment 20 python3 -m mflow_kernels.env
 part build 90 "${build[@]}"
-part tests 130 python -m pytest -m gpu "${tests[@]}"
+part tests 130 python3 -m pytest -m gpu "${tests[@]}"
 bench models 110 models.py layers.py
 bench ceilings 150 ceilings.py training.py
 bench ops 90 ops.py
 results=("$out"/parts/*.json)
-part report 30 python -m benchmarks.report "${results[@]}" --save "$out/results.json" --out "$out"
+part report 30 python3 -m benchmarks.report "${results[@]}" --save "$out/results.json" --out "$out"
 
 if [ ${#failed[@]} -eq 0 ]; then
   say "all parts passed in $((SECONDS - started)) s"

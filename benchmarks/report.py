@@ -53,30 +53,36 @@ def _against(row: Row | None, base: Row | None) -> str:
 
 def operators(rows: Sequence[Row]) -> Iterator[str]:
     """A table for each shape."""
-    shapes = dict.fromkeys(row.extra["shape"] for row in rows)
-    for shape in shapes:
-        lines = []
-        for mine in _groups([r for r in rows if r.extra["shape"] == shape]).values():
-            ours, eager, compiled = (mine.get(v) for v in ("ours", "eager", "compiled"))
-            first = next(iter(mine.values()))
-            lines.append([
-                f"{first.extra['operator']} {first.extra['direction']}",
-                f"{first.extra['bytes'] / MIB:.2f}",
-                *(_time(row.median) if row else "-" for row in (ours, eager, compiled)),
-                _against(ours, eager), _against(ours, compiled),
-                *(f"{row.extra['bytes_per_second'] / 1e9:.1f}" if row else "-"
-                  for row in (ours, eager, compiled)),
-                *(f"{row.extra['share_of_copy_bandwidth']:.0%}" if row else "-"
-                  for row in (ours, eager, compiled)),
-                " / ".join(f"{row.extra['peak_bytes'] / MIB:.2f}" if row else "-"
-                           for row in (ours, eager, compiled)),
-                " / ".join(str(row.extra["launches"]) if row and row.extra["launches"] is not None
-                           else "-" for row in (ours, eager, compiled)),
-            ])  # fmt: skip
-        head = ["", "MiB at least", "ours", "eager", "compiled", "ours / eager", "ours / compiled",
-                *("GB/s ours", "eager", "compiled"), *("of copy: ours", "eager", "compiled"),
-                "peak MiB (o / e / c)", "launches (o / e / c)"]  # fmt: skip
+    for shape in dict.fromkeys(row.extra["shape"] for row in rows):
+        groups = _groups([r for r in rows if r.extra["shape"] == shape]).values()
+        names = [name for name in ("ours", "eager", "compiled") if any(name in g for g in groups)]
+        launched = any(row.extra["launches"] is not None for g in groups for row in g.values())
+        head = ["", "MiB at least", *names, *(f"ours / {name}" for name in names if name != "ours"),
+                f"peak MiB: {', '.join(names)}"]  # fmt: skip
+        lines = [_operator(mine, names, launched) for mine in groups]
+        head += [f"launches: {', '.join(names)}"] if launched else []
         yield f"### {shape}\n\n{_markdown(head, lines)}"
+
+
+def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> list[str]:
+    def each(written: Callable[[Row], str]) -> list[str]:
+        return [written(mine[name]) if name in mine else "-" for name in names]
+
+    def rate(row: Row) -> str:
+        share, bytes_per_second = (
+            row.extra[k] for k in ("share_of_copy_bandwidth", "bytes_per_second")
+        )
+        return f"{_time(row.median)} ({bytes_per_second / 1e9:.1f}, {share:.0%})"
+
+    first = next(iter(mine.values())).extra
+    ours = mine.get("ours")
+    cells = [f"{first['operator']} {first['direction']}", f"{first['bytes'] / MIB:.2f}"]
+    cells += each(rate)
+    cells += [_against(ours, mine.get(name)) for name in names if name != "ours"]
+    cells.append(", ".join(each(lambda row: f"{row.extra['peak_bytes'] / MIB:.2f}")))
+    if launched:
+        cells.append(", ".join(each(lambda row: str(row.extra["launches"]))))
+    return cells
 
 
 VARYING = ("channels", "side", "levels", "steps", "width", "batch", "precision")
@@ -159,6 +165,8 @@ def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
     ):
         rows = [row for row in told.rows if row.kind == kind]
         parts.append(f"## {title}\n")
+        if kind == "ops" and rows:
+            parts.append("Time (GB/s of the fewest bytes, share of the copy bandwidth).\n")
         parts += list(tables(rows)) if rows else ["Not measured.\n"]
     notes = {row.variant: row.extra["note"] for row in told.rows if "note" in row.extra}
     if notes:

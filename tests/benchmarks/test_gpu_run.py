@@ -44,7 +44,7 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
 
 
 def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -> None:
-    fake = tmp_path / "bin" / "python"
+    fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3 ;; esac\n')
     fake.chmod(0o755)
@@ -57,7 +57,7 @@ def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
-    fake = tmp_path / "bin" / "python"
+    fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\n")
     fake.chmod(0o755)
