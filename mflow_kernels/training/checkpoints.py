@@ -154,19 +154,29 @@ class Checkpoints(Callback):
         # What figures are logged under: Lightning saves it one step late, or not, by the hook.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         passed = time.monotonic() - self._written > 60 * self._minutes
-        if self._signal or passed or trainer.global_step - self._written_step >= self._steps:
+        leaves = self._signal is not None
+        if trainer.world_size > 1:  # all ranks save and leave together, at steps they agree on
+            agree = trainer.global_step % args[0].log_interval == 0
+            passed, leaves = (
+                agree and trainer.strategy.reduce_boolean_decision(wish, all=False)
+                for wish in (passed, leaves)
+            )
+        if leaves or passed or trainer.global_step - self._written_step >= self._steps:
             self._write(trainer)
-        self._leave()
+        if leaves:
+            self._leave()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._leave()
+        if self._signal and trainer.world_size == 1:
+            self._leave()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
-        self._leave()
+        if self._signal:
+            self._leave()
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.global_step != self._written_step:
@@ -174,8 +184,7 @@ class Checkpoints(Callback):
             self._written, self._written_step = time.monotonic(), trainer.global_step
 
     def _leave(self) -> None:
-        if self._signal:
-            raise SystemExit(128 + self._signal)
+        raise SystemExit(128 + (self._signal or signal.SIGTERM))
 
 
 def _shape(shapes: Shapes, name: str) -> str:

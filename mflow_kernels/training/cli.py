@@ -75,6 +75,8 @@ def train(options: dict[str, Any]) -> Work:
     def work() -> None:
         _report_skipped(plan.splits.skipped)
         pictures = run(plan)
+        if not pictures:  # another rank's
+            return
         print(f"\nRun folder: {folder}\nPictures:")
         for picture in pictures:
             print(f"  {picture}")

@@ -53,7 +53,7 @@ class StepGuard(nn.Module):
         drift = torch.zeros_like(loss) if drift is None else drift
         drifted = ~(drift <= self._max_drift)
         pair = torch.stack([loss.double(), drifted.double()])
-        mean_loss, drifted_ranks = (over_ranks(pair) / _ranks()).unbind()
+        mean_loss, drifted_ranks = mean_over_ranks(pair).unbind()
         mean, variance, count, streak, skipped = self.state.unbind()
         spread = torch.maximum(variance.sqrt(), _LEAST_SPREAD * (1 + mean.abs()))
         spike = (count >= _MEMORY) & (mean_loss > mean + self._spike * spread)
@@ -86,6 +86,7 @@ class StepGuard(nn.Module):
         return Figures(int(skipped), int(most), drift, loss, norm)
 
 
-def _ranks() -> int:
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of x over all ranks, or x where there is but one."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
+    return over_ranks(x) / torch.distributed.get_world_size() if there else x

@@ -24,7 +24,7 @@ from mflow_kernels.training.data import (
     flip_at_random,
     stream_generator,
 )
-from mflow_kernels.training.guard import Figures, StepGuard
+from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
 from mflow_kernels.training.stages import joint_terms
 
 _TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
@@ -145,6 +145,7 @@ class FlowTraining(LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         stage = self.stage
         if self._own_step(stage) == 0:
+            copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
@@ -166,9 +167,11 @@ class FlowTraining(LightningModule):
         self._loss = loss.detach()
         if self._looks:
             names = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
-            means = {n: getattr(terms, n).detach().mean() / math.prod(shape) for n in names}
+            means = [getattr(terms, n).detach().mean() / math.prod(shape) for n in names]
             bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
-            self.log_dict({**means, "bits_per_dim": bits.mean(), "stage": float(stage)})
+            figures = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
+            self.log_dict(dict(zip((*names, "bits_per_dim"), figures, strict=True)))
+            self.log("stage", float(stage))
         return self._scaler.scale(loss)
 
     def optimizer_step(
@@ -249,8 +252,7 @@ class FlowTraining(LightningModule):
         self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
 
     def on_validation_epoch_start(self) -> None:
-        for stage, averaged in zip(self.model.stages, self.averaged.stages, strict=True):
-            copy_buffers(stage, averaged)
+        copy_buffers(self.model, self.averaged)
         steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
         with torch.no_grad():
             folded = [condition_number(fold([step], torch.float64).weight[0]) for step in steps]
@@ -272,8 +274,7 @@ class FlowTraining(LightningModule):
         self._since_look = time.perf_counter(), self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for stage, averaged in zip(self.model.stages, self.averaged.stages, strict=True):
-            copy_buffers(stage, averaged)
+        copy_buffers(self.model, self.averaged)
         checkpoint["grad_scaler"] = self._scaler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

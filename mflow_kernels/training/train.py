@@ -1,17 +1,22 @@
 """`mflow train`: everything from a configuration to a run folder with its pictures and figures."""
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
 from mflow_kernels.training.checkpoints import (
+    LAST,
     Checkpoint,
     CheckpointFiles,
     Checkpoints,
@@ -42,6 +47,21 @@ TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)
 _COLUMNS = 12
 
 
+class Ranks(NamedTuple):
+    """The processes that train together: this one's rank, how many, and how many of them here."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 1
+
+    @classmethod
+    def of_this_process(cls) -> "Ranks":
+        """As torchrun says; one alone without it."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run that passed every check: nothing is written yet."""
@@ -51,6 +71,7 @@ class Plan:
     splits: Splits
     model: HierarchicalFlow
     device: torch.device
+    ranks: Ranks
     overwrite: bool
     resumes: bool  # the run folder exists and is to be continued
     checkpoint: Checkpoint | None  # to go on from
@@ -72,9 +93,15 @@ def plan_run(
     if overwrite and resume:
         raise ValueError("resume: expected either --resume or --overwrite, got both")
     config.check()
+    ranks = Ranks.of_this_process()
+    if config.batch_size % ranks.world:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {ranks.world} processes that share it, "
+            f"got {config.batch_size}"
+        )
     device = pick_device(config.device)
     check_precision(config.precision, device.type)
-    if not resume:
+    if not resume and ranks.rank == 0:
         check_new_run(folder, overwrite)
     recorded = read_config(folder, "run_dir") if resume else None
     splits = load_splits(config.data, config.image_size)
@@ -86,14 +113,14 @@ def plan_run(
         if changed:
             raise ValueError(changed)
         checkpoint = newest_checkpoint(folder, checkpoint_shapes(model))
-    return Plan(folder, resolved, splits, model, device, overwrite, resume, checkpoint)
+    return Plan(folder, resolved, splits, model, device, ranks, overwrite, resume, checkpoint)
 
 
 def run(plan: Plan) -> list[Path]:
     """Train (or go on training) all stages, then draw and evaluate into the run folder.
 
     Returns:
-        The pictures.
+        The pictures; of several ranks the first draws and evaluates alone.
 
     Raises:
         FloatingPointError: too many steps in a row were skipped, or rebuilt states drifted; the
@@ -101,6 +128,9 @@ def run(plan: Plan) -> list[Path]:
         OSError: a file could not be written, as on a full disk; the last checkpoint stays.
         SystemExit: on SIGTERM or SIGINT, after a checkpoint.
     """
+    if plan.ranks.rank:
+        _fit(plan)
+        return []
     if plan.resumes:
         remove_temporary(plan.folder)
         record_config(plan.folder, plan.config)
@@ -122,10 +152,21 @@ def _fit(plan: Plan) -> HierarchicalFlow:
     training = FlowTraining(plan.model, plan.splits, config)
     if config.compile:
         compile_networks(plan.model)
+    loggers: list[Logger] = []
+    reports: list[Callback] = []
+    if plan.ranks.rank == 0:
+        loggers.append(MetricsCsv(plan.folder / METRICS, plan.first_step))
+        loggers.append(TensorBoardLogger(plan.folder, name="", version="tensorboard"))
+        reports.append(ProgressReport())
     _quieten_lightning()
     trainer = Trainer(
         accelerator="gpu" if plan.device.type == "cuda" else "cpu",
-        devices=1,
+        devices=plan.ranks.local,
+        num_nodes=plan.ranks.world // plan.ranks.local,
+        # Stages that are not trained have no gradients; buffers are the same everywhere.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+        if plan.ranks.world > 1
+        else "auto",
         max_steps=training.total_steps,
         max_epochs=-1,
         val_check_interval=training.validation_interval,
@@ -133,12 +174,9 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         num_sanity_val_steps=0,
         log_every_n_steps=training.log_interval,
         default_root_dir=plan.folder,
-        logger=[
-            MetricsCsv(plan.folder / METRICS, plan.first_step),
-            TensorBoardLogger(plan.folder, name="", version="tensorboard"),
-        ],
+        logger=loggers,
         callbacks=[
-            ProgressReport(),
+            *reports,
             Checkpoints(plan.folder, config.save_minutes, config.save_steps),
         ],
         plugins=[CheckpointFiles()],
@@ -146,7 +184,9 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    resume_from = keep_as_last(plan.checkpoint) if plan.checkpoint else None
+    resume_from = plan.folder / LAST if plan.checkpoint else None
+    if plan.checkpoint and plan.ranks.rank == 0:
+        keep_as_last(plan.checkpoint)  # the others read it once all have met
     trainer.fit(training, ckpt_path=resume_from, weights_only=True)
     return training.averaged
 

@@ -52,7 +52,17 @@ def measured(config: TrainConfig, folder) -> int:
         warnings.simplefilter("ignore")
         model = build_model(resolved)
         train._fit(
-            train.Plan(folder, resolved, splits, model, torch.device("cpu"), False, False, None)
+            train.Plan(
+                folder,
+                resolved,
+                splits,
+                model,
+                torch.device("cpu"),
+                train.Ranks(),
+                False,
+                False,
+                None,
+            )
         )
     events = profiler.profiler.kineto_results.events()
     allocations = sorted(

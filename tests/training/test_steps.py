@@ -216,7 +216,7 @@ class TestStages:
 
     @pytest.mark.parametrize("stop", [4, 7])
     def test_they_resume_inside_any(self, stop, command, tmp_path, monkeypatch):
-        command = [*command, *self.OWN.split(), "--release", "--save-steps", "1"]
+        command = [*command, *self.OWN.split(), "--release", "--weight", "variance"]
         assert main(command) == 0
         whole = state(tmp_path / "run")["state_dict"]
         calls = []
@@ -231,7 +231,7 @@ class TestStages:
         with monkeypatch.context() as patch:
             patch.setattr(module, "joint_terms", power_cut)
             with pytest.raises(RuntimeError, match="power cut"):
-                main([*command, "--overwrite"])
+                main([*command, "--overwrite", "--save-steps", "1"])
         assert state(tmp_path / "run")["global_step"] == stop
         assert main([*command, "--resume"]) == 0
         torch.testing.assert_close(state(tmp_path / "run")["state_dict"], whole, rtol=0, atol=0)

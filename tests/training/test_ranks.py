@@ -1,0 +1,76 @@
+"""Two ranks on a CPU, under the environment that torchrun sets, train as one does."""
+
+import csv
+import os
+import socket
+
+import pytest
+import torch
+from tiny_runs import TINY
+
+from mflow_kernels.training import train
+from mflow_kernels.training.cli import main
+
+
+def torchrun(command, states):
+    """What `torchrun --nproc-per-node 2` would run, in two forks; each leaves its final state."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for descriptor in (1, 2):
+                    log = os.open(states / f"log{rank}", os.O_WRONLY | os.O_CREAT)
+                    os.dup2(log, descriptor)
+                os.environ |= {
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+                    **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"},
+                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+                    "GLOO_SOCKET_IFNAME": "lo",
+                }
+                fit = train._fit
+
+                def spied(plan, fit=fit, rank=rank):
+                    averaged = fit(plan)
+                    state = {**plan.model.state_dict(), **averaged.state_dict(prefix="average.")}
+                    torch.save(state, states / f"{rank}.pt")
+                    return averaged
+
+                train._fit = spied
+                code = main(command)
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], (states / "log0").read_text()
+
+
+def losses(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [(row["step"], float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
+
+
+def test_two_ranks_train_as_one(trained, images, tmp_path):
+    command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+    torchrun(command, tmp_path)
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    both, one = losses(tmp_path / "run"), losses(trained)
+    assert [step for step, _ in both] == [step for step, _ in one]
+    # The image flow, set from both halves of the first batch: actnorm is that of the whole.
+    assert [x for _, x in both[:3]] == pytest.approx([x for _, x in one[:3]], rel=1e-4)
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(images, tmp_path, monkeypatch, capsys):
+    world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "test"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert "--batch-size: expected a multiple of the 3 processes" in capsys.readouterr().err
