@@ -104,11 +104,12 @@ class Walk:
                 accelerate_module(module, self.library, kind, Run(parts, self.reversible))
                 if not in_run:
                     self.replaced.append(Replaced(name, layer, describe(parts)))
-                return
-            if not told:
+                self._in_runs.update(map(id, module.modules()))
+            elif not told:
                 self.left.append(Left(name, layer, parts))
             told = True
-        self.adapter.fuse(module, name, self)
+        if not is_accelerated(module):
+            self.adapter.fuse(module, name, self)
         for child_name, child in module.named_children():
             self.visit(child, f"{name}.{child_name}" if name else child_name, told)
 

@@ -70,6 +70,16 @@ def gradients_agree(
     return compared
 
 
+def input_gradient(x: Tensor, outputs: list[Tensor]) -> Tensor:
+    """The gradient of a fixed combination of outputs, for the state or a condition."""
+    total = sum(
+        (y * torch.arange(1.0, y.numel() + 1).cos().to(y).view_as(y)).sum() for y in outputs
+    )
+    assert isinstance(total, Tensor)
+    (grad,) = torch.autograd.grad(total, x, retain_graph=True)
+    return grad
+
+
 def _pairs(got: Results, want: Results) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
     assert got.keys() == want.keys()
     return ((name, (got[name], want[name])) for name in got)
@@ -112,11 +122,13 @@ def assert_trained_together(
             model = make().to(dtype)
             fast, nudged = copy.deepcopy(model), copy.deepcopy(model)
             assert accelerate(fast, reversible=reversible).replaced
-            perturbed(nudged, torch.finfo(dtype).eps)
-            plain, ours, other = (train(m, loss, 50) for m in (model, fast, nudged))
+            plain, ours = (train(m, loss, 50) for m in (model, fast))
             assert abs(plain[48] - plain[0]) > 1e-3  # on one batch: it does train
-            apart = _apart(plain, ours)
-            assert apart < (1e-7 if dtype == torch.float64 else 1e-6 + 10 * _apart(plain, other))
+            bound = 1e-7
+            if dtype == torch.float32:
+                nudged = train(perturbed(nudged, torch.finfo(dtype).eps), loss, 50)
+                bound = 1e-6 + 10 * _apart(plain, nudged)
+            assert _apart(plain, ours) < bound
     return fast
 
 

@@ -120,10 +120,13 @@ def inputs_of(model, dtype, n=5, seed=3):
 def results(dtype):
     def of(model):
         x, c = inputs_of(model, dtype)
+        sources = [t.requires_grad_() for t in (x, *(c or []))]
         z, log_det = model(x, c)
         latents = list(z) if isinstance(z, tuple) else [z]
         back, log_det_back = model(z, c, rev=True)
         out = {f"z{i}": latent for i, latent in enumerate(latents)}
+        for i, source in enumerate(sources):
+            out[f"d{i}"] = peers.input_gradient(source, [*latents, log_det])
         return out | {"log_det": log_det, "x": back, "log_det back": log_det_back}
 
     return of
@@ -159,7 +162,10 @@ def loss_of(model, step):
 
 @pytest.mark.parametrize("name", ["readme", "graph"])
 def test_training_stays_together(name):
-    peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "graph")
+    fast = peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "graph")
+    decelerate(fast)
+    with peers.default_dtype(torch.float64):
+        peers.compare(fast, results(torch.float64), 1)
 
 
 def test_what_was_replaced():
