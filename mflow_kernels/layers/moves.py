@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops._launch import accumulator, forward_mode
+from mflow_kernels.ops._products import cut_net_input
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_forward,
     conv1x1_op,
-    cut_net_input,
     spread,
 )
 from mflow_kernels.ops.coupling import (

@@ -12,6 +12,8 @@ Gradients, with g = d loss / d y:
 The launch can also write the input of the next coupling network, x_a of y, dense and in the
 network's dtype; its gradient comes back beside that of y and is added as both are read.
 
+The kernels, `_products.py`, are those of the fused step (`coupling_conv1x1`) too.
+
 Shapes: x (N, C, *spatial), weight (C, C), bias (C,). dtypes: products of float32 states are summed
 in float32 on the tensor cores with three tf32 products each ("tf32x3", within float32 rounding);
 float64 in float64; float16 and bfloat16 states are upcast to float32.
@@ -21,12 +23,10 @@ output channels of its pixels up to C = 128; past that each block of 128 reads t
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
@@ -38,21 +38,19 @@ from mflow_kernels.ops._checks import (
     check_tensor,
 )
 from mflow_kernels.ops._launch import (
-    TL_DTYPE,
     accumulator,
-    columns,
-    dense_pixels,
     flow_state,
     in_layout_of,
-    pixels,
-    strides,
-    tile_columns,
     uses_triton,
     without_autocast,
-    write_ledger,
 )
-from mflow_kernels.ops.coupling import couple, load_params
-from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops._products import (
+    cut_net_input,
+    dweight_splits,
+    launch_dweight,
+    launch_mix,
+    net_input,
+)
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -81,147 +79,6 @@ def add_to_first_half(dy: Tensor, dnet: Tensor | None) -> Tensor:
     return dy
 
 
-@triton.jit
-def load_gradient(
-    dy, dnet, n, c, p, valid, C: tl.constexpr,
-    dy_n, dy_c, dy_p: tl.constexpr, dnet_n, dnet_c, dnet_p: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A tile of dy, with the gradient of the network input added to its first half."""
-    at = dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
-    dy_t = tl.load(at, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
-    if dnet is not None:
-        at = dnet + n[None, :] * dnet_n + c[:, None] * dnet_c + p[None, :] * dnet_p
-        is_a = (c[:, None] < C // 2) & valid[None, :]
-        dy_t += tl.load(at, mask=is_a, other=0.0).to(DTYPE)
-    return dy_t
-
-
-@triton.jit
-def _mix_kernel(
-    x, dnet, coupling_params, weight, bias, y, net, ledger, N, P: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
-    net_n: tl.constexpr, net_c: tl.constexpr, net_p: tl.constexpr,
-    weight_o, weight_c,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
-    may be a gradient, to which that of a network input is added."""
-    tile = tl.program_id(0)
-    n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-    log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        x_t = load_gradient(
-            x, dnet, n, c, p, valid, C, x_n, x_c, x_p, dnet_n, dnet_c, dnet_p, DTYPE
-        )
-        if SCALE is not None:
-            raw, shift, is_b = load_params(
-                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
-            )
-            x_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
-            log_s_sum += log_s
-        at_w = weight + o[:, None] * weight_o + c[None, :] * weight_c
-        w_t = tl.load(at_w, mask=(o[:, None] < C) & (c[None, :] < C), other=0.0)
-        y_t = tl.dot(w_t, x_t, y_t, input_precision=PRECISION, out_dtype=DTYPE)
-    if bias is not None:
-        y_t += tl.load(bias + o, mask=o < C, other=0.0)[:, None]
-    at_y = y + n[None, :] * y_n + o[:, None] * y_c + p[None, :] * y_p
-    tl.store(at_y, y_t, mask=(o[:, None] < C) & valid[None, :])
-    if net is not None:
-        at_net = net + n[None, :] * net_n + o[:, None] * net_c + p[None, :] * net_p
-        tl.store(at_net, y_t, mask=(o[:, None] < C // 2) & valid[None, :])
-    if SCALE is not None and tl.program_id(1) == 0:
-        write_ledger(ledger, log_s_sum, tile, N, P, BLOCK_P, FLAT)
-
-
-@triton.jit
-def _dweight_kernel(
-    dy, dnet, x, coupling_params, dweight, dbias, N, P: tl.constexpr, TILES,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    """This program's share of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile."""
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-    dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-    for tile in range(split, TILES, splits):
-        n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-        dy_t = load_gradient(
-            dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
-        )
-        # Columns by channels, as the product wants it: a transpose of the other way round made
-        # Triton load single words.
-        at_x = x + n[:, None] * x_n + p[:, None] * x_p + c[None, :] * x_c
-        x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
-        if SCALE is not None:
-            raw, shift, is_b = load_params(
-                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
-            )
-            x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
-        dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
-        dbias_t += dy_t
-    at = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-    tl.store(at, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
-    if tl.program_id(2) == 0:
-        tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
-
-
-class MixTile(NamedTuple):
-    """Blocks of a product: output channels, input channels, columns; and its warps."""
-
-    block_o: int
-    block_c: int
-    block_p: int
-    warps: int
-
-
-def mix_tile(c: int) -> MixTile:
-    block_o = min(128, max(16, triton.next_power_of_2(c)))
-    # Past C = 64, 4 warps and not 8: a lane then holds 8 neighbours, 16 bytes of 16-bit params too.
-    warps = 8 if 32 < c <= 64 else 4
-    return MixTile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, warps)
-
-
-def dweight_tile(c: int) -> MixTile:
-    block = min(128, max(16, triton.next_power_of_2(c)))
-    # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
-    return MixTile(block, block, 32 if c <= 64 else 16, 4 if c <= 32 else 8)
-
-
-DWEIGHT_PROGRAMS = 264  # of a dW launch: two for each multiprocessor of an H100
-
-
-def dweight_splits(x: Tensor) -> int:
-    """How many partial sums of dW a backward launch on the state x leaves."""
-    if not uses_triton(x):
-        return 1
-    c = x.shape[1]
-    tile = dweight_tile(c)
-    blocks = triton.cdiv(c, tile.block_o) * triton.cdiv(c, tile.block_c)
-    tiles = tile_columns(x.shape[0], pixels(x), tile.block_p).programs
-    return max(1, min(tiles, DWEIGHT_PROGRAMS // blocks))
-
-
-def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`net_input`, filled from y."""
-    net = net_input(y, dtype)
-    return net if dtype is None else _native.cut(y, net)
-
-
 def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """weight (..., C, C) and bias (..., C) as the operators take them: one copy, in appearance, for
     each partial sum of its gradient.
@@ -235,89 +92,6 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         weight.expand(*weight.shape[:-3], splits, c, c),
         bias.expand(*bias.shape[:-2], splits, c),
     )
-
-
-def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor for the network input of the state y: dense, in y's order of axes; or (0,)."""
-    return (
-        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
-    )
-
-
-def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
-    """How a kernel computes products for the state x."""
-    dtype = accumulator(x.dtype)
-    return {
-        "PRECISION": "ieee" if dtype == torch.float64 else precision,
-        "DTYPE": TL_DTYPE[dtype],
-    }
-
-
-def launch_mix(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    precision: str,
-    net_dtype: torch.dtype | None = None,
-    params: Tensor | None = None,
-    scale: ScaleFunction | None = None,
-    inverse: bool = False,
-    dnet: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One launch: y = W x + bias, x through its coupling first where params are given; the network
-    input cut from y; and the coupling's ledger."""
-    x = dense_pixels(x)
-    params = None if params is None else dense_pixels(params)
-    dnet = None if dnet is None else dense_pixels(dnet)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
-    y = torch.empty_like(x)
-    net = net_input(y, net_dtype)
-    net_or_none = None if net_dtype is None else net
-    tile = mix_tile(c)
-    tiles = tile_columns(n, p, tile.block_p)
-    ledger = None
-    if params is not None:
-        ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
-    if n:
-        _mix_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            x, dnet, params, weight, bias, y, net_or_none, ledger, n, p,
-            *strides(x), *strides(dnet), *strides(params), *strides(y),
-            *strides(net_or_none), *weight.stride(),
-            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps,
-        )  # fmt: skip
-    return y, net, ledger
-
-
-def launch_dweight(
-    dy: Tensor,
-    dnet: Tensor | None,
-    x: Tensor,
-    splits: int,
-    precision: str,
-    params: Tensor | None = None,
-    scale: ScaleFunction | None = None,
-    inverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One launch: partial sums (splits, C, C) of dW and (splits, C) of d bias."""
-    dy, x = dense_pixels(dy), dense_pixels(x)
-    dnet = None if dnet is None else dense_pixels(dnet)
-    params = None if params is None else dense_pixels(params)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
-    tile = dweight_tile(c)
-    tiles = tile_columns(n, p, tile.block_p)
-    new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
-    dweight, dbias = new((splits, c, c)), new((splits, c))
-    if n:
-        _dweight_kernel[(splits, triton.cdiv(c, tile.block_o), triton.cdiv(c, tile.block_c))](
-            dy, dnet, x, params, dweight, dbias, n, p, tiles.programs,
-            *strides(dy), *strides(dnet), *strides(x), *strides(params),
-            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps, num_stages=2,
-        )  # fmt: skip
-    return dweight, dbias
 
 
 def conv1x1_forward(

@@ -40,18 +40,20 @@ from mflow_kernels.ops._launch import (
     tile_columns,
     uses_triton,
 )
-from mflow_kernels.ops.conv1x1 import (
-    add_to_first_half,
+from mflow_kernels.ops._products import (
     arithmetic,
-    check_mix,
-    conv1x1_backward_ref,
-    conv1x1_ref,
     cut_net_input,
     launch_dweight,
     launch_mix,
     load_gradient,
     mix_tile,
     net_input,
+)
+from mflow_kernels.ops.conv1x1 import (
+    add_to_first_half,
+    check_mix,
+    conv1x1_backward_ref,
+    conv1x1_ref,
     spread,
 )
 from mflow_kernels.ops.coupling import (

@@ -36,7 +36,7 @@ from mflow_kernels.ops._launch import (
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops.conv1x1 import arithmetic, cut_net_input, net_input
+from mflow_kernels.ops._products import arithmetic, cut_net_input, net_input
 
 Halves = tuple[Tensor, Tensor]
 
