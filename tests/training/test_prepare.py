@@ -149,11 +149,14 @@ class TestInterrupted:
         elif damage == "longer":
             partial.write_bytes(partial.read_bytes() + b"half a block")
         else:
-            partial.write_bytes(partial.read_bytes()[:-5])
+            partial.write_bytes(partial.read_bytes()[: 4096 + 8 * 3 * 16 * 16 - 5])
         prepare(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
     def test_what_was_done_is_not_done_again(self, source, small_blocks, tmp_path, monkeypatch):
+        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+        with (tmp_path / ".a.journal").open("ab") as journal:
+            journal.write(b'{"end": 1')  # a torn line, which the next process must remove
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         decoded = []
 
@@ -163,7 +166,7 @@ class TestInterrupted:
 
         monkeypatch.setattr(preparing, "decode", counting)
         prepare(source, tmp_path / "a", 16, workers=1)
-        assert decoded == source.entries[8:]
+        assert decoded == source.entries[16:]
 
     def test_another_set_starts_anew(self, source, small_blocks, tmp_path, monkeypatch):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
@@ -318,6 +321,10 @@ class TestCommand:
         assert "  000005.jpg: " in told
         tiny = [*TINY, "--data", "tiny.safetensors", "--run-dir", "run", "--flips"]
         assert main(["train", *tiny]) == 0
+        flipped = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[1].split(",")[2]
+        assert main(["train", *tiny[:-1], "--overwrite"]) == 0
+        loss = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[1].split(",")[2]
+        assert float(flipped) != float(loss)
         assert main(["evaluate", "run", "--data", "tiny.safetensors"]) == 0
         assert main(["reconstruct", "run"]) == 0
         assert main(["train", *TINY, "--data", "tiny.safetensors", "--image-size", "16"]) == 2
