@@ -173,9 +173,6 @@ class Run:
         self.couples = any(isinstance(part, Coupling) for part in parts)
         self._settings = [p for p in parts if isinstance(p, Linear) and p.setting is not None]
         self._squeezes = sum(isinstance(part, Squeezing) for part in parts)
-        self._forget()
-
-    def _forget(self) -> None:
         self._plans: dict[Any, Stops] = {}
         self._settled: list[tuple[int, int]] | None = None
 
@@ -187,6 +184,7 @@ class Run:
         channels = x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
         return not self.couples or not why_not(self.parts, channels)
 
+    @torch.compiler.disable  # what folds and sets layers is Python; a compiled model runs it as is
     def __call__(
         self, x: Tensor, context: tuple[Tensor, ...] = (), *, inverse: bool
     ) -> tuple[Tensor, Tensor]:

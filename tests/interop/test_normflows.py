@@ -393,3 +393,12 @@ def test_autocast():
     for got, exact in zip(z, want, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, exact, atol=0.1, rtol=0.1)
+
+
+def test_compiles_around_runs():
+    """torch.compile of a model leaves its runs as they are, and gives the same."""
+    torch.compiler.reset()
+    model = settled(lambda: couplings(layers=2))
+    accelerate(model)
+    compiled = torch.compile(model.log_prob, backend="eager")
+    torch.testing.assert_close(compiled(vectors(2)), model.log_prob(vectors(2)))
