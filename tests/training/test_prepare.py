@@ -149,7 +149,7 @@ class TestInterrupted:
         elif damage == "longer":
             partial.write_bytes(partial.read_bytes() + b"half a block")
         else:
-            partial.write_bytes(partial.read_bytes()[: 4096 + 8 * 3 * 16 * 16 - 5])
+            partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
         prepare(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
