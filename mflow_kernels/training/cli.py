@@ -219,21 +219,62 @@ def reconstruct(
     return work
 
 
-def evaluate(run: str, data: str | None = None, device: Device = "auto") -> Work:
-    """Print likelihood and reconstruction error on held-out images.
+def evaluate(
+    run: str,
+    data: str | None = None,
+    out: str | None = None,
+    draws: int = 1,
+    feature_weights: str | None = None,
+    features: str = "inception",
+    feature_images: int = 10_000,
+    ood: str | None = None,
+    device: Device = "auto",
+) -> Work:
+    """Evaluate a trained model on held-out images.
+
+    Prints likelihood and reconstruction error and writes them to evaluation.json in the run's
+    folder; then writes a report with all figures and pictures: report.html, which a browser opens.
 
     Args:
-        run: Folder that mflow train wrote; evaluation.json is written there.
+        run: Folder that mflow train wrote.
         data: Folder or zip of images or file of mflow prepare (of CelebA, its test part); by
             default the images that the run held out. Its figures go to evaluation-NAME.json.
+        out: Folder to write the report to; by default report, or report-NAME, in the run's folder.
+        draws: Dequantizations of each image; more than 1 adds importance-weighted bits per
+            dimension.
+        feature_weights: File of the weights of the network that FID and KID are computed with
+            (docs/evaluation.md says which); without it they are left out. Nothing is downloaded.
+        features: That network; inception, which FID is defined with, or an image classifier of
+            torchvision by its name there.
+        feature_images: How many samples and how many held-out images FID and KID compare, at most.
+        ood: Folder or zip of other images, or digits, to tell from the held-out ones.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.evaluation import evaluate_model, held_out_images
+    from mflow_kernels.training.evaluation import (
+        check_image_shape,
+        evaluate_model,
+        held_out_images,
+        read_images,
+    )
+    from mflow_kernels.training.features import load_feature_network
+    from mflow_kernels.training.report import Asked, write_report
     from mflow_kernels.training.runs import EVALUATION, load_run
 
+    _check_at_least("draws", draws, 1)
+    _check_at_least("feature_images", feature_images, 2)
     loaded = load_run(run, device)
     images, name, skipped = held_out_images(loaded, data)
     path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
+    folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got {out!r}")
+    network = None
+    if feature_weights is not None:
+        network = features, load_feature_network(features, Path(feature_weights))
+    others = []
+    if ood is not None:
+        others.append((Path(ood).resolve().name, read_images(ood, loaded.config.image_shape[1])[0]))
+        check_image_shape(others[0][1], loaded.model, "ood")
 
     def work() -> None:
         _report_skipped(skipped)
@@ -243,6 +284,8 @@ def evaluate(run: str, data: str | None = None, device: Device = "auto") -> Work
         evaluation.write(path)
         evaluation.print()
         print(path)
+        asked = Asked(draws, network, feature_images, tuple(others))
+        print(write_report(loaded, images, evaluation, folder, asked))
 
     return work
 
@@ -381,7 +424,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
         subparser.add_function_arguments(command, as_group=False, as_positional=True)
-        commands.add_subcommand(command.__name__, subparser, help=_text(command))
+        commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
     lister = OptionParser(description=_text(presets))
     lister.add_argument("name", nargs="?", help="Preset to print; by default the names of all.")
     commands.add_subcommand("presets", lister, help=_text(presets))
@@ -455,6 +498,7 @@ def _as_option(message: str) -> str:
     own = {"run_dir", "overwrite", "resume", "preset", "number", "temperature", "stages", "output"}
     own |= {"out", "workers"}
     own |= {"gpu_memory", "channels"}
+    own |= {"draws", "features", "feature_weights", "feature_images", "ood"}
     if name in own or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest
     return message

@@ -125,6 +125,31 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Histograms side by side.
+
+    Args:
+        path: the PNG to write.
+        panels: what is measured, with its unit, to the values (N,) of each named set.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, sets) in zip(row, panels.items(), strict=True):
+        finite = {name: values[values.isfinite()].numpy() for name, values in sets.items()}
+        together = np.concatenate(list(finite.values()))
+        # Sets may lie orders of magnitude apart, which only a logarithmic axis shows.
+        far = together.min() > 0 and together.max() > 20 * together.min()
+        ends = together.min(), together.max()
+        edges = np.geomspace(*ends, 41) if far else np.linspace(*ends, 41)
+        for name, values in finite.items():
+            axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
+        axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")
+        axes.grid(alpha=0.25)
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
     shown = []
     for key, label in names.items():

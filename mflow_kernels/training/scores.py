@@ -11,12 +11,13 @@ from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.models.volume import Method
 from mflow_kernels.objectives import bits_per_dimension
 from mflow_kernels.training.data import dequantize, stream_generator
+from mflow_kernels.training.evaluation import batch_of
 
 SCORED_IMAGES = 256  # of each set
 # Jacobians are exact while one of D x d float64 numbers takes no more, as by `manifold_log_prob`.
 _JACOBIAN_BYTES = 2**30
-# Numbers that all Jacobians of a set hold together: an H100 computes some 10^7 of them in a second.
-_DENSITY_WORK = 2**31
+_DENSITY_IMAGES = 64  # of each set, at most
+_DENSITY_WORK = 2**31  # numbers that all Jacobians of a set hold together, at most
 _NOISE, _UNIFORM = 5, 6  # keys of stream_generator
 
 
@@ -41,7 +42,7 @@ class SetScores:
 def density_images(model: HierarchicalFlow) -> int:
     """For how many images of a set the density on the manifold is affordable, by a fixed rule."""
     work = math.prod(model.input_shape) * model.manifold_dim
-    return min(SCORED_IMAGES, _DENSITY_WORK // work)
+    return min(_DENSITY_IMAGES, _DENSITY_WORK // work)
 
 
 def density_method(model: HierarchicalFlow) -> Method:
@@ -71,7 +72,7 @@ def score(
     generator = stream_generator(0, _NOISE, device=device)
     parts: dict[str, list[Tensor]] = {"bits_per_dim": [], "distance": [], "ood_score": []}
     left = density_images(model) if deviation else 0
-    for batch in images.split(64):
+    for batch in images.split(batch_of(images.shape[1:])):
         x = dequantize(batch.to(device), n_bits, generator)
         log_prob = model.log_prob(x)
         bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits)
