@@ -87,7 +87,9 @@ def _against(series: Sequence[Row], axis: str, label: str) -> Any:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False)
     first = series[0].extra
-    figure.suptitle(f"{first['spec']}, {first['device']}", fontsize=9)
+    varies = "K=" if axis == "steps" else f"{first['channels']}x"
+    fixed = [word for word in first["spec"].split() if not word.startswith(varies)]
+    figure.suptitle(f"{' '.join(fixed)}, {first['device']}", fontsize=9)
     return figure
 
 
