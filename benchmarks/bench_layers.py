@@ -8,7 +8,7 @@ from benchmarks._bench import Bench, size_of
 from benchmarks._measure import REPLAY
 from benchmarks._models import INVERTIBLE, Spec, measure
 
-ROUNDS = 15
+ROUNDS = 7
 TASKS = ("train", "forward", "sample")
 
 

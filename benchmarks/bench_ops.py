@@ -12,7 +12,7 @@ from benchmarks._bench import Bench, Measured, Missing, size_of
 from benchmarks._measure import REPLAY, interleaved, launches, peak_bytes
 from benchmarks._operators import Function, Operation, Shape, operations
 
-ROUNDS = 15
+ROUNDS = 7
 VARIANTS = ("ours", "eager", "compiled")
 OPERATIONS = (
     *((name, direction)
