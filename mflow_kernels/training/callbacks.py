@@ -90,7 +90,7 @@ class ProgressReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._stop()
-        if isinstance(exception, KeyboardInterrupt | SystemExit):
+        if isinstance(exception, KeyboardInterrupt | SystemExit | OSError):
             self._console.print("interrupted; the same command with --resume goes on")
 
     def _stop(self) -> None:

@@ -8,7 +8,13 @@ import torch
 from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mflow_kernels import AffineCoupling, HierarchicalFlow, ManifoldFlow, VectorFlow
+from mflow_kernels import (
+    AffineCoupling,
+    HierarchicalFlow,
+    ManifoldFlow,
+    ManifoldObjective,
+    VectorFlow,
+)
 from mflow_kernels.training import module, train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
@@ -263,7 +269,10 @@ class TestStages:
         """With penalties in the latent domain, minus the loss is log p(x) up to a constant."""
         flows = [VectorFlow(outer, steps=2, width=4) for outer in (6, 4)]
         model = HierarchicalFlow(
-            [ManifoldFlow(f, manifold_dim=d) for f, d in zip(flows, (4, 2), strict=True)]
+            [
+                ManifoldFlow(flow, manifold_dim=dim, objective=ManifoldObjective("latent"))
+                for flow, dim in zip(flows, (4, 2), strict=True)
+            ]
         )
         for parameter in model.double().parameters():
             torch.nn.init.normal_(parameter, std=0.2)
