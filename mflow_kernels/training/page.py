@@ -64,9 +64,9 @@ def page(figures: "Figures", config: RunConfig, pictures: Mapping[str, Picture])
         *_show(pictures, "curves", "Training"),
         *_missing(figures),
         "<h2>How it was made</h2>",
-        f"<p class=note>By mflow evaluate of mflow_kernels {__version__}, with torch {escape(version('torch'))}. "
-        "Its docs/evaluation.md gives the protocol of each figure; figures.json beside this page "
-        "holds all of them in full.</p>",
+        f"<p class=note>By mflow evaluate of mflow_kernels {__version__}, with torch "
+        f"{escape(version('torch'))}. Its docs/evaluation.md gives the protocol of each figure; "
+        "figures.json beside this page holds all of them in full.</p>",
         f"<details><summary>Configuration</summary><pre>{escape(config.to_yaml())}</pre></details>",
     ]
     return (
