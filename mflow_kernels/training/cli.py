@@ -269,6 +269,8 @@ def evaluate(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got {out!r}")
     network = None
+    if feature_weights is None and features != "inception":
+        raise ValueError(f"feature_weights: expected a file of weights of {features!r}, got none")
     if feature_weights is not None:
         network = features, load_feature_network(features, Path(feature_weights))
     others = []

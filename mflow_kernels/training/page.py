@@ -177,8 +177,7 @@ def _spectrum(figures: "Figures", pictures: Mapping[str, Picture]) -> Iterable[s
     else:
         yield (
             "<p>The spectrum falls without a step, as those of natural images do: it speaks for no "
-            "one dimension. Local standard deviations far below the largest are off any manifold "
-            "that a model could gain from.</p>"
+            "one dimension.</p>"
         )
     yield from _show(pictures, "spectrum")
 
