@@ -130,17 +130,18 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
 
     Args:
         path: the PNG to write.
-        panels: what is measured, with its unit, to the values (N,) of each named set.
+        panels: what is measured, with its unit, to the values (N,) of each named set; those that
+            are not finite are left out.
     """
     figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, sets) in zip(row, panels.items(), strict=True):
         finite = {name: values[values.isfinite()].numpy() for name, values in sets.items()}
-        together = np.concatenate(list(finite.values()))
+        together = np.concatenate([*finite.values(), np.zeros(0)])
+        low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
         # Sets may lie orders of magnitude apart, which only a logarithmic axis shows.
-        far = together.min() > 0 and together.max() > 20 * together.min()
-        ends = together.min(), together.max()
-        edges = np.geomspace(*ends, 41) if far else np.linspace(*ends, 41)
+        far = low > 0 and high > 20 * low
+        edges = np.geomspace(low, high, 41) if far else np.linspace(low, max(high, low + 1e-9), 41)
         for name, values in finite.items():
             axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
         axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")

@@ -30,7 +30,7 @@ from mflow_kernels.training.pictures import (
 )
 from mflow_kernels.training.progress import counting
 from mflow_kernels.training.runs import Run
-from mflow_kernels.training.samples import draw_samples, project_images
+from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
 from mflow_kernels.training.scores import (
     SCORED_IMAGES,
     SetScores,
@@ -42,7 +42,6 @@ from mflow_kernels.training.scores import (
 )
 
 REPORT, FIGURES = "report.html", "figures.json"
-TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)
 _COLUMNS = 12
 _SPECTRUM_IMAGES = 4
 _SPECTRUM_DIMENSIONS = 1024  # at most: a D x D Jacobian for each image

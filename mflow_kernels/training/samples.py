@@ -6,6 +6,7 @@ from torch import Tensor
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.training.data import stream_generator, to_image
 
+TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # that reports of a model show
 _NOISE = 4  # key of stream_generator
 
 

@@ -41,9 +41,8 @@ from mflow_kernels.training.runs import (
     read_config,
     record_config,
 )
-from mflow_kernels.training.samples import draw_samples, project_images
+from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
 
-TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)
 _COLUMNS = 12
 
 

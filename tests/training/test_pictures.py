@@ -4,7 +4,7 @@ from PIL import Image
 
 from mflow_kernels.models.selection import IntrinsicDimension
 from mflow_kernels.training.files import write_atomically
-from mflow_kernels.training.pictures import draw_images, draw_spectrum, in_rows
+from mflow_kernels.training.pictures import draw_histograms, draw_images, draw_spectrum, in_rows
 
 
 def test_images_are_drawn_at_whole_pixels(tmp_path):
@@ -34,6 +34,25 @@ def test_a_spectrum_is_drawn(tmp_path, dimension):
     # Those on the manifold in blue, those off it in orange.
     assert (31, 119, 180) in colours
     assert ((255, 127, 14) in colours) == (dimension == 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([1.0, 2.0], [2.0, 3.0]),
+        ([1.0, 2.0], [1e6, torch.inf]),
+        ([0.0, 0.0], [0.0, 0.0]),
+        ([1e6, 1e6], [1e6, 1e6]),
+        ([torch.nan], [-torch.inf]),
+    ],
+)
+def test_histograms_are_drawn_of_any_values(tmp_path, first, second):
+    sets = {"a": torch.tensor(first).double(), "b": torch.tensor(second).double()}
+    draw_histograms(tmp_path / "a.png", {"left": sets, "right": sets})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 840
+        blue_seen = (142, 186, 217) in {c[:3] for _, c in image.getcolors(1 << 20)}  # half of C0
+    assert blue_seen
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
