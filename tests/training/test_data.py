@@ -209,14 +209,15 @@ class TestFlips:
 
 
 class TestCache:
+    # The tests share one cache: folders have names of their own.
     def test_decodes_once(self, tmp_path, cache, monkeypatch):
-        write_image(tmp_path / "faces" / "a.png")
-        write_image(tmp_path / "faces" / "b.png", seed=1)
-        first = load_splits(str(tmp_path / "faces"), 8)
-        assert len(list(cache.glob("faces-8px-*"))) == 1
+        write_image(tmp_path / "once" / "a.png")
+        write_image(tmp_path / "once" / "b.png", seed=1)
+        first = load_splits(str(tmp_path / "once"), 8)
+        assert len(list(cache.glob("once-8px-*"))) == 1
         with monkeypatch.context() as patch:
             patch.setattr("mflow_kernels.training.prepare.decode", None)
-            again = load_splits(str(tmp_path / "faces"), 8)
+            again = load_splits(str(tmp_path / "once"), 8)
         assert torch.equal(first.train.batch([0]), again.train.batch([0]))
 
     def test_changed_folders_are_decoded_anew(self, tmp_path, cache):
