@@ -71,7 +71,9 @@ if [ -n "$rehearse" ]; then
   build=(python3 -c 'import mflow_kernels._C') # as it was built: others may be using it
 else
   sizes=(--device cuda)
-  tests=()
+  # Where GPU tests are; of those the one left out reads digits of a package that is not there.
+  tests=(tests/ops tests/layers tests/models tests/test_objectives.py
+    --ignore tests/models/test_plain_glow.py)
   build=(python3 setup.py build_ext --inplace)
 fi
 
