@@ -141,7 +141,7 @@ def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
         return f"its clamp of {layer.clamp} is no bound"
     try:
         clamped = layer.f_clamp(_PROBE)
-    except Exception:
+    except Exception:  # a user's own function, which may raise anything: it is left, and reported
         return "its clamp activation is one of its own"
     if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
         return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
