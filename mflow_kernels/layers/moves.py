@@ -181,10 +181,10 @@ def run(
 
 def _operators() -> tuple[Any, Any, Any]:
     """conv1x1, coupling and the fused step, in the form that costs the host least: registered for
-    compilers and functorch, autograd functions for autograd, and plain ones."""
+    compilers, autograd functions for autograd, and plain ones."""
     if forward_mode():
         return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return conv1x1_op, affine_coupling_op, coupling_conv1x1_op
     if torch.is_grad_enabled():
         return conv1x1_eager, coupling_eager, coupling_conv1x1_eager

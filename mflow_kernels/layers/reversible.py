@@ -47,7 +47,7 @@ class ReversibleChain(Bijection):
     Args:
         layers: `FlowStep`, `Squeeze` and `Split` layers.
         reversible: rebuild states in the backward pass; if False autograd stores them, which
-            allows double backward through the networks, functorch and `torch.compile` of the whole.
+            allows `torch.compile` of the whole. Transforms of `torch.func` store them either way.
         checkpoint_every: k keeps the state of every k-th step and rebuilds only in between, so
             that the rounding of at most k inversions adds up; None keeps none: memory is flat, and
             gradients drift from the stored ones as training goes on (docs/memory.md has figures).
@@ -200,11 +200,6 @@ def _reversibly(
     latents: tuple[Tensor, ...],
     context: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "ReversibleChain: functorch transforms cannot pass a reversible backward; "
-            "build the chain with reversible=False"
-        )
     networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
     parts = [network.parameters() for network in networks]
     parts += [group.parameters() for group in groups]
@@ -236,8 +231,8 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "ReversibleChain: a reversible backward cannot be differentiated again; build the "
-                "chain with reversible=False"
+                "ReversibleChain: a reversible backward cannot be differentiated again; the "
+                "gradients of torch.func (grad, vjp, hessian), which store states, can"
             )
         journey: _Journey = ctx.journey
         dx, dledger, *dlatents = grads

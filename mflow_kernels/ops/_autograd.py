@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mflow_kernels.ops._launch import forward_mode
 
@@ -16,7 +15,7 @@ def eager_function(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
     """A differentiable `forward` that costs the host a quarter of what the registered operator
-    does: neither compilers nor functorch can take it.
+    does: compilers cannot take it, and its gradient cannot be differentiated again.
 
     Args:
         forward: takes what the operator takes.
@@ -31,8 +30,13 @@ def eager_function(
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if torch.is_grad_enabled():
+                # `once_differentiable` would let through, as constant, what saved tensors carry.
+                raise RuntimeError(
+                    f"{forward.__name__}: its gradient cannot be differentiated again; those of "
+                    "torch.func (grad, vjp, hessian), which run the reference, can"
+                )
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__

@@ -24,9 +24,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is on. No kernel carries tangents: then references run,
-    whose derivatives autograd finds to any order."""
-    return forward_ad._current_level >= 0
+    """Whether forward-mode differentiation or a functorch transform is on. No kernel carries
+    tangents or batches of gradients: then references run, whose derivatives autograd finds to any
+    order."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def uses_triton(x: Tensor) -> bool:

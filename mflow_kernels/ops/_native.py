@@ -41,7 +41,6 @@ def serves(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
         and x.device.type == "cpu"
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

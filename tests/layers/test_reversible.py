@@ -220,13 +220,28 @@ def test_a_changed_parameter_is_noticed() -> None:
         loss.backward()
 
 
-def test_what_cannot_work_names_the_switch() -> None:
-    chain = chain_of(lambda: nn.Conv2d(2, 4, 1))
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match="reversible=False"):
-        torch.autograd.grad(chain(x)[0].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="reversible=False"):
-        torch.func.grad(lambda x: chain(x)[0].sum())(x)
+@pytest.mark.parametrize("reversible", [True, False])
+def test_gradients_of_gradients(reversible: bool) -> None:
+    """Autograd's are refused, where nothing would carry them; those of torch.func are exact."""
+    chain = chain_of(lambda: nn.Conv2d(2, 4, 1)).double()
+    chain.reversible = reversible
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def total(x: Tensor) -> Tensor:
+        z, logdet = chain(x)
+        return z.square().sum() + logdet.sum()
+
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again.*torch\.func"):
+        torch.autograd.grad(total(x), x, create_graph=True)
+    (plain,) = torch.autograd.grad(total(x), x)
+    assert_close(torch.func.grad(total)(x), plain, terms=100)
+    v, h = torch.randn_like(x), 1e-6
+    second = torch.func.grad(lambda x: (torch.func.grad(total)(x) * v).sum())(x)
+    differences = torch.stack([torch.autograd.grad(total(x + step * v), x)[0] for step in (h, -h)])
+    expected = (differences[0] - differences[1]) / (2 * h)
+    assert expected.abs().max() > 1e-3
+    # Central differences err by h^2 and by eps / h, some 1e-10 of the gradient each.
+    assert (second - expected).abs().max() < 1e-8 * plain.abs().max()
 
 
 # Triton's interpreter truncates to bfloat16 where devices round.
