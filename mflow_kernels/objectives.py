@@ -211,7 +211,7 @@ class ManifoldObjective(nn.Module):
         """Bring the variance of x - projection about 0 up to date with one more batch."""
         squares = 2 * masked_penalty(x, projection, rho="l2").double().sum()
         # All ranks see the same sums, and keep the same variance.
-        squares, count = over_ranks(torch.stack([squares, squares.new_tensor(x.numel())]))
+        squares, count = over_ranks(torch.stack([squares, torch.full_like(squares, x.numel())]))
         self.batches += 1
         share = (1 / self.batches.clamp(max=MEMORY)).to(self.variance.dtype)
         self.variance.lerp_((squares / count).to(share.dtype), share)
