@@ -24,7 +24,10 @@ from mflow_kernels.training.commands import (
 if TYPE_CHECKING:
     from mflow_kernels.training.options import OptionParser
 
-_NEEDED = ("jsonargparse", "lightning", "matplotlib", "PIL", "rich", "tensorboard", "yaml")
+_NEEDED = (
+    *("PIL", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors", "tensorboard"),
+    *("torchmetrics", "torchvision", "yaml"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,8 +71,11 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
         body.load_state_dict({**counted, **state})
     except RuntimeError as error:
         first = " ".join(str(error).split("\n\t")[1:2]).strip() or str(error)
+        key, *others = first.split(", ")  # one name tells as much as all
+        more = f" and {len(others)} more" if others else ""
         raise ValueError(
-            f"feature_weights: expected a state dict of {name!r} in {weights}: {first[:200]}"
+            f"feature_weights: expected a state dict of {name!r} in {weights}: "
+            f"{key.rstrip('. ')[:200]}{more}"
         ) from None
     parent, _, child = last.rpartition(".")
     setattr(body.get_submodule(parent), child, nn.Identity())
@@ -99,7 +102,7 @@ def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
     """FID (Heusel et al., arXiv 1706.08500) and KID (Bińkowski et al., arXiv 1801.01401) by
     torchmetrics.
 
-    FID in float64. KID with its cubic kernel, over KID_SUBSETS subsets of at most KID_SUBSET_SIZE
+    In float64. KID with its cubic kernel, over KID_SUBSETS subsets of at most KID_SUBSET_SIZE
     images, drawn by a fixed seed.
 
     Args:
@@ -108,10 +111,11 @@ def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
+    real, fake = real.double(), fake.double()
     given = _Given(real.shape[1])
     fid = FrechetInceptionDistance(feature=given).to(real.device)
-    fid.update(real.double(), real=True)
-    fid.update(fake.double(), real=False)
+    fid.update(real, real=True)
+    fid.update(fake, real=False)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(0)
@@ -189,14 +193,17 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
             return load_file(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).split("\n")[0]
-    except Exception as error:  # pickle's own errors, of which weights_only has no list
-        reason = type(error).__name__
+        reason = f"could not read it ({str(error).split(chr(10))[0].split('. ')[0][:200]})"
+    except Exception:  # pickle's own errors, of which weights_only has no list
+        reason = "it is no file of torch.save, or holds more than tensors"
     else:
-        if isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()):
-            return state
-        reason = f"it holds a {type(state).__name__}"
+        if not isinstance(state, dict):
+            reason = f"it holds a {type(state).__name__}"
+        else:
+            others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+            if not others:
+                return state
+            reason = f"its {others[0]!r} is of type {type(state[others[0]]).__name__}"
     raise ValueError(
-        f"feature_weights: expected a state dict of tensors in {weights}, could not read it "
-        f"({reason[:200]})"
+        f"feature_weights: expected a state dict of tensors in {weights}, but {reason}"
     )

@@ -1,13 +1,19 @@
 """Feature networks from local files, and the distances that they give."""
 
+import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.models import resnet18
 
 from mflow_kernels.testing import assert_close
+from mflow_kernels.training import features, report
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.data import load_splits
 from mflow_kernels.training.features import (
     FeatureNetwork,
     _build,
@@ -15,6 +21,7 @@ from mflow_kernels.training.features import (
     feature_distance,
     load_feature_network,
 )
+from mflow_kernels.training.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,8 @@ class TestNetwork:
     def test_features_are_what_the_last_layer_reads(self, resnet):
         network = load_feature_network("resnet18", resnet)
         images = pixels(2, 3, 224, 224)
-        features = network(images)
-        assert features.shape == (2, 512)
+        found = network(images)
+        assert found.shape == (2, 512)
         # By hand: at the network's own size nothing is resized.
         whole = resnet18(num_classes=7).eval()
         state = torch.nn.Module.state_dict(network.body)
@@ -48,7 +55,7 @@ class TestNetwork:
             read = []
             whole.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
             whole((images / 255 - mean) / deviation)
-        assert_close(features, read[0], terms=512 * 9)
+        assert_close(found, read[0], terms=512 * 9)
 
     def test_grey_images_are_those_of_three_equal_channels(self, resnet):
         network = load_feature_network("resnet18", resnet)
@@ -78,6 +85,52 @@ class TestNetwork:
         assert network(pixels(1, 1, 1, 1).fill_(10)).tolist() == [[10.0, 21.0, 32.0]]
 
 
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights in the layout of pt_inception-2015-12-05-*.pth."""
+    path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _build("inception", 1008)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0  # statistics of one batch, so that features keep their scale
+        with torch.no_grad():
+            network.train()(torch.rand(2, 3, 150, 150))
+    state = network.state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
+    return path
+
+
+class TestInception:
+    def test_its_features_are_those_of_torchmetrics(self, inception):
+        ours = load_feature_network("inception", inception)
+        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+        images = pixels(2, 3, 64, 64)
+        assert torch.equal(ours(images), theirs(images))
+
+    def test_evaluate_gives_the_distances_of_torchmetrics(
+        self, inception, run, images, monkeypatch
+    ):
+        monkeypatch.setattr(report, "TEMPERATURES", (0.7,))
+        assert main(["evaluate", str(run), "--feature-weights", str(inception)]) == 0
+        (row,) = json.loads((run / "report" / "figures.json").read_text())["samples"]
+        assert (row["network"], row["images"]) == ("inception", 2)
+        held_out = load_splits(str(images), 8).test.batch([0, 1]).expand(-1, 3, -1, -1)
+        (samples,) = report._samples(load_run(str(run), "cpu").model, 2, 0.7)
+        path = {"feature_extractor_weights_path": str(inception)}
+        fid = FrechetInceptionDistance(feature=2048, **path)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+        kid = KernelInceptionDistance(feature=network, subsets=1, subset_size=2)
+        for metric in (fid, kid):
+            metric.update(held_out, real=True)
+            metric.update(samples.expand(-1, 3, -1, -1), real=False)
+        # Roots of eigenvalues near 0 in the trace keep half of the digits of a float64.
+        assert row["distance"]["fid"] == pytest.approx(fid.compute().item(), rel=1e-7)
+        # Theirs sums cubes over 2,048 features in float32.
+        assert row["distance"]["kid"] == pytest.approx(kid.compute()[0].item(), rel=1e-4)
+
+
 class TestBadWeights:
     def told(self, name, path, text):
         with pytest.raises(ValueError, match=r"^feature") as raised:
@@ -94,18 +147,22 @@ class TestBadWeights:
         self.told("squeezenet1_0", resnet, "ends in a linear layer, got 'squeezenet1_0'")
 
     def test_of_another_network(self, resnet):
-        self.told("resnet34", resnet, "expected a state dict of 'resnet34'")
+        self.told("resnet34", resnet, 'in state_dict: "layer1.2.conv1.weight" and ')
 
     def test_torn(self, tmp_path):
         for name in ("a.pth", "a.safetensors"):
             (tmp_path / name).write_bytes(b"no weights")
-            self.told("resnet18", tmp_path / name, "could not read it")
+            self.told("resnet18", tmp_path / name, f"of tensors in {tmp_path / name}, but ")
 
     def test_code_is_not_run(self, tmp_path):
         torch.save(resnet18, tmp_path / "a.pth")  # a function, not tensors
-        self.told("resnet18", tmp_path / "a.pth", "could not read it")
+        self.told("resnet18", tmp_path / "a.pth", "holds more than tensors")
         torch.save([torch.zeros(1)], tmp_path / "b.pth")
         self.told("resnet18", tmp_path / "b.pth", "it holds a list")
+
+    def test_within_a_checkpoint(self, tmp_path):
+        torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "a.pth")
+        self.told("resnet18", tmp_path / "a.pth", "its 'epoch' is of type int")
 
 
 class TestDistance:
@@ -119,17 +176,20 @@ class TestDistance:
         assert feature_distance(real, fake).fid == pytest.approx(expected.item(), rel=1e-9)
 
     def test_kid_is_the_unbiased_mmd(self):
-        real, fake = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        real, fake = torch.randn(2, 9, 4, generator=generator, dtype=torch.float64)
         kernel = lambda a, b: (a @ b.T / 4 + 1) ** 3  # noqa: E731
         off = ~torch.eye(9, dtype=torch.bool)
         within = kernel(real, real)[off].mean() + kernel(fake, fake)[off].mean()
         expected = within - 2 * kernel(real, fake).mean()
         found = feature_distance(real, fake)
-        assert found.kid == pytest.approx(expected.item(), rel=1e-4)  # float32, subsets are all
-        assert found.kid_deviation == pytest.approx(0, abs=1e-5 * abs(expected.item()) + 1e-6)
+        assert found.kid == pytest.approx(expected.item(), rel=1e-9)
+        # Subsets are all images, in other orders.
+        assert found.kid_deviation == pytest.approx(0, abs=1e-9 * abs(expected.item()))
 
-    def test_the_seed_is_left_alone_and_fixed(self):
-        real, fake = torch.randn(2, 1100, 2, generator=torch.Generator().manual_seed(1))
+    def test_the_seed_is_left_alone_and_fixed(self, monkeypatch):
+        monkeypatch.setattr(features, "KID_SUBSET_SIZE", 50)
+        real, fake = torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(1))
         torch.manual_seed(3)
         first, after = feature_distance(real, fake), torch.rand(1)
         torch.manual_seed(3)
