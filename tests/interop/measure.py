@@ -1,6 +1,6 @@
 """Time and memory of accelerated models against their originals, in one run.
 
-    OMP_NUM_THREADS=1 python -m tests.interop.measure
+    OMP_NUM_THREADS=1 python tests/interop/measure.py
 
 A training step is a forward and a backward pass of the negative log-likelihood. Time is process
 time on the CPU, the median of steps that take turns; memory is what autograd keeps between the two

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
-from tests.interop import peers
 
 pytestmark = pytest.mark.filterwarnings("ignore:FrEIA's ActNorm")
 

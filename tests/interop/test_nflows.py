@@ -11,8 +11,8 @@ from nflows.flows.base import Flow
 from nflows.flows.realnvp import SimpleRealNVP
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 
+from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
-from tests.interop import peers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 

@@ -10,10 +10,10 @@ import torch
 from normflows.flows import mixing_test
 from normflows.flows.affine import coupling_test, glow_test
 
+from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
 from mflow_kernels.interop.normflows import FusedFlow
 from mflow_kernels.interop.swap import plan_of
-from tests.interop import peers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.lu is deprecated", "ignore:normflows' ActNorm"

@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from cases import LAYOUTS, SCALES, SHAPES, normal, params_shape, rotation
 from torch import Tensor
 
 from mflow_kernels import ops
@@ -14,7 +15,6 @@ from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.ops.uncouple import uncouple_ref
 from mflow_kernels.ops.unmix import empty_state, unmix_ref
 from mflow_kernels.testing import assert_close
-from tests.cases import LAYOUTS, SCALES, SHAPES, normal, params_shape, rotation
 
 FLOATS = [torch.float32, torch.float64]
 # Beside those of the operators: a batch of vectors and a row past one tile of 1,024 elements, with

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from cases import SCALES, normal, params_shape
 
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.uncouple import launch_uncouple, uncouple_ref
 from mflow_kernels.testing import assert_close
-from tests.cases import SCALES, normal, params_shape
 
 # What a float32 rounding becomes in y = z / s - shift, dy and dparams: 1 / s and s are within e^2.
 UNCOUPLED_SCALE = math.e**2

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from cases import LAYOUTS, normal, rotation
 from torch import Tensor
 
 from mflow_kernels.ops._launch import pixels
 from mflow_kernels.ops.unmix import Halves, launch_unmix, unmix_ref
 from mflow_kernels.testing import assert_close
-from tests.cases import LAYOUTS, normal, rotation
 
 SHAPES = [(2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (2, 7, 20, 13), (1, 33, 3, 3), (1, 130, 3, 3)]
 
