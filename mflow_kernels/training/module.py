@@ -45,8 +45,8 @@ class FlowTraining(LightningModule):
     stages are released), except bits_per_dim: of the image, under all stages up to the trained one.
     The host waits for the device in logged steps only.
 
-    Several ranks share each batch: rank r takes every so many-th image from the r-th on, so that
-    they train as one would.
+    Several ranks share each batch, of training and of validation: rank r takes every so many-th
+    image from the r-th on, so that they train as one would, and watch each image once.
 
     Args:
         model: the flow to train, on the device or still on the CPU.
@@ -252,6 +252,7 @@ class FlowTraining(LightningModule):
         self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
 
     def on_validation_epoch_start(self) -> None:
+        self._held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count
         copy_buffers(self.model, self.averaged)
         steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
         with torch.no_grad():
@@ -263,12 +264,20 @@ class FlowTraining(LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)
-        x = dequantize(batch, self._config.n_bits, generator)
+        x = self._own_part(dequantize(batch, self._config.n_bits, generator))
+        if not len(x):  # the last batch may hold fewer images than there are ranks
+            return
         with self._autocast():
             log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
-        self.log("heldout_bits_per_dim", bits.mean(), batch_size=len(batch))
-        self.log("stage", float(self.trained_stage), batch_size=len(batch))
+        self._held_out[0] += bits.double().sum()
+        self._held_out[1] += len(bits)
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning would round the mean of the ranks' counts down to a whole number.
+        total, count = mean_over_ranks(self._held_out).unbind()
+        self.log("heldout_bits_per_dim", (total / count).float())
+        self.log("stage", float(self.trained_stage))
 
     def on_validation_end(self) -> None:
         self._since_look = time.perf_counter(), self.global_step
@@ -289,7 +298,10 @@ class FlowTraining(LightningModule):
         generator = stream_generator(self._config.seed, key, self.global_step, device=self.device)
         if self._config.flips:
             batch = flip_at_random(batch, generator)
-        x = dequantize(batch, self._config.n_bits, generator)
+        return self._own_part(dequantize(batch, self._config.n_bits, generator))
+
+    def _own_part(self, x: Tensor) -> Tensor:
+        """This rank's of a batch that all ranks have."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
 
     def _rate_of_stage(self, stage: int) -> Any:
