@@ -1,6 +1,8 @@
 """Argument checks shared by the operators: each error names the argument, what was expected and
 what came, before any kernel runs."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,13 @@ def check_device(name: str, value: Tensor, like: Tensor) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_count(name: str, value: object, least: int, most: int | None = None) -> None:
+    """TypeError unless `value` is a whole number, ValueError unless it is in least..most."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        wanted = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
