@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.models.volume import Estimate, Method, log_volume
+from mflow_kernels.ops._checks import check_choice, check_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -74,6 +75,9 @@ class Chart(nn.Module):
             ValueError: "exact" would hold more than max_bytes; a number of probes or iterations
                 out of range, an unknown method.
         """
+        check_choice("method", method, ("exact", "hutchinson"))
+        check_count("probes", probes, 2)
+        check_count("iterations", iterations, 1)
         dimensions = math.prod(self.input_shape)
         if self.manifold_dim == dimensions:  # the log-determinant knows it
             value = self.log_prob(x)
@@ -105,8 +109,7 @@ class Chart(nn.Module):
         Returns:
             (steps, N, *input_shape).
         """
-        if steps < 2:
-            raise ValueError(f"steps: expected at least 2, got {steps}")
+        check_count("steps", steps, 2)
         if x0.shape != x1.shape:
             raise ValueError(
                 f"x1: expected the shape of x0 {tuple(x0.shape)}, got {tuple(x1.shape)}"
@@ -167,8 +170,7 @@ def sample_normal(
     model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
     """(n, dim) of N(0, temperature^2) on the device and in the dtype of the model's parameters."""
-    if n < 1:
-        raise ValueError(f"n: expected at least 1, got {n}")
+    check_count("n", n, 1)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
     like = next(model.parameters())

@@ -1,13 +1,67 @@
 """Glow on images, and its like for vectors."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
+from mflow_kernels.ops._checks import check_count, check_tensor
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
-class Glow(Bijection):
+class _ChainFlow(Bijection):
+    """A chain of layers from x (N, *input_shape) to a tuple of latents, images in channels_last."""
+
+    input_shape: tuple[int, ...]
+    latent_shapes: tuple[tuple[int, ...], ...]
+    chain: ReversibleChain
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        z, logdet = self.chain(self._checked(x), *context)
+        return z if isinstance(z, tuple) else (z,), logdet
+
+    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Set every actnorm from the batch x (N, *input_shape), one after the other; once, see
+        `ActNorm`."""
+        with torch.no_grad():
+            z, logdet = self.chain.initialize(self._checked(x), *context)
+        return z if isinstance(z, tuple) else (z,), logdet
+
+    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = self.latent_shapes
+        if not isinstance(z, tuple):
+            raise TypeError(f"z: expected a tuple of {len(shapes)} latents, got {type(z).__name__}")
+        latents = [self._like_parameters(f"z[{i}]", latent) for i, latent in enumerate(z)]
+        came = tuple(tuple(latent.shape[1:]) for latent in latents)
+        if came != shapes:
+            raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
+        sizes = [len(latent) for latent in latents]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"z: expected latents of one batch size, got {sizes}")
+        latents = [_channels_last(latent) for latent in latents]
+        return self.chain.inverse(tuple(latents) if len(latents) > 1 else latents[0], *context)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        x = self._like_parameters("x", x)
+        if tuple(x.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"x: expected shape (N, {expected}), got {tuple(x.shape)}")
+        return _channels_last(x)
+
+    def _like_parameters(self, name: str, value: object) -> Tensor:
+        """`value` as a tensor on the device and, outside autocast, of the dtype of the parameters;
+        or TypeError, ValueError."""
+        x, like = check_tensor(name, value), next(self.parameters())
+        if x.device != like.device:
+            raise ValueError(f"{name}: expected the model's device {like.device}, got {x.device}")
+        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+            expected, came = (str(d).removeprefix("torch.") for d in (like.dtype, x.dtype))
+            raise TypeError(f"{name}: expected the model's dtype {expected}, got {came}")
+        return x
+
+
+class Glow(_ChainFlow):
     """The multi-scale flow of Glow (arXiv 1807.03039, figure 2), its split priors couplings.
 
     `z, logdet = glow(x)` with z the tuple of latents, finest first; all of them are standard normal
@@ -23,7 +77,8 @@ class Glow(Bijection):
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
-        ValueError: where the levels do not divide the image, or a number is not positive.
+        TypeError, ValueError: where the levels do not divide the image, or a number is no whole
+            one or not positive.
     """
 
     def __init__(
@@ -38,11 +93,15 @@ class Glow(Bijection):
         checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
-        c, h, w = image_shape
-        for name, value in (("levels", levels), ("steps", steps), ("width", width), ("C", c)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if h % 2**levels or w % 2**levels or h < 1 or w < 1:
+        try:
+            c, h, w = image_shape
+        except (TypeError, ValueError):
+            raise ValueError(f"image_shape: expected (C, H, W), got {image_shape!r}") from None
+        numbers: dict[str, Any] = {"C": c, "H": h, "W": w}
+        numbers |= {"levels": levels, "steps": steps, "width": width}
+        for name, number in numbers.items():
+            check_count(name, number, 1)
+        if h % 2**levels or w % 2**levels:
             raise ValueError(
                 f"image_shape: expected height and width divisible by 2 ** levels = {2**levels}, "
                 f"got {h}x{w}"
@@ -64,32 +123,12 @@ class Glow(Bijection):
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, logdet = self.chain(self._checked(x), *context)
-        return z if isinstance(z, tuple) else (z,), logdet
 
-    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Set every actnorm from the batch x (N, C, H, W), layer by layer; once, see `ActNorm`."""
-        with torch.no_grad():
-            z, logdet = self.chain.initialize(self._checked(x), *context)
-        return z if isinstance(z, tuple) else (z,), logdet
-
-    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        check_latents(z, self.latent_shapes)
-        z = tuple(latent.contiguous(memory_format=torch.channels_last) for latent in z)
-        return self.chain.inverse(z if len(z) > 1 else z[0], *context)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.input_shape:
-            expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"x: expected shape (N, {expected}), got {tuple(x.shape)}")
-        return x.contiguous(memory_format=torch.channels_last)
-
-
-class VectorFlow(Bijection):
+class VectorFlow(_ChainFlow):
     """Steps of flow on vectors (N, dim): a chain whose coupling networks are linear layers.
 
-    The flow for points, and for the u of a manifold flow in a hierarchy. z is (N, dim).
+    The flow for points, and for the u of a manifold flow in a hierarchy: `(z,), logdet = flow(x)`
+    with z (N, dim) standard normal under the model.
 
     Args:
         dim: length of the vectors, at least 2.
@@ -111,8 +150,7 @@ class VectorFlow(Bijection):
     ) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 2), ("steps", steps, 1), ("width", width, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            check_count(name, value, least)
         self.input_shape = (dim,)
         self.latent_shapes = ((dim,),)
         self.chain = ReversibleChain(
@@ -121,33 +159,7 @@ class VectorFlow(Bijection):
             checkpoint_every=checkpoint_every,
         )
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, logdet = self.chain(self._checked(x), *context)
-        return (z,), logdet
 
-    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Set every actnorm from the batch x (N, dim); once, see `ActNorm`."""
-        with torch.no_grad():
-            z, logdet = self.chain.initialize(self._checked(x), *context)
-        return (z,), logdet
-
-    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        check_latents(z, self.latent_shapes)
-        return self.chain.inverse(z[0], *context)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.input_shape:
-            raise ValueError(f"x: expected (N, {self.input_shape[0]}), got {tuple(x.shape)}")
-        return x
-
-
-def check_latents(z: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
-    """ValueError unless z is a tuple of latents of these shapes, all of one N."""
-    if not isinstance(z, tuple):
-        raise TypeError(f"z: expected a tuple of {len(shapes)} latents, got {type(z).__name__}")
-    came = tuple(tuple(latent.shape[1:]) for latent in z)
-    if came != shapes:
-        raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
-    if len({latent.shape[0] for latent in z}) > 1:
-        sizes = [latent.shape[0] for latent in z]
-        raise ValueError(f"z: expected latents of one batch size, got {sizes}")
+def _channels_last(x: Tensor) -> Tensor:
+    """An image in the layout that is fast for convolutions; a vector as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

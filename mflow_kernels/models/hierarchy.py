@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mflow_kernels.models.chart import Chart, sample_normal
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.objectives import Terms
+from mflow_kernels.ops._checks import check_count
 
 
 class HierarchicalFlow(Chart):
@@ -131,13 +132,12 @@ class HierarchicalFlow(Chart):
         return load_pretrained(folder)
 
     def _until(self, stages: int | None, least: int = 0) -> list[ManifoldFlow]:
-        if stages is not None and not least <= stages <= len(self.stages):
-            raise ValueError(f"stages: expected {least} to {len(self.stages)}, got {stages}")
+        if stages is not None:
+            check_count("stages", stages, least, len(self.stages))
         return cast(list[ManifoldFlow], list(self.stages))[:stages]
 
     def _split_at(self, stage: int) -> tuple[list[ManifoldFlow], ManifoldFlow]:
         """The stages before one, and that one."""
-        if not 0 <= stage < len(self.stages):
-            raise ValueError(f"stage: expected 0 to {len(self.stages) - 1}, got {stage}")
+        check_count("stage", stage, 0, len(self.stages) - 1)
         *earlier, one = self._until(stage + 1)
         return earlier, one

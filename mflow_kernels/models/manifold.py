@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.objectives import ManifoldObjective, Terms
+from mflow_kernels.ops._checks import check_count, check_tensor
 
 
 class ManifoldFlow(Chart):
@@ -32,7 +33,8 @@ class ManifoldFlow(Chart):
         objective: the loss that it is trained with, and p_V with it; the model keeps a copy.
 
     Raises:
-        TypeError: a mask is not of bool tensors.
+        TypeError: a mask is not of bool tensors; a flow without the two shapes; an objective that
+            is none.
         ValueError: neither manifold_dim nor mask is given, or both of different dimensions; the
             dimension is out of range; a mask, or a map of weights, does not broadcast.
     """
@@ -46,6 +48,14 @@ class ManifoldFlow(Chart):
         objective: ManifoldObjective | None = None,
     ) -> None:
         super().__init__()
+        if not (hasattr(flow, "input_shape") and hasattr(flow, "latent_shapes")):
+            came = type(flow).__name__
+            raise TypeError(
+                f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
+            )
+        if not isinstance(objective, ManifoldObjective | None):
+            came = type(objective).__name__
+            raise TypeError(f"objective: expected a ManifoldObjective, got {came}")
         self.flow = flow
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
@@ -82,7 +92,7 @@ class ManifoldFlow(Chart):
 
     def scatter(self, u: Tensor) -> tuple[Tensor, ...]:
         """All latents with u (N, d) in its place and v = 0."""
-        if u.dim() != 2 or u.shape[1] != self.manifold_dim:
+        if check_tensor("u", u).dim() != 2 or u.shape[1] != self.manifold_dim:
             raise ValueError(f"u: expected shape (N, {self.manifold_dim}), got {tuple(u.shape)}")
         total = sum(math.prod(shape) for shape in self.latent_shapes)
         flat = u.new_zeros(u.shape[0], total)
@@ -120,13 +130,8 @@ class ManifoldFlow(Chart):
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
     """ValueError where a flow of these latents has no manifold of that dimension, TypeError where
     it is no whole number."""
-    if isinstance(manifold_dim, bool) or not isinstance(manifold_dim, int):
-        raise TypeError(f"manifold_dim: expected a whole number, got {type(manifold_dim).__name__}")
     total = sum(math.prod(shape) for shape in latent_shapes)
-    if not 1 <= manifold_dim <= total:
-        raise ValueError(
-            f"manifold_dim: expected 1 to {total}, the data's dimensions, got {manifold_dim}"
-        )
+    check_count("manifold_dim", manifold_dim, 1, total)
 
 
 def _choose(

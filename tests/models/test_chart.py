@@ -131,6 +131,8 @@ def test_the_score_takes_an_estimated_density():
 def test_bad_calls(model, x):
     with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
         model.interpolate(x, x, 1)
+    with pytest.raises(TypeError, match="steps: expected a whole number, got float"):
+        model.interpolate(x, x, 2.0)
     with pytest.raises(ValueError, match=r"x1: expected the shape of x0 \(3, 1, 4, 4\), got \(2,"):
         model.interpolate(x, x[:2], 3)
     for deviation in (0.0, -1.0, math.inf, math.nan):

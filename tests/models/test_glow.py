@@ -123,9 +123,24 @@ def test_images_of_another_shape(shape):
         Glow((1, 4, 4), 1, 1, 2)(normal(*shape))
 
 
-def test_images_of_integers():
+def test_states_of_another_kind_than_the_parameters():
+    glow = Glow((1, 4, 4), 2, 1, 2)
+    x = normal(2, 1, 4, 4)
     with pytest.raises(TypeError, match=r"x: expected dtype float.*got uint8"):
-        Glow((1, 4, 4), 1, 1, 2)(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+        glow(x.to(torch.uint8))
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
+        glow(x.numpy())
+    z, _ = glow(x)
+    for dtype in ("float64", "float16", "bfloat16"):
+        message = f"expected the model's dtype float32, got {dtype}"
+        with pytest.raises(TypeError, match=f"x: {message}"):
+            glow.initialize(x.to(getattr(torch, dtype)))
+        with pytest.raises(TypeError, match=rf"z\[1\]: {message}"):
+            glow.inverse((z[0], z[1].to(getattr(torch, dtype))))
+    with pytest.raises(ValueError, match="x: expected the model's device cpu, got meta"):
+        glow(x.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert glow(x.bfloat16())[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +148,9 @@ def test_images_of_integers():
     [
         (((1, 28, 28), 3, 1, 4), r"image_shape: expected .*2 \*\* levels = 8, got 28x28"),
         (((1, 8, 6), 2, 1, 4), "image_shape: expected .* = 4, got 8x6"),
-        (((1, 0, 8), 1, 1, 4), "image_shape: expected .* got 0x8"),
+        (((1, 0, 8), 1, 1, 4), "H: expected at least 1, got 0"),
+        (((8, 8), 1, 1, 4), r"image_shape: expected \(C, H, W\), got \(8, 8\)"),
+        ((8, 1, 1, 4), r"image_shape: expected \(C, H, W\), got 8"),
         (((0, 8, 8), 1, 1, 4), "C: expected at least 1, got 0"),
         (((1, 8, 8), 0, 1, 4), "levels: expected at least 1, got 0"),
         (((1, 8, 8), 1, 0, 4), "steps: expected at least 1, got 0"),
@@ -143,6 +160,12 @@ def test_images_of_integers():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Glow(*arguments)
+
+
+def test_numbers_that_are_not_whole():
+    for make in (lambda: Glow((1, 8, 8.0), 1, 1, 4), lambda: VectorFlow(3, 1.0, 4)):
+        with pytest.raises(TypeError, match=r"(W|steps): expected a whole number, got float"):
+            make()
 
 
 @pytest.mark.parametrize("dim", [2, 5])
@@ -169,7 +192,7 @@ def test_vector_flow_bad_arguments(arguments, message):
 
 
 def test_vector_flow_bad_vectors():
-    with pytest.raises(ValueError, match=r"x: expected \(N, 3\), got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 3\), got \(2, 4\)"):
         VectorFlow(3, 1, 4)(normal(2, 4))
     with pytest.raises(
         ValueError, match=r"z: expected latents of shapes \(\(3,\),\), got \(\(4,\),\)"

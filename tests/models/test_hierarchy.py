@@ -192,3 +192,5 @@ def test_no_stage_has_no_density():
         model.log_prob(normal(*X, dtype=torch.float64), 0)
     with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
         model.sample(2, stages=0)
+    with pytest.raises(TypeError, match="stages: expected a whole number, got float"):
+        model.encode(normal(*X, dtype=torch.float64), 1.0)

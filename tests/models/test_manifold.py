@@ -128,8 +128,8 @@ def shapes(*sizes):
             "manifold_dim, mask: expected one dimension, got manifold_dim=2 and a mask of 12",
         ),
         ({"manifold_dim": 2.5}, TypeError, "manifold_dim: expected a whole number, got float"),
-        ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, .*got 0"),
-        ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, .*got 17"),
+        ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, got 0"),
+        ({"manifold_dim": 17}, ValueError, "manifold_dim: expected 1 to 16, got 17"),
         (
             {"mask": shapes((2, 2, 2))},
             ValueError,
@@ -151,6 +151,13 @@ def shapes(*sizes):
 def test_bad_masks(arguments, error, message):
     with pytest.raises(error, match=message):
         ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
+
+
+def test_flows_and_objectives_of_another_kind():
+    with pytest.raises(TypeError, match=r"flow: expected a bijection with .*, got Linear"):
+        ManifoldFlow(torch.nn.Linear(2, 2), 1)
+    with pytest.raises(TypeError, match="objective: expected a ManifoldObjective, got str"):
+        ManifoldFlow(VectorFlow(2, 1, 2), 1, objective="data")
 
 
 def test_masks_broadcast_and_may_repeat_the_dimension():
@@ -207,6 +214,10 @@ def test_bad_calls():
     flow = image_flow()
     with pytest.raises(ValueError, match=r"u: expected shape \(N, 5\), got \(2, 4\)"):
         flow.decode(normal(2, 4))
+    with pytest.raises(TypeError, match=r"u: expected dtype float32, .* got int64"):
+        flow.decode(torch.ones(2, 5, dtype=torch.int64))
+    with pytest.raises(TypeError, match="n: expected a whole number, got float"):
+        flow.sample(2.0)
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         flow.sample(0)
     for temperature in (-1.0, math.inf, math.nan):

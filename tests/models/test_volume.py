@@ -260,6 +260,8 @@ def test_bad_arguments():
         model.manifold_log_prob(x, method="hutchinson", probes=1)
     with pytest.raises(ValueError, match="iterations: expected at least 1, got 0"):
         model.manifold_log_prob(x, method="hutchinson", iterations=0)
+    with pytest.raises(ValueError, match="method: expected one of exact, hutchinson, got 'exakt'"):
+        image_flow(16).manifold_log_prob(x, method="exakt")  # where the ambient density would do
     message = "at least 1,920 for .* 16 x 5 .*3 at once.*got 1,000; method='hutchinson' estimates"
     with pytest.raises(ValueError, match=message):
         model.manifold_log_prob(x, max_bytes=1000)
