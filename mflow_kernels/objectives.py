@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
-from mflow_kernels.ops._checks import check_choice, check_state, check_tensor
+from mflow_kernels.ops._checks import check_choice, check_count, check_state, check_tensor
 from mflow_kernels.ops.masked_penalty import (
     masked_penalty,
     masked_penalty_gaussian,
@@ -38,10 +38,16 @@ LEAST_VARIANCE = 1e-8  # keeps w finite where reconstructions are exact
 
 
 class Terms(NamedTuple):
-    """The parts of the objective, (N,) each, nats.
+    """The parts of the objective, (N,) each, nats; float32, or float64 for float64 data.
 
-    loss is what training minimizes; log_likelihood = on_manifold + off_manifold + logdet is the
-    flow's log p(x), normalizers included, the penalty of the data domain excluded.
+    Attributes:
+        loss: what training minimizes: L(x), in the latent domain without the normalizer of p_V.
+        log_likelihood: log p(x) of the flow, on_manifold + off_manifold + logdet; a penalty of the
+            data domain is not in it.
+        on_manifold: log N(u; 0, I).
+        off_manifold: log p_V(v), its normalizer included.
+        logdet: log |det df/dx|.
+        penalty: sum w rho(e), >= 0.
     """
 
     loss: Tensor
@@ -80,7 +86,8 @@ class ManifoldObjective(nn.Module):
             domain it would be no penalty: as w falls with the variance of v, stretching v raises
             the log-determinant without bound.
         delta: where "huber" turns from quadratic to linear, > 0, in units of e.
-        sigma: standard deviation of p_V in the data domain, > 0.
+        sigma: standard deviation of p_V in the data domain, > 0. It is the unit of v: a flow with v
+            and sigma scaled alike has the same loss.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -248,22 +255,25 @@ def _check_weight(weight: object, domain: Domain) -> Weight:
             raise TypeError(
                 f"weight: expected {kind} in the {domain} domain, got a {type(weight).__name__}"
             )
-        for part in weight if isinstance(weight, tuple) else (weight,):
-            _check_map(part, domain)
+        if isinstance(weight, Tensor):
+            _check_map("weight", weight, domain)
+        else:
+            for i, part in enumerate(weight):
+                _check_map(f"weight[{i}]", part, domain)
         return weight
     _check_positive("weight", weight)
     return float(weight)  # type: ignore[arg-type]
 
 
-def _check_map(part: object, domain: Domain) -> None:
-    part = check_tensor("weight", part)
+def _check_map(name: str, value: object, domain: Domain) -> None:
+    part = check_tensor(name, value)
     if not part.numel():
-        raise ValueError(f"weight: expected no empty map, got shape {tuple(part.shape)}")
+        raise ValueError(f"{name}: expected no empty map, got shape {tuple(part.shape)}")
     low, high = (value.item() for value in part.detach().aminmax())
     wanted = "> 0" if domain == "latent" else ">= 0, not all 0"
     good = low > 0 if domain == "latent" else low >= 0 and high > 0
     if not (good and high < math.inf):
-        raise ValueError(f"weight: expected finite numbers {wanted}, got some from {low} to {high}")
+        raise ValueError(f"{name}: expected finite numbers {wanted}, got some from {low} to {high}")
 
 
 def _check_broadcast(name: str, value: Tensor, onto: tuple[int, ...]) -> None:
@@ -277,9 +287,17 @@ def _check_broadcast(name: str, value: Tensor, onto: tuple[int, ...]) -> None:
 def bits_per_dimension(log_likelihood: Tensor, dimensions: int, n_bits: int) -> Tensor:
     """Bits per dimension of images that were scaled from 2 ** n_bits levels to unit range.
 
+    x = (image + uniform noise) / 2 ** n_bits - 1/2 has 2 ** (n_bits D) times the density of
+    image + noise, whose -log2, on average over the noise, is an upper bound of the image's.
+
     Args:
-        log_likelihood: (N,) nats, of the dequantized, scaled images.
-        dimensions: D, the number of pixels times channels.
-        n_bits: bits of an image's levels.
+        log_likelihood: log p(x), any shape, nats.
+        dimensions: D, the number of pixels times channels, at least 1.
+        n_bits: bits of an image's levels, at least 1.
+
+    Returns:
+        n_bits - log p(x) / (D log 2), of the shape and dtype of log_likelihood.
     """
+    check_count("dimensions", dimensions, 1)
+    check_count("n_bits", n_bits, 1)
     return n_bits - log_likelihood / (dimensions * math.log(2))
