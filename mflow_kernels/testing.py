@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.ops._checks import check_count, check_tensor
+
 # Rounding a result to `dtype` costs half an eps; summing n rounded terms of random sign costs about
 # sqrt(n) of them. SAFETY covers the spread around that expectation and the handful of roundings of
 # one scale function. bfloat16 and float16 inputs are computed in float32, so theirs is the rounding
@@ -19,7 +21,15 @@ EPS = {
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
-    """Largest relative error to accept of a sum of `terms` products computed in `dtype`."""
+    """Largest relative error to accept of a sum of `terms` products computed in `dtype`.
+
+    Raises:
+        TypeError: `dtype` is not float64, float32, float16 or bfloat16.
+        ValueError: fewer than one term.
+    """
+    check_count("terms", terms, 1)
+    if dtype not in EPS:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, EPS))}, got {dtype}")
     if dtype in (torch.float16, torch.bfloat16):
         return SAFETY * (EPS[dtype] + EPS[torch.float32] * math.sqrt(terms))
     return SAFETY * EPS[dtype] * math.sqrt(terms)
@@ -39,13 +49,18 @@ def assert_close(
         actual: the result under test, any floating dtype.
         expected: the reference, usually float64, of the same shape.
         terms: how many products the longest sum behind one element adds.
-        scale: magnitude of what is summed, where cancellation makes the result smaller than its
-            terms; by default the largest magnitude in `expected`.
+        scale: magnitude of what is summed, finite, where cancellation makes the result smaller than
+            its terms; by default, and at least, the largest magnitude in `expected`.
         name: what to call the tensor in the error.
 
     Raises:
         AssertionError: with the largest error and the bound; NaN never passes.
+        TypeError, ValueError: no tensors of a floating dtype, a scale that is not finite.
     """
+    check_tensor("actual", actual)
+    check_tensor("expected", expected)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")  # that would accept all
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
     if actual.numel() == 0:

@@ -40,6 +40,19 @@ def test_assert_close_never_passes_what_is_not_finite(bad):
         assert_close(torch.tensor([1.0]), torch.tensor([math.nan]))
 
 
+def test_what_has_no_rounding_has_no_tolerance():
+    ones = torch.ones(2)
+    with pytest.raises(TypeError, match=r"dtype: expected one of torch.float64, .*got torch.int64"):
+        tolerance(torch.int64)
+    with pytest.raises(ValueError, match="terms: expected at least 1, got 0"):
+        assert_close(ones, ones, terms=0)
+    with pytest.raises(TypeError, match=r"expected: expected dtype float32, .*got int64"):
+        assert_close(ones, ones.long())
+    for scale in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"scale: expected a finite number, got {scale}"):
+            assert_close(ones, 2 * ones, scale=scale)
+
+
 def test_assert_close_never_broadcasts():
     with pytest.raises(AssertionError, match=r"shape \(1,\), not \(2,\)"):
         assert_close(torch.ones(1), torch.ones(2))
