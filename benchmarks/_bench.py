@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mflow_kernels
+from benchmarks._fresh import Died
 from benchmarks._measure import REPLAY, copy_bandwidth
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,10 +36,28 @@ class Measured:
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: dict[str, Exception] = field(default_factory=dict)
 
+    def fault(self, variant: str, error: Exception) -> None:
+        """Note why a variant is not measured. Ours failing and outputs that are wrong fail their
+        rows; what else a peer raises is its own limit (memcnn under autocast, an operator that
+        torch has dropped): its row is skipped."""
+        if not variant.startswith("ours") and not isinstance(error, AssertionError | Missing):
+            told = str(error).splitlines() or [""]
+            error = Missing(f"{variant}: {type(error).__name__}: {told[0]}")
+        traceback.clear_frames(error.__traceback__)  # they hold models
+        self.faults[variant] = error
+
+    def peaks(self, variants: Iterable[str], told: Sequence[int | Died]) -> None:
+        """Note the peak memory of variants, each from a process of its own."""
+        for variant, peak in zip(variants, told, strict=True):
+            if isinstance(peak, Died):
+                self.faults[variant] = RuntimeError(f"peak memory of {variant}: {peak}")
+            else:
+                self.extra[variant]["peak_bytes"] = peak
+
 
 @dataclass
 class Bench:
-    """What the options chose, and the groups measured so far (only the last one is held)."""
+    """What the options chose, and the group measured last."""
 
     device: torch.device
     size: str  # tiny, default or full
@@ -45,8 +66,9 @@ class Bench:
     environment: dict[str, Any]
     time_limit: float
     chosen_rounds: int | None
+    check_only: bool = False
     started: float = field(default_factory=time.monotonic)
-    last: tuple[object, Measured] | None = None
+    last: tuple[object, Measured | Exception] | None = None
 
     def rounds(self, default: int) -> int:
         return self.chosen_rounds or (2 if self.size == "tiny" else default)
@@ -64,18 +86,30 @@ class Bench:
             self.last = None
             if time.monotonic() - self.started > self.time_limit:
                 pytest.skip(f"the time limit of {self.time_limit:g} s was reached")
-            self.last = key, measure()
+            try:
+                self.last = key, measure()
+            except Exception as error:  # told by every variant, not met again by each
+                traceback.clear_frames(error.__traceback__)
+                self.last = key, error
         measured = self.last[1]
-        fault = measured.faults.get(variant)
+        fault = measured if isinstance(measured, Exception) else measured.faults.get(variant)
         if isinstance(fault, Missing):
             pytest.skip(str(fault))
         if fault is not None:
             raise fault
+        assert isinstance(measured, Measured)
+        if self.check_only:
+            pytest.skip("agrees with its reference; --check measures nothing")
         REPLAY.rounds = list(measured.seconds[variant])
         benchmark.pedantic(REPLAY.play, rounds=len(REPLAY.rounds))
         benchmark.extra_info.update(
             {**self.environment, "variant": variant, **measured.extra.get(variant, {})}
         )
+
+
+def slug(*names: str) -> str:
+    """A row's id, of characters that pytest's -k takes: "K8-train-ours_stored"."""
+    return "-".join(re.sub(r"[,\s]+", "_", name.replace("=", "")) for name in names)
 
 
 def _commit() -> str:
@@ -125,7 +159,7 @@ def open_bench(config: pytest.Config) -> Bench:
     option = config.getoption
     device, size = torch.device(option("--device")), size_of(config)
     on_gpu = device.type == "cuda"
-    megabytes = {"tiny": 8}.get(size, 1024 if on_gpu else 128)
+    megabytes = 8 if size == "tiny" or option("--check") else 1024 if on_gpu else 128
     environment = {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu()}",
         "threads": option("--threads"),
@@ -140,4 +174,4 @@ def open_bench(config: pytest.Config) -> Bench:
     if on_gpu:
         torch.cuda.empty_cache()  # other processes measure how much fits
     return Bench(device, size, option("--clock"), option("--threads"), environment,
-                 option("--time-limit"), option("--rounds"))  # fmt: skip
+                 option("--time-limit"), option("--rounds"), option("--check"))  # fmt: skip

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._bench import Bench, Measured, Missing
+from benchmarks._bench import Bench, Measured
 from benchmarks._cases import Constant
-from benchmarks._fresh import Died, fresh
+from benchmarks._fresh import fresh
 from benchmarks._measure import Call, interleaved, peak_bytes
 from benchmarks._peers import BUILDERS, NOTES, Peer
-from benchmarks._plain import Latents
+from benchmarks._plain import Latents, exact
 from mflow_kernels import FlowStep, Glow
 from mflow_kernels.testing import assert_close, tolerance
 
@@ -87,6 +88,51 @@ def nll(z: Latents, logdet: Tensor) -> Tensor:
     return (sum(cast(Tensor, t.square().sum()) for t in z) / 2 - logdet.sum()) / len(logdet)
 
 
+def variants(task: str, *, compiled: bool) -> list[str]:
+    """Those that recompute differ in training alone."""
+    names = INVERTIBLE[:1] + RECOMPUTING + INVERTIBLE[1:] if task == "train" else INVERTIBLE
+    return [name for name in names if compiled or name != "plain, compiled"]
+
+
+class Results(NamedTuple):
+    """What a variant is held to, in float64; the gradient is that of the images."""
+
+    z: Latents
+    logdet: Tensor
+    grad: Tensor
+
+
+def results(module: nn.Module, images: Tensor) -> Results:
+    x = images.double().requires_grad_()
+    z, logdet = cast(tuple[Latents, Tensor], module(x))
+    (grad,) = torch.autograd.grad(nll(z, logdet), x)
+    return Results(tuple(t.detach() for t in z), logdet.detach(), grad)
+
+
+@lru_cache(maxsize=1)
+def shared_results(spec: Spec, device: torch.device) -> Results:
+    """Of the function that ours and most of the others compute."""
+    return results(exact(spec.glow()).to(device), spec.images(device))
+
+
+def assert_gradient_close(
+    got: Tensor, want: Tensor, terms: int, name: str, *, low: bool = False
+) -> None:
+    """Of the images' gradient through networks with ReLUs, as a whole: rounding moves a share
+    `tolerance` of the hidden units across zero, and each then changes its pixels' gradient by as
+    much as there is of it. So the norm of the difference is the square root of that share of the
+    norm.
+
+    Args:
+        terms: products behind one element.
+        low: whether the networks are bfloat16's.
+    """
+    error = float((got.double() - want).norm() / want.norm())
+    bound = tolerance(torch.bfloat16 if low else torch.float32, terms) ** 0.5
+    if not error <= bound:
+        raise AssertionError(f"{name}: d images: relative error {error:.1e} exceeds {bound:.1e}")
+
+
 class Model:
     """One variant of a spec.
 
@@ -134,48 +180,52 @@ class Model:
     def check(self, task: str) -> None:
         """AssertionError unless latents, logdet and (where it trains) the gradient of the images
         are the reference's, or a sample is the image whose latents it was made from."""
-        x = self.x.clone().requires_grad_()
-        wide = self.x.double().requires_grad_()
-        z, logdet = self.forward(x)
-        exact_z, exact_logdet = self.peer.exact().to(self.device)(wide)
-        for i, (got, want) in enumerate(zip(z, exact_z, strict=True)):
-            self._close(got, want, f"z[{i}]")
+        want = (
+            results(self.peer.exact().to(self.device), self.x)
+            if self.peer.exact
+            else shared_results(self.spec, self.device)
+        )
+        # Compiled anew if its images required gradients, which those of a training step do not.
+        compiled = self.variant == "plain, compiled"
+        x = self.x.clone().requires_grad_(not compiled)
+        with torch.set_grad_enabled(task == "train"):
+            z, logdet = self.forward(x)
+        for i, (got, latent) in enumerate(zip(z, want.z, strict=True)):
+            self._close(got, latent, f"z[{i}]")
         # A step's logdet has terms of order one that may cancel over pixels.
         size = self.spec.channels * self.spec.side**2
-        self._close(logdet, exact_logdet, "logdet", size**0.5, self.spec.steps * size)
+        self._close(logdet, want.logdet, "logdet", size**0.5, self.spec.steps * size)
         if task == "train":
             nll(z, logdet).backward()
-            nll(exact_z, exact_logdet).backward()
-            assert x.grad is not None
-            assert wide.grad is not None
-            self._check_gradient(x.grad, wide.grad)
+            if compiled:  # the images' gradient summed, which is that of the first bias
+                bias = cast(Any, self.module).levels[0][0].bias
+                squeezed = F.pixel_unshuffle(want.grad, 2)
+                self._check_gradient(bias.grad, squeezed.sum((0, 2, 3)))
+            else:
+                assert x.grad is not None
+                self._check_gradient(x.grad, want.grad)
         if task == "sample":
             with torch.no_grad():
-                back, _ = self._inverse(tuple(t.detach().float() for t in exact_z))
-            scale = self._sample_scale(exact_z, exact_logdet)
+                back, _ = self._inverse(tuple(t.float() for t in want.z))
+            scale = self._sample_scale(want)
             self._close(back, self.x, "sample", scale)
 
     def _check_gradient(self, got: Tensor, want: Tensor) -> None:
-        """Where there are ReLUs, of the gradient as a whole: rounding moves a share `tolerance` of
-        the hidden units across zero, and each then changes its pixels' gradient by as much as there
-        is of it. So the norm of the difference is the square root of that share of the norm."""
-        if self.spec.constant:
+        if self.spec.constant:  # no ReLUs
             self._close(got, want, "d images")
-            return
-        error = float((got.double() - want).norm() / want.norm())
-        low = self.spec.precision == "bfloat16"
-        bound = tolerance(torch.bfloat16 if low else torch.float32, self.spec.terms) ** 0.5
-        if not error <= bound:
-            raise AssertionError(
-                f"{self.variant}: d images: relative error {error:.1e} exceeds {bound:.1e}"
-            )
+        else:
+            low = self.spec.precision == "bfloat16"
+            assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
 
-    def _sample_scale(self, z: Latents, logdet: Tensor) -> float:
+    def _sample_scale(self, exact: Results) -> float:
         """The magnitude whose rounding a sample has: the inverse stretches a latent of level l as
         much as the l levels above it shrank it, on average over its numbers."""
         levels = self.spec.levels
-        a_level = -logdet.mean().item() / self.x[0].numel() / (2 - 2.0 ** (1 - levels))
-        stretched = [t.abs().max().item() * math.exp(a_level * (i + 1)) for i, t in enumerate(z)]
+        per_number = -exact.logdet.mean().item() / self.x[0].numel()
+        a_level = per_number / (2 - 2.0 ** (1 - levels))
+        stretched = [
+            t.abs().max().item() * math.exp(a_level * (i + 1)) for i, t in enumerate(exact.z)
+        ]
         return max(stretched) + self.x.abs().max().item()
 
     def _close(
@@ -204,22 +254,12 @@ def step_peak(job: tuple[Spec, str, str, int]) -> int:
     return peak_bytes(model.train, device)
 
 
-def fresh_peaks(
-    spec: Spec, variants: Sequence[str], device: torch.device, threads: int
-) -> dict[str, int | Died]:
-    """Peaks, each from a process that ran nothing else. Not to be called while anything is timed:
-    several run at once, which no allocator notices."""
-    jobs = [(spec, variant, str(device), threads) for variant in variants]
-    peaks = fresh(step_peak, jobs, 5 if device.type == "cuda" else 2, SECONDS_A_PEAK)
-    return dict(zip(variants, peaks, strict=True))
-
-
 def measure(
     bench: Bench, spec: Spec, task: str, variants: Sequence[str], rounds: int, *, memory: bool
 ) -> Measured:
     """Interleaved seconds of a task, of every variant that agrees with the reference; and the peak
     memory of its training step, where asked."""
-    measured = Measured()
+    measured, on_gpu = Measured(), bench.device.type == "cuda"
     calls: dict[str, Call] = {}
     for variant in variants:
         try:
@@ -227,27 +267,22 @@ def measure(
             model.check(task)
             calls[variant] = model.task(task)
             calls[variant]()
-        except (Missing, AssertionError) as fault:
-            measured.faults[variant] = fault
-            continue
-        except Exception as fault:
-            if variant.startswith("ours"):
-                raise
-            # A peer's own limit: memcnn under autocast, an operator that torch has dropped.
-            told = str(fault).splitlines() or [""]
-            measured.faults[variant] = Missing(f"{variant}: {type(fault).__name__}: {told[0]}")
+        except Exception as error:
+            calls.pop(variant, None)
+            measured.fault(variant, error)
             continue
         measured.extra[variant] = {
             **spec._asdict(), "spec": str(spec), "task": task, "parameters": model.parameters,
             "note": NOTES[variant],
         }  # fmt: skip
+    if bench.check_only:
+        return measured
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
     measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
     if memory:
-        peaks = fresh_peaks(spec, list(calls), bench.device, bench.threads)
-        for variant, peak in peaks.items():
-            if isinstance(peak, Died):
-                measured.faults[variant] = RuntimeError(f"peak memory of {variant}: {peak}")
-            else:
-                measured.extra[variant]["peak_bytes"] = peak
+        # A compiled model would be compiled once more.
+        again = [variant for variant in calls if variant != "plain, compiled"]
+        jobs = [(spec, variant, str(bench.device), bench.threads) for variant in again]
+        # Several at once, which no allocator notices, once nothing is timed.
+        measured.peaks(again, fresh(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK))
     return measured

@@ -4,9 +4,9 @@ time of the flow's own operators."""
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, size_of
+from benchmarks._bench import Bench, size_of, slug
 from benchmarks._measure import REPLAY
-from benchmarks._models import INVERTIBLE, Spec, measure
+from benchmarks._models import Spec, measure, variants
 
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")
@@ -29,16 +29,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     size = size_of(config)
     rows = [
-        pytest.param(spec, task, variant, id="-".join((str(spec).replace(" ", ","), task, variant)))
+        pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
         for spec in specs(size, config.getoption("--device").startswith("cuda"))
         for task in TASKS
-        for variant in variants(size)
+        for variant in variants("forward", compiled=size == "full")
     ]
     metafunc.parametrize(("spec", "task", "variant"), rows)
-
-
-def variants(size: str) -> list[str]:
-    return [name for name in INVERTIBLE if name != "plain, compiled" or size == "full"]
 
 
 @pytest.mark.benchmark(timer=REPLAY)
@@ -46,7 +42,7 @@ def test_layer(
     bench: Bench, benchmark: BenchmarkFixture, spec: Spec, task: str, variant: str
 ) -> None:
     benchmark.group = f"{task}, {spec}"
-    names = variants(bench.size)
+    names = variants("forward", compiled=bench.size == "full")
     bench.record(
         benchmark, ("layers", spec, task), variant,
         lambda: measure(bench, spec, task, names, bench.rounds(ROUNDS), memory=False),

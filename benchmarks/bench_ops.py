@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, Measured, Missing, size_of
+from benchmarks._bench import Bench, Measured, Missing, size_of, slug
 from benchmarks._measure import REPLAY, interleaved, launches, peak_bytes
 from benchmarks._operators import Function, Operation, Shape, operations
 
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     grid = shapes(size_of(config), config.getoption("--device").startswith("cuda"))
     rows = [
         pytest.param(shape, name, direction, variant, shape == grid[0],
-                     id="-".join((shape.id, name, direction, variant)))
+                     id=slug(shape.id, name, direction, variant))
         for shape in grid for name, direction in OPERATIONS for variant in VARIANTS
     ]  # fmt: skip
     metafunc.parametrize(("shape", "name", "direction", "variant", "first"), rows)
@@ -84,8 +84,10 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
                 function = op.ours if variant == "ours" else op.reference
             op.check(function, exact)
             functions[variant] = function
-        except (Missing, AssertionError) as fault:
-            measured.faults[variant] = fault
+        except Exception as error:
+            measured.fault(variant, error)
+    if bench.check_only:
+        return measured
     prepares = {v: (lambda f=f: op.prepare(f)) for v, f in functions.items()}
     measured.seconds = interleaved(
         prepares, bench.rounds(ROUNDS), bench.device, bench.clock, flush=True

@@ -8,7 +8,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks._bench import Bench, Measured
+from benchmarks._bench import Bench, Measured, slug
 from benchmarks._measure import REPLAY, seconds
 from benchmarks._models import Spec, nll
 from mflow_kernels import Glow
@@ -28,7 +28,7 @@ def spec_of(size: str, gpu: bool) -> tuple[Spec, int]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("variant", list(VARIANTS))
+    metafunc.parametrize("variant", [pytest.param(name, id=slug(name)) for name in VARIANTS])
 
 
 def scenes(spec: Spec, steps: int, device: torch.device) -> Tensor:

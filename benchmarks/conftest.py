@@ -1,5 +1,6 @@
 """Options of `pytest benchmarks/ --benchmark-only`, and what its JSON says beside the rows."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mflow_kernels")
     group.addoption("--full", action="store_true", help="every shape, depth and peer: hours on CPU")
     group.addoption("--tiny", action="store_true", help="sizes that rehearse the code, no figures")
+    group.addoption("--check", action="store_true",
+                    help="hold every row to its reference, and measure nothing")  # fmt: skip
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--threads", type=int, default=1, help="of the CPU; one is less noisy than two")
     group.addoption("--rounds", type=int, help="interleaved rounds; otherwise each file's own")
@@ -40,6 +43,8 @@ NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
+    # `timeout` ends a run as Ctrl-C would: what was measured until then is saved.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.hookimpl(hookwrapper=True)

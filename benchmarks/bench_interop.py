@@ -1,0 +1,179 @@
+"""What `accelerate` gives models of other libraries, built as their own documentation builds them:
+a training step of the original, of its accelerated copy, and of one that is reversible."""
+
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from benchmarks._bench import Bench, Measured, Missing, size_of, slug
+from benchmarks._fresh import fresh
+from benchmarks._measure import REPLAY, Call, interleaved, peak_bytes
+from benchmarks._models import Spec, assert_gradient_close
+from mflow_kernels.interop import accelerate
+from mflow_kernels.testing import assert_close
+
+ROUNDS = 7
+SECONDS_A_PEAK = 120
+VARIANTS = ("original", "ours, accelerated", "ours, accelerated reversibly")
+
+
+def spec_of(size: str, gpu: bool) -> Spec:
+    """One level: steps of 12 channels on side / 2."""
+    if size == "tiny":
+        return Spec(side=8, levels=1, steps=2, width=8, batch=2)
+    return Spec(side=128, levels=1, width=256, batch=32) if gpu else Spec(levels=1)
+
+
+def normflows_glow(spec: Spec) -> nn.Module:
+    nf = importlib.import_module("normflows")
+    flows = [nf.flows.GlowBlock(12, spec.width) for _ in range(spec.steps)]
+    base = nf.distributions.DiagGaussian((12, spec.side // 2, spec.side // 2))
+    return cast(nn.Module, nf.NormalizingFlow(base, [*flows, nf.flows.Squeeze()]))
+
+
+def nflows_glow(spec: Spec) -> nn.Module:
+    nt = importlib.import_module("nflows.transforms")
+    nets = importlib.import_module("nflows.nn.nets")
+    net = partial(nets.ConvResidualNet, hidden_channels=spec.width, num_blocks=1)
+    mask = torch.tensor([-1] * 6 + [1] * 6)
+    steps = [nt.SqueezeTransform()]
+    for _ in range(spec.steps):
+        steps += [nt.ActNorm(12), nt.OneByOneConvolution(12), nt.AffineCouplingTransform(mask, net)]
+    return cast(nn.Module, nt.CompositeTransform(steps))
+
+
+def freia_inn(spec: Spec) -> nn.Module:
+    framework = importlib.import_module("FrEIA.framework")
+    modules = importlib.import_module("FrEIA.modules")
+
+    def net(c_in: int, c_out: int) -> nn.Module:
+        width = spec.width
+        first, last = nn.Conv2d(c_in, width, 3, padding=1), nn.Conv2d(width, c_out, 3, padding=1)
+        return nn.Sequential(first, nn.ReLU(), last)
+
+    inn = framework.SequenceINN(3, spec.side, spec.side)
+    inn.append(modules.IRevNetDownsampling)
+    for _ in range(spec.steps):
+        inn.append(modules.AllInOneBlock, subnet_constructor=net, permute_soft=True)
+    return cast(nn.Module, inn)
+
+
+RECIPES: dict[str, Callable[[Spec], nn.Module]] = {
+    "normflows": normflows_glow,
+    "nflows": nflows_glow,
+    "FrEIA": freia_inn,
+}
+
+
+def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """An initialised original, moved off its initial values, and images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = RECIPES[library](spec)
+        except ImportError as error:
+            raise Missing(f"{library} is not installed ({error})") from None
+        x = spec.images(torch.device("cpu"))
+        loss_of(model, x)  # sets actnorms
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.02 * torch.randn(p.shape))
+    return model.to(device), x.to(device)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Nats of an image, a constant left out."""
+    if hasattr(model, "forward_kld"):  # normflows, whose models include the base
+        return cast(Tensor, cast(Any, model).forward_kld(x))
+    z, logdet = model(x)
+    return cast(Tensor, (z.flatten(1).square().sum(1) / 2 - logdet).mean())
+
+
+def variant_of(original: nn.Module, variant: str) -> nn.Module:
+    model = copy.deepcopy(original)
+    if variant != "original":
+        report = accelerate(model, reversible="reversibly" in variant)
+        assert report.replaced, str(report)
+    return model
+
+
+def train(model: nn.Module, x: Tensor) -> None:
+    """Forward and backward; the optimizer's step, alike for all, is left out."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss_of(model, x).backward()
+
+
+def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: str) -> None:
+    """AssertionError unless loss and the images' gradient are the original's in float64."""
+    x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss, want = loss_of(model, x), loss_of(copy.deepcopy(original).double(), wide)
+    loss.backward()
+    want.backward()
+    size = x[0].numel()  # log-determinants have terms of order one, which may cancel over pixels
+    terms = max(spec.terms, spec.steps * size)
+    assert_close(loss.detach(), want.detach(), terms=terms, scale=size**0.5, name=f"{name}: loss")
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert_gradient_close(x.grad, wide.grad, spec.terms, name)
+
+
+def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
+    """Bytes of a training step, gradients included; to be run in a process of its own."""
+    library, spec, variant, device_name, threads = job
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    original, x = made(library, spec, device)
+    model = variant_of(original, variant)
+    train(model, x)  # what is allocated once
+    for parameter in model.parameters():
+        parameter.grad = None
+    return peak_bytes(lambda: train(model, x), device)
+
+
+def measure(bench: Bench, library: str, spec: Spec) -> Measured:
+    measured = Measured()
+    original, x = made(library, spec, bench.device)
+    calls: dict[str, Call] = {}
+    for variant in VARIANTS:
+        try:
+            model = variant_of(original, variant)
+            check(model, original, x, spec, f"{library}, {variant}")
+        except Exception as error:
+            measured.fault(variant, error)
+            continue
+        calls[variant] = partial(train, model, x)
+        measured.extra[variant] = {**spec._asdict(), "spec": str(spec), "library": library}
+    if bench.check_only:
+        return measured
+    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
+    measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
+    jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in calls]
+    measured.peaks(calls, fresh(step_peak, jobs, 2, SECONDS_A_PEAK))
+    return measured
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    spec = spec_of(size_of(config), config.getoption("--device").startswith("cuda"))
+    rows = [
+        pytest.param(spec, library, variant, id=slug(library, *str(spec).split(), variant))
+        for library in RECIPES for variant in VARIANTS
+    ]  # fmt: skip
+    metafunc.parametrize(("spec", "library", "variant"), rows)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_interop(
+    bench: Bench, benchmark: BenchmarkFixture, spec: Spec, library: str, variant: str
+) -> None:
+    benchmark.group = f"{library}, {spec}"
+    bench.record(benchmark, ("interop", library), variant, lambda: measure(bench, library, spec))
