@@ -7,11 +7,13 @@ coupling network H = B width p, its output Q = 2 B C_b p, in bytes of the networ
 Held through the step: parameters and buffers of all stages, once more as a running average, and
 AdamW's two moments of every stage trained so far (8 bytes a parameter).
 
-The backward pass takes the coupling networks one by one; the peak is at one of them:
+The backward pass takes the coupling networks one by one; the peak is at one of them. It walks back
+the last flow that is trained first, then, where the earlier ones are released, those before it:
 
-    gradients    of the networks that are done. Where the objective decodes (the data domain), two
-                 passes go through the flow: the inverse's is walked back first, and its gradients,
-                 complete, are held while the other makes its own.
+    gradients    of the networks that are done. Where the objective decodes (the data domain, with
+                 something off the manifold), two passes go through the flow: the inverse's is
+                 walked back first, and its gradients, complete, are held while the other makes its
+                 own.
     ends         the images, and of each pass not yet done the input, the latents and their
                  gradients: 3 S of the data. A reversible pass holds these whatever its depth.
     kept         S at each `checkpoint_every`-th network, of each pass not yet done.
@@ -33,9 +35,10 @@ fragments of its caching allocator.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -149,21 +152,26 @@ def networks(config: RunConfig, stage: int) -> list[Network]:
 
 
 def peak_memory(config: RunConfig) -> Memory:
-    """The predicted peak of training `config`. Where earlier stages are released, a later one's
-    is not more than the sum of theirs, which is not counted."""
-    stages = [networks(config, stage) for stage in range(1 + len(config.stage_dims))]
+    """The predicted peak of training `config`."""
+    found = [networks(config, stage) for stage in range(1 + len(config.stage_dims))]
     dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
     dims += config.stage_dims
     masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
-    counts = [sum(n.parameters + n.mix_parameters for n in found) for found in stages]
-    buffers = sum(n.buffer_bytes for found in stages for n in found) + masks
+    counts = [sum(n.parameters + n.mix_parameters for n in own) for own in found]
+    buffers = sum(n.buffer_bytes for own in found for n in own) + masks
     weights = FLOAT * sum(counts) + buffers
+    flows = [
+        _Flow(own, config.batch_size * outer, stage.domain == "data" and inner < outer)
+        for own, stage, (outer, inner) in zip(found, config.stages, pairwise(dims), strict=True)
+    ]
     moments = []
-    for stage, found in enumerate(stages):
-        image = config.batch_size * dims[stage]
-        # uint8 images and what the trained stage is given of them.
-        batch = config.batch_size * dims[0] + (FLOAT * image if stage else 0)
-        for moment in _moments(config, found, image, config.stages[stage].domain):
+    for stage in range(len(flows)):
+        # uint8 images and, where it is not computed from them with gradients, what the trained
+        # stage is given of them.
+        batch = config.batch_size * dims[0]
+        batch += FLOAT * flows[stage].image if stage and not config.release else 0
+        trained = flows[: stage + 1] if config.release else [flows[stage]]
+        for moment in _moments(config, trained):
             held = dataclasses.replace(
                 moment,
                 parameters=weights,
@@ -244,46 +252,82 @@ def largest_batch(config: RunConfig, memory: int) -> int:
     return low
 
 
-def _moments(config: RunConfig, found: list[Network], image: int, domain: str) -> Iterator[Memory]:
-    """What is held, beyond what is held through the step, as the forward pass ends and through the
-    backward pass. `image`: numbers in a batch of the stage's data."""
-    decodes = domain == "data"
+class _Flow(NamedTuple):
+    """What is trained of one stage."""
+
+    found: list[Network]
+    image: int  # numbers in a batch of its data
+    decodes: bool  # a pass through the inverse follows the one through the flow
+
+    @property
+    def gradients(self) -> int:
+        """Of all its parameters, bytes."""
+        return FLOAT * sum(n.parameters + n.mix_parameters for n in self.found)
+
+    @property
+    def squares(self) -> dict[int, int]:
+        """Of the weights of each group of steps, by its channels, bytes."""
+        squares = {n.channels: 0 for n in self.found}
+        for n in self.found:
+            squares[n.channels] += FLOAT * n.channels**2 if n.mixes else 0
+        return squares
+
+
+class _Walk(NamedTuple):
+    """A pass through a flow, walked back: the ordinals of its networks in that order."""
+
+    flow: _Flow
+    decoding: bool
+    order: Sequence[int]
+    kept: set[int]  # ordinals of the networks whose state was kept
+
+
+def _walks(config: RunConfig, trained: list[_Flow]) -> list[_Walk]:
     every = config.checkpoint_every if config.reversible else None
-    there = range(len(found))
-    # A pass through the inverse ran from the last network to the first, and is walked back first.
-    walks = [there, there[::-1]] if decodes else [there[::-1]]
-    kept = [{i for i in walk[::-1][:: every or 1] if every} for walk in walks]
-    squares = {n.channels: 0 for n in found}  # of the weights of a group of steps, bytes
-    for n in found:
-        squares[n.channels] += FLOAT * n.channels**2 if n.mixes else 0
+    walks = []
+    for flow in reversed(trained):
+        there = range(len(flow.found))
+        # A pass through the inverse ran from the last network to the first.
+        for decoding in (True, False)[not flow.decodes :]:
+            order = there if decoding else there[::-1]
+            kept = {i for i in order[::-1][:: every or 1] if every}
+            walks.append(_Walk(flow, decoding, order, kept))
+    return walks
+
+
+def _moments(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
+    """What is held, beyond what is held through the step, as the forward pass ends and through the
+    backward pass, by flows that are trained together."""
+    walks = _walks(config, trained)
 
     def held(done: int, gradients: int, left: int, folded: int, one_step: int) -> Memory:
         """With so many of the walks done."""
-        ends = FLOAT * 3 * image * (len(walks) - done)
-        states = sum(_state(config, found[i]) for ordinals in kept[done:] for i in ordinals)
+        ends = FLOAT * 3 * sum(walk.flow.image for walk in walks[done:])
+        states = sum(_state(config, walk.flow.found[i]) for walk in walks[done:] for i in walk.kept)
         return Memory(0, 0, 0, gradients, ends, states, left, folded, one_step)
 
     low = _network_bytes(config)
     left = folded = 0
     if not config.reversible:
-        left = len(walks) * sum(_stored(config, n) for n in found)
-        left += low * sum(n.parameters for n in found) if low < FLOAT else 0
-        folded = sum(squares.values()) * (6 + (5 if decodes else 0))
-    gradients = FLOAT * sum(n.parameters + n.mix_parameters for n in found)
+        left = sum(_stored(config, n) for walk in walks for n in walk.flow.found)
+        weights = sum(n.parameters for flow in trained for n in flow.found)
+        left += low * weights if low < FLOAT else 0
+        folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
+    gradients = sum(flow.gradients for flow in trained)
     yield held(0, gradients, left, folded, 0)  # the gradients are those of the step before
     gradients = 0
-    for done, walk in enumerate(walks):
-        decoding = len(walks) - done == 2
-        for i in walk:
+    for done, (flow, decoding, order, kept) in enumerate(walks):
+        found, squares = flow.found, flow.squares
+        for i in order:
             n = found[i]
-            group = [j for j in there if found[j].channels == n.channels and found[j].mixes]
+            group = [j for j, m in enumerate(found) if m.channels == n.channels and m.mixes]
             inside, leaving = (12, 20) if decoding else (9, 12)
             # A step's convolution is walked back after its network, or where decoding before it.
             if config.reversible:
                 folded = inside * squares[n.channels] if n.mixes and i != group[-1] else 0
             leaves = n.mixes and i == group[-1 if decoding else 0]
             own = FLOAT * sum(found[j].mix_parameters for j in group) if leaves else 0
-            moment = _one_step(config, n, i in kept[done])
+            moment = _one_step(config, n, i in kept)
             if decoding:
                 gradients += own
             yield held(done, gradients, left, folded, moment)
@@ -294,6 +338,8 @@ def _moments(config: RunConfig, found: list[Network], image: int, domain: str) -
             if leaves and config.reversible:
                 folded = leaving * squares[n.channels]
                 yield held(done, gradients, left, folded, 2 * _state(config, n))
+        if flow.decodes and not decoding:
+            gradients -= flow.gradients  # those of both passes are added
 
 
 def _state(config: RunConfig, n: Network) -> int:

@@ -34,6 +34,16 @@ CASES = {
     "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
     "wide levels": {"steps": 4, "width": 8, "levels": 4},
     "another stage": {"steps": 1, "width": 8, "stage_dims": [16], "stage_width": [256]},
+    "whole stage": {"steps": 1, "width": 8, "stage_dims": [32], "stage_width": [256]},
+    "released": {"width": 32, "stage_dims": [16, 8], "stage_width": [128], "release": True},
+    "released, stored": {
+        "steps": 2,
+        "width": 16,
+        "stage_dims": [16],
+        "stage_width": [64],
+        "release": True,
+        "reversible": False,
+    },
 }
 
 
