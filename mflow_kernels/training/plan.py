@@ -206,8 +206,9 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{_readable(value):>10}" for label, value in rows.items()]
     if gpu_memory is not None:
-        batch = largest_batch(config, gpu_memory)
-        lines += ["", f"Largest batch in {_readable(gpu_memory)}: {batch or 'none fits'}"]
+        batch, room = largest_batch(config, gpu_memory), _readable(gpu_memory)
+        fits = "Fits" if config.batch_size <= batch else "Does not fit"
+        lines += ["", f"{fits} in {room}. Largest batch in {room}: {batch or 'none fits'}"]
     if gpu:
         lines += [
             "",

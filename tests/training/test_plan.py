@@ -143,9 +143,15 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert err == ""
         assert "16 images of 3x256x256" in out
-        assert "Largest batch in 80.0 GB" in out
+        assert "\nFits in 80.0 GB. Largest batch in 80.0 GB: " in out
         assert "not verified on a GPU" in out
         assert not list(tmp_path.iterdir())
+
+    def test_it_says_what_does_not_fit(self, capsys):
+        assert main(["plan", "--batch-size", "999999", "--gpu-memory", "8GB"]) == 0
+        assert "\nDoes not fit in 8.0 GB. Largest batch" in capsys.readouterr().out
+        assert main(["plan", "--gpu-memory", "1MB"]) == 0
+        assert "Largest batch in 1.0 MB: none fits" in capsys.readouterr().out
 
     def test_the_rows_add_up(self, capsys):
         assert main(["plan", "--data", "digits", "--device", "cpu"]) == 0
