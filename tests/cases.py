@@ -4,9 +4,10 @@ their float64 references, and one comparison of values and gradients."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.ops._launch import dense_pixels
@@ -15,6 +16,8 @@ from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Vectors; odd channels and sizes; N = 1; P = 1; more channels than a block of a kernel has; P past
 # one tile and no multiple of it (tiles have 16 to 256 columns).
@@ -86,6 +89,15 @@ def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(C, C) near a rotation: no cancellation in its inverse that float32 would feel."""
     q = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
     return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
+
+
+def moved(module: Module, by: float = 0.1) -> Module:
+    """The module with normal numbers added to its parameters: as they start, most of what a flow
+    does is to do nothing."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(by * torch.randn(parameter.shape).to(parameter))
+    return module
 
 
 def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

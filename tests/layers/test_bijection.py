@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from cases import normal
+from cases import moved, normal
 from torch import Tensor
 
 from mflow_kernels import (
@@ -51,14 +51,6 @@ every = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 
 def flat(z) -> list[Tensor]:
     return [z] if isinstance(z, Tensor) else [t for part in z for t in flat(part)]
-
-
-def moved(layer, by=0.1):
-    """The layer with its parameters moved: at their start most of what it does is to do nothing."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(by * torch.randn(parameter.shape).to(parameter))
-    return layer
 
 
 @every

@@ -5,28 +5,27 @@ import math
 
 import pytest
 import torch
-from cases import normal
+from cases import moved, normal
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.testing import assert_close
 
 
-def moved(model, by=0.1):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(by * torch.randn_like(parameter))
-    return model.double()
-
-
 def one_flow(dim=5) -> ManifoldFlow:
-    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)), dim)
+    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)), dim).double()
 
 
 def hierarchy(*dims) -> HierarchicalFlow:
     flows = [one_flow(dims[0])]
     for before, after in itertools.pairwise(dims):
-        flows.append(ManifoldFlow(moved(VectorFlow(before, 2, 4)), after))
+        flows.append(ManifoldFlow(moved(VectorFlow(before, 2, 4)), after).double())
     return HierarchicalFlow(flows)
+
+
+def assert_on_manifold(model, x):
+    """x is its own projection: up to what a round trip through some ten operators rounds."""
+    distance = model.distance(x)
+    assert_close(distance, torch.zeros_like(distance), terms=10_000, scale=x.abs().max().item())
 
 
 MODELS = [one_flow, lambda: hierarchy(6, 6), lambda: hierarchy(8, 6, 3)]
@@ -56,7 +55,7 @@ def test_shapes_are_alike(model, x, device):
 def test_a_projection_is_at_no_distance(model, x):
     assert (model.distance(x) > 1e-2).all()
     assert_close(model.distance(x), (x - model.project(x)).flatten(1).norm(dim=1), terms=100)
-    assert (model.distance(model.project(x)) < 1e-8).all()
+    assert_on_manifold(model, model.project(x))
 
 
 def test_interpolation_stays_on_the_manifold(model, x):
@@ -65,7 +64,7 @@ def test_interpolation_stays_on_the_manifold(model, x):
     assert path.shape == (5, *X)
     assert_close(path[0], model.project(x), terms=1000)
     assert_close(path[-1], model.project(y), terms=1000)
-    assert (model.distance(path.flatten(0, 1)) < 1e-8).all()
+    assert_on_manifold(model, path.flatten(0, 1))
     middle = (model.encode(x) + model.encode(y)) / 2
     assert_close(model.encode(path[2]), middle, terms=10_000)
 
@@ -93,9 +92,9 @@ def test_the_score_tells_both_kinds_of_strangers(model):
     deviation = model.deviation(usual)
     with torch.no_grad():
         least = model.ood_score(usual, deviation).quantile(0.99)
-        far_along = model.decode(torch.full((1, model.manifold_dim), 4.0, **like))
+        far_along = model.decode(torch.full((1, model.manifold_dim), 6.0, **like))
         far_off = usual[:1] + 1.0
-        assert model.distance(far_along) < 1e-8  # by its distance alone as usual as can be
+        assert_on_manifold(model, far_along)  # by its distance alone as usual as can be
         assert model.ood_score(far_along, deviation) > least
         assert model.ood_score(far_off, deviation) > least
 
@@ -161,8 +160,8 @@ def test_a_hierarchy_of_rotations_keeps_the_density_on_the_manifold():
     both = HierarchicalFlow([first, rotation])
     x = normal(*X, dtype=torch.float64)
     got, want = both.manifold_log_prob(x).value, first.manifold_log_prob(x).value
-    # W was rounded to float32 when it was made, so it is a rotation up to 1e-7.
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+    # W was rounded to float32 when it was made: it is a rotation up to that.
+    assert_close(got.float(), want)
 
 
 def test_all_latents_at_all_stages_are_the_ambient_density():
@@ -174,7 +173,7 @@ def test_all_latents_at_all_stages_are_the_ambient_density():
     logdet = torch.linalg.slogdet(jacobian.permute(1, 0, 2, 3, 4).reshape(3, 16, 16)).logabsdet
     standard = -(u.square() / 2 + math.log(2 * math.pi) / 2).sum(1)
     assert_close(model.log_prob(x), standard + logdet, terms=10_000)
-    assert (model.distance(x) < 1e-8).all()
+    assert_on_manifold(model, x)
 
 
 def test_density_and_samples_agree_over_a_hierarchy():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import normal
+from cases import moved, normal
 from torch import nn
 
 from mflow_kernels import (
@@ -58,10 +58,7 @@ def test_a_spectrum_without_a_step_is_all_manifold():
 
 
 def test_the_spectrum_is_that_of_autograds_jacobians():
-    flow = Glow((1, 4, 4), 2, 1, 4).double()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    flow = moved(Glow((1, 4, 4), 2, 1, 4), 0.2).double()
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(
         lambda x: torch.cat([z.flatten(1) for z in flow(x)[0]], 1), x
