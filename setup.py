@@ -203,13 +203,6 @@ setup(
                 "csrc/coupling_bindings.cpp",
                 "csrc/module.cpp",
             ],
-            depends=[
-                "csrc/masked_penalty.h",
-                "csrc/masked_penalty.cu",
-                "csrc/coupling.h",
-                "csrc/scale.h",
-                "csrc/cpu.h",
-            ],
         )
     ],
     cmdclass={"build_ext": NinjaBuildExt},
