@@ -280,8 +280,9 @@ def measure(
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
     measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
     if memory:
-        # A compiled model would be compiled once more.
-        again = [variant for variant in calls if variant != "plain, compiled"]
+        # A compiled model is compiled once more.
+        every = bench.size == "full"
+        again = [variant for variant in calls if every or variant != "plain, compiled"]
         jobs = [(spec, variant, str(bench.device), bench.threads) for variant in again]
         # Several at once, which no allocator notices, once nothing is timed.
         measured.peaks(again, fresh(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK))

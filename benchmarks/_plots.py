@@ -37,9 +37,10 @@ def _figures(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     operators = [row for row in rows if row.kind == "ops"]
     if operators:
         yield "bandwidth", _bandwidth(operators)
-    speedups = [row for row in rows if row.kind in ("models", "layers")]
-    if speedups:
-        yield "speedup", _speedup(speedups)
+    for kind in ("layers", "models"):
+        compared = [row for row in rows if row.kind == kind]
+        if compared:
+            yield f"speedup-{kind}", _speedup(compared)
 
 
 def largest_series(rows: Sequence[Row], axis: str) -> list[Row]:

@@ -19,7 +19,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What it is: ops, layers, models, ceilings or training."""
+        """What it is: ops, layers, models, interop, ceilings or training."""
         return Path(self.name.split("::")[0]).stem.removeprefix("bench_")
 
     @property
@@ -35,6 +35,7 @@ class Row:
 class Runs:
     rows: list[Row]
     not_measured: list[dict[str, str]]  # name, outcome (skipped or failed), reason
+    commands: list[dict[str, str]]  # command and datetime of each run
 
     @property
     def environments(self) -> list[dict[str, Any]]:
@@ -55,6 +56,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         try:
             content = json.loads(path.read_text())
             benchmarks, not_measured = content["benchmarks"], content.get("not_measured", [])
+            commands = content.get("commands", [])
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -62,9 +64,10 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
                 f"{path}: expected the JSON of pytest --benchmark-json ({error!r})"
             ) from None
         if not whole:
-            whole = {**content, "benchmarks": [], "not_measured": []}
+            whole = {**content, "benchmarks": [], "not_measured": [], "commands": []}
         whole["benchmarks"] += benchmarks
         whole["not_measured"] += not_measured
+        whole["commands"] += commands
     return whole
 
 
@@ -74,7 +77,7 @@ def runs(content: dict[str, Any]) -> Runs:
         for b in content["benchmarks"]
         if "variant" in b["extra_info"]
     ]
-    return Runs(rows, content["not_measured"])
+    return Runs(rows, content["not_measured"], content["commands"])
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Options of `pytest benchmarks/ --benchmark-only`, and what its JSON says beside the rows."""
 
+import shlex
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -68,3 +69,9 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     output_json["not_measured"] = config.stash[NOT_MEASURED]
+    arguments = list(config.invocation_params.args)
+    if "--benchmark-json" in arguments:  # where the results went is no part of how they came
+        at = arguments.index("--benchmark-json")
+        del arguments[at : at + 2]
+    run = {"command": shlex.join(["pytest", *arguments]), "datetime": output_json["datetime"]}
+    output_json["commands"] = [run]

@@ -19,6 +19,10 @@ from benchmarks._rows import Row, Runs, merged, ratio, runs, spread
 from benchmarks._table import save
 
 MIB = 2**20
+KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
+OURS = "ours, stored"  # activations are kept, as the peers do
+TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
+Tables = Callable[[Sequence[Row]], Iterator[str]]
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -61,7 +65,7 @@ def operators(rows: Sequence[Row]) -> Iterator[str]:
                 f"peak MiB: {', '.join(names)}"]  # fmt: skip
         lines = [_operator(mine, names, launched) for mine in groups]
         head += [f"launches: {', '.join(names)}"] if launched else []
-        yield f"### {shape}\n\n{_markdown(head, lines)}"
+        yield f"#### {shape}\n\n{_markdown(head, lines)}"
 
 
 def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> list[str]:
@@ -90,25 +94,47 @@ SHORT = {"channels": "channels", "side": "px", "levels": "L", "steps": "K", "wid
          "batch": "B", "precision": ""}  # fmt: skip
 
 
-def comparisons(rows: Sequence[Row]) -> Iterator[str]:
-    """For each task and width, tables over depth and resolution: time against plain, and memory."""
+def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows that go into one table, with its title: those of one task and width."""
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         e = row.extra
-        key = (e["task"], e["constant"], None if e["constant"] else e["width"], e["precision"])
+        key = (e["task"], None if e["constant"] else e["width"], e["precision"])
         families.setdefault(key, []).append(row)
-    for (task, constant, width, precision), family in families.items():
-        networks = "constant networks" if constant else f"width {width}"
+    for (task, width, precision), family in families.items():
+        networks = "constant networks" if width is None else f"width {width}"
         low = "" if precision == "float32" else f", {precision} networks"
-        yield f"### {task.capitalize()}, {networks}{low}\n\n{_comparison(family)}"
+        yield f"{TASKS[task]}, {networks}{low}", family
 
 
-def _comparison(family: Sequence[Row]) -> str:
+def _columns(family: Sequence[Row]) -> tuple[list[dict[str, Row]], list[str], str]:
+    """The groups of a family, what to call each, and what is the same in all."""
     groups = list(_groups(family).values())
     first = [next(iter(mine.values())).extra for mine in groups]
     differ = [f for f in VARYING if len({e[f] for e in first}) > 1] or ["steps"]
     heads = [" ".join(f"{SHORT[f]}={e[f]}" for f in differ) for e in first]
     same = ", ".join(f"{SHORT[f] or f}={first[0][f]}" for f in VARYING if f not in differ)
+    return groups, heads, same
+
+
+def speedups(rows: Sequence[Row]) -> Iterator[str]:
+    """For each task and width, how many times as long as ours each peer takes."""
+    for title, family in _families(rows):
+        groups, heads, same = _columns(family)
+        names = dict.fromkeys(row.variant for row in family if not row.variant.startswith("ours"))
+        lines = [[name, *(_against(mine.get(name), mine.get(OURS)) for mine in groups)]
+                 for name in names]  # fmt: skip
+        yield f"#### {title}\n\n{same}\n\n{_markdown(['', *heads], lines)}"
+
+
+def comparisons(rows: Sequence[Row]) -> Iterator[str]:
+    """For each task and width, tables over depth and resolution: time against plain, and memory."""
+    for title, family in _families(rows):
+        yield f"#### {title}\n\n{_comparison(family)}"
+
+
+def _comparison(family: Sequence[Row]) -> str:
+    groups, heads, same = _columns(family)
     names = list(dict.fromkeys(row.variant for row in family))
 
     def tabled(cell: Callable[[dict[str, Row], str], str]) -> str:
@@ -124,12 +150,13 @@ def _comparison(family: Sequence[Row]) -> str:
         peak = mine[name].extra.get("peak_bytes") if name in mine else None
         return "-" if peak is None else f"{peak / MIB:.1f}"
 
-    parts = [f"{same}. Time against plain eager (plain: seconds):\n\n{tabled(timed)}"]
+    parts = [f"{same}\n\n{tabled(timed)}"]
     if any("peak_bytes" in row.extra for row in family):
         parts.append("Peak memory of a training step, gradients included, MiB:\n\n" + tabled(held))
-    numbers = {row.variant: row.extra["parameters"] for row in groups[-1].values()}
-    counts = ", ".join(f"{name} {count:,}" for name, count in numbers.items())
-    parts.append(f"Parameters ({heads[-1]}): {counts}.\n")
+    if family[0].extra["task"] == "train":
+        numbers = {row.variant: row.extra["parameters"] for row in groups[-1].values()}
+        counts = "; ".join(f"{name} {count:,}" for name, count in numbers.items())
+        parts.append(f"Parameters ({heads[-1]}): {counts}.\n")
     return "\n".join(parts)
 
 
@@ -144,37 +171,77 @@ def others(rows: Sequence[Row]) -> Iterator[str]:
         yield _markdown(["", "model", "step", *columns], lines)
 
 
+def accelerated(rows: Sequence[Row]) -> Iterator[str]:
+    """Models of other libraries, a line for each."""
+    kinds = list(dict.fromkeys(row.variant for row in rows))
+    head = ["", "model", *kinds, *(f"original / {kind}" for kind in kinds[1:]), "peak MiB of each"]
+    lines = []
+    for mine in _groups(rows).values():
+        original, extra = mine.get("original"), next(iter(mine.values())).extra
+        peaks = [mine[k].extra["peak_bytes"] / MIB if k in mine else None for k in kinds]
+        lines.append([
+            extra["library"], extra["spec"],
+            *(_spread(mine[k]) if k in mine else "-" for k in kinds),
+            *(_against(original, mine.get(k)) for k in kinds[1:]),
+            ", ".join("-" if peak is None else f"{peak:.1f}" for peak in peaks),
+        ])  # fmt: skip
+    yield _markdown(head, lines)
+
+
+FASTER = "Time of each over that of ours with stored activations: past 1, ours is faster."
+SHARES = "Times are shares of plain eager's, in the same run; plain eager's own are given."
+BYTES = "Time (GB/s of the fewest bytes an operator must move, share of the copy bandwidth)."
+
+
 def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
-    """The Markdown page."""
-    parts = ["# Benchmarks\n"]
+    """The Markdown page, to stand alone or as a section of another one."""
+    of = {kind: [row for row in told.rows if row.kind == kind] for kind in KINDS}
+    constant = [row for row in of["layers"] if row.extra["constant"]]
+    one_step = [row for row in of["layers"] if not row.extra["constant"]]
+    sections: tuple[tuple[str, Sequence[Row], Tables, str, tuple[str, ...]], ...] = (
+        ("Speed-up over each peer, the flow's own operators", constant, speedups, FASTER, ()),
+        ("Speed-up over each peer, whole models", of["models"], speedups, FASTER,
+         ("speedup-layers", "speedup-models")),
+        ("Models", of["models"], comparisons, SHARES, ("depth", "resolution")),
+        ("The flow's own operators", constant, comparisons, SHARES, ()),
+        ("One step of flow", one_step, comparisons, SHARES, ()),
+        ("Operators", of["ops"], operators, BYTES, ("bandwidth",)),
+        ("Accelerated models of other libraries", of["interop"], accelerated,
+         "A training step.", ()),
+        ("Memory ceilings", of["ceilings"], others, "", ()),
+        ("Short training", of["training"], others, "", ()),
+    )  # fmt: skip
+    parts = ["## Measured\n", *_circumstances(told)]
+    for title, rows, tables, lead, plots in sections:
+        parts.append(f"### {title}\n")
+        if not rows:
+            parts.append("Not measured.\n")
+            continue
+        parts += [f"{lead}\n"] if lead else []
+        parts += list(tables(rows))
+        parts += [f"![{p.stem}]({p.name})\n" for p in pictures if p.stem in plots]
+    notes = {row.variant: row.extra["note"] for row in told.rows if "note" in row.extra}
+    if notes:
+        lines = [f"- {name}: {note}" for name, note in notes.items()]
+        parts.append("### What is compared\n\n" + "\n".join(lines) + "\n")
+    parts.append(not_measured(told))
+    return "\n".join(parts)
+
+
+def _circumstances(told: Runs) -> Iterator[str]:
+    """Machine, versions, date and command."""
+    for run in told.commands:
+        yield f"- `{run['command']}`, {run['datetime'][:10]}"
     for e in told.environments:
-        parts.append(
+        yield (
             f"- {e['device']}, {e['threads']} thread(s), {e['clock']}; torch {e['torch']}, triton "
             f"{e['triton']}, mflow_kernels {e['mflow_kernels']} at {e['commit']}"
         )
     bandwidths = sorted({row.extra["copy_bytes_per_second"] for row in told.rows})
     if bandwidths:
         rates = ", ".join(f"{b / 1e9:.1f}" for b in bandwidths)
-        parts.append(f"- copy bandwidth, read and written, GB/s: {rates}\n")
-    for title, kind, tables in (
-        ("Operators", "ops", operators),
-        ("Layers", "layers", comparisons),
-        ("Models", "models", comparisons),
-        ("Memory ceilings", "ceilings", others),
-        ("Short training", "training", others),
-    ):
-        rows = [row for row in told.rows if row.kind == kind]
-        parts.append(f"## {title}\n")
-        if kind == "ops" and rows:
-            parts.append("Time (GB/s of the fewest bytes, share of the copy bandwidth).\n")
-        parts += list(tables(rows)) if rows else ["Not measured.\n"]
-    notes = {row.variant: row.extra["note"] for row in told.rows if "note" in row.extra}
-    if notes:
-        lines = [f"- {name}: {note}" for name, note in notes.items()]
-        parts.append("## What is compared\n\n" + "\n".join(lines) + "\n")
-    parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
-    parts.append(not_measured(told))
-    return "\n".join(parts)
+        yield f"- copy bandwidth, read and written, GB/s: {rates}"
+    yield "- medians of interleaved rounds [first and third quartile]; ratios of the same rounds\n"
 
 
 def not_measured(told: Runs) -> str:
@@ -184,7 +251,7 @@ def not_measured(told: Runs) -> str:
         reasons.setdefault((row["outcome"], row["reason"]), []).append(row["name"])
     lines = [f"- {outcome}: {reason} ({len(names)} rows, the first {names[0].split('::')[-1]})"
              for (outcome, reason), names in reasons.items()]  # fmt: skip
-    return "## Not measured\n\n" + ("\n".join(lines) or "Nothing was left out.") + "\n"
+    return "### Not measured\n\n" + ("\n".join(lines) or "Nothing was left out.") + "\n"
 
 
 def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
@@ -28,7 +31,7 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     assert not [row for row in told["not_measured"] if row["outcome"] == "failed"]
     rows = told["benchmarks"]
     kinds = {row["fullname"].split("::")[0].split("_")[-1] for row in rows}
-    assert kinds == {"ops.py", "layers.py", "models.py", "ceilings.py", "training.py"}
+    assert kinds == {f"{kind}.py" for kind in report.KINDS}
     assert all(row["extra_info"]["commit"] == "abc123" for row in rows)
     for row in rows:
         assert min(row["stats"]["data"]) > 0
@@ -40,30 +43,51 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     assert all(e["peak_bytes"] > 4 * e["parameters"] for e in trained if "peak_bytes" in e)
     page = (tmp_path / "out" / "report.md").read_text()
     assert "coupling_conv1x1 backward" in page
-    assert (tmp_path / "out" / "speedup.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "speedup-models.png").stat().st_size > 1000
+
+
+def faked(folder: Path, python: str) -> Path:
+    """A folder with a python3 of that shell script, for PATH."""
+    folder.mkdir()
+    (folder / "python3").write_text(f"#!/bin/sh\n{python}\n")
+    (folder / "python3").chmod(0o755)
+    return folder
 
 
 def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -> None:
-    fake = tmp_path / "bin" / "python3"
-    fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\ncase "$*" in "-m pytest"*) exit 3 ;; esac\n')
-    fake.chmod(0o755)
-    done = run(str(tmp_path / "out"), path=fake.parent)
+    python = 'case "$*" in *tests/ops*|*"--shard 1/"*) exit 3 ;; *models.py*) exit 4 ;; esac'
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "parts" / "old.json").write_text("of an earlier run")
+    done = run(str(tmp_path / "out"), path=faked(tmp_path / "bin", python))
     assert done.returncode == 1
     failed = done.stdout[done.stdout.index("failed, after") :].splitlines()[1:]
-    names = ("tests", "models", "ceilings", "ops")
-    assert failed == [f"  {name} (exit code 3)" for name in names]
+    assert failed == ["  tests (exit code 1)", "  check (exit code 1)", "  models (exit code 4)"]
     assert "== report: exit code 0" in done.stdout
+    assert "old.json" not in done.stdout
+
+
+def test_tests_run_on_all_cores_at_once(tmp_path: Path) -> None:
+    bin = faked(tmp_path / "bin", 'echo "args: $*"; case "$*" in *"--shard 2/3"*) exit 5 ;; esac')
+    (bin / "nproc").write_text('#!/bin/sh\n[ -z "$OMP_NUM_THREADS" ] && echo 3\n')
+    (bin / "nproc").chmod(0o755)
+    done = run(str(tmp_path / "out"), path=bin)
+    assert done.returncode == 0  # a shard that is empty is no failure
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for i in (1, 2, 3):
+        assert len(re.findall(rf"^args: -m pytest -m gpu .*--shard {i}/3$", log, re.M)) == 1
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
-    fake = tmp_path / "bin" / "python3"
-    fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\n")
-    fake.chmod(0o755)
-    done = run(str(tmp_path / "out"), path=fake.parent, MFLOW_SECONDS="31")
+    done = run(str(tmp_path / "out"), path=faked(tmp_path / "bin", ""), MFLOW_SECONDS="31")
     assert done.returncode == 1
     assert "  tests (no time left)" in done.stdout
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    done = run(str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert not done.stdout
 
 
 def test_a_folder_has_to_be_given() -> None:

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks._bench import Bench
+from benchmarks._bench import Bench, Measured, Missing, slug
 from benchmarks._fresh import Died, fresh
 from benchmarks._measure import interleaved, peak_bytes
 from benchmarks._models import Model, Spec
@@ -44,6 +44,29 @@ def test_a_wrong_model_does_not_pass_its_check() -> None:
         next(p for n, p in model.module.named_parameters() if n.endswith("lower")).add_(1e-2)
     with pytest.raises(AssertionError, match="plain: z"):
         model.check("train")
+
+
+def test_a_peer_that_cannot_run_is_skipped_and_one_of_ours_fails() -> None:
+    measured = Measured()
+    for name in ("ours, stored", "memcnn"):
+        measured.fault(name, RuntimeError("no such operator"))
+    measured.fault("nflows", AssertionError("off"))
+    kinds = {name: type(fault) for name, fault in measured.faults.items()}
+    assert kinds == {"ours, stored": RuntimeError, "memcnn": Missing, "nflows": AssertionError}
+    assert str(measured.faults["memcnn"]) == "memcnn: RuntimeError: no such operator"
+
+
+def test_ids_of_rows_are_words_that_k_takes() -> None:
+    spec = str(Spec(constant=True, precision="bfloat16")).split()
+    row = slug(*spec, "train", "ours, nothing kept")
+    assert row == "B8-3x32x32-L3-K8-constant-networks-bf16-train-ours_nothing_kept"
+
+
+def test_a_check_measures_nothing() -> None:
+    right = operation("actnorm", "forward")
+    measured = measure(dataclasses.replace(bench(), check_only=True), right, SHAPE, compiles=False)
+    assert not measured.seconds
+    assert measured.faults.keys() == {"compiled"}
 
 
 def test_variants_run_in_turn() -> None:

@@ -36,6 +36,9 @@ def test_ratios_are_medians_of_rounds_in_turn(tmp_path, capsys) -> None:
     page = capsys.readouterr().out
     assert "| ours, stored | 0.50 [0.38, 0.65] |" in page
     assert "| ours, stored | 2.0 |" in page
+    faster, shares = page.split("### Models")
+    assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time over ours
+    assert "| plain |" in shares
     assert "skipped: nflows is not installed (1 rows" in page
 
 
@@ -45,7 +48,7 @@ def test_plots_and_page_are_written(tmp_path) -> None:
     file = saved(tmp_path / "a.json", *rows)
     assert report.main([file, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"report.md", "depth.png", "speedup.png"}
+    assert names == {"report.md", "depth.png", "speedup-models.png"}
 
 
 @pytest.mark.parametrize(
