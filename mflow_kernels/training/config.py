@@ -162,6 +162,9 @@ class TrainingOptions:
         device: Where to train; auto takes a GPU if there is one.
         precision: Arithmetic of the coupling networks; the flow's state is always float32.
         compile: Compile the coupling networks with torch.compile; the first step takes minutes.
+        cuda_graphs: Capture the forward and backward pass of each stage once and replay them, so
+            that a small model does not wait for the host to launch its kernels; holds their memory
+            between steps. No GPU has run this yet.
         save_minutes: Write a checkpoint at least every so many minutes.
         save_steps: Write one at least every so many steps; one is written before each validation
             anyway.
@@ -181,6 +184,7 @@ class TrainingOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
     compile: bool = False
+    cuda_graphs: bool = False
     save_minutes: float = 10.0
     save_steps: int | None = None
 
@@ -338,6 +342,12 @@ def check_precision(precision: Precision, device: str) -> None:
     """ValueError for what a type of device ("cpu" or "cuda") cannot do."""
     if precision == "float16" and device == "cpu":
         raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
+
+
+def check_cuda_graphs(cuda_graphs: bool, device: str) -> None:
+    """ValueError where they are asked for on a type of device that has none."""
+    if cuda_graphs and device != "cuda":
+        raise ValueError(f"cuda_graphs: expected a CUDA device to use them on, got {device}")
 
 
 def _default(option: "dataclasses.Field[Any]") -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -24,10 +25,12 @@ from mflow_kernels.training.data import (
     flip_at_random,
     stream_generator,
 )
+from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
 from mflow_kernels.training.stages import joint_terms
 
 _TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
+_PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # of Terms, logged
 _BOUND_EVERY = 100  # steps between two bounds of the weights' condition
 _FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +77,7 @@ class FlowTraining(LightningModule):
             [module for module in stage.modules() if isinstance(module, ReversibleChain)]
             for stage in model.stages
         ]
+        self._graphs = StepGraphs() if config.cuda_graphs else None
         self._since_look = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
         self._logged: dict[str, Any] = {}
@@ -154,25 +158,38 @@ class FlowTraining(LightningModule):
             self.guard.begin_stage()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        stage, release = self.stage, self._config.release
-        for chain in self._trained_chains():
-            chain.drift = None
+        stage = self.stage
         x = self._dequantize(batch, _TRAIN_NOISE)
-        with self._autocast():
-            terms, log_likelihood = joint_terms(self.model, x, stage, release)
-        shape = self.model.input_shape
-        if not release:
-            shape = cast(ManifoldFlow, self.model.stages[stage]).input_shape
-        loss = terms.loss.mean() / math.prod(shape)
+        if self._graphs is None:
+            loss, *parts, log_likelihood = self._losses(stage, x)
+        else:
+            active = [self.model.stages[i] for i in self._active(stage)]
+            loss, *parts, log_likelihood = self._graphs(
+                stage, x, partial(self._losses, stage), active
+            )
         self._loss = loss.detach()
         if self._looks:
-            names = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
-            means = [getattr(terms, n).detach().mean() / math.prod(shape) for n in names]
-            bits = bits_per_dimension(log_likelihood.detach(), self._dims, self._config.n_bits)
+            means = [part.mean() / self._trained_dims(stage) for part in parts]
+            bits = bits_per_dimension(log_likelihood, self._dims, self._config.n_bits)
             figures = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
-            self.log_dict(dict(zip((*names, "bits_per_dim"), figures, strict=True)))
+            self.log_dict(dict(zip((*_PARTS, "bits_per_dim"), figures, strict=True)))
             self.log("stage", float(stage))
         return self._scaler.scale(loss)
+
+    def _losses(self, stage: int, x: Tensor) -> tuple[Tensor, ...]:
+        """What is minimized; then _PARTS and log p(x), (N,) each, without gradients."""
+        for chain in self._trained_chains():
+            chain.drift = None
+        with self._autocast():
+            terms, log_likelihood = joint_terms(self.model, x, stage, self._config.release)
+        loss = terms.loss.mean() / self._trained_dims(stage)
+        parts = [getattr(terms, name).detach() for name in _PARTS]
+        return loss, *parts, log_likelihood.detach()
+
+    def _trained_dims(self, stage: int) -> int:
+        """Dimensions of the data that `stage` is trained on."""
+        first = 0 if self._config.release else stage
+        return math.prod(cast(ManifoldFlow, self.model.stages[first]).input_shape)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None

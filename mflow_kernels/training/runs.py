@@ -27,6 +27,7 @@ FREE_OPTIONS = (
     "save_steps",
     "max_skipped",
     "compile",
+    "cuda_graphs",
 )
 EVALUATION = "evaluation.json"
 _AVERAGE = "average.model."  # where a checkpoint holds the averaged weights

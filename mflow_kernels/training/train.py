@@ -23,7 +23,12 @@ from mflow_kernels.training.checkpoints import (
     keep_as_last,
     newest_checkpoint,
 )
-from mflow_kernels.training.config import RunConfig, TrainConfig, check_precision
+from mflow_kernels.training.config import (
+    RunConfig,
+    TrainConfig,
+    check_cuda_graphs,
+    check_precision,
+)
 from mflow_kernels.training.data import Splits, load_splits
 from mflow_kernels.training.evaluation import evaluate_model
 from mflow_kernels.training.files import remove_temporary
@@ -100,6 +105,7 @@ def plan_run(
         )
     device = pick_device(config.device)
     check_precision(config.precision, device.type)
+    check_cuda_graphs(config.cuda_graphs, device.type)
     if not resume and ranks.rank == 0:
         check_new_run(folder, overwrite)
     recorded = read_config(folder, "run_dir") if resume else None
