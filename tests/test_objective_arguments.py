@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from mflow_kernels import ManifoldObjective
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"domain": "pixel"}, ValueError, "domain: expected one of latent, data, got 'pixel'"),
+        ({"rho": "l3"}, ValueError, "rho: expected one of l2, l1, huber, got 'l3'"),
+        ({"weight": 0.0}, ValueError, "weight: expected a finite number > 0, got 0.0"),
+        ({"weight": -2}, ValueError, "weight: expected a finite number > 0, got -2"),
+        ({"weight": math.inf}, ValueError, "weight: expected a finite number > 0, got inf"),
+        ({"weight": math.nan}, ValueError, "weight: expected a finite number > 0, got nan"),
+        ({"weight": None}, TypeError, "weight: expected a number, got NoneType"),
+        ({"weight": True}, TypeError, "weight: expected a number, got bool"),
+        (
+            {"domain": "data", "weight": "std"},
+            ValueError,
+            "weight: expected a number, a map or 'variance', got 'std'",
+        ),
+        (
+            {"domain": "latent", "weight": "variance"},
+            ValueError,
+            "weight: expected a number or a map in the latent domain, got 'variance', with which",
+        ),
+        (
+            {"domain": "latent", "weight": torch.ones(3)},
+            TypeError,
+            "weight: expected a tuple of one map a latent in the latent domain, got a Tensor",
+        ),
+        (
+            {"domain": "data", "weight": (torch.ones(3),)},
+            TypeError,
+            "weight: expected one map of the image in the data domain, got a tuple",
+        ),
+        (
+            {"domain": "latent", "weight": (torch.tensor([1.0, 0.0]),)},
+            ValueError,
+            r"weight\[0\]: expected finite numbers > 0, got some from 0.0 to 1.0",
+        ),
+        (
+            {"domain": "data", "weight": torch.tensor([-1.0, 0.0])},
+            ValueError,
+            "weight: expected finite numbers >= 0, not all 0, got some from -1.0 to 0.0",
+        ),
+        ({"domain": "data", "weight": torch.zeros(3)}, ValueError, "not all 0, got some from 0.0"),
+        (
+            {"domain": "data", "weight": torch.tensor([1.0, math.nan])},
+            ValueError,
+            "weight: expected finite numbers .* got some from nan to nan",
+        ),
+        (
+            {"domain": "data", "weight": torch.tensor([1.0, math.inf])},
+            ValueError,
+            "weight: expected finite numbers .* got some from 1.0 to inf",
+        ),
+        ({"domain": "data", "weight": torch.ones(0)}, ValueError, "weight: expected no empty map"),
+        ({"domain": "data", "weight": torch.ones(3).int()}, TypeError, "weight: .*got int32"),
+        ({"delta": 0}, ValueError, "delta: expected a finite number > 0, got 0"),
+        ({"delta": -1.0}, ValueError, "delta: expected a finite number > 0, got -1.0"),
+        ({"sigma": math.nan}, ValueError, "sigma: expected a finite number > 0, got nan"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ManifoldObjective(**arguments)
