@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.ops._launch import accumulator, pixels
+from mflow_kernels.ops._launch import accumulator, pixels, without_autocast
 
 
 class InvertibleConv1x1(Bijection):
@@ -108,7 +108,7 @@ def plu(
     permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor
 ) -> Tensor:
     """P L (U + diag(sign * exp(log_diagonal))), batched over leading axes, outside autocast."""
-    with torch.autocast(lower.device.type, enabled=False):
+    with without_autocast(lower):
         unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
         diagonal = torch.diag_embed(sign * log_diagonal.exp())
         return permutation @ (lower.tril(-1) + unit) @ (upper.triu(1) + diagonal)

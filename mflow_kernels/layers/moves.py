@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import accumulator, forward_mode
+from mflow_kernels.ops._launch import accumulator, autocasts, forward_mode
 from mflow_kernels.ops._products import cut_net_input
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
@@ -198,5 +198,4 @@ def _feeds(moves: Sequence[Move], i: int, x: Tensor) -> torch.dtype | None:
 
 def network_dtype(x: Tensor) -> torch.dtype:
     """What a coupling network computes in: autocast's dtype where it is on, else the state's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype

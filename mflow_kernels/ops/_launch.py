@@ -41,12 +41,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
     """Products of states are never autocast."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    device = on if isinstance(on, torch.device) else on.device
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:

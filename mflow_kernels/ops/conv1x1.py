@@ -225,7 +225,7 @@ def inverse_mix(
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)
     captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing may be read
-    if torch.compiler.is_compiling() or captured:
+    if torch.compiler.is_compiling() or captured or weight.is_meta:
         pass
     elif not good.all():
         first = int(good.flatten().int().argmin())

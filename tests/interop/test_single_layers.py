@@ -1,5 +1,7 @@
 """Our layers by themselves inside somebody's own model, as people expect of modules."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,15 @@ def test_moves_between_dtypes_and_devices():
     assert_close(single, z, terms=100)
     flow.to("meta")
     assert {t.device.type for t in flow.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("layer", [InvertibleConv1x1(6), FlowStep(6, width=4)], ids=["mix", "step"])
+def test_tells_shapes_on_the_meta_device(layer):
+    layer = copy.deepcopy(layer).to("meta")
+    z, logdet = layer(torch.empty(2, 6, 4, 4, device="meta"))
+    back, logdet_back = layer.inverse(z)
+    assert z.shape == back.shape == (2, 6, 4, 4)
+    assert logdet.shape == logdet_back.shape == (2,)
 
 
 def test_apply_and_walks_over_parameters():
