@@ -6,13 +6,13 @@ that owns them, in the direction data -> latent; those of K steps are read and f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.moves import Mixes
+from mflow_kernels.ops._launch import without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
 
 
@@ -102,9 +102,16 @@ def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-@cache
+_indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
 def index_of(order: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(order, device=device)
+    """`order` as a tensor, copied to a device once; a compiler's own is never kept."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(order, device=device)
+    if (order, device) not in _indices:
+        _indices[order, device] = torch.tensor(order, device=device)
+    return _indices[order, device]
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
@@ -217,7 +224,7 @@ class Rows:
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(self.steps):
             alike.setdefault(tuple(part.kind() for part in row), []).append(i)
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             folded = [
                 _fold_alike(
                     [self.steps[i] for i in places],

@@ -41,7 +41,7 @@ def _permutations(modules: Sequence[Any]) -> Affine:
 
 
 def _unset(layer: Any) -> bool:
-    return not bool(layer.initialized) and layer.training
+    return layer.training and not bool(layer.initialized)
 
 
 def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:

@@ -184,7 +184,6 @@ class Run:
         channels = x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
         return not self.couples or not why_not(self.parts, channels)
 
-    @torch.compiler.disable  # what folds and sets layers is Python; a compiled model runs it as is
     def __call__(
         self, x: Tensor, context: tuple[Tensor, ...] = (), *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
@@ -208,7 +207,8 @@ class Run:
 
     def _plan(self, x: Tensor, inverse: bool) -> Stops:
         channels = x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
-        key = channels, x.device, inverse
+        # Not by the device itself, on which compilers cannot guard where it is a key.
+        key = channels, x.device.type, x.device.index, inverse
         if key not in self._plans:
             plan = _planned(self.parts, channels, x.device, self.reversible)
             if inverse:
@@ -234,10 +234,16 @@ class Run:
         self._settled = states
         return True
 
-    @torch.no_grad()
     def settle(self, x: Tensor, context: tuple[Tensor, ...] = (), *, inverse: bool) -> None:
-        """Set layers that wait for their first batch from what reaches them, part by part."""
-        if not self._settings or self._is_settled():
+        """Set layers that wait for their first batch from what reaches them, part by part. An
+        exported program sets nothing."""
+        if self._settings and not torch.compiler.is_exporting():
+            self._settle(x, context, inverse)
+
+    @torch.compiler.disable  # it branches on tensors
+    @torch.no_grad()
+    def _settle(self, x: Tensor, context: tuple[Tensor, ...], inverse: bool) -> None:
+        if self._is_settled():
             return
         for part in reversed(self.parts) if inverse else self.parts:
             if isinstance(part, Linear) and part.setting is not None:

@@ -94,6 +94,18 @@ def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
         assert_close(got, want, terms=4 * terms, scale=1.0, name=name)
 
 
+def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:
+    """Assert that torch.export takes a method of a model, and that the program gives the same."""
+
+    class Exported(nn.Module):
+        def forward(self, *inputs: Any) -> tuple[Any, Tensor]:
+            return call(*inputs)
+
+    with torch.no_grad():
+        program = torch.export.export(Exported(), inputs)
+        torch.testing.assert_close(program.module()(*inputs), call(*inputs))
+
+
 def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int) -> list[float]:
     """Losses of so many steps of Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

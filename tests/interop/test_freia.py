@@ -250,6 +250,16 @@ def test_round_trips_of_their_tests():
         assert torch.allclose(j, -j_back, atol=1e-3)
 
 
+def test_exports():
+    model = settled(MODELS["graph"])
+    accelerate(model)
+    x, c = inputs_of(model, torch.float32)
+    z, _ = model(x, c)
+    latents = [latent.detach() for latent in z]
+    peers.assert_exports(lambda *z: model(z, c, rev=True), *latents)
+    model(x, c)  # which an index that the export had left behind would spoil
+
+
 def test_graph_checks_and_intermediate_outputs():
     model = settled(MODELS["graph"])
     x, c = inputs_of(model, torch.float32)

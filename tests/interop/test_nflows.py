@@ -168,6 +168,15 @@ def test_round_trips(name):
     assert samples.isfinite().all()
 
 
+def test_exports_and_tells_shapes():
+    model = settled(images)
+    accelerate(model)
+    z, _ = model._transform(inputs_of(model, torch.float32)[0])
+    peers.assert_exports(model._transform.inverse, z.detach())
+    log_prob = copy.deepcopy(model).to("meta").log_prob(torch.empty(3, 1, 8, 8, device="meta"))
+    assert log_prob.shape == (3,)
+
+
 def test_what_was_replaced():
     report = accelerate(images())
     assert [r.name for r in report.replaced] == [f"_transform._transforms.{i}" for i in range(2)]
