@@ -33,7 +33,7 @@ def test_each_is_short_and_tested():
 @pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
 def test_accelerate_normflows(capsys, monkeypatch):
     out = printed("accelerate_normflows", capsys, monkeypatch)
-    assert "Squeeze, 4 GlowBlock -> one run of" in out
+    assert "Squeeze, 4 GlowBlock -> one reversible run of" in out
     (difference,) = numbers("log p differs by # nats", out)
     assert difference < 1e-3
     losses = numbers(r"step \d: # nats", out)

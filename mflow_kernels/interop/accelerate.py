@@ -54,12 +54,16 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
         walk.visit(model, "")
         replaced += walk.replaced
         left += walk.left
-        if walk.replaced:
-            notes += adapter.notes_of(list(model.modules()))
+        notes += adapter.notes_of([m for m in model.modules() if is_accelerated(m)])
         version = importlib.metadata.version(library)
         named.append(f"{library} {version}")
         if not version.startswith(adapter.TESTED):
-            notes.append(f"this was tested with {library} {adapter.TESTED}, not with {version}")
+            notes.append(f"This was tested with {library} {adapter.TESTED}, not with {version}.")
+    if replaced:
+        notes.append(
+            "Gradients cannot be differentiated again (create_graph=True says so); those that "
+            "torch.func takes can."
+        )
     return Report(", ".join(named), tuple(replaced), tuple(left), tuple(notes))
 
 
@@ -140,13 +144,19 @@ class Walk:
                 self._in_runs.update(map(id, members))
                 counts = Counter(type(m).__name__ for m in members)
                 what = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
-                self.replaced.append(Replaced(name, what, f"one run of {describe(parts)}"))
+                run = "one reversible run" if self.reversible else "one run"
+                self.replaced.append(Replaced(name, what, f"{run} of {describe(parts)}"))
             else:
                 cut += [([member], None) for member in members]
             if layer is not None:
                 cut.append(([layer], None))
             members, parts, name = [], [], ""
         return cut
+
+    def replaces(self, layer: nn.Module) -> bool:
+        """Whether a layer will compute by ours, alone if not in a run."""
+        parts = self._parts(layer)
+        return not isinstance(parts, str) and not _gains_nothing(parts)
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
         """What a layer is in ours, or why it stays."""
@@ -184,12 +194,14 @@ def _gains_nothing(parts: Sequence[Part]) -> bool:
 
 def describe(parts: Sequence[Part]) -> str:
     """In words, how many of each."""
-    words = [
-        f"affine coupling ({part.scale.kind})"
-        if isinstance(part, Coupling)
-        else part.what
-        if isinstance(part, Linear | Reorder)
-        else "squeeze"
-        for part in parts
-    ]
-    return ", ".join(f"{k} {n}" if k > 1 else n for n, k in Counter(words).items())
+    counts = Counter(map(_word, parts))
+    return ", ".join(f"{k} {n}s" if k > 1 else n for n, k in counts.items())
+
+
+def _word(part: Part) -> str:
+    if isinstance(part, Squeezing):
+        return "squeeze"
+    if isinstance(part, Linear | Reorder):
+        return part.what
+    additive = isinstance(part.net, Params) and part.net.raw is None
+    return "additive coupling" if additive else f"affine {part.scale.kind} coupling"

@@ -234,7 +234,9 @@ def fuse(module: nn.Module, name: str, walk: Any) -> None:
             everything = tuple(range(wanted[-1] + 1)) if wanted else None
             fused = FusedModule(members, run, conditions)
             items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
-    if len(walk.replaced) > before:
+    # A graph that forgets what it used is worth it without runs too.
+    forgets = kind is Ff.GraphINN and any(map(walk.replaces, modules))
+    if len(walk.replaced) > before or forgets:
         accelerate_module(module, "freia", kind.__name__, _Plan(modules, items))
 
 

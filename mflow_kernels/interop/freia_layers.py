@@ -3,7 +3,6 @@
 Its modules go data -> latent, and back with `rev=True`.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from mflow_kernels.interop.linear import Affine, Linear, Reorder, Rotated, Setting
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.run import Coupling, Exactly, Part
-from mflow_kernels.interop.settings import per_channel, standard_deviation
+from mflow_kernels.interop.settings import per_channel, set_by_samples, standard_deviation
 from mflow_kernels.layers.moves import Squeezing
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -102,21 +101,8 @@ def _unset(layer: Any) -> bool:
 
 def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """As FrEIA does, except that a constant channel keeps its scale."""
-    if from_latent:
-        if not layer.training:
-            warnings.warn(
-                "FrEIA's ActNorm would have been set from samples of a model in eval mode; it "
-                "waits for the first batch instead",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return
-        warnings.warn(
-            "FrEIA's ActNorm is set from samples, as nothing was trained or encoded before: a "
-            "density trained from here may start far off. Encode a batch of data first",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if from_latent and not set_by_samples(layer, "FrEIA"):
+        return
     std, constant = standard_deviation(x, 1)
     scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
     layer.scale.copy_(scale.view_as(layer.scale))
@@ -124,11 +110,7 @@ def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.init_on_next_batch = False
 
 
-def _no_tensor(layer: Any) -> None:
-    return None
-
-
-_SETTING = Setting(_unset, _set_actnorm, _no_tensor)
+_SETTING = Setting(_unset, _set_actnorm)
 
 # Module by module.
 
@@ -262,7 +244,10 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
 
 def _haar(layer: Any) -> tuple[Part, ...] | str:
     if 4 * layer.in_channels > 128:
-        return "as a 1x1 convolution of more than 128 channels it would cost more"
+        return (
+            "as a 1x1 convolution of more than 128 channels it would cost more; as before, its way "
+            "back overwrites its input"
+        )
     return (Squeezing(inverse=False), Linear(layer, _haars, "Haar transform"))
 
 

@@ -34,12 +34,13 @@ class Setting:
     Attributes:
         unset: whether the layer waits for its first batch.
         set_from: take scale and shift from this batch; True where it arrives from the latent side.
-        state: a tensor that changes when `unset` may, so that it need not be asked at every call.
+        state: the tensor that `unset` reads, if that is all it depends on: while this did not
+            change, `unset` need not be asked again.
     """
 
     unset: Callable[[Any], bool]
     set_from: Callable[[Any, Tensor, bool], None]
-    state: Callable[[Any], Tensor | None]
+    state: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)

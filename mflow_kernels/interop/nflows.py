@@ -55,11 +55,7 @@ def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.initialized.fill_(True)
 
 
-def _no_tensor(layer: Any) -> None:
-    return None  # whether it is set from this batch depends on its mode too
-
-
-_SETTING = Setting(_unset, _set_actnorm, _no_tensor)
+_SETTING = Setting(_unset, _set_actnorm)  # which depends on its mode too, not on a tensor alone
 
 # Transform by transform.
 
@@ -181,18 +177,17 @@ def _walk(run: Run, x: Tensor, context: Any, latent: bool) -> tuple[Tensor, Tens
     return x, log_det.expand(len(x))
 
 
-def _transform_forward(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    run: Run = plan_of(self)
-    if not run.expresses(inputs, False):
-        return super(type(self), self).forward(inputs, context)
-    return _walk(run, inputs, context, False)
+def _transform_method(name: str, latent: bool) -> Callable[..., Any]:
+    """A transform's own method, where our kernels do not fit the number of channels."""
 
+    def walk(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        run: Run = plan_of(self)
+        if not run.expresses(inputs, latent):
+            own: tuple[Tensor, Tensor] = getattr(super(type(self), self), name)(inputs, context)
+            return own
+        return _walk(run, inputs, context, latent)
 
-def _transform_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    run: Run = plan_of(self)
-    if not run.expresses(inputs, True):
-        return super(type(self), self).inverse(inputs, context)
-    return _walk(run, inputs, context, True)
+    return walk
 
 
 def _actnorm_forward(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
@@ -214,7 +209,10 @@ def _composite_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "transform": {"forward": _transform_forward, "inverse": _transform_inverse},
+    "transform": {
+        "forward": _transform_method("forward", False),
+        "inverse": _transform_method("inverse", True),
+    },
     "actnorm": {"forward": _actnorm_forward, "inverse": _actnorm_inverse},
     "composite": {"forward": _composite_forward, "inverse": _composite_inverse},
 }

@@ -50,21 +50,19 @@ def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Calla
     """`forward` and `inverse` of a layer whose log-determinants have this shape, by the layer's own
     code where the number of channels does not fit ours."""
 
-    def forward(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        run: Run = plan_of(self)
-        if not run.expresses(z, True):
-            return super(type(self), self).forward(z, *context, **named)
-        x, log_det = run(z, inverse=True)
-        return x, shape(x, log_det)
+    def method(name: str, latent: bool) -> Callable[..., Any]:
+        def walk(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            run: Run = plan_of(self)
+            if not run.expresses(z, latent):
+                own = getattr(super(type(self), self), name)
+                returned: tuple[Tensor, Tensor] = own(z, *context, **named)
+                return returned
+            x, log_det = run(z, inverse=latent)
+            return x, shape(x, log_det)
 
-    def inverse(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        run: Run = plan_of(self)
-        if not run.expresses(z, False):
-            return super(type(self), self).inverse(z, *context, **named)
-        x, log_det = run(z, inverse=False)
-        return x, shape(x, log_det)
+        return walk
 
-    return {"forward": forward, "inverse": inverse}
+    return {"forward": method("forward", True), "inverse": method("inverse", False)}
 
 
 def _actnorm_methods() -> dict[str, Callable[..., Any]]:
@@ -177,7 +175,7 @@ def notes_of(layers: Sequence[nn.Module]) -> list[str]:
             "ActNorm keeps the scale of a channel that is constant in its first batch; normflows "
             "divides by its deviation + 1e-6.",
         ]
-    maps = [m.scale_map for m in layers if isinstance(m, nf.flows.affine.coupling.AffineCoupling)]
+    maps = [m.flows[1].scale_map for m in layers if isinstance(m, nf.flows.AffineCouplingBlock)]
     if "sigmoid" in maps or "sigmoid_inv" in maps:
         notes.append("log sigmoid is finite for every finite input; normflows' is -inf from -104.")
     return notes

@@ -3,7 +3,6 @@
 Its flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from mflow_kernels.interop.run import (
     larger_half,
     smaller_half,
 )
-from mflow_kernels.interop.settings import per_channel, standard_deviation
+from mflow_kernels.interop.settings import per_channel, set_by_samples, standard_deviation
 from mflow_kernels.layers.moves import Squeezing
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -79,21 +78,8 @@ def _unset(layer: Any) -> bool:
 
 def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """As normflows does, except that a constant channel keeps its scale."""
-    if from_latent:
-        if not layer.training:
-            warnings.warn(
-                "normflows' ActNorm would have been set from samples of a model in eval mode; it "
-                "waits for the first batch instead",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return
-        warnings.warn(
-            "normflows' ActNorm is set from samples, as nothing was trained or encoded before: a "
-            "density trained from here may start far off. Encode a batch of data first",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if from_latent and not set_by_samples(layer, "normflows"):
+        return
     std, constant = standard_deviation(x, 1)
     s = torch.where(constant, 0.0, (std + 1e-6).log()).to(layer.s.dtype)
     mean = per_channel(x).mean(1).to(layer.t.dtype)
@@ -117,7 +103,7 @@ def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
     if len(shape) < 2 or any(n != 1 for n in shape[2:]):
         return f"its scale of shape {tuple(shape[1:])} is not one number a channel"
     if shape[1] == 1:
-        return "one channel"
+        return "it has one scale, for however many channels"
     setting = _SETTING if isinstance(layer, nf.flows.ActNorm) else None
     return (Linear(layer, _actnorms, "actnorm", setting),)
 

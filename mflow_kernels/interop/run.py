@@ -171,7 +171,9 @@ class Run:
         self.parts = tuple(parts)
         self.reversible = reversible
         self.couples = any(isinstance(part, Coupling) for part in parts)
-        self._settings = [p for p in parts if isinstance(p, Linear) and p.setting is not None]
+        self._settings = [
+            (p.module, p.setting) for p in parts if isinstance(p, Linear) and p.setting
+        ]
         self._squeezes = sum(isinstance(part, Squeezing) for part in parts)
         self._plans: dict[Any, Stops] = {}
         self._settled: list[tuple[int, int]] | None = None
@@ -220,16 +222,15 @@ class Run:
         """Whether every layer that is set from a first batch was, without a look at the GPU where
         nothing changed since the last one."""
         states = []
-        for part in self._settings:
-            assert part.setting is not None
-            state = part.setting.state(part.module)
-            if state is None and part.setting.unset(part.module):
-                return False
-            if state is not None:
+        for module, setting in self._settings:
+            if setting.state is not None:
+                state = setting.state(module)
                 states.append((id(state), state._version))
+            elif setting.unset(module):
+                return False
         if states == self._settled:
             return True
-        if any(p.setting.unset(p.module) for p in self._settings if p.setting):
+        if any(setting.unset(module) for module, setting in self._settings):
             return False
         self._settled = states
         return True

@@ -1,6 +1,8 @@
 """What layers that are set from their first batch share."""
 
-from torch import Tensor
+import warnings
+
+from torch import Tensor, nn
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -13,3 +15,20 @@ def standard_deviation(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
     samples = per_channel(x)
     std = samples.std(1, correction=correction)
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))
+
+
+def set_by_samples(layer: nn.Module, library: str) -> bool:
+    """Whether an actnorm that samples reach first is set from them, as its library does in either
+    mode: in training mode, aloud."""
+    if layer.training:
+        message = (
+            f"{library}'s ActNorm is set from samples, as nothing was trained or encoded before: a "
+            "density trained from here may start far off. Encode a batch of data first"
+        )
+    else:
+        message = (
+            f"{library}'s ActNorm would have been set from samples of a model in eval mode; it "
+            "waits for the first batch instead"
+        )
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return layer.training

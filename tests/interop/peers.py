@@ -94,6 +94,27 @@ def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
         assert_close(got, want, terms=4 * terms, scale=1.0, name=name)
 
 
+def assert_left_alone(model: nn.Module) -> Report:
+    """Assert that nothing of a model is replaced, and that it is to the last attribute what it was;
+    its report."""
+    before = [(m, type(m), dict(m.__dict__)) for m in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    report = accelerate(model)
+    assert not report.replaced
+    assert not report.notes
+    assert report.left
+    assert str(report).startswith("Nothing was replaced; the model is as it was.")
+    after = list(model.modules())
+    assert len(after) == len(before)
+    for m, (was, kind, attributes) in zip(after, before, strict=True):
+        assert m is was
+        assert type(m) is kind
+        assert m.__dict__.keys() == attributes.keys()
+        assert all(m.__dict__[name] is value for name, value in attributes.items())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    return report
+
+
 def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:
     """Assert that torch.export takes a method of a model, and that the program gives the same."""
 

@@ -255,11 +255,7 @@ def test_what_is_not_ours_stays():
         nf.flows.GlowBlock(4, 8, split_mode="checkerboard").flows[0],
     ]
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(3), flows)
-    before = peers.classes(model)
-    report = accelerate(model)
-    assert not report.replaced
-    assert not report.notes
-    assert peers.classes(model) == before
+    report = peers.assert_left_alone(model)
     assert [left.layer for left in report.left] == [type(flow).__name__ for flow in flows]
     assert str(report).startswith("Nothing was replaced; the model is as it was.")
     assert "its mask keeps 2 of 3 features; ours keep 1" in str(report)
