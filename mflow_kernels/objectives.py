@@ -154,7 +154,12 @@ class ManifoldObjective(nn.Module):
         self.check_fits(model)
         if not len(check_state("x", x)):
             raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
-        latents, logdet = model.latents(x)
+        return self.of_latents(model, x, *model.latents(x))
+
+    def of_latents(
+        self, model: Manifold, x: Tensor, latents: tuple[Tensor, ...], logdet: Tensor
+    ) -> Terms:
+        """As `forward`, for a batch x whose `model.latents(x)` are at hand."""
         off_loss, on, off = self._densities(model, latents)
         likelihood = on + off + logdet
         if self.domain == "latent":

@@ -57,16 +57,23 @@ class HierarchicalFlow(Chart):
                 gives way to the terms of the next. The stage's own would not do: without the
                 earlier log-determinants, shrinking u to a point would be rewarded.
         """
+        return self.terms_and_log_prob(x, stage, release=release)[0]
+
+    def terms_and_log_prob(
+        self, x: Tensor, stage: int, *, release: bool = False
+    ) -> tuple[Terms, Tensor]:
+        """`terms`, and log p(x) (N,) under all stages up to that one, in one pass."""
         earlier, trained = self._split_at(stage)
         if not release:
             with torch.no_grad():
-                for flow in earlier:
-                    x = flow.encode(x)
-            return trained.terms(x)
+                x, outside = _pass_through(earlier, x)
+            terms = trained.terms(x)
+            return terms, outside + terms.log_likelihood
         before = []
         for flow in earlier:
-            before.append(flow.terms(x))
-            x = flow.encode(x)
+            latents, logdet = flow.latents(x)
+            before.append(flow.objective.of_latents(flow, x, latents, logdet))
+            x = flow.gather(latents)
         terms = trained.terms(x)
         for each in before:
             inner = each._replace(
@@ -75,7 +82,7 @@ class HierarchicalFlow(Chart):
                 on_manifold=torch.zeros_like(each.on_manifold),
             )
             terms = Terms(*(a + b for a, b in zip(terms, inner, strict=True)))
-        return terms
+        return terms, terms.log_likelihood
 
     def initialize(self, x: Tensor, stage: int) -> None:
         """Set one stage's actnorms from a first batch of data; once, see `ActNorm`."""
@@ -104,12 +111,8 @@ class HierarchicalFlow(Chart):
     def log_prob(self, x: Tensor, stages: int | None = None) -> Tensor:
         """log p(x) (N,) in the ambient space, nats: each stage's density of the u before it."""
         *earlier, last = self._until(stages, least=1)
-        total = torch.zeros((), device=x.device)
-        for stage in earlier:
-            latents, logdet = stage.latents(x)
-            total = total + logdet + stage.objective.off_density(stage, latents)
-            x = stage.gather(latents)
-        return total + last.log_prob(x)
+        u, outside = _pass_through(earlier, x)
+        return outside + last.log_prob(u)
 
     @torch.no_grad()
     def sample(
@@ -141,3 +144,14 @@ class HierarchicalFlow(Chart):
         check_count("stage", stage, 0, len(self.stages) - 1)
         *earlier, one = self._until(stage + 1)
         return earlier, one
+
+
+def _pass_through(flows: Sequence[ManifoldFlow], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The u of the last of these flows, and log p(x) - log p(u) (N,): their log-determinants and
+    densities of v."""
+    outside = torch.zeros((), device=x.device)
+    for flow in flows:
+        latents, logdet = flow.latents(x)
+        outside = outside + logdet + flow.objective.off_density(flow, latents)
+        x = flow.gather(latents)
+    return x, outside

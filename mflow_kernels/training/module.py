@@ -27,7 +27,6 @@ from mflow_kernels.training.data import (
 )
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
-from mflow_kernels.training.stages import joint_terms
 
 _TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # of Terms, logged
@@ -181,7 +180,9 @@ class FlowTraining(LightningModule):
         for chain in self._trained_chains():
             chain.drift = None
         with self._autocast():
-            terms, log_likelihood = joint_terms(self.model, x, stage, self._config.release)
+            terms, log_likelihood = self.model.terms_and_log_prob(
+                x, stage, release=self._config.release
+            )
         loss = terms.loss.mean() / self._trained_dims(stage)
         parts = [getattr(terms, name).detach() for name in _PARTS]
         return loss, *parts, log_likelihood.detach()

@@ -1,5 +1,6 @@
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -120,6 +121,24 @@ def test_terms_of_a_stage_are_those_of_its_input():
         for got, want in zip(model.terms(x, stage), expected, strict=True):
             # torch multiplies matrices in another order where no gradient is asked for.
             assert_close(got, want, terms=100)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_the_density_of_the_data_comes_with_the_terms(release):
+    """In one pass through each flow."""
+    model = HierarchicalFlow(stages(8, 6, 4))
+    x = normal(*X, dtype=torch.float64)
+    for stage in range(3):
+        expected = model.terms(x, stage, release=release)
+        log_prob = model.log_prob(x, stage + 1)
+        with mock.patch.object(
+            ManifoldFlow, "latents", autospec=True, side_effect=ManifoldFlow.latents
+        ) as passes:
+            terms, got = model.terms_and_log_prob(x, stage, release=release)
+        assert passes.call_count == stage + 1
+        assert_close(got, log_prob, terms=100)
+        for a, b in zip(terms, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_initialize_sets_one_stage():

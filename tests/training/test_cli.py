@@ -15,7 +15,8 @@ import yaml
 from PIL import Image
 from tiny_runs import TINY, listing, write_images
 
-from mflow_kernels.training import cli, module
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
@@ -302,13 +303,13 @@ def crash_before(patch, step, error):
 
 def diverge_from(patch, step):
     calls = []
-    original = module.joint_terms
+    original = HierarchicalFlow.terms_and_log_prob
 
-    def joint_terms(*args):
-        terms, log_likelihood = original(*args)
+    def terms_and_log_prob(*args, **options):
+        terms, log_likelihood = original(*args, **options)
         calls.append(1)
         if len(calls) > step:
             terms = terms._replace(loss=terms.loss * math.nan)
         return terms, log_likelihood
 
-    patch.setattr(module, "joint_terms", joint_terms)
+    patch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)

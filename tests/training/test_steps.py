@@ -8,20 +8,13 @@ import torch
 from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mflow_kernels import (
-    AffineCoupling,
-    HierarchicalFlow,
-    ManifoldFlow,
-    ManifoldObjective,
-    VectorFlow,
-)
-from mflow_kernels.training import module, train
+from mflow_kernels import AffineCoupling, HierarchicalFlow
+from mflow_kernels.training import train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
 from mflow_kernels.training.runs import load_run
-from mflow_kernels.training.stages import joint_terms
 
 
 @pytest.fixture
@@ -81,16 +74,16 @@ class TestGuard:
 def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monkeypatch):
     """Step 1 has a gradient that is not finite; a checkpoint is written before it and after."""
     calls = []
-    original = module.joint_terms
+    original = HierarchicalFlow.terms_and_log_prob
 
-    def poisoned(*args):
-        terms, log_likelihood = original(*args)
+    def poisoned(*args, **options):
+        terms, log_likelihood = original(*args, **options)
         calls.append(1)
         if len(calls) == 2:
             terms = terms._replace(loss=terms.loss + (terms.loss * 0).sqrt())
         return terms, log_likelihood
 
-    monkeypatch.setattr(module, "joint_terms", poisoned)
+    monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", poisoned)
     saved = {}
     step = FlowTraining.optimizer_step
 
@@ -226,16 +219,16 @@ class TestStages:
         assert main(command) == 0
         whole = state(tmp_path / "run")["state_dict"]
         calls = []
-        original = module.joint_terms
+        original = HierarchicalFlow.terms_and_log_prob
 
-        def power_cut(*args):
+        def power_cut(*args, **options):
             calls.append(1)
             if len(calls) > stop:
                 raise RuntimeError("power cut")
-            return original(*args)
+            return original(*args, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "joint_terms", power_cut)
+            patch.setattr(HierarchicalFlow, "terms_and_log_prob", power_cut)
             with pytest.raises(RuntimeError, match="power cut"):
                 main([*command, "--overwrite", "--save-steps", "1"])
         assert state(tmp_path / "run")["global_step"] == stop
@@ -264,28 +257,6 @@ class TestStages:
         after = list(models[0].stages[0].parameters())
         changed = [not torch.equal(a, b) for a, b in zip(kept[1], after, strict=True)]
         assert all(changed) if release else not any(changed)
-
-    def test_released_ones_are_trained_on_the_joint_likelihood(self):
-        """With penalties in the latent domain, minus the loss is log p(x) up to a constant."""
-        flows = [VectorFlow(outer, steps=2, width=4) for outer in (6, 4)]
-        model = HierarchicalFlow(
-            [
-                ManifoldFlow(flow, manifold_dim=dim, objective=ManifoldObjective("latent"))
-                for flow, dim in zip(flows, (4, 2), strict=True)
-            ]
-        )
-        for parameter in model.double().parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        x = torch.randn(5, 6, dtype=torch.float64)
-        joint, total = joint_terms(model, x, 1, release=True)
-        frozen, log_prob = joint_terms(model, x, 1, release=False)
-        torch.testing.assert_close(total, model.log_prob(x))
-        torch.testing.assert_close(log_prob, model.log_prob(x))
-        constants = joint.loss + total
-        torch.testing.assert_close(constants, constants[:1].expand(5))
-        torch.testing.assert_close(frozen.loss, model.terms(x, 1).loss)
-        joint.loss.mean().backward()
-        assert all(p.grad is not None for p in model.parameters())
 
 
 def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch):
