@@ -98,6 +98,12 @@ def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "picture"}
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.manifold_recovery",
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2; factors use the first"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N",
+        "--jobs", type=_positive, default=os.cpu_count(), metavar="N",
         help="processes at a time (default: one a core)",
     )  # fmt: skip
     return parser

@@ -106,14 +106,13 @@ def build(task: Task, target: Target, generator: torch.Generator) -> Method:
         scanned = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
         return methods.penalized(flow, dim, scanned)
     objective = ManifoldObjective("data", "l2", weight=WEIGHT)
-    # Of noise-free data the denoising flow chooses a noise itself: ours.
     if task.method == PLAIN:
         return methods.plain(flow, dim)
     if task.method == PIE:
         return methods.pie(flow, dim, PIE_DEVIATION)
     if task.method == MFLOW:
         return methods.two_phases(flow, dim, _further(dim))
-    if task.method == DENOISING:
+    if task.method == DENOISING:  # which gives noise-free data a noise of its own choice: ours
         return methods.denoising(flow, dim, NOISE, WEIGHT, generator)
     if task.method == RECTANGULAR:
         return methods.rectangular(flow, dim, WEIGHT)
