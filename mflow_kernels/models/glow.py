@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops._checks import check_count, check_tensor
+from mflow_kernels.ops._launch import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -55,7 +56,7 @@ class _ChainFlow(Bijection):
         x, like = check_tensor(name, value), next(self.parameters())
         if x.device != like.device:
             raise ValueError(f"{name}: expected the model's device {like.device}, got {x.device}")
-        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != like.dtype and not autocasts(x.device):
             expected, came = (str(d).removeprefix("torch.") for d in (like.dtype, x.dtype))
             raise TypeError(f"{name}: expected the model's dtype {expected}, got {came}")
         return x
