@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+IMPORTS = ["benchmarks._models", "normflows", "nflows.transforms", "FrEIA.framework", "memcnn"]
+
 
 class Died(Exception):
     """What became of a process that gave no result."""
@@ -16,7 +18,7 @@ def fresh(
     """The function of each job, from a process of its own; `Died` in the place of what raised,
     crashed or took longer than `seconds`. So many workers run at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks._models"])  # imported once, then forked
+    context.set_forkserver_preload(IMPORTS)  # once, then forked; what is not there is passed over
     results = []
     for start in range(0, len(jobs), workers):
         running = []

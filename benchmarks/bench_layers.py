@@ -6,7 +6,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks._bench import Bench, size_of, slug
 from benchmarks._measure import REPLAY
-from benchmarks._models import Spec, measure, variants
+from benchmarks._models import INVERTIBLE, Spec, measure
 
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")
@@ -32,9 +32,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
         for spec in specs(size, config.getoption("--device").startswith("cuda"))
         for task in TASKS
-        for variant in variants("forward", compiled=size == "full")
+        for variant in variants(size)
     ]
     metafunc.parametrize(("spec", "task", "variant"), rows)
+
+
+def variants(size: str) -> list[str]:
+    return [name for name in INVERTIBLE if size == "full" or name != "plain, compiled"]
 
 
 @pytest.mark.benchmark(timer=REPLAY)
@@ -42,7 +46,7 @@ def test_layer(
     bench: Bench, benchmark: BenchmarkFixture, spec: Spec, task: str, variant: str
 ) -> None:
     benchmark.group = f"{task}, {spec}"
-    names = variants("forward", compiled=bench.size == "full")
+    names = variants(bench.size)
     bench.record(
         benchmark, ("layers", spec, task), variant,
         lambda: measure(bench, spec, task, names, bench.rounds(ROUNDS), memory=False),

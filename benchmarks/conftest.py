@@ -40,12 +40,17 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 NOT_MEASURED = pytest.StashKey[list[dict[str, str]]]()
+CHOSEN = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NOT_MEASURED] = []
+    config.stash[NOT_MEASURED], config.stash[CHOSEN] = [], []
     # `timeout` ends a run as Ctrl-C would: what was measured until then is saved.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[CHOSEN] = [item.nodeid for item in session.items]
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -68,7 +73,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    output_json["not_measured"] = config.stash[NOT_MEASURED]
+    not_measured = config.stash[NOT_MEASURED]
+    told = {row["fullname"] for row in benchmarks} | {row["name"] for row in not_measured}
+    output_json["not_measured"] = not_measured + [
+        {"name": name, "outcome": "skipped", "reason": "the run was stopped before it"}
+        for name in config.stash[CHOSEN] if name not in told
+    ]  # fmt: skip
     arguments = list(config.invocation_params.args)
     if "--benchmark-json" in arguments:  # where the results went is no part of how they came
         at = arguments.index("--benchmark-json")
