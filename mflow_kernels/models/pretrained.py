@@ -31,8 +31,8 @@ def build(
 
     Args:
         architecture: image_shape (C, H, W); levels, steps and width of the image flow; and stages,
-            one mapping each of manifold_dim, domain, rho and weight, those after the first with the
-            steps and width of their vector flow.
+            one mapping each of manifold_dim, domain, rho, weight, and the steps and width of its
+            flow (of the first, the image flow's again).
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:

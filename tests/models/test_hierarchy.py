@@ -164,13 +164,6 @@ def test_samples_repeat_with_their_generator():
     assert torch.equal(draw(1, stages=1), expected)
 
 
-def test_objectives_of_stages_may_differ():
-    a, b = stages(6, 4)
-    b.objective = ManifoldObjective("data", "huber", sigma=0.5)
-    model = HierarchicalFlow([a, b])
-    assert model.log_prob(normal(*X, dtype=torch.float64)).isfinite().all()
-
-
 def test_stages_that_do_not_fit():
     with pytest.raises(ValueError, match="stages: expected at least one ManifoldFlow, got none"):
         HierarchicalFlow([])
