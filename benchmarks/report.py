@@ -4,9 +4,11 @@
     python -m benchmarks.report results.json --out report
     python -m benchmarks.report new.json --against old.json --threshold 1.1
 
-Ratios are medians over rounds that ran in turn; what follows in brackets is their first and third
-quartile. With --against, the exit code is 1 where a row of both runs takes more than `threshold`
-times as long, or as much memory, as it did, or fails now; 2 where the two ran on different devices.
+Without --out the page is printed, without plots, to be put into another one. Ratios are medians over
+rounds that ran in turn; what follows in brackets is their first and third quartile. With --against,
+the exit code is 1 where a row of both runs takes more than `threshold` times as long, or as much
+memory, as it did, or fails now; 2 where the two ran on different devices, or by another clock or
+number of threads.
 """
 
 import argparse
@@ -316,9 +318,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(page(new))
     if old is None:
         return 0
-    devices = [{row.extra["device"] for row in run.rows} for run in (new, old)]
-    if devices[0] != devices[1]:
-        print(f"not comparable: {sorted(devices[0])} against {sorted(devices[1])}", file=sys.stderr)
+    kinds = ("device", "threads", "clock")
+    found = [{tuple(row.extra[k] for k in kinds) for row in run.rows} for run in (new, old)]
+    if found[0] != found[1]:
+        told = (", ".join(map(str, sorted(each))) for each in found)
+        print(f"not comparable: {' against '.join(told)}", file=sys.stderr)
         return 2
     told, worse = regressions(new, old, options.threshold)
     print(told)
