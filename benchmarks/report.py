@@ -4,7 +4,7 @@
     python -m benchmarks.report results.json --out report
     python -m benchmarks.report new.json --against old.json --threshold 1.1
 
-Without --out the page is printed, without plots, to be put into another one. Ratios are medians over
+Without --out the page is printed, without plots, to go into another one. Ratios are medians over
 rounds that ran in turn; what follows in brackets is their first and third quartile. With --against,
 the exit code is 1 where a row of both runs takes more than `threshold` times as long, or as much
 memory, as it did, or fails now; 2 where the two ran on different devices, or by another clock or
