@@ -21,8 +21,8 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 
 def _actnorms(modules: Sequence[Any]) -> Affine:
-    log_scale = torch.stack([m.scale.flatten() for m in modules])
-    bias = torch.stack([m.bias.flatten() for m in modules])
+    log_scale = torch.stack([m.scale for m in modules]).flatten(1)
+    bias = torch.stack([m.bias for m in modules]).flatten(1)
     return Affine(log_scale.exp(), bias, log_scale.sum(1))
 
 
@@ -67,24 +67,20 @@ def _haars(modules: Sequence[Any]) -> Affine:
 
 
 def _global_affines(blocks: Sequence[Any]) -> Affine:
-    scale = torch.stack([b.global_scale_activation(b.global_scale).flatten() for b in blocks])
-    offset = torch.stack([b.global_offset.flatten() for b in blocks])
+    scale = torch.stack([b.global_scale_activation(b.global_scale) for b in blocks]).flatten(1)
+    offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
     return Affine(scale, offset, scale.log().sum(1))
 
 
 def _global_offsets(blocks: Sequence[Any]) -> Affine:
     """Of blocks that preserve volume."""
-    offset = torch.stack([b.global_offset.flatten() for b in blocks])
+    offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
     return Affine(torch.ones_like(offset), offset)
 
 
 def _block_permutation(blocks: Sequence[Any]) -> Tensor:
-    return torch.stack(
-        [
-            (b._construct_householder_permutation() if b.householder else b.w_perm).flatten(1)
-            for b in blocks
-        ]
-    )
+    mixes = [b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks]
+    return torch.stack(mixes).flatten(2)
 
 
 def _block_permutations(blocks: Sequence[Any]) -> Affine:

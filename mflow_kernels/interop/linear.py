@@ -103,16 +103,18 @@ def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-_indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+Numbers = tuple[int, ...] | tuple[float, ...]
+_constants: dict[tuple[Numbers, torch.device, torch.dtype], Tensor] = {}
 
 
-def index_of(order: tuple[int, ...], device: torch.device) -> Tensor:
-    """`order` as a tensor, copied to a device once; a compiler's own is never kept."""
+def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of these values, copied to a device once; a compiler's own is never kept."""
+    key = values, device, dtype
     if torch.compiler.is_compiling():
-        return torch.tensor(order, device=device)
-    if (order, device) not in _indices:
-        _indices[order, device] = torch.tensor(order, device=device)
-    return _indices[order, device]
+        return torch.tensor(values, device=device, dtype=dtype)
+    if key not in _constants:
+        _constants[key] = torch.tensor(values, device=device, dtype=dtype)
+    return _constants[key]
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
 def _read(parts: Sequence[Linear | Reorder], channels: int, device: torch.device) -> Affine:
     first = parts[0]
     if isinstance(first, Reorder):
-        index = index_of(first.order(channels), device)
+        index = constant(first.order(channels), device)
         return Affine(index.expand(len(parts), channels))
     return first.read([part.module for part in parts if isinstance(part, Linear)])
 
@@ -238,7 +240,7 @@ class Rows:
             ]
         if len(folded) > 1:
             places = [i for places in alike.values() for i in places]
-            order = index_of(inverse_of(places), self.device)
+            order = constant(inverse_of(places), self.device)
             folded = [Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))]
         return Folded(*(part.to(dtype) for part in folded[0]))
 

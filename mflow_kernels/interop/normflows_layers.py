@@ -28,7 +28,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 
 def _actnorms(modules: Sequence[Any]) -> Affine:
-    s, t = (torch.stack([getattr(m, name).flatten() for m in modules]) for name in ("s", "t"))
+    s, t = (torch.stack([getattr(m, name) for m in modules]).flatten(1) for name in ("s", "t"))
     scale = (-s).exp()
     return Affine(scale, -t * scale, -s.sum(1))
 

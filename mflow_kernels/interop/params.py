@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import index_of
+from mflow_kernels.interop.linear import constant
+from mflow_kernels.ops._launch import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -94,10 +95,18 @@ class Params(nn.Module):
     def _ordered(self, out: Tensor, dim: int = 1) -> Tensor:
         if self._in_order():
             return out
-        shift = _scaled(_channels(out, self.shift, dim), self.factors[1])
+        channels = range(out.shape[dim])
         if self.raw is None:
-            return torch.cat([torch.zeros_like(shift), shift], dim)
-        return torch.cat([_scaled(_channels(out, self.raw, dim), self.factors[0]), shift], dim)
+            assert channels[self.shift] == channels
+            return torch.cat([torch.zeros_like(out), _scaled(out, self.factors[1])], dim)
+        raw, shift = channels[self.raw], channels[self.shift]
+        if (order := (*raw, *shift)) != (*channels,):
+            out = out.index_select(dim, constant(order, out.device))
+        if self.factors != (1.0, 1.0):
+            factors = (self.factors[0],) * len(raw) + (self.factors[1],) * len(shift)
+            vector = constant(factors, out.device, accumulator(out.dtype))
+            out = (out * vector.view(-1, *(1,) * (out.dim() - dim - 1))).to(out.dtype)
+        return out
 
 
 class Pair(nn.Module):
@@ -144,8 +153,8 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         masked = x.new_zeros(len(x), len(self.stays) + len(self.moves))
-        masked[:, index_of(self.stays, x.device)] = x
-        moves = index_of(self.moves, x.device)
+        masked[:, constant(self.stays, x.device)] = x
+        moves = constant(self.moves, x.device)
         outs = []
         for net in (self.scale_net, self.shift_net):
             if net is None:
@@ -162,10 +171,6 @@ def has_hooks(*modules: nn.Module) -> bool:
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules
     )
-
-
-def _channels(out: Tensor, which: slice, dim: int) -> Tensor:
-    return out[which] if dim == 0 else out[:, which]
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
