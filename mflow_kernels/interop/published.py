@@ -7,7 +7,7 @@ What only scales a convolution (their actnorms inside networks, exp(3 * logs)) f
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,34 +94,9 @@ def glow_from_openai(
 
     Raises:
         ValueError: a variable is missing or misshapen, the permutation between couplings is not the
-            learned one (flow_permutation 2), or a label is missing.
+            learned one (flow_permutation 2), or the label is none of these weights'.
     """
-    w = _OpenAI(_read_npz(weights))
-    levels = _count(w.arrays, "{}/0/actnorm_center/b")
-    steps = _count(w.arrays, "0/{}/actnorm_center/b")
-    glow = PublishedGlow(image_shape, levels, steps)
-    for i, (level, step) in enumerate(_places(glow, FlowStep)):
-        at = f"{level}/{i % steps}"
-        w.need(f"{at}/invconv/W", "only the learned permutation, flow_permutation 2, is converted")
-        _set_mix(step, w[f"{at}/invconv/W"].t())  # it multiplies rows
-        with torch.no_grad():
-            step.actnorm.bias.copy_(w.vector(f"{at}/actnorm_center/b"))
-            step.actnorm.log_scale.copy_(w.log_scale(f"{at}/actnorm_scale/logs"))
-        net = nn.Sequential(
-            w.convolution(f"{at}/f1/l_1"),
-            nn.ReLU(inplace=True),
-            w.convolution(f"{at}/f1/l_2"),
-            nn.ReLU(inplace=True),
-            w.last(f"{at}/f1/l_last"),
-        )
-        _set_coupling(step, net, interleaved=True)
-    for level, split in _places(glow, Split):
-        split.coupling.net = Params(
-            w.last(f"pool{level}/conv"), slice(1, None, 2), slice(0, None, 2), (-1.0, -1.0)
-        )
-        split.coupling.scale = _EXP
-    _set_top(glow, w.top(glow.latent_shapes[-1], label))
-    return _set(glow)
+    return _convert(_OpenAI(_read_npz(weights), label), image_shape)
 
 
 def glow_from_rosinality(
@@ -137,37 +112,43 @@ def glow_from_rosinality(
         ValueError: a weight is missing or misshapen.
     """
     if isinstance(weights, str | PathLike):
-        w = _Rosinality(torch.load(weights, map_location="cpu", weights_only=True))
-    else:
-        w = _Rosinality(weights)
-    levels = _count(w.arrays, "blocks.{}.flows.0.actnorm.loc")
-    steps = _count(w.arrays, "blocks.0.flows.{}.actnorm.loc")
+        loaded: Weights = torch.load(weights, map_location="cpu", weights_only=True)
+        return _convert(_Rosinality(loaded), image_shape)
+    return _convert(_Rosinality(weights), image_shape)
+
+
+def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
+    """A model with these weights: what of the two layouts is the same."""
+    levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
-        at = f"blocks.{level}.flows.{i % steps}"
-        scale = w[f"{at}.actnorm.scale"].flatten()
-        _set_mix(step, w.mix(f"{at}.invconv") * scale.sign())
+        published = w.step(level, i % steps)
+        _set_mix(step, published.mix)
         with torch.no_grad():
-            step.actnorm.bias.copy_(w[f"{at}.actnorm.loc"].flatten())
-            step.actnorm.log_scale.copy_(scale.abs().log())
-        net = nn.Sequential(
-            w.convolution(f"{at}.coupling.net.0"),
-            nn.ReLU(inplace=True),
-            w.convolution(f"{at}.coupling.net.2"),
-            nn.ReLU(inplace=True),
-            w.last(f"{at}.coupling.net.4"),
-        )
-        _set_coupling(step, net, interleaved=False)
+            step.actnorm.bias.copy_(published.bias)
+            step.actnorm.log_scale.copy_(published.log_scale)
+            step.actnorm.initialized.fill_(True)
+        _set_coupling(step, published.net, w.interleaved)
     for level, split in _places(glow, Split):
-        n = glow.latent_shapes[level][0]
-        split.coupling.net = Params(
-            w.last(f"blocks.{level}.prior"), slice(n, None), slice(0, n), (-1.0, -1.0)
-        )
+        where_mean, where_log_sd = _halves(glow.latent_shapes[level][0], w.interleaved)
+        split.coupling.net = Params(w.prior(level), where_log_sd, where_mean, (-1.0, -1.0))
         split.coupling.scale = _EXP
-    prior = w.last(f"blocks.{levels - 1}.prior")
     with torch.no_grad():
-        _set_top(glow, prior(torch.zeros(1, *glow.latent_shapes[-1]))[0])
-    return _set(glow)
+        mean, log_sd = w.top(glow.latent_shapes[-1]).chunk(2)
+        glow.top_mean.copy_(mean)
+        glow.top_log_sd.copy_(log_sd)
+    glow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return glow
+
+
+class _Step(NamedTuple):
+    """A step of flow: W (C, C) of columns, the actnorm exp(log_scale) * (x + bias), and the network
+    of the coupling."""
+
+    mix: Tensor
+    bias: Tensor
+    log_scale: Tensor
+    net: nn.Sequential
 
 
 class _Source:
@@ -186,7 +167,35 @@ class _Source:
 
 
 class _OpenAI(_Source):
-    """Variables of TensorFlow: filters (H, W, in, out), scales a third of their logarithm."""
+    """Variables of TensorFlow: filters (H, W, in, out), scales a third of their logarithm, shifts
+    and scales that alternate."""
+
+    counted = "{}/0/actnorm_center/b", "0/{}/actnorm_center/b"
+    interleaved = True
+
+    def __init__(self, arrays: Weights, label: int | None) -> None:
+        super().__init__(arrays)
+        self.label = label
+
+    def step(self, level: int, step: int) -> _Step:
+        at = f"{level}/{step}"
+        self.need(
+            f"{at}/invconv/W", "only the learned permutation, flow_permutation 2, is converted"
+        )
+        return _Step(
+            self[f"{at}/invconv/W"].t(),  # it multiplies rows
+            self.vector(f"{at}/actnorm_center/b"),
+            self.log_scale(f"{at}/actnorm_scale/logs"),
+            _network(
+                self.convolution(f"{at}/f1/l_1"),
+                self.convolution(f"{at}/f1/l_2"),
+                self.last(f"{at}/f1/l_last"),
+            ),
+        )
+
+    def prior(self, level: int) -> EdgeConv2d:
+        """From what stays at a split to mean and log-deviation of what leaves."""
+        return self.last(f"pool{level}/conv")
 
     def vector(self, name: str) -> Tensor:
         return self[name].flatten()
@@ -212,30 +221,60 @@ class _OpenAI(_Source):
             return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias * scale)
         return EdgeConv2d(weight, bias * scale, marked=True)
 
-    def top(self, shape: tuple[int, ...], label: int | None) -> Tensor:
+    def top(self, shape: tuple[int, ...]) -> Tensor:
         """Mean and log-deviation (2C, H, W) of the coarsest latent."""
         channels, height, width = shape
         top = torch.zeros(2 * channels, height, width)
         if "prior/p/W" in self.arrays:
-            with torch.no_grad():
-                top = self.last("prior/p")(torch.zeros(1, *shape))[0]
+            top = self.last("prior/p")(torch.zeros(1, *shape))[0]
         if "prior/y_emb/W" in self.arrays:
             scale = self.log_scale("prior/y_emb/logs").exp()
             rows = (self["prior/y_emb/W"] + self.vector("prior/y_emb/b")) * scale
-            if label is None:
+            if self.label is None or not 0 <= self.label < len(rows):
                 raise ValueError(
                     f"label: expected a class from 0 to {len(rows) - 1}, as the top latent of "
-                    "these weights depends on it, got None"
+                    f"these weights depends on it, got {self.label}"
                 )
-            top = top + rows[label][:, None, None]
+            top = top + rows[self.label][:, None, None]
+        elif self.label is not None:
+            raise ValueError(
+                f"label: expected None, as these weights have no classes, got {self.label}"
+            )
         return top
 
 
 class _Rosinality(_Source):
-    """A state dictionary, of the model or of a data-parallel wrapper of it."""
+    """A state dictionary, of the model or of a data-parallel wrapper of it; scales and shifts are
+    halves."""
+
+    counted = "blocks.{}.flows.0.actnorm.loc", "blocks.0.flows.{}.actnorm.loc"
+    interleaved = False
 
     def __init__(self, arrays: Weights) -> None:
         super().__init__({name.removeprefix("module."): value for name, value in arrays.items()})
+
+    def step(self, level: int, step: int) -> _Step:
+        at = f"blocks.{level}.flows.{step}"
+        scale = self[f"{at}.actnorm.scale"].flatten()  # of either sign
+        return _Step(
+            self.mix(f"{at}.invconv") * scale.sign(),
+            self[f"{at}.actnorm.loc"].flatten(),
+            scale.abs().log(),
+            _network(
+                self.convolution(f"{at}.coupling.net.0"),
+                self.convolution(f"{at}.coupling.net.2"),
+                self.last(f"{at}.coupling.net.4"),
+            ),
+        )
+
+    def prior(self, level: int) -> EdgeConv2d:
+        return self.last(f"blocks.{level}.prior")
+
+    def top(self, shape: tuple[int, ...]) -> Tensor:
+        """Mean and log-deviation (2C, H, W) of the coarsest latent."""
+        levels = _count(self.arrays, self.counted[0])
+        top: Tensor = self.prior(levels - 1)(torch.zeros(1, *shape))[0]
+        return top
 
     def convolution(self, name: str) -> nn.Conv2d:
         weight = self[f"{name}.weight"]
@@ -306,7 +345,18 @@ def _set_mix(step: FlowStep, weight: Tensor) -> None:
         step.conv._factor(weight)
 
 
-def _set_coupling(step: FlowStep, net: nn.Sequential, *, interleaved: bool) -> None:
+def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), last)
+
+
+def _halves(channels: int, interleaved: bool) -> tuple[slice, slice]:
+    """Where the first and the second of two values a channel are."""
+    if interleaved:
+        return slice(0, None, 2), slice(1, None, 2)
+    return slice(0, channels), slice(channels, None)
+
+
+def _set_coupling(step: FlowStep, net: nn.Sequential, interleaved: bool) -> None:
     """Affine where the network gives scales too, else additive."""
     last: Any = net[-1]
     out, channels, coupling = last.out_channels, len(step.actnorm.bias), step.coupling
@@ -315,20 +365,6 @@ def _set_coupling(step: FlowStep, net: nn.Sequential, *, interleaved: bool) -> N
         coupling.net, coupling.scale = Params(net, None, slice(None)), _EXP
     elif out != channels:
         raise ValueError(f"weights: expected {channels} outputs of a coupling network, got {out}")
-    elif interleaved:
-        coupling.net = Params(net, slice(1, None, 2), slice(0, None, 2))
-
-
-def _set_top(glow: PublishedGlow, top: Tensor) -> None:
-    with torch.no_grad():
-        mean, log_sd = top.chunk(2)
-        glow.top_mean.copy_(mean)
-        glow.top_log_sd.copy_(log_sd)
-
-
-def _set(glow: PublishedGlow) -> PublishedGlow:
-    """The model with its actnorms marked as set, in the layout models run in."""
-    for _, step in _places(glow, FlowStep):
-        step.actnorm.initialized.fill_(True)
-    glow.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return glow
+    elif interleaved:  # else log s is the first half already
+        shift, raw = _halves(channels // 2, interleaved)
+        coupling.net = Params(net, raw, shift)

@@ -241,8 +241,11 @@ def test_openai(coupling, tmp_path):
 
 def test_openai_classes():
     variables, x = openai_variables(classes=4), images()
-    with pytest.raises(ValueError, match="label: expected a class from 0 to 3"):
-        glow_from_openai(variables, SHAPE)
+    for label in (None, 4, -1):
+        with pytest.raises(ValueError, match=f"label: expected a class from 0 to 3.*got {label}"):
+            glow_from_openai(variables, SHAPE, label=label)
+    with pytest.raises(ValueError, match="label: expected None, as these weights have no classes"):
+        glow_from_openai(openai_variables(), SHAPE, label=0)
     for label in (0, 3):
         glow = glow_from_openai(variables, SHAPE, label=label)
         assert_equal(glow, x, OpenAI(variables, label=label).log_prob(x))
