@@ -100,8 +100,8 @@ def choose_cuda() -> Cuda:
         return Cuda(note=note)
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
     known = re.findall(r"compute_(\w+)", listed.stdout)
-    chosen = os.environ.get("MFLOW_CUDA_ARCHS", "")
-    archs = tuple(re.split(r"[;,\s]+", chosen.strip())) if chosen.strip() else CUDA_ARCHS
+    chosen = tuple(re.findall(r"[^;,\s]+", os.environ.get("MFLOW_CUDA_ARCHS", "")))
+    archs = chosen or CUDA_ARCHS
     unknown = [arch for arch in archs if arch not in known]
     if unknown and chosen:
         raise SystemExit(
