@@ -65,9 +65,9 @@ class _ChainFlow(Bijection):
 class Glow(_ChainFlow):
     """The multi-scale flow of Glow (arXiv 1807.03039, figure 2), its split priors couplings.
 
-    `z, logdet = glow(x)` with z the tuple of latents, finest first; all of them are standard normal
-    under the model. States run in channels_last. Call `initialize(x)` with a first batch before
-    training.
+    `z, logdet = glow(x)` with x (N, C, H, W) and z the tuple of latents, finest first; all of them
+    are standard normal under the model. Both are of the dtype of the parameters and, inside, in
+    channels_last. Call `initialize(x)` with a first batch before training.
 
     Args:
         image_shape: (C, H, W), H and W divisible by 2 ** levels.
@@ -129,7 +129,7 @@ class VectorFlow(_ChainFlow):
     """Steps of flow on vectors (N, dim): a chain whose coupling networks are linear layers.
 
     The flow for points, and for the u of a manifold flow in a hierarchy: `(z,), logdet = flow(x)`
-    with z (N, dim) standard normal under the model.
+    with z (N, dim) standard normal under the model, x and z of the dtype of the parameters.
 
     Args:
         dim: length of the vectors, at least 2.
