@@ -82,7 +82,7 @@ class ManifoldObjective(nn.Module):
             Or, in the data domain, "variance": w = 1 / (2 variance), with the variance of e about
             0, over samples and pixels, tracked while training (the mean of all batches, from the
             100th on a running one) and kept in the state dict; a constant to the gradient. After
-            arXiv 2308.13792, whose abstract speaks of a variance-derived factor. In the latent
+            arXiv 2308.13792, of which a summary speaks of a variance-derived factor. In the latent
             domain it would be no penalty: as w falls with the variance of v, stretching v raises
             the log-determinant without bound.
         delta: where "huber" turns from quadratic to linear, > 0, in units of e.

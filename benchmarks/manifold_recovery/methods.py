@@ -91,7 +91,7 @@ def plain(flow: Bijection, dim: int) -> Method:
 
 
 def pie(flow: Bijection, dim: int, deviation: float) -> Method:
-    """Pseudo-invertible encoder (arXiv 2006.00866): v is a Gaussian of small standard deviation.
+    """Pseudo-invertible encoder (arXiv 2111.00619): v is a Gaussian of small standard deviation.
     Sampled with v = 0, as it is there."""
     return penalized(flow, dim, ManifoldObjective("latent", "l2", weight=deviation**-2))
 

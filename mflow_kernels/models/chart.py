@@ -139,9 +139,9 @@ class Chart(nn.Module):
 
             -log p(projection) + distance^2 / (2 deviation^2) + (D - d) / 2 log(2 pi deviation^2)
 
-        with the density on the manifold, `manifold_log_prob`. After arXiv 2308.13792, by whose
-        abstract density on the manifold and distance to it are each insufficient alone. The sum,
-        and so their relative weight, is our choice.
+        with the density on the manifold, `manifold_log_prob`. After arXiv 2308.13792, by the
+        abstract of whose first version density on the manifold and distance to it are each
+        insufficient alone. The sum, and so their relative weight, is our choice.
 
         Args:
             x: (N, *input_shape).
