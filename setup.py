@@ -199,8 +199,9 @@ setup(
             sources=[
                 "csrc/masked_penalty.cpp",
                 "csrc/coupling.cpp",
-                "csrc/assemble.cpp",
+                "csrc/mix.cpp",
                 "csrc/coupling_bindings.cpp",
+                "csrc/mix_bindings.cpp",
                 "csrc/module.cpp",
             ],
         )

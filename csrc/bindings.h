@@ -16,5 +16,6 @@ using Pointer = std::uintptr_t;
 }
 
 void bind_couplings(pybind11::module_& m);
+void bind_mixes(pybind11::module_& m);
 
 }  // namespace mflow

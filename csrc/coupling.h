@@ -3,7 +3,6 @@
 //
 //   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
 //   uncouple   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
-//   assemble   one state from its halves, with a bias taken off or a gradient added
 #pragma once
 
 #include <cstdint>
@@ -52,17 +51,7 @@ struct Coupling {
     Walk from[2], to[2];
 };
 
-// out = half + sign * other for each of two halves of its channels; other may be absent.
-struct Assembly {
-    bool is_double = false;
-    Shape shape;  // of out
-    int64_t first = 0;  // channels of the first half
-    double sign = 1;
-    Walk half[2], other[2], out;
-};
-
 void couple_cpu(const Coupling& problem, int threads);
 void uncouple_cpu(const Coupling& problem, int threads);
-void assemble_cpu(const Assembly& problem, int threads);
 
 }  // namespace mflow

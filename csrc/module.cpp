@@ -213,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("grad_penalty"), py::arg("grad_gaussian"), py::arg("dinput"), py::arg("dtarget"));
     // clang-format on
     mflow::bind_couplings(m);
+    mflow::bind_mixes(m);
     m.attr("tile") = mflow::kTile;
     m.attr("max_axes") = mflow::kMaxAxes;
     m.attr("cuda_archs") = py::str(MFLOW_CUDA_ARCHS).attr("split")();

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import accumulator, autocasts, forward_mode
-from mflow_kernels.ops._products import cut_net_input
+from mflow_kernels.ops._launch import accumulator, autocasts, cut_net_input, forward_mode
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_forward,

@@ -110,6 +110,19 @@ def strides(x: Tensor | None) -> Strides:
     return Strides(x.stride(0), x.stride(1), p)
 
 
+def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor for the network input of the state y: dense, in y's order of axes; or (0,)."""
+    return (
+        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
+    )
+
+
+def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`net_input`, filled from y."""
+    net = net_input(y, dtype)
+    return net if dtype is None else net.copy_(y[:, : net.shape[1]])
+
+
 def channels_first(x: Tensor) -> bool:
     """Whether neighbours in memory are pixels of one channel (else channels of one pixel)."""
     return pixels(x) > 1 and strides(x).p == 1

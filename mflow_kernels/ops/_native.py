@@ -1,23 +1,16 @@
 """The operators on a CPU by csrc's loops: one pass each where the references take ten.
 
 Every function here does what the reference it names does, for float32 and float64 states in any
-layout; `serves` says whether it may. Products of states stay BLAS's: of rows (N * P, C) where
-channels are neighbours in memory, else of planes (N, C, P), so that no layout is copied to another.
+layout; `serves` and `mixes` say whether it may.
 """
 
 import importlib
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mflow_kernels.ops._launch import (
-    channels_first,
-    dense_pixels,
-    forward_mode,
-    without_autocast,
-)
+from mflow_kernels.ops._launch import dense_pixels, forward_mode, net_input
 from mflow_kernels.ops.scale import ScaleFunction
 
 
@@ -44,13 +37,21 @@ def serves(x: Tensor) -> bool:
     )
 
 
+MIXED_CHANNELS = 128  # that the loops of 1x1 convolutions take
+
+
+def mixes(x: Tensor) -> bool:
+    """Whether the loops take the 1x1 convolution of a state x; past so many channels BLAS does."""
+    return x.shape[1] <= MIXED_CHANNELS and serves(x)
+
+
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
     """`coupling.affine_coupling_ref`."""
     assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
-        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger.data_ptr(), *scale.args,
+        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger.data_ptr(), scale.args,
         inverse,
     )  # fmt: skip
     return y, ledger
@@ -106,68 +107,35 @@ def _uncouple(
     _C.uncouple(
         torch.get_num_threads(), stays, kept, given, params, dz,
         (dlogdet.data_ptr(), dlogdet.stride(0)),
-        other, dy, dparams, *scale.args, inverse,
+        other, dy, dparams, scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
 
-def _add_gradients(out: Tensor, a: Tensor, b: Tensor, dnet: Tensor | None) -> Tensor:
-    """`out`, filled with (a + dnet, b)."""
+def mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    net_dtype: torch.dtype | None,
+    params: Tensor | None = None,
+    scale: ScaleFunction | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv1x1_ref`, or `coupling_conv1x1_ref` where params are given: y, the network input cut
+    from it, and the ledger (empty without params)."""
     assert _C is not None
-    _C.add_gradients(torch.get_num_threads(), out, a, b, dnet)
-    return out
-
-
-def _subtract_bias(out: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """`out`, filled with (a, b) - bias."""
-    assert _C is not None
-    _C.subtract_bias(torch.get_num_threads(), out, a, b, (bias.data_ptr(), bias.stride(0)))
-    return out
-
-
-def cut(x: Tensor, out: Tensor) -> Tensor:
-    """`out`, filled with the first half of the state x."""
-    recorded = x.requires_grad and torch.is_grad_enabled()  # by autograd, which sees no loop
-    if out.dtype != x.dtype or recorded or not serves(x):
-        return out.copy_(x[:, : out.shape[1]])
-    assert _C is not None
-    _C.cut(torch.get_num_threads(), out, x)
-    return out
-
-
-def _matrix(x: Tensor, rows: bool) -> Tensor:
-    """The state x as rows (N * P, C), else as planes (N, C, P)."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1]) if rows else x.flatten(2)
-
-
-def _state(matrix: Tensor, like: Tensor, rows: bool) -> Tensor:
-    n, _, *spatial = like.shape
-    if rows:
-        return matrix.view(n, *spatial, matrix.shape[1]).movedim(-1, 1)
-    return matrix.view(n, matrix.shape[1], *spatial)
-
-
-def _mix(weight: Tensor, matrix: Tensor, bias: Tensor | None, rows: bool) -> Tensor:
-    if rows:
-        return F.linear(matrix, weight, bias)
-    weight = weight.expand(matrix.shape[0], *weight.shape)
-    if bias is None:
-        return torch.bmm(weight, matrix)
-    return torch.baddbmm(bias[:, None], weight, matrix)
-
-
-def _gram(a: Tensor, b: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
-    """sum a b^T and sum a over samples and pixels."""
-    if rows:
-        return a.t() @ b, a.sum(0)
-    return torch.bmm(a, b.mT).sum(0), a.sum((0, 2))
-
-
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv1x1.conv1x1_ref`."""
-    rows = not channels_first(x)
-    with without_autocast(x):
-        return _state(_mix(weight, _matrix(x, rows), bias, rows), x, rows)
+    x = dense_pixels(x)
+    y = torch.empty_like(x)
+    net = net_input(y, net_dtype)
+    ledger = x.new_empty((0 if params is None else x.shape[0], 1))
+    cut = net_dtype == x.dtype
+    _C.mix(
+        torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
+        ledger.data_ptr(), () if scale is None else scale.args, inverse,
+    )  # fmt: skip
+    if net_dtype is not None and not cut:
+        net.copy_(y[:, : net.shape[1]])
+    return y, net, ledger
 
 
 def coupling_conv1x1_backward(
@@ -180,17 +148,17 @@ def coupling_conv1x1_backward(
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dparams, dW and d bias of `coupling_conv1x1.coupling_conv1x1_ref`."""
-    x = dense_pixels(x)
-    z = torch.empty_like(x)
-    rows, c_a = not channels_first(z), z.shape[1] // 2
-    if dnet is not None:
-        dy = _add_gradients(torch.empty_like(z), dy[:, :c_a], dy[:, c_a:], dnet)
-    dy_m = _matrix(dy, rows)
-    with without_autocast(z):
-        dz = _state(_mix(weight.t(), dy_m, None, rows), z, rows)
-        dx, dparams = couple_backward(dz, dlogdet, x, params, scale, inverse, z)
-        return dx, dparams, *_gram(dy_m, _matrix(z, rows), rows)
+    """dx, dparams, dW and d bias of `coupling_conv1x1_ref`, with dlogdet (N,)."""
+    assert _C is not None
+    x, params = dense_pixels(x), dense_pixels(params)
+    dlogdet = dlogdet if dlogdet.dtype == x.dtype else dlogdet.to(x.dtype)
+    dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
+    gram, dbias = _sums(x)
+    _C.unmix_coupled(
+        torch.get_num_threads(), x, params, dy, dnet, (dlogdet.data_ptr(), dlogdet.stride(0)),
+        weight, dx, dparams, gram.data_ptr(), dbias.data_ptr(), scale.args, inverse,
+    )  # fmt: skip
+    return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
 
 
 def unmix(
@@ -199,16 +167,28 @@ def unmix(
     dnet: Tensor | None,
     weight: Tensor,
     weight_inverse: Tensor | None,
-    bias: Tensor,
-    states: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    dx: Tensor,
+    net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """x, dx, gram and d bias of `unmix_ref`; `states` is room for two, in its layout."""
-    rows = not channels_first(states[0])
-    y_m = _matrix(_subtract_bias(states[0], *y, bias), rows)
-    dy_m = _matrix(_add_gradients(states[1], *dy, dnet), rows)
-    with without_autocast(y_m):
-        dx = _state(_mix(weight.t(), dy_m, None, rows), states[0], rows)
-        gram, dbias = _gram(dy_m, y_m, rows)
-        if weight_inverse is None:
-            return None, dx, gram, dbias
-        return _state(_mix(weight_inverse, y_m, None, rows), states[0], rows), dx, gram, dbias
+    """x, the network input cut from it, gram and d bias of `unmix_ref`; dx is filled, and x like
+    it. Without a weight_inverse neither x nor the network input is made."""
+    assert _C is not None
+    x = None if weight_inverse is None else torch.empty_like(dx)
+    net = net_input(dx, None if x is None else net_dtype)
+    cut = x is not None and net_dtype == dx.dtype
+    gram, dbias = _sums(dx)
+    _C.unmix(
+        torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
+        net if cut else None, dx, gram.data_ptr(), dbias.data_ptr(),
+    )  # fmt: skip
+    if x is not None and net_dtype is not None and not cut:
+        net.copy_(x[:, : net.shape[1]])
+    return x, net, gram, dbias
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for gram and d bias."""
+    c = x.shape[1]
+    new = x.new_empty if x.numel() else x.new_zeros
+    return new((c, c)), new((c,))

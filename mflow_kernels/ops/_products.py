@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
     TL_DTYPE,
     accumulator,
     columns,
     dense_pixels,
+    net_input,
     pixels,
     strides,
     tile_columns,
@@ -161,19 +161,6 @@ def dweight_splits(x: Tensor) -> int:
     blocks = triton.cdiv(c, tile.block_o) * triton.cdiv(c, tile.block_c)
     tiles = tile_columns(x.shape[0], pixels(x), tile.block_p).programs
     return max(1, min(tiles, DWEIGHT_PROGRAMS // blocks))
-
-
-def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor for the network input of the state y: dense, in y's order of axes; or (0,)."""
-    return (
-        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
-    )
-
-
-def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`net_input`, filled from y."""
-    net = net_input(y, dtype)
-    return net if dtype is None else _native.cut(y, net)
 
 
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:

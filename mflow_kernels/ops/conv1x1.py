@@ -39,17 +39,17 @@ from mflow_kernels.ops._checks import (
 )
 from mflow_kernels.ops._launch import (
     accumulator,
+    cut_net_input,
     flow_state,
     in_layout_of,
+    net_input,
     uses_triton,
     without_autocast,
 )
 from mflow_kernels.ops._products import (
-    cut_net_input,
     dweight_splits,
     launch_dweight,
     launch_mix,
-    net_input,
 )
 
 PRECISIONS = ("tf32x3", "tf32")
@@ -101,8 +101,9 @@ def conv1x1_forward(
     if uses_triton(x):
         y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
         return y, net
-    run = _native.conv1x1 if _native.serves(x) else conv1x1_ref
-    y = in_layout_of(x, run(x, weight[0], bias[0]))
+    if _native.mixes(x):
+        return _native.mix(x, weight, bias, net_dtype)[:2]
+    y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
 
@@ -113,6 +114,11 @@ def conv1x1_backward(
     if uses_triton(x):
         dx, _, _ = launch_mix(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
+    if _native.mixes(x):
+        c_a, dx = x.shape[1] // 2, torch.empty_like(x)
+        halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
+        _, _, dweight, dbias = _native.unmix(*halves, dnet, weight, None, None, dx)
+        return dx, dweight[None], dbias[None]
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]
 

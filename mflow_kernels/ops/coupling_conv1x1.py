@@ -30,10 +30,12 @@ from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
+    cut_net_input,
     dense_pixels,
     flow_state,
     in_layout_of,
     ledger_columns,
+    net_input,
     pixels,
     read_ledger,
     strides,
@@ -42,12 +44,10 @@ from mflow_kernels.ops._launch import (
 )
 from mflow_kernels.ops._products import (
     arithmetic,
-    cut_net_input,
     launch_dweight,
     launch_mix,
     load_gradient,
     mix_tile,
-    net_input,
 )
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
@@ -60,7 +60,8 @@ from mflow_kernels.ops.coupling import (
     affine_coupling_ref,
     check_params,
     couple_backward,
-    coupling_backward_ref,
+    coupling_backward,
+    coupling_forward,
     load_params,
 )
 from mflow_kernels.ops.logdet import sum_ledger
@@ -165,12 +166,10 @@ def coupling_conv1x1_forward(
         )
         assert ledger is not None
         return y, net, ledger
-    if _native.serves(x):
-        z, ledger = _native.couple(x, params, scale, inverse)
-        y = _native.conv1x1(z, weight[0], bias[0])
-    else:
-        y, ledger = coupling_conv1x1_ref(x, params, weight[0], bias[0], scale, inverse)
-    y = in_layout_of(x, y)
+    if _native.mixes(x):
+        return _native.mix(x, weight, bias, net_dtype, params, scale, inverse)
+    z, ledger = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
+    y = in_layout_of(x, conv1x1_ref(z, weight[0], bias[0]).to(x.dtype))
     return y, cut_net_input(y, net_dtype), ledger
 
 
@@ -185,15 +184,15 @@ def coupling_conv1x1_backward(
         return launch_coupling_conv1x1_backward(
             dy, dnet, dledger, x, params, weight, precision, scale, inverse
         )
-    if _native.serves(x):
+    if _native.mixes(x):
         dx, dparams, dweight, dbias = _native.coupling_conv1x1_backward(
-            dy, dnet, dledger[:, 0], x, params, weight[0], scale, inverse
+            dy, dnet, dledger[:, 0], x, params, weight, scale, inverse
         )
         return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
-    z, _ = affine_coupling_ref(x.to(accumulator(x.dtype)), params, scale, inverse)
+    z, _ = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
-    dx, dparams = coupling_backward_ref(dz, dledger, x, params, scale, inverse)
+    dx, dparams = coupling_backward(dz, dledger, x, params, *scale.args, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
 
 

@@ -29,14 +29,16 @@ from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
     accumulator,
     columns,
+    cut_net_input,
     dense_pixels,
+    net_input,
     pixels,
     strides,
     tile_columns,
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops._products import arithmetic, cut_net_input, net_input
+from mflow_kernels.ops._products import arithmetic
 
 Halves = tuple[Tensor, Tensor]
 
@@ -304,7 +306,7 @@ def unmix(
     channels_last: bool,
     precision: str = "tf32x3",
 ) -> Unmixed:
-    """The second launch of a step's backward; on a CPU BLAS's products, or its reference.
+    """The second launch of a step's backward; on a CPU the loops of csrc, or its reference.
 
     Args:
         y: the halves (N, C_a, *spatial), (N, C_b, *spatial) of y = W x + bias.
@@ -321,10 +323,10 @@ def unmix(
         return launch_unmix(
             y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, precision
         )
-    if _native.serves(y[1]):
-        shifted = empty_state(y[1], weight.shape[0], channels_last)
-        states = shifted, torch.empty_like(shifted)
-        x, dx, gram, dbias = _native.unmix(y, dy, dnet, weight, weight_inverse, bias, states)
-        net = None if x is None or net_dtype is None else cut_net_input(x, net_dtype)
-        return Unmixed(x, dx, net, gram[None], dbias[None])
+    if weight.shape[0] <= _native.MIXED_CHANNELS and _native.serves(y[1]):
+        dx = empty_state(y[1], weight.shape[0], channels_last)
+        x, net, gram, dbias = _native.unmix(
+            y, dy, dnet, weight, weight_inverse, bias, dx, net_dtype
+        )
+        return Unmixed(x, dx, net if net_dtype is not None else None, gram[None], dbias[None])
     return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)

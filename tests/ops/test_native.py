@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mflow_kernels import ops
 from mflow_kernels.ops import _native
+from mflow_kernels.ops._launch import dense_pixels
+from mflow_kernels.ops.conv1x1 import add_to_first_half, conv1x1_backward_ref, conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.ops.uncouple import uncouple_ref
 from mflow_kernels.ops.unmix import empty_state, unmix_ref
@@ -150,39 +152,88 @@ def test_log_sigmoid_of_minus_120_is_minus_120():
     assert log_s.item() == -120.0
 
 
+MIXED = [c for c in CASES if c[0][1] <= _native.MIXED_CHANNELS] + [((2, 1, 5, 4), "contiguous")]
+
+
+def close(got: Tensor, want: Tensor, terms: int, name: str) -> None:
+    """Sums of so many products of numbers of order one, scaled by a coupling's growth."""
+    assert_close(got, want, terms=terms, scale=GROWTH * terms**0.5, name=name)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("net_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "layout"), MIXED, ids=str)
+def test_mix(shape, layout, net_dtype, dtype):
+    c = shape[1]
+    scale = ScaleFunction("tanh")
+    x, params, *_ = sample(shape, layout, dtype)
+    weight, bias = rotation(c, dtype=dtype)[None], normal(1, c, dtype=dtype)
+    y, net, ledger = _native.mix(x, weight, bias, net_dtype)
+    want = conv1x1_ref(x.double(), weight[0].double(), bias[0].double())
+    close(y, want, c, "y")
+    assert y.stride() == torch.empty_like(dense_pixels(x)).stride()
+    assert not len(ledger)
+    if net_dtype is not None:
+        assert torch.equal(net, y[:, : c // 2].to(net_dtype))
+    if c < 2:
+        return
+    for inverse in (False, True):
+        y, net, ledger = _native.mix(x, weight, bias, net_dtype, params, scale, inverse)
+        want, sums = coupling_conv1x1_ref(*exact(x, params, weight[0], bias[0]), scale, inverse)
+        close(y, want, c, "y")
+        assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
+        assert y.dtype == ledger.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(("shape", "layout"), [c for c in MIXED if c[0][1] > 1], ids=str)
+def test_unmix_coupled(shape, layout, bare, inverse, dtype):
+    n, c, *spatial = shape
+    scale = ScaleFunction("tanh")
+    x, params, dy, dlogdet = sample(shape, layout, dtype)
+    dnet = None if bare else normal(n, c // 2, *spatial, dtype=dtype)
+    weight = rotation(c, dtype=dtype)[None]
+    got = _native.coupling_conv1x1_backward(dy, dnet, dlogdet, x, params, weight, scale, inverse)
+    x, params, dy, dlogdet, weight = exact(x, params, dy, dlogdet, weight)
+    z, _ = affine_coupling_ref(x, params, scale, inverse)
+    dy = add_to_first_half(dy, None if dnet is None else dnet.double())
+    dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
+    wants = *coupling_backward_ref(dz, dlogdet[:, None], x, params, scale, inverse), dweight, dbias
+    columns = max(1, x.numel() // c)
+    for name, a, b in zip(("dx", "dparams", "dweight", "dbias"), got, wants, strict=True):
+        close(a, b, c if name in ("dx", "dparams") else columns, name)
+        assert a.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("bare", [False, True])
-# Inverting a matrix of thousands of channels takes the time and tells nothing of the loops.
-@pytest.mark.parametrize(("shape", "layout"), [c for c in CASES if c[0][1] <= 2000], ids=str)
-def test_unmix(shape, layout, bare, rebuild):
+@pytest.mark.parametrize(("shape", "layout"), MIXED, ids=str)
+def test_unmix(shape, layout, bare, rebuild, dtype):
     n, c, *spatial = shape
     c_a = c // 2
-    y, _, dy, _ = sample(shape, layout)
-    dnet = None if bare else normal(n, c_a, *spatial)
+    y, _, dy, _ = sample(shape, layout, dtype)
+    dnet = None if bare else normal(n, c_a, *spatial, dtype=dtype)
     # One half a view, the other a tensor of its own, as a walk back has them.
     halves = (y[:, :c_a], y[:, c_a:].clone()), (dy[:, :c_a], dy[:, c_a:].clone())
-    weight, bias = rotation(c), normal(c)
-    inverse = torch.linalg.inv(weight.double()).float() if rebuild else None
-    last = "channels_last" in layout
-    states = [empty_state(y, c, last) for _ in range(2)]
-    got = _native.unmix(*halves, dnet, weight, inverse, bias, tuple(states))
+    weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
+    inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
+    dx = empty_state(y, c, "channels_last" in layout)
+    x, net, *sums = _native.unmix(*halves, dnet, weight, inverse, bias, dx, dtype)
     want = unmix_ref(
         tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
-        weight.double(), None if inverse is None else inverse.double(), bias.double(), None, last,
+        weight.double(), None if inverse is None else inverse.double(), bias.double(), None, False,
     )  # fmt: skip
-    assert (got[0] is None) == (not rebuild)
-    columns = max(1, y.numel() // c)
-    size = columns**0.5 * max([t.abs().max().item() for t in exact(*dy, *y)], default=1.0) ** 2
-    for name, a in zip(("x", "dx", "gram", "dbias"), got, strict=True):
-        b = getattr(want, name)
-        if a is None or b is None:
-            continue
-        sums = name in ("gram", "dbias")
-        b = b[0] if sums else b
-        assert_close(a, b, terms=columns if sums else c, scale=size if sums else None, name=name)
-    if spatial and n:
-        form = torch.channels_last if last else torch.contiguous_format
-        assert got[1].is_contiguous(memory_format=form)
+    close(dx, want.dx, c, "dx")
+    assert (x is None) == (not rebuild)
+    if x is not None:
+        close(x, want.x, c, "x")
+        assert x.stride() == dx.stride()
+        assert torch.equal(net, x[:, :c_a])
+    for name, a, b in zip(("gram", "dbias"), sums, (want.gram[0], want.dbias[0]), strict=True):
+        close(a, b, max(1, y.numel() // c), name)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -197,13 +248,18 @@ def test_same_bits_with_any_number_of_threads(layout):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             out = empty_state(x, 6, layout == "channels_last")
+            halves = (x[:, :3], x[:, 3:]), (dy[:, :3], dy[:, 3:])
             results.append([
                 *_native.couple(x, params, scale, False),
                 *_native.couple_backward(dy, dlogdet, x, params, scale, False),
                 *_native.uncouple(
                     x[:, 3:], dy[:, 3:], dlogdet, params, scale, False, False
                 ),
-                _native._subtract_bias(out, x[:, :3], x[:, 3:], weight[0, 0]),
+                *_native.mix(x, weight, weight[:, 0], torch.float32, params, scale, False),
+                *_native.coupling_conv1x1_backward(
+                    dy, None, dlogdet, x, params, weight, scale, False
+                ),
+                *_native.unmix(*halves, None, weight[0], weight[0], weight[0, 0], out),
             ])  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -250,10 +306,19 @@ def test_loops_refuse_what_they_would_misread():
         _native.couple(x, params[:, :4], scale, False)
     with pytest.raises(ValueError, match="one shape"):
         _native.couple_backward(dy[:1], dlogdet, x, params, scale, False)
+    halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
     with pytest.raises(ValueError, match="one stride walks"):
-        _native._subtract_bias(x.transpose(2, 3), x[:, :3], x[:, 3:], normal(6))
+        _native.unmix(*halves, None, weight, None, None, x.transpose(2, 3))
+    with pytest.raises(ValueError, match="one shape, and halves"):
+        _native.unmix(*halves, x, weight, None, None, torch.empty_like(x))
+    with pytest.raises(ValueError, match="weights of the state's channels"):
+        _native.mix(x, weight[None, 1:], normal(1, 6), None)
+    with pytest.raises(ValueError, match="weights of the state's dtype"):
+        _native.mix(x, weight[None].double(), normal(1, 6), None)
+    with pytest.raises(ValueError, match="1 to 128 channels"):
+        _native.mix(normal(2, 129), rotation(129)[None], normal(1, 129), None)
     ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
     with pytest.raises(ValueError, match="state's dtype"):
-        _native._C.couple(1, 3, x, params, y, ledger.data_ptr(), *scale.args, False)
+        _native._C.couple(1, 3, x, params, y, ledger.data_ptr(), scale.args, False)
     with pytest.raises(ValueError, match="float32 or float64"):
         _native.couple(x.half(), params, scale, False)

@@ -1,0 +1,400 @@
+// 1x1 convolutions on the CPU. A tile of the state is brought into a panel, whose rows are pixels
+// where channels are neighbours in memory and channels where pixels are, goes through the coupling
+// and the products there, and is written once.
+
+#include "mix.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "cpu.h"
+#include "product.h"
+#include "tile.h"
+
+namespace mflow {
+namespace {
+
+constexpr int kPanel = 4 * kTile;  // elements, rows filled up to whole vectors
+constexpr int64_t kMostParts = 64;  // partial sums of gram
+
+struct Tile {
+    int64_t sample, pixel;
+    int pixels;
+};
+
+// How a state is cut into tiles. Vectors, which have one pixel, are the pixels of one sample.
+template <bool PIXEL_ROWS, class A>
+struct Grid {
+    bool vectors;
+    int channels, first;
+    int64_t pixels, width, stride;  // of a sample; of a tile; between a panel's rows
+    int64_t across, tiles;          // of a sample; in all
+
+    template <class Problem>
+    explicit Grid(const Problem& p) {
+        vectors = p.shape.pixels == 1;
+        channels = static_cast<int>(p.shape.channels);
+        first = static_cast<int>(p.first);
+        const int64_t samples = vectors ? 1 : p.shape.samples;
+        pixels = vectors ? p.shape.samples : p.shape.pixels;
+        width = std::min<int64_t>(kTile / (channels - first), kPanel / whole_vectors<A>(channels));
+        const int64_t unit = PIXEL_ROWS ? 6 : kLanes<A>;  // what `product` takes at once
+        width = std::min(pixels, width / unit * unit);
+        stride = whole_vectors<A>(PIXEL_ROWS ? channels : width);
+        across = (pixels + width - 1) / width;
+        tiles = samples * across;
+    }
+
+    Tile tile(int64_t index) const {
+        const int64_t pixel = index % across * width;
+        return {index / across, pixel, static_cast<int>(std::min(width, pixels - pixel))};
+    }
+    // From a channel on, in memory and in a panel.
+    MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
+        const int64_t pixel = vectors ? w.sample : w.pixel;
+        const int64_t sample = vectors ? 0 : w.sample;
+        A* data = static_cast<A*>(w.data) + t.sample * sample + channel * w.channel + t.pixel * pixel;
+        return PIXEL_ROWS ? Part<A>{data, pixel, w.channel, false}
+                          : Part<A>{data, w.channel, pixel, false};
+    }
+    MFLOW_INLINE Part<A> in_panel(A* panel, int channel) const {
+        return {panel + (PIXEL_ROWS ? channel : channel * stride), stride, 1, false};
+    }
+    MFLOW_INLINE int rows(const Tile& t, int channels) const { return PIXEL_ROWS ? t.pixels : channels; }
+    MFLOW_INLINE int columns(const Tile& t, int channels) const {
+        return PIXEL_ROWS ? channels : t.pixels;
+    }
+    // So many channels, between parts, or to and from a dense buffer.
+    MFLOW_INLINE void move(const Tile& t, int channels, Part<A> from, Part<A> to) const {
+        copy<A>(rows(t, channels), columns(t, channels), from, to);
+    }
+    MFLOW_INLINE Part<A> dense(const Tile& t, int channels, A* data) const {
+        return {data, columns(t, channels), 1, true};
+    }
+};
+
+template <class A>
+A at(const Matrix& m, int64_t row, int64_t column) {
+    return static_cast<const A*>(m.data)[row * m.row + column * m.column];
+}
+
+// A matrix as `product` wants it beside a panel: where rows are pixels, transposed and filled up.
+template <bool PIXEL_ROWS, class A>
+class Mixer {
+public:
+    Mixer(const Matrix& m, int channels) : matrix_(m), channels_(channels) {
+        if (!PIXEL_ROWS || !m.data) return;
+        packed_.resize(channels * whole_vectors<A>(channels));
+        A* row = packed_.data();
+        for (int c = 0; c < channels; ++c, row += whole_vectors<A>(channels)) {
+            for (int o = 0; o < channels; ++o) row[o] = at<A>(m, o, c);
+        }
+    }
+    explicit operator bool() const { return matrix_.data; }
+
+    template <class Begin>
+    MFLOW_INLINE void operator()(const Grid<PIXEL_ROWS, A>& g, const Tile& t, const A* in, A* out,
+                                 const Begin& begin) const {
+        const int rows = g.rows(t, channels_), columns = g.columns(t, channels_);
+        if (PIXEL_ROWS) {
+            product<A>(rows, columns, channels_, {in, g.stride, 1}, packed_.data(), g.stride, out,
+                       g.stride, begin);
+        } else {
+            const Operand<A> weight = {static_cast<const A*>(matrix_.data), matrix_.row, matrix_.column};
+            product<A>(rows, columns, channels_, weight, in, g.stride, out, g.stride, begin);
+        }
+    }
+
+private:
+    Matrix matrix_;
+    int channels_;
+    std::vector<A> packed_;
+};
+
+// turned: z with pixels for rows. What fills rows up is never used, but computed with: zeros, then,
+// and not what may be slow to compute with.
+template <class A>
+struct Panels {
+    A z[kPanel] = {}, g[kPanel] = {}, turned[kPanel] = {};
+    A y[kPanel];
+    Buffers<A> half;
+};
+
+template <bool PIXEL_ROWS, class A>
+struct Mixing {
+    const Mix& p;
+    Grid<PIXEL_ROWS, A> grid;
+    Mixer<PIXEL_ROWS, A> weight;
+    std::vector<A> bias;
+    std::vector<double> sums;  // of log s: of each tile, or of each vector
+
+    explicit Mixing(const Mix& p)
+        : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
+        for (int c = 0; c < grid.channels && p.bias.data; ++c) bias[c] = at<A>(p.bias, c, 0);
+        if (p.coupling) sums.resize(grid.vectors ? grid.pixels : grid.tiles);
+    }
+
+    MFLOW_INLINE void run(int64_t index, Panels<A>& b) {
+        using V = typename Vector<A>::type;
+        const Tile t = grid.tile(index);
+        const int first = grid.first, second = grid.channels - first;
+        grid.move(t, first, grid.in_memory(p.x[0], t, 0), grid.in_panel(b.z, 0));
+        if (p.coupling) {
+            couple(t, index, *p.coupling, b);
+        } else {
+            grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.in_panel(b.z, first));
+        }
+        weight(grid, t, b.z, b.y, [&](int row, int column, V& sum) __attribute__((always_inline)) {
+            sum = PIXEL_ROWS ? *reinterpret_cast<const V*>(bias.data() + column) : V{} + bias[row];
+        });
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.y, t, 0));
+        if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
+    }
+
+    MFLOW_INLINE void couple(const Tile& t, int64_t index, const Coupling& c, Panels<A>& b) {
+        const int second = grid.channels - grid.first, size = second * t.pixels;
+        grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, b.half.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, b.half.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, b.half.shift));
+        const A sign = c.inverse ? A(-1) : A(1);
+        log_scales<false, A>(c.scale, size, b.half.raw, b.half.log_s, b.half.slope);
+        if (c.scale.shift_first != c.inverse) {
+            scale_values<true, A>(size, sign, b.half.x, b.half.log_s, b.half.shift, b.half.y);
+        } else {
+            scale_values<false, A>(size, sign, b.half.x, b.half.log_s, b.half.shift, b.half.y);
+        }
+        grid.move(t, second, grid.dense(t, second, b.half.y), grid.in_panel(b.z, grid.first));
+        if (!grid.vectors) {
+            sums[index] = sign * sum(size, b.half.log_s);
+        } else {
+            for (int r = 0; r < t.pixels; ++r) {
+                sums[t.pixel + r] = sign * sum(second, b.half.log_s + r * second);
+            }
+        }
+    }
+
+    // In the order of the tiles, whatever threads ran them.
+    void write_ledger() const {
+        A* ledger = static_cast<A*>(p.coupling->ledger);
+        const int64_t of_each = grid.vectors ? 1 : grid.across;
+        for (int64_t n = 0; n < p.shape.samples; ++n) {
+            double total = 0;
+            for (int64_t i = 0; i < of_each; ++i) total += sums[n * of_each + i];
+            ledger[n] = static_cast<A>(total);
+        }
+    }
+};
+
+template <bool PIXEL_ROWS, class A>
+struct Unmixing {
+    const Unmix& p;
+    Grid<PIXEL_ROWS, A> grid;
+    Mixer<PIXEL_ROWS, A> back, other;
+    int64_t parts, gram_row;
+    std::vector<A> grams, dbiases;  // of each part
+
+    // As many parts as threads could share, however many there are: so sums have one order.
+    explicit Unmixing(const Unmix& p)
+        : p(p),
+          grid(p),
+          back(p.weight.transposed(), grid.channels),
+          other(p.other, grid.channels),
+          parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiles,
+                          kMostParts})),
+          gram_row(whole_vectors<A>(grid.channels)),
+          grams(parts * grid.channels * gram_row),
+          dbiases(parts * gram_row) {}
+
+    MFLOW_INLINE void run_part(int64_t part, Panels<A>& b) {
+        A* gram = grams.data() + part * grid.channels * gram_row;
+        A* dbias = dbiases.data() + part * gram_row;
+        for (int64_t i = grid.tiles * part / parts; i < grid.tiles * (part + 1) / parts; ++i) {
+            run(grid.tile(i), b);
+            add_to_sums(grid.tile(i), b, gram, dbias);
+        }
+    }
+
+    // Leaves dy in the panel g and z in the panel z.
+    MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
+        using V = typename Vector<A>::type;
+        const int first = grid.first, second = grid.channels - first;
+        const auto zero = [](int, int, V& sum) __attribute__((always_inline)) { sum = V{}; };
+        grid.move(t, first, grid.in_memory(p.dy[0], t, 0), grid.in_panel(b.g, 0));
+        grid.move(t, second, grid.in_memory(p.dy[1], t, 0), grid.in_panel(b.g, first));
+        if (p.dnet.data) add_dnet(t, b);
+        back(grid, t, b.g, b.y, zero);
+        grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
+        if (p.coupling) {
+            grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
+            uncouple(t, *p.coupling, b);
+            return;
+        }
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
+        grid.move(t, second, grid.in_memory(p.state[1], t, 0), grid.in_panel(b.z, first));
+        if (p.bias.data) subtract_bias(t, b);
+        if (!other) return;
+        other(grid, t, b.z, b.y, zero);
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.rebuilt, t, 0));
+        if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
+    }
+
+    MFLOW_INLINE void add_dnet(const Tile& t, Panels<A>& b) {
+        const Part<A> from = grid.in_memory(p.dnet, t, 0);
+        const int columns = grid.columns(t, grid.first);
+        for (int r = 0; r < grid.rows(t, grid.first); ++r) {
+            A* to = b.g + r * grid.stride;
+            const A* add = from.data + r * from.row;
+            if (from.step == 1) {
+                for (int i = 0; i < columns; ++i) to[i] += add[i];
+            } else {
+                for (int i = 0; i < columns; ++i) to[i] += add[i * from.step];
+            }
+        }
+    }
+
+    MFLOW_INLINE void subtract_bias(const Tile& t, Panels<A>& b) {
+        for (int r = 0; r < grid.rows(t, grid.channels); ++r) {
+            A* z = b.z + r * grid.stride;
+            for (int i = 0; i < grid.columns(t, grid.channels); ++i) {
+                z[i] -= at<A>(p.bias, PIXEL_ROWS ? i : r, 0);
+            }
+        }
+    }
+
+    MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
+        const int first = grid.first, second = grid.channels - first, size = second * t.pixels;
+        const auto dense = [&](A* data) { return grid.dense(t, second, data); };
+        grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(b.half.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), dense(b.half.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), dense(b.half.shift));
+        grid.move(t, second, grid.in_panel(b.y, first), dense(b.half.dy));
+        const A* dlogdet = static_cast<const A*>(c.dlogdet);
+        if (grid.vectors) {
+            for (int r = 0; r < t.pixels; ++r) {
+                std::fill_n(b.half.dlogdet + r * second, second, dlogdet[(t.pixel + r) * c.dlogdet_stride]);
+            }
+        } else {
+            std::fill_n(b.half.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
+        }
+        log_scales<true, A>(c.scale, size, b.half.raw, b.half.log_s, b.half.slope);
+        const A sign = c.inverse ? A(-1) : A(1);
+        if (c.scale.shift_first != c.inverse) {
+            unscale_values<true, true, A>(size, sign, b.half.x, b.half.log_s, b.half.slope, b.half.shift, b.half.dy, b.half.dlogdet,
+                                          b.half.y, b.half.dx, b.half.draw, b.half.dshift);
+        } else {
+            unscale_values<false, true, A>(size, sign, b.half.x, b.half.log_s, b.half.slope, b.half.shift, b.half.dy, b.half.dlogdet,
+                                           b.half.y, b.half.dx, b.half.draw, b.half.dshift);
+        }
+        grid.move(t, second, dense(b.half.y), grid.in_panel(b.z, first));
+        grid.move(t, second, dense(b.half.dx), grid.in_memory(p.dstate, t, first));
+        grid.move(t, second, dense(b.half.draw), grid.in_memory(c.draw, t, 0));
+        grid.move(t, second, dense(b.half.dshift), grid.in_memory(c.dshift, t, 0));
+    }
+
+    MFLOW_INLINE void add_to_sums(const Tile& t, Panels<A>& b, A* gram, A* dbias) {
+        using V = typename Vector<A>::type;
+        const A* z = b.z;
+        Operand<A> dy = {b.g, 1, grid.stride};
+        int64_t row = grid.stride;
+        if (PIXEL_ROWS) {
+            for (int c = 0; c < grid.channels; c += kLanes<A>) {
+                V& sums = *reinterpret_cast<V*>(dbias + c);
+                for (int r = 0; r < t.pixels; ++r) {
+                    sums += *reinterpret_cast<const V*>(b.g + r * grid.stride + c);
+                }
+            }
+        } else {
+            for (int c = 0; c < grid.channels; ++c) {
+                dbias[c] += sum(t.pixels, b.g + c * grid.stride);
+                for (int i = 0; i < t.pixels; ++i) b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
+            }
+            z = b.turned;
+            dy = {b.g, grid.stride, 1};
+            row = gram_row;
+        }
+        product<A>(grid.channels, grid.channels, t.pixels, dy, z, row, gram, gram_row,
+                   [&](int o, int c, V& sum) __attribute__((always_inline)) {
+                       sum = *reinterpret_cast<const V*>(gram + o * gram_row + c);
+                   });
+    }
+
+    void write_sums() const {
+        const int channels = grid.channels;
+        A *gram = static_cast<A*>(p.gram), *dbias = static_cast<A*>(p.dbias);
+        for (int o = 0; o < channels; ++o) {
+            for (int c = 0; c < channels; ++c) gram[o * channels + c] = 0;
+            dbias[o] = 0;
+            for (int64_t part = 0; part < parts; ++part) {
+                const A* sums = grams.data() + (part * channels + o) * gram_row;
+                for (int c = 0; c < channels; ++c) gram[o * channels + c] += sums[c];
+                dbias[o] += dbiases[part * gram_row + o];
+            }
+        }
+    }
+};
+
+// Only functions that are no templates can have clones.
+#define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
+    MFLOW_CLONES void run_range(Mixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
+                                Panels<A>& b) {                                                    \
+        for (int64_t i = begin; i < end; ++i) m.run(i, b);                                         \
+    }                                                                                              \
+    MFLOW_CLONES void run_range(Unmixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
+                                Panels<A>& b) {                                                    \
+        for (int64_t i = begin; i < end; ++i) m.run_part(i, b);                                    \
+    }
+MFLOW_RANGES(true, float)
+MFLOW_RANGES(false, float)
+MFLOW_RANGES(true, double)
+MFLOW_RANGES(false, double)
+#undef MFLOW_RANGES
+
+template <class A, class Walked>
+void run(Walked& m, int64_t tasks, int64_t elements, int threads) {
+    share_out(tasks, elements, threads, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<Panels<A>> panels(new Panels<A>);
+        run_range(m, begin, end, *panels);
+    });
+}
+
+template <bool PIXEL_ROWS, class A>
+void mix(const Mix& p, int threads) {
+    Mixing<PIXEL_ROWS, A> m(p);
+    run<A>(m, m.grid.tiles, p.shape.size(), threads);
+    if (p.coupling) m.write_ledger();
+}
+
+template <bool PIXEL_ROWS, class A>
+void unmix(const Unmix& p, int threads) {
+    Unmixing<PIXEL_ROWS, A> m(p);
+    run<A>(m, m.parts, p.shape.size(), threads);
+    m.write_sums();
+}
+
+bool channels_are_neighbours(const Shape& shape, const Walk& w) {
+    return shape.pixels == 1 || w.pixel != 1;
+}
+
+}  // namespace
+
+void mix_cpu(const Mix& p, int threads) {
+    if (p.shape.size() == 0) return;
+    if (channels_are_neighbours(p.shape, p.y)) {
+        p.is_double ? mix<true, double>(p, threads) : mix<true, float>(p, threads);
+    } else {
+        p.is_double ? mix<false, double>(p, threads) : mix<false, float>(p, threads);
+    }
+}
+
+void unmix_cpu(const Unmix& p, int threads) {
+    if (p.shape.size() == 0) return;
+    if (channels_are_neighbours(p.shape, p.dstate)) {
+        p.is_double ? unmix<true, double>(p, threads) : unmix<true, float>(p, threads);
+    } else {
+        p.is_double ? unmix<false, double>(p, threads) : unmix<false, float>(p, threads);
+    }
+}
+
+}  // namespace mflow

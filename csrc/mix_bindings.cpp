@@ -1,0 +1,183 @@
+// The 1x1 convolutions' part of the Python module: takes tensors as they are, and checks what would
+// make the loops read wrong memory. The caller (mflow_kernels/ops/_native.py) has checked devices.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <utility>
+
+#include "mix.h"
+#include "state.h"
+
+namespace mflow {
+namespace {
+
+using Half = std::pair<py::object, py::object>;
+
+// The last two axes of a tensor (..., C, C); or the last one of (..., C), as a column.
+class Weights {
+public:
+    Weights(const py::object& tensor, const py::object& dtype, int64_t channels, bool square) {
+        if (tensor.is_none()) return;
+        if (!py::object(tensor.attr("dtype")).is(dtype)) fail("expected weights of the state's dtype");
+        const py::tuple lengths = tensor.attr("shape"), strides = tensor.attr("stride")();
+        const size_t axes = square ? 2 : 1, first = lengths.size() - axes;
+        if (lengths.size() < axes) fail("expected (..., C, C) and (..., C)");
+        for (size_t i = first; i < lengths.size(); ++i) {
+            if (py::cast<int64_t>(lengths[i]) != channels) fail("expected weights of the state's channels");
+        }
+        matrix_.data = reinterpret_cast<void*>(py::cast<Pointer>(tensor.attr("data_ptr")()));
+        matrix_.row = py::cast<int64_t>(strides[first]);
+        if (square) matrix_.column = py::cast<int64_t>(strides[first + 1]);
+    }
+    operator Matrix() const { return matrix_; }
+
+private:
+    Matrix matrix_;
+};
+
+// A state or half that may be absent.
+class Optional {
+public:
+    Optional(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
+             int64_t channels) {
+        if (tensor.is_none()) return;
+        state_.emplace(tensor, dtype, use);
+        expect_shape(*state_, shape, channels);
+    }
+    Walk walk() const { return state_ ? state_->walk() : Walk(); }
+
+private:
+    std::optional<State> state_;
+};
+
+Shape second_half(Shape shape, int64_t first) {
+    shape.channels -= first;
+    return shape;
+}
+
+void expect_mixed(const Shape& shape) {
+    if (shape.channels < 1 || shape.channels > kMixedChannels) fail("expected 1 to 128 channels");
+}
+
+// y = W z + bias with z = x, or where params are given what x is coupled to; net, the first half of y.
+void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
+         const py::object& bias, const py::object& y, const py::object& net, Pointer ledger,
+         const py::tuple& scale, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State from(x, dtype, Use::read), to(y, dtype, Use::write);
+    expect_like(from, to);
+    Mix p;
+    p.is_double = is_double;
+    p.shape = from.shape();
+    expect_mixed(p.shape);
+    p.first = p.shape.channels / 2;
+    p.weight = Weights(weight, dtype, p.shape.channels, true);
+    p.bias = Weights(bias, dtype, p.shape.channels, false);
+    p.x[0] = from.walk();
+    p.x[1] = from_channel(from.walk(), p.first, is_double);
+    p.y = to.walk();
+    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    p.net = first_half.walk();
+    std::optional<State> raw;
+    Coupling coupling;
+    if (!params.is_none()) {
+        raw.emplace(params, dtype, Use::read);
+        coupling = describe_coupling(is_double, second_half(p.shape, p.first), *raw, scale, inverse);
+        coupling.ledger = reinterpret_cast<void*>(ledger);
+        p.coupling = &coupling;
+    }
+    py::gil_scoped_release release;
+    mix_cpu(p, threads);
+}
+
+Unmix describe_unmixing(bool is_double, const State& dstate) {
+    Unmix p;
+    p.is_double = is_double;
+    p.shape = dstate.shape();
+    expect_mixed(p.shape);
+    p.first = p.shape.channels / 2;
+    p.dstate = dstate.walk();
+    return p;
+}
+
+// The gradients of y = W x + bias, from the halves of y and dy; and x = M (y - bias) and its first
+// half, where M is given.
+void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
+           const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
+           const py::object& dx, Pointer gram, Pointer dbias) {
+    const py::object dtype = dx.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
+    const State dy_a(dy.first, dtype, Use::read), dy_b(dy.second, dtype, Use::read);
+    const State result(dx, dtype, Use::write);
+    Unmix p = describe_unmixing(is_double, result);
+    for (const State* half : {&y_a, &dy_a}) expect_shape(*half, p.shape, p.first);
+    for (const State* half : {&y_b, &dy_b}) expect_shape(*half, p.shape, p.shape.channels - p.first);
+    p.state[0] = y_a.walk();
+    p.state[1] = y_b.walk();
+    p.dy[0] = dy_a.walk();
+    p.dy[1] = dy_b.walk();
+    const Optional added(dnet, dtype, Use::read, p.shape, p.first);
+    p.dnet = added.walk();
+    p.weight = Weights(weight, dtype, p.shape.channels, true);
+    p.bias = Weights(bias, dtype, p.shape.channels, false);
+    p.other = Weights(other, dtype, p.shape.channels, true);
+    if (other.is_none() != x.is_none()) fail("expected x where its matrix is given");
+    const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
+    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    p.rebuilt = rebuilt.walk();
+    p.net = first_half.walk();
+    p.gram = reinterpret_cast<void*>(gram);
+    p.dbias = reinterpret_cast<void*>(dbias);
+    py::gil_scoped_release release;
+    unmix_cpu(p, threads);
+}
+
+// The gradients of y = W z + bias, where z is what x is coupled to.
+void unmix_coupled(int threads, const py::object& x, const py::object& params, const py::object& dy,
+                   const py::object& dnet, std::pair<Pointer, int64_t> dlogdet,
+                   const py::object& weight, const py::object& dx, const py::object& dparams,
+                   Pointer gram, Pointer dbias, const py::tuple& scale, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State state(x, dtype, Use::read), raw(params, dtype, Use::read);
+    const State gradient(dy, dtype, Use::read);
+    const State result(dx, dtype, Use::write), draw(dparams, dtype, Use::write);
+    expect_like(state, gradient);
+    expect_like(state, result);
+    expect_like(raw, draw);
+    Unmix p = describe_unmixing(is_double, result);
+    const int64_t first = p.first;
+    p.dy[0] = gradient.walk();
+    p.dy[1] = from_channel(gradient.walk(), first, is_double);
+    const Optional added(dnet, dtype, Use::read, p.shape, first);
+    p.dnet = added.walk();
+    p.state[0] = state.walk();
+    p.state[1] = from_channel(state.walk(), first, is_double);
+    p.weight = Weights(weight, dtype, p.shape.channels, true);
+    p.gram = reinterpret_cast<void*>(gram);
+    p.dbias = reinterpret_cast<void*>(dbias);
+    const Shape half = second_half(p.shape, first);
+    Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);
+    coupling.draw = draw.walk();
+    coupling.dshift = from_channel(coupling.draw, half.channels, is_double);
+    coupling.dlogdet = reinterpret_cast<const void*>(dlogdet.first);
+    coupling.dlogdet_stride = dlogdet.second;
+    p.coupling = &coupling;
+    py::gil_scoped_release release;
+    unmix_cpu(p, threads);
+}
+
+}  // namespace
+
+void bind_mixes(py::module_& m) {
+    // Without names, as the couplings.
+    m.def("mix", &mix);
+    m.def("unmix", &unmix);
+    m.def("unmix_coupled", &unmix_coupled);
+}
+
+}  // namespace mflow

@@ -1,0 +1,111 @@
+// A tile of a state, and the couplings' arithmetic on one that lies dense in buffers.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "coupling.h"
+#include "cpu.h"
+#include "scale.h"
+
+namespace mflow {
+
+constexpr int kTile = 1024;  // elements, of the half that is scaled
+
+// A tile of one tensor.
+template <class A>
+struct Part {
+    A* data;
+    int64_t row, step;  // strides
+    bool dense;
+};
+
+template <class A>
+MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
+    if (from.step != 1 || to.step != 1 || width < 4) {
+        for (int i = 0; i < width; ++i) {
+            const A* in = from.data + i * from.step;
+            A* out = to.data + i * to.step;
+            for (int r = 0; r < rows; ++r) out[r * to.row] = in[r * from.row];
+        }
+        return;
+    }
+    for (int r = 0; r < rows; ++r, from.data += from.row, to.data += to.row) {
+        in_blocks(width, [&](auto length, int64_t i) {
+            std::memcpy(to.data + i, from.data + i, length.value * sizeof(A));
+        });
+    }
+}
+
+template <class A>
+struct Buffers {
+    A x[kTile], raw[kTile], shift[kTile], log_s[kTile], slope[kTile], dlogdet[kTile];
+    A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
+};
+
+template <Kind K, bool SLOPE, class A>
+MFLOW_INLINE void log_scales(int count, const A* raw, const Constants<A>& k, A* log_s, A* slope) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        A s, d;
+        log_scale<K, A>(raw[i], k, &s, &d);
+        log_s[i] = s;
+        if (SLOPE) slope[i] = d;
+    }
+}
+
+template <bool SLOPE, class A>
+MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, A* slope) {
+    const Constants<A> k = {A(s.offset), A(s.eps), A(s.clamp)};
+    switch (s.kind) {
+        case Kind::sigmoid: return log_scales<Kind::sigmoid, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::floored_sigmoid:
+            return log_scales<Kind::floored_sigmoid, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::exp: return log_scales<Kind::exp, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::tanh: return log_scales<Kind::tanh, SLOPE>(count, raw, k, log_s, slope);
+        case Kind::atan: return log_scales<Kind::atan, SLOPE>(count, raw, k, log_s, slope);
+    }
+}
+
+// y = s (x + t) where ADD_FIRST, else s x + t; with sign -1 for an inverse, log s and t negated.
+template <bool ADD_FIRST, class A>
+MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        y[i] = ADD_FIRST ? s * (x[i] + t) : s * x[i] + t;
+    }
+}
+
+template <class A>
+MFLOW_INLINE A sum(int count, const A* values) {
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < count; ++i) total += values[i];
+    return total;
+}
+
+// From x where KEPT, to y as well; else x from y. u is what s multiplies.
+template <bool ADD_FIRST, bool KEPT, class A>
+MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
+                                 const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
+                                 A* dshift) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) {
+        const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
+        A u;
+        if (KEPT) {
+            u = ADD_FIRST ? given[i] + t : given[i];
+            other[i] = ADD_FIRST ? s * u : s * u + t;
+        } else {
+            u = ADD_FIRST ? given[i] / s : (given[i] - t) / s;
+            other[i] = ADD_FIRST ? u - t : u;
+        }
+        const A g = s * dy[i];
+        dx[i] = g;
+        dshift[i] = sign * (ADD_FIRST ? g : dy[i]);
+        draw[i] = sign * slope[i] * (g * u + dlogdet[i]);
+    }
+}
+
+}  // namespace mflow
