@@ -223,8 +223,8 @@ class Run:
         nothing changed since the last one."""
         states = []
         for module, setting in self._settings:
-            if setting.state is not None:
-                state = setting.state(module)
+            state = None if setting.state is None else setting.state(module)
+            if state is not None and not state.is_inference():  # those count no versions
                 states.append((id(state), state._version))
             elif setting.unset(module):
                 return False

@@ -398,6 +398,15 @@ def test_autocast():
     assert all(0 < 2 * ours < theirs for ours, theirs in zip(*errors, strict=True))
 
 
+def test_built_in_inference_mode():
+    with torch.inference_mode():
+        model = settled(MODELS["glow"])
+        fast = copy.deepcopy(model)
+        accelerate(fast)
+        y = torch.arange(4) % 3
+        torch.testing.assert_close(fast.log_prob(images(), y), model.log_prob(images(), y))
+
+
 def test_compiles_whole():
     torch.compiler.reset()
     model = settled(lambda: couplings(layers=2))
