@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from mflow_kernels.models.selection import IntrinsicDimension
@@ -145,6 +145,11 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
         for name, values in finite.items():
             axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
         axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")
+        if far:  # by default the labels of one decade overlap
+            subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
     handles, names = row[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from mflow_kernels.training.pictures import (
     draw_residuals,
     draw_spectrum,
 )
-from mflow_kernels.training.progress import counting
+from mflow_kernels.training.progress import Tell, counting
 from mflow_kernels.training.runs import Run
 from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
 from mflow_kernels.training.scores import (
+    DENSITY_BATCH,
     SCORED_IMAGES,
     SetScores,
     compare,
@@ -224,9 +226,18 @@ def _score_sets(
     sets = {"held out": held_out, **made_up_sets(held_out)}
     for name, other in asked.others:
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
-    return {
-        name: score(run.model, some, run.config.n_bits, deviation) for name, some in sets.items()
-    }
+    scores, done = {}, 0
+    each = density_images(run.model) if deviation else 0
+    with counting("OOD scores", sum(min(each, len(some)) for some in sets.values())) as tell:
+        for name, some in sets.items():
+            own = partial(_tell_more, tell, done)
+            scores[name] = score(run.model, some, run.config.n_bits, deviation, own)
+            done += min(each, len(some))
+    return scores
+
+
+def _tell_more(tell: Tell, done: int, count: int) -> None:
+    tell(done + count)
 
 
 @torch.no_grad()
@@ -236,10 +247,13 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
         missing.append("density on the manifold: it costs too much at this size")
         return None
     generator = stream_generator(0, _NOISE, 1, device=run.device)
-    found = run.model.manifold_log_prob(
-        _some(run, images, count), method=density_method(run.model), generator=generator
-    )
-    return found.value.double().mean().item()
+    method, values = density_method(run.model), []
+    with counting("density on the manifold", min(count, len(images))) as tell:
+        for part in _some(run, images, count).split(DENSITY_BATCH):
+            found = run.model.manifold_log_prob(part, method=method, generator=generator)
+            values.append(found.value.double())
+            tell(sum(map(len, values)))
+    return torch.cat(values).mean().item()
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from mflow_kernels.models.volume import Method
 from mflow_kernels.objectives import bits_per_dimension
 from mflow_kernels.training.data import dequantize, stream_generator
 from mflow_kernels.training.evaluation import batch_of
+from mflow_kernels.training.progress import Tell
 
 SCORED_IMAGES = 256  # of each set
+DENSITY_BATCH = 8  # images at a time: minutes on a CPU, so that it is told how far it has come
 # Jacobians are exact while one of D x d float64 numbers takes no more, as by `manifold_log_prob`.
 _JACOBIAN_BYTES = 2**30
 _DENSITY_IMAGES = 64  # of each set, at most
@@ -53,7 +55,11 @@ def density_method(model: HierarchicalFlow) -> Method:
 
 @torch.no_grad()
 def score(
-    model: HierarchicalFlow, images: Tensor, n_bits: int, deviation: float | None
+    model: HierarchicalFlow,
+    images: Tensor,
+    n_bits: int,
+    deviation: float | None,
+    tell: Tell = lambda count: None,
 ) -> dict[str, Tensor]:
     """Scores of uint8 images (N, C, H, W), the higher the farther out, float64 on the CPU.
 
@@ -63,6 +69,7 @@ def score(
         n_bits: bits of each colour that the model was trained on.
         deviation: of the training data from the manifold (`Chart.deviation`); None leaves
             ood_score out.
+        tell: is called with the number of images that have their ood_score.
 
     Returns:
         bits_per_dim and distance (N,), the distance on the [0, 1] scale, and ood_score of the first
@@ -78,11 +85,14 @@ def score(
         bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits)
         parts["bits_per_dim"].append(bits)
         parts["distance"].append(model.distance(x))
-        if deviation and left > 0:
+        if not deviation or not left:
+            continue
+        for part in x[:left].split(DENSITY_BATCH):
             probes = stream_generator(0, _NOISE, left, device=device)
             how = {"method": density_method(model), "generator": probes}
-            parts["ood_score"].append(model.ood_score(x[:left], deviation, **how))
-            left -= len(x)
+            parts["ood_score"].append(model.ood_score(part, deviation, **how))
+            left -= len(part)
+            tell(sum(map(len, parts["ood_score"])))
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}
 
 
