@@ -173,5 +173,7 @@ def open_bench(config: pytest.Config) -> Bench:
     }
     if on_gpu:
         torch.cuda.empty_cache()  # other processes measure how much fits
-    return Bench(device, size, option("--clock"), option("--threads"), environment,
-                 option("--time-limit"), option("--rounds"), option("--check"))  # fmt: skip
+    # The default set ends within ten minutes on machines slower than most, too.
+    limit = option("--time-limit") or (540 if size == "default" else float("inf"))
+    return Bench(device, size, option("--clock"), option("--threads"), environment, limit,
+                 option("--rounds"), option("--check"))  # fmt: skip

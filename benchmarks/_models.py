@@ -52,14 +52,16 @@ class Spec(NamedTuple):
         return self.levels * self.steps * 9 * self.width
 
     def glow(self) -> Glow:
-        """Ours, moved off its initial values, at which couplings are the identity."""
+        """Ours, moved off its initial values, at which couplings are the identity; the less, the
+        wider and deeper it is, as states would grow past what bfloat16 networks can be held to."""
+        std = 0.02 * min(1.0, 64 / self.width * 24 / (self.levels * self.steps)) ** 0.5
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             shape = (self.channels, self.side, self.side)
             made = Glow(shape, self.levels, self.steps, 1 if self.constant else self.width)
             for name, parameter in made.named_parameters():
                 if name.endswith(("net.4.weight", "net.4.bias")):
-                    nn.init.normal_(parameter, std=0.02)
+                    nn.init.normal_(parameter, std=std)
                 elif "actnorm" in name:
                     nn.init.normal_(parameter, std=0.05)
             if self.constant:

@@ -23,8 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, help="interleaved rounds; otherwise each file's own")
     group.addoption("--clock", choices=sorted(CLOCKS), default="wall",
                     help="of the CPU; process time ignores what else the machine does")  # fmt: skip
-    group.addoption("--time-limit", type=float, default=float("inf"), metavar="SECONDS",
-                    help="groups not started by then are skipped, and say so")  # fmt: skip
+    group.addoption("--time-limit", type=float, metavar="SECONDS",
+                    help="groups not started by then are skipped, and say so; 540 for the default "
+                    "set, otherwise none")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
