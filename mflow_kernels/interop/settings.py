@@ -22,12 +22,12 @@ def set_by_samples(layer: nn.Module, library: str) -> bool:
     mode: in training mode, aloud."""
     if layer.training:
         message = (
-            f"{library}'s ActNorm is set from samples, as nothing was trained or encoded before: a "
-            "density trained from here may start far off. Encode a batch of data first"
+            f"ActNorm of {library} is set from samples, as nothing was trained or encoded before: "
+            "a density trained from here may start far off. Encode a batch of data first"
         )
     else:
         message = (
-            f"{library}'s ActNorm would have been set from samples of a model in eval mode; it "
+            f"ActNorm of {library} would have been set from samples of a model in eval mode; it "
             "waits for the first batch instead"
         )
     warnings.warn(message, RuntimeWarning, stacklevel=3)

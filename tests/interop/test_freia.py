@@ -14,7 +14,7 @@ from torch import nn
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
 
-pytestmark = pytest.mark.filterwarnings("ignore:FrEIA's ActNorm")
+pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
 
 
 @pytest.fixture(autouse=True)
