@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from benchmarks._rows import Row, ratio
 
 MIB = 2**20
+COLOURS = [*mpl.color_sequences["tab10"], "black"]
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
@@ -58,7 +59,7 @@ def largest_series(rows: Sequence[Row], axis: str) -> list[Row]:
 
 
 def _style(variant: str, order: Sequence[str]) -> dict[str, Any]:
-    colour = plt.get_cmap("tab10")(list(order).index(variant) % 10)
+    colour = COLOURS[list(order).index(variant) % len(COLOURS)]
     ours = variant.startswith("ours")
     return {"color": colour, "linewidth": 2.2 if ours else 1.2, "marker": "o" if ours else "s",
             "markersize": 5, "linestyle": "-" if ours else "--", "label": variant}  # fmt: skip
@@ -96,7 +97,7 @@ def _against(series: Sequence[Row], axis: str, label: str) -> Any:
 
 def _marks(count: int) -> list[Any]:
     """A legend's patches, in the order of colours."""
-    return [plt.Rectangle((0, 0), 1, 1, color=plt.get_cmap("tab10")(i)) for i in range(count)]
+    return [plt.Rectangle((0, 0), 1, 1, color=COLOURS[i]) for i in range(count)]
 
 
 def _bandwidth(rows: Sequence[Row]) -> Any:
@@ -115,7 +116,7 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
             at = [j + i * height for j, key in enumerate(named) if key in mine]
             shares = [100 * mine[key].extra["share_of_copy_bandwidth"] for key in named
                       if key in mine]  # fmt: skip
-            panel.barh(at, shares, height, color=plt.get_cmap("tab10")(i))
+            panel.barh(at, shares, height, color=COLOURS[i])
         panel.axvline(100, color="black", linewidth=0.7)
         panel.set_title(shape, fontsize=8)
         panel.set_xlabel("% of copy bandwidth", fontsize=8)
@@ -156,7 +157,7 @@ def _speedup(rows: Sequence[Row]) -> Any:
             for i, peer in enumerate(peers):
                 if peer in mine:
                     middle, low, high = ratio(mine[peer], mine["ours, stored"])
-                    panel.barh(j + i * height, middle, height, color=plt.get_cmap("tab10")(i),
+                    panel.barh(j + i * height, middle, height, color=COLOURS[i],
                                xerr=[[middle - low], [high - middle]],
                                error_kw={"linewidth": 0.7})  # fmt: skip
         panel.axvline(1, color="black", linewidth=0.8)
@@ -164,7 +165,7 @@ def _speedup(rows: Sequence[Row]) -> Any:
         panel.invert_yaxis()
         panel.set_title(f"{task}: time over ours with stored activations", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
-    below = {"loc": "lower center", "bbox_to_anchor": (0.5, -0.03), "frameon": False}
-    figure.legend(_marks(len(peers)), peers, ncols=len(peers), fontsize=8, **below)
     figure.tight_layout()
+    figure.legend(_marks(len(peers)), peers, ncols=len(peers), fontsize=8, frameon=False,
+                  loc="upper center", bbox_to_anchor=(0.5, 0))  # fmt: skip
     return figure
