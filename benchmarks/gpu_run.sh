@@ -71,7 +71,7 @@ together() {
   told="$(wc -l <<<"$3") at once, such as $(tail -n 1 <<<"$3")"
   mkdir -p "$folder"
   part "$1" "$2" bash -c 'all_at_once "$@"' _ "$folder" "$3"
-  cat "$folder"/*.txt >>"$log"
+  cat "$folder"/*.txt >>"$log" 2>/dev/null # none where there was no time
 }
 
 all_at_once() { # FOLDER COMMANDS
