@@ -18,6 +18,7 @@ from mflow_kernels.interop.swap import (
     decelerate_module,
     is_accelerated,
 )
+from mflow_kernels.interop.tested import why_untested
 from mflow_kernels.layers.moves import Squeezing
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
@@ -28,7 +29,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
 
     Modules, parameters, buffers, names and interfaces stay what they are, and so do state
     dictionaries, optimizers and copies: only the computation is another one. Layers that one of
-    ours does not express exactly run as before. A model that was accelerated before is so anew.
+    ours does not express exactly run as before, and so do those of a version of their library that
+    was not tested. A model that was accelerated before is so anew.
 
     Args:
         model: of one of these libraries, or any module that has such models or layers in it.
@@ -38,6 +40,9 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     Returns:
         What was replaced by what, what was left and why, and in which the accelerated model differs
         from the original on purpose.
+
+    Raises:
+        TypeError: where `model` is no module.
     """
     decelerate(model)
     libraries = {library for m in model.modules() for library in _library_of(m)}
@@ -55,10 +60,7 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
         replaced += walk.replaced
         left += walk.left
         notes += adapter.notes_of([m for m in model.modules() if is_accelerated(m)])
-        version = importlib.metadata.version(library)
-        named.append(f"{library} {version}")
-        if not version.startswith(adapter.TESTED):
-            notes.append(f"This was tested with {library} {adapter.TESTED}, not with {version}.")
+        named.append(f"{library} {_version(library)}")
     if replaced:
         notes.append(
             "Gradients cannot be differentiated again (create_graph=True says so); those that "
@@ -70,6 +72,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
 def decelerate(model: nn.Module) -> None:
     """Give every accelerated layer of the model its own computation back, with the weights as they
     are now."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if is_accelerated(module):
             decelerate_module(module)
@@ -78,6 +82,13 @@ def decelerate(model: nn.Module) -> None:
 def _library_of(module: nn.Module) -> list[str]:
     roots = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
     return [library for library in _ADAPTERS if library in roots]
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "of no version"
 
 
 class Walk:
@@ -112,8 +123,12 @@ class Walk:
             elif not told:
                 self.left.append(Left(name, layer, parts))
             told = True
-        if not is_accelerated(module):
-            self.adapter.fuse(module, name, self)
+        container = next((c for c in self.adapter.CONTAINERS if isinstance(module, c)), None)
+        if container is not None and not is_accelerated(module):
+            if why := why_untested(container):
+                self.left.append(Left(name, type(module).__name__, why))
+            else:
+                self.adapter.fuse(module, name, container, self)
         for child_name, child in module.named_children():
             self.visit(child, f"{name}.{child_name}" if name else child_name, told)
 
@@ -162,6 +177,8 @@ class Walk:
         """What a layer is in ours, or why it stays."""
         if type(layer) not in self.adapter.LAYERS:
             return str(self.adapter.why_left(layer))
+        if why := why_untested(type(layer), layer.modules()):
+            return why
         parts: tuple[Part, ...] | str = self.adapter.LAYERS[type(layer)](layer)
         if isinstance(parts, str):
             return parts

@@ -19,12 +19,11 @@ from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.run import Run
 from mflow_kernels.interop.swap import Fused, accelerate_module, plan_of
 
-TESTED = "0.2"
-_CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
+CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
 
 def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, Fm.InvertibleModule) and not isinstance(module, _CONTAINERS)
+    return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
 
 
 def why_left(layer: nn.Module) -> str:
@@ -204,11 +203,8 @@ def kind_of(layer: nn.Module) -> str:
     return _KINDS.get(type(layer), "module")
 
 
-def fuse(module: nn.Module, name: str, walk: Any) -> None:
-    """Let a network walk runs of its modules."""
-    kind = next((c for c in _CONTAINERS if isinstance(module, c)), None)
-    if kind is None:
-        return
+def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
+    """Let a network, of that kind of container, walk runs of its modules."""
     if type(module).forward is not kind.forward:
         why = f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
         walk.left.append(Left(name, type(module).__name__, why))

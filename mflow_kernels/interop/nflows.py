@@ -20,7 +20,7 @@ from mflow_kernels.interop.swap import Fused, FusedLists, accelerate_module, pla
 from mflow_kernels.layers.moves import Squeezing
 from mflow_kernels.ops.scale import ScaleFunction
 
-TESTED = "0.14"
+CONTAINERS = (nt.CompositeTransform,)
 
 # Linear transforms, data -> latent.
 
@@ -222,11 +222,9 @@ def kind_of(layer: nn.Module) -> str:
     return "actnorm" if type(layer) is nt.ActNorm else "transform"
 
 
-def fuse(module: nn.Module, name: str, walk: Any) -> None:
+def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
     """Let a composite walk runs of its transforms."""
-    if not isinstance(module, nt.CompositeTransform):
-        return
-    if type(module) is not nt.CompositeTransform:
+    if type(module) is not kind:
         why = "a kind of CompositeTransform that we do not know: transforms run one by one"
         walk.left.append(Left(name, type(module).__name__, why))
         return

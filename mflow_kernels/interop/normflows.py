@@ -20,8 +20,6 @@ from mflow_kernels.interop.run import Run
 from mflow_kernels.interop.swap import Fused, FusedLists, accelerate_module, plan_of
 from mflow_kernels.ops._launch import pixels
 
-TESTED = "1.7"
-
 # How its models and layers walk.
 
 
@@ -103,14 +101,14 @@ _WALKING = (
     "sample",
     "log_prob",
 )
-MODELS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.NormalizingFlowVAE)
+CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.NormalizingFlowVAE)
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "per sample": _layer_methods(lambda x, log_det: log_det.expand(len(x))),
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": _actnorm_methods(),
     **{
         model.__name__: {n: _model_method(vars(model)[n]) for n in _WALKING if n in vars(model)}
-        for model in MODELS
+        for model in CONTAINERS
     },
 }
 _KINDS = {
@@ -135,11 +133,8 @@ def why_left(layer: nn.Module) -> str:
     return "no layer of ours does this"
 
 
-def fuse(module: nn.Module, name: str, walk: Any) -> None:
-    """Let a model walk runs of its flows."""
-    kind = next((m for m in MODELS if isinstance(module, m)), None)
-    if kind is None:
-        return
+def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
+    """Let a model, of that kind of container, walk runs of its flows."""
     if any(getattr(type(module), n) is not getattr(kind, n) for n in METHODS[kind.__name__]):
         why = f"it has methods of its own in place of {kind.__name__}'s: flows run one by one"
         walk.left.append(Left(name, type(module).__name__, why))

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop import Report, accelerate
+from mflow_kernels.interop import Report, accelerate, tested
 from mflow_kernels.testing import assert_close
 
 Results = dict[str, Tensor]  # of a model: outputs and log-determinants by name
@@ -113,6 +115,16 @@ def assert_left_alone(model: nn.Module) -> Report:
         assert all(m.__dict__[name] is value for name, value in attributes.items())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     return report
+
+
+def assert_guarded(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    """Assert that every class that is accelerated is held to the code that was tested, and that a
+    model is left alone where that is another."""
+    for cls in (*adapter.LAYERS, *adapter.CONTAINERS):
+        assert cls.__module__ in tested.TESTED, cls
+    for name in tested.TESTED:
+        monkeypatch.setitem(tested.TESTED, name, set())
+    assert "is not as in any version that this was tested with" in str(assert_left_alone(model))
 
 
 def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:

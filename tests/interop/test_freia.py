@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop import accelerate, decelerate, freia
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
 
@@ -323,6 +323,10 @@ def test_graph_forgets_what_was_used(blocks):
     with torch.no_grad():
         model(torch.zeros(2, 4))
     assert len(alive) <= 2
+
+
+def test_code_that_was_not_tested_is_left(monkeypatch):
+    peers.assert_guarded(freia, monkeypatch, image_graph())
 
 
 def test_what_is_not_ours_stays():

@@ -12,7 +12,7 @@ from nflows.flows.realnvp import SimpleRealNVP
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop import accelerate, decelerate, nflows
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 
@@ -205,6 +205,10 @@ def test_checkpoints_and_copies():
         assert not torch.equal(copied.log_prob(x), fast.log_prob(x))
     decelerate(fast)
     assert torch.equal(fast.log_prob(x), want)
+
+
+def test_code_that_was_not_tested_is_left(monkeypatch):
+    peers.assert_guarded(nflows, monkeypatch, images())
 
 
 def test_what_is_not_ours_stays():

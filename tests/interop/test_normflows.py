@@ -10,7 +10,7 @@ from normflows.flows import mixing_test
 from normflows.flows.affine import coupling_test, glow_test
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop import accelerate, decelerate, normflows
 from mflow_kernels.interop.normflows import FusedFlow
 from mflow_kernels.interop.swap import plan_of
 
@@ -246,6 +246,10 @@ def test_checkpoints_and_copies():
     assert torch.equal(fast.log_prob(x, y), want)
 
 
+def test_code_that_was_not_tested_is_left(monkeypatch):
+    peers.assert_guarded(normflows, monkeypatch, glow())
+
+
 def test_what_is_not_ours_stays():
     flows = [
         nf.flows.AutoregressiveRationalQuadraticSpline(2, 1, 8),
@@ -267,6 +271,8 @@ def test_no_model_of_theirs():
     report = accelerate(model)
     assert type(model) is torch.nn.Linear
     assert "no layer of normflows, nflows or FrEIA" in str(report)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
+        accelerate([model])
 
 
 def test_odd_channels_run_as_before_where_nobody_could_tell():
