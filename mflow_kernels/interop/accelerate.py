@@ -118,7 +118,8 @@ class Walk:
                 kind = self.adapter.kind_of(module)
                 accelerate_module(module, self.library, kind, Run(parts, self.reversible))
                 if not in_run:
-                    self.replaced.append(Replaced(name, layer, describe(parts)))
+                    guarded: dict[str, str] = getattr(self.adapter, "GUARDED", {})
+                    self.replaced.append(Replaced(name, layer, guarded.get(kind, describe(parts))))
                 self._in_runs.update(map(id, module.modules()))
             elif not told:
                 self.left.append(Left(name, layer, parts))

@@ -199,6 +199,10 @@ _KINDS = {
 }
 
 
+# Kinds that alone, outside of a run, compute as before but for a flaw.
+GUARDED = {"haar": "itself, which on its way back leaves its input alone"}
+
+
 def kind_of(layer: nn.Module) -> str:
     return _KINDS.get(type(layer), "module")
 
