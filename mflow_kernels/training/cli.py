@@ -43,18 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mflow_kernels.training.options import explain
     from mflow_kernels.training.sources import DataError
 
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        work = _check(list(sys.argv[1:] if argv is None else argv))
+        work = _check(argv)
     except ArgumentError as error:
-        return _fail(_as_option(explain(error)), code=2)
+        return _fail(_as_typed(explain(error), argv), code=2)
     except (ValueError, TypeError) as error:
-        return _fail(_as_option(str(error)), code=2)
+        return _fail(_as_typed(str(error), argv), code=2)
     except OSError as error:  # a folder of images is prepared in a cache
         return _fail_lacking(error)
     try:
         work()
     except DataError as error:
-        return _fail(_as_option(str(error)), code=2)
+        return _fail(_as_typed(str(error), argv), code=2)
     except FloatingPointError as error:
         return _fail(str(error), code=1)
     except OSError as error:
@@ -182,13 +183,17 @@ def _text(command: Callable[..., Work], lines: int | None = None) -> str:
     return " ".join(" ".join(text.strip().split("\n")[:lines]).split())
 
 
-def _as_option(message: str) -> str:
-    """The library names its arguments as Python does; here they are options."""
+def _as_typed(message: str, argv: list[str]) -> str:
+    """The library names its arguments as Python does; here most are options."""
     from dataclasses import fields
 
     from mflow_kernels.training.config import TrainConfig
 
     name, colon, rest = message.partition(":")
+    if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:
+        return message  # without dashes
+    if name == "image_shape":
+        return "--levels" + colon + rest
     own = {"run_dir", "overwrite", "resume", "preset", "number", "temperature", "stages", "output"}
     own |= {"out", "workers"}
     own |= {"gpu_memory", "channels"}

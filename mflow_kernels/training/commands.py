@@ -208,7 +208,8 @@ def evaluate(
         features: That network; inception, which FID is defined with, or an image classifier of
             torchvision by its name there.
         feature_images: How many samples and how many held-out images FID and KID compare, at most.
-        ood: Folder or zip of other images, or digits, to tell from the held-out ones.
+        ood: Folder, zip or file of mflow prepare of other images, or digits, to tell from the
+            held-out ones.
         device: Where to compute; auto takes a GPU if there is one.
     """
     from mflow_kernels.training.evaluation import (
@@ -236,7 +237,11 @@ def evaluate(
         network = features, load_feature_network(features, Path(feature_weights))
     others = []
     if ood is not None:
-        others.append((Path(ood).resolve().name, read_images(ood, loaded.config.image_shape[1])[0]))
+        try:
+            other, _ = read_images(ood, loaded.config.image_shape[1])
+        except ValueError as error:
+            raise ValueError(str(error).replace("data:", "ood:", 1)) from None
+        others.append((Path(ood).resolve().name, other))
         check_image_shape(others[0][1], loaded.model, "ood")
 
     def work() -> None:

@@ -205,6 +205,10 @@ def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str =
     """ValueError if the model was made for images of another shape, channels named first."""
     expected, came = model.input_shape, images.image_shape
     if came[0] != expected[0]:
-        raise ValueError(f"{argument}: expected images of {expected[0]} channels, got {came[0]}")
+        raise ValueError(
+            f"{argument}: expected images with {expected[0]} colour channels, got {came[0]}"
+            if expected[0] > 1
+            else f"{argument}: expected grey images, got {came[0]} colour channels"
+        )
     if came != expected:
         raise ValueError(f"{argument}: expected images of shape {expected}, got {came}")

@@ -13,7 +13,7 @@ class _Formatter(DefaultHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        unsaid = default in (None, False, argparse.SUPPRESS) or default == []
+        unsaid = default is None or default is False or default in ([], argparse.SUPPRESS)
         if unsaid or not action.option_strings:
             return text
         if default is True:
@@ -46,8 +46,10 @@ def explain(error: Exception) -> str:
     """A parsing error as one line: which argument, what was expected, what came."""
     text = str(error)
     if '"subcommand" to be one of' in text:
-        names = re.findall(r"\w+", text.partition("{")[2].partition("}")[0])
-        return f"expected a command: {', '.join(names)} (mflow --help)"
+        return "expected a command (mflow --help lists them)"
+    if text.startswith("argument COMMAND: invalid choice: "):
+        given = text.partition("choice: ")[2].partition(" (")[0]
+        return f"expected a command (mflow --help lists them), got {given}"
     if "arguments are required: " in text:
         names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
         return f"{names[0]}: expected a value, got none"
@@ -63,6 +65,7 @@ def explain(error: Exception) -> str:
 def _in_words(kind: str) -> str:
     choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
     if choices:
-        return "one of " + choices[1].replace("'", "")
+        names = choices[1].replace("'", "")
+        return f"one of {names}" if "," in names else names
     words = {"int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
     return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)

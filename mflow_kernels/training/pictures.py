@@ -165,8 +165,9 @@ def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
         steps, values = zip(*points, strict=True)
         sparse = len(points) < 30
         axes.plot(steps, values, label=label, lw=1.4, marker="o" if sparse else None, ms=3)
-        # The first steps fall from far above; scaled to them, the rest would look flat.
-        shown.append(np.quantile(values[len(values) // 20 :], [0.0, 0.5, 0.98]))
+        # The first steps fall from far above; scaled to them, the rest would look flat. A fifth is
+        # the most that warm-up takes.
+        shown.append(np.quantile(values[len(values) // 5 :], [0.0, 0.5, 0.98]))
     if shown:
         low, high = min(s[0] for s in shown), max(s[2] for s in shown)
         margin = 0.06 * (high - low) or 1.0

@@ -197,7 +197,7 @@ def _opened(path: str) -> zipfile.ZipFile:
     try:
         return _kept_open(path, os.stat(path).st_mtime_ns)
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"data: expected a whole zip, got {path} ({error})") from None
+        raise DataError(f"data: expected a folder or a whole zip, got {path} ({error})") from None
 
 
 @lru_cache(maxsize=4)

@@ -114,7 +114,7 @@ class TestBadInput:
     def test_channels_that_do_not_match(self, run, tmp_path, capsys):
         coloured = write_images(tmp_path / "coloured", channels=3)
         for command in ("reconstruct", "evaluate"):
-            told = "--data: expected images of 1 channels, got 3"
+            told = "--data: expected grey images, got 3 colour channels"
             self.check([command, str(run), "--data", str(coloured)], told, tmp_path, capsys)
 
     @pytest.mark.parametrize(
@@ -134,9 +134,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [
-            ([], "expected a command: prepare, train, sample"),
-            (["draw"], "draw"),
-            (["sample"], "run"),
+            ([], "expected a command (mflow --help lists them)"),
+            (["draw"], "expected a command (mflow --help lists them), got 'draw'"),
+            (["sample"], "run: expected a value, got none"),
+            (["prepare", "none", "--out", "a"], ": data: expected a folder or zip"),
+            (["presets", "none"], ": preset: expected digits, "),
+            (["train", "--levels", "9"], "--levels: expected height and width divisible by 2 **"),
+            (["train", "--weight", "big"], "--weight: expected a number or variance, got big"),
         ],
     )
     def test_commands(self, arguments, told, tmp_path, monkeypatch, capsys):

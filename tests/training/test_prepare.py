@@ -305,7 +305,7 @@ class TestDamage:
         with pytest.raises(DataError, match="damaged or cut short"):
             load_splits(str(file))
         file.write_bytes(b"something else")
-        with pytest.raises(DataError, match="expected a whole zip"):
+        with pytest.raises(DataError, match="expected a folder or a whole zip"):
             load_splits(str(file))
 
 
@@ -341,14 +341,14 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [
-            ("nowhere --out a", "--data: expected a folder or zip of images, found none at"),
+            ("nowhere --out a", ": data: expected a folder or zip of images, found none at"),
             ("images --out images/a", "--out: expected a file outside of the images' folder"),
             ("images --out no/where", "--out: expected a folder that can be written, got no"),
             ("images --out made", "--out: made exists and is not made from these images at 64x64"),
             ("images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
             ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
             ("images", "--out: expected a value, got none"),
-            ("text --out a", "--data: expected images in text, found 1 files that are none"),
+            ("text --out a", ": data: expected images in text, found 1 files that are none"),
         ],
     )
     def test_bad_input_writes_nothing(self, arguments, told, tmp_path, monkeypatch, capsys):

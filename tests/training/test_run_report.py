@@ -141,7 +141,8 @@ class TestWhatIsMissing:
             ("--draws 0", "--draws: expected at least 1, got 0"),
             ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
             ("--out RUN/config.yaml", "--out: expected a folder, got"),
-            ("--ood COLOURED", "--ood: expected images of 1 channels, got 3"),
+            ("--ood none", "--ood: expected 'digits', a folder or zip of images, or a file"),
+            ("--ood COLOURED", "--ood: expected grey images, got 3 colour channels"),
         ],
     )
     def test_bad_input_ends_before_anything_is_written(

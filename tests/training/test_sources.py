@@ -154,9 +154,9 @@ class TestZip:
         write_images(tmp_path / "f", 3)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
         archive.write_bytes(archive.read_bytes()[:-30])
-        with pytest.raises(DataError, match=r"expected a whole zip, got .*f\.zip \(File is not a"):
+        with pytest.raises(DataError, match=r"a whole zip, got .*f\.zip \(File is not a"):
             find_images(archive)
-        with pytest.raises(DataError, match="expected a whole zip"):
+        with pytest.raises(DataError, match="expected a folder or a whole zip"):
             find_images(tmp_path)
 
     def test_a_password(self, tmp_path):
