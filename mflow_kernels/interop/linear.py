@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.layers.moves import Mixes
@@ -115,6 +116,26 @@ def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.i
     if key not in _constants:
         _constants[key] = torch.tensor(values, device=device, dtype=dtype)
     return _constants[key]
+
+
+def lu_linears(modules: Sequence[Any]) -> Affine:
+    """`LULinear` of nflows, which normflows has too: W = L U, with L of unit diagonal, U's diagonal
+    softplus(u) + eps, and the entries beside the diagonals row by row."""
+    below, above, u, bias = (
+        torch.stack([getattr(m, name) for m in modules])
+        for name in ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
+    )
+    k, c = bias.shape
+    eps = constant(tuple(m.eps for m in modules), bias.device, bias.dtype)
+    diagonal = F.softplus(u) + eps[:, None]
+    at_below = torch.tril_indices(c, c, -1, device=bias.device)
+    at_above = torch.triu_indices(c, c, 1, device=bias.device)
+    lower, upper = (
+        bias.new_zeros(k, c * c).index_copy(1, c * at[0] + at[1], entries).view(k, c, c)
+        for at, entries in ((at_below, below), (at_above, above))
+    )
+    lower = lower + torch.eye(c, dtype=bias.dtype, device=bias.device)
+    return Affine(lower @ (upper + torch.diag_embed(diagonal)), bias, diagonal.log().sum(1))
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:

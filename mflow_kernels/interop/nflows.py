@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import Affine, Linear, Listed, Reorder, Setting, inverse_of
+from mflow_kernels.interop.linear import (
+    Affine,
+    Linear,
+    Listed,
+    Reorder,
+    Setting,
+    inverse_of,
+    lu_linears,
+)
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.run import Coupling, Exactly, Part, Run, why_not
@@ -30,7 +38,7 @@ def _actnorms(modules: Sequence[Any]) -> Affine:
     return Affine(log_scale.exp(), torch.stack([m.shift for m in modules]), log_scale.sum(1))
 
 
-def _linears(modules: Sequence[Any]) -> Affine:
+def _naive_linears(modules: Sequence[Any]) -> Affine:
     weight = torch.stack([m.weight() for m in modules])
     bias = torch.stack([m.bias for m in modules])
     return Affine(weight, bias, torch.stack([m.logabsdet() for m in modules]))
@@ -64,12 +72,16 @@ def _actnorm(layer: Any) -> tuple[Part, ...]:
     return (Linear(layer, _actnorms, "actnorm", _SETTING),)
 
 
-def _linear(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _linears),)
+def _lu_linear(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, lu_linears),)
+
+
+def _naive_linear(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _naive_linears),)
 
 
 def _conv(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer.permutation, _permutations, "permutation"), Linear(layer, _linears))
+    return (Linear(layer.permutation, _permutations, "permutation"), Linear(layer, lu_linears))
 
 
 def _permute(layer: Any) -> tuple[Part, ...] | str:
@@ -115,8 +127,8 @@ def _composite(layer: Any) -> tuple[Part, ...] | str:
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nt.ActNorm: _actnorm,
-    nt.LULinear: _linear,
-    nt.NaiveLinear: _linear,
+    nt.LULinear: _lu_linear,
+    nt.NaiveLinear: _naive_linear,
     nt.OneByOneConvolution: _conv,
     nt.Permutation: _permute,
     nt.RandomPermutation: _permute,

@@ -11,7 +11,15 @@ import torch
 from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import Affine, Linear, Listed, Reorder, Rotated, Setting
+from mflow_kernels.interop.linear import (
+    Affine,
+    Linear,
+    Listed,
+    Reorder,
+    Rotated,
+    Setting,
+    lu_linears,
+)
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.run import (
     Coupling,
@@ -64,12 +72,6 @@ def _plu_of_rows(modules: Sequence[Any]) -> Affine:
 
 def _permutations(modules: Sequence[Any]) -> Affine:
     return Affine(torch.stack([m._permutation for m in modules]))
-
-
-def _lu_linears(modules: Sequence[Any]) -> Affine:
-    weight = torch.stack([m.weight() for m in modules])
-    bias = torch.stack([m.bias for m in modules])
-    return Affine(weight, bias, torch.stack([m.logabsdet() for m in modules]))
 
 
 def _unset(layer: Any) -> bool:
@@ -127,7 +129,7 @@ def _invertible_affine(layer: Any) -> tuple[Part, ...]:
 def _lu_permute(layer: Any) -> tuple[Part, ...]:
     return (
         Linear(layer.permutation, _permutations, "permutation"),
-        Linear(layer.linear, _lu_linears),
+        Linear(layer.linear, lu_linears),
     )
 
 
