@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.networks import coupling_net
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -80,25 +81,3 @@ class Split(Bijection):
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
         return self.coupling.inverse(torch.cat(z, dim=1), *context)
-
-
-def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
-    """Glow's network: 3x3, 1x1 and 3x3 convolutions, the last one zero at first.
-
-    With no spatial axis, three linear layers.
-    """
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    if not 0 <= spatial_dims <= 3:
-        raise ValueError(f"spatial_dims: expected 0, 1, 2 or 3, got {spatial_dims}")
-    layers: list[nn.Module]
-    if spatial_dims == 0:
-        layers = [nn.Linear(in_channels, width), nn.Linear(width, width)]
-        last: nn.Module = nn.Linear(width, out_channels)
-    else:
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
-        layers = [conv(in_channels, width, 3, padding=1), conv(width, width, 1)]
-        last = conv(width, out_channels, 3, padding=1)
-    for parameter in last.parameters():
-        nn.init.zeros_(parameter)
-    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)

@@ -4,8 +4,9 @@ from cases import normal
 from torch import nn
 
 from mflow_kernels import AffineCoupling, Split
-from mflow_kernels.layers.coupling import coupling_net
+from mflow_kernels.layers.networks import PointwiseConv2d, coupling_net
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
 
 
 @pytest.mark.parametrize("dims", [0, 1, 2, 3])
@@ -105,3 +106,26 @@ def test_split_makes_a_learned_normal_prior_standard():
     expected = prior.log_prob(x[:, 2:]).flatten(1).sum(1)
     standard = torch.distributions.Normal(0, 1).log_prob(latent).flatten(1).sum(1)
     torch.testing.assert_close(standard + logdet, expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 16, 16), (2, 64, 24, 24), (3, 64, 32, 11)], ids=str)
+def test_a_pointwise_convolution_cut_otherwise_is_the_same(shape):
+    conv = PointwiseConv2d(64, 72, 1)
+    plain = nn.Conv2d(64, 72, 1).double()
+    plain.load_state_dict(conv.state_dict())
+    x = normal(*shape, layout="channels_last").requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, want = conv(x), plain(wide)
+    assert type(y.grad_fn).__name__ == "_CutBackward" or shape[0] * shape[2] % 16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, want, terms=64, name="y")
+    dy = normal(*want.shape)
+    # In place on what the layer returned, as the ReLU after it works.
+    grads = torch.autograd.grad(y.mul_(2), (x, *conv.parameters()), dy)
+    wants = torch.autograd.grad(2 * want, (wide, *plain.parameters()), dy.double())
+    pixels = shape[0] * shape[2] * shape[3]
+    terms_of = {"dx": 72, "dW": pixels, "db": pixels}
+    for (name, terms), a, b in zip(terms_of.items(), grads, wants, strict=True):
+        assert_close(a, b, terms=terms, scale=terms**0.5, name=name)
+    with torch.no_grad():
+        assert torch.equal(conv(x), conv(x.clone()))

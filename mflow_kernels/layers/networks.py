@@ -1,0 +1,95 @@
+"""The coupling network that layers make where none is given."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels.ops._launch import forward_mode
+
+
+def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
+    """Glow's network: 3x3, 1x1 and 3x3 convolutions, the last one zero at first.
+
+    With no spatial axis, three linear layers.
+    """
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+    if not 0 <= spatial_dims <= 3:
+        raise ValueError(f"spatial_dims: expected 0, 1, 2 or 3, got {spatial_dims}")
+    layers: list[nn.Module]
+    if spatial_dims == 0:
+        layers = [nn.Linear(in_channels, width), nn.Linear(width, width)]
+        last: nn.Module = nn.Linear(width, out_channels)
+    else:
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+        pointwise = PointwiseConv2d if spatial_dims == 2 else conv
+        layers = [conv(in_channels, width, 3, padding=1), pointwise(width, width, 1)]
+        last = conv(width, out_channels, 3, padding=1)
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution, faster on a CPU for batches of fewer than 16 images in channels_last.
+
+    torch makes a matrix product of those, at half the speed of oneDNN's convolution; but rows of
+    pixels are images as good as any.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_better_cut(x):
+            return _Cut.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def _is_better_cut(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.dim() == 4
+            and len(x) < IMAGES
+            and len(x) * x.shape[2] % IMAGES == 0
+            and x.numel() * self.out_channels >= WORTH_CUTTING
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and type(x) is Tensor
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not forward_mode()
+        )
+
+
+IMAGES = 16  # from which torch.conv2d asks oneDNN for 1x1 convolutions on one thread
+WORTH_CUTTING = 4_000_000  # multiplications
+
+
+def _cut(x: Tensor) -> Tensor:
+    """The pixels of x, in channels_last, as those of 16 images."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).view(IMAGES, n * h // IMAGES, w, c).permute(0, 3, 1, 2)
+
+
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = F.conv2d(_cut(x), weight, bias).contiguous(memory_format=torch.channels_last)
+        n, _, h, w = x.shape
+        c = len(weight)
+        # Not a view, which a ReLU in place would make autograd copy.
+        shape, strides = (n, c, h, w), (h * w * c, 1, w * c, c)
+        return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), shape, strides)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = _cut(dy.contiguous(memory_format=torch.channels_last))
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, _cut(x), weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            list(ctx.needs_input_grad),
+        )  # fmt: skip
+        if dx is not None:
+            n, c, h, w = x.shape
+            dx = dx.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return dx, dweight, dbias
