@@ -239,7 +239,7 @@ class Rows:
         self.steps = [tuple(row) for row in rows]
         self.channels, self.device, self.inverted = channels, device, inverted
 
-    def fold(self, dtype: torch.dtype) -> Folded:
+    def mixes(self, dtype: torch.dtype) -> Mixes:
         """All rows as they are walked, those of one signature in one batch, outside autocast.
 
         Raises:
@@ -263,10 +263,8 @@ class Rows:
             places = [i for places in alike.values() for i in places]
             order = constant(inverse_of(places), self.device)
             folded = [Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))]
-        return Folded(*(part.to(dtype) for part in folded[0]))
-
-    def mixes(self, dtype: torch.dtype) -> Mixes:
-        return Mixes(*self.fold(dtype)[:2])
+        weight, bias, log_det = (part.to(dtype) for part in folded[0])
+        return Mixes(weight, bias, log_det.sum())
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that the maps depend on and that have gradients."""

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.linear import Linear, Reorder, Rows, permutation
-from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, Squeezing
-from mflow_kernels.layers.moves import run as walk
-from mflow_kernels.layers.reversible import _reversibly
-from mflow_kernels.ops._launch import accumulator, flow_state, forward_mode, pixels
+from mflow_kernels.layers.moves import Couple, Mix, Move, Squeezing
+from mflow_kernels.layers.reversible import walk
+from mflow_kernels.ops._launch import accumulator, flow_state, pixels
 from mflow_kernels.ops.scale import ScaleFunction
 
 # A permutation up to so many channels rides in the launch of a coupling, as a matrix; a wider one,
@@ -78,7 +77,7 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
 class Stretch:
     """Moves without a stop: as many launches as moves, or one reversible function."""
 
-    checkpoint_every = 8
+    checkpoint_every: int | None = 8
 
     def __init__(self) -> None:
         self.moves: list[Move] = []
@@ -105,21 +104,13 @@ class Stretch:
         self, x: Tensor, context: tuple[Tensor, ...], inverse: bool, reversible: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The state, the ledger, and the log-determinant that is the same for all samples."""
-        dtype = accumulator(x.dtype)
-        folded = [group.fold(dtype) for group in self.groups]
         area = pixels(x)
         if inverse:
             area *= 4 ** sum(isinstance(move, Squeezing) for move in self.moves)
-        log_det = x.new_zeros((), dtype=dtype)
-        for fold, squeezed in zip(folded, self.squeezed, strict=True):
-            log_det = log_det + area // 4**squeezed * fold.log_det.sum()
-        if reversible and torch.is_grad_enabled() and not forward_mode():
-            groups: Any = self.groups
-            chain: Any = self
-            x, _, ledger = _reversibly(chain, self.moves, groups, x, (), context)
-        else:
-            mixes = [Mixes(weight, bias) for weight, bias, _ in folded]
-            x, _, ledger = walk(self.moves, x, (), mixes, context)
+        areas = [area // 4**squeezed for squeezed in self.squeezed]
+        x, _, ledger, log_det = walk(
+            self, self.moves, self.groups, areas, x, (), context, reversible
+        )
         return x, ledger, log_det
 
 

@@ -89,6 +89,7 @@ class Mixes(NamedTuple):
 
     weight: Tensor  # (K, C, C)
     bias: Tensor  # (K, C)
+    log_det: Tensor  # the sum of log |det weight| over the steps, for one pixel
 
 
 class Watch(Protocol):
@@ -131,7 +132,7 @@ def run(
     def mix_of(move: Mix) -> tuple[Tensor, Tensor]:
         if move.group not in ready:
             # Unbound at once: gradients of rows would each be added to one of the whole group.
-            weight, bias = spread(*mixes[move.group], x)
+            weight, bias = spread(mixes[move.group].weight, mixes[move.group].bias, x)
             ready[move.group] = list(zip(weight.unbind(), bias.unbind(), strict=True))
         return ready[move.group][move.row]
 

@@ -8,7 +8,7 @@ numbers and without a second update of the running statistics of the first time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from mflow_kernels.layers.moves import (
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep, Group
 from mflow_kernels.layers.walkback import (
+    Folds,
     Network,
     RandomState,
     WalkBack,
@@ -82,8 +83,10 @@ class ReversibleChain(Bijection):
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         x = flow_state("x", x)
-        moves, groups, log_det = self._plan(x, False)
-        x, latents, ledger = self._walk(moves, groups, x, (), context)
+        moves, groups, areas = self._plan(x, False)
+        x, latents, ledger, log_det = walk(
+            self, moves, groups, areas, x, (), context, self.reversible
+        )
         z = (*latents, x) if latents else x
         return z, ops.accumulate_logdet(ledger, log_det)
 
@@ -93,8 +96,10 @@ class ReversibleChain(Bijection):
         if len(latents) != splits:
             raise ValueError(f"z: expected {splits + 1} latents, got {len(latents) + 1}")
         x = flow_state("z", x)
-        moves, groups, log_det = self._plan(x, True)
-        x, _, ledger = self._walk(moves, groups, x, tuple(latents), context)
+        moves, groups, areas = self._plan(x, True)
+        x, _, ledger, log_det = walk(
+            self, moves, groups, areas, x, tuple(latents), context, self.reversible
+        )
         return x, ops.accumulate_logdet(ledger, log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
@@ -109,13 +114,12 @@ class ReversibleChain(Bijection):
         # A graph may hold the chain several times: a data-domain objective walks both ways.
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
-    def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Group], Tensor]:
-        """The moves in one direction, the steps whose weights they name, and the logdet that does
-        not depend on the sample."""
+    def _plan(self, x: Tensor, inverted: bool) -> tuple[list[Move], list[Group], list[int]]:
+        """The moves in one direction, the steps whose weights they name, and how many pixels the
+        states of each group of them have."""
         layers = list(self.layers)
         moves: list[Move] = []
         groups: list[Group] = []
-        dtype = accumulator(x.dtype)
         area, areas = pixels(x), []
         if inverted:
             area *= 4 ** sum(isinstance(layer, Squeeze) for layer in layers)
@@ -135,32 +139,55 @@ class ReversibleChain(Bijection):
                 coupling = layer.coupling
                 moves.append(Couple(coupling.net, coupling.scale, inverted))
                 moves.append(Return() if inverted else Leave())
-        log_det = x.new_zeros((), dtype=dtype)
-        for group, size in zip(groups, areas, strict=True):
-            log_det = log_det + size * group.log_det(dtype)
-        return moves[::-1] if inverted else moves, groups, log_det
+        return moves[::-1] if inverted else moves, groups, areas
 
-    def _walk(
-        self,
-        moves: list[Move],
-        groups: list[Group],
-        x: Tensor,
-        latents: tuple[Tensor, ...],
-        context: tuple[Tensor, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        if forward_mode() or not (self.reversible and torch.is_grad_enabled()):
-            mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
-            return run(moves, x, latents, mixes, context)
-        return _reversibly(self, moves, groups, x, latents, context)
+
+class Keeper(Protocol):
+    """Who walks: says which states are kept, and hears how far rebuilt ones were off."""
+
+    checkpoint_every: int | None
+
+    def _record(self, drift: Tensor) -> None: ...
+
+
+def walk(
+    keeper: Keeper,
+    moves: Sequence[Move],
+    groups: Sequence[Folds],
+    areas: Sequence[int],
+    x: Tensor,
+    latents: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
+    reversible: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+    """Walk the moves, to be walked back by autograd or, where `reversible`, by rebuilding.
+
+    Args:
+        areas: how many pixels the states of each group have.
+
+    Returns:
+        The state, the latents that left, the ledger (N, T), and the log-determinant () that is the
+        same for all samples.
+    """
+    if reversible and torch.is_grad_enabled() and not forward_mode():
+        x, latents, ledger, log_dets = _reversibly(keeper, moves, groups, x, latents, context)
+    else:
+        mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
+        log_dets = tuple(mix.log_det for mix in mixes)
+        x, latents, ledger = run(moves, x, latents, mixes, context)
+    log_det = ledger.new_zeros(())
+    for of_pixel, area in zip(log_dets, areas, strict=True):
+        log_det = log_det + area * of_pixel
+    return x, latents, ledger, log_det
 
 
 @dataclass
 class _Journey:
     """What one forward walk leaves for the walk back, beside tensors."""
 
-    chain: ReversibleChain
-    moves: list[Move]
-    groups: list[Group]
+    keeper: Keeper
+    moves: Sequence[Move]
+    groups: Sequence[Folds]
     latents: int
     context: int
     networks: list[Network]
@@ -178,7 +205,7 @@ class _Watch:
         self.state = random_state(device)
 
     def before_network(self, x: Tensor) -> None:
-        every = self.journey.chain.checkpoint_every
+        every = self.journey.keeper.checkpoint_every
         ordinal = len(self.journey.random)
         if every is not None and ordinal % every == 0:
             self.journey.kept[ordinal] = x
@@ -193,23 +220,23 @@ class _Watch:
 
 @torch.compiler.disable
 def _reversibly(
-    chain: ReversibleChain,
-    moves: list[Move],
-    groups: list[Group],
+    keeper: Keeper,
+    moves: Sequence[Move],
+    groups: Sequence[Folds],
     x: Tensor,
     latents: tuple[Tensor, ...],
     context: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
     parts = [network.parameters() for network in networks]
     parts += [group.parameters() for group in groups]
     parameters = {id(p): p for part in parts for p in part}
     journey = _Journey(
-        chain, moves, groups, len(latents), len(context), networks, list(parameters.values()),
+        keeper, moves, groups, len(latents), len(context), networks, list(parameters.values()),
         autocast_state(x.device),
     )  # fmt: skip
-    x, ledger, *left = _Reversible.apply(journey, x, *latents, *context, *journey.parameters)
-    return x, tuple(left), ledger
+    x, ledger, *rest = _Reversible.apply(journey, x, *latents, *context, *journey.parameters)
+    return x, tuple(rest[len(groups) :]), ledger, tuple(rest[: len(groups)])
 
 
 class _Reversible(torch.autograd.Function):
@@ -225,7 +252,7 @@ class _Reversible(torch.autograd.Function):
         journey.kept.clear()
         # Parameters are saved too: autograd then notices one that changes before the walk back.
         ctx.save_for_backward(x, ran.x, *ran.latents, *kept, *context, *parameters)
-        return ran.x, ran.ledger, *ran.latents
+        return ran.x, ran.ledger, *(mix.log_det for mix in mixes), *ran.latents
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,13 +262,16 @@ class _Reversible(torch.autograd.Function):
                 "gradients of torch.func (grad, vjp, hessian), which store states, can"
             )
         journey: _Journey = ctx.journey
-        dx, dledger, *dlatents = grads
+        dx, dledger, *rest_of_grads = grads
+        groups = len(journey.groups)
+        dlog_dets, dlatents = rest_of_grads[:groups], rest_of_grads[groups:]
         x_true, x, *rest = ctx.saved_tensors
         latents, rest = rest[: len(dlatents)], rest[len(dlatents) :]
         kept, rest = rest[: len(ctx.kept_at)], rest[len(ctx.kept_at) :]
         back = WalkBack(
             journey.moves,
             journey.groups,
+            dlog_dets,
             rest[: journey.context],
             dict(zip(ctx.kept_at, kept, strict=True)),
             journey.networks,
@@ -251,7 +281,7 @@ class _Reversible(torch.autograd.Function):
         )
         back.walk(x, dx, latents, dlatents)
         if x_true.numel():
-            journey.chain._record((back.x - x_true).abs().max())
+            journey.keeper._record((back.x - x_true).abs().max())
         return (
             None,
             back.dx,

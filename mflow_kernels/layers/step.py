@@ -1,7 +1,8 @@
 """A step of flow."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,14 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, run
-from mflow_kernels.ops._launch import accumulator, flow_state, pixels
+from mflow_kernels.ops._autograd import refuse_second_derivative
+from mflow_kernels.ops._launch import (
+    accumulator,
+    flow_state,
+    forward_mode,
+    pixels,
+    without_autocast,
+)
 from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
@@ -46,15 +54,17 @@ class FlowStep(Bijection):
         x = flow_state("x", x)
         group, dtype = Group([self], ["conv"], False), accumulator(x.dtype)
         moves: list[Move] = [Mix(0, 0), self.couple(False)]
-        z, _, ledger = run(moves, x, (), [group.mixes(dtype)], context)
-        return z, ops.accumulate_logdet(ledger, pixels(x) * group.log_det(dtype))
+        mixes = group.mixes(dtype)
+        z, _, ledger = run(moves, x, (), [mixes], context)
+        return z, ops.accumulate_logdet(ledger, pixels(x) * mixes.log_det)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = flow_state("z", z)
         group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
         moves: list[Move] = [self.couple(True), Mix(0, 0)]
-        x, _, ledger = run(moves, z, (), [group.mixes(dtype)], context)
-        return x, ops.accumulate_logdet(ledger, pixels(z) * group.log_det(dtype))
+        mixes = group.mixes(dtype)
+        x, _, ledger = run(moves, z, (), [mixes], context)
+        return x, ops.accumulate_logdet(ledger, pixels(z) * mixes.log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         self.actnorm.set_from(x)
@@ -82,17 +92,11 @@ class Group(NamedTuple):
             ValueError: with the name of the layer, where an inverse is asked for of a W that is
                 singular or not finite.
         """
-        weight, bias = fold(self.steps, dtype)
-        if self.inverted:
-            weight, bias = inverse_mix(weight, bias, self.names)
-        return Mixes(weight.to(dtype), bias.to(dtype))
-
-    def log_det(self, dtype: torch.dtype) -> Tensor:
-        """The sum of log |det W'| over the steps, for one pixel; negative where inverted."""
-        diagonals = [step.conv.log_diagonal for step in self.steps]
-        scales = [step.actnorm.log_scale for step in self.steps]
-        total = torch.cat([*diagonals, *scales]).to(dtype).sum()
-        return -total if self.inverted else total
+        mixes = fold(self.steps, dtype)
+        if not self.inverted:
+            return mixes
+        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names)
+        return Mixes(weight.to(dtype), bias.to(dtype), -mixes.log_det)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that `mixes` depends on and that have gradients."""
@@ -108,17 +112,70 @@ class Group(NamedTuple):
 def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mixes:
     """Fold each step's actnorm into its 1x1 convolution, all steps in one batched product:
     W' = W diag(exp(log_scale)), bias' = W' bias."""
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors).to(dtype)
-
-    weight = plu(
-        stack([step.conv.permutation for step in steps]),
-        stack([step.conv.lower for step in steps]),
-        stack([step.conv.upper for step in steps]),
-        stack([step.conv.sign for step in steps]),
-        stack([step.conv.log_diagonal for step in steps]),
+    factors: tuple[list[Tensor], ...] = (
+        [step.conv.permutation for step in steps],
+        [step.conv.sign for step in steps],
+        [step.conv.lower for step in steps],
+        [step.conv.upper for step in steps],
+        [step.conv.log_diagonal for step in steps],
+        [step.actnorm.log_scale for step in steps],
+        [step.actnorm.bias for step in steps],
     )
-    weight = weight * stack([step.actnorm.log_scale for step in steps]).exp()[:, None, :]
-    bias = stack([step.actnorm.bias for step in steps])
-    return Mixes(weight, (weight * bias[:, None, :]).sum(2))
+    if forward_mode() or torch.compiler.is_compiling():
+        return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
+    return Mixes(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
+
+
+def fold_ref(
+    permutation: Tensor,
+    sign: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+) -> Mixes:
+    """`fold` of K steps' factors, (K, C, C) and (K, C)."""
+    weight = plu(permutation, lower, upper, sign, log_diagonal) * log_scale.exp()[:, None, :]
+    return Mixes(weight, (weight * bias[:, None, :]).sum(2), log_diagonal.sum() + log_scale.sum())
+
+
+class _Fold(torch.autograd.Function):
+    """`fold_ref` as one node of the graph, not twenty, and without a copy of each factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
+            torch.stack(factors[i : i + k]).to(dtype) for i in range(0, 7 * k, k)
+        )
+        with without_autocast(lower):
+            diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
+            lower, upper = lower.tril_(-1), upper.triu_(1)
+            lower.diagonal(dim1=1, dim2=2).fill_(1)
+            upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
+            left = permutation @ lower
+            weight = (left @ upper).mul_(scale[:, None, :])
+            mixed_bias = (weight @ bias[:, :, None]).squeeze(2)
+        ctx.k, ctx.dtypes = k, [factor.dtype for factor in factors[2 * k :: k]]
+        ctx.save_for_backward(permutation, left, upper, diagonal, scale, bias, weight)
+        return weight, mixed_bias, log_diagonal.sum() + log_scale.sum()
+
+    @staticmethod
+    def backward(
+        ctx: Any, dweight: Tensor, dmixed_bias: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("fold")
+        permutation, left, upper, diagonal, scale, bias, weight = ctx.saved_tensors
+        with without_autocast(weight):
+            dweight = torch.baddbmm(dweight, dmixed_bias[:, :, None], bias[:, None, :])
+            dbias = (dmixed_bias[:, None, :] @ weight).squeeze(1)
+            dlog_scale = (dweight * weight).sum(1).add_(dlog_det)
+            dproduct = dweight.mul_(scale[:, None, :])
+            dupper = left.mT @ dproduct
+            dlower = permutation.mT @ (dproduct @ upper.mT)
+        dlog_diagonal = (dupper.diagonal(dim1=1, dim2=2) * diagonal).add_(dlog_det)
+        gradients = dlower.tril_(-1), dupper.triu_(1), dlog_diagonal, dlog_scale, dbias
+        parts = (g.to(d).unbind() for g, d in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, *(None,) * (2 * ctx.k), *chain.from_iterable(parts)

@@ -1,18 +1,27 @@
 """The walk back through flow layers that stored nothing: rebuilt states beside their gradients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mflow_kernels.layers.moves import Couple, Leave, Mix, Move, Squeezing
-from mflow_kernels.layers.step import Group
+from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
 from mflow_kernels.ops._launch import accumulator, channels_first
 from mflow_kernels.ops.uncouple import uncouple
 from mflow_kernels.ops.unmix import unmix
+
+
+class Folds(Protocol):
+    """Steps of one width whose 1x1 convolutions fold into `Mixes`."""
+
+    @property
+    def steps(self) -> Sized: ...
+    def mixes(self, dtype: torch.dtype) -> Mixes: ...
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that `mixes` depends on and that have gradients."""
 
 
 class Network:
@@ -42,6 +51,7 @@ class WalkBack:
     Args:
         moves: as they were walked.
         groups: the steps whose weights `Mix` moves name; folded again, one group at a time.
+        dlog_dets: the gradient of each group's log_det.
         context: further inputs of every network.
         kept: states before the networks of these ordinals, which need not be rebuilt.
         networks: in the order in which they ran.
@@ -57,7 +67,8 @@ class WalkBack:
     def __init__(
         self,
         moves: Sequence[Move],
-        groups: Sequence[Group],
+        groups: Sequence[Folds],
+        dlog_dets: Sequence[Tensor],
         context: Sequence[Tensor],
         kept: dict[int, Tensor],
         networks: Sequence[Network],
@@ -65,7 +76,8 @@ class WalkBack:
         autocast: dict[str, Any],
         dlogdet: Tensor,
     ) -> None:
-        self.moves, self.groups, self.kept, self.random = moves, groups, kept, random
+        self.moves, self.groups, self.dlog_dets = moves, groups, dlog_dets
+        self.kept, self.random = kept, random
         self.networks, self.autocast, self.dlogdet = networks, autocast, dlogdet
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context_gradients: list[Tensor | None] = [None] * len(context)
@@ -178,7 +190,11 @@ class WalkBack:
 
     def _unmix(self, move: Mix, feeds: bool, rebuild: bool) -> None:
         if self.entered is None:
-            self.entered = _Entered(self.groups[move.group], accumulator(self.db.dtype))
+            self.entered = _Entered(
+                self.groups[move.group],
+                self.dlog_dets[move.group],
+                accumulator(self.db.dtype),
+            )
         weight, bias, inverse = self.entered.row(move.row)
         x, dx, net, gram, dbias = unmix(
             (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
@@ -202,8 +218,8 @@ PARTIALS_BYTES = 2**26  # of partial sums of gram to keep before they are added 
 class _Entered:
     """A group of steps on the walk back: its folded weights, and the gradients they gather."""
 
-    def __init__(self, group: Group, dtype: torch.dtype) -> None:
-        self.group = group
+    def __init__(self, group: Folds, dlog_det: Tensor, dtype: torch.dtype) -> None:
+        self.group, self.dlog_det = group, dlog_det
         with torch.enable_grad():
             self.mixes = group.mixes(dtype)
         self.inverse = torch.linalg.inv_ex(self.mixes.weight.detach().double())[0]
@@ -213,7 +229,7 @@ class _Entered:
 
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """weight, bias and the inverse weight of a step."""
-        weight, bias = (t.detach()[row] for t in self.mixes)
+        weight, bias = (t.detach()[row] for t in self.mixes[:2])
         return weight, bias, self.inverse[row].to(weight.dtype)
 
     def gather(self, row: int, gram: Tensor, dbias: Tensor) -> None:
@@ -241,7 +257,7 @@ class _Entered:
         with torch.autocast(gram.device.type, enabled=False):
             dweight = (gram.double() @ self.inverse.mT).to(gram.dtype)
             gradients = torch.autograd.grad(
-                tuple(self.mixes), parameters, (dweight, dbias), allow_unused=True
+                tuple(self.mixes), parameters, (dweight, dbias, self.dlog_det), allow_unused=True
             )
         return parameters, gradients
 

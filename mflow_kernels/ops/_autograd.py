@@ -31,16 +31,21 @@ def eager_function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if torch.is_grad_enabled():
-                # `once_differentiable` would let through, as constant, what saved tensors carry.
-                raise RuntimeError(
-                    f"{forward.__name__}: its gradient cannot be differentiated again; those of "
-                    "torch.func (grad, vjp, hessian), which run the reference, can"
-                )
+            refuse_second_derivative(forward.__name__)
             return backward(ctx, *grads)
 
     Eager.__name__ = Eager.__qualname__ = forward.__name__
     return Eager.apply
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Where a gradient is to be differentiated again. `once_differentiable` would not do: it lets
+    through, as constant, what saved tensors carry."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: its gradient cannot be differentiated again; those of torch.func (grad, vjp, "
+            "hessian), which run the reference, can"
+        )
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
