@@ -35,6 +35,7 @@ from mflow_kernels.training.data import (
 )
 from mflow_kernels.training.prepared import open_prepared
 from mflow_kernels.training.runs import METRICS
+from mflow_kernels.training.sources import DataError
 
 BYTES = 256 * 10**6  # of the files of noise
 SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # side: images in a batch
@@ -48,8 +49,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="run folder of a model to compare with")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.run and not (arguments.run / METRICS).is_file():
+        parser.error(f"--run: expected a run folder with {METRICS}, got {arguments.run}")
     if arguments.file:
-        rows = [measure(arguments.file, open_prepared(arguments.file).images, device)]
+        try:
+            prepared = open_prepared(arguments.file)
+        except DataError as error:
+            parser.error(str(error))
+        rows = [measure(arguments.file, prepared.images, device)]
     else:
         rows = [measure_noise(size, device) for size in SIZES]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"

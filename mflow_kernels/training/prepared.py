@@ -145,7 +145,8 @@ def open_prepared(path: Path) -> Prepared:
         DataError: another kind of file, a damaged header, or fewer or more bytes than it says.
     """
     if not is_prepared(path):
-        raise DataError(f"data: expected a file of mflow prepare, got another kind: {path}")
+        came = "another kind" if path.exists() else "none"
+        raise DataError(f"data: expected a file of mflow prepare, got {came}: {path}")
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
