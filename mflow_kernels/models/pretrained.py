@@ -72,6 +72,8 @@ def save_pretrained(
     save_file(tensors, folder / WEIGHTS, metadata={"format": _FORMAT})
     text = json.dumps({"format": _FORMAT, "architecture": dict(architecture), **notes}, indent=2)
     (folder / ARCHITECTURE).write_text(text + "\n")
+    # safetensors makes files that nobody else may read, whatever the umask.
+    (folder / WEIGHTS).chmod((folder / ARCHITECTURE).stat().st_mode)
 
 
 def load_pretrained(folder: str | Path) -> HierarchicalFlow:

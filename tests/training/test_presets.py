@@ -93,6 +93,8 @@ class TestExport:
             assert torch.equal(image_flow.encode(x), whole.stages[0].encode(x))
         assert all(p.requires_grad for p in model.parameters())
         assert {f.name for f in exported.iterdir()} == {"model.safetensors", "model.json"}
+        weights, description = (exported / name for name in ("model.safetensors", "model.json"))
+        assert weights.stat().st_mode == description.stat().st_mode  # as the umask has it
 
     def test_reading_needs_neither_lightning_nor_the_command_line(self, exported):
         code = f"""
