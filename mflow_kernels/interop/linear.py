@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.layers.moves import Mixes
-from mflow_kernels.ops._launch import without_autocast
+from mflow_kernels.ops._launch import forward_mode, without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
 
 
@@ -109,13 +109,16 @@ _constants: dict[tuple[Numbers, torch.device, torch.dtype], Tensor] = {}
 
 
 def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these values, copied to a device once; a compiler's own is never kept."""
+    """A tensor of these values, copied to a device once."""
     key = values, device, dtype
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, device=device, dtype=dtype)
-    if key not in _constants:
-        _constants[key] = torch.tensor(values, device=device, dtype=dtype)
-    return _constants[key]
+    # What a compiler, a transform or a fake mode makes must not outlive it.
+    passing = torch.compiler.is_compiling() or forward_mode()
+    if key in _constants and not passing:
+        return _constants[key]
+    made = torch.tensor(values, device=device, dtype=dtype)
+    if type(made) is Tensor and not passing:
+        _constants[key] = made
+    return made
 
 
 def lu_linears(modules: Sequence[Any]) -> Affine:

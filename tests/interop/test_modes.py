@@ -1,0 +1,95 @@
+"""Accelerated models under autocast, torch.func, inference mode, compilers and export; models of
+normflows, as all libraries share what this holds."""
+
+import copy
+
+import normflows as nf
+import pytest
+import torch
+
+from interop import peers
+from interop.test_normflows import MODELS, couplings, images, settled, vectors
+from mflow_kernels.interop import accelerate, linear
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
+
+
+def test_autocast():
+    """Networks in bfloat16, states in float32: the original rounds the same networks, and besides
+    every state that a 1x1 convolution gives. So against float64 ours errs less, by a factor that
+    falls with the size of what networks add to a state: here 6 to 12 (four seeds), at least 2."""
+    model = settled(MODELS["glow"])
+    fast = copy.deepcopy(model)
+    accelerate(fast)
+    x, errors = images(), []
+    with peers.default_dtype(torch.float64):
+        exact, log_exact = copy.deepcopy(model).double().inverse_and_log_det(x.double())
+    for m in (fast, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z, log_det = m.inverse_and_log_det(x)
+        pairs = [*zip(z, exact, strict=True), (log_det, log_exact)]
+        errors.append([(a - b).square().mean().sqrt().item() for a, b in pairs])
+        if m is fast:
+            assert all(part.dtype == torch.float32 for part in (*z, log_det))
+    assert all(0 < 2 * ours < theirs for ours, theirs in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
+def test_gradients_of_gradients(reversible, monkeypatch):
+    monkeypatch.setattr(linear, "_constants", {})  # none that a transform makes may be kept
+    model = settled(couplings).double()
+    fast = copy.deepcopy(model)
+    accelerate(fast, reversible=reversible)
+    x = vectors(2, n=3).double()
+    got, want = (torch.func.hessian(lambda x, m=m: m.log_prob(x).sum())(x) for m in (fast, model))
+    peers.assert_close(got, want, terms=64, scale=1.0)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(fast.log_prob(x).sum(), x, create_graph=True)
+
+
+def test_built_in_inference_mode():
+    with torch.inference_mode():
+        model = settled(MODELS["glow"])
+        fast = copy.deepcopy(model)
+        accelerate(fast)
+        y = torch.arange(4) % 3
+        torch.testing.assert_close(fast.log_prob(images(), y), model.log_prob(images(), y))
+
+
+def test_compiles_whole():
+    torch.compiler.reset()
+    model = settled(lambda: couplings(layers=2))
+    fast = copy.deepcopy(model)
+    accelerate(fast)
+    compiled = torch.compile(fast.log_prob, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for log_prob, m in ((compiled, fast), (model.log_prob, model)):
+        x = vectors(2).requires_grad_()
+        value = log_prob(x)
+        gradients.append([value, *torch.autograd.grad(value.sum(), [x, *m.parameters()])])
+    for got, want in zip(*gradients, strict=True):
+        peers.assert_close(got, want, terms=64 * 64, scale=1.0)
+
+
+def test_sets_actnorm_where_it_is_compiled():
+    """The graph breaks there, as the original's does."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    block = nf.flows.GlowBlock(4, 8)
+    fast = copy.deepcopy(block)
+    accelerate(fast)
+    z, log_det = torch.compile(fast.inverse, backend="eager")(images(c=4))
+    want, log_want = block.inverse(images(c=4))
+    torch.testing.assert_close(z, want)
+    torch.testing.assert_close(log_det, log_want)
+    assert fast.flows[2].s.any()
+
+
+def test_exports():
+    """What the original, which branches on whether its actnorms are set, does not."""
+    model = settled(MODELS["glow"])
+    accelerate(model)
+    z, _ = model.inverse_and_log_det(images())
+    peers.assert_exports(model.inverse_and_log_det, images())
+    peers.assert_exports(model.forward_and_log_det, [latent.detach() for latent in z])
