@@ -5,7 +5,6 @@ Layers say what they do as a list of moves; `run` walks the list with as few lau
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,16 +34,14 @@ from mflow_kernels.ops.scale import ScaleFunction
 PRECISION = "tf32x3"
 
 
-@dataclass(frozen=True)
-class Mix:
+class Mix(NamedTuple):
     """x -> W x + bias, with the weight and bias in row `row` of the mixes' entry `group`."""
 
     group: int
     row: int
 
 
-@dataclass(frozen=True)
-class Couple:
+class Couple(NamedTuple):
     """The affine coupling with this network, or its inverse."""
 
     net: nn.Module
@@ -52,8 +49,7 @@ class Couple:
     inverse: bool
 
 
-@dataclass(frozen=True)
-class Squeezing:
+class Squeezing(NamedTuple):
     """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`."""
 
     inverse: bool
@@ -71,13 +67,11 @@ class Squeezing:
         return F.pixel_shuffle(x, 2) if self.inverse else F.pixel_unshuffle(x, 2)
 
 
-@dataclass(frozen=True)
-class Leave:
+class Leave(NamedTuple):
     """The second half of the channels leaves as a latent."""
 
 
-@dataclass(frozen=True)
-class Return:
+class Return(NamedTuple):
     """The latent that left last comes back as the second half."""
 
 

@@ -122,9 +122,8 @@ def mix(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`conv1x1_ref`, or `coupling_conv1x1_ref` where params are given: y, the network input cut
-    from it, and the ledger (empty without params)."""
+    from it, and the ledger (empty without params). Of states whose pixels one stride walks."""
     assert _C is not None
-    x = dense_pixels(x)
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
@@ -141,21 +140,20 @@ def mix(
 def coupling_conv1x1_backward(
     dy: Tensor,
     dnet: Tensor | None,
-    dlogdet: Tensor,
+    dledger: Tensor,
     x: Tensor,
     params: Tensor,
     weight: Tensor,
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dparams, dW and d bias of `coupling_conv1x1_ref`, with dlogdet (N,)."""
+    """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`. Of states and
+    params whose pixels one stride walks, and a ledger of one column."""
     assert _C is not None
-    x, params = dense_pixels(x), dense_pixels(params)
-    dlogdet = dlogdet if dlogdet.dtype == x.dtype else dlogdet.to(x.dtype)
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     gram, dbias = _sums(x)
     _C.unmix_coupled(
-        torch.get_num_threads(), x, params, dy, dnet, (dlogdet.data_ptr(), dlogdet.stride(0)),
+        torch.get_num_threads(), x, params, dy, dnet, (dledger.data_ptr(), dledger.stride(0)),
         weight, dx, dparams, gram.data_ptr(), dbias.data_ptr(), scale.args, inverse,
     )  # fmt: skip
     return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
@@ -171,8 +169,8 @@ def unmix(
     dx: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """x, the network input cut from it, gram and d bias of `unmix_ref`; dx is filled, and x like
-    it. Without a weight_inverse neither x nor the network input is made."""
+    """x, the network input cut from it, and one partial sum of gram and d bias; fills dx, and makes
+    x like it. Without a weight_inverse neither x nor the network input is made."""
     assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
@@ -188,7 +186,7 @@ def unmix(
 
 
 def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for gram and d bias."""
+    """Room for one partial sum of gram and d bias."""
     c = x.shape[1]
     new = x.new_empty if x.numel() else x.new_zeros
-    return new((c, c)), new((c,))
+    return new((1, c, c)), new((1, c))

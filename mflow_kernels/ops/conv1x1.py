@@ -118,7 +118,7 @@ def conv1x1_backward(
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
         _, _, dweight, dbias = _native.unmix(*halves, dnet, weight, None, None, dx)
-        return dx, dweight[None], dbias[None]
+        return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]
 

@@ -185,10 +185,9 @@ def coupling_conv1x1_backward(
             dy, dnet, dledger, x, params, weight, precision, scale, inverse
         )
     if _native.mixes(x):
-        dx, dparams, dweight, dbias = _native.coupling_conv1x1_backward(
-            dy, dnet, dledger[:, 0], x, params, weight, scale, inverse
+        return _native.coupling_conv1x1_backward(
+            dy, dnet, dledger, x, params, weight, scale, inverse
         )
-        return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
     z, _ = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])

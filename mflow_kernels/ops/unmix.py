@@ -328,5 +328,5 @@ def unmix(
         x, net, gram, dbias = _native.unmix(
             y, dy, dnet, weight, weight_inverse, bias, dx, net_dtype
         )
-        return Unmixed(x, dx, net if net_dtype is not None else None, gram[None], dbias[None])
+        return Unmixed(x, dx, net if net_dtype is not None else None, gram, dbias)
     return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)

@@ -168,10 +168,11 @@ def test_mix(shape, layout, net_dtype, dtype):
     scale = ScaleFunction("tanh")
     x, params, *_ = sample(shape, layout, dtype)
     weight, bias = rotation(c, dtype=dtype)[None], normal(1, c, dtype=dtype)
+    x = dense_pixels(x)
     y, net, ledger = _native.mix(x, weight, bias, net_dtype)
     want = conv1x1_ref(x.double(), weight[0].double(), bias[0].double())
     close(y, want, c, "y")
-    assert y.stride() == torch.empty_like(dense_pixels(x)).stride()
+    assert y.stride() == torch.empty_like(x).stride()
     assert not len(ledger)
     if net_dtype is not None:
         assert torch.equal(net, y[:, : c // 2].to(net_dtype))
@@ -195,12 +196,19 @@ def test_unmix_coupled(shape, layout, bare, inverse, dtype):
     x, params, dy, dlogdet = sample(shape, layout, dtype)
     dnet = None if bare else normal(n, c // 2, *spatial, dtype=dtype)
     weight = rotation(c, dtype=dtype)[None]
-    got = _native.coupling_conv1x1_backward(dy, dnet, dlogdet, x, params, weight, scale, inverse)
+    x, params = dense_pixels(x), dense_pixels(params)
+    got = _native.coupling_conv1x1_backward(
+        dy, dnet, dlogdet[:, None], x, params, weight, scale, inverse
+    )
     x, params, dy, dlogdet, weight = exact(x, params, dy, dlogdet, weight)
     z, _ = affine_coupling_ref(x, params, scale, inverse)
     dy = add_to_first_half(dy, None if dnet is None else dnet.double())
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
-    wants = *coupling_backward_ref(dz, dlogdet[:, None], x, params, scale, inverse), dweight, dbias
+    wants = (
+        *coupling_backward_ref(dz, dlogdet[:, None], x, params, scale, inverse),
+        dweight[None],
+        dbias[None],
+    )
     columns = max(1, x.numel() // c)
     for name, a, b in zip(("dx", "dparams", "dweight", "dbias"), got, wants, strict=True):
         close(a, b, c if name in ("dx", "dparams") else columns, name)
@@ -232,7 +240,7 @@ def test_unmix(shape, layout, bare, rebuild, dtype):
         close(x, want.x, c, "x")
         assert x.stride() == dx.stride()
         assert torch.equal(net, x[:, :c_a])
-    for name, a, b in zip(("gram", "dbias"), sums, (want.gram[0], want.dbias[0]), strict=True):
+    for name, a, b in zip(("gram", "dbias"), sums, (want.gram, want.dbias), strict=True):
         close(a, b, max(1, y.numel() // c), name)
 
 
@@ -257,7 +265,7 @@ def test_same_bits_with_any_number_of_threads(layout):
                 ),
                 *_native.mix(x, weight, weight[:, 0], torch.float32, params, scale, False),
                 *_native.coupling_conv1x1_backward(
-                    dy, None, dlogdet, x, params, weight, scale, False
+                    dy, None, dlogdet[:, None], x, params, weight, scale, False
                 ),
                 *_native.unmix(*halves, None, weight[0], weight[0], weight[0, 0], out),
             ])  # fmt: skip
