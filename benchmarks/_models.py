@@ -15,7 +15,7 @@ from benchmarks._cases import Constant
 from benchmarks._fresh import fresh
 from benchmarks._measure import Call, interleaved, peak_bytes
 from benchmarks._peers import BUILDERS, NOTES, Peer
-from benchmarks._plain import Latents, exact
+from benchmarks._plain import Latents, exact, with_torch_convolutions
 from mflow_kernels import FlowStep, Glow
 from mflow_kernels.testing import assert_close, tolerance
 
@@ -146,6 +146,7 @@ class Model:
         glow = spec.glow()
         if not variant.startswith("ours"):  # ours run in channels_last
             glow.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            with_torch_convolutions(glow)
         self.peer: Peer = BUILDERS[variant](glow)
         self.module = self.peer.module.to(device)
         self.x = spec.images(device)
