@@ -115,7 +115,8 @@ def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.i
     passing = torch.compiler.is_compiling() or forward_mode()
     if key in _constants and not passing:
         return _constants[key]
-    made = torch.tensor(values, device=device, dtype=dtype)
+    with torch.inference_mode(False):  # whose tensors autograd cannot save
+        made = torch.tensor(values, device=device, dtype=dtype)
     if type(made) is Tensor and not passing:
         _constants[key] = made
     return made
