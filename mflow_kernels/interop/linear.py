@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.layers.moves import Mixes
-from mflow_kernels.ops._launch import forward_mode, without_autocast
+from mflow_kernels.ops._launch import transformed, without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
 
 
@@ -112,7 +112,7 @@ def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.i
     """A tensor of these values, copied to a device once."""
     key = values, device, dtype
     # What a compiler, a transform or a fake mode makes must not outlive it.
-    passing = torch.compiler.is_compiling() or forward_mode()
+    passing = torch.compiler.is_compiling() or transformed()
     if key in _constants and not passing:
         return _constants[key]
     with torch.inference_mode(False):  # whose tensors autograd cannot save

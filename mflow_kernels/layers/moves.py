@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import accumulator, autocasts, cut_net_input, forward_mode
+from mflow_kernels.ops._launch import accumulator, autocasts, cut_net_input, transformed
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_forward,
@@ -176,7 +176,7 @@ def run(
 def _operators() -> tuple[Any, Any, Any]:
     """conv1x1, coupling and the fused step, in the form that costs the host least: registered for
     compilers, autograd functions for autograd, and plain ones."""
-    if forward_mode():
+    if transformed():
         return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
     if torch.compiler.is_compiling():
         return conv1x1_op, affine_coupling_op, coupling_conv1x1_op

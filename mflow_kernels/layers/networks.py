@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import forward_mode
+from mflow_kernels.ops._launch import transformed
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -56,7 +56,7 @@ class PointwiseConv2d(nn.Conv2d):
             and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and not forward_mode()
+            and not transformed()
         )
 
 

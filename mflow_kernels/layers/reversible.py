@@ -36,7 +36,7 @@ from mflow_kernels.layers.walkback import (
     random_state,
     same_random_state,
 )
-from mflow_kernels.ops._launch import accumulator, flow_state, forward_mode, pixels
+from mflow_kernels.ops._launch import accumulator, flow_state, pixels, transformed
 
 
 class ReversibleChain(Bijection):
@@ -169,7 +169,7 @@ def walk(
         The state, the latents that left, the ledger (N, T), and the log-determinant () that is the
         same for all samples.
     """
-    if reversible and torch.is_grad_enabled() and not forward_mode():
+    if reversible and torch.is_grad_enabled() and not transformed():
         x, latents, ledger, log_dets = _reversibly(keeper, moves, groups, x, latents, context)
     else:
         mixes = [group.mixes(accumulator(x.dtype)) for group in groups]

@@ -17,8 +17,8 @@ from mflow_kernels.ops._autograd import refuse_second_derivative
 from mflow_kernels.ops._launch import (
     accumulator,
     flow_state,
-    forward_mode,
     pixels,
+    transformed,
     without_autocast,
 )
 from mflow_kernels.ops.conv1x1 import inverse_mix
@@ -121,7 +121,7 @@ def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mixes:
         [step.actnorm.log_scale for step in steps],
         [step.actnorm.bias for step in steps],
     )
-    if forward_mode() or torch.compiler.is_compiling():
+    if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
     return Mixes(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops._launch import forward_mode
+from mflow_kernels.ops._launch import transformed
 
 
 def eager_function(
@@ -49,6 +49,6 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The registered operator; or, since it passes no tangents, its plain `forward` where
-    forward-mode differentiation is on."""
-    return forward if forward_mode() else registered
+    """The registered operator; or its plain `forward` where forward-mode differentiation or a
+    transform is on, which the operator does not pass on."""
+    return forward if transformed() else registered

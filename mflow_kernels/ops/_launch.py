@@ -23,8 +23,8 @@ TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation or a functorch transform is on. No kernel carries
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is on. No kernel carries
     tangents or batches of gradients: then references run, whose derivatives autograd finds to any
     order."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -33,7 +33,7 @@ def forward_mode() -> bool:
 def uses_triton(x: Tensor) -> bool:
     """Whether an operator on x runs its Triton kernels: on CUDA, and under TRITON_INTERPRET=1 on
     the CPU too. Else its reference runs."""
-    return (x.device.type == "cuda" or INTERPRETED) and not forward_mode()
+    return (x.device.type == "cuda" or INTERPRETED) and not transformed()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

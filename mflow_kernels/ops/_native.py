@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops._launch import dense_pixels, forward_mode, net_input
+from mflow_kernels.ops._launch import dense_pixels, net_input, transformed
 from mflow_kernels.ops.scale import ScaleFunction
 
 
@@ -30,7 +30,7 @@ def serves(x: Tensor) -> bool:
     return (
         _C is not None
         and not torch.compiler.is_compiling()
-        and not forward_mode()
+        and not transformed()
         and type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
         and x.device.type == "cpu"
