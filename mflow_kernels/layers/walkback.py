@@ -248,7 +248,8 @@ class _Entered:
 
     def leave(self) -> tuple[list[nn.Parameter], tuple[Tensor | None, ...]]:
         """The steps' own parameters and their gradients, by way of dW = gram W^-T and d bias."""
-        parameters = self.group.parameters()
+        # Each once: of a step that comes twice, autograd gives every mention the whole gradient.
+        parameters = list({id(p): p for p in self.group.parameters()}.values())
         if not parameters:
             return [], ()
         self._add_up()

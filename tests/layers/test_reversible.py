@@ -168,6 +168,40 @@ def test_shared_and_frozen_parameters() -> None:
     assert rebuilt.layers[0].coupling.net.weight.grad is None
 
 
+@pytest.mark.parametrize("between", [0, 1], ids=["adjacent", "apart"])
+def test_the_same_step_twice(between: int) -> None:
+    step = FlowStep(4, width=4)
+    others = [FlowStep(4, width=4) for _ in range(between)]
+    stored = shaken(ReversibleChain([step, *others, step], reversible=False)).double()
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(2, 4, 3, 3).double()
+    assert_all_close(
+        gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored), terms=2 * 3 * 18
+    )
+
+
+@pytest.mark.parametrize("part", ["actnorm", "conv", "coupling"])
+def test_parts_of_another_dtype_or_frozen(part: str) -> None:
+    """Actnorm and convolution compute in the state's precision, whatever they are kept in."""
+    stored = shaken(ReversibleChain([FlowStep(4, width=4) for _ in range(3)], reversible=False))
+    if part == "coupling":
+        stored.layers[1].coupling.requires_grad_(False)
+    else:
+        stored.layers[0].get_submodule(part).requires_grad_(False)
+        stored.layers[1].get_submodule(part).double()
+        stored.layers[2].get_submodule(part).bfloat16()
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(2, 4, 3, 3)
+    got, want = gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored)
+    assert [g.dtype for g in got] == [w.dtype for w in want]
+    assert len(got) == 2 + sum(p.requires_grad for p in stored.parameters())
+    # Wider gradients than the state hold no more of its digits.
+    got = [g.float() if g.dtype == torch.float64 else g for g in got]
+    assert_all_close(got, want, terms=2 * 3 * 18)
+
+
 def test_twice_in_one_graph_and_autograd_grad() -> None:
     chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 1))).double()
     x = torch.randn(2, 4, 3, 3).double()
