@@ -66,7 +66,7 @@ def test_killed_at_random_moments_it_ends_the_same(command, trained, tmp_path):
     assert_same(folder, trained)
     draw = random.Random(0)
     kills, resume = 0, ["--overwrite"]
-    while kills < 3:
+    while kills < 10:
         finished = train_in_a_fork(
             [*command, "--save-steps", "1", *resume], limit=draw.uniform(0.1, 0.7) * seconds
         )
