@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.ops._checks import check_channels, check_count, check_device, check_state
 
 
 class ActNorm(Bijection):
@@ -24,15 +25,23 @@ class ActNorm(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_count("channels", channels, 1)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
         return ops.actnorm(x, self.bias, self.log_scale)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("z", z)
         return ops.actnorm_inverse(z, self.bias, self.log_scale)
+
+    def _check(self, name: str, value: object) -> None:
+        x = check_state(name, value)
+        check_channels(name, x, self.bias.shape[0])
+        check_device(name, x, self.bias)
 
     def initialize(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         self.set_from(x)
@@ -41,6 +50,7 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def set_from(self, x: Tensor) -> None:
         """Take bias and scale from the batch x (N, C, *spatial), unless they were set before."""
+        self._check("x", x)
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.ops._checks import check_channels, check_count, check_device, check_state
 from mflow_kernels.ops._launch import accumulator, pixels, without_autocast
 
 
@@ -26,6 +27,7 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_count("channels", channels, 1)
         self.lower = nn.Parameter(torch.empty(channels, channels))
         self.upper = nn.Parameter(torch.empty(channels, channels))
         self.log_diagonal = nn.Parameter(torch.empty(channels))
@@ -86,10 +88,17 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("x", x)
         return ops.conv1x1(x, self.weight()), self._logdet(x)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        self._check("z", z)
         return ops.conv1x1_inverse(z, self.weight()), -self._logdet(z)
+
+    def _check(self, name: str, value: object) -> None:
+        x = check_state(name, value)
+        check_channels(name, x, self.log_diagonal.shape[0])
+        check_device(name, x, self.log_diagonal)
 
     def _logdet(self, x: Tensor) -> Tensor:
         log_det = self.log_diagonal.to(accumulator(x.dtype)).sum()

@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.layers.networks import coupling_net
+from mflow_kernels.layers.networks import check_takes, coupling_net
+from mflow_kernels.ops._checks import (
+    check_count,
+    check_device,
+    check_shape,
+    check_state,
+    check_tensor,
+)
+from mflow_kernels.ops._launch import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -23,6 +31,11 @@ class AffineCoupling(Bijection):
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
             |log s| < 1, so that no sample runs away.
         spatial_dims: 0 to 3, the number of spatial axes the default net works on.
+
+    Raises:
+        TypeError, ValueError: naming the argument, in a call before any kernel runs: a state of
+            other channels; where the net starts with a convolution or linear layer of torch's, also
+            one of other axes, device or, outside autocast, dtype.
     """
 
     def __init__(
@@ -35,17 +48,29 @@ class AffineCoupling(Bijection):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"channels: expected at least 2 to couple, got {channels}")
+        check_count("channels", channels, 2)
+        self.channels = channels
         c_a = channels // 2
-        self.net = net or coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
+        if net is None:
+            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
+        elif not isinstance(net, nn.Module):
+            raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+        self.net = net
         self.scale = ScaleFunction.of(scale)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.checked("x", x)
         return ops.affine_coupling(x, self._params(x, context), self.scale)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.checked("z", z)
         return ops.affine_coupling_inverse(z, self._params(z, context), self.scale)
+
+    def checked(self, name: str, value: object) -> Tensor:
+        """`value` as a state that this layer takes, or TypeError, ValueError."""
+        x = flow_state(name, value)
+        check_takes(self.net, name, x, self.channels)
+        return x
 
     def _params(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         return self.net(x[:, : x.shape[1] // 2], *context)
@@ -80,4 +105,20 @@ class Split(Bijection):
         return (y[:, :c_a], y[:, c_a:]), logdet
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.coupling.inverse(torch.cat(z, dim=1), *context)
+        return self.coupling.inverse(self._whole(z), *context)
+
+    def _whole(self, z: object) -> Tensor:
+        if not isinstance(z, tuple) or len(z) != 2:
+            came = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
+            raise TypeError(f"z: expected a tuple (kept, latent), got {came}")
+        kept = check_state("z[0]", z[0])
+        check_takes(self.coupling.net, "z[0]", kept, self.coupling.channels // 2)
+        self.check_latent("z[1]", z[1], kept, tuple(kept.shape[2:]))
+        return torch.cat(z, dim=1)
+
+    def check_latent(self, name: str, value: object, like: Tensor, sides: tuple[int, ...]) -> None:
+        """Raise TypeError or ValueError unless `value` is a half that left: of so many pixels,
+        otherwise like another state of the same batch."""
+        latent, c = check_tensor(name, value, (like.dtype,)), self.coupling.channels
+        check_shape(name, latent, (like.shape[0], c - c // 2, *sides))
+        check_device(name, latent, like)

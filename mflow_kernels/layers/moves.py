@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mflow_kernels.ops._checks import check_device
 from mflow_kernels.ops._launch import accumulator, autocasts, cut_net_input, transformed
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
@@ -125,6 +126,7 @@ def run(
 
     def mix_of(move: Mix) -> tuple[Tensor, Tensor]:
         if move.group not in ready:
+            check_device("weight", mixes[move.group].weight, x)
             # Unbound at once: gradients of rows would each be added to one of the whole group.
             weight, bias = spread(mixes[move.group].weight, mixes[move.group].bias, x)
             ready[move.group] = list(zip(weight.unbind(), bias.unbind(), strict=True))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops._launch import transformed
+from mflow_kernels.ops._checks import check_channels, check_count, check_device
+from mflow_kernels.ops._launch import autocasts, transformed
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -14,10 +15,8 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
 
     With no spatial axis, three linear layers.
     """
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    if not 0 <= spatial_dims <= 3:
-        raise ValueError(f"spatial_dims: expected 0, 1, 2 or 3, got {spatial_dims}")
+    check_count("width", width, 1)
+    check_count("spatial_dims", spatial_dims, 0, 3)
     layers: list[nn.Module]
     if spatial_dims == 0:
         layers = [nn.Linear(in_channels, width), nn.Linear(width, width)]
@@ -30,6 +29,31 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+
+
+# The spatial axes that layers of torch's take.
+SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
+
+
+def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
+    """Raise unless the state x has so many channels and `net` takes it, as far as that shows.
+
+    It shows where the network starts with one of torch's own layers, as the default one does: then
+    a wrong number of spatial axes, dtype (outside autocast) or device is told too.
+
+    Raises:
+        TypeError, ValueError: naming the argument `name`.
+    """
+    first = next(iter(net._modules.values()), net) if type(net) is nn.Sequential else net
+    spatial = SPATIAL.get(type(first))  # none of a subclass, which may cast and reshape
+    check_channels(name, x, channels, spatial)
+    if spatial is None:
+        return
+    weight: Any = first.weight
+    check_device(name, x, weight)
+    if x.dtype != weight.dtype and not autocasts(x.device):
+        expected, came = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
+        raise TypeError(f"{name}: expected the network's dtype {expected}, got {came}")
 
 
 class PointwiseConv2d(nn.Conv2d):

@@ -25,6 +25,7 @@ from mflow_kernels.layers.moves import (
     Squeezing,
     run,
 )
+from mflow_kernels.layers.networks import check_takes
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep, Group
 from mflow_kernels.layers.walkback import (
@@ -36,6 +37,7 @@ from mflow_kernels.layers.walkback import (
     random_state,
     same_random_state,
 )
+from mflow_kernels.ops._checks import check_count
 from mflow_kernels.ops._launch import accumulator, flow_state, pixels, transformed
 
 
@@ -54,6 +56,11 @@ class ReversibleChain(Bijection):
             gradients drift from the stored ones as training goes on (docs/memory.md has figures).
             The networks' activations are never kept.
 
+    Raises:
+        TypeError, ValueError: naming the argument: layers that do not take what the ones before
+            them give; in a call, before any kernel runs, what the first layer does not take (see
+            `AffineCoupling`), sides that the `Squeeze` layers do not halve, other latents.
+
     Attributes:
         drift: the largest |rebuilt - true| of the chain's input in any backward pass since it was
             last None, a scalar tensor; set it to None before a step whose own you want.
@@ -67,6 +74,7 @@ class ReversibleChain(Bijection):
         checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
+        layers = list(layers)
         if not layers:
             raise ValueError("layers: expected at least one, got none")
         for i, layer in enumerate(layers):
@@ -74,15 +82,16 @@ class ReversibleChain(Bijection):
                 raise TypeError(
                     f"layers[{i}]: expected FlowStep, Squeeze or Split, got {type(layer).__name__}"
                 )
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every: expected None or >= 1, got {checkpoint_every}")
+        _check_widths(layers)
+        if checkpoint_every is not None:
+            check_count("checkpoint_every", checkpoint_every, 1)
         self.layers = nn.ModuleList(layers)
         self.reversible = reversible
         self.checkpoint_every = checkpoint_every
         self.drift: Tensor | None = None
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
-        x = flow_state("x", x)
+        x = self._checked("x", x, False)
         moves, groups, areas = self._plan(x, False)
         x, latents, ledger, log_det = walk(
             self, moves, groups, areas, x, (), context, self.reversible
@@ -91,24 +100,65 @@ class ReversibleChain(Bijection):
         return z, ops.accumulate_logdet(ledger, log_det)
 
     def inverse(self, z: Any, *context: Tensor) -> tuple[Tensor, Tensor]:
-        splits = sum(isinstance(layer, Split) for layer in self.layers)
-        *latents, x = z if splits else (z,)
-        if len(latents) != splits:
-            raise ValueError(f"z: expected {splits + 1} latents, got {len(latents) + 1}")
-        x = flow_state("z", x)
+        x, latents = self._checked_latents(z)
         moves, groups, areas = self._plan(x, True)
         x, _, ledger, log_det = walk(
-            self, moves, groups, areas, x, tuple(latents), context, self.reversible
+            self, moves, groups, areas, x, latents, context, self.reversible
         )
         return x, ops.accumulate_logdet(ledger, log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
+        self._checked("x", x, False)
         with torch.no_grad():
             state = x
             for layer in self.layers:
                 state, _ = layer.initialize(state, *context)  # type: ignore[operator]
                 state = state[0] if isinstance(layer, Split) else state
         return self(x, *context)
+
+    def _checked(self, name: str, value: object, inverted: bool) -> Tensor:
+        """`value` as a state that the chain takes at its start, or at its end where `inverted`."""
+        x = flow_state(name, value)
+        layers = list(self.layers)
+        halvings = 2 ** sum(isinstance(layer, Squeeze) for layer in layers)
+        if halvings > 1:
+            cut = any(side % halvings for side in x.shape[2:]) and not inverted
+            if x.dim() != 4 or cut:
+                wanted = "" if inverted else f" with H and W divisible by {halvings}"
+                raise ValueError(
+                    f"{name}: expected shape (N, C, H, W){wanted}, got {tuple(x.shape)}"
+                )
+        factor = 1
+        for layer in reversed(layers) if inverted else layers:
+            if isinstance(layer, FlowStep | Split):
+                channels = layer.coupling.channels
+                if inverted:
+                    channels = factor * (channels // 2 if isinstance(layer, Split) else channels)
+                else:
+                    channels //= factor
+                check_takes(layer.coupling.net, name, x, channels)
+                break
+            factor *= 4
+        return x
+
+    def _checked_latents(self, z: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The state at the end of the chain, and the latents that left before it."""
+        splits = sum(isinstance(layer, Split) for layer in self.layers)
+        if not splits:
+            return self._checked("z", z, True), ()
+        if not isinstance(z, tuple):
+            raise TypeError(f"z: expected a tuple of {splits + 1} latents, got {type(z).__name__}")
+        if len(z) != splits + 1:
+            raise ValueError(f"z: expected {splits + 1} latents, got {len(z)}")
+        x = self._checked(f"z[{splits}]", z[splits], True)
+        waiting, sides = splits, tuple(x.shape[2:])
+        for layer in reversed(list(self.layers)):
+            if isinstance(layer, Squeeze):
+                sides = tuple(2 * side for side in sides)
+            elif isinstance(layer, Split):
+                waiting -= 1
+                layer.check_latent(f"z[{waiting}]", z[waiting], x, sides)
+        return x, z[:splits]
 
     def _record(self, drift: Tensor) -> None:
         # A graph may hold the chain several times: a data-domain objective walks both ways.
@@ -140,6 +190,27 @@ class ReversibleChain(Bijection):
                 moves.append(Couple(coupling.net, coupling.scale, inverted))
                 moves.append(Return() if inverted else Leave())
         return moves[::-1] if inverted else moves, groups, areas
+
+
+def _check_widths(layers: Sequence[Bijection]) -> None:
+    """That each layer takes as many channels as the one before it gives, or ValueError."""
+    channels, factor = None, 1
+    for i, layer in enumerate(layers):
+        if isinstance(layer, FlowStep | Split):
+            own = layer.coupling.channels
+            if channels is None and own % factor:
+                raise ValueError(
+                    f"layers[{i}]: expected a multiple of {factor} channels, got one of {own}"
+                )
+            if channels is not None and own != channels:
+                raise ValueError(
+                    f"layers[{i}]: expected a layer of {channels} channels, got one of {own}"
+                )
+            channels = own // 2 if isinstance(layer, Split) else own
+        elif channels is None:
+            factor *= 4
+        else:
+            channels *= 4
 
 
 class Keeper(Protocol):

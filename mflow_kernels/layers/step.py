@@ -14,9 +14,9 @@ from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, run
 from mflow_kernels.ops._autograd import refuse_second_derivative
+from mflow_kernels.ops._checks import check_count
 from mflow_kernels.ops._launch import (
     accumulator,
-    flow_state,
     pixels,
     transformed,
     without_autocast,
@@ -44,6 +44,7 @@ class FlowStep(Bijection):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        check_count("channels", channels, 2)
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels)
         self.coupling = AffineCoupling(
@@ -51,7 +52,7 @@ class FlowStep(Bijection):
         )
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        x = flow_state("x", x)
+        x = self.coupling.checked("x", x)
         group, dtype = Group([self], ["conv"], False), accumulator(x.dtype)
         moves: list[Move] = [Mix(0, 0), self.couple(False)]
         mixes = group.mixes(dtype)
@@ -59,7 +60,7 @@ class FlowStep(Bijection):
         return z, ops.accumulate_logdet(ledger, pixels(x) * mixes.log_det)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        z = flow_state("z", z)
+        z = self.coupling.checked("z", z)
         group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
         moves: list[Move] = [self.couple(True), Mix(0, 0)]
         mixes = group.mixes(dtype)
@@ -67,6 +68,7 @@ class FlowStep(Bijection):
         return x, ops.accumulate_logdet(ledger, pixels(z) * mixes.log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        self.coupling.checked("x", x)
         self.actnorm.set_from(x)
         return self(x, *context)
 

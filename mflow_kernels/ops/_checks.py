@@ -32,6 +32,15 @@ def check_state(name: str, value: object) -> Tensor:
     return x
 
 
+def check_channels(
+    name: str, x: Tensor, channels: int, spatial: tuple[str, ...] | None = None
+) -> None:
+    """A state (N, channels, *spatial), with one axis for each name in `spatial` where given."""
+    if x.shape[1] != channels or (spatial is not None and x.dim() != 2 + len(spatial)):
+        axes = ", ".join(("N", str(channels), *(("*spatial",) if spatial is None else spatial)))
+        raise ValueError(f"{name}: expected shape ({axes}), got {tuple(x.shape)}")
+
+
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")

@@ -78,5 +78,5 @@ def test_initialization_leaves_no_graph():
 
 
 def test_channels_that_do_not_match():
-    with pytest.raises(ValueError, match=r"bias: expected shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, \*spatial\), got \(4, 3\)"):
         ActNorm(2)(normal(4, 3))

@@ -140,5 +140,5 @@ def test_bad_bounds():
 
 
 def test_channels_that_do_not_match():
-    with pytest.raises(ValueError, match=r"weight: expected shape \(3, 3\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, \*spatial\), got \(4, 3\)"):
         InvertibleConv1x1(2)(normal(4, 3))

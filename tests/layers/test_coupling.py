@@ -68,13 +68,21 @@ def test_net_with_too_few_channels():
         AffineCoupling(5, net)(normal(2, 5, 3))
 
 
+def test_net_that_is_empty_or_no_module():
+    """An empty `nn.Sequential` is false, and still the net that was given."""
+    net = nn.Sequential()
+    assert AffineCoupling(2, net).net is net
+    with pytest.raises(TypeError, match=r"net: expected a torch\.nn\.Module, got int"):
+        AffineCoupling(4, 3)
+
+
 @pytest.mark.parametrize("layer", [AffineCoupling, Split])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 1}, "channels: expected at least 2 to couple, got 1"),
+        ({"channels": 1}, "channels: expected at least 2, got 1"),
         ({"channels": 4, "width": 0}, "width: expected at least 1, got 0"),
-        ({"channels": 4, "spatial_dims": 4}, "spatial_dims: expected 0, 1, 2 or 3, got 4"),
+        ({"channels": 4, "spatial_dims": 4}, "spatial_dims: expected 0 to 3, got 4"),
         ({"channels": 4, "scale": "relu"}, "scale: expected one of .*, got 'relu'"),
     ],
 )

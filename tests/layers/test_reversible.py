@@ -427,6 +427,12 @@ def test_stored_chain_compiles_whole() -> None:
         (lambda: ReversibleChain([Squeeze()], checkpoint_every=0), ValueError, "got 0"),
         (lambda: ReversibleChain([Split(4)]).inverse((torch.zeros(1, 2, 2, 2),)), ValueError,
          "expected 2 latents, got 1"),
+        (lambda: ReversibleChain([Squeeze()], checkpoint_every=1.5), TypeError,
+         "checkpoint_every: expected a whole number, got float"),
+        (lambda: ReversibleChain([FlowStep(4), Split(4), FlowStep(4)]), ValueError,
+         r"layers\[2\]: expected a layer of 2 channels, got one of 4"),
+        (lambda: ReversibleChain([Squeeze(), FlowStep(6)]), ValueError,
+         r"layers\[1\]: expected a multiple of 4 channels, got one of 6"),
     ],
 )  # fmt: skip
 def test_bad_input(make: Callable[[], object], error: type[Exception], words: str) -> None:
