@@ -35,6 +35,8 @@ def train(options: dict[str, Any]) -> Work:
 
     def work() -> None:
         _report_skipped(plan.splits.skipped)
+        if plan.resumes and not plan.ranks.rank:
+            print(f"goes on from step {plan.first_step}", file=sys.stderr)
         pictures = run(plan)
         if not pictures:  # another rank's
             return

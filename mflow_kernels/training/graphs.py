@@ -6,7 +6,9 @@ and that thread.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -36,27 +38,59 @@ def capture(
     """Capture both passes, the second of which takes what the first returned, after a warm-up.
 
     Raises:
-        RuntimeError: something in them cannot be captured.
+        RuntimeError: something in them cannot be captured. Nothing of the capture is left.
     """
     # One stream for all: cuBLAS and cuSOLVER set themselves up for each.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    how: dict[str, Any] = {
-        "pool": torch.cuda.graph_pool_handle(),
-        "stream": stream,
-        "capture_error_mode": "thread_local",
-    }
-    # torch.cuda.graph does not leave its stream where the end of a capture fails; this does.
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            backward(forward())
-        with torch.cuda.graph(graphs[0], **how):
-            losses = forward()
-        with torch.cuda.graph(graphs[1], **how):
-            gradients = backward(losses)
+    pool = torch.cuda.graph_pool_handle()
+    how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    try:
+        # torch.cuda.graph does not leave its stream where the end of a capture fails; this does.
+        with _cusolver(), torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                backward(forward())
+            with torch.cuda.graph(graphs[0], **how):
+                losses = forward()
+            with torch.cuda.graph(graphs[1], **how):
+                gradients = backward(losses)
+    except RuntimeError:
+        _abandon(pool)
+        raise
     torch.cuda.current_stream().wait_stream(stream)
     return Captured(graphs[0], tuple(loss.detach() for loss in losses), graphs[1], gradients)
+
+
+@contextmanager
+def _cusolver() -> Iterator[None]:
+    """MAGMA, which some torch takes for many matrices at once, waits for the device."""
+    before = torch.backends.cuda.preferred_linalg_library()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*preferred_linalg_library is an experimental")
+        torch.backends.cuda.preferred_linalg_library("cusolver")
+        try:
+            yield
+        finally:
+            torch.backends.cuda.preferred_linalg_library(before)
+
+
+def _abandon(pool: Any) -> None:
+    """After a capture that failed: no work of it runs on, and torch is out of it.
+
+    Where CUDA refuses to end a capture, torch 2.9 stays inside of it in two places.
+    """
+    torch.cuda.synchronize()  # the warm-up may still write what is put back now, or is freed
+    device = torch.cuda.current_device()
+    # The generator would refuse to draw; a copy of its state has not heard of the capture.
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+    # The allocator would never again give memory back, and `empty_cache` would raise.
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it is out of it
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 class StepGraphs:
@@ -86,7 +120,10 @@ class StepGraphs:
             modules: the parameters whose gradients the loss is to have; all that it depends on.
         """
         if stage != self._stage:
-            self._stage, self._graphed = stage, None  # gives its memory back first
+            if self._graphed is not None:  # its memory is given back first
+                for parameter in self._graphed.parameters:
+                    parameter.grad = None  # lies in it
+            self._stage, self._graphed = stage, None
             if not self._failed:
                 self._capture(x, losses, modules)
         if self._graphed is None or self._graphed.x.shape != x.shape:
@@ -99,9 +136,10 @@ class StepGraphs:
         try:
             self._graphed = _Graphed(x, losses, nn.ModuleList(modules))
         except RuntimeError as error:
-            # Not tried again: torch promises nothing of its allocator after a failed capture.
-            self._failed = True
-            reason = str(error).partition("\n")[0]
+            self._failed = True  # what cannot be captured now cannot be in the next stage
+            # Where an operator is refused, so is the end of the capture, which tells nothing.
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            reason = str(first).partition("\n")[0]
             print(f"training goes on without CUDA graphs: {reason}", file=sys.stderr)
         finally:
             for buffer, value in zip(buffers, before, strict=True):  # the warm-up was no step
