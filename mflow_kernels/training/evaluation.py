@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.objectives import bits_per_dimension
@@ -22,6 +24,7 @@ from mflow_kernels.training.data import (
     stream_generator,
 )
 from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.progress import counting
 from mflow_kernels.training.runs import Run
 
 _NOISE = 3  # key of stream_generator
@@ -106,8 +109,7 @@ def evaluate_model(
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
-    batches = OrderedBatches(images, batch_size or batch_of(images.image_shape))
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(_told("evaluating", images, batch_size)):
         generator = stream_generator(0, _NOISE, number, device=device)
         x = dequantize(batch.to(device), n_bits, generator)
         u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
@@ -138,6 +140,16 @@ def batch_of(image_shape: tuple[int, ...]) -> int:
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
+def _told(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
+    """Batches of all images in order; how many are done is told."""
+    done = 0
+    with counting(what, len(images)) as tell:
+        for batch in OrderedBatches(images, batch_size or batch_of(images.image_shape)):
+            yield batch
+            done += len(batch)
+            tell(done)
+
+
 @torch.no_grad()
 def importance_weighted_bits(
     model: HierarchicalFlow,
@@ -161,8 +173,7 @@ def importance_weighted_bits(
     """
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
-    batches = OrderedBatches(images, batch_size or batch_of(images.image_shape))
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(_told("importance weights", images, batch_size)):
         generator = stream_generator(0, _NOISE, number, device=device)
         levels = batch.to(device)
         each = [model.log_prob(dequantize(levels, n_bits, generator)) for _ in range(draws)]

@@ -41,7 +41,7 @@ def draw_images(
     figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12)
     row_height = (height + _GAP) / len(rows)
     centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
-    axes.set_yticks(centres, list(rows), fontsize=10)
+    axes.set_yticks(centres, [name.strip() for name in rows], fontsize=10)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

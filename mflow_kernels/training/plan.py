@@ -289,7 +289,7 @@ def _walks(config: RunConfig, trained: list[_Flow]) -> list[_Walk]:
     for flow in reversed(trained):
         there = range(len(flow.found))
         # A pass through the inverse ran from the last network to the first.
-        for decoding in (True, False)[not flow.decodes :]:
+        for decoding in (True, False) if flow.decodes else (False,):
             order = there if decoding else there[::-1]
             kept = {i for i in order[::-1][:: every or 1] if every}
             walks.append(_Walk(flow, decoding, order, kept))
