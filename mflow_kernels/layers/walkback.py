@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
-from mflow_kernels.ops._launch import accumulator, channels_first
+from mflow_kernels.ops._launch import accumulator, autocasts, channels_first, without_autocast
 from mflow_kernels.ops.uncouple import uncouple
 from mflow_kernels.ops.unmix import unmix
 
@@ -255,7 +255,7 @@ class _Entered:
         self._add_up()
         rows = [self.sums[row] for row in range(len(self.group.steps))]
         gram, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
-        with torch.autocast(gram.device.type, enabled=False):
+        with without_autocast(gram):
             dweight = (gram.double() @ self.inverse.mT).to(gram.dtype)
             gradients = torch.autograd.grad(
                 tuple(self.mixes), parameters, (dweight, dbias, self.dlog_det), allow_unused=True
@@ -266,10 +266,11 @@ class _Entered:
 def autocast_state(device: torch.device) -> dict[str, Any]:
     """Arguments of a `torch.autocast` like the one that is on, but that caches no cast weight: one
     cast without gradients would serve the walk back too."""
+    kind = "cpu" if device.type == "meta" else device.type  # torch.autocast knows no meta device
     return {
-        "device_type": device.type,
-        "dtype": torch.get_autocast_dtype(device.type),
-        "enabled": torch.is_autocast_enabled(device.type),
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": autocasts(device),
         "cache_enabled": False,
     }
 

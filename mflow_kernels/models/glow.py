@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops._checks import check_count, check_tensor
-from mflow_kernels.ops._launch import autocasts
+from mflow_kernels.ops._launch import autocasts, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -162,5 +162,8 @@ class VectorFlow(_ChainFlow):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """An image in the layout that is fast for convolutions; a vector as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    """An image in the layout that is fast for convolutions; a vector, and what a transform maps
+    over, which tells no layout, as it is."""
+    if x.dim() != 4 or transformed():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)

@@ -33,7 +33,8 @@ def transformed() -> bool:
 def uses_triton(x: Tensor) -> bool:
     """Whether an operator on x runs its Triton kernels: on CUDA, and under TRITON_INTERPRET=1 on
     the CPU too. Else its reference runs."""
-    return (x.device.type == "cuda" or INTERPRETED) and not transformed()
+    kind = x.device.type
+    return (kind == "cuda" or (INTERPRETED and kind == "cpu")) and not transformed()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

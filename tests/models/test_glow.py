@@ -101,6 +101,32 @@ def test_copies_pickles_and_trains_after():
         other_logdet.sum().backward()
 
 
+@pytest.mark.parametrize("reversible", [True, False])
+def test_maps_over_samples(reversible, device):
+    """torch.func.vmap of the flow, its inverse and its gradient are those of one batch."""
+    glow = moved(Glow((1, 4, 4), 2, 1, 4, reversible=reversible)).double().to(device)
+    x = normal(3, 1, 4, 4, dtype=torch.float64, device=device).requires_grad_()
+    (z, logdet), (plain, plain_logdet) = torch.func.vmap(glow)(x[:, None]), glow(x)
+    back, _ = torch.func.vmap(glow.inverse)(z)
+    grads = torch.func.vmap(torch.func.grad(lambda x: glow(x)[1].sum()))(x[:, None])
+    wants = [*plain, plain_logdet, x, *torch.autograd.grad(plain_logdet.sum(), x)]
+    for got, want in zip([*z, logdet, back, grads], wants, strict=True):
+        assert_close(got.squeeze(1), want, terms=10_000)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_tells_shapes_on_the_meta_device(reversible):
+    """As for planning memory: forward, backward and sampling where there is no data."""
+    glow = Glow((3, 8, 8), 2, 2, 8, reversible=reversible).to("meta")
+    x = torch.empty(2, 3, 8, 8, device="meta", requires_grad=True)
+    z, logdet = glow(x)
+    (sum(part.sum() for part in z) + logdet.sum()).backward()
+    assert [tuple(part.shape[1:]) for part in z] == list(glow.latent_shapes)
+    for leaf in (x, *glow.parameters()):
+        assert leaf.grad.shape == leaf.shape
+    assert glow.inverse(z)[0].shape == x.shape
+
+
 def test_latents_of_another_shape():
     glow = Glow((1, 4, 4), 2, 1, 2)
     z, _ = glow(normal(2, 1, 4, 4))
