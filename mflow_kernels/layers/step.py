@@ -149,8 +149,9 @@ class _Fold(torch.autograd.Function):
     def forward(
         ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        stacks = [torch.stack(factors[i : i + k]) for i in range(0, 7 * k, k)]
         permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
-            torch.stack(factors[i : i + k]).to(dtype) for i in range(0, 7 * k, k)
+            stack.to(dtype) for stack in stacks
         )
         with without_autocast(lower):
             diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
@@ -160,7 +161,8 @@ class _Fold(torch.autograd.Function):
             left = permutation @ lower
             weight = (left @ upper).mul_(scale[:, None, :])
             mixed_bias = (weight @ bias[:, :, None]).squeeze(2)
-        ctx.k, ctx.dtypes = k, [factor.dtype for factor in factors[2 * k :: k]]
+        # Of steps that differ, what `stack` promoted them to: autograd casts on.
+        ctx.k, ctx.dtypes = k, [stack.dtype for stack in stacks[2:]]
         ctx.save_for_backward(permutation, left, upper, diagonal, scale, bias, weight)
         return weight, mixed_bias, log_diagonal.sum() + log_scale.sum()
 

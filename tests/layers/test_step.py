@@ -4,6 +4,7 @@ from cases import normal
 from torch import nn
 
 from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels.layers.step import fold
 from mflow_kernels.testing import assert_close
 
 
@@ -43,6 +44,22 @@ def test_is_its_layers_one_after_the_other(shape, dims, scale, reversible, devic
         # Sums over samples, pixels and channels, through networks of two more layers each.
         size = max(1.0, want.abs().max().item())
         assert_close(got, want, terms=10_000, scale=size)
+
+
+def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
+    steps = [step.float() for step in moved_steps(4, 2)]
+    factors = [*steps[1].conv.parameters(), *steps[1].actnorm.parameters()]
+
+    def gradients():
+        weight, bias, log_det = fold(steps, torch.float32)
+        loss = weight[1].pow(3).sum() + bias[1].pow(3).sum() + log_det
+        return torch.autograd.grad(loss, factors)
+
+    wants = gradients()
+    steps[0].conv.bfloat16()
+    steps[0].actnorm.bfloat16()
+    for got, want in zip(gradients(), wants, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_one_step_is_a_chain_of_one(device):
