@@ -114,14 +114,15 @@ class Group(NamedTuple):
 def fold(steps: Sequence[FlowStep], dtype: torch.dtype) -> Mixes:
     """Fold each step's actnorm into its 1x1 convolution, all steps in one batched product:
     W' = W diag(exp(log_scale)), bias' = W' bias."""
+    convs, actnorms = [step.conv for step in steps], [step.actnorm for step in steps]
     factors: tuple[list[Tensor], ...] = (
-        [step.conv.permutation for step in steps],
-        [step.conv.sign for step in steps],
-        [step.conv.lower for step in steps],
-        [step.conv.upper for step in steps],
-        [step.conv.log_diagonal for step in steps],
-        [step.actnorm.log_scale for step in steps],
-        [step.actnorm.bias for step in steps],
+        [conv.permutation for conv in convs],
+        [conv.sign for conv in convs],
+        [conv.lower for conv in convs],
+        [conv.upper for conv in convs],
+        [conv.log_diagonal for conv in convs],
+        [actnorm.log_scale for actnorm in actnorms],
+        [actnorm.bias for actnorm in actnorms],
     )
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
