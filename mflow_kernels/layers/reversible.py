@@ -34,6 +34,7 @@ from mflow_kernels.layers.walkback import (
     RandomState,
     WalkBack,
     autocast_state,
+    raise_exchanged,
     random_state,
     same_random_state,
 )
@@ -50,7 +51,8 @@ class ReversibleChain(Bijection):
     Args:
         layers: `FlowStep`, `Squeeze` and `Split` layers.
         reversible: rebuild states in the backward pass; if False autograd stores them, which
-            allows `torch.compile` of the whole. Transforms of `torch.func` store them either way.
+            allows `torch.compile` of the whole, and `torch.func.functional_call`, whose parameters
+            are gone in the backward pass. Transforms of `torch.func` store them either way.
         checkpoint_every: k keeps the state of every k-th step and rebuilds only in between, so
             that the rounding of at most k inversions adds up; None keeps none: memory is flat, and
             gradients drift from the stored ones as training goes on (docs/memory.md has figures).
@@ -351,6 +353,8 @@ class _Reversible(torch.autograd.Function):
             dledger[:, 0],
         )
         back.walk(x, dx, latents, dlatents)
+        if not back.parameter_gradients.keys() <= {id(p) for p in journey.parameters}:
+            raise_exchanged()
         if x_true.numel():
             journey.keeper._record((back.x - x_true).abs().max())
         return (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,27 @@ class Network:
         modules = [net]
         for module in modules:  # as `net.modules()` finds them, in a third of the time
             modules += [m for m in module._modules.values() if m is not None]
-        parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
         self.net = net
+        self.found = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items()]
+        parameters = {id(p): p for *_, p in self.found if p is not None}
         self.trained = [p for p in parameters.values() if p.requires_grad]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that have gradients."""
         return self.trained
+
+    def check(self) -> None:
+        """RuntimeError where a parameter is no longer the tensor that it was."""
+        if any(place.get(name) is not p for place, name, p in self.found):
+            raise_exchanged()
+
+
+def raise_exchanged() -> NoReturn:
+    raise RuntimeError(
+        "ReversibleChain: a parameter was exchanged for another tensor since the forward pass, as "
+        "torch.func.functional_call does when it ends; reversible=False allows that"
+    )
 
 
 class WalkBack:
@@ -145,6 +158,7 @@ class WalkBack:
         if network_input is None:
             network_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
         network = self.networks[ordinal]
+        network.check()
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),

@@ -254,6 +254,21 @@ def test_a_changed_parameter_is_noticed() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("part", ["net", "conv"])
+def test_an_exchanged_parameter_is_noticed(part: str) -> None:
+    """Networks run again and weights are folded again: with other ones, gradients would be lost."""
+    chain = chain_of(lambda: nn.Conv2d(2, 4, 1))
+    x = torch.randn(2, 4, 3, 3)
+    others = {k: p.detach().clone().requires_grad_() for k, p in chain.named_parameters()}
+    others = {k: p for k, p in others.items() if part in k}
+    loss = loss_of(*torch.func.functional_call(chain, others, (x,)))
+    with pytest.raises(RuntimeError, match=r"exchanged.*functional_call.*reversible=False"):
+        loss.backward()
+    chain.reversible = False
+    loss_of(*torch.func.functional_call(chain, others, (x,))).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in others.values())
+
+
 @pytest.mark.parametrize("reversible", [True, False])
 def test_gradients_of_gradients(reversible: bool) -> None:
     """Autograd's are refused, where nothing would carry them; those of torch.func are exact."""
