@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from mflow_kernels.training.files import write_atomically
 from mflow_kernels.training.module import FlowTraining
@@ -33,12 +34,13 @@ class ProgressReport(Callback):
         self._last_line = time.monotonic()
         if not self._console.is_terminal:
             return
+        # In a narrow terminal the figures go to a second line; nothing else gives way.
         self._progress = Progress(
             TextColumn("stage {task.fields[stage]}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[figures]}", table_column=Column()),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self._console,
         )
         self._task = self._progress.add_task(

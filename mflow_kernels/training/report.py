@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from mflow_kernels.training.pictures import (
     draw_residuals,
     draw_spectrum,
 )
-from mflow_kernels.training.progress import Tell, counting
+from mflow_kernels.training.progress import counting
 from mflow_kernels.training.runs import Run
 from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
 from mflow_kernels.training.scores import (
@@ -230,14 +229,13 @@ def _score_sets(
     each = density_images(run.model) if deviation else 0
     with counting("OOD scores", sum(min(each, len(some)) for some in sets.values())) as tell:
         for name, some in sets.items():
-            own = partial(_tell_more, tell, done)
+
+            def own(count: int, before: int = done) -> None:
+                tell(before + count)
+
             scores[name] = score(run.model, some, run.config.n_bits, deviation, own)
             done += min(each, len(some))
     return scores
-
-
-def _tell_more(tell: Tell, done: int, count: int) -> None:
-    tell(done + count)
 
 
 @torch.no_grad()

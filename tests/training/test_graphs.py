@@ -208,7 +208,7 @@ def test_a_failing_capture_is_told_once_and_training_goes_on(
 
 class Cuda:
     """Stands in for torch's side of a capture: notes what is asked of it, and is in a capture after
-    one whose end failed, as torch before 2.12 is."""
+    one whose end failed, as torch 2.9 is."""
 
     def __init__(self, monkeypatch):
         self.said, self.solver, self.capturing = [], "default", False
