@@ -11,9 +11,13 @@ from mflow_kernels.ops._launch import autocasts, transformed
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
-    """Glow's network: 3x3, 1x1 and 3x3 convolutions, the last one zero at first.
+    """Glow's network: 3x3, 1x1 and 3x3 convolutions with ReLU between, the last one zero at first.
 
-    With no spatial axis, three linear layers.
+    From (N, in_channels, *spatial) to (N, out_channels, *spatial); with no spatial axis, three
+    linear layers.
+
+    Raises:
+        TypeError, ValueError: a width below 1, spatial_dims outside 0 to 3.
     """
     check_count("width", width, 1)
     check_count("spatial_dims", spatial_dims, 0, 3)
@@ -23,8 +27,8 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
         last: nn.Module = nn.Linear(width, out_channels)
     else:
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
-        pointwise = PointwiseConv2d if spatial_dims == 2 else conv
-        layers = [conv(in_channels, width, 3, padding=1), pointwise(width, width, 1)]
+        pointwise = PointwiseConv2d(width) if spatial_dims == 2 else conv(width, width, 1)
+        layers = [conv(in_channels, width, 3, padding=1), pointwise]
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
@@ -57,11 +61,15 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution, faster on a CPU for batches of fewer than 16 images in channels_last.
+    """A 1x1 convolution of (N, width, H, W), faster on a CPU for batches of fewer than 16 images in
+    channels_last and float32.
 
     torch makes a matrix product of those, at half the speed of oneDNN's convolution; but rows of
     pixels are images as good as any.
     """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._is_better_cut(x):
@@ -95,6 +103,8 @@ def _cut(x: Tensor) -> Tensor:
 
 
 class _Cut(torch.autograd.Function):
+    """`F.conv2d` by `_cut`; its backward is of operators that autograd goes on through."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -236,11 +236,19 @@ def walk(
     """Walk the moves, to be walked back by autograd or, where `reversible`, by rebuilding.
 
     Args:
+        groups: the steps whose weights `Mix` moves name.
         areas: how many pixels the states of each group have.
+        x: state (N, C, *spatial), checked.
+        latents: what `Return` moves bring back, the last one first.
+        context: further inputs of every network.
 
     Returns:
-        The state, the latents that left, the ledger (N, T), and the log-determinant () that is the
-        same for all samples.
+        The state and the latents that left, typed as x; the ledger (N, T) of log-determinants and
+        the log-determinant () that is the same for all samples, float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: in the backward pass of a `reversible` walk, where its gradient is to be
+            differentiated again, or a parameter is not what it was.
     """
     if reversible and torch.is_grad_enabled() and not transformed():
         x, latents, ledger, log_dets = _reversibly(keeper, moves, groups, x, latents, context)

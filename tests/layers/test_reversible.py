@@ -426,12 +426,55 @@ def test_networks_may_be_compiled() -> None:
     assert_all_close(gradients(chain, x, call=chain), want, terms=2 * 18)
 
 
-def test_stored_chain_compiles_whole() -> None:
-    chain = shaken(chain_of(lambda: nn.Conv2d(2, 4, 3, padding=1), reversible=False))
-    x = torch.randn(2, 4, 3, 3)
-    want = gradients(chain, x, call=chain)
-    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
-    assert_all_close(gradients(chain, x, call=compiled), want, terms=3 * 18)
+def stored_levels() -> ReversibleChain:
+    layers = [Squeeze(), FlowStep(4, width=4), FlowStep(4, width=4), Split(4, width=4)]
+    return shaken(ReversibleChain([*layers, FlowStep(2, width=4)], reversible=False))  # type: ignore[return-value]
+
+
+def test_stored_chain_compiles_whole_both_ways() -> None:
+    chain, x = stored_levels(), torch.randn(2, 1, 4, 4)
+    z = tuple(part.detach() for part in chain(x)[0])
+    for call, inputs in ((chain, (x,)), (lambda *z: chain.inverse(z), z)):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        want = gradients(chain, *inputs, call=call)
+        assert_all_close(gradients(chain, *inputs, call=compiled), want, terms=3 * 32)
+
+
+def test_sampling_of_stored_levels_is_exported() -> None:
+    class Sampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = stored_levels()
+
+        def forward(self, *z: Tensor) -> Tensor:
+            return self.chain.inverse(z)[0]
+
+    sampling = Sampling()
+    z = torch.randn(2, 2, 2, 2), torch.randn(2, 2, 2, 2)
+    assert_close(torch.export.export(sampling, z).module()(*z), sampling(*z), terms=3 * 32)
+
+
+class HalfNet(nn.Module):
+    """A network in float16 on states in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(2, 4, 1).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.half())
+
+
+def test_networks_in_float16_by_themselves() -> None:
+    """Where the state before a network is kept, it reads the same bits again."""
+    stored = shaken(chain_of(HalfNet, reversible=False))
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible, rebuilt.checkpoint_every = True, 1
+    x = torch.randn(2, 4, 3, 3) / 10
+    got, want = gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored)
+    assert [g.dtype for g in got] == [w.dtype for w in want]
+    assert torch.float16 in {w.dtype for w in want}
+    assert_all_close(got, want, terms=2 * 3 * 18)
 
 
 @pytest.mark.parametrize(
