@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.layers import ReversibleChain
+from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -336,6 +337,15 @@ def test_a_batch_of_another_shape_is_computed_without(stand_in):
     assert (stand_in.captures, stand_in.forwards, stand_in.backwards) == (1, 3, 3)
 
 
+def test_a_stage_gives_back_the_memory_of_the_one_before(stand_in):
+    first, second = small_flow(), small_flow()
+    step, x = StepGraphs(), torch.randn(4, 6)
+    loss, _ = step(0, x, losses_of(first), [first])
+    loss.backward()
+    step(1, x, losses_of(second), [second])
+    assert all(p.grad is None for p in first.parameters())  # which lay in it
+
+
 def test_gradients_are_not_copied_out_of_the_graph(stand_in, monkeypatch):
     kept = []
 
@@ -364,6 +374,14 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def unwatched(function):
+    def run(*args):
+        with _disable_current_modes():
+            return function(*args)
+
+    return run
+
+
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize(
     ("domain", "weight"), [("latent", 1.0), ("data", 1.0), ("data", "variance")]
@@ -374,7 +392,7 @@ def test_nothing_in_what_is_captured_waits_for_the_device(
     # It computes a number of numbers on the host.
     monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
     # Whether W is singular is looked at where a capture is not on.
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr("mflow_kernels.layers.step.inverse_mix", unwatched(inverse_mix))
     flow = VectorFlow(6, steps=3, width=8, reversible=reversible, checkpoint_every=2)
     model = ManifoldFlow(flow, 3, objective=ManifoldObjective(domain, weight=weight))
     with HostReads():
