@@ -56,7 +56,7 @@ def capture(
             with torch.cuda.graph(graphs[1], **how):
                 gradients = backward(losses)
     except RuntimeError:
-        _abandon(pool)
+        _abandon(graphs, pool)
         raise
     torch.cuda.current_stream().wait_stream(stream)
     return Captured(graphs[0], tuple(loss.detach() for loss in losses), graphs[1], gradients)
@@ -75,12 +75,15 @@ def _cusolver() -> Iterator[None]:
             torch.backends.cuda.preferred_linalg_library(before)
 
 
-def _abandon(pool: Any) -> None:
+def _abandon(graphs: Sequence[torch.cuda.CUDAGraph], pool: Any) -> None:
     """After a capture that failed: no work of it runs on, and torch is out of it.
 
-    Where CUDA refuses to end a capture, torch 2.9 stays inside of it in two places.
+    Where CUDA refuses to end a capture, torch 2.9 stays inside of it in two places; later ones get
+    out by themselves, at once or in `reset`.
     """
     torch.cuda.synchronize()  # the warm-up may still write what is put back now, or is freed
+    for graph in graphs:
+        graph.reset()
     device = torch.cuda.current_device()
     # The generator would refuse to draw; a copy of its state has not heard of the capture.
     generator = torch.cuda.default_generators[device]

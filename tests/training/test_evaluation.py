@@ -1,11 +1,13 @@
 """Figures of a model on images: bounds, scores of other images, what they are compared by."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
+from mflow_kernels.training import evaluation
 from mflow_kernels.training.data import ImageSet, load_folder
 from mflow_kernels.training.evaluation import (
     batch_of,
@@ -40,6 +42,22 @@ class Box(nn.Module):
 
     def log_prob(self, x):
         return (12 * x.flatten(1)[:, 0].square()).log()
+
+
+def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
+    told = []
+
+    @contextmanager
+    def counting(what, total):
+        yield lambda count: told.append((what, count, total))
+
+    monkeypatch.setattr(evaluation, "counting", counting)
+    how = {"device": loaded.device, "batch_size": len(faces) - 1}
+    evaluate_model(loaded.model, faces, 8, data="faces", **how)
+    importance_weighted_bits(loaded.model, faces, 8, 2, **how)
+    counts = len(faces) - 1, len(faces)
+    names = "evaluating", "importance weights"
+    assert told == [(name, count, len(faces)) for name in names for count in counts]
 
 
 class TestImportanceWeighting:
