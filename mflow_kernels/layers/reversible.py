@@ -309,7 +309,7 @@ def _reversibly(
     context: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
     networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
-    parts = [network.parameters() for network in networks]
+    parts = [network.trained for network in networks]
     parts += [group.parameters() for group in groups]
     parameters = {id(p): p for part in parts for p in part}
     journey = _Journey(

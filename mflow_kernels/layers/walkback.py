@@ -35,22 +35,41 @@ class Network:
         self.found = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items()]
         parameters = {id(p): p for *_, p in self.found if p is not None}
         self.trained = [p for p in parameters.values() if p.requires_grad]
+        self.modes = [(m, m.training) for m in modules]
         self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that have gradients."""
-        return self.trained
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """While it runs again: in the modes (train, eval) of the first time, whose update of the
+        running statistics was the only one.
 
-    def check(self) -> None:
-        """RuntimeError where a parameter is no longer the tensor that it was."""
+        Raises:
+            RuntimeError: where a parameter is no longer the tensor that it was.
+        """
         if any(place.get(name) is not p for place, name, p in self.found):
             raise_exchanged()
+        switched = [(m, mode) for m, mode in self.modes if m.training is not mode]
+        saved = [(m, m.momentum, m.num_batches_tracked) for m in self.norms]
+        for module, mode in switched:
+            module.training = mode
+        for m in self.norms:
+            # Of weight 0, the batch changes no running mean; the count of batches is put back.
+            m.momentum = 0.0
+            count = m.num_batches_tracked
+            m.num_batches_tracked = None if count is None else count + 0
+        try:
+            yield
+        finally:
+            for m, momentum, tracked in saved:
+                m.momentum, m.num_batches_tracked = momentum, tracked
+            for module, mode in switched:
+                module.training = not mode
 
 
 def raise_exchanged() -> NoReturn:
     raise RuntimeError(
-        "ReversibleChain: a parameter was exchanged for another tensor since the forward pass, as "
-        "torch.func.functional_call does when it ends; reversible=False allows that"
+        "ReversibleChain: since the forward pass a parameter was unfrozen, or exchanged for "
+        "another tensor, as by torch.func.functional_call; reversible=False allows that"
     )
 
 
@@ -158,12 +177,11 @@ class WalkBack:
         if network_input is None:
             network_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
         network = self.networks[ordinal]
-        network.check()
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),
             _random_state_of(self.random[ordinal]),
-            _still_statistics(network.norms),
+            network.again(),
         ):
             network_input = network_input.detach().requires_grad_()
             params = network.net(network_input, *self.context)
@@ -320,18 +338,3 @@ def _random_state_of(state: RandomState | None) -> Iterator[None]:
             generator.manual_seed(state[1][0])
             generator.set_offset(state[1][1])
         yield
-
-
-@contextmanager
-def _still_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Running statistics were updated the first time; running a network again leaves them."""
-    saved = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms:
-        # Of weight 0, the batch changes no running mean; the count of batches is put back below.
-        m.momentum = 0.0
-        m.num_batches_tracked = None if m.num_batches_tracked is None else m.num_batches_tracked + 0
-    try:
-        yield
-    finally:
-        for m, momentum, tracked in saved:
-            m.momentum, m.num_batches_tracked = momentum, tracked

@@ -131,6 +131,25 @@ def test_dropout_and_running_statistics() -> None:
             assert_close(buffers_rebuilt[name].double(), buffer.double(), terms=75, name=name)
 
 
+def test_a_mode_switched_before_the_backward_pass() -> None:
+    """Networks run again in the mode that they ran in, and are left in the new one."""
+    chain = shaken(chain_of(Network)).double()
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    results = []
+    for call in (chain.train, chain.eval):
+        chain.train()
+        torch.manual_seed(1)
+        z, logdet = chain(x)
+        call()
+        buffers = [b.clone() for b in chain.buffers()]
+        results.append(torch.autograd.grad(loss_of(z, logdet), list(chain.parameters())))
+        assert all(map(torch.equal, buffers, chain.buffers()))
+        modes = {m.training for m in chain.modules()}
+        assert modes == {call == chain.train}
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
 class Conditional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
