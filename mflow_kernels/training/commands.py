@@ -34,9 +34,10 @@ def train(options: dict[str, Any]) -> Work:
     plan = plan_run(config, folder, overwrite=overwrite, resume=resume)
 
     def work() -> None:
-        _report_skipped(plan.splits.skipped)
-        if plan.resumes and not plan.ranks.rank:
-            print(f"goes on from step {plan.first_step}", file=sys.stderr)
+        if not plan.ranks.rank:
+            _report_skipped(plan.splits.skipped)
+            if plan.resumes:
+                print(f"goes on from step {plan.first_step}", file=sys.stderr)
         pictures = run(plan)
         if not pictures:  # another rank's
             return

@@ -227,12 +227,18 @@ def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
 
 
 def _quieten_lightning() -> None:
-    """Hide what Lightning says of itself; its warnings about real trouble stay."""
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+    """Hide what Lightning says of itself and of torch; warnings about real trouble stay."""
+    for name in (
+        "lightning.pytorch",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.distributed",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*module\\(s\\) in eval mode at the start of training.*",  # the averaged model
         ".*The dirpath has changed from.*",  # a run folder that was moved, then resumed
+        ".*sync_dist=True.*",  # what is logged of several ranks is the same on all
+        ".*broadcast_buffers. is deprecated.*",  # torch 2.9 has no other name for it
     ):
         warnings.filterwarnings("ignore", message)

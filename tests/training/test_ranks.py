@@ -57,8 +57,11 @@ def figures(folder, name):
 def test_two_ranks_train_as_one(tmp_path):
     # Three are held out, for two ranks in batches of two: of the last one rank has none.
     faces = write_images(tmp_path / "faces", count=24)
+    (faces / "none.png").write_text("no image")
     command = ["train", *TINY, "--batch-size", "2", "--data", str(faces), "--run-dir"]
     torchrun([*command, str(tmp_path / "both")], tmp_path)
+    assert "skipped 1 files" in (tmp_path / "log0").read_text()
+    assert not (tmp_path / "log1").read_text()  # one of them speaks for both
     assert main([*command, str(tmp_path / "one")]) == 0
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
