@@ -336,4 +336,5 @@ def _report_skipped(skipped: Sequence[str]) -> None:
     if skipped:
         names = ", ".join(skipped[:5])
         more = ", ..." if len(skipped) > 5 else ""
-        print(f"skipped {len(skipped)} files that are no images: {names}{more}", file=sys.stderr)
+        files = "file" if len(skipped) == 1 else "files"
+        print(f"skipped {len(skipped)} {files} that cannot be read: {names}{more}", file=sys.stderr)

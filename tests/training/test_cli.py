@@ -203,7 +203,7 @@ class TestReconstructAndEvaluate:
         assert main(["reconstruct", str(run), "--data", str(other)]) == 0
         out, err = capsys.readouterr()
         assert out.strip() == str(run / "reconstructions-other.png")
-        assert err.strip() == "skipped 1 files that are no images: notes.txt"
+        assert err.strip() == "skipped 1 file that cannot be read: notes.txt"
 
     def test_evaluate_repeats_what_train_wrote(self, run, capsys):
         before = (run / "evaluation.json").read_text()
@@ -233,7 +233,7 @@ def test_skipped_files_are_reported(tmp_path, capsys):
     (folder / "torn.png").write_bytes(b"\x89PNG")
     command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
     assert main(command) == 0
-    assert "skipped 1 files that are no images: torn.png" in capsys.readouterr().err
+    assert "skipped 1 file that cannot be read: torn.png" in capsys.readouterr().err
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
