@@ -221,9 +221,14 @@ struct Unmixing {
         using V = typename Vector<A>::type;
         const int first = grid.first, second = grid.channels - first;
         const auto zero = [](int, int, V& sum) __attribute__((always_inline)) { sum = V{}; };
-        grid.move(t, first, grid.in_memory(p.dy[0], t, 0), grid.in_panel(b.g, 0));
+        const Part<A> dy = grid.in_memory(p.dy[0], t, 0);
+        if (p.dnet.data) {
+            add<A>(grid.rows(t, first), grid.columns(t, first), dy, grid.in_memory(p.dnet, t, 0),
+                   grid.in_panel(b.g, 0));
+        } else {
+            grid.move(t, first, dy, grid.in_panel(b.g, 0));
+        }
         grid.move(t, second, grid.in_memory(p.dy[1], t, 0), grid.in_panel(b.g, first));
-        if (p.dnet.data) add_dnet(t, b);
         back(grid, t, b.g, b.y, zero);
         grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
         if (p.coupling) {
@@ -238,20 +243,6 @@ struct Unmixing {
         other(grid, t, b.z, b.y, zero);
         grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.rebuilt, t, 0));
         if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
-    }
-
-    MFLOW_INLINE void add_dnet(const Tile& t, Panels<A>& b) {
-        const Part<A> from = grid.in_memory(p.dnet, t, 0);
-        const int columns = grid.columns(t, grid.first);
-        for (int r = 0; r < grid.rows(t, grid.first); ++r) {
-            A* to = b.g + r * grid.stride;
-            const A* add = from.data + r * from.row;
-            if (from.step == 1) {
-                for (int i = 0; i < columns; ++i) to[i] += add[i];
-            } else {
-                for (int i = 0; i < columns; ++i) to[i] += add[i * from.step];
-            }
-        }
     }
 
     MFLOW_INLINE void subtract_bias(const Tile& t, Panels<A>& b) {

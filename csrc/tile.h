@@ -37,6 +37,25 @@ MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
     }
 }
 
+// To a place of its own, since blocks overlap.
+template <class A>
+MFLOW_INLINE void add(int rows, int width, Part<A> a, Part<A> b, Part<A> to) {
+    const bool blocks = a.step == 1 && b.step == 1 && to.step == 1 && width >= 4;
+    for (int r = 0; r < rows; ++r, a.data += a.row, b.data += b.row, to.data += to.row) {
+        if (!blocks) {
+            for (int i = 0; i < width; ++i) {
+                to.data[i * to.step] = a.data[i * a.step] + b.data[i * b.step];
+            }
+            continue;
+        }
+        in_blocks(width, [&](auto length, int64_t i) {
+            A sums[length.value];
+            for (int j = 0; j < length.value; ++j) sums[j] = a.data[i + j] + b.data[i + j];
+            std::memcpy(to.data + i, sums, sizeof(sums));
+        });
+    }
+}
+
 template <class A>
 struct Buffers {
     A x[kTile], raw[kTile], shift[kTile], log_s[kTile], slope[kTile], dlogdet[kTile];
