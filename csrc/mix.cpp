@@ -55,14 +55,17 @@ struct Grid {
     MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
         const int64_t pixel = vectors ? w.sample : w.pixel;
         const int64_t sample = vectors ? 0 : w.sample;
-        A* data = static_cast<A*>(w.data) + t.sample * sample + channel * w.channel + t.pixel * pixel;
+        A* data = static_cast<A*>(w.data);
+        data += t.sample * sample + channel * w.channel + t.pixel * pixel;
         return PIXEL_ROWS ? Part<A>{data, pixel, w.channel, false}
                           : Part<A>{data, w.channel, pixel, false};
     }
     MFLOW_INLINE Part<A> in_panel(A* panel, int channel) const {
         return {panel + (PIXEL_ROWS ? channel : channel * stride), stride, 1, false};
     }
-    MFLOW_INLINE int rows(const Tile& t, int channels) const { return PIXEL_ROWS ? t.pixels : channels; }
+    MFLOW_INLINE int rows(const Tile& t, int channels) const {
+        return PIXEL_ROWS ? t.pixels : channels;
+    }
     MFLOW_INLINE int columns(const Tile& t, int channels) const {
         return PIXEL_ROWS ? channels : t.pixels;
     }
@@ -102,7 +105,8 @@ public:
             product<A>(rows, columns, channels_, {in, g.stride, 1}, packed_.data(), g.stride, out,
                        g.stride, begin);
         } else {
-            const Operand<A> weight = {static_cast<const A*>(matrix_.data), matrix_.row, matrix_.column};
+            const A* data = static_cast<const A*>(matrix_.data);
+            const Operand<A> weight = {data, matrix_.row, matrix_.column};
             product<A>(rows, columns, channels_, weight, in, g.stride, out, g.stride, begin);
         }
     }
@@ -155,22 +159,23 @@ struct Mixing {
 
     MFLOW_INLINE void couple(const Tile& t, int64_t index, const Coupling& c, Panels<A>& b) {
         const int second = grid.channels - grid.first, size = second * t.pixels;
-        grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, b.half.x));
-        grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, b.half.raw));
-        grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, b.half.shift));
+        Buffers<A>& h = b.half;
+        grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, h.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, h.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, h.shift));
         const A sign = c.inverse ? A(-1) : A(1);
-        log_scales<false, A>(c.scale, size, b.half.raw, b.half.log_s, b.half.slope);
+        log_scales<false, A>(c.scale, size, h.raw, h.log_s, h.slope);
         if (c.scale.shift_first != c.inverse) {
-            scale_values<true, A>(size, sign, b.half.x, b.half.log_s, b.half.shift, b.half.y);
+            scale_values<true, A>(size, sign, h.x, h.log_s, h.shift, h.y);
         } else {
-            scale_values<false, A>(size, sign, b.half.x, b.half.log_s, b.half.shift, b.half.y);
+            scale_values<false, A>(size, sign, h.x, h.log_s, h.shift, h.y);
         }
-        grid.move(t, second, grid.dense(t, second, b.half.y), grid.in_panel(b.z, grid.first));
+        grid.move(t, second, grid.dense(t, second, h.y), grid.in_panel(b.z, grid.first));
         if (!grid.vectors) {
-            sums[index] = sign * sum(size, b.half.log_s);
+            sums[index] = sign * sum(size, h.log_s);
         } else {
             for (int r = 0; r < t.pixels; ++r) {
-                sums[t.pixel + r] = sign * sum(second, b.half.log_s + r * second);
+                sums[t.pixel + r] = sign * sum(second, h.log_s + r * second);
             }
         }
     }
@@ -256,32 +261,36 @@ struct Unmixing {
 
     MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
         const int first = grid.first, second = grid.channels - first, size = second * t.pixels;
+        Buffers<A>& h = b.half;
         const auto dense = [&](A* data) { return grid.dense(t, second, data); };
-        grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(b.half.x));
-        grid.move(t, second, grid.in_memory(c.raw, t, 0), dense(b.half.raw));
-        grid.move(t, second, grid.in_memory(c.shift, t, 0), dense(b.half.shift));
-        grid.move(t, second, grid.in_panel(b.y, first), dense(b.half.dy));
+        grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(h.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), dense(h.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), dense(h.shift));
+        grid.move(t, second, grid.in_panel(b.y, first), dense(h.dy));
         const A* dlogdet = static_cast<const A*>(c.dlogdet);
         if (grid.vectors) {
             for (int r = 0; r < t.pixels; ++r) {
-                std::fill_n(b.half.dlogdet + r * second, second, dlogdet[(t.pixel + r) * c.dlogdet_stride]);
+                const int64_t sample = t.pixel + r;
+                std::fill_n(h.dlogdet + r * second, second, dlogdet[sample * c.dlogdet_stride]);
             }
         } else {
-            std::fill_n(b.half.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
+            std::fill_n(h.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
         }
-        log_scales<true, A>(c.scale, size, b.half.raw, b.half.log_s, b.half.slope);
+        log_scales<true, A>(c.scale, size, h.raw, h.log_s, h.slope);
         const A sign = c.inverse ? A(-1) : A(1);
+        const auto unscale = [&](auto add_first) __attribute__((always_inline)) {
+            unscale_values<add_first.value, true>(size, sign, h.x, h.log_s, h.slope, h.shift, h.dy,
+                                                  h.dlogdet, h.y, h.dx, h.draw, h.dshift);
+        };
         if (c.scale.shift_first != c.inverse) {
-            unscale_values<true, true, A>(size, sign, b.half.x, b.half.log_s, b.half.slope, b.half.shift, b.half.dy, b.half.dlogdet,
-                                          b.half.y, b.half.dx, b.half.draw, b.half.dshift);
+            unscale(std::true_type{});
         } else {
-            unscale_values<false, true, A>(size, sign, b.half.x, b.half.log_s, b.half.slope, b.half.shift, b.half.dy, b.half.dlogdet,
-                                           b.half.y, b.half.dx, b.half.draw, b.half.dshift);
+            unscale(std::false_type{});
         }
-        grid.move(t, second, dense(b.half.y), grid.in_panel(b.z, first));
-        grid.move(t, second, dense(b.half.dx), grid.in_memory(p.dstate, t, first));
-        grid.move(t, second, dense(b.half.draw), grid.in_memory(c.draw, t, 0));
-        grid.move(t, second, dense(b.half.dshift), grid.in_memory(c.dshift, t, 0));
+        grid.move(t, second, dense(h.y), grid.in_panel(b.z, first));
+        grid.move(t, second, dense(h.dx), grid.in_memory(p.dstate, t, first));
+        grid.move(t, second, dense(h.draw), grid.in_memory(c.draw, t, 0));
+        grid.move(t, second, dense(h.dshift), grid.in_memory(c.dshift, t, 0));
     }
 
     MFLOW_INLINE void add_to_sums(const Tile& t, Panels<A>& b, A* gram, A* dbias) {
@@ -299,7 +308,9 @@ struct Unmixing {
         } else {
             for (int c = 0; c < grid.channels; ++c) {
                 dbias[c] += sum(t.pixels, b.g + c * grid.stride);
-                for (int i = 0; i < t.pixels; ++i) b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
+                for (int i = 0; i < t.pixels; ++i) {
+                    b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
+                }
             }
             z = b.turned;
             dy = {b.g, grid.stride, 1};

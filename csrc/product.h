@@ -60,8 +60,11 @@ MFLOW_INLINE void product(int rows, int columns, int depth, const Operand<A>& a,
         int row = 0;
         const auto next = [&](auto count) __attribute__((always_inline)) {
             const Operand<A> from = {a.data + row * a.row, a.row, a.step};
-            product_rows<count.value, A>(depth, from, b + column, b_row, out + row * out_row + column,
-                                         out_row, [&](int i, V& sum) __attribute__((always_inline)) { begin(row + i, column, sum); });
+            const auto begin_row = [&](int i, V& sum) __attribute__((always_inline)) {
+                begin(row + i, column, sum);
+            };
+            product_rows<count.value, A>(depth, from, b + column, b_row,
+                                         out + row * out_row + column, out_row, begin_row);
             row += count.value;
         };
         while (row + 6 <= rows) next(std::integral_constant<int, 6>{});
