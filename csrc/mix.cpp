@@ -282,11 +282,8 @@ struct Unmixing {
             unscale_values<add_first.value, true>(size, sign, h.x, h.log_s, h.slope, h.shift, h.dy,
                                                   h.dlogdet, h.y, h.dx, h.draw, h.dshift);
         };
-        if (c.scale.shift_first != c.inverse) {
-            unscale(std::true_type{});
-        } else {
-            unscale(std::false_type{});
-        }
+        const bool add_first = c.scale.shift_first != c.inverse;
+        add_first ? unscale(std::true_type{}) : unscale(std::false_type{});
         grid.move(t, second, dense(h.y), grid.in_panel(b.z, first));
         grid.move(t, second, dense(h.dx), grid.in_memory(p.dstate, t, first));
         grid.move(t, second, dense(h.draw), grid.in_memory(c.draw, t, 0));
