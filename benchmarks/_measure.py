@@ -1,6 +1,6 @@
 """Time, memory, launches and bandwidth, each measured in one way for every benchmark.
 
-Variants of a group run interleaved, A B C A B C, so that whatever else the machine does falls on
+Variants of a group run interleaved, A B C, B C A, so that whatever else the machine does falls on
 all of them alike. On a GPU a call is timed by events around it, the device idle before and the
 cache flushed where asked; on a CPU by wall clock (or by the process's own time, for a machine that
 is busy with other work), with as many threads as torch is set to.
@@ -8,6 +8,7 @@ is busy with other work), with as many threads as torch is set to.
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -84,6 +85,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call of each variant, a list of `rounds`, after two calls that warm up.
 
+    A round starts with the next variant each time: the first one finds its caches emptied, by
+    Python's garbage collection between rounds.
+
     Args:
         prepares: each runs what comes before (a backward pass's forward) and returns what to time.
     """
@@ -95,10 +99,13 @@ def interleaved(
     collected = gc.isenabled()
     gc.disable()
     try:
+        names = deque(prepares)
         for _ in range(rounds):
-            for name, prepare in prepares.items():
+            for name in names:
+                prepare = prepares[name]
                 each = [seconds(prepare(), device, clock, flush) for _ in range(calls[name])]
                 taken[name].append(sum(each) / len(each))
+            names.rotate(-1)
             gc.collect()
     finally:
         if collected:

@@ -71,11 +71,12 @@ def test_a_check_measures_nothing() -> None:
 
 def test_variants_run_in_turn() -> None:
     order: list[str] = []
-    prepares = {name: (lambda name=name: lambda: order.append(name)) for name in "ab"}
+    prepares = {name: (lambda name=name: lambda: order.append(name)) for name in "abc"}
     taken = interleaved(prepares, 3, CPU, "wall")
-    assert [len(rounds) for rounds in taken.values()] == [3, 3]
+    assert [len(rounds) for rounds in taken.values()] == [3, 3, 3]
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert "".join(runs) == "ab" * 4  # two calls of each to warm up, then three rounds
+    # Two calls of each to warm up, then three rounds, each with another one first.
+    assert "".join(runs) == "abc" + "abc" + "bca" + "cab"
 
 
 def test_the_peak_counts_what_was_freed_meanwhile() -> None:
