@@ -111,11 +111,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
     const A* shift = read<A>(g, t, p.shift, b.shift);
     A* y = room<A>(g, t, p.y, b.y);
     log_scales<false, A>(p.scale, t.size(), raw, b.log_s, b.slope);
-    if (p.scale.shift_first != p.inverse) {
-        scale_values<true, A>(t.size(), sign, x, b.log_s, shift, y);
-    } else {
-        scale_values<false, A>(t.size(), sign, x, b.log_s, shift, y);
-    }
+    scale_half<A>(p, t.size(), x, b.log_s, shift, y);
     copy_what_stays<A>(p, g, t);
     write<A>(g, t, p.y, y);
     if (!g.vectors) {
@@ -131,7 +127,6 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
 template <class A>
 MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
     const Tile t = tile_at(g, index);
-    const A sign = p.inverse ? A(-1) : A(1);
     const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
     const A* shift = read<A>(g, t, p.shift, b.shift);
@@ -147,18 +142,11 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
     A* draw = room<A>(g, t, p.draw, b.draw);
     A* dshift = room<A>(g, t, p.dshift, b.dshift);
     log_scales<true, A>(p.scale, t.size(), raw, b.log_s, b.slope);
-    const bool add_first = p.scale.shift_first != p.inverse;
-    const auto run = [&](auto add_first, auto kept) __attribute__((always_inline)) {
-        unscale_values<add_first.value, kept.value, A>(t.size(), sign, given, b.log_s, b.slope, shift,
-                                                       dy, b.dlogdet, other, dx, draw, dshift);
+    const auto run = [&](auto kept) __attribute__((always_inline)) {
+        unscale_half<kept.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
+                                    draw, dshift);
     };
-    using Yes = std::true_type;
-    using No = std::false_type;
-    if (add_first) {
-        p.kept ? run(Yes{}, Yes{}) : run(Yes{}, No{});
-    } else {
-        p.kept ? run(No{}, Yes{}) : run(No{}, No{});
-    }
+    p.kept ? run(std::true_type{}) : run(std::false_type{});
     copy_what_stays<A>(p, g, t);
     if (result.data) write<A>(g, t, result, other);
     write<A>(g, t, p.dx, dx);

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -165,11 +164,7 @@ struct Mixing {
         grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, h.shift));
         const A sign = c.inverse ? A(-1) : A(1);
         log_scales<false, A>(c.scale, size, h.raw, h.log_s, h.slope);
-        if (c.scale.shift_first != c.inverse) {
-            scale_values<true, A>(size, sign, h.x, h.log_s, h.shift, h.y);
-        } else {
-            scale_values<false, A>(size, sign, h.x, h.log_s, h.shift, h.y);
-        }
+        scale_half<A>(c, size, h.x, h.log_s, h.shift, h.y);
         grid.move(t, second, grid.dense(t, second, h.y), grid.in_panel(b.z, grid.first));
         if (!grid.vectors) {
             sums[index] = sign * sum(size, h.log_s);
@@ -277,13 +272,8 @@ struct Unmixing {
             std::fill_n(h.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
         }
         log_scales<true, A>(c.scale, size, h.raw, h.log_s, h.slope);
-        const A sign = c.inverse ? A(-1) : A(1);
-        const auto unscale = [&](auto add_first) __attribute__((always_inline)) {
-            unscale_values<add_first.value, true>(size, sign, h.x, h.log_s, h.slope, h.shift, h.dy,
-                                                  h.dlogdet, h.y, h.dx, h.draw, h.dshift);
-        };
-        const bool add_first = c.scale.shift_first != c.inverse;
-        add_first ? unscale(std::true_type{}) : unscale(std::false_type{});
+        unscale_half<true, A>(c, size, h.x, h.log_s, h.slope, h.shift, h.dy, h.dlogdet, h.y, h.dx, h.draw,
+                              h.dshift);
         grid.move(t, second, dense(h.y), grid.in_panel(b.z, first));
         grid.move(t, second, dense(h.dx), grid.in_memory(p.dstate, t, first));
         grid.move(t, second, dense(h.draw), grid.in_memory(c.draw, t, 0));

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "mix.h"
@@ -58,7 +59,9 @@ Shape second_half(Shape shape, int64_t first) {
 }
 
 void expect_mixed(const Shape& shape) {
-    if (shape.channels < 1 || shape.channels > kMixedChannels) fail("expected 1 to 128 channels");
+    if (shape.channels < 1 || shape.channels > kMixedChannels) {
+        fail("expected 1 to " + std::to_string(kMixedChannels) + " channels");
+    }
 }
 
 // y = W z + bias with z = x, or where params are given what x is coupled to; net, the first half of y.
@@ -174,6 +177,7 @@ void unmix_coupled(int threads, const py::object& x, const py::object& params, c
 }  // namespace
 
 void bind_mixes(py::module_& m) {
+    m.attr("mixed_channels") = kMixedChannels;
     // Without names, as the couplings.
     m.def("mix", &mix);
     m.def("unmix", &unmix);

@@ -127,4 +127,29 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
     }
 }
 
+// Both, in the order in which the coupling scales and shifts.
+template <class A>
+MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* log_s, const A* shift,
+                             A* y) {
+    const A sign = p.inverse ? A(-1) : A(1);
+    if (p.scale.shift_first != p.inverse) {
+        scale_values<true, A>(count, sign, x, log_s, shift, y);
+    } else {
+        scale_values<false, A>(count, sign, x, log_s, shift, y);
+    }
+}
+template <bool KEPT, class A>
+MFLOW_INLINE void unscale_half(const Coupling& p, int count, const A* given, const A* log_s,
+                               const A* slope, const A* shift, const A* dy, const A* dlogdet, A* other,
+                               A* dx, A* draw, A* dshift) {
+    const A sign = p.inverse ? A(-1) : A(1);
+    if (p.scale.shift_first != p.inverse) {
+        unscale_values<true, KEPT, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+                                      draw, dshift);
+    } else {
+        unscale_values<false, KEPT, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+                                       draw, dshift);
+    }
+}
+
 }  // namespace mflow

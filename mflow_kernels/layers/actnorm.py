@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.ops._checks import check_channels, check_count, check_device, check_state
+from mflow_kernels.ops._checks import check_count, check_state_for
 
 
 class ActNorm(Bijection):
@@ -31,17 +31,12 @@ class ActNorm(Bijection):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
+        check_state_for("x", x, self.bias)
         return ops.actnorm(x, self.bias, self.log_scale)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("z", z)
+        check_state_for("z", z, self.bias)
         return ops.actnorm_inverse(z, self.bias, self.log_scale)
-
-    def _check(self, name: str, value: object) -> None:
-        x = check_state(name, value)
-        check_channels(name, x, self.bias.shape[0])
-        check_device(name, x, self.bias)
 
     def initialize(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         self.set_from(x)
@@ -50,7 +45,7 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def set_from(self, x: Tensor) -> None:
         """Take bias and scale from the batch x (N, C, *spatial), unless they were set before."""
-        self._check("x", x)
+        check_state_for("x", x, self.bias)
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()

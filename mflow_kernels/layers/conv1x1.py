@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.ops._checks import check_channels, check_count, check_device, check_state
+from mflow_kernels.ops._checks import check_count, check_state_for
 from mflow_kernels.ops._launch import accumulator, pixels, without_autocast
 
 
@@ -88,17 +88,12 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("x", x)
+        check_state_for("x", x, self.log_diagonal)
         return ops.conv1x1(x, self.weight()), self._logdet(x)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        self._check("z", z)
+        check_state_for("z", z, self.log_diagonal)
         return ops.conv1x1_inverse(z, self.weight()), -self._logdet(z)
-
-    def _check(self, name: str, value: object) -> None:
-        x = check_state(name, value)
-        check_channels(name, x, self.log_diagonal.shape[0])
-        check_device(name, x, self.log_diagonal)
 
     def _logdet(self, x: Tensor) -> Tensor:
         log_det = self.log_diagonal.to(accumulator(x.dtype)).sum()

@@ -41,6 +41,13 @@ def check_channels(
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(x.shape)}")
 
 
+def check_state_for(name: str, value: object, of_channels: Tensor) -> None:
+    """A flow state with a channel for each number of a layer's vector, on its device."""
+    x = check_state(name, value)
+    check_channels(name, x, of_channels.shape[0])
+    check_device(name, x, of_channels)
+
+
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")

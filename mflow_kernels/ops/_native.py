@@ -37,7 +37,8 @@ def serves(x: Tensor) -> bool:
     )
 
 
-MIXED_CHANNELS = 128  # that the loops of 1x1 convolutions take
+# That the loops of 1x1 convolutions take.
+MIXED_CHANNELS: int = 0 if _C is None else _C.mixed_channels
 
 
 def mixes(x: Tensor) -> bool:
