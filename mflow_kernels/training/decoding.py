@@ -31,6 +31,7 @@ _UNREADABLE = (
     Image.DecompressionBombError,
 )
 _REASON_LENGTH = 100
+DIGEST_LENGTH = 16  # hexadecimal digits
 
 
 class Format(NamedTuple):
@@ -48,11 +49,11 @@ class Format(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Some images: uint8 pixels (N, C, H, W), their SHA-256, why the others could not be read (by
-    position among the entries), and how many were smaller than the result."""
+    """Some images: uint8 pixels (N, C, H, W), the digest of each, why the others could not be read
+    (by position among the entries), and how many were smaller than the result."""
 
     pixels: np.ndarray
-    sha256: str
+    digests: list[str]
     skipped: dict[int, str]
     enlarged: int
 
@@ -87,12 +88,13 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
         row = pixels[position - len(skipped)]
         row[:] = square if form.channels == 1 else square.transpose(2, 0, 1)
     pixels = pixels[: len(entries) - len(skipped)]
-    return Decoded(pixels, checksum(pixels), skipped, enlarged)
+    return Decoded(pixels, [digest(row) for row in pixels], skipped, enlarged)
 
 
-def checksum(pixels: np.ndarray) -> str:
-    """SHA-256 of an array's bytes, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+def digest(pixels: np.ndarray) -> str:
+    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal: enough to notice damage
+    and to recognize an image among millions."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:DIGEST_LENGTH]
 
 
 def square_of(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:

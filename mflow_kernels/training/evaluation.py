@@ -209,7 +209,8 @@ def read_images(data: str, size: int) -> tuple[ImageSet, tuple[str, ...]]:
     are held out; and the files that were skipped. Errors are those of `load_splits`."""
     if data == DIGITS:
         return load_splits(data, size).test, ()
-    return load_folder(data, size)
+    folder = load_folder(data, size)
+    return folder.images, folder.skipped
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

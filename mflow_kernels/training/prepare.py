@@ -101,11 +101,11 @@ class _Work:
     end: int = 0
     skipped: dict[int, str] = field(default_factory=dict)
     enlarged: int = 0
-    checksums: list[tuple[int, str]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        return sum(count for count, _ in self.checksums)
+        return len(self.digests)
 
     @property
     def image_bytes(self) -> int:
@@ -114,8 +114,7 @@ class _Work:
     def add(self, line: dict) -> None:
         self.skipped |= {int(position): why for position, why in line["skipped"].items()}
         self.enlarged += line["enlarged"]
-        if line["rows"]:
-            self.checksums.append((line["rows"], line["sha256"]))
+        self.digests += line["digests"]
         self.end = line["end"]
 
     def names(self, source: Source) -> list[str]:
@@ -179,10 +178,9 @@ def _decode_rest(
             _sync(file)
             line = {
                 "end": work.end + len(entries),
-                "rows": len(decoded.pixels),
                 "skipped": {work.end + i: why for i, why in decoded.skipped.items()},
                 "enlarged": decoded.enlarged,
-                "sha256": decoded.sha256,
+                "digests": decoded.digests,
             }
             lines.write(_line(line))
             _sync(lines)
@@ -242,7 +240,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
         names=names,
         skipped=skipped,
         enlarged=work.enlarged,
-        checksums=work.checksums,
+        digests=work.digests,
     ).encode()
     file.write(part.tobytes() + record)
     file.truncate()

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mflow_kernels.training.decoding import Format, checksum
+from mflow_kernels.training.decoding import Format, digest
+from mflow_kernels.training.manifest import Manifest
 from mflow_kernels.training.sources import DataError
 
 HEADER_BYTES = 4096
 PARTS = ("train", "valid", "test")
-_KIND = "mflow images 1"
+_KIND = "mflow images 2"
 _TOLD = 20  # skipped files that are named to a person
+_VERIFIED_AT_A_TIME = 256  # images between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Record:
         names: of each image its file, below the source.
         skipped: files that could not be read, and why.
         enlarged: how many images were smaller than the result.
-        checksums: (images, SHA-256 of their bytes), block after block.
+        digests: of each image the digest of its bytes, see decoding.digest.
     """
 
     source: str
@@ -53,7 +55,7 @@ class Record:
     names: list[str]
     skipped: dict[str, str]
     enlarged: int
-    checksums: list[tuple[int, str]]
+    digests: list[str]
 
     @property
     def format(self) -> Format:
@@ -81,6 +83,11 @@ class Prepared:
     part: np.ndarray
     record: Record
 
+    @property
+    def manifest(self) -> Manifest:
+        """The name, part and digest of each image."""
+        return Manifest(self.record.names, np.asarray(self.part), self.record.digests)
+
     def summary(self) -> str:
         """What is in it, in a few lines for a person."""
         record, (count, *shape) = self.record, self.images.shape
@@ -101,21 +108,19 @@ class Prepared:
         return "\n".join(lines)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every byte and compare checksums; `progress` gets the number of images done so far.
+        """Read every image and compare digests; `progress` gets the number of images done so far.
 
         Raises:
-            DataError: a block of images that is not as it was written.
+            DataError: an image that is not as it was written.
         """
-        done = 0
-        for count, expected in self.record.checksums:
-            if checksum(self.images[done : done + count]) != expected:
+        for row, (image, expected) in enumerate(zip(self.images, self.record.digests, strict=True)):
+            if digest(image) != expected:
                 raise DataError(
-                    f"data: {self.path} is damaged: images {done} to {done + count - 1} have "
-                    "another checksum than was written; prepare it again with --overwrite"
+                    f"data: {self.path} is damaged: image {row} ({self.record.names[row]}) is not "
+                    "as it was written; prepare it again with --overwrite"
                 )
-            done += count
-            if progress is not None:
-                progress(done)
+            if progress is not None and (row + 1) % _VERIFIED_AT_A_TIME == 0:
+                progress(row + 1)
 
 
 def header(form: Format, count: int, record_bytes: int) -> bytes:
