@@ -63,20 +63,24 @@ def prepare(
         image_size: Side of the square images in pixels.
         workers: Processes that decode; by default one for each core.
     """
+    from mflow_kernels.training.files import follow_links
     from mflow_kernels.training.prepare import is_prepared_from
     from mflow_kernels.training.prepare import prepare as make
-    from mflow_kernels.training.prepared import open_prepared
+    from mflow_kernels.training.prepared import is_prepared, open_prepared
     from mflow_kernels.training.progress import counting
     from mflow_kernels.training.sources import find_images
 
-    path = Path(out)
+    path = follow_links(Path(out), "out")
     _check_at_least("image_size", image_size, 1)
     if workers is not None:
         _check_at_least("workers", workers, 1)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"out: expected a folder that can be written, got {path.parent}")
-    if path.is_dir() or Path(data).resolve() in path.resolve().parents:
+        raise ValueError(f"out: expected a folder that can be written, got {Path(out).parent}")
+    images = Path(os.path.realpath(data))
+    if path.is_dir() or images in (path, *path.parents):
         raise ValueError(f"out: expected a file outside of the images' folder, got {out!r}")
+    if path.exists() and overwrite and not is_prepared(path):
+        raise ValueError(f"out: --overwrite expected a file of mflow prepare, got another: {out}")
     source = find_images(data)
     made = not overwrite and is_prepared_from(path, source, image_size)
     if path.exists() and not made and not overwrite:

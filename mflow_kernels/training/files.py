@@ -34,6 +34,21 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 
+def follow_links(path: Path, argument: str) -> Path:
+    """The file or folder that is written when `path` is: symbolic links are followed, also a last
+    one that leads to nothing yet.
+
+    A command that replaces `path` replaces what the link leads to, and the link stays.
+
+    Raises:
+        ValueError: links that lead in a circle; it names `argument`.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise ValueError(f"{argument}: symbolic links lead in a circle: {path}")
+    return real
+
+
 def remove_temporary(folder: Path) -> None:
     """Remove what `write_atomically` left in a folder when its process was killed."""
     for path in folder.glob(".*.tmp"):

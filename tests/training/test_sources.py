@@ -1,10 +1,9 @@
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import write_images
+from tiny_runs import write_images, zip_up
 
 from benchmarks._celeba_tree import make_celeba
 from mflow_kernels.training.data import load_splits
@@ -16,13 +15,6 @@ def pixels(data, size=16):
     source = find_images(data)
     channels = 3 if source.is_celeba or any_in_colour(source.entries) else 1
     return decode(source.entries, Format(size, channels, source.crop)).pixels
-
-
-def zip_up(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            archive.write(file, file.relative_to(folder))
-    return path
 
 
 @pytest.fixture(scope="module")
