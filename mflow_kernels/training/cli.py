@@ -20,6 +20,7 @@ from mflow_kernels.training.commands import (
     sample,
     train,
 )
+from mflow_kernels.training.printable import printable
 
 if TYPE_CHECKING:
     from mflow_kernels.training.options import OptionParser
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         return _fail(_as_typed(str(error), argv), code=2)
     except OSError as error:  # a folder of images is prepared in a cache
-        return _fail_lacking(error)
+        return _fail_system(error)
     try:
         work()
     except DataError as error:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         return _fail(str(error), code=1)
     except OSError as error:
-        return _fail_lacking(error)
+        return _fail_system(error)
     return 0
 
 
@@ -203,13 +204,13 @@ def _as_typed(message: str, argv: list[str]) -> str:
     return message
 
 
-def _fail_lacking(error: OSError) -> int:
-    """Fail for a full disk or memory; raise any other error again."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-        raise error
-    return _fail(error.strerror or str(error), code=1)
+def _fail_system(error: OSError) -> int:
+    """Code 1 for want of disk or memory, 2 for a path that cannot be used."""
+    lacking = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return _fail(path + (error.strerror or str(error)), code=1 if lacking else 2)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mflow: error: {message}", file=sys.stderr)
+    print(f"mflow: error: {printable(message)}", file=sys.stderr)
     return code

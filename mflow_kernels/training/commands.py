@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from mflow_kernels.training.printable import printable
+
 Device = Literal["auto", "cpu", "cuda"]
 Work = Callable[[], None]
 
@@ -41,9 +43,9 @@ def train(options: dict[str, Any]) -> Work:
         pictures = run(plan)
         if not pictures:  # another rank's
             return
-        print(f"\nRun folder: {folder}\nPictures:")
+        print(f"\nRun folder: {printable(str(folder))}\nPictures:")
         for picture in pictures:
-            print(f"  {picture}")
+            print(f"  {printable(str(picture))}")
 
     return work
 
@@ -97,7 +99,7 @@ def prepare(
             print("made before; every byte is as it was written")
         else:
             try:
-                prepared = make(source, path, image_size, workers)
+                prepared = make(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
@@ -145,7 +147,7 @@ def sample(
         images = draw_samples(loaded.model, number, temperature, seed, stages)
         title = f"{number} samples at T = {temperature:g}, seed {seed}"
         draw_images(path, title, in_rows({"": images}))
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -180,9 +182,9 @@ def reconstruct(
     def work() -> None:
         _report_skipped(skipped)
         originals = images.batch(range(min(number, len(images))))
-        title = f"{name}: images and their projections on the manifold"
+        title = f"{printable(name)}: images and their projections on the manifold"
         draw_residuals(path, title, originals, project_images(loaded.model, originals))
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -258,9 +260,9 @@ def evaluate(
         )
         evaluation.write(path)
         evaluation.print()
-        print(path)
+        print(printable(str(path)))
         asked = Asked(draws, network, feature_images, tuple(others))
-        print(write_report(loaded, images, evaluation, folder, asked))
+        print(printable(str(write_report(loaded, images, evaluation, folder, asked))))
 
     return work
 
@@ -317,7 +319,7 @@ def export(run: str, out: str) -> Work:
 
     def work() -> None:
         export_run(loaded, path)
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -338,7 +340,7 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 def _report_skipped(skipped: Sequence[str]) -> None:
     if skipped:
-        names = ", ".join(skipped[:5])
+        names = ", ".join(map(printable, skipped[:5]))
         more = ", ..." if len(skipped) > 5 else ""
         files = "file" if len(skipped) == 1 else "files"
         print(f"skipped {len(skipped)} {files} that cannot be read: {names}{more}", file=sys.stderr)

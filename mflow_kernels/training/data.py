@@ -28,6 +28,7 @@ from mflow_kernels.training.decoding import digest, square_of
 from mflow_kernels.training.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.training.prepare import HELD_OUT_FRACTION, SPLIT_SEED, is_prepared_from, prepare
 from mflow_kernels.training.prepared import PARTS, Prepared, is_prepared, open_prepared
+from mflow_kernels.training.printable import printable
 from mflow_kernels.training.sources import DataError, find_images
 
 DIGITS = "digits"
@@ -295,13 +296,16 @@ def _open(data: str, image_size: int | None) -> Prepared:
         )
     size = image_size or DEFAULT_FOLDER_SIZE
     source = find_images(path)
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]
-    cached = cache_folder() / f"{path.resolve().stem}-{size}px-{place}.safetensors"
+    real = Path(os.path.realpath(path))
+    place = hashlib.sha256(os.fsencode(real)).hexdigest()[:10]
+    # A name of 40 characters leaves room for the rest of it, at four bytes each.
+    cached = cache_folder() / f"{real.stem[:40]}-{size}px-{place}.safetensors"
     if is_prepared_from(cached, source, size):
         return open_prepared(cached)
     megabytes = len(source.entries) * 3 * size**2 / 1e6
     if megabytes > _MEGABYTES_TO_TELL:
-        print(f"preparing {data} in {cached} ({megabytes:,.0f} MB)", file=sys.stderr)
+        told = printable(f"preparing {data} in {cached} ({megabytes:,.0f} MB)")
+        print(told, file=sys.stderr)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from mflow_kernels.training.data import (
     stream_generator,
 )
 from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.printable import printable
 from mflow_kernels.training.progress import counting
 from mflow_kernels.training.runs import Run
 
@@ -63,7 +65,8 @@ class Evaluation:
 
     def print(self) -> None:
         """As a table on stdout."""
-        table = Table(title=f"Evaluation on {self.images:,} images of {self.data}")
+        title = f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
+        table = Table(title=title)
         table.add_column("")
         for number, dim in enumerate(self.manifold_dims, start=1):
             stages = "stage 1" if number == 1 else f"stages 1-{number}"

@@ -5,6 +5,7 @@ its images is drawn, and the draw depends on their number.
 """
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mflow_kernels.training.printable import printable
 MANIFEST = "images.csv"  # in a run folder
 TRAIN, VALID, TEST = range(3)  # parts
 _COLUMNS = ["name", "part", "digest"]
+_DIGEST = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
 _NAMED = 3  # names that a difference lists of each kind
 
 
@@ -71,7 +73,7 @@ class Manifest:
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{path}: not a list of a run's images ({error})") from None
         for number, row in enumerate(listed, start=2):
-            if len(row) != 3 or row[1] not in ("0", "1", "2") or not _is_digest(row[2]):
+            if len(row) != 3 or row[1] not in ("0", "1", "2") or not is_digest(row[2]):
                 raise ValueError(
                     f"{path}, row {number}: expected a name, a part (0, 1 or 2) and a digest, "
                     f"got {','.join(row)[:80]!r}"
@@ -143,5 +145,6 @@ class Manifest:
         )
 
 
-def _is_digest(text: str) -> bool:
-    return len(text) == DIGEST_LENGTH and not set(text) - set("0123456789abcdef")
+def is_digest(value: object) -> bool:
+    """Whether a value is text as `decoding.digest` returns it."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None

@@ -38,7 +38,7 @@ def draw_images(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
     )
     axes.imshow(mosaic, interpolation="nearest")
-    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12)
+    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12, parse_math=False)
     row_height = (height + _GAP) / len(rows)
     centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
     axes.set_yticks(centres, [name.strip() for name in rows], fontsize=10)
