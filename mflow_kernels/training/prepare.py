@@ -2,8 +2,8 @@
 
 While it is made, the file has a hidden name beside its own, and beside it lies a journal: a line
 for each block of images that is on disk for good. A process that is killed, at any moment, leaves
-both; the next one cuts the file back to what the journal vouches for and goes on from there. The
-last act is a rename. A lock on the journal keeps a second process waiting until the first is done.
+both; the next one cuts both back to the blocks that are whole and goes on from there. The last act
+is a rename. A second process waits for the lock on the journal, which ends with its process.
 """
 
 import errno
@@ -26,7 +26,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mflow_kernels.training.decoding import Decoded, Format, any_in_colour, decode, start_worker
+from mflow_kernels.training.decoding import (
+    Decoded,
+    Format,
+    any_in_colour,
+    decode,
+    digest,
+    start_worker,
+)
 from mflow_kernels.training.manifest import is_digest
 from mflow_kernels.training.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
 from mflow_kernels.training.printable import printable
@@ -123,11 +130,17 @@ class _Work:
     def image_bytes(self) -> int:
         return math.prod(self.form.shape)
 
-    def add(self, line: dict, total: int) -> None:
-        """Count a block in, of `total` entries in all.
+    def check(self, line: dict, file: BinaryIO, total: int) -> None:
+        """Whether the next block, as the journal lists it, is in the file.
+
+        Args:
+            line: its line in the journal.
+            file: at the end of the images so far; it is read to the end of the block.
+            total: entries of the source.
 
         Raises:
-            ValueError, TypeError, KeyError: not a line that continues this work.
+            ValueError, TypeError, KeyError: the line does not continue this work, or the images are
+                not those that it lists.
         """
         end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
         skipped = {int(position): why for position, why in line["skipped"].items()}
@@ -141,10 +154,15 @@ class _Work:
             and all(map(is_digest, digests))
         ):
             raise ValueError("a line of another journal")
-        self.skipped |= skipped
-        self.enlarged += enlarged
-        self.digests += digests
-        self.end = end
+        for expected in digests:
+            if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
+                raise ValueError("images other than those listed")
+
+    def add(self, line: dict) -> None:
+        self.skipped |= {int(position): why for position, why in line["skipped"].items()}
+        self.enlarged += line["enlarged"]
+        self.digests += line["digests"]
+        self.end = line["end"]
 
     def names(self, source: Source) -> list[str]:
         return [e.name for i, e in enumerate(source.entries) if i not in self.skipped]
@@ -157,18 +175,20 @@ def _identity(source: Source, image_size: int) -> str:
 def _resume(
     lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
 ) -> _Work:
-    """What the journal vouches for. File and journal are cut back to it; a line that is torn or
-    wrong ends it."""
-    total, size = len(source.entries), file.seek(0, os.SEEK_END)
+    """The blocks that the journal lists and the file holds. Both are cut back to them: at the first
+    line that is torn or wrong, or whose images are not as they were written."""
+    total = len(source.entries)
     work, end = None, 0
     lines.seek(0)
+    file.seek(HEADER_BYTES)
     for line in lines.read().splitlines(keepends=True):
         try:
             values = json.loads(line)
             if not line.endswith(b"\n"):
                 break
             if work is not None:
-                work.add(values, total)
+                work.check(values, file, total)
+                work.add(values)
             elif values["identity"] == identity and values["channels"] in (1, 3):
                 work = _Work(identity, Format(image_size, int(values["channels"]), source.crop))
             else:
@@ -176,7 +196,7 @@ def _resume(
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break
         end += len(line)
-    if work is None or size < HEADER_BYTES + work.rows * work.image_bytes:
+    if work is None:
         colour = source.is_celeba or any_in_colour(source.entries)
         work, end = _Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
     lines.truncate(end)
@@ -209,7 +229,7 @@ def _decode_rest(
             }
             _append(lines, line)
             _sync(lines)
-            work.add(line, total)
+            work.add(line)
             tell(work.end)
 
 

@@ -136,7 +136,9 @@ class TestInterrupted:
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
 
-    @pytest.mark.parametrize("damage", ["torn journal", "garbage journal", "longer", "shorter"])
+    @pytest.mark.parametrize(
+        "damage", ["torn journal", "garbage journal", "longer", "shorter", "rotten"]
+    )
     def test_what_a_power_cut_may_leave(
         self, damage, source, small_blocks, whole, tmp_path, monkeypatch
     ):
@@ -148,6 +150,10 @@ class TestInterrupted:
             journal.write_bytes(journal.read_bytes() + bytes(40) + b"\n")
         elif damage == "longer":
             partial.write_bytes(partial.read_bytes() + b"half a block")
+        elif damage == "rotten":
+            images = bytearray(partial.read_bytes())
+            images[-1] ^= 1
+            partial.write_bytes(images)
         else:
             partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
         prepare(source, tmp_path / "a", 16, workers=1)
