@@ -153,6 +153,11 @@ def load_splits(data: str, image_size: int | None = None) -> Splits:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data == DIGITS:
         return _read_digits(image_size)
+    try:
+        os.path.realpath(data).encode()
+    except UnicodeEncodeError:
+        # A run records the path in its config.yaml, which could not be read back.
+        raise DataError(f"data: expected a path that is valid UTF-8, got {data!r}") from None
     prepared = _open(data, image_size)
     official = prepared.record.partition == "official"
     if not official and len(prepared.images) < 2:

@@ -99,11 +99,17 @@ def prepare(
             journal.unlink()
             raise
         except OSError as error:
+            begun = partial.exists() and partial.stat().st_size > HEADER_BYTES
+            if not begun:  # nothing to go on from
+                partial.unlink(missing_ok=True)
+                journal.unlink()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                if partial.stat().st_size <= HEADER_BYTES:  # nothing done, nothing to go on from
-                    partial.unlink()
-                    journal.unlink()
-                raise _disk_full(out, partial, error) from None
+                again = f"which goes on from {partial.name}" if begun else "which starts again"
+                raise OSError(
+                    error.errno,
+                    f"no space left for {out} ({error.strerror}); free some and give the same "
+                    f"command again, {again}",
+                ) from None
             raise
         os.replace(partial, out)
         _sync_folder(out.parent)
@@ -309,14 +315,6 @@ def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB more needed, {free / 1e9:.1f} GB free")
-
-
-def _disk_full(out: Path, partial: Path, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"no space left for {out} ({error.strerror}); free some and give the same command again, "
-        f"which goes on from {partial.name}",
-    )
 
 
 @contextmanager

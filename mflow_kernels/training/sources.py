@@ -220,7 +220,8 @@ def _list_zip(path: Path, prefix: str) -> list[Entry]:
     # Of members with one name the last counts, as when they are unpacked in turn.
     for member in {member.filename: member for member in _opened(str(path)).infolist()}.values():
         parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
-        if member.is_dir() or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
+        folder = not member.filename or member.is_dir()
+        if folder or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
             continue
         stamp = f"{member.file_size} {member.CRC:08x}"
         entries.append(Entry(prefix + member.filename, str(path), member.filename, stamp))

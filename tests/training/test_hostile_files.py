@@ -387,6 +387,7 @@ def archive(tmp_path_factory):
         file.writestr("bomb.png", good + bytes(2**21), zipfile.ZIP_LZMA)
         file.writestr("../outside.png", good)
         file.writestr("/absolute.png", good)
+        file.writestr("nameless.png", good)
         file.writestr("folder.png/", "")
         file.writestr("twice.png", Image.new("L", (8, 8)).tobytes())
         with pytest.warns(UserWarning, match="Duplicate name"):
@@ -396,6 +397,7 @@ def archive(tmp_path_factory):
     for name, method in ((b"deflate64", b"\x09"), (b"method99", b"\x63")):
         data = patch(data, name, [(8, method)], [(10, method)])
     data = patch(data, b"encrypted", [(6, b"\1")], [(8, b"\1")])
+    data = patch(data, b"nameless", central=[(28, b"\0\0"), (32, b"\x0c\0")])
     data = patch(data, b"crc", central=[(16, b"\0\0\0\0")])
     data = patch(data, b"offset", central=[(42, b"\xf0\xff\xff\x7f")])
     data = patch(data, b"longer", central=[(20, b"\0\0\0\x40"), (24, b"\0\0\0\x40")])
@@ -558,3 +560,6 @@ class TestFolders:
         assert main(["prepare", str(folder), "--out", str(out)]) == 0
         assert "\\udc81.png: not an image" in capsys.readouterr().out
         assert os.fsdecode(b"\x80.png") in open_prepared(out).record.names
+        # A run could not record that path so that it can be read back.
+        command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
+        check_refused(command, "--data: expected a path that is valid UTF-8", tmp_path, capsys)
