@@ -176,11 +176,12 @@ def reconstruct(
 
     _check_at_least("number", number, 1)
     loaded = load_run(run, device)
-    images, name, skipped = held_out_images(loaded, data)
+    images, name, skipped, warning = held_out_images(loaded, data)
     path = _png(output, loaded.folder / f"reconstructions-{name}.png")
 
     def work() -> None:
         _report_skipped(skipped)
+        _warn(warning)
         originals = images.batch(range(min(number, len(images))))
         title = f"{printable(name)}: images and their projections on the manifold"
         draw_residuals(path, title, originals, project_images(loaded.model, originals))
@@ -228,17 +229,17 @@ def evaluate(
         read_images,
     )
     from mflow_kernels.training.features import load_feature_network
+    from mflow_kernels.training.files import check_can_be_written, folder_to_write
     from mflow_kernels.training.report import Asked, write_report
     from mflow_kernels.training.runs import EVALUATION, load_run
 
     _check_at_least("draws", draws, 1)
     _check_at_least("feature_images", feature_images, 2)
     loaded = load_run(run, device)
-    images, name, skipped = held_out_images(loaded, data)
+    images, name, skipped, warning = held_out_images(loaded, data)
     path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
     folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: expected a folder, got {out!r}")
+    check_can_be_written(folder, "out")
     network = None
     if feature_weights is None and features != "inception":
         raise ValueError(f"feature_weights: expected a file of weights of {features!r}, got none")
@@ -247,22 +248,25 @@ def evaluate(
     others = []
     if ood is not None:
         try:
-            other, _ = read_images(ood, loaded.config.image_shape[1])
+            other = read_images(ood, loaded.config.image_shape[1]).images
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "ood:", 1)) from None
         others.append((Path(ood).resolve().name, other))
         check_image_shape(others[0][1], loaded.model, "ood")
 
     def work() -> None:
-        _report_skipped(skipped)
-        evaluation = evaluate_model(
-            loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
-        )
-        evaluation.write(path)
-        evaluation.print()
-        print(printable(str(path)))
-        asked = Asked(draws, network, feature_images, tuple(others))
-        print(printable(str(write_report(loaded, images, evaluation, folder, asked))))
+        with folder_to_write(folder, "out"):
+            _report_skipped(skipped)
+            _warn(warning)
+            evaluation = evaluate_model(
+                loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
+            )
+            evaluation.write(path)
+            evaluation.print()
+            print(printable(str(path)))
+            asked = Asked(draws, network, feature_images, tuple(others))
+            report = write_report(loaded, images, evaluation, folder, asked)
+            print(printable(str(report)))
 
     return work
 
@@ -336,6 +340,11 @@ def _png(output: str | None, default: Path) -> Path:
 def _check_at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _report_skipped(skipped: Sequence[str]) -> None:

@@ -454,6 +454,14 @@ class TestZip:
         assert "\\x1b[2J.png: not an image" in shown
         assert listing(tmp_path) == ["a"]
 
+    def test_one_whose_beginning_is_missing(self, archive, tmp_path):
+        """Its table of contents is whole: the members that are gone are skipped."""
+        (tmp_path / "a.zip").write_bytes(archive.read_bytes()[600:])
+        prepared = prepare(find_images(tmp_path / "a.zip"), tmp_path / "a", 8)
+        assert "method99.png" in prepared.record.skipped
+        assert "twice.png" in prepared.record.names
+        assert (prepared.images == 128).all()
+
     def test_a_zip_of_none_that_can_be_read(self, tmp_path, capsys):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
             file.writestr("\x1b[31mred.png", "no image")
@@ -466,9 +474,8 @@ class TestZip:
         [
             lambda data: data[:-1],
             lambda data: data[: len(data) // 2],
-            lambda data: data[len(data) // 2 :],
             lambda data: data[:-22] + b"PK\5\6" + b"\xff" * 18,
-            lambda data: data.replace(b"PK\1\2\x14\3", b"PK\1\2\xff\3"),  # made by version 25.5
+            lambda data: data.replace(b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\xff"),  # version 25.5
             lambda data: data.replace(b"PK\1\2", b"PK\0\0"),
             lambda data: b"PK\5\6" + bytes(18),  # whole, and empty
             lambda data: b"",
@@ -477,10 +484,6 @@ class TestZip:
     def test_a_table_of_contents_that_is_torn_or_lies(self, damage, archive, tmp_path, capsys):
         (tmp_path / "a.zip").write_bytes(damage(archive.read_bytes()))
         command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]
-        if main(command) == 0:  # enough was left
-            open_prepared(tmp_path / "a").verify()
-            return
-        capsys.readouterr()
         check_refused(command, "data: expected", tmp_path, capsys)
 
 
