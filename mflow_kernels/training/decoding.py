@@ -59,7 +59,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
     """Read, crop and resize images.
 
     Raises:
-        DataError: an image that is smaller than the crop.
+        DataError: an image that is smaller than the crop, or a zip that cannot be opened any more.
         OSError: ENOMEM where an image does not fit in memory.
     """
     pixels = np.empty((len(entries), *form.shape), np.uint8)
@@ -142,6 +142,8 @@ def _read(entry: Entry) -> Image.Image | str:
         return f"not an image in one of the formats {', '.join(FORMATS)}"
     except MemoryError:
         raise OSError(errno.ENOMEM, f"too little memory to decode {entry.name}") from None
+    except DataError:  # the whole zip is gone, not one image
+        raise
     except Exception as error:  # zipfile, its decompressors and Pillow raise any kind for bad bytes
         return " ".join(str(error).split()) or type(error).__name__
 

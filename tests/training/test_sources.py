@@ -151,6 +151,14 @@ class TestZip:
         with pytest.raises(DataError, match="expected a folder or a whole zip"):
             find_images(tmp_path)
 
+    def test_one_that_is_gone_is_not_so_many_unreadable_images(self, tmp_path):
+        write_images(tmp_path / "f", 3)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        source = find_images(archive)
+        archive.unlink()
+        with pytest.raises(DataError, match="a folder or a whole zip"):
+            decode(source.entries, Format(8, 1))
+
     def test_a_password(self, tmp_path):
         write_images(tmp_path / "f", 1)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
