@@ -4,10 +4,12 @@ their float64 references, and one comparison of values and gradients."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mflow_kernels import ops
 from mflow_kernels.ops._launch import dense_pixels
@@ -142,6 +144,33 @@ class Operator:
             "log_scale": lambda: 0.5 * normal(c, dtype=other, device=device),
         }
         return {name: made[name]().requires_grad_() for name in self.inputs}
+
+
+class HostReads(TorchDispatchMode):
+    """Lists the operators that make the host wait for a number from the device.
+
+    A test on a CPU sees with it what would wait on a GPU. The state of a generator (uint8) does not
+    count: it lies on the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reads = func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        # Indexing by a mask counts its elements.
+        reads |= "index" in str(func) and any(t.dtype == torch.bool for t in tensors[1:])
+        if reads and all(t.dtype != torch.uint8 for t in tensors):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def _actnorm(inverse: bool) -> Operator:

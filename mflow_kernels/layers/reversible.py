@@ -253,7 +253,8 @@ def walk(
     if reversible and torch.is_grad_enabled() and not transformed():
         x, latents, ledger, log_dets = _reversibly(keeper, moves, groups, x, latents, context)
     else:
-        mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
+        check = not torch.is_grad_enabled()
+        mixes = [group.mixes(accumulator(x.dtype), check=check) for group in groups]
         log_dets = tuple(mix.log_det for mix in mixes)
         x, latents, ledger = run(moves, x, latents, mixes, context)
     log_det = ledger.new_zeros(())

@@ -63,7 +63,7 @@ class FlowStep(Bijection):
         z = self.coupling.checked("z", z)
         group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
         moves: list[Move] = [self.couple(True), Mix(0, 0)]
-        mixes = group.mixes(dtype)
+        mixes = group.mixes(dtype, check=not torch.is_grad_enabled())
         x, _, ledger = run(moves, z, (), [mixes], context)
         return x, ops.accumulate_logdet(ledger, pixels(z) * mixes.log_det)
 
@@ -87,17 +87,19 @@ class Group(NamedTuple):
     names: list[str]
     inverted: bool
 
-    def mixes(self, dtype: torch.dtype) -> Mixes:
+    def mixes(self, dtype: torch.dtype, *, check: bool = False) -> Mixes:
         """Each step's folded 1x1 convolution, or its inverse computed in float64.
 
+        Args:
+            check: as for `inverse_mix`.
+
         Raises:
-            ValueError: with the name of the layer, where an inverse is asked for of a W that is
-                singular or not finite.
+            ValueError: with `check`, naming the layer whose inverse does not exist.
         """
         mixes = fold(self.steps, dtype)
         if not self.inverted:
             return mixes
-        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names)
+        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names, check=check)
         return Mixes(weight.to(dtype), bias.to(dtype), -mixes.log_det)
 
     def parameters(self) -> list[nn.Parameter]:

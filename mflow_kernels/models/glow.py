@@ -102,6 +102,8 @@ class Glow(_ChainFlow):
         numbers |= {"levels": levels, "steps": steps, "width": width}
         for name, number in numbers.items():
             check_count(name, number, 1)
+        if levels > 31:  # no image is so large, and 2 ** levels may be too large to compute
+            raise ValueError(f"levels: expected at most 31, got {levels}")
         if h % 2**levels or w % 2**levels:
             raise ValueError(
                 f"image_shape: expected height and width divisible by 2 ** levels = {2**levels}, "

@@ -37,6 +37,11 @@ def uses_triton(x: Tensor) -> bool:
     return (kind == "cuda" or (INTERPRETED and kind == "cpu")) and not transformed()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, so that nothing may be read from the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and log-determinants of a state of `dtype` are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -21,6 +21,7 @@ Bytes at least: forward x read and y written; backward g and x read, dx written.
 output channels of its pixels up to C = 128; past that each block of 128 reads the state again.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ from mflow_kernels.ops._checks import (
 )
 from mflow_kernels.ops._launch import (
     accumulator,
+    capturing,
     cut_net_input,
     flow_state,
     in_layout_of,
@@ -205,37 +207,46 @@ def conv1x1_inverse(
 ) -> Tensor:
     """Undo `conv1x1`: x = W^-1 (y - bias), with W inverted in float64. Arguments as there.
 
+    While gradients are recorded nothing waits for the device: x is NaN where weight is singular or
+    not finite. Under `torch.no_grad` it is an error.
+
     Raises:
-        ValueError: also where weight is singular or not finite.
+        ValueError: also, where no gradients are recorded, for a weight that is singular or not
+            finite.
     """
     y = flow_state("y", y)
     weight, bias = check_mix(y, weight, bias, precision)
     run = operator(conv1x1_op, conv1x1_forward)
-    return run(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
+    mix = inverse_mix(weight, bias, check=not torch.is_grad_enabled())
+    return run(y, *spread(*mix, y), precision, None)[0]
 
 
 def inverse_mix(
-    weight: Tensor, bias: Tensor, names: Sequence[str] | None = None
+    weight: Tensor, bias: Tensor, names: Sequence[str] | None = None, *, check: bool
 ) -> tuple[Tensor, Tensor]:
     """W^-1 and -W^-1 bias in float64, differentiable, batched over leading axes.
 
+    W^-1 is NaN where W is singular or not finite, so that a loss computed with it is not finite.
+
     Args:
-        names: of the layers that the weights (K, C, C) are of, for the error.
+        names: names of the layers that the weights (K, C, C) belong to, for the error.
+        check: raise an error instead. The host then waits for the device, so training does not
+            check. Compiled and captured code, which cannot wait, never checks.
 
     Raises:
-        ValueError: where a W is singular or not finite.
+        ValueError: with `check`, a W that is singular or not finite.
     """
     weight = weight.double()
     inverse, info = torch.linalg.inv_ex(weight)
     # An infinite W may have a finite inverse.
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)
-    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing may be read
-    if torch.compiler.is_compiling() or captured or weight.is_meta:
-        pass
-    elif not good.all():
+    compiled = torch.compiler.is_compiling() or weight.is_meta
+    if check and not compiled and not capturing(weight.device) and not good.all():
         first = int(good.flatten().int().argmin())
         came = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"
         raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
+    # What LAPACK leaves of a singular W is finite.
+    inverse = inverse.masked_fill(~good[..., None, None], math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

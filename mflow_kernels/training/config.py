@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
-from mflow_kernels.training.options import OptionParser, explain
+from mflow_kernels.training.options import OptionParser, parse_yaml, with_docstring
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Domain = Literal["latent", "data"]
@@ -290,20 +290,29 @@ class RunConfig(TrainConfig):
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, text: str) -> "RunConfig":
-        """The configuration that `to_yaml` wrote; values left out take their defaults.
+    def from_yaml(cls, text: str | bytes, source: str) -> "RunConfig":
+        """The configuration that `to_yaml` wrote. `source` is what errors call the file.
 
         Raises:
-            ValueError: unknown names, values of the wrong type or out of range.
+            ValueError: unknown or missing names, values of the wrong type or out of range.
         """
         parser = OptionParser()
         add_options(parser)
-        parser.add_argument("--channels", type=int, default=1)
+        parser.add_argument("--channels", type=int)
+        values = parse_yaml(parser, text, source)
+        for option in dataclasses.fields(cls):
+            if option.name not in values:  # a default in its place could be another model's
+                raise ValueError(
+                    f"{source}: expected every option of the run, found no {option.name}; is the "
+                    "file cut off?"
+                )
+        config = cls(**values)
         try:
-            config = cls(**vars(parser.parse_string(text)))
-        except ArgumentError as error:
-            raise ValueError(f"config.yaml: {explain(error)}") from None
-        config.check()
+            config.check()
+            _check_at_least("channels", config.channels, 1)
+            _ = config.image_shape  # ValueError without an image_size
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         return config
 
 
@@ -324,7 +333,7 @@ def add_options(parser: ArgumentParser) -> None:
             for option in dataclasses.fields(options)
             if isinstance(_default(option), bool | list)
         }
-        parser.add_class_arguments(options, as_group=True, skip={*by_hand})
+        parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
         texts = _argument_texts(options)
         types = get_type_hints(options)

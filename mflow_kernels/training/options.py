@@ -1,10 +1,15 @@
 """jsonargparse with options --spelled-so, short help and errors of one line."""
 
 import argparse
+import ast
+import inspect
 import re
+import sys
+import textwrap
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -40,6 +45,42 @@ def _hyphens(name: str) -> str:
     # jsonargparse adds a hidden --print_shtab of its own and looks for it by that name.
     own = not name.startswith("--") or name.startswith("--print_")
     return name if own else name.replace("_", "-")
+
+
+def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
+    """The options that a YAML file sets, checked by `parser`; not those that it leaves out.
+
+    Args:
+        parser: knows the options and their types.
+        text: of the file.
+        source: what errors call it.
+
+    Raises:
+        ValueError: no YAML, no mapping of options, unknown options, values of the wrong type.
+    """
+    try:
+        given = yaml.safe_load(text)
+        if given is None:  # nothing but comments
+            return {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
+        values = vars(parser.parse_string(text if isinstance(text, str) else text.decode()))
+        return {name: values[name] for name in given}
+    except RecursionError:
+        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
+    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {explain(error)}") from None
+
+
+def with_docstring(thing: Any) -> Any:
+    """A class or function with the docstring that its help is made from. Python removes docstrings
+    under -OO and PYTHONOPTIMIZE=2; then it is read from the source."""
+    if sys.flags.optimize >= 2:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+        assert isinstance(definition, ast.ClassDef | ast.FunctionDef)
+        # Indented as in the source, which is how Python keeps a docstring.
+        thing.__doc__ = ast.get_docstring(definition, clean=False)
+    return thing
 
 
 def explain(error: Exception) -> str:

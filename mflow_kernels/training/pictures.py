@@ -1,5 +1,6 @@
 """The pictures of a run, as PNG files: drawn at one screen pixel for each picture pixel."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def draw_images(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
     )
     axes.imshow(mosaic, interpolation="nearest")
-    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12)
+    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12, parse_math=False)
     row_height = (height + _GAP) / len(rows)
     centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
     axes.set_yticks(centres, [name.strip() for name in rows], fontsize=10)
@@ -78,9 +79,12 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
     Args:
         path: the PNG to write.
-        rows: metrics by name, each with `step` and `stage` (from 0); a name may be absent.
+        rows: metrics by name, each with `step` and `stage` (from 0); a name may be absent. Values
+            that are not finite are left out.
     """
-    stages = sorted({int(row["stage"]) for row in rows})
+    rows = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
+    rows = [row for row in rows if "stage" in row]
+    stages = sorted({int(row["stage"]) for row in rows}) or [0]
     figure = Figure(figsize=(12, 0.6 + 3.2 * len(stages)), dpi=_DPI, layout="constrained")
     panels = figure.subplots(len(stages), 3, squeeze=False)
     figure.suptitle("Training", fontsize=13)

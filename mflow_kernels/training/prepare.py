@@ -2,8 +2,8 @@
 
 While it is made, the file has a hidden name beside its own, and beside it lies a journal: a line
 for each block of images that is on disk for good. A process that is killed, at any moment, leaves
-both; the next one cuts the file back to what the journal vouches for and goes on from there. The
-last act is a rename. A lock on the journal keeps a second process waiting until the first is done.
+both; the next one cuts both back to the blocks that are whole and goes on from there. The last act
+is a rename. A second process waits for the lock on the journal, which ends with its process.
 """
 
 import errno
@@ -26,8 +26,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mflow_kernels.training.decoding import Decoded, Format, any_in_colour, decode, start_worker
+from mflow_kernels.training.decoding import (
+    Decoded,
+    Format,
+    any_in_colour,
+    decode,
+    digest,
+    start_worker,
+)
+from mflow_kernels.training.manifest import is_digest
 from mflow_kernels.training.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
+from mflow_kernels.training.printable import printable
 from mflow_kernels.training.progress import counting
 from mflow_kernels.training.sources import DataError, Entry, Source
 
@@ -46,20 +55,27 @@ def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
         return False
 
 
-def prepare(source: Source, out: Path, image_size: int, workers: int | None = None) -> Prepared:
-    """Make `out`, or go on making it, in place of what has that name.
+def prepare(
+    source: Source,
+    out: Path,
+    image_size: int,
+    workers: int | None = None,
+    overwrite: bool = True,
+) -> Prepared:
+    """Make `out`, or go on making it. Another process that makes it is waited for.
 
     Args:
         source: images, from `find_images`.
         out: file to write.
         image_size: side of the square results in pixels.
         workers: processes that decode; by default one a core, fewer for few images.
+        overwrite: replace a file of that name.
 
     Returns:
         The file, open.
 
     Raises:
-        DataError: no readable image, or one smaller than the crop.
+        DataError: no readable image, one smaller than the crop, or a file that may not be replaced.
         OSError: ENOSPC where the disk is full, before the start if that can be foreseen. What was
             done is kept for the next try. ENOMEM where a process that decodes was killed.
     """
@@ -69,8 +85,11 @@ def prepare(source: Source, out: Path, image_size: int, workers: int | None = No
         if waited and is_prepared_from(out, source, image_size):
             journal.unlink()
             return open_prepared(out)
+        if out.exists() and not overwrite:
+            journal.unlink()
+            raise DataError(f"out: {out} exists, made by another process meanwhile")
         try:
-            with partial.open("r+b" if partial.exists() else "w+b") as file:
+            with _open_own(partial) as file:
                 work = _resume(lines, file, source, image_size, identity)
                 _check_space(work, source, file, out)
                 _decode_rest(work, source, file, lines, workers)
@@ -80,11 +99,17 @@ def prepare(source: Source, out: Path, image_size: int, workers: int | None = No
             journal.unlink()
             raise
         except OSError as error:
+            begun = partial.exists() and partial.stat().st_size > HEADER_BYTES
+            if not begun:  # nothing to go on from
+                partial.unlink(missing_ok=True)
+                journal.unlink()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                if partial.stat().st_size <= HEADER_BYTES:  # nothing done, nothing to go on from
-                    partial.unlink()
-                    journal.unlink()
-                raise _disk_full(out, partial, error) from None
+                again = f"which goes on from {partial.name}" if begun else "which starts again"
+                raise OSError(
+                    error.errno,
+                    f"no space left for {out} ({error.strerror}); free some and give the same "
+                    f"command again, {again}",
+                ) from None
             raise
         os.replace(partial, out)
         _sync_folder(out.parent)
@@ -101,21 +126,48 @@ class _Work:
     end: int = 0
     skipped: dict[int, str] = field(default_factory=dict)
     enlarged: int = 0
-    checksums: list[tuple[int, str]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
-        return sum(count for count, _ in self.checksums)
+        return len(self.digests)
 
     @property
     def image_bytes(self) -> int:
         return math.prod(self.form.shape)
 
+    def check(self, line: dict, file: BinaryIO, total: int) -> None:
+        """Whether the next block, as the journal lists it, is in the file.
+
+        Args:
+            line: its line in the journal.
+            file: at the end of the images so far; it is read to the end of the block.
+            total: entries of the source.
+
+        Raises:
+            ValueError, TypeError, KeyError: the line does not continue this work, or the images are
+                not those that it lists.
+        """
+        end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
+        skipped = {int(position): why for position, why in line["skipped"].items()}
+        if not (
+            type(end) is type(enlarged) is int
+            and self.end < end <= total
+            and len(digests) + len(skipped) == end - self.end
+            and 0 <= enlarged <= len(digests)
+            and all(self.end <= position < end for position in skipped)
+            and all(isinstance(why, str) for why in skipped.values())
+            and all(map(is_digest, digests))
+        ):
+            raise ValueError("a line of another journal")
+        for expected in digests:
+            if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
+                raise ValueError("images other than those listed")
+
     def add(self, line: dict) -> None:
         self.skipped |= {int(position): why for position, why in line["skipped"].items()}
         self.enlarged += line["enlarged"]
-        if line["rows"]:
-            self.checksums.append((line["rows"], line["sha256"]))
+        self.digests += line["digests"]
         self.end = line["end"]
 
     def names(self, source: Source) -> list[str]:
@@ -129,39 +181,37 @@ def _identity(source: Source, image_size: int) -> str:
 def _resume(
     lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
 ) -> _Work:
-    """What the journal vouches for, with file and journal cut back to it."""
-    first, *blocks = _read_journal(lines) or [{"identity": None}]
-    size = file.seek(0, os.SEEK_END)
-    work = None
-    if first["identity"] == identity:
-        work = _Work(identity, Format(image_size, first["channels"], source.crop))
-        for block in blocks:
-            work.add(block)
-    if work is None or size < HEADER_BYTES + work.rows * work.image_bytes:
+    """The blocks that the journal lists and the file holds. Both are cut back to them: at the first
+    line that is torn or wrong, or whose images are not as they were written."""
+    total = len(source.entries)
+    work, end = None, 0
+    lines.seek(0)
+    file.seek(HEADER_BYTES)
+    for line in lines.read().splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+            if not line.endswith(b"\n"):
+                break
+            if work is not None:
+                work.check(values, file, total)
+                work.add(values)
+            elif values["identity"] == identity and values["channels"] in (1, 3):
+                work = _Work(identity, Format(image_size, int(values["channels"]), source.crop))
+            else:
+                break
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            break
+        end += len(line)
+    if work is None:
         colour = source.is_celeba or any_in_colour(source.entries)
-        work = _Work(identity, Format(image_size, 3 if colour else 1, source.crop))
-        lines.truncate(0)
-        lines.write(_line({"identity": identity, "channels": work.form.channels}))
+        work, end = _Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
+    lines.truncate(end)
+    lines.seek(end)
+    if not end:
+        _append(lines, {"identity": identity, "channels": work.form.channels})
     file.truncate(HEADER_BYTES + work.rows * work.image_bytes)
     file.seek(0, os.SEEK_END)
     return work
-
-
-def _read_journal(lines: BinaryIO) -> list[dict]:
-    """The whole lines of a journal, which is cut off where one is torn."""
-    found, end = [], 0
-    lines.seek(0)
-    for line in lines.read().splitlines(keepends=True):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            found.pop()
-            break
-        end += len(line)
-    lines.truncate(end)
-    return found
 
 
 def _decode_rest(
@@ -179,12 +229,11 @@ def _decode_rest(
             _sync(file)
             line = {
                 "end": work.end + len(entries),
-                "rows": len(decoded.pixels),
-                "skipped": {work.end + i: why for i, why in decoded.skipped.items()},
+                "skipped": {str(work.end + i): why for i, why in decoded.skipped.items()},
                 "enlarged": decoded.enlarged,
-                "sha256": decoded.sha256,
+                "digests": decoded.digests,
             }
-            lines.write(_line(line))
+            _append(lines, line)
             _sync(lines)
             work.add(line)
             tell(work.end)
@@ -221,8 +270,10 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     """Add what comes after the images, then the header, and wait for the disk."""
     names = work.names(source)
     if not names:
+        first, why = next(iter(work.skipped.items()))
         raise DataError(
             f"data: expected images in {source.root}, found {len(work.skipped)} files that are none"
+            f" ({source.entries[first].name}: {why})"
         )
     if source.parts is None:
         part = _random_parts(len(names))
@@ -232,7 +283,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     skipped = {name: "listed, but not there" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
     record = Record(
-        source=str(source.root.resolve()),
+        source=os.path.realpath(source.root),
         listing=work.identity,
         size=work.form.size,
         channels=work.form.channels,
@@ -242,7 +293,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
         names=names,
         skipped=skipped,
         enlarged=work.enlarged,
-        checksums=work.checksums,
+        digests=work.digests,
     ).encode()
     file.write(part.tobytes() + record)
     file.truncate()
@@ -266,24 +317,17 @@ def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB more needed, {free / 1e9:.1f} GB free")
 
 
-def _disk_full(out: Path, partial: Path, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"no space left for {out} ({error.strerror}); free some and give the same command again, "
-        f"which goes on from {partial.name}",
-    )
-
-
 @contextmanager
 def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
     """The journal, open, and no other process's; and whether there was one to wait for."""
     waited = False
     while True:
-        with journal.open("a+b", buffering=0) as lines:
+        with _open_own(journal, buffering=0) as lines:
             try:
                 fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another process that makes {journal}", file=sys.stderr)
+                told = printable(f"waiting for another process that makes {journal}")
+                print(told, file=sys.stderr)
                 waited = True
                 fcntl.flock(lines, fcntl.LOCK_EX)
             # The other process has removed the journal that it held, when it was done.
@@ -292,8 +336,20 @@ def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 return
 
 
-def _line(values: dict) -> bytes:
-    return json.dumps(values).encode() + b"\n"
+def _open_own(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a hidden file beside the result to read and write; it is made if there is none. A
+    symbolic link is refused: whoever put it there would choose the file that is overwritten."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+    return open(path, "r+b", buffering, opener=opener)
+
+
+def _append(lines: BinaryIO, values: dict) -> None:
+    line = json.dumps(values).encode() + b"\n"
+    if lines.write(line) != len(line):  # unbuffered, it may stop short on a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _sync(file: BinaryIO) -> None:

@@ -1,18 +1,24 @@
 """Run folders: making one, reading one back, and the model that it describes."""
 
-import os
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from torch import Tensor
 
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.models.pretrained import build, save_pretrained
-from mflow_kernels.training.checkpoints import LAST, Shapes, newest_checkpoint
+from mflow_kernels.training.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.training.config import RunConfig
-from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.files import (
+    LOCK,
+    check_can_be_written,
+    make_folder,
+    write_atomically,
+)
+from mflow_kernels.training.manifest import MANIFEST, Manifest
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
@@ -47,15 +53,23 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     """The untrained model of a configuration, its weights a function of the seed.
 
     Raises:
-        ValueError: levels that do not divide the image, more manifold dimensions than it has.
+        ValueError: levels that do not divide the image, more manifold dimensions than it has, or a
+            model that does not fit in memory.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build(
-            architecture(config),
-            reversible=config.reversible,
-            checkpoint_every=config.checkpoint_every,
-        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return build(
+                architecture(config),
+                reversible=config.reversible,
+                checkpoint_every=config.checkpoint_every,
+            )
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            "width, stage_width, steps, stage_steps: expected a model that fits in memory "
+            f"({reason[:120]})"
+        ) from None
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
@@ -84,37 +98,32 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def create_run(folder: Path, config: RunConfig, overwrite: bool = False) -> None:
-    """Make a run folder with its config.yaml, under a temporary name first.
+def create_run(
+    folder: Path, config: RunConfig, manifest: Manifest, replaced: FileLock | None
+) -> FileLock:
+    """Make a run folder with its config.yaml and list of images; see `make_folder`."""
 
-    Raises:
-        ValueError: the folder exists and may not be, or is no run's, to be overwritten.
-    """
-    check_new_run(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = temporary.with_suffix(".old")
-    temporary.mkdir()
-    (temporary / CONFIG).write_text(config.to_yaml())
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    def fill(temporary: Path) -> None:
+        write_atomically(temporary / CONFIG, lambda path: path.write_text(config.to_yaml()))
+        manifest.write(temporary / MANIFEST)
+
+    return make_folder(folder, fill, "run_dir", replaced)
 
 
 def record_config(folder: Path, config: RunConfig) -> None:
-    """Write what a run that resumes was told in place of what it was told before."""
+    """Replace the recorded options by those that were given on resume."""
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
 def check_new_run(folder: Path, overwrite: bool) -> None:
-    """ValueError where `create_run` would not make this folder."""
+    """ValueError if `create_run` would not make this folder."""
+    check_can_be_written(folder.parent if overwrite else folder, "run_dir")
     if not folder.exists():
         return
     if not overwrite:
         raise ValueError(
             f"run_dir: expected a new folder, but {folder} exists (--resume continues it, "
-            "--overwrite starts anew)"
+            "--overwrite replaces it)"
         )
     if not (folder / CONFIG).is_file():
         raise ValueError(
@@ -125,39 +134,52 @@ def check_new_run(folder: Path, overwrite: bool) -> None:
 def read_config(folder: Path, argument: str = "run") -> RunConfig:
     """The configuration of a run folder; ValueError, naming `argument`, if there is none."""
     path = folder / CONFIG
-    if not path.is_file():
+    try:
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "" if absent else f" ({getattr(error, 'strerror', None) or error})"
         raise ValueError(
-            f"{argument}: expected a folder of mflow train with {CONFIG}, got {folder}"
-        )
-    return RunConfig.from_yaml(path.read_text())
+            f"{argument}: expected a folder of mflow train with {CONFIG}, got {folder}{reason}"
+        ) from None
+    return RunConfig.from_yaml(text, str(path))
 
 
-def checkpoint_shapes(model: HierarchicalFlow) -> Shapes:
-    """Names and shapes of what a checkpoint of this model's training holds: the weights as they
-    are, their average, and the guard's figures."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    trained = {f"model.{name}": shape for name, shape in shapes.items()}
-    averaged = {f"{_AVERAGE}{name}": shape for name, shape in shapes.items()}
-    return {**trained, **averaged, "guard.state": (5,)}
+def read_manifest(folder: Path) -> Manifest | None:
+    """The images that a run was trained on and those it held out; None if it recorded none.
+
+    Raises:
+        ValueError: a torn or foreign list; it names the file.
+    """
+    path = folder / MANIFEST
+    return Manifest.read(path) if path.exists() else None
+
+
+def checkpoint_tensors(model: HierarchicalFlow) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and dtypes that a checkpoint of this model's training holds:
+    the weights, their average and the guard's figures."""
+    weights = model.state_dict()
+    trained = {f"model.{name}": tensor for name, tensor in weights.items()}
+    averaged = {f"{_AVERAGE}{name}": tensor for name, tensor in weights.items()}
+    return {**trained, **averaged, "guard.state": torch.zeros(5, dtype=torch.float64)}
 
 
 def load_run(folder: str, device: str = "auto") -> Run:
     """Read a run folder of `mflow train`, its averaged weights.
 
     Raises:
-        ValueError: a folder that is none, a checkpoint that is torn or of another architecture.
+        ValueError: no folder of a run, a checkpoint that is torn or of another architecture.
     """
     path = Path(folder)
     config = read_config(path)
     target = pick_device(device)
     model = build_model(config)
-    checkpoint = newest_checkpoint(path, checkpoint_shapes(model))
+    checkpoint = newest_checkpoint(path, Expected(checkpoint_tensors(model)))
     if checkpoint is None:
         raise ValueError(f"checkpoint: expected {path / LAST}, found none")
-    state = checkpoint.state["state_dict"]
     averaged = {
         name.removeprefix(_AVERAGE): value
-        for name, value in state.items()
+        for name, value in checkpoint.tensors.items()
         if name.startswith(_AVERAGE)
     }
     model.load_state_dict(averaged)
@@ -166,15 +188,14 @@ def load_run(folder: str, device: str = "auto") -> Run:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run, in plain PyTorch's reach, into a new folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+
+    def fill(temporary: Path) -> None:
         # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise within [0, 1).
         save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    lock = make_folder(folder, fill, "out")
+    (folder / LOCK).unlink(missing_ok=True)
+    lock.release()
 
 
 def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:

@@ -16,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 CELEBA_CROP = 148  # of 178x218: the customary face crop
 CELEBA_IMAGES = "img_align_celeba"
 CELEBA_PARTITION = "list_eval_partition.txt"
+_PIECE = 2**14
+_LARGEST_MEMBER = 2**30  # bytes; Pillow opens no image of more than 179 million pixels
 
 
 class DataError(ValueError):
@@ -34,11 +36,19 @@ class Entry(NamedTuple):
         """Its bytes, seekable.
 
         Raises:
-            OSError, zipfile.BadZipFile: unreadable, or not what the zip's checksum says.
+            Exception: unreadable, encrypted, or not what the zip's checksum says; zipfile and its
+                decompressors raise many kinds.
         """
         if self.member is None:
             return open(self.file, "rb")
-        return io.BytesIO(_opened(self.file).read(self.member))
+        content = io.BytesIO()
+        with _opened(self.file).open(self.member) as member:
+            # In small pieces: bz2 and LZMA inflate each at once, whatever it becomes.
+            while piece := member.read(_PIECE):
+                if content.write(piece) and content.tell() > _LARGEST_MEMBER:
+                    raise ValueError(f"inflates to more than {_LARGEST_MEMBER >> 20} MiB")
+        content.seek(0)
+        return content
 
 
 @dataclass(frozen=True)
@@ -120,23 +130,19 @@ def _below_celeba(name: str) -> bool:
 
 
 def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
-    entries = {PurePosixPath(entry.name).name: entry for entry in _list(images)}
-    if CELEBA_PARTITION in entries:  # in the zip itself
-        with entries[CELEBA_PARTITION].open() as opened:
-            text = opened.read().decode()
-    else:
-        text = _find_partition(images, folders).read_text()
-    parts: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or words[1] not in ("0", "1", "2"):
+    entries: dict[str, Entry] = {}
+    doubled: dict[str, Entry] = {}
+    for entry in _list(images):
+        name = PurePosixPath(entry.name).name
+        if entries.setdefault(name, entry) != entry:
+            doubled[name] = entry
+    parts = _read_partition(entries.get(CELEBA_PARTITION), images, folders)
+    for name in parts:
+        if name in doubled:
             raise DataError(
-                f"data: {CELEBA_PARTITION}, line {number}: expected a file name and 0, 1 or 2, "
-                f"got {line[:80]!r}"
+                f"data: expected one file {name} in {images}, "
+                f"found {entries[name].name} and {doubled[name].name}"
             )
-        parts[words[0]] = int(words[1])
     there = [name for name in parts if name in entries]
     return Source(
         root,
@@ -145,6 +151,31 @@ def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
         tuple(name for name in parts if name not in entries),
         CELEBA_CROP,
     )
+
+
+def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> dict[str, int]:
+    """The part of each name that the partition lists. `inside`: the partition where it lies among
+    the images."""
+    path = Path(images, inside.name) if inside else _find_partition(images, folders)
+    try:
+        with inside.open() if inside else path.open("rb") as opened:
+            text = opened.read().decode("utf-8-sig")
+    except Exception as error:  # see `Entry.open`
+        raise DataError(f"data: cannot read {path}: {error}") from None
+    parts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"data: {path}, line {number}"
+        if len(words) != 2 or words[1] not in ("0", "1", "2"):
+            raise DataError(f"{where}: expected a file name and 0, 1 or 2, got {line[:80]!r}")
+        name, part = words[0], int(words[1])
+        if parts.setdefault(name, part) != part:
+            raise DataError(f"{where}: expected {name} in one part, got {part} after {parts[name]}")
+    if not parts:
+        raise DataError(f"data: expected file names and their parts in {path}, found none")
+    return parts
 
 
 def _find_partition(images: Path, folders: list[Path]) -> Path:
@@ -164,7 +195,7 @@ def _list(root: Path) -> list[Entry]:
     if root.is_file():
         return _list_zip(root, "")
     entries: list[Entry] = []
-    for folder, inner, files in os.walk(root):
+    for folder, inner, files in os.walk(root, onerror=_refuse_unlisted):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for file in files:
             path = Path(folder, file)
@@ -180,14 +211,18 @@ def _list(root: Path) -> list[Entry]:
     return sorted(entries)
 
 
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(f"data: cannot list the folder {error.filename}: {error.strerror}")
+
+
 def _list_zip(path: Path, prefix: str) -> list[Entry]:
     entries = []
-    for member in _opened(str(path)).infolist():
-        parts = PurePosixPath(member.filename).parts
-        if member.is_dir() or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
+    # Of members with one name the last counts, as when they are unpacked in turn.
+    for member in {member.filename: member for member in _opened(str(path)).infolist()}.values():
+        parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
+        folder = not member.filename or member.is_dir()
+        if folder or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
             continue
-        if member.flag_bits & 1:
-            raise DataError(f"data: expected a zip without a password, got {path}")
         stamp = f"{member.file_size} {member.CRC:08x}"
         entries.append(Entry(prefix + member.filename, str(path), member.filename, stamp))
     return sorted(entries)
@@ -196,7 +231,7 @@ def _list_zip(path: Path, prefix: str) -> list[Entry]:
 def _opened(path: str) -> zipfile.ZipFile:
     try:
         return _kept_open(path, os.stat(path).st_mtime_ns)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # zipfile raises many kinds for a table of contents that lies
         raise DataError(f"data: expected a folder or a whole zip, got {path} ({error})") from None
 
 

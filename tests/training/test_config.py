@@ -7,7 +7,7 @@ def test_a_resolved_configuration_survives_its_yaml():
     config = TrainConfig(stage_dims=[32, 16], max_steps=7, domain="latent", seed=3)
     resolved = config.resolve((1, 28, 28))
     assert resolved.image_shape == (1, 28, 28)
-    assert RunConfig.from_yaml(resolved.to_yaml()) == resolved
+    assert RunConfig.from_yaml(resolved.to_yaml(), "config.yaml") == resolved
 
 
 def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
@@ -15,22 +15,43 @@ def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
     assert TrainConfig(data="faces").resolve((3, 64, 64)).data == str(tmp_path / "faces")
 
 
+WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("levels: two", "levels: expected a whole number, got two"),
-        ("levels: 0", "levels: expected at least 1, got 0"),
+        (WHOLE.replace("levels: 2", "levels: two"), "levels: expected a whole number, got two"),
+        (WHOLE.replace("levels: 2", "levels: 0"), "levels: expected at least 1, got 0"),
+        (WHOLE.replace("channels: 1", "channels: 0"), "channels: expected at least 1, got 0"),
+        (
+            WHOLE.replace("image_size: 28", "image_size: null"),
+            "image_size: expected a whole number",
+        ),
         ("stage_dims: [a]", "stage_dims: expected a whole number, got a"),
         ("rho: l3", "rho: expected one of l2, l1, huber, got l3"),
         ("colour: red", "colour"),
-        ("[1, 2]", "config.yaml"),
-        ("a: [", "config.yaml"),
+        ("[1, 2]", "expected options and their values, got a list"),
+        ("a: [", "flow node"),
+        ("[" * 100_000, "got deep nesting"),
+        ("a: " + "9" * 5000, "integer string conversion"),
+        ("levels: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"levels: 2\xff", "invalid start byte"),
+        (WHOLE[: WHOLE.index("save_steps")], "expected every option of the run, found no"),
+        ("", "expected every option of the run, found no"),
     ],
 )
 def test_bad_yaml_is_told_in_one_line(text, told):
     with pytest.raises(ValueError, match=told) as caught:
-        RunConfig.from_yaml(text)
+        RunConfig.from_yaml(text, "runs/a/config.yaml")
+    assert str(caught.value).startswith("runs/a/config.yaml: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", range(0, len(WHOLE) - 2, 13))
+def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
+    with pytest.raises(ValueError, match=r"config\.yaml: "):
+        RunConfig.from_yaml(WHOLE[:end], "config.yaml")
 
 
 def test_max_steps_take_the_place_of_epochs():

@@ -70,7 +70,7 @@ class TestFolder:
         wide[:, 16:48:2] = 0  # black and white columns fill the central square alone
         wide[:, 17:48:2] = 200
         Image.fromarray(wide).save(tmp_path / "a.png")
-        images, _ = load_folder(str(tmp_path), 8)
+        images = load_folder(str(tmp_path), 8).images
         columns = images.batch([0])[0, 0, 0].float()
         # Without antialiasing, columns away from the border would be black or 200, not between.
         assert ((columns[1:-1] - 100).abs() < 2).all()
@@ -80,7 +80,7 @@ class TestFolder:
         write_image(tmp_path / "a.png", mode="L")
         assert load_folder(str(tmp_path), 8)[0].image_shape == (1, 8, 8)
         write_image(tmp_path / "b.png", mode="RGB")
-        images, _ = load_folder(str(tmp_path), 8)
+        images = load_folder(str(tmp_path), 8).images
         grey = images.batch([0])[0]
         assert images.image_shape == (3, 8, 8)
         assert torch.equal(grey[0], grey[1])
@@ -88,7 +88,7 @@ class TestFolder:
 
     def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
         Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a.png")
-        images, _ = load_folder(str(tmp_path), 8)
+        images = load_folder(str(tmp_path), 8).images
         assert images.image_shape == (1, 8, 8)
         assert (images.batch([0]) == 0x80).all()
 
@@ -150,7 +150,7 @@ class TestCelebA:
             load_splits(str(tmp_path), 32)
 
     def test_evaluating_takes_the_test_part(self, tmp_path):
-        images, _ = load_folder(str(self.tree(tmp_path)), 32)
+        images = load_folder(str(self.tree(tmp_path)), 32).images
         assert len(images) == 1
 
 
@@ -224,7 +224,7 @@ class TestCache:
         for seed, name in enumerate("abc"):
             write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
             if seed:
-                images, _ = load_folder(str(tmp_path / "faces2"), 8)
+                images = load_folder(str(tmp_path / "faces2"), 8).images
                 assert len(images) == seed + 1
         assert len(list(cache.glob("faces2-8px-*"))) == 1  # in place of the former
 

@@ -160,6 +160,25 @@ class TestBadWeights:
         torch.save([torch.zeros(1)], tmp_path / "b.pth")
         self.told("resnet18", tmp_path / "b.pth", "it holds a list")
 
+    @pytest.mark.parametrize(
+        ("state", "text"),
+        [
+            ({"fc.weight": torch.zeros(())}, "in state_dict"),
+            ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but fewer numbers in the file"),
+            ({"fc.weight": torch.empty(9, 9, device="meta")}, "its 'fc.weight' is not a plain"),
+            ({"fc.weight": torch.zeros(9, 9).to_sparse()}, "its 'fc.weight' is not a plain"),
+            (
+                {"fc.weight": torch.zeros(9, dtype=torch.complex64)},
+                "its 'fc.weight' is not a plain",
+            ),
+            ({"fc.bias": torch.full((9,), torch.nan)}, "has values that are not finite"),
+            ({7: torch.zeros(9)}, "its 7 is not the name"),
+        ],
+    )
+    def test_tensors_that_lie(self, state, text, tmp_path):
+        torch.save(state, tmp_path / "a.pth")
+        self.told("resnet18", tmp_path / "a.pth", text)
+
     def test_within_a_checkpoint(self, tmp_path):
         torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "a.pth")
         self.told("resnet18", tmp_path / "a.pth", "its 'epoch' is of type int")

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.layers import ReversibleChain
-from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -375,14 +374,6 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def unwatched(function):
-    def run(*args):
-        with _disable_current_modes():
-            return function(*args)
-
-    return run
-
-
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize(
     ("domain", "weight"), [("latent", 1.0), ("data", 1.0), ("data", "variance")]
@@ -392,8 +383,6 @@ def test_nothing_in_what_is_captured_waits_for_the_device(
 ):
     # It computes a number of numbers on the host.
     monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
-    # Whether W is singular is looked at where a capture is not on.
-    monkeypatch.setattr("mflow_kernels.layers.step.inverse_mix", unwatched(inverse_mix))
     flow = VectorFlow(6, steps=3, width=8, reversible=reversible, checkpoint_every=2)
     model = ManifoldFlow(flow, 3, objective=ManifoldObjective(domain, weight=weight))
     with HostReads():

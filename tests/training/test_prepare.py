@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_runs import TINY, listing, write_images
+from tiny_runs import TINY, listing, write_images, zip_up
 
 from benchmarks._celeba_tree import make_celeba
 from mflow_kernels.training import prepare as preparing
@@ -136,7 +136,9 @@ class TestInterrupted:
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
 
-    @pytest.mark.parametrize("damage", ["torn journal", "garbage journal", "longer", "shorter"])
+    @pytest.mark.parametrize(
+        "damage", ["torn journal", "garbage journal", "longer", "shorter", "rotten"]
+    )
     def test_what_a_power_cut_may_leave(
         self, damage, source, small_blocks, whole, tmp_path, monkeypatch
     ):
@@ -148,6 +150,10 @@ class TestInterrupted:
             journal.write_bytes(journal.read_bytes() + bytes(40) + b"\n")
         elif damage == "longer":
             partial.write_bytes(partial.read_bytes() + b"half a block")
+        elif damage == "rotten":
+            images = bytearray(partial.read_bytes())
+            images[-1] ^= 1
+            partial.write_bytes(images)
         else:
             partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
         prepare(source, tmp_path / "a", 16, workers=1)
@@ -288,7 +294,7 @@ class TestDamage:
         file.write_bytes(data)
         command = ["prepare", str(celeba), "--out", str(file), "--image-size", "16"]
         assert main(command) == 2
-        assert "images 7 to 10 have another checksum" in capsys.readouterr().err
+        assert "image 9 (000011.jpg) is not as it was written" in capsys.readouterr().err
         assert main([*command, "--overwrite"]) == 0
         assert main(command) == 0
         assert "every byte is as it was written" in capsys.readouterr().out
@@ -338,6 +344,19 @@ class TestCommand:
             weights.append([bytes(p.batch(range(len(p))).numpy()) for p in (splits.train,)])
         assert weights[0] == weights[1]
 
+    def test_a_link_stays_and_leads_to_the_new_file(self, tmp_path):
+        write_images(tmp_path / "images", 2)
+        (tmp_path / "disk").mkdir()
+        link = tmp_path / "link"
+        link.symlink_to("disk/made")
+        command = ["prepare", str(tmp_path / "images"), "--out", str(link), "--image-size"]
+        assert main([*command, "8"]) == 0
+        assert main([*command, "4", "--overwrite"]) == 0
+        assert link.is_symlink()
+        assert open_prepared(tmp_path / "disk" / "made").record.size == 4
+        assert listing(tmp_path / "disk") == ["made"]
+        assert not list(tmp_path.glob(".*"))
+
     @pytest.mark.parametrize(
         ("arguments", "told"),
         [
@@ -347,6 +366,12 @@ class TestCommand:
             ("images --out made", "--out: made exists and is not made from these images at 64x64"),
             ("images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
             ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
+            (
+                "images --out made --overwrite",
+                "--out: --overwrite expected a file of mflow",
+            ),
+            ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
+            ("images --out circle", "--out: symbolic links lead in a circle: circle"),
             ("images", "--out: expected a value, got none"),
             ("text --out a", ": data: expected images in text, found 1 files that are none"),
         ],
@@ -354,6 +379,8 @@ class TestCommand:
     def test_bad_input_writes_nothing(self, arguments, told, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         write_images(tmp_path / "images", 2)
+        zip_up(tmp_path / "images", tmp_path / "images.zip")
+        (tmp_path / "circle").symlink_to("circle")
         (tmp_path / "made").write_text("by somebody else")
         (tmp_path / "text").mkdir()
         (tmp_path / "text" / "a.png").write_text("no image")

@@ -42,7 +42,7 @@ class TestPresets:
     def test_digits_are_the_defaults(self):
         assert TrainConfig(**preset_options("digits")) == TrainConfig()
 
-    def test_what_is_typed_overrules_them_also_when_a_run_resumes(self, images, tmp_path):
+    def test_what_is_typed_overrules_them(self, images, tmp_path, capsys):
         own = tmp_path / "own.yaml"
         own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
@@ -51,7 +51,10 @@ class TestPresets:
         config = read_config(tmp_path / "run")
         assert (config.rho, config.epochs) == ("l1", 9)
         assert (config.width, config.stage_dims) == (8, [4])
-        assert main([*command, "--resume"]) == 0
+        capsys.readouterr()
+        # A run that resumes has its options: a preset would be ignored.
+        assert main([*command, "--resume"]) == 2
+        assert "--preset: expected none with --resume" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("text", "told"),

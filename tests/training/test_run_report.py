@@ -56,7 +56,7 @@ def full(trained, tmp_path_factory):
 
 class TestFull:
     def test_the_folder_is_complete(self, full):
-        assert set(listing(full)) == PICTURES | {"figures.json", "report.html"}
+        assert set(listing(full)) == PICTURES | {"figures.json", "report.html", ".lock"}
 
     def test_the_page_needs_nothing_else(self, full):
         page = Page((full / "report.html").read_text())
@@ -140,7 +140,7 @@ class TestWhatIsMissing:
             ("--features resnet18", "--feature-weights: expected a file of weights of 'resnet18'"),
             ("--draws 0", "--draws: expected at least 1, got 0"),
             ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
-            ("--out RUN/config.yaml", "--out: expected a folder, got"),
+            ("--out RUN/config.yaml", "--out: expected a folder, but"),
             ("--ood none", "--ood: expected 'digits', a folder or zip of images, or a file"),
             ("--ood COLOURED", "--ood: expected grey images, got 3 colour channels"),
         ],

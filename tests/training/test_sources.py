@@ -1,10 +1,9 @@
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import write_images
+from tiny_runs import write_images, zip_up
 
 from benchmarks._celeba_tree import make_celeba
 from mflow_kernels.training.data import load_splits
@@ -16,13 +15,6 @@ def pixels(data, size=16):
     source = find_images(data)
     channels = 3 if source.is_celeba or any_in_colour(source.entries) else 1
     return decode(source.entries, Format(size, channels, source.crop)).pixels
-
-
-def zip_up(folder, path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            archive.write(file, file.relative_to(folder))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +151,22 @@ class TestZip:
         with pytest.raises(DataError, match="expected a folder or a whole zip"):
             find_images(tmp_path)
 
+    def test_one_that_is_gone_is_not_so_many_unreadable_images(self, tmp_path):
+        write_images(tmp_path / "f", 3)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        source = find_images(archive)
+        archive.unlink()
+        with pytest.raises(DataError, match="a folder or a whole zip"):
+            decode(source.entries, Format(8, 1))
+
     def test_a_password(self, tmp_path):
         write_images(tmp_path / "f", 1)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
         data = bytearray(archive.read_bytes())
         data[data.index(b"PK\x01\x02") + 8] |= 1  # the bit that says so, in the table of contents
         archive.write_bytes(data)
-        with pytest.raises(DataError, match="without a password"):
-            find_images(archive)
+        with pytest.raises(DataError, match=r"found 1 files that are none \(.*password required"):
+            load_splits(str(archive), 8)
 
 
 def test_an_order_that_does_not_depend_on_the_disk(tmp_path):

@@ -133,7 +133,8 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_for_the_device_in_logged_steps_only(command, monkeypatch):
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, monkeypatch):
     found, looks = [], []
     step, init = FlowTraining.optimizer_step, FlowTraining.__init__
     look = StepGuard.look
@@ -156,8 +157,7 @@ def test_the_host_waits_for_the_device_in_logged_steps_only(command, monkeypatch
     monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
     # It computes a number of numbers on the host.
     monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
-    # In the latent domain: decoding looks whether W is singular.
-    assert main([*command, "--domain", "latent"]) == 0
+    assert main([*command, "--domain", domain]) == 0
     assert found[:2] == found[3:5] == [0, 0]
     assert looks == [2, 5]
 

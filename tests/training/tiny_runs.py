@@ -1,5 +1,7 @@
 """A model and images so small that a test may train on them."""
 
+import zipfile
+
 import numpy as np
 from PIL import Image
 
@@ -20,6 +22,14 @@ def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
         image = Image.fromarray(coarse if channels == 3 else coarse[..., 0])
         image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:03}.png")
     return folder
+
+
+def zip_up(folder, path):
+    """Every file below a folder in a zip, stored as it is; returns its path."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder))
+    return path
 
 
 def listing(folder):
