@@ -276,11 +276,7 @@ class FlowTraining(LightningModule):
             averaged = self.averaged.stages[i].modules()
             pairs = zip(self.model.stages[i].modules(), averaged, strict=True)
             for module, its_average in pairs:
-                if not isinstance(module, InvertibleConv1x1):
-                    continue
-                with explaining_singular(self.model):
-                    bounded = module.bound_condition_(limit)
-                if bounded:
+                if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
                     # Factors by another permutation: there is nothing to average them with.
                     copy_weights(module, its_average)
 
@@ -313,7 +309,7 @@ class FlowTraining(LightningModule):
         x = self._own_part(dequantize(batch, self._config.n_bits, generator))
         if not len(x):  # the last batch may hold fewer images than there are ranks
             return
-        with self._autocast(), explaining_singular(self.averaged):
+        with self._autocast():
             log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
         self._held_out[0] += bits.double().sum()
