@@ -17,6 +17,7 @@ from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.checkpoints import Checkpoint
 from mflow_kernels.training.config import TrainConfig
@@ -364,8 +365,9 @@ def explaining_singular(model: nn.Module) -> Iterator[None]:
         yield
     except ValueError as error:
         with torch.no_grad():
-            weights = [fold([m], torch.float64).weight[0] for m in model.modules() if _is_step(m)]
-        if all(condition_number(weight).isfinite() for weight in weights):
+            mixes = [fold([m], torch.float32) for m in model.modules() if _is_step(m)]
+            inverses = [inverse_mix(mix.weight, mix.bias, check=False)[0] for mix in mixes]
+        if all(inverse.isfinite().all() for inverse in inverses):
             raise
         raise FloatingPointError(
             f"training diverged ({error}); a lower --learning-rate may help"
