@@ -114,15 +114,15 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
             raise ValueError(
                 f"folder: expected {own.dtype} in {path / WEIGHTS}, not {name}'s dtype"
             )
-        if not tensor.isfinite().all() or (is_fixed(name, own) and not tensor.equal(own)):
+        if not tensor.isfinite().all() or (is_fixed(name) and not tensor.equal(own)):
             raise ValueError(f"folder: expected weights of a model in {path / WEIGHTS}: {name}")
     model.load_state_dict(tensors)
     return model.eval()
 
 
-def is_fixed(name: str, tensor: torch.Tensor) -> bool:
-    """Whether the architecture alone decides a tensor's values, as those of masks and indices."""
-    return not tensor.is_floating_point() and not name.endswith(".initialized")
+def is_fixed(name: str) -> bool:
+    """Whether the architecture alone decides the values of a tensor of a model."""
+    return name.rpartition(".")[2].startswith(("manifold_index", "off_mask_"))
 
 
 def _flow_shapes(flows: list[Bijection]) -> dict[str, tuple[int, ...]]:

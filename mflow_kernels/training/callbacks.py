@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from mflow_kernels.training.files import write_atomically
+from mflow_kernels.training.files import read_regular, write_atomically
 from mflow_kernels.training.module import FlowTraining
 from mflow_kernels.training.printable import printable
 
@@ -177,7 +177,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
-        text = path.read_bytes().decode("ascii", errors="replace")
+        text = read_regular(path).decode("ascii", errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -87,7 +87,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
     try:
         _check_finite(tensors)
         for name, tensor in expected.tensors.items():
-            if is_fixed(name, tensor):
+            if is_fixed(name):
                 _check(torch.equal(tensors[name], tensor), name, "others than the architecture's")
         step = state["global_step"]
         _check(type(step) is int and 0 <= step <= expected.steps, "global_step", step)

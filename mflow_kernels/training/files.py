@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,13 @@ def write_atomically(
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file; OSError also for a pipe or device, which may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def follow_links(path: Path, argument: str) -> Path:

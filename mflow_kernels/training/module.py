@@ -17,6 +17,7 @@ from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.ops.conv1x1 import inverse_mix
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.checkpoints import Checkpoint
 from mflow_kernels.training.config import TrainConfig
@@ -276,11 +277,7 @@ class FlowTraining(LightningModule):
             averaged = self.averaged.stages[i].modules()
             pairs = zip(self.model.stages[i].modules(), averaged, strict=True)
             for module, its_average in pairs:
-                if not isinstance(module, InvertibleConv1x1):
-                    continue
-                with explaining_singular(self.model):
-                    bounded = module.bound_condition_(limit)
-                if bounded:
+                if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
                     # Factors by another permutation: there is nothing to average them with.
                     copy_weights(module, its_average)
 
@@ -313,7 +310,7 @@ class FlowTraining(LightningModule):
         x = self._own_part(dequantize(batch, self._config.n_bits, generator))
         if not len(x):  # the last batch may hold fewer images than there are ranks
             return
-        with self._autocast(), explaining_singular(self.averaged):
+        with self._autocast():
             log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
         self._held_out[0] += bits.double().sum()
@@ -368,8 +365,9 @@ def explaining_singular(model: nn.Module) -> Iterator[None]:
         yield
     except ValueError as error:
         with torch.no_grad():
-            weights = [fold([m], torch.float64).weight[0] for m in model.modules() if _is_step(m)]
-        if all(condition_number(weight).isfinite() for weight in weights):
+            mixes = [fold([m], torch.float32) for m in model.modules() if _is_step(m)]
+            inverses = [inverse_mix(mix.weight, mix.bias, check=False)[0] for mix in mixes]
+        if all(inverse.isfinite().all() for inverse in inverses):
             raise
         raise FloatingPointError(
             f"training diverged ({error}); a lower --learning-rate may help"

@@ -64,6 +64,11 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
             return {}
         if not isinstance(given, dict):
             raise ValueError(f"expected options and their values, got a {type(given).__name__}")
+        for name, value in given.items():
+            # A few lines of YAML aliases can stand for more nested lists than memory holds.
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, list | dict) for item in items):
+                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
         values = vars(parser.parse_string(text if isinstance(text, str) else text.decode()))
         return {name: values[name] for name in given}
     except RecursionError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mflow_kernels.training.config import add_options
+from mflow_kernels.training.files import read_regular
 from mflow_kernels.training.options import OptionParser, parse_yaml
 
 PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
@@ -19,7 +20,7 @@ def preset_text(name: str) -> str:
     if name in PRESETS:
         return (files("mflow_kernels.training") / "presets" / f"{name}.yaml").read_text("utf-8")
     try:
-        return Path(name).read_text("utf-8")
+        return read_regular(Path(name)).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"preset: {name}: expected text in UTF-8 ({error.reason})") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name

@@ -16,6 +16,7 @@ from mflow_kernels.training.files import (
     LOCK,
     check_can_be_written,
     make_folder,
+    read_regular,
     write_atomically,
 )
 from mflow_kernels.training.manifest import MANIFEST, Manifest
@@ -135,7 +136,7 @@ def read_config(folder: Path, argument: str = "run") -> RunConfig:
     """The configuration of a run folder; ValueError, naming `argument`, if there is none."""
     path = folder / CONFIG
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         absent = isinstance(error, FileNotFoundError | NotADirectoryError)
         reason = "" if absent else f" ({getattr(error, 'strerror', None) or error})"

@@ -252,17 +252,17 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    validates = False
     if plan.checkpoint is not None:
         # A checkpoint is written before validation, which may not have come to its end. Repeated,
         # it gives the same figures.
         step = plan.first_step
         validates = step > 0 and step % training.validation_interval == 0
         resume_loops(trainer, step, validates)
-        if validates and step == training.total_steps:  # then `fit` has nothing to do
-            trainer.fit(training)
+    with explaining_singular(training):
+        trainer.fit(training)
+        if validates and plan.first_step == training.total_steps:  # `fit` had nothing to do
             trainer.validate(training, verbose=False)
-            return training.averaged
-    trainer.fit(training)
     return training.averaged
 
 
