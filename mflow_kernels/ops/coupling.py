@@ -63,7 +63,7 @@ def couple_ref(
     """y_b and log |dy_b / dx_b|, elementwise."""
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = sign * log_scale_ref(raw, scale)
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         return log_s.exp() * x_b + sign * shift, log_s
     return log_s.exp() * (x_b + sign * shift), log_s
 
@@ -82,7 +82,7 @@ def couple_backward_ref(
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = log_scale_ref(raw, scale) if log_s is None else log_s
     dx_b = (sign * log_s).exp() * dy_b
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
@@ -146,7 +146,7 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         shift = -shift
     s = tl.exp(log_s)
     # The inverse of "shift, then scale" scales first, and the other way round.
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         y = s * x + shift
     else:
         y = s * (x + shift)
@@ -163,7 +163,7 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
         shift = -shift
     s = tl.exp(log_s)
     dx = s * dy
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         dshift = dy
         draw = (dx * x + dlog_s[None, :]) * slope
     else:
