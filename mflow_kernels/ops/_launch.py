@@ -167,12 +167,13 @@ def channels_first(x: Tensor) -> bool:
 
 
 def elementwise_tile(x: Tensor) -> tuple[int, int]:
-    """Channels by columns of an elementwise program: 1,024 elements, longest along the axis whose
-    neighbours are neighbours in memory."""
+    """Channels by columns of an elementwise program: 1,024 elements (512 of float64, which takes
+    twice the registers), longest along the axis whose neighbours are neighbours in memory."""
+    elements = 512 if x.dtype == torch.float64 else 1024
     if channels_first(x):
-        return 4, 256
+        return 4, elements // 4
     block_c = min(64, triton.next_power_of_2(x.shape[1]))
-    return block_c, max(16, 1024 // block_c)
+    return block_c, max(16, elements // block_c)
 
 
 class Columns(NamedTuple):
@@ -239,6 +240,15 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
         x += step(n[None, :], strides[0], UNIT)
         x += step(c[:, None], strides[1], UNIT)
         return x + step(p[None, :], strides[2], UNIT)
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """`tl.store`. Float64 goes to 16 bits by float32: Triton 3.6 compiles no direct conversion."""
+    if value.dtype == tl.float64 and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        tl.store(pointer, value.to(tl.float32), mask=mask)
+    else:
+        tl.store(pointer, value, mask=mask)
 
 
 @triton.jit

@@ -41,6 +41,7 @@ from mflow_kernels.ops._launch import (
     pixels,
     read_ledger,
     step,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -133,8 +134,8 @@ def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
     """Store what `load_params` loads."""
     C_A: tl.constexpr = C // 2
     at_raw = at(params, strides, n, c - C_A, p)
-    tl.store(at_raw, raw, mask=is_b)
-    tl.store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
+    store(at_raw, raw, mask=is_b)
+    store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
 
 
 @triton.jit
@@ -192,9 +193,10 @@ def _coupling_fwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile = tl.program_id(0)
     n, p, valid = columns(tile, N, P, COLUMNS)
-    total = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    total = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
