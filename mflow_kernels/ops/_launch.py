@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from mflow_kernels.ops._checks import check_state
@@ -71,8 +72,11 @@ RUN_TIME = ("N", "TILES")  # arguments that follow the batch size: Triton compil
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
-    Triton itself takes the current device, which need not be the tensors'.
+    Triton itself takes the current device, which need not be the tensors'. A fake tensor has no
+    memory: its launch does nothing, and the results have their shapes.
     """
+    if isinstance(args[0], FakeTensor):
+        return
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -140,10 +144,19 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
     of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. A plain
     tuple: Triton binds it in half the time that a NamedTuple takes.
+
+    Raises:
+        ValueError: where an offset within a sample, which kernels hold in 32 bits, does not fit.
     """
     if x is None:
         return None, None
     n, c, p = strides(x)
+    last = (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p
+    if last >= 2**31:
+        raise ValueError(
+            f"expected samples that span at most 2^31 elements, got one of shape "
+            f"{tuple(x.shape[1:])} that spans {last + 1}"
+        )
     unit = _UNITS[math.gcd(8, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
 
