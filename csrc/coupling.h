@@ -9,10 +9,8 @@
 
 namespace mflow {
 
-enum class Kind : int { sigmoid, floored_sigmoid, exp, tanh, atan };
-
 struct Scale {
-    Kind kind = Kind::tanh;
+    int function = -1;  // its place in ScaleFunctions (scale.h)
     double offset = 0, eps = 0, clamp = 1;
     bool shift_first = true;
 };

@@ -4,14 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
-#ifndef MFLOW_INLINE
-#define MFLOW_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 // A portable build that still uses the machine's widest vectors: the loader picks a clone.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
@@ -51,24 +49,34 @@ MFLOW_INLINE void in_blocks(int64_t count, const Run& run) {
 constexpr int64_t kElementsPerThread = 1 << 16;
 
 // Calls run(first, last) for consecutive ranges of `tasks`, one a thread. What a task computes may
-// not depend on its range.
+// not depend on its range. What a call throws, as for memory that is not to be had, is thrown here
+// once all threads have ended.
 template <class Run>
 void share_out(int64_t tasks, int64_t elements, int threads, const Run& run) {
     const int64_t useful = elements / kElementsPerThread;
     const int64_t shares = std::max<int64_t>(1, std::min({int64_t(threads), useful, tasks}));
+    std::vector<std::exception_ptr> errors(shares);
+    const auto run_shares = [&](int64_t share, int64_t end) noexcept {
+        try {
+            run(tasks * share / shares, tasks * end / shares);
+        } catch (...) {
+            errors[share] = std::current_exception();
+        }
+    };
     std::vector<std::thread> workers;
     workers.reserve(shares - 1);
     int64_t share = 1;
     try {
-        for (; share < shares; ++share) {
-            workers.emplace_back(run, tasks * share / shares, tasks * (share + 1) / shares);
-        }
-    } catch (const std::system_error&) {
-        // No more threads to be had: the rest is done here.
+        for (; share < shares; ++share) workers.emplace_back(run_shares, share, share + 1);
+    } catch (...) {
+        // No more threads can be started: this one does the rest.
     }
-    run(0, tasks / shares);
-    if (share < shares) run(tasks * share / shares, tasks);
+    run_shares(0, 1);
+    if (share < shares) run_shares(share, shares);
     for (std::thread& worker : workers) worker.join();
+    for (const std::exception_ptr& error : errors) {
+        if (error) std::rethrow_exception(error);
+    }
 }
 
 }  // namespace mflow

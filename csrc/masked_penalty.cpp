@@ -29,14 +29,18 @@ template <class A>
 MFLOW_INLINE A widen(BFloat16 v) {
     return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Without branches, so that loops over it vectorize; multiplying by 2^112 moves the exponent's bias
-// and normalizes subnormals.
+// Both cases of each conversion are computed and one is chosen, so that loops vectorize.
 template <class A>
 MFLOW_INLINE A widen(Half v) {
-    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-    uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-    bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN
-    return bit_cast<float>(bits | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+    const uint32_t magnitude = v.bits & 0x7fffu, exponent = v.bits & 0x7c00u;
+    // The exponent's bias is 15 in a half and 127 in a float; the largest exponent, that of
+    // infinity and NaN, is 31 in a half and 255 in a float.
+    const uint32_t raise = exponent == 0x7c00u ? 255u - 31u : 127u - 15u;
+    const uint32_t normal = (magnitude << 13) + (raise << 23);
+    // A subnormal half counts units of 2^-24.
+    const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+    const uint32_t bits = exponent == 0 ? bit_cast<uint32_t>(subnormal) : normal;
+    return bit_cast<float>(bits | (v.bits & 0x8000u) << 16);
 }
 
 template <class T>
@@ -53,20 +57,25 @@ struct Narrow<BFloat16> {
         return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
     }
 };
-// To nearest even: adding a power of two that lies 13 bits above the half's last place lets the
-// float adder round; the two factors send what overflows a half to infinity.
+// Rounds to nearest even.
 template <>
 struct Narrow<Half> {
     static MFLOW_INLINE Half from(float v) {
         const uint32_t bits = bit_cast<uint32_t>(v);
-        const uint32_t doubled = bits << 1;
-        const float magnitude = bit_cast<float>(bits & 0x7fffffffu) * 0x1p112f * 0x1p-110f;
-        const uint32_t bias = std::max(doubled & 0xff000000u, 0x71000000u);
-        const uint32_t sum =
-            bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + magnitude);
-        const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+        const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+        // Drop 13 bits of the mantissa and lower the exponent's bias from 127 to 15. What is too
+        // large for a half becomes infinity.
+        const int32_t odd = magnitude >> 13 & 1;
+        const int32_t rounded = (magnitude - ((127 - 15) << 23) + 0xfff + odd) >> 13;
+        const int32_t normal = std::min(rounded, 0x7c00);
+        // Below 2^-14 a half counts units of 2^-24. Adding 2^23 rounds to an integer, and leaves it
+        // in the low bits.
+        const float units = bit_cast<float>(magnitude) * 0x1p24f + 0x1p23f;
+        const int32_t subnormal = bit_cast<int32_t>(units) & 0x7fffff;
+        const int32_t half = magnitude < 0x38800000 ? subnormal : normal;
+        const int32_t nan = 0x7e00;
         return {static_cast<uint16_t>((bits >> 16 & 0x8000u) |
-                                      (doubled > 0xff000000u ? 0x7e00u : half))};
+                                      (magnitude > 0x7f800000 ? nan : half))};
     }
 };
 
@@ -244,32 +253,31 @@ MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin,
     return tile;
 }
 
-template <Rho R, class A>
+template <class R, class A>
 MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* penalty,
                            A* gaussian) {
     A sum = 0, log_density = 0;
 #pragma omp simd reduction(+ : sum, log_density)
     for (int i = 0; i < count; ++i) {
         const A e = tile.error[i], m = tile.mask[i];
-        sum += m * (scale * tile.weight[i]) * rho_value<R, A>(e, delta);
-        log_density += (A(1) - m) * normal_log_density(e);
+        sum += penalty_of<R>(e, m, scale * tile.weight[i], delta);
+        log_density += gaussian_of(e, m);
     }
     *penalty = sum;
     *gaussian = log_density;
 }
 
-template <Rho R, class A>
+template <class R, class A>
 MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A grad_penalty,
                              A grad_gaussian, A* out) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        const A e = tile.error[i], m = tile.mask[i];
-        out[i] = grad_penalty * m * (scale * tile.weight[i]) * rho_slope<R, A>(e, delta) -
-                 grad_gaussian * (A(1) - m) * e;
+        out[i] = gradient_of<R>(tile.error[i], tile.mask[i], scale * tile.weight[i], delta,
+                                grad_penalty, grad_gaussian);
     }
 }
 
-template <Rho R, class T, class A>
+template <class R, class T, class A>
 MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffers<A>& buffers) {
     const int64_t sample = index / p.tiles;
     const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
@@ -301,11 +309,9 @@ using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
         using A = Types<T>::Acc;                                                           \
         Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
         for (int64_t i = first; i < last; ++i) {                                           \
-            switch (p.rho) {                                                               \
-                case Rho::l2: run_tile<Rho::l2, T>(p, i, backward, buffers); break;        \
-                case Rho::l1: run_tile<Rho::l1, T>(p, i, backward, buffers); break;        \
-                case Rho::huber: run_tile<Rho::huber, T>(p, i, backward, buffers); break;  \
-            }                                                                              \
+            Rhos::visit(p.rho, [&](auto rho) __attribute__((always_inline)) {              \
+                run_tile<decltype(rho), T>(p, i, backward, buffers);                       \
+            });                                                                            \
         }                                                                                  \
     }
 MFLOW_RUN_TILES(run_float32, float)
@@ -342,6 +348,7 @@ void sum_partials(const Problem& p) {
 }
 
 void run(const Problem& p, bool backward, int threads) {
+    check_rho(p.rho);
     switch (p.dtype) {
         case Dtype::float32: return run_all<float>(p, run_float32, backward, threads);
         case Dtype::float64: return run_all<double>(p, run_float64, backward, threads);

@@ -188,24 +188,6 @@ __device__ __forceinline__ void read(const Problem& p, Run& run, Terms<A, V>& te
 }
 
 template <class A>
-__device__ __forceinline__ A value_of(Rho rho, A e, A delta) {
-    switch (rho) {
-        case Rho::l2: return rho_value<Rho::l2>(e, delta);
-        case Rho::l1: return rho_value<Rho::l1>(e, delta);
-        default: return rho_value<Rho::huber>(e, delta);
-    }
-}
-
-template <class A>
-__device__ __forceinline__ A slope_of(Rho rho, A e, A delta) {
-    switch (rho) {
-        case Rho::l2: return rho_slope<Rho::l2>(e, delta);
-        case Rho::l1: return rho_slope<Rho::l1>(e, delta);
-        default: return rho_slope<Rho::huber>(e, delta);
-    }
-}
-
-template <class A>
 __device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
     for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_down_sync(kAll, value, lane);
@@ -237,9 +219,11 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (j < run.count) {
-                const A e = terms.error[j], m = terms.mask[j];
-                penalty += m * (scale * terms.weight[j]) * value_of(p.rho, e, delta);
-                gaussian += (A(1) - m) * normal_log_density(e);
+                const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+                Rhos::visit(p.rho, [&](auto rho) {
+                    penalty += penalty_of<decltype(rho)>(e, m, w, delta);
+                });
+                gaussian += gaussian_of(e, m);
             }
         }
     }
@@ -294,9 +278,10 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
         A grad[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const A e = terms.error[j], m = terms.mask[j];
-            grad[j] = g * m * (scale * terms.weight[j]) * slope_of(p.rho, e, delta) -
-                      h * (A(1) - m) * e;
+            const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+            Rhos::visit(p.rho, [&](auto rho) {
+                grad[j] = gradient_of<decltype(rho)>(e, m, w, delta, g, h);
+            });
         }
         if (p.dinput.data) store<T, indexed>(p.dinput, run, grad, A(1));
         if (p.dtarget.data) store<T, indexed>(p.dtarget, run, grad, A(-1));
@@ -349,6 +334,7 @@ void backward(const Problem& p, cudaStream_t stream) {
 }  // namespace
 
 void forward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
         case Dtype::float32: return forward<float>(p, queue);
@@ -359,6 +345,7 @@ void forward_cuda(const Problem& p, void* stream) {
 }
 
 void backward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
         case Dtype::float32: return backward<float>(p, queue);
@@ -366,6 +353,14 @@ void backward_cuda(const Problem& p, void* stream) {
         case Dtype::float16: return backward<__half>(p, queue);
         case Dtype::bfloat16: return backward<__nv_bfloat16>(p, queue);
     }
+}
+
+std::string cuda_problem() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, false>);
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();  // clears it, so that no later launch reports it
+    return cudaGetErrorString(status);
 }
 
 int cuda_runtime_version() { return CUDART_VERSION; }

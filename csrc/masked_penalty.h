@@ -9,38 +9,80 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
-#if defined(__CUDACC__)
-#define MFLOW_INLINE __host__ __device__ __forceinline__
-#else
-#define MFLOW_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
+#include "table.h"
 
 namespace mflow {
 
-enum class Rho : int { l2, l1, huber };
 enum class Dtype : int { float32, float64, float16, bfloat16 };
 
-template <Rho R, class A>
-MFLOW_INLINE A rho_value(A e, A delta) {
-    const A a = e < A(0) ? -e : e;
-    if (R == Rho::l2) return A(0.5) * e * e;
-    if (R == Rho::l1) return a;
-    const A inside = a < delta ? a : delta;
-    return inside * (a - A(0.5) * inside);
-}
+// The penalty functions rho and their derivatives. A new one is a struct here and its name in `Rhos`.
+struct L2 {
+    static constexpr const char* name = "l2";
+    template <class A>
+    static MFLOW_INLINE A value(A e, A) { return A(0.5) * e * e; }
+    template <class A>
+    static MFLOW_INLINE A slope(A e, A) { return e; }
+};
 
-template <Rho R, class A>
-MFLOW_INLINE A rho_slope(A e, A delta) {
-    if (R == Rho::l2) return e;
-    if (R == Rho::l1) return A(e > A(0)) - A(e < A(0));
-    const A below = e > delta ? delta : e;
-    return below < -delta ? -delta : below;
+struct L1 {
+    static constexpr const char* name = "l1";
+    template <class A>
+    static MFLOW_INLINE A value(A e, A) { return e < A(0) ? -e : e; }
+    template <class A>
+    static MFLOW_INLINE A slope(A e, A) { return A(e > A(0)) - A(e < A(0)); }
+};
+
+struct Huber {
+    static constexpr const char* name = "huber";
+    template <class A>
+    static MFLOW_INLINE A value(A e, A delta) {
+        const A a = e < A(0) ? -e : e;
+        const A inside = a < delta ? a : delta;
+        return inside * (a - A(0.5) * inside);
+    }
+    template <class A>
+    static MFLOW_INLINE A slope(A e, A delta) {
+        const A below = e > delta ? delta : e;
+        return below < -delta ? -delta : below;
+    }
+};
+
+using Rhos = Table<L2, L1, Huber>;
+
+inline void check_rho(int rho) {
+    if (!Rhos::visit(rho, [](auto) {})) throw std::invalid_argument("masked_penalty: unknown rho");
 }
 
 template <class A>
 MFLOW_INLINE A normal_log_density(A e) {
     return A(-0.5) * e * e - A(0.91893853320467274178);  // log(2 pi) / 2
+}
+
+// A sum leaves out the elements whose factor in it is 0. They count as zeros, since the product of 0
+// and NaN or infinity would be NaN.
+template <class A>
+MFLOW_INLINE A where_counted(bool counted, A e) { return counted ? e : A(0); }
+
+// m w rho(e), with w = scale * weight.
+template <class R, class A>
+MFLOW_INLINE A penalty_of(A e, A m, A w, A delta) {
+    return m * w * R::value(where_counted(m != A(0), e), delta);
+}
+template <class A>
+MFLOW_INLINE A gaussian_of(A e, A m) {
+    return (A(1) - m) * normal_log_density(where_counted(m != A(1), e));
+}
+
+// d loss / d e, where g and h are the gradients of the sample's two sums.
+template <class R, class A>
+MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
+    const A penalized = where_counted(m != A(0) && g != A(0), e);
+    const A rest = where_counted(m != A(1) && h != A(0), e);
+    return g * m * w * R::slope(penalized, delta) - h * (A(1) - m) * rest;
 }
 
 // A sample is summed in tiles of this many elements, and the tiles' sums are added in order: the
@@ -60,7 +102,7 @@ struct View {
 
 struct Problem {
     Dtype dtype = Dtype::float32;  // of input, target and their gradients
-    Rho rho = Rho::huber;
+    int rho = -1;                  // its place in Rhos
     double delta = 1;
     double scale = 1;  // multiplies weight, or stands alone where weight is absent
     bool mask_is_bool = false;
@@ -91,6 +133,9 @@ void backward_cpu(const Problem& problem, int threads);
 // fails.
 void forward_cuda(const Problem& problem, void* stream);
 void backward_cuda(const Problem& problem, void* stream);
+// Why the current device cannot run the kernels, as for a driver older than this build's CUDA or an
+// architecture that it was not built for; empty if it can.
+std::string cuda_problem();
 int cuda_runtime_version();
 
 }  // namespace mflow

@@ -28,6 +28,15 @@
 namespace py = pybind11;
 
 namespace mflow {
+
+#ifndef MFLOW_WITH_CUDA
+// These stand in for masked_penalty.cu.
+void forward_cuda(const Problem&, void*) { throw std::runtime_error("built without CUDA kernels"); }
+void backward_cuda(const Problem&, void*) { throw std::runtime_error("built without CUDA kernels"); }
+std::string cuda_problem() { return "built without CUDA kernels"; }
+int cuda_runtime_version() { return 0; }
+#endif
+
 namespace {
 
 using Sizes = std::vector<int64_t>;
@@ -42,11 +51,10 @@ Dtype parse_dtype(const std::string& name) {
     fail("unknown dtype " + name);
 }
 
-Rho parse_rho(const std::string& name) {
-    if (name == "l2") return Rho::l2;
-    if (name == "l1") return Rho::l1;
-    if (name == "huber") return Rho::huber;
-    fail("unknown rho " + name);
+int parse_rho(const std::string& name) {
+    const int rho = Rhos::find(name);
+    if (rho < 0) fail("unknown rho " + name);
+    return rho;
 }
 
 int64_t item_size(Dtype dtype) {
@@ -162,12 +170,6 @@ void dispatch(const Problem& p, bool cuda, Pointer queue, Cpu on_cpu, Cuda on_cu
     }
 }
 
-#ifndef MFLOW_WITH_CUDA
-void no_cuda(const Problem&, void*) { throw std::runtime_error("built without CUDA kernels"); }
-#define forward_cuda no_cuda
-#define backward_cuda no_cuda
-#endif
-
 void forward(bool cuda, Pointer queue, const std::string& dtype, const Sizes& shape,
              const Strided& input, const Strided& target, const Strided& mask, bool mask_is_bool,
              const Strided& weight, double scale, const std::string& rho, double delta,
@@ -218,9 +220,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("max_axes") = mflow::kMaxAxes;
     m.attr("cuda_archs") = py::str(MFLOW_CUDA_ARCHS).attr("split")();
     m.attr("cuda_note") = MFLOW_CUDA_NOTE;
-#ifdef MFLOW_WITH_CUDA
     m.attr("cuda_runtime") = mflow::cuda_runtime_version();
-#else
-    m.attr("cuda_runtime") = 0;
-#endif
+    m.def("cuda_problem", &mflow::cuda_problem);
 }

@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "coupling.h"
+#include "scale.h"
 
 namespace mflow {
 
@@ -22,10 +23,13 @@ class State {
 public:
     State(py::object tensor, const py::object& dtype, Use use) : tensor_(std::move(tensor)) {
         static PyObject* const name = PyUnicode_InternFromString("dtype");
+        static PyObject* const negated = PyUnicode_InternFromString("is_neg");
         if (!py::getattr(tensor_, name).is(dtype)) {
             if (use == Use::write) fail("expected results of the state's dtype");
             tensor_ = tensor_.attr("to")(dtype);
         }
+        // torch negates lazily: memory then holds the opposite of the tensor's values.
+        if (call(negated).ptr() == Py_True) tensor_ = tensor_.attr("resolve_neg")();
         if (walks()) return;
         if (use == Use::write) fail("expected results whose pixels one stride walks");
         tensor_ = tensor_.attr("contiguous")();
@@ -44,12 +48,15 @@ private:
         const py::tuple lengths = py::getattr(tensor_, shape_name), strides = call(stride_name);
         const auto at = [](const py::tuple& t, size_t i) { return PyLong_AsLongLong(t[i].ptr()); };
         if (lengths.size() < 2) fail("expected (N, C, *spatial)");
+        bool empty = false;
+        for (size_t axis = 0; axis < lengths.size(); ++axis) empty = empty || at(lengths, axis) == 0;
         int64_t pixels = 1, step = 1;
         for (size_t axis = lengths.size(); axis-- > 2;) {
             const int64_t length = at(lengths, axis), stride = at(strides, axis);
             if (length == 1) continue;
             if (pixels == 1) step = stride;
-            if (stride != step * pixels) return false;
+            // Strides of an empty tensor lead nowhere, and its contiguous copy keeps them.
+            if (stride != step * pixels && !empty) return false;
             pixels *= length;
         }
         shape_ = {at(lengths, 0), at(lengths, 1), pixels};
@@ -89,19 +96,11 @@ inline Scale parse_scale(const py::tuple& args, bool is_double) {
     s.clamp = py::cast<double>(args[3]);
     if (order != "shift-scale" && order != "scale-shift") fail("unknown order " + order);
     s.shift_first = order == "shift-scale";
-    if (kind == "sigmoid") {
-        // An eps that rounds to 0 is none.
-        const bool floored = is_double ? s.eps > 0 : static_cast<float>(s.eps) > 0;
-        s.kind = floored ? Kind::floored_sigmoid : Kind::sigmoid;
-    } else if (kind == "exp") {
-        s.kind = Kind::exp;
-    } else if (kind == "tanh") {
-        s.kind = Kind::tanh;
-    } else if (kind == "atan") {
-        s.kind = Kind::atan;
-    } else {
-        fail("unknown kind " + kind);
-    }
+    // An eps that rounds to 0 is none.
+    const bool floored = is_double ? s.eps > 0 : static_cast<float>(s.eps) > 0;
+    const bool with_floor = kind == Sigmoid::name && floored;
+    s.function = ScaleFunctions::find(with_floor ? FlooredSigmoid::name : kind);
+    if (s.function < 0) fail("unknown scale function " + kind);
     return s;
 }
 

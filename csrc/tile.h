@@ -62,28 +62,19 @@ struct Buffers {
     A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
 };
 
-template <Kind K, bool SLOPE, class A>
-MFLOW_INLINE void log_scales(int count, const A* raw, const Constants<A>& k, A* log_s, A* slope) {
-#pragma omp simd
-    for (int i = 0; i < count; ++i) {
-        A s, d;
-        log_scale<K, A>(raw[i], k, &s, &d);
-        log_s[i] = s;
-        if (SLOPE) slope[i] = d;
-    }
-}
-
 template <bool SLOPE, class A>
 MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, A* slope) {
     const Constants<A> k = {A(s.offset), A(s.eps), A(s.clamp)};
-    switch (s.kind) {
-        case Kind::sigmoid: return log_scales<Kind::sigmoid, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::floored_sigmoid:
-            return log_scales<Kind::floored_sigmoid, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::exp: return log_scales<Kind::exp, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::tanh: return log_scales<Kind::tanh, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::atan: return log_scales<Kind::atan, SLOPE>(count, raw, k, log_s, slope);
-    }
+    const bool known = ScaleFunctions::visit(s.function, [&](auto function) __attribute__((always_inline)) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            A value, derivative;
+            function.log_scale(raw[i], k, &value, &derivative);
+            log_s[i] = value;
+            if (SLOPE) slope[i] = derivative;
+        }
+    });
+    if (!known) throw std::invalid_argument("unknown scale function");
 }
 
 // y = s (x + t) where ADD_FIRST, else s x + t; with sign -1 for an inverse, log s and t negated.

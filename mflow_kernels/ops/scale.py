@@ -89,7 +89,9 @@ def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
         return raw
     if scale.kind == "tanh":
         return (raw / scale.clamp).tanh() * scale.clamp
-    return (raw / scale.clamp).atan() * (scale.clamp * ATAN)
+    if scale.kind == "atan":
+        return (raw / scale.clamp).atan() * (scale.clamp * ATAN)
+    raise ValueError(f"scale.kind: no formula for {scale.kind!r}")
 
 
 def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
@@ -102,7 +104,9 @@ def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
         return torch.ones_like(raw)
     if scale.kind == "tanh":
         return 1 - (log_s / scale.clamp).square()
-    return ATAN / (1 + (raw / scale.clamp).square())
+    if scale.kind == "atan":
+        return ATAN / (1 + (raw / scale.clamp).square())
+    raise ValueError(f"scale.kind: no formula for {scale.kind!r}")
 
 
 @triton.jit
