@@ -12,6 +12,10 @@ With e = input - target, mask m (1: penalized), weight w, sums over everything b
 Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de, d target = -de.
 Mask and weight are constants and carry none.
 
+A term whose factor is 0 is left out, even if e is NaN or infinite: the penalty ignores elements
+where the mask is 0, and the density those where it is 1. The same holds for the gradient, which
+also ignores a sum whose own gradient is 0.
+
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed
 in float32 (float64 for float64), which is also the dtype of the results.
@@ -24,12 +28,16 @@ is read fastest in the memory format of the input.
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops._autograd import operator, refuse_second_derivative
 from mflow_kernels.ops._checks import (
     STATE_DTYPES,
     check_choice,
@@ -38,37 +46,74 @@ from mflow_kernels.ops._checks import (
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops._launch import accumulator, transformed
 from mflow_kernels.ops._native import _C
 
 Rho = Literal["l2", "l1", "huber"]
-RHOS = ("l2", "l1", "huber")
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-def rho_ref(e: Tensor, rho: str, delta: float) -> Tensor:
-    if rho == "l2":
-        return e.square() / 2
-    if rho == "l1":
-        return e.abs()
+@dataclass(frozen=True)
+class _PenaltyFunction:
+    """rho(e) and rho'(e), elementwise, and log of the integral of exp(-w rho(e)) over e."""
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+    log_normalizer: Callable[[Tensor, float], Tensor]
+
+
+def _huber(e: Tensor, delta: float) -> Tensor:
     inside = e.abs().clamp(max=delta)
     return inside * (e.abs() - inside / 2)
 
 
-def rho_slope_ref(e: Tensor, rho: str, delta: float) -> Tensor:
-    if rho == "l2":
-        return e
-    return e.sign() if rho == "l1" else e.clamp(-delta, delta)
+def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
+    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
+    knee = delta * (w / 2).sqrt()
+    body = HALF_LOG_2PI - 0.5 * w.log() + torch.erf(knee).log()
+    tails = math.log(2 / delta) - w.log() - knee.square()
+    return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
+
+
+# A new function needs a row here, its name in `Rho`, and a row in csrc/masked_penalty.h.
+_PENALTY_FUNCTIONS = {
+    "l2": _PenaltyFunction(
+        value=lambda e, delta: e.square() / 2,
+        slope=lambda e, delta: e,
+        log_normalizer=lambda w, delta: HALF_LOG_2PI - 0.5 * w.log(),
+    ),
+    "l1": _PenaltyFunction(
+        value=lambda e, delta: e.abs(),
+        slope=lambda e, delta: e.sign(),
+        log_normalizer=lambda w, delta: math.log(2) - w.log(),
+    ),
+    "huber": _PenaltyFunction(
+        value=_huber,
+        slope=lambda e, delta: e.clamp(-delta, delta),
+        log_normalizer=_huber_log_normalizer,
+    ),
+}
+RHOS = tuple(_PENALTY_FUNCTIONS)
+
+
+def penalty_function(rho: str) -> _PenaltyFunction:
+    check_choice("rho", rho, RHOS)
+    return _PENALTY_FUNCTIONS[rho]
 
 
 def _terms(
     input: Tensor, target: Tensor | None, mask: Tensor | None, weight: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor | float, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor | float]:
     """e, m, w in the accumulate type."""
     dtype = accumulator(input.dtype)
     e = input.to(dtype) if target is None else input.to(dtype) - target.to(dtype)
-    m = 1.0 if mask is None else mask.to(dtype)
+    m = e.new_ones(()) if mask is None else mask.to(dtype)
     return e, m, scale if weight is None else scale * weight.to(dtype)
+
+
+def _counted(e: Tensor, counted: Tensor) -> Tensor:
+    """e where it is counted, else 0: a factor of 0 would not silence NaN or infinity."""
+    return torch.where(counted, e, 0.0)
 
 
 def masked_penalty_ref(
@@ -82,8 +127,8 @@ def masked_penalty_ref(
 ) -> tuple[Tensor, Tensor]:
     """(penalty, gaussian); w is scale * weight."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    penalty = m * w * rho_ref(e, rho, delta)
-    gaussian = (1 - m) * (-e.square() / 2 - HALF_LOG_2PI)
+    penalty = m * w * penalty_function(rho).value(_counted(e, m != 0), delta)
+    gaussian = (1 - m) * (-_counted(e, m != 1).square() / 2 - HALF_LOG_2PI)
     return penalty.flatten(1).sum(1), gaussian.flatten(1).sum(1)
 
 
@@ -101,19 +146,36 @@ def masked_penalty_backward_ref(
     """d loss / d input, in the accumulate type."""
     e, m, w = _terms(input, target, mask, weight, scale)
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
-    return g * m * w * rho_slope_ref(e, rho, delta) - h * (1 - m) * e
+    penalized, rest = _counted(e, (m != 0) & (g != 0)), _counted(e, (m != 1) & (h != 0))
+    return g * m * w * penalty_function(rho).slope(penalized, delta) - h * (1 - m) * rest
+
+
+@cache
+def _why_not_cuda(device: torch.device) -> str | None:
+    """Why the extension's kernels cannot run on a GPU; None if they can. Warns the first time."""
+    if _C is None:
+        why = "mflow_kernels._C is not built"
+    elif not _C.cuda_archs:
+        why = f"mflow_kernels._C has no CUDA kernels ({_C.cuda_note})"
+    else:
+        with torch.cuda.device(device):
+            problem = _C.cuda_problem()
+        if not problem:
+            return None
+        why = f"the CUDA kernels of mflow_kernels._C cannot run ({problem})"
+    warnings.warn(
+        f"masked_penalty: {why}, so plain torch is used on {device}. To build the kernels for this "
+        "machine, install a CUDA toolkit that its driver supports, then run MFLOW_CUDA=1 pip "
+        "install --force-reinstall --no-deps <the source folder>. `python -m mflow_kernels.env` "
+        "shows what the extension was built for",
+        stacklevel=3,
+    )
+    return why
 
 
 def _native(device: torch.device) -> ModuleType | None:
-    """The extension if it serves `device`; None where the reference has to."""
-    if device.type == "cuda" and (_C is None or not _C.cuda_archs):
-        why = "is not built" if _C is None else f"has no CUDA kernels ({_C.cuda_note})"
-        warnings.warn(
-            f"masked_penalty: mflow_kernels._C {why}, so plain torch stands in on {device}. Build "
-            "it where nvcc is on PATH or in CUDA_HOME: MFLOW_CUDA=1 pip install --force-reinstall "
-            "--no-deps <the source folder>; `python -m mflow_kernels.env` shows what is inside",
-            stacklevel=2,
-        )
+    """The extension if it has kernels for `device`; None if the reference must run."""
+    if transformed() or (device.type == "cuda" and _why_not_cuda(device)):
         return None
     return _C if device.type in ("cpu", "cuda") else None
 
@@ -151,8 +213,9 @@ def _launch(kernel: Any, problem: tuple[Any, ...], **rest: Any) -> None:
 
 
 def _check_weight_values(weight: Tensor | None) -> None:
-    # On a GPU this would stall the host at every call: there the caller checks, once.
-    if weight is not None and weight.device.type == "cpu" and weight.numel():
+    # Reading the values of a GPU's tensor would make the host wait at every call, and a transform's
+    # tensor has none to read.
+    if weight is not None and weight.device.type == "cpu" and weight.numel() and not transformed():
         low, high = (v.item() for v in weight.aminmax())
         if not (low >= 0 and high < math.inf):
             raise ValueError(
@@ -160,8 +223,7 @@ def _check_weight_values(weight: Tensor | None) -> None:
             )
 
 
-@torch.library.custom_op("mflow::masked_penalty", mutates_args=())
-def _masked_penalty(
+def _forward(
     input: Tensor,
     target: Tensor | None,
     mask: Tensor | None,
@@ -187,6 +249,9 @@ def _masked_penalty(
         partial=partial.data_ptr(),
     )
     return penalty, gaussian
+
+
+_masked_penalty = torch.library.custom_op("mflow::masked_penalty", _forward, mutates_args=())
 
 
 @_masked_penalty.register_fake
@@ -253,6 +318,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivative("masked_penalty")
     for_input, for_target = ctx.needs_input_grad[:2]
     dinput, dtarget = _masked_penalty_backward(
         *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
@@ -308,7 +374,8 @@ def masked_penalty_gaussian(
         input: (N, C, *spatial), float32, float64, float16 or bfloat16, any layout.
         target: what input is compared with, same shape, dtype and device; zero by default.
         mask: where the penalty applies: bool, or floating point with 1 for penalized and fractions
-            for both. Any shape that broadcasts to input's by torch's rules (per pixel (H, W), per
+            for both. The penalty ignores NaN and infinity where mask is 0, the density where it
+            is 1. Any shape that broadcasts to input's by torch's rules (per pixel (H, W), per
             channel (C, 1, 1), per sample (N, 1, 1, 1)). Everywhere by default.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, since reading them would stall a GPU.
@@ -350,7 +417,8 @@ def masked_penalty_gaussian(
         target = None if target is None else target.flatten(1)
         mask = None if mask is None else _flat(mask, inner)
         weights = None if weights is None else _flat(weights, inner)
-    penalty, gaussian = _masked_penalty(input, target, mask, weights, scale, rho, float(delta))
+    run = operator(_masked_penalty, _forward)
+    penalty, gaussian = run(input, target, mask, weights, scale, rho, float(delta))
     return penalty, gaussian
 
 
@@ -363,7 +431,10 @@ def masked_penalty(
     rho: Rho = "huber",
     delta: float = 1.0,
 ) -> Tensor:
-    """sum m w rho(input - target) of each sample, (N,); arguments as `masked_penalty_gaussian`."""
+    """Per-sample sum of mask * weight * rho(input - target), (N,).
+
+    Arguments and errors are those of `masked_penalty_gaussian`.
+    """
     return masked_penalty_gaussian(input, target, mask=mask, weight=weight, rho=rho, delta=delta)[0]
 
 
@@ -394,13 +465,4 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
         value = penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta)
         return float(value)
     w = check_tensor("weight", weight).to(accumulator(weight.dtype))
-    gaussian = HALF_LOG_2PI - 0.5 * w.log()
-    if rho == "l2":
-        return gaussian
-    if rho == "l1":
-        return math.log(2) - w.log()
-    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
-    knee = delta * (w / 2).sqrt()
-    body = gaussian + torch.erf(knee).log()
-    tails = math.log(2 / delta) - w.log() - knee.square()
-    return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
+    return penalty_function(rho).log_normalizer(w, delta)
