@@ -29,18 +29,19 @@ template <class A>
 MFLOW_INLINE A widen(BFloat16 v) {
     return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Both cases of each conversion are computed and one is chosen, so that loops vectorize.
+// Every case of a conversion is computed and one is chosen, so that loops vectorize.
 template <class A>
 MFLOW_INLINE A widen(Half v) {
-    const uint32_t magnitude = v.bits & 0x7fffu, exponent = v.bits & 0x7c00u;
-    // The exponent's bias is 15 in a half and 127 in a float; the largest exponent, that of
-    // infinity and NaN, is 31 in a half and 255 in a float.
+    const int32_t half = static_cast<int16_t>(v.bits);
+    const uint32_t exponent = half & 0x7c00;
+    // Sign and mantissa in a float's places. The exponent's bias is 15 in a half and 127 in a float;
+    // the largest exponent, that of infinity and NaN, is 31 in a half and 255 in a float.
+    const uint32_t placed = static_cast<uint32_t>(half) << 13 & 0x8fffe000u;
     const uint32_t raise = exponent == 0x7c00u ? 255u - 31u : 127u - 15u;
-    const uint32_t normal = (magnitude << 13) + (raise << 23);
-    // A subnormal half counts units of 2^-24.
-    const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-    const uint32_t bits = exponent == 0 ? bit_cast<uint32_t>(subnormal) : normal;
-    return bit_cast<float>(bits | (v.bits & 0x8000u) << 16);
+    // A subnormal half counts units of 2^-24, the last place of a float from 0.5 to 1.
+    const float units = bit_cast<float>((half & 0x3ff) | 0x3f000000) - 0.5f;
+    const uint32_t subnormal = bit_cast<uint32_t>(units) | (placed & 0x80000000u);
+    return bit_cast<float>(exponent == 0 ? subnormal : placed + (raise << 23));
 }
 
 template <class T>
@@ -63,19 +64,16 @@ struct Narrow<Half> {
     static MFLOW_INLINE Half from(float v) {
         const uint32_t bits = bit_cast<uint32_t>(v);
         const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
-        // Drop 13 bits of the mantissa and lower the exponent's bias from 127 to 15. What is too
-        // large for a half becomes infinity.
-        const int32_t odd = magnitude >> 13 & 1;
-        const int32_t rounded = (magnitude - ((127 - 15) << 23) + 0xfff + odd) >> 13;
-        const int32_t normal = std::min(rounded, 0x7c00);
-        // Below 2^-14 a half counts units of 2^-24. Adding 2^23 rounds to an integer, and leaves it
-        // in the low bits.
-        const float units = bit_cast<float>(magnitude) * 0x1p24f + 0x1p23f;
-        const int32_t subnormal = bit_cast<int32_t>(units) & 0x7fffff;
+        // From 2^16 on all is infinity in a half. Drop 13 bits of the mantissa, and lower the
+        // exponent's bias from 127 to 15.
+        const int32_t finite = std::min(magnitude, 0x47800000);
+        const int32_t odd = finite >> 13 & 1;
+        const int32_t normal = (finite + (0xfff - ((127 - 15) << 23)) + odd) >> 13;
+        // Below 2^-14 a half counts units of 2^-24, the last place of a float from 0.5 to 1.
+        const int32_t subnormal = bit_cast<int32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
         const int32_t half = magnitude < 0x38800000 ? subnormal : normal;
-        const int32_t nan = 0x7e00;
-        return {static_cast<uint16_t>((bits >> 16 & 0x8000u) |
-                                      (magnitude > 0x7f800000 ? nan : half))};
+        const int32_t nan = magnitude > 0x7f800000 ? 0x7e00 : 0;
+        return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | half | nan)};
     }
 };
 
@@ -253,31 +251,31 @@ MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin,
     return tile;
 }
 
-template <class R, class A>
+template <class R, bool SELECT, class A>
 MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* penalty,
                            A* gaussian) {
     A sum = 0, log_density = 0;
 #pragma omp simd reduction(+ : sum, log_density)
     for (int i = 0; i < count; ++i) {
         const A e = tile.error[i], m = tile.mask[i];
-        sum += penalty_of<R>(e, m, scale * tile.weight[i], delta);
-        log_density += gaussian_of(e, m);
+        sum += penalty_of<R, SELECT>(e, m, scale * tile.weight[i], delta);
+        log_density += gaussian_of<SELECT>(e, m);
     }
     *penalty = sum;
     *gaussian = log_density;
 }
 
-template <class R, class A>
+template <class R, bool SELECT, class A>
 MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A grad_penalty,
                              A grad_gaussian, A* out) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        out[i] = gradient_of<R>(tile.error[i], tile.mask[i], scale * tile.weight[i], delta,
-                                grad_penalty, grad_gaussian);
+        out[i] = gradient_of<R, SELECT>(tile.error[i], tile.mask[i], scale * tile.weight[i],
+                                        delta, grad_penalty, grad_gaussian);
     }
 }
 
-template <class R, class T, class A>
+template <class R, bool SELECT, class T, class A>
 MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffers<A>& buffers) {
     const int64_t sample = index / p.tiles;
     const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
@@ -289,15 +287,15 @@ MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffe
             return static_cast<const A*>(view.data)[sample * view.sample_stride];
         };
         A* out = buffers.error;  // each element is read before it is written
-        slope_tile<R, A>(tile, count, scale, delta, grad(p.grad_penalty), grad(p.grad_gaussian),
-                         out);
+        slope_tile<R, SELECT, A>(tile, count, scale, delta, grad(p.grad_penalty),
+                                 grad(p.grad_gaussian), out);
         if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
         if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
     } else {
         A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
         A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
                                   : static_cast<A*>(p.gaussian) + index;
-        sum_tile<R, A>(tile, count, scale, delta, penalty, gaussian);
+        sum_tile<R, SELECT, A>(tile, count, scale, delta, penalty, gaussian);
     }
 }
 
@@ -310,7 +308,11 @@ using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
         Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
         for (int64_t i = first; i < last; ++i) {                                           \
             Rhos::visit(p.rho, [&](auto rho) __attribute__((always_inline)) {              \
-                run_tile<decltype(rho), T>(p, i, backward, buffers);                       \
+                if (p.selects()) {                                                         \
+                    run_tile<decltype(rho), true, T>(p, i, backward, buffers);             \
+                } else {                                                                   \
+                    run_tile<decltype(rho), false, T>(p, i, backward, buffers);            \
+                }                                                                          \
             });                                                                            \
         }                                                                                  \
     }

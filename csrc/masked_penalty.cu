@@ -221,9 +221,11 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
             if (j < run.count) {
                 const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
                 Rhos::visit(p.rho, [&](auto rho) {
-                    penalty += penalty_of<decltype(rho)>(e, m, w, delta);
+                    using R = decltype(rho);
+                    penalty += p.selects() ? penalty_of<R, true>(e, m, w, delta)
+                                           : penalty_of<R, false>(e, m, w, delta);
                 });
-                gaussian += gaussian_of(e, m);
+                gaussian += p.selects() ? gaussian_of<true>(e, m) : gaussian_of<false>(e, m);
             }
         }
     }
@@ -280,7 +282,9 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
         for (int j = 0; j < V; ++j) {
             const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
             Rhos::visit(p.rho, [&](auto rho) {
-                grad[j] = gradient_of<decltype(rho)>(e, m, w, delta, g, h);
+                using R = decltype(rho);
+                grad[j] = p.selects() ? gradient_of<R, true>(e, m, w, delta, g, h)
+                                      : gradient_of<R, false>(e, m, w, delta, g, h);
             });
         }
         if (p.dinput.data) store<T, indexed>(p.dinput, run, grad, A(1));

@@ -62,27 +62,30 @@ MFLOW_INLINE A normal_log_density(A e) {
     return A(-0.5) * e * e - A(0.91893853320467274178);  // log(2 pi) / 2
 }
 
-// A sum leaves out the elements whose factor in it is 0. They count as zeros, since the product of 0
-// and NaN or infinity would be NaN.
-template <class A>
-MFLOW_INLINE A where_counted(bool counted, A e) { return counted ? e : A(0); }
-
-// m w rho(e), with w = scale * weight.
-template <class R, class A>
+// The terms of one element, with w = scale * weight. If SELECT, m is 0 or 1 and chooses between the
+// two sums, so that NaN and infinity stay out of the other one; else m multiplies.
+template <class R, bool SELECT, class A>
 MFLOW_INLINE A penalty_of(A e, A m, A w, A delta) {
-    return m * w * R::value(where_counted(m != A(0), e), delta);
+    if (SELECT) return w * R::value(m != A(0) ? e : A(0), delta);
+    return m * w * R::value(e, delta);
 }
-template <class A>
+template <bool SELECT, class A>
 MFLOW_INLINE A gaussian_of(A e, A m) {
-    return (A(1) - m) * normal_log_density(where_counted(m != A(1), e));
+    if (SELECT) return m != A(0) ? A(0) : normal_log_density(e);
+    return (A(1) - m) * normal_log_density(e);
 }
 
-// d loss / d e, where g and h are the gradients of the sample's two sums.
-template <class R, class A>
+// d loss / d e, where g and h are the gradients of the sample's two sums. If SELECT, a sum whose
+// gradient is 0 adds nothing either.
+template <class R, bool SELECT, class A>
 MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
-    const A penalized = where_counted(m != A(0) && g != A(0), e);
-    const A rest = where_counted(m != A(1) && h != A(0), e);
-    return g * m * w * R::slope(penalized, delta) - h * (A(1) - m) * rest;
+    if (SELECT) {
+        const bool use_g = g != A(0), use_h = h != A(0);
+        const A penalized = (m != A(0)) & use_g ? e : A(0);
+        const A rest = (m == A(0)) & use_h ? e : A(0);
+        return g * w * R::slope(penalized, delta) - h * rest;
+    }
+    return g * m * w * R::slope(e, delta) - h * (A(1) - m) * e;
 }
 
 // A sample is summed in tiles of this many elements, and the tiles' sums are added in order: the
@@ -106,6 +109,7 @@ struct Problem {
     double delta = 1;
     double scale = 1;  // multiplies weight, or stands alone where weight is absent
     bool mask_is_bool = false;
+    MFLOW_INLINE bool selects() const { return mask_is_bool || !mask.data; }
 
     int64_t samples = 0;
     int64_t tiles = 0;  // of one sample

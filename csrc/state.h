@@ -29,7 +29,9 @@ public:
             tensor_ = tensor_.attr("to")(dtype);
         }
         // torch negates lazily: memory then holds the opposite of the tensor's values.
-        if (call(negated).ptr() == Py_True) tensor_ = tensor_.attr("resolve_neg")();
+        if (use == Use::read && call(negated).ptr() == Py_True) {
+            tensor_ = tensor_.attr("resolve_neg")();
+        }
         if (walks()) return;
         if (use == Use::write) fail("expected results whose pixels one stride walks");
         tensor_ = tensor_.attr("contiguous")();
@@ -46,20 +48,22 @@ private:
         static PyObject* const stride_name = PyUnicode_InternFromString("stride");
         static PyObject* const pointer_name = PyUnicode_InternFromString("data_ptr");
         const py::tuple lengths = py::getattr(tensor_, shape_name), strides = call(stride_name);
-        const auto at = [](const py::tuple& t, size_t i) { return PyLong_AsLongLong(t[i].ptr()); };
+        const auto at = [](const py::tuple& t, size_t i) {
+            return PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), i));
+        };
         if (lengths.size() < 2) fail("expected (N, C, *spatial)");
-        bool empty = false;
-        for (size_t axis = 0; axis < lengths.size(); ++axis) empty = empty || at(lengths, axis) == 0;
         int64_t pixels = 1, step = 1;
+        bool one_stride = true;
         for (size_t axis = lengths.size(); axis-- > 2;) {
             const int64_t length = at(lengths, axis), stride = at(strides, axis);
             if (length == 1) continue;
             if (pixels == 1) step = stride;
-            // Strides of an empty tensor lead nowhere, and its contiguous copy keeps them.
-            if (stride != step * pixels && !empty) return false;
+            one_stride = one_stride && stride == step * pixels;
             pixels *= length;
         }
         shape_ = {at(lengths, 0), at(lengths, 1), pixels};
+        // The strides of an empty tensor lead nowhere, and its contiguous copy would keep them.
+        if (!one_stride && shape_.size() > 0) return false;
         walk_ = {PyLong_AsVoidPtr(call(pointer_name).ptr()), at(strides, 0), at(strides, 1), step};
         return true;
     }

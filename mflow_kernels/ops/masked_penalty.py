@@ -12,9 +12,9 @@ With e = input - target, mask m (1: penalized), weight w, sums over everything b
 Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de, d target = -de.
 Mask and weight are constants and carry none.
 
-A term whose factor is 0 is left out, even if e is NaN or infinite: the penalty ignores elements
-where the mask is 0, and the density those where it is 1. The same holds for the gradient, which
-also ignores a sum whose own gradient is 0.
+A bool mask, or none, selects: the penalty ignores elements that are not masked and the density
+those that are, even if e is NaN or infinite there. So do the gradients, which also ignore a sum
+whose own gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
 
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed
@@ -103,17 +103,25 @@ def penalty_function(rho: str) -> _PenaltyFunction:
 
 def _terms(
     input: Tensor, target: Tensor | None, mask: Tensor | None, weight: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """e, m, w in the accumulate type."""
     dtype = accumulator(input.dtype)
     e = input.to(dtype) if target is None else input.to(dtype) - target.to(dtype)
-    m = e.new_ones(()) if mask is None else mask.to(dtype)
+    m = 1.0 if mask is None else mask.to(dtype)
     return e, m, scale if weight is None else scale * weight.to(dtype)
 
 
-def _counted(e: Tensor, counted: Tensor) -> Tensor:
-    """e where it is counted, else 0: a factor of 0 would not silence NaN or infinity."""
-    return torch.where(counted, e, 0.0)
+def _split(
+    e: Tensor, mask: Tensor | None, penalize: Tensor | bool, keep: Tensor | bool
+) -> tuple[Tensor, Tensor]:
+    """e of the penalized part, where `penalize`, and e of the rest, where `keep`; zero elsewhere.
+
+    A floating-point mask leaves e as it is: both sums multiply by their share of the mask.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        return e, e
+    on = e.new_ones((), dtype=torch.bool) if mask is None else mask
+    return torch.where(on & penalize, e, 0.0), torch.where(~on & keep, e, 0.0)
 
 
 def masked_penalty_ref(
@@ -127,8 +135,9 @@ def masked_penalty_ref(
 ) -> tuple[Tensor, Tensor]:
     """(penalty, gaussian); w is scale * weight."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    penalty = m * w * penalty_function(rho).value(_counted(e, m != 0), delta)
-    gaussian = (1 - m) * (-_counted(e, m != 1).square() / 2 - HALF_LOG_2PI)
+    penalized, rest = _split(e, mask, True, True)
+    penalty = m * w * penalty_function(rho).value(penalized, delta)
+    gaussian = (1 - m) * (-rest.square() / 2 - HALF_LOG_2PI)
     return penalty.flatten(1).sum(1), gaussian.flatten(1).sum(1)
 
 
@@ -146,7 +155,7 @@ def masked_penalty_backward_ref(
     """d loss / d input, in the accumulate type."""
     e, m, w = _terms(input, target, mask, weight, scale)
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
-    penalized, rest = _counted(e, (m != 0) & (g != 0)), _counted(e, (m != 1) & (h != 0))
+    penalized, rest = _split(e, mask, g != 0, h != 0)
     return g * m * w * penalty_function(rho).slope(penalized, delta) - h * (1 - m) * rest
 
 
@@ -374,9 +383,10 @@ def masked_penalty_gaussian(
         input: (N, C, *spatial), float32, float64, float16 or bfloat16, any layout.
         target: what input is compared with, same shape, dtype and device; zero by default.
         mask: where the penalty applies: bool, or floating point with 1 for penalized and fractions
-            for both. The penalty ignores NaN and infinity where mask is 0, the density where it
-            is 1. Any shape that broadcasts to input's by torch's rules (per pixel (H, W), per
-            channel (C, 1, 1), per sample (N, 1, 1, 1)). Everywhere by default.
+            for both. A bool mask keeps NaN and infinity in the rest out of the penalty, and those
+            in the penalized part out of the density. Any shape that broadcasts to input's by
+            torch's rules (per pixel (H, W), per channel (C, 1, 1), per sample (N, 1, 1, 1)).
+            Everywhere by default.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, since reading them would stall a GPU.
         rho: "l2", "l1" or "huber".
