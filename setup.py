@@ -22,6 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("80", "86", "89", "90", "100")
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -pthread -DNDEBUG -Wall "
@@ -171,7 +172,7 @@ class NinjaBuildExt(build_ext):
         link = f"{compiler()} -pthread"
         if cuda.nvcc:
             defines = ["-DMFLOW_WITH_CUDA", f'-DMFLOW_CUDA_ARCHS="{cuda.contents}"']
-            sources.append(ROOT / "csrc" / "masked_penalty.cu")
+            sources += sorted(CSRC.rglob("*.cu"))
             nvcc = shlex.quote(cuda.nvcc)
             if os.environ.get("CXX"):
                 nvcc += f" -ccbin {shlex.quote(compiler())}"
@@ -188,7 +189,7 @@ class NinjaBuildExt(build_ext):
         objects = []
         for source in sources:
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            objects.append(f"{source.name}.o")
+            objects.append(f"{source.relative_to(CSRC)}.o")
             lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
             if source.name == "module.cpp":  # which alone tells Python what is inside
                 lines.append(f"  defines = {shlex.join(defines)}")
@@ -200,14 +201,7 @@ setup(
     ext_modules=[
         Extension(
             "mflow_kernels._C",
-            sources=[
-                "csrc/masked_penalty.cpp",
-                "csrc/coupling.cpp",
-                "csrc/mix.cpp",
-                "csrc/coupling_bindings.cpp",
-                "csrc/mix_bindings.cpp",
-                "csrc/module.cpp",
-            ],
+            sources=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp")),
         )
     ],
     cmdclass={"build_ext": NinjaBuildExt},

@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
-#include "bindings.h"
-#include "masked_penalty.h"
+#include "common/bindings.h"
+#include "masked_penalty/masked_penalty.h"
 
 // Space-separated architectures inside, and a reason where there are none; setup.py sets both.
 #ifndef MFLOW_CUDA_ARCHS

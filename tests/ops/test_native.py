@@ -411,7 +411,7 @@ def test_an_error_in_a_worker_is_an_error_of_the_call(tmp_path):
         #include <atomic>
         #include <cstdio>
         #include <new>
-        #include "cpu.h"
+        #include "common/loops.h"
         int main() {
             for (int failing = 1; failing < 16; ++failing) {
                 std::atomic<int> ran{0};

@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "bindings.h"
-#include "coupling.h"
-#include "scale.h"
+#include "../coupling/coupling.h"
+#include "../coupling/scale.h"
 
 namespace mflow {
 

@@ -9,8 +9,8 @@
 #include <stdexcept>
 
 #include "coupling.h"
-#include "cpu.h"
-#include "table.h"
+#include "../common/loops.h"
+#include "../common/table.h"
 
 namespace mflow {
 

@@ -12,8 +12,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "inline.h"
-#include "table.h"
+#include "../common/inline.h"
+#include "../common/table.h"
 
 namespace mflow {
 

@@ -2,15 +2,15 @@
 // where channels are neighbours in memory and channels where pixels are, goes through the coupling
 // and the products there, and is written once.
 
-#include "mix.h"
+#include "conv1x1.h"
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "cpu.h"
-#include "product.h"
-#include "tile.h"
+#include "../common/loops.h"
+#include "matrix_product.h"
+#include "../coupling/tile_arithmetic.h"
 
 namespace mflow {
 namespace {

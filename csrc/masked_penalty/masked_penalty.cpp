@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
+#include "../common/loops.h"
 
 namespace mflow {
 namespace {

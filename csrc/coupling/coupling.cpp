@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
-#include "tile.h"
+#include "../common/loops.h"
+#include "tile_arithmetic.h"
 
 namespace mflow {
 namespace {

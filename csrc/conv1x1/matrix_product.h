@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu.h"
+#include "../common/loops.h"
 
 namespace mflow {
 

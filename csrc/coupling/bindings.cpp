@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "coupling.h"
-#include "state.h"
+#include "../common/state_tensor.h"
 
 namespace mflow {
 namespace {

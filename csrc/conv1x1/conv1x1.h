@@ -6,7 +6,7 @@
 //            may be asked for; or it is what x is coupled to, and the coupling's gradients are too
 #pragma once
 
-#include "coupling.h"
+#include "../coupling/coupling.h"
 
 namespace mflow {
 

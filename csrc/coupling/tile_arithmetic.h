@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "coupling.h"
-#include "cpu.h"
+#include "../common/loops.h"
 #include "scale.h"
 
 namespace mflow {

@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
-#include "mix.h"
-#include "state.h"
+#include "conv1x1.h"
+#include "../common/state_tensor.h"
 
 namespace mflow {
 namespace {
