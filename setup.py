@@ -191,7 +191,7 @@ class NinjaBuildExt(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             objects.append(f"{source.relative_to(CSRC)}.o")
             lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
-            if source.name == "module.cpp":  # which alone tells Python what is inside
+            if source.name in ("module.cpp", "bindings.cpp"):  # the others depend on no define
                 lines.append(f"  defines = {shlex.join(defines)}")
         lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -1,21 +1,20 @@
-// What the files of the Python module share.
+// The functions that fill the Python module, and the error that they raise.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 namespace mflow {
 
-using Pointer = std::uintptr_t;
-
 [[noreturn]] inline void fail(const std::string& what) {
     throw std::invalid_argument("mflow_kernels._C: " + what);
 }
 
-void bind_couplings(pybind11::module_& m);
-void bind_mixes(pybind11::module_& m);
+// Tensors are passed as they are, by position: names cost as much as the arguments themselves.
+void bind_coupling(pybind11::module_& m);
+void bind_conv1x1(pybind11::module_& m);
+void bind_masked_penalty(pybind11::module_& m);
 
 }  // namespace mflow

@@ -7,23 +7,14 @@
 
 #include <cstdint>
 
+#include "../common/walk.h"
+
 namespace mflow {
 
 struct Scale {
     int function = -1;  // its place in ScaleFunctions (scale.h)
     double offset = 0, eps = 0, clamp = 1;
     bool shift_first = true;
-};
-
-// Where elements (sample, channel, pixel) lie: strides count elements; null: absent.
-struct Walk {
-    void* data = nullptr;
-    int64_t sample = 0, channel = 0, pixel = 0;
-};
-
-struct Shape {
-    int64_t samples = 0, channels = 0, pixels = 0;
-    int64_t size() const { return samples * channels * pixels; }
 };
 
 struct Coupling {

@@ -6,11 +6,10 @@
 
 #include "coupling.h"
 #include "../common/loops.h"
+#include "../common/tiling.h"
 #include "scale.h"
 
 namespace mflow {
-
-constexpr int kTile = 1024;  // elements, of the half that is scaled
 
 // A tile of one tensor.
 template <class A>

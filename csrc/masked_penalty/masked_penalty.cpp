@@ -219,46 +219,46 @@ struct Buffers {
     A error[kTile];
 };
 
-// One tile of one sample as dense arrays: e, m, w.
+// e, m and w of one tile, as dense arrays.
 template <class A>
-struct Tile {
+struct Terms {
     const A *error, *mask, *weight;
 };
 
 template <class T, class A>
-MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin, int count,
+MFLOW_INLINE Terms<A> read_terms(const Problem& p, int64_t sample, uint32_t begin, int count,
                                Buffers<A>& buffers) {
-    Tile<A> tile;
-    tile.error = read<T, A>(p, p.input, sample, begin, count, buffers.input);
+    Terms<A> terms;
+    terms.error = read<T, A>(p, p.input, sample, begin, count, buffers.input);
     if (p.target.data) {
-        const A* input = tile.error;
+        const A* input = terms.error;
         const A* target = read<T, A>(p, p.target, sample, begin, count, buffers.target);
 #pragma omp simd
         for (int i = 0; i < count; ++i) buffers.error[i] = input[i] - target[i];
-        tile.error = buffers.error;
+        terms.error = buffers.error;
     }
     // Absent operands stay as the thread filled their buffers.
-    tile.mask = buffers.mask;
+    terms.mask = buffers.mask;
     if (p.mask.data) {
-        tile.mask = p.mask_is_bool
+        terms.mask = p.mask_is_bool
                         ? read<uint8_t, A>(p, p.mask, sample, begin, count, buffers.mask)
                         : read<A, A>(p, p.mask, sample, begin, count, buffers.mask);
     }
-    tile.weight = buffers.weight;
+    terms.weight = buffers.weight;
     if (p.weight.data) {
-        tile.weight = read<A, A>(p, p.weight, sample, begin, count, buffers.weight);
+        terms.weight = read<A, A>(p, p.weight, sample, begin, count, buffers.weight);
     }
-    return tile;
+    return terms;
 }
 
 template <class R, bool SELECT, class A>
-MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* penalty,
+MFLOW_INLINE void sum_tile(const Terms<A>& terms, int count, A scale, A delta, A* penalty,
                            A* gaussian) {
     A sum = 0, log_density = 0;
 #pragma omp simd reduction(+ : sum, log_density)
     for (int i = 0; i < count; ++i) {
-        const A e = tile.error[i], m = tile.mask[i];
-        sum += penalty_of<R, SELECT>(e, m, scale * tile.weight[i], delta);
+        const A e = terms.error[i], m = terms.mask[i];
+        sum += penalty_of<R, SELECT>(e, m, scale * terms.weight[i], delta);
         log_density += gaussian_of<SELECT>(e, m);
     }
     *penalty = sum;
@@ -266,28 +266,29 @@ MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* 
 }
 
 template <class R, bool SELECT, class A>
-MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A grad_penalty,
+MFLOW_INLINE void slope_tile(const Terms<A>& terms, int count, A scale, A delta, A grad_penalty,
                              A grad_gaussian, A* out) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        out[i] = gradient_of<R, SELECT>(tile.error[i], tile.mask[i], scale * tile.weight[i],
+        out[i] = gradient_of<R, SELECT>(terms.error[i], terms.mask[i], scale * terms.weight[i],
                                         delta, grad_penalty, grad_gaussian);
     }
 }
 
 template <class R, bool SELECT, class T, class A>
-MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffers<A>& buffers) {
-    const int64_t sample = index / p.tiles;
-    const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
-    const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
-    const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
+MFLOW_INLINE void run_tile(const Problem& p, const Tile& tile, int64_t index, bool backward,
+                           Buffers<A>& buffers) {
+    const int64_t sample = tile.sample;
+    const uint32_t begin = static_cast<uint32_t>(tile.inner);
+    const int count = tile.width;
+    const Terms<A> terms = read_terms<T, A>(p, sample, begin, count, buffers);
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
     if (backward) {
         const auto grad = [&](const View& view) {
             return static_cast<const A*>(view.data)[sample * view.sample_stride];
         };
         A* out = buffers.error;  // each element is read before it is written
-        slope_tile<R, SELECT, A>(tile, count, scale, delta, grad(p.grad_penalty),
+        slope_tile<R, SELECT, A>(terms, count, scale, delta, grad(p.grad_penalty),
                                  grad(p.grad_gaussian), out);
         if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
         if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
@@ -295,7 +296,7 @@ MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffe
         A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
         A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
                                   : static_cast<A*>(p.gaussian) + index;
-        sum_tile<R, SELECT, A>(tile, count, scale, delta, penalty, gaussian);
+        sum_tile<R, SELECT, A>(terms, count, scale, delta, penalty, gaussian);
     }
 }
 
@@ -306,12 +307,14 @@ using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
                            void* scratch) {                                                \
         using A = Types<T>::Acc;                                                           \
         Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
+        const Tiling tiling(p.samples, 1, p.size, 1, kTile);                               \
         for (int64_t i = first; i < last; ++i) {                                           \
+            const Tile tile = tiling.tile(i);                                              \
             Rhos::visit(p.rho, [&](auto rho) __attribute__((always_inline)) {              \
                 if (p.selects()) {                                                         \
-                    run_tile<decltype(rho), true, T>(p, i, backward, buffers);             \
+                    run_tile<decltype(rho), true, T>(p, tile, i, backward, buffers);       \
                 } else {                                                                   \
-                    run_tile<decltype(rho), false, T>(p, i, backward, buffers);            \
+                    run_tile<decltype(rho), false, T>(p, tile, i, backward, buffers);      \
                 }                                                                          \
             });                                                                            \
         }                                                                                  \

@@ -14,6 +14,7 @@
 
 #include "../common/inline.h"
 #include "../common/table.h"
+#include "../common/tiling.h"
 
 namespace mflow {
 
@@ -88,9 +89,8 @@ MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
     return g * m * w * R::slope(e, delta) - h * (A(1) - m) * e;
 }
 
-// A sample is summed in tiles of this many elements, and the tiles' sums are added in order: the
-// order depends on the shape alone, never on the number of threads or the size of the GPU.
-constexpr int kTile = 1024;
+// A sample is summed in tiles of kTile elements, and the tiles' sums are added in order: the order
+// depends on the shape alone, never on the number of threads or the size of the GPU.
 constexpr int kMaxAxes = 4;
 
 // How one tensor is laid out over the samples and the merged inner axes, innermost first. Strides

@@ -52,7 +52,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
-        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger.data_ptr(), scale.args,
+        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger, scale.args,
         inverse,
     )  # fmt: skip
     return y, ledger
@@ -103,12 +103,10 @@ def _uncouple(
     two is written to `other`. Of states of which so many channels stay."""
     assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
-    dlogdet = dlogdet if dlogdet.dtype == dtype else dlogdet.to(dtype)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.uncouple(
-        torch.get_num_threads(), stays, kept, given, params, dz,
-        (dlogdet.data_ptr(), dlogdet.stride(0)),
-        other, dy, dparams, scale.args, inverse,
+        torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
+        scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
@@ -131,7 +129,7 @@ def mix(
     cut = net_dtype == x.dtype
     _C.mix(
         torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
-        ledger.data_ptr(), () if scale is None else scale.args, inverse,
+        ledger, () if scale is None else scale.args, inverse,
     )  # fmt: skip
     if net_dtype is not None and not cut:
         net.copy_(y[:, : net.shape[1]])
@@ -154,8 +152,8 @@ def coupling_conv1x1_backward(
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     gram, dbias = _sums(x)
     _C.unmix_coupled(
-        torch.get_num_threads(), x, params, dy, dnet, (dledger.data_ptr(), dledger.stride(0)),
-        weight, dx, dparams, gram.data_ptr(), dbias.data_ptr(), scale.args, inverse,
+        torch.get_num_threads(), x, params, dy, dnet, dledger,
+        weight, dx, dparams, gram, dbias, scale.args, inverse,
     )  # fmt: skip
     return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
 
@@ -179,7 +177,7 @@ def unmix(
     gram, dbias = _sums(dx)
     _C.unmix(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
-        net if cut else None, dx, gram.data_ptr(), dbias.data_ptr(),
+        net if cut else None, dx, gram, dbias,
     )  # fmt: skip
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])

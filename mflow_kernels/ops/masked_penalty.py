@@ -189,36 +189,19 @@ def _native(device: torch.device) -> ModuleType | None:
     return _C if device.type in ("cpu", "cuda") else None
 
 
-def _address(tensor: Tensor | None, shape: torch.Size) -> tuple[int, tuple[int, ...]] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.expand(shape).stride())
-
-
-def _launch(kernel: Any, problem: tuple[Any, ...], **rest: Any) -> None:
+def _launch(kernel: Any, problem: tuple[Any, ...], *rest: Tensor | None) -> None:
     input, target, mask, weight, scale, rho, delta = problem
-    dtype, shape = accumulator(input.dtype), input.shape
+    dtype = accumulator(input.dtype)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)
-    arguments = dict(
-        dtype=str(input.dtype).removeprefix("torch."),
-        shape=tuple(shape),
-        input=_address(input, shape),
-        target=_address(target, shape),
-        mask=_address(mask, shape),
-        mask_is_bool=mask is not None and mask.dtype == torch.bool,
-        weight=_address(weight, shape),
-        scale=scale,
-        rho=rho,
-        delta=delta,
-        **rest,
-    )
+    arguments = (input, target, mask, weight, scale, rho, delta, *rest)
     if input.is_cuda:
         with torch.cuda.device(input.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            kernel(cuda=True, queue=stream, **arguments)
+            kernel(True, torch.cuda.current_stream().cuda_stream, *arguments)
     else:
-        kernel(cuda=False, queue=torch.get_num_threads(), **arguments)
+        kernel(False, torch.get_num_threads(), *arguments)
 
 
 def _check_weight_values(weight: Tensor | None) -> None:
@@ -250,13 +233,8 @@ def _forward(
     gaussian = torch.empty_like(penalty)
     tiles = -(-math.prod(input.shape[1:]) // native.tile)
     partial = penalty.new_empty(2 * samples * tiles if tiles > 1 else 0)
-    _launch(
-        native.forward,
-        (input, target, mask, weight, scale, rho, delta),
-        penalty=penalty.data_ptr(),
-        gaussian=gaussian.data_ptr(),
-        partial=partial.data_ptr(),
-    )
+    problem = input, target, mask, weight, scale, rho, delta
+    _launch(native.masked_penalty, problem, penalty, gaussian, partial)
     return penalty, gaussian
 
 
@@ -303,14 +281,9 @@ def _masked_penalty_backward(
         if for_target:
             dtarget.copy_(-de)
         return dinput, dtarget
-    _launch(
-        native.backward,
-        (input, target, mask, weight, scale, rho, delta),
-        grad_penalty=(grad_penalty.data_ptr(), grad_penalty.stride(0)),
-        grad_gaussian=(grad_gaussian.data_ptr(), grad_gaussian.stride(0)),
-        dinput=_address(dinput if for_input else None, input.shape),
-        dtarget=_address(dtarget if for_target else None, input.shape),
-    )
+    problem = input, target, mask, weight, scale, rho, delta
+    results = dinput if for_input else None, dtarget if for_target else None
+    _launch(native.masked_penalty_backward, problem, grad_penalty, grad_gaussian, *results)
     return dinput, dtarget
 
 
@@ -363,9 +336,9 @@ def _check_rho(rho: str, delta: float) -> None:
 
 
 def _flat(value: Tensor, inner: torch.Size) -> Tensor:
-    """(N or 1, elements), for states of more axes than the kernels walk."""
+    """The mask or weight of a state with more axes than the kernels take, as (N or 1, elements)."""
     samples = value.shape[0] if value.dim() > len(inner) else 1
-    return value.expand(samples, *inner).reshape(samples, -1)
+    return value.expand(samples, *inner).flatten(1)
 
 
 def masked_penalty_gaussian(

@@ -341,14 +341,14 @@ def test_loops_refuse_what_they_would_misread():
         _native.mix(normal(2, 129), rotation(129)[None], normal(1, 129), None)
     ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
     with pytest.raises(ValueError, match="state's dtype"):
-        _native._C.couple(1, 3, x, params, y, ledger.data_ptr(), scale.args, False)
+        _native._C.couple(1, 3, x, params, y, ledger, scale.args, False)
     with pytest.raises(ValueError, match="float32 or float64"):
         _native.couple(x.half(), params, scale, False)
     bare = torch.empty(2, 0, 5, 4)
     with pytest.raises(ValueError, match="1 to 128 channels"):
         _native.mix(bare, rotation(0)[None], normal(1, 0), None)
     with pytest.raises(ValueError, match="unknown scale function relu"):
-        _native._C.couple(1, 3, x, params, torch.empty_like(x), ledger.data_ptr(),
+        _native._C.couple(1, 3, x, params, torch.empty_like(x), ledger,
                           ("relu", *scale.args[1:]), False)  # fmt: skip
 
 
