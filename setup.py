@@ -1,6 +1,6 @@
 """Builds mflow_kernels._C from csrc: the CPU loops always, the CUDA kernels where nvcc is found.
 
-No GPU is asked for, and neither is torch. Steered by three environment variables:
+A build needs neither a GPU nor torch. Three environment variables steer it:
     MFLOW_CUDA        0 leaves the CUDA part out, 1 makes its absence an error
     MFLOW_CUDA_ARCHS  the GPU architectures to compile for, such as "80;90"
     CXX               the C++ compiler
@@ -26,7 +26,8 @@ CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("80", "86", "89", "90", "100")
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -pthread -DNDEBUG -Wall "
-    # No value changes: nobody asks which operation overflowed, so loops need not keep count.
+    # These change no value. They drop the bookkeeping of floating-point exceptions and errno, which
+    # keeps loops from vectorizing.
     "-fno-trapping-math -fno-math-errno"
 )
 NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static"
@@ -86,7 +87,7 @@ class Cuda:
 
     @property
     def contents(self) -> str:
-        """What the binary holds: machine code for each architecture, PTX of the newest."""
+        """The binary's contents: machine code for each architecture, PTX of the newest."""
         return " ".join([*(f"sm_{a}" for a in self.archs), f"compute_{self.archs[-1]}"])
 
 
@@ -138,7 +139,7 @@ class NinjaBuildExt(build_ext):
                 f"mflow_kernels: no Python.h in {include}. Install Python's development files "
                 "(for example the package python3-dev)."
             )
-        compiler()  # its absence is the first thing to say
+        compiler()  # exits if there is none, before anything else is tried
         cuda = choose_cuda()
         if cuda.nvcc and not self.run_ninja(ext, cuda):
             if os.environ.get("MFLOW_CUDA") == "1":

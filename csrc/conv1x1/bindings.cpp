@@ -39,7 +39,7 @@ private:
     Matrix matrix_;
 };
 
-// A state or half that may be absent.
+// A state or a half of one, or None.
 class Optional {
 public:
     Optional(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
@@ -82,7 +82,7 @@ void expect_mixed(const Shape& shape) {
     }
 }
 
-// y = W z + bias with z = x, or where params are given what x is coupled to; net, the first half of y.
+// Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
 void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
          const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
          const py::tuple& scale, bool inverse) {
@@ -128,8 +128,8 @@ Unmix describe_unmixing(bool is_double, const State& dstate) {
     return p;
 }
 
-// The gradients of y = W x + bias, from the halves of y and dy; and x = M (y - bias) and its first
-// half, where M is given.
+// Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
+// x = M (y - bias) and net, x's first half.
 void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
            const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
            const py::object& dx, const py::object& gram, const py::object& dbias) {
@@ -153,7 +153,7 @@ void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, c
     p.bias = bias_values;
     const Weights other_values(other, dtype, p.shape.channels, true);
     p.other = other_values;
-    if (other.is_none() != x.is_none()) fail("expected x where its matrix is given");
+    if (other.is_none() != x.is_none()) fail("expected x and its matrix, or neither");
     const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
     p.rebuilt = rebuilt.walk();
@@ -165,7 +165,7 @@ void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, c
     unmix_cpu(p, threads);
 }
 
-// The gradients of y = W z + bias, where z is what x is coupled to.
+// Computes the gradients of y = W couple(x) + bias.
 void unmix_coupled(int threads, const py::object& x, const py::object& params, const py::object& dy,
                    const py::object& dnet, const py::object& dlogdet,
                    const py::object& weight, const py::object& dx, const py::object& dparams,

@@ -1,6 +1,6 @@
-// 1x1 convolutions on the CPU. A tile of the state is brought into a panel, whose rows are pixels
-// where channels are neighbours in memory and channels where pixels are, goes through the coupling
-// and the products there, and is written once.
+// 1x1 convolutions on the CPU. A tile of the state is copied into a panel, a small dense buffer. The
+// coupling and the matrix products run there, and the result is written once. The rows of a panel are
+// pixels if channels are neighbours in memory (PIXEL_ROWS), else channels.
 
 #include "conv1x1.h"
 
@@ -16,7 +16,7 @@
 namespace mflow {
 namespace {
 
-constexpr int kPanel = 4 * kTile;  // elements, rows filled up to whole vectors
+constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
 constexpr int64_t kMostParts = 64;  // partial sums of gram
 
 // The tiles of a state: all channels of some pixels. Vectors have one pixel; here they count as the
@@ -47,7 +47,7 @@ struct Grid {
     static int64_t first_pixel(const Tile& t) { return PIXEL_ROWS ? t.outer : t.inner; }
     static int pixels(const Tile& t) { return PIXEL_ROWS ? t.rows : t.width; }
 
-    // From a channel on, in memory and in a panel.
+    // The part of a tile that begins with `channel`, in memory and in a panel.
     MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
         const int64_t pixel = vectors ? w.sample : w.pixel;
         const int64_t sample = vectors ? 0 : w.sample;
@@ -65,7 +65,7 @@ struct Grid {
     MFLOW_INLINE int columns(const Tile& t, int channels) const {
         return PIXEL_ROWS ? channels : pixels(t);
     }
-    // So many channels, between parts, or to and from a dense buffer.
+    // Copies `channels` channels of a tile.
     MFLOW_INLINE void move(const Tile& t, int channels, Part<A> from, Part<A> to) const {
         copy<A>(rows(t, channels), columns(t, channels), from, to);
     }
@@ -79,7 +79,7 @@ A at(const Matrix& m, int64_t row, int64_t column) {
     return static_cast<const A*>(m.data)[row * m.row + column * m.column];
 }
 
-// A matrix as `product` wants it beside a panel: where rows are pixels, transposed and filled up.
+// A matrix as `product` reads it: transposed and padded to whole vectors if rows are pixels.
 template <bool PIXEL_ROWS, class A>
 class Mixer {
 public:
@@ -113,8 +113,9 @@ private:
     std::vector<A> packed_;
 };
 
-// turned: z with pixels for rows. What fills rows up is never used, but computed with: zeros, then,
-// and not what may be slow to compute with.
+// z and y: the panels before and after a product. g: the gradient of y. turned: z with pixels as rows.
+// Padding takes part in the arithmetic although its results are dropped, so it is zero: denormals
+// would be slow.
 template <class A>
 struct Panels {
     A z[kPanel] = {}, g[kPanel] = {}, turned[kPanel] = {};
@@ -172,7 +173,7 @@ struct Mixing {
         }
     }
 
-    // In the order of the tiles, whatever threads ran them.
+    // Adds in the order of the tiles, so the bits do not depend on the number of threads.
     void write_ledger() const {
         A* ledger = static_cast<A*>(p.coupling->ledger);
         const int64_t of_each = grid.vectors ? 1 : grid.tiling.tiles_per_sample();
@@ -192,7 +193,8 @@ struct Unmixing {
     int64_t parts, gram_row;
     std::vector<A> grams, dbiases;  // of each part
 
-    // As many parts as threads could share, however many there are: so sums have one order.
+    // The number of parts depends on the shape alone, not on the number of threads, so the sums
+    // have one order.
     explicit Unmixing(const Unmix& p)
         : p(p),
           grid(p),
@@ -213,7 +215,7 @@ struct Unmixing {
         }
     }
 
-    // Leaves dy in the panel g and z in the panel z.
+    // Leaves dy in the panel g and z in the panel z, from which `add_to_sums` continues.
     MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
         using V = typename Vector<A>::type;
         const int first = grid.first, second = grid.channels - first;
@@ -321,7 +323,7 @@ struct Unmixing {
     }
 };
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 #define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
     MFLOW_CLONES void run_range(Mixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
                                 Panels<A>& b) {                                                    \

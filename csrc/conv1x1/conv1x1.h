@@ -1,9 +1,10 @@
-// Invertible 1x1 convolutions on the CPU, actnorm folded in: the problem that a loop is given. The
+// Invertible 1x1 convolutions on the CPU: the description of a problem. Actnorm is folded in. The
 // formulas are those of mflow_kernels/ops/coupling_conv1x1.py and unmix.py.
 //
-//   mix      y = W z + bias, where z is x, or what x is coupled to
-//   unmix    gradients: dz = W^T dy, gram = sum dy z^T, dbias = sum dy. z is y - bias, and x = M z
-//            may be asked for; or it is what x is coupled to, and the coupling's gradients are too
+//   mix      y = W z + bias. z is x or, with a coupling, couple(x).
+//   unmix    The gradients dz = W^T dy, gram = sum dy z^T and dbias = sum dy. Without a coupling z is
+//            y - bias, and x = M z is rebuilt if M is given. With one, z is couple(x), and the
+//            gradients of x and params are computed too.
 #pragma once
 
 #include "../coupling/coupling.h"
@@ -17,7 +18,7 @@ struct Matrix {
     Matrix transposed() const { return {data, column, row}; }
 };
 
-constexpr int64_t kMixedChannels = 128;  // that the loops take; past that BLAS is as fast
+constexpr int64_t kMixedChannels = 128;  // at most; with more channels BLAS is as fast
 
 struct Mix {
     bool is_double = false;
@@ -25,8 +26,8 @@ struct Mix {
     int64_t first = 0;  // channels of its first half
     Matrix weight, bias;
     Walk x[2], y;
-    Walk net;                           // where the first half of y goes once more, or absent
-    const Coupling* coupling = nullptr;  // of it: scale, inverse, raw, shift, ledger
+    Walk net;                           // a second copy of y's first half, or absent
+    const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
 };
 
 struct Unmix {
@@ -35,12 +36,12 @@ struct Unmix {
     int64_t first = 0;
     Matrix weight, bias;
     Walk dy[2], dnet;     // dnet is added to the first half's gradient
-    Walk state[2];        // y; or, with a coupling, x
-    Walk dstate;          // of z; or, with a coupling, of x
+    Walk state[2];        // the halves of y; with a coupling, of x
+    Walk dstate;          // the gradient of z; with a coupling, of x
     void *gram, *dbias;   // (C, C) and (C), dense
     Matrix other;         // M
-    Walk rebuilt, net;    // M z, and its first half once more
-    const Coupling* coupling = nullptr;  // of it: scale, inverse, raw, shift, dlogdet, draw, dshift
+    Walk rebuilt, net;    // M z, and a second copy of its first half
+    const Coupling* coupling = nullptr;  // also its dlogdet, draw and dshift
 };
 
 void mix_cpu(const Mix& problem, int threads);

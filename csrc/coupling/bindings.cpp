@@ -10,11 +10,11 @@
 namespace mflow {
 namespace {
 
-// The half of a state that is scaled; `stays` channels are not.
+// The half of a state that is scaled. The first `stays` channels pass through.
 Shape scaled_half(const State& state, int64_t stays) {
     Shape half = state.shape();
     half.channels -= stays;
-    if (stays > half.channels) fail("expected the half that stays to be no larger than the other");
+    if (stays > half.channels) fail("expected the half that passes through to be no larger than the other");
     return half;
 }
 

@@ -1,5 +1,5 @@
-// Couplings on the CPU. Each tile is brought into small dense buffers (or used where it lies, if it
-// is dense already), so that one vectorized loop serves every layout.
+// Couplings on the CPU. A tile that is dense is used in place, any other one is copied into small dense
+// buffers, so one vectorized loop serves every layout.
 
 #include "coupling.h"
 
@@ -51,7 +51,7 @@ MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffe
     return buffer;
 }
 
-// Where results are put: in place, if the tile is dense there; else `write` brings them there.
+// Memory for results: the tile itself if it is dense, else the buffer, from which `write` copies.
 template <class A>
 MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
     const Part<A> to = part<A>(g, t, w);
@@ -63,7 +63,7 @@ MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) 
     if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
 }
 
-// The tile's share of the half that stays: the same channels, counted from its own first.
+// Copies the tile's share of the half that passes through: the channels with the same numbers.
 template <class A>
 MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
@@ -130,7 +130,7 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
     write<A>(g, t, p.dshift, dshift);
 }
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 #define MFLOW_RUN_TILES(name, A)                                                                   \
     MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
                            double* sums, Buffers<A>& buffers) {                                    \
@@ -149,7 +149,7 @@ MFLOW_RUN_TILES(run_tiles, double)
 template <class A>
 void run(const Coupling& p, const Grid& g, int threads, double* sums) {
     share_out(g.tiling.tiles(), p.shape.size(), threads, [&](int64_t first, int64_t last) {
-        // 44 to 88 KB: more than a stranger's stack may hold.
+        // 44 to 88 KB: more than the caller's stack may have left.
         const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
         run_tiles(p, g, first, last, sums, *buffers);
     });

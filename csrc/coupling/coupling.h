@@ -1,4 +1,4 @@
-// Affine couplings on the CPU: the problem that a loop is given. The formulas are those of
+// Affine couplings on the CPU: the description of a problem. The formulas are those of
 // mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
 //
 //   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
@@ -20,23 +20,24 @@ struct Scale {
 struct Coupling {
     bool is_double = false;
     Scale scale;
-    bool inverse = false;  // of the coupling as it ran; `couple` runs it so
+    bool inverse = false;  // whether the forward pass ran the inverse coupling
     bool kept = false;     // uncouple: x_b is given, y_b is not
     Shape shape;           // of the half that is scaled
     Walk raw, shift;
 
-    // couple: x to y. uncouple: y to x, or where `kept` x to y, which may be absent.
+    // couple reads x and writes y. uncouple reads y and writes x; if `kept` it reads x and writes y,
+    // which may be absent.
     Walk x, y;
     void* ledger = nullptr;  // couple: one sum a sample
 
-    // uncouple: one dlogdet a sample, dy to dx, draw, dshift.
+    // uncouple reads dy and one dlogdet a sample, and writes dx, draw and dshift.
     const void* dlogdet = nullptr;
     int64_t dlogdet_stride = 0;
     Walk dy, dx, draw, dshift;
 
-    // The half that stays, of the state and of its gradient, is copied on the way where there is
-    // somewhere to copy it to.
-    int64_t stays = 0;  // its channels, no more than those of the other
+    // The half that the coupling passes through, of the state and of its gradient, is copied on the
+    // way if `to` is given.
+    int64_t stays = 0;  // its channels, no more than those of the other half
     Walk from[2], to[2];
 };
 

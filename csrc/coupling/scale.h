@@ -1,7 +1,7 @@
-// The scale functions' mathematics on the CPU: log s and its slope d log s / d raw, elementwise.
-// float64 asks libm. float32 has polynomials without branches, good to a few units in the last
-// place, so that loops over them become vector code. They are Cephes's (expf, atanf), and the
-// logarithm's series of the inverse hyperbolic tangent. NaN and infinities pass through.
+// The scale functions on the CPU: log s and its slope d log s / d raw, elementwise. float64 uses libm.
+// float32 uses polynomials without branches, so that loops over them vectorize; they are accurate to a
+// few units in the last place. exp and atan have Cephes's polynomials (expf, atanf), the logarithm the
+// series of the inverse hyperbolic tangent. NaN and infinities pass through.
 #pragma once
 
 #include <cmath>
@@ -114,7 +114,7 @@ MFLOW_INLINE Tanh<double> tanh_of(double x) {
     return {std::tanh(x), 4 * e / ((1 + e) * (1 + e))};
 }
 
-// A scale function's constants in the type that is computed in.
+// A scale function's constants in the type of the computation.
 template <class A>
 struct Constants {
     A offset, eps, clamp;

@@ -1,4 +1,4 @@
-// A tile of a state, and the couplings' arithmetic on one that lies dense in buffers.
+// Copies of tiles, and the couplings' arithmetic on a tile in dense buffers.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace mflow {
 
-// A tile of one tensor.
+// A tile of one tensor in memory.
 template <class A>
 struct Part {
     A* data;
@@ -36,7 +36,7 @@ MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
     }
 }
 
-// To a place of its own, since blocks overlap.
+// to = a + b. `to` must not overlap a or b, since blocks overlap each other.
 template <class A>
 MFLOW_INLINE void add(int rows, int width, Part<A> a, Part<A> b, Part<A> to) {
     const bool blocks = a.step == 1 && b.step == 1 && to.step == 1 && width >= 4;
@@ -76,7 +76,8 @@ MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, 
     if (!known) throw std::invalid_argument("unknown scale function");
 }
 
-// y = s (x + t) where ADD_FIRST, else s x + t; with sign -1 for an inverse, log s and t negated.
+// y = s (x + t) if ADD_FIRST, else s x + t. For an inverse coupling `sign` is -1 and negates log s
+// and t.
 template <bool ADD_FIRST, class A>
 MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
 #pragma omp simd
@@ -94,7 +95,8 @@ MFLOW_INLINE A sum(int count, const A* values) {
     return total;
 }
 
-// From x where KEPT, to y as well; else x from y. u is what s multiplies.
+// If KEPT, `given` is x and `other` becomes y; otherwise `given` is y and `other` becomes x. u is the
+// value that the scale multiplies.
 template <bool ADD_FIRST, bool KEPT, class A>
 MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
                                  const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
@@ -117,7 +119,7 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
     }
 }
 
-// Both, in the order in which the coupling scales and shifts.
+// The two functions above, in the order in which this coupling scales and shifts.
 template <class A>
 MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* log_s, const A* shift,
                              A* y) {

@@ -61,8 +61,8 @@ struct Source {
     const Strided* from;
 };
 
-// Sorts the inner axes into the input's memory order, innermost first, and merges neighbours that
-// every tensor walks through as one.
+// Sorts the inner axes into the input's memory order, innermost first, and merges neighbouring axes
+// that act as one axis in every tensor.
 void lay_out(Problem& p, const Sizes& shape, const std::vector<Source>& sources) {
     const size_t dims = shape.size();
     if (dims < 2) fail("expected at least two axes");

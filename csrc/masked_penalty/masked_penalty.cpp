@@ -1,5 +1,5 @@
-// The masked penalty on the CPU. Each tile of a sample is brought into small dense buffers (or used
-// where it lies, if it is dense already), so that one vectorized loop serves every layout.
+// The masked penalty on the CPU. A tile that is dense is used in place, any other one is copied into
+// small dense buffers, so one vectorized loop serves every layout.
 
 #include "masked_penalty.h"
 
@@ -77,8 +77,7 @@ struct Narrow<Half> {
     }
 };
 
-// Where in a view the elements of one sample lie, from `begin` on: row by row along the innermost
-// axis.
+// Walks the elements of a sample in a view, from `begin` on, row by row along the innermost axis.
 class Rows {
 public:
     MFLOW_INLINE Rows(const Problem& p, const View& view, uint32_t begin) : p_(p), view_(view) {
@@ -90,11 +89,11 @@ public:
     }
     MFLOW_INLINE int64_t offset() const { return offset_; }
     MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
-    // How many whole rows follow that are as far apart from each other as stride[1] says.
+    // How many whole rows follow at a distance of stride[1] from one another.
     MFLOW_INLINE int whole() const {
         return p_.axes > 1 && at_[0] == 0 ? static_cast<int>(p_.extent[1] - at_[1]) : 0;
     }
-    // Moves on along `axis`, by no more than is left of it.
+    // Advances along `axis` by `count`, which must not pass its end.
     MFLOW_INLINE void advance(int axis, int count) {
         at_[axis] += count;
         offset_ += count * view_.stride[axis];
@@ -125,7 +124,7 @@ void gather(const Problem& p, const View& view, const S* base, Rows rows, int co
         A* out = buffer + done;
         if (const int many = std::min(rows.whole(), (count - done) / width);
             width <= kShortRow && many > 0) {
-            if (stride == 0) {  // whole vectors: the next row covers what is too much
+            if (stride == 0) {  // in whole vectors; the next row overwrites the excess
                 for (int r = 0; r < many; ++r) {
                     const A value = widen<A>(row[r * across]);
                     for (int c = 0; c < width; c += kSlack) {
@@ -171,8 +170,8 @@ void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int co
     }
 }
 
-// `count` values of a sample from `begin` on, in the accumulate type: where they lie if they lie
-// together and are of that type, else copied to `buffer`.
+// `count` values of a sample from `begin` on, in the accumulate type. Returns their own address if
+// they are contiguous and have that type, else copies them to `buffer`.
 template <class S, class A>
 MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                            int count, A* buffer) {
@@ -237,7 +236,7 @@ MFLOW_INLINE Terms<A> read_terms(const Problem& p, int64_t sample, uint32_t begi
         for (int i = 0; i < count; ++i) buffers.error[i] = input[i] - target[i];
         terms.error = buffers.error;
     }
-    // Absent operands stay as the thread filled their buffers.
+    // The buffers of absent operands were filled with ones by `run_range`.
     terms.mask = buffers.mask;
     if (p.mask.data) {
         terms.mask = p.mask_is_bool
@@ -300,7 +299,7 @@ MFLOW_INLINE void run_tile(const Problem& p, const Tile& tile, int64_t index, bo
     }
 }
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
 #define MFLOW_RUN_TILES(name, T)                                                           \
     MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, bool backward,   \
@@ -327,7 +326,7 @@ MFLOW_RUN_TILES(run_bfloat16, BFloat16)
 
 template <class A>
 void run_range(const Problem& p, RunTiles run, bool backward, int64_t first, int64_t last) {
-    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than a stranger's stack may hold
+    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than the stack may have left
     std::fill_n(buffers[0].mask, kTile, A(1));
     std::fill_n(buffers[0].weight, kTile, A(1));
     run(p, first, last, backward, buffers.data());

@@ -1,6 +1,6 @@
-// The masked penalty on the GPU. One warp takes one tile of one sample, so that small and large
-// samples alike fill the machine with no shared memory and no barrier; where a sample has several
-// tiles, a second small kernel adds their sums in order.
+// The masked penalty on the GPU. One warp takes one tile of one sample, so small and large samples both
+// fill the machine, without shared memory or barriers. If a sample has several tiles, a second small
+// kernel adds their sums in order.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;   // a block
-constexpr int kBlocks = 4;  // a multiprocessor, at least: up to 64 registers, and none are spilled
+constexpr int kBlocks = 4;  // on a multiprocessor, at least: allows 64 registers, without spills
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T>
@@ -78,13 +78,12 @@ union Pack {
     __device__ __forceinline__ Pack() {}
 };
 
-// What a lane works on: elements [at, at + count) of one sample, all in one row where some view is
-// not dense.
+// The elements of one lane: [at, at + count) of one sample. They share a row if some view is not dense.
 struct Run {
     int64_t sample;
     uint32_t at;
     int count;
-    uint32_t coordinate[kMaxAxes];  // of element `at`; set only where some view is not dense
+    uint32_t coordinate[kMaxAxes];  // of element `at`; set only if some view is not dense
 };
 
 __device__ __forceinline__ void locate(const Problem& p, Run& run) {
@@ -303,8 +302,8 @@ unsigned blocks_for(int64_t warps) {
     return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// Runs `kernel<T, V, indexed>`: 16 bytes a lane where a run of them stays in one row of every view,
-// else an element a lane.
+// Launches kernel<T, V, indexed>: 16 bytes a lane if they always stay in one row of every view, else
+// one element a lane.
 #define MFLOW_LAUNCH(kernel)                                                    \
     constexpr int vector = 16 / sizeof(T);                                      \
     const unsigned blocks = blocks_for(p.samples * p.tiles);                    \

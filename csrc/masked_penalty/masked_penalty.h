@@ -1,11 +1,11 @@
-// The masked per-pixel penalty: its mathematics, written once for host and device, and the
-// description of one problem that the CPU loops and the CUDA kernels share.
+// The masked per-pixel penalty: its formulas, written once for host and device, and the description of
+// a problem for the CPU loops and the CUDA kernels.
 //
 //   penalty[n]  = sum_i m w rho(e)                          e = input - target
 //   gaussian[n] = sum_i (1 - m) (-e^2/2 - log(2 pi)/2)
 //   de          = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e
 //
-// Nothing here knows of torch: pointers, sizes, strides and a stream.
+// This file knows pointers, sizes, strides and a stream, and nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -107,7 +107,7 @@ struct Problem {
     Dtype dtype = Dtype::float32;  // of input, target and their gradients
     int rho = -1;                  // its place in Rhos
     double delta = 1;
-    double scale = 1;  // multiplies weight, or stands alone where weight is absent
+    double scale = 1;  // multiplies weight; the weight itself if that is absent
     bool mask_is_bool = false;
     MFLOW_INLINE bool selects() const { return mask_is_bool || !mask.data; }
 
@@ -127,14 +127,14 @@ struct Problem {
 
     // Backward.
     View grad_penalty, grad_gaussian;  // one value a sample
-    View dinput, dtarget;              // absent where not asked for
+    View dinput, dtarget;              // absent if not asked for
 };
 
 void forward_cpu(const Problem& problem, int threads);
 void backward_cpu(const Problem& problem, int threads);
 
-// Both launch on `stream` of the current device and return at once; std::runtime_error if that
-// fails.
+// Both launch on `stream` of the current device and return at once. They throw std::runtime_error if
+// the launch fails.
 void forward_cuda(const Problem& problem, void* stream);
 void backward_cuda(const Problem& problem, void* stream);
 // Why the current device cannot run the kernels, as for a driver older than this build's CUDA or an

@@ -250,7 +250,7 @@ def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     input: Tensor, target: Tensor | None, for_input: bool, for_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """Room for (d input, d target) in their own layouts, empty where they are not asked for."""
+    """Uninitialized (d input, d target) in the layouts of both; (0,) if not asked for."""
     dinput = torch.empty_like(input) if for_input else input.new_empty(0)
     dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
     return dinput, dtarget
@@ -354,7 +354,7 @@ def masked_penalty_gaussian(
 
     Args:
         input: (N, C, *spatial), float32, float64, float16 or bfloat16, any layout.
-        target: what input is compared with, same shape, dtype and device; zero by default.
+        target: compared with input; same shape, dtype and device. Zero by default.
         mask: where the penalty applies: bool, or floating point with 1 for penalized and fractions
             for both. A bool mask keeps NaN and infinity in the rest out of the penalty, and those
             in the penalized part out of the density. Any shape that broadcasts to input's by
@@ -363,7 +363,7 @@ def masked_penalty_gaussian(
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, since reading them would stall a GPU.
         rho: "l2", "l1" or "huber".
-        delta: where huber turns from quadratic to linear, in units of input; others ignore it.
+        delta: |e| at which huber turns from quadratic to linear; l2 and l1 ignore it.
 
     Returns:
         penalty and gaussian, each (N,), float32 (float64 for float64 inputs). Differentiable once
@@ -426,7 +426,7 @@ def penalty_log_normalizer(rho: Rho, weight: float, delta: float = 1.0) -> float
 @overload
 def penalty_log_normalizer(rho: Rho, weight: Tensor, delta: float = 1.0) -> Tensor: ...
 def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0) -> Tensor | float:
-    """log of the integral of exp(-weight rho(e)) over e: what makes the penalty a density.
+    """log of the integral of exp(-weight rho(e)) over e, which normalizes the penalty to a density.
 
         l2     log sqrt(2 pi / w)
         l1     log (2 / w)
@@ -434,12 +434,12 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
 
     Args:
         rho: "l2", "l1" or "huber".
-        weight: w, a number above 0 or a tensor of them; where a tensor holds 0, no density exists
-            and the result is infinite.
+        weight: w, a number above 0 or a tensor of them. The result is infinite for a tensor's 0,
+            for which no density exists.
         delta: huber's, in units of e.
 
     Returns:
-        Of the kind, shape and dtype of weight (float32 for float16 and bfloat16).
+        A number, or a tensor with the shape and dtype of weight (float32 for 16-bit dtypes).
     """
     _check_rho(rho, delta)
     if not isinstance(weight, Tensor):
