@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks._aot import Compiled
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-NATIVE = sorted(str(path) for path in CSRC.glob("*.cu"))
+NATIVE = sorted(str(path) for path in CSRC.rglob("*.cu"))
 WARPS = 8  # a block of every csrc kernel: kWarps there
 
 _ENTRY = re.compile(

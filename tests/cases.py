@@ -193,7 +193,7 @@ def _coupling(inverse: bool, mix: bool) -> Operator:
     ) -> tuple[Tensor, ...]:
         y, log_s = affine_coupling_ref(x, params, scale, inverse)
         y = y if weight is None else conv1x1_ref(y, weight, bias)
-        return y, log_s.reshape(x.shape[0], -1).sum(1)
+        return y, log_s.flatten(1).sum(1)
 
     if mix:
         call = ops.coupling_inverse_conv1x1 if inverse else ops.coupling_conv1x1

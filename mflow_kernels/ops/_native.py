@@ -1,7 +1,7 @@
-"""The operators on a CPU by csrc's loops: one pass each where the references take ten.
+"""The operators on a CPU by the loops of csrc, in one pass each; the references need about ten.
 
-Every function here does what the reference it names does, for float32 and float64 states in any
-layout; `serves` and `mixes` say whether it may.
+Each function here computes what the reference that it names computes, for float32 and float64
+states. Call `serves` or `mixes` first.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 def load_extension() -> ModuleType | None:
     try:
         return importlib.import_module("mflow_kernels._C")
-    except ModuleNotFoundError:  # a source checkout that nobody has built
+    except ModuleNotFoundError:  # a source checkout that was not built
         return None
 
 
@@ -25,8 +25,11 @@ _C = load_extension()
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the loops take the state x: not where something other than a tensor in memory passes
-    through, as for a compiler, forward mode, functorch or a fake tensor."""
+    """Whether the loops can run on the state x.
+
+    They cannot when x is no plain tensor in memory: under a compiler, forward-mode differentiation
+    or torch.func, and for fake tensors.
+    """
     return (
         _C is not None
         and not torch.compiler.is_compiling()
@@ -37,12 +40,12 @@ def serves(x: Tensor) -> bool:
     )
 
 
-# That the loops of 1x1 convolutions take.
+# The most channels that the loops of 1x1 convolutions take.
 MIXED_CHANNELS: int = 0 if _C is None else _C.mixed_channels
 
 
 def mixes(x: Tensor) -> bool:
-    """Whether the loops take the 1x1 convolution of a state x; past so many channels BLAS does."""
+    """Whether the loops can run the 1x1 convolution of x. With more channels BLAS is as fast."""
     return x.shape[1] <= MIXED_CHANNELS and serves(x)
 
 
@@ -52,7 +55,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
     _C.couple(
-        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger.data_ptr(), scale.args,
+        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger, scale.args,
         inverse,
     )  # fmt: skip
     return y, ledger
@@ -67,8 +70,8 @@ def couple_backward(
     inverse: bool,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`coupling.coupling_backward_ref`, with dlogdet (N,); fills y, where given, with what x is
-    coupled to, which costs little on the way."""
+    """`coupling.coupling_backward_ref`, with dlogdet (N,). If y is given, fills it with the
+    coupling's output, which adds little work."""
     return _uncouple(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
 
 
@@ -99,16 +102,19 @@ def _uncouple(
     kept: bool,
     stays: int,
 ) -> tuple[Tensor, Tensor]:
-    """dy and dparams of a coupling y -> z, from y where `kept`, else from z; the other one of the
-    two is written to `other`. Of states of which so many channels stay."""
+    """dy and dparams of a coupling y -> z.
+
+    Args:
+        given: y if `kept`, else z.
+        other: receives the other one of y and z; may be None if `kept`.
+        stays: number of channels that the coupling passes through; 0 if the tensors are halves.
+    """
     assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
-    dlogdet = dlogdet if dlogdet.dtype == dtype else dlogdet.to(dtype)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.uncouple(
-        torch.get_num_threads(), stays, kept, given, params, dz,
-        (dlogdet.data_ptr(), dlogdet.stride(0)),
-        other, dy, dparams, scale.args, inverse,
+        torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
+        scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
@@ -122,8 +128,11 @@ def mix(
     scale: ScaleFunction | None = None,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`conv1x1_ref`, or `coupling_conv1x1_ref` where params are given: y, the network input cut
-    from it, and the ledger (empty without params). Of states whose pixels one stride walks."""
+    """`conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
+
+    One stride must walk the pixels of x (`dense_pixels`). Returns y, the network input cut from it,
+    and the ledger (empty without params).
+    """
     assert _C is not None
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
@@ -131,7 +140,7 @@ def mix(
     cut = net_dtype == x.dtype
     _C.mix(
         torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
-        ledger.data_ptr(), () if scale is None else scale.args, inverse,
+        ledger, () if scale is None else scale.args, inverse,
     )  # fmt: skip
     if net_dtype is not None and not cut:
         net.copy_(y[:, : net.shape[1]])
@@ -148,14 +157,16 @@ def coupling_conv1x1_backward(
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`. Of states and
-    params whose pixels one stride walks, and a ledger of one column."""
+    """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`.
+
+    One stride must walk the pixels of x and params (`dense_pixels`). dledger is (N, 1).
+    """
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     gram, dbias = _sums(x)
     _C.unmix_coupled(
-        torch.get_num_threads(), x, params, dy, dnet, (dledger.data_ptr(), dledger.stride(0)),
-        weight, dx, dparams, gram.data_ptr(), dbias.data_ptr(), scale.args, inverse,
+        torch.get_num_threads(), x, params, dy, dnet, dledger,
+        weight, dx, dparams, gram, dbias, scale.args, inverse,
     )  # fmt: skip
     return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
 
@@ -170,8 +181,11 @@ def unmix(
     dx: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """x, the network input cut from it, and one partial sum of gram and d bias; fills dx, and makes
-    x like it. Without a weight_inverse neither x nor the network input is made."""
+    """`unmix.unmix_ref`: x, the network input cut from it, and one partial sum of gram and d bias.
+
+    Fills dx, and allocates x like it. Without weight_inverse, x is None and the network input is
+    empty.
+    """
     assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
@@ -179,7 +193,7 @@ def unmix(
     gram, dbias = _sums(dx)
     _C.unmix(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
-        net if cut else None, dx, gram.data_ptr(), dbias.data_ptr(),
+        net if cut else None, dx, gram, dbias,
     )  # fmt: skip
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
@@ -187,7 +201,7 @@ def unmix(
 
 
 def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for one partial sum of gram and d bias."""
+    """Empty tensors for one partial sum of gram and d bias; zeros for an empty batch."""
     c = x.shape[1]
     new = x.new_empty if x.numel() else x.new_zeros
     return new((1, c, c)), new((1, c))

@@ -89,7 +89,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     the steps that were spread together, in a fixed order.
     """
     splits, c, dtype = dweight_splits(x), x.shape[1], accumulator(x.dtype)
-    weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).unsqueeze(-2)
+    weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).contiguous().unsqueeze(-2)
     return (
         weight.expand(*weight.shape[:-3], splits, c, c),
         bias.expand(*bias.shape[:-2], splits, c),

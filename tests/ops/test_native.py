@@ -1,6 +1,11 @@
 """The CPU loops against the references in float64, called as the operators call them."""
 
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +15,17 @@ from torch import Tensor
 from mflow_kernels import ops
 from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import dense_pixels
-from mflow_kernels.ops.conv1x1 import add_to_first_half, conv1x1_backward_ref, conv1x1_ref
-from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref
+from mflow_kernels.ops.conv1x1 import (
+    add_to_first_half,
+    conv1x1_backward_ref,
+    conv1x1_eager,
+    conv1x1_ref,
+)
+from mflow_kernels.ops.coupling import (
+    affine_coupling_ref,
+    coupling_backward_ref,
+    coupling_eager,
+)
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.ops.uncouple import uncouple_ref
@@ -327,6 +341,97 @@ def test_loops_refuse_what_they_would_misread():
         _native.mix(normal(2, 129), rotation(129)[None], normal(1, 129), None)
     ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
     with pytest.raises(ValueError, match="state's dtype"):
-        _native._C.couple(1, 3, x, params, y, ledger.data_ptr(), scale.args, False)
+        _native._C.couple(1, 3, x, params, y, ledger, scale.args, False)
     with pytest.raises(ValueError, match="float32 or float64"):
         _native.couple(x.half(), params, scale, False)
+    bare = torch.empty(2, 0, 5, 4)
+    with pytest.raises(ValueError, match="1 to 128 channels"):
+        _native.mix(bare, rotation(0)[None], normal(1, 0), None)
+    with pytest.raises(ValueError, match="unknown scale function relu"):
+        _native._C.couple(1, 3, x, params, torch.empty_like(x), ledger,
+                          ("relu", *scale.args[1:]), False)  # fmt: skip
+
+
+# Views of a state of (N, C, H, W), each in a layout that torch allows and no model uses.
+ODD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "samples expanded": lambda x: x[:1].expand(x.shape),
+    "channels expanded": lambda x: x[:, :1].expand(x.shape),
+    "pixels expanded": lambda x: x[:, :, :1, :1].expand(x.shape),
+    "one number": lambda x: x.new_tensor(0.5).expand(x.shape),
+    "every other": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 3)[::2, :, :, ::2],
+    "negated lazily": lambda x: torch.complex(x, x).conj().imag,
+    "strides of no use": lambda x: x.as_strided(x.shape, no_use(x)),
+}
+
+
+def no_use(x: Tensor) -> list[int]:
+    """The strides of x, and others for its axes of length 1, which no walk takes."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return [stride if length > 1 else 1000 + axis for axis, (length, stride) in enumerate(sizes)]
+
+
+ODD_SHAPES = [(2, 1, 16, 7), (2, 4, 3, 5), (1, 3, 1, 6), (3, 2, 1, 1), (0, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+@pytest.mark.parametrize("of_gradient", ODD_VIEWS)
+@pytest.mark.parametrize("of_state", ODD_VIEWS)
+def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkeypatch):
+    """Without the dispatcher, as layers call them, so that nothing resolves a view before."""
+    monkeypatch.setattr(import_module("mflow_kernels.ops._launch"), "INTERPRETED", False)
+    c = shape[1]
+    x = dense_pixels(ODD_VIEWS[of_state](normal(*shape))).requires_grad_()
+    weight, bias = rotation(c).requires_grad_(), normal(c).requires_grad_()
+    calls = [(conv1x1_eager, (x, weight[None], bias[None], "tf32x3", None), conv1x1_ref)]
+    if c > 1:
+        params = ODD_VIEWS[of_gradient](normal(*params_shape(shape))).requires_grad_()
+        calls.append((coupling_eager, (x, params, *ScaleFunction("exp").args, False), None))
+    for call, arguments, reference in calls:
+        y, other = call(*arguments)
+        leaves = [t for t in arguments if isinstance(t, Tensor)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        if reference is None:
+            want = affine_coupling_ref(*exact, ScaleFunction("exp"), False)
+        else:
+            want = (conv1x1_ref(exact[0], exact[1][0], exact[2][0]),)
+        outputs = (y, other)[: len(want)]
+        gradients = [ODD_VIEWS[of_gradient](normal(*shape)), normal(shape[0], 1)][: len(want)]
+        got = torch.autograd.grad(outputs, leaves, gradients)
+        wants = torch.autograd.grad(want, exact, [g.double() for g in gradients])
+        for a, b in zip((*outputs, *got), (*want, *wants), strict=True):
+            assert_close(a, b, terms=max(1, c * x.numel()), scale=GROWTH)
+
+
+def test_an_error_in_a_worker_is_an_error_of_the_call(tmp_path):
+    """As of an allocation that fails, in any share and in several, with the others run all the
+    same: whoever called owns what they write."""
+    source = tmp_path / "main.cpp"
+    source.write_text(r"""
+        #include <atomic>
+        #include <cstdio>
+        #include <new>
+        #include "common/loops.h"
+        int main() {
+            for (int failing = 1; failing < 16; ++failing) {
+                std::atomic<int> ran{0};
+                bool thrown = false;
+                try {
+                    mflow::share_out(4, 1 << 20, 4, [&](int64_t first, int64_t) {
+                        ++ran;
+                        if (failing >> first & 1) throw std::bad_alloc();
+                    });
+                } catch (const std::bad_alloc&) {
+                    thrown = true;
+                }
+                if (!thrown || ran != 4) return 1;
+            }
+            std::puts("caught");
+        }
+    """)
+    csrc = Path(__file__).resolve().parents[2] / "csrc"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ["-std=c++17", "-pthread", f"-I{csrc}", "-o", str(tmp_path / "main")]
+    subprocess.run([*compiler, *flags, str(source)], check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "caught\n"), done.stderr

@@ -1,5 +1,5 @@
-// The 1x1 convolutions' part of the Python module: takes tensors as they are, and checks what would
-// make the loops read wrong memory. The caller (mflow_kernels/ops/_native.py) has checked devices.
+// The 1x1 convolutions in the Python module. Checked here is what would make the loops read or write
+// wrong memory. The caller (mflow_kernels/ops/_native.py) has checked devices.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,8 +8,8 @@
 #include <string>
 #include <utility>
 
-#include "mix.h"
-#include "state.h"
+#include "../coupling/describe.h"
+#include "conv1x1.h"
 
 namespace mflow {
 namespace {
@@ -22,23 +22,24 @@ public:
     Weights(const py::object& tensor, const py::object& dtype, int64_t channels, bool square) {
         if (tensor.is_none()) return;
         if (!py::object(tensor.attr("dtype")).is(dtype)) fail("expected weights of the state's dtype");
-        const py::tuple lengths = tensor.attr("shape"), strides = tensor.attr("stride")();
-        const size_t axes = square ? 2 : 1, first = lengths.size() - axes;
-        if (lengths.size() < axes) fail("expected (..., C, C) and (..., C)");
-        for (size_t i = first; i < lengths.size(); ++i) {
-            if (py::cast<int64_t>(lengths[i]) != channels) fail("expected weights of the state's channels");
+        tensor_.emplace(tensor, dtype, Use::read);
+        const size_t axes = square ? 2 : 1, first = tensor_->axes() - axes;
+        if (tensor_->axes() < axes) fail("expected (..., C, C) and (..., C)");
+        for (size_t i = first; i < tensor_->axes(); ++i) {
+            if (tensor_->length(i) != channels) fail("expected weights of the state's channels");
         }
-        matrix_.data = reinterpret_cast<void*>(py::cast<Pointer>(tensor.attr("data_ptr")()));
-        matrix_.row = py::cast<int64_t>(strides[first]);
-        if (square) matrix_.column = py::cast<int64_t>(strides[first + 1]);
+        matrix_.data = tensor_->data();
+        matrix_.row = tensor_->stride(first);
+        if (square) matrix_.column = tensor_->stride(first + 1);
     }
     operator Matrix() const { return matrix_; }
 
 private:
+    std::optional<Tensor> tensor_;
     Matrix matrix_;
 };
 
-// A state or half that may be absent.
+// A state or a half of one, or None.
 class Optional {
 public:
     Optional(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
@@ -53,6 +54,23 @@ private:
     std::optional<State> state_;
 };
 
+// One partial sum of gram (1, C, C) and of dbias (1, C), dense.
+class Sums {
+public:
+    Sums(const py::object& gram, const py::object& dbias, const py::object& dtype, int64_t channels)
+        : gram_(gram, dtype, Use::write), dbias_(dbias, dtype, Use::write) {
+        const bool fits = gram_.axes() == 3 && gram_.length(1) == channels &&
+                          gram_.length(2) == channels && gram_.stride(1) == channels &&
+                          dbias_.axes() == 2 && dbias_.length(1) == channels;
+        if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
+    }
+    void* gram() const { return gram_.data(); }
+    void* dbias() const { return dbias_.data(); }
+
+private:
+    Tensor gram_, dbias_;
+};
+
 Shape second_half(Shape shape, int64_t first) {
     shape.channels -= first;
     return shape;
@@ -64,9 +82,9 @@ void expect_mixed(const Shape& shape) {
     }
 }
 
-// y = W z + bias with z = x, or where params are given what x is coupled to; net, the first half of y.
+// Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
 void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
-         const py::object& bias, const py::object& y, const py::object& net, Pointer ledger,
+         const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
          const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
@@ -77,19 +95,23 @@ void mix(int threads, const py::object& x, const py::object& params, const py::o
     p.shape = from.shape();
     expect_mixed(p.shape);
     p.first = p.shape.channels / 2;
-    p.weight = Weights(weight, dtype, p.shape.channels, true);
-    p.bias = Weights(bias, dtype, p.shape.channels, false);
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Weights bias_values(bias, dtype, p.shape.channels, false);
+    p.bias = bias_values;
     p.x[0] = from.walk();
     p.x[1] = from_channel(from.walk(), p.first, is_double);
     p.y = to.walk();
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
     p.net = first_half.walk();
     std::optional<State> raw;
+    std::optional<SampleValues> sums;
     Coupling coupling;
     if (!params.is_none()) {
         raw.emplace(params, dtype, Use::read);
         coupling = describe_coupling(is_double, second_half(p.shape, p.first), *raw, scale, inverse);
-        coupling.ledger = reinterpret_cast<void*>(ledger);
+        sums.emplace(ledger, dtype, Use::write, p.shape.samples);
+        coupling.ledger = sums->data();
         p.coupling = &coupling;
     }
     py::gil_scoped_release release;
@@ -106,11 +128,11 @@ Unmix describe_unmixing(bool is_double, const State& dstate) {
     return p;
 }
 
-// The gradients of y = W x + bias, from the halves of y and dy; and x = M (y - bias) and its first
-// half, where M is given.
+// Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
+// x = M (y - bias) and net, x's first half.
 void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
            const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
-           const py::object& dx, Pointer gram, Pointer dbias) {
+           const py::object& dx, const py::object& gram, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
@@ -125,25 +147,29 @@ void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, c
     p.dy[1] = dy_b.walk();
     const Optional added(dnet, dtype, Use::read, p.shape, p.first);
     p.dnet = added.walk();
-    p.weight = Weights(weight, dtype, p.shape.channels, true);
-    p.bias = Weights(bias, dtype, p.shape.channels, false);
-    p.other = Weights(other, dtype, p.shape.channels, true);
-    if (other.is_none() != x.is_none()) fail("expected x where its matrix is given");
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Weights bias_values(bias, dtype, p.shape.channels, false);
+    p.bias = bias_values;
+    const Weights other_values(other, dtype, p.shape.channels, true);
+    p.other = other_values;
+    if (other.is_none() != x.is_none()) fail("expected x and its matrix, or neither");
     const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
     p.rebuilt = rebuilt.walk();
     p.net = first_half.walk();
-    p.gram = reinterpret_cast<void*>(gram);
-    p.dbias = reinterpret_cast<void*>(dbias);
+    const Sums sums(gram, dbias, dtype, p.shape.channels);
+    p.gram = sums.gram();
+    p.dbias = sums.dbias();
     py::gil_scoped_release release;
     unmix_cpu(p, threads);
 }
 
-// The gradients of y = W z + bias, where z is what x is coupled to.
+// Computes the gradients of y = W couple(x) + bias.
 void unmix_coupled(int threads, const py::object& x, const py::object& params, const py::object& dy,
-                   const py::object& dnet, std::pair<Pointer, int64_t> dlogdet,
+                   const py::object& dnet, const py::object& dlogdet,
                    const py::object& weight, const py::object& dx, const py::object& dparams,
-                   Pointer gram, Pointer dbias, const py::tuple& scale, bool inverse) {
+                   const py::object& gram, const py::object& dbias, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State state(x, dtype, Use::read), raw(params, dtype, Use::read);
@@ -160,15 +186,18 @@ void unmix_coupled(int threads, const py::object& x, const py::object& params, c
     p.dnet = added.walk();
     p.state[0] = state.walk();
     p.state[1] = from_channel(state.walk(), first, is_double);
-    p.weight = Weights(weight, dtype, p.shape.channels, true);
-    p.gram = reinterpret_cast<void*>(gram);
-    p.dbias = reinterpret_cast<void*>(dbias);
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Sums sums(gram, dbias, dtype, p.shape.channels);
+    p.gram = sums.gram();
+    p.dbias = sums.dbias();
     const Shape half = second_half(p.shape, first);
     Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);
     coupling.draw = draw.walk();
     coupling.dshift = from_channel(coupling.draw, half.channels, is_double);
-    coupling.dlogdet = reinterpret_cast<const void*>(dlogdet.first);
-    coupling.dlogdet_stride = dlogdet.second;
+    const SampleValues dsums(dlogdet, dtype, Use::read, p.shape.samples);
+    coupling.dlogdet = dsums.data();
+    coupling.dlogdet_stride = dsums.stride();
     p.coupling = &coupling;
     py::gil_scoped_release release;
     unmix_cpu(p, threads);
@@ -176,9 +205,8 @@ void unmix_coupled(int threads, const py::object& x, const py::object& params, c
 
 }  // namespace
 
-void bind_mixes(py::module_& m) {
+void bind_conv1x1(py::module_& m) {
     m.attr("mixed_channels") = kMixedChannels;
-    // Without names, as the couplings.
     m.def("mix", &mix);
     m.def("unmix", &unmix);
     m.def("unmix_coupled", &unmix_coupled);

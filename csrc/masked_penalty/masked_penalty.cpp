@@ -1,5 +1,5 @@
-// The masked penalty on the CPU. Each tile of a sample is brought into small dense buffers (or used
-// where it lies, if it is dense already), so that one vectorized loop serves every layout.
+// The masked penalty on the CPU. A tile that is dense is used in place, any other one is copied into
+// small dense buffers, so one vectorized loop serves every layout.
 
 #include "masked_penalty.h"
 
@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
+#include "../common/loops.h"
 
 namespace mflow {
 namespace {
@@ -29,14 +29,19 @@ template <class A>
 MFLOW_INLINE A widen(BFloat16 v) {
     return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Without branches, so that loops over it vectorize; multiplying by 2^112 moves the exponent's bias
-// and normalizes subnormals.
+// Every case of a conversion is computed and one is chosen, so that loops vectorize.
 template <class A>
 MFLOW_INLINE A widen(Half v) {
-    const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fffu) << 13;
-    uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-    bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // inf and NaN
-    return bit_cast<float>(bits | static_cast<uint32_t>(v.bits & 0x8000u) << 16);
+    const int32_t half = static_cast<int16_t>(v.bits);
+    const uint32_t exponent = half & 0x7c00;
+    // Sign and mantissa in a float's places. The exponent's bias is 15 in a half and 127 in a float;
+    // the largest exponent, that of infinity and NaN, is 31 in a half and 255 in a float.
+    const uint32_t placed = static_cast<uint32_t>(half) << 13 & 0x8fffe000u;
+    const uint32_t raise = exponent == 0x7c00u ? 255u - 31u : 127u - 15u;
+    // A subnormal half counts units of 2^-24, the last place of a float from 0.5 to 1.
+    const float units = bit_cast<float>((half & 0x3ff) | 0x3f000000) - 0.5f;
+    const uint32_t subnormal = bit_cast<uint32_t>(units) | (placed & 0x80000000u);
+    return bit_cast<float>(exponent == 0 ? subnormal : placed + (raise << 23));
 }
 
 template <class T>
@@ -53,25 +58,26 @@ struct Narrow<BFloat16> {
         return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
     }
 };
-// To nearest even: adding a power of two that lies 13 bits above the half's last place lets the
-// float adder round; the two factors send what overflows a half to infinity.
+// Rounds to nearest even.
 template <>
 struct Narrow<Half> {
     static MFLOW_INLINE Half from(float v) {
         const uint32_t bits = bit_cast<uint32_t>(v);
-        const uint32_t doubled = bits << 1;
-        const float magnitude = bit_cast<float>(bits & 0x7fffffffu) * 0x1p112f * 0x1p-110f;
-        const uint32_t bias = std::max(doubled & 0xff000000u, 0x71000000u);
-        const uint32_t sum =
-            bit_cast<uint32_t>(bit_cast<float>((bias >> 1) + 0x07800000u) + magnitude);
-        const uint32_t half = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
-        return {static_cast<uint16_t>((bits >> 16 & 0x8000u) |
-                                      (doubled > 0xff000000u ? 0x7e00u : half))};
+        const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
+        // From 2^16 on all is infinity in a half. Drop 13 bits of the mantissa, and lower the
+        // exponent's bias from 127 to 15.
+        const int32_t finite = std::min(magnitude, 0x47800000);
+        const int32_t odd = finite >> 13 & 1;
+        const int32_t normal = (finite + (0xfff - ((127 - 15) << 23)) + odd) >> 13;
+        // Below 2^-14 a half counts units of 2^-24, the last place of a float from 0.5 to 1.
+        const int32_t subnormal = bit_cast<int32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+        const int32_t half = magnitude < 0x38800000 ? subnormal : normal;
+        const int32_t nan = magnitude > 0x7f800000 ? 0x7e00 : 0;
+        return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | half | nan)};
     }
 };
 
-// Where in a view the elements of one sample lie, from `begin` on: row by row along the innermost
-// axis.
+// Walks the elements of a sample in a view, from `begin` on, row by row along the innermost axis.
 class Rows {
 public:
     MFLOW_INLINE Rows(const Problem& p, const View& view, uint32_t begin) : p_(p), view_(view) {
@@ -83,11 +89,11 @@ public:
     }
     MFLOW_INLINE int64_t offset() const { return offset_; }
     MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
-    // How many whole rows follow that are as far apart from each other as stride[1] says.
+    // How many whole rows follow at a distance of stride[1] from one another.
     MFLOW_INLINE int whole() const {
         return p_.axes > 1 && at_[0] == 0 ? static_cast<int>(p_.extent[1] - at_[1]) : 0;
     }
-    // Moves on along `axis`, by no more than is left of it.
+    // Advances along `axis` by `count`, which must not pass its end.
     MFLOW_INLINE void advance(int axis, int count) {
         at_[axis] += count;
         offset_ += count * view_.stride[axis];
@@ -118,7 +124,7 @@ void gather(const Problem& p, const View& view, const S* base, Rows rows, int co
         A* out = buffer + done;
         if (const int many = std::min(rows.whole(), (count - done) / width);
             width <= kShortRow && many > 0) {
-            if (stride == 0) {  // whole vectors: the next row covers what is too much
+            if (stride == 0) {  // in whole vectors; the next row overwrites the excess
                 for (int r = 0; r < many; ++r) {
                     const A value = widen<A>(row[r * across]);
                     for (int c = 0; c < width; c += kSlack) {
@@ -164,8 +170,8 @@ void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int co
     }
 }
 
-// `count` values of a sample from `begin` on, in the accumulate type: where they lie if they lie
-// together and are of that type, else copied to `buffer`.
+// `count` values of a sample from `begin` on, in the accumulate type. Returns their own address if
+// they are contiguous and have that type, else copies them to `buffer`.
 template <class S, class A>
 MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                            int count, A* buffer) {
@@ -212,100 +218,104 @@ struct Buffers {
     A error[kTile];
 };
 
-// One tile of one sample as dense arrays: e, m, w.
+// e, m and w of one tile, as dense arrays.
 template <class A>
-struct Tile {
+struct Terms {
     const A *error, *mask, *weight;
 };
 
 template <class T, class A>
-MFLOW_INLINE Tile<A> read_tile(const Problem& p, int64_t sample, uint32_t begin, int count,
+MFLOW_INLINE Terms<A> read_terms(const Problem& p, int64_t sample, uint32_t begin, int count,
                                Buffers<A>& buffers) {
-    Tile<A> tile;
-    tile.error = read<T, A>(p, p.input, sample, begin, count, buffers.input);
+    Terms<A> terms;
+    terms.error = read<T, A>(p, p.input, sample, begin, count, buffers.input);
     if (p.target.data) {
-        const A* input = tile.error;
+        const A* input = terms.error;
         const A* target = read<T, A>(p, p.target, sample, begin, count, buffers.target);
 #pragma omp simd
         for (int i = 0; i < count; ++i) buffers.error[i] = input[i] - target[i];
-        tile.error = buffers.error;
+        terms.error = buffers.error;
     }
-    // Absent operands stay as the thread filled their buffers.
-    tile.mask = buffers.mask;
+    // The buffers of absent operands were filled with ones by `run_range`.
+    terms.mask = buffers.mask;
     if (p.mask.data) {
-        tile.mask = p.mask_is_bool
+        terms.mask = p.mask_is_bool
                         ? read<uint8_t, A>(p, p.mask, sample, begin, count, buffers.mask)
                         : read<A, A>(p, p.mask, sample, begin, count, buffers.mask);
     }
-    tile.weight = buffers.weight;
+    terms.weight = buffers.weight;
     if (p.weight.data) {
-        tile.weight = read<A, A>(p, p.weight, sample, begin, count, buffers.weight);
+        terms.weight = read<A, A>(p, p.weight, sample, begin, count, buffers.weight);
     }
-    return tile;
+    return terms;
 }
 
-template <Rho R, class A>
-MFLOW_INLINE void sum_tile(const Tile<A>& tile, int count, A scale, A delta, A* penalty,
+template <class R, bool SELECT, class A>
+MFLOW_INLINE void sum_tile(const Terms<A>& terms, int count, A scale, A delta, A* penalty,
                            A* gaussian) {
     A sum = 0, log_density = 0;
 #pragma omp simd reduction(+ : sum, log_density)
     for (int i = 0; i < count; ++i) {
-        const A e = tile.error[i], m = tile.mask[i];
-        sum += m * (scale * tile.weight[i]) * rho_value<R, A>(e, delta);
-        log_density += (A(1) - m) * normal_log_density(e);
+        const A e = terms.error[i], m = terms.mask[i];
+        sum += penalty_of<R, SELECT>(e, m, scale * terms.weight[i], delta);
+        log_density += gaussian_of<SELECT>(e, m);
     }
     *penalty = sum;
     *gaussian = log_density;
 }
 
-template <Rho R, class A>
-MFLOW_INLINE void slope_tile(const Tile<A>& tile, int count, A scale, A delta, A grad_penalty,
+template <class R, bool SELECT, class A>
+MFLOW_INLINE void slope_tile(const Terms<A>& terms, int count, A scale, A delta, A grad_penalty,
                              A grad_gaussian, A* out) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-        const A e = tile.error[i], m = tile.mask[i];
-        out[i] = grad_penalty * m * (scale * tile.weight[i]) * rho_slope<R, A>(e, delta) -
-                 grad_gaussian * (A(1) - m) * e;
+        out[i] = gradient_of<R, SELECT>(terms.error[i], terms.mask[i], scale * terms.weight[i],
+                                        delta, grad_penalty, grad_gaussian);
     }
 }
 
-template <Rho R, class T, class A>
-MFLOW_INLINE void run_tile(const Problem& p, int64_t index, bool backward, Buffers<A>& buffers) {
-    const int64_t sample = index / p.tiles;
-    const uint32_t begin = static_cast<uint32_t>(index % p.tiles) * kTile;
-    const int count = static_cast<int>(std::min<uint32_t>(kTile, p.size - begin));
-    const Tile<A> tile = read_tile<T, A>(p, sample, begin, count, buffers);
+template <class R, bool SELECT, class T, class A>
+MFLOW_INLINE void run_tile(const Problem& p, const Tile& tile, int64_t index, bool backward,
+                           Buffers<A>& buffers) {
+    const int64_t sample = tile.sample;
+    const uint32_t begin = static_cast<uint32_t>(tile.inner);
+    const int count = tile.width;
+    const Terms<A> terms = read_terms<T, A>(p, sample, begin, count, buffers);
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
     if (backward) {
         const auto grad = [&](const View& view) {
             return static_cast<const A*>(view.data)[sample * view.sample_stride];
         };
         A* out = buffers.error;  // each element is read before it is written
-        slope_tile<R, A>(tile, count, scale, delta, grad(p.grad_penalty), grad(p.grad_gaussian),
-                         out);
+        slope_tile<R, SELECT, A>(terms, count, scale, delta, grad(p.grad_penalty),
+                                 grad(p.grad_gaussian), out);
         if (p.dinput.data) write<T, A>(p, p.dinput, sample, begin, count, out, A(1));
         if (p.dtarget.data) write<T, A>(p, p.dtarget, sample, begin, count, out, A(-1));
     } else {
         A* penalty = static_cast<A*>(p.tiles > 1 ? p.partial : p.penalty) + index;
         A* gaussian = p.tiles > 1 ? penalty + p.samples * p.tiles
                                   : static_cast<A*>(p.gaussian) + index;
-        sum_tile<R, A>(tile, count, scale, delta, penalty, gaussian);
+        sum_tile<R, SELECT, A>(terms, count, scale, delta, penalty, gaussian);
     }
 }
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
 #define MFLOW_RUN_TILES(name, T)                                                           \
     MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, bool backward,   \
                            void* scratch) {                                                \
         using A = Types<T>::Acc;                                                           \
         Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
+        const Tiling tiling(p.samples, 1, p.size, 1, kTile);                               \
         for (int64_t i = first; i < last; ++i) {                                           \
-            switch (p.rho) {                                                               \
-                case Rho::l2: run_tile<Rho::l2, T>(p, i, backward, buffers); break;        \
-                case Rho::l1: run_tile<Rho::l1, T>(p, i, backward, buffers); break;        \
-                case Rho::huber: run_tile<Rho::huber, T>(p, i, backward, buffers); break;  \
-            }                                                                              \
+            const Tile tile = tiling.tile(i);                                              \
+            Rhos::visit(p.rho, [&](auto rho) __attribute__((always_inline)) {              \
+                if (p.selects()) {                                                         \
+                    run_tile<decltype(rho), true, T>(p, tile, i, backward, buffers);       \
+                } else {                                                                   \
+                    run_tile<decltype(rho), false, T>(p, tile, i, backward, buffers);      \
+                }                                                                          \
+            });                                                                            \
         }                                                                                  \
     }
 MFLOW_RUN_TILES(run_float32, float)
@@ -316,7 +326,7 @@ MFLOW_RUN_TILES(run_bfloat16, BFloat16)
 
 template <class A>
 void run_range(const Problem& p, RunTiles run, bool backward, int64_t first, int64_t last) {
-    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than a stranger's stack may hold
+    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than the stack may have left
     std::fill_n(buffers[0].mask, kTile, A(1));
     std::fill_n(buffers[0].weight, kTile, A(1));
     run(p, first, last, backward, buffers.data());
@@ -342,6 +352,7 @@ void sum_partials(const Problem& p) {
 }
 
 void run(const Problem& p, bool backward, int threads) {
+    check_rho(p.rho);
     switch (p.dtype) {
         case Dtype::float32: return run_all<float>(p, run_float32, backward, threads);
         case Dtype::float64: return run_all<double>(p, run_float64, backward, threads);

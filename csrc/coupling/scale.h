@@ -1,14 +1,16 @@
-// The scale functions' mathematics on the CPU: log s and its slope d log s / d raw, elementwise.
-// float64 asks libm. float32 has polynomials without branches, good to a few units in the last
-// place, so that loops over them become vector code. They are Cephes's (expf, atanf), and the
-// logarithm's series of the inverse hyperbolic tangent. NaN and infinities pass through.
+// The scale functions on the CPU: log s and its slope d log s / d raw, elementwise. float64 uses libm.
+// float32 uses polynomials without branches, so that loops over them vectorize; they are accurate to a
+// few units in the last place. exp and atan have Cephes's polynomials (expf, atanf), the logarithm the
+// series of the inverse hyperbolic tangent. NaN and infinities pass through.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 
 #include "coupling.h"
-#include "cpu.h"
+#include "../common/loops.h"
+#include "../common/table.h"
 
 namespace mflow {
 
@@ -112,7 +114,7 @@ MFLOW_INLINE Tanh<double> tanh_of(double x) {
     return {std::tanh(x), 4 * e / ((1 + e) * (1 + e))};
 }
 
-// A scale function's constants in the type that is computed in.
+// A scale function's constants in the type of the computation.
 template <class A>
 struct Constants {
     A offset, eps, clamp;
@@ -120,32 +122,61 @@ struct Constants {
 
 constexpr double kAtan = 0.636;  // FrEIA's rounding of 2 / pi
 
-template <Kind K, class A>
-MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
-    if (K == Kind::sigmoid || K == Kind::floored_sigmoid) {
+// The scale functions. Each gives log s and its slope d log s / d raw. A new one is a struct here and
+// its name in `ScaleFunctions`.
+struct Sigmoid {
+    static constexpr const char* name = "sigmoid";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
         const A r = raw + k.offset;
         const A e = exp_of(r < A(0) ? r : -r);
-        if (K == Kind::sigmoid) {
-            *log_s = (r > A(0) ? A(0) : r) - log1p_of(e);
-            *slope = (r < A(0) ? A(1) : e) / (A(1) + e);
-        } else {
-            const A s = (r < A(0) ? e : A(1)) / (A(1) + e) + k.eps;
-            *log_s = log_of(s);
-            *slope = e / ((A(1) + e) * (A(1) + e)) / s;
-        }
-    } else if (K == Kind::exp) {
+        *log_s = (r > A(0) ? A(0) : r) - log1p_of(e);
+        *slope = (r < A(0) ? A(1) : e) / (A(1) + e);
+    }
+};
+
+struct FlooredSigmoid {
+    static constexpr const char* name = "sigmoid, eps > 0";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A r = raw + k.offset;
+        const A e = exp_of(r < A(0) ? r : -r);
+        const A s = (r < A(0) ? e : A(1)) / (A(1) + e) + k.eps;
+        *log_s = log_of(s);
+        *slope = e / ((A(1) + e) * (A(1) + e)) / s;
+    }
+};
+
+struct Exp {
+    static constexpr const char* name = "exp";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>&, A* log_s, A* slope) {
         *log_s = raw;
         *slope = A(1);
-    } else if (K == Kind::tanh) {
+    }
+};
+
+struct ClampedTanh {
+    static constexpr const char* name = "tanh";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
         const A r = raw / k.clamp;
         const Tanh<A> t = tanh_of(r < A(0) ? -r : r);
         *log_s = k.clamp * (r < A(0) ? -t.value : t.value);
         *slope = t.slope;
-    } else {
+    }
+};
+
+struct ClampedAtan {
+    static constexpr const char* name = "atan";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
         const A r = raw / k.clamp;
         *log_s = k.clamp * A(kAtan) * atan_of(r);
         *slope = A(kAtan) / (A(1) + r * r);
     }
-}
+};
+
+using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, Exp, ClampedTanh, ClampedAtan>;
 
 }  // namespace mflow

@@ -1,6 +1,6 @@
-// The masked penalty on the GPU. One warp takes one tile of one sample, so that small and large
-// samples alike fill the machine with no shared memory and no barrier; where a sample has several
-// tiles, a second small kernel adds their sums in order.
+// The masked penalty on the GPU. One warp takes one tile of one sample, so small and large samples both
+// fill the machine, without shared memory or barriers. If a sample has several tiles, a second small
+// kernel adds their sums in order.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;   // a block
-constexpr int kBlocks = 4;  // a multiprocessor, at least: up to 64 registers, and none are spilled
+constexpr int kBlocks = 4;  // on a multiprocessor, at least: allows 64 registers, without spills
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T>
@@ -78,13 +78,12 @@ union Pack {
     __device__ __forceinline__ Pack() {}
 };
 
-// What a lane works on: elements [at, at + count) of one sample, all in one row where some view is
-// not dense.
+// The elements of one lane: [at, at + count) of one sample. They share a row if some view is not dense.
 struct Run {
     int64_t sample;
     uint32_t at;
     int count;
-    uint32_t coordinate[kMaxAxes];  // of element `at`; set only where some view is not dense
+    uint32_t coordinate[kMaxAxes];  // of element `at`; set only if some view is not dense
 };
 
 __device__ __forceinline__ void locate(const Problem& p, Run& run) {
@@ -188,24 +187,6 @@ __device__ __forceinline__ void read(const Problem& p, Run& run, Terms<A, V>& te
 }
 
 template <class A>
-__device__ __forceinline__ A value_of(Rho rho, A e, A delta) {
-    switch (rho) {
-        case Rho::l2: return rho_value<Rho::l2>(e, delta);
-        case Rho::l1: return rho_value<Rho::l1>(e, delta);
-        default: return rho_value<Rho::huber>(e, delta);
-    }
-}
-
-template <class A>
-__device__ __forceinline__ A slope_of(Rho rho, A e, A delta) {
-    switch (rho) {
-        case Rho::l2: return rho_slope<Rho::l2>(e, delta);
-        case Rho::l1: return rho_slope<Rho::l1>(e, delta);
-        default: return rho_slope<Rho::huber>(e, delta);
-    }
-}
-
-template <class A>
 __device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
     for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_down_sync(kAll, value, lane);
@@ -237,9 +218,13 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (j < run.count) {
-                const A e = terms.error[j], m = terms.mask[j];
-                penalty += m * (scale * terms.weight[j]) * value_of(p.rho, e, delta);
-                gaussian += (A(1) - m) * normal_log_density(e);
+                const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+                Rhos::visit(p.rho, [&](auto rho) {
+                    using R = decltype(rho);
+                    penalty += p.selects() ? penalty_of<R, true>(e, m, w, delta)
+                                           : penalty_of<R, false>(e, m, w, delta);
+                });
+                gaussian += p.selects() ? gaussian_of<true>(e, m) : gaussian_of<false>(e, m);
             }
         }
     }
@@ -294,9 +279,12 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
         A grad[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            const A e = terms.error[j], m = terms.mask[j];
-            grad[j] = g * m * (scale * terms.weight[j]) * slope_of(p.rho, e, delta) -
-                      h * (A(1) - m) * e;
+            const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+            Rhos::visit(p.rho, [&](auto rho) {
+                using R = decltype(rho);
+                grad[j] = p.selects() ? gradient_of<R, true>(e, m, w, delta, g, h)
+                                      : gradient_of<R, false>(e, m, w, delta, g, h);
+            });
         }
         if (p.dinput.data) store<T, indexed>(p.dinput, run, grad, A(1));
         if (p.dtarget.data) store<T, indexed>(p.dtarget, run, grad, A(-1));
@@ -314,8 +302,8 @@ unsigned blocks_for(int64_t warps) {
     return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// Runs `kernel<T, V, indexed>`: 16 bytes a lane where a run of them stays in one row of every view,
-// else an element a lane.
+// Launches kernel<T, V, indexed>: 16 bytes a lane if they always stay in one row of every view, else
+// one element a lane.
 #define MFLOW_LAUNCH(kernel)                                                    \
     constexpr int vector = 16 / sizeof(T);                                      \
     const unsigned blocks = blocks_for(p.samples * p.tiles);                    \
@@ -349,6 +337,7 @@ void backward(const Problem& p, cudaStream_t stream) {
 }  // namespace
 
 void forward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
         case Dtype::float32: return forward<float>(p, queue);
@@ -359,6 +348,7 @@ void forward_cuda(const Problem& p, void* stream) {
 }
 
 void backward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
     const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
         case Dtype::float32: return backward<float>(p, queue);
@@ -366,6 +356,14 @@ void backward_cuda(const Problem& p, void* stream) {
         case Dtype::float16: return backward<__half>(p, queue);
         case Dtype::bfloat16: return backward<__nv_bfloat16>(p, queue);
     }
+}
+
+std::string cuda_problem() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, false>);
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();  // clears it, so that no later launch reports it
+    return cudaGetErrorString(status);
 }
 
 int cuda_runtime_version() { return CUDART_VERSION; }

@@ -1,18 +1,17 @@
-// A tile of a state, and the couplings' arithmetic on one that lies dense in buffers.
+// Copies of tiles, and the couplings' arithmetic on a tile in dense buffers.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "coupling.h"
-#include "cpu.h"
+#include "../common/loops.h"
+#include "../common/tiling.h"
 #include "scale.h"
 
 namespace mflow {
 
-constexpr int kTile = 1024;  // elements, of the half that is scaled
-
-// A tile of one tensor.
+// A tile of one tensor in memory.
 template <class A>
 struct Part {
     A* data;
@@ -37,7 +36,7 @@ MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
     }
 }
 
-// To a place of its own, since blocks overlap.
+// to = a + b. `to` must not overlap a or b, since blocks overlap each other.
 template <class A>
 MFLOW_INLINE void add(int rows, int width, Part<A> a, Part<A> b, Part<A> to) {
     const bool blocks = a.step == 1 && b.step == 1 && to.step == 1 && width >= 4;
@@ -62,31 +61,23 @@ struct Buffers {
     A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
 };
 
-template <Kind K, bool SLOPE, class A>
-MFLOW_INLINE void log_scales(int count, const A* raw, const Constants<A>& k, A* log_s, A* slope) {
-#pragma omp simd
-    for (int i = 0; i < count; ++i) {
-        A s, d;
-        log_scale<K, A>(raw[i], k, &s, &d);
-        log_s[i] = s;
-        if (SLOPE) slope[i] = d;
-    }
-}
-
 template <bool SLOPE, class A>
 MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, A* slope) {
     const Constants<A> k = {A(s.offset), A(s.eps), A(s.clamp)};
-    switch (s.kind) {
-        case Kind::sigmoid: return log_scales<Kind::sigmoid, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::floored_sigmoid:
-            return log_scales<Kind::floored_sigmoid, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::exp: return log_scales<Kind::exp, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::tanh: return log_scales<Kind::tanh, SLOPE>(count, raw, k, log_s, slope);
-        case Kind::atan: return log_scales<Kind::atan, SLOPE>(count, raw, k, log_s, slope);
-    }
+    const bool known = ScaleFunctions::visit(s.function, [&](auto function) __attribute__((always_inline)) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            A value, derivative;
+            function.log_scale(raw[i], k, &value, &derivative);
+            log_s[i] = value;
+            if (SLOPE) slope[i] = derivative;
+        }
+    });
+    if (!known) throw std::invalid_argument("unknown scale function");
 }
 
-// y = s (x + t) where ADD_FIRST, else s x + t; with sign -1 for an inverse, log s and t negated.
+// y = s (x + t) if ADD_FIRST, else s x + t. For an inverse coupling `sign` is -1 and negates log s
+// and t.
 template <bool ADD_FIRST, class A>
 MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
 #pragma omp simd
@@ -104,7 +95,8 @@ MFLOW_INLINE A sum(int count, const A* values) {
     return total;
 }
 
-// From x where KEPT, to y as well; else x from y. u is what s multiplies.
+// If KEPT, `given` is x and `other` becomes y; otherwise `given` is y and `other` becomes x. u is the
+// value that the scale multiplies.
 template <bool ADD_FIRST, bool KEPT, class A>
 MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
                                  const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
@@ -127,7 +119,7 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
     }
 }
 
-// Both, in the order in which the coupling scales and shifts.
+// The two functions above, in the order in which this coupling scales and shifts.
 template <class A>
 MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* log_s, const A* shift,
                              A* y) {

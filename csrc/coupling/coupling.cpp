@@ -1,5 +1,5 @@
-// Couplings on the CPU. Each tile is brought into small dense buffers (or used where it lies, if it
-// is dense already), so that one vectorized loop serves every layout.
+// Couplings on the CPU. A tile that is dense is used in place, any other one is copied into small dense
+// buffers, so one vectorized loop serves every layout.
 
 #include "coupling.h"
 
@@ -8,56 +8,32 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
-#include "tile.h"
+#include "../common/loops.h"
+#include "../common/tiling.h"
+#include "tile_arithmetic.h"
 
 namespace mflow {
 namespace {
 
-// A sample's log s is summed in tiles, and the tiles' sums are added in order: the order depends on
-// shape and layout alone, never on the number of threads.
-
-// How a half is cut: `inner` is the axis whose neighbours are neighbours in memory, channels or
-// pixels, `outer` the other one. A tile is whole inner rows, or a part of one long row. Vectors,
-// which have one pixel, take their samples for outer axis.
+// The tiles of a half. Their rows run along the axis whose neighbours are neighbours in memory,
+// pixels or channels. Vectors have one pixel; their rows are samples.
 struct Grid {
     bool pixels_inside, vectors;
-    int64_t samples, outer, inner;
-    int64_t rows, width;                  // of a full tile
-    int64_t across, along;                // tiles of a sample: outer and inner
-    int64_t tiles, sums;                  // in all; of one sample's log s
+    Tiling tiling;
 
     explicit Grid(const Coupling& p) {
         const Shape& s = p.shape;
         vectors = s.pixels == 1;
         pixels_inside = !vectors && (p.kept || !p.dy.data ? p.x : p.y).pixel == 1;
-        samples = vectors ? 1 : s.samples;
-        outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
-        inner = pixels_inside ? s.pixels : s.channels;
-        width = std::min<int64_t>(inner, kTile);
-        rows = std::min<int64_t>(outer, kTile / width);
-        across = (outer + rows - 1) / rows;
-        along = (inner + width - 1) / width;
-        tiles = samples * across * along;
-        sums = vectors ? along : across * along;
+        const int64_t outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
+        const int64_t inner = pixels_inside ? s.pixels : s.channels;
+        const int64_t width = std::min<int64_t>(inner, kTile);
+        const int64_t rows = std::min<int64_t>(outer, kTile / width);
+        tiling = Tiling(vectors ? 1 : s.samples, outer, inner, rows, width);
     }
+    // How many sums of log s a sample has: one for each tile that it lies in.
+    int64_t sums() const { return vectors ? tiling.along() : tiling.tiles_per_sample(); }
 };
-
-struct Tile {
-    int64_t sample, outer, inner;
-    int rows, width;
-    int size() const { return rows * width; }
-};
-
-Tile tile_at(const Grid& g, int64_t index) {
-    Tile t;
-    t.inner = index % g.along * g.width;
-    t.outer = index / g.along % g.across * g.rows;
-    t.sample = index / g.along / g.across;
-    t.width = static_cast<int>(std::min(g.width, g.inner - t.inner));
-    t.rows = static_cast<int>(std::min(g.rows, g.outer - t.outer));
-    return t;
-}
 
 template <class A>
 MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const Walk& w) {
@@ -75,7 +51,7 @@ MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffe
     return buffer;
 }
 
-// Where results are put: in place, if the tile is dense there; else `write` brings them there.
+// Memory for results: the tile itself if it is dense, else the buffer, from which `write` copies.
 template <class A>
 MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
     const Part<A> to = part<A>(g, t, w);
@@ -87,7 +63,7 @@ MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) 
     if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
 }
 
-// The tile's share of the half that stays: the same channels, counted from its own first.
+// Copies the tile's share of the half that passes through: the channels with the same numbers.
 template <class A>
 MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
@@ -104,7 +80,7 @@ MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& 
 template <class A>
 MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b,
                               double* sums) {
-    const Tile t = tile_at(g, index);
+    const Tile t = g.tiling.tile(index);
     const A sign = p.inverse ? A(-1) : A(1);
     const A* x = read<A>(g, t, p.x, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
@@ -118,7 +94,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
         sums[index] = sign * sum(t.size(), b.log_s);
     } else {
         for (int r = 0; r < t.rows; ++r) {
-            sums[(t.outer + r) * g.along + index % g.along] =
+            sums[(t.outer + r) * g.tiling.along() + index % g.tiling.along()] =
                 sign * sum(t.width, b.log_s + r * t.width);
         }
     }
@@ -126,7 +102,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
 
 template <class A>
 MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
-    const Tile t = tile_at(g, index);
+    const Tile t = g.tiling.tile(index);
     const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
     const A* shift = read<A>(g, t, p.shift, b.shift);
@@ -154,7 +130,7 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
     write<A>(g, t, p.dshift, dshift);
 }
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 #define MFLOW_RUN_TILES(name, A)                                                                   \
     MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
                            double* sums, Buffers<A>& buffers) {                                    \
@@ -172,8 +148,8 @@ MFLOW_RUN_TILES(run_tiles, double)
 
 template <class A>
 void run(const Coupling& p, const Grid& g, int threads, double* sums) {
-    share_out(g.tiles, p.shape.size(), threads, [&](int64_t first, int64_t last) {
-        // 44 to 88 KB: more than a stranger's stack may hold.
+    share_out(g.tiling.tiles(), p.shape.size(), threads, [&](int64_t first, int64_t last) {
+        // 44 to 88 KB: more than the caller's stack may have left.
         const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
         run_tiles(p, g, first, last, sums, *buffers);
     });
@@ -186,12 +162,12 @@ void couple(const Coupling& p, int threads) {
         return;
     }
     const Grid g(p);
-    std::vector<double> sums(p.shape.samples * g.sums);
+    std::vector<double> sums(p.shape.samples * g.sums());
     run<A>(p, g, threads, sums.data());
     const double* next = sums.data();
     for (int64_t n = 0; n < p.shape.samples; ++n) {
         double total = 0;
-        for (int64_t i = 0; i < g.sums; ++i) total += *next++;
+        for (int64_t i = 0; i < g.sums(); ++i) total += *next++;
         static_cast<A*>(p.ledger)[n] = static_cast<A>(total);
     }
 }

@@ -1,35 +1,32 @@
-// 1x1 convolutions on the CPU. A tile of the state is brought into a panel, whose rows are pixels
-// where channels are neighbours in memory and channels where pixels are, goes through the coupling
-// and the products there, and is written once.
+// 1x1 convolutions on the CPU. A tile of the state is copied into a panel, a small dense buffer. The
+// coupling and the matrix products run there, and the result is written once. The rows of a panel are
+// pixels if channels are neighbours in memory (PIXEL_ROWS), else channels.
 
-#include "mix.h"
+#include "conv1x1.h"
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "cpu.h"
-#include "product.h"
-#include "tile.h"
+#include "../common/loops.h"
+#include "../common/tiling.h"
+#include "matrix_product.h"
+#include "../coupling/tile_arithmetic.h"
 
 namespace mflow {
 namespace {
 
-constexpr int kPanel = 4 * kTile;  // elements, rows filled up to whole vectors
+constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
 constexpr int64_t kMostParts = 64;  // partial sums of gram
 
-struct Tile {
-    int64_t sample, pixel;
-    int pixels;
-};
-
-// How a state is cut into tiles. Vectors, which have one pixel, are the pixels of one sample.
+// The tiles of a state: all channels of some pixels. Vectors have one pixel; here they count as the
+// pixels of one sample.
 template <bool PIXEL_ROWS, class A>
 struct Grid {
     bool vectors;
     int channels, first;
-    int64_t pixels, width, stride;  // of a sample; of a tile; between a panel's rows
-    int64_t across, tiles;          // of a sample; in all
+    int64_t stride;  // between a panel's rows
+    Tiling tiling;
 
     template <class Problem>
     explicit Grid(const Problem& p) {
@@ -37,25 +34,25 @@ struct Grid {
         channels = static_cast<int>(p.shape.channels);
         first = static_cast<int>(p.first);
         const int64_t samples = vectors ? 1 : p.shape.samples;
-        pixels = vectors ? p.shape.samples : p.shape.pixels;
-        width = std::min<int64_t>(kTile / (channels - first), kPanel / whole_vectors<A>(channels));
-        const int64_t unit = PIXEL_ROWS ? 6 : kLanes<A>;  // what `product` takes at once
+        const int64_t pixels = vectors ? p.shape.samples : p.shape.pixels;
+        int64_t width = std::min<int64_t>(kTile / (channels - first), kPanel / whole_vectors<A>(channels));
+        const int64_t unit = PIXEL_ROWS ? 6 : kLanes<A>;  // pixels that `product` takes at once
         width = std::min(pixels, width / unit * unit);
         stride = whole_vectors<A>(PIXEL_ROWS ? channels : width);
-        across = (pixels + width - 1) / width;
-        tiles = samples * across;
+        tiling = PIXEL_ROWS ? Tiling(samples, pixels, channels, width, channels)
+                            : Tiling(samples, channels, pixels, channels, width);
     }
 
-    Tile tile(int64_t index) const {
-        const int64_t pixel = index % across * width;
-        return {index / across, pixel, static_cast<int>(std::min(width, pixels - pixel))};
-    }
-    // From a channel on, in memory and in a panel.
+    Tile tile(int64_t index) const { return tiling.tile(index); }
+    static int64_t first_pixel(const Tile& t) { return PIXEL_ROWS ? t.outer : t.inner; }
+    static int pixels(const Tile& t) { return PIXEL_ROWS ? t.rows : t.width; }
+
+    // The part of a tile that begins with `channel`, in memory and in a panel.
     MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
         const int64_t pixel = vectors ? w.sample : w.pixel;
         const int64_t sample = vectors ? 0 : w.sample;
         A* data = static_cast<A*>(w.data);
-        data += t.sample * sample + channel * w.channel + t.pixel * pixel;
+        data += t.sample * sample + channel * w.channel + first_pixel(t) * pixel;
         return PIXEL_ROWS ? Part<A>{data, pixel, w.channel, false}
                           : Part<A>{data, w.channel, pixel, false};
     }
@@ -63,12 +60,12 @@ struct Grid {
         return {panel + (PIXEL_ROWS ? channel : channel * stride), stride, 1, false};
     }
     MFLOW_INLINE int rows(const Tile& t, int channels) const {
-        return PIXEL_ROWS ? t.pixels : channels;
+        return PIXEL_ROWS ? pixels(t) : channels;
     }
     MFLOW_INLINE int columns(const Tile& t, int channels) const {
-        return PIXEL_ROWS ? channels : t.pixels;
+        return PIXEL_ROWS ? channels : pixels(t);
     }
-    // So many channels, between parts, or to and from a dense buffer.
+    // Copies `channels` channels of a tile.
     MFLOW_INLINE void move(const Tile& t, int channels, Part<A> from, Part<A> to) const {
         copy<A>(rows(t, channels), columns(t, channels), from, to);
     }
@@ -82,7 +79,7 @@ A at(const Matrix& m, int64_t row, int64_t column) {
     return static_cast<const A*>(m.data)[row * m.row + column * m.column];
 }
 
-// A matrix as `product` wants it beside a panel: where rows are pixels, transposed and filled up.
+// A matrix as `product` reads it: transposed and padded to whole vectors if rows are pixels.
 template <bool PIXEL_ROWS, class A>
 class Mixer {
 public:
@@ -116,8 +113,9 @@ private:
     std::vector<A> packed_;
 };
 
-// turned: z with pixels for rows. What fills rows up is never used, but computed with: zeros, then,
-// and not what may be slow to compute with.
+// z and y: the panels before and after a product. g: the gradient of y. turned: z with pixels as rows.
+// Padding takes part in the arithmetic although its results are dropped, so it is zero: denormals
+// would be slow.
 template <class A>
 struct Panels {
     A z[kPanel] = {}, g[kPanel] = {}, turned[kPanel] = {};
@@ -136,7 +134,7 @@ struct Mixing {
     explicit Mixing(const Mix& p)
         : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
         for (int c = 0; c < grid.channels && p.bias.data; ++c) bias[c] = at<A>(p.bias, c, 0);
-        if (p.coupling) sums.resize(grid.vectors ? grid.pixels : grid.tiles);
+        if (p.coupling) sums.resize(grid.vectors ? p.shape.samples : grid.tiling.tiles());
     }
 
     MFLOW_INLINE void run(int64_t index, Panels<A>& b) {
@@ -157,7 +155,7 @@ struct Mixing {
     }
 
     MFLOW_INLINE void couple(const Tile& t, int64_t index, const Coupling& c, Panels<A>& b) {
-        const int second = grid.channels - grid.first, size = second * t.pixels;
+        const int second = grid.channels - grid.first, size = second * grid.pixels(t);
         Buffers<A>& h = b.half;
         grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, h.x));
         grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, h.raw));
@@ -169,16 +167,16 @@ struct Mixing {
         if (!grid.vectors) {
             sums[index] = sign * sum(size, h.log_s);
         } else {
-            for (int r = 0; r < t.pixels; ++r) {
-                sums[t.pixel + r] = sign * sum(second, h.log_s + r * second);
+            for (int r = 0; r < grid.pixels(t); ++r) {
+                sums[grid.first_pixel(t) + r] = sign * sum(second, h.log_s + r * second);
             }
         }
     }
 
-    // In the order of the tiles, whatever threads ran them.
+    // Adds in the order of the tiles, so the bits do not depend on the number of threads.
     void write_ledger() const {
         A* ledger = static_cast<A*>(p.coupling->ledger);
-        const int64_t of_each = grid.vectors ? 1 : grid.across;
+        const int64_t of_each = grid.vectors ? 1 : grid.tiling.tiles_per_sample();
         for (int64_t n = 0; n < p.shape.samples; ++n) {
             double total = 0;
             for (int64_t i = 0; i < of_each; ++i) total += sums[n * of_each + i];
@@ -195,13 +193,14 @@ struct Unmixing {
     int64_t parts, gram_row;
     std::vector<A> grams, dbiases;  // of each part
 
-    // As many parts as threads could share, however many there are: so sums have one order.
+    // The number of parts depends on the shape alone, not on the number of threads, so the sums
+    // have one order.
     explicit Unmixing(const Unmix& p)
         : p(p),
           grid(p),
           back(p.weight.transposed(), grid.channels),
           other(p.other, grid.channels),
-          parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiles,
+          parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiling.tiles(),
                           kMostParts})),
           gram_row(whole_vectors<A>(grid.channels)),
           grams(parts * grid.channels * gram_row),
@@ -210,13 +209,13 @@ struct Unmixing {
     MFLOW_INLINE void run_part(int64_t part, Panels<A>& b) {
         A* gram = grams.data() + part * grid.channels * gram_row;
         A* dbias = dbiases.data() + part * gram_row;
-        for (int64_t i = grid.tiles * part / parts; i < grid.tiles * (part + 1) / parts; ++i) {
+        for (int64_t i = grid.tiling.tiles() * part / parts; i < grid.tiling.tiles() * (part + 1) / parts; ++i) {
             run(grid.tile(i), b);
             add_to_sums(grid.tile(i), b, gram, dbias);
         }
     }
 
-    // Leaves dy in the panel g and z in the panel z.
+    // Leaves dy in the panel g and z in the panel z, from which `add_to_sums` continues.
     MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
         using V = typename Vector<A>::type;
         const int first = grid.first, second = grid.channels - first;
@@ -255,7 +254,7 @@ struct Unmixing {
     }
 
     MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
-        const int first = grid.first, second = grid.channels - first, size = second * t.pixels;
+        const int first = grid.first, second = grid.channels - first, size = second * grid.pixels(t);
         Buffers<A>& h = b.half;
         const auto dense = [&](A* data) { return grid.dense(t, second, data); };
         grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(h.x));
@@ -264,8 +263,8 @@ struct Unmixing {
         grid.move(t, second, grid.in_panel(b.y, first), dense(h.dy));
         const A* dlogdet = static_cast<const A*>(c.dlogdet);
         if (grid.vectors) {
-            for (int r = 0; r < t.pixels; ++r) {
-                const int64_t sample = t.pixel + r;
+            for (int r = 0; r < grid.pixels(t); ++r) {
+                const int64_t sample = grid.first_pixel(t) + r;
                 std::fill_n(h.dlogdet + r * second, second, dlogdet[sample * c.dlogdet_stride]);
             }
         } else {
@@ -288,14 +287,14 @@ struct Unmixing {
         if (PIXEL_ROWS) {
             for (int c = 0; c < grid.channels; c += kLanes<A>) {
                 V& sums = *reinterpret_cast<V*>(dbias + c);
-                for (int r = 0; r < t.pixels; ++r) {
+                for (int r = 0; r < grid.pixels(t); ++r) {
                     sums += *reinterpret_cast<const V*>(b.g + r * grid.stride + c);
                 }
             }
         } else {
             for (int c = 0; c < grid.channels; ++c) {
-                dbias[c] += sum(t.pixels, b.g + c * grid.stride);
-                for (int i = 0; i < t.pixels; ++i) {
+                dbias[c] += sum(grid.pixels(t), b.g + c * grid.stride);
+                for (int i = 0; i < grid.pixels(t); ++i) {
                     b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
                 }
             }
@@ -303,7 +302,7 @@ struct Unmixing {
             dy = {b.g, grid.stride, 1};
             row = gram_row;
         }
-        product<A>(grid.channels, grid.channels, t.pixels, dy, z, row, gram, gram_row,
+        product<A>(grid.channels, grid.channels, grid.pixels(t), dy, z, row, gram, gram_row,
                    [&](int o, int c, V& sum) __attribute__((always_inline)) {
                        sum = *reinterpret_cast<const V*>(gram + o * gram_row + c);
                    });
@@ -324,7 +323,7 @@ struct Unmixing {
     }
 };
 
-// Only functions that are no templates can have clones.
+// Only functions that are not templates can have clones.
 #define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
     MFLOW_CLONES void run_range(Mixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
                                 Panels<A>& b) {                                                    \
@@ -351,7 +350,7 @@ void run(Walked& m, int64_t tasks, int64_t elements, int threads) {
 template <bool PIXEL_ROWS, class A>
 void mix(const Mix& p, int threads) {
     Mixing<PIXEL_ROWS, A> m(p);
-    run<A>(m, m.grid.tiles, p.shape.size(), threads);
+    run<A>(m, m.grid.tiling.tiles(), p.shape.size(), threads);
     if (p.coupling) m.write_ledger();
 }
 

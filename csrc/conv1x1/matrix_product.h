@@ -4,11 +4,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu.h"
+#include "../common/loops.h"
 
 namespace mflow {
 
-// 64 bytes: one register of AVX-512, two of AVX2. Read and written at any address of an A.
+// 64 bytes: one register of AVX-512, two of AVX2. May lie at any address that an A may.
 template <class A>
 struct Vector;
 template <>
@@ -22,7 +22,7 @@ struct Vector<double> {
 template <class A>
 constexpr int kLanes = 64 / sizeof(A);
 
-// Up to whole vectors.
+// `count` rounded up to whole vectors.
 template <class A>
 constexpr int64_t whole_vectors(int64_t count) {
     return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
@@ -35,7 +35,7 @@ struct Operand {
     int64_t row, step;
 };
 
-// ROWS rows of `product`, kept in registers: 6 of them are as many as AVX2 has room for.
+// ROWS rows of `product`, kept in registers. AVX2 has room for 6.
 template <int ROWS, class A, class Begin>
 MFLOW_INLINE void product_rows(int depth, const Operand<A>& a, const A* b, int64_t b_row, A* out,
                                int64_t out_row, const Begin& begin) {
@@ -51,7 +51,8 @@ MFLOW_INLINE void product_rows(int depth, const Operand<A>& a, const A* b, int64
 }
 
 // out[row][column] = begin + sum over k < depth of a(row, k) * b[k][column], for all columns of
-// whole vectors: rows of b and out have room for them. begin(row, column, sum) sets the sum's vector.
+// whole vectors, for which the rows of b and out must have room. begin(row, column, sum) sets the
+// vector that the sum starts from.
 template <class A, class Begin>
 MFLOW_INLINE void product(int rows, int columns, int depth, const Operand<A>& a, const A* b,
                           int64_t b_row, A* out, int64_t out_row, const Begin& begin) {
