@@ -24,8 +24,8 @@ import torch
 
 from benchmarks._celeba_tree import make_celeba
 from mflow_kernels import HierarchicalFlow
+from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.training.callbacks import read_metrics
-from mflow_kernels.training.prepared import open_prepared
 
 IMAGES = 2000
 STEPS = 160

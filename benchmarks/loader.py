@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from benchmarks._table import table
-from mflow_kernels.training.callbacks import read_metrics
-from mflow_kernels.training.data import (
+from mflow_kernels.data.prepared import open_prepared
+from mflow_kernels.data.sources import DataError
+from mflow_kernels.data.splits import (
     BatchStream,
     ImageSet,
     dequantize,
     flip_at_random,
     stream_generator,
 )
-from mflow_kernels.training.prepared import open_prepared
-from mflow_kernels.training.runs import METRICS
-from mflow_kernels.training.sources import DataError
+from mflow_kernels.runs.folder import METRICS
+from mflow_kernels.training.callbacks import read_metrics
 
 BYTES = 256 * 10**6  # of the files of noise
 SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # side: images in a batch

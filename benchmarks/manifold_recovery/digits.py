@@ -17,9 +17,9 @@ from benchmarks.manifold_recovery import methods
 from benchmarks.manifold_recovery.methods import Method
 from benchmarks.manifold_recovery.report import Row, markdown
 from mflow_kernels import Glow, ManifoldObjective, VectorFlow
+from mflow_kernels.data.splits import BatchStream, ImageSet, dequantize, to_image
+from mflow_kernels.evaluation.pictures import draw_images
 from mflow_kernels.objectives import bits_per_dimension
-from mflow_kernels.training.data import BatchStream, ImageSet, dequantize, to_image
-from mflow_kernels.training.pictures import draw_images
 
 LEVELS, STEPS, WIDTH = 2, 3, 32
 FURTHER_STEPS, FURTHER_WIDTH = 6, 128

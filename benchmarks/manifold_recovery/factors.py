@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.manifold_recovery import methods
 from benchmarks.manifold_recovery.report import Row, markdown, save_figure
 from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
-from mflow_kernels.training.data import to_image
-from mflow_kernels.training.pictures import draw_images
+from mflow_kernels.data.splits import to_image
+from mflow_kernels.evaluation.pictures import draw_images
 
 SIDE = 12  # so small that vectors will do, whose 1x1 convolutions mix all pixels
 NOISE = 0.02

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mflow_kernels.training.files import write_atomically
+from mflow_kernels.data.files import write_atomically
 
 Row = Mapping[str, Any]
 DPI = 100

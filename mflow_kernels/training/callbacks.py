@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from mflow_kernels.training.files import read_regular, write_atomically
+from mflow_kernels.data.files import read_regular, write_atomically
+from mflow_kernels.data.printable import printable
 from mflow_kernels.training.module import FlowTraining
-from mflow_kernels.training.printable import printable
 
 _SECONDS_BETWEEN_LINES = 15.0
 

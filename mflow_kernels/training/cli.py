@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mflow_kernels.data.printable import printable
 from mflow_kernels.training.commands import (
     Work,
     evaluate,
@@ -20,10 +21,9 @@ from mflow_kernels.training.commands import (
     sample,
     train,
 )
-from mflow_kernels.training.printable import printable
 
 if TYPE_CHECKING:
-    from mflow_kernels.training.options import OptionParser
+    from mflow_kernels.runs.parser import OptionParser
 
 _NEEDED = (
     *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
-    from mflow_kernels.training.files import LACKING
+    from mflow_kernels.data.files import LACKING
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     from jsonargparse import ArgumentError
 
-    from mflow_kernels.training.files import FolderError
-    from mflow_kernels.training.options import explain
-    from mflow_kernels.training.sources import DataError
+    from mflow_kernels.data.files import FolderError
+    from mflow_kernels.data.sources import DataError
+    from mflow_kernels.runs.parser import explain
 
     try:
         work = _check(argv)
@@ -84,7 +84,7 @@ def _check(argv: list[str]) -> Work:
     chosen = parser.parse_args(argv)
     preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
     if preset:
-        from mflow_kernels.training.presets import preset_options
+        from mflow_kernels.runs.presets import preset_options
 
         # Its values take the place of the defaults: what is typed overrules them.
         for command in (trainer, planner):
@@ -121,8 +121,8 @@ def _check(argv: list[str]) -> Work:
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     """The parser of the whole command line, and those of `mflow train` and `plan` within it."""
-    from mflow_kernels.training.config import add_options
-    from mflow_kernels.training.options import OptionParser, with_docstring
+    from mflow_kernels.runs.config import add_options
+    from mflow_kernels.runs.parser import OptionParser, with_docstring
 
     for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export):
         with_docstring(command)
@@ -189,8 +189,8 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from mflow_kernels.training.config import TrainConfig
-    from mflow_kernels.training.runs import read_config
+    from mflow_kernels.runs.config import TrainConfig
+    from mflow_kernels.runs.folder import read_config
 
     names = {*options} - {"run_dir", "overwrite", "resume"}
     config = TrainConfig(**{name: options[name] for name in names})
@@ -209,7 +209,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
     """The library names its arguments as Python does; here most are options."""
     from dataclasses import fields
 
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
 
     name, colon, rest = message.partition(":")
     if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:

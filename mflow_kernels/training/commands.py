@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mflow_kernels.training.printable import printable
+from mflow_kernels.data.printable import printable
 
 Device = Literal["auto", "cpu", "cuda"]
 Work = Callable[[], None]
@@ -24,7 +24,7 @@ def train(options: dict[str, Any]) -> Work:
     With no further argument: on handwritten digits, on a CPU, in a few minutes. Writes one run
     folder: the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures, an evaluation.
     """
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
     run_dir = options.pop("run_dir")
@@ -65,12 +65,12 @@ def prepare(
         image_size: Side of the square images in pixels.
         workers: Processes that decode; by default one for each core.
     """
-    from mflow_kernels.training.files import follow_links
-    from mflow_kernels.training.prepare import is_prepared_from
-    from mflow_kernels.training.prepare import prepare as make
-    from mflow_kernels.training.prepared import is_prepared, open_prepared
-    from mflow_kernels.training.progress import counting
-    from mflow_kernels.training.sources import find_images
+    from mflow_kernels.data.files import follow_links
+    from mflow_kernels.data.prepare import is_prepared_from
+    from mflow_kernels.data.prepare import prepare as make
+    from mflow_kernels.data.prepared import is_prepared, open_prepared
+    from mflow_kernels.data.progress import counting
+    from mflow_kernels.data.sources import find_images
 
     path = follow_links(Path(out), "out")
     _check_at_least("image_size", image_size, 1)
@@ -128,9 +128,9 @@ def sample(
         output: PNG file to write; by default a name in the run folder.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.pictures import draw_images, in_rows
-    from mflow_kernels.training.runs import load_run
-    from mflow_kernels.training.samples import draw_samples
+    from mflow_kernels.evaluation.pictures import draw_images, in_rows
+    from mflow_kernels.evaluation.samples import draw_samples
+    from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
     _check_at_least("seed", seed, 0)
@@ -169,10 +169,10 @@ def reconstruct(
         output: PNG file to write; by default a name in the run folder.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.evaluation import held_out_images
-    from mflow_kernels.training.pictures import draw_residuals
-    from mflow_kernels.training.runs import load_run
-    from mflow_kernels.training.samples import project_images
+    from mflow_kernels.evaluation.likelihood import held_out_images
+    from mflow_kernels.evaluation.pictures import draw_residuals
+    from mflow_kernels.evaluation.samples import project_images
+    from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
     loaded = load_run(run, device)
@@ -222,16 +222,16 @@ def evaluate(
             held-out ones.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.evaluation import (
+    from mflow_kernels.data.files import check_can_be_written, folder_to_write
+    from mflow_kernels.evaluation.features import load_feature_network
+    from mflow_kernels.evaluation.likelihood import (
         check_image_shape,
         evaluate_model,
         held_out_images,
         read_images,
     )
-    from mflow_kernels.training.features import load_feature_network
-    from mflow_kernels.training.files import check_can_be_written, folder_to_write
-    from mflow_kernels.training.report import Asked, write_report
-    from mflow_kernels.training.runs import EVALUATION, load_run
+    from mflow_kernels.evaluation.report import Asked, write_report
+    from mflow_kernels.runs.folder import EVALUATION, load_run
 
     _check_at_least("draws", draws, 1)
     _check_at_least("feature_images", feature_images, 2)
@@ -280,7 +280,7 @@ def plan(options: dict[str, Any]) -> Work:
     """
     import torch
 
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.training.plan import parse_memory, plan_model, report
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
@@ -298,7 +298,7 @@ def presets(name: str | None = None) -> Work:
     Args:
         name: Preset to print, in the form that --preset FILE takes.
     """
-    from mflow_kernels.training.presets import PRESETS, preset_text
+    from mflow_kernels.runs.presets import PRESETS, preset_text
 
     text = "\n".join(PRESETS) if name is None else preset_text(name).rstrip()
     return lambda: print(text)
@@ -314,7 +314,7 @@ def export(run: str, out: str) -> Work:
         run: Folder that mflow train wrote; its averaged weights are taken.
         out: New folder to write.
     """
-    from mflow_kernels.training.runs import export_run, load_run
+    from mflow_kernels.runs.folder import export_run, load_run
 
     path = Path(out)
     if path.exists():

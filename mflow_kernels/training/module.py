@@ -12,16 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
-from mflow_kernels.layers.conv1x1 import condition_number
-from mflow_kernels.layers.step import fold
-from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.objectives import bits_per_dimension
-from mflow_kernels.ops.conv1x1 import inverse_mix
-from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
-from mflow_kernels.training.checkpoints import Checkpoint
-from mflow_kernels.training.config import TrainConfig
-from mflow_kernels.training.data import (
+from mflow_kernels.data.splits import (
     BatchStream,
     OrderedBatches,
     Splits,
@@ -29,6 +20,15 @@ from mflow_kernels.training.data import (
     flip_at_random,
     stream_generator,
 )
+from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
+from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers.step import fold
+from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.objectives import bits_per_dimension
+from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.runs.checkpoints import Checkpoint
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
 

@@ -16,32 +16,25 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
-from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
-from mflow_kernels.training.checkpoints import (
+from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
+from mflow_kernels.data.splits import Splits, load_splits
+from mflow_kernels.evaluation.likelihood import evaluate_model
+from mflow_kernels.evaluation.pictures import draw_curves, draw_images, draw_residuals
+from mflow_kernels.evaluation.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.runs.checkpoints import (
     Checkpoint,
     CheckpointFiles,
     Checkpoints,
     Expected,
     newest_checkpoint,
 )
-from mflow_kernels.training.config import (
+from mflow_kernels.runs.config import (
     RunConfig,
     TrainConfig,
     check_cuda_graphs,
     check_precision,
 )
-from mflow_kernels.training.data import Splits, load_splits
-from mflow_kernels.training.evaluation import evaluate_model
-from mflow_kernels.training.files import follow_links, lock_folder, remove_temporary
-from mflow_kernels.training.module import (
-    FlowTraining,
-    compile_networks,
-    explaining_singular,
-    parameter_groups,
-    resume_loops,
-)
-from mflow_kernels.training.pictures import draw_curves, draw_images, draw_residuals
-from mflow_kernels.training.runs import (
+from mflow_kernels.runs.folder import (
     EVALUATION,
     METRICS,
     build_model,
@@ -54,7 +47,14 @@ from mflow_kernels.training.runs import (
     read_manifest,
     record_config,
 )
-from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
+from mflow_kernels.training.module import (
+    FlowTraining,
+    compile_networks,
+    explaining_singular,
+    parameter_groups,
+    resume_loops,
+)
 
 _COLUMNS = 12
 

@@ -14,14 +14,14 @@ import torch
 from tiny_runs import TINY
 from torch.profiler import ProfilerActivity, profile
 
+from mflow_kernels.data.manifest import Manifest
+from mflow_kernels.data.splits import ImageSet, Splits
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import plan as planning
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.config import TrainConfig
-from mflow_kernels.training.data import ImageSet, Splits
-from mflow_kernels.training.manifest import Manifest
 from mflow_kernels.training.plan import largest_batch, networks, parse_memory, peak_memory
-from mflow_kernels.training.runs import build_model
 
 # Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}

@@ -9,12 +9,12 @@ from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow
+from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
-from mflow_kernels.training.runs import load_run
 
 
 @pytest.fixture
