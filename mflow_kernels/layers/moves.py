@@ -5,6 +5,7 @@ Layers say what they do as a list of moves; `run` walks the list with as few lau
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,7 +51,8 @@ class Couple(NamedTuple):
     inverse: bool
 
 
-class Squeezing(NamedTuple):
+@dataclass(frozen=True, eq=False)  # torch 2.9 traces no call of a NamedTuple, nor a hash
+class Squeezing:
     """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`."""
 
     inverse: bool

@@ -81,7 +81,7 @@ class ReversibleChain(Bijection):
         if not layers:
             raise ValueError("layers: expected at least one, got none")
         for i, layer in enumerate(layers):
-            if not isinstance(layer, FlowStep | Squeeze | Split):
+            if not isinstance(layer, (FlowStep, Squeeze, Split)):
                 raise TypeError(
                     f"layers[{i}]: expected FlowStep, Squeeze or Split, got {type(layer).__name__}"
                 )
@@ -133,7 +133,7 @@ class ReversibleChain(Bijection):
                 )
         factor = 1
         for layer in reversed(layers) if inverted else layers:
-            if isinstance(layer, FlowStep | Split):
+            if isinstance(layer, (FlowStep, Split)):
                 channels = layer.coupling.channels
                 if inverted:
                     channels = factor * (channels // 2 if isinstance(layer, Split) else channels)
@@ -199,7 +199,7 @@ def _check_widths(layers: Sequence[Bijection]) -> None:
     """That each layer takes as many channels as the one before it gives, or ValueError."""
     channels, factor = None, 1
     for i, layer in enumerate(layers):
-        if isinstance(layer, FlowStep | Split):
+        if isinstance(layer, (FlowStep, Split)):
             own = layer.coupling.channels
             if channels is None and own % factor:
                 raise ValueError(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mflow_kernels.ops._checks import (
     STATE_DTYPES,
+    check_broadcast,
     check_choice,
     check_device,
     check_shape,
@@ -268,10 +269,7 @@ _masked_penalty.register_autograd(_differentiate, setup_context=_setup_context)
 def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
     """A mask or weight: broadcasts to `like`, same device, no gradient."""
     check_device(name, value, like)
-    shape, onto = tuple(value.shape), tuple(like.shape)
-    aligned = zip(reversed(shape), reversed(onto), strict=False)
-    if len(shape) > len(onto) or any(size not in (1, full) for size, full in aligned):
-        raise ValueError(f"{name}: expected a shape that broadcasts to {onto}, got {shape}")
+    check_broadcast(name, value, tuple(like.shape))
     if value.requires_grad:
         raise ValueError(
             f"{name}: expected a constant (no gradient flows to it), got requires_grad=True; "
