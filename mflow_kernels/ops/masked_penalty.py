@@ -365,6 +365,11 @@ def masked_penalty(
     return masked_penalty_gaussian(input, target, mask=mask, weight=weight, rho=rho, delta=delta)[0]
 
 
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace `float` of a tensor
+def _log_normalizer_of_number(rho: Rho, weight: float, delta: float) -> float:
+    return float(penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta))
+
+
 @overload
 def penalty_log_normalizer(rho: Rho, weight: float, delta: float = 1.0) -> float: ...
 @overload
@@ -389,8 +394,7 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
     if not isinstance(weight, Tensor):
         if not (0 < weight < math.inf):
             raise ValueError(f"weight: expected a finite number above 0, got {weight}")
-        value = penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta)
-        return float(value)
+        return _log_normalizer_of_number(rho, weight, delta)
     w = check_tensor("weight", weight).to(accumulator(weight.dtype))
     gaussian = HALF_LOG_2PI - 0.5 * w.log()
     if rho == "l2":
