@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
-from mflow_kernels.ops._checks import check_choice, check_count, check_state, check_tensor
+from mflow_kernels.ops._checks import (
+    check_broadcast,
+    check_choice,
+    check_count,
+    check_state,
+    check_tensor,
+)
 from mflow_kernels.ops.masked_penalty import (
     masked_penalty,
     masked_penalty_gaussian,
@@ -133,7 +139,7 @@ class ManifoldObjective(nn.Module):
         """ValueError where a map of weights does not broadcast to the image or the latents."""
         weight = self.weight
         if isinstance(weight, Tensor):
-            _check_broadcast("weight", weight, model.input_shape)
+            check_broadcast("weight", weight, model.input_shape)
         elif isinstance(weight, tuple):
             if len(weight) != len(model.latent_shapes):
                 raise ValueError(
@@ -141,7 +147,7 @@ class ManifoldObjective(nn.Module):
                     f"got {len(weight)}"
                 )
             for i, (part, shape) in enumerate(zip(weight, model.latent_shapes, strict=True)):
-                _check_broadcast(f"weight[{i}]", part, shape)
+                check_broadcast(f"weight[{i}]", part, shape)
 
     def forward(self, model: Manifold, x: Tensor) -> Terms:
         """The terms for a batch x, in training mode with the tracked variance brought up to date.
@@ -279,14 +285,6 @@ def _check_map(name: str, value: object, domain: Domain) -> None:
     good = low > 0 if domain == "latent" else low >= 0 and high > 0
     if not (good and high < math.inf):
         raise ValueError(f"{name}: expected finite numbers {wanted}, got some from {low} to {high}")
-
-
-def _check_broadcast(name: str, value: Tensor, onto: tuple[int, ...]) -> None:
-    aligned = zip(reversed(value.shape), reversed(onto), strict=False)
-    if value.dim() > len(onto) or any(size not in (1, full) for size, full in aligned):
-        raise ValueError(
-            f"{name}: expected a shape that broadcasts to {onto}, got {tuple(value.shape)}"
-        )
 
 
 def bits_per_dimension(log_likelihood: Tensor, dimensions: int, n_bits: int) -> Tensor:

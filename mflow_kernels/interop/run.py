@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
 from mflow_kernels.interop.linear import Linear, Reorder, Rows, permutation
@@ -22,6 +23,9 @@ from mflow_kernels.ops.scale import ScaleFunction
 # and on a CPU nearly every one, is cheaper as an index.
 MATRIX_CHANNELS = {"cuda": 128}
 MATRIX_CHANNELS_ELSEWHERE = 4
+
+# In torch 2.9 and 2.11, `is_exporting` is true under torch.compile as well.
+_TELLS_EXPORT = TorchVersion(torch.__version__) >= "2.13"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +128,7 @@ def _planned(parts: Sequence[Part], channels: int, device: torch.device, whole: 
     group: Rows | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
-        if isinstance(part, Linear | Reorder):
+        if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
         if row and all(p.permutes for p in row) and channels > widest and not whole:
@@ -229,7 +233,10 @@ class Run:
     def settle(self, x: Tensor, context: tuple[Tensor, ...] = (), *, inverse: bool) -> None:
         """Set layers that wait for their first batch from what reaches them, part by part. An
         exported program sets nothing."""
-        if self._settings and not torch.compiler.is_exporting():
+        exporting = torch.compiler.is_exporting()
+        if not _TELLS_EXPORT and torch.compiler.is_dynamo_compiling():
+            exporting = False
+        if self._settings and not exporting:
             self._settle(x, context, inverse)
 
     @torch.compiler.disable  # it branches on tensors

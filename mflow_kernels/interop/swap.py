@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from mflow_kernels.interop.run import Run
@@ -83,6 +84,15 @@ class FusedLists:
     def __init__(self, container: nn.Module, fused: dict[str, nn.Module]) -> None:
         self.fused = fused
         self._sources = self._layers(container)
+        original: Any = original_class(container)
+        self._view = original.__new__(original)
+        self._refresh(container)
+
+    def _refresh(self, container: nn.Module) -> None:
+        attributes = {**container.__dict__, "_modules": {**container._modules, **self.fused}}
+        attributes.pop(PLAN, None)
+        self._view.__dict__.clear()
+        self._view.__dict__.update(attributes)
 
     def _layers(self, container: nn.Module) -> list[nn.Module]:
         return [m for name in self.fused for m in flat(container._modules[name])]
@@ -94,12 +104,10 @@ class FusedLists:
         same = len(now) == len(self._sources)
         if not (same and all(a is b for a, b in zip(now, self._sources, strict=True))):
             return container
-        original: Any = original_class(container)
-        view = original.__new__(original)
-        view.__dict__.update(container.__dict__)
-        view.__dict__["_modules"] = {**container._modules, **self.fused}
-        del view.__dict__[PLAN]
-        return view
+        # Up to torch 2.11, compilers cannot trace this.
+        if not torch.compiler.is_compiling():
+            self._refresh(container)
+        return self._view
 
 
 def flat(layers: nn.Module | None) -> list[nn.Module]:

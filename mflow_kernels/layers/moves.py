@@ -4,7 +4,8 @@ Layers say what they do as a list of moves; `run` walks the list with as few lau
 (a coupling and the 1x1 convolution after it are one), and `layers.reversible` walks it back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,7 +51,8 @@ class Couple(NamedTuple):
     inverse: bool
 
 
-class Squeezing(NamedTuple):
+@dataclass(frozen=True, eq=False)  # torch 2.9 traces no call of a NamedTuple, nor a hash
+class Squeezing:
     """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`."""
 
     inverse: bool
@@ -88,10 +90,10 @@ class Mixes(NamedTuple):
 
 
 class Watch(Protocol):
-    """What a walk shows to whoever will walk it back."""
+    """Runs the networks of a walk that will be walked back."""
 
-    def before_network(self, x: Tensor) -> None: ...
-    def after_network(self) -> None: ...
+    def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
+        """net(net_input, *context), where the state is x."""
 
 
 class Ran(NamedTuple):
@@ -106,7 +108,7 @@ def run(
     moves: Sequence[Move],
     x: Tensor,
     latents: Sequence[Tensor],
-    mixes: Sequence[Mixes],
+    mixes: Mapping[int, Mixes],
     context: Sequence[Tensor] = (),
     watch: Watch | None = None,
 ) -> Ran:
@@ -118,7 +120,7 @@ def run(
         latents: what `Return` brings back, the last one first.
         mixes: the weights that the `Mix` moves name.
         context: further inputs of every network.
-        watch: is shown the state before each network, and told when it ran.
+        watch: runs the networks.
     """
     conv1x1, coupling, coupling_conv1x1 = _operators()
     waiting, left, ledgers = list(latents), [], []
@@ -140,13 +142,12 @@ def run(
             dtype = _feeds(moves, i, x)
             x, net = conv1x1(x, *mix_of(move), PRECISION, dtype)
         elif isinstance(move, Couple):
-            if watch is not None:
-                watch.before_network(x)
             if net is None:
                 net = cut_net_input(x, network_dtype(x))
-            params = check_params(x, move.net(net, *context))
-            if watch is not None:
-                watch.after_network()
+            if watch is None:
+                params = check_params(x, move.net(net, *context))
+            else:
+                params = check_params(x, watch.run(move.net, x, net, context))
             mix = moves[i] if i < len(moves) else None
             if isinstance(mix, Mix):
                 i += 1

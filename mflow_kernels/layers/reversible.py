@@ -8,6 +8,7 @@ numbers and without a second update of the running statistics of the first time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -26,20 +27,20 @@ from mflow_kernels.layers.moves import (
     run,
 )
 from mflow_kernels.layers.networks import check_takes
-from mflow_kernels.layers.squeeze import Squeeze
-from mflow_kernels.layers.step import FlowStep, Group
-from mflow_kernels.layers.walkback import (
-    Folds,
+from mflow_kernels.layers.rerun import (
     Network,
     RandomState,
-    WalkBack,
     autocast_state,
+    check_capturable,
     raise_exchanged,
     random_state,
     same_random_state,
 )
+from mflow_kernels.layers.squeeze import Squeeze
+from mflow_kernels.layers.step import FlowStep, Group
+from mflow_kernels.layers.walkback import Folds, WalkBack
 from mflow_kernels.ops._checks import check_count
-from mflow_kernels.ops._launch import accumulator, flow_state, pixels, transformed
+from mflow_kernels.ops._launch import accumulator, capturing, flow_state, pixels, transformed
 
 
 class ReversibleChain(Bijection):
@@ -80,7 +81,7 @@ class ReversibleChain(Bijection):
         if not layers:
             raise ValueError("layers: expected at least one, got none")
         for i, layer in enumerate(layers):
-            if not isinstance(layer, FlowStep | Squeeze | Split):
+            if not isinstance(layer, (FlowStep, Squeeze, Split)):
                 raise TypeError(
                     f"layers[{i}]: expected FlowStep, Squeeze or Split, got {type(layer).__name__}"
                 )
@@ -132,7 +133,7 @@ class ReversibleChain(Bijection):
                 )
         factor = 1
         for layer in reversed(layers) if inverted else layers:
-            if isinstance(layer, FlowStep | Split):
+            if isinstance(layer, (FlowStep, Split)):
                 channels = layer.coupling.channels
                 if inverted:
                     channels = factor * (channels // 2 if isinstance(layer, Split) else channels)
@@ -198,7 +199,7 @@ def _check_widths(layers: Sequence[Bijection]) -> None:
     """That each layer takes as many channels as the one before it gives, or ValueError."""
     channels, factor = None, 1
     for i, layer in enumerate(layers):
-        if isinstance(layer, FlowStep | Split):
+        if isinstance(layer, (FlowStep, Split)):
             own = layer.coupling.channels
             if channels is None and own % factor:
                 raise ValueError(
@@ -253,51 +254,114 @@ def walk(
     if reversible and torch.is_grad_enabled() and not transformed():
         x, latents, ledger, log_dets = _reversibly(keeper, moves, groups, x, latents, context)
     else:
-        check = not torch.is_grad_enabled()
-        mixes = [group.mixes(accumulator(x.dtype), check=check) for group in groups]
-        log_dets = tuple(mix.log_det for mix in mixes)
+        dtype, check = accumulator(x.dtype), not torch.is_grad_enabled()
+        mixes = {i: group.mixes(dtype, check=check) for i, group in enumerate(groups)}
         x, latents, ledger = run(moves, x, latents, mixes, context)
+        log_dets = {i: mix.log_det for i, mix in mixes.items()}
     log_det = ledger.new_zeros(())
-    for of_pixel, area in zip(log_dets, areas, strict=True):
-        log_det = log_det + area * of_pixel
+    for i, area in enumerate(areas):
+        log_det = log_det + area * log_dets[i]
     return x, latents, ledger, log_det
 
 
 @dataclass
+class _Segment:
+    """A part of a walk that is one node of autograd's graph: its gradients are there, for whoever
+    waits for them (as DistributedDataParallel does), before the part before it is walked back.
+
+    Attributes:
+        groups: whose weights its moves name.
+        returns, leaves: how many latents come in and go out.
+        parameters: those that its node hands gradients to. A parameter that several segments use
+            is the first one's, which is walked back last.
+    """
+
+    moves: list[Move]
+    groups: list[int]
+    returns: int
+    leaves: int
+    parameters: list[nn.Parameter]
+
+
+def _cuts(moves: Sequence[Move]) -> list[int]:
+    """Where segments begin: at squeezes, where the state is whole and no launch spans two moves, so
+    that each segment has a network or a 1x1 convolution."""
+    cuts, works = [0], [isinstance(move, Couple | Mix) for move in moves]
+    for i, move in enumerate(moves):
+        if isinstance(move, Squeezing) and any(works[cuts[-1] : i]) and any(works[i:]):
+            cuts.append(i)
+    return cuts
+
+
+def _segments(
+    moves: Sequence[Move], groups: Sequence[Folds], networks: Sequence[Network]
+) -> list[_Segment]:
+    """The moves in segments."""
+    cuts = _cuts(moves)
+    segments: list[_Segment] = []
+    seen: set[int] = set()
+    ordinal = 0
+    for start, end in zip(cuts, [*cuts[1:], len(moves)], strict=True):
+        own = list(moves[start:end])
+        used = list(dict.fromkeys(move.group for move in own if isinstance(move, Mix)))
+        couples = sum(isinstance(move, Couple) for move in own)
+        parts = [network.trained for network in networks[ordinal : ordinal + couples]]
+        parts += [groups[i].parameters() for i in used]
+        parameters = {id(p): p for part in parts for p in part if id(p) not in seen}
+        seen.update(parameters)
+        returns, leaves = (sum(isinstance(m, kind) for m in own) for kind in (Return, Leave))
+        segments.append(_Segment(own, used, returns, leaves, list(parameters.values())))
+        ordinal += couples
+    return segments
+
+
+@dataclass
 class _Journey:
-    """What one forward walk leaves for the walk back, beside tensors."""
+    """What one forward walk leaves for the walk back, beside tensors.
+
+    random and prints are those of `WalkBack`; back is it, from one segment to the next.
+    """
 
     keeper: Keeper
-    moves: Sequence[Move]
     groups: Sequence[Folds]
-    latents: int
-    context: int
+    segments: list[_Segment]
     networks: list[Network]
-    parameters: list[nn.Parameter]
+    context: int
     autocast: dict[str, Any]
-    kept: dict[int, Tensor] = field(default_factory=dict)
     random: list[RandomState | None] = field(default_factory=list)
+    prints: list[list[Tensor] | None] = field(default_factory=list)
+    back: WalkBack | None = None
 
 
 class _Watch:
-    """Keeps every k-th state and the random state of networks that draw."""
+    """Runs networks, keeping every k-th state and the random state of those that draw."""
 
     def __init__(self, journey: _Journey, device: torch.device) -> None:
         self.journey, self.device = journey, device
+        self.kept: dict[int, Tensor] = {}
         self.state = random_state(device)
 
-    def before_network(self, x: Tensor) -> None:
-        every = self.journey.keeper.checkpoint_every
-        ordinal = len(self.journey.random)
+    def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
+        journey, ordinal = self.journey, len(self.journey.random)
+        every, network = journey.keeper.checkpoint_every, journey.networks[ordinal]
         if every is not None and ordinal % every == 0:
-            self.journey.kept[ordinal] = x
-
-    def after_network(self) -> None:
+            self.kept[ordinal] = x
+        if capturing(self.device):
+            check_capturable(network)
+        prints = None
+        if network.draws is None and not x.is_meta:
+            with torch.enable_grad():
+                params, prints = network.fingerprinted(net_input.detach().requires_grad_(), context)
+            params = params.detach()
+        else:
+            params = net(net_input, *context)
         # Nothing but networks draws in a walk: each starts from where the one before it ended.
         state = random_state(self.device)
         drew = not same_random_state(self.state, state)
-        self.journey.random.append(self.state if drew else None)
+        journey.random.append(self.state if drew else None)
+        journey.prints.append(prints)
         self.state = state
+        return params
 
 
 @torch.compiler.disable
@@ -308,68 +372,103 @@ def _reversibly(
     x: Tensor,
     latents: tuple[Tensor, ...],
     context: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, dict[int, Tensor]]:
     networks = [Network(move.net) for move in moves if isinstance(move, Couple)]
-    parts = [network.trained for network in networks]
-    parts += [group.parameters() for group in groups]
-    parameters = {id(p): p for part in parts for p in part}
-    journey = _Journey(
-        keeper, moves, groups, len(latents), len(context), networks, list(parameters.values()),
-        autocast_state(x.device),
-    )  # fmt: skip
-    x, ledger, *rest = _Reversible.apply(journey, x, *latents, *context, *journey.parameters)
-    return x, tuple(rest[len(groups) :]), ledger, tuple(rest[: len(groups)])
+    segments = _segments(moves, groups, networks)
+    journey = _Journey(keeper, groups, segments, networks, len(context), autocast_state(x.device))
+    outputs: list[Tensor] = []
+    for segment in segments:
+        waiting = len(latents) - segment.returns
+        inputs = (*latents[waiting:], *context, *segment.parameters)
+        latents = latents[:waiting]
+        if segment is segments[-1]:
+            # All that comes out leaves through the last node, so that it is walked back first.
+            x, *outputs = _Walked.apply(journey, segment, x, *inputs, *outputs)
+        else:
+            x, *own = _Walked.apply(journey, segment, x, *inputs)
+            outputs += own
+    rest = iter(outputs)
+    left: list[Tensor] = []
+    ledgers: list[Tensor] = []
+    log_dets: dict[int, Tensor] = {}
+    for segment in segments:
+        ledgers.append(next(rest))
+        log_dets.update({i: next(rest) for i in segment.groups})
+        left += islice(rest, segment.leaves)
+    ledger = ledgers[0] if len(ledgers) == 1 else torch.cat(ledgers, dim=1)
+    return x, tuple(left), ledger, log_dets
 
 
-class _Reversible(torch.autograd.Function):
+class _Walked(torch.autograd.Function):
+    """A segment, from the state before it to the state after it, its ledger, the log_det of each of
+    its groups and the latents that left. What else comes in goes out again, in front of these."""
+
     @staticmethod
-    def forward(ctx: Any, journey: _Journey, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        latents, rest = rest[: journey.latents], rest[journey.latents :]
-        context, parameters = rest[: journey.context], rest[journey.context :]
-        mixes = [group.mixes(accumulator(x.dtype)) for group in journey.groups]
+    def forward(
+        ctx: Any, journey: _Journey, segment: _Segment, x: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        latents, context, parameters, others = _cut(
+            rest, segment.returns, journey.context, len(segment.parameters)
+        )
+        dtype = accumulator(x.dtype)
+        mixes = {i: journey.groups[i].mixes(dtype) for i in segment.groups}
+        watch = _Watch(journey, x.device)
         with torch.autocast(**journey.autocast):
-            ran = run(journey.moves, x, latents, mixes, context, _Watch(journey, x.device))
-        ctx.journey, ctx.kept_at = journey, list(journey.kept)
-        kept = list(journey.kept.values())
-        journey.kept.clear()
+            ran = run(segment.moves, x, latents, mixes, context, watch)
+        ctx.journey, ctx.segment, ctx.kept_at = journey, segment, list(watch.kept)
+        # The walk back starts from the state at the end, and ends where nothing needs gradients.
+        ctx.starts = segment is journey.segments[-1]
+        ctx.ends = segment is journey.segments[0] or not ctx.needs_input_grad[2]
+        ends = (*((ran.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
         # Parameters are saved too: autograd then notices one that changes before the walk back.
-        ctx.save_for_backward(x, ran.x, *ran.latents, *kept, *context, *parameters)
-        return ran.x, ran.ledger, *(mix.log_det for mix in mixes), *ran.latents
+        ctx.save_for_backward(*ends, *ran.latents, *watch.kept.values(), *context, *parameters)
+        log_dets = (mix.log_det for mix in mixes.values())
+        return ran.x, *others, ran.ledger, *log_dets, *ran.latents
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "ReversibleChain: a reversible backward cannot be differentiated again; the "
                 "gradients of torch.func (grad, vjp, hessian), which store states, can"
             )
         journey: _Journey = ctx.journey
-        dx, dledger, *rest_of_grads = grads
-        groups = len(journey.groups)
-        dlog_dets, dlatents = rest_of_grads[:groups], rest_of_grads[groups:]
-        x_true, x, *rest = ctx.saved_tensors
-        latents, rest = rest[: len(dlatents)], rest[len(dlatents) :]
-        kept, rest = rest[: len(ctx.kept_at)], rest[len(ctx.kept_at) :]
-        back = WalkBack(
-            journey.moves,
-            journey.groups,
-            dlog_dets,
-            rest[: journey.context],
-            dict(zip(ctx.kept_at, kept, strict=True)),
-            journey.networks,
-            journey.random,
-            journey.autocast,
+        segment: _Segment = ctx.segment
+        own = 1 + len(segment.groups) + segment.leaves
+        dothers, grads = grads[: len(grads) - own], grads[len(grads) - own :]
+        (dledger,), dlog_dets, dlatents = _cut(grads, 1, len(segment.groups))
+        starts, ends, latents, kept, context, _ = _cut(
+            ctx.saved_tensors,
+            int(ctx.starts), int(ctx.ends), segment.leaves, len(ctx.kept_at), journey.context,
+        )  # fmt: skip
+        if starts:
+            journey.back = WalkBack(
+                starts[0], dx, journey.groups, context, journey.networks, journey.random,
+                journey.prints, journey.autocast,
+            )  # fmt: skip
+        back = journey.back
+        assert back is not None  # the last segment is always walked back first
+        dreturned = back.walk(
+            segment.moves,
+            latents,
+            dlatents,
+            dict(zip(segment.groups, dlog_dets, strict=True)),
             dledger[:, 0],
+            dict(zip(ctx.kept_at, kept, strict=True)),
         )
-        back.walk(x, dx, latents, dlatents)
-        if not back.parameter_gradients.keys() <= {id(p) for p in journey.parameters}:
+        known = {id(p) for part in journey.segments for p in part.parameters}
+        if not back.parameter_gradients.keys() <= known:
             raise_exchanged()
-        if x_true.numel():
-            journey.keeper._record((back.x - x_true).abs().max())
-        return (
-            None,
-            back.dx,
-            *back.dlatents,
-            *back.context_gradients,
-            *(back.parameter_gradients.get(id(p)) for p in journey.parameters),
-        )
+        if ends:
+            journey.back = None
+            if ends[0].numel():
+                journey.keeper._record((back.x - ends[0]).abs().max())
+        dcontext = back.context_gradients if ends else [None] * journey.context
+        dparameters = (back.parameter_gradients.pop(id(p), None) for p in segment.parameters)
+        return None, None, back.dx, *dreturned, *dcontext, *dparameters, *dothers
+
+
+def _cut(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:
+    """Pieces of these lengths, and what is left over."""
+    rest = iter(tensors)
+    return [*(tuple(islice(rest, length)) for length in lengths), tuple(rest)]

@@ -56,7 +56,7 @@ class FlowStep(Bijection):
         group, dtype = Group([self], ["conv"], False), accumulator(x.dtype)
         moves: list[Move] = [Mix(0, 0), self.couple(False)]
         mixes = group.mixes(dtype)
-        z, _, ledger = run(moves, x, (), [mixes], context)
+        z, _, ledger = run(moves, x, (), {0: mixes}, context)
         return z, ops.accumulate_logdet(ledger, pixels(x) * mixes.log_det)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class FlowStep(Bijection):
         group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
         moves: list[Move] = [self.couple(True), Mix(0, 0)]
         mixes = group.mixes(dtype, check=not torch.is_grad_enabled())
-        x, _, ledger = run(moves, z, (), [mixes], context)
+        x, _, ledger = run(moves, z, (), {0: mixes}, context)
         return x, ops.accumulate_logdet(ledger, pixels(z) * mixes.log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:

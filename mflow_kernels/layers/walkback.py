@@ -1,15 +1,21 @@
 """The walk back through flow layers that stored nothing: rebuilt states beside their gradients."""
 
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
-from mflow_kernels.ops._launch import accumulator, autocasts, channels_first, without_autocast
+from mflow_kernels.layers.rerun import (
+    Network,
+    RandomState,
+    check_repeats,
+    difference,
+    raise_not_repeated,
+    random_state_of,
+)
+from mflow_kernels.ops._launch import accumulator, channels_first, without_autocast
 from mflow_kernels.ops.uncouple import uncouple
 from mflow_kernels.ops.unmix import unmix
 
@@ -24,55 +30,6 @@ class Folds(Protocol):
         """Those that `mixes` depends on and that have gradients."""
 
 
-class Network:
-    """A coupling network, with what the walk back asks of its modules looked up once."""
-
-    def __init__(self, net: nn.Module) -> None:
-        modules = [net]
-        for module in modules:  # as `net.modules()` finds them, in a third of the time
-            modules += [m for m in module._modules.values() if m is not None]
-        self.net = net
-        self.found = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items()]
-        parameters = {id(p): p for *_, p in self.found if p is not None}
-        self.trained = [p for p in parameters.values() if p.requires_grad]
-        self.modes = [(m, m.training) for m in modules]
-        self.norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """While it runs again: in the modes (train, eval) of the first time, whose update of the
-        running statistics was the only one.
-
-        Raises:
-            RuntimeError: where a parameter is no longer the tensor that it was.
-        """
-        if any(place.get(name) is not p for place, name, p in self.found):
-            raise_exchanged()
-        switched = [(m, mode) for m, mode in self.modes if m.training is not mode]
-        saved = [(m, m.momentum, m.num_batches_tracked) for m in self.norms]
-        for module, mode in switched:
-            module.training = mode
-        for m in self.norms:
-            # Of weight 0, the batch changes no running mean; the count of batches is put back.
-            m.momentum = 0.0
-            count = m.num_batches_tracked
-            m.num_batches_tracked = None if count is None else count + 0
-        try:
-            yield
-        finally:
-            for m, momentum, tracked in saved:
-                m.momentum, m.num_batches_tracked = momentum, tracked
-            for module, mode in switched:
-                module.training = not mode
-
-
-def raise_exchanged() -> NoReturn:
-    raise RuntimeError(
-        "ReversibleChain: since the forward pass a parameter was unfrozen, or exchanged for "
-        "another tensor, as by torch.func.functional_call; reversible=False allows that"
-    )
-
-
 class WalkBack:
     """Takes moves back one by one, carrying the state and its gradient in halves.
 
@@ -81,15 +38,13 @@ class WalkBack:
     the gradient of `a` by the launch that reads it next.
 
     Args:
-        moves: as they were walked.
+        x, dx: the state at the end of the walk and its gradient.
         groups: the steps whose weights `Mix` moves name; folded again, one group at a time.
-        dlog_dets: the gradient of each group's log_det.
         context: further inputs of every network.
-        kept: states before the networks of these ordinals, which need not be rebuilt.
         networks: in the order in which they ran.
         random: for each network, the random state it started from if it drew.
+        prints: for each network, the fingerprints of its first run if this one is to be compared.
         autocast: arguments of the autocast that was on.
-        dlogdet: (N,), gradient of each sample's log-determinant.
     """
 
     dnet: Tensor | None
@@ -98,42 +53,63 @@ class WalkBack:
 
     def __init__(
         self,
-        moves: Sequence[Move],
+        x: Tensor,
+        dx: Tensor,
         groups: Sequence[Folds],
-        dlog_dets: Sequence[Tensor],
         context: Sequence[Tensor],
-        kept: dict[int, Tensor],
         networks: Sequence[Network],
-        random: Sequence["RandomState | None"],
+        random: Sequence[RandomState | None],
+        prints: Sequence[list[Tensor] | None],
         autocast: dict[str, Any],
-        dlogdet: Tensor,
     ) -> None:
-        self.moves, self.groups, self.dlog_dets = moves, groups, dlog_dets
-        self.kept, self.random = kept, random
-        self.networks, self.autocast, self.dlogdet = networks, autocast, dlogdet
+        self.groups, self.networks, self.random, self.prints = groups, networks, random, prints
+        self.autocast = autocast
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.context_gradients: list[Tensor | None] = [None] * len(context)
         self.parameter_gradients: dict[int, Tensor] = {}
         self.entered: _Entered | None = None
-        self.dlatents: list[Tensor] = []
+        self.kept: dict[int, Tensor] = {}
+        self._ordinal = len(networks)  # of the network that ran last among those not taken back
+        self._set(x, dx)
 
     def walk(
-        self, x: Tensor, dx: Tensor, latents: Sequence[Tensor], dlatents: Sequence[Tensor]
-    ) -> None:
-        """From the end of the walk, where the state was x, back to its start; then `x` and `dx` are
-        those of the start and `dlatents` the gradients of latents that came in, first one first."""
-        self._set(x, dx)
-        ordinal = len(self.random)
-        left = list(zip(latents, dlatents, strict=True))
-        for i in reversed(range(len(self.moves))):
-            move = self.moves[i]
+        self,
+        moves: Sequence[Move],
+        latents: Sequence[Tensor],
+        dlatents: Sequence[Tensor],
+        dlog_dets: Mapping[int, Tensor],
+        dlogdet: Tensor,
+        kept: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Take these moves back, the last one first; then `x` and `dx` are those before them.
+
+        The gradients of parameters and of the context add up over calls.
+
+        Args:
+            moves: as they were walked, the last ones not taken back yet.
+            latents, dlatents: those that left in these moves, and their gradients.
+            dlog_dets: for each group of these moves, the gradient of its log_det.
+            dlogdet: (N,), the gradient of each sample's log-determinant.
+            kept: states before the networks of these ordinals, which need not be rebuilt.
+
+        Returns:
+            The gradients of the latents that came in, the one that came in last first.
+
+        Raises:
+            RuntimeError: a network did not repeat its first run.
+        """
+        self.dlog_dets, self.dlogdet, self.kept = dlog_dets, dlogdet, kept
+        self._differences: list[tuple[int, Network, bool, Tensor]] = []
+        left, came = list(zip(latents, dlatents, strict=True)), []
+        for i in reversed(range(len(moves))):
+            move = moves[i]
             if isinstance(move, Couple):
-                ordinal -= 1
-                self._uncouple(move, ordinal)
+                self._ordinal -= 1
+                self._uncouple(move, self._ordinal)
             elif isinstance(move, Mix):
-                before = self.moves[i - 1] if i else None
+                before = moves[i - 1] if i else None
                 feeds = isinstance(before, Couple)
-                self._unmix(move, feeds, rebuild=not (feeds and ordinal - 1 in self.kept))
+                self._unmix(move, feeds, rebuild=not (feeds and self._ordinal - 1 in self.kept))
             elif isinstance(move, Squeezing):
                 back = Squeezing(not move.inverse)
                 self._set(back(self.x), back(self.dx))
@@ -141,8 +117,10 @@ class WalkBack:
                 latent, dlatent = left.pop()
                 self._set_halves(self.x, latent, self.dx, dlatent)
             else:
-                self.dlatents.append(self.db)
+                came.append(self.db)
                 self._set(self.a, self._add_dnet())
+        check_repeats(self._differences)
+        return came
 
     @property
     def x(self) -> Tensor:
@@ -176,15 +154,18 @@ class WalkBack:
         network_input = self.net
         if network_input is None:
             network_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
-        network = self.networks[ordinal]
+        network, prints = self.networks[ordinal], self.prints[ordinal]
         with (
             torch.enable_grad(),
             torch.autocast(**self.autocast),
-            _random_state_of(self.random[ordinal]),
+            random_state_of(self.random[ordinal]),
             network.again(),
         ):
             network_input = network_input.detach().requires_grad_()
-            params = network.net(network_input, *self.context)
+            if prints is None:
+                params = network.net(network_input, *self.context)
+            else:
+                params = self._run_compared(ordinal, network_input, prints)
         b, db, dparams = uncouple(
             self.b, self.db, self.dlogdet, params.detach(), move.scale, move.inverse,
             kept is not None,
@@ -192,6 +173,17 @@ class WalkBack:
         dnet = self._network_backward(network.trained, network_input, params, dparams)
         self._set_halves(self.a, b, self._add_dnet(), db)
         self.dnet = dnet
+
+    def _run_compared(self, ordinal: int, network_input: Tensor, prints: list[Tensor]) -> Tensor:
+        network = self.networks[ordinal]
+        before = network.changing()
+        params, again = network.fingerprinted(network_input, self.context)
+        for place, name, buffer, version in before:
+            if place.get(name) is not buffer or buffer._version != version:
+                raise_not_repeated(ordinal, network, f"changed its buffer {name} again")
+        drew = self.random[ordinal] is not None
+        self._differences.append((ordinal, network, drew, difference(prints, again)))
+        return params
 
     def _network_backward(
         self,
@@ -293,48 +285,3 @@ class _Entered:
                 tuple(self.mixes), parameters, (dweight, dbias, self.dlog_det), allow_unused=True
             )
         return parameters, gradients
-
-
-def autocast_state(device: torch.device) -> dict[str, Any]:
-    """Arguments of a `torch.autocast` like the one that is on, but that caches no cast weight: one
-    cast without gradients would serve the walk back too."""
-    kind = "cpu" if device.type == "meta" else device.type  # torch.autocast knows no meta device
-    return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "enabled": autocasts(device),
-        "cache_enabled": False,
-    }
-
-
-# The CPU generator's state; seed and offset of the device's.
-RandomState = tuple[Tensor, tuple[int, int] | None]
-
-
-def random_state(device: torch.device) -> RandomState:
-    """The state of the default generators that a network on `device` may draw from."""
-    cuda = None
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        generator = torch.cuda.default_generators[device.index or 0]
-        cuda = generator.initial_seed(), generator.get_offset()
-    return torch.get_rng_state(), cuda
-
-
-def same_random_state(a: RandomState, b: RandomState) -> bool:
-    return a[1] == b[1] and torch.equal(a[0], b[0])
-
-
-@contextmanager
-def _random_state_of(state: RandomState | None) -> Iterator[None]:
-    """Draw the numbers that were drawn from `state`, and leave the generators as they were."""
-    if state is None:
-        yield
-        return
-    devices = [] if state[1] is None else [torch.cuda.current_device()]
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            generator = torch.cuda.default_generators[devices[0]]
-            generator.manual_seed(state[1][0])
-            generator.set_offset(state[1][1])
-        yield

@@ -53,6 +53,13 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
 
 
+def check_broadcast(name: str, value: Tensor, onto: tuple[int, ...]) -> None:
+    shape = tuple(value.shape)
+    new_axes = len(onto) - len(shape)
+    if new_axes < 0 or any(n not in (1, onto[new_axes + i]) for i, n in enumerate(shape)):
+        raise ValueError(f"{name}: expected a shape that broadcasts to {onto}, got {shape}")
+
+
 def check_device(name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {value.device}")

@@ -40,6 +40,7 @@ from torch import Tensor
 from mflow_kernels.ops._autograd import operator, refuse_second_derivative
 from mflow_kernels.ops._checks import (
     STATE_DTYPES,
+    check_broadcast,
     check_choice,
     check_device,
     check_shape,
@@ -316,10 +317,7 @@ _masked_penalty.register_autograd(_differentiate, setup_context=_setup_context)
 def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
     """A mask or weight: broadcasts to `like`, same device, no gradient."""
     check_device(name, value, like)
-    shape, onto = tuple(value.shape), tuple(like.shape)
-    aligned = zip(reversed(shape), reversed(onto), strict=False)
-    if len(shape) > len(onto) or any(size not in (1, full) for size, full in aligned):
-        raise ValueError(f"{name}: expected a shape that broadcasts to {onto}, got {shape}")
+    check_broadcast(name, value, tuple(like.shape))
     if value.requires_grad:
         raise ValueError(
             f"{name}: expected a constant (no gradient flows to it), got requires_grad=True; "
@@ -421,6 +419,11 @@ def masked_penalty(
     return masked_penalty_gaussian(input, target, mask=mask, weight=weight, rho=rho, delta=delta)[0]
 
 
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace `float` of a tensor
+def _log_normalizer_of_number(rho: Rho, weight: float, delta: float) -> float:
+    return float(penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta))
+
+
 @overload
 def penalty_log_normalizer(rho: Rho, weight: float, delta: float = 1.0) -> float: ...
 @overload
@@ -445,7 +448,6 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
     if not isinstance(weight, Tensor):
         if not (0 < weight < math.inf):
             raise ValueError(f"weight: expected a finite number above 0, got {weight}")
-        value = penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta)
-        return float(value)
+        return _log_normalizer_of_number(rho, weight, delta)
     w = check_tensor("weight", weight).to(accumulator(weight.dtype))
     return penalty_function(rho).log_normalizer(w, delta)

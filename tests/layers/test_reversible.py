@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from itertools import groupby
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
+from mflow_kernels.layers.reversible import _cuts
+from mflow_kernels.layers.walkback import WalkBack
 from mflow_kernels.ops._launch import INTERPRETED
 from mflow_kernels.testing import assert_close
 
@@ -219,6 +222,79 @@ def test_parts_of_another_dtype_or_frozen(part: str) -> None:
     # Wider gradients than the state hold no more of its digits.
     got = [g.float() if g.dtype == torch.float64 else g for g in got]
     assert_all_close(got, want, terms=2 * 3 * 18)
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+def test_a_node_for_each_level_changes_no_bit(
+    backwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks and a context that levels share: their gradients are added in the order of one
+    walk."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.label = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            params = torch.cat([x.cumsum(1), x.sin()], 1)
+            return params * self.label(label)[:, :, None, None]
+
+    shared = Wide()
+    steps = [FlowStep(c, shared) for c in (4, 4, 8, 8)]
+    layers = [Squeeze(), *steps[:2], Split(4, shared), Squeeze(), *steps[2:]]
+    chain = shaken(ReversibleChain(layers, checkpoint_every=2))
+    x, label = torch.randn(2, 1, 8, 8), torch.randn(2, 3)
+    z = tuple(part.detach() for part in chain(x, label)[0])
+
+    def run() -> list[Tensor]:
+        if backwards:
+            return gradients(chain, *z, label, call=lambda *i: chain.inverse(i[:-1], i[-1]))
+        return gradients(chain, x, label, call=chain)
+
+    several = run()
+    assert _cuts(chain._plan(x, False)[0]) == [0, 7]
+    monkeypatch.setattr("mflow_kernels.layers.reversible._cuts", lambda moves: [0])
+    assert all(map(torch.equal, several, run()))
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+def test_gradients_of_a_level_are_there_before_the_next_is_walked_back(
+    backwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = shaken(Glow((1, 8, 8), 3, 1, 4))
+    events: list[str] = []
+    walk_back = WalkBack.walk
+
+    def noted(*args: object) -> object:
+        events.append("walk")
+        return walk_back(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WalkBack, "walk", noted)
+    for p in flow.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
+    x = torch.randn(2, 1, 8, 8)
+    if backwards:
+        loss_of(*flow.inverse(tuple(z.detach() for z in flow(x)[0]))).backward()
+    else:
+        loss_of(*flow(x)).backward()
+    assert [kind for kind, _ in groupby(events)] == 3 * ["walk", "gradient"]
+
+
+def test_levels_that_are_frozen_are_not_walked_back() -> None:
+    stored = shaken(Glow((1, 8, 8), 3, 1, 4, reversible=False))
+    layers = list(stored.chain.layers)
+    for layer in layers[: len(layers) // 2]:
+        layer.requires_grad_(False)
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.chain.reversible = True
+    x = torch.randn(2, 1, 8, 8)
+    results = []
+    for flow in (stored, rebuilt):
+        parameters = [p for p in flow.parameters() if p.requires_grad]
+        results.append(list(torch.autograd.grad(loss_of(*flow(x)), parameters)))
+    assert_all_close(results[1], results[0], terms=2 * 3 * 64)
+    assert rebuilt.chain.drift is not None
 
 
 def test_twice_in_one_graph_and_autograd_grad() -> None:

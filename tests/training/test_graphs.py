@@ -12,7 +12,7 @@ from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
-from mflow_kernels.layers import ReversibleChain
+from mflow_kernels.layers import ReversibleChain, rerun, reversible
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -204,6 +204,31 @@ def test_a_failing_capture_is_told_once_and_training_goes_on(
     assert told == [
         "training goes on without CUDA graphs: operation not permitted when stream is capturing"
     ]
+
+
+def test_networks_that_draw_train_without_graphs(monkeypatch, capsys):
+    """A graph's replay could not draw the same numbers twice; the capture says so."""
+    capturing = []
+    for module in (reversible, rerun):
+        monkeypatch.setattr(module, "capturing", lambda device: bool(capturing))
+
+    def capture(forward, backward):
+        backward(forward())
+        capturing.append(True)
+        try:
+            forward()
+        finally:
+            capturing.clear()
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    model = small_flow()
+    for layer in model.flow.chain.layers:
+        layer.coupling.net.append(torch.nn.Dropout(0.5))
+    loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
+    loss.backward()
+    told = capsys.readouterr().err
+    assert "without CUDA graphs: ReversibleChain: a network (Sequential) draws random" in told
+    assert all(p.grad is not None for p in model.parameters())
 
 
 class Cuda:
