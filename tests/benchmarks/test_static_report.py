@@ -23,20 +23,20 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
-def test_quick_set_compiles_and_its_exit_code_says_what_its_rows_say(tmp_path: Path) -> None:
+def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
     saved = tmp_path / "static.json"
     done = run(
         "-m", "benchmarks.static_report", "--quick", "--target", "sm_90", "--json", str(saved)
     )
     rows = json.loads(saved.read_text())
-    assert done.returncode == int(any(row["faults"] for row in rows)), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [row for row in rows if row["faults"]]
     models = [row for row in rows if row["variant"] != "csrc"]
     assert len({row["kernel"] for row in models}) == 8  # every kernel of the flow but actnorm's
     for row in models:
         assert row["layout"] in ("channels_last", "vectors")
-        if not row["faults"]:
-            assert 0 < row["registers"] <= 255
-            assert row["blocks"] >= 1
+        assert 0 < row["registers"] <= 255
+        assert row["blocks"] >= 1
     assert list(tmp_path.iterdir()) == [saved]
 
 
