@@ -24,6 +24,7 @@ from mflow_kernels.layers.moves import (
     Move,
     Return,
     Squeezing,
+    keep_layout,
     run,
 )
 from mflow_kernels.layers.networks import check_takes
@@ -40,7 +41,14 @@ from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep, Group
 from mflow_kernels.layers.walkback import Folds, WalkBack
 from mflow_kernels.ops._checks import check_count
-from mflow_kernels.ops._launch import accumulator, capturing, flow_state, pixels, transformed
+from mflow_kernels.ops._launch import (
+    accumulator,
+    capturing,
+    flow_state,
+    in_layout_of,
+    pixels,
+    transformed,
+)
 
 
 class ReversibleChain(Bijection):
@@ -258,6 +266,7 @@ def walk(
         mixes = {i: group.mixes(dtype, check=check) for i, group in enumerate(groups)}
         x, latents, ledger = run(moves, x, latents, mixes, context)
         log_dets = {i: mix.log_det for i, mix in mixes.items()}
+        keep_layout(x)
     log_det = ledger.new_zeros(())
     for i, area in enumerate(areas):
         log_det = log_det + area * log_dets[i]
@@ -441,7 +450,9 @@ class _Walked(torch.autograd.Function):
             ctx.saved_tensors,
             int(ctx.starts), int(ctx.ends), segment.leaves, len(ctx.kept_at), journey.context,
         )  # fmt: skip
+        dlatents = tuple(in_layout_of(*pair) for pair in zip(latents, dlatents, strict=True))
         if starts:
+            dx = in_layout_of(starts[0], dx)  # see `keep_layout`
             journey.back = WalkBack(
                 starts[0], dx, journey.groups, context, journey.networks, journey.random,
                 journey.prints, journey.autocast,

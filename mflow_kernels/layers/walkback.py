@@ -15,7 +15,7 @@ from mflow_kernels.layers.rerun import (
     raise_not_repeated,
     random_state_of,
 )
-from mflow_kernels.ops._launch import accumulator, channels_first, without_autocast
+from mflow_kernels.ops._launch import accumulator, is_channels_last, without_autocast
 from mflow_kernels.ops.uncouple import uncouple
 from mflow_kernels.ops.unmix import unmix
 
@@ -134,7 +134,7 @@ class WalkBack:
 
     def _set(self, x: Tensor, dx: Tensor) -> None:
         c_a = x.shape[1] // 2
-        self.channels_last = x.dim() > 2 and not channels_first(x)
+        self.channels_last = is_channels_last(x)
         self._set_halves(x[:, :c_a], x[:, c_a:], dx[:, :c_a], dx[:, c_a:])
         self._whole = x, dx
 
