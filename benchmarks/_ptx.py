@@ -21,7 +21,7 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
     compiled kernel still takes, in order.
 
     Raises:
-        ValueError: where an access cannot be told to be one argument's.
+        ValueError: if no argument's pointer went into the address of an access.
     """
     lines = ptx.splitlines()
     roots = _roots(lines)
@@ -35,11 +35,11 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
         if address and address[1] not in roots:
             continue  # an address that nothing computes: code that can never run
         owners = roots[address[1]] if address else set()
-        if len(owners) != 1:
-            raise ValueError(f"no single argument owns the access {line.strip()!r}: {owners}")
-        (owner,) = owners
-        if owner < len(arguments):
-            found[arguments[owner]].append(_bytes(access))
+        if not owners:
+            raise ValueError(f"no argument owns the access {line.strip()!r}")
+        for owner in owners:  # several where lanes choose between the halves of a state
+            if owner < len(arguments):
+                found[arguments[owner]].append(_bytes(access))
     return dict(found)
 
 
