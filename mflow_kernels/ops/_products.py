@@ -22,6 +22,7 @@ from mflow_kernels.ops._launch import (
     launch,
     net_input,
     pixels,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -96,11 +97,12 @@ def _mix_kernel(
 ):
     """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
     may be a gradient, to which that of a network input is added."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile, block = tile_and_block(C, BLOCK_O)
     n, p, valid = columns(tile, N, P, COLUMNS)
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
-    y_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
-    log_s_sum = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    y_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         x_t = load_gradient(x, x_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE)
@@ -118,7 +120,7 @@ def _mix_kernel(
     tl.store(at(y, y_strides, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
     if net is not None:
         is_a = (o[:, None] < C // 2) & valid[None, :]
-        tl.store(at(net, net_strides, n, o, p), y_t, mask=is_a)
+        store(at(net, net_strides, n, o, p), y_t, mask=is_a)
     if SCALE is not None and block == 0:
         write_ledger(ledger, log_s_sum, tile, N, P, COLUMNS)
 
@@ -153,6 +155,7 @@ def _dweight_kernel(
     Warps share out the output channels, 16 each. Where there are fewer, GROUPS of warps have
     columns of their own, and their sums are added at the end.
     """
+    BLOCK_P: tl.constexpr = COLUMNS.block
     split, splits = tl.program_id(0), tl.num_programs(0)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -160,7 +163,7 @@ def _dweight_kernel(
         dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
     else:
         dweight_t = tl.zeros([GROUPS, BLOCK_O, BLOCK_C], DTYPE)
-    dbias_t = tl.zeros([COLUMNS.block, BLOCK_O], DTYPE)
+    dbias_t = tl.zeros([BLOCK_P, BLOCK_O], DTYPE)
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, COLUMNS)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE, True)
@@ -177,9 +180,9 @@ def _dweight_kernel(
         if GROUPS == 1:
             dy_t = tl.trans(dy_t)
         else:
-            dy_t = tl.reshape(dy_t, [GROUPS, COLUMNS.block // GROUPS, BLOCK_O])
+            dy_t = tl.reshape(dy_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_O])
             dy_t = tl.permute(dy_t, (0, 2, 1))
-            x_t = tl.reshape(x_t, [GROUPS, COLUMNS.block // GROUPS, BLOCK_C])
+            x_t = tl.reshape(x_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_C])
         dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
     if GROUPS > 1:
         dweight_t = tl.sum(dweight_t, axis=0)
@@ -254,6 +257,16 @@ def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
         "PRECISION": "ieee" if dtype == torch.float64 else precision,
         "DTYPE": TL_DTYPE[dtype],
     }
+
+
+def shared_operand_stages(precision: str) -> int:
+    """Pipelining stages of a loop that multiplies a tile as loaded and uses it elsewhere too.
+
+    With "tf32" sm_90 multiplies asynchronously, from the buffer that the tile was loaded to. Triton
+    3.9 frees that buffer after the other use, and the next load overwrites what the product still
+    reads. One stage has one tile at a time. "tf32x3" and 16-bit states pass through registers.
+    """
+    return 1 if precision == "tf32" else 2
 
 
 def launch_mix(
@@ -333,8 +346,7 @@ def launch_dweight(
             GROUPS=tile.groups,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            # An asynchronous product (precision "tf32" on sm_90) still reads dy while a second
-            # stage copies the next tile to the same place, since dy has another use in the loop.
-            num_stages=1 if precision == "tf32" or tile.groups > 1 else 2,
+            # Groups read their columns in an order that only 4-byte copies could prepare.
+            num_stages=1 if tile.groups > 1 else shared_operand_stages(precision),
         )
     return dweight, dbias

@@ -114,14 +114,15 @@ def _actnorm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    BLOCK_P: tl.constexpr = COLUMNS.block
     # A program owns BLOCK_C channels and every tile in its stride, so that each channel's two sums
     # stay in registers and leave as one row of `partials` (programs, 2, C).
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
     log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
-    sum_dx = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
-    sum_slope = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    sum_dx = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    sum_slope = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = (c[:, None] < C) & valid[None, :]

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops import _native
 from mflow_kernels.ops._autograd import eager_function, operator
@@ -215,6 +216,13 @@ def conv1x1_inverse(
     return run(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether the host may read numbers of x now."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def inverse_mix(
     weight: Tensor, bias: Tensor, names: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -231,10 +239,7 @@ def inverse_mix(
     # An infinite W may have a finite inverse.
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)
-    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing may be read
-    if torch.compiler.is_compiling() or captured or weight.is_meta:
-        pass
-    elif not good.all():
+    if _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
         came = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"

@@ -41,6 +41,7 @@ from mflow_kernels.ops._launch import (
     pixels,
     read_ledger,
     step,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -63,7 +64,7 @@ def couple_ref(
     """y_b and log |dy_b / dx_b|, elementwise."""
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = sign * log_scale_ref(raw, scale)
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         return log_s.exp() * x_b + sign * shift, log_s
     return log_s.exp() * (x_b + sign * shift), log_s
 
@@ -82,7 +83,7 @@ def couple_backward_ref(
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = log_scale_ref(raw, scale) if log_s is None else log_s
     dx_b = (sign * log_s).exp() * dy_b
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
@@ -133,8 +134,8 @@ def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
     """Store what `load_params` loads."""
     C_A: tl.constexpr = C // 2
     at_raw = at(params, strides, n, c - C_A, p)
-    tl.store(at_raw, raw, mask=is_b)
-    tl.store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
+    store(at_raw, raw, mask=is_b)
+    store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         shift = -shift
     s = tl.exp(log_s)
     # The inverse of "shift, then scale" scales first, and the other way round.
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         y = s * x + shift
     else:
         y = s * (x + shift)
@@ -163,7 +164,7 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
         shift = -shift
     s = tl.exp(log_s)
     dx = s * dy
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         dshift = dy
         draw = (dx * x + dlog_s[None, :]) * slope
     else:
@@ -192,9 +193,10 @@ def _coupling_fwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile = tl.program_id(0)
     n, p, valid = columns(tile, N, P, COLUMNS)
-    total = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    total = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]

@@ -115,11 +115,12 @@ def _coupling_conv1x1_bwd_kernel(
     COLUMNS: tl.constexpr,
 ):
     """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile, block = tile_and_block(C, BLOCK_O)
     n, p, valid = columns(tile, N, P, COLUMNS)
     c = block * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (c[:, None] < C) & valid[None, :]
-    dz_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+    dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         o = start + tl.arange(0, BLOCK_C)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)

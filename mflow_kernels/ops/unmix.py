@@ -38,6 +38,7 @@ from mflow_kernels.ops._launch import (
     dense_pixels,
     launch,
     pixels,
+    store,
     strided,
     strided_halves,
     tile_columns,
@@ -153,6 +154,7 @@ def _unmix_kernel(
     y - bias is 1 there, so that gram gets d bias as its last column. Each warp has columns of its own
     in every product, and the warps' sums for gram are added at the end.
     """
+    BLOCK_P: tl.constexpr = COLUMNS.block
     program, programs = tl.program_id(0), tl.num_programs(0)
     C_A: tl.constexpr = C // 2
     LAST: tl.constexpr = 2 * HALF - 1
@@ -190,8 +192,8 @@ def _unmix_kernel(
                 at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
                 tl.store(at_net, x_t, inside & is_a[None, :])
         # Columns that do not exist add nothing, because dy is zero there.
-        dy_of_warp = tl.reshape(dy_t, [WARPS, COLUMNS.block // WARPS, 2 * HALF])
-        y_of_warp = tl.reshape(y_t, [WARPS, COLUMNS.block // WARPS, 2 * HALF])
+        dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
+        y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
         gram_t = tl.dot(dy_of_warp, y_of_warp, gram_t, input_precision="tf32x3")
     total = tl.sum(gram_t, axis=0)
@@ -243,6 +245,7 @@ def _unmix_wide_kernel(
 
     Programs of one tile are neighbours, so that all but the first find its states in the L2 cache.
     """
+    BLOCK_P: tl.constexpr = COLUMNS.block
     program = tl.program_id(0)
     mixers = SPLITS if GRAM_BLOCKS == 0 else TILES * MIXERS
     if program < mixers:
@@ -250,11 +253,11 @@ def _unmix_wide_kernel(
         first = program // MIXERS
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-            dbias_t = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+            dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
         for tile in range(first, TILES, mixers // MIXERS):
             n, p, valid = columns(tile, N, P, COLUMNS)
-            x_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
-            dx_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
                 at_w = weight + c[None, :] * C + o[:, None]
@@ -294,7 +297,7 @@ def _unmix_wide_kernel(
                 tl.store(at(x, x_strides, n, o, p), x_t, inside)
             if net is not None:
                 is_a = (o[:, None] < C // 2) & valid[None, :]
-                tl.store(at(net, net_strides, n, o, p), x_t, is_a)
+                store(at(net, net_strides, n, o, p), x_t, mask=is_a)
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
@@ -303,7 +306,7 @@ def _unmix_wide_kernel(
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
-        dbias_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+        dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(

@@ -3,8 +3,20 @@
 import pytest
 import torch
 from cases import IMAGES, IN_PLACE, LAYOUTS, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mflow_kernels.ops._launch import dense_pixels, flow_state, in_layout_of, strides, tile_columns
+from mflow_kernels import ops
+from mflow_kernels.ops._launch import (
+    dense_pixels,
+    flow_state,
+    in_layout_of,
+    strided,
+    strides,
+    tile_columns,
+)
+from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
+from mflow_kernels.ops.uncouple import uncouple
+from mflow_kernels.ops.unmix import unmix
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -55,7 +67,7 @@ def test_tiles_cover_every_column_once(n, p, block):
     seen = []
     for tile in range(tiles.programs):  # as `columns` does it
         for i in range(block):
-            if tiles.flat:
+            if tiles.columns.flat:
                 j = tile * block + i
                 if j < n * p:
                     seen.append(divmod(j, p))
@@ -66,8 +78,72 @@ def test_tiles_cover_every_column_once(n, p, block):
                     seen.append((tile // per_sample, pixel))
     assert sorted(seen) == [(i, j) for i in range(n) for j in range(p)]
     # The ledger has a place for each tile of a sample, or for each of its pixels.
-    assert n * tiles.ledger == (n * p if tiles.flat else tiles.programs)
+    assert n * tiles.ledger == (n * p if tiles.columns.flat else tiles.programs)
 
 
 def test_an_empty_batch_has_no_tile():
     assert tile_columns(0, 5, 16).programs == 0
+
+
+def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
+    """A stride of 1, and what the others are multiples of: for all batch and image sizes alike."""
+
+    def strides_of(*shape, layout=torch.contiguous_format):
+        _, (n, c, p, unit) = strided(torch.empty(shape).to(memory_format=layout))
+        return n, c, p, unit.value
+
+    last = torch.channels_last
+    assert strides_of(2, 12, 8, 8) == (768, 64, None, 8)
+    assert strides_of(2, 12, 6, 6) == (432, 36, None, 4)
+    assert strides_of(2, 12, 7, 7) == (588, 49, None, 1)
+    assert strides_of(2, 12, 7, 7, layout=last) == (588, None, 12, 4)
+    assert strides_of(7, 12, 6, 6, layout=last) == (432, None, 12, 4)
+    assert strides_of(2, 6) == (6, None, None, 2)
+    assert strided(None) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(1, 2, 2**15, 2**15 + 1, device="meta"),
+        torch.empty(1, device="meta").as_strided((1, 2, 3), (1, 2**31, 1)),
+        torch.empty(1, device="meta").as_strided((1, 2, 3), (1, 1, 2**30)),
+    ],
+    ids=["size", "channels", "pixels"],
+)
+def test_offsets_within_a_sample_fit_in_32_bits(x):
+    with pytest.raises(ValueError, match=r"span at most 2\^31 elements, got one of shape \(2, "):
+        strided(x)
+    strided(x[:, :, :1, :1] if x.dim() == 4 else x[:, :1, :2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
+    """They give the shape and layout of every result, for a GPU on a machine that has none too."""
+    asked = (torch.cuda, "current_device"), (torch.cuda, "is_current_stream_capturing")
+    for module, name in asked:
+        monkeypatch.setattr(module, name, lambda: pytest.fail("asked CUDA"))
+    scale = ops.ScaleFunction()
+    with FakeTensorMode():
+
+        def state(channels):
+            made = torch.empty(4, channels, 32, 32, device=device)
+            return made.to(memory_format=torch.channels_last)
+
+        x, half = state(12), state(6)
+        weight, bias = torch.empty(12, 12, device=device), torch.empty(12, device=device)
+        dlogdet = torch.empty(4, device=device)
+        results = [
+            ops.actnorm(x, bias, bias)[0],
+            coupling_forward(x, x, *scale.args, False)[0],
+            affine_coupling_op(x, x, *scale.args, False)[0],
+            ops.conv1x1(x, weight, bias),
+            ops.conv1x1_inverse(x, weight, bias),
+            ops.coupling_conv1x1(x, x, weight, bias)[0],
+            uncouple(half, half, dlogdet, x, scale, False, False).dparams,
+            unmix((half, half), (half, half), None, weight, weight, bias, None, True).x,
+        ]
+    for y in results:
+        assert y.shape == x.shape
+        assert y.device == x.device
+        assert y.is_contiguous(memory_format=torch.channels_last)
