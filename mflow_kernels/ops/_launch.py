@@ -66,7 +66,11 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
-RUN_TIME = ("N", "TILES", "SPLITS")  # arguments that follow the batch size: Triton compiles for no value
+RUN_TIME = (
+    "N",
+    "TILES",
+    "SPLITS",
+)  # arguments that follow the batch size: Triton compiles for no value
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

@@ -221,8 +221,8 @@ def dweight_tile(c: int, dtype: torch.dtype) -> DweightTile:
     """Tile for a state of c channels whose products are summed in dtype."""
     block = min(128, max(16, triton.next_power_of_2(c)))
     if block <= 32:
-        # Four warps have 16 rows each in 64 of them.
-        return DweightTile(block, 32, 4, 1) if dtype == torch.float64 else DweightTile(block, 64, 4, 4)
+        wide = dtype == torch.float64
+        return DweightTile(block, 32, 4, 1) if wide else DweightTile(block, 64, 4, 4)
     # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
     return DweightTile(block, 32 if c <= 64 else 16, block // 16, 1)
 

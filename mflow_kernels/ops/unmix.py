@@ -148,11 +148,11 @@ def _unmix_kernel(
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """All three products of every `programs`-th tile; the weights stay where the first tile had them.
+    """All three products of every `programs`-th tile. The weights are loaded once.
 
     A tile is columns by places, HALF places for each half of the channels. The last place is empty:
-    y - bias is 1 there, so that gram gets d bias as its last column. Each warp has columns of its own
-    in every product, and the warps' sums for gram are added at the end.
+    y - bias is 1 there, so that gram gets d bias as its last column. Each warp has columns of its
+    own in every product, and the warps' sums for gram are added at the end.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -446,15 +446,15 @@ def launch_unmix(
         made = Unmixed(x, (new(c_a), new(c - c_a)), None, None, gram, dbias)
     else:
         dx = empty_state(y_b, c, channels_last)
-        x = None if weight_inverse is None else torch.empty_like(dx)
-        made = in_one_piece(x, dx, None, gram, dbias)
-    stored = None  # the network input, unless x_a serves as one
+        whole = None if weight_inverse is None else torch.empty_like(dx)
+        made = in_one_piece(whole, dx, None, gram, dbias)
+    net = stored = None
     if made.x is not None and net_dtype is not None:
         if made.whole is None and net_dtype == y_b.dtype:
-            made = made._replace(net=made.x[0])
+            net = made.x[0]
         else:
-            stored = torch.empty_like(made.x[0], dtype=net_dtype)
-            made = made._replace(net=stored)
+            net = stored = torch.empty_like(made.x[0], dtype=net_dtype)
+        made = made._replace(net=net)
     if n == 0:
         gram.zero_()
         dbias.zero_()

@@ -11,7 +11,10 @@ from mflow_kernels.ops._launch import pixels
 from mflow_kernels.ops.unmix import Halves, Unmixed, launch_unmix, unmix_ref, unmix_splits
 from mflow_kernels.testing import assert_close
 
-SHAPES = [(2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (1, 16, 4, 4), (1, 32, 4, 4), (2, 7, 20, 13), (1, 33, 3, 3), (1, 130, 3, 3)]
+SHAPES = [
+    (2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (1, 16, 4, 4), (1, 32, 4, 4), (2, 7, 20, 13),
+    (1, 33, 3, 3), (1, 130, 3, 3),
+]  # fmt: skip
 
 
 def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -75,7 +78,8 @@ def test_unmix(
 
 
 def results(made: Unmixed) -> list[Tensor]:
-    return [*(made.x or ()), *made.dx, *([] if made.net is None else [made.net]), made.gram, made.dbias]
+    net = () if made.net is None else (made.net,)
+    return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
 
 
 def test_gram_recovers_the_gradient_of_the_weight() -> None:
