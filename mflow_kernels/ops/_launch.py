@@ -138,7 +138,11 @@ def strides(x: Tensor) -> Strides:
     return Strides(x.stride(0), x.stride(1), p)
 
 
-_UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}
+class _Unit(tl.constexpr):
+    __hash__ = object.__hash__  # There is one object a value. Triton hashes them at every launch.
+
+
+_UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
 KernelStrides = tuple[int, int | None, int | None, tl.constexpr]
 
 

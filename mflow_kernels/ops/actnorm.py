@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import (
     RUN_TIME,
@@ -208,17 +208,11 @@ def _backward(
     return in_layout_of(x, dx), dbias, dlog_scale
 
 
-actnorm_op = torch.library.custom_op("mflow::actnorm", _forward, mutates_args=())
-actnorm_backward_op = torch.library.custom_op("mflow::actnorm_backward", _backward, mutates_args=())
-
-
-@actnorm_op.register_fake
-def _(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+def _fake(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@actnorm_backward_op.register_fake
-def _(
+def _fake_backward(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
@@ -229,11 +223,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*actnorm_backward_op(dy, *ctx.saved_tensors, ctx.inverse), None)
+def _gradient(ctx: Any, dy: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    return (*run(dy, *ctx.saved_tensors, ctx.inverse), None)
 
 
-actnorm_op.register_autograd(_grad, setup_context=_setup)
+actnorm_op, _ = register(
+    "actnorm",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:

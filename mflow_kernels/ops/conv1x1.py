@@ -22,7 +22,6 @@ output channels of its pixels up to C = 128; past that each block of 128 reads t
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function, operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
@@ -125,22 +124,14 @@ def conv1x1_backward(
     return in_layout_of(x, dx), dweight[None], dbias[None]
 
 
-conv1x1_op = torch.library.custom_op("mflow::conv1x1", conv1x1_forward, mutates_args=())
-conv1x1_backward_op = torch.library.custom_op(
-    "mflow::conv1x1_backward", conv1x1_backward, mutates_args=()
-)
-
-
-@conv1x1_op.register_fake
-def _(
+def _fake(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     return y, net_input(y, net_dtype)
 
 
-@conv1x1_backward_op.register_fake
-def _(
+def _fake_backward(
     dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
@@ -151,16 +142,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dnet: Tensor, run: Any = conv1x1_backward_op
-) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor, dnet: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     dnet_or_none = None if ctx.net_dtype is None else dnet
     grads = run(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
     return (*grads, None, None)
 
 
-conv1x1_op.register_autograd(_backward, setup_context=_setup)
-conv1x1_eager = eager_function(conv1x1_forward, _setup, partial(_backward, run=conv1x1_backward))
+conv1x1_op, conv1x1_eager = register(
+    "conv1x1",
+    conv1x1_forward,
+    conv1x1_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:

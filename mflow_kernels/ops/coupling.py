@@ -15,7 +15,6 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function, operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     RUN_TIME,
@@ -324,22 +323,14 @@ def coupling_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-affine_coupling_op = torch.library.custom_op(
-    "mflow::affine_coupling", coupling_forward, mutates_args=()
-)
-affine_coupling_backward_op = torch.library.custom_op(
-    "mflow::affine_coupling_backward", coupling_backward, mutates_args=()
-)
-
-
-@affine_coupling_op.register_fake
-def _(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     columns = ledger_columns(x, elementwise_tile(x)[1])
     return torch.empty_like(x), x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
 
 
-@affine_coupling_backward_op.register_fake
-def _(dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(params)
 
 
@@ -348,15 +339,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dledger: Tensor, run: Any = affine_coupling_backward_op
-) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None for _ in ctx.options))
 
 
-affine_coupling_op.register_autograd(_backward, setup_context=_setup)
-coupling_eager = eager_function(coupling_forward, _setup, partial(_backward, run=coupling_backward))
+affine_coupling_op, coupling_eager = register(
+    "affine_coupling",
+    coupling_forward,
+    coupling_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def check_params(x: Tensor, params: object) -> Tensor:
