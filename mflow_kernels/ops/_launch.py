@@ -165,7 +165,7 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
             f"expected samples that span at most 2^31 elements, got one of shape "
             f"{tuple(x.shape[1:])} that spans {last + 1}"
         )
-    first = x.data_ptr() // x.element_size()
+    first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.element_size()
     unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
 

@@ -1,6 +1,7 @@
 """Un-mixing against its reference in float64, and gram as the way to dW."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from cases import LAYOUTS, normal, rotation
 from torch import Tensor
 
 from mflow_kernels.ops._launch import pixels
+from mflow_kernels.ops._products import dweight_splits
 from mflow_kernels.ops.unmix import Halves, Unmixed, launch_unmix, unmix_ref, unmix_splits
 from mflow_kernels.testing import assert_close
 
@@ -80,6 +82,21 @@ def test_unmix(
 def results(made: Unmixed) -> list[Tensor]:
     net = () if made.net is None else (made.net,)
     return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
+
+
+@pytest.mark.parametrize("splits", [unmix_splits, lambda half, c: dweight_splits(half)])
+@pytest.mark.parametrize(("c", "side"), [(12, 128), (48, 16), (96, 16), (192, 8), (384, 4)])
+def test_partial_sums_are_no_larger_than_the_state(
+    monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
+) -> None:
+    """At 16 samples; one partial sum at least is dW itself."""
+    for module in ("unmix", "_products"):
+        monkeypatch.setattr(f"mflow_kernels.ops.{module}.uses_triton", lambda x: True)
+    state = torch.empty(16, c, side, side, device="meta")
+    count = splits(state, c)
+    assert count >= 1
+    assert count == 1 or count * c * c <= state.numel()
+    assert count > 1 or 2 * c * c > state.numel()  # nor fewer than need be
 
 
 def test_gram_recovers_the_gradient_of_the_weight() -> None:
