@@ -253,7 +253,7 @@ def _unmix_wide_kernel(
         first = program // MIXERS
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-            dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+            dbias_t = tl.zeros([BLOCK_C], DTYPE)
         for tile in range(first, TILES, mixers // MIXERS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
@@ -290,7 +290,7 @@ def _unmix_wide_kernel(
                     gram_t = tl.dot(
                         dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE
                     )
-                    dbias_t += dy_t
+                    dbias_t += tl.sum(dy_t, axis=1)
             inside = (o[:, None] < C) & valid[None, :]
             tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
             if x is not None:
@@ -306,7 +306,7 @@ def _unmix_wide_kernel(
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
-        dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+        dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(
@@ -316,7 +316,7 @@ def _unmix_wide_kernel(
                 y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
             )
             gram_t = tl.dot(dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE)
-            dbias_t += dy_t
+            dbias_t += tl.sum(dy_t, axis=1)
         # Programs of one block of rows sum the same dy: they store the same d bias.
         _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C)
 
@@ -349,25 +349,24 @@ def _load_shifted_halves(
 ):
     y_t = _load_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, DTYPE)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
-    # Columns that do not exist must stay zero: gram sums over them.
-    return tl.where(valid[None, :], y_t - shift[:, None], 0.0)
+    return y_t - shift[:, None]  # columns that do not exist add nothing: dy is zero there
 
 
 @triton.jit
 def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """A tile of the state whose channels below C // 2 are `a` and whose others are `b`."""
     C_A: tl.constexpr = C // 2
-    is_a = (c[:, None] < C_A) & valid[None, :]
-    is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
-    a_t = tl.load(at(a, a_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
-    return a_t + tl.load(at(b, b_strides, n, c - C_A, p), mask=is_b, other=0.0).to(DTYPE)
+    chosen = tl.where(
+        (c < C_A)[:, None], at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
+    )
+    return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C: tl.constexpr):
     at_gram = gram + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
     tl.store(at_gram, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
-    tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
+    tl.store(dbias + split * C + o, dbias_t, mask=o < C)
 
 
 class UnmixTile(NamedTuple):
