@@ -163,7 +163,7 @@ def coupling_conv1x1_backward(
     """
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
-    gram, dbias = _sums(x)
+    gram, dbias = sums(x)
     _C.unmix_coupled(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
         weight, dx, dparams, gram, dbias, scale.args, inverse,
@@ -179,28 +179,32 @@ def unmix(
     weight_inverse: Tensor | None,
     bias: Tensor | None,
     dx: Tensor,
+    gram: Tensor,
+    dbias: Tensor,
     net_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """`unmix.unmix_ref`: x, the network input cut from it, and one partial sum of gram and d bias.
+) -> tuple[Tensor | None, Tensor]:
+    """`unmix.unmix_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
+    dx, and the network input cut from it.
 
-    Fills dx, and allocates x like it. Without weight_inverse, x is None and the network input is
-    empty.
+    Without weight_inverse, x is None and the network input is empty.
     """
     assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
     cut = x is not None and net_dtype == dx.dtype
-    gram, dbias = _sums(dx)
+    if not dx.numel():
+        gram.zero_()
+        dbias.zero_()
     _C.unmix(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
         net if cut else None, dx, gram, dbias,
     )  # fmt: skip
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
-    return x, net, gram, dbias
+    return x, net
 
 
-def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Empty tensors for one partial sum of gram and d bias; zeros for an empty batch."""
     c = x.shape[1]
     new = x.new_empty if x.numel() else x.new_zeros

@@ -54,6 +54,19 @@ FLOWS = {
 }
 
 
+def test_partial_sums_that_are_added_up_as_they_fill_their_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Room for one step's partial sums of gram or for two gives what room for all gives."""
+    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    want = gradients(chain, x, call=chain)
+    for steps in (1, 2):
+        monkeypatch.setattr("mflow_kernels.layers.walkback.PARTIALS_BYTES", steps * 6 * 6 * 8)
+        for got, wanted in zip(gradients(chain, x, call=chain), want, strict=True):
+            assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("every", [None, 1, 2])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])

@@ -133,6 +133,8 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
         x, half = state(12), state(6)
         weight, bias = torch.empty(12, 12, device=device), torch.empty(12, device=device)
         dlogdet = torch.empty(4, device=device)
+        pair = half, half
+        sums = torch.empty(1, 12, 12, device=device), torch.empty(1, 12, device=device)
         results = [
             ops.actnorm(x, bias, bias)[0],
             coupling_forward(x, x, *scale.args, False)[0],
@@ -141,8 +143,10 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.conv1x1_inverse(x, weight, bias),
             ops.coupling_conv1x1(x, x, weight, bias)[0],
             uncouple(half, half, dlogdet, x, scale, False, False).dparams,
-            unmix((half, half), (half, half), None, weight, weight, bias, None, True).x,
         ]
+        halves = unmix(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
+    for y in halves:
+        assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
     for y in results:
         assert y.shape == x.shape
         assert y.device == x.device
