@@ -29,6 +29,17 @@ def _convert_as_a_gpu(values, from_dtype, to_dtype, rounding_mode):
 
 interpreter._convert_float = _convert_as_a_gpu
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor_and_index(tensor, *scope):
+    """An index is an array of one element, of which numpy 2.4 makes no int: Triton 3.5 and 3.6."""
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
+
 # MFLOW_PTX=sm_90, or sm_90,late: kernels run compiled for that architecture, in tests/ptx.
 ARCH, *FLAGS = os.environ.get("MFLOW_PTX", "").split(",")
 if ARCH:
