@@ -33,6 +33,7 @@ from ptx.translator import Translator
 
 SHARED_OF_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes
 BLANK = 0xFF
+SHOWN = 4  # faults in a message
 
 
 class Violation(AssertionError):
@@ -110,8 +111,10 @@ class Device:
         launched.tensors = arena.tensors
         self.launches.append(launched)
         if report.faults and self.raises:
-            faults = "".join(f"\n  {fault}" for fault in report.faults)
-            raise Violation(f"{name}, compiled for {self.arch}, on a grid of {grid}:{faults}")
+            shown = "".join(f"\n  {fault}" for fault in report.faults[:SHOWN])
+            more = len(report.faults) - SHOWN
+            shown += f"\n  and at {more} more instructions" if more > 0 else ""
+            raise Violation(f"{name}, compiled for {self.arch}, on a grid of {grid}:{shown}")
 
     def _program(self, ptx: str) -> Program:
         if ptx not in self.programs:

@@ -1,5 +1,6 @@
 """What a launch did: faults, traffic, bank conflicts and instructions."""
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import astuple, dataclass
 
@@ -63,7 +64,8 @@ class Report:
         if at is not None:
             instruction = self.kernel.instructions[at]
             line = ":".join(map(str, instruction.line)) if instruction.line else "unknown line"
-            example += f"; {' '.join(instruction.text.split())} at {line}"
+            text = re.sub(r"\{[^}]{40,}\}", "{...}", " ".join(instruction.text.split()))
+            example += f"; {text} at {line}"
         self._faults[kind, at] = Fault(kind, count, example)
 
     @property
