@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from mflow_kernels.ops._checks import check_state
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Whether kernels take CPU tensors: in Triton's interpreter, or compiled, in the machine of tests/ptx.
+# Whether kernels take CPU tensors: in Triton's interpreter, or compiled, in tests/ptx.
 KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
 
