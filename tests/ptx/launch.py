@@ -131,8 +131,10 @@ class Device:
 
     def fill(self, made: Tensor) -> Tensor:
         """Mark what `empty` returned."""
-        plain = type(made) is Tensor and made.device.type == "cpu" and made.dtype != torch.bool
-        if plain and made.layout == torch.strided and made.numel():
+        wrapped = type(made) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(made)
+        if wrapped or made.device.type != "cpu" or made.dtype == torch.bool:
+            return made
+        if made.layout == torch.strided and made.numel():
             storage = made.untyped_storage()
             ctypes.memset(storage.data_ptr(), BLANK, storage.nbytes())
             self.blank[storage.data_ptr()] = made.detach()
