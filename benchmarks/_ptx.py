@@ -9,6 +9,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 _PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
+# A choice between two pointer arguments may become a load from a chosen place among the parameters.
+_PLACE = re.compile(r"mov\.b32\s+(%r\d+), \w+_param_(\d+);")
+_CHOSEN = re.compile(r"(?:selp\.b32|ld\.param\.[bu]64)\s+(%rd?\d+), \[?(%r\d+.*);")
 _MOVE = re.compile(r"^\s*(?:@!?%p\d+ )?[\w.:]+\s+(%rd\d+), (.*);")
 _ACCESS = re.compile(r"(?P<op>ld|st|cp\.async)\.(?P<kind>[\w.:]*)\s+(?P<operands>[^;]*);")
 _ADDRESS = re.compile(r"\[ *(%rd\d+)")
@@ -21,7 +24,7 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
     compiled kernel still takes, in order.
 
     Raises:
-        ValueError: where an access cannot be told to be one argument's.
+        ValueError: if no argument's pointer went into the address of an access.
     """
     lines = ptx.splitlines()
     roots = _roots(lines)
@@ -35,11 +38,11 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
         if address and address[1] not in roots:
             continue  # an address that nothing computes: code that can never run
         owners = roots[address[1]] if address else set()
-        if len(owners) != 1:
-            raise ValueError(f"no single argument owns the access {line.strip()!r}: {owners}")
-        (owner,) = owners
-        if owner < len(arguments):
-            found[arguments[owner]].append(_bytes(access))
+        if not owners:
+            raise ValueError(f"no argument owns the access {line.strip()!r}")
+        for owner in owners:  # several where lanes choose between the halves of a state
+            if owner < len(arguments):
+                found[arguments[owner]].append(_bytes(access))
     return dict(found)
 
 
@@ -52,13 +55,15 @@ def _bytes(access: re.Match[str]) -> int:
 
 
 def _roots(lines: Sequence[str]) -> dict[str, set[int]]:
-    """For each 64-bit register, the pointer arguments that went into it."""
+    """For each register of an address, the pointer arguments that went into it."""
     pointers = {int(n) for line in lines for n in re.findall(r"\.u64 \.ptr .*_param_(\d+)", line)}
     roots: dict[str, set[int]] = defaultdict(set)
     moves = []
     for line in lines:
-        if (param := _PARAM.search(line)) is not None:
+        if (param := _PARAM.search(line) or _PLACE.search(line)) is not None:
             roots[param[1]] |= {int(param[2])} & pointers
+        elif (chosen := _CHOSEN.search(line)) is not None:
+            moves.append((chosen[1], re.findall(r"%r\d+", chosen[2])))
         elif (move := _MOVE.match(line)) is not None and not re.match(r"\s*(@\S+ )?ld\.", line):
             moves.append((move[1], re.findall(r"%rd\d+", move[2])))
     for target, _ in moves:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
 from mflow_kernels.ops._launch import accumulator, autocasts, channels_first, without_autocast
 from mflow_kernels.ops.uncouple import uncouple
-from mflow_kernels.ops.unmix import unmix
+from mflow_kernels.ops.unmix import unmix, unmix_splits
 
 
 class Folds(Protocol):
@@ -228,23 +228,27 @@ class WalkBack:
                 accumulator(self.db.dtype),
             )
         weight, bias, inverse = self.entered.row(move.row)
-        x, dx, net, gram, dbias = unmix(
+        sums = self.entered.room(move.row, unmix_splits(self.b, len(bias)))
+        # The next move reads halves if it is a coupling, and else the whole state.
+        made = unmix(
             (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
-            bias, self._network_dtype() if feeds else None, self.channels_last,
+            bias, self._network_dtype() if feeds else None, self.channels_last, feeds, *sums,
         )  # fmt: skip
-        self.entered.gather(move.row, gram, dbias)
         if not self.entered.left:
             self._add_gradients(*self.entered.leave())
             self.entered = None
         # Where the state before was kept, x is None and dx stands in until it is picked up.
-        self._set(dx if x is None else x, dx)
-        self.net = net
+        self._set_halves(*(made.x or made.dx), *made.dx)
+        if made.whole is not None:
+            x, dx = made.whole
+            self._whole = dx if x is None else x, dx
+        self.net = made.net
 
     def _network_dtype(self) -> torch.dtype:
         return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
 
 
-PARTIALS_BYTES = 2**26  # of partial sums of gram to keep before they are added up
+PARTIALS_BYTES = 2**26  # most bytes of partial sums of gram that wait to be added up
 
 
 class _Entered:
@@ -256,7 +260,8 @@ class _Entered:
             self.mixes = group.mixes(dtype)
         self.inverse = torch.linalg.inv_ex(self.mixes.weight.detach().double())[0]
         self.left = len(group.steps)
-        self.partials: list[tuple[int, Tensor, Tensor]] = []
+        self.partials: tuple[Tensor, Tensor] | None = None
+        self.waiting: list[int] = []  # the steps that have partial sums there
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,19 +269,31 @@ class _Entered:
         weight, bias = (t.detach()[row] for t in self.mixes[:2])
         return weight, bias, self.inverse[row].to(weight.dtype)
 
-    def gather(self, row: int, gram: Tensor, dbias: Tensor) -> None:
-        """Take a step's partial sums of gram and d bias; many steps' are added in one launch."""
+    def room(self, row: int, splits: int) -> tuple[Tensor, Tensor]:
+        """Where a step's partial sums of gram (splits, C, C) and d bias (splits, C) go. Those of
+        all steps, or of as many as `PARTIALS_BYTES` holds, are then added in one launch."""
+        if self.partials is not None:
+            steps, has = self.partials[0].shape[:2]
+            if len(self.waiting) == steps or has != splits:
+                self._add_up()
+        if self.partials is None:
+            weight = self.mixes.weight.detach()
+            c = weight.shape[-1]
+            fit = PARTIALS_BYTES // (splits * c * c * weight.element_size())
+            steps = max(1, min(self.left, fit))
+            self.partials = (
+                weight.new_empty((steps, splits, c, c)),
+                weight.new_empty((steps, splits, c)),
+            )
         self.left -= 1
-        self.partials.append((row, gram, dbias))
-        if len(self.partials) * gram.nbytes > PARTIALS_BYTES:
-            self._add_up()
+        self.waiting.append(row)
+        return self.partials[0][len(self.waiting) - 1], self.partials[1][len(self.waiting) - 1]
 
     def _add_up(self) -> None:
-        if self.partials:
-            rows, grams, dbiases = zip(*self.partials, strict=True)
-            sums = torch.stack(grams).sum(1), torch.stack(dbiases).sum(1)
-            self.sums.update({row: (sums[0][i], sums[1][i]) for i, row in enumerate(rows)})
-            self.partials.clear()
+        if self.partials is not None:
+            grams, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
+            self.sums.update({r: (grams[i], dbiases[i]) for i, r in enumerate(self.waiting)})
+            self.partials, self.waiting = None, []
 
     def leave(self) -> tuple[list[nn.Parameter], tuple[Tensor | None, ...]]:
         """The steps' own parameters and their gradients, by way of dW = gram W^-T and d bias."""

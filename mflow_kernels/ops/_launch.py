@@ -67,7 +67,11 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
-RUN_TIME = ("N", "TILES")  # arguments that follow the batch size: Triton compiles for no value
+RUN_TIME = (
+    "N",
+    "TILES",
+    "SPLITS",
+)  # arguments that follow the batch size: Triton compiles for no value
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -158,8 +162,20 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
             f"expected samples that span at most 2^31 elements, got one of shape "
             f"{tuple(x.shape[1:])} that spans {last + 1}"
         )
-    unit = _UNITS[math.gcd(8, n, 0 if c == 1 else c, 0 if p == 1 else p)]
+    first = x.data_ptr() // x.element_size()
+    unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
+
+
+def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
+    """Both halves of a state and their strides, for `at_halves`."""
+    (a, a_strides), (b, b_strides) = strided(a), strided(b)
+    if a_strides is None or b_strides is None:
+        return a, a_strides, b, b_strides
+    if a_strides[:3] != b_strides[:3]:
+        return a, a_strides, b, b_strides
+    unit = min(a_strides[3], b_strides[3], key=lambda unit: unit.value)
+    return a, (*a_strides[:3], unit), b, None
 
 
 def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -247,13 +263,39 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
     transposed, columns by channels."""
     UNIT: tl.constexpr = strides[3]
     if PIXELS_FIRST:
-        x += step(n[:, None], strides[0], UNIT)
-        x += step(c[None, :], strides[1], UNIT)
-        return x + step(p[:, None], strides[2], UNIT)
+        n, c, p = n[:, None], c[None, :], p[:, None]
     else:
-        x += step(n[None, :], strides[0], UNIT)
-        x += step(c[:, None], strides[1], UNIT)
-        return x + step(p[None, :], strides[2], UNIT)
+        n, c, p = n[None, :], c[:, None], p[None, :]
+    SIZE: tl.constexpr = UNIT * x.dtype.element_ty.primitive_bitwidth // 8
+    x += step(n, strides[0], UNIT)
+    # A step of 1 comes last: up to there each address is a multiple of UNIT elements. The compiler
+    # takes the hint from the result of an operation, not from an argument.
+    if strides[1] is None:
+        x = tl.multiple_of(x + step(p, strides[2], UNIT), [SIZE, SIZE])
+        return x + c
+    else:
+        x += step(c, strides[1], UNIT)
+        if strides[2] is None:
+            x = tl.multiple_of(x, [SIZE, SIZE])
+        return x + step(p, strides[2], UNIT)
+
+
+@triton.jit
+def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
+    """Addresses, columns by channels, of channels c of a half: of `a` where `is_a`, else of `b`.
+
+    The strides of b are None where they are those of a: that saves half of the arithmetic.
+    """
+    if b_strides is None:
+        UNIT: tl.constexpr = a_strides[3]
+        half = tl.where(is_a, a, b)
+        half = tl.multiple_of(half, UNIT * half.dtype.element_ty.primitive_bitwidth // 8)
+        half += step(c, a_strides[1], UNIT)
+        column = step(n, a_strides[0], UNIT) + step(p, a_strides[2], UNIT)
+        return half[None, :] + column[:, None]
+    else:
+        at_a = at(a, a_strides, n, c, p, PIXELS_FIRST=True)
+        return tl.where(is_a[None, :], at_a, at(b, b_strides, n, c, p, PIXELS_FIRST=True))
 
 
 @triton.jit

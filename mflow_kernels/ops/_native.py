@@ -152,7 +152,7 @@ def coupling_conv1x1_backward(
     params whose pixels one stride walks, and a ledger of one column."""
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
-    gram, dbias = _sums(x)
+    gram, dbias = sums(x)
     _C.unmix_coupled(
         torch.get_num_threads(), x, params, dy, dnet, (dledger.data_ptr(), dledger.stride(0)),
         weight, dx, dparams, gram.data_ptr(), dbias.data_ptr(), scale.args, inverse,
@@ -168,25 +168,29 @@ def unmix(
     weight_inverse: Tensor | None,
     bias: Tensor | None,
     dx: Tensor,
+    gram: Tensor,
+    dbias: Tensor,
     net_dtype: torch.dtype | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """x, the network input cut from it, and one partial sum of gram and d bias; fills dx, and makes
-    x like it. Without a weight_inverse neither x nor the network input is made."""
+) -> tuple[Tensor | None, Tensor]:
+    """Fill dx, gram (1, C, C) and dbias (1, C); return x, like dx, and the network input cut from
+    it. Without a weight_inverse neither is made."""
     assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)
     net = net_input(dx, None if x is None else net_dtype)
     cut = x is not None and net_dtype == dx.dtype
-    gram, dbias = _sums(dx)
+    if not dx.numel():
+        gram.zero_()
+        dbias.zero_()
     _C.unmix(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
         net if cut else None, dx, gram.data_ptr(), dbias.data_ptr(),
     )  # fmt: skip
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
-    return x, net, gram, dbias
+    return x, net
 
 
-def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for one partial sum of gram and d bias."""
     c = x.shape[1]
     new = x.new_empty if x.numel() else x.new_zeros

@@ -117,7 +117,8 @@ def conv1x1_backward(
     if _native.mixes(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
-        _, _, dweight, dbias = _native.unmix(*halves, dnet, weight, None, None, dx)
+        dweight, dbias = _native.sums(x)
+        _native.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]

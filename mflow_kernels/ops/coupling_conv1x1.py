@@ -50,6 +50,7 @@ from mflow_kernels.ops._products import (
     launch_mix,
     load_gradient,
     mix_tile,
+    tile_and_block,
 )
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
@@ -114,8 +115,9 @@ def _coupling_conv1x1_bwd_kernel(
 ):
     """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
     BLOCK_P: tl.constexpr = COLUMNS.block
-    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
-    c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    tile, block = tile_and_block(C, BLOCK_O)
+    n, p, valid = columns(tile, N, P, COLUMNS)
+    c = block * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (c[:, None] < C) & valid[None, :]
     dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
@@ -153,7 +155,7 @@ def launch_coupling_conv1x1_backward(
     if n:
         launch(
             _coupling_conv1x1_bwd_kernel,
-            (tiles.programs, triton.cdiv(c, tile.block_o)),
+            (tiles.programs * triton.cdiv(c, tile.block_o),),
             *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
             *(weight, weight.stride()[1:], dledger, dledger.stride()),
             *(*strided(dx), *strided(dparams), n, p),

@@ -11,13 +11,15 @@ left to the caller for all steps at once, in float64. Where the state before was
 rebuilt; gram is the same. Swap W and W^-1 to walk back through an inverse (sampling) chain. The
 halves of y and dy are tensors of their own, as `uncouple` leaves them.
 
-Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`.
+Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with
+three tf32 products for one of float32.
 Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
-program does all three products of its pixels; past that, where arithmetic sets the pace, they do
-not fit its registers: gram has programs of its own, which read y and dy once more, and each block
-of 128 output channels reads its input again.
+program does all three products of its pixels. Past that, arithmetic sets the pace and three
+products do not fit the registers: gram has programs of its own, which read y and dy once more, and
+each block of 128 output channels reads its input again.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,32 +32,52 @@ from mflow_kernels.ops._launch import (
     RUN_TIME,
     accumulator,
     at,
+    at_halves,
     columns,
     cut_net_input,
     dense_pixels,
     launch,
-    net_input,
     pixels,
     store,
     strided,
+    strided_halves,
     tile_columns,
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops._products import arithmetic
+from mflow_kernels.ops._products import MULTIPROCESSORS, arithmetic, partial_sums
 
 Halves = tuple[Tensor, Tensor]
 
 
 class Unmixed(NamedTuple):
-    """What the launch leaves: x (None where y was kept), dx, the network input x_a, and
-    partial sums (splits, C, C) of gram and (splits, C) of d bias."""
+    """Results of un-mixing.
 
-    x: Tensor | None
-    dx: Tensor
+    Attributes:
+        x: the halves of x; None where y was kept.
+        dx: the halves of its gradient.
+        whole: x and dx as states of one piece, whose halves `x` and `dx` are; or None if the halves
+            are dense tensors of their own.
+        net: the network input x_a, or None.
+        gram: partial sums, (splits, C, C).
+        dbias: partial sums, (splits, C).
+    """
+
+    x: Halves | None
+    dx: Halves
+    whole: tuple[Tensor | None, Tensor] | None
     net: Tensor | None
     gram: Tensor
     dbias: Tensor
+
+
+def in_one_piece(
+    x: Tensor | None, dx: Tensor, net: Tensor | None, gram: Tensor, dbias: Tensor
+) -> Unmixed:
+    """Results whose states are whole."""
+    c_a = dx.shape[1] // 2
+    x_halves = None if x is None else (x[:, :c_a], x[:, c_a:])
+    return Unmixed(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, gram, dbias)
 
 
 def unmix_ref(
@@ -85,14 +107,103 @@ def unmix_ref(
         dx = state(dy_p @ weight)
         gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
         if weight_inverse is None:
-            return Unmixed(None, dx, None, gram, dbias)
+            return in_one_piece(None, dx, None, gram, dbias)
         x = state(y_p @ weight_inverse.t())
     net = None if net_dtype is None else cut_net_input(x, net_dtype)
-    return Unmixed(x, dx, net, gram, dbias)
+    return in_one_piece(x, dx, net, gram, dbias)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _unmix_kernel(
+    y_a,
+    y_a_strides,
+    y_b,
+    y_b_strides,
+    dy_a,
+    dy_a_strides,
+    dy_b,
+    dy_b_strides,
+    dnet,
+    dnet_strides,
+    weight,
+    weight_inverse,
+    bias,
+    x_a,
+    x_a_strides,
+    x_b,
+    x_b_strides,
+    dx_a,
+    dx_a_strides,
+    dx_b,
+    dx_b_strides,
+    net,
+    net_strides,
+    gram,
+    dbias,
+    N,
+    P,
+    TILES,
+    C: tl.constexpr,
+    HALF: tl.constexpr,
+    WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """All three products of every `programs`-th tile. The weights are loaded once.
+
+    A tile is columns by places, HALF places for each half of the channels. The last place is empty:
+    y - bias is 1 there, so that gram gets d bias as its last column. Each warp has columns of its
+    own in every product, and the warps' sums for gram are added at the end.
+    """
+    BLOCK_P: tl.constexpr = COLUMNS.block
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    C_A: tl.constexpr = C // 2
+    LAST: tl.constexpr = 2 * HALF - 1
+    place = tl.arange(0, 2 * HALF)
+    is_a = place // HALF == 0
+    c = place % HALF
+    exists = c < tl.where(is_a, C_A, C - C_A)
+    channel = tl.where(is_a, c, c + C_A)
+    at_square = channel[:, None] * C + channel[None, :]
+    square = exists[:, None] & exists[None, :]
+    w_t = tl.load(weight + at_square, mask=square, other=0.0)
+    if x_a is not None:
+        at_inverse = weight_inverse + channel[None, :] * C + channel[:, None]
+        inverse_t = tl.load(at_inverse, mask=square, other=0.0)
+    bias_t = tl.load(bias + channel, mask=exists, other=0.0)
+    bias_t = tl.where(place == LAST, -1.0, bias_t)
+    gram_t = tl.zeros([WARPS, 2 * HALF, 2 * HALF], tl.float32)
+    for tile in range(program, TILES, programs):
+        n, p, valid = columns(tile, N, P, COLUMNS)
+        inside = valid[:, None] & exists[None, :]
+        at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
+        dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
+        if dnet is not None:
+            at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
+            dy_t += tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+        dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
+        tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
+        # After the store of dx: with both tiles in flight the registers do not suffice at C = 24.
+        at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
+        y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
+        if x_a is not None:
+            x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
+            tl.store(at_halves(x_a, x_a_strides, x_b, x_b_strides, n, c, p, is_a), x_t, inside)
+            if net is not None:
+                at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
+                tl.store(at_net, x_t, inside & is_a[None, :])
+        # Columns that do not exist add nothing, because dy is zero there.
+        dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
+        y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
+        dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
+        gram_t = tl.dot(dy_of_warp, y_of_warp, gram_t, input_precision="tf32x3")
+    total = tl.sum(gram_t, axis=0)
+    tl.store(gram + program.to(tl.int64) * (C * C) + at_square, total, square)
+    dbias_t = tl.sum(tl.where(place[None, :] == LAST, total, 0.0), axis=1)
+    tl.store(dbias + program * C + channel, dbias_t, exists)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _unmix_wide_kernel(
     y_a,
     y_a_strides,
     y_b,
@@ -117,6 +228,7 @@ def _unmix_kernel(
     N,
     P,
     TILES,
+    SPLITS,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -126,17 +238,23 @@ def _unmix_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The first MIXERS programs of axis 1 each give BLOCK_O channels of x and dx; where they see
-    all channels at once (one mixer, one block of input channels) they form gram on the way, else
-    the programs after them do."""
+    """Where one program sees all channels (GRAM_BLOCKS = 0), all three products of every tile that
+    is a multiple of SPLITS from its own. Else the first TILES * MIXERS programs each give BLOCK_O
+    channels of x and dx of one tile, and those after them the blocks of SPLITS partial sums of
+    gram.
+
+    Programs of one tile are neighbours, so that all but the first find its states in the L2 cache.
+    """
     BLOCK_P: tl.constexpr = COLUMNS.block
-    program, programs, role = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    if role < MIXERS:
-        o = role * BLOCK_O + tl.arange(0, BLOCK_O)
+    program = tl.program_id(0)
+    mixers = SPLITS if GRAM_BLOCKS == 0 else TILES * MIXERS
+    if program < mixers:
+        o = program % MIXERS * BLOCK_O + tl.arange(0, BLOCK_O)
+        first = program // MIXERS
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
             dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
-        for tile in range(program, TILES, programs):
+        for tile in range(first, TILES, mixers // MIXERS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
             dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
@@ -183,12 +301,13 @@ def _unmix_kernel(
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
-        block = role - MIXERS
+        block = (program - mixers) % (GRAM_BLOCKS * GRAM_BLOCKS)
+        split = (program - mixers) // (GRAM_BLOCKS * GRAM_BLOCKS)
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
         dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-        for tile in range(program, TILES, programs):
+        for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(
                 dy_a, dy_a_strides, dnet, dnet_strides, dy_b, dy_b_strides, n, o, p, valid, C, DTYPE
@@ -199,7 +318,7 @@ def _unmix_kernel(
             gram_t = tl.dot(dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE)
             dbias_t += dy_t
         # Programs of one block of rows sum the same dy: they store the same d bias.
-        _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C)
+        _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C)
 
 
 @triton.jit
@@ -245,38 +364,58 @@ def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DT
 
 
 @triton.jit
-def _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C: tl.constexpr):
-    at_gram = gram + program.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+def _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C: tl.constexpr):
+    at_gram = gram + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
     tl.store(at_gram, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
-    tl.store(dbias + program * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
+    tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
 
 
 class UnmixTile(NamedTuple):
-    """Blocks of an un-mixing launch: output channels, input channels, columns; its warps and
-    software pipelining stages."""
+    """How un-mixing is cut.
 
+    Attributes:
+        half: places for a half of the channels in `_unmix_kernel`; 0 for `_unmix_wide_kernel`.
+        block_o: output channels of a program.
+        block_c: input channels of one product.
+        block_p: columns of a tile.
+        warps: of a program.
+        stages: of software pipelining.
+        programs: for each multiprocessor, of those that leave a partial sum.
+    """
+
+    half: int
     block_o: int
     block_c: int
     block_p: int
     warps: int
     stages: int
+    programs: int
 
 
 def unmix_tile(c: int, dtype: torch.dtype) -> UnmixTile:
-    """What compiles without spills for sm_80, sm_90 and sm_100. Past C = 64 three products of one
-    tile do not fit the registers, and gram has programs of its own."""
+    """What compiles without spills for sm_80, sm_90 and sm_100."""
     if dtype == torch.float64:
-        return UnmixTile(16, 16, 16, 4, 1) if c <= 16 else UnmixTile(32, 16, 16, 4, 1)
-    if c <= 16:
-        return UnmixTile(16, 16, 32, 4, 3)
+        block_o = 16 if c <= 16 else 32
+        return UnmixTile(0, block_o, 16, 16, 4, 1, 2)
+    half = max(8, triton.next_power_of_2(c - c // 2 + 1))  # one place stays empty
+    if half <= 16:
+        return UnmixTile(half, 2 * half, 2 * half, 64, 4, 1, 4 if half == 8 else 2)
     if c <= 32:
-        return UnmixTile(32, 32, 16, 4, 3)
+        return UnmixTile(0, 32, 32, 16, 2, 1, 2)
     if c <= 64:
-        return UnmixTile(64, 64, 16, 4, 2)
-    return UnmixTile(128, 64, 16, 8, 1)
+        return UnmixTile(0, 64, 64, 16, 4, 2, 2)
+    return UnmixTile(0, 128, 64, 16, 8, 1, 2)
 
 
-UNMIX_PROGRAMS = 264  # of a launch: two for each multiprocessor of an H100
+def unmix_splits(half: Tensor, c: int) -> int:
+    """How many partial sums un-mixing a state of c channels leaves; `half` is one of its halves."""
+    if not uses_triton(half):
+        return 1
+    tile = unmix_tile(c, accumulator(half.dtype))
+    blocks = triton.cdiv(c, tile.block_o) ** 2
+    n, p = half.shape[0], pixels(half)
+    programs = tile.programs * MULTIPROCESSORS // blocks
+    return partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
 
 
 def launch_unmix(
@@ -288,34 +427,64 @@ def launch_unmix(
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
-    precision: str,
+    apart: bool,
+    gram: Tensor,
+    dbias: Tensor,
 ) -> Unmixed:
     """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
     y_a, y_b, dy_a, dy_b = map(dense_pixels, (*y, *dy))
     dnet = None if dnet is None else dense_pixels(dnet)
     weight = weight.contiguous()
     weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
-    n, c, p = y_a.shape[0], weight.shape[0], pixels(y_a)
+    n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), gram.shape[0]
     tile = unmix_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
-    mixers = triton.cdiv(c, tile.block_o)
-    gram_blocks = 0 if tile.block_c >= c else mixers
-    roles = mixers + gram_blocks * gram_blocks
-    splits = max(1, min(tiles.programs, UNMIX_PROGRAMS // roles))
-    dx = empty_state(y_b, c, channels_last)
-    x = None if weight_inverse is None else torch.empty_like(dx)
-    net = None if x is None or net_dtype is None else net_input(x, net_dtype)
-    new = y_b.new_empty if n else y_b.new_zeros
-    gram, dbias = (new(s, dtype=accumulator(y_b.dtype)) for s in ((splits, c, c), (splits, c)))
-    if n:
+    if apart and tile.half:
+        c_a = c // 2
+        new = partial(empty_state, y_b, channels_last=channels_last)
+        x = None if weight_inverse is None else (new(c_a), new(c - c_a))
+        made = Unmixed(x, (new(c_a), new(c - c_a)), None, None, gram, dbias)
+    else:
+        dx = empty_state(y_b, c, channels_last)
+        whole = None if weight_inverse is None else torch.empty_like(dx)
+        made = in_one_piece(whole, dx, None, gram, dbias)
+    net = stored = None
+    if made.x is not None and net_dtype is not None:
+        if made.whole is None and net_dtype == y_b.dtype:
+            net = made.x[0]
+        else:
+            net = stored = torch.empty_like(made.x[0], dtype=net_dtype)
+        made = made._replace(net=net)
+    if n == 0:
+        gram.zero_()
+        dbias.zero_()
+    elif tile.half:
         launch(
             _unmix_kernel,
-            (splits, roles),
-            *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
-            *(weight, weight_inverse, bias, *strided(x), *strided(dx), *strided(net)),
-            *(gram, dbias, n, p, tiles.programs),
+            (splits,),
+            *(*strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b), *strided(dnet)),
+            *(weight, weight_inverse, bias, *strided_halves(*(made.x or (None, None)))),
+            *(*strided_halves(*made.dx), *strided(stored), gram, dbias, n, p, tiles.programs),
             C=c,
-            **arithmetic(y_b, precision),
+            HALF=tile.half,
+            WARPS=tile.warps,
+            COLUMNS=tiles.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    else:
+        assert made.whole is not None
+        mixers = triton.cdiv(c, tile.block_o)
+        gram_blocks = 0 if tile.block_c >= c else mixers
+        grid = tiles.programs * mixers + splits * gram_blocks**2 if gram_blocks else splits
+        launch(
+            _unmix_wide_kernel,
+            (grid,),
+            *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
+            *(weight, weight_inverse, bias, *strided(made.whole[0]), *strided(made.whole[1])),
+            *(*strided(stored), gram, dbias, n, p, tiles.programs, splits),
+            C=c,
+            **arithmetic(y_b, "tf32x3"),
             MIXERS=mixers,
             GRAM_BLOCKS=gram_blocks,
             BLOCK_O=tile.block_o,
@@ -324,11 +493,11 @@ def launch_unmix(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return Unmixed(x, dx, net, gram, dbias)
+    return made
 
 
 def empty_state(half: Tensor, channels: int, channels_last: bool) -> Tensor:
-    """An empty, dense state of so many channels, shaped otherwise as one of its halves."""
+    """An empty, dense tensor of that many channels, with the batch and pixels of `half`."""
     if not channels_last:
         return half.new_empty((half.shape[0], channels, *half.shape[2:]))
     last = half.new_empty((half.shape[0], *half.shape[2:], channels))
@@ -344,7 +513,9 @@ def unmix(
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
-    precision: str = "tf32x3",
+    apart: bool,
+    gram: Tensor,
+    dbias: Tensor,
 ) -> Unmixed:
     """The second launch of a step's backward; on a CPU the loops of csrc, or its reference.
 
@@ -355,18 +526,22 @@ def unmix(
         weight, bias: (C, C) and (C,), float32 (float64).
         weight_inverse: W^-1, or None where x was kept and is not asked for.
         net_dtype: dtype of the network input to cut from x, or None for none.
-        channels_last: the memory format of what is returned: that of the states as they were, which
-            halves of few channels no longer tell. A network given another one may differ in bits.
-        precision: as for `conv1x1`.
+        channels_last: the memory format of the results: that of the states, which halves of few
+            channels do not show. A network whose input has another format may differ in bits.
+        apart: whether the halves of x and dx may be tensors of their own. A kernel that reads one
+            half of a channels_last state of few channels fetches much of the other one.
+        gram, dbias: where partial sums go, (splits, C, C) and (splits, C), contiguous, with
+            `unmix_splits` splits.
     """
     if uses_triton(y[0]):
         return launch_unmix(
-            y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, precision
+            y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, apart, gram, dbias
         )
     if weight.shape[0] <= _native.MIXED_CHANNELS and _native.serves(y[1]):
         dx = empty_state(y[1], weight.shape[0], channels_last)
-        x, net, gram, dbias = _native.unmix(
-            y, dy, dnet, weight, weight_inverse, bias, dx, net_dtype
+        x, net = _native.unmix(
+            y, dy, dnet, weight, weight_inverse, bias, dx, gram, dbias, net_dtype
         )
-        return Unmixed(x, dx, net if net_dtype is not None else None, gram, dbias)
-    return unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
+        return in_one_piece(x, dx, net if net_dtype is not None else None, gram, dbias)
+    made = unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
+    return made._replace(gram=gram.copy_(made.gram), dbias=dbias.copy_(made.dbias))

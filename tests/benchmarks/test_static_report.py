@@ -116,6 +116,15 @@ def test_accesses_are_attributed_through_address_arithmetic() -> None:
     assert access_bytes(PTX, ["x", "y"]) == {"x": [16, 4], "y": [2]}
 
 
-def test_an_access_of_two_arguments_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no single argument"):
-        access_bytes(PTX + "add.s64 %rd4, %rd4, %rd5;\n", ["x", "y"])
+def test_an_access_whose_address_was_chosen_counts_for_each_argument() -> None:
+    chosen = PTX.replace("@%p1 ld", "selp.b64 %rd4, %rd4, %rd5, %p2;\n    @%p1 ld")
+    assert access_bytes(chosen, ["x", "y"]) == {"x": [16, 4], "y": [16, 4, 2]}
+    places = "mov.b32 %r8, k_param_0;\n mov.b32 %r9, k_param_1;\n selp.b32 %r7, %r8, %r9, %p2;\n"
+    loaded = PTX.replace("ld.param.b64 %rd1, [k_param_0]", places + "ld.param.b64 %rd1, [%r7]")
+    assert access_bytes(loaded, ["x", "y"]) == {"x": [16, 4], "y": [16, 4, 2]}
+
+
+def test_an_access_of_no_argument_is_an_error() -> None:
+    lost = PTX.replace("add.s64 %rd4, %rd1, %rd3", "mov.b64 %rd4, %rd3")
+    with pytest.raises(ValueError, match="no argument owns"):
+        access_bytes(lost, ["x", "y"])

@@ -8,21 +8,25 @@ from cases import LAYOUTS, normal, rotation
 from torch import Tensor
 
 from mflow_kernels.ops._launch import pixels
-from mflow_kernels.ops.unmix import Halves, launch_unmix, unmix_ref
+from mflow_kernels.ops.unmix import Halves, Unmixed, launch_unmix, unmix_ref, unmix_splits
 from mflow_kernels.testing import assert_close
 
-SHAPES = [(2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (2, 7, 20, 13), (1, 33, 3, 3), (1, 130, 3, 3)]
+SHAPES = [
+    (2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (1, 16, 4, 4), (1, 32, 4, 4), (2, 7, 20, 13),
+    (1, 33, 3, 3), (1, 130, 3, 3),
+]  # fmt: skip
 
 
 def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_unmix(
-    kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool
+    kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool, apart: bool
 ) -> None:
     n, c, *spatial = shape
     if layout == "channels_last" and len(spatial) != 2:
@@ -41,24 +45,41 @@ def test_unmix(
     bias = normal(c, device=kernel_device)
     dtype = torch.bfloat16 if rebuild else None
     last = layout == "channels_last"
-    got = launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, "tf32x3")
+    splits = unmix_splits(y[1], c)
+
+    def run(apart: bool) -> Unmixed:
+        sums = [y[1].new_full(size, torch.nan) for size in ((splits, c, c), (splits, c))]
+        return launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, apart, *sums)
+
+    got = run(apart)
     want = unmix_ref(
         tuple(doubled(*y)), tuple(doubled(*dy)), dnet.double(),  # type: ignore[arg-type]
         weight.double(), None if inverse is None else inverse.double(), bias.double(), dtype, last,
     )  # fmt: skip
-    for name, terms in (("x", c), ("dx", c), ("net", c)):
-        a, b = getattr(got, name), getattr(want, name)
-        assert (a is None) == (b is None) == (not rebuild and name != "dx")
-        if a is not None:
-            assert_close(a, b, terms=terms, name=name)
+    assert (got.x is None) == (got.net is None) == (not rebuild)
+    for name, a, b in (("x", got.x, want.x), ("dx", got.dx, want.dx)):
+        for half, half_wanted in zip(a or (), b or (), strict=True):
+            assert_close(half, half_wanted, terms=c, name=name)
+    if got.net is not None:
+        assert_close(got.net, want.net, terms=c, name="net")
     columns = n * pixels(y[0])
-    magnitude = math.sqrt(columns) * want.dx.abs().max().item() ** 2
+    magnitude = math.sqrt(columns) * max(t.abs().max().item() for t in want.dx) ** 2
     assert_close(got.gram.sum(0), want.gram.sum(0), terms=columns, scale=magnitude, name="gram")
     assert_close(got.dbias.sum(0), want.dbias.sum(0), terms=columns, scale=magnitude, name="dbias")
     form = torch.channels_last if last else torch.contiguous_format
-    assert got.dx.is_contiguous(memory_format=form)
-    again = launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, "tf32x3")
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True) if a is not None)
+    if got.whole is None:
+        assert all(t.is_contiguous(memory_format=form) for t in (*got.dx, *(got.x or ())))
+    else:
+        assert got.whole[1].is_contiguous(memory_format=form)
+        assert got.dx[1].data_ptr() == got.whole[1][:, c_a:].data_ptr()
+    again = run(apart)
+    for a, b in zip(results(got), results(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def results(made: Unmixed) -> list[Tensor]:
+    net = () if made.net is None else (made.net,)
+    return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
 
 
 def test_gram_recovers_the_gradient_of_the_weight() -> None:
