@@ -20,9 +20,9 @@ from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjectiv
 from mflow_kernels.layers import ActNorm, AffineCoupling
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops._launch import is_channels_last
-from mflow_kernels.training.config import TrainConfig
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.presets import PRESETS, preset_options
 from mflow_kernels.training.plan import plan_model
-from mflow_kernels.training.presets import PRESETS, preset_options
 
 BATCH = 2
 FEW = 3  # steps of flow, where a first, a middle and a last one make every launch there is

@@ -15,7 +15,7 @@ from cases import compare as compare_with_reference
 from torch import Tensor
 
 from mflow_kernels import ops
-from mflow_kernels.ops._launch import INTERPRETED
+from mflow_kernels.ops._launch import KERNELS_ON_CPU
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.masked_penalty import RHOS, masked_penalty_ref
 from mflow_kernels.ops.scale import log_scale_ref
@@ -23,11 +23,11 @@ from mflow_kernels.testing import assert_close
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)
 LENGTHS = (1, 1, 2, 3, 5, 7, 8, 16)
-ELEMENTS = 300 if INTERPRETED else 6000  # at most, of a state
+ELEMENTS = 300 if KERNELS_ON_CPU else 6000  # at most, of a state
 
 
 def cases() -> range:
-    default = "6" if INTERPRETED else "150"
+    default = "6" if KERNELS_ON_CPU else "150"
     first, _, last = os.environ.get("MFLOW_FUZZ", default).rpartition(":")
     return range(int(first or 0), int(last))
 

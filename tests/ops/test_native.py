@@ -382,7 +382,7 @@ ODD_SHAPES = [(2, 1, 16, 7), (2, 4, 3, 5), (1, 3, 1, 6), (3, 2, 1, 1), (0, 3, 4,
 @pytest.mark.parametrize("of_state", ODD_VIEWS)
 def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkeypatch):
     """Without the dispatcher, as layers call them, so that nothing resolves a view before."""
-    monkeypatch.setattr(import_module("mflow_kernels.ops._launch"), "INTERPRETED", False)
+    monkeypatch.setattr(import_module("mflow_kernels.ops._launch"), "KERNELS_ON_CPU", False)
     c = shape[1]
     x = dense_pixels(ODD_VIEWS[of_state](normal(*shape))).requires_grad_()
     weight, bias = rotation(c).requires_grad_(), normal(c).requires_grad_()
