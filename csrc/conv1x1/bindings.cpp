@@ -1,5 +1,5 @@
 // The 1x1 convolutions in the Python module. Checked here is what would make the loops read or write
-// wrong memory. The caller (mflow_kernels/ops/_native.py) has checked devices.
+// wrong memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
 // The couplings in the Python module. Checked here is what would make the loops read or write wrong
-// memory. The caller (mflow_kernels/ops/_native.py) has checked devices.
+// memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
 

@@ -11,8 +11,8 @@ from mflow_kernels.data.progress import Tell
 from mflow_kernels.data.splits import dequantize, stream_generator
 from mflow_kernels.evaluation.likelihood import batch_of
 from mflow_kernels.models import HierarchicalFlow
+from mflow_kernels.models.objectives import bits_per_dimension
 from mflow_kernels.models.volume import Method
-from mflow_kernels.objectives import bits_per_dimension
 
 SCORED_IMAGES = 256  # of each set
 DENSITY_BATCH = 8  # images at a time: minutes on a CPU, so that it is told how far it has come

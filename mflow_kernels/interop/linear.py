@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.layers.moves import Mixes
-from mflow_kernels.ops._launch import is_channels_last, transformed, without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.launch import is_channels_last, transformed, without_autocast
+from mflow_kernels.reversible.program import Mixes
 
 
 class Affine(NamedTuple):

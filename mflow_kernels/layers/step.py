@@ -12,17 +12,17 @@ from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
-from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, run
-from mflow_kernels.ops._autograd import refuse_second_derivative
-from mflow_kernels.ops._checks import check_count
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.checks import check_count
+from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.launch import (
     accumulator,
     pixels,
     transformed,
     without_autocast,
 )
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.registration import refuse_second_derivative
 from mflow_kernels.ops.scale import Kind, ScaleFunction
+from mflow_kernels.reversible.program import Couple, Mix, Mixes, Move, run
 
 
 class FlowStep(Bijection):

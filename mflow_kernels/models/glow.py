@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
-from mflow_kernels.ops._checks import check_count, check_tensor
-from mflow_kernels.ops._launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.checks import check_count, check_tensor
+from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 

@@ -15,7 +15,7 @@ from mflow_kernels.layers import Bijection
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
-from mflow_kernels.objectives import ManifoldObjective
+from mflow_kernels.models.objectives import ManifoldObjective
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"

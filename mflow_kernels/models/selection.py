@@ -19,7 +19,7 @@ from torch import Tensor
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
 from mflow_kernels.models.volume import PASS, jacobians
-from mflow_kernels.ops._checks import check_count
+from mflow_kernels.ops.checks import check_count
 
 LEAST_GAP = 2.0
 

@@ -12,7 +12,7 @@ Gradients, with g = d loss / d y:
 The launch can also write the input of the next coupling network, x_a of y, dense and in the
 network's dtype; its gradient comes back beside that of y and is added as both are read.
 
-The kernels, `_products.py`, are those of the fused step (`coupling_conv1x1`) too.
+The kernels, `channel_products.py`, are those of the fused step (`coupling_conv1x1`) too.
 
 Shapes: x (N, C, *spatial), weight (C, C), bias (C,). dtypes: products of float32 states are summed
 in float32 on the tensor cores with three tf32 products each ("tf32x3", within float32 rounding);
@@ -30,15 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import operator, register
-from mflow_kernels.ops._checks import (
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.channel_products import (
+    dweight_splits,
+    launch_dweight,
+    launch_mix,
+)
+from mflow_kernels.ops.checks import (
     check_choice,
     check_device,
     check_shape,
     check_tensor,
 )
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.launch import (
     accumulator,
     capturing,
     cut_net_input,
@@ -48,11 +52,7 @@ from mflow_kernels.ops._launch import (
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops._products import (
-    dweight_splits,
-    launch_dweight,
-    launch_mix,
-)
+from mflow_kernels.ops.registration import operator, register
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -103,8 +103,8 @@ def conv1x1_forward(
     if uses_triton(x):
         y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
         return y, net
-    if _native.mixes(x):
-        return _native.mix(x, weight, bias, net_dtype)[:2]
+    if cpu.mixes(x):
+        return cpu.mix(x, weight, bias, net_dtype)[:2]
     y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
@@ -116,11 +116,11 @@ def conv1x1_backward(
     if uses_triton(x):
         dx, _, _ = launch_mix(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
-    if _native.mixes(x):
+    if cpu.mixes(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
-        dweight, dbias = _native.sums(x)
-        _native.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
+        dweight, dbias = cpu.sums(x)
+        cpu.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]

@@ -37,8 +37,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import operator, refuse_second_derivative
-from mflow_kernels.ops._checks import (
+from mflow_kernels.ops.checks import (
     STATE_DTYPES,
     check_broadcast,
     check_choice,
@@ -47,8 +46,9 @@ from mflow_kernels.ops._checks import (
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops._launch import accumulator, transformed
-from mflow_kernels.ops._native import _C
+from mflow_kernels.ops.cpu import _C
+from mflow_kernels.ops.launch import accumulator, transformed
+from mflow_kernels.ops.registration import operator, refuse_second_derivative
 
 Rho = Literal["l2", "l1", "huber"]
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._checks import check_choice
+from mflow_kernels.ops.checks import check_choice
 
 Kind = Literal["sigmoid", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]

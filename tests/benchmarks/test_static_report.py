@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._ptx import access_bytes
+from benchmarks.reports.ptx import access_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
     saved = tmp_path / "static.json"
     done = run(
-        "-m", "benchmarks.static_report", "--quick", "--target", "sm_90", "--json", str(saved)
+        "-m", "benchmarks.reports.static", "--quick", "--target", "sm_90", "--json", str(saved)
     )
     rows = json.loads(saved.read_text())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +45,7 @@ import contextlib
 from dataclasses import replace
 
 import torch
-from benchmarks import _recorded
+from benchmarks.reports import recorded as _recorded
 from mflow_kernels.layers.networks import coupling_net
 
 def keys(model):
@@ -83,8 +83,9 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from benchmarks import _aot, static_report
-from benchmarks._recorded import Recorded
+from benchmarks.reports import aot as _aot
+from benchmarks.reports import static as static_report
+from benchmarks.reports.recorded import Recorded
 
 @triton.jit
 def _sound_kernel(x, y):

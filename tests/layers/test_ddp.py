@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
-from mflow_kernels.layers.walkback import WalkBack
+from mflow_kernels.reversible.backward import WalkBack
 from mflow_kernels.testing import assert_close
 
 RANKS = 2

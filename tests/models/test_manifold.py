@@ -222,7 +222,7 @@ def test_bad_calls():
 def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monkeypatch):
     """It walks the flow in both directions; W^-1 is not checked on the way."""
     # It computes a number of numbers on the host.
-    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     glow = moved(Glow((1, 4, 4), 2, 2, 4, reversible=reversible))
     flow = ManifoldFlow(glow, 5, objective=ManifoldObjective("data"))
     x = normal(2, 1, 4, 4)

@@ -6,7 +6,8 @@ from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels import ops
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
+from mflow_kernels.ops.launch import (
     dense_pixels,
     flow_state,
     in_layout_of,
@@ -14,9 +15,8 @@ from mflow_kernels.ops._launch import (
     strides,
     tile_columns,
 )
-from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
-from mflow_kernels.ops.uncouple import uncouple
-from mflow_kernels.ops.unmix import unmix
+from mflow_kernels.ops.rebuild_conv1x1 import unmix
+from mflow_kernels.ops.rebuild_coupling import uncouple
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)

@@ -12,7 +12,9 @@ from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
-from mflow_kernels.layers import ReversibleChain, rerun, reversible
+from mflow_kernels.layers import ReversibleChain
+from mflow_kernels.layers import chain as reversible
+from mflow_kernels.reversible import rerun
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -407,7 +409,7 @@ def test_nothing_in_what_is_captured_waits_for_the_device(
     domain, weight, reversible, stand_in, monkeypatch
 ):
     # It computes a number of numbers on the host.
-    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     flow = VectorFlow(6, steps=3, width=8, reversible=reversible, checkpoint_every=2)
     model = ManifoldFlow(flow, 3, objective=ManifoldObjective(domain, weight=weight))
     with HostReads():

@@ -156,7 +156,7 @@ def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, mon
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
     # It computes a number of numbers on the host.
-    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     assert main([*command, "--domain", domain]) == 0
     assert found[:2] == found[3:5] == [0, 0]
     assert looks == [2, 5]
