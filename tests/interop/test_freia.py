@@ -13,7 +13,7 @@ from torch import nn
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate, linear
-from mflow_kernels.interop.freia.adapter import adapter as freia
+from mflow_kernels.interop.freia import adapter as freia
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
 

@@ -11,8 +11,8 @@ from normflows.flows.affine import coupling_test, glow_test
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop.normflows import adapter as normflows
 from mflow_kernels.interop.normflows.adapter import FusedFlow
-from mflow_kernels.interop.normflows.adapter import adapter as normflows
 from mflow_kernels.interop.subclasses import plan_of
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.freia.adapter.layers import LAYERS as LAYERS
-from mflow_kernels.interop.freia.adapter.layers import channels_of as channels_of
+from mflow_kernels.interop.freia.layers import LAYERS as LAYERS
+from mflow_kernels.interop.freia.layers import channels_of as channels_of
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import Run
 from mflow_kernels.interop.subclasses import Fused, accelerate_module, plan_of

@@ -13,8 +13,8 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.normflows.adapter.layers import LAYERS as LAYERS
-from mflow_kernels.interop.normflows.adapter.layers import channels_of as channels_of
+from mflow_kernels.interop.normflows.layers import LAYERS as LAYERS
+from mflow_kernels.interop.normflows.layers import channels_of as channels_of
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import Run
 from mflow_kernels.interop.subclasses import Fused, FusedLists, accelerate_module, plan_of
