@@ -18,7 +18,7 @@ OPERATIONS = (
     *((name, direction)
       for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
       for direction in ("forward", "inverse", "backward")),
-    ("uncouple", "backward"),
+    ("rebuild_coupling", "backward"),
     ("unmix", "backward"),
     ("accumulate_logdet", "forward"),
     ("masked_penalty", "forward"),

@@ -16,7 +16,7 @@ from mflow_kernels.ops.coupling import affine_coupling_ref
 from mflow_kernels.ops.logdet import accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_ref
 from mflow_kernels.ops.rebuild_conv1x1 import unmix, unmix_ref
-from mflow_kernels.ops.rebuild_coupling import uncouple, uncouple_ref
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.testing import assert_close
 
 SCALE = ScaleFunction("tanh")
@@ -181,7 +181,7 @@ def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> It
     x, q, weight, bias = (t.detach() for t in (x, q, weight, bias))
     dx, dlogdet = make.state(c).detach(), make.normal(n).detach()
     back = (x[:, c_a:], dx[:, c_a:], dlogdet, q, SCALE, False, False)
-    yield Operation("uncouple", "backward", uncouple, uncouple_ref, back, False,
+    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back, False,
                     4 * half + 2 * params, (1,))  # fmt: skip
     halves = (x[:, :c_a], x[:, c_a:]), (dx[:, :c_a], dx[:, c_a:])
     back = (*halves, None, weight, weight.t().contiguous(), bias, None, shape.channels_last)

@@ -232,7 +232,7 @@ struct Unmixing {
         grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
         if (p.coupling) {
             grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
-            uncouple(t, *p.coupling, b);
+            coupling_backward(t, *p.coupling, b);
             return;
         }
         grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
@@ -253,7 +253,7 @@ struct Unmixing {
         }
     }
 
-    MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
+    MFLOW_INLINE void coupling_backward(const Tile& t, const Coupling& c, Panels<A>& b) {
         const int first = grid.first, second = grid.channels - first, size = second * grid.pixels(t);
         Buffers<A>& h = b.half;
         const auto dense = [&](A* data) { return grid.dense(t, second, data); };

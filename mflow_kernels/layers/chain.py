@@ -1,7 +1,7 @@
 """Chains of flow layers whose memory does not grow with depth.
 
 The forward pass keeps the chain's output. The backward pass rebuilds each state from the one after
-it, runs each network again, and needs two launches a step beside them (`ops.uncouple`,
+it, runs each network again, and needs two launches a step beside them (`rebuild_coupling`,
 `ops.unmix`). W^-1 is taken in float64, networks run again under the autocast, with the random
 numbers and without a second update of the running statistics of the first time.
 """

@@ -72,10 +72,10 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor]:
     """`coupling.coupling_backward_ref`, with dlogdet (N,). If y is given, fills it with the
     coupling's output, which adds little work."""
-    return _uncouple(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
+    return _coupling_backward(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
 
 
-def uncouple(
+def rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,
     dlogdet: Tensor,
@@ -84,14 +84,14 @@ def uncouple(
     inverse: bool,
     kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`uncouple_ref`."""
+    """`rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
-    dy_b, dparams = _uncouple(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
+    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
     return z_b if y_b is None else y_b, dy_b, dparams
 
 
-def _uncouple(
+def _coupling_backward(
     given: Tensor,
     other: Tensor | None,
     dz: Tensor,
@@ -112,7 +112,7 @@ def _uncouple(
     assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
-    _C.uncouple(
+    _C.coupling_backward(
         torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
         scale.args, inverse,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 r"""Un-mixing: backward through the 1x1 convolution of a step of flow that stored nothing.
 
-The second launch of a step's way back, after `uncouple` and the network's own backward, which gave
+The second launch of a step's way back, after `rebuild_coupling` and the network's own backward, which gave
 a gradient dnet of y_a. With y = W x + bias and dy = (dy_a + dnet, dy_b),
 
     x = W^-1 (y - bias),   dx = W^T dy
@@ -9,7 +9,7 @@ a gradient dnet of y_a. With y = W x + bias and dy = (dy_a + dnet, dy_b),
 and x_a, the input of the network before, in its dtype. dW = sum dy x^T = gram W^-T is C x C work,
 left to the caller for all steps at once, in float64. Where the state before was kept x is not
 rebuilt; gram is the same. Swap W and W^-1 to walk back through an inverse (sampling) chain. The
-halves of y and dy are tensors of their own, as `uncouple` leaves them.
+halves of y and dy are tensors of their own, as `rebuild_coupling` leaves them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with
 three tf32 products for one of float32.

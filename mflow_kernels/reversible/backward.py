@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.launch import accumulator, is_channels_last, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1 import unmix, unmix_splits
-from mflow_kernels.ops.rebuild_coupling import uncouple
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.reversible.program import Couple, Leave, Mix, Mixes, Move, Squeezing
 from mflow_kernels.reversible.rerun import (
     Network,
@@ -105,7 +105,7 @@ class WalkBack:
             move = moves[i]
             if isinstance(move, Couple):
                 self._ordinal -= 1
-                self._uncouple(move, self._ordinal)
+                self._rebuild_coupling(move, self._ordinal)
             elif isinstance(move, Mix):
                 before = moves[i - 1] if i else None
                 feeds = isinstance(before, Couple)
@@ -146,7 +146,7 @@ class WalkBack:
     def _add_dnet(self) -> Tensor:
         return self.da if self.dnet is None else self.da + self.dnet
 
-    def _uncouple(self, move: Couple, ordinal: int) -> None:
+    def _rebuild_coupling(self, move: Couple, ordinal: int) -> None:
         kept = self.kept.get(ordinal)
         if kept is not None:
             c_a = kept.shape[1] // 2
@@ -166,7 +166,7 @@ class WalkBack:
                 params = network.net(network_input, *self.context)
             else:
                 params = self._run_compared(ordinal, network_input, prints)
-        b, db, dparams = uncouple(
+        b, db, dparams = rebuild_coupling(
             self.b, self.db, self.dlogdet, params.detach(), move.scale, move.inverse,
             kept is not None,
         )  # fmt: skip

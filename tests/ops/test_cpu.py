@@ -28,7 +28,7 @@ from mflow_kernels.ops.coupling import (
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.launch import dense_pixels
 from mflow_kernels.ops.rebuild_conv1x1 import empty_state, unmix_ref
-from mflow_kernels.ops.rebuild_coupling import uncouple_ref
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.testing import assert_close
 
@@ -83,13 +83,13 @@ def test_couple(shape, layout, inverse, dtype):
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_uncouple(shape, layout, inverse, kept):
+def test_rebuild_coupling(shape, layout, inverse, kept):
     scale = ScaleFunction("tanh")
     z, params, dz, dlogdet = sample(shape, layout)
     c_a = shape[1] // 2
     given = z[:, c_a:], dz[:, c_a:], dlogdet, params
-    got = cpu.uncouple(*given, scale, inverse, kept)
-    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
     for name, a, b in zip(want._fields, got, want, strict=True):
         size = b.abs().max().item() if b.numel() else 1.0
         assert_close(a, b, scale=GROWTH * size, name=name)
@@ -104,8 +104,8 @@ def test_every_scale(scale, inverse, kept, dtype):
     shape = (2, 7, 5, 6)
     z, params, dz, dlogdet = sample(shape, "channels_last", dtype)
     given = z[:, 3:], dz[:, 3:], dlogdet, params
-    got = cpu.uncouple(*given, scale, inverse, kept)
-    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
     log_s = log_scale_ref(params.double()[:, :4], scale)
     growth = log_s.abs().max().exp().item()
     for name, a, b in zip(want._fields, got, want, strict=True):
@@ -277,7 +277,7 @@ def test_same_bits_with_any_number_of_threads(layout):
             results.append([
                 *cpu.couple(x, params, scale, False),
                 *cpu.couple_backward(dy, dlogdet, x, params, scale, False),
-                *cpu.uncouple(
+                *cpu.rebuild_coupling(
                     x[:, 3:], dy[:, 3:], dlogdet, params, scale, False, False
                 ),
                 *cpu.mix(x, weight, weight[:, 0], torch.float32, params, scale, False),

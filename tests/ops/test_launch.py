@@ -16,7 +16,7 @@ from mflow_kernels.ops.launch import (
     tile_columns,
 )
 from mflow_kernels.ops.rebuild_conv1x1 import unmix
-from mflow_kernels.ops.rebuild_coupling import uncouple
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -142,7 +142,7 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.conv1x1(x, weight, bias),
             ops.conv1x1_inverse(x, weight, bias),
             ops.coupling_conv1x1(x, x, weight, bias)[0],
-            uncouple(half, half, dlogdet, x, scale, False, False).dparams,
+            rebuild_coupling(half, half, dlogdet, x, scale, False, False).dparams,
         ]
         halves = unmix(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
     for y in halves:
