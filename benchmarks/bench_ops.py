@@ -19,7 +19,7 @@ OPERATIONS = (
       for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
       for direction in ("forward", "inverse", "backward")),
     ("rebuild_coupling", "backward"),
-    ("unmix", "backward"),
+    ("rebuild_conv1x1", "backward"),
     ("accumulate_logdet", "forward"),
     ("masked_penalty", "forward"),
     ("masked_penalty", "backward"),

@@ -186,8 +186,8 @@ struct Mixing {
 };
 
 template <bool PIXEL_ROWS, class A>
-struct Unmixing {
-    const Unmix& p;
+struct Conv1x1BackwardLoop {
+    const Conv1x1Backward& p;
     Grid<PIXEL_ROWS, A> grid;
     Mixer<PIXEL_ROWS, A> back, other;
     int64_t parts, gram_row;
@@ -195,7 +195,7 @@ struct Unmixing {
 
     // The number of parts depends on the shape alone, not on the number of threads, so the sums
     // have one order.
-    explicit Unmixing(const Unmix& p)
+    explicit Conv1x1BackwardLoop(const Conv1x1Backward& p)
         : p(p),
           grid(p),
           back(p.weight.transposed(), grid.channels),
@@ -329,7 +329,7 @@ struct Unmixing {
                                 Panels<A>& b) {                                                    \
         for (int64_t i = begin; i < end; ++i) m.run(i, b);                                         \
     }                                                                                              \
-    MFLOW_CLONES void run_range(Unmixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
+    MFLOW_CLONES void run_range(Conv1x1BackwardLoop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
                                 Panels<A>& b) {                                                    \
         for (int64_t i = begin; i < end; ++i) m.run_part(i, b);                                    \
     }
@@ -355,8 +355,8 @@ void mix(const Mix& p, int threads) {
 }
 
 template <bool PIXEL_ROWS, class A>
-void unmix(const Unmix& p, int threads) {
-    Unmixing<PIXEL_ROWS, A> m(p);
+void conv1x1_backward(const Conv1x1Backward& p, int threads) {
+    Conv1x1BackwardLoop<PIXEL_ROWS, A> m(p);
     run<A>(m, m.parts, p.shape.size(), threads);
     m.write_sums();
 }
@@ -376,12 +376,12 @@ void mix_cpu(const Mix& p, int threads) {
     }
 }
 
-void unmix_cpu(const Unmix& p, int threads) {
+void conv1x1_backward_cpu(const Conv1x1Backward& p, int threads) {
     if (p.shape.size() == 0) return;
     if (channels_are_neighbours(p.shape, p.dstate)) {
-        p.is_double ? unmix<true, double>(p, threads) : unmix<true, float>(p, threads);
+        p.is_double ? conv1x1_backward<true, double>(p, threads) : conv1x1_backward<true, float>(p, threads);
     } else {
-        p.is_double ? unmix<false, double>(p, threads) : unmix<false, float>(p, threads);
+        p.is_double ? conv1x1_backward<false, double>(p, threads) : conv1x1_backward<false, float>(p, threads);
     }
 }
 

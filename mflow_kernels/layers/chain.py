@@ -2,7 +2,7 @@
 
 The forward pass keeps the chain's output. The backward pass rebuilds each state from the one after
 it, runs each network again, and needs two launches a step beside them (`rebuild_coupling`,
-`ops.unmix`). W^-1 is taken in float64, networks run again under the autocast, with the random
+`rebuild_conv1x1`). W^-1 is taken in float64, networks run again under the autocast, with the random
 numbers and without a second update of the running statistics of the first time.
 """
 

@@ -120,7 +120,7 @@ def conv1x1_backward(
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
         dweight, dbias = cpu.sums(x)
-        cpu.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
+        cpu.conv1x1_backward(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]

@@ -164,14 +164,14 @@ def coupling_conv1x1_backward(
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     gram, dbias = sums(x)
-    _C.unmix_coupled(
+    _C.coupling_conv1x1_backward(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
         weight, dx, dparams, gram, dbias, scale.args, inverse,
     )  # fmt: skip
     return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
 
 
-def unmix(
+def conv1x1_backward(
     y: tuple[Tensor, Tensor],
     dy: tuple[Tensor, Tensor],
     dnet: Tensor | None,
@@ -183,7 +183,7 @@ def unmix(
     dbias: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """`unmix.unmix_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
+    """`rebuild_conv1x1.rebuild_conv1x1_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
     dx, and the network input cut from it.
 
     Without weight_inverse, x is None and the network input is empty.
@@ -195,7 +195,7 @@ def unmix(
     if not dx.numel():
         gram.zero_()
         dbias.zero_()
-    _C.unmix(
+    _C.conv1x1_backward(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
         net if cut else None, dx, gram, dbias,
     )  # fmt: skip

@@ -5,7 +5,7 @@ gradient dz at hand, and params = net(z_a) computed again, one launch takes the 
 
     y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
 
-The network's backward then turns dparams into a gradient of y_a, and `unmix` goes on from there.
+The network's backward then turns dparams into a gradient of y_a, and `rebuild_conv1x1` goes on from there.
 Where y was kept it is read in place of z and not rebuilt. The half that a coupling leaves alone is
 never copied: `b` halves are tensors of their own. Set `inverse` to walk back through the coupling
 of an inverse (sampling) chain.

@@ -115,7 +115,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         for kind in (InterpretedFunction, JITFunction):
             monkeypatch.setattr(kind, "run", launch)
     else:
-        for name in ("couple", "_coupling_backward", "mix", "coupling_conv1x1_backward", "unmix"):
+        for name in (
+            "couple",
+            "_coupling_backward",
+            "mix",
+            "coupling_conv1x1_backward",
+            "conv1x1_backward",
+        ):
             watched(monkeypatch, seen, name, getattr(cpu, name))
     return seen
 

@@ -27,7 +27,7 @@ from mflow_kernels.ops.coupling import (
 )
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.launch import dense_pixels
-from mflow_kernels.ops.rebuild_conv1x1 import empty_state, unmix_ref
+from mflow_kernels.ops.rebuild_conv1x1 import empty_state, rebuild_conv1x1_ref
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.testing import assert_close
@@ -207,7 +207,7 @@ def test_mix(shape, layout, net_dtype, dtype):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), [c for c in MIXED if c[0][1] > 1], ids=str)
-def test_unmix_coupled(shape, layout, bare, inverse, dtype):
+def test_coupling_conv1x1_backward(shape, layout, bare, inverse, dtype):
     n, c, *spatial = shape
     scale = ScaleFunction("tanh")
     x, params, dy, dlogdet = sample(shape, layout, dtype)
@@ -236,7 +236,7 @@ def test_unmix_coupled(shape, layout, bare, inverse, dtype):
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), MIXED, ids=str)
-def test_unmix(shape, layout, bare, rebuild, dtype):
+def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
     n, c, *spatial = shape
     c_a = c // 2
     y, _, dy, _ = sample(shape, layout, dtype)
@@ -246,8 +246,8 @@ def test_unmix(shape, layout, bare, rebuild, dtype):
     weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
     inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
     dx = empty_state(y, c, "channels_last" in layout)
-    x, net, *sums = cpu.unmix(*halves, dnet, weight, inverse, bias, dx, dtype)
-    want = unmix_ref(
+    x, net, *sums = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, dtype)
+    want = rebuild_conv1x1_ref(
         tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
         weight.double(), None if inverse is None else inverse.double(), bias.double(), None, False,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def test_same_bits_with_any_number_of_threads(layout):
                 *cpu.coupling_conv1x1_backward(
                     dy, None, dlogdet[:, None], x, params, weight, scale, False
                 ),
-                *cpu.unmix(*halves, None, weight[0], weight[0], weight[0, 0], out),
+                *cpu.conv1x1_backward(*halves, None, weight[0], weight[0], weight[0, 0], out),
             ])  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -333,9 +333,9 @@ def test_loops_refuse_what_they_would_misread():
         cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
     halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
     with pytest.raises(ValueError, match="one stride walks"):
-        cpu.unmix(*halves, None, weight, None, None, x.transpose(2, 3))
+        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3))
     with pytest.raises(ValueError, match="one shape, and halves"):
-        cpu.unmix(*halves, x, weight, None, None, torch.empty_like(x))
+        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x))
     with pytest.raises(ValueError, match="weights of the state's channels"):
         cpu.mix(x, weight[None, 1:], normal(1, 6), None)
     with pytest.raises(ValueError, match="weights of the state's dtype"):

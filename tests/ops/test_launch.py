@@ -15,7 +15,7 @@ from mflow_kernels.ops.launch import (
     strides,
     tile_columns,
 )
-from mflow_kernels.ops.rebuild_conv1x1 import unmix
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 
 
@@ -144,7 +144,7 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.coupling_conv1x1(x, x, weight, bias)[0],
             rebuild_coupling(half, half, dlogdet, x, scale, False, False).dparams,
         ]
-        halves = unmix(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
+        halves = rebuild_conv1x1(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
     for y in halves:
         assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
     for y in results:
