@@ -162,9 +162,9 @@ def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
         moved = 2 * state + q_bytes
         # A coupling's gradient needs the half of x that it changes; a product's needs all of x.
         back = moved + q_bytes + (half if name == "affine_coupling" else state)
-        mixed = 1 if name in ("actnorm", "affine_coupling") else c
-        terms = (mixed, c * shape.p)  # of y and logdet
-        grads = (mixed, mixed if q_bytes else np * c)  # of x, params and the channels' parameters
+        summed = 1 if name in ("actnorm", "affine_coupling") else c
+        terms = (summed, c * shape.p)  # of y and logdet
+        grads = (summed, summed if q_bytes else np * c)  # of x, params and the channels' parameters
         grads += (np * c,)
         yield Operation(name, "forward", ours, reference, inputs, False, moved, terms)
         yield Operation(name, "inverse", inverse, inverse_reference, inputs, False, moved, terms)

@@ -76,24 +76,24 @@ Shape second_half(Shape shape, int64_t first) {
     return shape;
 }
 
-void expect_mixed(const Shape& shape) {
-    if (shape.channels < 1 || shape.channels > kMixedChannels) {
-        fail("expected 1 to " + std::to_string(kMixedChannels) + " channels");
+void expect_channels(const Shape& shape) {
+    if (shape.channels < 1 || shape.channels > kMaxChannels) {
+        fail("expected 1 to " + std::to_string(kMaxChannels) + " channels");
     }
 }
 
 // Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
-void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
+void conv1x1(int threads, const py::object& x, const py::object& params, const py::object& weight,
          const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
          const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), to(y, dtype, Use::write);
     expect_like(from, to);
-    Mix p;
+    Conv1x1 p;
     p.is_double = is_double;
     p.shape = from.shape();
-    expect_mixed(p.shape);
+    expect_channels(p.shape);
     p.first = p.shape.channels / 2;
     const Weights weight_values(weight, dtype, p.shape.channels, true);
     p.weight = weight_values;
@@ -115,14 +115,14 @@ void mix(int threads, const py::object& x, const py::object& params, const py::o
         p.coupling = &coupling;
     }
     py::gil_scoped_release release;
-    mix_cpu(p, threads);
+    conv1x1_cpu(p, threads);
 }
 
 Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
     Conv1x1Backward p;
     p.is_double = is_double;
     p.shape = dstate.shape();
-    expect_mixed(p.shape);
+    expect_channels(p.shape);
     p.first = p.shape.channels / 2;
     p.dstate = dstate.walk();
     return p;
@@ -206,8 +206,8 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
 }  // namespace
 
 void bind_conv1x1(py::module_& m) {
-    m.attr("mixed_channels") = kMixedChannels;
-    m.def("mix", &mix);
+    m.attr("conv1x1_max_channels") = kMaxChannels;
+    m.def("conv1x1", &conv1x1);
     m.def("conv1x1_backward", &conv1x1_backward);
     m.def("coupling_conv1x1_backward", &coupling_conv1x1_backward);
 }

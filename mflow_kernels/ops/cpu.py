@@ -1,7 +1,7 @@
 """The operators on a CPU by the loops of csrc, in one pass each; the references need about ten.
 
 Each function here computes what the reference that it names computes, for float32 and float64
-states. Call `serves` or `mixes` first.
+states. Call `serves` or `serves_conv1x1` first.
 """
 
 import importlib
@@ -41,12 +41,12 @@ def serves(x: Tensor) -> bool:
 
 
 # The most channels that the loops of 1x1 convolutions take.
-MIXED_CHANNELS: int = 0 if _C is None else _C.mixed_channels
+CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 
 
-def mixes(x: Tensor) -> bool:
+def serves_conv1x1(x: Tensor) -> bool:
     """Whether the loops can run the 1x1 convolution of x. With more channels BLAS is as fast."""
-    return x.shape[1] <= MIXED_CHANNELS and serves(x)
+    return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
 
 
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _coupling_backward(
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
 
-def mix(
+def conv1x1(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -138,7 +138,7 @@ def mix(
     net = net_input(y, net_dtype)
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
     cut = net_dtype == x.dtype
-    _C.mix(
+    _C.conv1x1(
         torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
         ledger, () if scale is None else scale.args, inverse,
     )  # fmt: skip

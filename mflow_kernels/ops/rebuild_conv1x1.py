@@ -232,14 +232,14 @@ def _rebuild_conv1x1_wide_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
-    MIXERS: tl.constexpr,
+    STATE_BLOCKS: tl.constexpr,
     GRAM_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Where one program sees all channels (GRAM_BLOCKS = 0), all three products of every tile that
-    is a multiple of SPLITS from its own. Else the first TILES * MIXERS programs each give BLOCK_O
+    is a multiple of SPLITS from its own. Else the first TILES * STATE_BLOCKS programs each give BLOCK_O
     channels of x and dx of one tile, and those after them the blocks of SPLITS partial sums of
     gram.
 
@@ -247,14 +247,14 @@ def _rebuild_conv1x1_wide_kernel(
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program = tl.program_id(0)
-    mixers = SPLITS if GRAM_BLOCKS == 0 else TILES * MIXERS
-    if program < mixers:
-        o = program % MIXERS * BLOCK_O + tl.arange(0, BLOCK_O)
-        first = program // MIXERS
+    state_programs = SPLITS if GRAM_BLOCKS == 0 else TILES * STATE_BLOCKS
+    if program < state_programs:
+        o = program % STATE_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
+        first = program // STATE_BLOCKS
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
             dbias_t = tl.zeros([BLOCK_C], DTYPE)
-        for tile in range(first, TILES, mixers // MIXERS):
+        for tile in range(first, TILES, state_programs // STATE_BLOCKS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
             dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
@@ -301,8 +301,8 @@ def _rebuild_conv1x1_wide_kernel(
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
-        block = (program - mixers) % (GRAM_BLOCKS * GRAM_BLOCKS)
-        split = (program - mixers) // (GRAM_BLOCKS * GRAM_BLOCKS)
+        block = (program - state_programs) % (GRAM_BLOCKS * GRAM_BLOCKS)
+        split = (program - state_programs) // (GRAM_BLOCKS * GRAM_BLOCKS)
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
@@ -473,9 +473,9 @@ def launch_rebuild_conv1x1(
         )
     else:
         assert made.whole is not None
-        mixers = triton.cdiv(c, tile.block_o)
-        gram_blocks = 0 if tile.block_c >= c else mixers
-        grid = tiles.programs * mixers + splits * gram_blocks**2 if gram_blocks else splits
+        state_blocks = triton.cdiv(c, tile.block_o)
+        gram_blocks = 0 if tile.block_c >= c else state_blocks
+        grid = tiles.programs * state_blocks + splits * gram_blocks**2 if gram_blocks else splits
         launch(
             _rebuild_conv1x1_wide_kernel,
             (grid,),
@@ -484,7 +484,7 @@ def launch_rebuild_conv1x1(
             *(*strided(stored), gram, dbias, n, p, tiles.programs, splits),
             C=c,
             **arithmetic(y_b, "tf32x3"),
-            MIXERS=mixers,
+            STATE_BLOCKS=state_blocks,
             GRAM_BLOCKS=gram_blocks,
             BLOCK_O=tile.block_o,
             BLOCK_C=tile.block_c,
@@ -536,7 +536,7 @@ def rebuild_conv1x1(
         return launch_rebuild_conv1x1(
             y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, apart, gram, dbias
         )
-    if weight.shape[0] <= cpu.MIXED_CHANNELS and cpu.serves(y[1]):
+    if weight.shape[0] <= cpu.CONV1X1_MAX_CHANNELS and cpu.serves(y[1]):
         dx = empty_state(y[1], weight.shape[0], channels_last)
         x, net = cpu.conv1x1_backward(
             y, dy, dnet, weight, weight_inverse, bias, dx, gram, dbias, net_dtype
