@@ -121,7 +121,7 @@ class Configuration:
         return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
 
 
-NO_STATES = {"weight", "weight_inverse", "dweight", "gram", "dbias", "ledger", "dledger"}
+NO_STATES = {"weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger"}
 
 
 def states(launch: _aot.Launch) -> dict[str, Tensor]:

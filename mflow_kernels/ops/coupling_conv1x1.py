@@ -29,7 +29,7 @@ from mflow_kernels.ops.channel_products import (
     arithmetic,
     conv1x1_tile,
     launch_conv1x1,
-    launch_dweight,
+    launch_weight_gradient,
     load_gradient,
     tile_and_block,
 )
@@ -169,7 +169,11 @@ def launch_coupling_conv1x1_backward(
             num_warps=tile.warps,
         )
     splits = weight.shape[0]
-    return dx, dparams, *launch_dweight(dy, dnet, x, splits, precision, params, scale, inverse)
+    return (
+        dx,
+        dparams,
+        *launch_weight_gradient(dy, dnet, x, splits, precision, params, scale, inverse),
+    )
 
 
 def coupling_conv1x1_forward(

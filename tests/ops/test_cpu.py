@@ -259,7 +259,7 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
         close(x, want.x, c, "x")
         assert x.stride() == dx.stride()
         assert torch.equal(net, x[:, :c_a])
-    for name, a, b in zip(("gram", "dbias"), sums, (want.gram, want.dbias), strict=True):
+    for name, a, b in zip(("outer_sum", "dbias"), sums, (want.outer_sum, want.dbias), strict=True):
         close(a, b, max(1, y.numel() // c), name)
 
 
