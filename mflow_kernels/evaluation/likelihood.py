@@ -17,7 +17,7 @@ from torch import Tensor
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.manifest import MANIFEST, TEST
 from mflow_kernels.data.printable import printable
-from mflow_kernels.data.progress import counting
+from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import (
     DIGITS,
     Folder,
@@ -149,11 +149,11 @@ def batch_of(image_shape: tuple[int, ...]) -> int:
 def _told(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
     """Batches of all images in order; how many are done is told."""
     done = 0
-    with counting(what, len(images)) as tell:
+    with progress_bar(what, len(images)) as progress:
         for batch in OrderedBatches(images, batch_size or batch_of(images.image_shape)):
             yield batch
             done += len(batch)
-            tell(done)
+            progress(done)
 
 
 @torch.no_grad()
