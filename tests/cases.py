@@ -99,7 +99,7 @@ def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
 
 
-def moved(module: Module, by: float = 0.1) -> Module:
+def perturbed(module: Module, by: float = 0.1) -> Module:
     """The module with normal numbers added to its parameters: as they start, most of what a flow
     does is to do nothing."""
     with torch.no_grad():
@@ -123,11 +123,11 @@ class Operator:
     inputs: tuple[str, ...]
 
     @property
-    def scaled(self) -> bool:
+    def has_scale(self) -> bool:
         return "params" in self.inputs
 
     @property
-    def mixes(self) -> bool:
+    def has_conv1x1(self) -> bool:
         return "weight" in self.inputs
 
     def sample(
@@ -253,7 +253,7 @@ OPERATORS = {
 
 
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
-    return {"scale": scale or ScaleFunction("tanh")} if op.scaled else {}
+    return {"scale": scale or ScaleFunction("tanh")} if op.has_scale else {}
 
 
 def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
@@ -266,7 +266,7 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     n, c, p = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     assert actual[0].dtype == x.dtype
     assert actual[0].stride() == torch.empty_like(dense_pixels(x)).stride()
-    mixed = c if op.mixes else 1
+    mixed = c if op.has_conv1x1 else 1
     assert_close(actual[0], expected[0], terms=mixed, name="y")
     if len(actual) > 1:
         # Its terms are of order one; a sum of few samples may cancel to less.
