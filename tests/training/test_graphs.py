@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ranks import torchrun
+from training.test_ranks import torchrun
 from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
