@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks import _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import _traffic  # before anything of mflow_kernels
+from benchmarks.reports import traffic_counts as _traffic  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
