@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from benchmarks import _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor, nn

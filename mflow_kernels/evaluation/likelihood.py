@@ -29,7 +29,7 @@ from mflow_kernels.data.splits import (
     stream_generator,
 )
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
 _NOISE = 3  # key of stream_generator

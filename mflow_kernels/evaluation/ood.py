@@ -11,7 +11,7 @@ from mflow_kernels.data.progress import ProgressCallback
 from mflow_kernels.data.splits import dequantize, stream_generator
 from mflow_kernels.evaluation.likelihood import batch_of
 from mflow_kernels.models import HierarchicalFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # of each set

@@ -24,7 +24,7 @@ from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, Re
 from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
