@@ -16,11 +16,11 @@ from rich.progress import (
 
 _SECONDS_BETWEEN_LINES = 15.0
 
-Tell = Callable[[int], None]
+ReportProgress = Callable[[int], None]
 
 
 @contextmanager
-def counting(what: str, total: int, done: int = 0) -> Iterator[Tell]:
+def progress_bar(what: str, total: int, done: int = 0) -> Iterator[ReportProgress]:
     """A progress bar of images; plain lines, one in a while, where stderr is no terminal.
 
     Args:

@@ -69,7 +69,7 @@ def prepare(
     from mflow_kernels.data.prepare import is_prepared_from
     from mflow_kernels.data.prepare import prepare as make
     from mflow_kernels.data.prepared import is_prepared, open_prepared
-    from mflow_kernels.data.progress import counting
+    from mflow_kernels.data.progress import progress_bar
     from mflow_kernels.data.sources import find_images
 
     path = follow_links(Path(out), "out")
@@ -94,7 +94,7 @@ def prepare(
     def work() -> None:
         if made:
             prepared = open_prepared(path)
-            with counting("checking", len(prepared.images)) as tell:
+            with progress_bar("checking", len(prepared.images)) as tell:
                 prepared.verify(tell)
             print("made before; every byte is as it was written")
         else:

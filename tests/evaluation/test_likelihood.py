@@ -48,10 +48,10 @@ def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
     told = []
 
     @contextmanager
-    def counting(what, total):
+    def progress_bar(what, total):
         yield lambda count: told.append((what, count, total))
 
-    monkeypatch.setattr(evaluation, "counting", counting)
+    monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
     how = {"device": loaded.device, "batch_size": len(faces) - 1}
     evaluate_model(loaded.model, faces, 8, data="faces", **how)
     importance_weighted_bits(loaded.model, faces, 8, 2, **how)
