@@ -99,7 +99,7 @@ def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
 
 
-def moved(module: Module, by: float = 0.1) -> Module:
+def perturbed(module: Module, by: float = 0.1) -> Module:
     """The module with normal numbers added to its parameters: as they start, most of what a flow
     does is to do nothing."""
     with torch.no_grad():
@@ -123,7 +123,7 @@ class Operator:
     inputs: tuple[str, ...]
 
     @property
-    def scaled(self) -> bool:
+    def has_scale(self) -> bool:
         return "params" in self.inputs
 
     @property
@@ -253,7 +253,7 @@ OPERATORS = {
 
 
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
-    return {"scale": scale or ScaleFunction("tanh")} if op.scaled else {}
+    return {"scale": scale or ScaleFunction("tanh")} if op.has_scale else {}
 
 
 def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -158,7 +158,7 @@ def test_a_model_runs_in_channels_last(
 ) -> None:
     """A training step, likelihood alone and in the data domain, and sampling, from contiguous
     images and latents and with contiguous gradients of the latents."""
-    glow = moved(Glow(shape, 3, 2, 4, **chain))
+    glow = perturbed(Glow(shape, 3, 2, 4, **chain))
     x = normal(2, *shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         z, logdet = glow(x)
@@ -179,7 +179,7 @@ def test_a_model_runs_in_channels_last(
 
 
 def test_gradients_that_come_for_some_latents_only(seen: Seen) -> None:
-    glow = moved(Glow((3, 8, 8), 3, 1, 4, reversible=False))
+    glow = perturbed(Glow((3, 8, 8), 3, 1, 4, reversible=False))
     (_, middle, _), _ = glow(normal(2, 3, 8, 8))
     middle.sum().backward()  # of strides 0
     assert not seen.others

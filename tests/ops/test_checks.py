@@ -6,7 +6,7 @@ import torch
 from cases import OPERATORS, options
 
 every = pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
-couplings = [op for op in OPERATORS.values() if op.scaled]
+couplings = [op for op in OPERATORS.values() if op.has_scale]
 with_conv1x1 = [op for op in OPERATORS.values() if op.has_conv1x1]
 
 

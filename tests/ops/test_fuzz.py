@@ -143,10 +143,10 @@ def run_flow_operator(case: Case) -> None:
     rng = case.rng
     op: Operator = rng.choice(list(OPERATORS.values()))
     state, other = rng.choice(DTYPES)
-    c = rng.choice([c for c in CHANNELS if c > 1 or not op.scaled])
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.has_scale])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
-    case.said.append(f"{op.name} {scale if op.scaled else ''}")
+    case.said.append(f"{op.name} {scale if op.has_scale else ''}")
     turned = rotation_of(case, c)
     made = {
         "x": lambda: case.leaf("x", *shape, dtype=state),
@@ -156,7 +156,7 @@ def run_flow_operator(case: Case) -> None:
         "log_scale": lambda: case.leaf("log_scale", c, dtype=other),
     }
     inputs = {name: made[name]() for name in op.inputs}
-    rest = {"scale": scale} if op.scaled else {}
+    rest = {"scale": scale} if op.has_scale else {}
     inverse = op.name.endswith("inverse") or "inverse" in op.name
 
     def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
