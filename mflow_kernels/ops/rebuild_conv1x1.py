@@ -8,8 +8,8 @@ dy = (dy_a + dnet, dy_b), the launch computes
     outer_sum = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
 
 and a copy of x_a in the dtype of the network that reads it. The caller computes
-dW = sum dy x^T = outer_sum W^-T, which is C x C work, for all steps at once and in float64. If x was
-stored it is not rebuilt; outer_sum is the same. Swap W and W^-1 to go back through an inverse
+dW = sum dy x^T = outer_sum W^-T, which is C x C work, for all steps at once and in float64. If x
+was stored it is not rebuilt; outer_sum is the same. Swap W and W^-1 to go back through an inverse
 (sampling) chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with

@@ -1,4 +1,4 @@
-"""Un-mixing against its reference in float64, and outer_sum as the way to dW."""
+"""`rebuild_conv1x1` against its reference in float64, and dW from outer_sum."""
 
 import math
 from collections.abc import Callable
