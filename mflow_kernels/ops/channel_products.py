@@ -252,9 +252,17 @@ DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # of a dW launch
 
 
 # Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
-# core of sm_90 that reads it (triton-lang/triton#9610). Without a pipeline nothing is copied so. In
-# tf32x3 no copy is read: operands are taken apart in registers and written back, with a fence.
+# core of sm_90 that reads the copy (triton-lang/triton#9610).
 FENCES_COPIES = TorchVersion(triton.__version__) >= "3.7.1"
+
+
+def pipeline_stages(precision: str) -> int:
+    """Pipelining stages of a loop that multiplies tiles as they were loaded.
+
+    A pipeline loads by asynchronous copies. Only "tf32" reads such a copy: in "tf32x3" operands are
+    split in registers and written back, with a fence.
+    """
+    return 3 if FENCES_COPIES or precision != "tf32" else 1
 
 
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
@@ -315,7 +323,7 @@ def launch_conv1x1(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            num_stages=3 if FENCES_COPIES or precision != "tf32" else 1,
+            num_stages=pipeline_stages(precision),
         )
     return y, net, ledger
 

@@ -31,6 +31,7 @@ from mflow_kernels.ops.channel_products import (
     launch_conv1x1,
     launch_weight_gradient,
     load_gradient,
+    pipeline_stages,
     tile_and_block,
 )
 from mflow_kernels.ops.conv1x1 import (
@@ -167,6 +168,7 @@ def launch_coupling_conv1x1_backward(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
+            num_stages=pipeline_stages(precision),
         )
     splits = weight.shape[0]
     return (
