@@ -177,10 +177,13 @@ def _rebuild_conv1x1_kernel(
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = valid[:, None] & exists[None, :]
         at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
-        dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
-        if dnet is not None:
+        if dnet is None:
+            dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
+        else:
+            # dnet first: in the other order ptxas spills for sm_100.
             at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
-            dy_t += tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+            dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+            dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
         tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
         # After the store of dx: with both tiles in flight the registers do not suffice at C = 24.
