@@ -173,7 +173,7 @@ def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
 
 
 def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Operation]:
-    """The two launches of a reversible step's way back, the ledger and the penalty."""
+    """The two launches of a reversible step's backward pass, the ledger and the penalty."""
     shape, (n, c) = make.shape, x.shape[:2]
     c_a, np = c // 2, n * shape.p
     state, params = 4 * np * c, 4 * np * 2 * (c - c_a)
@@ -181,12 +181,13 @@ def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> It
     x, q, weight, bias = (t.detach() for t in (x, q, weight, bias))
     dx, dlogdet = make.state(c).detach(), make.normal(n).detach()
     back = (x[:, c_a:], dx[:, c_a:], dlogdet, q, SCALE, False, False)
-    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back, False,
-                    4 * half + 2 * params, (1,))  # fmt: skip
+    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back,
+                    False, 4 * half + 2 * params, (1,))  # fmt: skip
     halves = (x[:, :c_a], x[:, c_a:]), (dx[:, :c_a], dx[:, c_a:])
     back = (*halves, None, weight, weight.t().contiguous(), bias, None, shape.channels_last)
-    yield Operation("rebuild_conv1x1", "backward", _rebuilt(rebuild_conv1x1), _rebuilt(rebuild_conv1x1_ref), back, False,
-                    4 * state, (c, c, np, np))  # fmt: skip
+    yield Operation("rebuild_conv1x1", "backward", _rebuilt(rebuild_conv1x1),
+                    _rebuilt(rebuild_conv1x1_ref), back, False, 4 * state,
+                    (c, c, np, np))  # fmt: skip
     tiles = max(1, shape.p // 64)
     ledger, constant = make.normal(n, tiles), make.normal(1).detach()[0]
     yield Operation("accumulate_logdet", "forward", _single(ops.accumulate_logdet),
@@ -228,11 +229,11 @@ def _coupling(
 
 
 def _rebuilt(function: Callable[..., Any]) -> Function:
-    """What both leave, their partial sums added: x, dx, gram, d bias."""
+    """`function` with its partial sums added: x, dx, outer_sum, d bias."""
 
     def call(*inputs: Any) -> tuple[Tensor, ...]:
-        x, dx, _, gram, dbias = function(*inputs)
-        return x, dx, gram.sum(0), dbias.sum(0)
+        x, dx, _, outer_sum, dbias = function(*inputs)
+        return x, dx, outer_sum.sum(0), dbias.sum(0)
 
     return call
 

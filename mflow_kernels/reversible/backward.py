@@ -242,7 +242,7 @@ class WalkBack:
         return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
 
 
-PARTIALS_BYTES = 2**26  # most bytes of partial sums of gram that wait to be added up
+PARTIALS_BYTES = 2**26  # most bytes of partial outer sums that wait to be added up
 
 
 class _Entered:
@@ -264,7 +264,7 @@ class _Entered:
         return weight, bias, self.inverse[row].to(weight.dtype)
 
     def room(self, row: int, splits: int) -> tuple[Tensor, Tensor]:
-        """Where a step's partial sums of gram (splits, C, C) and d bias (splits, C) go. Those of
+        """Where a step's partial outer sums (splits, C, C) and d bias (splits, C) go. Those of
         all steps, or of as many as `PARTIALS_BYTES` holds, are then added in one launch."""
         if self.partials is not None:
             steps, has = self.partials[0].shape[:2]
@@ -285,21 +285,21 @@ class _Entered:
 
     def _add_up(self) -> None:
         if self.partials is not None:
-            grams, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
-            self.sums.update({r: (grams[i], dbiases[i]) for i, r in enumerate(self.waiting)})
+            outer_sums, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
+            self.sums.update({r: (outer_sums[i], dbiases[i]) for i, r in enumerate(self.waiting)})
             self.partials, self.waiting = None, []
 
     def leave(self) -> tuple[list[nn.Parameter], tuple[Tensor | None, ...]]:
-        """The steps' own parameters and their gradients, by way of dW = gram W^-T and d bias."""
+        """The steps' parameters and their gradients, from dW = outer_sum W^-T and d bias."""
         # Each once: of a step that comes twice, autograd gives every mention the whole gradient.
         parameters = list({id(p): p for p in self.group.parameters()}.values())
         if not parameters:
             return [], ()
         self._add_up()
         rows = [self.sums[row] for row in range(len(self.group.steps))]
-        gram, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
-        with without_autocast(gram):
-            dweight = (gram.double() @ self.inverse.mT).to(gram.dtype)
+        outer_sum, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
+        with without_autocast(outer_sum):
+            dweight = (outer_sum.double() @ self.inverse.mT).to(outer_sum.dtype)
             gradients = torch.autograd.grad(
                 tuple(self.mixes), parameters, (dweight, dbias, self.dlog_det), allow_unused=True
             )

@@ -57,7 +57,7 @@ FLOWS = {
 def test_partial_sums_that_are_added_up_as_they_fill_their_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Room for one step's partial sums of gram or for two gives what room for all gives."""
+    """Room for one step's partial outer sums or for two gives what room for all gives."""
     chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     want = gradients(chain, x, call=chain)
