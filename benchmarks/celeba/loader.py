@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.table import table
+from benchmarks.harness.output import text_table
 from mflow_kernels.data.batches import BatchStream, flip_at_random
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
@@ -58,7 +58,7 @@ def main() -> None:
         rows = [measure_noise(size, device) for size in SIZES]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"images per second, on {name}")
-    print(table(("shape", "batch", "disk", "memory", "core", "GB/s, core", "device"), rows))
+    print(text_table(("shape", "batch", "disk", "memory", "core", "GB/s, core", "device"), rows))
     if arguments.run:
         speeds = [
             row["images_per_second"]

@@ -222,7 +222,7 @@ def _decode_rest(
     blocks = [source.entries[i : i + block] for i in range(work.end, total, block)]
     worthwhile = math.ceil((total - work.end) / _IMAGES_WORTH_A_PROCESS)
     workers = min(workers or len(os.sched_getaffinity(0)), worthwhile, len(blocks))
-    with progress_bar("preparing", total, work.end) as tell:
+    with progress_bar("preparing", total, work.end) as progress:
         results = _decode_in_order(blocks, work.form, workers)
         for entries, decoded in zip(blocks, results, strict=True):
             file.write(decoded.pixels.data)
@@ -236,7 +236,7 @@ def _decode_rest(
             _append(lines, line)
             _sync(lines)
             work.add(line)
-            tell(work.end)
+            progress(work.end)
 
 
 def _decode_in_order(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_runs import TINY, listing, write_images, zip_up
 
-from benchmarks.celeba.tree import make_celeba
+from benchmarks.celeba.fake_celeba import make_celeba
 from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode

@@ -14,7 +14,7 @@ from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     importance_weighted_bits,
 )
-from mflow_kernels.evaluation.outliers import (
+from mflow_kernels.evaluation.ood import (
     auroc,
     compare,
     density_images,
