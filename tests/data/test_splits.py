@@ -11,7 +11,7 @@ from mflow_kernels.data.sources import DataError
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.plan import plan_model
+from mflow_kernels.training.memory import resolve_config
 
 
 def write_image(path, size=(20, 16), mode="RGB", seed=0):
@@ -83,7 +83,7 @@ class TestNamed:
 
     def test_the_planner_knows_its_shape(self):
         config = TrainConfig(data="stripes", manifold_dim=8, stage_dims=[4])
-        assert plan_model(config, None, gpu=False).image_shape == (3, 12, 12)
+        assert resolve_config(config, None, gpu=False).image_shape == (3, 12, 12)
 
     def test_help_and_errors_list_it(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
