@@ -18,8 +18,8 @@ OPERATIONS = (
     *((name, direction)
       for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
       for direction in ("forward", "inverse", "backward")),
-    ("uncouple", "backward"),
-    ("unmix", "backward"),
+    ("rebuild_coupling", "backward"),
+    ("rebuild_conv1x1", "backward"),
     ("accumulate_logdet", "forward"),
     ("masked_penalty", "forward"),
     ("masked_penalty", "backward"),

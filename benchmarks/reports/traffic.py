@@ -129,7 +129,7 @@ def row(operation: str, direction: str, case: Case, fills: bool, launch: _traffi
 # Past this C the kernel reads its states once for each of two products. Three products of one tile
 # do not fit the registers there, and so wide a state has few pixels: a third launch for the second
 # product would cost a step more than reading twice.
-TWICE = {"_unmix_wide_kernel": 64}
+TWICE = {"_rebuild_conv1x1_wide_kernel": 64}
 
 
 def wanted(name: str, case: Case, fills: bool, quick: bool) -> bool:

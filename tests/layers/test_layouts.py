@@ -115,7 +115,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         for kind in (InterpretedFunction, JITFunction):
             monkeypatch.setattr(kind, "run", launch)
     else:
-        for name in ("couple", "_uncouple", "mix", "coupling_conv1x1_backward", "unmix"):
+        for name in (
+            "couple",
+            "_coupling_backward",
+            "conv1x1",
+            "coupling_conv1x1_backward",
+            "conv1x1_backward",
+        ):
             watched(monkeypatch, seen, name, getattr(cpu, name))
     return seen
 
@@ -165,7 +171,7 @@ def test_a_model_runs_in_channels_last(
     loss.backward()
     assert not seen.others
     assert {"network input", "network weight", "gradient in a network"} < seen.names
-    assert any("mix" in name for name in seen.names)  # of the chain's launches, or loops
+    assert any("conv1x1" in name for name in seen.names)  # of the chain's launches, or loops
     for name, parameter in glow.named_parameters():
         assert parameter.grad is not None
         if parameter.dim() == 4:

@@ -190,8 +190,8 @@ def run_flow_operator(case: Case) -> None:
     got = op.call(*inputs.values(), **rest)
     assert got[0].shape == shape
     assert got[0].dtype == state
-    n, p, mixed = shape[0], math.prod(shape[2:]), c if op.has_conv1x1 else 1
-    terms = {"y": mixed, "sum": c * p, "x": mixed, "params": mixed}
+    n, p, summed_channels = shape[0], math.prod(shape[2:]), c if op.has_conv1x1 else 1
+    terms = {"y": summed_channels, "sum": c * p, "x": summed_channels, "params": summed_channels}
     terms |= dict.fromkeys(("weight", "bias", "log_scale"), max(1, n * p * c))
     compare(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
 
