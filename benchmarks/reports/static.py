@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks import _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor
 
-from benchmarks.harness.table import save, table
+from benchmarks.harness.output import save_json, text_table
 from benchmarks.reports import recorded as _recorded
 from benchmarks.reports.cases import SHORT, Case, operations
 from benchmarks.reports.nvcc import NATIVE, compile_native
@@ -254,7 +254,7 @@ def report(size: str, targets: Sequence[str]) -> list[Row]:
 def limits(targets: Sequence[str]) -> str:
     head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
     values = [(t, _aot.ARCHS[t]) for t in targets]
-    return table(
+    return text_table(
         head,
         [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
     )
@@ -265,7 +265,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
     failed = [row for row in rows if row.faults]
     by_registers = max(rows, key=lambda r: r.registers)
     by_blocks = min(rows, key=lambda r: r.blocks * r.warps)
-    lines = [table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
+    lines = [text_table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
     lines.append(f"worst: {len(failed)} of {len(rows)} configurations fail; at most "
                  f"{by_registers.registers} registers; at least {by_blocks.blocks} blocks of "
                  f"{by_blocks.warps} warps at once")  # fmt: skip
@@ -298,12 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = options.target or list(_aot.ARCHS)
     rows = report(options.size or "standard", targets)
     print("One multiprocessor\n" + limits(targets) + "\n")
-    print(table(Row.HEAD, [row.cells for row in rows]) + "\n")
+    print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")
     if not shutil.which("nvcc"):
         print("csrc: not compiled, nvcc was not found on PATH\n")
     print("\n".join(worst(rows)))
     if options.json:
-        save(options.json, [asdict(row) for row in rows])
+        save_json(options.json, [asdict(row) for row in rows])
     return int(any(row.faults for row in rows))
 
 

@@ -9,18 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.files import write_atomically
-from mflow_kernels.data.progress import counting
-from mflow_kernels.data.splits import (
-    ImageSet,
-    dequantize,
-    load_splits,
-    stream_generator,
-    to_image,
-)
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.progress import progress_bar
+from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import Evaluation, batch_of, importance_weighted_bits
-from mflow_kernels.evaluation.outliers import (
+from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
     SetScores,
@@ -47,7 +43,6 @@ _COLUMNS = 12
 _SPECTRUM_IMAGES = 4
 _SPECTRUM_DIMENSIONS = 1024  # at most: a D x D Jacobian for each image
 _FEATURE_BATCH = 50
-_NOISE, _SAMPLES = 7, 8  # keys of stream_generator
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQua
     network = network.to(run.device)
     count = min(asked.feature_images, len(images))
     rows = []
-    with counting("features", count * (1 + len(TEMPERATURES))) as tell:
+    with progress_bar("features", count * (1 + len(TEMPERATURES))) as progress:
         done = 0
 
         def extract(batches: Iterator[Tensor]) -> Tensor:
@@ -179,7 +174,7 @@ def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQua
             for batch in batches:
                 parts.append(network(batch.to(run.device)))
                 done += len(batch)
-                tell(done)
+                progress(done)
             return torch.cat(parts)
 
         real = extract(_first(images, count))
@@ -198,7 +193,7 @@ def _first(images: ImageSet, count: int) -> Iterator[Tensor]:
 def _samples(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
     """As uint8, as they would be written into files. Of the same u at each temperature."""
     device = next(model.parameters()).device
-    generator = stream_generator(0, _SAMPLES, device=device)
+    generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
         yield to_image(model.sample(number, temperature=temperature, generator=generator))
@@ -227,11 +222,13 @@ def _score_sets(
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
     scores, done = {}, 0
     each = density_images(run.model) if deviation else 0
-    with counting("OOD scores", sum(min(each, len(some)) for some in sets.values())) as tell:
+    with progress_bar(
+        "OOD scores", sum(min(each, len(some)) for some in sets.values())
+    ) as progress:
         for name, some in sets.items():
 
             def own(count: int, before: int = done) -> None:
-                tell(before + count)
+                progress(before + count)
 
             scores[name] = score(run.model, some, run.config.n_bits, deviation, own)
             done += min(each, len(some))
@@ -244,13 +241,13 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
     if not count:
         missing.append("density on the manifold: it costs too much at this size")
         return None
-    generator = stream_generator(0, _NOISE, 1, device=run.device)
+    generator = stream_generator(0, Stream.REPORT_NOISE, 1, device=run.device)
     method, values = density_method(run.model), []
-    with counting("density on the manifold", min(count, len(images))) as tell:
+    with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _some(run, images, count).split(DENSITY_BATCH):
             found = run.model.manifold_log_prob(part, method=method, generator=generator)
             values.append(found.value.double())
-            tell(sum(map(len, values)))
+            progress(sum(map(len, values)))
     return torch.cat(values).mean().item()
 
 
@@ -273,7 +270,7 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
 
 def _some(run: Run, images: ImageSet, count: int) -> Tensor:
     """The first images, dequantized."""
-    generator = stream_generator(0, _NOISE, device=run.device)
+    generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.batch(range(min(count, len(images)))).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mflow_kernels.data.progress import Tell
-from mflow_kernels.data.splits import dequantize, stream_generator
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.progress import ProgressCallback
 from mflow_kernels.evaluation.likelihood import batch_of
 from mflow_kernels.models import HierarchicalFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # of each set
@@ -20,7 +21,6 @@ DENSITY_BATCH = 8  # images at a time: minutes on a CPU, so that it is told how 
 _JACOBIAN_BYTES = 2**30
 _DENSITY_IMAGES = 64  # of each set, at most
 _DENSITY_WORK = 2**31  # numbers that all Jacobians of a set hold together, at most
-_NOISE, _UNIFORM = 5, 6  # keys of stream_generator
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def score(
     images: Tensor,
     n_bits: int,
     deviation: float | None,
-    tell: Tell = lambda count: None,
+    progress: ProgressCallback = lambda count: None,
 ) -> dict[str, Tensor]:
     """Scores of uint8 images (N, C, H, W), the higher the farther out, float64 on the CPU.
 
@@ -69,14 +69,14 @@ def score(
         n_bits: bits of each colour that the model was trained on.
         deviation: of the training data from the manifold (`Chart.deviation`); None leaves
             ood_score out.
-        tell: is called with the number of images that have their ood_score.
+        progress: is called with the number of images that have their ood_score.
 
     Returns:
         bits_per_dim and distance (N,), the distance on the [0, 1] scale, and ood_score of the first
         `density_images` of them, nats.
     """
     device = next(model.parameters()).device
-    generator = stream_generator(0, _NOISE, device=device)
+    generator = stream_generator(0, Stream.OOD_NOISE, device=device)
     parts: dict[str, list[Tensor]] = {"bits_per_dim": [], "distance": [], "ood_score": []}
     left = density_images(model) if deviation else 0
     for batch in images.split(batch_of(images.shape[1:])):
@@ -88,11 +88,11 @@ def score(
         if not deviation or not left:
             continue
         for part in x[:left].split(DENSITY_BATCH):
-            probes = stream_generator(0, _NOISE, left, device=device)
+            probes = stream_generator(0, Stream.OOD_NOISE, left, device=device)
             how = {"method": density_method(model), "generator": probes}
             parts["ood_score"].append(model.ood_score(part, deviation, **how))
             left -= len(part)
-            tell(sum(map(len, parts["ood_score"])))
+            progress(sum(map(len, parts["ood_score"])))
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}
 
 
@@ -128,6 +128,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 def made_up_sets(images: Tensor) -> dict[str, Tensor]:
     """Two sets that no data need be fetched for, of the number and shape of uint8 images."""
-    generator = stream_generator(0, _UNIFORM)
+    generator = stream_generator(0, Stream.UNIFORM_IMAGES)
     noise = torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
     return {"negatives (255 - image)": 255 - images, "uniform noise": noise}
