@@ -1,0 +1,348 @@
+r"""The coupling network of Glow as one operator: 3x3, 1x1 and 3x3 convolutions with ReLU between.
+
+    h1 = relu(W1 * x + b1),   h2 = relu(W2 h1 + b2),   params = W3 * h2 + b3
+
+where * is a 3x3 convolution with zero padding (Glow, arXiv 1807.03039, section 4). With TAPS = 1 in
+place of 9 all three are linear layers on vectors (N, C).
+
+The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3 and
+writes the products, `taps` (pixels, 9 * C_out); a second launch adds each pixel's nine taps from its
+neighbours. A hidden tensor H has `width` numbers a pixel; for narrow states `taps` has fewer. The
+backward pass needs h1 and h2: the forward launch stores them where gradients will be asked for.
+
+Gradients, with g = d loss / d params:
+    d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
+    d W3, d W2, d W1, d b3, d b2, d b1: sums over pixels of products of the above
+
+Two launches compute d h2 and d h1, each with the gradient of the weights whose operands are on the
+chip then, as partial sums that one reduction adds in a fixed order: the same bits on every run.
+
+Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
+torch.nn.Conv2d and torch.nn.Linear have them, those of convolutions in channels_last.
+dtypes: float32, bfloat16 and float16 for all tensors alike; products are summed in float32, `taps`
+and the hidden tensors have x's dtype.
+Bytes at least, in hidden tensors H: forward none, or 2 H written where gradients will be asked for;
+backward h2 read, d h2 written, d h2 and h1 read, d h1 written and read: 6 H. cuDNN's convolutions,
+each with a pass for its bias and one for ReLU, take 12 H and 16 H.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def coupling_network_ref(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> Tensor:
+    if x.dim() == 2:
+        return F.linear(F.linear(F.linear(x, w1, b1).relu_(), w2, b2).relu_(), w3, b3)
+    h1 = F.conv2d(x, w1, b1, padding=1).relu_()
+    return F.conv2d(F.conv2d(h1, w2, b2).relu_(), w3, b3, padding=1)
+
+
+@triton.jit
+def neighbour(p, tap, H, W, SIGN: tl.constexpr, TAPS: tl.constexpr):
+    """The pixel that tap `tap` of a 3x3 convolution reads at pixel p (SIGN 1), or the pixel whose
+    result reads p by this tap (SIGN -1); and whether it lies in the same image."""
+    if TAPS == 1:
+        return p + 0 * tap, p + 0 * tap >= 0
+    else:
+        down, right = SIGN * (tap // 3 - 1), SIGN * (tap % 3 - 1)
+        row, column = (p // W) % H + down, p % W + right
+        inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+        return p + down * W + right, inside
+
+
+@triton.jit
+def load_taps(
+    x, p, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr, K: tl.constexpr
+):
+    """The nine neighbours of pixels p as rows: [P, K], column tap * C + c."""
+    k = tl.arange(0, K)
+    tap, c = k // C, k % C
+    source, inside = neighbour(p[:, None], tap[None, :], H, W, SIGN, TAPS)
+    inside = inside & (tap[None, :] < TAPS) & (p[:, None] < PIXELS)
+    return tl.load(x + source.to(tl.int64) * C + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_w3(w3, d, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, j):
+    """W3 (C_out, taps, width) as [J, D]: row j = tap * C_out + o."""
+    tap, o = j // C_OUT, j % C_OUT
+    at = w3 + (o * TAPS + tap)[:, None] * WIDTH + d[None, :]
+    return tl.load(at, mask=(tap < TAPS)[:, None] & (d < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _network_kernel(
+    x, w1, b1, w2, b2, w3, taps, h1, h2, PIXELS, H, W,
+    C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """taps of one tile of pixels and one block of columns; h1 and h2 too where they are given."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    valid = (p < PIXELS)[:, None]
+    at_hidden = p.to(tl.int64)[:, None] * WIDTH
+    x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
+    i = tl.arange(0, BLOCK_X)
+    taps_t = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        h2_t = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        for inner in range(0, WIDTH, BLOCK_K):
+            k = inner + tl.arange(0, BLOCK_K)
+            at_w1 = w1 + k[None, :] * (TAPS * C_IN) + i[:, None]
+            w1_t = tl.load(at_w1, mask=(k < WIDTH)[None, :] & (i < TAPS * C_IN)[:, None], other=0.0)
+            h1_t = tl.dot(x_t, w1_t, input_precision=PRECISION)
+            h1_t += tl.load(b1 + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
+            h1_t = tl.maximum(h1_t, 0.0).to(x_t.dtype)
+            if h1 is not None:
+                if (start == 0) & (tl.program_id(1) == 0):
+                    tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
+            at_w2 = w2 + d[None, :] * WIDTH + k[:, None]
+            w2_t = tl.load(at_w2, mask=(d < WIDTH)[None, :] & (k < WIDTH)[:, None], other=0.0)
+            h2_t = tl.dot(h1_t, w2_t, h2_t, input_precision=PRECISION)
+        h2_t += tl.load(b2 + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
+        h2_r = tl.maximum(h2_t, 0.0).to(x_t.dtype)
+        if h2 is not None:
+            if tl.program_id(1) == 0:
+                tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
+        w3_t = tl.trans(load_w3(w3, d, C_OUT, WIDTH, TAPS, j))
+        taps_t = tl.dot(h2_r, w3_t, taps_t, input_precision=PRECISION)
+    at_taps = taps + p.to(tl.int64)[:, None] * (TAPS * C_OUT) + j[None, :]
+    tl.store(at_taps, taps_t, mask=valid & (j < TAPS * C_OUT)[None, :])
+
+
+@triton.jit
+def _sum_taps_kernel(
+    taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y[p] = bias + the sum over taps of taps[neighbour of p by this tap, tap]."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < PIXELS)[:, None] & (c < C)[None, :]
+    y_t = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tap in tl.static_range(TAPS):
+        source, there = neighbour(p, tap, H, W, SIGN, TAPS)
+        at = taps + source.to(tl.int64)[:, None] * (TAPS * C) + tap * C + c[None, :]
+        y_t += tl.load(at, mask=inside & there[:, None], other=0.0).to(tl.float32)
+    if bias is not None:
+        y_t += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + p.to(tl.int64)[:, None] * C + c[None, :], y_t, mask=inside)
+
+
+@triton.jit
+def _dh2_kernel(
+    dparams, h2, w3, dh2, dw3, db3, db2, NUMBERS, PIXELS, H, W, TILES,
+    WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """d h2 of a block of hidden channels, over every `splits`-th tile of pixels, and this program's
+    partial sums of d W3 (C_out, taps, width), d b3 and d b2, in its row of NUMBERS numbers."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    j = tl.arange(0, BLOCK_J)
+    w3_t = load_w3(w3, d, C_OUT, WIDTH, TAPS, j)
+    dw3_t = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+    db3_t = tl.zeros([BLOCK_J], tl.float32)
+    db2_t = tl.zeros([BLOCK_D], tl.float32)
+    for tile in range(split, TILES, splits):
+        p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (p < PIXELS)[:, None] & (d < WIDTH)[None, :]
+        at = p.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        g_t = load_taps(dparams, p, PIXELS, H, W, C_OUT, TAPS, -1, BLOCK_J)
+        h2_t = tl.load(h2 + at, mask=inside, other=0.0)
+        dh2_t = tl.dot(g_t, w3_t, input_precision=PRECISION)
+        dh2_t = tl.where(h2_t.to(tl.float32) > 0.0, dh2_t, 0.0)
+        tl.store(dh2 + at, dh2_t, mask=inside)
+        dw3_t = tl.dot(tl.trans(g_t), h2_t, dw3_t, input_precision=PRECISION)
+        db3_t += tl.sum(g_t.to(tl.float32), axis=0)
+        db2_t += tl.sum(dh2_t, axis=0)
+    row = split.to(tl.int64) * NUMBERS
+    tap, o = j // C_OUT, j % C_OUT
+    at_dw3 = dw3 + row + (o * TAPS + tap)[:, None] * WIDTH + d[None, :]
+    tl.store(at_dw3, dw3_t, mask=(tap < TAPS)[:, None] & (d < WIDTH)[None, :])
+    tl.store(db2 + row + d, db2_t, mask=d < WIDTH)
+    if tl.program_id(1) == 0:
+        # The middle tap reads every pixel of params once; the others miss those at a border.
+        tl.store(db3 + row + o, db3_t, mask=tap == TAPS // 2)
+
+
+@triton.jit
+def _dh1_kernel(
+    dh2, h1, x, w2, dh1, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
+    C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """d h1 of a block of hidden channels, over every `splits`-th tile of pixels, and this program's
+    partial sums of d W1 (width, taps, C_in), d b1 and, where one block of BLOCK_K holds all hidden
+    channels of d h2, d W2."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i = tl.arange(0, BLOCK_X)
+    k = tl.arange(0, BLOCK_K)
+    dw1_t = tl.zeros([BLOCK_D, BLOCK_X], tl.float32)
+    db1_t = tl.zeros([BLOCK_D], tl.float32)
+    if dw2 is not None:
+        dw2_t = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for tile in range(split, TILES, splits):
+        p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        hidden = p.to(tl.int64)[:, None] * WIDTH
+        inside = (p < PIXELS)[:, None] & (d < WIDTH)[None, :]
+        h1_t = tl.load(h1 + hidden + d[None, :], mask=inside, other=0.0)
+        dh1_t = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            o = start + k
+            there = (p < PIXELS)[:, None] & (o < WIDTH)[None, :]
+            dh2_t = tl.load(dh2 + hidden + o[None, :], mask=there, other=0.0)
+            at_w2 = w2 + o[:, None] * WIDTH + d[None, :]
+            w2_t = tl.load(at_w2, mask=(o < WIDTH)[:, None] & (d < WIDTH)[None, :], other=0.0)
+            dh1_t = tl.dot(dh2_t, w2_t, dh1_t, input_precision=PRECISION)
+            if dw2 is not None:
+                dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t, input_precision=PRECISION)
+        dh1_t = tl.where(h1_t.to(tl.float32) > 0.0, dh1_t, 0.0)
+        db1_t += tl.sum(dh1_t, axis=0)
+        dh1_r = dh1_t.to(h1_t.dtype)
+        tl.store(dh1 + hidden + d[None, :], dh1_r, mask=inside)
+        x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
+        dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t, input_precision=PRECISION)
+    row = split.to(tl.int64) * NUMBERS
+    at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]
+    tl.store(at_dw1, dw1_t, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :])
+    tl.store(db1 + row + d, db1_t, mask=d < WIDTH)
+    if dw2 is not None:
+        at_dw2 = dw2 + row + k[:, None] * WIDTH + d[None, :]
+        tl.store(at_dw2, dw2_t, mask=(k < WIDTH)[:, None] & (d < WIDTH)[None, :])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network and of the images that it works on."""
+
+    pixels: int  # of all samples
+    height: int
+    image_width: int
+    c_in: int
+    c_out: int
+    width: int  # hidden channels
+    taps: int  # 9 of a 3x3 convolution, 1 of a linear layer
+
+    @classmethod
+    def of(cls, x: Tensor, w1: Tensor, w3: Tensor) -> "Shape":
+        height, image_width = x.shape[2:] if x.dim() == 4 else (1, 1)
+        pixels = x.shape[0] * height * image_width
+        return cls(
+            pixels, height, image_width, x.shape[1], w3.shape[0], w1.shape[0], w1[0, 0].numel()
+        )
+
+
+def _block(n: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(n)))
+
+
+def launch_network(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
+    precision: str, keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Two launches: params, and h1 and h2 (pixels, width) where `keep`."""
+    s = Shape.of(x, w1, w3)
+    taps = x.new_empty((s.pixels, s.taps * s.c_out))
+    h1, h2 = (x.new_empty((s.pixels, s.width)) if keep else None for _ in range(2))
+    block_j = _block(s.taps * s.c_out, 512 if s.width <= 128 else 256)
+    block_d = _block(s.width, 128 if block_j > 128 or s.width > 256 else 256)
+    block_k = _block(s.width, 64 if block_j <= 256 else 32)
+    tile = 64
+    _network_kernel[(triton.cdiv(s.pixels, tile), triton.cdiv(s.taps * s.c_out, block_j))](
+        x, w1, b1, w2, b2, w3, taps, h1, h2, s.pixels, s.height, s.image_width,
+        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision,
+        BLOCK_P=tile, BLOCK_X=_block(s.taps * s.c_in, 1024), BLOCK_D=block_d, BLOCK_K=block_k,
+        BLOCK_J=block_j, num_warps=8,
+    )  # fmt: skip
+    return launch_sum_taps(taps, b3, x, s, s.c_out, 1), h1, h2
+
+
+def launch_sum_taps(
+    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, sign: int
+) -> Tensor:
+    """One launch: the sum of each pixel's taps, shaped as x but for its channels."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    y = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
+                    memory_format=layout)  # fmt: skip
+    block_c = _block(channels, 64)
+    block_p = 1024 // block_c
+    _sum_taps_kernel[(triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c))](
+        taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=s.taps, SIGN=sign,
+        BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+    return y
+
+
+PROGRAMS = 264  # of a launch that sums over pixels: two for each multiprocessor of an H100
+
+
+def launch_network_backward(
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor,
+    precision: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Two launches of this file, a product and a sum of taps for d x, and one sum of the partial
+    sums: d x, d W1, d b1, d W2, d b2, d W3, d b3, those of weights and biases in float32."""
+    s = Shape.of(x, w1, w3)
+    block_d, tile = _block(s.width, 64), 32
+    blocks, tiles = triton.cdiv(s.width, block_d), triton.cdiv(s.pixels, tile)
+    dw2_in_kernel = s.width <= DW2_WIDTH
+    sizes = {
+        "w3": s.taps * s.c_out * s.width, "b3": s.c_out, "b2": s.width,
+        "w1": s.width * s.taps * s.c_in, "b1": s.width,
+        "w2": s.width * s.width if dw2_in_kernel else 0,
+    }  # fmt: skip
+    numbers = sum(sizes.values())
+    # Partial sums take at most a quarter of the bytes of one hidden tensor.
+    affordable = h1.nbytes // (4 * 4 * numbers)
+    splits = max(1, min(tiles, PROGRAMS // blocks, affordable))
+    partial = x.new_empty((splits, numbers), dtype=torch.float32)
+    parts = dict(zip(sizes, partial.split(list(sizes.values()), dim=1), strict=True))
+    dh2, dh1 = torch.empty_like(h2), torch.empty_like(h1)
+    images = s.pixels, s.height, s.image_width
+    _dh2_kernel[(splits, blocks)](
+        dparams, h2, w3, dh2, parts["w3"], parts["b3"], parts["b2"], numbers, *images, tiles,
+        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
+        BLOCK_D=block_d, BLOCK_J=_block(s.taps * s.c_out, 512), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    _dh1_kernel[(splits, blocks)](
+        dh2, h1, x, w2, dh1, parts["w2"] if dw2_in_kernel else None, parts["w1"], parts["b1"],
+        numbers, *images, tiles,
+        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
+        BLOCK_D=block_d, BLOCK_K=_block(s.width, DW2_WIDTH), BLOCK_X=_block(s.taps * s.c_in, 1024),
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
+    dx = launch_sum_taps(dh1 @ _rows(w1), None, x, s, s.c_in, -1)
+    total = dict(zip(sizes, partial.sum(0).split(list(sizes.values())), strict=True))
+    dw2 = total["w2"] if dw2_in_kernel else (dh2.t() @ h1).float()
+    return (
+        dx, _like(w1, total["w1"].view(s.width, s.taps, s.c_in)), total["b1"], dw2.view(w2.shape),
+        total["b2"], _like(w3, total["w3"].view(s.c_out, s.taps, s.width)), total["b3"],
+    )  # fmt: skip
+
+
+# Up to this width a program has room for its columns of d W2; wider ones leave it to a matrix
+# product, which reads d h2 and h1 once more.
+DW2_WIDTH = 128
+
+
+def _rows(w: Tensor) -> Tensor:
+    """A weight (out, in, 3, 3) in channels_last, or (out, in), as (out, taps * in): no copy."""
+    return w.movedim(1, -1).reshape(len(w), -1)
+
+
+def _like(w: Tensor, dw: Tensor) -> Tensor:
+    """(out, taps, in) as the weight w has its axes."""
+    if w.dim() == 2:
+        return dw[:, 0]
+    return dw.unflatten(1, w.shape[2:]).movedim(-1, 1)
