@@ -139,8 +139,7 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel = _run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.kwargs)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
-    signature = kernel.src.signature
-    arguments = [name for name, kind in signature.items() if kind != "constexpr"]
+    arguments = list(_runtime(kernel.src.signature))
     registers, spilled = _resources(kernel.asm["cubin"])
     return Compiled(
         registers,
@@ -149,6 +148,15 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel.metadata.num_warps,
         access_bytes(kernel.asm["ptx"], arguments),
     )
+
+
+def _runtime(signature: dict[str, Any]) -> Iterator[str]:
+    """The arguments that the compiled kernel takes, in order: a tuple's members one by one."""
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            yield from _runtime({f"{name}.{i}": member for i, member in enumerate(kind)})
+        elif kind != "constexpr":
+            yield name
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from benchmarks._cases import SHORT, Case, operations
 from benchmarks._nvcc import NATIVE, compile_native
 from benchmarks._table import save, table
 from mflow_kernels.ops import ScaleFunction
+from mflow_kernels.ops._launch import Columns
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
@@ -117,9 +118,15 @@ class Configuration:
             elif isinstance(value, ScaleFunction):
                 eps = f"+{value.eps:g}" if value.eps else ""
                 words.append(f"{value.kind}{eps}{'' if value.order == 'shift-scale' else ' s-s'}")
+            elif isinstance(value, Columns):
+                words += [f"p{value.block}", *(["flat"] if value.flat else [])]
             elif name.startswith("BLOCK") and isinstance(value, int):
                 words.append(f"{name[6:].lower()}{value}")
-        absent = [n for n, v in self.launch.bound.items() if v is None and n.islower()]
+        absent = [
+            name
+            for name, value in self.launch.bound.items()
+            if value is None and name.islower() and not name.endswith("_strides")
+        ]
         return " ".join([*words, *(f"-{name}" for name in absent)])
 
     @property

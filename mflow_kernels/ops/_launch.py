@@ -1,9 +1,14 @@
-"""What Triton operators share: how tensors look to a kernel, and when its launcher runs.
+"""What Triton operators share: how tensors look to a kernel, and how a kernel is launched.
 
 A kernel sees a flow state (N, C, *spatial) as N samples of C channels by P pixels with one stride
 each, so that contiguous and channels_last tensors and views of their halves need no copy. It works
-on *columns*: the pixels of all samples, cut into tiles of `BLOCK_P`. Where a sample has fewer
-pixels than a tile, tiles run across samples (`FLAT`), so that (N, C) vectors fill the lanes too.
+on *columns*: the pixels of all samples, cut into tiles. Where a sample has fewer pixels than a
+tile, tiles run across samples (`Columns.flat`), so that (N, C) vectors fill the lanes too.
+
+One compiled kernel serves every batch size, and every image size whose P and strides are multiples
+of the same power of two. N, P and the strides are therefore arguments at run time. The compiler
+needs three facts for 16-byte accesses, and the launch states them: which stride is 1 (`strided`),
+what the other strides are multiples of (`strided`), and what P is a multiple of (`Columns.unit`).
 """
 
 import math
@@ -60,6 +65,22 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
 
 
+RUN_TIME = ("N", "TILES")  # arguments that follow the batch size: Triton compiles for no value
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch `kernel` on the device of its first argument and on that device's current stream.
+
+    Triton itself takes the current device, which need not be the tensors'.
+    """
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
 class Strides(NamedTuple):
     """Steps, in elements, to the next sample, channel and pixel."""
 
@@ -99,16 +120,32 @@ def flow_state(name: str, value: object) -> Tensor:
     return dense_pixels(check_state(name, value))
 
 
-def strides(x: Tensor | None) -> Strides:
-    """The strides of a tensor that `dense_pixels` returned; zeros for one that is absent."""
-    if x is None:
-        return Strides(0, 0, 0)
+def strides(x: Tensor) -> Strides:
+    """The strides of a tensor that `dense_pixels` returned."""
     if x.dim() == 4:
         n, c, down, right = x.stride()
         _, _, height, width = x.shape
         return Strides(n, c, right if width > 1 else down if height > 1 else 1)
     p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
     return Strides(x.stride(0), x.stride(1), p)
+
+
+_UNITS = {unit: tl.constexpr(unit) for unit in (1, 2, 4, 8)}
+KernelStrides = tuple[int, int | None, int | None, tl.constexpr]
+
+
+def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
+    """`x` and its strides as a kernel takes them, for `at`: (sample, channel, pixel, unit).
+
+    A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
+    of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. A plain
+    tuple: Triton binds it in half the time that a NamedTuple takes.
+    """
+    if x is None:
+        return None, None
+    n, c, p = strides(x)
+    unit = _UNITS[math.gcd(8, n, 0 if c == 1 else c, 0 if p == 1 else p)]
+    return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
 
 
 def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -138,59 +175,103 @@ def elementwise_tile(x: Tensor) -> tuple[int, int]:
     return block_c, max(16, 1024 // block_c)
 
 
+class Columns(NamedTuple):
+    """What a kernel knows of its tiles of columns when it is compiled.
+
+    Attributes:
+        block: columns of a tile.
+        flat: whether tiles run across samples.
+        unit: a power of two that P is a multiple of, up to 8.
+    """
+
+    block: int
+    flat: bool
+    unit: int
+
+
 class Tiles(NamedTuple):
-    """How N x P columns are cut: one program a tile of `block_p`, and a sample's ledger columns."""
+    """How N x P columns are cut: one program a tile, and the columns of a sample's ledger row."""
 
     programs: int
-    block_p: int
-    flat: bool
     ledger: int
+    columns: Columns
 
 
-def tile_columns(n: int, p: int, block_p: int) -> Tiles:
-    if p < block_p:
-        return Tiles(triton.cdiv(n * p, block_p), block_p, True, p)
-    per_sample = triton.cdiv(p, block_p)
-    return Tiles(n * per_sample, block_p, False, per_sample)
+def tile_columns(n: int, p: int, block: int) -> Tiles:
+    columns = Columns(block, p < block, math.gcd(p, 8))
+    if columns.flat:
+        return Tiles(triton.cdiv(n * p, block), p, columns)
+    per_sample = triton.cdiv(p, block)
+    return Tiles(n * per_sample, per_sample, columns)
 
 
-def ledger_columns(x: Tensor, block_p: int) -> int:
-    """T of the ledger (N, T) that a launch on x with tiles of `block_p` columns writes."""
+def ledger_columns(x: Tensor, block: int) -> int:
+    """T of the ledger (N, T) that a launch on x with tiles of `block` columns writes."""
     if not uses_triton(x):
         return 1
-    return tile_columns(x.shape[0], pixels(x), block_p).ledger
+    return tile_columns(x.shape[0], pixels(x), block).ledger
 
 
 @triton.jit
-def columns(tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
+def multiple(value, UNIT: tl.constexpr):
+    """`value`, which is a multiple of UNIT, in a form that lets the compiler know it."""
+    return value // UNIT * UNIT
+
+
+@triton.jit
+def step(index, stride, UNIT: tl.constexpr):
+    if stride is None:
+        return index
+    else:
+        return index * multiple(stride, UNIT)
+
+
+@triton.jit
+def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
+    """Addresses in x, whose strides come from `strided`, of channels c (rows) at columns (n, p); or
+    transposed, columns by channels."""
+    UNIT: tl.constexpr = strides[3]
+    if PIXELS_FIRST:
+        x += step(n[:, None], strides[0], UNIT)
+        x += step(c[None, :], strides[1], UNIT)
+        return x + step(p[:, None], strides[2], UNIT)
+    else:
+        x += step(n[None, :], strides[0], UNIT)
+        x += step(c[:, None], strides[1], UNIT)
+        return x + step(p[None, :], strides[2], UNIT)
+
+
+@triton.jit
+def columns(tile, N, P, COLUMNS: tl.constexpr):
     """Sample and pixel of each column of a tile, and whether it exists."""
-    if FLAT:
-        j = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    BLOCK: tl.constexpr = COLUMNS.block
+    P = multiple(P, COLUMNS.unit)
+    if COLUMNS.flat:
+        j = tile * BLOCK + tl.arange(0, BLOCK)
         return (j // P).to(tl.int64), j % P, j < N * P
     else:
-        tiles = tl.cdiv(P, BLOCK_P)
-        p = (tile % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-        n = tl.full([BLOCK_P], tile // tiles, tl.int64)
+        tiles = tl.cdiv(P, BLOCK)
+        p = (tile % tiles) * BLOCK + tl.arange(0, BLOCK)
+        n = tl.full([BLOCK], tile // tiles, tl.int64)
         return n, p, p < P
 
 
 @triton.jit
-def write_ledger(ledger, log_s, tile, N, P, BLOCK_P: tl.constexpr, FLAT: tl.constexpr):
+def write_ledger(ledger, log_s, tile, N, P, COLUMNS: tl.constexpr):
     """Store a tile's sum of log s (channels by columns) in its own place of the ledger (N, T)."""
-    if FLAT:
-        j = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    if COLUMNS.flat:
+        j = tile * COLUMNS.block + tl.arange(0, COLUMNS.block)
         tl.store(ledger + j, tl.sum(log_s, axis=0), mask=j < N * P)
     else:
         tl.store(ledger + tile, tl.sum(log_s))
 
 
 @triton.jit
-def read_ledger(
-    dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P: tl.constexpr, FLAT: tl.constexpr
-):
+def read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS: tl.constexpr):
     """For each column, the gradient of the place in the ledger that its log s went to."""
-    if FLAT:
+    if COLUMNS.flat:
         t = p
     else:
-        t = p // BLOCK_P
-    return tl.load(dledger + n * dledger_n + t * dledger_t, mask=valid, other=0.0)
+        t = p // COLUMNS.block
+    at_t = dledger + n * dledger_strides[0] + t * dledger_strides[1]
+    return tl.load(at_t, mask=valid, other=0.0)

@@ -13,13 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     TL_DTYPE,
     accumulator,
+    at,
     columns,
     dense_pixels,
+    launch,
     net_input,
     pixels,
-    strides,
+    strided,
     tile_columns,
     uses_triton,
     write_ledger,
@@ -30,99 +33,119 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 @triton.jit
 def load_gradient(
-    dy, dnet, n, c, p, valid, C: tl.constexpr,
-    dy_n, dy_c, dy_p: tl.constexpr, dnet_n, dnet_c, dnet_p: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    dy, dy_strides, dnet, dnet_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr
+):
     """A tile of dy, with the gradient of the network input added to its first half."""
-    at = dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
-    dy_t = tl.load(at, mask=(c[:, None] < C) & valid[None, :], other=0.0).to(DTYPE)
+    inside = (c[:, None] < C) & valid[None, :]
+    dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
     if dnet is not None:
-        at = dnet + n[None, :] * dnet_n + c[:, None] * dnet_c + p[None, :] * dnet_p
         is_a = (c[:, None] < C // 2) & valid[None, :]
-        dy_t += tl.load(at, mask=is_a, other=0.0).to(DTYPE)
+        dy_t += tl.load(at(dnet, dnet_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
     return dy_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _mix_kernel(
-    x, dnet, coupling_params, weight, bias, y, net, ledger, N, P: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
-    net_n: tl.constexpr, net_c: tl.constexpr, net_p: tl.constexpr,
-    weight_o, weight_c,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_strides,
+    dnet,
+    dnet_strides,
+    coupling_params,
+    params_strides,
+    weight,
+    weight_strides,
+    bias,
+    y,
+    y_strides,
+    net,
+    net_strides,
+    ledger,
+    N,
+    P,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
     may be a gradient, to which that of a network input is added."""
     tile = tl.program_id(0)
-    n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+    n, p, valid = columns(tile, N, P, COLUMNS)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-    log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    y_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+    log_s_sum = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x_t = load_gradient(
-            x, dnet, n, c, p, valid, C, x_n, x_c, x_p, dnet_n, dnet_c, dnet_p, DTYPE
-        )
+        x_t = load_gradient(x, x_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE)
         if SCALE is not None:
             raw, shift, is_b = load_params(
-                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+                coupling_params, params_strides, n, c, p, valid, C, DTYPE
             )
             x_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
             log_s_sum += log_s
-        at_w = weight + o[:, None] * weight_o + c[None, :] * weight_c
+        at_w = weight + o[:, None] * weight_strides[0] + c[None, :] * weight_strides[1]
         w_t = tl.load(at_w, mask=(o[:, None] < C) & (c[None, :] < C), other=0.0)
         y_t = tl.dot(w_t, x_t, y_t, input_precision=PRECISION, out_dtype=DTYPE)
     if bias is not None:
         y_t += tl.load(bias + o, mask=o < C, other=0.0)[:, None]
-    at_y = y + n[None, :] * y_n + o[:, None] * y_c + p[None, :] * y_p
-    tl.store(at_y, y_t, mask=(o[:, None] < C) & valid[None, :])
+    tl.store(at(y, y_strides, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
     if net is not None:
-        at_net = net + n[None, :] * net_n + o[:, None] * net_c + p[None, :] * net_p
-        tl.store(at_net, y_t, mask=(o[:, None] < C // 2) & valid[None, :])
+        is_a = (o[:, None] < C // 2) & valid[None, :]
+        tl.store(at(net, net_strides, n, o, p), y_t, mask=is_a)
     if SCALE is not None and tl.program_id(1) == 0:
-        write_ledger(ledger, log_s_sum, tile, N, P, BLOCK_P, FLAT)
+        write_ledger(ledger, log_s_sum, tile, N, P, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _dweight_kernel(
-    dy, dnet, x, coupling_params, dweight, dbias, N, P: tl.constexpr, TILES,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dy_strides,
+    dnet,
+    dnet_strides,
+    x,
+    x_strides,
+    coupling_params,
+    params_strides,
+    dweight,
+    dbias,
+    N,
+    P,
+    TILES,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """This program's share of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-    dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    dbias_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
     for tile in range(split, TILES, splits):
-        n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-        dy_t = load_gradient(
-            dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
-        )
+        n, p, valid = columns(tile, N, P, COLUMNS)
+        dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)
         # Columns by channels, as the product wants it: a transpose of the other way round made
         # Triton load single words.
-        at_x = x + n[:, None] * x_n + p[:, None] * x_p + c[None, :] * x_c
+        at_x = at(x, x_strides, n, c, p, PIXELS_FIRST=True)
         x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
         if SCALE is not None:
             raw, shift, is_b = load_params(
-                coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
+                coupling_params, params_strides, n, c, p, valid, C, DTYPE
             )
             x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
         dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
         dbias_t += dy_t
-    at = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-    tl.store(at, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
+    at_dweight = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+    tl.store(at_dweight, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
     if tl.program_id(2) == 0:
         tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
 
@@ -198,14 +221,20 @@ def launch_mix(
     if params is not None:
         ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
     if n:
-        _mix_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            x, dnet, params, weight, bias, y, net_or_none, ledger, n, p,
-            *strides(x), *strides(dnet), *strides(params), *strides(y),
-            *strides(net_or_none), *weight.stride(),
-            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
+        launch(
+            _mix_kernel,
+            (tiles.programs, triton.cdiv(c, tile.block_o)),
+            *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
+            *(*strided(y), *strided(net_or_none), ledger, n, p),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            **arithmetic(x, precision),
+            BLOCK_O=tile.block_o,
+            BLOCK_C=tile.block_c,
+            COLUMNS=tiles.columns,
             num_warps=tile.warps,
-        )  # fmt: skip
+        )
     return y, net, ledger
 
 
@@ -229,11 +258,19 @@ def launch_dweight(
     new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
     dweight, dbias = new((splits, c, c)), new((splits, c))
     if n:
-        _dweight_kernel[(splits, triton.cdiv(c, tile.block_o), triton.cdiv(c, tile.block_c))](
-            dy, dnet, x, params, dweight, dbias, n, p, tiles.programs,
-            *strides(dy), *strides(dnet), *strides(x), *strides(params),
-            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps, num_stages=2,
-        )  # fmt: skip
+        launch(
+            _dweight_kernel,
+            (splits, triton.cdiv(c, tile.block_o), triton.cdiv(c, tile.block_c)),
+            *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+            *(dweight, dbias, n, p, tiles.programs),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            **arithmetic(x, precision),
+            BLOCK_O=tile.block_o,
+            BLOCK_C=tile.block_c,
+            COLUMNS=tiles.columns,
+            num_warps=tile.warps,
+            num_stages=2,
+        )
     return dweight, dbias

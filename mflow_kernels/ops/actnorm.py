@@ -22,15 +22,18 @@ from torch import Tensor
 from mflow_kernels.ops._autograd import operator
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     TL_DTYPE,
     accumulator,
+    at,
     columns,
     dense_pixels,
     elementwise_tile,
     flow_state,
     in_layout_of,
+    launch,
     pixels,
-    strides,
+    strided,
     tile_columns,
     uses_triton,
 )
@@ -61,53 +64,69 @@ def actnorm_backward_ref(
     return dx.to(x.dtype), dbias.to(bias.dtype), dlog_scale.to(log_scale.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _actnorm_fwd_kernel(
-    x, bias, log_scale, y, N, P: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
-    C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    x,
+    x_strides,
+    bias,
+    log_scale,
+    y,
+    y_strides,
+    N,
+    P,
+    C: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
         b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
         log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
-        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-        x_t = tl.load(at_x, mask=inside, other=0.0).to(DTYPE)
+        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         if INVERSE:
             y_t = tl.exp(-log_s) * x_t - b
         else:
             y_t = tl.exp(log_s) * (x_t + b)
-        tl.store(y + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p, y_t, mask=inside)
+        tl.store(at(y, y_strides, n, c, p), y_t, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _actnorm_bwd_kernel(
-    dy, x, bias, log_scale, dx, partials, N, P: tl.constexpr, TILES,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
-    C: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dy_strides,
+    x,
+    x_strides,
+    bias,
+    log_scale,
+    dx,
+    dx_strides,
+    partials,
+    N,
+    P,
+    TILES,
+    C: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     # A program owns BLOCK_C channels and every tile in its stride, so that each channel's two sums
     # stay in registers and leave as one row of `partials` (programs, 2, C).
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
     log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
-    sum_dx = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
-    sum_slope = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    sum_dx = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    sum_slope = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
     for tile in range(program, TILES, programs):
-        n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+        n, p, valid = columns(tile, N, P, COLUMNS)
         inside = (c[:, None] < C) & valid[None, :]
-        at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-        at_dy = dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
-        x_t = tl.load(at_x, mask=inside, other=0.0).to(DTYPE)
-        dy_t = tl.load(at_dy, mask=inside, other=0.0).to(DTYPE)
+        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         if INVERSE:
             dx_t = tl.exp(-log_s) * dy_t
             sum_dx -= dy_t
@@ -116,7 +135,7 @@ def _actnorm_bwd_kernel(
             dx_t = tl.exp(log_s) * dy_t
             sum_dx += dx_t
             sum_slope += tl.where(inside, dx_t * (x_t + b), 0.0)
-        tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
+        tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
     row = partials + program * (2 * C)
     tl.store(row + c, tl.sum(sum_dx, axis=1), mask=c < C)
     tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
@@ -132,11 +151,16 @@ def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) ->
     block_c, block_p = elementwise_tile(x)
     tiles = tile_columns(n, p, block_p)
     if n:
-        _actnorm_fwd_kernel[(tiles.programs,)](
-            x, bias.contiguous(), log_scale.contiguous(), y, n, p, *strides(x), *strides(y),
-            C=c, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
-            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
-        )  # fmt: skip
+        launch(
+            _actnorm_fwd_kernel,
+            (tiles.programs,),
+            *(*strided(x), bias.contiguous(), log_scale.contiguous(), *strided(y), n, p),
+            C=c,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[accumulator(x.dtype)],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
     return y
 
 
@@ -153,12 +177,17 @@ def launch_actnorm_backward(
     programs = max(1, min(tiles.programs, PROGRAMS))
     partials = (x.new_empty if n else x.new_zeros)((programs, 2, c), dtype=dtype)
     if n:
-        _actnorm_bwd_kernel[(programs, triton.cdiv(c, block_c))](
-            dy, x, bias.contiguous(), log_scale.contiguous(), dx, partials, n, p, tiles.programs,
-            *strides(dy), *strides(x), *strides(dx),
-            C=c, INVERSE=inverse, DTYPE=TL_DTYPE[dtype],
-            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
-        )  # fmt: skip
+        launch(
+            _actnorm_bwd_kernel,
+            (programs, triton.cdiv(c, block_c)),
+            *(*strided(dy), *strided(x), bias.contiguous(), log_scale.contiguous()),
+            *(*strided(dx), partials, n, p, tiles.programs),
+            C=c,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[dtype],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
     dbias, dlog_scale = partials.sum(0).unbind()
     return dx, dbias.to(bias.dtype, copy=True), dlog_scale.to(log_scale.dtype, copy=True)
 

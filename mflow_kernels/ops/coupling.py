@@ -27,17 +27,21 @@ from mflow_kernels.ops import _native
 from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     TL_DTYPE,
     accumulator,
+    at,
     columns,
     dense_pixels,
     elementwise_tile,
     flow_state,
     in_layout_of,
+    launch,
     ledger_columns,
     pixels,
     read_ledger,
-    strides,
+    step,
+    strided,
     tile_columns,
     uses_triton,
     write_ledger,
@@ -113,16 +117,24 @@ def coupling_backward_ref(
 
 
 @triton.jit
-def load_params(
-    params, n, c, p, valid, C: tl.constexpr, sn, sc, sp: tl.constexpr, DTYPE: tl.constexpr
-):
+def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """raw and shift of channels c (rows) at columns (n, p), and which rows and columns have any."""
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
-    at = params + n[None, :] * sn + (c - C_A)[:, None] * sc + p[None, :] * sp
-    raw = tl.load(at, mask=is_b, other=0.0).to(DTYPE)
-    shift = tl.load(at + (C - C_A) * sc, mask=is_b, other=0.0).to(DTYPE)
+    at_raw = at(params, strides, n, c - C_A, p)
+    at_shift = at_raw + step(C - C_A, strides[1], strides[3])
+    raw = tl.load(at_raw, mask=is_b, other=0.0).to(DTYPE)
+    shift = tl.load(at_shift, mask=is_b, other=0.0).to(DTYPE)
     return raw, shift, is_b
+
+
+@triton.jit
+def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
+    """Store what `load_params` loads."""
+    C_A: tl.constexpr = C // 2
+    at_raw = at(params, strides, n, c - C_A, p)
+    tl.store(at_raw, raw, mask=is_b)
+    tl.store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
 
 
 @triton.jit
@@ -162,66 +174,72 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
     return tl.where(is_b, dx, dy), draw, dshift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_fwd_kernel(
-    x, coupling_params, y, ledger, N, P: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_strides,
+    coupling_params,
+    params_strides,
+    y,
+    y_strides,
+    ledger,
+    N,
+    P,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     tile = tl.program_id(0)
-    n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-    total = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    n, p, valid = columns(tile, N, P, COLUMNS)
+    total = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
-        x_t = tl.load(
-            x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=inside, other=0.0
-        ).to(DTYPE)
-        raw, shift, is_b = load_params(
-            coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
-        )
+        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
         y_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
-        tl.store(y + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p, y_t, mask=inside)
+        tl.store(at(y, y_strides, n, c, p), y_t, mask=inside)
         total += log_s
-    write_ledger(ledger, total, tile, N, P, BLOCK_P, FLAT)
+    write_ledger(ledger, total, tile, N, P, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_bwd_kernel(
-    x, coupling_params, dy, dledger, dx, dparams, N, P: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
-    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
-    dledger_n, dledger_t,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
-    dlog_s = read_ledger(dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P, FLAT)
-    C_A: tl.constexpr = C // 2
+    x,
+    x_strides,
+    coupling_params,
+    params_strides,
+    dy,
+    dy_strides,
+    dledger,
+    dledger_strides,
+    dx,
+    dx_strides,
+    dparams,
+    dparams_strides,
+    N,
+    P,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
+    dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
-        raw, shift, is_b = load_params(
-            coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
-        )
-        x_t = tl.load(
-            x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p, mask=is_b, other=0.0
-        ).to(DTYPE)
-        dy_t = tl.load(
-            dy + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p, mask=inside, other=0.0
-        ).to(DTYPE)
+        raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
+        x_t = tl.load(at(x, x_strides, n, c, p), mask=is_b, other=0.0).to(DTYPE)
+        dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlog_s, SCALE, INVERSE)
-        tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
-        at = dparams + n[None, :] * dparams_n + (c - C_A)[:, None] * dparams_c
-        at += p[None, :] * dparams_p
-        tl.store(at, draw, mask=is_b)
-        tl.store(at + (C - C_A) * dparams_c, dshift, mask=is_b)
+        tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
+        store_params(dparams, dparams_strides, draw, dshift, n, c, p, is_b, C)
 
 
 def launch_coupling(
@@ -236,11 +254,17 @@ def launch_coupling(
     tiles = tile_columns(n, p, block_p)
     ledger = x.new_empty((n, tiles.ledger), dtype=dtype)
     if n:
-        _coupling_fwd_kernel[(tiles.programs,)](
-            x, params, y, ledger, n, p, *strides(x), *strides(params), *strides(y),
-            C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[dtype],
-            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
-        )  # fmt: skip
+        launch(
+            _coupling_fwd_kernel,
+            (tiles.programs,),
+            *(*strided(x), *strided(params), *strided(y), ledger, n, p),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[dtype],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
     return y, ledger
 
 
@@ -254,13 +278,18 @@ def launch_coupling_backward(
     block_c, block_p = elementwise_tile(x)
     tiles = tile_columns(n, p, block_p)
     if n:
-        _coupling_bwd_kernel[(tiles.programs,)](
-            x, params, dy, dledger, dx, dparams, n, p,
-            *strides(x), *strides(params), *strides(dy), *strides(dx), *strides(dparams),
-            *dledger.stride(),
-            C=c, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(x.dtype)],
-            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
-        )  # fmt: skip
+        launch(
+            _coupling_bwd_kernel,
+            (tiles.programs,),
+            *(*strided(x), *strided(params), *strided(dy), dledger, dledger.stride()),
+            *(*strided(dx), *strided(dparams), n, p),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[accumulator(x.dtype)],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
     return dx, dparams
 
 

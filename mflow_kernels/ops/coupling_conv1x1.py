@@ -28,17 +28,20 @@ from torch import Tensor
 from mflow_kernels.ops import _native
 from mflow_kernels.ops._autograd import eager_function, operator
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     accumulator,
+    at,
     columns,
     cut_net_input,
     dense_pixels,
     flow_state,
     in_layout_of,
+    launch,
     ledger_columns,
     net_input,
     pixels,
     read_ledger,
-    strides,
+    strided,
     tile_columns,
     uses_triton,
 )
@@ -63,6 +66,7 @@ from mflow_kernels.ops.coupling import (
     coupling_backward,
     coupling_forward,
     load_params,
+    store_params,
 )
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
@@ -80,45 +84,52 @@ def coupling_conv1x1_ref(
     return conv1x1_ref(z, weight, bias).to(x.dtype), ledger
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_conv1x1_bwd_kernel(
-    dy, dnet, x, coupling_params, weight, dledger, dx, dparams, N, P: tl.constexpr,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
-    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
-    weight_o, weight_c, dledger_n, dledger_t,
-    C: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dy_strides,
+    dnet,
+    dnet_strides,
+    x,
+    x_strides,
+    coupling_params,
+    params_strides,
+    weight,
+    weight_strides,
+    dledger,
+    dledger_strides,
+    dx,
+    dx_strides,
+    dparams,
+    dparams_strides,
+    N,
+    P,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
-    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
     c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (c[:, None] < C) & valid[None, :]
-    dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    dz_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
     for start in range(0, C, BLOCK_C):
         o = start + tl.arange(0, BLOCK_C)
-        dy_t = load_gradient(
-            dy, dnet, n, o, p, valid, C, dy_n, dy_c, dy_p, dnet_n, dnet_c, dnet_p, DTYPE
-        )
-        at_w = weight + c[:, None] * weight_c + o[None, :] * weight_o
+        dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)
+        at_w = weight + c[:, None] * weight_strides[1] + o[None, :] * weight_strides[0]
         w_t = tl.load(at_w, mask=(c[:, None] < C) & (o[None, :] < C), other=0.0)
         dz_t = tl.dot(w_t, dy_t, dz_t, input_precision=PRECISION, out_dtype=DTYPE)
-    raw, shift, is_b = load_params(
-        coupling_params, n, c, p, valid, C, params_n, params_c, params_p, DTYPE
-    )
-    at_x = x + n[None, :] * x_n + c[:, None] * x_c + p[None, :] * x_p
-    x_t = tl.load(at_x, mask=is_b, other=0.0).to(DTYPE)
-    dlog_s = read_ledger(dledger, dledger_n, dledger_t, n, p, valid, BLOCK_P, FLAT)
+    raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
+    x_t = tl.load(at(x, x_strides, n, c, p), mask=is_b, other=0.0).to(DTYPE)
+    dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
-    tl.store(dx + n[None, :] * dx_n + c[:, None] * dx_c + p[None, :] * dx_p, dx_t, mask=inside)
-    at = dparams + n[None, :] * dparams_n + (c - C // 2)[:, None] * dparams_c
-    at += p[None, :] * dparams_p
-    tl.store(at, draw, mask=is_b)
-    tl.store(at + (C - C // 2) * dparams_c, dshift, mask=is_b)
+    tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
+    store_params(dparams, dparams_strides, draw, dshift, n, c, p, is_b, C)
 
 
 def launch_coupling_conv1x1_backward(
@@ -140,14 +151,21 @@ def launch_coupling_conv1x1_backward(
     tile = mix_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
     if n:
-        _coupling_conv1x1_bwd_kernel[(tiles.programs, triton.cdiv(c, tile.block_o))](
-            dy, dnet, x, params, weight, dledger, dx, dparams, n, p,
-            *strides(dy), *strides(dnet), *strides(x), *strides(params), *strides(dx),
-            *strides(dparams), weight.stride(1), weight.stride(2), *dledger.stride(),
-            C=c, SCALE=scale, INVERSE=inverse, **arithmetic(x, precision),
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
+        launch(
+            _coupling_conv1x1_bwd_kernel,
+            (tiles.programs, triton.cdiv(c, tile.block_o)),
+            *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+            *(weight, weight.stride()[1:], dledger, dledger.stride()),
+            *(*strided(dx), *strided(dparams), n, p),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            **arithmetic(x, precision),
+            BLOCK_O=tile.block_o,
+            BLOCK_C=tile.block_c,
+            COLUMNS=tiles.columns,
             num_warps=tile.warps,
-        )  # fmt: skip
+        )
     splits = weight.shape[0]
     return dx, dparams, *launch_dweight(dy, dnet, x, splits, precision, params, scale, inverse)
 

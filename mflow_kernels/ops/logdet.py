@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mflow_kernels.ops._autograd import operator
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops._launch import uses_triton
+from mflow_kernels.ops._launch import launch, uses_triton
 
 BLOCK_T = 1024
 
@@ -29,7 +29,7 @@ def accumulate_logdet_ref(ledger: Tensor, constant: Tensor) -> Tensor:
     return ledger.sum(1) + constant
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _accumulate_kernel(ledger, constant, logdet, T, BLOCK_T: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK_T], ledger.dtype.element_ty)
@@ -43,8 +43,9 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     n, t = ledger.shape
     logdet = ledger.new_empty(n)
     if n:
-        block = min(BLOCK_T, triton.next_power_of_2(max(t, 1)))
-        _accumulate_kernel[(n,)](ledger.contiguous(), constant, logdet, t, BLOCK_T=block)
+        # The same block for every T: T follows the image size, for which nothing compiles again.
+        args = (ledger.contiguous(), constant, logdet, t)
+        launch(_accumulate_kernel, (n,), *args, BLOCK_T=BLOCK_T)
     return logdet
 
 

@@ -23,13 +23,16 @@ from torch import Tensor
 
 from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     TL_DTYPE,
     accumulator,
+    at,
     columns,
     dense_pixels,
     elementwise_tile,
+    launch,
     pixels,
-    strides,
+    strided,
     tile_columns,
     uses_triton,
 )
@@ -39,6 +42,7 @@ from mflow_kernels.ops.coupling import (
     couple_backward_ref,
     couple_ref,
     load_params,
+    store_params,
 )
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -68,39 +72,45 @@ def uncouple_ref(
     return Uncoupled(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _uncouple_kernel(
-    z_b, coupling_params, dz_b, dlogdet, y_b, dy_b, dparams, N, P: tl.constexpr,
-    z_n: tl.constexpr, z_c: tl.constexpr, z_p: tl.constexpr,
-    params_n: tl.constexpr, params_c: tl.constexpr, params_p: tl.constexpr,
-    dz_n: tl.constexpr, dz_c: tl.constexpr, dz_p: tl.constexpr,
-    y_n: tl.constexpr, y_c: tl.constexpr, y_p: tl.constexpr,
-    dy_n: tl.constexpr, dy_c: tl.constexpr, dy_p: tl.constexpr,
-    dparams_n: tl.constexpr, dparams_c: tl.constexpr, dparams_p: tl.constexpr,
-    C_B: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
-    n, p, valid = columns(tl.program_id(0), N, P, BLOCK_P, FLAT)
+    z_b,
+    z_strides,
+    coupling_params,
+    params_strides,
+    dz_b,
+    dz_strides,
+    dlogdet,
+    y_b,
+    y_strides,
+    dy_b,
+    dy_strides,
+    dparams,
+    dparams_strides,
+    N,
+    P,
+    C_B: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
     dlog_s = tl.load(dlogdet + n, mask=valid, other=0.0)
     for start in range(0, C_B, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         raw, shift, inside = load_params(
-            coupling_params, n, C_B + c, p, valid, 2 * C_B, params_n, params_c, params_p, DTYPE
+            coupling_params, params_strides, n, C_B + c, p, valid, 2 * C_B, DTYPE
         )
-        at_z = z_b + n[None, :] * z_n + c[:, None] * z_c + p[None, :] * z_p
-        y_t = tl.load(at_z, mask=inside, other=0.0).to(DTYPE)
+        y_t = tl.load(at(z_b, z_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         if y_b is not None:
             y_t, _ = couple(y_t, raw, shift, inside, SCALE, not INVERSE)
-            at_y = y_b + n[None, :] * y_n + c[:, None] * y_c + p[None, :] * y_p
-            tl.store(at_y, y_t, mask=inside)
-        at_dz = dz_b + n[None, :] * dz_n + c[:, None] * dz_c + p[None, :] * dz_p
-        dz_t = tl.load(at_dz, mask=inside, other=0.0).to(DTYPE)
+            tl.store(at(y_b, y_strides, n, c, p), y_t, mask=inside)
+        dz_t = tl.load(at(dz_b, dz_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
-        at_dy = dy_b + n[None, :] * dy_n + c[:, None] * dy_c + p[None, :] * dy_p
-        tl.store(at_dy, dy_t, mask=inside)
-        at = dparams + n[None, :] * dparams_n + c[:, None] * dparams_c + p[None, :] * dparams_p
-        tl.store(at, draw, mask=inside)
-        tl.store(at + C_B * dparams_c, dshift, mask=inside)
+        tl.store(at(dy_b, dy_strides, n, c, p), dy_t, mask=inside)
+        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, inside, 2 * C_B)
 
 
 def launch_uncouple(
@@ -120,13 +130,18 @@ def launch_uncouple(
     block_c, block_p = elementwise_tile(z_b)
     tiles = tile_columns(n, p, block_p)
     if n:
-        _uncouple_kernel[(tiles.programs,)](
-            z_b, params, dz_b, dlogdet.contiguous(), y_b, dy_b, dparams, n, p,
-            *strides(z_b), *strides(params), *strides(dz_b), *strides(y_b), *strides(dy_b),
-            *strides(dparams),
-            C_B=c_b, SCALE=scale, INVERSE=inverse, DTYPE=TL_DTYPE[accumulator(z_b.dtype)],
-            BLOCK_C=block_c, BLOCK_P=block_p, FLAT=tiles.flat,
-        )  # fmt: skip
+        launch(
+            _uncouple_kernel,
+            (tiles.programs,),
+            *(*strided(z_b), *strided(params), *strided(dz_b), dlogdet.contiguous()),
+            *(*strided(y_b), *strided(dy_b), *strided(dparams), n, p),
+            C_B=c_b,
+            SCALE=scale,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[accumulator(z_b.dtype)],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
     return Uncoupled(z_b if y_b is None else y_b, dy_b, dparams)
 
 

@@ -27,13 +27,16 @@ from torch import Tensor
 
 from mflow_kernels.ops import _native
 from mflow_kernels.ops._launch import (
+    RUN_TIME,
     accumulator,
+    at,
     columns,
     cut_net_input,
     dense_pixels,
+    launch,
     net_input,
     pixels,
-    strides,
+    strided,
     tile_columns,
     uses_triton,
     without_autocast,
@@ -87,22 +90,41 @@ def unmix_ref(
     return Unmixed(x, dx, net, gram, dbias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _unmix_kernel(
-    y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net, gram, dbias,
-    N, P: tl.constexpr, TILES,
-    y_a_n: tl.constexpr, y_a_c: tl.constexpr, y_a_p: tl.constexpr,
-    y_b_n: tl.constexpr, y_b_c: tl.constexpr, y_b_p: tl.constexpr,
-    dy_a_n: tl.constexpr, dy_a_c: tl.constexpr, dy_a_p: tl.constexpr,
-    dnet_n: tl.constexpr, dnet_c: tl.constexpr, dnet_p: tl.constexpr,
-    dy_b_n: tl.constexpr, dy_b_c: tl.constexpr, dy_b_p: tl.constexpr,
-    x_n: tl.constexpr, x_c: tl.constexpr, x_p: tl.constexpr,
-    dx_n: tl.constexpr, dx_c: tl.constexpr, dx_p: tl.constexpr,
-    net_n: tl.constexpr, net_c: tl.constexpr, net_p: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, MIXERS: tl.constexpr,
-    GRAM_BLOCKS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, FLAT: tl.constexpr,
-):  # fmt: skip
+    y_a,
+    y_a_strides,
+    y_b,
+    y_b_strides,
+    dy_a,
+    dy_a_strides,
+    dnet,
+    dnet_strides,
+    dy_b,
+    dy_b_strides,
+    weight,
+    weight_inverse,
+    bias,
+    x,
+    x_strides,
+    dx,
+    dx_strides,
+    net,
+    net_strides,
+    gram,
+    dbias,
+    N,
+    P,
+    TILES,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MIXERS: tl.constexpr,
+    GRAM_BLOCKS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """The first MIXERS programs of axis 1 each give BLOCK_O channels of x and dx; where they see
     all channels at once (one mixer, one block of input channels) they form gram on the way, else
     the programs after them do."""
@@ -111,26 +133,35 @@ def _unmix_kernel(
         o = role * BLOCK_O + tl.arange(0, BLOCK_O)
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-            dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+            dbias_t = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
         for tile in range(program, TILES, programs):
-            n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
-            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-            dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            n, p, valid = columns(tile, N, P, COLUMNS)
+            x_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+            dx_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
                 at_w = weight + c[None, :] * C + o[:, None]
                 inside = (o[:, None] < C) & (c[None, :] < C)
                 w_t = tl.load(at_w, mask=inside, other=0.0)
                 dy_t = _load_gradient_halves(
-                    dy_a, dnet, dy_b, n, c, p, valid, C, dy_a_n, dy_a_c, dy_a_p,
-                    dnet_n, dnet_c, dnet_p, dy_b_n, dy_b_c, dy_b_p, DTYPE,
-                )  # fmt: skip
+                    dy_a,
+                    dy_a_strides,
+                    dnet,
+                    dnet_strides,
+                    dy_b,
+                    dy_b_strides,
+                    n,
+                    c,
+                    p,
+                    valid,
+                    C,
+                    DTYPE,
+                )
                 dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
                 if (x is not None) or (GRAM_BLOCKS == 0):
                     y_t = _load_shifted_halves(
-                        y_a, y_b, bias, n, c, p, valid, C, y_a_n, y_a_c, y_a_p,
-                        y_b_n, y_b_c, y_b_p, DTYPE,
-                    )  # fmt: skip
+                        y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
+                    )
                 if x is not None:
                     at_w = weight_inverse + o[:, None] * C + c[None, :]
                     w_t = tl.load(at_w, mask=inside, other=0.0)
@@ -141,13 +172,12 @@ def _unmix_kernel(
                     )
                     dbias_t += dy_t
             inside = (o[:, None] < C) & valid[None, :]
-            tl.store(dx + n[None, :] * dx_n + o[:, None] * dx_c + p[None, :] * dx_p, dx_t, inside)
+            tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
             if x is not None:
-                tl.store(x + n[None, :] * x_n + o[:, None] * x_c + p[None, :] * x_p, x_t, inside)
+                tl.store(at(x, x_strides, n, o, p), x_t, inside)
             if net is not None:
                 is_a = (o[:, None] < C // 2) & valid[None, :]
-                at_net = net + n[None, :] * net_n + o[:, None] * net_c + p[None, :] * net_p
-                tl.store(at_net, x_t, is_a)
+                tl.store(at(net, net_strides, n, o, p), x_t, is_a)
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
@@ -155,17 +185,15 @@ def _unmix_kernel(
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
-        dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+        dbias_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
         for tile in range(program, TILES, programs):
-            n, p, valid = columns(tile, N, P, BLOCK_P, FLAT)
+            n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(
-                dy_a, dnet, dy_b, n, o, p, valid, C, dy_a_n, dy_a_c, dy_a_p,
-                dnet_n, dnet_c, dnet_p, dy_b_n, dy_b_c, dy_b_p, DTYPE,
-            )  # fmt: skip
+                dy_a, dy_a_strides, dnet, dnet_strides, dy_b, dy_b_strides, n, o, p, valid, C, DTYPE
+            )
             y_t = _load_shifted_halves(
-                y_a, y_b, bias, n, c, p, valid, C, y_a_n, y_a_c, y_a_p,
-                y_b_n, y_b_c, y_b_p, DTYPE,
-            )  # fmt: skip
+                y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
+            )
             gram_t = tl.dot(dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE)
             dbias_t += dy_t
         # Programs of one block of rows sum the same dy: they store the same d bias.
@@ -174,47 +202,50 @@ def _unmix_kernel(
 
 @triton.jit
 def _load_gradient_halves(
-    dy_a, dnet, dy_b, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
-    net_n, net_c, net_p: tl.constexpr, b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    is_a = (c[:, None] < C // 2) & valid[None, :]
-    dy_t = _load_halves(dy_a, dy_b, n, c, p, valid, C, a_n, a_c, a_p, b_n, b_c, b_p, DTYPE)
+    dy_a,
+    dy_a_strides,
+    dnet,
+    dnet_strides,
+    dy_b,
+    dy_b_strides,
+    n,
+    c,
+    p,
+    valid,
+    C: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    dy_t = _load_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, valid, C, DTYPE)
     if dnet is not None:
-        at = dnet + n[None, :] * net_n + c[:, None] * net_c + p[None, :] * net_p
-        dy_t += tl.load(at, mask=is_a, other=0.0).to(DTYPE)
+        is_a = (c[:, None] < C // 2) & valid[None, :]
+        dy_t += tl.load(at(dnet, dnet_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
     return dy_t
 
 
 @triton.jit
 def _load_shifted_halves(
-    y_a, y_b, bias, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
-    b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    y_t = _load_halves(y_a, y_b, n, c, p, valid, C, a_n, a_c, a_p, b_n, b_c, b_p, DTYPE)
+    y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr
+):
+    y_t = _load_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, DTYPE)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     # Columns that do not exist must stay zero: gram sums over them.
     return tl.where(valid[None, :], y_t - shift[:, None], 0.0)
 
 
 @triton.jit
-def _load_halves(
-    a, b, n, c, p, valid, C: tl.constexpr, a_n, a_c, a_p: tl.constexpr,
-    b_n, b_c, b_p: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """A tile of the state whose channels below C // 2 are `a` and whose others are `b`."""
     C_A: tl.constexpr = C // 2
     is_a = (c[:, None] < C_A) & valid[None, :]
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
-    at_a = a + n[None, :] * a_n + c[:, None] * a_c + p[None, :] * a_p
-    at_b = b + n[None, :] * b_n + (c - C_A)[:, None] * b_c + p[None, :] * b_p
-    a_t = tl.load(at_a, mask=is_a, other=0.0).to(DTYPE)
-    return a_t + tl.load(at_b, mask=is_b, other=0.0).to(DTYPE)
+    a_t = tl.load(at(a, a_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
+    return a_t + tl.load(at(b, b_strides, n, c - C_A, p), mask=is_b, other=0.0).to(DTYPE)
 
 
 @triton.jit
 def _store_gram(gram, dbias, gram_t, dbias_t, program, o, c, C: tl.constexpr):
-    at = gram + program.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-    tl.store(at, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
+    at_gram = gram + program.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+    tl.store(at_gram, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
     tl.store(dbias + program * C + o, tl.sum(dbias_t, axis=1), mask=o < C)
 
 
@@ -275,15 +306,22 @@ def launch_unmix(
     new = y_b.new_empty if n else y_b.new_zeros
     gram, dbias = (new(s, dtype=accumulator(y_b.dtype)) for s in ((splits, c, c), (splits, c)))
     if n:
-        _unmix_kernel[(splits, roles)](
-            y_a, y_b, dy_a, dnet, dy_b, weight, weight_inverse, bias, x, dx, net,
-            gram, dbias, n, p, tiles.programs,
-            *strides(y_a), *strides(y_b), *strides(dy_a), *strides(dnet), *strides(dy_b),
-            *strides(x), *strides(dx), *strides(net),
-            C=c, **arithmetic(y_b, precision), MIXERS=mixers, GRAM_BLOCKS=gram_blocks,
-            BLOCK_O=tile.block_o, BLOCK_C=tile.block_c, BLOCK_P=tile.block_p, FLAT=tiles.flat,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        launch(
+            _unmix_kernel,
+            (splits, roles),
+            *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
+            *(weight, weight_inverse, bias, *strided(x), *strided(dx), *strided(net)),
+            *(gram, dbias, n, p, tiles.programs),
+            C=c,
+            **arithmetic(y_b, precision),
+            MIXERS=mixers,
+            GRAM_BLOCKS=gram_blocks,
+            BLOCK_O=tile.block_o,
+            BLOCK_C=tile.block_c,
+            COLUMNS=tiles.columns,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return Unmixed(x, dx, net, gram, dbias)
 
 

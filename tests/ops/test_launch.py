@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 
-from mflow_kernels.ops._launch import dense_pixels, flow_state, in_layout_of, strides, tile_columns
+from mflow_kernels.ops._launch import dense_pixels, flow_state, in_layout_of, strided, strides, tile_columns
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -55,7 +55,7 @@ def test_tiles_cover_every_column_once(n, p, block):
     seen = []
     for tile in range(tiles.programs):  # as `columns` does it
         for i in range(block):
-            if tiles.flat:
+            if tiles.columns.flat:
                 j = tile * block + i
                 if j < n * p:
                     seen.append(divmod(j, p))
@@ -66,8 +66,25 @@ def test_tiles_cover_every_column_once(n, p, block):
                     seen.append((tile // per_sample, pixel))
     assert sorted(seen) == [(i, j) for i in range(n) for j in range(p)]
     # The ledger has a place for each tile of a sample, or for each of its pixels.
-    assert n * tiles.ledger == (n * p if tiles.flat else tiles.programs)
+    assert n * tiles.ledger == (n * p if tiles.columns.flat else tiles.programs)
 
 
 def test_an_empty_batch_has_no_tile():
     assert tile_columns(0, 5, 16).programs == 0
+
+
+def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
+    """A stride of 1, and what the others are multiples of: for all batch and image sizes alike."""
+
+    def strides_of(*shape, layout=torch.contiguous_format):
+        _, (n, c, p, unit) = strided(torch.empty(shape).to(memory_format=layout))
+        return n, c, p, unit.value
+
+    last = torch.channels_last
+    assert strides_of(2, 12, 8, 8) == (768, 64, None, 8)
+    assert strides_of(2, 12, 6, 6) == (432, 36, None, 4)
+    assert strides_of(2, 12, 7, 7) == (588, 49, None, 1)
+    assert strides_of(2, 12, 7, 7, layout=last) == (588, None, 12, 4)
+    assert strides_of(7, 12, 6, 6, layout=last) == (432, None, 12, 4)
+    assert strides_of(2, 6) == (6, None, None, 2)
+    assert strided(None) == (None, None)

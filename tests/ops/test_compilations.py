@@ -1,0 +1,121 @@
+"""Triton's own launch path, without a GPU: what it compiles again, and where a kernel runs."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mflow_kernels.ops._launch import launch
+
+COUNT = '''
+"""Train, evaluate and sample a small Glow; print how many new kernels each stage compiles."""
+import sys
+
+from benchmarks._aot import capture  # before anything of mflow_kernels
+
+import torch
+
+from mflow_kernels import Glow
+
+compiled = set()
+
+
+def stage(name, function):
+    new = {launch.key for launch in capture(function)} - compiled
+    compiled.update(new)
+    print(name, len(new), flush=True)
+
+
+def model(side):
+    return Glow((3, side, side), levels=2, steps=2, width=4, reversible=sys.argv[1] == "reversible")
+
+
+def encode(glow, n, side):
+    return glow(torch.rand(n, 3, side, side).to(memory_format=torch.channels_last))
+
+
+def train(glow, side, *batches):
+    for n in batches:
+        z, logdet = encode(glow, n, side)
+        (sum(latent.square().sum() for latent in z) - logdet.sum()).backward()
+
+
+@torch.no_grad()
+def evaluate(glow, side, *batches):
+    for n in batches:
+        encode(glow, n, side)
+
+
+@torch.no_grad()
+def sample(glow, side, *batches):
+    for n in batches:
+        z = tuple(torch.randn(n, *shape) for shape in glow.latent_shapes)
+        glow.inverse(z)
+
+
+glow = model(32)
+stage("first step", lambda: train(glow, 32, 4))
+stage("first sample", lambda: sample(glow, 32, 4))
+stage("two epochs with a ragged batch", lambda: train(glow, 32, 4, 4, 3, 4, 4, 3))
+stage("evaluation", lambda: evaluate(glow, 32, 4, 1))
+stage("samples", lambda: sample(glow, 32, 3, 1))
+larger = model(64)
+stage("training on larger images", lambda: train(larger, 64, 2, 1))
+stage("larger samples", lambda: sample(larger, 64, 2))
+'''
+
+
+@pytest.mark.parametrize("kind", ["reversible", "stored"])
+def test_nothing_is_compiled_after_the_first_step_and_sample(kind):
+    ran = subprocess.run(
+        [sys.executable, "-c", COUNT, kind],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    counts = {name: int(n) for name, n in (s.rsplit(" ", 1) for s in ran.stdout.splitlines())}
+    assert counts.pop("first step") > 0
+    assert counts.pop("first sample") > 0
+    assert len(counts) == 5
+    assert not any(counts.values()), ran.stdout
+
+
+@pytest.mark.parametrize(("device", "entered"), [("cuda:0", []), ("cuda:1", [1]), ("cpu", [])])
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch, device, entered):
+    """The current device is 0; another one is current during the launch alone."""
+    current, guards, launches = [0], [], []
+
+    @contextmanager
+    def guard(to):
+        guards.append(to.index)
+        current.append(to.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    tensor = SimpleNamespace(device=torch.device(device))
+    kernel = {(3, 1): lambda *args, **options: launches.append((current[-1], args, options))}
+    launch(kernel, (3, 1), tensor, 7, C=12)
+    assert launches == [(tensor.device.index or 0, (tensor, 7), {"C": 12})]
+    assert guards == entered
+    assert current == [0]
+
+
+def test_kernels_are_launched_in_one_place():
+    """No other line of the operators subscripts a kernel by its grid."""
+    folder = Path(__file__).parents[2] / "mflow_kernels"
+    found = [
+        path.name
+        for path in folder.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "_kernel[" in line or "kernel[grid]" in line or ".run(grid" in line
+    ]
+    assert set(found) == {"_launch.py"}
