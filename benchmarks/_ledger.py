@@ -156,10 +156,10 @@ class _Counter(TorchDispatchMode):
             out = out.contiguous()
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name.endswith("_") and name != "copy_":
-            given = [t for t in given if t is not written[0]] + written[:1]
-        elif name == "copy_" or name in ("fill_", "zero_"):
+        if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
             given = given[1:]
+        elif name == "_foreach_copy_":
+            written, given = args
         flops = 0
         if name in PRODUCTS:
             flops = 2 * written[0].numel() * given[-1 if name in ("mm", "bmm") else -2].shape[-2]
@@ -191,6 +191,10 @@ DEFAULT_OUTPUTS = {
 OUTPUTS = {
     "_unmix_kernel": {"x", "dx", "net", "gram", "dbias"},
     "_uncouple_kernel": {"y_b", "dy_b", "dparams"},
+    "_network_kernel": {"taps", "h1", "h2"},
+    "_sum_taps_kernel": {"y"},
+    "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
+    "_dh1_kernel": {"dh1", "dw2", "dw1", "db1"},
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops._checks import check_channels, check_count, check_device
 from mflow_kernels.ops._launch import autocasts, transformed
+from mflow_kernels.ops.coupling_network import coupling_network, supports
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -32,11 +33,30 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+    return CouplingNetwork(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+
+
+class CouplingNetwork(nn.Sequential):
+    """Glow's network as `coupling_net` builds it: a chain of torch's layers, computed on a GPU by
+    the fused operator `ops.coupling_network` where that fits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, second, _, last = self
+        fused = supports(x, first.weight, last.weight) and not torch.compiler.is_compiling()
+        if not fused:
+            return super().forward(x)
+        if autocasts(x.device):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weights = (first.weight, first.bias, second.weight, second.bias, last.weight, last.bias)
+        return coupling_network(x, *weights)
 
 
 # The spatial axes that layers of torch's take.
 SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
+
+
+# Chains whose first layer sees the state as it is.
+CHAINS = (nn.Sequential, CouplingNetwork)
 
 
 def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
@@ -48,7 +68,7 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     Raises:
         TypeError, ValueError: naming the argument `name`.
     """
-    first = next(iter(net._modules.values()), net) if type(net) is nn.Sequential else net
+    first = next(iter(net._modules.values()), net) if type(net) in CHAINS else net
     spatial = SPATIAL.get(type(first))  # none of a subclass, which may cast and reshape
     check_channels(name, x, channels, spatial)
     if spatial is None:

@@ -5,10 +5,10 @@ r"""The coupling network of Glow as one operator: 3x3, 1x1 and 3x3 convolutions 
 where * is a 3x3 convolution with zero padding (Glow, arXiv 1807.03039, section 4). With TAPS = 1 in
 place of 9 all three are linear layers on vectors (N, C).
 
-The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3 and
-writes the products, `taps` (pixels, 9 * C_out); a second launch adds each pixel's nine taps from its
-neighbours. A hidden tensor H has `width` numbers a pixel; for narrow states `taps` has fewer. The
-backward pass needs h1 and h2: the forward launch stores them where gradients will be asked for.
+The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3
+and writes the products, `taps` (pixels, 9 * C_out); a second launch adds each pixel's nine taps
+from its neighbours. A hidden tensor H has `width` numbers a pixel; for narrow states `taps` has
+fewer. The backward pass needs h1 and h2: the forward launch stores them where gradients will be asked for.
 
 Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
@@ -26,13 +26,17 @@ backward h2 read, d h2 written, d h2 and h1 read, d h1 written and read: 6 H. cu
 each with a pass for its bias and one for ReLU, take 12 H and 16 H.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mflow_kernels.ops._autograd import eager_function
+from mflow_kernels.ops._launch import launch, uses_triton, without_autocast
 
 
 def coupling_network_ref(
@@ -42,6 +46,10 @@ def coupling_network_ref(
         return F.linear(F.linear(F.linear(x, w1, b1).relu_(), w2, b2).relu_(), w3, b3)
     h1 = F.conv2d(x, w1, b1, padding=1).relu_()
     return F.conv2d(F.conv2d(h1, w2, b2).relu_(), w3, b3, padding=1)
+
+
+# Arguments that follow the images' size and number: Triton compiles for no value of theirs.
+RUN_TIME = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
 
 
 @triton.jit
@@ -77,7 +85,7 @@ def load_w3(w3, d, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
     return tl.load(at, mask=(tap < TAPS)[:, None] & (d < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _network_kernel(
     x, w1, b1, w2, b2, w3, taps, h1, h2, PIXELS, H, W,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
@@ -102,24 +110,22 @@ def _network_kernel(
             h1_t = tl.dot(x_t, w1_t, input_precision=PRECISION)
             h1_t += tl.load(b1 + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
             h1_t = tl.maximum(h1_t, 0.0).to(x_t.dtype)
-            if h1 is not None:
-                if (start == 0) & (tl.program_id(1) == 0):
-                    tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
+            if h1 is not None and (start == 0) & (tl.program_id(1) == 0):
+                tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
             at_w2 = w2 + d[None, :] * WIDTH + k[:, None]
             w2_t = tl.load(at_w2, mask=(d < WIDTH)[None, :] & (k < WIDTH)[:, None], other=0.0)
             h2_t = tl.dot(h1_t, w2_t, h2_t, input_precision=PRECISION)
         h2_t += tl.load(b2 + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
         h2_r = tl.maximum(h2_t, 0.0).to(x_t.dtype)
-        if h2 is not None:
-            if tl.program_id(1) == 0:
-                tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
+        if h2 is not None and tl.program_id(1) == 0:
+            tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
         w3_t = tl.trans(load_w3(w3, d, C_OUT, WIDTH, TAPS, j))
         taps_t = tl.dot(h2_r, w3_t, taps_t, input_precision=PRECISION)
     at_taps = taps + p.to(tl.int64)[:, None] * (TAPS * C_OUT) + j[None, :]
     tl.store(at_taps, taps_t, mask=valid & (j < TAPS * C_OUT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _sum_taps_kernel(
     taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -138,7 +144,7 @@ def _sum_taps_kernel(
     tl.store(y + p.to(tl.int64)[:, None] * C + c[None, :], y_t, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _dh2_kernel(
     dparams, h2, w3, dh2, dw3, db3, db2, NUMBERS, PIXELS, H, W, TILES,
     WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,7 +181,7 @@ def _dh2_kernel(
         tl.store(db3 + row + o, db3_t, mask=tap == TAPS // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def _dh1_kernel(
     dh2, h1, x, w2, dh1, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -222,8 +228,7 @@ def _dh1_kernel(
         tl.store(at_dw2, dw2_t, mask=(k < WIDTH)[:, None] & (d < WIDTH)[None, :])
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Sizes of a network and of the images that it works on."""
 
     pixels: int  # of all samples
@@ -259,7 +264,7 @@ def launch_network(
     block_d = _block(s.width, 128 if block_j > 128 or s.width > 256 else 256)
     block_k = _block(s.width, 64 if block_j <= 256 else 32)
     tile = 64
-    _network_kernel[(triton.cdiv(s.pixels, tile), triton.cdiv(s.taps * s.c_out, block_j))](
+    launch(_network_kernel, (triton.cdiv(s.pixels, tile), triton.cdiv(s.taps * s.c_out, block_j)),
         x, w1, b1, w2, b2, w3, taps, h1, h2, s.pixels, s.height, s.image_width,
         C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision,
         BLOCK_P=tile, BLOCK_X=_block(s.taps * s.c_in, 1024), BLOCK_D=block_d, BLOCK_K=block_k,
@@ -277,7 +282,7 @@ def launch_sum_taps(
                     memory_format=layout)  # fmt: skip
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
-    _sum_taps_kernel[(triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c))](
+    launch(_sum_taps_kernel, (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
         taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=s.taps, SIGN=sign,
         BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
@@ -310,12 +315,12 @@ def launch_network_backward(
     parts = dict(zip(sizes, partial.split(list(sizes.values()), dim=1), strict=True))
     dh2, dh1 = torch.empty_like(h2), torch.empty_like(h1)
     images = s.pixels, s.height, s.image_width
-    _dh2_kernel[(splits, blocks)](
+    launch(_dh2_kernel, (splits, blocks),
         dparams, h2, w3, dh2, parts["w3"], parts["b3"], parts["b2"], numbers, *images, tiles,
         WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
         BLOCK_D=block_d, BLOCK_J=_block(s.taps * s.c_out, 512), num_warps=8, num_stages=1,
     )  # fmt: skip
-    _dh1_kernel[(splits, blocks)](
+    launch(_dh1_kernel, (splits, blocks),
         dh2, h1, x, w2, dh1, parts["w2"] if dw2_in_kernel else None, parts["w1"], parts["b1"],
         numbers, *images, tiles,
         C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
@@ -342,7 +347,90 @@ def _rows(w: Tensor) -> Tensor:
 
 
 def _like(w: Tensor, dw: Tensor) -> Tensor:
-    """(out, taps, in) as the weight w has its axes."""
+    """(out, taps, in) with the axes of the weight w, in channels_last where it has four."""
     if w.dim() == 2:
         return dw[:, 0]
     return dw.unflatten(1, w.shape[2:]).movedim(-1, 1)
+
+
+def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
+    """Whether the kernels compute this network: on CUDA, in float32, bfloat16 or float16, where the
+    taps of a pixel fit a program (up to 28 channels of an image's state)."""
+    if not uses_triton(x) or x.dim() not in (2, 4) or x.dtype == torch.float64 or not x.numel():
+        return False
+    taps = 9 if x.dim() == 4 else 1
+    return taps * max(w1.shape[1], w3.shape[0]) <= 256 and 16 <= len(w1) <= 1024
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with its channels contiguous at each pixel."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+def _lowered(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The weights in x's dtype and with channels contiguous, in one launch where any is not."""
+    dense = [_dense(w) if len(w) and w.dim() == 4 else w.contiguous() for w in weights]
+    if all(w.dtype == x.dtype for w in dense):
+        return dense
+    lowered = [torch.empty_like(w, dtype=x.dtype) for w in dense]
+    torch._foreach_copy_(lowered, dense)
+    return lowered
+
+
+def network_forward(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
+    precision: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """params, and h1 and h2 (pixels, width) where `keep`, else empty."""
+    x = _dense(x)
+    w1, w2, w3 = _lowered(x, [w1, w2, w3])
+    params, h1, h2 = launch_network(x, w1, b1, w2, b2, w3, b3, precision, keep)
+    nothing = x.new_empty(0)
+    return params, nothing if h1 is None else h1, nothing if h2 is None else h2
+
+
+def network_backward(
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor,
+    precision: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """d x, then those of w1, b1, w2, b2, w3 and b3 in the weights' dtype."""
+    x, dparams = _dense(x), _dense(dparams.to(x.dtype))
+    lowered = _lowered(x, [w1, w2, w3])
+    with without_autocast(x):
+        dx, *gradients = launch_network_backward(dparams, x, h1, h2, *lowered, precision)
+    return dx, *(g.to(w1.dtype) for g in gradients)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w1, _, w2, _, w3, _, ctx.precision, _ = inputs
+    ctx.save_for_backward(x, *output[1:], w1, w2, w3)
+
+
+def _backward(ctx: Any, dparams: Tensor, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
+    return (*run(dparams, *ctx.saved_tensors, ctx.precision), None, None)
+
+
+network_eager = eager_function(network_forward, _setup, partial(_backward, run=network_backward))
+
+
+def coupling_network(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> Tensor:
+    """Glow's coupling network (arXiv 1807.03039, section 4), forward and backward in few launches.
+
+    Args:
+        x: (N, C_in, H, W), best in channels_last, or (N, C_in); float32, bfloat16, float16.
+        w1, b1: (width, C_in, 3, 3), or (width, C_in) for vectors, and (width,).
+        w2, b2: (width, width, 1, 1) or (width, width), and (width,).
+        w3, b3: (C_out, width, 3, 3) or (C_out, width), and (C_out,). Weights may be wider than x,
+            as under autocast; they are rounded to its dtype.
+
+    Returns:
+        params (N, C_out, *spatial) in x's dtype. float32 products follow
+        `torch.backends.cudnn.allow_tf32`, as torch's convolutions do.
+    """
+    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    given = (x, w1, b1, w2, b2, w3, b3)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    run = network_eager if keep else network_forward
+    return run(*given, precision, keep)[0]

@@ -4,7 +4,14 @@ import pytest
 import torch
 from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 
-from mflow_kernels.ops._launch import dense_pixels, flow_state, in_layout_of, strided, strides, tile_columns
+from mflow_kernels.ops._launch import (
+    dense_pixels,
+    flow_state,
+    in_layout_of,
+    strided,
+    strides,
+    tile_columns,
+)
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
