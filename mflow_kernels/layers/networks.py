@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops._checks import check_channels, check_count, check_device
 from mflow_kernels.ops._launch import autocasts, transformed
-from mflow_kernels.ops.coupling_network import coupling_network, supports
+from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -42,17 +42,14 @@ class CouplingNetwork(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         first, _, second, _, last = self
-        fused = supports(x, first.weight, last.weight) and not torch.compiler.is_compiling()
-        if not fused:
-            return super().forward(x)
         if autocasts(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling() or not supports(x, first.weight, last.weight):
+            return super().forward(x)
         weights = (first.weight, first.bias, second.weight, second.bias, last.weight, last.bias)
+        if not prefers_fused(x, weights):
+            return super().forward(x)
         return coupling_network(x, *weights)
-
-
-# The spatial axes that layers of torch's take.
-SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
 
 
 # Chains whose first layer sees the state as it is.

@@ -8,7 +8,8 @@ place of 9 all three are linear layers on vectors (N, C).
 The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3
 and writes the products, `taps` (pixels, 9 * C_out); a second launch adds each pixel's nine taps
 from its neighbours. A hidden tensor H has `width` numbers a pixel; for narrow states `taps` has
-fewer. The backward pass needs h1 and h2: the forward launch stores them where gradients will be asked for.
+fewer. The backward pass needs h1 and h2: the forward launch stores them where gradients will be
+asked for.
 
 Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
@@ -26,6 +27,7 @@ backward h2 read, d h2 written, d h2 and h1 read, d h1 written and read: 6 H. cu
 each with a pass for its bias and one for ReLU, take 12 H and 16 H.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from mflow_kernels.ops._autograd import eager_function
 from mflow_kernels.ops._launch import launch, uses_triton, without_autocast
+from mflow_kernels.ops.fastest import fused_is_faster, requested
 
 
 def coupling_network_ref(
@@ -299,7 +302,7 @@ def launch_network_backward(
     """Two launches of this file, a product and a sum of taps for d x, and one sum of the partial
     sums: d x, d W1, d b1, d W2, d b2, d W3, d b3, those of weights and biases in float32."""
     s = Shape.of(x, w1, w3)
-    block_d, tile = _block(s.width, 64), 32
+    block_d, tile = _block(s.width, 64 if s.taps * s.c_out <= 256 else 32), 32
     blocks, tiles = triton.cdiv(s.width, block_d), triton.cdiv(s.pixels, tile)
     dw2_in_kernel = s.width <= DW2_WIDTH
     sizes = {
@@ -354,12 +357,47 @@ def _like(w: Tensor, dw: Tensor) -> Tensor:
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether the kernels compute this network: on CUDA, in float32, bfloat16 or float16, where the
-    taps of a pixel fit a program (up to 28 channels of an image's state)."""
-    if not uses_triton(x) or x.dim() not in (2, 4) or x.dtype == torch.float64 or not x.numel():
+    """Whether the kernels compute this network on the input x: in 16 bits, where the taps of a pixel
+    fit a program: states of images with up to 28 channels, 56 where the network is narrow."""
+    if not uses_triton(x) or x.dim() not in (2, 4) or not x.numel():
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float16):
         return False
     taps = 9 if x.dim() == 4 else 1
-    return taps * max(w1.shape[1], w3.shape[0]) <= 256 and 16 <= len(w1) <= 1024
+    most = 512 if len(w1) <= DW2_WIDTH else 256
+    return taps * w3.shape[0] <= most and taps * w1.shape[1] <= 256 and 16 <= len(w1) <= 1024
+
+
+def prefers_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether to compute this network by `coupling_network` and not by torch's own layers.
+
+    By default the faster one in training on this card, measured at first use; $MFLOW_NETWORK, as
+    "torch" or "fused", decides otherwise. One choice serves all directions: a reversible chain runs
+    a network in its forward pass and again in its backward pass, and must get the same bits.
+    """
+    choice = requested()
+    if choice != "auto" or not x.is_cuda:
+        return choice != "torch"
+    s = Shape.of(x, weights[0], weights[4])
+    pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
+    key = f"{x.dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
+    return fused_is_faster(
+        key,
+        partial(_train, coupling_network, x, weights),
+        partial(_train, coupling_network_ref, x, weights),
+        x.device,
+    )
+
+
+def _train(run: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor]) -> None:
+    """What one network does in a reversible training step."""
+    x, *lowered = (t.detach().to(x.dtype).requires_grad_() for t in (x, *weights))
+    with without_autocast(x):
+        with torch.no_grad():
+            run(x, *lowered)
+        with torch.enable_grad():
+            params = run(x, *lowered)
+            torch.autograd.grad(params, (x, *lowered), torch.ones_like(params))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -404,6 +442,8 @@ def network_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w1, _, w2, _, w3, _, ctx.precision, _ = inputs
     ctx.save_for_backward(x, *output[1:], w1, w2, w3)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills gradients of h1 and h2 with zeros
 
 
 def _backward(ctx: Any, dparams: Tensor, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
