@@ -1,6 +1,6 @@
 """The coupling network that layers make where none is given."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class CouplingNetwork(nn.Sequential):
     the fused operator `ops.coupling_network` where that fits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, second, _, last = self
+        first, _, second, _, last = cast(tuple[Any, ...], tuple(self))
         if autocasts(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling() or not supports(x, first.weight, last.weight):
@@ -51,6 +51,9 @@ class CouplingNetwork(nn.Sequential):
             return super().forward(x)
         return coupling_network(x, *weights)
 
+
+# The spatial axes that layers of torch's take.
+SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
 
 # Chains whose first layer sees the state as it is.
 CHAINS = (nn.Sequential, CouplingNetwork)

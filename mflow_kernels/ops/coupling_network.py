@@ -357,8 +357,8 @@ def _like(w: Tensor, dw: Tensor) -> Tensor:
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether the kernels compute this network on the input x: in 16 bits, where the taps of a pixel
-    fit a program: states of images with up to 28 channels, 56 where the network is narrow."""
+    """Whether the kernels compute this network on the input x: in 16 bits, where the taps of a
+    pixel fit a program: states of images with up to 28 channels, 56 where the network is narrow."""
     if not uses_triton(x) or x.dim() not in (2, 4) or not x.numel():
         return False
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -433,9 +433,9 @@ def network_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """d x, then those of w1, b1, w2, b2, w3 and b3 in the weights' dtype."""
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
-    lowered = _lowered(x, [w1, w2, w3])
+    w1_x, w2_x, w3_x = _lowered(x, [w1, w2, w3])
     with without_autocast(x):
-        dx, *gradients = launch_network_backward(dparams, x, h1, h2, *lowered, precision)
+        dx, *gradients = launch_network_backward(dparams, x, h1, h2, w1_x, w2_x, w3_x, precision)
     return dx, *(g.to(w1.dtype) for g in gradients)
 
 
