@@ -64,14 +64,19 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
     built_for = torch.version.cuda
     lines = [("torch", f"{torch.__version__} ({f'CUDA {built_for}' if built_for else 'CPU only'})")]
     lines.append(("triton", _version("triton") or "missing"))
-    if _version("triton") is None:
-        missing.append("triton: pip install triton")
+    without_triton = _version("triton") is None
+    if without_triton:
+        missing.append(
+            "triton: operators, layers and models do not import without it, on a CPU either: "
+            "pip install triton"
+        )
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f"CPU, {torch.get_num_threads()} threads, {capability}"
     if not torch.cuda.is_available():
         why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
         lines.append(("devices", cpu))
-        missing.append(f"a GPU: {why}; everything runs on the CPU, without the Triton kernels")
+        runs = "" if without_triton else "; everything runs on the CPU, without the Triton kernels"
+        missing.append(f"a GPU: {why}{runs}")
         return lines
     lines.append(("devices", cpu))
     for index in range(torch.cuda.device_count()):

@@ -36,6 +36,17 @@ def test_report_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", env.report(), re.M)
 
 
+def test_report_says_that_nothing_runs_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = env._version
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "everything runs on the CPU" in env.report()
+    monkeypatch.setattr(env, "_version", lambda name: None if name == "triton" else version(name))
+    text = env.report()
+    assert re.search(r"^triton +missing$", text, re.MULTILINE)
+    assert "do not import without it" in text
+    assert "everything runs on the CPU" not in text
+
+
 def test_report_says_what_the_command_line_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     version = env._version
     lacking = ("lightning", "torchmetrics")

@@ -1,12 +1,45 @@
-"""Operators without the dispatcher, for autograd alone."""
+"""How an operator becomes known to torch, and its eager form without the dispatcher."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mflow_kernels.ops._launch import transformed
+
+
+def register(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    gradient: Callable[..., tuple[Tensor | None, ...]],
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register mflow::name and mflow::name_backward.
+
+    Args:
+        forward, backward: without autograd; their annotations are the operators' schemas.
+        fake, fake_backward: empty results of their shapes, dtypes and layouts.
+        setup: keeps in ctx what `gradient` needs: (ctx, inputs, outputs).
+        gradient: (ctx, *grads of the outputs, run=) to a gradient for each input, by `run`, which
+            is the backward operator or `backward` itself.
+
+    Returns:
+        The registered operator, and the operator as `eager_function`.
+    """
+    operator = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
+    backward_operator = torch.library.custom_op(
+        f"mflow::{name}_backward", backward, mutates_args=()
+    )
+    operator.register_fake(fake)
+    backward_operator.register_fake(fake_backward)
+    operator.register_autograd(partial(gradient, run=backward_operator), setup_context=setup)
+    return operator, eager_function(forward, setup, partial(gradient, run=backward))
 
 
 def eager_function(

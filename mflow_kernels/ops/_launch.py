@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from mflow_kernels.ops._checks import check_state
@@ -71,8 +72,11 @@ RUN_TIME = ("N", "TILES")  # arguments that follow the batch size: Triton compil
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
-    Triton itself takes the current device, which need not be the tensors'.
+    Triton itself takes the current device, which need not be the tensors'. A fake tensor has no
+    memory: its launch does nothing, and the results have their shapes.
     """
+    if isinstance(args[0], FakeTensor):
+        return
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -140,10 +144,19 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
     of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. A plain
     tuple: Triton binds it in half the time that a NamedTuple takes.
+
+    Raises:
+        ValueError: where an offset within a sample, which kernels hold in 32 bits, does not fit.
     """
     if x is None:
         return None, None
     n, c, p = strides(x)
+    last = (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p
+    if last >= 2**31:
+        raise ValueError(
+            f"expected samples that span at most 2^31 elements, got one of shape "
+            f"{tuple(x.shape[1:])} that spans {last + 1}"
+        )
     unit = _UNITS[math.gcd(8, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
 
@@ -167,12 +180,13 @@ def channels_first(x: Tensor) -> bool:
 
 
 def elementwise_tile(x: Tensor) -> tuple[int, int]:
-    """Channels by columns of an elementwise program: 1,024 elements, longest along the axis whose
-    neighbours are neighbours in memory."""
+    """Channels by columns of an elementwise program: 1,024 elements (512 of float64, which takes
+    twice the registers), longest along the axis whose neighbours are neighbours in memory."""
+    elements = 512 if x.dtype == torch.float64 else 1024
     if channels_first(x):
-        return 4, 256
+        return 4, elements // 4
     block_c = min(64, triton.next_power_of_2(x.shape[1]))
-    return block_c, max(16, 1024 // block_c)
+    return block_c, max(16, elements // block_c)
 
 
 class Columns(NamedTuple):
@@ -239,6 +253,15 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
         x += step(n[None, :], strides[0], UNIT)
         x += step(c[:, None], strides[1], UNIT)
         return x + step(p[None, :], strides[2], UNIT)
+
+
+@triton.jit
+def store(pointer, value, mask):
+    """`tl.store`. Float64 goes to 16 bits by float32: Triton 3.6 compiles no direct conversion."""
+    if value.dtype == tl.float64 and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        tl.store(pointer, value.to(tl.float32), mask=mask)
+    else:
+        tl.store(pointer, value, mask=mask)
 
 
 @triton.jit

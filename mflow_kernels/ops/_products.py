@@ -22,6 +22,7 @@ from mflow_kernels.ops._launch import (
     launch,
     net_input,
     pixels,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -73,11 +74,12 @@ def _mix_kernel(
 ):
     """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
     may be a gradient, to which that of a network input is added."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile = tl.program_id(0)
     n, p, valid = columns(tile, N, P, COLUMNS)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    y_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
-    log_s_sum = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    y_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         x_t = load_gradient(x, x_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE)
@@ -95,7 +97,7 @@ def _mix_kernel(
     tl.store(at(y, y_strides, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
     if net is not None:
         is_a = (o[:, None] < C // 2) & valid[None, :]
-        tl.store(at(net, net_strides, n, o, p), y_t, mask=is_a)
+        store(at(net, net_strides, n, o, p), y_t, mask=is_a)
     if SCALE is not None and tl.program_id(1) == 0:
         write_ledger(ledger, log_s_sum, tile, N, P, COLUMNS)
 
@@ -125,11 +127,12 @@ def _dweight_kernel(
     COLUMNS: tl.constexpr,
 ):
     """This program's share of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     split, splits = tl.program_id(0), tl.num_programs(0)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-    dbias_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+    dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, COLUMNS)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)
@@ -193,6 +196,16 @@ def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
         "PRECISION": "ieee" if dtype == torch.float64 else precision,
         "DTYPE": TL_DTYPE[dtype],
     }
+
+
+def shared_operand_stages(precision: str) -> int:
+    """Pipelining stages of a loop that multiplies a tile as loaded and uses it elsewhere too.
+
+    With "tf32" sm_90 multiplies asynchronously, from the buffer that the tile was loaded to. Triton
+    3.9 frees that buffer after the other use, and the next load overwrites what the product still
+    reads. One stage has one tile at a time. "tf32x3" and 16-bit states pass through registers.
+    """
+    return 1 if precision == "tf32" else 2
 
 
 def launch_mix(
@@ -271,6 +284,6 @@ def launch_dweight(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            num_stages=2,
+            num_stages=shared_operand_stages(precision),
         )
     return dweight, dbias

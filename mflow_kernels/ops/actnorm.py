@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops._launch import (
     RUN_TIME,
@@ -114,14 +114,15 @@ def _actnorm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    BLOCK_P: tl.constexpr = COLUMNS.block
     # A program owns BLOCK_C channels and every tile in its stride, so that each channel's two sums
     # stay in registers and leave as one row of `partials` (programs, 2, C).
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
     log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
-    sum_dx = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
-    sum_slope = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    sum_dx = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    sum_slope = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = (c[:, None] < C) & valid[None, :]
@@ -207,17 +208,11 @@ def _backward(
     return in_layout_of(x, dx), dbias, dlog_scale
 
 
-actnorm_op = torch.library.custom_op("mflow::actnorm", _forward, mutates_args=())
-actnorm_backward_op = torch.library.custom_op("mflow::actnorm_backward", _backward, mutates_args=())
-
-
-@actnorm_op.register_fake
-def _(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+def _fake(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@actnorm_backward_op.register_fake
-def _(
+def _fake_backward(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
@@ -228,11 +223,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*actnorm_backward_op(dy, *ctx.saved_tensors, ctx.inverse), None)
+def _gradient(ctx: Any, dy: Tensor, run: Any) -> tuple[Tensor | None, ...]:
+    return (*run(dy, *ctx.saved_tensors, ctx.inverse), None)
 
 
-actnorm_op.register_autograd(_grad, setup_context=_setup)
+actnorm_op, _ = register(
+    "actnorm",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def _checked(name: str, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:

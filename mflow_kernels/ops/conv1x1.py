@@ -22,15 +22,15 @@ output channels of its pixels up to C = 128; past that each block of 128 reads t
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function, operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import (
     check_choice,
     check_device,
@@ -123,22 +123,14 @@ def conv1x1_backward(
     return in_layout_of(x, dx), dweight[None], dbias[None]
 
 
-conv1x1_op = torch.library.custom_op("mflow::conv1x1", conv1x1_forward, mutates_args=())
-conv1x1_backward_op = torch.library.custom_op(
-    "mflow::conv1x1_backward", conv1x1_backward, mutates_args=()
-)
-
-
-@conv1x1_op.register_fake
-def _(
+def _fake(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
     return y, net_input(y, net_dtype)
 
 
-@conv1x1_backward_op.register_fake
-def _(
+def _fake_backward(
     dy: Tensor, dnet: Tensor | None, x: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
@@ -149,16 +141,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dnet: Tensor, run: Any = conv1x1_backward_op
-) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor, dnet: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     dnet_or_none = None if ctx.net_dtype is None else dnet
     grads = run(dy, dnet_or_none, *ctx.saved_tensors, ctx.precision)
     return (*grads, None, None)
 
 
-conv1x1_op.register_autograd(_backward, setup_context=_setup)
-conv1x1_eager = eager_function(conv1x1_forward, _setup, partial(_backward, run=conv1x1_backward))
+conv1x1_op, conv1x1_eager = register(
+    "conv1x1",
+    conv1x1_forward,
+    conv1x1_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
@@ -214,6 +211,13 @@ def conv1x1_inverse(
     return run(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
 
 
+def _readable(x: Tensor) -> bool:
+    """Whether the host may read numbers of x now."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def inverse_mix(
     weight: Tensor, bias: Tensor, names: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -230,10 +234,7 @@ def inverse_mix(
     # An infinite W may have a finite inverse.
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)
-    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing may be read
-    if torch.compiler.is_compiling() or captured or weight.is_meta:
-        pass
-    elif not good.all():
+    if _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
         came = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"

@@ -15,7 +15,6 @@ dtypes: computed in float32 (float64 for float64 states); y has x's dtype, logde
 Bytes at least: forward x and params read, y written; backward also d y read, d x, d params written.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function, operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._checks import check_device, check_shape
 from mflow_kernels.ops._launch import (
     RUN_TIME,
@@ -41,6 +40,7 @@ from mflow_kernels.ops._launch import (
     pixels,
     read_ledger,
     step,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -63,7 +63,7 @@ def couple_ref(
     """y_b and log |dy_b / dx_b|, elementwise."""
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = sign * log_scale_ref(raw, scale)
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         return log_s.exp() * x_b + sign * shift, log_s
     return log_s.exp() * (x_b + sign * shift), log_s
 
@@ -82,7 +82,7 @@ def couple_backward_ref(
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = log_scale_ref(raw, scale) if log_s is None else log_s
     dx_b = (sign * log_s).exp() * dy_b
-    if (scale.order == "shift-scale") == inverse:
+    if scale.shifts_first == inverse:
         dshift, dlog_s = sign * dy_b, dx_b * x_b
     else:
         dshift, dlog_s = sign * dx_b, dx_b * (x_b + sign * shift)
@@ -133,8 +133,8 @@ def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
     """Store what `load_params` loads."""
     C_A: tl.constexpr = C // 2
     at_raw = at(params, strides, n, c - C_A, p)
-    tl.store(at_raw, raw, mask=is_b)
-    tl.store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
+    store(at_raw, raw, mask=is_b)
+    store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         shift = -shift
     s = tl.exp(log_s)
     # The inverse of "shift, then scale" scales first, and the other way round.
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         y = s * x + shift
     else:
         y = s * (x + shift)
@@ -163,7 +163,7 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
         shift = -shift
     s = tl.exp(log_s)
     dx = s * dy
-    if (SCALE.order == "shift-scale") == INVERSE:
+    if SCALE.shifts_first == INVERSE:
         dshift = dy
         draw = (dx * x + dlog_s[None, :]) * slope
     else:
@@ -192,9 +192,10 @@ def _coupling_fwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    BLOCK_P: tl.constexpr = COLUMNS.block
     tile = tl.program_id(0)
     n, p, valid = columns(tile, N, P, COLUMNS)
-    total = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+    total = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
@@ -322,22 +323,14 @@ def coupling_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-affine_coupling_op = torch.library.custom_op(
-    "mflow::affine_coupling", coupling_forward, mutates_args=()
-)
-affine_coupling_backward_op = torch.library.custom_op(
-    "mflow::affine_coupling_backward", coupling_backward, mutates_args=()
-)
-
-
-@affine_coupling_op.register_fake
-def _(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     columns = ledger_columns(x, elementwise_tile(x)[1])
     return torch.empty_like(x), x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
 
 
-@affine_coupling_backward_op.register_fake
-def _(dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward(
+    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(params)
 
 
@@ -346,15 +339,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dledger: Tensor, run: Any = affine_coupling_backward_op
-) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor, dledger: Tensor, run: Any) -> tuple[Tensor | None, ...]:
     grads = run(dy, dledger, *ctx.saved_tensors, *ctx.options)
     return (*grads, *(None for _ in ctx.options))
 
 
-affine_coupling_op.register_autograd(_backward, setup_context=_setup)
-coupling_eager = eager_function(coupling_forward, _setup, partial(_backward, run=coupling_backward))
+affine_coupling_op, coupling_eager = register(
+    "affine_coupling",
+    coupling_forward,
+    coupling_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def check_params(x: Tensor, params: object) -> Tensor:

@@ -17,7 +17,6 @@ Bytes at least: forward x and params read, y written; backward g, x and params r
 written, and g, x, params once more for dW.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import eager_function, operator
+from mflow_kernels.ops._autograd import operator, register
 from mflow_kernels.ops._launch import (
     RUN_TIME,
     accumulator,
@@ -114,10 +113,11 @@ def _coupling_conv1x1_bwd_kernel(
     COLUMNS: tl.constexpr,
 ):
     """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
     c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (c[:, None] < C) & valid[None, :]
-    dz_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+    dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         o = start + tl.arange(0, BLOCK_C)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)
@@ -213,16 +213,7 @@ def coupling_conv1x1_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams), dweight[None], dbias[None]
 
 
-coupling_conv1x1_op = torch.library.custom_op(
-    "mflow::coupling_conv1x1", coupling_conv1x1_forward, mutates_args=()
-)
-coupling_conv1x1_backward_op = torch.library.custom_op(
-    "mflow::coupling_conv1x1_backward", coupling_conv1x1_backward, mutates_args=()
-)
-
-
-@coupling_conv1x1_op.register_fake
-def _(
+def _fake(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
     net_dtype: torch.dtype | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -232,8 +223,7 @@ def _(
     return y, net_input(y, net_dtype), ledger
 
 
-@coupling_conv1x1_backward_op.register_fake
-def _(
+def _fake_backward(
     dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -246,8 +236,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, params, weight)
 
 
-def _backward(
-    ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor, run: Any = coupling_conv1x1_backward_op
+def _gradient(
+    ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor, run: Any
 ) -> tuple[Tensor | None, ...]:
     grads = run(
         dy, None if ctx.net_dtype is None else dnet, dledger, *ctx.saved_tensors,
@@ -256,9 +246,14 @@ def _backward(
     return (*grads, None, None, *(None for _ in ctx.options))
 
 
-coupling_conv1x1_op.register_autograd(_backward, setup_context=_setup)
-coupling_conv1x1_eager = eager_function(
-    coupling_conv1x1_forward, _setup, partial(_backward, run=coupling_conv1x1_backward)
+coupling_conv1x1_op, coupling_conv1x1_eager = register(
+    "coupling_conv1x1",
+    coupling_conv1x1_forward,
+    coupling_conv1x1_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
 )
 
 

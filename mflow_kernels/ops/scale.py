@@ -9,9 +9,10 @@ Both log s and its derivative are computed without overflow and without taking t
 number that has underflowed: log sigmoid(-120) is -120.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,10 @@ class ScaleFunction:
         """The fields in order, for the signature of an operator."""
         return self.kind, self.offset, self.eps, self.clamp, self.order
 
+    @property
+    def shifts_first(self) -> bool:
+        return {"shift-scale": True, "scale-shift": False}[self.order]
+
     @staticmethod
     def of(scale: "ScaleFunction | Kind") -> "ScaleFunction":
         """The default function of a kind, or the given one."""
@@ -79,30 +84,54 @@ def scale_of(kind: Kind, offset: float, eps: float, clamp: float, order: Order) 
 _DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
 
 
+class Formula(NamedTuple):
+    """A scale function by plain torch: the specification.
+
+    Attributes:
+        log_s: log s from raw.
+        slope: d log s / d raw from raw and its log s.
+    """
+
+    log_s: Callable[[Tensor, ScaleFunction], Tensor]
+    slope: Callable[[Tensor, Tensor, ScaleFunction], Tensor]
+
+
+def _sigmoid_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    if scale.eps == 0:
+        return F.logsigmoid(raw + scale.offset)
+    return (torch.sigmoid(raw + scale.offset) + scale.eps).log()
+
+
+def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
+    sigmoid = torch.sigmoid(raw + scale.offset)
+    slope = torch.sigmoid(-raw - scale.offset)
+    return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
+
+
+# A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
+# its row in csrc/scale.h.
+FORMULAS: dict[Kind, Formula] = {
+    "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
+    "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),
+    "tanh": Formula(
+        lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
+        lambda raw, log_s, scale: 1 - (log_s / scale.clamp).square(),
+    ),
+    "atan": Formula(
+        lambda raw, scale: (raw / scale.clamp).atan() * (scale.clamp * ATAN),
+        lambda raw, log_s, scale: ATAN / (1 + (raw / scale.clamp).square()),
+    ),
+}
+
+
 def log_scale_ref(raw: Tensor, scale: ScaleFunction) -> Tensor:
-    """log s by plain torch: the specification."""
-    if scale.kind == "sigmoid":
-        if scale.eps == 0:
-            return F.logsigmoid(raw + scale.offset)
-        return (torch.sigmoid(raw + scale.offset) + scale.eps).log()
-    if scale.kind == "exp":
-        return raw
-    if scale.kind == "tanh":
-        return (raw / scale.clamp).tanh() * scale.clamp
-    return (raw / scale.clamp).atan() * (scale.clamp * ATAN)
+    """log s."""
+    return FORMULAS[scale.kind].log_s(raw, scale)
 
 
 def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
-    """d log s / d raw by plain torch, from raw and its log s."""
-    if scale.kind == "sigmoid":
-        sigmoid = torch.sigmoid(raw + scale.offset)
-        slope = torch.sigmoid(-raw - scale.offset)
-        return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
-    if scale.kind == "exp":
-        return torch.ones_like(raw)
-    if scale.kind == "tanh":
-        return 1 - (log_s / scale.clamp).square()
-    return ATAN / (1 + (raw / scale.clamp).square())
+    """d log s / d raw, from raw and its log s."""
+    return FORMULAS[scale.kind].slope(raw, log_s, scale)
 
 
 @triton.jit
@@ -123,6 +152,19 @@ def _atan(x):
 
 
 @triton.jit
+def _tanh_of_positive(x, e):
+    """tanh x = -m / (2 + m) with m = e^-2x - 1, from x >= 0 and e = e^-2x. Near 0, where networks
+    start, e - 1 would cancel: m is the series of e^r - 1 there, to the dtype's precision."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 10
+    r = tl.maximum(-2 * x, -1)
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for i in tl.static_range(TERMS):
+        series = 1 + series * r * (1.0 / (TERMS + 1 - i))
+    m = tl.where(x < 0.5, r * series, e - 1)
+    return -m / (2 + m)
+
+
+@triton.jit
 def log_scale(raw, SCALE: tl.constexpr):
     """(log s, d log s / d raw), elementwise in raw's dtype."""
     if SCALE.kind == "sigmoid":
@@ -139,11 +181,13 @@ def log_scale(raw, SCALE: tl.constexpr):
         log_s = raw
         slope = tl.full(raw.shape, 1.0, raw.dtype)
     elif SCALE.kind == "tanh":
-        e = tl.exp(-2 * tl.abs(raw) / SCALE.clamp)
-        tanh = (1 - e) / (1 + e)
+        r = tl.abs(raw) / SCALE.clamp
+        e = tl.exp(-2 * r)
+        tanh = _tanh_of_positive(r, e)
         log_s = SCALE.clamp * tl.where(raw < 0, -tanh, tanh)
         slope = 4 * e / ((1 + e) * (1 + e))
     else:
+        tl.static_assert(SCALE.kind == "atan", "log_scale: unknown scale function")
         r = raw / SCALE.clamp
         log_s = (SCALE.clamp * 0.636) * _atan(r)
         slope = 0.636 / (1 + r * r)

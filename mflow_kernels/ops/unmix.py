@@ -36,6 +36,7 @@ from mflow_kernels.ops._launch import (
     launch,
     net_input,
     pixels,
+    store,
     strided,
     tile_columns,
     uses_triton,
@@ -128,16 +129,17 @@ def _unmix_kernel(
     """The first MIXERS programs of axis 1 each give BLOCK_O channels of x and dx; where they see
     all channels at once (one mixer, one block of input channels) they form gram on the way, else
     the programs after them do."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
     program, programs, role = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if role < MIXERS:
         o = role * BLOCK_O + tl.arange(0, BLOCK_O)
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-            dbias_t = tl.zeros([BLOCK_C, COLUMNS.block], DTYPE)
+            dbias_t = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
         for tile in range(program, TILES, programs):
             n, p, valid = columns(tile, N, P, COLUMNS)
-            x_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
-            dx_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
             for start in range(0, C, BLOCK_C):
                 c = start + tl.arange(0, BLOCK_C)
                 at_w = weight + c[None, :] * C + o[:, None]
@@ -177,7 +179,7 @@ def _unmix_kernel(
                 tl.store(at(x, x_strides, n, o, p), x_t, inside)
             if net is not None:
                 is_a = (o[:, None] < C // 2) & valid[None, :]
-                tl.store(at(net, net_strides, n, o, p), x_t, is_a)
+                store(at(net, net_strides, n, o, p), x_t, mask=is_a)
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
@@ -185,7 +187,7 @@ def _unmix_kernel(
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
-        dbias_t = tl.zeros([BLOCK_O, COLUMNS.block], DTYPE)
+        dbias_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
         for tile in range(program, TILES, programs):
             n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from cases import DTYPES, IMAGES, LAYOUTS, OPERATORS, SHAPES, compare, normal, rotation
 
 from mflow_kernels import ops
+from mflow_kernels.ops import _products
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = OPERATORS["conv1x1"], OPERATORS["conv1x1_inverse"]
@@ -88,3 +89,13 @@ def test_precision(precision, device):
         assert (y - expected).abs().max() < 2**-10 * expected.abs().max() * 4
     else:
         assert_close(y, expected, terms=16)
+
+
+@pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 2)])
+def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch, precision, stages):
+    """A second stage overwrites dy while the product of sm_90 reads it (PTX shows the race)."""
+    seen = []
+    monkeypatch.setattr(_products, "launch", lambda *_, **options: seen.append(options))
+    x = torch.ones(2, 48, 4, 4)
+    _products.launch_dweight(x, None, x, 1, precision)
+    assert [options["num_stages"] for options in seen] == [stages]

@@ -5,6 +5,7 @@ import torch
 from cases import DTYPES, IMAGES, LAYOUTS, OPERATORS, SCALES, SHAPES, compare, normal, params_shape
 
 from mflow_kernels import ops
+from mflow_kernels.ops.coupling import launch_coupling
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -115,3 +116,24 @@ def test_params_wider_than_the_state(device):
         TypeError, match=r"params: expected a dtype no wider .*float32, got float64"
     ):
         ops.affine_coupling(x, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_does_not_cancel_near_zero(dtype, device):
+    """Networks start near 0, where (1 - e^-2r) / (1 + e^-2r) would lose all digits."""
+    raw = torch.tensor([1e-12, 1e-7, -1e-5, 1e-3, -0.1, 0.49, 0.5, 0.51, -3.0], dtype=dtype)
+    params = torch.stack([raw, torch.zeros_like(raw)], dim=1).to(device)
+    x = torch.ones(len(raw), 2, dtype=dtype, device=device)
+    _, logdet = ops.affine_coupling(x, params, ScaleFunction("tanh"))
+    torch.testing.assert_close(
+        logdet.cpu().double(), raw.double().tanh(), rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
+
+
+@pytest.mark.parametrize("field", ["kind", "order"])
+def test_kernels_know_no_other_scale_function(field, kernel_device):
+    scale = ScaleFunction("exp")
+    object.__setattr__(scale, field, "other")
+    x = torch.ones(2, 4, device=kernel_device)
+    with pytest.raises(Exception, match=r"unknown scale function|other"):
+        launch_coupling(x, x, scale, False)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import IMAGES, IN_PLACE, LAYOUTS, normal
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mflow_kernels import ops
 from mflow_kernels.ops._launch import (
     dense_pixels,
     flow_state,
@@ -12,6 +14,9 @@ from mflow_kernels.ops._launch import (
     strides,
     tile_columns,
 )
+from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
+from mflow_kernels.ops.uncouple import uncouple
+from mflow_kernels.ops.unmix import unmix
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -95,3 +100,50 @@ def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
     assert strides_of(7, 12, 6, 6, layout=last) == (432, None, 12, 4)
     assert strides_of(2, 6) == (6, None, None, 2)
     assert strided(None) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(1, 2, 2**15, 2**15 + 1, device="meta"),
+        torch.empty(1, device="meta").as_strided((1, 2, 3), (1, 2**31, 1)),
+        torch.empty(1, device="meta").as_strided((1, 2, 3), (1, 1, 2**30)),
+    ],
+    ids=["size", "channels", "pixels"],
+)
+def test_offsets_within_a_sample_fit_in_32_bits(x):
+    with pytest.raises(ValueError, match=r"span at most 2\^31 elements, got one of shape \(2, "):
+        strided(x)
+    strided(x[:, :, :1, :1] if x.dim() == 4 else x[:, :1, :2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
+    """They give the shape and layout of every result, for a GPU on a machine that has none too."""
+    asked = (torch.cuda, "current_device"), (torch.cuda, "is_current_stream_capturing")
+    for module, name in asked:
+        monkeypatch.setattr(module, name, lambda: pytest.fail("asked CUDA"))
+    scale = ops.ScaleFunction()
+    with FakeTensorMode():
+
+        def state(channels):
+            made = torch.empty(4, channels, 32, 32, device=device)
+            return made.to(memory_format=torch.channels_last)
+
+        x, half = state(12), state(6)
+        weight, bias = torch.empty(12, 12, device=device), torch.empty(12, device=device)
+        dlogdet = torch.empty(4, device=device)
+        results = [
+            ops.actnorm(x, bias, bias)[0],
+            coupling_forward(x, x, *scale.args, False)[0],
+            affine_coupling_op(x, x, *scale.args, False)[0],
+            ops.conv1x1(x, weight, bias),
+            ops.conv1x1_inverse(x, weight, bias),
+            ops.coupling_conv1x1(x, x, weight, bias)[0],
+            uncouple(half, half, dlogdet, x, scale, False, False).dparams,
+            unmix((half, half), (half, half), None, weight, weight, bias, None, True).x,
+        ]
+    for y in results:
+        assert y.shape == x.shape
+        assert y.device == x.device
+        assert y.is_contiguous(memory_format=torch.channels_last)
