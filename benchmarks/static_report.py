@@ -1,10 +1,14 @@
-"""Compile every kernel configuration that the launch tables choose, with no GPU, and say how it
-fits: registers, spills, shared memory, resident blocks, and the width of its memory accesses.
+"""Compile every launch that the presets' models make, with no GPU, and say how it fits: registers,
+spills, shared memory, resident blocks, and the width of its memory accesses.
 
-Exit code 1 where a configuration does not compile, spills, does not fit on a multiprocessor, or
-reads or writes a state in pieces of less than 16 bytes although its sizes allow 16. They do where
-every run of 16 bytes starts at a multiple of 16 from an aligned base: contiguous, with P a multiple
-of the elements in 16 bytes; channels_last, with C and C // 2 multiples of them.
+The launches are recorded from the models themselves (`_recorded`): training steps, evaluation and
+sampling at every level, with what chains keep and what networks compute in; and a few more models
+that users may choose. Those that Triton compiles to one kernel are compiled once.
+
+Exit code 1 where a launch does not compile, spills, does not fit on a multiprocessor, or reads or
+writes a state in pieces of less than 16 bytes although its sizes allow 16. They do where every run
+of 16 bytes starts at a multiple of 16 from an aligned base: contiguous, with P a multiple of the
+elements in 16 bytes; channels_last, with C and C // 2 multiples of them.
 """
 
 import argparse
@@ -16,17 +20,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks import _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
+from torch import Tensor
 
+from benchmarks import _recorded
 from benchmarks._cases import SHORT, Case, operations
 from benchmarks._nvcc import NATIVE, compile_native
+from benchmarks._recorded import Recorded
 from benchmarks._table import save, table
 from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.ops._launch import Columns
+from mflow_kernels.ops._launch import Columns, is_channels_last
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
@@ -37,76 +43,57 @@ SCALES = (
     ScaleFunction("atan"),
     ScaleFunction("tanh", order="scale-shift"),
 )
-TRAINING = ("forward", "forward backward")
-INVERSE = ("inverse", "inverse backward")
-CHAIN = ("reversible chain",)  # what a model trains with
-OPERATORS = ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
-CHAINS_THAT_STORE = ("stored chain", "checkpointed chain")
-EVERY = (*OPERATORS, *CHAIN, *CHAINS_THAT_STORE)
 
 
-class Run(NamedTuple):
-    """Operations of `_cases` on a case, and in which directions; what compiles alike costs once."""
-
-    case: Case
-    operations: tuple[str, ...]
-    directions: tuple[str, ...] = TRAINING
-
-
-def runs(size: str) -> Iterator[Run]:
-    if size == "quick":
-        yield Run(Case(12), (*OPERATORS, *CHAIN))
-        yield Run(Case(96, channels_last=True), CHAIN, ("forward",))
-    elif size == "full":
-        yield from full_runs()
-    else:
-        yield from standard_runs()
+def recorded(size: str) -> Iterator[Recorded]:
+    """Launches of models; for "full", also of the operators alone and of chains on any state."""
+    models = _recorded.quick_models() if size == "quick" else _recorded.models()
+    for model in models:
+        yield from _recorded.record(model)
+    if size == "full":
+        for case in full_cases():
+            for operation in operations(case):
+                name = f"{operation.name}, {operation.direction}"
+                for launch in _aot.capture(lambda op=operation: op.prepare()()):
+                    yield Recorded(name, launch)
 
 
-def standard_runs() -> Iterator[Run]:
-    """Every width, layout, dtype, tiling and direction, but not each with each."""
-    for c in CHANNELS:
-        for last in (False, True) if c in (12, 48, 96, 192) else (c in (24, 384),):
-            yield Run(Case(c, channels_last=last), CHAIN)
-    for c in (48, 192):
-        yield Run(Case(c, channels_last=True), CHAINS_THAT_STORE)
-        yield Run(Case(c, channels_last=c == 48, params_dtype=BF16), CHAIN)  # as under autocast
-    yield Run(Case(12), OPERATORS)
-    yield Run(Case(48, channels_last=True), OPERATORS)
-    yield Run(Case(48, channels_last=True), CHAIN, INVERSE)
-    for c, last in ((12, False), (192, True)):
-        yield Run(Case(c, side=4, n=8, channels_last=last), CHAIN)  # tiles across samples
-        yield Run(Case(c, channels_last=last, dtype=FP64, params_dtype=FP64), CHAIN)
-    # Sizes that are multiples of 4 but not of 16, of which Triton would know by itself; and odd P.
-    for c, side, last in ((12, 6, False), (12, 14, False), (24, 7, True), (12, 7, False)):
-        yield Run(Case(c, side=side, n=8, channels_last=last), CHAIN)
-    for scale in SCALES:
-        yield Run(Case(24, scale=scale), ("affine_coupling",))
-
-
-def full_runs() -> Iterator[Run]:
-    every = (*TRAINING, *INVERSE)
+def full_cases() -> Iterator[Case]:
     for last, c in product((False, True), CHANNELS):
         for params_dtype in (torch.float32, BF16):
-            yield Run(Case(c, channels_last=last, params_dtype=params_dtype), EVERY, every)
-        yield Run(Case(c, channels_last=last, dtype=FP64, params_dtype=FP64), EVERY)
+            yield Case(c, channels_last=last, params_dtype=params_dtype)
+        yield Case(c, channels_last=last, dtype=FP64, params_dtype=FP64)
         for side in (4, 6, 14, 7):
-            yield Run(Case(c, side=side, n=8, channels_last=last), EVERY)
+            yield Case(c, side=side, n=8, channels_last=last)
     for c, dtype in product((12, 48, 192), (BF16, FP16)):
-        yield Run(Case(c, dtype=dtype, params_dtype=dtype), EVERY)
+        yield Case(c, dtype=dtype, params_dtype=dtype)
     for scale, c in product(SCALES, (24, 192)):
-        yield Run(Case(c, scale=scale), EVERY, every)
+        yield Case(c, scale=scale)
     for c in (48, 192):
-        yield Run(Case(c, precision="tf32"), OPERATORS, every)
+        yield Case(c, precision="tf32")
 
 
 @dataclass
 class Configuration:
     """Launches that compile to one kernel, and what is asked of its accesses."""
 
-    launch: _aot.Launch
-    case: Case
+    launch: _aot.Launch  # the first one
+    model: str  # that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
+
+    @property
+    def c(self) -> int:
+        return channels(self.launch)
+
+    @property
+    def p(self) -> int:
+        return max((t[0, 0].numel() for t in states(self.launch).values()), default=0)
+
+    @property
+    def layout(self) -> str:
+        images = [t for t in states(self.launch).values() if t.dim() == 4]
+        layouts = {"channels_last" if is_channels_last(t) else "contiguous" for t in images}
+        return " and ".join(sorted(layouts)) or "vectors"
 
     @property
     def variant(self) -> str:
@@ -131,21 +118,38 @@ class Configuration:
 
     @property
     def dtypes(self) -> str:
-        return "+".join(
-            dict.fromkeys(SHORT[t.dtype] for t in _aot.pixel_tensors(self.launch).values())
-        )
+        return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
 
 
-def wide(launch: _aot.Launch, case: Case) -> set[str]:
-    """The tensors with pixels whose sizes allow 16-byte accesses."""
-    allowed = set()
-    for name, t in _aot.pixel_tensors(launch).items():
+NO_STATES = {"weight", "weight_inverse", "dweight", "gram", "dbias", "ledger", "dledger"}
+
+
+def states(launch: _aot.Launch) -> dict[str, Tensor]:
+    """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
+    of these."""
+    return {
+        name: value
+        for name, value in launch.bound.items()
+        if isinstance(value, Tensor) and value.dim() in (2, 4) and name not in NO_STATES
+    }
+
+
+def channels(launch: _aot.Launch) -> int:
+    """C of the launch's states: a constant of most kernels, else as many as params have."""
+    given = launch.bound.get("C")
+    return given or max((t.shape[1] for t in states(launch).values()), default=0)
+
+
+def wide(launch: _aot.Launch) -> set[str]:
+    """The states whose sizes allow 16-byte accesses."""
+    allowed, c = set(), channels(launch)
+    for name, t in states(launch).items():
         lanes = 16 // t.element_size()
         # What must be whole multiples: runs of neighbours in memory, and the steps between runs.
-        if case.channels_last:
-            steps = (case.c, case.c // 2, t.shape[1], t.stride(0), t.stride(3))
+        if t.dim() == 2 or is_channels_last(t):
+            steps = (c, c // 2, t.shape[1], t.stride(0), t.stride(-1) if t.dim() == 4 else 0)
         else:
-            steps = (case.p, t.stride(0), t.stride(1))
+            steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
         if all(step % lanes == 0 for step in steps) and t.data_ptr() % 16 == 0:
             allowed.add(name)
     return allowed
@@ -153,13 +157,9 @@ def wide(launch: _aot.Launch, case: Case) -> set[str]:
 
 def configurations(size: str) -> list[Configuration]:
     found: dict[str, Configuration] = {}
-    for case, names, directions in runs(size):
-        for operation in operations(case):
-            if operation.name not in names or operation.direction not in directions:
-                continue
-            for launch in _aot.capture(lambda op=operation: op.prepare()()):
-                allowed = wide(launch, case)
-                found.setdefault(launch.key, Configuration(launch, case, allowed)).wide |= allowed
+    for model, launch in recorded(size):
+        allowed = wide(launch)
+        found.setdefault(launch.key, Configuration(launch, model, allowed)).wide |= allowed
     return list(found.values())
 
 
@@ -167,6 +167,7 @@ def configurations(size: str) -> list[Configuration]:
 class Row:
     kernel: str
     variant: str
+    model: str
     c: int | str
     p: int | str
     layout: str
@@ -177,12 +178,12 @@ class Row:
     shared: int
     warps: int
     blocks: int
-    share16: float | None  # of the accesses to tensors with pixels
+    share16: float | None  # of the accesses to states
     faults: list[str]
 
     HEAD = (
-        "kernel", "variant", "C", "P", "layout", "dtypes", "target", "registers", "spilled B",
-        "shared B", "warps", "blocks", "16 B", "",
+        "kernel", "variant", "model", "C", "P", "layout", "dtypes", "target", "registers",
+        "spilled B", "shared B", "warps", "blocks", "16 B", "",
     )  # fmt: skip
 
     @property
@@ -197,10 +198,10 @@ _work: list[Configuration] = []  # inherited by the forked workers: launches can
 def _compile(job: tuple[int, str]) -> Row:
     index, target = job
     configuration = _work[index]
-    launch, case = configuration.launch, configuration.case
+    launch = configuration.launch
     made = _aot.compile_for(launch, target)
-    pixels = {n: made.access.get(n, []) for n in _aot.pixel_tensors(launch)}
-    widths = [width for access in pixels.values() for width in access]
+    accesses = {name: made.access.get(name, []) for name in states(launch)}
+    widths = [width for access in accesses.values() for width in access]
     blocks = (
         0 if made.error else _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     )
@@ -210,11 +211,12 @@ def _compile(job: tuple[int, str]) -> Row:
     if not made.error and not blocks:
         faults.append("does not fit")
     for name in sorted(configuration.wide):
-        if pixels[name] and min(pixels[name]) < 16:
-            faults.append(f"{name} by {min(pixels[name])} B")
+        if accesses[name] and min(accesses[name]) < 16:
+            faults.append(f"{name} by {min(accesses[name])} B")
     return Row(
-        launch.kernel.__name__.strip("_"), configuration.variant, case.c, case.p, case.layout,
-        configuration.dtypes, target, made.registers, made.spilled, made.shared, made.warps, blocks,
+        launch.kernel.__name__.strip("_"), configuration.variant, configuration.model,
+        configuration.c, configuration.p, configuration.layout, configuration.dtypes, target,
+        made.registers, made.spilled, made.shared, made.warps, blocks,
         sum(w >= 16 for w in widths) / len(widths) if widths else None, faults,
     )  # fmt: skip
 
@@ -227,8 +229,8 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
         faults = ["spills"] if made.spilled else []
         faults += [] if blocks else ["does not fit"]
         row = Row(
-            name, "csrc", "-", "-", "any", "", target, made.registers, made.spilled, made.shared,
-            made.warps, blocks, None, faults,
+            name, "csrc", "-", "-", "-", "any", "", target, made.registers, made.spilled,
+            made.shared, made.warps, blocks, None, faults,
         )  # fmt: skip
         rows.append(row)
     return rows
@@ -238,7 +240,7 @@ def report(size: str, targets: Sequence[str]) -> list[Row]:
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
     _work[:] = configurations(size)
     # The slowest first, so that the last worker does not finish alone.
-    order = sorted(range(len(_work)), key=lambda i: -_work[i].case.c)
+    order = sorted(range(len(_work)), key=lambda i: -_work[i].c)
     jobs = [(i, target) for i in order for target in targets]
     native = [(source, target) for source in NATIVE for target in targets]
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
@@ -281,11 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--quick", action="store_const", const="quick", dest="size", help="two widths, seconds"
+        "--quick",
+        action="store_const",
+        const="quick",
+        dest="size",
+        help="one level of a model, seconds",
     )
     size.add_argument(
         "--full", action="store_const", const="full", dest="size",
-        help="the whole product of widths, layouts, dtypes and directions, many minutes",
+        help="also the operators alone, on states of every width, layout and dtype, many minutes",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)

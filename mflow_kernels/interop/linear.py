@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.layers.moves import Mixes
-from mflow_kernels.ops._launch import transformed, without_autocast
+from mflow_kernels.ops._launch import is_channels_last, transformed, without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
 
 
@@ -140,6 +140,14 @@ def lu_linears(modules: Sequence[Any]) -> Affine:
     )
     lower = lower + torch.eye(c, dtype=bias.dtype, device=bias.device)
     return Affine(lower @ (upper + torch.diag_embed(diagonal)), bias, diagonal.log().sum(1))
+
+
+def select_channels(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order] in the layout of x, and its gradient too: `index_select` alone returns contiguous
+    tensors."""
+    if transformed() or not is_channels_last(x):
+        return x.index_select(1, order)
+    return x.movedim(1, -1).index_select(-1, order).movedim(-1, 1)
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:

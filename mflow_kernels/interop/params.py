@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import constant
+from mflow_kernels.interop.linear import constant, select_channels
 from mflow_kernels.ops._launch import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -101,7 +101,8 @@ class Params(nn.Module):
             return torch.cat([torch.zeros_like(out), _scaled(out, self.factors[1])], dim)
         raw, shift = channels[self.raw], channels[self.shift]
         if (order := (*raw, *shift)) != (*channels,):
-            out = out.index_select(dim, constant(order, out.device))
+            index = constant(order, out.device)
+            out = select_channels(out, index) if dim == 1 else out.index_select(dim, index)
         if self.factors != (1.0, 1.0):
             factors = (self.factors[0],) * len(raw) + (self.factors[1],) * len(shift)
             vector = constant(factors, out.device, accumulator(out.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import Linear, Reorder, Rows, permutation
+from mflow_kernels.interop.linear import Linear, Reorder, Rows, permutation, select_channels
 from mflow_kernels.layers.moves import Couple, Mix, Move, Squeezing
 from mflow_kernels.layers.reversible import walk
 from mflow_kernels.ops._launch import accumulator, flow_state, pixels
@@ -192,7 +192,7 @@ class Run:
                 log_det = log_det + log_s
             else:
                 order = permutation(stop, x)
-                x = x.index_select(1, order.argsort() if inverse else order)
+                x = select_channels(x, order.argsort() if inverse else order)
         if not self.couples:
             return x, log_det
         ledger = ledgers[0] if len(ledgers) == 1 else torch.cat(ledgers, dim=1)

@@ -11,8 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mflow_kernels.ops._autograd import eager_function
 from mflow_kernels.ops._checks import check_device
-from mflow_kernels.ops._launch import accumulator, autocasts, cut_net_input, transformed
+from mflow_kernels.ops._launch import (
+    accumulator,
+    autocasts,
+    cut_net_input,
+    in_layout_of,
+    is_channels_last,
+    transformed,
+)
 from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_forward,
@@ -51,7 +59,12 @@ class Couple(NamedTuple):
 
 
 class Squeezing(NamedTuple):
-    """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`."""
+    """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`, as `F.pixel_unshuffle` orders the
+    channels.
+
+    One copy, which keeps the layout, and so does its gradient. `F.pixel_unshuffle` keeps
+    channels_last on a CPU only: on CUDA it returns contiguous tensors.
+    """
 
     inverse: bool
 
@@ -65,7 +78,31 @@ class Squeezing(NamedTuple):
             return x.reshape(
                 (n, c // 4, 2 * h, 2 * w) if self.inverse else (n, 4 * c, h // 2, w // 2)
             )
-        return F.pixel_shuffle(x, 2) if self.inverse else F.pixel_unshuffle(x, 2)
+        if transformed() or not is_channels_last(x):
+            return F.pixel_shuffle(x, 2) if self.inverse else F.pixel_unshuffle(x, 2)
+        return _SqueezeChannelsLast.apply(x, self.inverse)
+
+
+class _SqueezeChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: bool) -> Tensor:
+        ctx.inverse = inverse
+        rows = x.permute(0, 2, 3, 1)
+        n, h, w, c = rows.shape
+        if inverse:
+            blocks = rows.reshape(n, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
+            shape = (n, c // 4, 2 * h, 2 * w)
+        else:
+            blocks = rows.reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
+            shape = (n, 4 * c, h // 2, w // 2)
+        last = torch.channels_last
+        z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+        z.permute(0, 2, 3, 1).view(blocks.shape).copy_(blocks)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        return Squeezing(not ctx.inverse)(dz), None
 
 
 class Leave(NamedTuple):
@@ -120,7 +157,7 @@ def run(
         context: further inputs of every network.
         watch: is shown the state before each network, and told when it ran.
     """
-    conv1x1, coupling, coupling_conv1x1 = _operators()
+    cut, leave, conv1x1, coupling, coupling_conv1x1 = _operators()
     waiting, left, ledgers = list(latents), [], []
     ready: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
@@ -143,7 +180,7 @@ def run(
             if watch is not None:
                 watch.before_network(x)
             if net is None:
-                net = cut_net_input(x, network_dtype(x))
+                net = cut(x, network_dtype(x))
             params = check_params(x, move.net(net, *context))
             if watch is not None:
                 watch.after_network()
@@ -163,9 +200,8 @@ def run(
             if isinstance(move, Squeezing):
                 x = move(x)
             elif isinstance(move, Leave):
-                c_a = x.shape[1] // 2
-                left.append(x[:, c_a:].clone())
-                x = x[:, :c_a]
+                x, latent = leave(x)
+                left.append(latent)
             else:
                 x = torch.cat([x, waiting.pop()], dim=1)
         if dtype is None:
@@ -175,16 +211,56 @@ def run(
     return Ran(x, tuple(left), torch.cat(ledgers, dim=1))
 
 
-def _operators() -> tuple[Any, Any, Any]:
-    """conv1x1, coupling and the fused step, in the form that costs the host least: registered for
-    compilers, autograd functions for autograd, and plain ones."""
-    if transformed():
-        return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
-    if torch.compiler.is_compiling():
-        return conv1x1_op, affine_coupling_op, coupling_conv1x1_op
-    if torch.is_grad_enabled():
-        return conv1x1_eager, coupling_eager, coupling_conv1x1_eager
-    return conv1x1_forward, coupling_forward, coupling_conv1x1_forward
+def _operators() -> tuple[Any, Any, Any, Any, Any]:
+    """The cut of a network input, the leaving of a latent, conv1x1, coupling and the fused step, in
+    the form that costs the host least: registered for compilers, autograd functions for autograd,
+    and plain ones."""
+    if torch.compiler.is_compiling() and not transformed():
+        return cut_net_input, _leave, conv1x1_op, affine_coupling_op, coupling_conv1x1_op
+    if torch.is_grad_enabled() and not transformed():
+        return _cut_eager, _leave_eager, conv1x1_eager, coupling_eager, coupling_conv1x1_eager
+    return cut_net_input, _leave, conv1x1_forward, coupling_forward, coupling_conv1x1_forward
+
+
+def _leave(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The half that stays, a view, and the half that leaves, a copy."""
+    c_a = x.shape[1] // 2
+    return x[:, :c_a], x[:, c_a:].clone()
+
+
+# Of slices, autograd would make contiguous gradients, each a whole state with zeros in it.
+
+
+def _setup_slices(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    ctx.like = torch.empty_like(inputs[0], device="meta")
+
+
+def _cut_backward(ctx: Any, dnet: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.zeros_like(ctx.like, device=dnet.device)
+    dx[:, : dnet.shape[1]] = dnet
+    return dx, None
+
+
+def _leave_backward(ctx: Any, dkept: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.empty_like(ctx.like, device=dkept.device)
+    dx[:, : dkept.shape[1]] = dkept
+    dx[:, dkept.shape[1] :] = dlatent
+    return (dx,)
+
+
+_cut_eager = eager_function(cut_net_input, _setup_slices, _cut_backward)
+_leave_eager = eager_function(_leave, _setup_slices, _leave_backward)
+
+
+def keep_layout(state: Tensor) -> None:
+    """Let the gradient of `state` have its layout: a gradient of another one, as a loss may hand
+    over, is copied once where it comes in, and not read in the wrong order by every launch after.
+
+    Not for compilers, which choose layouts themselves, nor for transforms."""
+    if not state.requires_grad or transformed() or torch.compiler.is_compiling():
+        return
+    like = torch.empty_like(state, device="meta")
+    state.register_hook(lambda gradient: None if gradient is None else in_layout_of(like, gradient))
 
 
 def _feeds(moves: Sequence[Move], i: int, x: Tensor) -> torch.dtype | None:

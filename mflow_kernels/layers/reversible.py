@@ -23,6 +23,7 @@ from mflow_kernels.layers.moves import (
     Move,
     Return,
     Squeezing,
+    keep_layout,
     run,
 )
 from mflow_kernels.layers.networks import check_takes
@@ -39,7 +40,7 @@ from mflow_kernels.layers.walkback import (
     same_random_state,
 )
 from mflow_kernels.ops._checks import check_count
-from mflow_kernels.ops._launch import accumulator, flow_state, pixels, transformed
+from mflow_kernels.ops._launch import accumulator, flow_state, in_layout_of, pixels, transformed
 
 
 class ReversibleChain(Bijection):
@@ -256,6 +257,7 @@ def walk(
         mixes = [group.mixes(accumulator(x.dtype)) for group in groups]
         log_dets = tuple(mix.log_det for mix in mixes)
         x, latents, ledger = run(moves, x, latents, mixes, context)
+        keep_layout(x)
     log_det = ledger.new_zeros(())
     for of_pixel, area in zip(log_dets, areas, strict=True):
         log_det = log_det + area * of_pixel
@@ -348,6 +350,8 @@ class _Reversible(torch.autograd.Function):
         dlog_dets, dlatents = rest_of_grads[:groups], rest_of_grads[groups:]
         x_true, x, *rest = ctx.saved_tensors
         latents, rest = rest[: len(dlatents)], rest[len(dlatents) :]
+        dx = in_layout_of(x, dx)  # see `keep_layout`
+        dlatents = [in_layout_of(*pair) for pair in zip(latents, dlatents, strict=True)]
         kept, rest = rest[: len(ctx.kept_at)], rest[len(ctx.kept_at) :]
         back = WalkBack(
             journey.moves,

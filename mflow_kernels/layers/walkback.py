@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.layers.moves import Couple, Leave, Mix, Mixes, Move, Squeezing
-from mflow_kernels.ops._launch import accumulator, autocasts, channels_first, without_autocast
+from mflow_kernels.ops._launch import accumulator, autocasts, is_channels_last, without_autocast
 from mflow_kernels.ops.uncouple import uncouple
 from mflow_kernels.ops.unmix import unmix
 
@@ -156,7 +156,7 @@ class WalkBack:
 
     def _set(self, x: Tensor, dx: Tensor) -> None:
         c_a = x.shape[1] // 2
-        self.channels_last = x.dim() > 2 and not channels_first(x)
+        self.channels_last = is_channels_last(x)
         self._set_halves(x[:, :c_a], x[:, c_a:], dx[:, :c_a], dx[:, c_a:])
         self._whole = x, dx
 

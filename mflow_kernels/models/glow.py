@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops._checks import check_count, check_tensor
-from mflow_kernels.ops._launch import autocasts, transformed
+from mflow_kernels.ops._launch import autocasts, is_channels_last, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -162,8 +162,9 @@ class VectorFlow(_ChainFlow):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """An image in the layout that is fast for convolutions; a vector, and what a transform maps
-    over, which tells no layout, as it is."""
-    if x.dim() != 4 or transformed():
+    """An image in channels_last, the layout that is fast for convolutions, with strides that say so
+    for one channel too. Vectors, and states that a transform maps over, stay as they are."""
+    if x.dim() != 4 or transformed() or is_channels_last(x):
         return x
-    return x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(n, h * w * c).view(n, h, w, c).permute(0, 3, 1, 2)

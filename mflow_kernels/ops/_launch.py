@@ -63,7 +63,7 @@ def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """`y` with the strides that `torch.empty_like(x)` has, as an operator promises them."""
     if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
         return y
-    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+    return torch.empty_like(x, dtype=y.dtype, device=y.device).copy_(y)
 
 
 RUN_TIME = ("N", "TILES")  # arguments that follow the batch size: Triton compiles for no value
@@ -177,6 +177,13 @@ def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
 def channels_first(x: Tensor) -> bool:
     """Whether neighbours in memory are pixels of one channel (else channels of one pixel)."""
     return pixels(x) > 1 and strides(x).p == 1
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the strides of a state (N, C, *spatial) are in channels_last order. States of one
+    channel or of one pixel are in the order that their strides state, as for torch's convolutions
+    (`Tensor.is_contiguous` accepts either order for them)."""
+    return x.dim() > 2 and 0 < x.stride(1) * x.shape[1] <= x.stride(-1)
 
 
 def elementwise_tile(x: Tensor) -> tuple[int, int]:

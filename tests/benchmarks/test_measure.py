@@ -89,7 +89,7 @@ def test_the_peak_counts_what_was_freed_meanwhile() -> None:
 
 
 def test_a_process_that_dies_or_raises_says_so() -> None:
-    dead, raised, told = fresh(_fate, ["die", "raise", "tell"], workers=3, seconds=60)
+    dead, raised, told = fresh(_fate, ["die", "raise", "tell"], workers=3, seconds=3600)
     assert isinstance(dead, Died)
     assert "the process died" in str(dead)
     assert "ValueError: no" in str(raised)

@@ -30,26 +30,66 @@ def test_quick_set_compiles_and_its_exit_code_says_what_its_rows_say(tmp_path: P
     )
     rows = json.loads(saved.read_text())
     assert done.returncode == int(any(row["faults"] for row in rows)), done.stdout + done.stderr
-    ours = [row for row in rows if row["variant"] != "csrc"]
-    assert {"mix_kernel", "coupling_fwd_kernel", "actnorm_bwd_kernel"} <= {
-        row["kernel"] for row in ours
-    }
-    for row in ours:
+    models = [row for row in rows if row["variant"] != "csrc"]
+    assert len({row["kernel"] for row in models}) == 8  # every kernel of the flow but actnorm's
+    for row in models:
+        assert row["layout"] in ("channels_last", "vectors")
         if not row["faults"]:
             assert 0 < row["registers"] <= 255
             assert row["blocks"] >= 1
-    # C = 12 in contiguous layout: P is a multiple of 4, all of actnorm's accesses are of 16 bytes.
-    assert all(row["share16"] == 1 for row in ours if row["kernel"] == "actnorm_fwd_kernel")
     assert list(tmp_path.iterdir()) == [saved]
 
 
+RECORDED = """
+import contextlib
+from dataclasses import replace
+
+import torch
+from benchmarks import _recorded
+from mflow_kernels.layers.networks import coupling_net
+
+def keys(model):
+    recorded = [launch for _, launch in _recorded.record(model)]
+    assert len(recorded) > 30
+    return {launch.key for launch in recorded}
+
+def real_network(channels):
+    network = coupling_net(channels // 2, channels, 2, 2)
+    return network.to(memory_format=torch.channels_last)
+
+few = dict(image_shape=(3, 8, 24), manifold_dims=(64,), steps=(3,))
+models = [replace(m, **few) for m in _recorded.models() if m.name == "odd sizes"]
+empty = [keys(model) for model in models]
+assert len({frozenset(found) for found in empty}) == len(models)
+_recorded._NoAlgebra, _recorded.EmptyNetwork = contextlib.nullcontext, real_network
+assert empty == [keys(model) for model in models]
+"""
+
+
+def test_models_that_compute_launch_what_was_recorded(tmp_path: Path) -> None:
+    """Neither the empty networks nor the products that are skipped change a launch; and what a
+    chain keeps and its networks' dtype do."""
+    script = tmp_path / "recorded.py"
+    script.write_text(RECORDED)
+    done = run(str(script))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 PLANTED = """
+import contextlib
+import io
 import sys
+
 import torch
 import triton
 import triton.language as tl
-from benchmarks import static_report
-from benchmarks._cases import Case, Operation
+from benchmarks import _aot, static_report
+from benchmarks._recorded import Recorded
+
+@triton.jit
+def _sound_kernel(x, y):
+    i = tl.arange(0, 1024)
+    tl.store(y + i, tl.load(x + i))
 
 @triton.jit
 def _narrow_kernel(x, y):
@@ -67,32 +107,37 @@ def _unlaunchable_kernel(x, params):
     i = tl.arange(0, 1024)
     tl.store(params + i, tl.load(x + i))
 
-def operations(case):
-    x, y = (case.tensor(16, torch.float32).detach() for _ in range(2))
-    kernel = globals()[sys.argv[1]]
-    yield Operation("actnorm", "forward", lambda: lambda: kernel[(1,)](x, y))
-
-static_report.operations = operations
+x, y = (torch.zeros(2, 16, 64, 64) for _ in range(2))
+kernels = _sound_kernel, _narrow_kernel, _spilling_kernel, _unlaunchable_kernel
+planted = [
+    Recorded("planted", launch)
+    for kernel in kernels
+    for launch in _aot.capture(lambda: kernel[(1,)](x, y))
+]
 static_report.NATIVE = []
-sys.exit(static_report.main(["--quick", "--target", "sm_80"]))
+
+def report(recorded, *options):
+    static_report.recorded = lambda size: recorded
+    with contextlib.redirect_stdout(io.StringIO()):
+        return static_report.main(["--quick", "--target", "sm_80", *options])
+
+report(planted, "--json", sys.argv[1])
+print(*(report([one]) for one in planted))
 """
 
 
-@pytest.mark.parametrize(
-    ("kernel", "fault"),
-    [
-        ("_narrow_kernel", "x by 4 B"),
-        ("_spilling_kernel", "spills"),
-        # Triton's launcher has a local variable of this name: such a kernel never launches.
-        ("_unlaunchable_kernel", "TypeError"),
-    ],
-)
-def test_planted_kernels_fail_the_report(tmp_path: Path, kernel: str, fault: str) -> None:
-    script = tmp_path / "planted.py"
+def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
+    script, saved = tmp_path / "planted.py", tmp_path / "rows.json"
     script.write_text(PLANTED)
-    done = run(str(script), kernel)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert fault in done.stdout
+    done = run(str(script), str(saved))
+    faults = {row["kernel"]: " ".join(row["faults"]) for row in json.loads(saved.read_text())}
+    assert faults["sound_kernel"] == ""
+    assert "x by 4 B" in faults["narrow_kernel"]
+    assert "spills" in faults["spilling_kernel"]
+    # Triton's launcher has a local variable of this name: such a kernel never launches.
+    assert "TypeError" in faults["unlaunchable_kernel"]
+    # The exit code of each alone.
+    assert done.stdout.split() == ["0", "1", "1", "1"], done.stdout + done.stderr
 
 
 PTX = """

@@ -1,0 +1,201 @@
+"""Models run in channels_last on every device: states, params, gradients and network inputs.
+
+CUDA's own operators keep other layouts than the CPU's, so the ones that models use are replaced by
+ones that behave as CUDA's: `pixel_shuffle` and `pixel_unshuffle` are composites of reshape and
+permute there, and a convolution is in channels_last where its input or its weight is. Every tensor
+that a kernel (or, without the interpreter, a loop of csrc) reads or writes is then looked at.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import moved, normal
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from mflow_kernels import Glow
+from mflow_kernels.interop.linear import select_channels
+from mflow_kernels.layers.networks import PointwiseConv2d
+from mflow_kernels.ops import _native
+from mflow_kernels.ops._launch import INTERPRETED, is_channels_last
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and _native.load_extension() is None, reason="csrc is not built"
+)
+
+
+def cuda_unshuffle(x: Tensor, factor: int) -> Tensor:
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, c, h // factor, factor, w // factor, factor).permute(0, 1, 3, 5, 2, 4)
+    return blocks.reshape(n, c * factor**2, h // factor, w // factor).contiguous()
+
+
+def cuda_shuffle(x: Tensor, factor: int) -> Tensor:
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, c // factor**2, factor, factor, h, w).permute(0, 1, 4, 2, 5, 3)
+    return blocks.reshape(n, c // factor**2, h * factor, w * factor).contiguous()
+
+
+class CudaConv2d(torch.autograd.Function):
+    """As cuDNN does it: all in channels_last where input or weight is, by conversion if need be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+        last = is_channels_last(x) or is_channels_last(weight)
+        ctx.format = torch.channels_last if last else torch.contiguous_format
+        ctx.padding = padding
+        ctx.save_for_backward(x, weight)
+        y = torch.ops.aten.convolution(
+            x, weight, bias, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1
+        )
+        return y.clone(memory_format=ctx.format)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, x, weight, [len(weight)], [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
+            [True, True, True],
+        )  # fmt: skip
+        return dx.clone(memory_format=ctx.format), dweight, dbias, None
+
+
+class Seen:
+    """Names of the tensors of images that were looked at, and of those in another layout."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.others: set[str] = set()
+
+    def look(self, name: str, value: object) -> None:
+        if isinstance(value, tuple | list):
+            for part in value:
+                self.look(name, part)
+        elif isinstance(value, Tensor) and value.dim() == 4 and value.numel():
+            self.names.add(name)
+            # Of one pixel, every layout is the same memory, and torch's operators return either.
+            free = name == "gradient in a network" and value.shape[2:] == (1, 1)
+            if not is_channels_last(value) and not free:
+                self.others.add(f"{name} {tuple(value.shape)} {value.stride()}")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    seen = Seen()
+
+    def conv2d(
+        x: Tensor, weight: Tensor, bias: Tensor, stride: Any, padding: Any, *_: Any
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        seen.look("network input", x)
+        seen.look("network weight", weight)
+        if x.requires_grad:
+            x.register_hook(lambda gradient: seen.look("gradient in a network", gradient))
+        y = CudaConv2d.apply(x, weight, bias, padding[0])
+        if y.requires_grad:
+            y.register_hook(lambda gradient: seen.look("gradient in a network", gradient))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "pixel_unshuffle", cuda_unshuffle)
+    monkeypatch.setattr(torch.nn.functional, "pixel_shuffle", cuda_shuffle)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    monkeypatch.setattr(PointwiseConv2d, "_is_better_cut", lambda *_: False)  # of CPUs alone
+    if INTERPRETED:
+
+        def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+            """Computes nothing: layouts do not depend on values."""
+            for name, value in zip(self.arg_names, args, strict=False):
+                seen.look(f"{self.__name__}: {name}", value)
+
+        for kind in (InterpretedFunction, JITFunction):
+            monkeypatch.setattr(kind, "run", launch)
+    else:
+        for name in ("couple", "_uncouple", "mix", "coupling_conv1x1_backward", "unmix"):
+            watched(monkeypatch, seen, name, getattr(_native, name))
+    return seen
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str, function: Callable[..., Any]
+) -> None:
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        seen.look(f"{name}: argument", [*args, *kwargs.values()])
+        seen.look(f"{name}: result", results)
+        return results
+
+    monkeypatch.setattr(_native, name, watch)
+
+
+SHAPES = {
+    "odd sizes": (3, 8, 24),  # the last level is 1 x 3
+    "one pixel": (3, 8, 8),
+    "one channel": (1, 8, 16),
+}
+CHAINS: dict[str, dict[str, Any]] = {
+    "stored": {"reversible": False},
+    "reversible": {"checkpoint_every": None},
+    "checkpointed": {"checkpoint_every": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_model_runs_in_channels_last(
+    seen: Seen, shape: tuple[int, int, int], chain: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """A training step, likelihood alone and in the data domain, and sampling, from contiguous
+    images and latents and with contiguous gradients of the latents."""
+    glow = moved(Glow(shape, 3, 2, 4, **chain))
+    x = normal(2, *shape)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        z, logdet = glow(x)
+        flat = torch.cat([part.flatten(1) for part in z], dim=1)  # its gradient is contiguous
+        back, _ = glow.inverse(tuple(torch.zeros_like(part, requires_grad=True) for part in z))
+        with torch.no_grad():
+            glow(x)
+            glow.inverse(tuple(normal(*part.shape) for part in z))
+    loss = flat.square().sum() + (x - back).square().sum() - logdet.sum()
+    loss.backward()
+    assert not seen.others
+    assert {"network input", "network weight", "gradient in a network"} < seen.names
+    assert any("mix" in name for name in seen.names)  # of the chain's launches, or loops
+    for name, parameter in glow.named_parameters():
+        assert parameter.grad is not None
+        if parameter.dim() == 4:
+            assert is_channels_last(parameter.grad), name
+
+
+def test_gradients_that_come_for_some_latents_only(seen: Seen) -> None:
+    glow = moved(Glow((3, 8, 8), 3, 1, 4, reversible=False))
+    (_, middle, _), _ = glow(normal(2, 3, 8, 8))
+    middle.sum().backward()  # of strides 0
+    assert not seen.others
+
+
+def test_averages_and_copies_keep_the_layout_of_weights() -> None:
+    glow = Glow((3, 8, 8), 2, 1, 4)
+    copied = Glow((3, 8, 8), 2, 1, 4)
+    copied.load_state_dict({k: v.contiguous() for k, v in glow.state_dict().items()})
+    for model in (glow, copied, glow.double()):
+        weights = [p for p in model.parameters() if p.dim() == 4]
+        assert weights
+        assert all(map(is_channels_last, weights))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_channels_are_reordered_in_their_layout(layout: str) -> None:
+    """For models of other libraries: `index_select` alone would return contiguous tensors."""
+    x = normal(2, 5, 3, 4, layout=layout).requires_grad_()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    y = select_channels(x, order)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(y, x[:, order])
+    assert torch.equal(dx, x)
+    assert y.stride() == dx.stride() == x.stride()
