@@ -1,15 +1,22 @@
-"""Run each kernel in Triton's interpreter and count the bytes that it loads and stores, against the
-fewest possible; and count launches beside the networks.
+"""Run each launch compiled, on a machine with no GPU, and count what it asks of global memory; and
+count launches beside the networks.
 
-The ratio is bytes moved in tensors that have pixels (states, params, network inputs, gradients) to
-the fewest: each element that the operation needs read once, each that it leaves written once. What
-an operation needs is what it touches, less what `NEEDLESS` knows that it could do without. Weights,
-ledgers and partial sums are listed apart ("other").
+Two ratios, of tensors that have pixels (states, params, network inputs, gradients):
 
-Exit code 1 where the ratio passes 1.05 up to C = 128 at sizes that fill tiles, or 1.25 at any size
-of at least 1,024 pixels; where past C = 128 an element is read more than ceil(C / 128) times or
-written more than once (un-mixing past C = 64: twice that, see `TWICE`); or where a chain of K steps
-takes more than K + 1 launches over states forward, inverse, or two a step and one more backward.
+    ratio     bytes that threads ask for, to the fewest: each element that the operation needs read
+              once, each that it leaves written once. What an operation needs is what it touches,
+              less what `NEEDLESS` knows that it could do without.
+    sectors   32 bytes times the sectors that each warp's request touches, to the bytes that it asks
+              for. A GPU's memory moves whole sectors: what is past 1 comes with them unasked, and
+              is served by a cache where another request of the same block asks for it soon.
+
+Weights, ledgers and partial sums are listed apart ("other"), with a ratio of sectors of their own.
+
+Exit code 1 where the ratio of bytes passes 1.05 up to C = 128 at sizes that fill tiles, or 1.25 at
+any size of at least 1,024 pixels; where past C = 128 an element is read more than ceil(C / 128)
+times or written more than once (un-mixing past C = 64: twice that, see `TWICE`); where a kernel
+leaves its tensors or races; or where a chain of K steps takes more than K + 1 launches over states
+forward, inverse, or two a step and one more backward. Sectors are counted and have no bound yet.
 """
 
 import argparse
@@ -17,8 +24,9 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import _traffic  # before anything of mflow_kernels
@@ -66,14 +74,16 @@ class Row:
     loaded: int
     stored: int
     fewest: int
-    other: int  # bytes in tensors without pixels
     ratio: float
+    sectors: float
+    other: int  # bytes in tensors without pixels
+    other_sectors: float
     reads: int  # the most that one tensor's elements are read, on average, rounded up
     fault: str
 
     HEAD = (
         "operation", "direction", "kernel", "C", "N", "P", "layout", "launches", "loaded B",
-        "stored B", "fewest B", "other B", "ratio", "reads", "",
+        "stored B", "fewest B", "ratio", "sectors", "other B", "other sectors", "reads", "",
     )  # fmt: skip
 
     @property
@@ -81,25 +91,25 @@ class Row:
         return tuple(f"{v:.3f}" if isinstance(v, float) else v for v in asdict(self).values())
 
 
+def sector_ratio(memories: Sequence[_traffic.Memory]) -> float:
+    """Bytes of the sectors that requests touch, to the bytes that they ask for."""
+    moved = sum(memory.moved for memory in memories)
+    return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
+
+
 def row(operation: str, direction: str, case: Case, fills: bool, launch: _traffic.Launch) -> Row:
-    loaded = stored = fewest = other = 0
-    reads = 0.0
-    rewritten = False
-    for memory in launch.memories:
-        in_bytes, in_unique = memory.moved(memory.loads)
-        out_bytes, out_unique = memory.moved(memory.stores)
-        if not memory.pixels:
-            other += in_bytes + out_bytes
-            continue
-        loaded += in_bytes
-        stored += out_bytes
-        needed = in_unique
+    over = [memory for memory in launch.memories if memory.pixels]
+    other = [memory for memory in launch.memories if not memory.pixels]
+    loaded, stored = sum(m.loaded for m in over), sum(m.stored for m in over)
+    fewest, reads, rewritten = 0, 0.0, False
+    for memory in over:
+        needed = memory.loaded_once
         if any((launch.kernel, name) in NEEDLESS for name in memory.names):
             size = case.n * case.p * memory.itemsize
             needed = min(needed, (case.c - case.c // 2) * size)
-        fewest += needed + out_unique
-        reads = max(reads, in_bytes / needed if needed else 0.0)
-        rewritten |= out_bytes > out_unique
+        fewest += needed + memory.stored_once
+        reads = max(reads, memory.loaded / needed if needed else 0.0)
+        rewritten |= memory.stored > memory.stored_once
     ratio = (loaded + stored) / fewest if fewest else 1.0
     twice = case.c > TWICE.get(launch.kernel, case.c)
     most = math.ceil(case.c / 128) * (2 if twice else 1)
@@ -111,7 +121,8 @@ def row(operation: str, direction: str, case: Case, fills: bool, launch: _traffi
         fault = f"over {bound}" if ratio > bound else ""
     return Row(
         operation, direction, launch.kernel.strip("_"), case.c, case.n, case.p, case.layout, 1,
-        loaded, stored, fewest, other, ratio, math.ceil(reads), fault,
+        loaded, stored, fewest, ratio, sector_ratio(over), sum(m.moved for m in other),
+        sector_ratio(other), math.ceil(reads), fault,
     )  # fmt: skip
 
 
@@ -137,7 +148,7 @@ def measure(job: tuple[Case, bool, int]) -> list[Row]:
     operation = list(operations(case))[index]
     return [
         row(operation.name, operation.direction, case, fills, launch)
-        for launch in _traffic.count(operation.prepare())
+        for launch in _traffic.count(operation.prepare)
         if any(memory.pixels for memory in launch.memories)
     ]
 
@@ -178,6 +189,17 @@ class _Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def _watched(operators: _Operators, prepare: Callable[[], Callable[[], object]]):
+    """The function that `prepare` returns, its torch operators counted."""
+    function = prepare()
+
+    def watched() -> None:
+        with operators:
+            function()
+
+    return watched
+
+
 @dataclass
 class Launches:
     """Of a chain of constant networks, in one direction."""
@@ -210,13 +232,13 @@ def launches(steps: int = 4) -> list[Launches]:
                 run = flow if direction.startswith("forward") else flow.inverse
                 if direction.endswith("backward"):
                     learned = [x, *(p for p in flow.parameters() if p.requires_grad)]
-                    call = backward_of(lambda run=run, x=x: run(x), learned)
+                    prepare = partial(backward_of, partial(run, x), learned)
                     bound = 2 * steps + 1
                 else:
-                    call = torch.no_grad()(lambda run=run, x=x: run(x))
+                    prepare = partial(torch.no_grad(), partial(run, x))
                     bound = steps + 1
-                with _Operators() as operators:
-                    ours.append(_traffic.count(call))
+                operators = _Operators()
+                ours.append(_traffic.count(partial(_watched, operators, prepare)))
                 torchs.append(operators.count)
             over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"
@@ -238,17 +260,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, counts = traffic(options.quick), launches()
-    print("Bytes of each launch\n" + table(Row.HEAD, [r.cells for r in rows]) + "\n")
+    print(
+        "Bytes and sectors that each compiled launch (sm_90) asks for\n"
+        + table(Row.HEAD, [r.cells for r in rows])
+        + "\n"
+    )
     print("Launches beside the networks, K steps\n"
           + table(Launches.HEAD, [r.cells for r in counts]) + "\n")  # fmt: skip
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
-    extremes = [max(narrow or rows, key=lambda r: r.ratio), max(rows, key=lambda r: r.reads)]
+    extremes = [
+        max(narrow or rows, key=lambda r: r.ratio),
+        max(rows, key=lambda r: r.reads),
+        max(rows, key=lambda r: r.sectors),
+    ]
     print(table(Row.HEAD, [r.cells for r in failed or extremes]))
     wrong = [r for r in counts if r.fault]
-    print(f"worst: ratio {extremes[0].ratio:.3f} up to C = 128 ({extremes[0].kernel}, C = "
-          f"{extremes[0].c}), {extremes[1].reads} reads ({extremes[1].kernel}, C = "
-          f"{extremes[1].c}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
+    bytes_, reads, sectors = extremes
+    print(f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
+          f"{bytes_.c}), {reads.reads} reads ({reads.kernel}, C = {reads.c}), sectors "
+          f"{sectors.sectors:.2f} of the bytes asked for ({sectors.kernel}, C = {sectors.c}, "
+          f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
           f"{len(counts)} counts fail")  # fmt: skip
     if options.json:
         save(options.json, {"bytes": [asdict(r) for r in rows],

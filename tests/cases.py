@@ -2,6 +2,7 @@
 their float64 references, and one comparison of values and gradients."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -83,6 +84,11 @@ def normal(
 ) -> Tensor:
     """Normal values of a shape in a layout of LAYOUTS, the same on every device."""
     return LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(device, dtype))
+
+
+def on_tensor_cores(device: torch.device) -> bool:
+    """Whether products round as tensor cores do: on a GPU, and compiled on the machine of ptx."""
+    return device.type == "cuda" or "MFLOW_PTX" in os.environ
 
 
 def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:

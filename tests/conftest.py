@@ -1,12 +1,14 @@
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from ptx.launch import Device, installed
 from triton.runtime import interpreter
 
-from mflow_kernels.ops._launch import INTERPRETED
+from mflow_kernels.ops import _launch
 
 # Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
 torch.set_num_threads(1)
@@ -27,6 +29,28 @@ def _convert_as_a_gpu(values, from_dtype, to_dtype, rounding_mode):
 
 interpreter._convert_float = _convert_as_a_gpu
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor_and_index(tensor, *scope):
+    """An index is an array of one element, of which numpy 2.4 makes no int: Triton 3.5 and 3.6."""
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
+
+# MFLOW_PTX=sm_90, or sm_90,late: kernels run compiled for that architecture, in tests/ptx.
+ARCH, *FLAGS = os.environ.get("MFLOW_PTX", "").split(",")
+if ARCH:
+    if _launch.KERNELS_ON_CPU:
+        raise pytest.UsageError("MFLOW_PTX runs compiled kernels: unset TRITON_INTERPRET")
+    if set(FLAGS) - {"late"}:
+        raise pytest.UsageError(
+            f"MFLOW_PTX: expected an architecture and perhaps late, got {FLAGS}"
+        )
+    _launch.KERNELS_ON_CPU = True
+
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -41,9 +65,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return _device(request.param)
 
 
-@pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), CUDA])
+@pytest.fixture(params=[*(["cpu"] if _launch.KERNELS_ON_CPU else []), CUDA])
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
-    """Where operators run their Triton kernels: the CPU only under TRITON_INTERPRET=1."""
+    """Where operators run their Triton kernels: the CPU under TRITON_INTERPRET=1 or MFLOW_PTX."""
     return _device(request.param)
 
 
@@ -53,3 +77,21 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled() -> Iterator[Device | None]:
+    """The machine that runs compiled kernels, under MFLOW_PTX."""
+    if not ARCH:
+        yield None
+        return
+    with installed(Device(ARCH, late="late" in FLAGS)) as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def _apart(compiled: Device | None) -> Iterator[None]:
+    """Tests do not share what the machine knows of their memory."""
+    yield
+    if compiled is not None:
+        compiled.forget()

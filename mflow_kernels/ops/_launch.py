@@ -26,7 +26,8 @@ from torch.autograd import forward_ad
 from mflow_kernels.ops._checks import check_state
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Whether kernels take CPU tensors: in Triton's interpreter, or compiled, in tests/ptx.
+KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def transformed() -> bool:
@@ -37,10 +38,10 @@ def transformed() -> bool:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether an operator on x runs its Triton kernels: on CUDA, and under TRITON_INTERPRET=1 on
-    the CPU too. Else its reference runs."""
+    """Whether an operator on x runs its Triton kernels: on CUDA, and with KERNELS_ON_CPU on the CPU
+    too. Else its reference runs."""
     kind = x.device.type
-    return (kind == "cuda" or (INTERPRETED and kind == "cpu")) and not transformed()
+    return (kind == "cuda" or (KERNELS_ON_CPU and kind == "cpu")) and not transformed()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

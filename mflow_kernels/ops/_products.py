@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from mflow_kernels.ops._launch import (
     RUN_TIME,
@@ -189,6 +190,12 @@ def dweight_splits(x: Tensor) -> int:
     return max(1, min(tiles, DWEIGHT_PROGRAMS // blocks))
 
 
+# Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
+# core of sm_90 that reads it (triton-lang/triton#9610). Without a pipeline nothing is copied so. In
+# tf32x3 no copy is read: operands are taken apart in registers and written back, with a fence.
+FENCES_COPIES = TorchVersion(triton.__version__) >= "3.7.1"
+
+
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
     """How a kernel computes products for the state x."""
     dtype = accumulator(x.dtype)
@@ -247,6 +254,7 @@ def launch_mix(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
+            num_stages=3 if FENCES_COPIES or precision != "tf32" else 1,
         )
     return y, net, ledger
 

@@ -1,6 +1,6 @@
 """The traffic report on its quick set, and on kernels that are wasteful on purpose.
 
-In processes of their own: counting replaces parts of Triton's interpreter.
+In processes of their own: counting puts a driver of its own into Triton.
 """
 
 import json
@@ -37,6 +37,7 @@ def test_quick_set_counts_bytes_and_its_exit_code_says_what_its_rows_say(tmp_pat
     ]
     state = 12 * 256 * 4
     assert (fused["loaded"], fused["stored"], fused["fewest"]) == (2 * state, state, 3 * state)
+    assert fused["sectors"] == 1  # contiguous rows of whole sectors
     # Past C = 128 the product reads the state once for each block of output channels.
     (wide,) = [
         row
@@ -63,19 +64,25 @@ def _plain_kernel(x, y, SIZE: tl.constexpr):
 @triton.jit
 def _twice_kernel(x, y, SIZE: tl.constexpr):
     i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    t = tl.load(x + i, mask=i < SIZE, other=0.0) + tl.load(x + i, mask=i < SIZE, other=0.0)
+    t = tl.load(x + i, mask=i < SIZE, other=0.0)
+    t += tl.load(x + SIZE - 1 - i, mask=i < SIZE, other=0.0)
     tl.store(y + i, t, mask=i < SIZE)
 
 @triton.jit
 def _outside_kernel(x, y, SIZE: tl.constexpr):
     tl.store(y + SIZE + tl.program_id(0), tl.load(x))
 
+@triton.jit
+def _strided_kernel(x, y, SIZE: tl.constexpr):
+    i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(y + i, tl.load(x + 2 * i, mask=2 * i < SIZE, other=0.0), mask=2 * i < SIZE)
+
 case = Case(12, n=1, side=16)
 x, y = (case.tensor(12, torch.float32).detach() for _ in range(2))
 kernel = globals()[sys.argv[1]]
-(launch,) = _traffic.count(lambda: kernel[(4,)](x, y, SIZE=x.numel()))
+(launch,) = _traffic.count(lambda: lambda: kernel[(4,)](x, y, SIZE=x.numel()))
 row = traffic_report.row("planted", "forward", case, True, launch)
-print(row.loaded, row.stored, row.fewest, row.fault)
+print(row.loaded, row.stored, row.fewest, row.fault or row.sectors)
 sys.exit(int(bool(row.fault)))
 """
 
@@ -83,9 +90,12 @@ sys.exit(int(bool(row.fault)))
 @pytest.mark.parametrize(
     ("kernel", "code", "told"),
     [
-        ("_plain_kernel", 0, "12288 12288 24576"),  # the fourth program is wholly masked off
+        ("_plain_kernel", 0, "12288 12288 24576 1.0"),  # the fourth program is wholly masked off
         ("_twice_kernel", 1, "24576 12288 24576 over 1.05"),
-        ("_outside_kernel", 1, "accesses memory that it was not given"),
+        # A thread has four neighbours and moves them one by one, 32 bytes apart and 16: each word
+        # of a request comes with a sector that it shares with no other, or with one.
+        ("_strided_kernel", 0, "6144 6144 12288 6.0"),
+        ("_outside_kernel", 1, "past the 12288 bytes of y"),
     ],
 )
 def test_planted_kernels(tmp_path: Path, kernel: str, code: int, told: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
-from mflow_kernels.ops._launch import INTERPRETED
+from mflow_kernels.ops._launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
 
 
@@ -313,7 +313,7 @@ def test_gradients_of_gradients(reversible: bool) -> None:
 
 
 # Triton's interpreter truncates to bfloat16 where devices round.
-LOW = torch.float16 if INTERPRETED else torch.bfloat16
+LOW = torch.float16 if KERNELS_ON_CPU else torch.bfloat16
 
 
 def test_autocast_leaves_the_state_in_float32() -> None:
@@ -354,7 +354,7 @@ def test_autocast_casts_its_weights_anew_for_the_walk_back() -> None:
     assert all(p.grad is not None for p in chain.parameters())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="dozens of steps, and the interpreter adds nothing")
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="dozens of steps, and the interpreter adds nothing")
 def test_float16_networks_train_under_a_gradient_scaler() -> None:
     """The gradients are the stored chain's, a scale that overflows skips its step, and the next is
     taken."""
@@ -401,7 +401,7 @@ def smooth_images(n: int, generator: torch.Generator) -> Tensor:
     return (fine * 255 + torch.rand(fine.shape, generator=generator)).floor() / 256 - 0.5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="dozens of steps, and the interpreter adds nothing")
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="dozens of steps, and the interpreter adds nothing")
 def test_trains_like_stored_activations_for_200_steps() -> None:
     """In float64, where rounding has no time to grow, the loss curves are one; and in float32 the
     gradients of the trained model are still the stored ones to 1e-5."""

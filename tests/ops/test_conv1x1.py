@@ -1,7 +1,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, IMAGES, LAYOUTS, OPERATORS, SHAPES, compare, normal, rotation
+from cases import (
+    DTYPES,
+    IMAGES,
+    LAYOUTS,
+    OPERATORS,
+    SHAPES,
+    compare,
+    normal,
+    on_tensor_cores,
+    rotation,
+)
 
 from mflow_kernels import ops
 from mflow_kernels.ops import _products
@@ -79,16 +89,23 @@ def test_inverse_of_what_has_none(weight, device):
         ops.conv1x1_inverse(x, weight.to(device))
 
 
+@pytest.mark.parametrize("channels", [16, 48])
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-def test_precision(precision, device):
-    """tf32 rounds factors to 10 bits on a GPU's tensor cores, and is exact elsewhere."""
-    x, weight = normal(2, 16, 40, device=device), rotation(16).to(device)
-    expected = torch.einsum("oc,ncp->nop", weight.double(), x.double())
+def test_precision(precision, channels, device):
+    """tf32 rounds factors to 10 bits on tensor cores, and is exact elsewhere."""
+    x = normal(2, channels, 7, 13, device=device).requires_grad_()
+    weight = rotation(channels).to(device).requires_grad_()
     y = ops.conv1x1(x, weight, precision=precision)
-    if precision == "tf32" and device.type == "cuda":
-        assert (y - expected).abs().max() < 2**-10 * expected.abs().max() * 4
-    else:
-        assert_close(y, expected, terms=16)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = torch.einsum("oc,nchw->nohw", exact[1], exact[0])
+    dy = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, [x, weight], dy)]
+    want = [expected, *torch.autograd.grad(expected, exact, dy.double())]
+    for a, b, terms in zip(got, want, [channels, channels, 2 * 91 * channels], strict=True):
+        if precision == "tf32" and on_tensor_cores(device):
+            assert (a - b).abs().max() < 2**-10 * b.abs().max() * 4
+        else:
+            assert_close(a, b, terms=terms)
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 2)])

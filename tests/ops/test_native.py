@@ -279,7 +279,7 @@ def test_same_bits_with_any_number_of_threads(layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_without_the_extension_references_stand_in(layout, monkeypatch):
     # Under the interpreter too: of the CPU's two ways, neither is a kernel's.
-    monkeypatch.setattr(import_module("mflow_kernels.ops._launch"), "INTERPRETED", False)
+    monkeypatch.setattr(import_module("mflow_kernels.ops._launch"), "KERNELS_ON_CPU", False)
     x, params, dy, dlogdet = sample((2, 6, 5, 4), layout)
     weight, dledger = rotation(6)[None], dlogdet[:, None]
     options = "tf32x3", *ScaleFunction("tanh").args, False

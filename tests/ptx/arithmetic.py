@@ -1,0 +1,297 @@
+"""Instructions that compute: integers, floats, comparisons, conversions."""
+
+from ptx.parser import SIZES, Instruction, Unsupported
+from ptx.translator import Translator, bits_of, instruction, is_float, numpy_kind
+
+SIGNS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+COMPARISONS = {
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
+}  # fmt: skip
+NARROW = ("bf16", "f16", "bf16x2", "f16x2")
+
+
+def _computed(sign: str, operands: list[str]) -> str:
+    """a + b, a - b, a * b or a * b + c, exact enough to be rounded to 16 or 32 bits."""
+    if sign == "fma":
+        return f"{operands[0]} * {operands[1]} + {operands[2]}"
+    return f"{operands[0]} {SIGNS[sign]} {operands[1]}"
+
+
+def _narrow(t: Translator, i: Instruction) -> None:
+    """Arithmetic on one 16-bit float, or on a pair in 32 bits."""
+    kind, pair = i.type.removesuffix("x2"), i.type.endswith("x2")
+    if "relu" in i.parts or "sat" in i.parts:
+        raise Unsupported(i.op)
+    halves = []
+    for shift in (0, 16) if pair else (0,):
+        words = [t.read(a, "b32" if pair else "b16") for a in i.args[1:]]
+        parts = [f"(({w}) >> u4({shift})).astype(u2)" if pair else w for w in words]
+        result = _computed(i.name, [f"widened({p}, {kind!r})" for p in parts])
+        halves.append(f"narrowed(np.asarray({result}), {kind!r})")
+    if pair:
+        t.put(i.args[0], f"{halves[0]}.astype(u4) | ({halves[1]}.astype(u4) << u4(16))")
+    else:
+        t.put(i.args[0], halves[0])
+
+
+def _mixed(t: Translator, i: Instruction) -> None:
+    """Operands of 16 bits but for the last, which is float32 as the result is."""
+    *narrow, last = i.args[1:]
+    operands = [f"widened({t.read(a, 'b16')}, {i.type!r})" for a in narrow]
+    t.put(i.args[0], f"({_computed(i.name, [*operands, t.read(last, 'f32')])}).astype(f4)")
+
+
+def _pair_of_floats(t: Translator, i: Instruction) -> None:
+    """Two float32 in 64 bits."""
+    if "ftz" in i.parts:
+        raise Unsupported(i.op)
+    halves = [f"M.spread({t.read(a, 'b64')}).view(f4)" for a in i.args[1:]]
+    result = f"fma32({', '.join(halves)})" if i.name == "fma" else _computed(i.name, halves)
+    t.put(i.args[0], f"({result}).view(u8)")
+
+
+def _other_float(t: Translator, i: Instruction) -> bool:
+    """Whether an instruction is one of the forms above; then it is translated."""
+    if i.type == "f32x2":
+        _pair_of_floats(t, i)
+    elif i.type in ("bf16", "f16") and i.parts[-2] == "f32":
+        _mixed(t, i)
+    elif i.type in NARROW:
+        _narrow(t, i)
+    else:
+        return False
+    return True
+
+
+def _flushed(i: Instruction, expression: str) -> str:
+    return f"flushed({expression})" if "ftz" in i.parts and i.type == "f32" else expression
+
+
+@instruction("add", "sub", "mul", "and", "or", "xor")
+def _binary(t: Translator, i: Instruction) -> None:
+    if i.name in ("add", "sub", "mul") and _other_float(t, i):
+        return
+    if "cc" in i.parts or "sat" in i.parts:
+        raise Unsupported(i.op)
+    if i.name == "mul" and not is_float(i.type) and "lo" not in i.parts:
+        return t.put(i.args[0], _product(t, i))
+    kind = i.type if i.type == "pred" or is_float(i.type) else bits_of(i.type)
+    a, b = t.read(i.args[1], kind), t.read(i.args[2], kind)
+    t.put(i.args[0], _flushed(i, f"{a} {SIGNS[i.name]} {b}"))
+
+
+def _product(t: Translator, i: Instruction) -> str:
+    """An integer product: .lo, .hi or .wide."""
+    kind, size = i.type, SIZES[i.type]
+    if "wide" not in i.parts and "hi" not in i.parts:
+        return f"{t.read(i.args[1], bits_of(kind))} * {t.read(i.args[2], bits_of(kind))}"
+    a, b = t.read(i.args[1], kind), t.read(i.args[2], kind)
+    if "hi" in i.parts and size == 8:
+        if kind[0] == "s":
+            raise Unsupported(i.op)
+        return f"high_product({a}, {b})"
+    wide = ("i" if kind[0] == "s" else "u") + str(size * 2)
+    product = f"({a}).astype({wide}) * ({b}).astype({wide})"
+    if "wide" in i.parts:
+        return product
+    return f"(({product}) >> {wide}({size * 8})).astype({numpy_kind(kind)})"
+
+
+@instruction("fma", "mad")
+def _fma(t: Translator, i: Instruction) -> None:
+    if _other_float(t, i):
+        return
+    if is_float(i.type):
+        operands = ", ".join(t.read(a, i.type) for a in i.args[1:])
+        return t.put(i.args[0], _flushed(i, f"fma{SIZES[i.type] * 8}({operands})"))
+    if "cc" in i.parts or "sat" in i.parts:
+        raise Unsupported(i.op)
+    last = t.read(i.args[3], f"u{SIZES[i.type] * (16 if 'wide' in i.parts else 8)}")
+    t.put(i.args[0], f"M.bits({_product(t, i)}) + {last}")
+
+
+@instruction("div")
+def _div(t: Translator, i: Instruction) -> None:
+    a, b = t.read(i.args[1], i.type), t.read(i.args[2], i.type)
+    t.put(i.args[0], f"{a} / {b}" if is_float(i.type) else f"divided({a}, np.asarray({b}))")
+
+
+@instruction("rem")
+def _rem(t: Translator, i: Instruction) -> None:
+    a, b = t.read(i.args[1], i.type), t.read(i.args[2], i.type)
+    t.put(i.args[0], f"remainder({a}, np.asarray({b}))")
+
+
+@instruction("neg")
+def _neg(t: Translator, i: Instruction) -> None:
+    if i.type in NARROW:
+        sign = "u4(0x80008000)" if i.type.endswith("x2") else "u2(0x8000)"
+        bits = "b32" if i.type.endswith("x2") else "b16"
+        return t.put(i.args[0], f"{t.read(i.args[1], bits)} ^ {sign}")
+    if is_float(i.type):
+        return t.put(i.args[0], f"-{t.read(i.args[1], i.type)}")
+    t.put(i.args[0], f"u{SIZES[i.type]}(0) - {t.read(i.args[1], bits_of(i.type))}")
+
+
+@instruction("abs")
+def _abs(t: Translator, i: Instruction) -> None:
+    if i.type in NARROW:
+        rest = "u4(0x7fff7fff)" if i.type.endswith("x2") else "u2(0x7fff)"
+        bits = "b32" if i.type.endswith("x2") else "b16"
+        return t.put(i.args[0], f"{t.read(i.args[1], bits)} & {rest}")
+    t.put(i.args[0], f"np.abs({t.read(i.args[1], i.type)})")
+
+
+@instruction("not")
+def _not(t: Translator, i: Instruction) -> None:
+    kind = i.type if i.type == "pred" else bits_of(i.type)
+    t.put(i.args[0], f"~{t.read(i.args[1], kind)}")
+
+
+@instruction("min", "max")
+def _extreme(t: Translator, i: Instruction) -> None:
+    ignores_nan = is_float(i.type) and "NaN" not in i.parts
+    name = f"np.f{i.name}" if ignores_nan else f"np.{i.name}imum"
+    t.put(i.args[0], f"{name}({t.read(i.args[1], i.type)}, {t.read(i.args[2], i.type)})")
+
+
+@instruction("shl")
+def _shl(t: Translator, i: Instruction) -> None:
+    a, by = t.read(i.args[1], bits_of(i.type)), t.read(i.args[2], "u32")
+    t.put(i.args[0], f"shifted_left({a}, {by}, {SIZES[i.type] * 8})")
+
+
+@instruction("shr")
+def _shr(t: Translator, i: Instruction) -> None:
+    a, by = t.read(i.args[1], i.type), t.read(i.args[2], "u32")
+    t.put(i.args[0], f"shifted_right({a}, {by}, {SIZES[i.type] * 8})")
+
+
+@instruction("bfe", "bfi", "prmt")
+def _bytes(t: Translator, i: Instruction) -> None:
+    if SIZES[i.type] != 4:
+        raise Unsupported(i.op)
+    operands = [t.read(a, "u32") for a in i.args[1:]]
+    if i.name == "bfe":
+        operands.append(str(i.type[0] == "s"))
+    name = {"bfe": "field", "bfi": "inserted", "prmt": "permuted"}[i.name]
+    t.put(i.args[0], f"{name}({', '.join(operands)})")
+
+
+@instruction("setp")
+def _setp(t: Translator, i: Instruction) -> None:
+    comparison = i.parts[1]
+    if i.type in ("bf16", "f16"):
+        a, b = (f"widened({t.read(x, 'b16')}, {i.type!r})" for x in i.args[1:3])
+    else:
+        kind = i.type if i.type[0] in "fsu" else bits_of(i.type)
+        a, b = t.read(i.args[1], kind), t.read(i.args[2], kind)
+    unordered = f"np.isnan({a}) | np.isnan({b})"
+    if comparison == "num":
+        result = f"~({unordered})"
+    elif comparison == "nan":
+        result = unordered
+    elif comparison not in COMPARISONS:  # true where either is not a number
+        result = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | {unordered}"
+    else:
+        result = f"{a} {COMPARISONS[comparison]} {b}"
+        if comparison == "ne" and i.type in ("f16", "bf16", "f32", "f64"):
+            result = f"({result}) & ~({unordered})"
+    if i.parts[2] in ("and", "or", "xor"):
+        other = str(i.args[3])
+        c = f"~{t.read(other[1:], 'pred')}" if other.startswith("!") else t.read(other, "pred")
+        result = f"({result}) {SIGNS[i.parts[2]]} {c}"
+    both = str(i.args[0]).split("|")
+    if len(both) == 2:
+        t.put(both[1], f"~({result})")
+    t.put(both[0], result)
+
+
+@instruction("selp")
+def _selp(t: Translator, i: Instruction) -> None:
+    a, b = (t.read(x, bits_of(i.type)) for x in i.args[1:3])
+    t.put(i.args[0], f"np.where({t.read(i.args[3], 'pred')}, {a}, {b})")
+
+
+@instruction("mov")
+def _mov(t: Translator, i: Instruction) -> None:
+    to, source = i.args
+    if isinstance(to, list):  # unpack
+        part = SIZES[i.type] // len(to)
+        for j, one in enumerate(to):
+            shift = f"u{SIZES[i.type]}({8 * part * j})"
+            t.put(one, f"({t.read(source, i.type)} >> {shift}).astype(u{part})")
+    elif isinstance(source, list):  # pack
+        part, wide = SIZES[i.type] // len(source), f"u{SIZES[i.type]}"
+        words = [t.read(s, f"b{8 * part}") for s in source]
+        terms = [f"(({w}).astype({wide}) << {wide}({8 * part * j}))" for j, w in enumerate(words)]
+        t.put(to, " | ".join(terms))
+    else:
+        kind = i.type if i.type == "pred" else bits_of(i.type)
+        t.put(to, f"M.spread({t.read(source, kind)})")
+
+
+@instruction("cvta")
+def _cvta(t: Translator, i: Instruction) -> None:
+    t.put(i.args[0], t.read(i.args[1], "u64"))
+
+
+@instruction("cvt")
+def _cvt(t: Translator, i: Instruction) -> None:
+    to, source = i.parts[-2:]
+    mode = next((p for p in i.parts[1:-2] if p.startswith("r")), None)
+    if {"relu", "sat", "satfinite"} & set(i.parts):
+        raise Unsupported(i.op)
+    if to == "tf32":
+        if mode != "rna":
+            raise Unsupported(i.op)
+        return t.put(i.args[0], f"tf32_bits({t.read(i.args[1], 'u32')})")
+    if to in ("bf16x2", "f16x2"):
+        form = "bf16_bits({})" if to == "bf16x2" else "({}).astype(f2).view(u2)"
+        high, low = (form.format(f"M.spread({t.read(x, 'f32')})") for x in i.args[1:3])
+        return t.put(i.args[0], f"(({high}).astype(u4) << u4(16)) | ({low}).astype(u4)")
+    a = t.read(i.args[1], "b16" if source == "bf16" else source)
+    if source == "bf16":
+        wide = f"from_bf16({a})"
+        return t.put(i.args[0], wide if to == "f32" else f"({wide}).astype({numpy_kind(to)})")
+    if to == "bf16":
+        if source not in ("f32", "f64") or mode != "rn":
+            raise Unsupported(i.op)
+        return t.put(i.args[0], f"bf16_bits({a if source == 'f32' else f'to_odd({a})'})")
+    if is_float(source) and is_float(to):
+        return t.put(i.args[0], _float_to_float(i, a, source, to, mode))
+    if is_float(source):
+        return t.put(i.args[0], f"to_integer({a}, {numpy_kind(to)}, {mode!r})")
+    t.put(i.args[0], f"({a}).astype({numpy_kind(to)})")
+
+
+def _float_to_float(i: Instruction, a: str, source: str, to: str, mode: str | None) -> str:
+    integral = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
+    if mode in integral:
+        return f"np.{integral[mode]}({a})"
+    if mode == "rz" and (source, to) == ("f64", "f32"):
+        return f"toward_zero({a})"
+    if mode not in (None, "rn"):
+        raise Unsupported(i.op)
+    return f"({a}).astype({numpy_kind(to)})"
+
+
+def _function(name: str, expression: str) -> None:
+    @instruction(name)
+    def emit(t: Translator, i: Instruction) -> None:
+        t.put(i.args[0], _flushed(i, expression.format(t.read(i.args[1], i.type))))
+
+
+# Exact here, approximate to a few units in the last place on a GPU.
+_function("ex2", "np.exp2({})")
+_function("lg2", "log2({})")
+_function("rcp", "1 / {}")
+_function("sqrt", "np.sqrt({})")
+_function("rsqrt", "1 / np.sqrt({})")
+_function("tanh", "np.tanh({})")
+
+
+@instruction("copysign")
+def _copysign(t: Translator, i: Instruction) -> None:
+    t.put(i.args[0], f"np.copysign({t.read(i.args[2], i.type)}, {t.read(i.args[1], i.type)})")

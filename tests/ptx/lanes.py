@@ -1,0 +1,59 @@
+"""The threads of the blocks of a grid that run together, and what orders them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptx.numerics import Array, i4, u4
+from ptx.report import Report
+
+
+@dataclass
+class Lanes:
+    """`blocks` blocks from number `first` on, of `threads` threads; arrays have one element a
+    thread. `checked` are the threads of the blocks whose shared memory is searched for races."""
+
+    report: Report
+    first: int
+    blocks: int
+    threads: int
+    checked: Array
+
+    def __post_init__(self) -> None:
+        self.count = self.blocks * self.threads
+        self.everyone = np.arange(self.count)
+        self.block = np.repeat(np.arange(self.blocks, dtype=i4), self.threads)
+        self.tid = np.tile(np.arange(self.threads, dtype=u4), self.blocks)
+        self.laneid = self.tid & u4(31)
+        self.warp = (self.everyone // 32).astype(i4)
+        self.in_grid = (self.everyone + self.first * self.threads).astype(i4)
+        # How many barriers a block and a warp have passed.
+        self.epoch = np.zeros(self.blocks, i4)
+        self.warp_epoch = np.zeros(self.count // 32, i4)
+
+    def of(self, mask: Array | None) -> Array:
+        return self.everyone if mask is None else np.nonzero(mask)[0]
+
+    def fault(
+        self, kind: str, at: int | None, who: Array, where: Array, width: int, what: str
+    ) -> None:
+        """Note that threads `who` access `width` bytes at `where` wrongly."""
+        lane = int(who[0])
+        block, thread = int(self.block[lane]) + self.first, int(self.tid[lane])
+        example = f"block {block} thread {thread}: {width} bytes at {int(where[0]):#x} {what}"
+        self.report.fault(kind, at, len(who), example)
+
+    def whole(self, mask: Array | None, at: int, what: str, size: int = 32) -> None:
+        """Warps, or groups of `size` threads, must come here with all their threads."""
+        if mask is None:
+            return
+        active = mask.reshape(-1, size).sum(1)
+        if ((active > 0) & (active < size)).any():
+            self.report.fault("divergence", at, 1, f"{what} by part of {size} threads")
+
+    def warp_barrier(self, mask: Array | None, at: int) -> None:
+        self.whole(mask, at, "bar.warp.sync")
+        self.warp_epoch[np.unique(self.warp[self.of(mask)])] += 1
+
+    def block_barrier(self, blocks: Array) -> None:
+        self.epoch[blocks] += 1

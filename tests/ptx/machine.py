@@ -1,0 +1,201 @@
+"""Runs a kernel over a grid: program counters, warps and barriers.
+
+Each thread has a program counter. The block of the program with the lowest number that any thread
+is at runs next, for the threads that are there, in as many blocks of the grid at once as fit in
+`AT_ONCE` threads.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ptx import arithmetic, memory_access  # noqa: F401 - register their instructions
+from ptx.global_memory import GlobalMemory
+from ptx.lanes import Lanes
+from ptx.numerics import UNSIGNED, Array, i4, i8, u1, u4
+from ptx.parser import SIZES, Kernel, Unsupported
+from ptx.shared_memory import SharedMemory
+from ptx.tensor_cores import TensorCores
+from ptx.translator import Translator
+
+AT_ONCE = 16384
+STEPS = 2_000_000  # of a batch: a kernel that takes more does not end
+CHECKED_BLOCKS = (
+    8  # blocks of a grid whose shared memory is searched for races: first and last ones
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel that is ready to run."""
+
+    kernel: Kernel
+    translator: Translator
+
+
+class Machine:
+    """One launch. `shared` are the bytes of shared memory that it asked for, `late` is that of
+    `TensorCores`."""
+
+    def __init__(
+        self,
+        program: Program,
+        memory: GlobalMemory,
+        parameters: bytes,
+        grid: tuple[int, int, int],
+        shared: int = 0,
+        late: bool = False,
+    ) -> None:
+        self.kernel, self.translator = program.kernel, program.translator
+        self.memory, self.report, self.parameters = memory, memory.report, parameters
+        self.grid, self.threads, self.late = grid, program.kernel.threads, late
+        self.shared_bytes = max(shared, program.kernel.static_shared)
+        words = [4]
+        for i in program.kernel.instructions:
+            if i.name in ("ld", "st") and "shared" in i.parts:
+                words.append(SIZES[i.type])
+            elif i.name == "wgmma" and not {"tf32", "fence"} & set(i.parts):
+                words.append(2)
+        self.grain = min(words)  # bytes of shared memory that are looked after one by one
+        self.lanes: Lanes
+        self.shared: SharedMemory
+        self.tensor_cores: TensorCores
+
+    def run(self) -> None:
+        total = int(np.prod(self.grid))
+        at_once = max(1, AT_ONCE // self.threads)
+        with np.errstate(all="ignore"):
+            for first in range(0, total, at_once):
+                self._batch(first, min(at_once, total - first), total)
+        self.memory.finish()
+
+    def _batch(self, first: int, blocks: int, total: int) -> None:
+        number = np.repeat(np.arange(first, first + blocks), self.threads).astype(u4)
+        near_end = number >= total - CHECKED_BLOCKS // 2
+        checked = (number < CHECKED_BLOCKS // 2) | near_end
+        lanes = self.lanes = Lanes(self.report, first, blocks, self.threads, checked)
+        self.memory.lanes = lanes
+        gx, gy = u4(self.grid[0]), u4(self.grid[1])
+        self.block_index = [number % gx, number // gx % gy, number // gx // gy]
+        self.shared = SharedMemory(lanes, self.shared_bytes, self.grain)
+        self.tensor_cores = TensorCores(self.shared, self.late)
+        registers = [self._unset(width) for width in self.translator.widths]
+        end = len(self.kernel.blocks)
+        starts = {start: b for b, (start, _) in enumerate(self.kernel.blocks)}
+        starts[len(self.kernel.instructions)] = end
+        at, waiting = np.zeros(lanes.count, i4), np.zeros(lanes.count, bool)
+        for _ in range(STEPS):
+            ready = (at < end) & ~waiting
+            if not ready.any():
+                if not waiting.any():
+                    return
+                self._release(at, waiting)
+                continue
+            now = int(at[ready].min())
+            mask = ready & (at == now)
+            self._block(now, mask, registers)
+            self._jump(now, mask, at, waiting, registers, starts)
+        raise RuntimeError(f"{self.kernel.name} does not end")
+
+    def _unset(self, width: int) -> Array:
+        if width == 0:
+            return np.zeros(self.lanes.count, bool)
+        return np.full(self.lanes.count * width, 0xCD, u1).view(UNSIGNED[width])
+
+    def _block(self, now: int, mask: Array, registers: list[Array]) -> None:
+        full = bool(mask.all())
+        warps = int(mask.reshape(-1, 32).any(1).sum())
+        run = self.translator.block(now, not full)
+        run(self, registers, self.translator.constants, None if full else mask)
+        for at in range(*self.kernel.blocks[now]):
+            self.report.warps[at] += warps
+
+    def _jump(
+        self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array],
+        starts: dict[int, int],
+    ) -> None:  # fmt: skip
+        """Move the threads of `mask` from the end of a block to their next one."""
+        last = self.kernel.instructions[self.kernel.blocks[now][1] - 1]
+        at[mask] = now + 1
+        if last.waits:
+            if last.predicate is not None:
+                raise Unsupported("a barrier with a predicate")
+            waiting |= mask
+            return
+        if not last.jumps:
+            return
+        if last.predicate is not None:
+            p = registers[self.translator.index[last.predicate]]
+            mask = mask & (~p if last.negated else p)
+        if last.name == "bra":
+            at[mask] = starts[self.kernel.labels[str(last.args[0])]]
+        else:
+            at[mask] = len(self.kernel.blocks)
+
+    def _release(self, at: Array, waiting: Array) -> None:
+        """No thread can run: every block with threads at a barrier lets them go."""
+        here = waiting.reshape(-1, self.threads)
+        places = np.where(here, at.reshape(-1, self.threads), -1)
+        if ((places != places.max(1, keepdims=True)) & here).any():
+            self.report.fault("barrier", None, 1, "threads of a block wait at different barriers")
+        self.lanes.block_barrier(here.any(1))
+        waiting[:] = False
+
+    # What the translated blocks call
+
+    def fit(self, x: Array, dtype: type) -> Array:
+        """The bits of `x` in a register, one element a thread, extended as its type says."""
+        x = self.spread(np.asarray(x))
+        if x.dtype == dtype:
+            return x
+        if x.dtype.itemsize == np.dtype(dtype).itemsize and dtype is not bool:
+            return x.view(dtype)
+        if x.dtype.kind == "f":
+            raise Unsupported(f"{x.dtype} in a register of {np.dtype(dtype)}")
+        return x.astype(dtype)
+
+    def spread(self, x: Array) -> Array:
+        return x if isinstance(x, np.ndarray) and x.ndim else np.full(self.lanes.count, x)
+
+    def bits(self, x: Array) -> Array:
+        return x.view(UNSIGNED[x.dtype.itemsize])
+
+    def parameter(
+        self, address: Array, offset: int, size: int, signed: bool, mask: Array | None
+    ) -> Array:
+        kind = np.dtype(f"{'i' if signed else 'u'}{size}")
+        lanes = self.lanes.of(mask)
+        out = np.zeros(self.lanes.count, kind)
+        where = address[lanes].astype(i8) + offset
+        for one in np.unique(where):  # one, but where an array is indexed
+            who = lanes[where == one]
+            if one < 0 or one + size > len(self.parameters) or one % size:
+                self.lanes.fault("out of bounds", None, who, where, size, "in the parameters")
+                continue
+            out[who] = np.frombuffer(self.parameters, kind, 1, int(one))[0]
+        return out
+
+    def tid(self, axis: int) -> Array:
+        return self.lanes.tid if axis == 0 else u4(0)
+
+    def ntid(self, axis: int) -> Array:
+        return u4(self.threads if axis == 0 else 1)
+
+    def ctaid(self, axis: int) -> Array:
+        return self.block_index[axis]
+
+    def nctaid(self, axis: int) -> Array:
+        return u4(self.grid[axis])
+
+    def shuffle(
+        self, mode: str, a: Array, b: Array, c: Array, mask: Array | None, at: int
+    ) -> tuple[Array, Array]:
+        """What another thread of the warp has, and whether there is such a thread."""
+        self.lanes.whole(mask, at, "shfl.sync")
+        lane = self.lanes.laneid.astype(i8)
+        clamp, segment = c.astype(i8) & 31, (c.astype(i8) >> 8) & 31
+        low = lane & segment
+        high, b = low | (clamp & ~segment), b.astype(i8) & 31
+        source = {"bfly": lane ^ b, "down": lane + b, "up": lane - b, "idx": low | (b & ~segment)}
+        there = source[mode] >= high if mode == "up" else source[mode] <= high
+        return a[(self.lanes.everyone & ~31) + np.where(there, source[mode], lane)], there

@@ -1,0 +1,261 @@
+"""PTX text as kernels, instructions and basic blocks."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+# Bytes of a type. A predicate has no bytes: it is an array of bool.
+SIZES = {
+    "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2, "b32": 4,
+    "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8, "f16x2": 4, "bf16x2": 4,
+    "pred": 0,
+}  # fmt: skip
+
+JUMPS = ("bra", "ret", "exit")
+BARRIERS = ("bar.sync", "barrier.sync", "bar.cta.sync")
+_SHARED = re.compile(
+    r"^\s*(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", re.MULTILINE
+)
+_KERNEL = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.DOTALL)
+_INSTRUCTION = re.compile(r"(?:@(!?)([%\w$.]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
+
+
+class Unsupported(Exception):
+    """An instruction that the machine does not know."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """An operand in brackets: a register, or a symbol, and bytes after it."""
+
+    base: str
+    offset: int
+
+
+Operand = str | Address | list
+
+
+@dataclass(frozen=True)
+class Instruction:
+    op: str
+    args: list[Operand]
+    predicate: str | None
+    negated: bool  # whether it runs where the predicate is false
+    line: tuple[str, int] | None  # file and number of the source
+    text: str
+
+    @cached_property
+    def parts(self) -> list[str]:
+        return self.op.split(".")
+
+    @property
+    def name(self) -> str:
+        return self.parts[0]
+
+    @property
+    def type(self) -> str:
+        return self.parts[-1]
+
+    @property
+    def vector(self) -> int:
+        """How many values a load or a store moves."""
+        return next((int(p[1:]) for p in self.parts if re.fullmatch(r"v[248]", p)), 1)
+
+    @property
+    def jumps(self) -> bool:
+        return self.name in JUMPS
+
+    @property
+    def waits(self) -> bool:
+        return self.op.startswith(BARRIERS)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    size: int
+    offset: int  # in the block of parameters
+
+
+@dataclass
+class Kernel:
+    name: str
+    parameters: list[Parameter]
+    parameter_bytes: int
+    threads: int
+    shared: dict[str, int]  # offsets of shared symbols; the dynamic ones follow the static ones
+    static_shared: int
+    instructions: list[Instruction]
+    labels: dict[str, int]
+    registers: dict[str, int]  # bytes of each
+    blocks: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # first instruction, and past the last
+
+
+def parse(ptx: str) -> dict[str, Kernel]:
+    """Every kernel of a PTX text, by name."""
+    text = re.sub(r"/\*.*?\*/", "", ptx, flags=re.DOTALL)
+    text = "\n".join(line.split("//")[0] for line in text.splitlines())
+    files = {
+        int(number): path.split("/")[-1]
+        for number, path in re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', text)
+    }
+    text = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+).*$", r".loc \1 \2;", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*\.pragma.*$", "", text, flags=re.MULTILINE)
+    module_shared = _SHARED.findall(text)
+    kernels = {}
+    for found in _KERNEL.finditer(text):
+        name, head, attributes = found.groups()
+        end, depth = found.end(), 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        body = text[found.end() : end - 1]
+        parameters, size = _parameters(head)
+        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", attributes)
+        if threads is None:
+            raise Unsupported(f"{name}: no number of threads")
+        shared, static = _shared(module_shared + _SHARED.findall(body), body)
+        kernel = Kernel(name, parameters, size, int(threads[1]), shared, static, [], {}, {})
+        _Body(kernel, files).read(body)
+        kernel.blocks = _blocks(kernel)
+        kernels[name] = kernel
+    return kernels
+
+
+def _parameters(head: str) -> tuple[list[Parameter], int]:
+    parameters, offset = [], 0
+    for part in filter(None, (p.strip() for p in head.split(","))):
+        array = re.search(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", part)
+        if array:
+            align, name, size = int(array[1]), array[2], int(array[3])
+        else:
+            kind = re.search(r"\.param\s+\.(\w+)", part)
+            assert kind is not None, part
+            size = align = SIZES[kind[1]]
+            name = part.split()[-1]
+        offset = -(-offset // align) * align
+        parameters.append(Parameter(name, size, offset))
+        offset += size
+    return parameters, offset
+
+
+def _shared(declared: list[tuple[str, str, str, str]], body: str) -> tuple[dict[str, int], int]:
+    offsets, static = {}, 0
+    for extern, align, symbol, size in declared:
+        if not extern and symbol in body:
+            static = -(-static // int(align)) * int(align)
+            offsets[symbol] = static
+            static += int(size)
+    for extern, _, symbol, _ in declared:
+        if extern:
+            offsets[symbol] = -(-static // 16) * 16
+    return offsets, static
+
+
+def _blocks(kernel: Kernel) -> list[tuple[int, int]]:
+    starts = {0}
+    for i, instruction in enumerate(kernel.instructions):
+        if instruction.jumps or instruction.waits:
+            starts.add(i + 1)
+        if instruction.name == "bra":
+            starts.add(kernel.labels[str(instruction.args[0])])
+    end = len(kernel.instructions)
+    cuts = [*sorted(s for s in starts if s < end), end]
+    return list(pairwise(cuts))
+
+
+def _statements(body: str) -> Iterator[str]:
+    """The statements of a kernel's body; a brace of a scope and a label are statements too."""
+    at, current = 0, ""
+    while at < len(body):
+        ch = body[at]
+        if ch == ";":
+            yield current.strip()
+            current = ""
+        elif ch in "{}" and not current.strip():
+            yield ch
+            current = ""
+        elif ch == ":" and re.fullmatch(r"\s*[$\w%.]+", current) and body[at + 1] != ":":
+            yield current.strip() + ":"
+            current = ""
+        elif ch == "{":  # an operand
+            end = body.index("}", at)
+            current += body[at : end + 1]
+            at = end
+        else:
+            current += ch
+        at += 1
+
+
+def _split(text: str) -> list[str]:
+    """`text` at the commas that no bracket encloses."""
+    parts, depth, current = [], 0, ""
+    for ch in text:
+        depth += (ch in "{[(") - (ch in "}])")
+        if ch == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+        else:
+            current += ch
+    return [*parts, current.strip()] if current.strip() else parts
+
+
+class _Body:
+    """Reads a body into a kernel. Registers of an inner scope get names of their own."""
+
+    def __init__(self, kernel: Kernel, files: dict[int, str]) -> None:
+        self.kernel, self.files = kernel, files
+        self.scopes: list[dict[str, str]] = [{}]
+        self.line: tuple[str, int] | None = None
+
+    def read(self, body: str) -> None:
+        for statement in _statements(body):
+            if statement == "{":
+                self.scopes.append({})
+            elif statement == "}":
+                self.scopes.pop()
+            elif statement.endswith(":"):
+                self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
+            elif statement.startswith(".loc"):
+                _, file, number = statement.split()
+                self.line = (self.files.get(int(file), "?"), int(number))
+            elif statement.startswith(".reg"):
+                self._declare(statement)
+            elif statement and not statement.startswith("."):
+                self.kernel.instructions.append(self._instruction(statement))
+
+    def _declare(self, statement: str) -> None:
+        _, kind, *tokens = statement.replace(",", " ").split()
+        for token in tokens:
+            many = re.fullmatch(r"(.*)<(\d+)>", token)
+            for name in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [token]:
+                if len(self.scopes) > 1:
+                    self.scopes[-1][name] = f"{name}.{len(self.kernel.registers)}"
+                    name = self.scopes[-1][name]
+                self.kernel.registers[name] = SIZES[kind[1:]]
+
+    def _instruction(self, statement: str) -> Instruction:
+        found = _INSTRUCTION.fullmatch(statement)
+        if found is None:
+            raise Unsupported(statement)
+        negated, predicate, op, rest = found.groups()
+        args = [self._operand(token) for token in _split(rest)]
+        predicate = predicate and self._renamed(predicate)
+        return Instruction(op, args, predicate, bool(negated), self.line, statement)
+
+    def _renamed(self, token: str) -> str:
+        return next((scope[token] for scope in reversed(self.scopes) if token in scope), token)
+
+    def _operand(self, token: str) -> Operand:
+        if token.startswith("{"):
+            return [self._operand(part) for part in _split(token[1:-1])]
+        if token.startswith("["):
+            found = re.fullmatch(r"([%$\w.]+)\s*(?:\+\s*(-?\w+))?", token[1:-1].strip())
+            if found is None:
+                raise Unsupported(f"address {token}")
+            return Address(self._renamed(found[1]), int(found[2] or "0", 0))
+        return self._renamed(token)

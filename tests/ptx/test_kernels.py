@@ -1,0 +1,222 @@
+"""Compiled Triton kernels on the machine: right numbers, and bugs planted in their PTX."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels import ops
+from mflow_kernels.ops import _launch
+from ptx.launch import Device, Violation, installed
+from ptx.report import Report
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are compiled here", allow_module_level=True)
+
+ARCHS = ["sm_80", "sm_90"]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A machine that notes faults and raises nothing."""
+    monkeypatch.setattr(_launch, "KERNELS_ON_CPU", True)
+    with installed(Device(getattr(request, "param", "sm_80"), raises=False)) as device:
+        yield device
+
+
+archs = pytest.mark.parametrize("device", ARCHS, indirect=True)
+
+
+def last(device: Device) -> Report:
+    return device.launches[-1].report
+
+
+@triton.jit
+def _add_kernel(x, y, z, SIZE, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(z + i, tl.load(x + i, mask=i < SIZE) + tl.load(y + i, mask=i < SIZE), mask=i < SIZE)
+
+
+@triton.jit
+def _strided_kernel(x, strides, scale, y, SIZE: tl.constexpr):
+    i, j = tl.arange(0, SIZE), tl.arange(0, SIZE)
+    at = x + i[:, None] * strides[0] + j[None, :] * strides[1]
+    tl.store(y + i[:, None] * SIZE + j[None, :], tl.load(at) * scale)
+
+
+@triton.jit
+def _dot_kernel(a, b, c, s, TILES, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                PRECISION: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """C = A B^T over tiles of K columns, and the sum of A's columns if SUM."""
+    i, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    dtype = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
+    acc, total = tl.zeros([M, N], dtype), tl.zeros([M, K], dtype)
+    for t in range(0, TILES):
+        a_t = tl.load(a + i[:, None] * (TILES * K) + t * K + k[None, :])
+        b_t = tl.load(b + j[None, :] * (TILES * K) + t * K + k[:, None])
+        acc = tl.dot(a_t, b_t, acc, input_precision=PRECISION, out_dtype=dtype)
+        if SUM:
+            total += a_t
+    tl.store(c + i[:, None] * N + j[None, :], acc)
+    if SUM:
+        tl.store(s + i, tl.sum(total, axis=1))
+
+
+@pytest.mark.parametrize("n", [1, 1000, 1024])
+@archs
+def test_vector_add(device: Device, n: int) -> None:
+    x, y, z = torch.randn(n), torch.randn(n), torch.zeros(n)
+    _add_kernel[(triton.cdiv(n, 256),)](x, y, z, n, BLOCK=256)
+    assert torch.equal(z, x + y)
+    assert not last(device).faults
+
+
+def test_tuples_floats_and_constants_are_bound_as_triton_binds_them(device: Device) -> None:
+    x, y = torch.randn(16, 32).t(), torch.empty(16, 16)
+    for strides in ((1, 32), (2, 32)):  # Triton makes a constant of 1
+        view = x[:: strides[0]][:16]
+        _strided_kernel[(1,)](view, strides, 0.5, y, SIZE=16)
+        assert torch.equal(y, 0.5 * view[:, :16])
+        assert not last(device).faults
+
+
+def dot(
+    device: Device, dtype: torch.dtype, m: int, n: int, stages: int, total: bool = False
+) -> tuple[bool, Report]:
+    """Whether a product of small integers is exact, and the launch's report."""
+    tiles, k = 6, 32
+    a, b = (torch.randint(-8, 9, (s, k * tiles)).to(dtype) for s in (m, n))
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    c, s = torch.empty(m, n, dtype=out), torch.empty(m, dtype=out)
+    precision = "tf32" if dtype == torch.float32 else "ieee"
+    _dot_kernel[(1,)](
+        a, b, c, s, tiles, M=m, N=n, K=k, PRECISION=precision, SUM=total, num_stages=stages
+    )
+    return torch.equal(c.double(), a.double() @ b.double().t()), last(device)
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 16), (64, 64)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
+@archs
+def test_products_of_tensor_cores_are_exact(
+    device: Device, dtype: torch.dtype, m: int, n: int
+) -> None:
+    exact, report = dot(device, dtype, m, n, stages=3)
+    assert exact
+    assert not report.faults, report.faults
+    asynchronous = any(op.startswith("wgmma.mma") for op in report.instructions)
+    assert asynchronous == (device.arch == "sm_90" and m == 64 and dtype != torch.float64)
+    assert any("mma" in op for op in report.instructions)
+
+
+def test_a_race_that_triton_compiles(device: Device) -> None:
+    """tf32 on sm_90 with an operand that is also added up: the next tile's copy lands in the one
+    buffer while the product may still read it, and it reads the wrong tile if it reads late. The
+    machine must see the first without the second."""
+    device.arch = "sm_90"
+    exact, report = dot(device, torch.float32, 64, 64, stages=2, total=True)
+    if not report.faults:
+        pytest.skip("this Triton compiles no such race")
+    assert exact
+    assert report.kinds == {"race"}
+    assert "may still read" in str(report.faults[0])
+    device.late = True
+    exact, report = dot(device, torch.float32, 64, 64, stages=2, total=True)
+    assert not exact
+
+
+# --- planted bugs --------------------------------------------------------------------------------
+
+
+def conv1x1(channels: int, side: int) -> Callable[[], Tensor]:
+    """A launch's error."""
+    x, w = torch.randn(2, channels, side, side), torch.randn(channels, channels)
+    want = torch.einsum("oc,nchw->nohw", w.double(), x.double())
+    return lambda: ops.conv1x1(x, w).double() - want
+
+
+def planted(
+    device: Device, run: Callable[[], Tensor], pattern: str, new: str
+) -> list[Report | None]:
+    """What the machine says of each place where `pattern` stands, replaced by `new`: a report, or
+    None where it says nothing and the result is right."""
+    assert run().abs().max() < 1e-4
+    assert not last(device).faults
+    text = device.ptx
+    told = []
+    for found in re.finditer(pattern, text):
+        edited = text[: found.start()] + found.expand(new) + text[found.end() :]
+        device.edit = lambda _, edited=edited: edited
+        wrong = not run().abs().max() < 1e-4
+        told.append(last(device) if wrong or last(device).faults else None)
+    device.edit = lambda ptx: ptx
+    assert told, f"the kernel has no {pattern}"
+    return told
+
+
+def raced(told: list[Report | None]) -> float:
+    """The part of the places where a race was seen."""
+    return sum(report is not None and "race" in report.kinds for report in told) / len(told)
+
+
+def test_a_barrier_less_is_a_race(device: Device) -> None:
+    assert raced(planted(device, conv1x1(12, 10), r"bar\.sync", "membar.cta; //")) == 1
+
+
+def test_a_bound_that_is_one_too_high_leaves_the_tensor(device: Device) -> None:
+    told = planted(
+        device, conv1x1(12, 10), r"(setp\.[lg][te]\.[us]32\s+%p\d+, %r\d+, )12;", r"\g<1>13;"
+    )
+    assert any(report is not None and "out of bounds" in report.kinds for report in told)
+
+
+def test_a_store_without_its_mask_leaves_the_tensor(device: Device) -> None:
+    told = planted(device, conv1x1(12, 10), r"@%p\d+ (st\.global)", r"\1")
+    assert any(report is not None and "out of bounds" in report.kinds for report in told)
+
+
+@pytest.mark.parametrize("device", ["sm_90"], indirect=True)
+@pytest.mark.parametrize(
+    "pattern", [r"fence\.proxy\.async[\w.:]*", r"wgmma\.wait_group[\w.:]* 0"], ids=["fence", "wait"]
+)
+def test_what_orders_an_asynchronous_product_left_out(device: Device, pattern: str) -> None:
+    assert raced(planted(device, conv1x1(48, 8), pattern, "membar.cta")) > 0
+
+
+def test_a_wait_for_one_copy_too_few_is_a_race(device: Device) -> None:
+    def run() -> Tensor:
+        return torch.tensor(0.0 if dot(device, torch.float32, 16, 16, stages=3)[0] else 1.0)
+
+    told = planted(device, run, r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;")
+    assert raced(told) > 0
+
+
+def test_a_violation_names_kernel_argument_and_thread(device: Device) -> None:
+    device.raises = True
+    x, y, z = torch.randn(100), torch.randn(100), torch.randn(99)
+    with pytest.raises(Violation) as raised:
+        _add_kernel[(1,)](x, y, z, 100, BLOCK=128)
+    told = str(raised.value)
+    assert "_add_kernel, compiled for sm_80, on a grid of (1, 1, 1)" in told
+    assert "out of bounds: block 0 thread 99: 4 bytes at 0x18c past the 396 bytes of z" in told
+    assert re.search(r"st\.global\.b32 .* at test_kernels\.py:\d+", told)
+
+
+def test_a_result_that_is_never_written_is_uninitialised(device: Device) -> None:
+    x, z = torch.empty(256), torch.zeros(256)
+    _add_kernel[(1,)](x, z, z, 256, BLOCK=256)
+    assert "uninitialised" in last(device).kinds
+
+
+def test_a_view_may_not_be_left(device: Device) -> None:
+    whole = torch.randn(2, 128)
+    x, z = whole[0], torch.zeros(256)
+    _add_kernel[(1,)](x, z, z, 256, BLOCK=256)
+    assert "but outside its view" in str(last(device).faults[0])

@@ -1,0 +1,211 @@
+"""The machine on kernels written by hand: right numbers, and each kind of fault where one is
+planted."""
+
+import numpy as np
+import pytest
+
+from ptx.handmade import run
+
+ADD = """
+add.u64 %d2, %a0, %d0; add.u64 %d3, %a1, %d0; add.u64 %d4, %a2, %d0;
+ld.global.f32 %f0, [%d2]; ld.global.f32 %f1, [%d3];
+add.f32 %f2, %f0, %f1; st.global.f32 [%d4], %f2;
+"""
+LOAD = "add.u64 %d2, %a0, %d0; ld.global.f32 %f0, [%d2];"
+
+
+def words(n: int = 64, dtype: str = "u4") -> np.ndarray:
+    return np.zeros(n, dtype)
+
+
+def test_vector_add_is_exact_and_its_traffic_is_counted() -> None:
+    x, y = np.arange(300, dtype="f4"), np.arange(300, dtype="f4") * 0.5
+    guard = "setp.ge.u32 %p0, %r3, %n0; @%p0 bra $END;"
+    (_, _, z), report = run(guard + ADD + "$END:", x, y, words(300, "f4"), grid=5, integers=[300])
+    assert np.array_equal(z, x + y)
+    assert not report.faults
+    loads = report.traffic["a0", "load"]
+    assert (loads.requests, loads.bytes, loads.sectors, loads.fewest) == (10, 1200, 38, 38)
+    assert (report.touched["a2", "store"].bytes, report.touched["a2", "store"].sectors) == (
+        1200,
+        38,
+    )
+
+
+def test_accesses_past_the_end() -> None:
+    x = words(300, "f4")
+    _, report = run(ADD, x, x, x, grid=5)
+    assert report.kinds == {"out of bounds"}
+    assert [fault.count for fault in report.faults] == [20, 20, 20]
+    assert "block 4 thread 44: 4 bytes at 0x4b0 past the 1200 bytes of a0" in str(report.faults[0])
+
+
+def test_null_is_in_no_tensor() -> None:
+    _, report = run("mov.u64 %d2, 0; ld.global.f32 %f0, [%d2];", words())
+    assert "in no tensor" in str(report.faults[0])
+
+
+def test_a_stride_of_two_touches_twice_the_sectors() -> None:
+    _, report = run("shl.b64 %d0, %d0, 1;" + LOAD, words(128, "f4"))
+    loads = report.traffic["a0", "load"]
+    assert loads.sectors == 2 * loads.fewest
+
+
+def test_a_misaligned_vector() -> None:
+    load = "add.u64 %d2, %a0, 8; ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%d2];"
+    _, report = run(load, words(64, "f4"))
+    assert report.kinds == {"misaligned"}
+
+
+def test_memory_that_nothing_has_written() -> None:
+    assert run(LOAD, words(64, "f4"), blank=[0])[1].kinds == {"uninitialised"}
+    assert not run(LOAD, words(64, "f4"))[1].faults
+
+
+def test_two_threads_that_store_at_one_address() -> None:
+    assert run("st.global.u32 [%a0], %r0;", words(4))[1].kinds == {"global race"}
+    _, report = run("st.global.u32 [%a0], 7;", words(4))
+    assert not report.faults
+    assert sum(report.benign.values()) > 0
+
+
+# Each thread writes its word, then reads that of the thread whose number differs in bits `span`.
+READ_OTHER = """
+xor.b32 %r7, %r0, {span}; shl.b32 %r7, %r7, 2; add.s32 %r7, %r5, %r7; ld.shared.u32 %r8, [%r7];
+add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
+"""
+
+
+@pytest.mark.parametrize(
+    ("sync", "span", "races"),
+    [
+        ("bar.sync 0;", 63, False),
+        ("", 63, True),
+        ("bar.warp.sync -1;", 31, False),
+        ("", 31, True),
+        ("bar.warp.sync -1;", 63, True),
+        ("", 0, False),
+    ],
+)
+def test_exchange_through_shared_memory(sync: str, span: int, races: bool) -> None:
+    body = f"st.shared.u32 [%r6], %r0; {sync}" + READ_OTHER.format(span=span)
+    (out,), report = run(body, words(), shared=256)
+    assert report.kinds == ({"race"} if races else set())
+    if not races:
+        assert np.array_equal(out, np.arange(64) ^ span)
+
+
+def test_a_store_after_another_threads_load() -> None:
+    body = "st.shared.u32 [%r6], %r0; bar.sync 0;" + READ_OTHER.format(span=63)
+    assert not run(body, words(), shared=256)[1].faults
+    assert run(body + "st.shared.u32 [%r6], %r8;", words(), shared=256)[1].kinds == {"race"}
+
+
+def test_threads_at_different_barriers() -> None:
+    body = """
+    setp.lt.u32 %p0, %r0, 32; @%p0 bra $OTHER;
+    bar.sync 0; bra $END;
+    $OTHER: bar.sync 0;
+    $END:
+    """
+    assert run(body)[1].kinds == {"barrier"}
+
+
+def test_part_of_a_warp_at_a_shuffle() -> None:
+    body = """
+    setp.lt.u32 %p0, %r0, 7; @%p0 bra $END;
+    shfl.sync.bfly.b32 %r8, %r0, 1, 31, -1;
+    $END:
+    """
+    assert run(body)[1].kinds == {"divergence"}
+
+
+def test_shared_memory_that_nothing_has_written_or_that_is_not_there() -> None:
+    assert run("ld.shared.u32 %r8, [%r6];", shared=256)[1].kinds == {"uninitialised"}
+    assert run("st.shared.u32 [%r6], %r0;", shared=128)[1].kinds == {"shared out of bounds"}
+
+
+@pytest.mark.parametrize(("shift", "conflicts"), [(2, 1), (3, 2), (7, 32)])
+def test_bank_conflicts(shift: int, conflicts: int) -> None:
+    body = f"shl.b32 %r7, %r0, {shift}; add.s32 %r7, %r5, %r7; st.shared.u32 [%r7], %r0;"
+    _, report = run(body, threads=32, shared=32 << shift)
+    assert report.bank_conflicts == conflicts
+
+
+@pytest.mark.parametrize(
+    ("wait", "sync", "span", "races"),
+    [
+        ("cp.async.wait_group 0;", "bar.sync 0;", 63, False),
+        ("", "bar.sync 0;", 63, True),
+        ("cp.async.wait_group 1;", "bar.sync 0;", 63, True),  # leaves it in flight
+        ("cp.async.wait_group 0;", "", 63, True),
+        ("cp.async.wait_group 0;", "", 0, False),
+    ],
+)
+def test_asynchronous_copies(wait: str, sync: str, span: int, races: bool) -> None:
+    source = np.arange(64, dtype="u4") * 3
+    body = f"""
+    add.u64 %d3, %a1, %d1; cp.async.ca.shared.global [%r6], [%d3], 4; cp.async.commit_group;
+    {wait} {sync}
+    """
+    (out, _), report = run(body + READ_OTHER.format(span=span), words(), source, shared=256)
+    if races:
+        assert "race" in report.kinds
+    else:
+        assert not report.faults
+        assert np.array_equal(out, source[np.arange(64) ^ span])
+
+
+def test_loops_of_different_lengths_then_shuffles() -> None:
+    """Each thread sums 0 to its number; then a warp adds its threads up."""
+    body = """
+    mov.u32 %r8, 0; mov.u32 %r9, 0;
+    $L: add.u32 %r8, %r8, %r9; add.u32 %r9, %r9, 1; setp.le.u32 %p1, %r9, %r0; @%p1 bra $L;
+    shfl.sync.bfly.b32 %r10, %r8, 16, 31, -1; add.u32 %r8, %r8, %r10;
+    shfl.sync.down.b32 %r10, %r8, 8, 31, -1; add.u32 %r8, %r8, %r10;
+    add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
+    """
+    (out,), report = run(body, words())
+    lane = np.arange(32)
+    sums = (np.arange(64) * np.arange(1, 65) // 2).reshape(2, 32)
+    sums = sums + sums[:, lane ^ 16]
+    sums = sums + sums[:, np.where(lane + 8 < 32, lane + 8, lane)]
+    assert np.array_equal(out, sums.ravel())
+    assert not report.faults
+
+
+def signed(x: int) -> int:
+    return x - (1 << 32) if x >> 31 else x
+
+
+INTEGERS = {
+    "mul.hi.u32 %r9, %r7, %r8": lambda a, b: a * b >> 32,
+    "mul.hi.s32 %r9, %r7, %r8": lambda a, b: signed(a) * signed(b) >> 32,
+    "bfe.u32 %r9, %r7, 3, 7": lambda a, b: a >> 3 & 127,
+    "bfe.s32 %r9, %r7, 3, 7": lambda a, b: (a >> 3 & 127) - (a >> 2 & 128),
+    "bfi.b32 %r9, %r7, %r8, 8, 8": lambda a, b: (b & ~0xFF00) | (a & 0xFF) << 8,
+    "prmt.b32 %r9, %r7, %r8, 0x7531": lambda a, b: (
+        a >> 8 & 255 | (a >> 24) << 8 | (b >> 8 & 255) << 16 | (b >> 24) << 24
+    ),
+    "shr.s32 %r9, %r7, 4": lambda a, b: signed(a) >> 4,
+    "shr.u32 %r9, %r7, 40": lambda a, b: 0,
+    "div.s32 %r9, %r7, %r8": lambda a, b: int(signed(a) / signed(b)),
+    "rem.u32 %r9, %r7, %r8": lambda a, b: a % b,
+}
+
+
+@pytest.mark.parametrize("instruction", INTEGERS)
+def test_integers(instruction: str) -> None:
+    a = np.array([2**31 + 5, 7, 0xDEADBEEF, 1] * 16, "u4")
+    b = np.array([3, 2**32 - 1, 0x12345, 9] * 16, "u4")
+    body = f"""
+    add.u64 %d5, %a0, %d1; ld.global.u32 %r7, [%d5]; add.u64 %d5, %a1, %d1;
+    ld.global.u32 %r8, [%d5];
+    {instruction}; add.u64 %d2, %a2, %d1; st.global.u32 [%d2], %r9;
+    """
+    (_, _, out), report = run(body, a, b, words())
+    want = [
+        INTEGERS[instruction](*pair) % 2**32 for pair in zip(a.tolist(), b.tolist(), strict=True)
+    ]
+    assert out.tolist() == want
+    assert not report.faults

@@ -1,0 +1,181 @@
+"""Turns a basic block of PTX into a Python function over numpy arrays, one element a thread.
+
+The function is f(M, R, C, m): the machine, the registers, the constants, and the threads that run
+(None where all do). An instruction is a function of `arithmetic` or `memory_access` in
+`INSTRUCTIONS`; it appends lines to the block.
+"""
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ptx import numerics
+from ptx.numerics import UNSIGNED
+from ptx.parser import SIZES, Address, Instruction, Kernel, Operand, Unsupported
+
+SHARED_BASE = 0x1000  # the address where shared memory begins: not 0, so that null is outside
+
+Emit = Callable[["Translator", Instruction], None]
+INSTRUCTIONS: dict[str, Emit] = {}
+
+
+def instruction(*names: str) -> Callable[[Emit], Emit]:
+    """Register how instructions of these names are translated."""
+
+    def register(emit: Emit) -> Emit:
+        INSTRUCTIONS.update(dict.fromkeys(names, emit))
+        return emit
+
+    return register
+
+
+def numpy_kind(kind: str) -> str:
+    """The name in `numerics` of a PTX type's numpy dtype; bits are unsigned integers."""
+    if kind in ("bf16", "bf16x2", "f16x2"):
+        raise Unsupported(f"numpy has no {kind}")
+    return {"f": "f", "s": "i", "u": "u", "b": "u"}[kind[0]] + str(SIZES[kind])
+
+
+def is_float(kind: str) -> bool:
+    return kind in ("f16", "f32", "f64")
+
+
+def bits_of(kind: str) -> str:
+    """The type of unsigned integers as wide as `kind`."""
+    return f"u{SIZES[kind] * 8}"
+
+
+class Translator:
+    """The blocks of a kernel as functions, translated when they first run."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.index = {name: i for i, name in enumerate(kernel.registers)}
+        self.widths = list(kernel.registers.values())
+        self.parameters = {p.name: p.offset for p in kernel.parameters}
+        self.constants: list[Any] = []
+        self.functions: dict[tuple[int, bool], Callable[..., None]] = {}
+        # The block and the instruction that are being translated.
+        self.masked, self.lines, self.at, self.now = False, [""], 0, kernel.instructions[0]
+
+    def block(self, number: int, masked: bool) -> Callable[..., None]:
+        """The function of a block; `masked` where not every thread of the batch runs it."""
+        key = (number, masked)
+        if key not in self.functions:
+            self.functions[key] = self._compiled(number, masked)
+        return self.functions[key]
+
+    def _compiled(self, number: int, masked: bool) -> Callable[..., None]:
+        self.masked, self.lines = masked, []
+        start, end = self.kernel.blocks[number]
+        for at in range(start, end):
+            now = self.kernel.instructions[at]
+            if now.jumps or now.waits:
+                continue  # the machine's part
+            self.at, self.now = at, now
+            try:
+                INSTRUCTIONS[now.name](self, now)
+            except (Unsupported, KeyError, IndexError, AttributeError) as error:
+                raise Unsupported(f"{' '.join(now.text.split())}: {error!r}") from error
+        source = "def f(M, R, C, m):\n" + "".join(
+            f"    {line}\n" for line in self.lines or ["pass"]
+        )
+        scope = vars(numerics) | {"np": np}
+        exec(compile(source, f"<{self.kernel.name} block {number}>", "exec"), scope)
+        return scope["f"]
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+    # Operands, as expressions
+
+    def constant(self, value: object) -> str:
+        self.constants.append(value)
+        return f"C[{len(self.constants) - 1}]"
+
+    def read(self, arg: Operand, kind: str) -> str:
+        """An operand as PTX type `kind`."""
+        assert isinstance(arg, str), arg
+        if arg in self.index:
+            return self._register(arg, kind)
+        if arg.startswith("%"):
+            return self._special(arg)
+        if arg in self.parameters:  # its address, in the space of parameters
+            return self.constant(UNSIGNED[SIZES[kind]](self.parameters[arg]))
+        if arg in self.kernel.shared:
+            return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE + self.kernel.shared[arg]))
+        return self.constant(_immediate(arg, kind))
+
+    def _register(self, name: str, kind: str) -> str:
+        i = self.index[name]
+        if kind == "pred":
+            return f"R[{i}]"
+        width, want = self.widths[i], numpy_kind(kind)
+        if width < SIZES[kind]:
+            return f"R[{i}].astype({want})"
+        narrow = f"R[{i}]" if width == SIZES[kind] else f"R[{i}].astype(u{SIZES[kind]})"
+        return narrow if want[0] == "u" else f"{narrow}.view({want})"
+
+    @staticmethod
+    def _special(name: str) -> str:
+        found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.([xyz])", name)
+        if found:
+            return f"M.{found[1]}({'xyz'.index(found[2])})"
+        if name == "%laneid":
+            return "M.lanes.laneid"
+        if name == "%warpid":
+            return "(M.lanes.tid >> u4(5))"
+        raise Unsupported(name)
+
+    def spread(self, args: list[Operand], kind: str) -> str:
+        """A list of operands, each an array even where it is a constant."""
+        return "[" + ", ".join(f"M.spread({self.read(a, kind)})" for a in args) + "]"
+
+    def address(self, arg: Operand, space: str) -> str:
+        assert isinstance(arg, Address), arg
+        kind = "u64" if space == "global" else "u32"
+        if arg.base not in self.kernel.shared and arg.base not in self.index:
+            raise Unsupported(f"address {arg}")
+        base = f"M.spread({self.read(arg.base, kind)})"
+        if not arg.offset:
+            return base
+        offset = arg.offset & ((1 << 8 * SIZES[kind]) - 1)
+        return f"{base} + {self.constant(UNSIGNED[SIZES[kind]](offset))}"
+
+    def mask(self) -> str:
+        """The threads that run this instruction; "None" where all do."""
+        predicate = self.now.predicate
+        if predicate is None:
+            return "m" if self.masked else "None"
+        p = f"{'~' if self.now.negated else ''}R[{self.index[predicate]}]"
+        return f"({p} & m)" if self.masked else f"({p})"
+
+    def put(self, arg: Operand, expression: str) -> None:
+        """Assign a register: the bits of an expression as wide as it or narrower."""
+        if arg == "_":
+            return
+        assert isinstance(arg, str), arg
+        i = self.index[arg]
+        width = self.widths[i]
+        value = f"M.fit({expression}, {f'u{width}' if width else 'bool'})"
+        mask = self.mask()
+        self.write(f"R[{i}] = {value if mask == 'None' else f'np.where({mask}, {value}, R[{i}])'}")
+
+
+def _immediate(text: str, kind: str) -> Any:
+    if kind == "pred":
+        return np.bool_(int(text, 0) != 0)
+    dtype = getattr(numerics, numpy_kind(kind))
+    if text[:2] in ("0f", "0F") and len(text) == 10:
+        single = struct.unpack(">f", bytes.fromhex(text[2:]))[0]
+        return dtype(single) if is_float(kind) else np.uint32(int(text[2:], 16))
+    if text[:2] in ("0d", "0D") and len(text) == 18:
+        bits = np.uint64(int(text[2:], 16))
+        return bits.view(np.float64) if is_float(kind) else bits
+    number = int(text.rstrip("U"), 0)
+    if is_float(kind):
+        return dtype(number)
+    return UNSIGNED[SIZES[kind]](number & ((1 << 8 * SIZES[kind]) - 1)).view(dtype)
