@@ -1,13 +1,13 @@
 """The coupling network that layers make where none is given."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops._checks import check_channels, check_count, check_device
-from mflow_kernels.ops._launch import autocasts, transformed
+from mflow_kernels.ops._launch import autocasts, transformed, uses_triton
 from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
 
 
@@ -38,18 +38,56 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
 
 class CouplingNetwork(nn.Sequential):
     """Glow's network as `coupling_net` builds it: a chain of torch's layers, computed on a GPU by
-    the fused operator `ops.coupling_network` where that fits."""
+    the fused operator `ops.coupling_network` where that fits and is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, second, _, last = cast(tuple[Any, ...], tuple(self))
         if autocasts(x.device):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() or not supports(x, first.weight, last.weight):
-            return super().forward(x)
-        weights = (first.weight, first.bias, second.weight, second.bias, last.weight, last.bias)
-        if not prefers_fused(x, weights):
-            return super().forward(x)
-        return coupling_network(x, *weights)
+        parameters = fusible_parameters(self) if uses_triton(x) else None
+        if (
+            parameters is not None
+            and supports(x, parameters[0], parameters[4])
+            and prefers_fused(x, parameters)
+        ):
+            return coupling_network(x, *parameters)
+        return super().forward(x)
+
+
+def fusible_parameters(net: nn.Sequential) -> list[Tensor] | None:
+    """Weights and biases in the order that `ops.coupling_network` takes them; None if `net` is no
+    network of that form, or if hooks of its layers expect to be called."""
+    layers: list[Any] = list(net)
+    if len(layers) != 5 or any(map(_hooked, layers)):
+        return None
+    products = layers[::2]
+    if not all(map(_is_relu, layers[1::2])) or any(layer.bias is None for layer in products):
+        return None
+    linear = all(type(layer) is nn.Linear for layer in products)
+    if not linear and not all(map(_is_same_convolution, products, (3, 1, 3))):
+        return None
+    return [p for layer in products for p in (layer.weight, layer.bias)]
+
+
+def _is_relu(layer: Any) -> bool:
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope == 0.0)
+
+
+def _is_same_convolution(layer: Any, side: int) -> bool:
+    """Whether it is a plain convolution of so many pixels a side that keeps the images' size."""
+    return (
+        type(layer) in (nn.Conv2d, PointwiseConv2d)
+        and layer.kernel_size == (side, side)
+        and layer.padding == (side // 2, side // 2)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def _hooked(layer: Any) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
+             layer._backward_pre_hooks)  # fmt: skip
+    return any(hooks)
 
 
 # The spatial axes that layers of torch's take.
@@ -68,12 +106,12 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     Raises:
         TypeError, ValueError: naming the argument `name`.
     """
-    first = next(iter(net._modules.values()), net) if type(net) in CHAINS else net
+    first: Any = next(iter(net._modules.values()), net) if type(net) in CHAINS else net
     spatial = SPATIAL.get(type(first))  # none of a subclass, which may cast and reshape
     check_channels(name, x, channels, spatial)
     if spatial is None:
         return
-    weight: Any = first.weight
+    weight = first.weight
     check_device(name, x, weight)
     if x.dtype != weight.dtype and not autocasts(x.device):
         expected, came = (str(t.dtype).removeprefix("torch.") for t in (weight, x))

@@ -27,9 +27,10 @@ backward h2 read, d h2 written, d h2 and h1 read, d h1 written and read: 6 H. cu
 each with a pass for its bias and one for ReLU, take 12 H and 16 H.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,18 +38,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import eager_function
-from mflow_kernels.ops._launch import launch, uses_triton, without_autocast
+from mflow_kernels.ops._autograd import register
+from mflow_kernels.ops._launch import (
+    accumulator,
+    launch,
+    transformed,
+    uses_triton,
+    without_autocast,
+)
 from mflow_kernels.ops.fastest import fused_is_faster, requested
 
 
 def coupling_network_ref(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """params, h1 and h2."""
+    h1 = _layer(x, w1, b1).relu_()
+    h2 = _layer(h1, w2, b2).relu_()
+    return _layer(h2, w3, b3), h1, h2
+
+
+def coupling_network_backward_ref(
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
+) -> tuple[Tensor, ...]:
+    """d x, d W1, d b1, d W2, d b2, d W3, d b3."""
+    dh2, dw3, db3 = _layer_backward(dparams, h2, w3)
+    dh1, dw2, db2 = _layer_backward(dh2.masked_fill_(h2 <= 0, 0), h1, w2)
+    dx, dw1, db1 = _layer_backward(dh1.masked_fill_(h1 <= 0, 0), x, w1)
+    return dx, dw1, db1, dw2, db2, dw3, db3
+
+
+def _layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.linear(x, w, b) if x.dim() == 2 else F.conv2d(x, w, b, padding=w.shape[2] // 2)
+
+
+def _layer_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.dim() == 2:
-        return F.linear(F.linear(F.linear(x, w1, b1).relu_(), w2, b2).relu_(), w3, b3)
-    h1 = F.conv2d(x, w1, b1, padding=1).relu_()
-    return F.conv2d(F.conv2d(h1, w2, b2).relu_(), w3, b3, padding=1)
+        return dy @ w, dy.t() @ x, dy.sum(0)
+    padding = [w.shape[2] // 2] * 2
+    return torch.ops.aten.convolution_backward(
+        dy, x, w, [len(w)], [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, True]
+    )
 
 
 # Arguments that follow the images' size and number: Triton compiles for no value of theirs.
@@ -78,6 +108,12 @@ def load_taps(
     source, inside = neighbour(p[:, None], tap[None, :], H, W, SIGN, TAPS)
     inside = inside & (tap[None, :] < TAPS) & (p[:, None] < PIXELS)
     return tl.load(x + source.to(tl.int64) * C + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def relu(x):
+    """As torch's, which keeps NaN; tl.maximum would hide that a network has diverged."""
+    return tl.where(x <= 0.0, 0.0, x)
 
 
 @triton.jit
@@ -112,14 +148,14 @@ def _network_kernel(
             w1_t = tl.load(at_w1, mask=(k < WIDTH)[None, :] & (i < TAPS * C_IN)[:, None], other=0.0)
             h1_t = tl.dot(x_t, w1_t, input_precision=PRECISION)
             h1_t += tl.load(b1 + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
-            h1_t = tl.maximum(h1_t, 0.0).to(x_t.dtype)
+            h1_t = relu(h1_t).to(x_t.dtype)
             if h1 is not None and (start == 0) & (tl.program_id(1) == 0):
                 tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
             at_w2 = w2 + d[None, :] * WIDTH + k[:, None]
             w2_t = tl.load(at_w2, mask=(d < WIDTH)[None, :] & (k < WIDTH)[:, None], other=0.0)
             h2_t = tl.dot(h1_t, w2_t, h2_t, input_precision=PRECISION)
         h2_t += tl.load(b2 + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
-        h2_r = tl.maximum(h2_t, 0.0).to(x_t.dtype)
+        h2_r = relu(h2_t).to(x_t.dtype)
         if h2 is not None and tl.program_id(1) == 0:
             tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
         w3_t = tl.trans(load_w3(w3, d, C_OUT, WIDTH, TAPS, j))
@@ -131,17 +167,19 @@ def _network_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _sum_taps_kernel(
     taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y[p] = bias + the sum over taps of taps[neighbour of p by this tap, tap]."""
+    """y[p] = bias + the sum over parts and taps of taps[neighbour of p by this tap, part, tap]."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < PIXELS)[:, None] & (c < C)[None, :]
     y_t = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tap in tl.static_range(TAPS):
         source, there = neighbour(p, tap, H, W, SIGN, TAPS)
-        at = taps + source.to(tl.int64)[:, None] * (TAPS * C) + tap * C + c[None, :]
-        y_t += tl.load(at, mask=inside & there[:, None], other=0.0).to(tl.float32)
+        at = taps + source.to(tl.int64)[:, None] * (PARTS * TAPS * C) + tap * C + c[None, :]
+        for part in tl.static_range(PARTS):
+            at_part = at + part * (TAPS * C)
+            y_t += tl.load(at_part, mask=inside & there[:, None], other=0.0).to(tl.float32)
     if bias is not None:
         y_t += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y + p.to(tl.int64)[:, None] * C + c[None, :], y_t, mask=inside)
@@ -169,7 +207,7 @@ def _dh2_kernel(
         g_t = load_taps(dparams, p, PIXELS, H, W, C_OUT, TAPS, -1, BLOCK_J)
         h2_t = tl.load(h2 + at, mask=inside, other=0.0)
         dh2_t = tl.dot(g_t, w3_t, input_precision=PRECISION)
-        dh2_t = tl.where(h2_t.to(tl.float32) > 0.0, dh2_t, 0.0)
+        dh2_t = tl.where(h2_t.to(tl.float32) <= 0.0, 0.0, dh2_t)
         tl.store(dh2 + at, dh2_t, mask=inside)
         dw3_t = tl.dot(tl.trans(g_t), h2_t, dw3_t, input_precision=PRECISION)
         db3_t += tl.sum(g_t.to(tl.float32), axis=0)
@@ -186,13 +224,14 @@ def _dh2_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _dh1_kernel(
-    dh2, h1, x, w2, dh1, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
+    dh2, h1, x, w1, w2, dx_taps, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """d h1 of a block of hidden channels, over every `splits`-th tile of pixels, and this program's
-    partial sums of d W1 (width, taps, C_in), d b1 and, where one block of BLOCK_K holds all hidden
-    channels of d h2, d W2."""
+    """d h1 of a block of hidden channels, over every `splits`-th tile of pixels; its products with
+    the taps of W1, which are this block's part of d x; and this program's partial sums of d W1
+    (width, taps, C_in), d b1 and, where one block of BLOCK_K holds all hidden channels of d h2,
+    d W2."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_X)
@@ -216,12 +255,17 @@ def _dh1_kernel(
             dh1_t = tl.dot(dh2_t, w2_t, dh1_t, input_precision=PRECISION)
             if dw2 is not None:
                 dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t, input_precision=PRECISION)
-        dh1_t = tl.where(h1_t.to(tl.float32) > 0.0, dh1_t, 0.0)
+        dh1_t = tl.where(h1_t.to(tl.float32) <= 0.0, 0.0, dh1_t)
         db1_t += tl.sum(dh1_t, axis=0)
         dh1_r = dh1_t.to(h1_t.dtype)
-        tl.store(dh1 + hidden + d[None, :], dh1_r, mask=inside)
         x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
         dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t, input_precision=PRECISION)
+        at_w1 = w1 + d[:, None] * (TAPS * C_IN) + i[None, :]
+        w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :], other=0.0)
+        dx_t = tl.dot(dh1_r, w1_t, input_precision=PRECISION)
+        part = p.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        at_dx = dx_taps + part[:, None] * (TAPS * C_IN) + i[None, :]
+        tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (i < TAPS * C_IN)[None, :])
     row = split.to(tl.int64) * NUMBERS
     at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]
     tl.store(at_dw1, dw1_t, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :])
@@ -243,51 +287,131 @@ class Shape(NamedTuple):
     taps: int  # 9 of a 3x3 convolution, 1 of a linear layer
 
     @classmethod
-    def of(cls, x: Tensor, w1: Tensor, w3: Tensor) -> "Shape":
+    def of(cls, x: Tensor, width: int, c_out: int) -> "Shape":
         height, image_width = x.shape[2:] if x.dim() == 4 else (1, 1)
         pixels = x.shape[0] * height * image_width
-        return cls(
-            pixels, height, image_width, x.shape[1], w3.shape[0], w1.shape[0], w1[0, 0].numel()
+        return cls(pixels, height, image_width, x.shape[1], c_out, width, 9 if x.dim() == 4 else 1)
+
+    @property
+    def weights(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes of the weights as the kernels read them: (out, taps, in)."""
+        return (
+            (self.width, self.taps, self.c_in),
+            (self.width, 1, self.width),
+            (self.c_out, self.taps, self.width),
         )
 
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The weights W1, W2 and W3, (out, taps, in), as views of one tensor."""
+        return self.shaped(packed.split([math.prod(shape) for shape in self.weights]))
 
-def _block(n: int, most: int) -> int:
+    @property
+    def sums(self) -> list[int]:
+        """Numbers in the sums over pixels: d W1, d W2 if in a kernel, d W3, d b1, d b2, d b3."""
+        w1, w2, w3 = map(math.prod, self.weights)
+        return [w1, w2 if self.width <= DW2_WIDTH else 0, w3, self.width, self.width, self.c_out]
+
+    def shaped(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [w.view(shape) for w, shape in zip(weights, self.weights, strict=True)]
+
+    def layers(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Weights (out, taps, in) with the axes that torch's layers have."""
+        if self.taps == 1:
+            return [w[:, 0] for w in weights]
+        sides = zip(weights, (3, 1, 3), strict=True)
+        return [w.unflatten(1, (side, side)).permute(0, 3, 1, 2) for w, side in sides]
+
+
+def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """The weights in x's dtype, as `Shape.unpack` finds them. One launch where those of
+    convolutions are in channels_last."""
+    s = Shape.of(x, len(w1), len(w3))
+    packed = x.new_empty(sum(w.numel() for w in (w1, w2, w3)))
+    torch._foreach_copy_(s.layers(s.unpack(packed)), [w1, w2, w3])
+    return packed
+
+
+def empty_images(x: Tensor, channels: int) -> Tensor:
+    """Empty, shaped as x but for its channels, in channels_last."""
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    shape = x.shape[0], channels, *x.shape[2:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Dense images as (pixels, channels)."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _block(n: int, most: int = 1024) -> int:
     return min(most, max(16, triton.next_power_of_2(n)))
 
 
-def launch_network(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    precision: str, keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Two launches: params, and h1 and h2 (pixels, width) where `keep`."""
-    s = Shape.of(x, w1, w3)
-    taps = x.new_empty((s.pixels, s.taps * s.c_out))
-    h1, h2 = (x.new_empty((s.pixels, s.width)) if keep else None for _ in range(2))
+class Tile(NamedTuple):
+    """Blocks of a launch: pixels, hidden channels of the result, hidden channels summed over,
+    columns of taps; and its warps."""
+
+    block_p: int
+    block_d: int
+    block_k: int
+    block_j: int
+    warps: int
+
+
+# Up to this width a program has room for its columns of d W2; for wider networks a matrix product
+# computes it, which reads d h2 and h1 once more.
+DW2_WIDTH = 128
+
+
+def forward_tile(s: Shape) -> Tile:
     block_j = _block(s.taps * s.c_out, 512 if s.width <= 128 else 256)
     block_d = _block(s.width, 128 if block_j > 128 or s.width > 256 else 256)
-    block_k = _block(s.width, 64 if block_j <= 256 else 32)
-    tile = 64
-    launch(_network_kernel, (triton.cdiv(s.pixels, tile), triton.cdiv(s.taps * s.c_out, block_j)),
+    return Tile(64, block_d, _block(s.width, 64 if block_j <= 256 else 32), block_j, 8)
+
+
+def dh2_tile(s: Shape) -> Tile:
+    block_j = _block(s.taps * s.c_out)
+    return Tile(
+        32 if block_j <= 128 else 16, _block(s.width, 64 if block_j <= 256 else 32), 0, block_j, 8
+    )
+
+
+def dh1_tile(s: Shape) -> Tile:
+    block_k, block_x = _block(s.width, DW2_WIDTH), _block(s.taps * s.c_in)
+    if s.width > DW2_WIDTH:
+        return Tile(32, 128 if block_x <= 128 else 64, block_k, 0, 8)
+    return Tile(16, _block(s.width, 128 if block_x <= 64 else 64), block_k, 0, 8)
+
+
+def launch_network(
+    x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, precision: str, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Two launches: params, and h1 and h2 where `keep`."""
+    s = Shape.of(x, len(b1), len(b3))
+    w1, w2, w3 = s.unpack(packed)
+    taps = empty_images(x, s.taps * s.c_out)
+    h1, h2 = (empty_images(x, s.width) if keep else None for _ in range(2))
+    tile = forward_tile(s)
+    launch(_network_kernel,
+        (triton.cdiv(s.pixels, tile.block_p), triton.cdiv(s.taps * s.c_out, tile.block_j)),
         x, w1, b1, w2, b2, w3, taps, h1, h2, s.pixels, s.height, s.image_width,
         C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision,
-        BLOCK_P=tile, BLOCK_X=_block(s.taps * s.c_in, 1024), BLOCK_D=block_d, BLOCK_K=block_k,
-        BLOCK_J=block_j, num_warps=8,
+        BLOCK_P=tile.block_p, BLOCK_X=_block(s.taps * s.c_in), BLOCK_D=tile.block_d,
+        BLOCK_K=tile.block_k, BLOCK_J=tile.block_j, num_warps=tile.warps,
     )  # fmt: skip
-    return launch_sum_taps(taps, b3, x, s, s.c_out, 1), h1, h2
+    return launch_sum_taps(taps, b3, x, s, s.c_out, 1, 1), h1, h2
 
 
 def launch_sum_taps(
-    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, sign: int
+    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, sign: int, parts: int
 ) -> Tensor:
     """One launch: the sum of each pixel's taps, shaped as x but for its channels."""
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    y = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
-                    memory_format=layout)  # fmt: skip
+    y = empty_images(x, channels)
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
     launch(_sum_taps_kernel, (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
         taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=s.taps, SIGN=sign,
-        BLOCK_P=block_p, BLOCK_C=block_c,
+        PARTS=parts, BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return y
 
@@ -296,64 +420,39 @@ PROGRAMS = 264  # of a launch that sums over pixels: two for each multiprocessor
 
 
 def launch_network_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor,
-    precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Two launches of this file, a product and a sum of taps for d x, and one sum of the partial
-    sums: d x, d W1, d b1, d W2, d b2, d W3, d b3, those of weights and biases in float32."""
-    s = Shape.of(x, w1, w3)
-    block_d, tile = _block(s.width, 64 if s.taps * s.c_out <= 256 else 32), 32
-    blocks, tiles = triton.cdiv(s.width, block_d), triton.cdiv(s.pixels, tile)
-    dw2_in_kernel = s.width <= DW2_WIDTH
-    sizes = {
-        "w3": s.taps * s.c_out * s.width, "b3": s.c_out, "b2": s.width,
-        "w1": s.width * s.taps * s.c_in, "b1": s.width,
-        "w2": s.width * s.width if dw2_in_kernel else 0,
-    }  # fmt: skip
-    numbers = sum(sizes.values())
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three launches and one sum of the partial sums: see `network_backward`."""
+    s = Shape.of(x, h1.shape[1], dparams.shape[1])
+    w1, w2, w3 = s.unpack(packed)
+    sizes, numbers = s.sums, sum(s.sums)
+    tile2, tile1 = dh2_tile(s), dh1_tile(s)
+    blocks2, blocks1 = (triton.cdiv(s.width, tile.block_d) for tile in (tile2, tile1))
+    tiles2, tiles1 = (triton.cdiv(s.pixels, tile.block_p) for tile in (tile2, tile1))
     # Partial sums take at most a quarter of the bytes of one hidden tensor.
     affordable = h1.nbytes // (4 * 4 * numbers)
-    splits = max(1, min(tiles, PROGRAMS // blocks, affordable))
+    splits = max(1, min(tiles2, tiles1, PROGRAMS // min(blocks2, blocks1), affordable))
     partial = x.new_empty((splits, numbers), dtype=torch.float32)
-    parts = dict(zip(sizes, partial.split(list(sizes.values()), dim=1), strict=True))
-    dh2, dh1 = torch.empty_like(h2), torch.empty_like(h1)
+    dw1, dw2, dw3, db1, db2, db3 = partial.split(sizes, dim=1)
+    dh2 = torch.empty_like(h2)
+    dx_taps = empty_images(x, blocks1 * s.taps * s.c_in)
     images = s.pixels, s.height, s.image_width
-    launch(_dh2_kernel, (splits, blocks),
-        dparams, h2, w3, dh2, parts["w3"], parts["b3"], parts["b2"], numbers, *images, tiles,
-        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
-        BLOCK_D=block_d, BLOCK_J=_block(s.taps * s.c_out, 512), num_warps=8, num_stages=1,
+    launch(_dh2_kernel, (splits, blocks2),
+        dparams, h2, w3, dh2, dw3, db3, db2, numbers, *images, tiles2,
+        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile2.block_p,
+        BLOCK_D=tile2.block_d, BLOCK_J=tile2.block_j, num_warps=tile2.warps, num_stages=1,
     )  # fmt: skip
-    launch(_dh1_kernel, (splits, blocks),
-        dh2, h1, x, w2, dh1, parts["w2"] if dw2_in_kernel else None, parts["w1"], parts["b1"],
-        numbers, *images, tiles,
-        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile,
-        BLOCK_D=block_d, BLOCK_K=_block(s.width, DW2_WIDTH), BLOCK_X=_block(s.taps * s.c_in, 1024),
-        num_warps=8, num_stages=1,
+    launch(_dh1_kernel, (splits, blocks1),
+        dh2, h1, x, w1, w2, dx_taps, dw2 if s.sums[1] else None, dw1, db1, numbers, *images,
+        tiles1,
+        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile1.block_p,
+        BLOCK_D=tile1.block_d, BLOCK_K=tile1.block_k, BLOCK_X=_block(s.taps * s.c_in),
+        num_warps=tile1.warps, num_stages=1,
     )  # fmt: skip
-    dx = launch_sum_taps(dh1 @ _rows(w1), None, x, s, s.c_in, -1)
-    total = dict(zip(sizes, partial.sum(0).split(list(sizes.values())), strict=True))
-    dw2 = total["w2"] if dw2_in_kernel else (dh2.t() @ h1).float()
-    return (
-        dx, _like(w1, total["w1"].view(s.width, s.taps, s.c_in)), total["b1"], dw2.view(w2.shape),
-        total["b2"], _like(w3, total["w3"].view(s.c_out, s.taps, s.width)), total["b3"],
-    )  # fmt: skip
-
-
-# Up to this width a program has room for its columns of d W2; wider ones leave it to a matrix
-# product, which reads d h2 and h1 once more.
-DW2_WIDTH = 128
-
-
-def _rows(w: Tensor) -> Tensor:
-    """A weight (out, in, 3, 3) in channels_last, or (out, in), as (out, taps * in): no copy."""
-    return w.movedim(1, -1).reshape(len(w), -1)
-
-
-def _like(w: Tensor, dw: Tensor) -> Tensor:
-    """(out, taps, in) with the axes of the weight w, in channels_last where it has four."""
-    if w.dim() == 2:
-        return dw[:, 0]
-    return dw.unflatten(1, w.shape[2:]).movedim(-1, 1)
+    dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, -1, blocks1)
+    if s.sums[1]:
+        return dx, partial.sum(0), partial.new_empty(0)
+    return dx, partial.sum(0), (_rows(dh2).t() @ _rows(h1)).float()
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
@@ -373,18 +472,21 @@ def prefers_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
     By default the faster one in training on this card, measured at first use; $MFLOW_NETWORK, as
     "torch" or "fused", decides otherwise. One choice serves all directions: a reversible chain runs
-    a network in its forward pass and again in its backward pass, and must get the same bits.
+    a network in its forward pass and again in its backward pass, and must get the same bits. A
+    compiler fuses torch's layers itself: it gets them unless $MFLOW_NETWORK is "fused".
     """
     choice = requested()
+    if torch.compiler.is_compiling():
+        return choice == "fused"
     if choice != "auto" or not x.is_cuda:
         return choice != "torch"
-    s = Shape.of(x, weights[0], weights[4])
+    s = Shape.of(x, len(weights[0]), len(weights[4]))
     pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
     key = f"{x.dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
     return fused_is_faster(
         key,
         partial(_train, coupling_network, x, weights),
-        partial(_train, coupling_network_ref, x, weights),
+        partial(_train, lambda *given: coupling_network_ref(*given)[0], x, weights),
         x.device,
     )
 
@@ -400,57 +502,105 @@ def _train(run: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor]) -> 
             torch.autograd.grad(params, (x, *lowered), torch.ones_like(params))
 
 
+def _by_kernels(x: Tensor) -> bool:
+    """Whether kernels compute a network of x; else the reference does."""
+    return uses_triton(x) and x.dtype != torch.float64
+
+
 def _dense(x: Tensor) -> Tensor:
     """x with its channels contiguous at each pixel."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
 
 
-def _lowered(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    """The weights in x's dtype and with channels contiguous, in one launch where any is not."""
-    dense = [_dense(w) if len(w) and w.dim() == 4 else w.contiguous() for w in weights]
-    if all(w.dtype == x.dtype for w in dense):
-        return dense
-    lowered = [torch.empty_like(w, dtype=x.dtype) for w in dense]
-    torch._foreach_copy_(lowered, dense)
-    return lowered
-
-
 def network_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
     precision: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """params, and h1 and h2 (pixels, width) where `keep`, else empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """params; h1 and h2 where `keep`, else empty; and the weights as the kernels read them."""
     x = _dense(x)
-    w1, w2, w3 = _lowered(x, [w1, w2, w3])
-    params, h1, h2 = launch_network(x, w1, b1, w2, b2, w3, b3, precision, keep)
-    nothing = x.new_empty(0)
-    return params, nothing if h1 is None else h1, nothing if h2 is None else h2
+    packed = pack(x, w1, w2, w3)
+    if _by_kernels(x):
+        params, h1, h2 = launch_network(x, packed, b1, b2, b3, precision, keep)
+    else:
+        s = Shape.of(x, len(w1), len(w3))
+        v1, v2, v3 = s.layers(s.unpack(packed))
+        c1, c2, c3 = (b.to(x.dtype) for b in (b1, b2, b3))
+        params, h1, h2 = map(_dense, coupling_network_ref(x, v1, c1, v2, c2, v3, c3))
+    if h1 is None or h2 is None or not keep:
+        h1, h2 = x.new_empty(0), x.new_empty(0)
+    return params, h1, h2, packed
 
 
 def network_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor,
-    precision: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """d x, then those of w1, b1, w2, b2, w3 and b3 in the weights' dtype."""
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d x; the gradients that `Shape.sums` lists, one after the other; and d W2, empty if it is
+    among those. Sums are in float32 (float64)."""
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
-    w1_x, w2_x, w3_x = _lowered(x, [w1, w2, w3])
     with without_autocast(x):
-        dx, *gradients = launch_network_backward(dparams, x, h1, h2, w1_x, w2_x, w3_x, precision)
-    return dx, *(g.to(w1.dtype) for g in gradients)
+        if _by_kernels(x):
+            return launch_network_backward(dparams, x, h1, h2, packed, precision)
+        s = Shape.of(x, h1.shape[1], dparams.shape[1])
+        weights = s.layers(s.unpack(packed))
+        dx, dw1, db1, dw2, db2, dw3, db3 = coupling_network_backward_ref(
+            dparams, x, h1, h2, *weights
+        )
+        apart = x.new_empty(0)
+        if not s.sums[1]:
+            dw2, apart = apart, _rows(dw2)
+        sums = [*(_rows(dw).flatten() for dw in (dw1, dw2, dw3)), db1, db2, db3]
+    wide = accumulator(x.dtype)
+    return _dense(dx), torch.cat(sums).to(wide), apart.to(wide, copy=True)
+
+
+def _fake(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
+    precision: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    h1, h2 = (empty_images(x, len(w1)) if keep else x.new_empty(0) for _ in range(2))
+    packed = x.new_empty(w1.numel() + w2.numel() + w3.numel())
+    return empty_images(x, len(w3)), h1, h2, packed
+
+
+def _fake_backward(
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    s = Shape.of(x, h1.shape[1], dparams.shape[1])
+    apart = 0 if s.sums[1] else (s.width, s.width)
+    sums, dw2 = (x.new_empty(n, dtype=accumulator(x.dtype)) for n in (sum(s.sums), apart))
+    return empty_images(x, s.c_in), sums, dw2
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, _, w2, _, w3, _, ctx.precision, _ = inputs
-    ctx.save_for_backward(x, *output[1:], w1, w2, w3)
-    ctx.mark_non_differentiable(*output[1:])
+    x, *parameters, ctx.precision, _ = inputs
+    _, *kept = output
+    ctx.dtypes = [p.dtype for p in parameters]
+    ctx.save_for_backward(x, *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # or autograd fills gradients of h1 and h2 with zeros
 
 
-def _backward(ctx: Any, dparams: Tensor, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
-    return (*run(dparams, *ctx.saved_tensors, ctx.precision), None, None)
+def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
+    if dparams is None:
+        return (None,) * 9
+    x, h1, *_ = ctx.saved_tensors
+    s = Shape.of(x, h1.shape[1], dparams.shape[1])
+    dx, sums, apart = run(dparams, *ctx.saved_tensors, ctx.precision)
+    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else apart, dw3]))
+    gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
+    return dx, *(g.to(dtype) for g, dtype in gradients), None, None
 
 
-network_eager = eager_function(network_forward, _setup, partial(_backward, run=network_backward))
+coupling_network_op, network_eager = register(
+    "coupling_network",
+    network_forward,
+    network_backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def coupling_network(
@@ -471,6 +621,11 @@ def coupling_network(
     """
     precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     given = (x, w1, b1, w2, b2, w3, b3)
+    if transformed():
+        return coupling_network_ref(*given)[0]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    run = network_eager if keep else network_forward
-    return run(*given, precision, keep)[0]
+    if torch.compiler.is_compiling():
+        run = coupling_network_op
+    else:
+        run = network_eager if keep else network_forward
+    return cast(Tensor, run(*given, precision, keep)[0])
