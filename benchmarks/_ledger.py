@@ -14,6 +14,7 @@ under these rules:
 - cuDNN runs in channels_last where its input or its weight is in channels_last. A tensor in the
   other layout is converted first, one launch that reads and writes it.
 - `pixel_shuffle` and `pixel_unshuffle` are one copy, and their result is contiguous, as on CUDA.
+- The state of the host's random generator, bytes in uint8, is no work of a GPU.
 - A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
   bound.
 
@@ -85,7 +86,7 @@ class _Counter(TorchDispatchMode):
 
     def add(self, name: str, inputs: list[Tensor], outputs: list[Tensor], flops: int = 0) -> None:
         tensors = [t for t in (*inputs, *outputs) if t.numel()]
-        if not tensors:
+        if not tensors or all(t.dtype == torch.uint8 for t in tensors):
             return
         largest = max(tensors, key=nbytes)
         side = max((t.shape[2] for t in tensors if self.has_pixels(t)), default=0)

@@ -255,6 +255,7 @@ class _Entered:
         with torch.enable_grad():
             self.mixes = group.mixes(dtype)
         self.inverse = torch.linalg.inv_ex(self.mixes.weight.detach().double())[0]
+        self.rounded_inverse = self.inverse.to(self.mixes.weight.dtype)
         self.left = len(group.steps)
         self.partials: list[tuple[int, Tensor, Tensor]] = []
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
@@ -262,7 +263,7 @@ class _Entered:
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """weight, bias and the inverse weight of a step."""
         weight, bias = (t.detach()[row] for t in self.mixes[:2])
-        return weight, bias, self.inverse[row].to(weight.dtype)
+        return weight, bias, self.rounded_inverse[row]
 
     def gather(self, row: int, gram: Tensor, dbias: Tensor) -> None:
         """Take a step's partial sums of gram and d bias; many steps' are added in one launch."""

@@ -15,16 +15,18 @@ Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
     d W3, d W2, d W1, d b3, d b2, d b1: sums over pixels of products of the above
 
-Two launches compute d h2 and d h1, each with the gradient of the weights whose operands are on the
-chip then, as partial sums that one reduction adds in a fixed order: the same bits on every run.
+One launch computes d h2, another d h1 and its product with the taps of W1; each also computes the
+gradients of the weights whose operands are on the chip then, as partial sums that one reduction
+adds in a fixed order: the same bits on every run. A third launch adds the taps of d x.
 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
-torch.nn.Conv2d and torch.nn.Linear have them, those of convolutions in channels_last.
-dtypes: float32, bfloat16 and float16 for all tensors alike; products are summed in float32, `taps`
-and the hidden tensors have x's dtype.
+torch.nn.Conv2d and torch.nn.Linear have them.
+dtypes: the kernels take bfloat16 and float16. Products are summed in float32; `taps` and the hidden
+tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory: the reference
+computes those networks.
 Bytes at least, in hidden tensors H: forward none, or 2 H written where gradients will be asked for;
-backward h2 read, d h2 written, d h2 and h1 read, d h1 written and read: 6 H. cuDNN's convolutions,
-each with a pass for its bias and one for ReLU, take 12 H and 16 H.
+backward h2 read, d h2 written, d h2 and h1 read: 4 H, and 2 H more past DW2_WIDTH. cuDNN's
+convolutions, each with a pass for its bias and one for ReLU, take 12 H and 16 H.
 """
 
 import math
@@ -128,7 +130,7 @@ def load_w3(w3, d, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
 def _network_kernel(
     x, w1, b1, w2, b2, w3, taps, h1, h2, PIXELS, H, W,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """taps of one tile of pixels and one block of columns; h1 and h2 too where they are given."""
@@ -146,20 +148,20 @@ def _network_kernel(
             k = inner + tl.arange(0, BLOCK_K)
             at_w1 = w1 + k[None, :] * (TAPS * C_IN) + i[:, None]
             w1_t = tl.load(at_w1, mask=(k < WIDTH)[None, :] & (i < TAPS * C_IN)[:, None], other=0.0)
-            h1_t = tl.dot(x_t, w1_t, input_precision=PRECISION)
+            h1_t = tl.dot(x_t, w1_t)
             h1_t += tl.load(b1 + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
             h1_t = relu(h1_t).to(x_t.dtype)
             if h1 is not None and (start == 0) & (tl.program_id(1) == 0):
                 tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
             at_w2 = w2 + d[None, :] * WIDTH + k[:, None]
             w2_t = tl.load(at_w2, mask=(d < WIDTH)[None, :] & (k < WIDTH)[:, None], other=0.0)
-            h2_t = tl.dot(h1_t, w2_t, h2_t, input_precision=PRECISION)
+            h2_t = tl.dot(h1_t, w2_t, h2_t)
         h2_t += tl.load(b2 + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
         h2_r = relu(h2_t).to(x_t.dtype)
         if h2 is not None and tl.program_id(1) == 0:
             tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
         w3_t = tl.trans(load_w3(w3, d, C_OUT, WIDTH, TAPS, j))
-        taps_t = tl.dot(h2_r, w3_t, taps_t, input_precision=PRECISION)
+        taps_t = tl.dot(h2_r, w3_t, taps_t)
     at_taps = taps + p.to(tl.int64)[:, None] * (TAPS * C_OUT) + j[None, :]
     tl.store(at_taps, taps_t, mask=valid & (j < TAPS * C_OUT)[None, :])
 
@@ -188,7 +190,7 @@ def _sum_taps_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _dh2_kernel(
     dparams, h2, w3, dh2, dw3, db3, db2, NUMBERS, PIXELS, H, W, TILES,
-    WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """d h2 of a block of hidden channels, over every `splits`-th tile of pixels, and this program's
@@ -206,10 +208,10 @@ def _dh2_kernel(
         at = p.to(tl.int64)[:, None] * WIDTH + d[None, :]
         g_t = load_taps(dparams, p, PIXELS, H, W, C_OUT, TAPS, -1, BLOCK_J)
         h2_t = tl.load(h2 + at, mask=inside, other=0.0)
-        dh2_t = tl.dot(g_t, w3_t, input_precision=PRECISION)
+        dh2_t = tl.dot(g_t, w3_t)
         dh2_t = tl.where(h2_t.to(tl.float32) <= 0.0, 0.0, dh2_t)
         tl.store(dh2 + at, dh2_t, mask=inside)
-        dw3_t = tl.dot(tl.trans(g_t), h2_t, dw3_t, input_precision=PRECISION)
+        dw3_t = tl.dot(tl.trans(g_t), h2_t, dw3_t)
         db3_t += tl.sum(g_t.to(tl.float32), axis=0)
         db2_t += tl.sum(dh2_t, axis=0)
     row = split.to(tl.int64) * NUMBERS
@@ -225,7 +227,7 @@ def _dh2_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _dh1_kernel(
     dh2, h1, x, w1, w2, dx_taps, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
-    C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
+    C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """d h1 of a block of hidden channels, over every `splits`-th tile of pixels; its products with
@@ -252,17 +254,17 @@ def _dh1_kernel(
             dh2_t = tl.load(dh2 + hidden + o[None, :], mask=there, other=0.0)
             at_w2 = w2 + o[:, None] * WIDTH + d[None, :]
             w2_t = tl.load(at_w2, mask=(o < WIDTH)[:, None] & (d < WIDTH)[None, :], other=0.0)
-            dh1_t = tl.dot(dh2_t, w2_t, dh1_t, input_precision=PRECISION)
+            dh1_t = tl.dot(dh2_t, w2_t, dh1_t)
             if dw2 is not None:
-                dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t, input_precision=PRECISION)
+                dw2_t = tl.dot(tl.trans(dh2_t), h1_t, dw2_t)
         dh1_t = tl.where(h1_t.to(tl.float32) <= 0.0, 0.0, dh1_t)
         db1_t += tl.sum(dh1_t, axis=0)
         dh1_r = dh1_t.to(h1_t.dtype)
         x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
-        dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t, input_precision=PRECISION)
+        dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
         at_w1 = w1 + d[:, None] * (TAPS * C_IN) + i[None, :]
         w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :], other=0.0)
-        dx_t = tl.dot(dh1_r, w1_t, input_precision=PRECISION)
+        dx_t = tl.dot(dh1_r, w1_t)
         part = p.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         at_dx = dx_taps + part[:, None] * (TAPS * C_IN) + i[None, :]
         tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (i < TAPS * C_IN)[None, :])
@@ -384,7 +386,7 @@ def dh1_tile(s: Shape) -> Tile:
 
 
 def launch_network(
-    x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, precision: str, keep: bool
+    x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Two launches: params, and h1 and h2 where `keep`."""
     s = Shape.of(x, len(b1), len(b3))
@@ -395,7 +397,7 @@ def launch_network(
     launch(_network_kernel,
         (triton.cdiv(s.pixels, tile.block_p), triton.cdiv(s.taps * s.c_out, tile.block_j)),
         x, w1, b1, w2, b2, w3, taps, h1, h2, s.pixels, s.height, s.image_width,
-        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision,
+        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps,
         BLOCK_P=tile.block_p, BLOCK_X=_block(s.taps * s.c_in), BLOCK_D=tile.block_d,
         BLOCK_K=tile.block_k, BLOCK_J=tile.block_j, num_warps=tile.warps,
     )  # fmt: skip
@@ -420,7 +422,7 @@ PROGRAMS = 264  # of a launch that sums over pixels: two for each multiprocessor
 
 
 def launch_network_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Three launches and one sum of the partial sums: see `network_backward`."""
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
@@ -439,13 +441,13 @@ def launch_network_backward(
     images = s.pixels, s.height, s.image_width
     launch(_dh2_kernel, (splits, blocks2),
         dparams, h2, w3, dh2, dw3, db3, db2, numbers, *images, tiles2,
-        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile2.block_p,
+        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, BLOCK_P=tile2.block_p,
         BLOCK_D=tile2.block_d, BLOCK_J=tile2.block_j, num_warps=tile2.warps, num_stages=1,
     )  # fmt: skip
     launch(_dh1_kernel, (splits, blocks1),
         dh2, h1, x, w1, w2, dx_taps, dw2 if s.sums[1] else None, dw1, db1, numbers, *images,
         tiles1,
-        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, PRECISION=precision, BLOCK_P=tile1.block_p,
+        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, BLOCK_P=tile1.block_p,
         BLOCK_D=tile1.block_d, BLOCK_K=tile1.block_k, BLOCK_X=_block(s.taps * s.c_in),
         num_warps=tile1.warps, num_stages=1,
     )  # fmt: skip
@@ -456,15 +458,12 @@ def launch_network_backward(
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether the kernels compute this network on the input x: in 16 bits, where the taps of a
-    pixel fit a program: states of images with up to 28 channels, 56 where the network is narrow."""
-    if not uses_triton(x) or x.dim() not in (2, 4) or not x.numel():
-        return False
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    """Whether the kernels compute this network on the input x: in 16 bits, with a width of 16 to
+    1,024, for images with at most 56 channels."""
+    if not _by_kernels(x) or x.dim() not in (2, 4) or not x.numel():
         return False
     taps = 9 if x.dim() == 4 else 1
-    most = 512 if len(w1) <= DW2_WIDTH else 256
-    return taps * w3.shape[0] <= most and taps * w1.shape[1] <= 256 and 16 <= len(w1) <= 1024
+    return taps * w3.shape[0] <= 512 and taps * w1.shape[1] <= 256 and 16 <= len(w1) <= 1024
 
 
 def prefers_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -503,8 +502,9 @@ def _train(run: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor]) -> 
 
 
 def _by_kernels(x: Tensor) -> bool:
-    """Whether kernels compute a network of x; else the reference does."""
-    return uses_triton(x) and x.dtype != torch.float64
+    """Whether kernels compute a network of x; else the reference does. Tiles of float32 numbers do
+    not fit the shared memory."""
+    return uses_triton(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -514,13 +514,13 @@ def _dense(x: Tensor) -> Tensor:
 
 def network_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    precision: str, keep: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """params; h1 and h2 where `keep`, else empty; and the weights as the kernels read them."""
     x = _dense(x)
     packed = pack(x, w1, w2, w3)
     if _by_kernels(x):
-        params, h1, h2 = launch_network(x, packed, b1, b2, b3, precision, keep)
+        params, h1, h2 = launch_network(x, packed, b1, b2, b3, keep)
     else:
         s = Shape.of(x, len(w1), len(w3))
         v1, v2, v3 = s.layers(s.unpack(packed))
@@ -532,14 +532,14 @@ def network_forward(
 
 
 def network_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d x; the gradients that `Shape.sums` lists, one after the other; and d W2, empty if it is
     among those. Sums are in float32 (float64)."""
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
     with without_autocast(x):
         if _by_kernels(x):
-            return launch_network_backward(dparams, x, h1, h2, packed, precision)
+            return launch_network_backward(dparams, x, h1, h2, packed)
         s = Shape.of(x, h1.shape[1], dparams.shape[1])
         weights = s.layers(s.unpack(packed))
         dx, dw1, db1, dw2, db2, dw3, db3 = coupling_network_backward_ref(
@@ -555,7 +555,7 @@ def network_backward(
 
 def _fake(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    precision: str, keep: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     h1, h2 = (empty_images(x, len(w1)) if keep else x.new_empty(0) for _ in range(2))
     packed = x.new_empty(w1.numel() + w2.numel() + w3.numel())
@@ -563,7 +563,7 @@ def _fake(
 
 
 def _fake_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, precision: str
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     apart = 0 if s.sums[1] else (s.width, s.width)
@@ -572,7 +572,7 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *parameters, ctx.precision, _ = inputs
+    x, *parameters, _ = inputs
     _, *kept = output
     ctx.dtypes = [p.dtype for p in parameters]
     ctx.save_for_backward(x, *kept)
@@ -582,14 +582,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
     if dparams is None:
-        return (None,) * 9
+        return (None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dx, sums, apart = run(dparams, *ctx.saved_tensors, ctx.precision)
+    dx, sums, apart = run(dparams, *ctx.saved_tensors)
     dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else apart, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
-    return dx, *(g.to(dtype) for g, dtype in gradients), None, None
+    return dx, *(g.to(dtype) for g, dtype in gradients), None
 
 
 coupling_network_op, network_eager = register(
@@ -609,17 +609,16 @@ def coupling_network(
     """Glow's coupling network (arXiv 1807.03039, section 4), forward and backward in few launches.
 
     Args:
-        x: (N, C_in, H, W), best in channels_last, or (N, C_in); float32, bfloat16, float16.
+        x: (N, C_in, H, W), best in channels_last, or (N, C_in). Kernels compute it in bfloat16 and
+            float16, torch's layers in float32 and float64.
         w1, b1: (width, C_in, 3, 3), or (width, C_in) for vectors, and (width,).
         w2, b2: (width, width, 1, 1) or (width, width), and (width,).
         w3, b3: (C_out, width, 3, 3) or (C_out, width), and (C_out,). Weights may be wider than x,
-            as under autocast; they are rounded to its dtype.
+            as under autocast; they are rounded to its dtype, and their gradients are not.
 
     Returns:
-        params (N, C_out, *spatial) in x's dtype. float32 products follow
-        `torch.backends.cudnn.allow_tf32`, as torch's convolutions do.
+        params (N, C_out, *spatial) in x's dtype.
     """
-    precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     given = (x, w1, b1, w2, b2, w3, b3)
     if transformed():
         return coupling_network_ref(*given)[0]
@@ -628,4 +627,4 @@ def coupling_network(
         run = coupling_network_op
     else:
         run = network_eager if keep else network_forward
-    return cast(Tensor, run(*given, precision, keep)[0])
+    return cast(Tensor, run(*given, keep)[0])

@@ -20,7 +20,7 @@ from mflow_kernels.ops.coupling_network import (
 )
 from mflow_kernels.testing import assert_close
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, torch.float16]
 # x's shape, width and C_out. Vectors; one pixel; one row; odd channels and sizes with several tiles
 # of pixels; d W2 apart from the kernels; columns of taps, and blocks of d x, past one program.
 CASES = [
@@ -133,14 +133,14 @@ def test_hidden_tensors_change_no_bit(
     given = [t.detach() for t in sample(*case, dtype, kernel_device)]
     x, w1, b1, w2, b2, w3, b3 = given
     packed = pack(x, w1, w2, w3)
-    kept, h1, h2 = launch_network(x, packed, b1, b2, b3, "tf32x3", True)
-    params, *nothing = launch_network(x, packed, b1, b2, b3, "tf32x3", False)
+    kept, h1, h2 = launch_network(x, packed, b1, b2, b3, True)
+    params, *nothing = launch_network(x, packed, b1, b2, b3, False)
     assert torch.equal(params, kept)
     assert nothing == [None, None]
     assert h1 is not None
     assert h2 is not None
     dparams = normal(*params.shape, device=x.device).to(dtype)
-    runs = [network_backward(dparams, x, h1, h2, packed, "tf32x3") for _ in range(2)]
+    runs = [network_backward(dparams, x, h1, h2, packed) for _ in range(2)]
     assert all(map(torch.equal, *runs))
 
 
@@ -165,10 +165,10 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
 def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = sample(shape, 16, 4, dtype, device)
-    torch.library.opcheck(coupling_network_op, (*given, "tf32x3", True))
+    torch.library.opcheck(coupling_network_op, (*given, True))
     detached = [t.detach() for t in given]
-    params, h1, h2, packed = network_forward(*detached, "tf32x3", True)
+    params, h1, h2, packed = network_forward(*detached, True)
     torch.library.opcheck(
         torch.ops.mflow.coupling_network_backward.default,
-        (torch.ones_like(params), detached[0], h1, h2, packed, "tf32x3"),
+        (torch.ones_like(params), detached[0], h1, h2, packed),
     )
