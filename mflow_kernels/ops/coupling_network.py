@@ -366,9 +366,11 @@ DW2_WIDTH = 128
 
 
 def forward_tile(s: Shape) -> Tile:
-    block_j = _block(s.taps * s.c_out, 512 if s.width <= 128 else 256)
-    block_d = _block(s.width, 128 if block_j > 128 or s.width > 256 else 256)
-    return Tile(64, block_d, _block(s.width, 64 if block_j <= 256 else 32), block_j, 8)
+    columns = _block(s.taps * s.c_out)
+    if s.width <= 128:
+        return Tile(64, _block(s.width), 64 if columns <= 256 else 32, min(columns, 512), 8)
+    block_d = 256 if columns <= 128 and s.width <= 256 else 128
+    return Tile(64 if columns <= 256 else 32, block_d, 64, min(columns, 256), 8)
 
 
 def dh2_tile(s: Shape) -> Tile:
