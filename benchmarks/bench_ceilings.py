@@ -13,10 +13,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, Measured, size_of, slug
-from benchmarks._fresh import Died, fresh
-from benchmarks._measure import REPLAY, peak_bytes, seconds
-from benchmarks._models import Model, Spec, shared_results
+from benchmarks.harness.fresh import Died, fresh
+from benchmarks.harness.groups import Bench, Measured, size_of, slug
+from benchmarks.harness.measure import REPLAY, peak_bytes, seconds
+from benchmarks.harness.models import Model, Spec, shared_results
 
 VARIANTS = ("ours, reversible", "plain", "checkpointing")
 SECONDS_A_VARIANT = 60  # its process is ended then

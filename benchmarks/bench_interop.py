@@ -12,10 +12,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks._bench import Bench, Measured, Missing, size_of, slug
-from benchmarks._fresh import fresh
-from benchmarks._measure import REPLAY, Call, interleaved, peak_bytes
-from benchmarks._models import Spec, assert_gradient_close
+from benchmarks.harness.fresh import fresh
+from benchmarks.harness.groups import Bench, Measured, Missing, size_of, slug
+from benchmarks.harness.measure import REPLAY, Call, interleaved, peak_bytes
+from benchmarks.harness.models import Spec, assert_gradient_close
 from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 

@@ -4,9 +4,9 @@ time of the flow's own operators."""
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, size_of, slug
-from benchmarks._measure import REPLAY
-from benchmarks._models import INVERTIBLE, Spec, measure
+from benchmarks.harness.groups import Bench, size_of, slug
+from benchmarks.harness.measure import REPLAY
+from benchmarks.harness.models import INVERTIBLE, Spec, measure
 
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")

@@ -4,9 +4,9 @@ and width, with the peak memory of a training step from a process of its own."""
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, size_of, slug
-from benchmarks._measure import REPLAY
-from benchmarks._models import Spec, measure, variants
+from benchmarks.harness.groups import Bench, size_of, slug
+from benchmarks.harness.measure import REPLAY
+from benchmarks.harness.models import Spec, measure, variants
 
 ROUNDS = 5
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks._bench import Bench, Measured, Missing, size_of, slug
-from benchmarks._measure import REPLAY, interleaved, launches, peak_bytes
-from benchmarks._operators import Function, Operation, Shape, operations
+from benchmarks.harness.groups import Bench, Measured, Missing, size_of, slug
+from benchmarks.harness.measure import REPLAY, interleaved, launches, peak_bytes
+from benchmarks.harness.operators import Function, Operation, Shape, operations
 
 ROUNDS = 7
 VARIANTS = ("ours", "eager", "compiled")

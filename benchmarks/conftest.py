@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks._bench import Bench, open_bench
-from benchmarks._measure import CLOCKS
+from benchmarks.harness.groups import Bench, open_bench
+from benchmarks.harness.measure import CLOCKS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

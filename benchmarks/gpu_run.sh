@@ -95,7 +95,7 @@ export -f all_at_once
 # shards COMMAND: lines of as many parts of a pytest command as there are cores; one may be empty.
 shards() {
   for ((i = 1; i <= cores; i++)); do
-    echo "python3 -m pytest $* -p benchmarks._shard --shard $i/$cores || [ \$? -eq 5 ]"
+    echo "python3 -m pytest $* -p benchmarks.harness.shard --shard $i/$cores || [ \$? -eq 5 ]"
   done
 }
 
@@ -119,7 +119,7 @@ else
   sizes=(--device cuda)
   cores=$(env -u OMP_NUM_THREADS nproc) # which would count those threads
   # Where GPU tests are; of those the one left out reads digits of a package that is not there.
-  tests=(tests/ops tests/layers tests/models tests/test_objectives.py
+  tests=(tests/ops tests/layers tests/models tests/models/test_objectives.py
     --ignore tests/models/test_plain_glow.py)
   # Without its CUDA part it is built all the same, and the part has failed.
   build=(bash -c 'MFLOW_CUDA=1 python3 setup.py build_ext --inplace ||

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._rows import Row, Runs, merged, ratio, runs, spread
-from benchmarks._table import save
+from benchmarks.harness.rows import Row, Runs, merged, ratio, runs, spread
+from benchmarks.harness.table import save
 
 MIB = 2**20
 KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save:
         save(options.save, content)
     if options.out:
-        from benchmarks._plots import draw
+        from benchmarks.harness.plots import draw
 
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = draw(new.rows, options.out)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mflow_kernels import layers as layers
     from mflow_kernels import models as models
-    from mflow_kernels import objectives as objectives
     from mflow_kernels import ops as ops
     from mflow_kernels.layers import (
         ActNorm,
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
         HierarchicalFlow,
         IntrinsicDimension,
         ManifoldFlow,
+        ManifoldObjective,
+        Terms,
         VectorFlow,
+        bits_per_dimension,
         estimate_intrinsic_dimension,
         latent_importance,
         manifold_mask_from_data,
     )
-    from mflow_kernels.objectives import ManifoldObjective, Terms, bits_per_dimension
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,7 @@ __all__ = [
     "manifold_mask_from_data",
 ]
 
-_PARTS = ("layers", "models", "objectives")
+_PARTS = ("layers", "models")
 
 if not TYPE_CHECKING:  # to a type checker it would make every misspelt name an attribute
 

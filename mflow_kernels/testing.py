@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.ops._checks import check_count, check_tensor
+from mflow_kernels.ops.checks import check_count, check_tensor
 
 # Rounding a result to `dtype` costs half an eps; summing n rounded terms of random sign costs about
 # sqrt(n) of them. SAFETY covers the spread around that expectation and the handful of roundings of

@@ -5,16 +5,18 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mflow_kernels import ops
-from mflow_kernels.ops._launch import dense_pixels
 from mflow_kernels.ops.actnorm import actnorm_ref
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref
+from mflow_kernels.ops.launch import dense_pixels
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -150,6 +152,47 @@ class Operator:
         return {name: made[name]().requires_grad_() for name in self.inputs}
 
 
+class HostReads(TorchDispatchMode):
+    """Lists the operators that make the host wait for a number from the device.
+
+    A test on a CPU sees with it what would wait on a GPU. The state of a generator (uint8) does not
+    count: it lies on the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __enter__(self) -> "HostReads":
+        self._tolist = Tensor.tolist
+
+        def tolist(t: Tensor) -> Any:  # which no operator shows
+            self.found.append("tolist")
+            return self._tolist(t)
+
+        Tensor.tolist = tolist  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reads = func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.is_nonzero.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        # Indexing by a mask counts its elements.
+        reads |= "index" in str(func) and any(t.dtype == torch.bool for t in tensors[1:])
+        if reads and all(t.dtype != torch.uint8 for t in tensors):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def _actnorm(inverse: bool) -> Operator:
     def reference(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
         logdet = (-1 if inverse else 1) * math.prod(x.shape[2:]) * log_scale.sum()
@@ -170,7 +213,7 @@ def _coupling(inverse: bool, mix: bool) -> Operator:
     ) -> tuple[Tensor, ...]:
         y, log_s = affine_coupling_ref(x, params, scale, inverse)
         y = y if weight is None else conv1x1_ref(y, weight, bias)
-        return y, log_s.reshape(x.shape[0], -1).sum(1)
+        return y, log_s.flatten(1).sum(1)
 
     if mix:
         call = ops.coupling_inverse_conv1x1 if inverse else ops.coupling_conv1x1

@@ -8,7 +8,7 @@ import triton.language as tl
 from ptx.launch import Device, installed
 from triton.runtime import interpreter
 
-from mflow_kernels.ops import _launch
+from mflow_kernels.ops import launch
 
 # Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
 torch.set_num_threads(1)
@@ -58,13 +58,13 @@ interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
 # MFLOW_PTX=sm_90, or sm_90,late: kernels run compiled for that architecture, in tests/ptx.
 ARCH, *FLAGS = os.environ.get("MFLOW_PTX", "").split(",")
 if ARCH:
-    if _launch.KERNELS_ON_CPU:
+    if launch.KERNELS_ON_CPU:
         raise pytest.UsageError("MFLOW_PTX runs compiled kernels: unset TRITON_INTERPRET")
     if set(FLAGS) - {"late"}:
         raise pytest.UsageError(
             f"MFLOW_PTX: expected an architecture and perhaps late, got {FLAGS}"
         )
-    _launch.KERNELS_ON_CPU = True
+    launch.KERNELS_ON_CPU = True
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -80,7 +80,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return _device(request.param)
 
 
-@pytest.fixture(params=[*(["cpu"] if _launch.KERNELS_ON_CPU else []), CUDA])
+@pytest.fixture(params=[*(["cpu"] if launch.KERNELS_ON_CPU else []), CUDA])
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     """Where operators run their Triton kernels: the CPU under TRITON_INTERPRET=1 or MFLOW_PTX."""
     return _device(request.param)

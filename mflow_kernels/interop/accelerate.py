@@ -9,17 +9,17 @@ from types import ModuleType
 
 from torch import nn
 
+from mflow_kernels.interop.fingerprints import why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.interop.params import Pair, Params, has_hooks
 from mflow_kernels.interop.report import Left, Replaced, Report
-from mflow_kernels.interop.run import Coupling, Part, Run, why_not
-from mflow_kernels.interop.swap import (
+from mflow_kernels.interop.sequence import Coupling, Part, Run, why_not
+from mflow_kernels.interop.subclasses import (
     accelerate_module,
     decelerate_module,
     is_accelerated,
 )
-from mflow_kernels.interop.tested import why_untested
-from mflow_kernels.layers.moves import Squeezing
+from mflow_kernels.reversible.program import Squeezing
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
 
@@ -54,7 +54,7 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     notes: list[str] = []
     named = []
     for library in sorted(libraries):
-        adapter = importlib.import_module(f"mflow_kernels.interop.{_ADAPTERS[library]}")
+        adapter = importlib.import_module(f"mflow_kernels.interop.{_ADAPTERS[library]}.adapter")
         walk = Walk(adapter, reversible)
         walk.visit(model, "")
         replaced += walk.replaced

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.layers.moves import Mixes
-from mflow_kernels.ops._launch import is_channels_last, transformed, without_autocast
 from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.launch import is_channels_last, transformed, without_autocast
+from mflow_kernels.reversible.program import Mixes
 
 
 class Affine(NamedTuple):
@@ -174,8 +174,8 @@ class Folded(NamedTuple):
     log_det: Tensor
 
 
-def _inverted(step: Affine) -> Affine:
-    """The inverse maps, in float64; x = W^-1 (y - b)."""
+def _inverted(step: Affine, check: bool) -> Affine:
+    """The inverse maps, in float64; x = W^-1 (y - b). `check` as for `inverse_mix`."""
     weight, bias, log_det, inverse = step
     bias = None if bias is None else bias.double()
     log_det = None if log_det is None else -log_det
@@ -189,7 +189,7 @@ def _inverted(step: Affine) -> Affine:
         bias = None if bias is None else -(inverse @ bias[:, :, None]).squeeze(2)
         return Affine(inverse, bias, log_det)
     zero = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return Affine(*inverse_mix(weight, zero), log_det)
+    return Affine(*inverse_mix(weight, zero, check=check), log_det)
 
 
 def _fold_alike(
@@ -198,6 +198,7 @@ def _fold_alike(
     device: torch.device,
     dtype: torch.dtype,
     inverted: bool,
+    check: bool,
 ) -> Folded:
     """Rows of one signature, column by column."""
     k = len(rows)
@@ -210,7 +211,7 @@ def _fold_alike(
         step = _read(column, channels, device)
         if tuple(step.weight.shape[:2]) != (k, channels):
             raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
-        step = _inverted(step) if inverted else step
+        step = _inverted(step, check) if inverted else step
         if not step.weight.is_floating_point():
             if weight is None:
                 weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
@@ -251,11 +252,14 @@ class Rows:
         self.steps = [tuple(row) for row in rows]
         self.channels, self.device, self.inverted = channels, device, inverted
 
-    def mixes(self, dtype: torch.dtype) -> Mixes:
+    def mixes(self, dtype: torch.dtype, *, check: bool = False) -> Mixes:
         """All rows as they are walked, those of one signature in one batch, outside autocast.
 
+        Args:
+            check: as for `inverse_mix`.
+
         Raises:
-            ValueError: where an inverse is asked for of a W that is singular or not finite.
+            ValueError: with `check`, a W whose inverse is needed and does not exist.
         """
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(self.steps):
@@ -268,6 +272,7 @@ class Rows:
                     self.device,
                     dtype,
                     self.inverted,
+                    check,
                 )
                 for places in alike.values()
             ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import constant, select_channels
-from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops.launch import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -2,9 +2,9 @@
 
 from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
-from mflow_kernels.layers.reversible import ReversibleChain
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep
 

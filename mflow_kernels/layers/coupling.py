@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.networks import check_takes, coupling_net
-from mflow_kernels.ops._checks import (
+from mflow_kernels.ops.checks import (
     check_count,
     check_device,
     check_shape,
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops._launch import flow_state
+from mflow_kernels.ops.launch import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 

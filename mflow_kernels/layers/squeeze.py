@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.layers.moves import Squeezing
-from mflow_kernels.ops._checks import check_state
-from mflow_kernels.ops._launch import accumulator
+from mflow_kernels.ops.checks import check_state
+from mflow_kernels.ops.launch import accumulator
+from mflow_kernels.reversible.program import Squeezing
 
 
 class Squeeze(Bijection):

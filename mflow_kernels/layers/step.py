@@ -12,17 +12,17 @@ from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
-from mflow_kernels.layers.moves import Couple, Mix, Mixes, Move, run
-from mflow_kernels.ops._autograd import refuse_second_derivative
-from mflow_kernels.ops._checks import check_count
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.checks import check_count
+from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.launch import (
     accumulator,
     pixels,
     transformed,
     without_autocast,
 )
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.registration import refuse_second_derivative
 from mflow_kernels.ops.scale import Kind, ScaleFunction
+from mflow_kernels.reversible.program import Couple, Mix, Mixes, Move, run
 
 
 class FlowStep(Bijection):
@@ -56,15 +56,15 @@ class FlowStep(Bijection):
         group, dtype = Group([self], ["conv"], False), accumulator(x.dtype)
         moves: list[Move] = [Mix(0, 0), self.couple(False)]
         mixes = group.mixes(dtype)
-        z, _, ledger = run(moves, x, (), [mixes], context)
+        z, _, ledger = run(moves, x, (), {0: mixes}, context)
         return z, ops.accumulate_logdet(ledger, pixels(x) * mixes.log_det)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = self.coupling.checked("z", z)
         group, dtype = Group([self], ["conv"], True), accumulator(z.dtype)
         moves: list[Move] = [self.couple(True), Mix(0, 0)]
-        mixes = group.mixes(dtype)
-        x, _, ledger = run(moves, z, (), [mixes], context)
+        mixes = group.mixes(dtype, check=not torch.is_grad_enabled())
+        x, _, ledger = run(moves, z, (), {0: mixes}, context)
         return x, ops.accumulate_logdet(ledger, pixels(z) * mixes.log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,17 +87,19 @@ class Group(NamedTuple):
     names: list[str]
     inverted: bool
 
-    def mixes(self, dtype: torch.dtype) -> Mixes:
+    def mixes(self, dtype: torch.dtype, *, check: bool = False) -> Mixes:
         """Each step's folded 1x1 convolution, or its inverse computed in float64.
 
+        Args:
+            check: as for `inverse_mix`.
+
         Raises:
-            ValueError: with the name of the layer, where an inverse is asked for of a W that is
-                singular or not finite.
+            ValueError: with `check`, naming the layer whose inverse does not exist.
         """
         mixes = fold(self.steps, dtype)
         if not self.inverted:
             return mixes
-        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names)
+        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names, check=check)
         return Mixes(weight.to(dtype), bias.to(dtype), -mixes.log_det)
 
     def parameters(self) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.objectives import ManifoldObjective, Terms, bits_per_dimension
 from mflow_kernels.models.selection import (
     IntrinsicDimension,
     estimate_intrinsic_dimension,
@@ -17,7 +18,10 @@ __all__ = [
     "HierarchicalFlow",
     "IntrinsicDimension",
     "ManifoldFlow",
+    "ManifoldObjective",
+    "Terms",
     "VectorFlow",
+    "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",
     "manifold_mask_from_data",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.models.volume import Estimate, Method, log_volume
-from mflow_kernels.ops._checks import check_choice, check_count
+from mflow_kernels.ops.checks import check_choice, check_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

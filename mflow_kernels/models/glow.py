@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
-from mflow_kernels.ops._checks import check_count, check_tensor
-from mflow_kernels.ops._launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.checks import check_count, check_tensor
+from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
@@ -102,6 +102,8 @@ class Glow(_ChainFlow):
         numbers |= {"levels": levels, "steps": steps, "width": width}
         for name, number in numbers.items():
             check_count(name, number, 1)
+        if levels > 31:  # no image is so large, and 2 ** levels may be too large to compute
+            raise ValueError(f"levels: expected at most 31, got {levels}")
         if h % 2**levels or w % 2**levels:
             raise ValueError(
                 f"image_shape: expected height and width divisible by 2 ** levels = {2**levels}, "

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mflow_kernels.models.chart import Chart, sample_normal
 from mflow_kernels.models.manifold import ManifoldFlow
-from mflow_kernels.objectives import Terms
-from mflow_kernels.ops._checks import check_count
+from mflow_kernels.models.objectives import Terms
+from mflow_kernels.ops.checks import check_count
 
 
 class HierarchicalFlow(Chart):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.models.chart import Chart
-from mflow_kernels.objectives import ManifoldObjective, Terms
-from mflow_kernels.ops._checks import check_count, check_tensor
+from mflow_kernels.models.objectives import ManifoldObjective, Terms
+from mflow_kernels.ops.checks import check_count, check_tensor
 
 
 class ManifoldFlow(Chart):

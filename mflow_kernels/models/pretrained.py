@@ -15,7 +15,7 @@ from mflow_kernels.layers import Bijection
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
-from mflow_kernels.objectives import ManifoldObjective
+from mflow_kernels.models.objectives import ManifoldObjective
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
@@ -92,7 +92,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
     try:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a whole {WEIGHTS} in {folder} ({error})") from None
     architecture = _read(path / ARCHITECTURE, len(tensors))
     came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -104,10 +104,25 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         _compare(shapes, came, path)
         _compare(came, shapes, path)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {error}") from None
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        # RuntimeError, OverflowError: tensors of more elements than torch can count
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason}") from None
+    for name, own in model.state_dict().items():
+        tensor = tensors[name]
+        if tensor.dtype != own.dtype:
+            raise ValueError(
+                f"folder: expected {own.dtype} in {path / WEIGHTS}, not {name}'s dtype"
+            )
+        if not tensor.isfinite().all() or (is_fixed(name) and not tensor.equal(own)):
+            raise ValueError(f"folder: expected weights of a model in {path / WEIGHTS}: {name}")
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def is_fixed(name: str) -> bool:
+    """Whether the architecture alone decides the values of a tensor of a model."""
+    return name.rpartition(".")[2].startswith(("manifold_index", "off_mask_"))
 
 
 def _flow_shapes(flows: list[Bijection]) -> dict[str, tuple[int, ...]]:
@@ -136,6 +151,8 @@ def _read(path: Path, tensors: int) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise ValueError(f"{told} ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{told}, got JSON that is nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         came = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{told} with format {_FORMAT!r}, got {came!r}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
 from mflow_kernels.models.volume import PASS, jacobians
-from mflow_kernels.ops._checks import check_count
+from mflow_kernels.ops.checks import check_count
 
 LEAST_GAP = 2.0
 
@@ -45,7 +45,7 @@ def estimate_intrinsic_dimension(
 
     Costs D Jacobian products for each sample: some tens of samples do. A spectrum that falls
     without a step (as natural images' does) has no one answer: look at its picture
-    (`mflow_kernels.training.pictures.draw_spectrum`).
+    (`mflow_kernels.evaluation.pictures.draw_spectrum`).
 
     Args:
         flow: trained to likelihood on data with some noise, e.g. of dequantization, which bounds

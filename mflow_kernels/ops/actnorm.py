@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import operator, register
-from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
+from mflow_kernels.ops.launch import (
     RUN_TIME,
     TL_DTYPE,
     accumulator,
@@ -37,6 +36,7 @@ from mflow_kernels.ops._launch import (
     tile_columns,
     uses_triton,
 )
+from mflow_kernels.ops.registration import operator, register
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

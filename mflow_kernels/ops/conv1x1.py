@@ -12,7 +12,7 @@ Gradients, with g = d loss / d y:
 The launch can also write the input of the next coupling network, x_a of y, dense and in the
 network's dtype; its gradient comes back beside that of y and is added as both are read.
 
-The kernels, `_products.py`, are those of the fused step (`coupling_conv1x1`) too.
+The kernels, `channel_products.py`, are those of the fused step (`coupling_conv1x1`) too.
 
 Shapes: x (N, C, *spatial), weight (C, C), bias (C,). dtypes: products of float32 states are summed
 in float32 on the tensor cores with three tf32 products each ("tf32x3", within float32 rounding);
@@ -21,6 +21,7 @@ Bytes at least: forward x read and y written; backward g and x read, dx written.
 output channels of its pixels up to C = 128; past that each block of 128 reads the state again.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,16 +30,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import operator, register
-from mflow_kernels.ops._checks import (
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.channel_products import (
+    dweight_splits,
+    launch_dweight,
+    launch_mix,
+)
+from mflow_kernels.ops.checks import (
     check_choice,
     check_device,
     check_shape,
     check_tensor,
 )
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.launch import (
     accumulator,
+    capturing,
     cut_net_input,
     flow_state,
     in_layout_of,
@@ -46,11 +52,7 @@ from mflow_kernels.ops._launch import (
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops._products import (
-    dweight_splits,
-    launch_dweight,
-    launch_mix,
-)
+from mflow_kernels.ops.registration import operator, register
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -87,7 +89,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     the steps that were spread together, in a fixed order.
     """
     splits, c, dtype = dweight_splits(x), x.shape[1], accumulator(x.dtype)
-    weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).unsqueeze(-2)
+    weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).contiguous().unsqueeze(-2)
     return (
         weight.expand(*weight.shape[:-3], splits, c, c),
         bias.expand(*bias.shape[:-2], splits, c),
@@ -101,8 +103,8 @@ def conv1x1_forward(
     if uses_triton(x):
         y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
         return y, net
-    if _native.mixes(x):
-        return _native.mix(x, weight, bias, net_dtype)[:2]
+    if cpu.mixes(x):
+        return cpu.mix(x, weight, bias, net_dtype)[:2]
     y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
@@ -114,10 +116,11 @@ def conv1x1_backward(
     if uses_triton(x):
         dx, _, _ = launch_mix(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
-    if _native.mixes(x):
+    if cpu.mixes(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
-        _, _, dweight, dbias = _native.unmix(*halves, dnet, weight, None, None, dx)
+        dweight, dbias = cpu.sums(x)
+        cpu.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]
@@ -202,41 +205,52 @@ def conv1x1_inverse(
 ) -> Tensor:
     """Undo `conv1x1`: x = W^-1 (y - bias), with W inverted in float64. Arguments as there.
 
+    While gradients are recorded nothing waits for the device: x is NaN where weight is singular or
+    not finite. Under `torch.no_grad` it is an error.
+
     Raises:
-        ValueError: also where weight is singular or not finite.
+        ValueError: also, where no gradients are recorded, for a weight that is singular or not
+            finite.
     """
     y = flow_state("y", y)
     weight, bias = check_mix(y, weight, bias, precision)
     run = operator(conv1x1_op, conv1x1_forward)
-    return run(y, *spread(*inverse_mix(weight, bias), y), precision, None)[0]
+    mix = inverse_mix(weight, bias, check=not torch.is_grad_enabled())
+    return run(y, *spread(*mix, y), precision, None)[0]
 
 
 def _readable(x: Tensor) -> bool:
     """Whether the host may read numbers of x now."""
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not capturing(x.device)
 
 
 def inverse_mix(
-    weight: Tensor, bias: Tensor, names: Sequence[str] | None = None
+    weight: Tensor, bias: Tensor, names: Sequence[str] | None = None, *, check: bool
 ) -> tuple[Tensor, Tensor]:
     """W^-1 and -W^-1 bias in float64, differentiable, batched over leading axes.
 
+    W^-1 is NaN where W is singular or not finite, so that a loss computed with it is not finite.
+
     Args:
-        names: of the layers that the weights (K, C, C) are of, for the error.
+        names: names of the layers that the weights (K, C, C) belong to, for the error.
+        check: raise an error instead. The host then waits for the device, so training does not
+            check. Compiled and captured code, which cannot wait, never checks.
 
     Raises:
-        ValueError: where a W is singular or not finite.
+        ValueError: with `check`, a W that is singular or not finite.
     """
     weight = weight.double()
     inverse, info = torch.linalg.inv_ex(weight)
     # An infinite W may have a finite inverse.
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)
-    if _readable(weight) and not good.all():
+    if check and _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
         came = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"
         raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
+    # What LAPACK leaves of a singular W is finite.
+    inverse = inverse.masked_fill(~good[..., None, None], math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

@@ -22,10 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import operator, register
-from mflow_kernels.ops._checks import check_device, check_shape
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.checks import check_device, check_shape
+from mflow_kernels.ops.launch import (
     RUN_TIME,
     TL_DTYPE,
     accumulator,
@@ -47,6 +46,7 @@ from mflow_kernels.ops._launch import (
     write_ledger,
 )
 from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import (
     Kind,
     ScaleFunction,
@@ -302,8 +302,8 @@ def coupling_forward(
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         return launch_coupling(x, params, scale, inverse)
-    if _native.serves(x):
-        return _native.couple(x, params, scale, inverse)
+    if cpu.serves(x):
+        return cpu.couple(x, params, scale, inverse)
     y, ledger = affine_coupling_ref(x, params, scale, inverse)
     return in_layout_of(x, y), ledger
 
@@ -316,8 +316,8 @@ def coupling_backward(
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         return launch_coupling_backward(dy, dledger, x, params, scale, inverse)
-    if _native.serves(x):
-        dx, dparams = _native.couple_backward(dy, dledger[:, 0], x, params, scale, inverse)
+    if cpu.serves(x):
+        dx, dparams = cpu.couple_backward(dy, dledger[:, 0], x, params, scale, inverse)
         return in_layout_of(x, dx), in_layout_of(params, dparams)
     dx, dparams = coupling_backward_ref(dy, dledger, x, params, scale, inverse)
     return in_layout_of(x, dx), in_layout_of(params, dparams)

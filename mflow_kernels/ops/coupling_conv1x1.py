@@ -24,32 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops import _native
-from mflow_kernels.ops._autograd import operator, register
-from mflow_kernels.ops._launch import (
-    RUN_TIME,
-    accumulator,
-    at,
-    columns,
-    cut_net_input,
-    dense_pixels,
-    flow_state,
-    in_layout_of,
-    launch,
-    ledger_columns,
-    net_input,
-    pixels,
-    read_ledger,
-    strided,
-    tile_columns,
-    uses_triton,
-)
-from mflow_kernels.ops._products import (
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.channel_products import (
     arithmetic,
     launch_dweight,
     launch_mix,
     load_gradient,
     mix_tile,
+    tile_and_block,
 )
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
@@ -67,7 +49,26 @@ from mflow_kernels.ops.coupling import (
     load_params,
     store_params,
 )
+from mflow_kernels.ops.launch import (
+    RUN_TIME,
+    accumulator,
+    at,
+    columns,
+    cut_net_input,
+    dense_pixels,
+    flow_state,
+    in_layout_of,
+    launch,
+    ledger_columns,
+    net_input,
+    pixels,
+    read_ledger,
+    strided,
+    tile_columns,
+    uses_triton,
+)
 from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
 
 
@@ -114,8 +115,9 @@ def _coupling_conv1x1_bwd_kernel(
 ):
     """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
     BLOCK_P: tl.constexpr = COLUMNS.block
-    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
-    c = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    tile, block = tile_and_block(C, BLOCK_O)
+    n, p, valid = columns(tile, N, P, COLUMNS)
+    c = block * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (c[:, None] < C) & valid[None, :]
     dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
@@ -153,7 +155,7 @@ def launch_coupling_conv1x1_backward(
     if n:
         launch(
             _coupling_conv1x1_bwd_kernel,
-            (tiles.programs, triton.cdiv(c, tile.block_o)),
+            (tiles.programs * triton.cdiv(c, tile.block_o),),
             *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
             *(weight, weight.stride()[1:], dledger, dledger.stride()),
             *(*strided(dx), *strided(dparams), n, p),
@@ -184,8 +186,8 @@ def coupling_conv1x1_forward(
         )
         assert ledger is not None
         return y, net, ledger
-    if _native.mixes(x):
-        return _native.mix(x, weight, bias, net_dtype, params, scale, inverse)
+    if cpu.mixes(x):
+        return cpu.mix(x, weight, bias, net_dtype, params, scale, inverse)
     z, ledger = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     y = in_layout_of(x, conv1x1_ref(z, weight[0], bias[0]).to(x.dtype))
     return y, cut_net_input(y, net_dtype), ledger
@@ -202,10 +204,8 @@ def coupling_conv1x1_backward(
         return launch_coupling_conv1x1_backward(
             dy, dnet, dledger, x, params, weight, precision, scale, inverse
         )
-    if _native.mixes(x):
-        return _native.coupling_conv1x1_backward(
-            dy, dnet, dledger, x, params, weight, scale, inverse
-        )
+    if cpu.mixes(x):
+        return cpu.coupling_conv1x1_backward(dy, dnet, dledger, x, params, weight, scale, inverse)
     z, _ = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
     dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])

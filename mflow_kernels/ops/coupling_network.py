@@ -40,15 +40,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import register
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.fastest import fused_is_faster, requested
+from mflow_kernels.ops.launch import (
     accumulator,
     launch,
     transformed,
     uses_triton,
     without_autocast,
 )
-from mflow_kernels.ops.fastest import fused_is_faster, requested
+from mflow_kernels.ops.registration import register
 
 
 def coupling_network_ref(

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._autograd import operator
-from mflow_kernels.ops._checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops._launch import launch, uses_triton
+from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
+from mflow_kernels.ops.launch import launch, uses_triton
+from mflow_kernels.ops.registration import operator
 
 BLOCK_T = 1024
 

@@ -12,6 +12,10 @@ With e = input - target, mask m (1: penalized), weight w, sums over everything b
 Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de, d target = -de.
 Mask and weight are constants and carry none.
 
+A bool mask, or none, selects: the penalty ignores elements that are not masked and the density
+those that are, even if e is NaN or infinite there. So do the gradients, which also ignore a sum
+whose own gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
+
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed
 in float32 (float64 for float64), which is also the dtype of the results.
@@ -24,41 +28,78 @@ is read fastest in the memory format of the input.
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops._checks import (
+from mflow_kernels.ops.checks import (
     STATE_DTYPES,
+    check_broadcast,
     check_choice,
     check_device,
     check_shape,
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops._launch import accumulator
-from mflow_kernels.ops._native import _C
+from mflow_kernels.ops.cpu import _C
+from mflow_kernels.ops.launch import accumulator, transformed
+from mflow_kernels.ops.registration import operator, refuse_second_derivative
 
 Rho = Literal["l2", "l1", "huber"]
-RHOS = ("l2", "l1", "huber")
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-def rho_ref(e: Tensor, rho: str, delta: float) -> Tensor:
-    if rho == "l2":
-        return e.square() / 2
-    if rho == "l1":
-        return e.abs()
+@dataclass(frozen=True)
+class _PenaltyFunction:
+    """rho(e) and rho'(e), elementwise, and log of the integral of exp(-w rho(e)) over e."""
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
+    log_normalizer: Callable[[Tensor, float], Tensor]
+
+
+def _huber(e: Tensor, delta: float) -> Tensor:
     inside = e.abs().clamp(max=delta)
     return inside * (e.abs() - inside / 2)
 
 
-def rho_slope_ref(e: Tensor, rho: str, delta: float) -> Tensor:
-    if rho == "l2":
-        return e
-    return e.sign() if rho == "l1" else e.clamp(-delta, delta)
+def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
+    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
+    knee = delta * (w / 2).sqrt()
+    body = HALF_LOG_2PI - 0.5 * w.log() + torch.erf(knee).log()
+    tails = math.log(2 / delta) - w.log() - knee.square()
+    return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
+
+
+# A new function needs a row here, its name in `Rho`, and a row in csrc/masked_penalty.h.
+_PENALTY_FUNCTIONS = {
+    "l2": _PenaltyFunction(
+        value=lambda e, delta: e.square() / 2,
+        slope=lambda e, delta: e,
+        log_normalizer=lambda w, delta: HALF_LOG_2PI - 0.5 * w.log(),
+    ),
+    "l1": _PenaltyFunction(
+        value=lambda e, delta: e.abs(),
+        slope=lambda e, delta: e.sign(),
+        log_normalizer=lambda w, delta: math.log(2) - w.log(),
+    ),
+    "huber": _PenaltyFunction(
+        value=_huber,
+        slope=lambda e, delta: e.clamp(-delta, delta),
+        log_normalizer=_huber_log_normalizer,
+    ),
+}
+RHOS = tuple(_PENALTY_FUNCTIONS)
+
+
+def penalty_function(rho: str) -> _PenaltyFunction:
+    check_choice("rho", rho, RHOS)
+    return _PENALTY_FUNCTIONS[rho]
 
 
 def _terms(
@@ -69,6 +110,19 @@ def _terms(
     e = input.to(dtype) if target is None else input.to(dtype) - target.to(dtype)
     m = 1.0 if mask is None else mask.to(dtype)
     return e, m, scale if weight is None else scale * weight.to(dtype)
+
+
+def _split(
+    e: Tensor, mask: Tensor | None, penalize: Tensor | bool, keep: Tensor | bool
+) -> tuple[Tensor, Tensor]:
+    """e of the penalized part, where `penalize`, and e of the rest, where `keep`; zero elsewhere.
+
+    A floating-point mask leaves e as it is: both sums multiply by their share of the mask.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        return e, e
+    on = e.new_ones((), dtype=torch.bool) if mask is None else mask
+    return torch.where(on & penalize, e, 0.0), torch.where(~on & keep, e, 0.0)
 
 
 def masked_penalty_ref(
@@ -82,8 +136,9 @@ def masked_penalty_ref(
 ) -> tuple[Tensor, Tensor]:
     """(penalty, gaussian); w is scale * weight."""
     e, m, w = _terms(input, target, mask, weight, scale)
-    penalty = m * w * rho_ref(e, rho, delta)
-    gaussian = (1 - m) * (-e.square() / 2 - HALF_LOG_2PI)
+    penalized, rest = _split(e, mask, True, True)
+    penalty = m * w * penalty_function(rho).value(penalized, delta)
+    gaussian = (1 - m) * (-rest.square() / 2 - HALF_LOG_2PI)
     return penalty.flatten(1).sum(1), gaussian.flatten(1).sum(1)
 
 
@@ -101,58 +156,59 @@ def masked_penalty_backward_ref(
     """d loss / d input, in the accumulate type."""
     e, m, w = _terms(input, target, mask, weight, scale)
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
-    return g * m * w * rho_slope_ref(e, rho, delta) - h * (1 - m) * e
+    penalized, rest = _split(e, mask, g != 0, h != 0)
+    return g * m * w * penalty_function(rho).slope(penalized, delta) - h * (1 - m) * rest
+
+
+@cache
+def _why_not_cuda(device: torch.device) -> str | None:
+    """Why the extension's kernels cannot run on a GPU; None if they can. Warns the first time."""
+    if _C is None:
+        why = "mflow_kernels._C is not built"
+    elif not _C.cuda_archs:
+        why = f"mflow_kernels._C has no CUDA kernels ({_C.cuda_note})"
+    else:
+        with torch.cuda.device(device):
+            problem = _C.cuda_problem()
+        if not problem:
+            return None
+        why = f"the CUDA kernels of mflow_kernels._C cannot run ({problem})"
+    warnings.warn(
+        f"masked_penalty: {why}, so plain torch is used on {device}. To build the kernels for this "
+        "machine, install a CUDA toolkit that its driver supports, then run MFLOW_CUDA=1 pip "
+        "install --force-reinstall --no-deps <the source folder>. `python -m mflow_kernels.env` "
+        "shows what the extension was built for",
+        stacklevel=3,
+    )
+    return why
 
 
 def _native(device: torch.device) -> ModuleType | None:
-    """The extension if it serves `device`; None where the reference has to."""
-    if device.type == "cuda" and (_C is None or not _C.cuda_archs):
-        why = "is not built" if _C is None else f"has no CUDA kernels ({_C.cuda_note})"
-        warnings.warn(
-            f"masked_penalty: mflow_kernels._C {why}, so plain torch stands in on {device}. Build "
-            "it where nvcc is on PATH or in CUDA_HOME: MFLOW_CUDA=1 pip install --force-reinstall "
-            "--no-deps <the source folder>; `python -m mflow_kernels.env` shows what is inside",
-            stacklevel=2,
-        )
+    """The extension if it has kernels for `device`; None if the reference must run."""
+    if transformed() or (device.type == "cuda" and _why_not_cuda(device)):
         return None
     return _C if device.type in ("cpu", "cuda") else None
 
 
-def _address(tensor: Tensor | None, shape: torch.Size) -> tuple[int, tuple[int, ...]] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.expand(shape).stride())
-
-
-def _launch(kernel: Any, problem: tuple[Any, ...], **rest: Any) -> None:
+def _launch(kernel: Any, problem: tuple[Any, ...], *rest: Tensor | None) -> None:
     input, target, mask, weight, scale, rho, delta = problem
-    dtype, shape = accumulator(input.dtype), input.shape
+    dtype = accumulator(input.dtype)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     if weight is not None:
         weight = weight.to(dtype)
-    arguments = dict(
-        dtype=str(input.dtype).removeprefix("torch."),
-        shape=tuple(shape),
-        input=_address(input, shape),
-        target=_address(target, shape),
-        mask=_address(mask, shape),
-        mask_is_bool=mask is not None and mask.dtype == torch.bool,
-        weight=_address(weight, shape),
-        scale=scale,
-        rho=rho,
-        delta=delta,
-        **rest,
-    )
+    arguments = (input, target, mask, weight, scale, rho, delta, *rest)
     if input.is_cuda:
         with torch.cuda.device(input.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            kernel(cuda=True, queue=stream, **arguments)
+            kernel(True, torch.cuda.current_stream().cuda_stream, *arguments)
     else:
-        kernel(cuda=False, queue=torch.get_num_threads(), **arguments)
+        kernel(False, torch.get_num_threads(), *arguments)
 
 
 def _check_weight_values(weight: Tensor | None) -> None:
-    # On a GPU this would stall the host at every call: there the caller checks, once.
-    if weight is not None and weight.device.type == "cpu" and weight.numel():
+    # Reading the values of a GPU's tensor would make the host wait at every call, and a transform's
+    # tensor has none to read.
+    if weight is not None and weight.device.type == "cpu" and weight.numel() and not transformed():
         low, high = (v.item() for v in weight.aminmax())
         if not (low >= 0 and high < math.inf):
             raise ValueError(
@@ -160,8 +216,7 @@ def _check_weight_values(weight: Tensor | None) -> None:
             )
 
 
-@torch.library.custom_op("mflow::masked_penalty", mutates_args=())
-def _masked_penalty(
+def _forward(
     input: Tensor,
     target: Tensor | None,
     mask: Tensor | None,
@@ -179,14 +234,12 @@ def _masked_penalty(
     gaussian = torch.empty_like(penalty)
     tiles = -(-math.prod(input.shape[1:]) // native.tile)
     partial = penalty.new_empty(2 * samples * tiles if tiles > 1 else 0)
-    _launch(
-        native.forward,
-        (input, target, mask, weight, scale, rho, delta),
-        penalty=penalty.data_ptr(),
-        gaussian=gaussian.data_ptr(),
-        partial=partial.data_ptr(),
-    )
+    problem = input, target, mask, weight, scale, rho, delta
+    _launch(native.masked_penalty, problem, penalty, gaussian, partial)
     return penalty, gaussian
+
+
+_masked_penalty = torch.library.custom_op("mflow::masked_penalty", _forward, mutates_args=())
 
 
 @_masked_penalty.register_fake
@@ -198,7 +251,7 @@ def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     input: Tensor, target: Tensor | None, for_input: bool, for_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """Room for (d input, d target) in their own layouts, empty where they are not asked for."""
+    """Uninitialized (d input, d target) in the layouts of both; (0,) if not asked for."""
     dinput = torch.empty_like(input) if for_input else input.new_empty(0)
     dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
     return dinput, dtarget
@@ -229,14 +282,9 @@ def _masked_penalty_backward(
         if for_target:
             dtarget.copy_(-de)
         return dinput, dtarget
-    _launch(
-        native.backward,
-        (input, target, mask, weight, scale, rho, delta),
-        grad_penalty=(grad_penalty.data_ptr(), grad_penalty.stride(0)),
-        grad_gaussian=(grad_gaussian.data_ptr(), grad_gaussian.stride(0)),
-        dinput=_address(dinput if for_input else None, input.shape),
-        dtarget=_address(dtarget if for_target else None, input.shape),
-    )
+    problem = input, target, mask, weight, scale, rho, delta
+    results = dinput if for_input else None, dtarget if for_target else None
+    _launch(native.masked_penalty_backward, problem, grad_penalty, grad_gaussian, *results)
     return dinput, dtarget
 
 
@@ -253,6 +301,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivative("masked_penalty")
     for_input, for_target = ctx.needs_input_grad[:2]
     dinput, dtarget = _masked_penalty_backward(
         *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
@@ -268,10 +317,7 @@ _masked_penalty.register_autograd(_differentiate, setup_context=_setup_context)
 def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
     """A mask or weight: broadcasts to `like`, same device, no gradient."""
     check_device(name, value, like)
-    shape, onto = tuple(value.shape), tuple(like.shape)
-    aligned = zip(reversed(shape), reversed(onto), strict=False)
-    if len(shape) > len(onto) or any(size not in (1, full) for size, full in aligned):
-        raise ValueError(f"{name}: expected a shape that broadcasts to {onto}, got {shape}")
+    check_broadcast(name, value, tuple(like.shape))
     if value.requires_grad:
         raise ValueError(
             f"{name}: expected a constant (no gradient flows to it), got requires_grad=True; "
@@ -288,9 +334,9 @@ def _check_rho(rho: str, delta: float) -> None:
 
 
 def _flat(value: Tensor, inner: torch.Size) -> Tensor:
-    """(N or 1, elements), for states of more axes than the kernels walk."""
+    """The mask or weight of a state with more axes than the kernels take, as (N or 1, elements)."""
     samples = value.shape[0] if value.dim() > len(inner) else 1
-    return value.expand(samples, *inner).reshape(samples, -1)
+    return value.expand(samples, *inner).flatten(1)
 
 
 def masked_penalty_gaussian(
@@ -306,14 +352,16 @@ def masked_penalty_gaussian(
 
     Args:
         input: (N, C, *spatial), float32, float64, float16 or bfloat16, any layout.
-        target: what input is compared with, same shape, dtype and device; zero by default.
+        target: compared with input; same shape, dtype and device. Zero by default.
         mask: where the penalty applies: bool, or floating point with 1 for penalized and fractions
-            for both. Any shape that broadcasts to input's by torch's rules (per pixel (H, W), per
-            channel (C, 1, 1), per sample (N, 1, 1, 1)). Everywhere by default.
+            for both. A bool mask keeps NaN and infinity in the rest out of the penalty, and those
+            in the penalized part out of the density. Any shape that broadcasts to input's by
+            torch's rules (per pixel (H, W), per channel (C, 1, 1), per sample (N, 1, 1, 1)).
+            Everywhere by default.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, since reading them would stall a GPU.
         rho: "l2", "l1" or "huber".
-        delta: where huber turns from quadratic to linear, in units of input; others ignore it.
+        delta: |e| at which huber turns from quadratic to linear; l2 and l1 ignore it.
 
     Returns:
         penalty and gaussian, each (N,), float32 (float64 for float64 inputs). Differentiable once
@@ -350,7 +398,8 @@ def masked_penalty_gaussian(
         target = None if target is None else target.flatten(1)
         mask = None if mask is None else _flat(mask, inner)
         weights = None if weights is None else _flat(weights, inner)
-    penalty, gaussian = _masked_penalty(input, target, mask, weights, scale, rho, float(delta))
+    run = operator(_masked_penalty, _forward)
+    penalty, gaussian = run(input, target, mask, weights, scale, rho, float(delta))
     return penalty, gaussian
 
 
@@ -363,8 +412,16 @@ def masked_penalty(
     rho: Rho = "huber",
     delta: float = 1.0,
 ) -> Tensor:
-    """sum m w rho(input - target) of each sample, (N,); arguments as `masked_penalty_gaussian`."""
+    """Per-sample sum of mask * weight * rho(input - target), (N,).
+
+    Arguments and errors are those of `masked_penalty_gaussian`.
+    """
     return masked_penalty_gaussian(input, target, mask=mask, weight=weight, rho=rho, delta=delta)[0]
+
+
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace `float` of a tensor
+def _log_normalizer_of_number(rho: Rho, weight: float, delta: float) -> float:
+    return float(penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta))
 
 
 @overload
@@ -372,7 +429,7 @@ def penalty_log_normalizer(rho: Rho, weight: float, delta: float = 1.0) -> float
 @overload
 def penalty_log_normalizer(rho: Rho, weight: Tensor, delta: float = 1.0) -> Tensor: ...
 def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0) -> Tensor | float:
-    """log of the integral of exp(-weight rho(e)) over e: what makes the penalty a density.
+    """log of the integral of exp(-weight rho(e)) over e, which normalizes the penalty to a density.
 
         l2     log sqrt(2 pi / w)
         l1     log (2 / w)
@@ -380,27 +437,17 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
 
     Args:
         rho: "l2", "l1" or "huber".
-        weight: w, a number above 0 or a tensor of them; where a tensor holds 0, no density exists
-            and the result is infinite.
+        weight: w, a number above 0 or a tensor of them. The result is infinite for a tensor's 0,
+            for which no density exists.
         delta: huber's, in units of e.
 
     Returns:
-        Of the kind, shape and dtype of weight (float32 for float16 and bfloat16).
+        A number, or a tensor with the shape and dtype of weight (float32 for 16-bit dtypes).
     """
     _check_rho(rho, delta)
     if not isinstance(weight, Tensor):
         if not (0 < weight < math.inf):
             raise ValueError(f"weight: expected a finite number above 0, got {weight}")
-        value = penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta)
-        return float(value)
+        return _log_normalizer_of_number(rho, weight, delta)
     w = check_tensor("weight", weight).to(accumulator(weight.dtype))
-    gaussian = HALF_LOG_2PI - 0.5 * w.log()
-    if rho == "l2":
-        return gaussian
-    if rho == "l1":
-        return math.log(2) - w.log()
-    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
-    knee = delta * (w / 2).sqrt()
-    body = gaussian + torch.erf(knee).log()
-    tails = math.log(2 / delta) - w.log() - knee.square()
-    return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
+    return penalty_function(rho).log_normalizer(w, delta)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mflow_kernels.ops._checks import check_choice
+from mflow_kernels.ops.checks import check_choice
 
 Kind = Literal["sigmoid", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
@@ -109,7 +109,7 @@ def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
 
 
 # A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
-# its row in csrc/scale.h.
+# its row in csrc/coupling/scale.h.
 FORMULAS: dict[Kind, Formula] = {
     "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
     "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from mflow_kernels.training.files import write_atomically
+from mflow_kernels.data.files import read_regular, write_atomically
+from mflow_kernels.data.printable import printable
 from mflow_kernels.training.module import FlowTraining
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -93,7 +94,9 @@ class ProgressReport(Callback):
     ) -> None:
         self._stop()
         if isinstance(exception, KeyboardInterrupt | SystemExit | OSError):
-            self._console.print("interrupted; the same command with --resume goes on")
+            folder = printable(trainer.default_root_dir)
+            text = f"interrupted; mflow train --resume --run-dir {folder} goes on"
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._progress is not None:
@@ -107,7 +110,8 @@ class MetricsCsv(Logger):
     Lightning's own CSVLogger empties its folder when a run resumes.
 
     Args:
-        path: the file; rows of steps from `first_step` on are dropped, the others kept.
+        path: the file. What figures the steps from `first_step` on have in it is dropped, and so
+            are those of a validation after the step before: they are written again.
         first_step: the step at which this run starts or resumes.
     """
 
@@ -133,7 +137,9 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path, first_step: int = 0) -> None:
         super().__init__()
         self._path = path
-        kept = [row for row in _read_rows(path) if int(row["step"]) < first_step]
+        before = [row for row in _read_rows(path) if int(row["step"]) < first_step]
+        repeated = str(first_step - 1)
+        kept = [r for r in before if r["step"] != repeated or not r["heldout_bits_per_dim"]]
 
         def write(temporary: Path) -> None:
             with temporary.open("w", newline="") as file:
@@ -161,16 +167,49 @@ class MetricsCsv(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a MetricsCsv file, empty cells left out; none if there is no such file."""
+    """The rows of a MetricsCsv file, empty cells left out; none if there is no such file.
+
+    Raises:
+        ValueError: another kind of file, or rows that MetricsCsv does not write.
+    """
     return [{name: float(cell) for name, cell in row.items() if cell} for row in _read_rows(path)]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
+    try:
+        text = read_regular(path).decode("ascii", errors="replace")
+    except FileNotFoundError:
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values()]  # a power cut may tear the last one
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    lines = text.split("\n")
+    torn = lines.pop()  # after the last line's end there is nothing, unless it was torn
+    header = ",".join(MetricsCsv.columns)
+    if not lines and header.startswith(torn.strip("\r\0")):
+        return []
+    if not lines or lines[0].rstrip("\r") != header:
+        raise ValueError(
+            f"{path}: expected the metrics of a run, with the columns {header[:30]}..., got "
+            f"{(lines or [torn])[0][:30]!r}"
+        )
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.rstrip("\r").split(",")
+        if len(cells) != len(MetricsCsv.columns) or not _are_figures(cells):
+            raise ValueError(
+                f"{path}, line {number}: expected a step and its figures, got {line[:60]!r}"
+            )
+        rows.append(dict(zip(MetricsCsv.columns, cells, strict=True)))
+    return rows
+
+
+def _are_figures(cells: list[str]) -> bool:
+    try:
+        for cell in filter(None, cells[1:]):
+            float(cell)
+    except ValueError:
+        return False
+    return cells[0].isascii() and cells[0].isdigit() and len(cells[0]) < 19
 
 
 def _training(module: LightningModule) -> FlowTraining:

@@ -1,14 +1,15 @@
 """The command line: `mflow prepare | train | sample | reconstruct | evaluate | plan |
 presets | export`."""
 
-import errno
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mflow_kernels.data.printable import printable
 from mflow_kernels.training.commands import (
     Work,
     evaluate,
@@ -22,44 +23,58 @@ from mflow_kernels.training.commands import (
 )
 
 if TYPE_CHECKING:
-    from mflow_kernels.training.options import OptionParser
+    from mflow_kernels.runs.parser import OptionParser
 
 _NEEDED = (
-    *("PIL", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors", "tensorboard"),
-    *("torchmetrics", "torchvision", "yaml"),
+    *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
+    *("tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mflow` with these arguments (by default the process's) and return its exit code:
-    0, 1 for training that diverged or a full disk, 2 for bad input, told in one line on stderr."""
+    0; 1 for training that diverged, a full disk or memory; 2 for bad input; 130 for Ctrl-C. All but
+    0 come with one line on stderr."""
     # Else torch's threads spin while they wait, on a busy machine for the cores that they take.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
-    from jsonargparse import ArgumentError
-
-    from mflow_kernels.training.options import explain
-    from mflow_kernels.training.sources import DataError
+    from mflow_kernels.data.files import LACKING
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted", code=128 + signal.SIGINT)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{name}{error.strerror or error}", code=1 if error.errno in LACKING else 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"not enough memory: {' '.join(str(error).split())[:120]}", code=1)
+
+
+def _run(argv: list[str]) -> int:
+    from jsonargparse import ArgumentError
+
+    from mflow_kernels.data.files import FolderError
+    from mflow_kernels.data.sources import DataError
+    from mflow_kernels.runs.parser import explain
+
     try:
         work = _check(argv)
     except ArgumentError as error:
         return _fail(_as_typed(explain(error), argv), code=2)
     except (ValueError, TypeError) as error:
         return _fail(_as_typed(str(error), argv), code=2)
-    except OSError as error:  # a folder of images is prepared in a cache
-        return _fail_lacking(error)
     try:
         work()
-    except DataError as error:
+    except (DataError, FolderError) as error:
         return _fail(_as_typed(str(error), argv), code=2)
     except FloatingPointError as error:
         return _fail(str(error), code=1)
-    except OSError as error:
-        return _fail_lacking(error)
     return 0
 
 
@@ -69,7 +84,7 @@ def _check(argv: list[str]) -> Work:
     chosen = parser.parse_args(argv)
     preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
     if preset:
-        from mflow_kernels.training.presets import preset_options
+        from mflow_kernels.runs.presets import preset_options
 
         # Its values take the place of the defaults: what is typed overrules them.
         for command in (trainer, planner):
@@ -79,6 +94,11 @@ def _check(argv: list[str]) -> Work:
         options = vars(chosen.train)
         options.pop("preset")
         if chosen.train.resume and not chosen.train.overwrite:
+            if preset:
+                raise ValueError(
+                    "preset: expected none with --resume, which takes the options from the run "
+                    f"folder, got {preset}"
+                )
             # What the run recorded takes the place of the defaults: only what is typed can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
@@ -101,9 +121,11 @@ def _check(argv: list[str]) -> Work:
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     """The parser of the whole command line, and those of `mflow train` and `plan` within it."""
-    from mflow_kernels.training.config import add_options
-    from mflow_kernels.training.options import OptionParser
+    from mflow_kernels.runs.config import add_options
+    from mflow_kernels.runs.parser import OptionParser, with_docstring
 
+    for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export):
+        with_docstring(command)
     parser = OptionParser(
         prog="mflow",
         description="Manifold learning and density estimation with normalizing flows on images.",
@@ -167,8 +189,8 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from mflow_kernels.training.config import TrainConfig
-    from mflow_kernels.training.runs import read_config
+    from mflow_kernels.runs.config import TrainConfig
+    from mflow_kernels.runs.folder import read_config
 
     names = {*options} - {"run_dir", "overwrite", "resume"}
     config = TrainConfig(**{name: options[name] for name in names})
@@ -187,7 +209,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
     """The library names its arguments as Python does; here most are options."""
     from dataclasses import fields
 
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
 
     name, colon, rest = message.partition(":")
     if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:
@@ -203,13 +225,12 @@ def _as_typed(message: str, argv: list[str]) -> str:
     return message
 
 
-def _fail_lacking(error: OSError) -> int:
-    """Fail for a full disk or memory; raise any other error again."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-        raise error
-    return _fail(error.strerror or str(error), code=1)
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    name = type(error).__name__
+    return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mflow: error: {message}", file=sys.stderr)
+    print(f"mflow: error: {printable(message)}", file=sys.stderr)
     return code

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from mflow_kernels.data.printable import printable
+
 Device = Literal["auto", "cpu", "cuda"]
 Work = Callable[[], None]
 
@@ -22,7 +24,7 @@ def train(options: dict[str, Any]) -> Work:
     With no further argument: on handwritten digits, on a CPU, in a few minutes. Writes one run
     folder: the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures, an evaluation.
     """
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
     run_dir = options.pop("run_dir")
@@ -41,9 +43,9 @@ def train(options: dict[str, Any]) -> Work:
         pictures = run(plan)
         if not pictures:  # another rank's
             return
-        print(f"\nRun folder: {folder}\nPictures:")
+        print(f"\nRun folder: {printable(str(folder))}\nPictures:")
         for picture in pictures:
-            print(f"  {picture}")
+            print(f"  {printable(str(picture))}")
 
     return work
 
@@ -63,20 +65,24 @@ def prepare(
         image_size: Side of the square images in pixels.
         workers: Processes that decode; by default one for each core.
     """
-    from mflow_kernels.training.prepare import is_prepared_from
-    from mflow_kernels.training.prepare import prepare as make
-    from mflow_kernels.training.prepared import open_prepared
-    from mflow_kernels.training.progress import counting
-    from mflow_kernels.training.sources import find_images
+    from mflow_kernels.data.files import follow_links
+    from mflow_kernels.data.prepare import is_prepared_from
+    from mflow_kernels.data.prepare import prepare as make
+    from mflow_kernels.data.prepared import is_prepared, open_prepared
+    from mflow_kernels.data.progress import counting
+    from mflow_kernels.data.sources import find_images
 
-    path = Path(out)
+    path = follow_links(Path(out), "out")
     _check_at_least("image_size", image_size, 1)
     if workers is not None:
         _check_at_least("workers", workers, 1)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"out: expected a folder that can be written, got {path.parent}")
-    if path.is_dir() or Path(data).resolve() in path.resolve().parents:
+        raise ValueError(f"out: expected a folder that can be written, got {Path(out).parent}")
+    images = Path(os.path.realpath(data))
+    if path.is_dir() or images in (path, *path.parents):
         raise ValueError(f"out: expected a file outside of the images' folder, got {out!r}")
+    if path.exists() and overwrite and not is_prepared(path):
+        raise ValueError(f"out: --overwrite expected a file of mflow prepare, got another: {out}")
     source = find_images(data)
     made = not overwrite and is_prepared_from(path, source, image_size)
     if path.exists() and not made and not overwrite:
@@ -93,7 +99,7 @@ def prepare(
             print("made before; every byte is as it was written")
         else:
             try:
-                prepared = make(source, path, image_size, workers)
+                prepared = make(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
                 print("interrupted; the same command goes on", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
@@ -122,9 +128,9 @@ def sample(
         output: PNG file to write; by default a name in the run folder.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.pictures import draw_images, in_rows
-    from mflow_kernels.training.runs import load_run
-    from mflow_kernels.training.samples import draw_samples
+    from mflow_kernels.evaluation.pictures import draw_images, in_rows
+    from mflow_kernels.evaluation.samples import draw_samples
+    from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
     _check_at_least("seed", seed, 0)
@@ -141,7 +147,7 @@ def sample(
         images = draw_samples(loaded.model, number, temperature, seed, stages)
         title = f"{number} samples at T = {temperature:g}, seed {seed}"
         draw_images(path, title, in_rows({"": images}))
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -163,22 +169,23 @@ def reconstruct(
         output: PNG file to write; by default a name in the run folder.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.evaluation import held_out_images
-    from mflow_kernels.training.pictures import draw_residuals
-    from mflow_kernels.training.runs import load_run
-    from mflow_kernels.training.samples import project_images
+    from mflow_kernels.evaluation.likelihood import held_out_images
+    from mflow_kernels.evaluation.pictures import draw_residuals
+    from mflow_kernels.evaluation.samples import project_images
+    from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
     loaded = load_run(run, device)
-    images, name, skipped = held_out_images(loaded, data)
+    images, name, skipped, warning = held_out_images(loaded, data)
     path = _png(output, loaded.folder / f"reconstructions-{name}.png")
 
     def work() -> None:
         _report_skipped(skipped)
+        _warn(warning)
         originals = images.batch(range(min(number, len(images))))
-        title = f"{name}: images and their projections on the manifold"
+        title = f"{printable(name)}: images and their projections on the manifold"
         draw_residuals(path, title, originals, project_images(loaded.model, originals))
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -215,24 +222,24 @@ def evaluate(
             held-out ones.
         device: Where to compute; auto takes a GPU if there is one.
     """
-    from mflow_kernels.training.evaluation import (
+    from mflow_kernels.data.files import check_can_be_written, folder_to_write
+    from mflow_kernels.evaluation.features import load_feature_network
+    from mflow_kernels.evaluation.likelihood import (
         check_image_shape,
         evaluate_model,
         held_out_images,
         read_images,
     )
-    from mflow_kernels.training.features import load_feature_network
-    from mflow_kernels.training.report import Asked, write_report
-    from mflow_kernels.training.runs import EVALUATION, load_run
+    from mflow_kernels.evaluation.report import Asked, write_report
+    from mflow_kernels.runs.folder import EVALUATION, load_run
 
     _check_at_least("draws", draws, 1)
     _check_at_least("feature_images", feature_images, 2)
     loaded = load_run(run, device)
-    images, name, skipped = held_out_images(loaded, data)
+    images, name, skipped, warning = held_out_images(loaded, data)
     path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
     folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: expected a folder, got {out!r}")
+    check_can_be_written(folder, "out")
     network = None
     if feature_weights is None and features != "inception":
         raise ValueError(f"feature_weights: expected a file of weights of {features!r}, got none")
@@ -241,22 +248,25 @@ def evaluate(
     others = []
     if ood is not None:
         try:
-            other, _ = read_images(ood, loaded.config.image_shape[1])
+            other = read_images(ood, loaded.config.image_shape[1]).images
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "ood:", 1)) from None
         others.append((Path(ood).resolve().name, other))
         check_image_shape(others[0][1], loaded.model, "ood")
 
     def work() -> None:
-        _report_skipped(skipped)
-        evaluation = evaluate_model(
-            loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
-        )
-        evaluation.write(path)
-        evaluation.print()
-        print(path)
-        asked = Asked(draws, network, feature_images, tuple(others))
-        print(write_report(loaded, images, evaluation, folder, asked))
+        with folder_to_write(folder, "out"):
+            _report_skipped(skipped)
+            _warn(warning)
+            evaluation = evaluate_model(
+                loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
+            )
+            evaluation.write(path)
+            evaluation.print()
+            print(printable(str(path)))
+            asked = Asked(draws, network, feature_images, tuple(others))
+            report = write_report(loaded, images, evaluation, folder, asked)
+            print(printable(str(report)))
 
     return work
 
@@ -270,7 +280,7 @@ def plan(options: dict[str, Any]) -> Work:
     """
     import torch
 
-    from mflow_kernels.training.config import TrainConfig
+    from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.training.plan import parse_memory, plan_model, report
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
@@ -288,7 +298,7 @@ def presets(name: str | None = None) -> Work:
     Args:
         name: Preset to print, in the form that --preset FILE takes.
     """
-    from mflow_kernels.training.presets import PRESETS, preset_text
+    from mflow_kernels.runs.presets import PRESETS, preset_text
 
     text = "\n".join(PRESETS) if name is None else preset_text(name).rstrip()
     return lambda: print(text)
@@ -304,7 +314,7 @@ def export(run: str, out: str) -> Work:
         run: Folder that mflow train wrote; its averaged weights are taken.
         out: New folder to write.
     """
-    from mflow_kernels.training.runs import export_run, load_run
+    from mflow_kernels.runs.folder import export_run, load_run
 
     path = Path(out)
     if path.exists():
@@ -313,7 +323,7 @@ def export(run: str, out: str) -> Work:
 
     def work() -> None:
         export_run(loaded, path)
-        print(path)
+        print(printable(str(path)))
 
     return work
 
@@ -332,9 +342,14 @@ def _check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
+def _warn(text: str | None) -> None:
+    if text is not None:
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def _report_skipped(skipped: Sequence[str]) -> None:
     if skipped:
-        names = ", ".join(skipped[:5])
+        names = ", ".join(map(printable, skipped[:5]))
         more = ", ..." if len(skipped) > 5 else ""
         files = "file" if len(skipped) == 1 else "files"
         print(f"skipped {len(skipped)} {files} that cannot be read: {names}{more}", file=sys.stderr)

@@ -2,22 +2,17 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
-from mflow_kernels.layers.conv1x1 import condition_number
-from mflow_kernels.layers.step import fold
-from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.objectives import bits_per_dimension
-from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
-from mflow_kernels.training.config import TrainConfig
-from mflow_kernels.training.data import (
+from mflow_kernels.data.splits import (
     BatchStream,
     OrderedBatches,
     Splits,
@@ -25,6 +20,15 @@ from mflow_kernels.training.data import (
     flip_at_random,
     stream_generator,
 )
+from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
+from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers.step import fold
+from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.runs.checkpoints import Checkpoint
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
 
@@ -55,9 +59,16 @@ class FlowTraining(LightningModule):
         splits: images; `train` is trained on, `valid` watched.
         config: all of its training options, the stages' budgets and the limits of drift and
             condition are read.
+        checkpoint: to resume from; `resume_loops` tells the trainer.
     """
 
-    def __init__(self, model: HierarchicalFlow, splits: Splits, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: HierarchicalFlow,
+        splits: Splits,
+        config: TrainConfig,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.average = WeightAverage(model, config.ema_decay)
@@ -80,6 +91,9 @@ class FlowTraining(LightningModule):
         self._since_look = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
         self._logged: dict[str, Any] = {}
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self.load_state_dict(checkpoint.tensors)
 
     @property
     def total_steps(self) -> int:
@@ -119,6 +133,8 @@ class FlowTraining(LightningModule):
     def setup(self, stage: str) -> None:
         half = self._config.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        if self._checkpoint is not None and self._checkpoint.grad_scaler:
+            self._scaler.load_state_dict(self._checkpoint.grad_scaler)
 
     def train_dataloader(self) -> BatchStream:
         config = self._config
@@ -128,15 +144,22 @@ class FlowTraining(LightningModule):
         return OrderedBatches(self._splits.valid, self._config.batch_size)
 
     def configure_optimizers(self) -> Any:
+        highest, decays = self._config.learning_rate, (self._config.weight_decay, 0.0)
         groups, rates = [], []
         for index, stage in enumerate(self.model.stages):
-            weights, others = _decayed(stage)
-            groups.append({"params": weights, "weight_decay": self._config.weight_decay})
-            groups.append({"params": others, "weight_decay": 0.0})
-            rates += 2 * [self._rate_of_stage(index)]
+            for parameters, decay in zip(parameter_groups(stage), decays, strict=True):
+                group = {"params": parameters, "weight_decay": decay, "initial_lr": highest}
+                groups.append(group)
+                rates.append(self._rate_of_stage(index))
         # Fused, it skips a step by a flag on the device.
-        optimizer = torch.optim.AdamW(groups, lr=self._config.learning_rate, fused=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+        optimizer = torch.optim.AdamW(groups, lr=highest, fused=True)
+        step = 0
+        if self._checkpoint is not None:
+            step = self._checkpoint.step
+            state = {**optimizer.state_dict(), "state": self._checkpoint.moments}
+            optimizer.load_state_dict(state)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=step - 1)
+        scheduler._step_count = step + 1
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -235,6 +258,8 @@ class FlowTraining(LightningModule):
             self._logged["drift"] = drift
 
     def _explain_drift(self, seen: Figures, where: str) -> str:
+        if not math.isfinite(seen.drift) and not math.isfinite(seen.loss):
+            return f"the loss is {seen.loss:.4g} {where}; a lower --learning-rate may help"
         every = self._config.checkpoint_every
         closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
         return (
@@ -272,7 +297,7 @@ class FlowTraining(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count
         copy_buffers(self.model, self.averaged)
-        steps = [m for m in self.model.stages[self.trained_stage].modules() if type(m) is FlowStep]
+        steps = [m for m in self.model.stages[self.trained_stage].modules() if _is_step(m)]
         with torch.no_grad():
             folded = [condition_number(fold([step], torch.float64).weight[0]) for step in steps]
         condition = torch.stack([step.conv.condition_number() for step in steps]).max()
@@ -304,10 +329,6 @@ class FlowTraining(LightningModule):
         copy_buffers(self.model, self.averaged)
         checkpoint["grad_scaler"] = self._scaler.state_dict()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["grad_scaler"]:
-            self._scaler.load_state_dict(checkpoint["grad_scaler"])
-
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES[self._config.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
@@ -336,6 +357,27 @@ class FlowTraining(LightningModule):
         return rate
 
 
+@contextmanager
+def explaining_singular(model: nn.Module) -> Iterator[None]:
+    """Raise FloatingPointError, which says that training diverged, in place of the ValueError of a
+    weight that has no inverse."""
+    try:
+        yield
+    except ValueError as error:
+        with torch.no_grad():
+            mixes = [fold([m], torch.float32) for m in model.modules() if _is_step(m)]
+            inverses = [inverse_mix(mix.weight, mix.bias, check=False)[0] for mix in mixes]
+        if all(inverse.isfinite().all() for inverse in inverses):
+            raise
+        raise FloatingPointError(
+            f"training diverged ({error}); a lower --learning-rate may help"
+        ) from None
+
+
+def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
+    return type(module) is FlowStep
+
+
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
     networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
@@ -345,11 +387,38 @@ def compile_networks(model: nn.Module, **options: Any) -> None:
         network.compile(**options)
 
 
-def _decayed(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of its coupling networks, and all its other parameters."""
+def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of a stage's coupling networks, which decay, and all its other parameters."""
     networks = [m.net for m in stage.modules() if isinstance(m, AffineCoupling)]
     weights = {id(p) for net in networks for p in net.parameters() if p.dim() > 1}
     parameters = list(stage.parameters())
     return [p for p in parameters if id(p) in weights], [
         p for p in parameters if id(p) not in weights
     ]
+
+
+def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
+    """Set the counters of a trainer that has not begun to what they are after `step` steps.
+
+    Lightning's own, from a checkpoint, depend on the hook that wrote it: validation and the steps
+    that figures are logged under would move by one.
+
+    Args:
+        trainer: whose `fit` trains on from there.
+        step: optimizer steps taken.
+        validates: whether validation comes first.
+    """
+    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs.epoch_progress.increment_ready()
+    epochs.epoch_progress.increment_started()
+    batches.batch_progress.increment_by(step)
+    batches.scheduler_progress.increment_by(step)
+    optimizer = batches.automatic_optimization.optim_progress.optimizer
+    optimizer.step.increment_by(step)
+    optimizer.zero_grad.increment_by(step)
+    batches._batches_that_stepped = step
+    if validates:  # as if it had been interrupted, in the iteration of the step before
+        batches.val_loop.batch_progress.increment_ready()
+        batches.val_loop.batch_progress.increment_started()
+        batches._batches_that_stepped = step - 1
+    epochs.restarting = True

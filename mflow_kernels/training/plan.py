@@ -43,9 +43,9 @@ from typing import NamedTuple
 import torch
 
 from mflow_kernels import Glow, VectorFlow
+from mflow_kernels.data.splits import DEFAULT_FOLDER_SIZE, DIGITS, DIGITS_SIZE
 from mflow_kernels.models.manifold import check_manifold_dim
-from mflow_kernels.training.config import RunConfig, TrainConfig, check_precision
-from mflow_kernels.training.data import DEFAULT_FOLDER_SIZE, DIGITS, DIGITS_SIZE
+from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 
 FLOAT = 4
 

@@ -1,52 +1,60 @@
 """`mflow train`: everything from a configuration to a run folder with its pictures and figures."""
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from filelock import FileLock
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from mflow_kernels.models import HierarchicalFlow
-from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
-from mflow_kernels.training.checkpoints import (
-    LAST,
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
+from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
+from mflow_kernels.data.splits import Splits, load_splits
+from mflow_kernels.evaluation.likelihood import evaluate_model
+from mflow_kernels.evaluation.pictures import draw_curves, draw_images, draw_residuals
+from mflow_kernels.evaluation.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.runs.checkpoints import (
     Checkpoint,
     CheckpointFiles,
     Checkpoints,
-    keep_as_last,
+    Expected,
     newest_checkpoint,
 )
-from mflow_kernels.training.config import (
+from mflow_kernels.runs.config import (
     RunConfig,
     TrainConfig,
     check_cuda_graphs,
     check_precision,
 )
-from mflow_kernels.training.data import Splits, load_splits
-from mflow_kernels.training.evaluation import evaluate_model
-from mflow_kernels.training.files import remove_temporary
-from mflow_kernels.training.module import FlowTraining, compile_networks
-from mflow_kernels.training.pictures import draw_curves, draw_images, draw_residuals
-from mflow_kernels.training.runs import (
+from mflow_kernels.runs.folder import (
     EVALUATION,
     METRICS,
     build_model,
     changed_options,
     check_new_run,
-    checkpoint_shapes,
+    checkpoint_tensors,
     create_run,
     pick_device,
     read_config,
+    read_manifest,
     record_config,
 )
-from mflow_kernels.training.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
+from mflow_kernels.training.module import (
+    FlowTraining,
+    compile_networks,
+    explaining_singular,
+    parameter_groups,
+    resume_loops,
+)
 
 _COLUMNS = 12
 
@@ -76,13 +84,13 @@ class Plan:
     model: HierarchicalFlow
     device: torch.device
     ranks: Ranks
-    overwrite: bool
     resumes: bool  # the run folder exists and is to be continued
+    lock: FileLock | None  # of the run folder that is resumed or replaced
     checkpoint: Checkpoint | None  # to go on from
 
     @property
     def first_step(self) -> int:
-        return self.checkpoint.state["global_step"] if self.checkpoint else 0
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def plan_run(
@@ -92,7 +100,8 @@ def plan_run(
 
     Raises:
         ValueError: any bad value, unreadable data, a run folder that exists (or, to resume, that
-            does not), a checkpoint that does not belong to it.
+            does not), that cannot be written or that another process writes, a checkpoint that
+            does not belong to it, other images than the run was trained on.
     """
     if overwrite and resume:
         raise ValueError("resume: expected either --resume or --overwrite, got both")
@@ -106,19 +115,66 @@ def plan_run(
     device = pick_device(config.device)
     check_precision(config.precision, device.type)
     check_cuda_graphs(config.cuda_graphs, device.type)
-    if not resume and ranks.rank == 0:
-        check_new_run(folder, overwrite)
+    folder = follow_links(folder, "run_dir")
     recorded = read_config(folder, "run_dir") if resume else None
-    splits = load_splits(config.data, config.image_size)
-    resolved = config.resolve(splits.train.image_shape)
-    model = build_model(resolved)
-    checkpoint = None
-    if recorded is not None:
-        changed = changed_options(resolved, recorded)
-        if changed:
-            raise ValueError(changed)
-        checkpoint = newest_checkpoint(folder, checkpoint_shapes(model))
-    return Plan(folder, resolved, splits, model, device, ranks, overwrite, resume, checkpoint)
+    lock = None
+    if ranks.rank == 0:
+        if not resume:
+            check_new_run(folder, overwrite)
+        if folder.exists():
+            lock = lock_folder(folder, "run_dir")
+    try:
+        splits = load_splits(config.data, config.image_size)
+        resolved = config.resolve(splits.train.image_shape)
+        model = build_model(resolved)
+        _check_batches(resolved, model, splits)
+        checkpoint = None
+        if recorded is not None:
+            changed = changed_options(resolved, recorded)
+            if changed:
+                raise ValueError(changed)
+            checkpoint = _resumable(folder, model, splits, resolved)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return Plan(folder, resolved, splits, model, device, ranks, resume, lock, checkpoint)
+
+
+def _resumable(
+    folder: Path, model: HierarchicalFlow, splits: Splits, config: RunConfig
+) -> Checkpoint | None:
+    """The checkpoint of a run folder to resume from; ValueError if there is something in the
+    folder that the run would not have written, or the images are others."""
+    then = read_manifest(folder)
+    different = splits.manifest.difference(then) if then else None
+    if different:
+        raise ValueError(
+            f"data: expected the images that the run was trained on, but since then {different}"
+        )
+    read_metrics(folder / METRICS)
+    groups = [group for stage in model.stages for group in parameter_groups(stage)]
+    expected = Expected(
+        checkpoint_tensors(model),
+        [parameter for group in groups for parameter in group],
+        FlowTraining(model, splits, config).total_steps,
+    )
+    return newest_checkpoint(folder, expected)
+
+
+def _check_batches(config: RunConfig, model: HierarchicalFlow, splits: Splits) -> None:
+    """ValueError if a stage could not take actnorm's scales from a batch: it needs two values of
+    each channel. A later stage would only fail when its turn comes."""
+    images = min(config.batch_size, len(splits.train))
+    for number, stage in enumerate(cast(list[ManifoldFlow], list(model.stages)), start=1):
+        shapes = cast(Glow | VectorFlow, stage.flow).latent_shapes
+        positions = min(math.prod(shape[1:]) for shape in shapes)
+        if images * positions < 2:
+            cause = "" if images == config.batch_size else ", which is all there are to train on"
+            raise ValueError(
+                f"batch_size: expected at least 2 images in a step, from which stage {number} "
+                f"takes its first scales, got {images}{cause}"
+            )
 
 
 def run(plan: Plan) -> list[Path]:
@@ -128,6 +184,7 @@ def run(plan: Plan) -> list[Path]:
         The pictures; of several ranks the first draws and evaluates alone.
 
     Raises:
+        FolderError: the run folder could not be made.
         FloatingPointError: too many steps in a row were skipped, or rebuilt states drifted; the
             last checkpoint stays.
         OSError: a file could not be written, as on a full disk; the last checkpoint stays.
@@ -136,25 +193,31 @@ def run(plan: Plan) -> list[Path]:
     if plan.ranks.rank:
         _fit(plan)
         return []
-    if plan.resumes:
-        remove_temporary(plan.folder)
-        record_config(plan.folder, plan.config)
-    else:
-        create_run(plan.folder, plan.config, plan.overwrite)
-    model = _fit(plan).to(plan.device).eval()
-    pictures = _draw(plan, model)
-    evaluation = evaluate_model(
-        model, plan.splits.test, plan.config.n_bits, data=plan.config.data_name, device=plan.device
-    )
-    evaluation.write(plan.folder / EVALUATION)
-    evaluation.print()
+    lock = plan.lock
+    if not plan.resumes or lock is None:
+        lock = create_run(plan.folder, plan.config, plan.splits.manifest, plan.lock)
+    try:
+        if plan.resumes:
+            remove_temporary(plan.folder)
+            record_config(plan.folder, plan.config)
+        model = _fit(plan).to(plan.device).eval()
+        config = plan.config
+        with explaining_singular(model):
+            pictures = _draw(plan, model)
+            evaluation = evaluate_model(
+                model, plan.splits.test, config.n_bits, data=config.data_name, device=plan.device
+            )
+        evaluation.write(plan.folder / EVALUATION)
+        evaluation.print()
+    finally:
+        lock.release()
     return pictures
 
 
 def _fit(plan: Plan) -> HierarchicalFlow:
     """Train, and return the averaged model."""
     config = plan.config
-    training = FlowTraining(plan.model, plan.splits, config)
+    training = FlowTraining(plan.model, plan.splits, config, plan.checkpoint)
     if config.compile:
         compile_networks(plan.model)
     loggers: list[Logger] = []
@@ -182,17 +245,24 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         logger=loggers,
         callbacks=[
             *reports,
-            Checkpoints(plan.folder, config.save_minutes, config.save_steps),
+            Checkpoints(plan.folder, config.save_minutes, config.save_steps, plan.checkpoint),
         ],
         plugins=[CheckpointFiles()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    resume_from = plan.folder / LAST if plan.checkpoint else None
-    if plan.checkpoint and plan.ranks.rank == 0:
-        keep_as_last(plan.checkpoint)  # the others read it once all have met
-    trainer.fit(training, ckpt_path=resume_from, weights_only=True)
+    validates = False
+    if plan.checkpoint is not None:
+        # A checkpoint is written before validation, which may not have come to its end. Repeated,
+        # it gives the same figures.
+        step = plan.first_step
+        validates = step > 0 and step % training.validation_interval == 0
+        resume_loops(trainer, step, validates)
+    with explaining_singular(training):
+        trainer.fit(training)
+        if validates and plan.first_step == training.total_steps:  # `fit` had nothing to do
+            trainer.validate(training, verbose=False)
     return training.averaged
 
 

@@ -9,13 +9,13 @@ ROOT = Path(__file__).parents[2]
 
 # In a process of its own, as the module turns the launchers to CPU tensors for good.
 RULES = """
-from benchmarks import _ledger
+from benchmarks.reports import ledger_counts
 import torch
 from torch import nn
 
 def names(function, module, images):
     return [(k.name, k.part, k.read, k.written, k.flops) for k in
-            _ledger.count(function, module, images)]
+            ledger_counts.count(function, module, images)]
 
 last = torch.channels_last
 x = torch.zeros(2, 4, 8, 8, requires_grad=True)
@@ -57,7 +57,7 @@ made = names(lambda: net(x).backward(torch.ones(2, 4, 8, 8)), net, x)
 parts = {m[0]: m[1] for m in made}
 assert parts["relu"] == parts["threshold_backward"] == parts["convolution dw"] == "networks", parts
 seen = []
-_ledger.count(lambda: seen.append(nn.functional.pixel_unshuffle(plain.to(memory_format=last), 2)),
+ledger_counts.count(lambda: seen.append(nn.functional.pixel_unshuffle(plain.to(memory_format=last), 2)),
               net, plain)
 assert seen[0].is_contiguous()
 """
@@ -77,23 +77,23 @@ def test_rules() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_no_step_moves_more_than_recorded(precision: str) -> None:
     """The counts of the package's own variants, at the size of the recorded file; run
-    `python -m benchmarks.ledger ... --record benchmarks/ledger.json` where fewer are right."""
+    `python -m benchmarks.reports.ledger ... --record benchmarks.reports.ledger.json` where fewer are right."""
     done = run(
-        "-W", "ignore", "-m", "benchmarks.ledger", "--steps", "2", "--precision", precision,
+        "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--precision", precision,
         "--variant", "ours, stored", "ours, reversible",
-        "--check", f"benchmarks/ledger_{precision}.json",
+        "--check", f"benchmarks/reports/ledger_{precision}.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_growth_is_reported(tmp_path: Path) -> None:
-    recorded = json.loads((ROOT / "benchmarks/ledger_float32.json").read_text())
+    recorded = json.loads((ROOT / "benchmarks/reports/ledger_float32.json").read_text())
     for row in recorded:
         row["moved"] -= 1
     lean = tmp_path / "lean.json"
     lean.write_text(json.dumps(recorded))
     done = run(
-        "-W", "ignore", "-m", "benchmarks.ledger", "--steps", "2", "--task", "forward",
+        "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--task", "forward",
         "--variant", "ours, stored", "--check", str(lean),
     )  # fmt: skip
     assert done.returncode == 1

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from benchmarks.manifold_recovery import methods, points
-from benchmarks.manifold_recovery.__main__ import main
-from benchmarks.manifold_recovery.factors import elbow
-from benchmarks.manifold_recovery.line import MixtureFlow
-from benchmarks.manifold_recovery.points import NOISE, OURS_HIERARCHY, Task, build, divergence
-from benchmarks.manifold_recovery.report import markdown
-from benchmarks.manifold_recovery.targets import TARGETS
+from benchmarks.manifold import methods, points
+from benchmarks.manifold.__main__ import main
+from benchmarks.manifold.factors import elbow
+from benchmarks.manifold.line import MixtureFlow
+from benchmarks.manifold.points import NOISE, OURS_HIERARCHY, Task, build, divergence
+from benchmarks.manifold.report import markdown
+from benchmarks.manifold.targets import TARGETS
 from mflow_kernels import ManifoldFlow
 from mflow_kernels.testing import check_bijection
 

@@ -6,12 +6,12 @@ import os
 import pytest
 import torch
 
-from benchmarks._bench import Bench, Measured, Missing, slug
-from benchmarks._fresh import Died, fresh
-from benchmarks._measure import interleaved, peak_bytes
-from benchmarks._models import Model, Spec
-from benchmarks._operators import Shape, operations
 from benchmarks.bench_ops import measure
+from benchmarks.harness.fresh import Died, fresh
+from benchmarks.harness.groups import Bench, Measured, Missing, slug
+from benchmarks.harness.measure import interleaved, peak_bytes
+from benchmarks.harness.models import Model, Spec
+from benchmarks.harness.operators import Shape, operations
 
 CPU = torch.device("cpu")
 SHAPE = Shape(16, 1, 2, True)

@@ -22,7 +22,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def test_quick_set_counts_bytes_and_its_exit_code_says_what_its_rows_say(tmp_path: Path) -> None:
     saved = tmp_path / "traffic.json"
-    done = run("-m", "benchmarks.traffic_report", "--quick", "--json", str(saved))
+    done = run("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
     told = json.loads(saved.read_text())
     rows, launches = told["bytes"], told["launches"]
     faults = any(row["fault"] for row in [*rows, *launches])
@@ -53,8 +53,9 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from benchmarks import _traffic, traffic_report
-from benchmarks._cases import Case
+from benchmarks.reports import traffic_counts as _traffic
+from benchmarks.reports import traffic as traffic_report
+from benchmarks.reports.cases import Case
 
 @triton.jit
 def _plain_kernel(x, y, SIZE: tl.constexpr):

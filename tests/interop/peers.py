@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop import Report, accelerate, tested
+from mflow_kernels.interop import Report, accelerate
+from mflow_kernels.interop import fingerprints as tested
 from mflow_kernels.testing import assert_close
 
 Results = dict[str, Tensor]  # of a model: outputs and log-determinants by name

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate, freia, linear
+from mflow_kernels.interop import accelerate, decelerate, linear
+from mflow_kernels.interop.freia import adapter as freia
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
 

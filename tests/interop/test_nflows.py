@@ -12,7 +12,8 @@ from nflows.flows.realnvp import SimpleRealNVP
 from nflows.nn.nets import ConvResidualNet, ResidualNet
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate, nflows
+from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop.nflows import adapter as nflows
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 

@@ -10,9 +10,10 @@ from normflows.flows import mixing_test
 from normflows.flows.affine import coupling_test, glow_test
 
 from interop import peers
-from mflow_kernels.interop import accelerate, decelerate, normflows
-from mflow_kernels.interop.normflows import FusedFlow
-from mflow_kernels.interop.swap import plan_of
+from mflow_kernels.interop import accelerate, decelerate
+from mflow_kernels.interop.normflows import adapter as normflows
+from mflow_kernels.interop.normflows.adapter import FusedFlow
+from mflow_kernels.interop.subclasses import plan_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.lu is deprecated", "ignore:ActNorm of normflows"

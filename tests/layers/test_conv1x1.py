@@ -52,25 +52,40 @@ def test_a_weight_that_is_not_finite_says_so():
     layer = InvertibleConv1x1(3)
     with torch.no_grad():
         layer.lower[1, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match="weight: expected an invertible matrix, got one that is not"
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError, match="weight: expected an invertible matrix, got one that is not"
+        ),
     ):
         layer.inverse(normal(2, 3))
 
 
+@torch.no_grad()
 def test_a_chain_names_the_layer_that_cannot_be_inverted():
     chain = ReversibleChain([FlowStep(2, width=4), Squeeze(), *(FlowStep(8) for _ in range(3))])
     z = chain(normal(1, 2, 4, 4))[0].detach()
-    with torch.no_grad():
-        chain.layers[3].actnorm.log_scale[1] = -1e4  # e^-10000 is 0
+    chain.layers[3].actnorm.log_scale[1] = -1e4  # e^-10000 is 0
     with pytest.raises(ValueError, match=r"^layers\.3\.conv: .* one that is singular"):
         chain.inverse(z)
-    with torch.no_grad():
-        chain.layers[3].conv.log_diagonal[1] = float("nan")
+    chain.layers[3].conv.log_diagonal[1] = float("nan")
     with pytest.raises(ValueError, match=r"^layers\.3\.conv: .* one that is not finite"):
         chain.inverse(z)
     with pytest.raises(ValueError, match=r"^conv: .* one that is not finite"):
         chain.layers[3].inverse(z)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_where_gradients_are_recorded_a_singular_weight_gives_nan(reversible):
+    """What LAPACK leaves of a singular matrix is finite, and would be trained on."""
+    layers = [FlowStep(2, width=4) for _ in range(2)]
+    chain = ReversibleChain(layers, reversible=reversible)
+    z = chain(normal(1, 2, 4, 4))[0].detach()
+    with torch.no_grad():
+        chain.layers[0].actnorm.log_scale[1] = -1e4  # e^-10000 is 0
+    x, _ = chain.inverse(z)
+    assert x.isnan().all()
+    x.sum().backward()
 
 
 def ill_conditioned(channels):

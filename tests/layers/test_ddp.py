@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
+from mflow_kernels.reversible.backward import WalkBack
 from mflow_kernels.testing import assert_close
 
 RANKS = 2
@@ -36,10 +38,14 @@ def train(flow: nn.Module, x: Tensor) -> None:
     (sum(z.pow(4).sum() for z in latents) / len(x) - logdet.mean()).backward()
 
 
-def one_rank(rank: int, folder: Path) -> None:
+def join(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    join(rank, folder)
     flow, x = glow(), batch().chunk(RANKS)[rank]
     flow.initialize(x)
     train(DistributedDataParallel(flow), x)
@@ -48,10 +54,37 @@ def one_rank(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="expected finite values"):
         # The other rank's batch is finite: both must hear of it.
         glow().initialize(x * float("inf") if rank == 0 else x)
+    (folder / f"events{rank}").write_text(" ".join(exchanges(flow, x)))
     dist.destroy_process_group()
 
 
+def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
+    """What happens in a backward pass, in order: "walk" where a level is walked back, "exchange"
+    where the ranks begin to add up a bucket of gradients."""
+    parallel = DistributedDataParallel(flow, bucket_cap_mb=0.001)
+    events = []
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        events.append("exchange")
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    parallel.register_comm_hook(None, hook)
+    train(parallel, x)  # makes the buckets
+    events.clear()
+    walk = WalkBack.walk
+
+    def noted(*args: object) -> object:
+        events.append("walk")
+        return walk(*args)  # type: ignore[arg-type]
+
+    WalkBack.walk = noted  # type: ignore[method-assign, assignment]
+    train(parallel, x)
+    WalkBack.walk = walk  # type: ignore[method-assign]
+    return events
+
+
 def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+    """And they are exchanged level by level, while the walk back goes on."""
     torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=RANKS)
     flow = glow()
     flow.initialize(batch())
@@ -64,3 +97,8 @@ def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Pa
         for name, p in flow.named_parameters():
             assert p.grad is not None
             assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
+        # Gradients of the second level are exchanged before the first level is walked back.
+        events = (tmp_path / f"events{rank}").read_text().split()
+        first, last = (i for i, event in enumerate(events) if event == "walk")
+        assert "exchange" in events[first:last]
+        assert "exchange" in events[last:]

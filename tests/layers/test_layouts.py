@@ -19,11 +19,11 @@ from triton.runtime.jit import JITFunction
 from mflow_kernels import Glow
 from mflow_kernels.interop.linear import select_channels
 from mflow_kernels.layers.networks import PointwiseConv2d
-from mflow_kernels.ops import _native
-from mflow_kernels.ops._launch import INTERPRETED, is_channels_last
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.launch import KERNELS_ON_CPU, is_channels_last
 
 pytestmark = pytest.mark.skipif(
-    not INTERPRETED and _native.load_extension() is None, reason="csrc is not built"
+    not KERNELS_ON_CPU and cpu.load_extension() is None, reason="csrc is not built"
 )
 
 
@@ -105,7 +105,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(torch.nn.functional, "pixel_shuffle", cuda_shuffle)
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
     monkeypatch.setattr(PointwiseConv2d, "_is_better_cut", lambda *_: False)  # of CPUs alone
-    if INTERPRETED:
+    if KERNELS_ON_CPU:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
             """Computes nothing: layouts do not depend on values."""
@@ -116,7 +116,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
             monkeypatch.setattr(kind, "run", launch)
     else:
         for name in ("couple", "_uncouple", "mix", "coupling_conv1x1_backward", "unmix"):
-            watched(monkeypatch, seen, name, getattr(_native, name))
+            watched(monkeypatch, seen, name, getattr(cpu, name))
     return seen
 
 
@@ -129,7 +129,7 @@ def watched(
         seen.look(f"{name}: result", results)
         return results
 
-    monkeypatch.setattr(_native, name, watch)
+    monkeypatch.setattr(cpu, name, watch)
 
 
 SHAPES = {

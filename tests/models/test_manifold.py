@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import HostReads, moved, normal
 
 from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.testing import assert_close
@@ -216,3 +216,20 @@ def test_bad_calls():
     for temperature in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
             flow.sample(1, temperature)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monkeypatch):
+    """It walks the flow in both directions; W^-1 is not checked on the way."""
+    # It computes a number of numbers on the host.
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    glow = moved(Glow((1, 4, 4), 2, 2, 4, reversible=reversible))
+    flow = ManifoldFlow(glow, 5, objective=ManifoldObjective("data"))
+    x = normal(2, 1, 4, 4)
+    flow.terms(x).loss.mean().backward()  # may look once whether networks can run again
+    with HostReads() as reads:
+        flow.terms(x).loss.mean().backward()
+    assert not reads.found
+    with HostReads() as reads, torch.no_grad():
+        flow.project(x)
+    assert reads.found  # a user's own call hears at once of a W that has no inverse

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, Split, Squeeze
+from mflow_kernels.data.splits import BatchStream, dequantize, load_splits, stream_generator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
-from mflow_kernels.training.data import BatchStream, dequantize, load_splits, stream_generator
 
 STEPS = 25
 SHAPE = (1, 28, 28)

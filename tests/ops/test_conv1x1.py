@@ -14,7 +14,7 @@ from cases import (
 )
 
 from mflow_kernels import ops
-from mflow_kernels.ops import _products
+from mflow_kernels.ops import channel_products
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = OPERATORS["conv1x1"], OPERATORS["conv1x1_inverse"]
@@ -85,8 +85,14 @@ def test_inverse_undoes_an_ill_conditioned_weight(device):
 )
 def test_inverse_of_what_has_none(weight, device):
     x = normal(2, 3, 4, device=device)
-    with pytest.raises(ValueError, match=r"weight: expected an invertible matrix, got"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"weight: expected an invertible matrix, got"),
+    ):
         ops.conv1x1_inverse(x, weight.to(device))
+    # Where gradients are recorded, an error would make training wait for the device.
+    weight = weight.to(device).requires_grad_()
+    assert ops.conv1x1_inverse(x, weight).isnan().all()
 
 
 @pytest.mark.parametrize("channels", [16, 48])
@@ -112,7 +118,7 @@ def test_precision(precision, channels, device):
 def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch, precision, stages):
     """A second stage overwrites dy while the product of sm_90 reads it (PTX shows the race)."""
     seen = []
-    monkeypatch.setattr(_products, "launch", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(channel_products, "launch", lambda *_, **options: seen.append(options))
     x = torch.ones(2, 48, 4, 4)
-    _products.launch_dweight(x, None, x, 1, precision)
+    channel_products.launch_dweight(x, None, x, 1, precision)
     assert [options["num_stages"] for options in seen] == [stages]

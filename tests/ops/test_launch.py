@@ -6,7 +6,8 @@ from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels import ops
-from mflow_kernels.ops._launch import (
+from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
+from mflow_kernels.ops.launch import (
     dense_pixels,
     flow_state,
     in_layout_of,
@@ -14,9 +15,8 @@ from mflow_kernels.ops._launch import (
     strides,
     tile_columns,
 )
-from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
-from mflow_kernels.ops.uncouple import uncouple
-from mflow_kernels.ops.unmix import unmix
+from mflow_kernels.ops.rebuild_conv1x1 import unmix
+from mflow_kernels.ops.rebuild_coupling import uncouple
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -133,6 +133,8 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
         x, half = state(12), state(6)
         weight, bias = torch.empty(12, 12, device=device), torch.empty(12, device=device)
         dlogdet = torch.empty(4, device=device)
+        pair = half, half
+        sums = torch.empty(1, 12, 12, device=device), torch.empty(1, 12, device=device)
         results = [
             ops.actnorm(x, bias, bias)[0],
             coupling_forward(x, x, *scale.args, False)[0],
@@ -141,8 +143,10 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.conv1x1_inverse(x, weight, bias),
             ops.coupling_conv1x1(x, x, weight, bias)[0],
             uncouple(half, half, dlogdet, x, scale, False, False).dparams,
-            unmix((half, half), (half, half), None, weight, weight, bias, None, True).x,
         ]
+        halves = unmix(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
+    for y in halves:
+        assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
     for y in results:
         assert y.shape == x.shape
         assert y.device == x.device

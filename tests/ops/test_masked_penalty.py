@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import math
 from collections.abc import Iterator
@@ -179,16 +180,94 @@ def test_special_values(device: torch.device, dtype: torch.dtype) -> None:
             assert not masked_penalty(x, rho=rho).isfinite()
 
 
-def test_every_half_survives_the_backward_pass() -> None:
-    """The CPU loops convert by integer arithmetic: hold them to torch's for all 65536 patterns."""
-    for dtype in (torch.float16, torch.bfloat16):
-        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        finite = every[every.isfinite()]
-        grad = module._masked_penalty_backward(
-            *(torch.full((1,), 1 / 3), torch.zeros(1), finite[None]),
-            *(None, None, None, 1.0, "l2", 1.0, True, False),
-        )[0]
-        assert torch.equal(grad[0], (finite.float() * torch.tensor(1 / 3)).to(dtype))
+def all_of(dtype: torch.dtype) -> Tensor:
+    """Every value of a 16-bit floating-point type."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_widened_as_by_torch(dtype: torch.dtype) -> None:
+    every = all_of(dtype)
+    penalty = masked_penalty(every[:, None], rho="l1")
+    assert torch.equal(penalty.nan_to_num(), every.float().abs().nan_to_num())
+    assert torch.equal(penalty.isnan(), every.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_floats_are_rounded_to_halves_as_by_torch(dtype: torch.dtype) -> None:
+    """Every half, every midpoint of two, and their neighbours in float32."""
+    finite = all_of(dtype)
+    finite = finite[finite.isfinite()].float().sort()[0]
+    midpoints = (finite[1:].double() + finite[:-1]).div(2).float()
+    top = torch.finfo(dtype).max * torch.tensor([1 + 2**-12, 1 + 2**-11, 1 + 2**-8, 2])
+    values = torch.cat([finite, midpoints, top, -top, torch.tensor([math.inf, 1e-45, -1e-40])])
+    up, down = (torch.nextafter(values, torch.tensor(end)) for end in (math.inf, -math.inf))
+    values = torch.cat([values, up, down, torch.tensor([math.nan])])
+    # The gradient of sample n is grad_penalty[n] times 1.
+    ones = torch.ones(len(values), 1, dtype=dtype)
+    grad = module._masked_penalty_backward(
+        *(values, torch.zeros_like(values), ones, None, None, None, 1.0, "l2", 1.0, True, False)
+    )[0][:, 0]
+    assert torch.equal(grad.nan_to_num(0), values.to(dtype).nan_to_num(0))
+    assert torch.equal(grad.signbit()[:-1], values.signbit()[:-1])
+    assert torch.equal(grad.isnan(), values.isnan())
+
+
+def without_extension(name: str, patch: pytest.MonkeyPatch) -> None:
+    if name == "reference":
+        patch.setattr(module, "_C", None)
+
+
+@pytest.mark.parametrize("by", ["extension", "reference"])
+@pytest.mark.parametrize("rho", RHOS)
+def test_bool_masks_leave_nan_and_infinity_out(
+    device: torch.device, rho: Any, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_extension(by, monkeypatch)
+    shape = (2, 3, 5, 7)
+    clean, target = (random(shape, torch.float32, device, i) for i in range(2))
+    mask = random(shape, torch.float32, device, 2) > 0
+    for bad in (math.nan, math.inf, -math.inf):
+        for penalized in (True, False):
+            # Bad where the sum under test does not look.
+            x = clean.masked_fill(~mask if penalized else mask, bad)
+            results = []
+            for values in (clean, x):
+                leaves = [v.clone().requires_grad_() for v in (values, target)]
+                both = masked_penalty_gaussian(*leaves, mask=mask, rho=rho)
+                sums = both[0 if penalized else 1]
+                results.append([sums, *torch.autograd.grad(sums.sum(), leaves)])
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
+                assert a.isfinite().all()
+    # In the part that is summed they count, and without a mask that is all.
+    x = clean.masked_fill(mask, math.nan)
+    assert masked_penalty_gaussian(x, rho=rho)[0].isnan().all()
+    assert masked_penalty_gaussian(x, rho=rho)[1].eq(0).all()
+    x = clean.masked_fill(mask, math.nan).requires_grad_()
+    (grad,) = torch.autograd.grad(masked_penalty(x, mask=mask, rho="l2").sum(), x)
+    assert torch.equal(grad.isnan(), mask)
+
+
+def test_second_derivatives(device: torch.device) -> None:
+    x = random((2, 3, 4), torch.float64, device, 0).requires_grad_()
+    with pytest.raises(RuntimeError, match="masked_penalty: its gradient cannot be differentiated"):
+        torch.autograd.grad(masked_penalty(x).sum(), x, create_graph=True)
+    hessian = torch.func.hessian(lambda x: masked_penalty(x, weight=0.5, rho="l2").sum())(x)
+    want = 0.5 * torch.eye(x.numel(), dtype=x.dtype, device=device)
+    assert_close(hessian.detach().reshape(x.numel(), -1), want)
+
+
+@pytest.mark.parametrize("by", ["extension", "reference"])
+def test_unknown_rho_has_no_formula(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_extension(by, monkeypatch)
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"rho.* l3|'l3'"):
+        module._forward(x, None, None, None, 1.0, "l3", 1.0)
+    with pytest.raises(ValueError, match=r"rho.* l3|'l3'"):
+        module._masked_penalty_backward._init_fn(
+            *(torch.ones(2), torch.ones(2), x, None, None, None, 1.0, "l3", 1.0, True, False)
+        )
 
 
 def test_all_and_nothing_masked(device: torch.device) -> None:
@@ -244,6 +323,7 @@ class _Fresh(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(module._C is None, reason="csrc is not built")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_hidden_copies(device: torch.device, layout: str) -> None:
     shape = (4, 6, 32, 32)
@@ -312,11 +392,40 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
     for dtype in DTYPES:
         x, target = (random((2, 3, 4, 5), dtype, cpu, i) for i in range(2))
         check(LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0))
-    with pytest.warns(UserWarning, match=r"_C is not built.*MFLOW_CUDA=1"):
-        assert module._native(torch.device("cuda:0")) is None
-    monkeypatch.setattr(module, "_C", SimpleNamespace(cuda_archs=[], cuda_note="no nvcc"))
-    with pytest.warns(UserWarning, match=r"no CUDA kernels \(no nvcc\).*MFLOW_CUDA=1"):
-        assert module._native(torch.device("cuda:0")) is None
+
+
+def _extension(**changes: Any) -> SimpleNamespace:
+    working = dict(cuda_archs=["sm_90"], cuda_note="", cuda_problem=lambda: "")
+    return SimpleNamespace(**(working | changes))
+
+
+@pytest.mark.parametrize(
+    ("extension", "why"),
+    [
+        (None, r"_C is not built"),
+        (_extension(cuda_archs=[], cuda_note="no nvcc"), r"no CUDA kernels \(no nvcc\)"),
+        (
+            _extension(cuda_problem=lambda: "CUDA driver version is insufficient"),
+            r"cannot run \(CUDA driver version is insufficient\)",
+        ),
+    ],
+)
+def test_a_gpu_without_kernels_falls_back_with_one_warning(
+    extension: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(module, "_C", extension)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    module._why_not_cuda.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=why + ".*MFLOW_CUDA=1") as warned:
+            assert all(module._native(gpu) is None for _ in range(3))
+        assert len(warned) == 1
+        monkeypatch.setattr(module, "_C", _extension())
+        module._why_not_cuda.cache_clear()
+        assert module._native(gpu) is module._C
+    finally:
+        module._why_not_cuda.cache_clear()
 
 
 ONES = torch.ones(2, 3, 4, 4)
@@ -367,7 +476,7 @@ def test_normalizer_is_the_integral(rho: Any) -> None:
         width = 60 * max(weight**-0.5, 1 / (weight * delta), 1 / weight)
         # Finest at zero, where the density peaks (and l1 has its kink).
         e = torch.from_numpy(np.linspace(0, 1, 400_001) ** 3 * width)
-        density = torch.exp(-weight * module.rho_ref(e, rho, delta))
+        density = torch.exp(-weight * module.penalty_function(rho).value(e, delta))
         integral = 2 * torch.trapezoid(density, e)
         got = penalty_log_normalizer(rho, weight, delta)
         assert got == pytest.approx(integral.log().item(), rel=1e-7, abs=1e-7)

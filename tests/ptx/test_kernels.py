@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels import ops
-from mflow_kernels.ops import _launch
+from mflow_kernels.ops import launch
 from ptx.launch import Device, Violation, installed
 from ptx.report import Report
 
@@ -24,7 +24,7 @@ ARCHS = ["sm_80", "sm_90"]
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """A machine that notes faults and raises nothing."""
-    monkeypatch.setattr(_launch, "KERNELS_ON_CPU", True)
+    monkeypatch.setattr(launch, "KERNELS_ON_CPU", True)
     with installed(Device(getattr(request, "param", "sm_80"), raises=False)) as device:
         yield device
 

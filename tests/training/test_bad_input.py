@@ -64,7 +64,7 @@ class TestBadInput:
 
     def test_an_existing_run_folder(self, run, images, capsys):
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
-        self.check(command, "(--resume continues it, --overwrite starts anew)", run, capsys)
+        self.check(command, "(--resume continues it, --overwrite replaces it)", run, capsys)
 
     def test_overwrite_spares_folders_that_are_no_runs(self, images, tmp_path, capsys):
         (tmp_path / "home").mkdir()

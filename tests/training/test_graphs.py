@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.layers import ReversibleChain
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.layers import chain as reversible
+from mflow_kernels.reversible import rerun
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -207,6 +208,31 @@ def test_a_failing_capture_is_told_once_and_training_goes_on(
     ]
 
 
+def test_networks_that_draw_train_without_graphs(monkeypatch, capsys):
+    """A graph's replay could not draw the same numbers twice; the capture says so."""
+    capturing = []
+    for module in (reversible, rerun):
+        monkeypatch.setattr(module, "capturing", lambda device: bool(capturing))
+
+    def capture(forward, backward):
+        backward(forward())
+        capturing.append(True)
+        try:
+            forward()
+        finally:
+            capturing.clear()
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    model = small_flow()
+    for layer in model.flow.chain.layers:
+        layer.coupling.net.append(torch.nn.Dropout(0.5))
+    loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
+    loss.backward()
+    told = capsys.readouterr().err
+    assert "without CUDA graphs: ReversibleChain: a network (Sequential) draws random" in told
+    assert all(p.grad is not None for p in model.parameters())
+
+
 class Cuda:
     """Stands in for torch's side of a capture: notes what is asked of it, and is in a capture after
     one whose end failed, as torch 2.9 is."""
@@ -375,14 +401,6 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def unwatched(function):
-    def run(*args):
-        with _disable_current_modes():
-            return function(*args)
-
-    return run
-
-
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize(
     ("domain", "weight"), [("latent", 1.0), ("data", 1.0), ("data", "variance")]
@@ -391,9 +409,7 @@ def test_nothing_in_what_is_captured_waits_for_the_device(
     domain, weight, reversible, stand_in, monkeypatch
 ):
     # It computes a number of numbers on the host.
-    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
-    # Whether W is singular is looked at where a capture is not on.
-    monkeypatch.setattr("mflow_kernels.layers.step.inverse_mix", unwatched(inverse_mix))
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     flow = VectorFlow(6, steps=3, width=8, reversible=reversible, checkpoint_every=2)
     model = ManifoldFlow(flow, 3, objective=ManifoldObjective(domain, weight=weight))
     with HostReads():

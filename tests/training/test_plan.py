@@ -8,18 +8,20 @@ oneDNN allocates for itself is not seen.
 import gc
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import TINY
 from torch.profiler import ProfilerActivity, profile
 
+from mflow_kernels.data.manifest import Manifest
+from mflow_kernels.data.splits import ImageSet, Splits
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import plan as planning
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.config import TrainConfig
-from mflow_kernels.training.data import ImageSet, Splits
 from mflow_kernels.training.plan import largest_batch, networks, parse_memory, peak_memory
-from mflow_kernels.training.runs import build_model
 
 # Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
@@ -49,9 +51,10 @@ CASES = {
 
 def measured(config: TrainConfig, folder) -> int:
     """Bytes at the peak of `mflow train`'s own loop."""
-    images = torch.randint(256, (48, 3, 16, 16)).byte()
+    images = torch.randint(256, (64, 3, 16, 16)).byte()
+    parts = np.repeat(np.array([0, 2], np.uint8), [48, 16])
     # Two steps and no validation between them, which would drop the first one's gradients.
-    splits = Splits(ImageSet(images), *(ImageSet(images[:16]) for _ in range(2)))
+    splits = Splits(ImageSet(images), Manifest([str(row) for row in range(64)], parts, [""] * 64))
     resolved = config.resolve(splits.train.image_shape)
     folder.mkdir()
     gc.collect()  # what is freed later would count as negative

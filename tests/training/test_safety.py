@@ -7,10 +7,10 @@ import torch
 from tiny_runs import TINY
 
 from mflow_kernels import InvertibleConv1x1, ReversibleChain
+from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import module
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
-from mflow_kernels.training.runs import load_run, read_config
 
 
 @pytest.fixture

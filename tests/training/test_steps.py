@@ -9,12 +9,12 @@ from tiny_runs import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow
+from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
-from mflow_kernels.training.runs import load_run
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_for_the_device_in_logged_steps_only(command, monkeypatch):
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, monkeypatch):
     found, looks = [], []
     step, init = FlowTraining.optimizer_step, FlowTraining.__init__
     look = StepGuard.look
@@ -155,9 +156,8 @@ def test_the_host_waits_for_the_device_in_logged_steps_only(command, monkeypatch
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
     # It computes a number of numbers on the host.
-    monkeypatch.setattr("mflow_kernels.objectives.penalty_log_normalizer", lambda *_: 0.0)
-    # In the latent domain: decoding looks whether W is singular.
-    assert main([*command, "--domain", "latent"]) == 0
+    monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
+    assert main([*command, "--domain", domain]) == 0
     assert found[:2] == found[3:5] == [0, 0]
     assert looks == [2, 5]
 

@@ -1,0 +1,125 @@
+"""Images per second of the loader alone: python -m benchmarks.celeba.loader [FILE] [--run RUN]
+
+Reads batches as training does, in a global shuffle, from a prepared file: one that is given, or for
+each of four sizes one of noise that is made here. `disk` is a pass over images that the system was
+asked to forget, `memory` the fastest of three passes after it. `core` divides by the processor's
+time in place of the clock's: it is what reading takes from a training that computes meanwhile. With
+a GPU, `device` is a pass with batches sent there and flipped and dequantized (5 bits) there;
+without one, the same on the CPU.
+
+--run compares with the images per second that the training of a run folder took.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness.table import table
+from mflow_kernels.data.prepared import open_prepared
+from mflow_kernels.data.sources import DataError
+from mflow_kernels.data.splits import (
+    BatchStream,
+    ImageSet,
+    dequantize,
+    flip_at_random,
+    stream_generator,
+)
+from mflow_kernels.runs.folder import METRICS
+from mflow_kernels.training.callbacks import read_metrics
+
+BYTES = 256 * 10**6  # of the files of noise
+SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # side: images in a batch
+PASSES = 3
+PASS_BYTES = 10**9  # of a given file read in a pass, at most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, help="file of mflow prepare")
+    parser.add_argument("--run", type=Path, help="run folder of a model to compare with")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.run and not (arguments.run / METRICS).is_file():
+        parser.error(f"--run: expected a run folder with {METRICS}, got {arguments.run}")
+    if arguments.file:
+        try:
+            prepared = open_prepared(arguments.file)
+        except DataError as error:
+            parser.error(str(error))
+        rows = [measure(arguments.file, prepared.images, device)]
+    else:
+        rows = [measure_noise(size, device) for size in SIZES]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    print(f"images per second, on {name}")
+    print(table(("shape", "batch", "disk", "memory", "core", "GB/s, core", "device"), rows))
+    if arguments.run:
+        speeds = [
+            row["images_per_second"]
+            for row in read_metrics(arguments.run / METRICS)
+            if "images_per_second" in row
+        ]
+        print(f"the training of {arguments.run} took {statistics.median(speeds):,.0f} (median)")
+
+
+def measure_noise(size: int, device: torch.device) -> list[object]:
+    """A row of the table, for a file of noise."""
+    count = BYTES // (3 * size**2)
+    noise = np.random.default_rng(0).integers(0, 256, 3 * size**2, dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "noise")
+        with path.open("wb") as file:
+            for shift in range(count):
+                file.write(np.roll(noise, shift).tobytes())
+            os.fsync(file.fileno())
+        images = np.memmap(path, np.uint8, "r", shape=(count, 3, size, size))
+        return measure(path, images, device)
+
+
+def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object]:
+    """A row of the table, for a prepared file."""
+    _, channels, size, _ = images.shape
+    batch_size = next(batch for side, batch in SIZES.items() if size <= side)
+    stream = BatchStream(ImageSet(images), batch_size, seed=0)
+    batches = min(stream.batches_per_pass, max(1, PASS_BYTES // (batch_size * images[0].size)))
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    disk, _ = rate(stream, batches, lambda batch: None)
+    passes = [rate(stream, batches, lambda batch: None) for _ in range(PASSES)]
+    memory, core = (max(rates) for rates in zip(*passes, strict=True))
+
+    def use(batch: Tensor) -> None:
+        generator = stream_generator(0, device=device)
+        sent = batch.to(device, non_blocking=True)
+        dequantize(flip_at_random(sent, generator), 5, generator)
+
+    used, _ = rate(stream, math.ceil(batches / 8), use)  # a CPU is slow at it
+    gigabytes = core * images[0].size / 1e9
+    shape = f"{channels}x{size}x{size}"
+    return [shape, batch_size, *(f"{x:,.0f}" for x in (disk, memory, core)),
+            f"{gigabytes:.1f}", f"{used:,.0f}"]  # fmt: skip
+
+
+def rate(stream: BatchStream, batches: int, use: Callable[[Tensor], None]) -> tuple[float, float]:
+    """Images per second of the clock, and of the processor's time in this process."""
+    clock, core = time.perf_counter(), time.process_time()
+    count = 0
+    for batch in islice(stream, batches):
+        use(batch)
+        count += len(batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - clock), count / (time.process_time() - core)
+
+
+if __name__ == "__main__":
+    main()

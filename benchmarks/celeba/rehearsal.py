@@ -1,0 +1,125 @@
+"""Rehearse a training on CelebA in minutes: python -m benchmarks.celeba.rehearsal [FOLDER]
+
+Makes a folder in CelebA's format from photographs and faces that scikit-image and scikit-learn
+ship, gives the commands that a person with CelebA gives, and checks what they leave: prepare the
+unopened zip (killed on the way, and given again), train at 64x64 (killed in the middle, and
+resumed), sample, reconstruct, evaluate, export. The model is the preset celeba64 with fewer steps,
+channels and dimensions of the manifold, so that a CPU takes minutes; what it learns of faces is
+little. FOLDER (default: a temporary one) keeps everything.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.celeba.tree import make_celeba
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.data.prepared import open_prepared
+from mflow_kernels.training.callbacks import read_metrics
+
+IMAGES = 2000
+STEPS = 160
+SCALED = shlex.split(
+    "--preset celeba64 --steps 4 --width 32 --manifold-dim 32 --stage-dims --batch-size 16 "
+    f"--max-steps {STEPS} --warm-up 20 --save-steps 20 --precision float32 --device cpu"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="new folder to work in")
+    folder = parser.parse_args().folder
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            rehearse(Path(temporary))
+    else:
+        folder.mkdir(parents=True)
+        rehearse(folder)
+
+
+def rehearse(folder: Path) -> None:
+    """Give all commands; AssertionError or CalledProcessError at the first that fails."""
+    data, file, run = folder / "celeba", folder / "celeba64.safetensors", folder / "run"
+    make_celeba(data, IMAGES, zipped=True)
+    print(f"made {IMAGES} images of CelebA's format in {data}")
+
+    prepare = ["prepare", str(data), "--out", str(file), "--image-size", "64"]
+    journal = file.with_name(f".{file.name}.journal")
+    kill(prepare, lambda: journal.exists() and journal.read_bytes().count(b"\n") > 3)
+    check(not file.exists(), "the killed command left no file")
+    give(prepare)
+    give(prepare)
+    prepared = open_prepared(file)
+    check(prepared.record.count == [1600, 200, 200], "the official partition was kept")
+
+    train = ["train", "--data", str(file), "--run-dir", str(run), *SCALED]
+    kill(train, lambda: last_step(run) >= STEPS // 2)
+    give([*train, "--resume"])
+    rows = read_metrics(run / "metrics.csv")
+    bits = [row["bits_per_dim"] for row in rows if "bits_per_dim" in row]
+    check(int(rows[-1]["step"]) >= STEPS - 20, "training went on to its end")
+    check(all(map(math.isfinite, bits)), "every logged loss is finite")
+    check(sum(bits[-5:]) / 5 < sum(bits[:5]) / 5 - 1, "it learned more than a bit per dimension")
+
+    give(["sample", str(run), "--number", "24"])
+    give(["reconstruct", str(run)])
+    give(["evaluate", str(run)])
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    check(evaluation["images"] == 200, "it was evaluated on the test part")
+    check((run / "report" / "report.html").is_file(), "there is a report to open")
+    give(["export", str(run), "--out", str(folder / "exported")])
+    HierarchicalFlow.from_pretrained(folder / "exported")
+    print(f"\nrehearsed with torch {torch.__version__}; all checks passed")
+
+
+def give(arguments: Sequence[str]) -> None:
+    """Run one command of mflow to its end, and tell its time."""
+    print(f"\n$ mflow {shlex.join(arguments)}", flush=True)
+    started = time.perf_counter()
+    subprocess.run(command(arguments), check=True)
+    print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def kill(arguments: Sequence[str], when: Callable[[], bool]) -> None:
+    """Start one command and kill it, as kill -9 does, as soon as `when` holds."""
+    print(f"\n$ mflow {shlex.join(arguments)}", flush=True)
+    process = subprocess.Popen(command(arguments))
+    while not when():
+        if process.poll() is not None:
+            raise AssertionError(f"ended by itself, with {process.returncode}, before its kill")
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    print("(killed with kill -9)", flush=True)
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    """`mflow` of this interpreter, also where it is not installed."""
+    program = "import sys; from mflow_kernels.training.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", program, *arguments]
+
+
+def last_step(run: Path) -> int:
+    rows = read_metrics(run / "metrics.csv")
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def check(holds: bool, what: str) -> None:
+    """AssertionError unless it holds; told either way."""
+    if not holds:
+        raise AssertionError(f"not so: {what}")
+    print(f"checked: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Run functions in processes that ran nothing before."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+IMPORTS = [
+    "benchmarks.harness.models",
+    "normflows",
+    "nflows.transforms",
+    "FrEIA.framework",
+    "memcnn",
+]
+
+
+class Died(Exception):
+    """What became of a process that gave no result."""
+
+
+def fresh(
+    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float
+) -> list[Any]:
+    """The function of each job, from a process of its own; `Died` in the place of what raised,
+    crashed or took longer than `seconds`. So many workers run at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)  # once, then forked; what is not there is passed over
+    results = []
+    for start in range(0, len(jobs), workers):
+        running = []
+        for job in jobs[start : start + workers]:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(sender, function, job))
+            process.start()
+            sender.close()
+            running.append((process, receiver))
+        for process, receiver in running:
+            results.append(_received(receiver, seconds))
+            process.join(timeout=1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return results
+
+
+def _send(sender: Connection, function: Callable[[Any], Any], job: Any) -> None:
+    try:
+        sender.send(function(job))
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        sender.send(Died(f"{type(error).__name__}: {lines[0]}"))
+
+
+def _received(receiver: Connection, seconds: float) -> Any:
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()
+        return Died(f"no answer within {seconds:g} s")
+    except EOFError:
+        return Died("the process died")

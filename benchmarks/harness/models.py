@@ -1,0 +1,291 @@
+"""A Glow of one size in every package: built, held to the reference, and run."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness.fresh import fresh
+from benchmarks.harness.groups import Bench, Measured
+from benchmarks.harness.measure import Call, interleaved, peak_bytes
+from benchmarks.harness.peers import BUILDERS, NOTES, Peer
+from benchmarks.harness.plain import Latents, exact, with_torch_convolutions
+from benchmarks.reports.cases import Constant
+from mflow_kernels import FlowStep, Glow
+from mflow_kernels.testing import assert_close, tolerance
+
+INVERTIBLE = ("ours, stored", "plain", "plain, channels_last", "plain, compiled", "normflows",
+              "nflows", "FrEIA")  # fmt: skip
+RECOMPUTING = ("ours, reversible", "ours, nothing kept", "checkpointing", "memcnn")
+SECONDS_A_PEAK = 300  # for a process that measures one
+
+
+class Spec(NamedTuple):
+    """What is built, from one seed.
+
+    constant: networks that return a parameter, so that the flow's own work is left.
+    precision: of the networks, "float32" or, under autocast, "bfloat16".
+    """
+
+    channels: int = 3
+    side: int = 32
+    levels: int = 3
+    steps: int = 8
+    width: int = 64
+    batch: int = 8
+    constant: bool = False
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        size = f"B={self.batch} {self.channels}x{self.side}x{self.side} L={self.levels}"
+        nets = "constant networks" if self.constant else f"W={self.width}"
+        return f"{size} K={self.steps} {nets}" + (" bf16" if self.precision == "bfloat16" else "")
+
+    @property
+    def terms(self) -> int:
+        """Products behind one element: each step adds its network's and its convolution's."""
+        return self.levels * self.steps * 9 * self.width
+
+    def glow(self) -> Glow:
+        """Ours, moved off its initial values, at which couplings are the identity; the less, the
+        wider and deeper it is, as states would grow past what bfloat16 networks can be held to."""
+        std = 0.02 * min(1.0, 64 / self.width * 24 / (self.levels * self.steps)) ** 0.5
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = (self.channels, self.side, self.side)
+            made = Glow(shape, self.levels, self.steps, 1 if self.constant else self.width)
+            for name, parameter in made.named_parameters():
+                if name.endswith(("net.4.weight", "net.4.bias")):
+                    nn.init.normal_(parameter, std=std)
+                elif "actnorm" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            if self.constant:
+                assert self.levels == 1
+                for layer in made.chain.layers:
+                    if isinstance(layer, FlowStep):
+                        side = self.side // 2
+                        params = 0.1 * torch.randn(self.batch, 4 * self.channels, side, side)
+                        last = params.to(memory_format=torch.channels_last)
+                        layer.coupling.net = Constant(last)
+        return made
+
+    def images(self, device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.channels, self.side, self.side)
+        return torch.rand(size, generator=generator).sub_(0.5).to(device)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
+
+
+def nll(z: Latents, logdet: Tensor) -> Tensor:
+    """The likelihood's loss, its constant left out."""
+    return (sum(cast(Tensor, t.square().sum()) for t in z) / 2 - logdet.sum()) / len(logdet)
+
+
+def variants(task: str) -> tuple[str, ...]:
+    """Those that recompute differ in training alone."""
+    return INVERTIBLE[:1] + RECOMPUTING + INVERTIBLE[1:] if task == "train" else INVERTIBLE
+
+
+class Results(NamedTuple):
+    """What a variant is held to, in float64; the gradient is that of the images."""
+
+    z: Latents
+    logdet: Tensor
+    grad: Tensor
+
+
+def results(module: nn.Module, images: Tensor) -> Results:
+    x = images.double().requires_grad_()
+    z, logdet = cast(tuple[Latents, Tensor], module(x))
+    (grad,) = torch.autograd.grad(nll(z, logdet), x)
+    return Results(tuple(t.detach() for t in z), logdet.detach(), grad)
+
+
+@lru_cache(maxsize=1)
+def shared_results(spec: Spec, device: torch.device) -> Results:
+    """Of the function that ours and most of the others compute."""
+    return results(exact(spec.glow()).to(device), spec.images(device))
+
+
+def assert_gradient_close(
+    got: Tensor, want: Tensor, terms: int, name: str, *, low: bool = False
+) -> None:
+    """Of the images' gradient through networks with ReLUs, as a whole: rounding moves a share
+    `tolerance` of the hidden units across zero, and each then changes its pixels' gradient by as
+    much as there is of it. So the norm of the difference is the square root of that share of the
+    norm.
+
+    Args:
+        terms: products behind one element.
+        low: whether the networks are bfloat16's.
+    """
+    error = float((got.double() - want).norm() / want.norm())
+    bound = tolerance(torch.bfloat16 if low else torch.float32, terms) ** 0.5
+    if not error <= bound:
+        raise AssertionError(f"{name}: d images: relative error {error:.1e} exceeds {bound:.1e}")
+
+
+class Model:
+    """One variant of a spec.
+
+    Raises:
+        Missing: where its package is not installed.
+    """
+
+    def __init__(self, spec: Spec, variant: str, device: torch.device) -> None:
+        self.spec, self.variant, self.device = spec, variant, device
+        glow = spec.glow()
+        if not variant.startswith("ours"):  # ours run in channels_last
+            glow.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            with_torch_convolutions(glow)
+        self.peer: Peer = BUILDERS[variant](glow)
+        self.module = self.peer.module.to(device)
+        self.x = spec.images(device)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+
+    def forward(self, x: Tensor) -> tuple[Latents, Tensor]:
+        with self.spec.autocast(self.device):
+            return cast(tuple[Latents, Tensor], self.module(x))
+
+    def train(self) -> None:
+        """Forward and backward; the optimizer's step, alike for all, is left out."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        nll(*self.forward(self.x)).backward()
+
+    def task(self, name: str) -> Call:
+        """What to time: "train", "forward" (no gradients) or "sample"."""
+        if name == "train":
+            return self.train
+        if name == "forward":
+            return torch.no_grad()(partial(self.forward, self.x))
+        with torch.no_grad():
+            z = tuple(t.float().clone() for t in self.forward(self.x)[0])
+        return torch.no_grad()(partial(self._inverse, z))
+
+    def _inverse(self, z: Latents) -> tuple[Tensor, Tensor]:
+        with self.spec.autocast(self.device):
+            return cast(Any, self.module).inverse(z)  # type: ignore[no-any-return]
+
+    def check(self, task: str) -> None:
+        """AssertionError unless latents, logdet and (where it trains) the gradient of the images
+        are the reference's, or a sample is the image whose latents it was made from."""
+        want = (
+            results(self.peer.exact().to(self.device), self.x)
+            if self.peer.exact
+            else shared_results(self.spec, self.device)
+        )
+        # Compiled anew if its images required gradients, which those of a training step do not.
+        compiled = self.variant == "plain, compiled"
+        x = self.x.clone().requires_grad_(not compiled)
+        with torch.set_grad_enabled(task == "train"):
+            z, logdet = self.forward(x)
+        for i, (got, latent) in enumerate(zip(z, want.z, strict=True)):
+            self._close(got, latent, f"z[{i}]")
+        # A step's logdet has terms of order one that may cancel over pixels.
+        size = self.spec.channels * self.spec.side**2
+        self._close(logdet, want.logdet, "logdet", size**0.5, self.spec.steps * size)
+        if task == "train":
+            nll(z, logdet).backward()
+            if compiled:  # the images' gradient summed, which is that of the first bias
+                bias = cast(Any, self.module).levels[0][0].bias
+                squeezed = F.pixel_unshuffle(want.grad, 2)
+                self._check_gradient(bias.grad, squeezed.sum((0, 2, 3)))
+            else:
+                assert x.grad is not None
+                self._check_gradient(x.grad, want.grad)
+        if task == "sample":
+            with torch.no_grad():
+                back, _ = self._inverse(tuple(t.float() for t in want.z))
+            scale = self._sample_scale(want)
+            self._close(back, self.x, "sample", scale)
+
+    def _check_gradient(self, got: Tensor, want: Tensor) -> None:
+        if self.spec.constant:  # no ReLUs
+            self._close(got, want, "d images")
+        else:
+            low = self.spec.precision == "bfloat16"
+            assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
+
+    def _sample_scale(self, exact: Results) -> float:
+        """The magnitude whose rounding a sample has: the inverse stretches a latent of level l as
+        much as the l levels above it shrank it, on average over its numbers."""
+        levels = self.spec.levels
+        per_number = -exact.logdet.mean().item() / self.x[0].numel()
+        a_level = per_number / (2 - 2.0 ** (1 - levels))
+        stretched = [
+            t.abs().max().item() * math.exp(a_level * (i + 1)) for i, t in enumerate(exact.z)
+        ]
+        return max(stretched) + self.x.abs().max().item()
+
+    def _close(
+        self, got: Tensor, want: Tensor, name: str, scale: float = 0.0, terms: int = 1
+    ) -> None:
+        if self.spec.precision == "bfloat16":
+            # Autocast makes the peers' states bfloat16: each step rounds them anew.
+            got = got.to(torch.bfloat16)
+            roundings = 2 * self.spec.levels * self.spec.steps
+            scale = max(scale, want.abs().max().item()) * roundings**0.5
+        terms = max(terms, self.spec.terms)
+        name = f"{self.variant}: {name}"
+        assert_close(got.detach(), want.detach(), terms=terms, scale=scale, name=name)
+
+
+def step_peak(job: tuple[Spec, str, str, int]) -> int:
+    """Bytes of a training step beyond the model and its images, gradients included; to be run in a
+    process of its own."""
+    spec, variant, device_name, threads = job
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    model = Model(spec, variant, device)
+    model.train()  # what is allocated once
+    for parameter in model.module.parameters():
+        parameter.grad = None
+    return peak_bytes(model.train, device)
+
+
+def measure(
+    bench: Bench, spec: Spec, task: str, variants: Sequence[str], rounds: int, *, memory: bool
+) -> Measured:
+    """Interleaved seconds of a task, of every variant that agrees with the reference; and the peak
+    memory of its training step, where asked."""
+    measured, on_gpu = Measured(), bench.device.type == "cuda"
+    calls: dict[str, Call] = {}
+    for variant in variants:
+        try:
+            model = Model(spec, variant, bench.device)
+            model.check(task)
+            calls[variant] = model.task(task)
+            calls[variant]()
+        except Exception as error:
+            calls.pop(variant, None)
+            measured.fault(variant, error)
+            continue
+        measured.extra[variant] = {
+            **spec._asdict(), "spec": str(spec), "task": task, "parameters": model.parameters,
+            "note": NOTES[variant],
+        }  # fmt: skip
+    if bench.check_only:
+        return measured
+    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
+    measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
+    if memory:
+        # A compiled model is compiled once more.
+        every = bench.size == "full"
+        again = [variant for variant in calls if every or variant != "plain, compiled"]
+        jobs = [(spec, variant, str(bench.device), bench.threads) for variant in again]
+        # Several at once, which no allocator notices, once nothing is timed.
+        measured.peaks(again, fresh(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK))
+    return measured

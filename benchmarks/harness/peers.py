@@ -1,0 +1,324 @@
+"""The same Glow in every package: built from one of ours, so that weights and function agree.
+
+All share the frame (`_plain.Multiscale`: pixel_unshuffle, chunk), the networks and the number of
+steps. What still differs is in `NOTES`.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.harness.groups import Missing
+from benchmarks.harness.plain import Exact, Multiscale, Step, exact, multiscale
+from benchmarks.reports.cases import Constant
+from mflow_kernels import FlowStep, Glow, Split
+from mflow_kernels.ops import ScaleFunction
+
+NOTES = {
+    "ours, stored": "reversible=False: activations stored, as the peers do",
+    "ours, reversible": "the default: states kept at every 8th step, the rest rebuilt",
+    "ours, nothing kept": "checkpoint_every=None: every state rebuilt",
+    "plain": "eager PyTorch, contiguous; same parameters and scale function as ours",
+    "plain, channels_last": "the same, states and networks in channels_last, as ours run",
+    "plain, compiled": "the same, contiguous, the whole model under torch.compile",
+    "checkpointing": "plain, each step under torch.utils.checkpoint (use_reentrant=False)",
+    "memcnn": "plain, each step in an InvertibleModuleWrapper(keep_input=False)",
+    "normflows": "GlowBlock; scale sigmoid(raw + 2) and AffineCoupling splits; parameters as ours",
+    "nflows": "ActNorm, OneByOneConvolution, AffineCouplingTransform; scale sigmoid(raw + 2) + "
+    "1e-3; half as many LU numbers (triangles alone), a bias more",
+    "FrEIA": "AllInOneBlock, global affine exp, clamp 2, coupling first; its 1x1 convolution is a "
+    "fixed rotation (W is not trained: C^2 parameters and their gradient less); plain splits",
+}
+
+
+@dataclass
+class Peer:
+    """A model under one name, and what makes its reference in float64 where its function is not
+    that of ours."""
+
+    module: nn.Module
+    exact: Callable[[], Multiscale] | None = None
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Missing(f"{name} is not installed ({error})") from None
+
+
+def reordered(net: nn.Module, order: Tensor, factor: Tensor) -> nn.Module:
+    """A copy of a coupling network with its output channels in another order, and scaled."""
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        if isinstance(net, Constant):
+            net.params.copy_(net.params[:, order] * factor.view(1, -1, 1, 1))
+            return net
+        last = cast(nn.Conv2d, cast(nn.Sequential, net)[-1])
+        assert last.bias is not None
+        last.weight.copy_(last.weight[order] * factor.view(-1, 1, 1, 1))
+        last.bias.copy_(last.bias[order] * factor)
+    return net
+
+
+class WithContext(nn.Module):
+    """A network that is called with a context, and drops it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, context: object = None) -> Tensor:
+        return cast(Tensor, self.net(x))
+
+
+class Backwards(nn.Module):
+    """A normflows flow, which maps latents to data, as one from data to latents."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(Any, self.flow).inverse(x)  # type: ignore[no-any-return]
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self.flow(z))
+
+
+def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
+    """From (raw, shift) to (-shift, raw), interleaved: normflows subtracts the shift."""
+    half = channels // 2
+    index = torch.arange(half)
+    order = torch.stack([half + index, index], dim=1).flatten()
+    return reordered(net, order, torch.tensor([-1.0, 1.0]).repeat(half))
+
+
+def _normflows(glow: Glow) -> Peer:
+    nf = _package("normflows")
+    scale = ScaleFunction("sigmoid")
+
+    def step(s: FlowStep) -> nn.Module:
+        channels = len(s.conv.sign)
+        block = nf.flows.GlowBlock(channels, 1)
+        coupling, conv, actnorm = block.flows
+        coupling.flows[1].param_map = _normflows_net(s.coupling.net, channels)
+        with torch.no_grad():
+            conv.P.copy_(s.conv.permutation)
+            conv.sign_S.copy_(s.conv.sign)
+            for target, source in ((conv.L, s.conv.lower), (conv.U, s.conv.upper),
+                                   (conv.log_S, s.conv.log_diagonal)):  # fmt: skip
+                target.copy_(source)
+            actnorm.s.copy_(-s.actnorm.log_scale.view(1, -1, 1, 1))
+            actnorm.t.copy_(-s.actnorm.bias.view(1, -1, 1, 1))
+        actnorm.data_dep_init_done.fill_(1.0)
+        return Backwards(block)
+
+    def split(s: Split) -> nn.Module:
+        first = cast(nn.Sequential, s.coupling.net)[-1]
+        net = _normflows_net(s.coupling.net, cast(nn.Conv2d, first).out_channels)
+        return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
+
+    return Peer(multiscale(glow, step, split), lambda: exact(_with_scale(glow, scale)))
+
+
+def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
+    glow = copy.deepcopy(glow)
+    for layer in glow.chain.layers:
+        if isinstance(layer, FlowStep | Split):
+            layer.coupling.scale = scale
+    return glow
+
+
+def _nflows(glow: Glow) -> Peer:
+    _package("nflows")
+    transforms = importlib.import_module("nflows.transforms")
+    scale = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
+
+    def coupling(net: nn.Module, channels: int) -> nn.Module:
+        half = channels // 2
+        swapped = reordered(net, torch.arange(2 * half).roll(half), torch.ones(2 * half))
+        mask = [0] * half + [1] * half
+        return transforms.AffineCouplingTransform(mask, lambda *_: WithContext(swapped))  # type: ignore[no-any-return]
+
+    def step(s: FlowStep) -> nn.Module:
+        channels = len(s.conv.sign)
+        actnorm, conv = transforms.ActNorm(channels), transforms.OneByOneConvolution(channels)
+        actnorm.initialized.fill_(True)
+        with torch.no_grad():
+            actnorm.log_scale.copy_(s.actnorm.log_scale)
+            actnorm.shift.copy_(s.actnorm.bias * s.actnorm.log_scale.exp())
+            # Its factors are those of W P with a positive diagonal: W is its own, near a rotation.
+            for entries in (conv.lower_entries, conv.upper_entries):
+                entries.normal_(std=0.1 / channels**0.5)
+        parts = [actnorm, conv, coupling(s.coupling.net, channels)]
+        return transforms.CompositeTransform(parts)  # type: ignore[no-any-return]
+
+    def reference(s: FlowStep, made: nn.Module) -> Exact:
+        conv = copy.deepcopy(cast(Any, made)._transforms[1]).double()
+        order = conv.permutation._permutation
+        lower, upper = conv._create_lower_upper()
+        weight = (lower @ upper).detach()[:, torch.argsort(order)]
+        return Exact(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale)
+
+    def split(s: Split) -> nn.Module:
+        out = cast(nn.Conv2d, cast(nn.Sequential, s.coupling.net)[-1]).out_channels
+        return coupling(s.coupling.net, out)
+
+    made = multiscale(glow, step, split)
+
+    def exactly() -> Multiscale:
+        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
+        changed = _with_scale(glow, scale)
+        return multiscale(changed, lambda s: reference(s, next(steps))).double()
+
+    return Peer(made, exactly)
+
+
+class Copied(nn.Module):
+    """A constant network whose output may be written to, as FrEIA does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.net(x)).clone()
+
+
+class AllInOne(nn.Module):
+    """FrEIA's block with states in the place of tuples of them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        (z,), logdet = self.block((x,))
+        return z, logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        (x,), logdet = self.block((z,), rev=True)
+        return x, logdet
+
+
+def _freia(glow: Glow) -> Peer:
+    modules = _package("FrEIA.modules")
+
+    def step(s: FlowStep) -> nn.Module:
+        channels = len(s.conv.sign)
+        half = channels // 2
+        # FrEIA takes 2 * tanh(raw / 10) where a clamp of 2 makes it 2 * tanh(raw / 2).
+        factor = torch.cat([torch.full((half,), 5.0), torch.full((half,), 10.0)])
+        net = reordered(s.coupling.net, torch.arange(2 * half), factor)
+        net = Copied(net) if isinstance(net, Constant) else net
+        block = modules.AllInOneBlock(
+            [(channels, 1, 1)], subnet_constructor=lambda *_: net, affine_clamping=2.0,
+            global_affine_type="EXP",
+        )  # fmt: skip
+        log_scale, bias = (
+            t.detach().view(1, -1, 1, 1) for t in (s.actnorm.log_scale, s.actnorm.bias)
+        )
+        with torch.no_grad():
+            rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+            block.w_perm.copy_(rotation[:, :, None, None])  # as permute_soft draws one
+            block.w_perm_inv.copy_(rotation.t()[:, :, None, None])
+            block.global_scale.copy_(log_scale)
+            block.global_offset.copy_(bias * log_scale.exp())
+        return AllInOne(block)
+
+    made = multiscale(glow, step)
+    scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
+
+    def reference(s: FlowStep, block: nn.Module) -> Exact:
+        weight = cast(Any, block).block.w_perm[:, :, 0, 0]
+        return Exact(
+            weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale, coupling_first=True
+        )
+
+    def exactly() -> Multiscale:
+        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
+        return multiscale(glow, lambda s: reference(s, next(steps))).double()
+
+    return Peer(made, exactly)
+
+
+def _ours(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
+    made = copy.deepcopy(glow)
+    made.chain.reversible, made.chain.checkpoint_every = reversible, checkpoint_every
+    return Peer(made)
+
+
+def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -> Peer:
+    made: Any = multiscale(glow)
+    if channels_last:
+        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        made.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].contiguous(memory_format=torch.channels_last),)
+        )
+    if compiled:
+        torch._dynamo.reset()
+        for way in ("forward", "inverse"):
+            setattr(made, way, torch.compile(getattr(made, way), dynamic=False))
+    return Peer(made)
+
+
+class Checkpointed(nn.Module):
+    """A step whose activations are computed again in the backward pass."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        self.step = Step(step)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], checkpoint(self.step, x, use_reentrant=False))
+
+
+class Carrying(nn.Module):
+    """A step from (x, logdet) to (z, logdet), the form of what memcnn can invert."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        self.step = Step(step)
+
+    def forward(self, x: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+        z, change = self.step(x)
+        return z, logdet + change
+
+    def inverse(self, z: Tensor, logdet: Tensor) -> tuple[Tensor, Tensor]:
+        x, change = self.step.inverse(z)
+        return x, logdet + change
+
+
+class Inverted(nn.Module):
+    """A step that memcnn rebuilds in the backward pass."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        wrapper = _package("memcnn").InvertibleModuleWrapper
+        self.wrapped = wrapper(Carrying(step), keep_input=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self.wrapped(x, x.new_zeros(x.shape[0])))
+
+
+BUILDERS: dict[str, Callable[[Glow], Peer]] = {
+    "ours, stored": partial(_ours, reversible=False),
+    "ours, reversible": partial(_ours, reversible=True),
+    "ours, nothing kept": partial(_ours, reversible=True, checkpoint_every=None),
+    "plain": _plain,
+    "plain, channels_last": partial(_plain, channels_last=True),
+    "plain, compiled": partial(_plain, compiled=True),
+    "checkpointing": lambda glow: Peer(multiscale(glow, Checkpointed)),
+    "memcnn": lambda glow: Peer(multiscale(glow, Inverted)),
+    "normflows": _normflows,
+    "nflows": _nflows,
+    "FrEIA": _freia,
+}

@@ -1,0 +1,207 @@
+"""Images of a known number of factors: what dimension does a manifold flow find?
+
+Shaded ellipses; 2 factors are their position, 3 also their size, 5 also angle and brightness. Each
+flow is trained with one manifold dimension; the reconstruction error stops falling where the
+dimension reaches that of the data. A principal component analysis has no such place: a moving
+ellipse is not linear in its position. Beside it, the dimension that the spectrum of one flow
+trained by plain likelihood speaks for (`estimate_intrinsic_dimension`).
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.manifold import methods
+from benchmarks.manifold.report import Row, markdown, save_figure
+from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
+from mflow_kernels.data.splits import to_image
+from mflow_kernels.evaluation.pictures import draw_images
+
+SIDE = 12  # so small that vectors will do, whose 1x1 convolutions mix all pixels
+NOISE = 0.02
+FACTORS = {2: "position", 3: "position, size", 5: "position, size, angle, brightness"}
+DIMENSIONS = {2: (1, 2, 3, 4, 5), 3: (1, 2, 3, 4, 5, 6), 5: (2, 3, 4, 5, 6, 7, 8)}
+STEPS, WIDTH = 4, 128
+BATCH, RATE = 64, 2e-3
+TEST_IMAGES = 500
+SPECTRUM_IMAGES, SPECTRUM_STEPS = 32, 3  # so many times the steps of a manifold flow
+OBJECTIVE = ManifoldObjective("data", "l2", weight=1000.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training: of a manifold flow, or by plain likelihood where dim is 0."""
+
+    factors: int
+    dim: int
+    seed: int
+    steps: int
+
+
+def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
+    """A curve over dimensions and a spectrum for each number of factors, of the first seed."""
+    steps = 60 if quick else 500
+    counts = (2,) if quick else tuple(FACTORS)
+    return [
+        Task(count, dim, seeds[0], steps if dim else SPECTRUM_STEPS * steps)
+        for count in counts
+        for dim in (*DIMENSIONS[count], 0)
+    ]
+
+
+def run(task: Task) -> dict[str, Any]:
+    """Train and measure; a row of the table, and what the picture shows."""
+    torch.manual_seed(task.seed)  # of the weights
+    generator = torch.Generator().manual_seed(task.seed)
+    flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
+    method = methods.penalized(flow, task.dim, OBJECTIVE) if task.dim else methods.plain(flow, 1)
+    started = time.process_time()
+    methods.train(method, batches(task.factors, generator), task.steps, RATE)
+    row: dict[str, Any] = {
+        "factors": task.factors, "dim": task.dim, "seed": task.seed, "steps": task.steps,
+        "seconds": time.process_time() - started,
+    }  # fmt: skip
+    if not task.dim:
+        x = next(batches(task.factors, torch.Generator().manual_seed(10**6)))[:SPECTRUM_IMAGES]
+        found = estimate_intrinsic_dimension(flow, x)
+        return row | found._asdict() | {"spectrum": found.spectrum.tolist()}
+    test_generator = torch.Generator().manual_seed(10**6)
+    clean = ellipses(TEST_IMAGES, task.factors, test_generator)
+    noisy = clean + NOISE * torch.randn(clean.shape, generator=test_generator)
+    with torch.no_grad():
+        projected = method.model.project(noisy.flatten(1)).view_as(clean)
+    return row | {
+        "squared_error": (projected - clean).square().mean().item(),
+        "linear_error": _linear_error(clean, task.dim),
+        "picture": {"images": clean[:12].tolist(), "projections": projected[:12].tolist()},
+    }
+
+
+def batches(factors: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless fresh batches (BATCH, SIDE^2), float32 with noise."""
+    while True:
+        x = ellipses(BATCH, factors, generator).flatten(1)
+        yield x + NOISE * torch.randn(x.shape, generator=generator)
+
+
+def ellipses(n: int, factors: int, generator: torch.Generator) -> Tensor:
+    """n images (n, 1, SIDE, SIDE) in [-0.5, 0.5], smooth in the first `factors` of x, y, size,
+    angle, brightness; the others are fixed. Shaded from one end to the other."""
+    uniform = torch.rand(n, 5, generator=generator) - 0.5
+    uniform[:, factors:] = 0
+    x, y, size, angle, brightness = uniform[:, :, None, None].unbind(1)
+    line = torch.linspace(-1, 1, SIDE)
+    down, across = torch.meshgrid(line, line, indexing="ij")
+    a, b = across - 0.8 * x, down - 0.8 * y
+    turn = 0.5 + 1.5 * angle
+    along, aside = turn.cos() * a + turn.sin() * b, turn.cos() * b - turn.sin() * a
+    radius = 0.55 + 0.3 * size
+    inside = torch.sigmoid(6 * (1 - ((along / radius) ** 2 + (aside / (0.6 * radius)) ** 2)))
+    shade = (0.75 + 0.5 * brightness) * (1 + 0.4 * torch.tanh(along / radius)) / 1.4
+    return (inside * shade - 0.5)[:, None]
+
+
+def elbow(errors: dict[int, float]) -> int | None:
+    """The dimension before which the error falls and after which it does no more: where the
+    logarithm of the error bends most; None if the falls before and after differ by less than 2.
+
+    Args:
+        errors: of three dimensions or more, one apart.
+    """
+    logs = {dim: math.log(error) for dim, error in errors.items()}
+    bends = {dim: logs[dim - 1] - 2 * logs[dim] + logs[dim + 1] for dim in sorted(logs)[1:-1]}
+    found = max(bends, key=lambda dim: bends[dim])
+    return found if bends[found] >= math.log(2) else None
+
+
+def _linear_error(clean: Tensor, dim: int) -> float:
+    """Mean squared error of the best linear projection of these very images to `dim`."""
+    values = torch.linalg.svdvals((clean - clean.mean(0)).flatten(1))
+    return (values[dim:].square().sum() / clean.numel()).item()
+
+
+METRICS = {
+    "squared_error": ("reconstruction error (MSE)", ".5f"),
+    "linear_error": ("of principal components", ".5f"),
+    "seconds": ("CPU s", ".1f"),
+}
+
+
+def report(rows: Sequence[Row], folder: Path) -> str:
+    """Write the pictures; return the tables."""
+    spectra = {row["factors"]: row for row in rows if not row["dim"]}
+    rows = [row for row in rows if row["dim"]]
+    curves = {
+        count: {row["dim"]: row["squared_error"] for row in rows if row["factors"] == count}
+        for count in spectra
+    }
+    _draw_curves(folder / "factors_dimension.png", rows, curves)
+    _draw_spectra(folder / "factors_spectrum.png", spectra)
+    for count in curves:
+        _draw_projections(folder / f"factors_{count}.png", count, rows)
+    found = [
+        {
+            "factors": count, "names": FACTORS[count], "elbow": elbow(errors) or "no bend",
+            "step": f"{spectra[count]['dimension']} (gap {spectra[count]['gap']:.1f})",
+        }
+        for count, errors in curves.items()
+    ]  # fmt: skip
+    keys = {
+        "factors": "factors",
+        "names": "which",
+        "elbow": "dimension by reconstruction",
+        "step": "dimension by spectrum",
+    }
+    text = [
+        "## Images of known factors\n",
+        markdown(found, keys, {}),
+        "\n",
+        markdown(rows, {"factors": "factors", "dim": "manifold dimension"}, METRICS),
+        f"\nErrors are those of noisy images' projections to the clean images, of {SIDE}x{SIDE} "
+        f"pixels in a range of 1; the noise's own is {NOISE**2:.5f}. A spectrum with no step says "
+        f"{SIDE**2}.\n",
+    ]
+    return "\n".join(text)
+
+
+def _draw_spectra(path: Path, spectra: dict[int, Row]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for count, row in spectra.items():
+        values = row["spectrum"][:30]
+        axis.plot(range(1, len(values) + 1), values, "o-", ms=3, label=f"{count} factors")
+    axis.axhline(NOISE, color="0.5", lw=0.8, ls=":", label="noise")
+    axis.set(yscale="log", xlabel="rank", ylabel="singular value of the Jacobian")
+    axis.set_title("Flows trained by plain likelihood: local standard deviations", fontsize=11)
+    axis.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def _draw_curves(path: Path, rows: Sequence[Row], curves: dict[int, dict[int, float]]) -> None:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for colour, (count, errors) in zip(("C0", "C1", "C2"), curves.items(), strict=False):
+        own = [row for row in rows if row["factors"] == count]
+        axis.plot(list(errors), list(errors.values()), "o-", color=colour, label=f"{count} factors")
+        linear = [row["linear_error"] for row in own]
+        axis.plot(list(errors), linear, ":", color=colour, label="principal components")
+        axis.axvline(count, color=colour, lw=0.6)
+    axis.set(yscale="log", xlabel="manifold dimension", ylabel="mean squared error")
+    axis.set_title("Reconstruction against dimension; vertical lines: the true one", fontsize=11)
+    axis.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def _draw_projections(path: Path, count: int, rows: Sequence[Row]) -> None:
+    own = [row for row in rows if row["factors"] == count]
+    images = {"true image": torch.tensor(own[0]["picture"]["images"])}
+    images |= {f"d = {r['dim']}": torch.tensor(r["picture"]["projections"]) for r in own}
+    title = f"Projections of ellipses of {count} factors ({FACTORS[count]})"
+    draw_images(path, title, {name: to_image(x) for name, x in images.items()})

@@ -1,0 +1,201 @@
+"""Compile the launches that the real launchers make, with no GPU.
+
+Import this before anything that imports mflow_kernels. Under TRITON_INTERPRET=1 the launchers take
+CPU tensors, which is wanted here, but kernels then cannot be compiled: so the variable is set for
+the package, and Triton itself is told not to interpret. `JITFunction.run` is replaced by one that
+notes the launch and does nothing; what was noted is compiled later through Triton's own launch path
+(argument names, specialization on alignment, divisibility by 16 and 1, options), up to the machine
+code, with a driver that only says which GPU to compile for.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+triton.knobs.runtime.interpret = False
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import mflow_kernels.ops  # noqa: E402, F401 - registers the launchers for the CPU
+from benchmarks.reports.ptx import access_bytes  # noqa: E402
+
+_run = JITFunction.run
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What one multiprocessor has (CUDA C++ Programming Guide, table "Technical Specifications per
+    Compute Capability"). Registers are given to warps in lots of 256."""
+
+    registers: int = 65536
+    threads: int = 2048
+    blocks: int = 32
+    shared: int = 228 * 1024
+    shared_of_block: int = 227 * 1024
+    shared_reserved: int = 1024  # of each block, by CUDA
+
+    def resident(self, registers: int, shared: int, warps: int) -> int:
+        """How many blocks fit at once."""
+        if shared > self.shared_of_block:
+            return 0
+        lot = -(-registers * 32 // 256) * 256
+        by_registers = self.registers // max(lot, 1) // 4 * 4 // warps  # 4 schedulers, equally
+        by_shared = self.shared // (shared + self.shared_reserved)
+        return min(self.blocks, by_registers, by_shared, self.threads // (32 * warps))
+
+
+ARCHS = {
+    "sm_80": Arch(shared=164 * 1024, shared_of_block=163 * 1024),
+    "sm_90": Arch(),
+    "sm_100": Arch(),
+}
+
+
+class _CompileOnly:
+    """The part of a Triton driver that compiling needs."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        return self.target  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@dataclass
+class Launch:
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.kwargs
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that Triton compiles once."""
+        driver.set_active(_CompileOnly("sm_90"))  # specialization is the same for all of them
+        *_, binder = self.kernel.device_caches["sm_90"]
+        try:
+            _, specialization, options = binder(*self.args, **self.kwargs)
+        except Exception:  # compiling will say so in the table
+            given = [(type(arg), getattr(arg, "dtype", None)) for arg in self.args]
+            return f"{self.kernel.__name__} {given} {self.kwargs}"
+        return f"{self.kernel.__name__} {specialization} {options}"
+
+
+@contextmanager
+def noting(note: Callable[[Launch], object]) -> Iterator[None]:
+    """While open, `note` is called with each launch, and nothing is computed."""
+
+    def run(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        note(Launch(self, args, kwargs))
+
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = _run
+
+
+def capture(function: Callable[[], object]) -> list[Launch]:
+    """Run `function` and return the launches that it would have made; nothing is computed."""
+    launches: list[Launch] = []
+
+    def note(launch: Launch) -> None:
+        launches.append(replace(launch, args=tuple(map(_untouched, launch.args))))
+
+    with noting(note):
+        function()
+    return launches
+
+
+def _untouched(argument: Any) -> Any:
+    """In place of a tensor, one of its shape, strides and alignment that was never written, and so
+    takes address space alone."""
+    if not isinstance(argument, Tensor) or not argument.numel():
+        return argument
+    steps = (
+        (size - 1) * step for size, step in zip(argument.shape, argument.stride(), strict=True)
+    )
+    offset = argument.data_ptr() % 16 // argument.element_size()
+    room = torch.empty(offset + sum(steps) + 1, dtype=argument.dtype)
+    return room.as_strided(argument.shape, argument.stride(), offset)
+
+
+@dataclass
+class Compiled:
+    registers: int = 0
+    spilled: int = 0  # bytes of a lane's stack, where Triton's kernels keep nothing else
+    shared: int = 0
+    warps: int = 0
+    access: dict[str, list[int]] = field(default_factory=dict)  # bytes a lane, by argument
+    error: str = ""
+
+
+def compile_for(launch: Launch, target: str) -> Compiled:
+    driver.set_active(_CompileOnly(target))
+    try:
+        kernel = _run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.kwargs)
+    except Exception as error:
+        return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    arguments = list(_runtime(kernel.src.signature))
+    registers, spilled = _resources(kernel.asm["cubin"])
+    return Compiled(
+        registers,
+        spilled,
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        access_bytes(kernel.asm["ptx"], arguments),
+    )
+
+
+def _runtime(signature: dict[str, Any]) -> Iterator[str]:
+    """The arguments that the compiled kernel takes, in order: a tuple's members one by one."""
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            yield from _runtime({f"{name}.{i}": member for i, member in enumerate(kind)})
+        elif kind != "constexpr":
+            yield name
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a lane, as Triton's own cuobjdump reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told nothing of registers: {told!r}")
+    return int(found[1]), int(found[2])
+
+
+def pixel_tensors(launch: Launch) -> dict[str, Tensor]:
+    """The arguments that have pixels: those of four axes (see `_cases`)."""
+    return {
+        name: value
+        for name, value in launch.bound.items()
+        if isinstance(value, Tensor) and value.dim() == 4
+    }

@@ -1,0 +1,211 @@
+"""The launches that the presets' models make: training steps, evaluation and sampling, recorded.
+
+Nothing is computed and no network runs: the coupling networks give params of the right shape, dtype
+and layout, and gradients of their input, as empty tensors; products and factors of weights are
+skipped too. So a model of 1024x1024 images takes seconds and 3 GB.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from benchmarks import _aot  # before anything of mflow_kernels
+
+import torch  # isort: skip
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.layers import ActNorm, AffineCoupling
+from mflow_kernels.ops import ScaleFunction
+from mflow_kernels.ops.launch import is_channels_last
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.presets import PRESETS, preset_options
+from mflow_kernels.training.plan import plan_model
+
+BATCH = 2
+FEW = 3  # steps of flow, where a first, a middle and a last one make every launch there is
+
+CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pass
+    "stored": {"reversible": False},
+    "reversible": {"checkpoint_every": None},
+    "checkpointed": {"checkpoint_every": 8},
+    "all states kept": {"checkpoint_every": 1},
+}
+
+
+class _NoAlgebra(TorchDispatchMode):
+    """Returns zeros, strided as the results would be, for products and factors of weights, which
+    take minutes for the flows of vectors of length 2,048."""
+
+    SKIPPED = {  # noqa: RUF012
+        torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm,
+        torch.ops.aten.linalg_inv_ex, torch.ops.aten.linalg_qr, torch.ops.aten.linalg_lu,
+    }  # fmt: skip
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in self.SKIPPED:
+            return func(*args, **kwargs)
+        shapes = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs)
+        return tree_map_only(Tensor, _zeros, shapes)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.numel(), dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+class _EmptyParams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
+        ctx.save_for_backward(x)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+        return torch.empty((len(x), channels, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+
+    @staticmethod
+    def backward(ctx: Any, dparams: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x), None
+
+
+class EmptyNetwork(nn.Module):
+    """A coupling network that computes nothing, in the dtype that autocast gives it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return _EmptyParams.apply(x.to(dtype), self.channels)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to record.
+
+    Attributes:
+        name: what the report calls it.
+        image_shape, levels: of the image flow.
+        manifold_dims: of the image flow and of the flows of vectors after it.
+        steps: K of each of these flows.
+        dtypes: of the state and of the coupling networks.
+        channels_last: as `Glow` runs; else its chain runs alone, on contiguous states.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    levels: int
+    manifold_dims: tuple[int, ...]
+    steps: tuple[int, ...] = (FEW, FEW)
+    chain: str = "reversible"
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    scale: ScaleFunction = field(default_factory=lambda: ScaleFunction("tanh"))
+    channels_last: bool = True
+
+
+def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
+    """A preset; with all its steps where the place of a kept state among them matters."""
+    config = plan_model(TrainConfig(**preset_options(name)), None, gpu=True)
+    dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
+    if chain != "checkpointed":
+        steps = tuple(min(FEW, k) for k in steps)
+    dtypes = (torch.float32, network)
+    return Model(name, config.image_shape, config.levels, dims, steps, chain, dtypes)
+
+
+def models() -> Iterator[Model]:
+    """Every preset with float32 and bfloat16 networks, whatever its chains keep; odd sizes; and, of
+    one size, what users may choose beside the presets."""
+    float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
+    for chain in CHAINS:
+        for network in (float32, bfloat16):
+            for preset in PRESETS:
+                yield preset_model(preset, chain, network)
+            dtypes = (float32, network)
+            yield Model("odd sizes", (3, 24, 40), 3, (64, 33), (9, 9), chain, dtypes)
+            yield Model(
+                "contiguous", (3, 32, 32), 3, (64,), (9,), chain, dtypes, channels_last=False
+            )
+    yield Model("float64", (3, 32, 32), 2, (64,), (FEW,), dtypes=(float64, float64))
+    for kind in ("sigmoid", "exp", "atan"):
+        yield Model(kind, (3, 32, 32), 1, (64,), (FEW,), scale=ScaleFunction(kind))  # type: ignore[arg-type]
+    glow = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
+    yield Model("scale, then shift", (3, 32, 32), 1, (64,), (FEW,), scale=glow)
+
+
+def quick_models() -> Iterator[Model]:
+    """One level of a preset's kind: seconds."""
+    dtypes = (torch.float32, torch.bfloat16)
+    yield Model("quick", (3, 32, 32), 1, (64,), (FEW,), "all states kept", dtypes)
+    yield Model("quick", (3, 32, 32), 1, (64,), (FEW,), "stored", dtypes)
+
+
+class Recorded(NamedTuple):
+    model: str
+    launch: _aot.Launch
+
+
+def record(model: Model) -> Iterator[Recorded]:
+    """Every launch of a training step of each stage, of evaluation and of sampling."""
+    with _NoAlgebra():
+        flow = _build(model)
+    x = torch.empty(BATCH, *model.image_shape, dtype=model.dtypes[0])
+    runs = _runs(flow, x) if model.channels_last else _runs_of_chain(flow, x)
+    for run in runs:
+        autocasts = model.dtypes[0] != model.dtypes[1]
+        dtype = model.dtypes[1] if autocasts else None
+        with _NoAlgebra(), torch.autocast("cpu", dtype, enabled=autocasts):
+            launches = _aot.capture(run)
+        for launch in launches:
+            yield Recorded(model.name, launch)
+
+
+def _build(model: Model) -> HierarchicalFlow:
+    how = CHAINS[model.chain]
+    k, *ks = model.steps
+    flows: list[Glow | VectorFlow] = [
+        Glow(model.image_shape, model.levels, k, 1, scale=model.scale, **how)
+    ]
+    for dim, k in zip(model.manifold_dims, ks, strict=False):
+        flows.append(VectorFlow(dim, k, 1, **how))
+    stages = [
+        ManifoldFlow(flow, dim, objective=ManifoldObjective("data", "l2", 1000.0))
+        for flow, dim in zip(flows, model.manifold_dims, strict=True)
+    ]
+    built = HierarchicalFlow(stages).to(model.dtypes[0])
+    for module in built.modules():
+        if isinstance(module, AffineCoupling):
+            module.net = EmptyNetwork(2 * (module.channels - module.channels // 2))
+        elif isinstance(module, ActNorm):
+            module.initialized.fill_(True)  # it would refuse what was never computed
+    return built
+
+
+def _runs(model: HierarchicalFlow, x: Tensor) -> Iterator[Callable[[], object]]:
+    for stage in range(len(model.stages)):
+        yield lambda stage=stage: model.initialize(x, stage)
+        yield lambda stage=stage: model.terms(x, stage).loss.mean().backward()
+    for evaluate in (model.log_prob, model.project):
+        yield lambda evaluate=evaluate: torch.no_grad()(evaluate)(x)
+    yield lambda: model.sample(BATCH)
+
+
+def _runs_of_chain(model: HierarchicalFlow, x: Tensor) -> Iterator[Callable[[], object]]:
+    chain = cast(Glow, cast(ManifoldFlow, model.stages[0]).flow).chain
+
+    def train() -> None:
+        z, logdet = chain(x)
+        flat = torch.cat([part.flatten(1) for part in z], dim=1)
+        (logdet.sum() + flat.square().sum()).backward()
+
+    def sample() -> Tensor:
+        with torch.no_grad():
+            z, _ = chain(x)
+            return chain.inverse(tuple(part.contiguous() for part in z))[0]
+
+    yield train
+    yield sample

@@ -1,0 +1,311 @@
+"""Compile every launch that the presets' models make, with no GPU, and say how it fits: registers,
+spills, shared memory, resident blocks, and the width of its memory accesses.
+
+The launches are recorded from the models themselves (`_recorded`): training steps, evaluation and
+sampling at every level, with what chains keep and what networks compute in; and a few more models
+that users may choose. Those that Triton compiles to one kernel are compiled once.
+
+Exit code 1 where a launch does not compile, spills, does not fit on a multiprocessor, or reads or
+writes a state in pieces of less than 16 bytes although its sizes allow 16. They do where every run
+of 16 bytes starts at a multiple of 16 from an aligned base: contiguous, with P a multiple of the
+elements in 16 bytes; channels_last, with C and C // 2 multiples of them.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks import _aot  # before anything of mflow_kernels
+
+import torch  # isort: skip
+from torch import Tensor
+
+from benchmarks.harness.table import save, table
+from benchmarks.reports import recorded as _recorded
+from benchmarks.reports.cases import SHORT, Case, operations
+from benchmarks.reports.nvcc import NATIVE, compile_native
+from benchmarks.reports.recorded import Recorded
+from mflow_kernels.ops import ScaleFunction
+from mflow_kernels.ops.launch import Columns, is_channels_last
+
+CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
+BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
+SCALES = (
+    ScaleFunction("sigmoid"),
+    ScaleFunction("sigmoid", eps=1e-3),
+    ScaleFunction("exp"),
+    ScaleFunction("atan"),
+    ScaleFunction("tanh", order="scale-shift"),
+)
+
+
+def recorded(size: str) -> Iterator[Recorded]:
+    """Launches of models; for "full", also of the operators alone and of chains on any state."""
+    models = _recorded.quick_models() if size == "quick" else _recorded.models()
+    for model in models:
+        yield from _recorded.record(model)
+    if size == "full":
+        for case in full_cases():
+            for operation in operations(case):
+                name = f"{operation.name}, {operation.direction}"
+                for launch in _aot.capture(lambda op=operation: op.prepare()()):
+                    yield Recorded(name, launch)
+
+
+def full_cases() -> Iterator[Case]:
+    for last, c in product((False, True), CHANNELS):
+        for params_dtype in (torch.float32, BF16):
+            yield Case(c, channels_last=last, params_dtype=params_dtype)
+        yield Case(c, channels_last=last, dtype=FP64, params_dtype=FP64)
+        for side in (4, 6, 14, 7):
+            yield Case(c, side=side, n=8, channels_last=last)
+    for c, dtype in product((12, 48, 192), (BF16, FP16)):
+        yield Case(c, dtype=dtype, params_dtype=dtype)
+    for scale, c in product(SCALES, (24, 192)):
+        yield Case(c, scale=scale)
+    for c in (48, 192):
+        yield Case(c, precision="tf32")
+
+
+@dataclass
+class Configuration:
+    """Launches that compile to one kernel, and what is asked of its accesses."""
+
+    launch: _aot.Launch  # the first one
+    model: str  # that made it
+    wide: set[str]  # arguments whose sizes allow 16-byte accesses
+
+    @property
+    def c(self) -> int:
+        return channels(self.launch)
+
+    @property
+    def p(self) -> int:
+        return max((t[0, 0].numel() for t in states(self.launch).values()), default=0)
+
+    @property
+    def layout(self) -> str:
+        images = [t for t in states(self.launch).values() if t.dim() == 4]
+        layouts = {"channels_last" if is_channels_last(t) else "contiguous" for t in images}
+        return " and ".join(sorted(layouts)) or "vectors"
+
+    @property
+    def variant(self) -> str:
+        """The choices that were made at compile time, besides sizes."""
+        words = []
+        for name, value in self.launch.kwargs.items():
+            if value is True:
+                words.append(name.lower())
+            elif isinstance(value, ScaleFunction):
+                eps = f"+{value.eps:g}" if value.eps else ""
+                words.append(f"{value.kind}{eps}{'' if value.order == 'shift-scale' else ' s-s'}")
+            elif isinstance(value, Columns):
+                words += [f"p{value.block}", *(["flat"] if value.flat else [])]
+            elif name.startswith("BLOCK") and isinstance(value, int):
+                words.append(f"{name[6:].lower()}{value}")
+        absent = [
+            name
+            for name, value in self.launch.bound.items()
+            if value is None and name.islower() and not name.endswith("_strides")
+        ]
+        return " ".join([*words, *(f"-{name}" for name in absent)])
+
+    @property
+    def dtypes(self) -> str:
+        return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
+
+
+NO_STATES = {"weight", "weight_inverse", "dweight", "gram", "dbias", "ledger", "dledger"}
+
+
+def states(launch: _aot.Launch) -> dict[str, Tensor]:
+    """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
+    of these."""
+    return {
+        name: value
+        for name, value in launch.bound.items()
+        if isinstance(value, Tensor) and value.dim() in (2, 4) and name not in NO_STATES
+    }
+
+
+def channels(launch: _aot.Launch) -> int:
+    """C of the launch's states: a constant of most kernels, else as many as params have."""
+    given = launch.bound.get("C")
+    return given or max((t.shape[1] for t in states(launch).values()), default=0)
+
+
+def wide(launch: _aot.Launch) -> set[str]:
+    """The states whose sizes allow 16-byte accesses."""
+    allowed, c = set(), channels(launch)
+    for name, t in states(launch).items():
+        lanes = 16 // t.element_size()
+        # What must be whole multiples: runs of neighbours in memory, and the steps between runs.
+        if t.dim() == 2 or is_channels_last(t):
+            steps = (c, c // 2, t.shape[1], t.stride(0), t.stride(-1) if t.dim() == 4 else 0)
+        else:
+            steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
+        if all(step % lanes == 0 for step in steps) and t.data_ptr() % 16 == 0:
+            allowed.add(name)
+    return allowed
+
+
+def configurations(size: str) -> list[Configuration]:
+    found: dict[str, Configuration] = {}
+    for model, launch in recorded(size):
+        allowed = wide(launch)
+        found.setdefault(launch.key, Configuration(launch, model, allowed)).wide |= allowed
+    return list(found.values())
+
+
+@dataclass
+class Row:
+    kernel: str
+    variant: str
+    model: str
+    c: int | str
+    p: int | str
+    layout: str
+    dtypes: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    blocks: int
+    share16: float | None  # of the accesses to states
+    faults: list[str]
+
+    HEAD = (
+        "kernel", "variant", "model", "C", "P", "layout", "dtypes", "target", "registers",
+        "spilled B", "shared B", "warps", "blocks", "16 B", "",
+    )  # fmt: skip
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        *told, share, faults = asdict(self).values()
+        return (*told, "-" if share is None else f"{share:.0%}", "; ".join(faults))
+
+
+_work: list[Configuration] = []  # inherited by the forked workers: launches cannot be pickled
+
+
+def _compile(job: tuple[int, str]) -> Row:
+    index, target = job
+    configuration = _work[index]
+    launch = configuration.launch
+    made = _aot.compile_for(launch, target)
+    accesses = {name: made.access.get(name, []) for name in states(launch)}
+    widths = [width for access in accesses.values() for width in access]
+    blocks = (
+        0 if made.error else _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+    )
+    faults = [made.error] if made.error else []
+    if made.spilled:
+        faults.append("spills")
+    if not made.error and not blocks:
+        faults.append("does not fit")
+    for name in sorted(configuration.wide):
+        if accesses[name] and min(accesses[name]) < 16:
+            faults.append(f"{name} by {min(accesses[name])} B")
+    return Row(
+        launch.kernel.__name__.strip("_"), configuration.variant, configuration.model,
+        configuration.c, configuration.p, configuration.layout, configuration.dtypes, target,
+        made.registers, made.spilled, made.shared, made.warps, blocks,
+        sum(w >= 16 for w in widths) / len(widths) if widths else None, faults,
+    )  # fmt: skip
+
+
+def _compile_native(job: tuple[str, str]) -> list[Row]:
+    source, target = job
+    rows = []
+    for name, made in compile_native(source, target):
+        blocks = _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        faults = ["spills"] if made.spilled else []
+        faults += [] if blocks else ["does not fit"]
+        row = Row(
+            name, "csrc", "-", "-", "-", "any", "", target, made.registers, made.spilled,
+            made.shared, made.warps, blocks, None, faults,
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def report(size: str, targets: Sequence[str]) -> list[Row]:
+    torch.set_num_threads(1)  # no thread pool may exist when workers are forked
+    _work[:] = configurations(size)
+    # The slowest first, so that the last worker does not finish alone.
+    order = sorted(range(len(_work)), key=lambda i: -_work[i].c)
+    jobs = [(i, target) for i in order for target in targets]
+    native = [(source, target) for source in NATIVE for target in targets]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        built = pool.map_async(_compile_native, native if shutil.which("nvcc") else [], 1)
+        rows = pool.map(_compile, jobs, 1) + [row for part in built.get() for row in part]
+    rows.sort(key=lambda r: (r.kernel, r.variant, str(r.c).zfill(4), str(r.p), r.layout, r.dtypes,
+                             int(r.target[3:])))  # fmt: skip
+    return rows
+
+
+def limits(targets: Sequence[str]) -> str:
+    head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
+    values = [(t, _aot.ARCHS[t]) for t in targets]
+    return table(
+        head,
+        [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
+    )
+
+
+def worst(rows: Sequence[Row]) -> list[str]:
+    """The failed rows, then the extremes of the others."""
+    failed = [row for row in rows if row.faults]
+    by_registers = max(rows, key=lambda r: r.registers)
+    by_blocks = min(rows, key=lambda r: r.blocks * r.warps)
+    lines = [table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
+    lines.append(f"worst: {len(failed)} of {len(rows)} configurations fail; at most "
+                 f"{by_registers.registers} registers; at least {by_blocks.blocks} blocks of "
+                 f"{by_blocks.warps} warps at once")  # fmt: skip
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reports.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--target", action="append", choices=list(_aot.ARCHS), help="may be repeated; default: all"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick",
+        action="store_const",
+        const="quick",
+        dest="size",
+        help="one level of a model, seconds",
+    )
+    size.add_argument(
+        "--full", action="store_const", const="full", dest="size",
+        help="also the operators alone, on states of every width, layout and dtype, many minutes",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
+    options = parser.parse_args(arguments)
+    targets = options.target or list(_aot.ARCHS)
+    rows = report(options.size or "standard", targets)
+    print("One multiprocessor\n" + limits(targets) + "\n")
+    print(table(Row.HEAD, [row.cells for row in rows]) + "\n")
+    if not shutil.which("nvcc"):
+        print("csrc: not compiled, nvcc was not found on PATH\n")
+    print("\n".join(worst(rows)))
+    if options.json:
+        save(options.json, [asdict(row) for row in rows])
+    return int(any(row.faults for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+// The functions that fill the Python module, and the error that they raise.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace mflow {
+
+[[noreturn]] inline void fail(const std::string& what) {
+    throw std::invalid_argument("mflow_kernels._C: " + what);
+}
+
+// Tensors are passed as they are, by position: names cost as much as the arguments themselves.
+void bind_coupling(pybind11::module_& m);
+void bind_conv1x1(pybind11::module_& m);
+void bind_masked_penalty(pybind11::module_& m);
+
+}  // namespace mflow

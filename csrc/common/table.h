@@ -1,0 +1,28 @@
+// A list of functions that are chosen by name: the scale functions, the penalty functions.
+#pragma once
+
+#include <string>
+
+#include "inline.h"
+
+namespace mflow {
+
+// Each row is an empty struct with a `name`. A choice is stored as the row's index.
+template <class... Rows>
+struct Table {
+    // The index of the row with this name; -1 if there is none.
+    static int find(const std::string& name) {
+        int index = 0, found = -1;
+        ((found = name == Rows::name ? index : found, ++index), ...);
+        return found;
+    }
+
+    // Calls use(row) with the row of this index. Returns false, and calls nothing, if there is none.
+    template <class Use>
+    static MFLOW_INLINE bool visit(int index, const Use& use) {
+        int row = 0;
+        return ((row++ == index && (use(Rows{}), true)) || ...);
+    }
+};
+
+}  // namespace mflow

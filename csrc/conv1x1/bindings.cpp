@@ -1,0 +1,215 @@
+// The 1x1 convolutions in the Python module. Checked here is what would make the loops read or write
+// wrong memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "../coupling/describe.h"
+#include "conv1x1.h"
+
+namespace mflow {
+namespace {
+
+using Half = std::pair<py::object, py::object>;
+
+// The last two axes of a tensor (..., C, C); or the last one of (..., C), as a column.
+class Weights {
+public:
+    Weights(const py::object& tensor, const py::object& dtype, int64_t channels, bool square) {
+        if (tensor.is_none()) return;
+        if (!py::object(tensor.attr("dtype")).is(dtype)) fail("expected weights of the state's dtype");
+        tensor_.emplace(tensor, dtype, Use::read);
+        const size_t axes = square ? 2 : 1, first = tensor_->axes() - axes;
+        if (tensor_->axes() < axes) fail("expected (..., C, C) and (..., C)");
+        for (size_t i = first; i < tensor_->axes(); ++i) {
+            if (tensor_->length(i) != channels) fail("expected weights of the state's channels");
+        }
+        matrix_.data = tensor_->data();
+        matrix_.row = tensor_->stride(first);
+        if (square) matrix_.column = tensor_->stride(first + 1);
+    }
+    operator Matrix() const { return matrix_; }
+
+private:
+    std::optional<Tensor> tensor_;
+    Matrix matrix_;
+};
+
+// A state or a half of one, or None.
+class Optional {
+public:
+    Optional(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
+             int64_t channels) {
+        if (tensor.is_none()) return;
+        state_.emplace(tensor, dtype, use);
+        expect_shape(*state_, shape, channels);
+    }
+    Walk walk() const { return state_ ? state_->walk() : Walk(); }
+
+private:
+    std::optional<State> state_;
+};
+
+// One partial sum of gram (1, C, C) and of dbias (1, C), dense.
+class Sums {
+public:
+    Sums(const py::object& gram, const py::object& dbias, const py::object& dtype, int64_t channels)
+        : gram_(gram, dtype, Use::write), dbias_(dbias, dtype, Use::write) {
+        const bool fits = gram_.axes() == 3 && gram_.length(1) == channels &&
+                          gram_.length(2) == channels && gram_.stride(1) == channels &&
+                          dbias_.axes() == 2 && dbias_.length(1) == channels;
+        if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
+    }
+    void* gram() const { return gram_.data(); }
+    void* dbias() const { return dbias_.data(); }
+
+private:
+    Tensor gram_, dbias_;
+};
+
+Shape second_half(Shape shape, int64_t first) {
+    shape.channels -= first;
+    return shape;
+}
+
+void expect_mixed(const Shape& shape) {
+    if (shape.channels < 1 || shape.channels > kMixedChannels) {
+        fail("expected 1 to " + std::to_string(kMixedChannels) + " channels");
+    }
+}
+
+// Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
+void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
+         const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
+         const py::tuple& scale, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State from(x, dtype, Use::read), to(y, dtype, Use::write);
+    expect_like(from, to);
+    Mix p;
+    p.is_double = is_double;
+    p.shape = from.shape();
+    expect_mixed(p.shape);
+    p.first = p.shape.channels / 2;
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Weights bias_values(bias, dtype, p.shape.channels, false);
+    p.bias = bias_values;
+    p.x[0] = from.walk();
+    p.x[1] = from_channel(from.walk(), p.first, is_double);
+    p.y = to.walk();
+    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    p.net = first_half.walk();
+    std::optional<State> raw;
+    std::optional<SampleValues> sums;
+    Coupling coupling;
+    if (!params.is_none()) {
+        raw.emplace(params, dtype, Use::read);
+        coupling = describe_coupling(is_double, second_half(p.shape, p.first), *raw, scale, inverse);
+        sums.emplace(ledger, dtype, Use::write, p.shape.samples);
+        coupling.ledger = sums->data();
+        p.coupling = &coupling;
+    }
+    py::gil_scoped_release release;
+    mix_cpu(p, threads);
+}
+
+Unmix describe_unmixing(bool is_double, const State& dstate) {
+    Unmix p;
+    p.is_double = is_double;
+    p.shape = dstate.shape();
+    expect_mixed(p.shape);
+    p.first = p.shape.channels / 2;
+    p.dstate = dstate.walk();
+    return p;
+}
+
+// Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
+// x = M (y - bias) and net, x's first half.
+void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
+           const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
+           const py::object& dx, const py::object& gram, const py::object& dbias) {
+    const py::object dtype = dx.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
+    const State dy_a(dy.first, dtype, Use::read), dy_b(dy.second, dtype, Use::read);
+    const State result(dx, dtype, Use::write);
+    Unmix p = describe_unmixing(is_double, result);
+    for (const State* half : {&y_a, &dy_a}) expect_shape(*half, p.shape, p.first);
+    for (const State* half : {&y_b, &dy_b}) expect_shape(*half, p.shape, p.shape.channels - p.first);
+    p.state[0] = y_a.walk();
+    p.state[1] = y_b.walk();
+    p.dy[0] = dy_a.walk();
+    p.dy[1] = dy_b.walk();
+    const Optional added(dnet, dtype, Use::read, p.shape, p.first);
+    p.dnet = added.walk();
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Weights bias_values(bias, dtype, p.shape.channels, false);
+    p.bias = bias_values;
+    const Weights other_values(other, dtype, p.shape.channels, true);
+    p.other = other_values;
+    if (other.is_none() != x.is_none()) fail("expected x and its matrix, or neither");
+    const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
+    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    p.rebuilt = rebuilt.walk();
+    p.net = first_half.walk();
+    const Sums sums(gram, dbias, dtype, p.shape.channels);
+    p.gram = sums.gram();
+    p.dbias = sums.dbias();
+    py::gil_scoped_release release;
+    unmix_cpu(p, threads);
+}
+
+// Computes the gradients of y = W couple(x) + bias.
+void unmix_coupled(int threads, const py::object& x, const py::object& params, const py::object& dy,
+                   const py::object& dnet, const py::object& dlogdet,
+                   const py::object& weight, const py::object& dx, const py::object& dparams,
+                   const py::object& gram, const py::object& dbias, const py::tuple& scale, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State state(x, dtype, Use::read), raw(params, dtype, Use::read);
+    const State gradient(dy, dtype, Use::read);
+    const State result(dx, dtype, Use::write), draw(dparams, dtype, Use::write);
+    expect_like(state, gradient);
+    expect_like(state, result);
+    expect_like(raw, draw);
+    Unmix p = describe_unmixing(is_double, result);
+    const int64_t first = p.first;
+    p.dy[0] = gradient.walk();
+    p.dy[1] = from_channel(gradient.walk(), first, is_double);
+    const Optional added(dnet, dtype, Use::read, p.shape, first);
+    p.dnet = added.walk();
+    p.state[0] = state.walk();
+    p.state[1] = from_channel(state.walk(), first, is_double);
+    const Weights weight_values(weight, dtype, p.shape.channels, true);
+    p.weight = weight_values;
+    const Sums sums(gram, dbias, dtype, p.shape.channels);
+    p.gram = sums.gram();
+    p.dbias = sums.dbias();
+    const Shape half = second_half(p.shape, first);
+    Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);
+    coupling.draw = draw.walk();
+    coupling.dshift = from_channel(coupling.draw, half.channels, is_double);
+    const SampleValues dsums(dlogdet, dtype, Use::read, p.shape.samples);
+    coupling.dlogdet = dsums.data();
+    coupling.dlogdet_stride = dsums.stride();
+    p.coupling = &coupling;
+    py::gil_scoped_release release;
+    unmix_cpu(p, threads);
+}
+
+}  // namespace
+
+void bind_conv1x1(py::module_& m) {
+    m.attr("mixed_channels") = kMixedChannels;
+    m.def("mix", &mix);
+    m.def("unmix", &unmix);
+    m.def("unmix_coupled", &unmix_coupled);
+}
+
+}  // namespace mflow

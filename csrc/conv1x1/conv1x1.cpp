@@ -1,0 +1,388 @@
+// 1x1 convolutions on the CPU. A tile of the state is copied into a panel, a small dense buffer. The
+// coupling and the matrix products run there, and the result is written once. The rows of a panel are
+// pixels if channels are neighbours in memory (PIXEL_ROWS), else channels.
+
+#include "conv1x1.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../common/loops.h"
+#include "../common/tiling.h"
+#include "matrix_product.h"
+#include "../coupling/tile_arithmetic.h"
+
+namespace mflow {
+namespace {
+
+constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
+constexpr int64_t kMostParts = 64;  // partial sums of gram
+
+// The tiles of a state: all channels of some pixels. Vectors have one pixel; here they count as the
+// pixels of one sample.
+template <bool PIXEL_ROWS, class A>
+struct Grid {
+    bool vectors;
+    int channels, first;
+    int64_t stride;  // between a panel's rows
+    Tiling tiling;
+
+    template <class Problem>
+    explicit Grid(const Problem& p) {
+        vectors = p.shape.pixels == 1;
+        channels = static_cast<int>(p.shape.channels);
+        first = static_cast<int>(p.first);
+        const int64_t samples = vectors ? 1 : p.shape.samples;
+        const int64_t pixels = vectors ? p.shape.samples : p.shape.pixels;
+        int64_t width = std::min<int64_t>(kTile / (channels - first), kPanel / whole_vectors<A>(channels));
+        const int64_t unit = PIXEL_ROWS ? 6 : kLanes<A>;  // pixels that `product` takes at once
+        width = std::min(pixels, width / unit * unit);
+        stride = whole_vectors<A>(PIXEL_ROWS ? channels : width);
+        tiling = PIXEL_ROWS ? Tiling(samples, pixels, channels, width, channels)
+                            : Tiling(samples, channels, pixels, channels, width);
+    }
+
+    Tile tile(int64_t index) const { return tiling.tile(index); }
+    static int64_t first_pixel(const Tile& t) { return PIXEL_ROWS ? t.outer : t.inner; }
+    static int pixels(const Tile& t) { return PIXEL_ROWS ? t.rows : t.width; }
+
+    // The part of a tile that begins with `channel`, in memory and in a panel.
+    MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
+        const int64_t pixel = vectors ? w.sample : w.pixel;
+        const int64_t sample = vectors ? 0 : w.sample;
+        A* data = static_cast<A*>(w.data);
+        data += t.sample * sample + channel * w.channel + first_pixel(t) * pixel;
+        return PIXEL_ROWS ? Part<A>{data, pixel, w.channel, false}
+                          : Part<A>{data, w.channel, pixel, false};
+    }
+    MFLOW_INLINE Part<A> in_panel(A* panel, int channel) const {
+        return {panel + (PIXEL_ROWS ? channel : channel * stride), stride, 1, false};
+    }
+    MFLOW_INLINE int rows(const Tile& t, int channels) const {
+        return PIXEL_ROWS ? pixels(t) : channels;
+    }
+    MFLOW_INLINE int columns(const Tile& t, int channels) const {
+        return PIXEL_ROWS ? channels : pixels(t);
+    }
+    // Copies `channels` channels of a tile.
+    MFLOW_INLINE void move(const Tile& t, int channels, Part<A> from, Part<A> to) const {
+        copy<A>(rows(t, channels), columns(t, channels), from, to);
+    }
+    MFLOW_INLINE Part<A> dense(const Tile& t, int channels, A* data) const {
+        return {data, columns(t, channels), 1, true};
+    }
+};
+
+template <class A>
+A at(const Matrix& m, int64_t row, int64_t column) {
+    return static_cast<const A*>(m.data)[row * m.row + column * m.column];
+}
+
+// A matrix as `product` reads it: transposed and padded to whole vectors if rows are pixels.
+template <bool PIXEL_ROWS, class A>
+class Mixer {
+public:
+    Mixer(const Matrix& m, int channels) : matrix_(m), channels_(channels) {
+        if (!PIXEL_ROWS || !m.data) return;
+        packed_.resize(channels * whole_vectors<A>(channels));
+        A* row = packed_.data();
+        for (int c = 0; c < channels; ++c, row += whole_vectors<A>(channels)) {
+            for (int o = 0; o < channels; ++o) row[o] = at<A>(m, o, c);
+        }
+    }
+    explicit operator bool() const { return matrix_.data; }
+
+    template <class Begin>
+    MFLOW_INLINE void operator()(const Grid<PIXEL_ROWS, A>& g, const Tile& t, const A* in, A* out,
+                                 const Begin& begin) const {
+        const int rows = g.rows(t, channels_), columns = g.columns(t, channels_);
+        if (PIXEL_ROWS) {
+            product<A>(rows, columns, channels_, {in, g.stride, 1}, packed_.data(), g.stride, out,
+                       g.stride, begin);
+        } else {
+            const A* data = static_cast<const A*>(matrix_.data);
+            const Operand<A> weight = {data, matrix_.row, matrix_.column};
+            product<A>(rows, columns, channels_, weight, in, g.stride, out, g.stride, begin);
+        }
+    }
+
+private:
+    Matrix matrix_;
+    int channels_;
+    std::vector<A> packed_;
+};
+
+// z and y: the panels before and after a product. g: the gradient of y. turned: z with pixels as rows.
+// Padding takes part in the arithmetic although its results are dropped, so it is zero: denormals
+// would be slow.
+template <class A>
+struct Panels {
+    A z[kPanel] = {}, g[kPanel] = {}, turned[kPanel] = {};
+    A y[kPanel];
+    Buffers<A> half;
+};
+
+template <bool PIXEL_ROWS, class A>
+struct Mixing {
+    const Mix& p;
+    Grid<PIXEL_ROWS, A> grid;
+    Mixer<PIXEL_ROWS, A> weight;
+    std::vector<A> bias;
+    std::vector<double> sums;  // of log s: of each tile, or of each vector
+
+    explicit Mixing(const Mix& p)
+        : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
+        for (int c = 0; c < grid.channels && p.bias.data; ++c) bias[c] = at<A>(p.bias, c, 0);
+        if (p.coupling) sums.resize(grid.vectors ? p.shape.samples : grid.tiling.tiles());
+    }
+
+    MFLOW_INLINE void run(int64_t index, Panels<A>& b) {
+        using V = typename Vector<A>::type;
+        const Tile t = grid.tile(index);
+        const int first = grid.first, second = grid.channels - first;
+        grid.move(t, first, grid.in_memory(p.x[0], t, 0), grid.in_panel(b.z, 0));
+        if (p.coupling) {
+            couple(t, index, *p.coupling, b);
+        } else {
+            grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.in_panel(b.z, first));
+        }
+        weight(grid, t, b.z, b.y, [&](int row, int column, V& sum) __attribute__((always_inline)) {
+            sum = PIXEL_ROWS ? *reinterpret_cast<const V*>(bias.data() + column) : V{} + bias[row];
+        });
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.y, t, 0));
+        if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
+    }
+
+    MFLOW_INLINE void couple(const Tile& t, int64_t index, const Coupling& c, Panels<A>& b) {
+        const int second = grid.channels - grid.first, size = second * grid.pixels(t);
+        Buffers<A>& h = b.half;
+        grid.move(t, second, grid.in_memory(p.x[1], t, 0), grid.dense(t, second, h.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), grid.dense(t, second, h.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), grid.dense(t, second, h.shift));
+        const A sign = c.inverse ? A(-1) : A(1);
+        log_scales<false, A>(c.scale, size, h.raw, h.log_s, h.slope);
+        scale_half<A>(c, size, h.x, h.log_s, h.shift, h.y);
+        grid.move(t, second, grid.dense(t, second, h.y), grid.in_panel(b.z, grid.first));
+        if (!grid.vectors) {
+            sums[index] = sign * sum(size, h.log_s);
+        } else {
+            for (int r = 0; r < grid.pixels(t); ++r) {
+                sums[grid.first_pixel(t) + r] = sign * sum(second, h.log_s + r * second);
+            }
+        }
+    }
+
+    // Adds in the order of the tiles, so the bits do not depend on the number of threads.
+    void write_ledger() const {
+        A* ledger = static_cast<A*>(p.coupling->ledger);
+        const int64_t of_each = grid.vectors ? 1 : grid.tiling.tiles_per_sample();
+        for (int64_t n = 0; n < p.shape.samples; ++n) {
+            double total = 0;
+            for (int64_t i = 0; i < of_each; ++i) total += sums[n * of_each + i];
+            ledger[n] = static_cast<A>(total);
+        }
+    }
+};
+
+template <bool PIXEL_ROWS, class A>
+struct Unmixing {
+    const Unmix& p;
+    Grid<PIXEL_ROWS, A> grid;
+    Mixer<PIXEL_ROWS, A> back, other;
+    int64_t parts, gram_row;
+    std::vector<A> grams, dbiases;  // of each part
+
+    // The number of parts depends on the shape alone, not on the number of threads, so the sums
+    // have one order.
+    explicit Unmixing(const Unmix& p)
+        : p(p),
+          grid(p),
+          back(p.weight.transposed(), grid.channels),
+          other(p.other, grid.channels),
+          parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiling.tiles(),
+                          kMostParts})),
+          gram_row(whole_vectors<A>(grid.channels)),
+          grams(parts * grid.channels * gram_row),
+          dbiases(parts * gram_row) {}
+
+    MFLOW_INLINE void run_part(int64_t part, Panels<A>& b) {
+        A* gram = grams.data() + part * grid.channels * gram_row;
+        A* dbias = dbiases.data() + part * gram_row;
+        for (int64_t i = grid.tiling.tiles() * part / parts; i < grid.tiling.tiles() * (part + 1) / parts; ++i) {
+            run(grid.tile(i), b);
+            add_to_sums(grid.tile(i), b, gram, dbias);
+        }
+    }
+
+    // Leaves dy in the panel g and z in the panel z, from which `add_to_sums` continues.
+    MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
+        using V = typename Vector<A>::type;
+        const int first = grid.first, second = grid.channels - first;
+        const auto zero = [](int, int, V& sum) __attribute__((always_inline)) { sum = V{}; };
+        const Part<A> dy = grid.in_memory(p.dy[0], t, 0);
+        if (p.dnet.data) {
+            add<A>(grid.rows(t, first), grid.columns(t, first), dy, grid.in_memory(p.dnet, t, 0),
+                   grid.in_panel(b.g, 0));
+        } else {
+            grid.move(t, first, dy, grid.in_panel(b.g, 0));
+        }
+        grid.move(t, second, grid.in_memory(p.dy[1], t, 0), grid.in_panel(b.g, first));
+        back(grid, t, b.g, b.y, zero);
+        grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
+        if (p.coupling) {
+            grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
+            uncouple(t, *p.coupling, b);
+            return;
+        }
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
+        grid.move(t, second, grid.in_memory(p.state[1], t, 0), grid.in_panel(b.z, first));
+        if (p.bias.data) subtract_bias(t, b);
+        if (!other) return;
+        other(grid, t, b.z, b.y, zero);
+        grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.rebuilt, t, 0));
+        if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
+    }
+
+    MFLOW_INLINE void subtract_bias(const Tile& t, Panels<A>& b) {
+        for (int r = 0; r < grid.rows(t, grid.channels); ++r) {
+            A* z = b.z + r * grid.stride;
+            for (int i = 0; i < grid.columns(t, grid.channels); ++i) {
+                z[i] -= at<A>(p.bias, PIXEL_ROWS ? i : r, 0);
+            }
+        }
+    }
+
+    MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
+        const int first = grid.first, second = grid.channels - first, size = second * grid.pixels(t);
+        Buffers<A>& h = b.half;
+        const auto dense = [&](A* data) { return grid.dense(t, second, data); };
+        grid.move(t, second, grid.in_memory(p.state[1], t, 0), dense(h.x));
+        grid.move(t, second, grid.in_memory(c.raw, t, 0), dense(h.raw));
+        grid.move(t, second, grid.in_memory(c.shift, t, 0), dense(h.shift));
+        grid.move(t, second, grid.in_panel(b.y, first), dense(h.dy));
+        const A* dlogdet = static_cast<const A*>(c.dlogdet);
+        if (grid.vectors) {
+            for (int r = 0; r < grid.pixels(t); ++r) {
+                const int64_t sample = grid.first_pixel(t) + r;
+                std::fill_n(h.dlogdet + r * second, second, dlogdet[sample * c.dlogdet_stride]);
+            }
+        } else {
+            std::fill_n(h.dlogdet, size, dlogdet[t.sample * c.dlogdet_stride]);
+        }
+        log_scales<true, A>(c.scale, size, h.raw, h.log_s, h.slope);
+        unscale_half<true, A>(c, size, h.x, h.log_s, h.slope, h.shift, h.dy, h.dlogdet, h.y, h.dx, h.draw,
+                              h.dshift);
+        grid.move(t, second, dense(h.y), grid.in_panel(b.z, first));
+        grid.move(t, second, dense(h.dx), grid.in_memory(p.dstate, t, first));
+        grid.move(t, second, dense(h.draw), grid.in_memory(c.draw, t, 0));
+        grid.move(t, second, dense(h.dshift), grid.in_memory(c.dshift, t, 0));
+    }
+
+    MFLOW_INLINE void add_to_sums(const Tile& t, Panels<A>& b, A* gram, A* dbias) {
+        using V = typename Vector<A>::type;
+        const A* z = b.z;
+        Operand<A> dy = {b.g, 1, grid.stride};
+        int64_t row = grid.stride;
+        if (PIXEL_ROWS) {
+            for (int c = 0; c < grid.channels; c += kLanes<A>) {
+                V& sums = *reinterpret_cast<V*>(dbias + c);
+                for (int r = 0; r < grid.pixels(t); ++r) {
+                    sums += *reinterpret_cast<const V*>(b.g + r * grid.stride + c);
+                }
+            }
+        } else {
+            for (int c = 0; c < grid.channels; ++c) {
+                dbias[c] += sum(grid.pixels(t), b.g + c * grid.stride);
+                for (int i = 0; i < grid.pixels(t); ++i) {
+                    b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
+                }
+            }
+            z = b.turned;
+            dy = {b.g, grid.stride, 1};
+            row = gram_row;
+        }
+        product<A>(grid.channels, grid.channels, grid.pixels(t), dy, z, row, gram, gram_row,
+                   [&](int o, int c, V& sum) __attribute__((always_inline)) {
+                       sum = *reinterpret_cast<const V*>(gram + o * gram_row + c);
+                   });
+    }
+
+    void write_sums() const {
+        const int channels = grid.channels;
+        A *gram = static_cast<A*>(p.gram), *dbias = static_cast<A*>(p.dbias);
+        for (int o = 0; o < channels; ++o) {
+            for (int c = 0; c < channels; ++c) gram[o * channels + c] = 0;
+            dbias[o] = 0;
+            for (int64_t part = 0; part < parts; ++part) {
+                const A* sums = grams.data() + (part * channels + o) * gram_row;
+                for (int c = 0; c < channels; ++c) gram[o * channels + c] += sums[c];
+                dbias[o] += dbiases[part * gram_row + o];
+            }
+        }
+    }
+};
+
+// Only functions that are not templates can have clones.
+#define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
+    MFLOW_CLONES void run_range(Mixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
+                                Panels<A>& b) {                                                    \
+        for (int64_t i = begin; i < end; ++i) m.run(i, b);                                         \
+    }                                                                                              \
+    MFLOW_CLONES void run_range(Unmixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
+                                Panels<A>& b) {                                                    \
+        for (int64_t i = begin; i < end; ++i) m.run_part(i, b);                                    \
+    }
+MFLOW_RANGES(true, float)
+MFLOW_RANGES(false, float)
+MFLOW_RANGES(true, double)
+MFLOW_RANGES(false, double)
+#undef MFLOW_RANGES
+
+template <class A, class Walked>
+void run(Walked& m, int64_t tasks, int64_t elements, int threads) {
+    share_out(tasks, elements, threads, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<Panels<A>> panels(new Panels<A>);
+        run_range(m, begin, end, *panels);
+    });
+}
+
+template <bool PIXEL_ROWS, class A>
+void mix(const Mix& p, int threads) {
+    Mixing<PIXEL_ROWS, A> m(p);
+    run<A>(m, m.grid.tiling.tiles(), p.shape.size(), threads);
+    if (p.coupling) m.write_ledger();
+}
+
+template <bool PIXEL_ROWS, class A>
+void unmix(const Unmix& p, int threads) {
+    Unmixing<PIXEL_ROWS, A> m(p);
+    run<A>(m, m.parts, p.shape.size(), threads);
+    m.write_sums();
+}
+
+bool channels_are_neighbours(const Shape& shape, const Walk& w) {
+    return shape.pixels == 1 || w.pixel != 1;
+}
+
+}  // namespace
+
+void mix_cpu(const Mix& p, int threads) {
+    if (p.shape.size() == 0) return;
+    if (channels_are_neighbours(p.shape, p.y)) {
+        p.is_double ? mix<true, double>(p, threads) : mix<true, float>(p, threads);
+    } else {
+        p.is_double ? mix<false, double>(p, threads) : mix<false, float>(p, threads);
+    }
+}
+
+void unmix_cpu(const Unmix& p, int threads) {
+    if (p.shape.size() == 0) return;
+    if (channels_are_neighbours(p.shape, p.dstate)) {
+        p.is_double ? unmix<true, double>(p, threads) : unmix<true, float>(p, threads);
+    } else {
+        p.is_double ? unmix<false, double>(p, threads) : unmix<false, float>(p, threads);
+    }
+}
+
+}  // namespace mflow

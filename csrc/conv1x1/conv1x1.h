@@ -1,0 +1,50 @@
+// Invertible 1x1 convolutions on the CPU: the description of a problem. Actnorm is folded in. The
+// formulas are those of mflow_kernels/ops/coupling_conv1x1.py and unmix.py.
+//
+//   mix      y = W z + bias. z is x or, with a coupling, couple(x).
+//   unmix    The gradients dz = W^T dy, gram = sum dy z^T and dbias = sum dy. Without a coupling z is
+//            y - bias, and x = M z is rebuilt if M is given. With one, z is couple(x), and the
+//            gradients of x and params are computed too.
+#pragma once
+
+#include "../coupling/coupling.h"
+
+namespace mflow {
+
+// Element (row, column) of a matrix or (row, 0) of a vector; null: absent, a vector is zero.
+struct Matrix {
+    const void* data = nullptr;
+    int64_t row = 0, column = 0;
+    Matrix transposed() const { return {data, column, row}; }
+};
+
+constexpr int64_t kMixedChannels = 128;  // at most; with more channels BLAS is as fast
+
+struct Mix {
+    bool is_double = false;
+    Shape shape;        // of the state
+    int64_t first = 0;  // channels of its first half
+    Matrix weight, bias;
+    Walk x[2], y;
+    Walk net;                           // a second copy of y's first half, or absent
+    const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
+};
+
+struct Unmix {
+    bool is_double = false;
+    Shape shape;
+    int64_t first = 0;
+    Matrix weight, bias;
+    Walk dy[2], dnet;     // dnet is added to the first half's gradient
+    Walk state[2];        // the halves of y; with a coupling, of x
+    Walk dstate;          // the gradient of z; with a coupling, of x
+    void *gram, *dbias;   // (C, C) and (C), dense
+    Matrix other;         // M
+    Walk rebuilt, net;    // M z, and a second copy of its first half
+    const Coupling* coupling = nullptr;  // also its dlogdet, draw and dshift
+};
+
+void mix_cpu(const Mix& problem, int threads);
+void unmix_cpu(const Unmix& problem, int threads);
+
+}  // namespace mflow

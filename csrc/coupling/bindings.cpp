@@ -1,0 +1,85 @@
+// The couplings in the Python module. Checked here is what would make the loops read or write wrong
+// memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "describe.h"
+
+namespace mflow {
+namespace {
+
+// The half of a state that is scaled. The first `stays` channels pass through.
+Shape scaled_half(const State& state, int64_t stays) {
+    Shape half = state.shape();
+    half.channels -= stays;
+    if (stays > half.channels) fail("expected the half that passes through to be no larger than the other");
+    return half;
+}
+
+void couple(int threads, int64_t stays, const py::object& x, const py::object& params,
+            const py::object& y, const py::object& ledger, const py::tuple& scale, bool inverse) {
+    const py::object dtype = x.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State from(x, dtype, Use::read), raw(params, dtype, Use::read), to(y, dtype, Use::write);
+    expect_like(from, to);
+    const SampleValues sums(ledger, dtype, Use::write, from.shape().samples);
+    Coupling p = describe_coupling(is_double, scaled_half(from, stays), raw, scale, inverse);
+    p.stays = stays;
+    p.from[0] = from.walk();
+    p.to[0] = to.walk();
+    p.x = from_channel(from.walk(), stays, is_double);
+    p.y = from_channel(to.walk(), stays, is_double);
+    p.ledger = sums.data();
+    py::gil_scoped_release release;
+    couple_cpu(p, threads);
+}
+
+// `given` is the coupling's input if `kept`, else its output; `other` receives the other one, and may
+// be None if `kept`. These and the gradients are halves (stays = 0) or whole states.
+void uncouple(int threads, int64_t stays, bool kept, const py::object& given,
+              const py::object& params, const py::object& dy,
+              const py::object& dlogdet, const py::object& other, const py::object& dx,
+              const py::object& dparams, const py::tuple& scale, bool inverse) {
+    const py::object dtype = given.attr("dtype");
+    const bool is_double = computes_in_double(dtype);
+    const State state(given, dtype, Use::read), raw(params, dtype, Use::read), gradient(dy, dtype, Use::read);
+    const State result(dx, dtype, Use::write), draw(dparams, dtype, Use::write);
+    expect_like(state, gradient);
+    expect_like(state, result);
+    expect_like(raw, draw);
+    const SampleValues dsums(dlogdet, dtype, Use::read, state.shape().samples);
+    std::optional<State> filled;
+    if (!other.is_none()) filled.emplace(other, dtype, Use::write);
+    if (filled) expect_like(state, *filled);
+    if (!kept && !filled) fail("other is absent");
+    Coupling p = describe_coupling(is_double, scaled_half(state, stays), raw, scale, inverse);
+    p.kept = kept;
+    (kept ? p.x : p.y) = from_channel(state.walk(), stays, is_double);
+    if (filled) (kept ? p.y : p.x) = from_channel(filled->walk(), stays, is_double);
+    p.dy = from_channel(gradient.walk(), stays, is_double);
+    p.dx = from_channel(result.walk(), stays, is_double);
+    p.stays = stays;
+    if (stays > 0) {
+        p.from[0] = state.walk();
+        if (filled) p.to[0] = filled->walk();
+        p.from[1] = gradient.walk();
+        p.to[1] = result.walk();
+    }
+    p.draw = draw.walk();
+    p.dshift = from_channel(p.draw, p.shape.channels, is_double);
+    p.dlogdet = dsums.data();
+    p.dlogdet_stride = dsums.stride();
+    py::gil_scoped_release release;
+    uncouple_cpu(p, threads);
+}
+
+}  // namespace
+
+void bind_coupling(py::module_& m) {
+    m.def("couple", &couple);
+    m.def("uncouple", &uncouple);
+}
+
+}  // namespace mflow

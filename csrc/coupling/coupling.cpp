@@ -1,0 +1,187 @@
+// Couplings on the CPU. A tile that is dense is used in place, any other one is copied into small dense
+// buffers, so one vectorized loop serves every layout.
+
+#include "coupling.h"
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "../common/loops.h"
+#include "../common/tiling.h"
+#include "tile_arithmetic.h"
+
+namespace mflow {
+namespace {
+
+// The tiles of a half. Their rows run along the axis whose neighbours are neighbours in memory,
+// pixels or channels. Vectors have one pixel; their rows are samples.
+struct Grid {
+    bool pixels_inside, vectors;
+    Tiling tiling;
+
+    explicit Grid(const Coupling& p) {
+        const Shape& s = p.shape;
+        vectors = s.pixels == 1;
+        pixels_inside = !vectors && (p.kept || !p.dy.data ? p.x : p.y).pixel == 1;
+        const int64_t outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
+        const int64_t inner = pixels_inside ? s.pixels : s.channels;
+        const int64_t width = std::min<int64_t>(inner, kTile);
+        const int64_t rows = std::min<int64_t>(outer, kTile / width);
+        tiling = Tiling(vectors ? 1 : s.samples, outer, inner, rows, width);
+    }
+    // How many sums of log s a sample has: one for each tile that it lies in.
+    int64_t sums() const { return vectors ? tiling.along() : tiling.tiles_per_sample(); }
+};
+
+template <class A>
+MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const Walk& w) {
+    const int64_t row = g.vectors ? w.sample : g.pixels_inside ? w.channel : w.pixel;
+    const int64_t step = g.pixels_inside ? w.pixel : w.channel;
+    A* data = static_cast<A*>(w.data) + t.sample * w.sample + t.outer * row + t.inner * step;
+    return {data, row, step, step == 1 && (row == t.width || t.rows == 1)};
+}
+
+template <class A>
+MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
+    const Part<A> from = part<A>(g, t, w);
+    if (from.dense) return from.data;
+    copy<A>(t.rows, t.width, from, {buffer, t.width, 1, true});
+    return buffer;
+}
+
+// Memory for results: the tile itself if it is dense, else the buffer, from which `write` copies.
+template <class A>
+MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
+    const Part<A> to = part<A>(g, t, w);
+    return to.dense ? to.data : buffer;
+}
+template <class A>
+MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) {
+    const Part<A> to = part<A>(g, t, w);
+    if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
+}
+
+// Copies the tile's share of the half that passes through: the channels with the same numbers.
+template <class A>
+MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
+    const int64_t first = g.pixels_inside ? t.outer : t.inner;
+    const int64_t left = p.stays - first;
+    const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
+    const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
+    if (left <= 0) return;
+    for (int i = 0; i < 2; ++i) {
+        if (!p.to[i].data) continue;
+        copy<A>(rows, width, part<A>(g, t, p.from[i]), part<A>(g, t, p.to[i]));
+    }
+}
+
+template <class A>
+MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b,
+                              double* sums) {
+    const Tile t = g.tiling.tile(index);
+    const A sign = p.inverse ? A(-1) : A(1);
+    const A* x = read<A>(g, t, p.x, b.x);
+    const A* raw = read<A>(g, t, p.raw, b.raw);
+    const A* shift = read<A>(g, t, p.shift, b.shift);
+    A* y = room<A>(g, t, p.y, b.y);
+    log_scales<false, A>(p.scale, t.size(), raw, b.log_s, b.slope);
+    scale_half<A>(p, t.size(), x, b.log_s, shift, y);
+    copy_what_stays<A>(p, g, t);
+    write<A>(g, t, p.y, y);
+    if (!g.vectors) {
+        sums[index] = sign * sum(t.size(), b.log_s);
+    } else {
+        for (int r = 0; r < t.rows; ++r) {
+            sums[(t.outer + r) * g.tiling.along() + index % g.tiling.along()] =
+                sign * sum(t.width, b.log_s + r * t.width);
+        }
+    }
+}
+
+template <class A>
+MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
+    const Tile t = g.tiling.tile(index);
+    const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
+    const A* raw = read<A>(g, t, p.raw, b.raw);
+    const A* shift = read<A>(g, t, p.shift, b.shift);
+    const A* dy = read<A>(g, t, p.dy, b.dy);
+    const A* dlogdet = static_cast<const A*>(p.dlogdet);
+    for (int r = 0; r < t.rows; ++r) {
+        const int64_t n = g.vectors ? t.outer + r : t.sample;
+        std::fill_n(b.dlogdet + r * t.width, t.width, dlogdet[n * p.dlogdet_stride]);
+    }
+    const Walk& result = p.kept ? p.y : p.x;
+    A* other = result.data ? room<A>(g, t, result, b.y) : b.y;
+    A* dx = room<A>(g, t, p.dx, b.dx);
+    A* draw = room<A>(g, t, p.draw, b.draw);
+    A* dshift = room<A>(g, t, p.dshift, b.dshift);
+    log_scales<true, A>(p.scale, t.size(), raw, b.log_s, b.slope);
+    const auto run = [&](auto kept) __attribute__((always_inline)) {
+        unscale_half<kept.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
+                                    draw, dshift);
+    };
+    p.kept ? run(std::true_type{}) : run(std::false_type{});
+    copy_what_stays<A>(p, g, t);
+    if (result.data) write<A>(g, t, result, other);
+    write<A>(g, t, p.dx, dx);
+    write<A>(g, t, p.draw, draw);
+    write<A>(g, t, p.dshift, dshift);
+}
+
+// Only functions that are not templates can have clones.
+#define MFLOW_RUN_TILES(name, A)                                                                   \
+    MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
+                           double* sums, Buffers<A>& buffers) {                                    \
+        for (int64_t i = first; i < last; ++i) {                                                   \
+            if (sums) {                                                                            \
+                couple_tile<A>(p, g, i, buffers, sums);                                            \
+            } else {                                                                               \
+                uncouple_tile<A>(p, g, i, buffers);                                                \
+            }                                                                                      \
+        }                                                                                          \
+    }
+MFLOW_RUN_TILES(run_tiles, float)
+MFLOW_RUN_TILES(run_tiles, double)
+#undef MFLOW_RUN_TILES
+
+template <class A>
+void run(const Coupling& p, const Grid& g, int threads, double* sums) {
+    share_out(g.tiling.tiles(), p.shape.size(), threads, [&](int64_t first, int64_t last) {
+        // 44 to 88 KB: more than the caller's stack may have left.
+        const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
+        run_tiles(p, g, first, last, sums, *buffers);
+    });
+}
+
+template <class A>
+void couple(const Coupling& p, int threads) {
+    if (p.shape.size() == 0) {
+        std::fill_n(static_cast<A*>(p.ledger), p.shape.samples, A(0));
+        return;
+    }
+    const Grid g(p);
+    std::vector<double> sums(p.shape.samples * g.sums());
+    run<A>(p, g, threads, sums.data());
+    const double* next = sums.data();
+    for (int64_t n = 0; n < p.shape.samples; ++n) {
+        double total = 0;
+        for (int64_t i = 0; i < g.sums(); ++i) total += *next++;
+        static_cast<A*>(p.ledger)[n] = static_cast<A>(total);
+    }
+}
+
+}  // namespace
+
+void couple_cpu(const Coupling& p, int threads) {
+    p.is_double ? couple<double>(p, threads) : couple<float>(p, threads);
+}
+
+void uncouple_cpu(const Coupling& p, int threads) {
+    if (p.shape.size() == 0) return;
+    const Grid g(p);
+    p.is_double ? run<double>(p, g, threads, nullptr) : run<float>(p, g, threads, nullptr);
+}
+
+}  // namespace mflow

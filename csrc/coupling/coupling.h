@@ -1,0 +1,47 @@
+// Affine couplings on the CPU: the description of a problem. The formulas are those of
+// mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
+//
+//   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
+//   uncouple   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
+#pragma once
+
+#include <cstdint>
+
+#include "../common/walk.h"
+
+namespace mflow {
+
+struct Scale {
+    int function = -1;  // its place in ScaleFunctions (scale.h)
+    double offset = 0, eps = 0, clamp = 1;
+    bool shift_first = true;
+};
+
+struct Coupling {
+    bool is_double = false;
+    Scale scale;
+    bool inverse = false;  // whether the forward pass ran the inverse coupling
+    bool kept = false;     // uncouple: x_b is given, y_b is not
+    Shape shape;           // of the half that is scaled
+    Walk raw, shift;
+
+    // couple reads x and writes y. uncouple reads y and writes x; if `kept` it reads x and writes y,
+    // which may be absent.
+    Walk x, y;
+    void* ledger = nullptr;  // couple: one sum a sample
+
+    // uncouple reads dy and one dlogdet a sample, and writes dx, draw and dshift.
+    const void* dlogdet = nullptr;
+    int64_t dlogdet_stride = 0;
+    Walk dy, dx, draw, dshift;
+
+    // The half that the coupling passes through, of the state and of its gradient, is copied on the
+    // way if `to` is given.
+    int64_t stays = 0;  // its channels, no more than those of the other half
+    Walk from[2], to[2];
+};
+
+void couple_cpu(const Coupling& problem, int threads);
+void uncouple_cpu(const Coupling& problem, int threads);
+
+}  // namespace mflow

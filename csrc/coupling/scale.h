@@ -1,0 +1,182 @@
+// The scale functions on the CPU: log s and its slope d log s / d raw, elementwise. float64 uses libm.
+// float32 uses polynomials without branches, so that loops over them vectorize; they are accurate to a
+// few units in the last place. exp and atan have Cephes's polynomials (expf, atanf), the logarithm the
+// series of the inverse hyperbolic tangent. NaN and infinities pass through.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+
+#include "coupling.h"
+#include "../common/loops.h"
+#include "../common/table.h"
+
+namespace mflow {
+
+// e^x = two * two2 * (1 + less): less = e^r - 1 for the remainder |r| <= log(2) / 2, and a power of
+// two in halves, so that subnormal results are reached with one rounding.
+struct ExpParts {
+    float less, two, two2;
+};
+
+MFLOW_INLINE ExpParts exp_parts(float x) {
+    x = x < -104.0f ? -104.0f : x;  // e^-104 is 0
+    x = x > 89.0f ? 89.0f : x;      // e^89 is infinite
+    // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits.
+    const float shifted = x * 1.44269504088896341f + 12582912.0f;
+    const float whole = shifted - 12582912.0f;
+    const int32_t n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - 0x4b400000u);
+    float r = x - whole * 0.693359375f;  // log 2 in two parts, the first exact in few bits
+    r = r + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const int32_t half = n >> 1;
+    const auto power = [](int32_t k) {
+        return bit_cast<float>(static_cast<uint32_t>(k + 127) << 23);
+    };
+    return {p * r * r + r, power(half), power(n - half)};
+}
+
+MFLOW_INLINE float exp_of(float x) {
+    const ExpParts e = exp_parts(x);
+    return (1.0f + e.less) * e.two * e.two2;
+}
+MFLOW_INLINE double exp_of(double x) { return std::exp(x); }
+
+// 2 atanh(t) for |t| <= 1/3: the logarithm of (1 + t) / (1 - t).
+MFLOW_INLINE float twice_atanh(float t) {
+    const float q = t * t;
+    float p = 2.0f / 15;
+    p = p * q + 2.0f / 13;
+    p = p * q + 2.0f / 11;
+    p = p * q + 2.0f / 9;
+    p = p * q + 2.0f / 7;
+    p = p * q + 2.0f / 5;
+    p = p * q + 2.0f / 3;
+    return p * q * t + 2.0f * t;
+}
+
+// For 0 <= x <= 1.
+MFLOW_INLINE float log1p_of(float x) { return twice_atanh(x / (2.0f + x)); }
+MFLOW_INLINE double log1p_of(double x) { return std::log1p(x); }
+
+// For x >= 0.
+MFLOW_INLINE float log_of(float x) {
+    const bool subnormal = x < 0x1p-126f;
+    const uint32_t bits = bit_cast<uint32_t>(x * (subnormal ? 0x1p24f : 1.0f));
+    // The mantissa between sqrt(1/2) and sqrt(2).
+    const uint32_t above = bits - 0x3f3504f3u;
+    const float m = bit_cast<float>((above & 0x007fffffu) + 0x3f3504f3u);
+    const float n = static_cast<float>(static_cast<int32_t>(above) >> 23);
+    const float whole = subnormal ? n - 24.0f : n;
+    const float y = twice_atanh((m - 1.0f) / (m + 1.0f)) + whole * -2.12194440e-4f;
+    const float log = y + whole * 0.693359375f;
+    return x - x == 0.0f ? log : x;  // infinity and NaN
+}
+MFLOW_INLINE double log_of(double x) { return std::log(x); }
+
+MFLOW_INLINE float atan_of(float x) {
+    const float a = x < 0.0f ? -x : x;
+    const bool large = a > 2.414213562373095f, middle = a > 0.4142135623730950f;  // tan 3/8, 1/8 pi
+    const float above = large ? -1.0f : middle ? a - 1.0f : a;
+    const float below = large ? a : middle ? a + 1.0f : 1.0f;
+    const float base = large ? 1.5707963267948966f : middle ? 0.7853981633974483f : 0.0f;
+    const float t = above / below, q = t * t;
+    float p = 8.05374449538e-2f;
+    p = p * q - 1.38776856032e-1f;
+    p = p * q + 1.99777106478e-1f;
+    p = p * q - 3.33329491539e-1f;
+    const float y = base + (p * q * t + t);
+    return x < 0.0f ? -y : y;
+}
+MFLOW_INLINE double atan_of(double x) { return std::atan(x); }
+
+// tanh of x >= 0, and its derivative, which 1 - tanh^2 would round away.
+template <class A>
+struct Tanh {
+    A value, slope;
+};
+MFLOW_INLINE Tanh<float> tanh_of(float x) {
+    const ExpParts e = exp_parts(-2.0f * x);
+    const float two = e.two * e.two2;
+    const float exp = (1.0f + e.less) * e.two * e.two2;
+    const float expm1 = two * e.less + (two - 1.0f);
+    const float over = 1.0f / (2.0f + expm1);  // one division for both
+    return {-expm1 * over, 4.0f * exp * over * over};
+}
+MFLOW_INLINE Tanh<double> tanh_of(double x) {
+    const double e = std::exp(-2 * x);
+    return {std::tanh(x), 4 * e / ((1 + e) * (1 + e))};
+}
+
+// A scale function's constants in the type of the computation.
+template <class A>
+struct Constants {
+    A offset, eps, clamp;
+};
+
+constexpr double kAtan = 0.636;  // FrEIA's rounding of 2 / pi
+
+// The scale functions. Each gives log s and its slope d log s / d raw. A new one is a struct here and
+// its name in `ScaleFunctions`.
+struct Sigmoid {
+    static constexpr const char* name = "sigmoid";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A r = raw + k.offset;
+        const A e = exp_of(r < A(0) ? r : -r);
+        *log_s = (r > A(0) ? A(0) : r) - log1p_of(e);
+        *slope = (r < A(0) ? A(1) : e) / (A(1) + e);
+    }
+};
+
+struct FlooredSigmoid {
+    static constexpr const char* name = "sigmoid, eps > 0";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A r = raw + k.offset;
+        const A e = exp_of(r < A(0) ? r : -r);
+        const A s = (r < A(0) ? e : A(1)) / (A(1) + e) + k.eps;
+        *log_s = log_of(s);
+        *slope = e / ((A(1) + e) * (A(1) + e)) / s;
+    }
+};
+
+struct Exp {
+    static constexpr const char* name = "exp";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>&, A* log_s, A* slope) {
+        *log_s = raw;
+        *slope = A(1);
+    }
+};
+
+struct ClampedTanh {
+    static constexpr const char* name = "tanh";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A r = raw / k.clamp;
+        const Tanh<A> t = tanh_of(r < A(0) ? -r : r);
+        *log_s = k.clamp * (r < A(0) ? -t.value : t.value);
+        *slope = t.slope;
+    }
+};
+
+struct ClampedAtan {
+    static constexpr const char* name = "atan";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A r = raw / k.clamp;
+        *log_s = k.clamp * A(kAtan) * atan_of(r);
+        *slope = A(kAtan) / (A(1) + r * r);
+    }
+};
+
+using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, Exp, ClampedTanh, ClampedAtan>;
+
+}  // namespace mflow

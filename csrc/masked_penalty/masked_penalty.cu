@@ -1,0 +1,371 @@
+// The masked penalty on the GPU. One warp takes one tile of one sample, so small and large samples both
+// fill the machine, without shared memory or barriers. If a sample has several tiles, a second small
+// kernel adds their sums in order.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "masked_penalty.h"
+
+namespace mflow {
+namespace {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;   // a block
+constexpr int kBlocks = 4;  // on a multiprocessor, at least: allows 64 registers, without spills
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class T>
+struct Types {
+    using Acc = float;
+};
+template <>
+struct Types<double> {
+    using Acc = double;
+};
+
+template <class A, class S>
+__device__ __forceinline__ A widen(S v) { return static_cast<A>(v); }
+template <>
+__device__ __forceinline__ float widen<float, __half>(__half v) { return __half2float(v); }
+template <>
+__device__ __forceinline__ float widen<float, __nv_bfloat16>(__nv_bfloat16 v) {
+    return __bfloat162float(v);
+}
+
+template <class T, class A>
+__device__ __forceinline__ T narrow(A v) { return static_cast<T>(v); }
+template <>
+__device__ __forceinline__ __half narrow<__half, float>(float v) { return __float2half_rn(v); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float v) {
+    return __float2bfloat16_rn(v);
+}
+
+// The widest machine word, of at most 16 bytes, that `bytes` bytes are moved in.
+template <int bytes>
+struct Word {
+    using type = uint4;
+};
+template <>
+struct Word<8> {
+    using type = uint2;
+};
+template <>
+struct Word<4> {
+    using type = unsigned;
+};
+template <>
+struct Word<2> {
+    using type = unsigned short;
+};
+template <>
+struct Word<1> {
+    using type = unsigned char;
+};
+
+template <class S, int V>
+union Pack {
+    using Machine = typename Word<(sizeof(S) * V > 16 ? 16 : int(sizeof(S)) * V)>::type;
+    static constexpr int words = sizeof(S) * V / sizeof(Machine);
+    Machine word[words];
+    S value[V];
+    __device__ __forceinline__ Pack() {}
+};
+
+// The elements of one lane: [at, at + count) of one sample. They share a row if some view is not dense.
+struct Run {
+    int64_t sample;
+    uint32_t at;
+    int count;
+    uint32_t coordinate[kMaxAxes];  // of element `at`; set only if some view is not dense
+};
+
+__device__ __forceinline__ void locate(const Problem& p, Run& run) {
+    uint32_t rest = run.at;
+#pragma unroll
+    for (int a = 0; a < kMaxAxes; ++a) {
+        run.coordinate[a] = 0;
+        if (a + 1 < p.axes) {
+            run.coordinate[a] = rest % p.extent[a];
+            rest /= p.extent[a];
+        } else if (a + 1 == p.axes) {
+            run.coordinate[a] = rest;
+        }
+    }
+}
+
+template <bool indexed>
+__device__ __forceinline__ int64_t offset_of(const View& view, const Run& run) {
+    int64_t offset = run.sample * view.sample_stride;
+    if (!indexed || view.dense) {
+        offset += run.at;
+    } else {
+#pragma unroll
+        for (int a = 0; a < kMaxAxes; ++a) offset += run.coordinate[a] * view.stride[a];
+    }
+    return offset;
+}
+
+template <class S, bool indexed, int V, class A>
+__device__ __forceinline__ void load(const View& view, const Run& run, A (&out)[V]) {
+    const S* from = static_cast<const S*>(view.data) + offset_of<indexed>(view, run);
+    if (view.aligned && run.count == V) {
+        using P = Pack<S, V>;
+        P pack;
+#pragma unroll
+        for (int i = 0; i < P::words; ++i) {
+            pack.word[i] = __ldg(reinterpret_cast<const typename P::Machine*>(from) + i);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) out[j] = widen<A, S>(pack.value[j]);
+    } else {
+        const int64_t stride = indexed ? view.stride[0] : 1;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            out[j] = j < run.count ? widen<A, S>(__ldg(from + j * stride)) : A(0);
+        }
+    }
+}
+
+template <class T, bool indexed, int V, class A>
+__device__ __forceinline__ void store(const View& view, const Run& run, const A (&values)[V],
+                                      A sign) {
+    T* to = static_cast<T*>(view.data) + offset_of<indexed>(view, run);
+    if (view.aligned && run.count == V) {
+        using P = Pack<T, V>;
+        P pack;
+#pragma unroll
+        for (int j = 0; j < V; ++j) pack.value[j] = narrow<T, A>(sign * values[j]);
+#pragma unroll
+        for (int i = 0; i < P::words; ++i) {
+            reinterpret_cast<typename P::Machine*>(to)[i] = pack.word[i];
+        }
+    } else {
+        const int64_t stride = indexed ? view.stride[0] : 1;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (j < run.count) to[j * stride] = narrow<T, A>(sign * values[j]);
+        }
+    }
+}
+
+// e, m and w of one run.
+template <class A, int V>
+struct Terms {
+    A error[V], mask[V], weight[V];
+};
+
+template <class T, bool indexed, int V, class A>
+__device__ __forceinline__ void read(const Problem& p, Run& run, Terms<A, V>& terms) {
+    if (indexed) locate(p, run);
+    load<T, indexed>(p.input, run, terms.error);
+    if (p.target.data) {
+        A target[V];
+        load<T, indexed>(p.target, run, target);
+#pragma unroll
+        for (int j = 0; j < V; ++j) terms.error[j] -= target[j];
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        terms.mask[j] = A(1);
+        terms.weight[j] = A(1);
+    }
+    if (p.mask.data) {
+        if (p.mask_is_bool) {
+            load<unsigned char, indexed>(p.mask, run, terms.mask);
+        } else {
+            load<A, indexed>(p.mask, run, terms.mask);
+        }
+    }
+    if (p.weight.data) load<A, indexed>(p.weight, run, terms.weight);
+}
+
+template <class A>
+__device__ __forceinline__ A warp_sum(A value) {
+#pragma unroll
+    for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_down_sync(kAll, value, lane);
+    return value;
+}
+
+__device__ __forceinline__ uint32_t warp_index() {
+    return blockIdx.x * kWarps + threadIdx.x / kLanes;
+}
+
+template <class T, int V, bool indexed>
+__global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
+    forward_kernel(const __grid_constant__ Problem p) {
+    using A = typename Types<T>::Acc;
+    const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
+    if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
+    const uint32_t lane = threadIdx.x % kLanes;
+    const uint32_t begin = index % tiles * kTile;
+    const uint32_t end = min(begin + kTile, p.size);
+    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
+    A penalty = 0, gaussian = 0;
+    Run run;
+    run.sample = index / tiles;
+    for (uint32_t at = begin + lane * V; at < end; at += kLanes * V) {
+        run.at = at;
+        run.count = min(static_cast<uint32_t>(V), end - at);
+        Terms<A, V> terms;
+        read<T, indexed>(p, run, terms);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (j < run.count) {
+                const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+                Rhos::visit(p.rho, [&](auto rho) {
+                    using R = decltype(rho);
+                    penalty += p.selects() ? penalty_of<R, true>(e, m, w, delta)
+                                           : penalty_of<R, false>(e, m, w, delta);
+                });
+                gaussian += p.selects() ? gaussian_of<true>(e, m) : gaussian_of<false>(e, m);
+            }
+        }
+    }
+    penalty = warp_sum(penalty);
+    gaussian = warp_sum(gaussian);
+    if (lane == 0) {
+        const bool whole = tiles == 1;
+        A* to = static_cast<A*>(whole ? p.penalty : p.partial) + index;
+        *to = penalty;
+        *(whole ? static_cast<A*>(p.gaussian) + index : to + p.samples * p.tiles) = gaussian;
+    }
+}
+
+// One warp a sample and output.
+template <class A>
+__global__ void __launch_bounds__(kLanes * kWarps) sum_kernel(const A* __restrict__ partial,
+                                                              A* __restrict__ penalty,
+                                                              A* __restrict__ gaussian,
+                                                              uint32_t samples,
+                                                              uint32_t tiles) {
+    const uint32_t index = warp_index();
+    if (index >= 2 * samples) return;
+    const uint32_t lane = threadIdx.x % kLanes;
+    partial += static_cast<int64_t>(index) * tiles;
+    A sum = 0;
+    for (uint32_t t = lane; t < tiles; t += kLanes) sum += partial[t];
+    sum = warp_sum(sum);
+    if (lane == 0) *(index < samples ? penalty + index : gaussian + (index - samples)) = sum;
+}
+
+template <class T, int V, bool indexed>
+__global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
+    backward_kernel(const __grid_constant__ Problem p) {
+    using A = typename Types<T>::Acc;
+    const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
+    if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
+    const uint32_t lane = threadIdx.x % kLanes;
+    const uint32_t begin = index % tiles * kTile;
+    const uint32_t end = min(begin + kTile, p.size);
+    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
+    Run run;
+    run.sample = index / tiles;
+    const A g = __ldg(static_cast<const A*>(p.grad_penalty.data) +
+                      run.sample * p.grad_penalty.sample_stride);
+    const A h = __ldg(static_cast<const A*>(p.grad_gaussian.data) +
+                      run.sample * p.grad_gaussian.sample_stride);
+    for (uint32_t at = begin + lane * V; at < end; at += kLanes * V) {
+        run.at = at;
+        run.count = min(static_cast<uint32_t>(V), end - at);
+        Terms<A, V> terms;
+        read<T, indexed>(p, run, terms);
+        A grad[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const A e = terms.error[j], m = terms.mask[j], w = scale * terms.weight[j];
+            Rhos::visit(p.rho, [&](auto rho) {
+                using R = decltype(rho);
+                grad[j] = p.selects() ? gradient_of<R, true>(e, m, w, delta, g, h)
+                                      : gradient_of<R, false>(e, m, w, delta, g, h);
+            });
+        }
+        if (p.dinput.data) store<T, indexed>(p.dinput, run, grad, A(1));
+        if (p.dtarget.data) store<T, indexed>(p.dtarget, run, grad, A(-1));
+    }
+}
+
+void check(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    throw std::runtime_error(std::string("masked_penalty: ") + what + ": " +
+                             cudaGetErrorString(status));
+}
+
+unsigned blocks_for(int64_t warps) {
+    if (warps > 0x7fffffff) throw std::runtime_error("masked_penalty: more than 2^31 tiles");
+    return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+}
+
+// Launches kernel<T, V, indexed>: 16 bytes a lane if they always stay in one row of every view, else
+// one element a lane.
+#define MFLOW_LAUNCH(kernel)                                                    \
+    constexpr int vector = 16 / sizeof(T);                                      \
+    const unsigned blocks = blocks_for(p.samples * p.tiles);                    \
+    if (!p.indexed) {                                                           \
+        kernel<T, vector, false><<<blocks, kLanes * kWarps, 0, stream>>>(p);    \
+    } else if (p.extent[0] % vector == 0) {                                     \
+        kernel<T, vector, true><<<blocks, kLanes * kWarps, 0, stream>>>(p);     \
+    } else {                                                                    \
+        kernel<T, 1, true><<<blocks, kLanes * kWarps, 0, stream>>>(p);          \
+    }
+
+template <class T>
+void forward(const Problem& p, cudaStream_t stream) {
+    using A = typename Types<T>::Acc;
+    MFLOW_LAUNCH(forward_kernel)
+    if (p.tiles > 1) {
+        sum_kernel<A><<<blocks_for(2 * p.samples), kLanes * kWarps, 0, stream>>>(
+            static_cast<const A*>(p.partial), static_cast<A*>(p.penalty),
+            static_cast<A*>(p.gaussian), static_cast<uint32_t>(p.samples),
+            static_cast<uint32_t>(p.tiles));
+    }
+    check(cudaGetLastError(), "forward launch");
+}
+
+template <class T>
+void backward(const Problem& p, cudaStream_t stream) {
+    MFLOW_LAUNCH(backward_kernel)
+    check(cudaGetLastError(), "backward launch");
+}
+
+}  // namespace
+
+void forward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    switch (p.dtype) {
+        case Dtype::float32: return forward<float>(p, queue);
+        case Dtype::float64: return forward<double>(p, queue);
+        case Dtype::float16: return forward<__half>(p, queue);
+        case Dtype::bfloat16: return forward<__nv_bfloat16>(p, queue);
+    }
+}
+
+void backward_cuda(const Problem& p, void* stream) {
+    check_rho(p.rho);
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    switch (p.dtype) {
+        case Dtype::float32: return backward<float>(p, queue);
+        case Dtype::float64: return backward<double>(p, queue);
+        case Dtype::float16: return backward<__half>(p, queue);
+        case Dtype::bfloat16: return backward<__nv_bfloat16>(p, queue);
+    }
+}
+
+std::string cuda_problem() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, false>);
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();  // clears it, so that no later launch reports it
+    return cudaGetErrorString(status);
+}
+
+int cuda_runtime_version() { return CUDART_VERSION; }
+
+}  // namespace mflow

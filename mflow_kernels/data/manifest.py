@@ -1,0 +1,150 @@
+"""The images that a run was trained on and those it held out, so that later commands know them.
+
+A run folder keeps this list because the split of a folder changes when a file is added: a tenth of
+its images is drawn, and the draw depends on their number.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mflow_kernels.data.decoding import DIGEST_LENGTH
+from mflow_kernels.data.files import write_atomically
+from mflow_kernels.data.printable import printable
+
+MANIFEST = "images.csv"  # in a run folder
+TRAIN, VALID, TEST = range(3)  # parts
+_COLUMNS = ["name", "part", "digest"]
+_DIGEST = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
+_NAMED = 3  # names that a difference lists of each kind
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The images of a data set, as the model sees them.
+
+    Args:
+        names: of each image its file, below the data set's root. No name occurs twice.
+        parts: uint8 (N,), 0 train, 1 valid, 2 test.
+        digests: of each image a digest of its prepared pixels, see `decoding.digest`. Copying,
+            zipping or touching a file leaves it as it is.
+    """
+
+    names: Sequence[str]
+    parts: np.ndarray
+    digests: Sequence[str]
+
+    def write(self, path: Path) -> None:
+        """As CSV with the columns name, part and digest.
+
+        Raises:
+            OSError: see `write_atomically`.
+        """
+
+        def write(temporary: Path) -> None:
+            # Names whose bytes are no UTF-8 hold lone surrogates: write those bytes.
+            with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+                rows = csv.writer(out)
+                rows.writerow(_COLUMNS)
+                rows.writerows(zip(self.names, self.parts.tolist(), self.digests, strict=True))
+
+        write_atomically(path, write)
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of `write`; the message names it.
+        """
+        try:
+            with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                rows = csv.reader(file, strict=True)
+                header = next(rows, None)
+                if header != _COLUMNS:
+                    raise ValueError(f"expected the columns {','.join(_COLUMNS)}")
+                listed = list(rows)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"{path}: not a list of a run's images ({error})") from None
+        for number, row in enumerate(listed, start=2):
+            if len(row) != 3 or row[1] not in ("0", "1", "2") or not is_digest(row[2]):
+                raise ValueError(
+                    f"{path}, row {number}: expected a name, a part (0, 1 or 2) and a digest, "
+                    f"got {','.join(row)[:80]!r}"
+                )
+        names = [row[0] for row in listed]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"{path}: expected at least one image and no name twice")
+        parts = np.array([int(row[1]) for row in listed], np.uint8)
+        return cls(names, parts, [row[2] for row in listed])
+
+    def subset(self, rows: np.ndarray) -> "Manifest":
+        """The images of these rows."""
+        names, digests = ([values[row] for row in rows] for values in (self.names, self.digests))
+        return Manifest(names, self.parts[rows], digests)
+
+    def difference(self, then: "Manifest") -> str | None:
+        """How the data set differs from what it was `then`, in words; None if it does not.
+
+        For example "2 images added (y.png, z.png), 1 changed (c.png)".
+        """
+        now, before = self._by_name(), then._by_name()
+        both = [name for name in now if name in before]
+        found = {
+            "added": [name for name in now if name not in before],
+            "missing": [name for name in before if name not in now],
+            "changed": [name for name in both if now[name][1] != before[name][1]],
+            "in another part": [name for name in both if now[name][0] != before[name][0]],
+        }
+        kinds = [(kind, names) for kind, names in found.items() if names]
+        if not kinds:
+            return None if list(self.names) == list(then.names) else "the images in another order"
+        told: list[str] = []
+        for kind, names in kinds:
+            more = ", ..." if len(names) > _NAMED else ""
+            listed = ", ".join(map(printable, names[:_NAMED])) + more
+            noun = "" if told else " image" if len(names) == 1 else " images"
+            told.append(f"{len(names):,}{noun} {kind} ({listed})")
+        return ", ".join(told)
+
+    def held_out_then(self, then: "Manifest") -> np.ndarray:
+        """Rows (int64) of the images that were in the test part `then`, by name.
+
+        An image that has changed is left out if it now has the pixels of an image that was trained
+        on, as when two files are swapped.
+        """
+        before, trained_on = then._by_name(), self.trained_on(then)
+        rows = []
+        for row, (name, digest) in enumerate(zip(self.names, self.digests, strict=True)):
+            part, digest_then = before.get(name, (TRAIN, ""))
+            # Duplicates in both parts stay: the split of that time held them out.
+            if part == TEST and (digest == digest_then or not trained_on[row]):
+                rows.append(row)
+        return np.array(rows, np.int64)
+
+    def trained_on(self, then: "Manifest") -> np.ndarray:
+        """bool (N,): which images have the pixels, under any name, of one that was in the training
+        part `then`."""
+        trained = {
+            digest
+            for digest, part in zip(then.digests, then.parts.tolist(), strict=True)
+            if part == TRAIN
+        }
+        return np.array([digest in trained for digest in self.digests], bool)
+
+    def _by_name(self) -> dict[str, tuple[int, str]]:
+        """Part and digest of each name."""
+        return dict(
+            zip(self.names, zip(self.parts.tolist(), self.digests, strict=True), strict=True)
+        )
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value is text as `decoding.digest` returns it."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None

@@ -1,0 +1,365 @@
+"""Decode and resize a data set once, into a prepared file (see `prepared`).
+
+While it is made, the file has a hidden name beside its own, and beside it lies a journal: a line
+for each block of images that is on disk for good. A process that is killed, at any moment, leaves
+both; the next one cuts both back to the blocks that are whole and goes on from there. The last act
+is a rename. A second process waits for the lock on the journal, which ends with its process.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from mflow_kernels.data.decoding import (
+    Decoded,
+    Format,
+    any_in_colour,
+    decode,
+    digest,
+    start_worker,
+)
+from mflow_kernels.data.manifest import is_digest
+from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
+from mflow_kernels.data.printable import printable
+from mflow_kernels.data.progress import counting
+from mflow_kernels.data.sources import DataError, Entry, Source
+
+HELD_OUT_FRACTION = 0.1
+SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
+_BLOCK_BYTES = 16 * 2**20
+_BLOCK_IMAGES = 256
+_IMAGES_WORTH_A_PROCESS = 256  # to start one takes about as long as to decode so many
+
+
+def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
+    """Whether `out` is a prepared file of these very images at this size."""
+    try:
+        return open_prepared(out).record.listing == _identity(source, image_size)
+    except (DataError, OSError):
+        return False
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    image_size: int,
+    workers: int | None = None,
+    overwrite: bool = True,
+) -> Prepared:
+    """Make `out`, or go on making it. Another process that makes it is waited for.
+
+    Args:
+        source: images, from `find_images`.
+        out: file to write.
+        image_size: side of the square results in pixels.
+        workers: processes that decode; by default one a core, fewer for few images.
+        overwrite: replace a file of that name.
+
+    Returns:
+        The file, open.
+
+    Raises:
+        DataError: no readable image, one smaller than the crop, or a file that may not be replaced.
+        OSError: ENOSPC where the disk is full, before the start if that can be foreseen. What was
+            done is kept for the next try. ENOMEM where a process that decodes was killed.
+    """
+    identity = _identity(source, image_size)
+    partial, journal = (out.with_name(f".{out.name}.{end}") for end in ("partial", "journal"))
+    with _lock(journal) as (lines, waited):
+        if waited and is_prepared_from(out, source, image_size):
+            journal.unlink()
+            return open_prepared(out)
+        if out.exists() and not overwrite:
+            journal.unlink()
+            raise DataError(f"out: {out} exists, made by another process meanwhile")
+        try:
+            with _open_own(partial) as file:
+                work = _resume(lines, file, source, image_size, identity)
+                _check_space(work, source, file, out)
+                _decode_rest(work, source, file, lines, workers)
+                _complete(work, source, file)
+        except DataError:  # to try again would end the same way
+            partial.unlink()
+            journal.unlink()
+            raise
+        except OSError as error:
+            begun = partial.exists() and partial.stat().st_size > HEADER_BYTES
+            if not begun:  # nothing to go on from
+                partial.unlink(missing_ok=True)
+                journal.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                again = f"which goes on from {partial.name}" if begun else "which starts again"
+                raise OSError(
+                    error.errno,
+                    f"no space left for {out} ({error.strerror}); free some and give the same "
+                    f"command again, {again}",
+                ) from None
+            raise
+        os.replace(partial, out)
+        _sync_folder(out.parent)
+        journal.unlink()
+    return open_prepared(out)
+
+
+@dataclass
+class _Work:
+    """What is done so far: all entries before `end`, in blocks."""
+
+    identity: str
+    form: Format
+    end: int = 0
+    skipped: dict[int, str] = field(default_factory=dict)
+    enlarged: int = 0
+    digests: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.digests)
+
+    @property
+    def image_bytes(self) -> int:
+        return math.prod(self.form.shape)
+
+    def check(self, line: dict, file: BinaryIO, total: int) -> None:
+        """Whether the next block, as the journal lists it, is in the file.
+
+        Args:
+            line: its line in the journal.
+            file: at the end of the images so far; it is read to the end of the block.
+            total: entries of the source.
+
+        Raises:
+            ValueError, TypeError, KeyError: the line does not continue this work, or the images are
+                not those that it lists.
+        """
+        end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
+        skipped = {int(position): why for position, why in line["skipped"].items()}
+        if not (
+            type(end) is type(enlarged) is int
+            and self.end < end <= total
+            and len(digests) + len(skipped) == end - self.end
+            and 0 <= enlarged <= len(digests)
+            and all(self.end <= position < end for position in skipped)
+            and all(isinstance(why, str) for why in skipped.values())
+            and all(map(is_digest, digests))
+        ):
+            raise ValueError("a line of another journal")
+        for expected in digests:
+            if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
+                raise ValueError("images other than those listed")
+
+    def add(self, line: dict) -> None:
+        self.skipped |= {int(position): why for position, why in line["skipped"].items()}
+        self.enlarged += line["enlarged"]
+        self.digests += line["digests"]
+        self.end = line["end"]
+
+    def names(self, source: Source) -> list[str]:
+        return [e.name for i, e in enumerate(source.entries) if i not in self.skipped]
+
+
+def _identity(source: Source, image_size: int) -> str:
+    return hashlib.sha256(f"{image_size} {source.listing_hash()}".encode()).hexdigest()
+
+
+def _resume(
+    lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
+) -> _Work:
+    """The blocks that the journal lists and the file holds. Both are cut back to them: at the first
+    line that is torn or wrong, or whose images are not as they were written."""
+    total = len(source.entries)
+    work, end = None, 0
+    lines.seek(0)
+    file.seek(HEADER_BYTES)
+    for line in lines.read().splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+            if not line.endswith(b"\n"):
+                break
+            if work is not None:
+                work.check(values, file, total)
+                work.add(values)
+            elif values["identity"] == identity and values["channels"] in (1, 3):
+                work = _Work(identity, Format(image_size, int(values["channels"]), source.crop))
+            else:
+                break
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            break
+        end += len(line)
+    if work is None:
+        colour = source.is_celeba or any_in_colour(source.entries)
+        work, end = _Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
+    lines.truncate(end)
+    lines.seek(end)
+    if not end:
+        _append(lines, {"identity": identity, "channels": work.form.channels})
+    file.truncate(HEADER_BYTES + work.rows * work.image_bytes)
+    file.seek(0, os.SEEK_END)
+    return work
+
+
+def _decode_rest(
+    work: _Work, source: Source, file: BinaryIO, lines: BinaryIO, workers: int | None
+) -> None:
+    total = len(source.entries)
+    block = max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // work.image_bytes))
+    blocks = [source.entries[i : i + block] for i in range(work.end, total, block)]
+    worthwhile = math.ceil((total - work.end) / _IMAGES_WORTH_A_PROCESS)
+    workers = min(workers or len(os.sched_getaffinity(0)), worthwhile, len(blocks))
+    with counting("preparing", total, work.end) as tell:
+        results = _decode_in_order(blocks, work.form, workers)
+        for entries, decoded in zip(blocks, results, strict=True):
+            file.write(decoded.pixels.data)
+            _sync(file)
+            line = {
+                "end": work.end + len(entries),
+                "skipped": {str(work.end + i): why for i, why in decoded.skipped.items()},
+                "enlarged": decoded.enlarged,
+                "digests": decoded.digests,
+            }
+            _append(lines, line)
+            _sync(lines)
+            work.add(line)
+            tell(work.end)
+
+
+def _decode_in_order(
+    blocks: Sequence[Sequence[Entry]], form: Format, workers: int
+) -> Iterator[Decoded]:
+    if workers <= 1:
+        yield from (decode(block, form) for block in blocks)
+        return
+    # Not forked: torch's threads may hold locks. To start anew is cheap without torch.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    ahead: deque[Future[Decoded]] = deque()
+    try:
+        for block in blocks:
+            ahead.append(pool.submit(decode, block, form))
+            if len(ahead) > 2 * workers:  # no more in memory than that
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool:
+        raise OSError(
+            errno.ENOMEM,
+            "a process that decodes images was killed, perhaps for want of memory; the same "
+            "command goes on, with --workers 1 in less memory",
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
+    """Add what comes after the images, then the header, and wait for the disk."""
+    names = work.names(source)
+    if not names:
+        first, why = next(iter(work.skipped.items()))
+        raise DataError(
+            f"data: expected images in {source.root}, found {len(work.skipped)} files that are none"
+            f" ({source.entries[first].name}: {why})"
+        )
+    if source.parts is None:
+        part = _random_parts(len(names))
+    else:
+        kept = [part for i, part in enumerate(source.parts) if i not in work.skipped]
+        part = np.array(kept, np.uint8)
+    skipped = {name: "listed, but not there" for name in source.missing}
+    skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
+    record = Record(
+        source=os.path.realpath(source.root),
+        listing=work.identity,
+        size=work.form.size,
+        channels=work.form.channels,
+        crop=work.form.crop,
+        partition="official" if source.is_celeba else "random",
+        count=np.bincount(part, minlength=3).tolist(),
+        names=names,
+        skipped=skipped,
+        enlarged=work.enlarged,
+        digests=work.digests,
+    ).encode()
+    file.write(part.tobytes() + record)
+    file.truncate()
+    file.seek(0)
+    file.write(header(work.form, len(names), len(record)))
+    _sync(file)
+
+
+def _random_parts(count: int) -> np.ndarray:
+    """A tenth of the images is test, the others train, whatever the run's seed."""
+    part = np.zeros(count, np.uint8)
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
+    part[order[: math.ceil(count * HELD_OUT_FRACTION)]] = 2
+    return part
+
+
+def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None:
+    needed = (len(source.entries) - work.end) * work.image_bytes
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB more needed, {free / 1e9:.1f} GB free")
+
+
+@contextmanager
+def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """The journal, open, and no other process's; and whether there was one to wait for."""
+    waited = False
+    while True:
+        with _open_own(journal, buffering=0) as lines:
+            try:
+                fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                told = printable(f"waiting for another process that makes {journal}")
+                print(told, file=sys.stderr)
+                waited = True
+                fcntl.flock(lines, fcntl.LOCK_EX)
+            # The other process has removed the journal that it held, when it was done.
+            if journal.exists() and journal.stat().st_ino == os.fstat(lines.fileno()).st_ino:
+                yield lines, waited
+                return
+
+
+def _open_own(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a hidden file beside the result to read and write; it is made if there is none. A
+    symbolic link is refused: whoever put it there would choose the file that is overwritten."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+    return open(path, "r+b", buffering, opener=opener)
+
+
+def _append(lines: BinaryIO, values: dict) -> None:
+    line = json.dumps(values).encode() + b"\n"
+    if lines.write(line) != len(line):  # unbuffered, it may stop short on a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,252 @@
+"""Prepared files: images decoded once, read by memory map at the speed of memory.
+
+A prepared file is a safetensors file (https://github.com/huggingface/safetensors), so that other
+programs can read it, of three tensors, all uint8:
+
+    images  (N, C, H, W)  in the order of their names
+    part    (N,)          0 train, 1 valid, 2 test
+    record  (bytes,)      JSON: where the images came from and what was done to them (see Record)
+
+The images start at byte 4096, a page's boundary. A file either is whole or has another name.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from mflow_kernels.data.decoding import Format, digest
+from mflow_kernels.data.manifest import VALID, Manifest, is_digest
+from mflow_kernels.data.printable import printable
+from mflow_kernels.data.sources import DataError
+
+HEADER_BYTES = 4096
+PARTS = ("train", "valid", "test")
+_ANY_KIND = "mflow images "
+_KIND = f"{_ANY_KIND}2"
+_TOLD = 20  # skipped files that are named to a person
+_VERIFIED_AT_A_TIME = 256  # images between two reports of progress
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a prepared file says of itself.
+
+    Args:
+        source: the folder or zip, absolute.
+        listing: checksum of its names, sizes and times, and of the format asked for.
+        size, channels, crop: see decoding.Format.
+        partition: "official" or "random".
+        count: images of train, valid and test.
+        names: of each image its file, below the source.
+        skipped: files that could not be read, and why.
+        enlarged: how many images were smaller than the result.
+        digests: of each image the digest of its bytes, see decoding.digest.
+    """
+
+    source: str
+    listing: str
+    size: int
+    channels: int
+    crop: int | None
+    partition: str
+    count: list[int]
+    names: list[str]
+    skipped: dict[str, str]
+    enlarged: int
+    digests: list[str]
+
+    @property
+    def format(self) -> Format:
+        return Format(self.size, self.channels, self.crop)
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self), ensure_ascii=True).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Record":
+        """What `encode` wrote. See `check` for its values.
+
+        Raises:
+            ValueError, TypeError, RecursionError: anything else.
+        """
+        values = json.loads(text)
+        if set(values) != {field.name for field in fields(cls)}:
+            raise ValueError("its record has other fields")
+        return cls(**values)
+
+    def check(self, form: Format, part: np.ndarray) -> None:
+        """Check the types of all values, and compare them with each other and with the file.
+
+        Args:
+            form: size and channels of the file's images.
+            part: of each image its part, as in the file.
+
+        Raises:
+            ValueError, TypeError: a value that is wrong; the message says which.
+        """
+        images = len(part)
+        for name, right in {
+            "source": _is_name(self.source),
+            "listing": _is_name(self.listing),
+            "size": type(self.size) is int and self.size == form.size,
+            "channels": type(self.channels) is int and self.channels == form.channels,
+            "crop": self.crop is None or (type(self.crop) is int and self.crop > 0),
+            "partition": self.partition in ("official", "random"),
+            "count": _are(self.count, len(PARTS), lambda value: type(value) is int)
+            and self.count == np.bincount(part, minlength=len(PARTS)).tolist()
+            and (self.partition == "official" or not self.count[VALID]),
+            "names": _are(self.names, images, _is_name) and len(set(self.names)) == images,
+            "skipped": isinstance(self.skipped, dict)
+            and all(isinstance(why, str) for why in self.skipped.values()),
+            "enlarged": type(self.enlarged) is int and 0 <= self.enlarged <= images,
+            "digests": _are(self.digests, images, is_digest),
+        }.items():
+            if not right:
+                raise ValueError(f"its record is wrong: {name}")
+
+
+def _are(values: object, count: int, right: Callable[[object], bool]) -> bool:
+    return isinstance(values, list) and len(values) == count and all(map(right, values))
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is text that a file name can hold."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An open prepared file: `images` (N, C, H, W) and `part` (N,), uint8, read when touched."""
+
+    path: Path
+    images: np.ndarray
+    part: np.ndarray
+    record: Record
+
+    @property
+    def manifest(self) -> Manifest:
+        """The name, part and digest of each image."""
+        return Manifest(self.record.names, np.asarray(self.part), self.record.digests)
+
+    def summary(self) -> str:
+        """What is in it, in a few lines for a person."""
+        record, (count, *shape) = self.record, self.images.shape
+        parts = ", ".join(
+            f"{number:,} {name}" for name, number in zip(PARTS, record.count, strict=True) if number
+        )
+        lines = [
+            f"{printable(str(self.path))}: {count:,} images of {'x'.join(map(str, shape))} "
+            f"({self.path.stat().st_size / 1e6:,.1f} MB): {parts} ({record.partition} partition)"
+        ]
+        if record.enlarged:
+            lines.append(f"{record.enlarged:,} of them were smaller and have been enlarged")
+        if record.skipped:
+            lines.append(f"skipped {len(record.skipped):,} files, which the file's record lists:")
+            first = list(record.skipped.items())[:_TOLD]
+            lines += [f"  {printable(name)}: {printable(why)}" for name, why in first]
+            if len(record.skipped) > _TOLD:
+                lines.append("  ...")
+        return "\n".join(lines)
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read every image and compare digests; `progress` gets the number of images done so far.
+
+        Raises:
+            DataError: an image that is not as it was written.
+        """
+        for row, (image, expected) in enumerate(zip(self.images, self.record.digests, strict=True)):
+            if digest(image) != expected:
+                raise DataError(
+                    f"data: {self.path} is damaged: image {row} ({self.record.names[row]}) is not "
+                    "as it was written; prepare it again with --overwrite"
+                )
+            if progress is not None and (row + 1) % _VERIFIED_AT_A_TIME == 0:
+                progress(row + 1)
+
+
+def header(form: Format, count: int, record_bytes: int) -> bytes:
+    """The first HEADER_BYTES of a file of `count` images."""
+    shapes = {"images": (count, *form.shape), "part": (count,), "record": (record_bytes,)}
+    entries: dict[str, object] = {"__metadata__": {"kind": _KIND}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape)
+        entries[name] = {"dtype": "U8", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode().ljust(HEADER_BYTES - 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a file begins as a prepared one does, also one of an earlier version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _ANY_KIND.encode() in file.read(HEADER_BYTES)
+
+
+def open_prepared(path: Path) -> Prepared:
+    """Map a prepared file. Its header, record and parts are read and checked against each other and
+    against the file's length; the images are not read.
+
+    Raises:
+        DataError: another kind of file, one of an earlier version, or a damaged one.
+        OSError: the file cannot be read.
+    """
+    if not is_prepared(path):
+        came = "another kind" if path.exists() else "none"
+        raise DataError(f"data: expected a file of mflow prepare, got {came}: {path}")
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+    if _KIND.encode() not in head:
+        raise DataError(
+            f"data: {path} was made by another version of mflow prepare; prepare it again with "
+            "--overwrite"
+        )
+    try:
+        count, form, record_bytes = _read_header(head, path.stat().st_size)
+        images = _map(path, HEADER_BYTES, (count, *form.shape))
+        part = _map(path, HEADER_BYTES + images.size, (count,))
+        text = _map(path, HEADER_BYTES + images.size + count, (record_bytes,)).tobytes()
+        record = Record.decode(text)
+        record.check(form, part)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"data: {path} is damaged or cut short: {error}") from None
+    return Prepared(path, images, part, record)
+
+
+def _read_header(head: bytes, file_bytes: int) -> tuple[int, Format, int]:
+    """Number of images, their format (its crop unknown) and bytes of the record.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: not a header that `header` makes, or not
+            that of a file of this length.
+    """
+    entries = json.loads(head[8:])
+    count, channels, height, width = entries["images"]["shape"]
+    (record_bytes,) = entries["record"]["shape"]
+    numbers = (count, channels, height, width, record_bytes)
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"its header has the shapes {numbers}")
+    form = Format(height, channels)
+    # `header` leaves nothing open, so every dtype and offset is checked by writing it again.
+    if channels not in (1, 3) or head != header(form, count, record_bytes):
+        raise ValueError("its header is not one that mflow prepare writes")
+    if file_bytes != HEADER_BYTES + count * (math.prod(form.shape) + 1) + record_bytes:
+        raise ValueError("its length is not what its header says")
+    return count, form, record_bytes
+
+
+def _map(path: Path, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    # Not safetensors' own reader: it maps privately and writable, and the kernel refuses to map so
+    # what is larger than the machine's memory.
+    return np.memmap(path, np.uint8, "r", offset=offset, shape=shape)

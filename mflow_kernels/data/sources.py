@@ -1,0 +1,241 @@
+"""Where images come from: a folder, a zip, or CelebA in its authors' layout. Listed, not decoded.
+
+A zip that lies in a folder is read as if it were unpacked there; nothing is ever unpacked.
+"""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+CELEBA_CROP = 148  # of 178x218: the customary face crop
+CELEBA_IMAGES = "img_align_celeba"
+CELEBA_PARTITION = "list_eval_partition.txt"
+_PIECE = 2**14
+_LARGEST_MEMBER = 2**30  # bytes; Pillow opens no image of more than 179 million pixels
+
+
+class DataError(ValueError):
+    """Images that are not there, or not as expected. The message names what came."""
+
+
+class Entry(NamedTuple):
+    """One file, or one member of a zip."""
+
+    name: str  # below the source's root, with slashes
+    file: str
+    member: str | None
+    stamp: str  # changes when the content does: size and time, or size and checksum in a zip
+
+    def open(self) -> BinaryIO:
+        """Its bytes, seekable.
+
+        Raises:
+            Exception: unreadable, encrypted, or not what the zip's checksum says; zipfile and its
+                decompressors raise many kinds.
+        """
+        if self.member is None:
+            return open(self.file, "rb")
+        content = io.BytesIO()
+        with _opened(self.file).open(self.member) as member:
+            # In small pieces: bz2 and LZMA inflate each at once, whatever it becomes.
+            while piece := member.read(_PIECE):
+                if content.write(piece) and content.tell() > _LARGEST_MEMBER:
+                    raise ValueError(f"inflates to more than {_LARGEST_MEMBER >> 20} MiB")
+        content.seek(0)
+        return content
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set, in an order that depends on their names alone.
+
+    Args:
+        root: the folder or zip.
+        entries: what may be images.
+        parts: of each entry its part of the official partition (0 train, 1 valid, 2 test); None
+            where there is no such partition.
+        missing: names that the partition lists and that are not there.
+        crop: side of the square that is cut out at an image's centre; None: the largest.
+    """
+
+    root: Path
+    entries: list[Entry]
+    parts: list[int] | None = None
+    missing: tuple[str, ...] = field(default=())
+    crop: int | None = None
+
+    @property
+    def is_celeba(self) -> bool:
+        return self.parts is not None
+
+    def listing_hash(self) -> str:
+        """A checksum of all names, sizes, times and parts: other images give another."""
+        digest = hashlib.sha256(repr((self.crop, self.parts)).encode())
+        for entry in self.entries:
+            digest.update(f"{entry.name}\0{entry.stamp}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def find_images(data: str | Path) -> Source:
+    """List a folder or zip of images.
+
+    A folder or zip called img_align_celeba (or img_align_celeba.zip), or one that holds it at most
+    two folders deep, is CelebA: list_eval_partition.txt is expected in it, beside it or in a folder
+    beside it, as the authors' Img/ and Eval/ lie.
+
+    Raises:
+        DataError: nothing there, no file in it, a torn or encrypted zip, no partition or a bad one.
+    """
+    root = Path(data)
+    if not root.is_dir() and not root.is_file():
+        raise DataError(f"data: expected a folder or zip of images, found none at {str(data)!r}")
+    celeba = _find_celeba(root)
+    source = _read_celeba(root, *celeba) if celeba else Source(root, _list(root))
+    if not source.entries:
+        raise DataError(f"data: expected images in {root}, found none")
+    return source
+
+
+def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
+    """CelebA's images (a folder or zip) and the folders to look for the partition in."""
+    for folder in _and_below(Path(os.path.abspath(root)), depth=2):
+        for path in (folder, folder / CELEBA_IMAGES, folder / f"{CELEBA_IMAGES}.zip"):
+            if path.name == CELEBA_IMAGES and path.is_dir():
+                return path, [folder, path.parent, path.parent.parent]
+            if path.suffix == ".zip" and path.is_file():
+                named = path.stem == CELEBA_IMAGES
+                if named or any(_below_celeba(e.member or "") for e in _list(path)):
+                    return path, [path.parent, path.parent.parent]
+    return None
+
+
+def _and_below(folder: Path, depth: int) -> Iterator[Path]:
+    """A folder (or file) and the folders in it down to a depth, by name."""
+    yield folder
+    if depth and folder.is_dir() and folder.name != CELEBA_IMAGES:
+        with os.scandir(folder) as found:
+            inner = sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
+        for name in inner:
+            yield from _and_below(folder / name, depth - 1)
+
+
+def _below_celeba(name: str) -> bool:
+    return CELEBA_IMAGES in PurePosixPath(name).parts[:-1]
+
+
+def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
+    entries: dict[str, Entry] = {}
+    doubled: dict[str, Entry] = {}
+    for entry in _list(images):
+        name = PurePosixPath(entry.name).name
+        if entries.setdefault(name, entry) != entry:
+            doubled[name] = entry
+    parts = _read_partition(entries.get(CELEBA_PARTITION), images, folders)
+    for name in parts:
+        if name in doubled:
+            raise DataError(
+                f"data: expected one file {name} in {images}, "
+                f"found {entries[name].name} and {doubled[name].name}"
+            )
+    there = [name for name in parts if name in entries]
+    return Source(
+        root,
+        [entries[name] for name in there],
+        [parts[name] for name in there],
+        tuple(name for name in parts if name not in entries),
+        CELEBA_CROP,
+    )
+
+
+def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> dict[str, int]:
+    """The part of each name that the partition lists. `inside`: the partition where it lies among
+    the images."""
+    path = Path(images, inside.name) if inside else _find_partition(images, folders)
+    try:
+        with inside.open() if inside else path.open("rb") as opened:
+            text = opened.read().decode("utf-8-sig")
+    except Exception as error:  # see `Entry.open`
+        raise DataError(f"data: cannot read {path}: {error}") from None
+    parts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"data: {path}, line {number}"
+        if len(words) != 2 or words[1] not in ("0", "1", "2"):
+            raise DataError(f"{where}: expected a file name and 0, 1 or 2, got {line[:80]!r}")
+        name, part = words[0], int(words[1])
+        if parts.setdefault(name, part) != part:
+            raise DataError(f"{where}: expected {name} in one part, got {part} after {parts[name]}")
+    if not parts:
+        raise DataError(f"data: expected file names and their parts in {path}, found none")
+    return parts
+
+
+def _find_partition(images: Path, folders: list[Path]) -> Path:
+    for folder in folders:
+        for below in ("", "Eval"):
+            path = folder / below / CELEBA_PARTITION
+            if path.is_file():
+                return path
+    raise DataError(
+        f"data: expected {CELEBA_PARTITION} beside {images.name} (it is in the folder Eval/ of "
+        f"CelebA's download), found none near {images}"
+    )
+
+
+def _list(root: Path) -> list[Entry]:
+    """All files of a folder or zip, and of zips in it, hidden ones left out."""
+    if root.is_file():
+        return _list_zip(root, "")
+    entries: list[Entry] = []
+    for folder, inner, files in os.walk(root, onerror=_refuse_unlisted):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for file in files:
+            path = Path(folder, file)
+            if file.startswith(".") or not path.is_file():
+                continue
+            name = path.relative_to(root).as_posix()
+            if path.suffix.lower() == ".zip":
+                entries += _list_zip(path, f"{name}/")
+            else:
+                there = path.stat()
+                stamp = f"{there.st_size} {there.st_mtime_ns}"
+                entries.append(Entry(name, str(path), None, stamp))
+    return sorted(entries)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise DataError(f"data: cannot list the folder {error.filename}: {error.strerror}")
+
+
+def _list_zip(path: Path, prefix: str) -> list[Entry]:
+    entries = []
+    # Of members with one name the last counts, as when they are unpacked in turn.
+    for member in {member.filename: member for member in _opened(str(path)).infolist()}.values():
+        parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
+        folder = not member.filename or member.is_dir()
+        if folder or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
+            continue
+        stamp = f"{member.file_size} {member.CRC:08x}"
+        entries.append(Entry(prefix + member.filename, str(path), member.filename, stamp))
+    return sorted(entries)
+
+
+def _opened(path: str) -> zipfile.ZipFile:
+    try:
+        return _kept_open(path, os.stat(path).st_mtime_ns)
+    except Exception as error:  # zipfile raises many kinds for a table of contents that lies
+        raise DataError(f"data: expected a folder or a whole zip, got {path} ({error})") from None
+
+
+@lru_cache(maxsize=4)
+def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
+    # Each process reads a zip's table of contents (200,000 lines of CelebA's) once.
+    return zipfile.ZipFile(path)

@@ -1,0 +1,194 @@
+"""The pictures of a run, as PNG files: drawn at one screen pixel for each picture pixel."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from torch import Tensor
+
+from mflow_kernels.data.files import write_atomically
+from mflow_kernels.models.selection import IntrinsicDimension
+
+_DPI = 100
+_TILE = 64  # pixels that a small image is enlarged towards
+_GAP = 4
+_LEAST_WIDTH = 640  # room for a title above few images
+
+
+def draw_images(
+    path: Path, title: str, rows: Mapping[str, Tensor], footer: str | None = None
+) -> None:
+    """Rows of images under a title, each row named at its left.
+
+    Args:
+        path: the PNG to write (under a temporary name first).
+        title: what is seen.
+        rows: name to images, uint8 (N, C, H, W) with C of 1 or 3 and one shape for all.
+        footer: a line of explanation below.
+    """
+    mosaic = _mosaic(list(rows.values()))
+    height, width = mosaic.shape[:2]
+    left, right, top, bottom = 130, 16, 44, 34 if footer else 12
+    total = (max(left + width + right, _LEAST_WIDTH), bottom + height + top)
+    figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
+    axes = figure.add_axes(
+        (left / total[0], bottom / total[1], width / total[0], height / total[1])
+    )
+    axes.imshow(mosaic, interpolation="nearest")
+    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12, parse_math=False)
+    row_height = (height + _GAP) / len(rows)
+    centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
+    axes.set_yticks(centres, [name.strip() for name in rows], fontsize=10)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if footer:
+        figure.text(left / total[0], 12 / total[1], footer, fontsize=9, color="0.3")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
+    """Originals, their projections and the absolute difference, uint8 (N, C, H, W) each."""
+    residual = (originals.int() - projections.int()).abs().to(torch.uint8)
+    rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
+    squared = (residual.float() / 255).square().mean().item()
+    footer = f"mean squared error of these images on the [0, 1] scale: {squared:.4f}"
+    draw_images(path, title, rows, footer)
+
+
+def in_rows(rows: Mapping[str, Tensor], columns: int = 12) -> dict[str, Tensor]:
+    """Rows of at most `columns` images from rows of any length: the first `columns` of each, then
+    the next. A last row that is not full is filled with white."""
+    result: dict[str, Tensor] = {}
+    count = max(len(images) for images in rows.values())
+    for begin in range(0, count, columns):
+        for name, images in rows.items():
+            part = images[begin : begin + columns]
+            blank = part.new_full((min(columns, count) - len(part), *part.shape[1:]), 255)
+            label = name + " " * (begin // columns)  # the same to the eye, another key
+            result[label] = torch.cat([part, blank])
+    return result
+
+
+def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Training curves, one row of panels for each stage.
+
+    Args:
+        path: the PNG to write.
+        rows: metrics by name, each with `step` and `stage` (from 0); a name may be absent. Values
+            that are not finite are left out.
+    """
+    rows = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
+    rows = [row for row in rows if "stage" in row]
+    stages = sorted({int(row["stage"]) for row in rows}) or [0]
+    figure = Figure(figsize=(12, 0.6 + 3.2 * len(stages)), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(len(stages), 3, squeeze=False)
+    figure.suptitle("Training", fontsize=13)
+    for stage, (likelihood, loss, parts) in zip(stages, panels, strict=True):
+        own = [row for row in rows if int(row["stage"]) == stage]
+        name = "image flow" if stage == 0 else "on the manifold"
+        likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
+        _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
+        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per dimension")
+        _plot(loss, own, {"loss": "loss", "penalty": "penalty"})
+        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per dimension")
+        _plot(
+            parts,
+            own,
+            {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"},
+        )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
+    """The spectrum behind an estimate of the intrinsic dimension, and where it was cut."""
+    figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    values, d = estimate.spectrum.cpu().numpy(), estimate.dimension
+    order = np.arange(1, len(values) + 1)
+    for part, colour, label in (
+        (slice(None, d), "C0", f"on the manifold: {d}"),
+        (slice(d, None), "C1", f"off it: {len(values) - d}"),
+    ):
+        if len(order[part]):
+            axes.plot(order[part], values[part], "o-", ms=3, lw=1, color=colour, label=label)
+    if d < len(values):
+        axes.axvline(d + 0.5, color="0.6", lw=1, ls="--")
+        title = f"intrinsic dimension {d}: the largest step, a factor of {estimate.gap:.3g}"
+    else:
+        title = f"no step: the largest is a factor of {estimate.gap:.3g}"
+    axes.set(title=title, xlabel="singular value", ylabel="local standard deviation", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(framealpha=0.85, edgecolor="none")
+    axes.grid(alpha=0.25)
+    axes.title.set_fontsize(11)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Histograms side by side.
+
+    Args:
+        path: the PNG to write.
+        panels: what is measured, with its unit, to the values (N,) of each named set; those that
+            are not finite are left out.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, sets) in zip(row, panels.items(), strict=True):
+        finite = {name: values[values.isfinite()].numpy() for name, values in sets.items()}
+        together = np.concatenate([*finite.values(), np.zeros(0)])
+        low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
+        # Sets may lie orders of magnitude apart, which only a logarithmic axis shows.
+        far = low > 0 and high > 20 * low
+        edges = np.geomspace(low, high, 41) if far else np.linspace(low, max(high, low + 1e-9), 41)
+        for name, values in finite.items():
+            axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
+        axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")
+        if far:  # by default the labels of one decade overlap
+            subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.25)
+    handles, names = row[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
+    shown = []
+    for key, label in names.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        sparse = len(points) < 30
+        axes.plot(steps, values, label=label, lw=1.4, marker="o" if sparse else None, ms=3)
+        # The first steps fall from far above; scaled to them, the rest would look flat. A fifth is
+        # the most that warm-up takes.
+        shown.append(np.quantile(values[len(values) // 5 :], [0.0, 0.5, 0.98]))
+    if shown:
+        low, high = min(s[0] for s in shown), max(s[2] for s in shown)
+        margin = 0.06 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        axes.legend(fontsize=9, framealpha=0.85, edgecolor="none")
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.title.set_fontsize(11)
+
+
+def _mosaic(rows: Sequence[Tensor]) -> np.ndarray:
+    """uint8 (height, width, 3): the rows below each other on white, small images enlarged."""
+    zoom = max(1, _TILE // rows[0].shape[-1])
+    lines = []
+    for images in rows:
+        pixels = images.cpu().numpy().transpose(0, 2, 3, 1)
+        tiles = np.repeat(np.repeat(pixels, zoom, axis=1), zoom, axis=2)
+        tiles = np.pad(tiles, ((0, 0), (0, _GAP), (0, _GAP), (0, 0)), constant_values=255)
+        lines.append(np.concatenate(list(np.broadcast_to(tiles, (*tiles.shape[:3], 3))), axis=1))
+    return np.concatenate(lines, axis=0)[:-_GAP, :-_GAP]

@@ -1,0 +1,292 @@
+"""FrEIA: how its networks and modules walk ours.
+
+Its modules go data -> latent, and back with `rev=True`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import ops
+from mflow_kernels.interop.freia.layers import LAYERS as LAYERS
+from mflow_kernels.interop.freia.layers import channels_of as channels_of
+from mflow_kernels.interop.report import Left
+from mflow_kernels.interop.sequence import Run
+from mflow_kernels.interop.subclasses import Fused, accelerate_module, plan_of
+
+CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
+
+
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
+
+
+def why_left(layer: nn.Module) -> str:
+    if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
+        return "it cuts, joins or reshapes states, with nothing to compute"
+    return "no layer of ours does this"
+
+
+# How its networks and modules walk.
+
+
+class FusedModule(Fused):
+    """Modules of a network as one. Their conditions are those of the whole network, in order."""
+
+    def __init__(self, layers: Sequence[nn.Module], run: Run, conditions: Sequence[Any]) -> None:
+        super().__init__(layers, run)
+        self.conditions = list(conditions)
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        if self.run.expresses(x[0], rev):
+            z, log_det = self.run(x[0], tuple(c), inverse=rev)
+            return (z,), log_det.expand(len(z))
+        total = torch.zeros(len(x[0]), dtype=x[0].dtype, device=x[0].device)
+        pairs = list(zip(self.layers, self.conditions, strict=True))
+        for layer, chosen in reversed(pairs) if rev else pairs:
+            named = {"c": [c[i] for i in chosen]} if chosen else {}
+            x, log_det = layer(x, rev=rev, jac=jac, **named)
+            total = total + log_det
+        return (x[0],), total
+
+
+def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
+        run: Run = plan_of(self)
+        c = c or ()
+        if not run.expresses(x[0], rev):
+            named = {"c": c} if c else {}
+            return super(type(self), self).forward(x, rev=rev, jac=jac, **named)
+        z, log_det = run(x[0], tuple(c), inverse=rev)
+        return returned(z, log_det)
+
+    return {"forward": forward}
+
+
+def _actnorm_methods() -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
+        plan_of(self).settle(x[0], inverse=rev)
+        # exp(s) x + b is the inverse of exp(-s) (x - b).
+        log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
+        z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
+        return [z], log_det
+
+    return {"forward": forward}
+
+
+def _haar_methods() -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
+        # The original multiplies its input in place on the way back.
+        x = (x[0].clone(),) if rev else x
+        return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
+
+    return {"forward": forward}
+
+
+def _sequence_forward(
+    self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
+) -> Any:
+    plan: _Plan = plan_of(self)
+    if not plan.is_of(self.module_list):
+        return super(type(self), self).forward(x_or_z, c, rev, jac)
+    x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
+    log_det: Any = 0
+    for module, chosen, _ in reversed(plan.items) if rev else plan.items:
+        named = {} if chosen is None else {"c": [c[i] for i in chosen]}
+        x, j = module(x, jac=jac, rev=rev, **named)
+        log_det = j + log_det
+    return x if self.force_tuple_output else x[0], log_det
+
+
+def _graph_forward(
+    self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True,
+    intermediate_outputs: bool = False, x: None = None,
+) -> Any:  # fmt: skip
+    plan: _Plan = plan_of(self)
+    if intermediate_outputs or x is not None or not plan.is_of(self.module_list):
+        original = super(type(self), self).forward
+        return original(x_or_z, c, rev, jac, intermediate_outputs, x)
+    given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
+    c = () if c is None else (c,) if torch.is_tensor(c) else tuple(c)
+    starts, ends = (self.out_nodes, self.in_nodes) if rev else (self.in_nodes, self.out_nodes)
+    for came, nodes, what in ((given, starts, "inputs"), (c, self.condition_nodes, "conditions")):
+        if len(came) != len(nodes):
+            raise ValueError(f"Got {len(came)} {what}, but expected {len(nodes)}.")
+    items = plan.items[::-1] if rev else plan.items
+    sources = [_sources(nodes, rev) for _, _, nodes in items] + [_sources([n], rev) for n in ends]
+    uses = Counter(key for keys in sources for key in keys)
+    held: dict[Any, Tensor] = {(node, 0): t for node, t in zip(starts, given, strict=True)}
+
+    def take(key: Any) -> Tensor:
+        """An output, forgotten once nobody waits for it any more."""
+        uses[key] -= 1
+        return held[key] if uses[key] else held.pop(key)
+
+    log_det = torch.zeros(given[0].shape[0]).to(given[0])
+    del given, x_or_z
+    for (module, chosen, nodes), keys in zip(items, sources, strict=False):
+        named = {} if chosen is None else {"c": tuple(c[i] for i in chosen)}
+        end = nodes[0] if rev else nodes[-1]
+        try:
+            out = module(tuple(map(take, keys)), rev=rev, jac=jac, **named)
+        except Exception as error:
+            raise RuntimeError(f"{nodes[0]} encountered an error.") from error
+        values, j = self._check_output(end, out, jac, rev)
+        held.update({(end, i): value for i, value in enumerate(values)})
+        if jac:
+            log_det = log_det + j
+    results = tuple(take(keys[0]) for keys in sources[len(items) :])
+    return (results[0] if len(results) == 1 and not self.force_tuple_output else results), log_det
+
+
+def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
+    return list(nodes[-1].outputs if rev else nodes[0].inputs)
+
+
+class _Plan:
+    """A network's modules in order, runs in place of some: (module, conditions, nodes)."""
+
+    def __init__(self, modules: Sequence[nn.Module], items: list[Any]) -> None:
+        self.items = items
+        self._modules = list(modules)
+
+    def is_of(self, modules: Any) -> bool:
+        return len(modules) == len(self._modules) and all(
+            a is b for a, b in zip(modules, self._modules, strict=True)
+        )
+
+
+def _as_tuple(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), log_det.expand(len(z))
+
+
+def _as_scalar(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), log_det
+
+
+def _volume_preserving(z: Tensor, log_det: Tensor) -> Any:
+    return (z,), 0.0
+
+
+def _rotated(z: Tensor, log_det: Tensor) -> Any:
+    return [z], 0.0
+
+
+METHODS: dict[str, dict[str, Callable[..., Any]]] = {
+    "module": _layer_methods(_as_tuple),
+    "scalar": _layer_methods(_as_scalar),
+    "nice": _layer_methods(_volume_preserving),
+    "rotation": _layer_methods(_rotated),
+    "actnorm": _actnorm_methods(),
+    "haar": _haar_methods(),
+    "SequenceINN": {"forward": _sequence_forward},
+    "GraphINN": {"forward": _graph_forward},
+}
+_KINDS = {
+    Fm.ActNorm: "actnorm",
+    Fm.Fixed1x1Conv: "scalar",
+    Fm.NICECouplingBlock: "nice",
+    Fm.HouseholderPerm: "rotation",
+    Fm.HaarDownsampling: "haar",
+    Fm.PermuteRandom: "rotation",
+}
+
+
+# Kinds that alone, outside of a run, compute as before but for a flaw.
+GUARDED = {"haar": "itself, which on its way back leaves its input alone"}
+
+
+def kind_of(layer: nn.Module) -> str:
+    return _KINDS.get(type(layer), "module")
+
+
+def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
+    """Let a network, of that kind of container, walk runs of its modules."""
+    if type(module).forward is not kind.forward:
+        why = f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
+        walk.left.append(Left(name, type(module).__name__, why))
+        return
+    chains = _sequence_chains(module) if kind is Ff.SequenceINN else _graph_chains(module)
+    modules: Any = module.module_list
+    place = {id(m): i for i, m in enumerate(modules)}
+    prefix = f"{name}.module_list" if name else "module_list"
+    items = []
+    before = len(walk.replaced)
+    for chain in chains:
+        layers = [m for m, _, _ in chain]
+        names = [f"{prefix}.{place[id(m)]}" for m in layers]
+        start = 0
+        for members, run in walk.runs(layers, names, [chosen or () for _, chosen, _ in chain]):
+            part = chain[start : start + len(members)]
+            start += len(members)
+            if run is None:
+                items += part
+                continue
+            conditions = [chosen or () for _, chosen, _ in part]
+            wanted = sorted({i for chosen in conditions for i in chosen})
+            everything = tuple(range(wanted[-1] + 1)) if wanted else None
+            fused = FusedModule(members, run, conditions)
+            items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
+    # A graph that forgets what it used is worth it without runs too.
+    forgets = kind is Ff.GraphINN and any(map(walk.replaces, modules))
+    if len(walk.replaced) > before or forgets:
+        accelerate_module(module, "freia", kind.__name__, _Plan(modules, items))
+
+
+Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
+
+
+def _sequence_chains(module: Any) -> list[list[Item]]:
+    return [
+        [
+            (m, None if chosen is None else (chosen,), [])
+            for m, chosen in zip(module.module_list, module.conditions, strict=True)
+        ]
+    ]
+
+
+def _graph_chains(module: Any) -> list[list[Item]]:
+    """Nodes that only have each other, one after the other."""
+    special = {*module.in_nodes, *module.out_nodes, *module.condition_nodes}
+    index = {node: i for i, node in enumerate(module.condition_nodes)}
+    chains: list[list[Item]] = []
+    chain_of: dict[Any, list[Item]] = {}
+    for node in module.node_list:
+        if node in special:
+            continue
+        chosen = tuple(index[n] for n in node.conditions) if node.conditions else None
+        before: Any = node.inputs[0][0] if len(node.inputs) == 1 else None
+        chain: list[Item] | None = chain_of.get(before)
+        if chain is None or len(before.outputs) != 1 or before.outputs[0] != (node, 0):
+            chain = []
+            chains.append(chain)
+        chain.append((node.module, chosen, [node]))
+        chain_of[node] = chain
+    return chains
+
+
+def notes_of(layers: Sequence[nn.Module]) -> list[str]:
+    """In which these modules differ from FrEIA's on purpose."""
+    notes = []
+    if any(isinstance(m, Fm.ActNorm) for m in layers):
+        notes += [
+            "ActNorm is set from whichever direction runs first, as in FrEIA; but a model in eval "
+            "mode does not set it from samples, and one in training mode warns when it does.",
+            "ActNorm keeps the scale of a channel that is constant in its first batch; FrEIA's "
+            "turns to NaN.",
+        ]
+    if any(isinstance(m, Fm.HaarDownsampling) for m in layers):
+        notes.append("HaarDownsampling leaves its input alone on the way back; FrEIA's changes it.")
+    if any(isinstance(m, Ff.GraphINN) for m in layers):
+        notes.append(
+            "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
+            "asked for; FrEIA's keeps them all to the end."
+        )
+    return notes

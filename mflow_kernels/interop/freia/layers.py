@@ -1,0 +1,274 @@
+"""FrEIA: what each of its modules is in ours.
+
+Its modules go data -> latent, and back with `rev=True`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import FrEIA.modules as Fm
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.interop.actnorm_initialization import (
+    per_channel,
+    set_by_samples,
+    standard_deviation,
+)
+from mflow_kernels.interop.linear import Affine, Linear, Reorder, Rotated, Setting
+from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.sequence import Coupling, Exactly, Part
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.reversible.program import Squeezing
+
+# Linear modules, data -> latent.
+
+
+def _actnorms(modules: Sequence[Any]) -> Affine:
+    log_scale = torch.stack([m.scale for m in modules]).flatten(1)
+    bias = torch.stack([m.bias for m in modules]).flatten(1)
+    return Affine(log_scale.exp(), bias, log_scale.sum(1))
+
+
+def _permutations(modules: Sequence[Any]) -> Affine:
+    return Affine(torch.stack([m.perm for m in modules]))
+
+
+def _fixed_convs(modules: Sequence[Any]) -> Affine:
+    weight, inverse = (
+        torch.stack([getattr(m, name).flatten(1) for m in modules]) for name in ("M", "M_inv")
+    )
+    return Affine(weight, None, torch.stack([m.logDetM for m in modules]), inverse)
+
+
+def _fixed_linears(modules: Sequence[Any]) -> Affine:
+    weight, inverse = (
+        torch.stack([getattr(m, name).t() for m in modules]) for name in ("M", "M_inv")
+    )
+    bias = torch.stack([weight.new_zeros(len(m.M)) + m.b for m in modules])
+    log_det = torch.stack([m.logDetM for m in modules])
+    return Affine(weight, bias.flatten(1), log_det, inverse)
+
+
+def _householders(modules: Sequence[Any]) -> Affine:
+    weight = [m.W if m.fixed else Fm.orthogonal._fast_h(m.Vs) for m in modules]
+    return _orthogonal(torch.stack(weight).mT)
+
+
+def _orthogonal(weight: Tensor) -> Affine:
+    return Affine(weight, inverse=weight.mT)
+
+
+def _haars(modules: Sequence[Any]) -> Affine:
+    """On squeezed channels: a 4x4 block for each channel."""
+    weights, log_dets = [], []
+    for m in modules:
+        blocks = m.haar_weights.reshape(m.in_channels, 4, 4) * m.fac_fwd
+        weight = torch.block_diag(*blocks)
+        weights.append(weight[m.perm.to(weight.device)] if m.permute else weight)
+        log_dets.append(weight.new_tensor(4 * m.in_channels * float(m.jac_fwd)))
+    return Affine(torch.stack(weights), None, torch.stack(log_dets))
+
+
+def _global_affines(blocks: Sequence[Any]) -> Affine:
+    scale = torch.stack([b.global_scale_activation(b.global_scale) for b in blocks]).flatten(1)
+    offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
+    return Affine(scale, offset, scale.log().sum(1))
+
+
+def _global_offsets(blocks: Sequence[Any]) -> Affine:
+    """Of blocks that preserve volume."""
+    offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
+    return Affine(torch.ones_like(offset), offset)
+
+
+def _block_permutation(blocks: Sequence[Any]) -> Tensor:
+    mixes = [b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks]
+    return torch.stack(mixes).flatten(2)
+
+
+def _block_permutations(blocks: Sequence[Any]) -> Affine:
+    return _orthogonal(_block_permutation(blocks))
+
+
+def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
+    return _orthogonal(_block_permutation(blocks).mT)
+
+
+def _unset(layer: Any) -> bool:
+    return bool(layer.init_on_next_batch)
+
+
+def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+    """As FrEIA does, except that a constant channel keeps its scale."""
+    if from_latent and not set_by_samples(layer, "FrEIA"):
+        return
+    std, constant = standard_deviation(x, 1)
+    scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
+    layer.scale.copy_(scale.view_as(layer.scale))
+    layer.bias.copy_((-per_channel(x).mean(1) * scale.exp()).view_as(layer.bias))
+    layer.init_on_next_batch = False
+
+
+_SETTING = Setting(_unset, _set_actnorm)
+
+# Module by module.
+
+_PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
+
+
+def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
+    """The scale function, and what its raw scale is multiplied by."""
+    if not layer.clamp > 0:
+        return f"its clamp of {layer.clamp} is no bound"
+    try:
+        clamped = layer.f_clamp(_PROBE)
+    except Exception:  # a user's own function, which may raise anything: it is left, and reported
+        return "its clamp activation is one of its own"
+    if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
+        return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
+    if torch.equal(clamped, _PROBE.tanh()):
+        return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp
+    if torch.equal(clamped, 2.0 * (torch.sigmoid(_PROBE) - 0.5)):
+        return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp / 2
+    return "its clamp activation is one of its own"
+
+
+def _passing(layer: Any) -> dict[str, Any]:
+    return {"passing": "channels"} if layer.conditional else {"conditions": ()}
+
+
+def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
+    """The first half moved by the second, then the second by the first."""
+    first, second = nets
+    return (
+        Reorder(Rotated(larger=False)),
+        Coupling(first, scale, False, Exactly(layer.split_len2)),
+        Reorder(Rotated(larger=False, back=True)),
+        Coupling(second, scale, False, Exactly(layer.split_len1)),
+    )
+
+
+def _glow_coupling(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    nets = [
+        Params(net, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+        for net, n in ((layer.subnet2, layer.split_len1), (layer.subnet1, layer.split_len2))
+    ]
+    return _two_sided(layer, nets, scale[0])
+
+
+def _rnvp_coupling(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    conditions = None if layer.conditional else ()
+    nets = [
+        Pair(s, t, (scale[1], 1.0), conditions)
+        for s, t in ((layer.subnet_s2, layer.subnet_t2), (layer.subnet_s1, layer.subnet_t1))
+    ]
+    return _two_sided(layer, nets, scale[0])
+
+
+def _nice_coupling(layer: Any) -> tuple[Part, ...]:
+    nets = [Params(net, None, slice(None), **_passing(layer)) for net in (layer.F, layer.G)]
+    return _two_sided(layer, nets, ScaleFunction("exp", order="scale-shift"))
+
+
+def _one_sided(layer: Any) -> tuple[Part, ...] | str:
+    scale = _scale_of(layer)
+    if isinstance(scale, str):
+        return scale
+    n = layer.split_len2
+    net = Params(layer.subnet, slice(0, n), slice(n, None), (scale[1], 1.0), **_passing(layer))
+    return (Coupling(net, scale[0], False, Exactly(layer.split_len1)),)
+
+
+def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
+    if layer.GIN:
+        return "its scales are centred over the whole sample, to preserve volume"
+    if not layer.clamp > 0:
+        return f"its clamp of {layer.clamp} is no bound"
+    stays, n = layer.splits
+    net = Params(
+        layer.subnet,
+        slice(0, n),
+        slice(n, None),
+        (0.1 * layer.clamp, 0.1),
+        **_passing(layer),
+    )
+    scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
+    before: tuple[Part, ...] = ()
+    if layer.reverse_pre_permute:
+        before = (Linear(layer, _block_permutations_back, "rotation"),)
+    return (
+        *before,
+        Coupling(net, scale, False, Exactly(stays)),
+        Linear(layer, _global_affines, "actnorm"),
+        Linear(layer, _block_permutations, "rotation"),
+    )
+
+
+def _actnorm(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _actnorms, "actnorm", _SETTING),)
+
+
+def _permute(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _permutations, "permutation"),)
+
+
+def _fixed_conv(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _fixed_convs),)
+
+
+def _fixed_linear(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _fixed_linears),)
+
+
+def _householder(layer: Any) -> tuple[Part, ...] | str:
+    if layer.conditional:
+        return "its reflections come with the condition, one matrix a sample"
+    return (Linear(layer, _householders),)
+
+
+def _downsampling(layer: Any) -> tuple[Part, ...] | str:
+    if layer.legacy_backend:
+        return "its legacy backend orders channels in a way of its own"
+    plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
+    if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
+        return "its kernel is not the one it was built with"
+    return (Squeezing(inverse=False),)
+
+
+def _haar(layer: Any) -> tuple[Part, ...] | str:
+    if 4 * layer.in_channels > 128:
+        return (
+            "as a 1x1 convolution of more than 128 channels it would cost more; as before, its way "
+            "back overwrites its input"
+        )
+    return (Squeezing(inverse=False), Linear(layer, _haars, "Haar transform"))
+
+
+LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
+    Fm.ActNorm: _actnorm,
+    Fm.AllInOneBlock: _all_in_one,
+    Fm.GLOWCouplingBlock: _glow_coupling,
+    Fm.RNVPCouplingBlock: _rnvp_coupling,
+    Fm.NICECouplingBlock: _nice_coupling,
+    Fm.AffineCouplingOneSided: _one_sided,
+    Fm.PermuteRandom: _permute,
+    Fm.Fixed1x1Conv: _fixed_conv,
+    Fm.FixedLinearTransform: _fixed_linear,
+    Fm.HouseholderPerm: _householder,
+    Fm.IRevNetDownsampling: _downsampling,
+    Fm.HaarDownsampling: _haar,
+}
+
+
+def channels_of(layer: Any) -> int | None:
+    if isinstance(layer, Fm.IRevNetDownsampling | Fm.HaarDownsampling):
+        return None
+    dims = layer.dims_in[0]  # an ActNorm keeps those of its one input only
+    return int(dims if isinstance(dims, int) else dims[0])

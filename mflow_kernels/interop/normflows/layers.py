@@ -1,0 +1,234 @@
+"""normflows: what each of its layers is in ours.
+
+Its flows go latent -> data in `forward` and data -> latent in `inverse`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import normflows as nf
+import torch
+from normflows.flows.affine.coupling import AffineConstFlow
+from torch import Tensor, nn
+
+from mflow_kernels.interop.actnorm_initialization import (
+    per_channel,
+    set_by_samples,
+    standard_deviation,
+)
+from mflow_kernels.interop.linear import (
+    Affine,
+    Linear,
+    Listed,
+    Reorder,
+    Rotated,
+    Setting,
+    lu_linears,
+)
+from mflow_kernels.interop.params import Masked, Params
+from mflow_kernels.interop.sequence import (
+    Coupling,
+    Exactly,
+    Part,
+    larger_half,
+    smaller_half,
+)
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.reversible.program import Squeezing
+
+# Linear layers, data -> latent: normflows' `inverse`.
+
+
+def _actnorms(modules: Sequence[Any]) -> Affine:
+    s, t = (torch.stack([getattr(m, name) for m in modules]).flatten(1) for name in ("s", "t"))
+    scale = (-s).exp()
+    return Affine(scale, -t * scale, -s.sum(1))
+
+
+def _shuffles(modules: Sequence[Any]) -> Affine:
+    return Affine(torch.stack([m.inv_perm for m in modules]))
+
+
+def _plain(modules: Sequence[Any]) -> Affine:
+    weight = torch.stack([m.W for m in modules])
+    return Affine(weight, None, torch.linalg.slogdet(weight).logabsdet)
+
+
+def _plain_of_rows(modules: Sequence[Any]) -> Affine:
+    rows = _plain(modules)
+    return rows._replace(weight=rows.weight.mT)
+
+
+def _plu(modules: Sequence[Any]) -> Affine:
+    p, lower, upper, sign, log_s = (
+        torch.stack([getattr(m, name) for m in modules])
+        for name in ("P", "L", "U", "sign_S", "log_S")
+    )
+    unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    upper = upper.triu(1) + torch.diag_embed(sign * log_s.exp())
+    return Affine(p @ (lower.tril(-1) + unit) @ upper, None, log_s.sum(1))
+
+
+def _plu_of_rows(modules: Sequence[Any]) -> Affine:
+    rows = _plu(modules)
+    return rows._replace(weight=rows.weight.mT)
+
+
+def _permutations(modules: Sequence[Any]) -> Affine:
+    return Affine(torch.stack([m._permutation for m in modules]))
+
+
+def _unset(layer: Any) -> bool:
+    return not bool(layer.data_dep_init_done)
+
+
+def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+    """As normflows does, except that a constant channel keeps its scale."""
+    if from_latent and not set_by_samples(layer, "normflows"):
+        return
+    std, constant = standard_deviation(x, 1)
+    s = torch.where(constant, 0.0, (std + 1e-6).log()).to(layer.s.dtype)
+    mean = per_channel(x).mean(1).to(layer.t.dtype)
+    layer.s.copy_((-s if from_latent else s).view_as(layer.s))
+    layer.t.copy_((-mean * (-s).exp() if from_latent else mean).view_as(layer.t))
+    layer.data_dep_init_done.fill_(1)
+
+
+def _done(layer: Any) -> Tensor:
+    return layer.data_dep_init_done
+
+
+_SETTING = Setting(_unset, _set_actnorm, _done)
+
+
+# Layer by layer.
+
+
+def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
+    shape = layer.s.shape
+    if len(shape) < 2 or any(n != 1 for n in shape[2:]):
+        return f"its scale of shape {tuple(shape[1:])} is not one number a channel"
+    if shape[1] == 1:
+        return "it has one scale, for however many channels"
+    setting = _SETTING if isinstance(layer, nf.flows.ActNorm) else None
+    return (Linear(layer, _actnorms, "actnorm", setting),)
+
+
+def _permute(layer: Any) -> tuple[Part, ...] | str:
+    if layer.mode == "shuffle":
+        return (Linear(layer, _shuffles, "permutation"),)
+    if layer.mode == "swap":
+        return (Reorder(Rotated(larger=True)),)
+    return f"its mode {layer.mode!r} is unknown"
+
+
+def _conv(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _plu if layer.use_lu else _plain),)
+
+
+def _invertible_affine(layer: Any) -> tuple[Part, ...]:
+    return (Linear(layer, _plu_of_rows if layer.use_lu else _plain_of_rows),)
+
+
+def _lu_permute(layer: Any) -> tuple[Part, ...]:
+    return (
+        Linear(layer.permutation, _permutations, "permutation"),
+        Linear(layer.linear, lu_linears),
+    )
+
+
+_SCALES = {  # of data -> latent: scale function, whether it is our inverse, factor of the shift
+    "exp": (ScaleFunction("exp", order="scale-shift"), True, 1.0),
+    "sigmoid": (ScaleFunction("sigmoid"), False, -1.0),
+    "sigmoid_inv": (ScaleFunction("sigmoid", order="scale-shift"), True, 1.0),
+}
+
+
+def _coupling_block(layer: Any) -> tuple[Part, ...] | str:
+    split, coupling, _ = layer.flows
+    if split.mode not in ("channel", "channel_inv"):
+        return f"its split mode {split.mode!r} is not one of channels"
+    net = coupling.param_map
+    inner = "net" if type(net) in (nf.nets.ConvNet2d, nf.nets.MLP) else ""
+    if not coupling.scale:
+        scale, inverse = ScaleFunction("exp", order="scale-shift"), True
+        params = Params(net, None, slice(None), inner=inner)
+    elif coupling.scale_map in _SCALES:
+        scale, inverse, factor = _SCALES[coupling.scale_map]
+        params = Params(net, slice(1, None, 2), slice(0, None, 2), (1.0, factor), inner=inner)
+    else:
+        return f"its scale map {coupling.scale_map!r} is unknown"
+    if split.mode == "channel":
+        return (Coupling(params, scale, inverse, larger_half),)
+    there, back = Rotated(larger=True), Rotated(larger=True, back=True)
+    return (Reorder(there), Coupling(params, scale, inverse, smaller_half), Reorder(back))
+
+
+def _masked(layer: Any) -> tuple[Part, ...] | str:
+    mask = layer.b[0]
+    if mask.dim() != 1 or not bool(((mask == 0) | (mask == 1)).all()):
+        return "its mask is not one of 0 and 1 for each feature"
+    stays = [i for i, m in enumerate(mask.tolist()) if m]
+    moves = [i for i, m in enumerate(mask.tolist()) if not m]
+    if len(stays) != len(mask) // 2:
+        return f"its mask keeps {len(stays)} of {len(mask)} features; ours keep {len(mask) // 2}"
+    nets = [layer._modules.get(name) for name in ("s", "t")]
+    params = Masked(nets[0], nets[1], tuple(stays), tuple(moves))
+    order = (*stays, *moves)
+    back = tuple(sorted(range(len(order)), key=order.__getitem__))
+    scale = ScaleFunction("exp", order="scale-shift")
+    return (
+        Reorder(Listed(order)),
+        Coupling(params, scale, True, Exactly(len(stays))),
+        Reorder(Listed(back)),
+    )
+
+
+def _glow_block(layer: Any) -> tuple[Part, ...] | str:
+    parts: list[Part] = []
+    for part in reversed(layer.flows):
+        of = parts_of(part)
+        if isinstance(of, str):
+            return of
+        parts += of
+    return tuple(parts)
+
+
+def _squeeze(layer: Any) -> tuple[Part, ...]:
+    return (Squeezing(inverse=False),)
+
+
+LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
+    nf.flows.ActNorm: _affine_constant,
+    AffineConstFlow: _affine_constant,
+    nf.flows.Permute: _permute,
+    nf.flows.Invertible1x1Conv: _conv,
+    nf.flows.InvertibleAffine: _invertible_affine,
+    nf.flows.LULinearPermute: _lu_permute,
+    nf.flows.AffineCouplingBlock: _coupling_block,
+    nf.flows.MaskedAffineFlow: _masked,
+    nf.flows.GlowBlock: _glow_block,
+    nf.flows.Squeeze: _squeeze,
+}
+
+
+def parts_of(layer: nn.Module) -> tuple[Part, ...] | str:
+    """What a layer is in ours, data -> latent, or why it is nothing of ours."""
+    if type(layer) not in LAYERS:
+        return "no layer of ours does this"
+    return LAYERS[type(layer)](layer)
+
+
+def channels_of(layer: Any) -> int | None:
+    """The channels of a layer's states, where it tells."""
+    for m in layer.modules():
+        if isinstance(m, AffineConstFlow):
+            return int(m.s.shape[1])
+        if isinstance(m, nf.flows.Permute | nf.flows.Invertible1x1Conv | nf.flows.InvertibleAffine):
+            return int(m.num_channels)
+        if isinstance(m, nf.flows.AffineCouplingBlock) and m is layer:
+            net = m.flows[1].param_map
+            ends = [w.shape for w in net.parameters() if w.dim() > 1]
+            if type(net) in (nf.nets.ConvNet2d, nf.nets.MLP) and ends:
+                return int(ends[0][1] + ends[-1][0] // (2 if m.flows[1].scale else 1))
+    return None

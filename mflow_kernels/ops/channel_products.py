@@ -1,0 +1,360 @@
+"""The two products of 1x1 convolutions, alone and behind a coupling: y = W x, and dW.
+
+The fused step is the 1x1 convolution whose input goes through its coupling as it is read, so that
+both are these kernels (`conv1x1`, `coupling_conv1x1`). Formulas and bytes are in those files.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from mflow_kernels.ops.coupling import couple, load_params
+from mflow_kernels.ops.launch import (
+    RUN_TIME,
+    TL_DTYPE,
+    accumulator,
+    at,
+    columns,
+    dense_pixels,
+    launch,
+    net_input,
+    pixels,
+    store,
+    strided,
+    tile_columns,
+    uses_triton,
+    write_ledger,
+)
+from mflow_kernels.ops.scale import ScaleFunction
+
+
+@triton.jit
+def load_gradient(
+    dy,
+    dy_strides,
+    dnet,
+    dnet_strides,
+    n,
+    c,
+    p,
+    valid,
+    C: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PIXELS_FIRST: tl.constexpr = False,
+):
+    """A tile of dy, with the gradient of the network input added to its first half: channels by
+    columns, or transposed."""
+    if PIXELS_FIRST:
+        inside, is_a = (c[None, :] < C) & valid[:, None], (c[None, :] < C // 2) & valid[:, None]
+    else:
+        inside, is_a = (c[:, None] < C) & valid[None, :], (c[:, None] < C // 2) & valid[None, :]
+    at_dy = at(dy, dy_strides, n, c, p, PIXELS_FIRST)
+    dy_t = tl.load(at_dy, mask=inside, other=0.0).to(DTYPE)
+    if dnet is not None:
+        at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST)
+        dy_t += tl.load(at_dnet, mask=is_a, other=0.0).to(DTYPE)
+    return dy_t
+
+
+@triton.jit
+def tile_and_block(C: tl.constexpr, BLOCK_O: tl.constexpr):
+    """This program's tile of columns and block of output channels. The blocks of a tile are
+    neighbours in the grid, so that all but the first find the tile in the L2 cache."""
+    BLOCKS: tl.constexpr = tl.cdiv(C, BLOCK_O)
+    return tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _mix_kernel(
+    x,
+    x_strides,
+    dnet,
+    dnet_strides,
+    coupling_params,
+    params_strides,
+    weight,
+    weight_strides,
+    bias,
+    y,
+    y_strides,
+    net,
+    net_strides,
+    ledger,
+    N,
+    P,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
+    may be a gradient, to which that of a network input is added."""
+    BLOCK_P: tl.constexpr = COLUMNS.block
+    tile, block = tile_and_block(C, BLOCK_O)
+    n, p, valid = columns(tile, N, P, COLUMNS)
+    o = block * BLOCK_O + tl.arange(0, BLOCK_O)
+    y_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+    log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        x_t = load_gradient(x, x_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE)
+        if SCALE is not None:
+            raw, shift, is_b = load_params(
+                coupling_params, params_strides, n, c, p, valid, C, DTYPE
+            )
+            x_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
+            log_s_sum += log_s
+        at_w = weight + o[:, None] * weight_strides[0] + c[None, :] * weight_strides[1]
+        w_t = tl.load(at_w, mask=(o[:, None] < C) & (c[None, :] < C), other=0.0)
+        y_t = tl.dot(w_t, x_t, y_t, input_precision=PRECISION, out_dtype=DTYPE)
+    if bias is not None:
+        y_t += tl.load(bias + o, mask=o < C, other=0.0)[:, None]
+    tl.store(at(y, y_strides, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
+    if net is not None:
+        is_a = (o[:, None] < C // 2) & valid[None, :]
+        store(at(net, net_strides, n, o, p), y_t, mask=is_a)
+    if SCALE is not None and block == 0:
+        write_ledger(ledger, log_s_sum, tile, N, P, COLUMNS)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _dweight_kernel(
+    dy,
+    dy_strides,
+    dnet,
+    dnet_strides,
+    x,
+    x_strides,
+    coupling_params,
+    params_strides,
+    dweight,
+    dbias,
+    N,
+    P,
+    TILES,
+    C: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """This program's share of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile.
+
+    Warps share out the output channels, 16 each. Where there are fewer, GROUPS of warps have
+    columns of their own, and their sums are added at the end.
+    """
+    BLOCK_P: tl.constexpr = COLUMNS.block
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if GROUPS == 1:
+        dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
+    else:
+        dweight_t = tl.zeros([GROUPS, BLOCK_O, BLOCK_C], DTYPE)
+    dbias_t = tl.zeros([BLOCK_P, BLOCK_O], DTYPE)
+    for tile in range(split, TILES, splits):
+        n, p, valid = columns(tile, N, P, COLUMNS)
+        dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE, True)
+        # Columns by channels, as the product wants it: a transpose of the other way round made
+        # Triton load single words.
+        at_x = at(x, x_strides, n, c, p, PIXELS_FIRST=True)
+        x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
+        if SCALE is not None:
+            raw, shift, is_b = load_params(
+                coupling_params, params_strides, n, c, p, valid, C, DTYPE
+            )
+            x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
+        dbias_t += dy_t
+        if GROUPS == 1:
+            dy_t = tl.trans(dy_t)
+        else:
+            dy_t = tl.reshape(dy_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_O])
+            dy_t = tl.permute(dy_t, (0, 2, 1))
+            x_t = tl.reshape(x_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_C])
+        dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
+    if GROUPS > 1:
+        dweight_t = tl.sum(dweight_t, axis=0)
+    at_dweight = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+    tl.store(at_dweight, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
+    if tl.program_id(2) == 0:
+        tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=0), mask=o < C)
+
+
+class MixTile(NamedTuple):
+    """Blocks of a product: output channels, input channels, columns; and its warps."""
+
+    block_o: int
+    block_c: int
+    block_p: int
+    warps: int
+
+
+def mix_tile(c: int) -> MixTile:
+    block_o = min(128, max(16, triton.next_power_of_2(c)))
+    # Products in tf32x3 share their rows out to warps, 16 each: more warps than that would repeat
+    # them. Up to C = 32 there are more columns than rows, and warps share out the columns.
+    return MixTile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
+
+
+class DweightTile(NamedTuple):
+    """Blocks of dW and of columns, warps, and groups of warps with columns of their own."""
+
+    block: int
+    block_p: int
+    warps: int
+    groups: int
+
+
+def dweight_tile(c: int, dtype: torch.dtype) -> DweightTile:
+    """Tile for a state of c channels whose products are summed in dtype."""
+    block = min(128, max(16, triton.next_power_of_2(c)))
+    if block <= 32:
+        wide = dtype == torch.float64
+        return DweightTile(block, 32, 4, 1) if wide else DweightTile(block, 64, 4, 4)
+    # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
+    return DweightTile(block, 32 if c <= 64 else 16, block // 16, 1)
+
+
+MULTIPROCESSORS = 132  # of an H100
+
+
+def partial_sums(columns: int, c: int, most: int) -> int:
+    """How many partial sums of a C x C product over so many columns: at most `most`, and no more
+    than have the bytes of the state itself, which is C values a column."""
+    return max(1, min(most, columns // c))
+
+
+def dweight_splits(x: Tensor) -> int:
+    """How many partial sums of dW a backward launch on the state x leaves."""
+    if not uses_triton(x):
+        return 1
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    tile = dweight_tile(c, accumulator(x.dtype))
+    tiles = tile_columns(n, p, tile.block_p).programs
+    programs = DWEIGHT_PROGRAMS // triton.cdiv(c, tile.block) ** 2
+    return partial_sums(n * p, c, min(tiles, programs))
+
+
+DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # of a dW launch
+
+
+# Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
+# core of sm_90 that reads it (triton-lang/triton#9610). Without a pipeline nothing is copied so. In
+# tf32x3 no copy is read: operands are taken apart in registers and written back, with a fence.
+FENCES_COPIES = TorchVersion(triton.__version__) >= "3.7.1"
+
+
+def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
+    """How a kernel computes products for the state x."""
+    dtype = accumulator(x.dtype)
+    return {
+        "PRECISION": "ieee" if dtype == torch.float64 else precision,
+        "DTYPE": TL_DTYPE[dtype],
+    }
+
+
+def shared_operand_stages(precision: str) -> int:
+    """Pipelining stages of a loop that multiplies a tile as loaded and uses it elsewhere too.
+
+    With "tf32" sm_90 multiplies asynchronously, from the buffer that the tile was loaded to. Triton
+    3.9 frees that buffer after the other use, and the next load overwrites what the product still
+    reads. One stage has one tile at a time. "tf32x3" and 16-bit states pass through registers.
+    """
+    return 1 if precision == "tf32" else 2
+
+
+def launch_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: str,
+    net_dtype: torch.dtype | None = None,
+    params: Tensor | None = None,
+    scale: ScaleFunction | None = None,
+    inverse: bool = False,
+    dnet: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One launch: y = W x + bias, x through its coupling first where params are given; the network
+    input cut from y; and the coupling's ledger."""
+    x = dense_pixels(x)
+    params = None if params is None else dense_pixels(params)
+    dnet = None if dnet is None else dense_pixels(dnet)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    y = torch.empty_like(x)
+    net = net_input(y, net_dtype)
+    net_or_none = None if net_dtype is None else net
+    tile = mix_tile(c)
+    tiles = tile_columns(n, p, tile.block_p)
+    ledger = None
+    if params is not None:
+        ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
+    if n:
+        launch(
+            _mix_kernel,
+            (tiles.programs * triton.cdiv(c, tile.block_o),),
+            *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
+            *(*strided(y), *strided(net_or_none), ledger, n, p),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            **arithmetic(x, precision),
+            BLOCK_O=tile.block_o,
+            BLOCK_C=tile.block_c,
+            COLUMNS=tiles.columns,
+            num_warps=tile.warps,
+            num_stages=3 if FENCES_COPIES or precision != "tf32" else 1,
+        )
+    return y, net, ledger
+
+
+def launch_dweight(
+    dy: Tensor,
+    dnet: Tensor | None,
+    x: Tensor,
+    splits: int,
+    precision: str,
+    params: Tensor | None = None,
+    scale: ScaleFunction | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One launch: partial sums (splits, C, C) of dW and (splits, C) of d bias."""
+    dy, x = dense_pixels(dy), dense_pixels(x)
+    dnet = None if dnet is None else dense_pixels(dnet)
+    params = None if params is None else dense_pixels(params)
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    tile = dweight_tile(c, accumulator(x.dtype))
+    tiles = tile_columns(n, p, tile.block_p)
+    new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
+    dweight, dbias = new((splits, c, c)), new((splits, c))
+    if n:
+        launch(
+            _dweight_kernel,
+            (splits, triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
+            *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+            *(dweight, dbias, n, p, tiles.programs),
+            C=c,
+            SCALE=scale,
+            INVERSE=inverse,
+            **arithmetic(x, precision),
+            BLOCK_O=tile.block,
+            BLOCK_C=tile.block,
+            GROUPS=tile.groups,
+            COLUMNS=tiles.columns,
+            num_warps=tile.warps,
+            # Groups read their columns in an order that only 4-byte copies could prepare.
+            num_stages=1 if tile.groups > 1 else shared_operand_stages(precision),
+        )
+    return dweight, dbias

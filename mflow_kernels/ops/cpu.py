@@ -1,0 +1,211 @@
+"""The operators on a CPU by the loops of csrc, in one pass each; the references need about ten.
+
+Each function here computes what the reference that it names computes, for float32 and float64
+states. Call `serves` or `mixes` first.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.launch import dense_pixels, net_input, transformed
+from mflow_kernels.ops.scale import ScaleFunction
+
+
+def load_extension() -> ModuleType | None:
+    try:
+        return importlib.import_module("mflow_kernels._C")
+    except ModuleNotFoundError:  # a source checkout that was not built
+        return None
+
+
+_C = load_extension()
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the loops can run on the state x.
+
+    They cannot when x is no plain tensor in memory: under a compiler, forward-mode differentiation
+    or torch.func, and for fake tensors.
+    """
+    return (
+        _C is not None
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and type(x) is Tensor
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+    )
+
+
+# The most channels that the loops of 1x1 convolutions take.
+MIXED_CHANNELS: int = 0 if _C is None else _C.mixed_channels
+
+
+def mixes(x: Tensor) -> bool:
+    """Whether the loops can run the 1x1 convolution of x. With more channels BLAS is as fast."""
+    return x.shape[1] <= MIXED_CHANNELS and serves(x)
+
+
+def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
+    """`coupling.affine_coupling_ref`."""
+    assert _C is not None
+    x = dense_pixels(x)
+    y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
+    _C.couple(
+        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger, scale.args,
+        inverse,
+    )  # fmt: skip
+    return y, ledger
+
+
+def couple_backward(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`coupling.coupling_backward_ref`, with dlogdet (N,). If y is given, fills it with the
+    coupling's output, which adds little work."""
+    return _uncouple(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
+
+
+def uncouple(
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`uncouple_ref`."""
+    z_b = dense_pixels(z_b)
+    y_b = None if kept else torch.empty_like(z_b)
+    dy_b, dparams = _uncouple(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
+    return z_b if y_b is None else y_b, dy_b, dparams
+
+
+def _uncouple(
+    given: Tensor,
+    other: Tensor | None,
+    dz: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+    stays: int,
+) -> tuple[Tensor, Tensor]:
+    """dy and dparams of a coupling y -> z.
+
+    Args:
+        given: y if `kept`, else z.
+        other: receives the other one of y and z; may be None if `kept`.
+        stays: number of channels that the coupling passes through; 0 if the tensors are halves.
+    """
+    assert _C is not None
+    dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
+    dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
+    _C.uncouple(
+        torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
+        scale.args, inverse,
+    )  # fmt: skip
+    return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
+
+
+def mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    net_dtype: torch.dtype | None,
+    params: Tensor | None = None,
+    scale: ScaleFunction | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
+
+    One stride must walk the pixels of x (`dense_pixels`). Returns y, the network input cut from it,
+    and the ledger (empty without params).
+    """
+    assert _C is not None
+    y = torch.empty_like(x)
+    net = net_input(y, net_dtype)
+    ledger = x.new_empty((0 if params is None else x.shape[0], 1))
+    cut = net_dtype == x.dtype
+    _C.mix(
+        torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
+        ledger, () if scale is None else scale.args, inverse,
+    )  # fmt: skip
+    if net_dtype is not None and not cut:
+        net.copy_(y[:, : net.shape[1]])
+    return y, net, ledger
+
+
+def coupling_conv1x1_backward(
+    dy: Tensor,
+    dnet: Tensor | None,
+    dledger: Tensor,
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`.
+
+    One stride must walk the pixels of x and params (`dense_pixels`). dledger is (N, 1).
+    """
+    assert _C is not None
+    dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
+    gram, dbias = sums(x)
+    _C.unmix_coupled(
+        torch.get_num_threads(), x, params, dy, dnet, dledger,
+        weight, dx, dparams, gram, dbias, scale.args, inverse,
+    )  # fmt: skip
+    return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
+
+
+def unmix(
+    y: tuple[Tensor, Tensor],
+    dy: tuple[Tensor, Tensor],
+    dnet: Tensor | None,
+    weight: Tensor,
+    weight_inverse: Tensor | None,
+    bias: Tensor | None,
+    dx: Tensor,
+    gram: Tensor,
+    dbias: Tensor,
+    net_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """`unmix.unmix_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
+    dx, and the network input cut from it.
+
+    Without weight_inverse, x is None and the network input is empty.
+    """
+    assert _C is not None
+    x = None if weight_inverse is None else torch.empty_like(dx)
+    net = net_input(dx, None if x is None else net_dtype)
+    cut = x is not None and net_dtype == dx.dtype
+    if not dx.numel():
+        gram.zero_()
+        dbias.zero_()
+    _C.unmix(
+        torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
+        net if cut else None, dx, gram, dbias,
+    )  # fmt: skip
+    if x is not None and net_dtype is not None and not cut:
+        net.copy_(x[:, : net.shape[1]])
+    return x, net
+
+
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors for one partial sum of gram and d bias; zeros for an empty batch."""
+    c = x.shape[1]
+    new = x.new_empty if x.numel() else x.new_zeros
+    return new((1, c, c)), new((1, c))

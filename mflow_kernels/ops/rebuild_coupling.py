@@ -1,0 +1,169 @@
+r"""Backward through a coupling that stored nothing: the first launch of a step's way back.
+
+A chain of steps keeps its output z = couple(y, params), y = W x + bias and nothing else. With the
+gradient dz at hand, and params = net(z_a) computed again, one launch takes the coupling back:
+
+    y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
+
+The network's backward then turns dparams into a gradient of y_a, and `unmix` goes on from there.
+Where y was kept it is read in place of z and not rebuilt. The half that a coupling leaves alone is
+never copied: `b` halves are tensors of their own. Set `inverse` to walk back through the coupling
+of an inverse (sampling) chain.
+
+Shapes: halves (N, C_b, *spatial), params (N, 2 * C_b, *spatial). dtypes: as `affine_coupling`.
+Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mflow_kernels.ops import cpu
+from mflow_kernels.ops.coupling import (
+    couple,
+    couple_backward,
+    couple_backward_ref,
+    couple_ref,
+    load_params,
+    store_params,
+)
+from mflow_kernels.ops.launch import (
+    RUN_TIME,
+    TL_DTYPE,
+    accumulator,
+    at,
+    columns,
+    dense_pixels,
+    elementwise_tile,
+    launch,
+    pixels,
+    strided,
+    tile_columns,
+    uses_triton,
+)
+from mflow_kernels.ops.scale import ScaleFunction
+
+
+class Uncoupled(NamedTuple):
+    """What the launch leaves: the b halves of y and dy, and dparams."""
+
+    y_b: Tensor
+    dy_b: Tensor
+    dparams: Tensor
+
+
+def uncouple_ref(
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    y_b, log_s = z_b, None
+    if not kept:
+        y_b, log_s = couple_ref(z_b, params, scale, not inverse)
+        log_s = log_s if inverse else -log_s
+    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
+    return Uncoupled(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def _uncouple_kernel(
+    z_b,
+    z_strides,
+    coupling_params,
+    params_strides,
+    dz_b,
+    dz_strides,
+    dlogdet,
+    y_b,
+    y_strides,
+    dy_b,
+    dy_strides,
+    dparams,
+    dparams_strides,
+    N,
+    P,
+    C_B: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n, p, valid = columns(tl.program_id(0), N, P, COLUMNS)
+    dlog_s = tl.load(dlogdet + n, mask=valid, other=0.0)
+    for start in range(0, C_B, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        raw, shift, inside = load_params(
+            coupling_params, params_strides, n, C_B + c, p, valid, 2 * C_B, DTYPE
+        )
+        y_t = tl.load(at(z_b, z_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        if y_b is not None:
+            y_t, _ = couple(y_t, raw, shift, inside, SCALE, not INVERSE)
+            tl.store(at(y_b, y_strides, n, c, p), y_t, mask=inside)
+        dz_t = tl.load(at(dz_b, dz_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
+        tl.store(at(dy_b, dy_strides, n, c, p), dy_t, mask=inside)
+        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, inside, 2 * C_B)
+
+
+def launch_uncouple(
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    """One launch. z_b is the coupling's output, or its input where that was `kept`."""
+    z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
+    n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
+    y_b = None if kept else torch.empty_like(z_b)
+    dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
+    block_c, block_p = elementwise_tile(z_b)
+    tiles = tile_columns(n, p, block_p)
+    if n:
+        launch(
+            _uncouple_kernel,
+            (tiles.programs,),
+            *(*strided(z_b), *strided(params), *strided(dz_b), dlogdet.contiguous()),
+            *(*strided(y_b), *strided(dy_b), *strided(dparams), n, p),
+            C_B=c_b,
+            SCALE=scale,
+            INVERSE=inverse,
+            DTYPE=TL_DTYPE[accumulator(z_b.dtype)],
+            BLOCK_C=block_c,
+            COLUMNS=tiles.columns,
+        )
+    return Uncoupled(z_b if y_b is None else y_b, dy_b, dparams)
+
+
+def uncouple(
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    kept: bool,
+) -> Uncoupled:
+    """The first launch of a step's backward; on a CPU its loop or reference.
+
+    Args:
+        z_b: (N, C_b, *spatial), the half that the coupling changed, or where `kept` its input.
+        dz_b: gradient of the coupling's output, that half.
+        dlogdet: (N,).
+        params: (N, 2 * C_b, *spatial), the network's output.
+        scale, inverse: of the coupling as it ran.
+    """
+    if not uses_triton(z_b) and cpu.serves(z_b):
+        return Uncoupled(*cpu.uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept))
+    run = launch_uncouple if uses_triton(z_b) else uncouple_ref
+    return run(z_b, dz_b, dlogdet, params, scale, inverse, kept)

@@ -1,0 +1,117 @@
+"""jsonargparse with options --spelled-so, short help and errors of one line."""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Ends each help text with its default alone: types are clear from the texts."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        default = action.default
+        unsaid = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if unsaid or not action.option_strings:
+            return text
+        if default is True:
+            default = action.option_strings[0]
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{text} (default: {default})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.upper().replace("_", "-")
+
+
+class OptionParser(ArgumentParser):
+    """An ArgumentParser that raises its errors (see `explain`) rather than exit."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(exit_on_error=False, formatter_class=_Formatter, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> Any:
+        return super().add_argument(*map(_hyphens, names), **kwargs)
+
+
+def _hyphens(name: str) -> str:
+    # jsonargparse adds a hidden --print_shtab of its own and looks for it by that name.
+    own = not name.startswith("--") or name.startswith("--print_")
+    return name if own else name.replace("_", "-")
+
+
+def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
+    """The options that a YAML file sets, checked by `parser`; not those that it leaves out.
+
+    Args:
+        parser: knows the options and their types.
+        text: of the file.
+        source: what errors call it.
+
+    Raises:
+        ValueError: no YAML, no mapping of options, unknown options, values of the wrong type.
+    """
+    try:
+        given = yaml.safe_load(text)
+        if given is None:  # nothing but comments
+            return {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
+        for name, value in given.items():
+            # A few lines of YAML aliases can stand for more nested lists than memory holds.
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, list | dict) for item in items):
+                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
+        values = vars(parser.parse_string(text if isinstance(text, str) else text.decode()))
+        return {name: values[name] for name in given}
+    except RecursionError:
+        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
+    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {explain(error)}") from None
+
+
+def with_docstring(thing: Any) -> Any:
+    """A class or function with the docstring that its help is made from. Python removes docstrings
+    under -OO and PYTHONOPTIMIZE=2; then it is read from the source."""
+    if sys.flags.optimize >= 2:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+        assert isinstance(definition, ast.ClassDef | ast.FunctionDef)
+        # Indented as in the source, which is how Python keeps a docstring.
+        thing.__doc__ = ast.get_docstring(definition, clean=False)
+    return thing
+
+
+def explain(error: Exception) -> str:
+    """A parsing error as one line: which argument, what was expected, what came."""
+    text = str(error)
+    if '"subcommand" to be one of' in text:
+        return "expected a command (mflow --help lists them)"
+    if text.startswith("argument COMMAND: invalid choice: "):
+        given = text.partition("choice: ")[2].partition(" (")[0]
+        return f"expected a command (mflow --help lists them), got {given}"
+    if "arguments are required: " in text:
+        names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
+        return f"{names[0]}: expected a value, got none"
+    key = re.search(r'Parser key "(\w+)"', text)
+    came = re.search(r"(?:Got|Given) value: (.*)", text)
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)
+    if not (key and came and expected):
+        return " ".join(text.split())
+    kinds = [_in_words(kind) for kind in expected if "NoneType" not in kind]
+    return f"{key[1]}: expected {' or '.join(kinds)}, got {came[1]}"
+
+
+def _in_words(kind: str) -> str:
+    choices = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if choices:
+        names = choices[1].replace("'", "")
+        return f"one of {names}" if "," in names else names
+    words = {"int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+    return words.get(kind.removeprefix("<class '").removesuffix("'>"), kind)

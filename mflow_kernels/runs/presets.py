@@ -1,0 +1,42 @@
+"""Configurations that come with the package, one YAML file each."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mflow_kernels.data.files import read_regular
+from mflow_kernels.runs.config import add_options
+from mflow_kernels.runs.parser import OptionParser, parse_yaml
+
+PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a preset, or of a file of one's own.
+
+    Raises:
+        ValueError: neither a preset nor a file that can be read.
+    """
+    if name in PRESETS:
+        return (files("mflow_kernels.runs") / "presets" / f"{name}.yaml").read_text("utf-8")
+    try:
+        return read_regular(Path(name)).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"preset: {name}: expected text in UTF-8 ({error.reason})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"preset: expected {', '.join(PRESETS)} or a YAML file with options, got {name!r} "
+            f"({reason})"
+        ) from None
+
+
+def preset_options(name: str) -> dict[str, Any]:
+    """The options that a preset sets, by their names in TrainConfig.
+
+    Raises:
+        ValueError: no such preset; unknown options or values of the wrong type in it.
+    """
+    parser = OptionParser()
+    add_options(parser)
+    return parse_yaml(parser, preset_text(name), f"preset: {name}")

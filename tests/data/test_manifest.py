@@ -1,0 +1,139 @@
+"""What a run keeps of its data: the list of its images, and how today's list differs from it."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import write_images
+
+from mflow_kernels.data.manifest import Manifest
+from mflow_kernels.data.splits import DataError, load_folder, load_splits
+
+
+def manifest(*rows):
+    """Of rows such as "a.png 0 1f": name, part and digest."""
+    names, parts, digests = zip(*(row.split() for row in rows), strict=True)
+    return Manifest(names, np.array(parts, np.uint8), [digest.zfill(16) for digest in digests])
+
+
+THEN = manifest("a 0 1", "b 2 2", "c 0 3", "d 2 4")
+
+
+class TestDifference:
+    @pytest.mark.parametrize(
+        ("now", "told"),
+        [
+            (THEN, None),
+            (manifest("a 0 1", "b 2 2", "c 0 3", "d 2 4", "e 0 5"), "1 image added (e)"),
+            (manifest("b 2 2", "d 2 4"), "2 images missing (a, c)"),
+            (manifest("a 0 9", "b 2 2", "c 0 3", "d 2 4"), "1 image changed (a)"),
+            (manifest("b 2 2", "a 0 1", "c 0 3", "d 2 4"), "the images in another order"),
+            (
+                manifest("a 2 1", "b 0 2", "c 0 3", "x\x1b[2J 0 4"),
+                "1 image added (x\\x1b[2J), 1 missing (d), 2 in another part (a, b)",
+            ),
+            (
+                manifest(*(f"{name} 0 1" for name in "vwxyz")),
+                "5 images added (v, w, x, ...), 4 missing (a, b, c, ...)",
+            ),
+        ],
+    )
+    def test_in_words(self, now, told):
+        assert now.difference(THEN) == told
+
+
+class TestHeldOut:
+    def test_by_name(self):
+        now = manifest("a 2 1", "b 0 2", "c 2 3", "d 2 4", "e 2 5")
+        assert now.held_out_then(THEN).tolist() == [1, 3]
+
+    def test_a_name_swapped_with_a_training_image_is_left_out(self):
+        now = manifest("a 0 2", "b 2 1", "c 0 3", "d 2 8")
+        assert now.held_out_then(THEN).tolist() == [3]
+
+    def test_a_duplicate_of_a_training_image_stays_as_it_was_then(self):
+        then = manifest("a 0 1", "b 2 1")
+        assert then.held_out_then(then).tolist() == [1]
+
+    def test_trained_on_under_any_name(self):
+        assert manifest("x 0 3", "y 2 1", "z 0 2").trained_on(THEN).tolist() == [True, True, False]
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        names = ["a,b.png", 'say "x".png', "two\nlines\r\n.png", os.fsdecode(b"\xff\x80.png"), "é"]
+        before = Manifest(names, np.array([0, 1, 2, 0, 0], np.uint8), ["0123456789abcdef"] * 5)
+        before.write(tmp_path / "images.csv")
+        after = Manifest.read(tmp_path / "images.csv")
+        assert after.difference(before) is None
+        assert list(after.names) == names
+        assert after.parts.tolist() == [0, 1, 2, 0, 0]
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("", "not a list of a run's images"),
+            ("a,b\n1,2\n", "not a list of a run's images"),
+            ("name,part,digest\n", "expected at least one image"),
+            ("name,part,digest\na,0,0123456789abcdef\nb,2,01234", "row 3: expected a name, a part"),
+            ("name,part,digest\na,3,0123456789abcdef\n", "row 2: expected a name, a part"),
+            ("name,part,digest\na,0,0123456789ABCDEF\n", "row 2: expected a name, a part"),
+            ("name,part,digest\n\na,0,0123456789abcdef\n", "row 2: expected a name, a part"),
+            ('name,part,digest\n"a,0,0123456789abcdef\n', "not a list of a run's images"),
+            ("name,part,digest\n" + 2 * "a,0,0123456789abcdef\n", "no name twice"),
+            ("x" * 200_000, "not a list of a run's images"),
+        ],
+    )
+    def test_torn_or_foreign(self, text, told, tmp_path):
+        path = tmp_path / "images.csv"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            Manifest.read(path)
+        assert told in str(caught.value)
+
+    def test_none_or_a_folder(self, tmp_path):
+        for path in (tmp_path, tmp_path / "none"):
+            with pytest.raises(ValueError, match=re.escape(str(path))):
+                Manifest.read(path)
+
+
+class TestData:
+    def test_a_file_added_does_not_move_the_held_out_images(self, tmp_path):
+        write_images(tmp_path / "f", 30)
+        before = load_splits(str(tmp_path / "f"), 8)
+        write_images(tmp_path / "more", 1, seed=1).joinpath("000.png").rename(
+            tmp_path / "f" / "aaa.png"
+        )
+        now = load_splits(str(tmp_path / "f"), 8)
+        held_out = before.test.batch(range(3))
+        assert not torch.equal(now.test.batch(range(3)), held_out)  # the draw has changed
+        assert torch.equal(now.held_out_then(before.manifest).batch(range(3)), held_out)
+        assert "1 image added (aaa.png)" in now.manifest.difference(before.manifest)
+
+    def test_a_copy_or_a_zip_has_the_same_images(self, tmp_path):
+        write_images(tmp_path / "f", 5)
+        before = load_splits(str(tmp_path / "f"), 8).manifest
+        for path in (tmp_path / "f").iterdir():
+            os.utime(path, (1, 1))
+        assert load_splits(str(tmp_path / "f"), 8).manifest.difference(before) is None
+
+    def test_none_of_them_left(self, tmp_path):
+        splits = load_splits(str(write_images(tmp_path / "f", 5)), 8)
+        then = manifest("x 0 1", "y 2 2", "z 2 3")
+        with pytest.raises(DataError, match="the 2 images that the run held out, found none"):
+            splits.held_out_then(then)
+
+    def test_training_images_in_another_folder(self, tmp_path):
+        splits = load_splits(str(write_images(tmp_path / "f", 10)), 8)
+        (tmp_path / "g").mkdir()
+        for name in ("000", "001", "002"):
+            (tmp_path / "f" / f"{name}.png").rename(tmp_path / "g" / f"{name}-copy.png")
+        found = load_folder(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
+        assert found.tolist() == (splits.manifest.parts[:3] == 0).tolist()
+
+    def test_the_digits_too(self):
+        splits = load_splits("digits")
+        assert splits.manifest.difference(load_splits("digits").manifest) is None
+        assert len(splits.held_out_then(splits.manifest)) == len(splits.test) == 500

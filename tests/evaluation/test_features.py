@@ -1,0 +1,218 @@
+"""Feature networks from local files, and the distances that they give."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
+from torchvision.models import resnet18
+
+from mflow_kernels.data.splits import load_splits
+from mflow_kernels.evaluation import features, report
+from mflow_kernels.evaluation.features import (
+    FeatureNetwork,
+    _build,
+    _pool_as_in_fid,
+    feature_distance,
+    load_feature_network,
+)
+from mflow_kernels.runs.folder import load_run
+from mflow_kernels.testing import assert_close
+from mflow_kernels.training.cli import main
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A file of random weights of a classifier of 7 classes."""
+    path = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(resnet18(num_classes=7).state_dict(), path)
+    return path
+
+
+def pixels(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+class TestNetwork:
+    def test_features_are_what_the_last_layer_reads(self, resnet):
+        network = load_feature_network("resnet18", resnet)
+        images = pixels(2, 3, 224, 224)
+        found = network(images)
+        assert found.shape == (2, 512)
+        # By hand: at the network's own size nothing is resized.
+        whole = resnet18(num_classes=7).eval()
+        state = torch.nn.Module.state_dict(network.body)
+        whole.load_state_dict({**whole.state_dict(), **state})
+        with torch.no_grad():
+            mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+            deviation = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+            read = []
+            whole.fc.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+            whole((images / 255 - mean) / deviation)
+        assert_close(found, read[0], terms=512 * 9)
+
+    def test_grey_images_are_those_of_three_equal_channels(self, resnet):
+        network = load_feature_network("resnet18", resnet)
+        grey = pixels(1, 1, 8, 8)
+        assert torch.equal(network(grey), network(grey.expand(-1, 3, -1, -1)))
+
+    def test_inception_pools_as_fid_does(self):
+        network = _build("inception", 3).eval()
+        block, last = network.Mixed_5b, network.Mixed_7c
+        x, y = torch.randn(1, 192, 5, 5), torch.randn(1, 2048, 4, 4)
+        with torch.no_grad():
+            before = block(x), last(y)
+            _pool_as_in_fid(network)
+            after = network.Mixed_5b(x), network.Mixed_7c(y)
+            # A corner's average is of the four pixels that are there, not of nine.
+            corner = block.branch_pool(x[:, :, :2, :2].mean((2, 3), keepdim=True))
+            highest = last.branch_pool(y[:, :, :2, :2].amax((2, 3), keepdim=True))
+        assert_close(after[0][:, -32:, :1, :1], corner, terms=192)
+        assert_close(after[1][:, -192:, :1, :1], highest, terms=2048)
+        for old, new, own in zip(before, after, (32, 192), strict=True):
+            assert torch.equal(old[:, :-own], new[:, :-own])
+            assert not torch.equal(old[:, -own:], new[:, -own:])
+
+    def test_images_are_scaled_as_told(self):
+        scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])
+        network = FeatureNetwork(torch.nn.Identity(), 1, scale, shift)
+        assert network(pixels(1, 1, 1, 1).fill_(10)).tolist() == [[10.0, 21.0, 32.0]]
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of random weights in the layout of pt_inception-2015-12-05-*.pth."""
+    path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _build("inception", 1008)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0  # statistics of one batch, so that features keep their scale
+        with torch.no_grad():
+            network.train()(torch.rand(2, 3, 150, 150))
+    state = network.state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, path)
+    return path
+
+
+class TestInception:
+    def test_its_features_are_those_of_torchmetrics(self, inception):
+        ours = load_feature_network("inception", inception)
+        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+        images = pixels(2, 3, 64, 64)
+        assert torch.equal(ours(images), theirs(images))
+
+    def test_evaluate_gives_the_distances_of_torchmetrics(
+        self, inception, run, images, monkeypatch
+    ):
+        monkeypatch.setattr(report, "TEMPERATURES", (0.7,))
+        assert main(["evaluate", str(run), "--feature-weights", str(inception)]) == 0
+        (row,) = json.loads((run / "report" / "figures.json").read_text())["samples"]
+        assert (row["network"], row["images"]) == ("inception", 2)
+        held_out = load_splits(str(images), 8).test.batch([0, 1]).expand(-1, 3, -1, -1)
+        (samples,) = report._samples(load_run(str(run), "cpu").model, 2, 0.7)
+        path = {"feature_extractor_weights_path": str(inception)}
+        fid = FrechetInceptionDistance(feature=2048, **path)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+        kid = KernelInceptionDistance(feature=network, subsets=1, subset_size=2)
+        for metric in (fid, kid):
+            metric.update(held_out, real=True)
+            metric.update(samples.expand(-1, 3, -1, -1), real=False)
+        # Roots of eigenvalues near 0 in the trace keep half of the digits of a float64.
+        assert row["distance"]["fid"] == pytest.approx(fid.compute().item(), rel=1e-7)
+        # Theirs sums cubes over 2,048 features in float32.
+        assert row["distance"]["kid"] == pytest.approx(kid.compute()[0].item(), rel=1e-4)
+
+
+class TestBadWeights:
+    def told(self, name, path, text):
+        with pytest.raises(ValueError, match=r"^feature") as raised:
+            load_feature_network(name, path)
+        assert text in str(raised.value)
+
+    def test_missing(self, tmp_path):
+        self.told("inception", tmp_path / "none.pth", "found none at")
+
+    def test_unknown_network(self, resnet):
+        self.told("resnet19", resnet, "features: expected 'inception' or an image classifier")
+
+    def test_network_without_a_last_linear_layer(self, resnet):
+        self.told("squeezenet1_0", resnet, "ends in a linear layer, got 'squeezenet1_0'")
+
+    def test_of_another_network(self, resnet):
+        self.told("resnet34", resnet, 'in state_dict: "layer1.2.conv1.weight" and ')
+
+    def test_torn(self, tmp_path):
+        for name in ("a.pth", "a.safetensors"):
+            (tmp_path / name).write_bytes(b"no weights")
+            self.told("resnet18", tmp_path / name, f"of tensors in {tmp_path / name}, but ")
+
+    def test_code_is_not_run(self, tmp_path):
+        torch.save(resnet18, tmp_path / "a.pth")  # a function, not tensors
+        self.told("resnet18", tmp_path / "a.pth", "holds more than tensors")
+        torch.save([torch.zeros(1)], tmp_path / "b.pth")
+        self.told("resnet18", tmp_path / "b.pth", "it holds a list")
+
+    @pytest.mark.parametrize(
+        ("state", "text"),
+        [
+            ({"fc.weight": torch.zeros(())}, "in state_dict"),
+            ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but fewer numbers in the file"),
+            ({"fc.weight": torch.empty(9, 9, device="meta")}, "its 'fc.weight' is not a plain"),
+            ({"fc.weight": torch.zeros(9, 9).to_sparse()}, "its 'fc.weight' is not a plain"),
+            (
+                {"fc.weight": torch.zeros(9, dtype=torch.complex64)},
+                "its 'fc.weight' is not a plain",
+            ),
+            ({"fc.bias": torch.full((9,), torch.nan)}, "has values that are not finite"),
+            ({7: torch.zeros(9)}, "its 7 is not the name"),
+        ],
+    )
+    def test_tensors_that_lie(self, state, text, tmp_path):
+        torch.save(state, tmp_path / "a.pth")
+        self.told("resnet18", tmp_path / "a.pth", text)
+
+    def test_within_a_checkpoint(self, tmp_path):
+        torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "a.pth")
+        self.told("resnet18", tmp_path / "a.pth", "its 'epoch' is of type int")
+
+
+class TestDistance:
+    def test_fid_is_that_of_the_gaussians(self):
+        generator = torch.Generator().manual_seed(0)
+        real = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+        # The covariance becomes 9 S: tr(S + 9 S - 2 * 3 S) = 4 tr S.
+        fake = 3 * real + torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
+        shift = (fake.mean(0) - real.mean(0)).square().sum()
+        expected = shift + 4 * real.var(0).sum()
+        assert feature_distance(real, fake).fid == pytest.approx(expected.item(), rel=1e-9)
+
+    def test_kid_is_the_unbiased_mmd(self):
+        generator = torch.Generator().manual_seed(1)
+        real, fake = torch.randn(2, 9, 4, generator=generator, dtype=torch.float64)
+        kernel = lambda a, b: (a @ b.T / 4 + 1) ** 3  # noqa: E731
+        off = ~torch.eye(9, dtype=torch.bool)
+        within = kernel(real, real)[off].mean() + kernel(fake, fake)[off].mean()
+        expected = within - 2 * kernel(real, fake).mean()
+        found = feature_distance(real, fake)
+        assert found.kid == pytest.approx(expected.item(), rel=1e-9)
+        # Subsets are all images, in other orders.
+        assert found.kid_deviation == pytest.approx(0, abs=1e-9 * abs(expected.item()))
+
+    def test_the_seed_is_left_alone_and_fixed(self, monkeypatch):
+        monkeypatch.setattr(features, "KID_SUBSET_SIZE", 50)
+        real, fake = torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(3)
+        first, after = feature_distance(real, fake), torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(1), after)
+        assert feature_distance(real, fake) == first
+        assert first.kid_deviation > 0
+        assert math.isfinite(first.fid)

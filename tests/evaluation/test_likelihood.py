@@ -1,0 +1,142 @@
+"""Figures of a model on images: bounds, scores of other images, what they are compared by."""
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from mflow_kernels.data.splits import ImageSet, load_folder
+from mflow_kernels.evaluation import likelihood as evaluation
+from mflow_kernels.evaluation.likelihood import (
+    batch_of,
+    evaluate_model,
+    importance_weighted_bits,
+)
+from mflow_kernels.evaluation.outliers import (
+    auroc,
+    compare,
+    density_images,
+    density_method,
+    made_up_sets,
+    score,
+)
+from mflow_kernels.runs.folder import load_run
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return load_run(str(trained), "cpu")
+
+
+@pytest.fixture(scope="module")
+def faces(images):
+    return load_folder(str(images), 8)[0]
+
+
+class Box(nn.Module):
+    """The density p(x) = 12 x_0^2 on [-0.5, 0.5)^2, of images of two pixels."""
+
+    input_shape = (1, 1, 2)
+
+    def log_prob(self, x):
+        return (12 * x.flatten(1)[:, 0].square()).log()
+
+
+def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
+    told = []
+
+    @contextmanager
+    def counting(what, total):
+        yield lambda count: told.append((what, count, total))
+
+    monkeypatch.setattr(evaluation, "counting", counting)
+    how = {"device": loaded.device, "batch_size": len(faces) - 1}
+    evaluate_model(loaded.model, faces, 8, data="faces", **how)
+    importance_weighted_bits(loaded.model, faces, 8, 2, **how)
+    counts = len(faces) - 1, len(faces)
+    names = "evaluating", "importance weights"
+    assert told == [(name, count, len(faces)) for name in names for count in counts]
+
+
+class TestImportanceWeighting:
+    def test_one_draw_is_the_plain_bound(self, loaded, faces):
+        plain = evaluate_model(loaded.model, faces, 8, data="faces", device=loaded.device)
+        once = importance_weighted_bits(loaded.model, faces, 8, 1, device=loaded.device)
+        assert once == pytest.approx(plain.stages[-1].bits_per_dim, rel=1e-6)
+
+    def test_many_draws_come_to_the_probability_of_the_image(self):
+        images = ImageSet(torch.zeros(2000, 1, 1, 2, dtype=torch.uint8))
+        device = torch.device("cpu")
+        once, few, many = (
+            importance_weighted_bits(Box(), images, 1, draws, device=device)
+            for draws in (1, 4, 200)
+        )
+        nats = 1 / (2 * math.log(2))  # in bits per dimension
+        # E log p = log 3 - 2, its standard deviation 2.
+        assert once == pytest.approx(1 + (2 - math.log(3)) * nats, abs=4 * 2 / 2000**0.5 * nats)
+        assert once > few > many
+        # E p = 1 and var p = 0.8, so that log-mean-exp is 0.8 / (2 * 200) below 0 on average.
+        error = 4 * (0.8 / 200 / 2000) ** 0.5 + 1e-4
+        assert many == pytest.approx(1 + 0.8 / 400 * nats, abs=error * nats)
+
+    def test_images_are_computed_some_at_a_time(self):
+        assert batch_of((1, 28, 28)) == 100
+        assert batch_of((3, 256, 256)) == 21
+        assert batch_of((3, 2048, 2048)) == 1
+
+
+class TestScores:
+    def test_they_are_the_models_own(self, loaded, faces):
+        images = faces.batch(range(5))
+        found = score(loaded.model, images, 8, deviation=0.1)
+        assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
+            ("bits_per_dim", "distance", "ood_score"), (5,)
+        )
+        # bits_per_dim and distance of the same noise; the OOD score from both of their sources.
+        again = score(loaded.model, images, 8, deviation=None)
+        assert set(again) == {"bits_per_dim", "distance"}
+        assert torch.equal(found["distance"], again["distance"])
+        off = 64 - loaded.model.manifold_dim
+        far = score(loaded.model, images, 8, deviation=0.2)["ood_score"]
+        change = (0.2**-2 - 0.1**-2) / 2 * found["distance"].square() + off * math.log(2)
+        assert (far - found["ood_score"]).tolist() == pytest.approx(change.tolist(), rel=1e-4)
+
+    def test_auroc_counts_pairs(self):
+        inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1e9, math.nan])
+        # 2 beats 1, ties 2 and loses to 3: 1.5 of 3; the others beat all.
+        assert auroc(inside, outside) == pytest.approx(7.5 / 9)
+        assert auroc(inside, inside) == pytest.approx(0.5)
+        # Numbers that a sigmoid would make equal.
+        assert auroc(inside + 1000, outside[:1] + 1001) == pytest.approx(2.5 / 3)
+
+    def test_sets_are_compared_with_the_first(self):
+        low, high = torch.arange(4.0), torch.arange(4.0) + 10
+        first, second = compare(
+            {"in": {"bits_per_dim": low, "distance": high, "ood_score": low[:2]},
+             "out": {"bits_per_dim": high, "distance": low, "ood_score": high[:2]}}
+        )  # fmt: skip
+        assert (first.name, first.images, first.auroc_bits_per_dim) == ("in", 4, None)
+        aurocs = second.auroc_bits_per_dim, second.auroc_distance, second.auroc_ood_score
+        assert aurocs == (1.0, 0.0, 1.0)
+        (without,) = compare({"in": {"bits_per_dim": low, "distance": high}})
+        assert without.ood_score is None
+
+    def test_made_up_sets(self, faces):
+        images = faces.batch(range(3))
+        negatives, noise = made_up_sets(images).values()
+        assert torch.equal(negatives.int() + images.int(), torch.full_like(images, 255).int())
+        assert noise.shape == images.shape
+        assert torch.equal(noise, list(made_up_sets(images).values())[1])
+
+    def test_density_is_taken_where_it_can_be_paid(self, loaded):
+        def of(shape, dim):
+            model = nn.Module()
+            model.input_shape, model.manifold_dim = shape, dim
+            return density_images(model), density_method(model)
+
+        assert of((1, 28, 28), 64) == (64, "exact")
+        assert of((3, 64, 64), 512) == (64, "exact")
+        assert of((3, 256, 256), 2048) == (5, "hutchinson")
+        assert of((3, 1024, 1024), 8192)[0] == 0

@@ -1,0 +1,165 @@
+"""The report: complete, self-contained, and honest about what it lacks."""
+
+import base64
+import io
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import listing, write_images
+from torchvision.models import resnet18
+
+from mflow_kernels.evaluation import report
+from mflow_kernels.training.cli import main
+
+PICTURES = {"interpolations.png", "projections.png", "samples.png", "scores.png", "spectrum.png"}
+
+
+class Page(HTMLParser):
+    """Tags that are open, text, and everything that a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.fetched, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def full(trained, tmp_path_factory):
+    """A report with everything that can be asked for."""
+    folder = tmp_path_factory.mktemp("report")
+    weights = folder / "resnet.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(resnet18().state_dict(), weights)
+    other = write_images(folder / "others <b>", count=5, seed=7)
+    command = ["evaluate", str(trained), "--out", str(folder / "report"), "--draws", "3"]
+    command += ["--features", "resnet18", "--feature-weights", str(weights), "--ood", str(other)]
+    assert main(command) == 0
+    return folder / "report"
+
+
+class TestFull:
+    def test_the_folder_is_complete(self, full):
+        assert set(listing(full)) == PICTURES | {"figures.json", "report.html", ".lock"}
+
+    def test_the_page_needs_nothing_else(self, full):
+        page = Page((full / "report.html").read_text())
+        assert not page.open
+        assert not {"script", "link", "iframe", "object"} & set(page.tags)
+        assert len(page.fetched) == len(PICTURES) + 1  # the training's curves
+        embedded = []
+        for source in page.fetched:
+            kind, _, data = source.partition(",")
+            assert kind == "data:image/png;base64"
+            embedded.append(base64.b64decode(data))
+            with Image.open(io.BytesIO(embedded[-1])) as image:
+                image.load()
+        assert all((full / name).read_bytes() in embedded for name in PICTURES)
+
+    def test_the_page_shows_the_figures(self, full, trained):
+        figures = json.loads((full / "figures.json").read_text())
+        page = Page((full / "report.html").read_text())
+        assert figures["evaluation"] == json.loads((trained / "evaluation.json").read_text())
+        shown = [f"{figures['evaluation']['stages'][-1]['bits_per_dim']:.4f}"]
+        shown.append(f"{figures['importance_weighted_bits_per_dim']:.4f}")
+        shown.append(f"{figures['manifold_log_prob']:.1f}")
+        shown += [f"{row['distance']['fid']:.2f}" for row in figures["samples"]]
+        shown += [f"{row['ood_score']:.1f}" for row in figures["scores"]]
+        shown.append("others <b>")  # a folder's name, not a tag
+        assert all(text in page.text for text in shown)
+        assert figures["missing"] == []
+        assert "Not computed" not in page.text
+
+    def test_the_figures_are_of_what_they_say(self, full):
+        figures = json.loads((full / "figures.json").read_text())
+        assert figures["draws"] == 3
+        plain = figures["evaluation"]["stages"][-1]["bits_per_dim"]
+        assert 0 < abs(figures["importance_weighted_bits_per_dim"] - plain) < 1
+        assert [row["temperature"] for row in figures["samples"]] == [0.3, 0.5, 0.7, 0.85, 1.0]
+        for row in figures["samples"]:
+            assert (row["network"], row["images"]) == ("resnet18", 2)  # a tenth of 12 is held out
+            assert row["distance"]["fid"] > 0
+        names = [row["name"] for row in figures["scores"]]
+        assert names == ["held out", "negatives (255 - image)", "uniform noise", "others <b>"]
+        assert [row["images"] for row in figures["scores"]] == [2, 2, 2, 5]
+        assert len(figures["spectrum"]["spectrum"]) == 64
+
+    def test_it_is_the_same_again(self, full, trained, tmp_path):
+        assert main(["evaluate", str(trained), "--out", str(tmp_path / "new" / "report")]) == 0
+        first, again = (
+            json.loads((folder / "figures.json").read_text())
+            for folder in (full, tmp_path / "new" / "report")
+        )
+        for name in ("evaluation", "deviation", "manifold_log_prob", "spectrum"):
+            assert first[name] == again[name]
+        assert [row["distance"] for row in first["scores"][:3]] == [
+            row["distance"] for row in again["scores"]
+        ]
+
+
+class TestWhatIsMissing:
+    def test_it_is_told(self, run, images, tmp_path, monkeypatch, capsys):
+        # The training images are gone, and the spectrum and densities cost too much.
+        config = (run / "config.yaml").read_text()
+        gone = tmp_path / "gone"
+        (run / "config.yaml").write_text(config.replace(str(images), str(gone)))
+        monkeypatch.setattr(report, "_SPECTRUM_DIMENSIONS", 63)
+        monkeypatch.setattr("mflow_kernels.evaluation.outliers._DENSITY_WORK", 0)
+        assert main(["evaluate", str(run), "--data", str(images)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
+        figures = json.loads((run / "report-faces" / "figures.json").read_text())
+        page = Page((run / "report-faces" / "report.html").read_text())
+        starts = ["FID and KID", "OOD score", "density on the manifold", "intrinsic dimension"]
+        assert [line.partition(":")[0] for line in figures["missing"]] == starts
+        assert str(gone) in figures["missing"][1]
+        assert "--feature-weights FILE" in figures["missing"][0]
+        assert all(line in page.text for line in figures["missing"])
+        assert figures["manifold_log_prob"] is figures["spectrum"] is None
+        assert all(row["ood_score"] is None for row in figures["scores"])
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ("--feature-weights none.pth", "--feature-weights: expected a file of weights of"),
+            ("--features resnet18", "--feature-weights: expected a file of weights of 'resnet18'"),
+            ("--draws 0", "--draws: expected at least 1, got 0"),
+            ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
+            ("--out RUN/config.yaml", "--out: expected a folder, but"),
+            ("--ood none", "--ood: expected 'digits', a folder or zip of images, or a file"),
+            ("--ood COLOURED", "--ood: expected grey images, got 3 colour channels"),
+        ],
+    )
+    def test_bad_input_ends_before_anything_is_written(
+        self, options, told, trained, tmp_path, capsys
+    ):
+        coloured = write_images(tmp_path / "coloured", count=2, channels=3)
+        options = options.replace("RUN", str(trained)).replace("COLOURED", str(coloured))
+        before = listing(trained)
+        assert main(["evaluate", str(trained), *options.split()]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"mflow: error: {told}")
+        assert len(error.splitlines()) == 1
+        assert listing(trained) == before
+
+
+def test_figures_that_are_not_finite_are_null():
+    assert report._finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
+        "a": [None, 1.0],
+        "b": [None],
+    }

@@ -1,0 +1,295 @@
+"""Every public operator on random shapes, dtypes and memory layouts, with its values and gradients
+against the float64 formula. Case i depends on i alone (and on TRITON_INTERPRET, under which states
+are smaller): MFLOW_FUZZ=10000 runs cases 0 to 9,999, and MFLOW_FUZZ=4321:4322 runs one again."""
+
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, OPERATORS, SCALES, Operator, params_shape, rotation
+from cases import compare as compare_with_reference
+from torch import Tensor
+
+from mflow_kernels import ops
+from mflow_kernels.ops.conv1x1 import conv1x1_ref
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.masked_penalty import RHOS, masked_penalty_ref
+from mflow_kernels.ops.scale import log_scale_ref
+from mflow_kernels.testing import assert_close
+
+CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)
+LENGTHS = (1, 1, 2, 3, 5, 7, 8, 16)
+ELEMENTS = 300 if KERNELS_ON_CPU else 6000  # at most, of a state
+
+
+def cases() -> range:
+    default = "6" if KERNELS_ON_CPU else "150"
+    first, _, last = os.environ.get("MFLOW_FUZZ", default).rpartition(":")
+    return range(int(first or 0), int(last))
+
+
+def shape_of_a_state(rng: random.Random, channels: int) -> tuple[int, ...]:
+    while True:
+        spatial = (rng.choice(LENGTHS) for _ in range(rng.randrange(4)))
+        shape = (rng.choice((0, 1, 1, 2, 3, 7)), channels, *spatial)
+        if math.prod(shape) <= ELEMENTS:
+            return shape
+
+
+# Each makes a tensor of x's shape and dtype that lies in memory in another way.
+
+
+def _permuted(x: Tensor, rng: random.Random) -> Tensor:
+    order = rng.sample(range(x.dim()), x.dim())
+    back = [order.index(axis) for axis in range(x.dim())]
+    return x.permute(order).contiguous().permute(back)
+
+
+def _expanded(x: Tensor, rng: random.Random) -> Tensor:
+    axis = rng.randrange(x.dim())
+    return x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
+
+
+def _one_number(x: Tensor, rng: random.Random) -> Tensor:
+    return x.flatten()[0].expand(x.shape) if x.numel() else x
+
+
+def _apart(x: Tensor, rng: random.Random) -> Tensor:
+    axis, step = rng.randrange(x.dim()), rng.choice((2, 3))
+    index = [slice(None)] * x.dim()
+    index[axis] = slice(None, None, step)
+    return x.repeat_interleave(step, axis)[tuple(index)]
+
+
+def _part_of_more(x: Tensor, rng: random.Random) -> Tensor:
+    axis = rng.randrange(x.dim())
+    before, after = (x.narrow(axis, 0, min(n, x.shape[axis])) for n in (1, 2))
+    return torch.cat([before, x, after], axis).narrow(axis, before.shape[axis], x.shape[axis])
+
+
+def _negated_lazily(x: Tensor, rng: random.Random) -> Tensor:
+    return torch.complex(x, x).conj().imag if x.dtype in (torch.float32, torch.float64) else x
+
+
+def _odd_strides(x: Tensor, rng: random.Random) -> Tensor:
+    """Of axes of length 1, or of all axes of an empty tensor: nobody walks along them."""
+    lengths = zip(x.shape, x.stride(), strict=True)
+    strides = [s if n > 1 and x.numel() else rng.randrange(2000) for n, s in lengths]
+    return x.as_strided(x.shape, strides)
+
+
+VIEWS: tuple[Callable[[Tensor, random.Random], Tensor], ...] = (
+    _permuted, _permuted, _expanded, _one_number, _apart, _part_of_more, _negated_lazily,
+    _odd_strides,
+)  # fmt: skip
+
+
+class Case:
+    """The random draws of one case, and what to say of it if it fails."""
+
+    def __init__(self, index: int) -> None:
+        self.rng = random.Random(index)
+        self.generator = torch.Generator().manual_seed(index)
+        self.said: list[str] = []
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return values.to(dtype)
+
+    def view(self, name: str, x: Tensor) -> Tensor:
+        made = self.rng.choices(VIEWS, k=self.rng.choice((0, 1, 1, 2))) if x.dim() else []
+        for make in made:
+            x = make(x, self.rng)
+        how = " ".join(make.__name__.removeprefix("_") for make in made)
+        self.said.append(f"{name} {tuple(x.shape)} {x.dtype} {x.stride()} {how}")
+        return x.detach()
+
+    def leaf(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.view(name, self.normal(*shape, dtype=dtype)).requires_grad_()
+
+
+def compare(
+    case: Case,
+    names: list[str],
+    leaves: list[Tensor],
+    got: tuple[Tensor, ...],
+    reference: Callable[..., tuple[Tensor, ...]],
+    magnitude: Callable[..., tuple[Tensor, ...]],
+    terms: dict[str, int],
+) -> None:
+    """Values and gradients against `reference` in float64. `magnitude` is the reference without
+    signs: a sum that cancels is off by what its terms are rounded by."""
+    exact, positive = ([t.detach().double().requires_grad_() for t in leaves] for _ in range(2))
+    want, sizes = reference(*exact), magnitude(*positive)
+    cotangents = [case.view("gradient", case.normal(*y.shape, dtype=y.dtype)) for y in got]
+    grads = torch.autograd.grad(got, leaves, cotangents, allow_unused=True)
+    wants = torch.autograd.grad(want, exact, [g.double() for g in cotangents], allow_unused=True)
+    gradient_sizes = torch.autograd.grad(
+        sizes, positive, [g.double().abs() for g in cotangents], allow_unused=True
+    )
+    outputs = zip(("y", "sum"), got, want, sizes, strict=False)
+    gradients = zip(names, grads, wants, gradient_sizes, strict=True)
+    for name, a, b, size in (*outputs, *gradients):
+        if size is not None and size.numel():
+            assert_close(a, b, terms=terms.get(name, 1), scale=size.abs().max().item(), name=name)
+        assert a.shape == b.shape, name
+
+
+def run_flow_operator(case: Case) -> None:
+    rng = case.rng
+    op: Operator = rng.choice(list(OPERATORS.values()))
+    state, other = rng.choice(DTYPES)
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.scaled])
+    shape = shape_of_a_state(rng, c)
+    scale = rng.choice(SCALES)
+    case.said.append(f"{op.name} {scale if op.scaled else ''}")
+    turned = rotation_of(case, c)
+    made = {
+        "x": lambda: case.leaf("x", *shape, dtype=state),
+        "params": lambda: case.leaf("params", *params_shape(shape), dtype=other),
+        "weight": lambda: turned.to(other).requires_grad_(),
+        "bias": lambda: case.leaf("bias", c, dtype=other),
+        "log_scale": lambda: case.leaf("log_scale", c, dtype=other),
+    }
+    inputs = {name: made[name]() for name in op.inputs}
+    rest = {"scale": scale} if op.scaled else {}
+    inverse = op.name.endswith("inverse") or "inverse" in op.name
+
+    def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return op.reference(*tensors, **rest)
+
+    def magnitude(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # Every product and sum of the formula with positive terms. An inverse subtracts its shift.
+        of = dict(zip(op.inputs, tensors, strict=True))
+        sign = -1 if inverse else 1
+        of["x"] = of["x"].abs()
+        if op.name == "conv1x1_inverse":
+            inverted = torch.linalg.inv(of["weight"]).abs()
+            shifted = of["x"] + of["bias"].abs().view(-1, *(1,) * (of["x"].dim() - 2))
+            return (conv1x1_ref(shifted, inverted, None),)
+        if "weight" in of:
+            of["weight"] = of["weight"].abs()
+        if "bias" in of:
+            of["bias"] = of["bias"].abs() * (1 if op.mixes else sign)
+        if "log_scale" in of:
+            y, _ = op.reference(*of.values())
+            return y, math.prod(shape[2:]) * of["log_scale"].abs().sum().expand(shape[0])
+        if "params" not in of:
+            return op.reference(*of.values())
+        raw, shift = of["params"].chunk(2, 1)
+        of["params"] = torch.cat([raw, sign * shift.abs()], 1)
+        y, _ = op.reference(*of.values(), **rest)
+        # s = sigmoid + eps is rounded before its logarithm is taken.
+        rounded = 1 if scale.kind == "sigmoid" else 0
+        return y, (log_scale_ref(raw, scale).abs() + rounded).flatten(1).sum(1)
+
+    got = op.call(*inputs.values(), **rest)
+    assert got[0].shape == shape
+    assert got[0].dtype == state
+    n, p, mixed = shape[0], math.prod(shape[2:]), c if op.mixes else 1
+    terms = {"y": mixed, "sum": c * p, "x": mixed, "params": mixed}
+    terms |= dict.fromkeys(("weight", "bias", "log_scale"), max(1, n * p * c))
+    compare(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
+
+
+def rotation_of(case: Case, channels: int) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case.rng.randrange(2**31))
+        weight = rotation(channels, torch.float64)
+    return _permuted(weight, case.rng)
+
+
+def run_masked_penalty(case: Case) -> None:
+    rng = case.rng
+    dtype = rng.choice(DTYPES)[0]
+    shape = shape_of_a_state(rng, rng.choice(CHANNELS))
+    if rng.random() < 0.1:
+        shape = (*shape, *rng.choices((1, 2, 3), k=3))
+    names = ["input", "target"][: rng.choice((1, 2))]
+    leaves = [case.leaf(name, *shape, dtype=dtype) for name in names]
+
+    def broadcast(name: str) -> Tensor:
+        axes = shape[rng.randrange(len(shape) + 1) :]
+        small = [length if rng.random() < 0.6 else 1 for length in axes]
+        return case.view(name, case.normal(*small).abs().clamp(max=1).to(rng.choice(DTYPES)[0]))
+
+    mask = None if rng.random() < 0.2 else broadcast("mask")
+    if mask is not None and rng.random() < 0.6:
+        mask = case.view("mask", mask > 0.5)
+    weight: Any = rng.choice((0, 0.3, 2)) if rng.random() < 0.5 else broadcast("weight").abs()
+    rho, delta = rng.choice(RHOS), rng.choice((0.1, 1.0, 3))
+    case.said.append(f"masked_penalty {rho} {delta} weight {weight}")
+    got = ops.masked_penalty_gaussian(*leaves, mask=mask, weight=weight, rho=rho, delta=delta)
+
+    def reference(input: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:
+        number, tensor = (1.0, weight) if isinstance(weight, Tensor) else (weight, None)
+        return masked_penalty_ref(input, target, mask, tensor, number, rho, delta)
+
+    terms = {"y": max(1, math.prod(shape[1:])), "sum": max(1, math.prod(shape[1:]))}
+    terms |= {"input": 4, "target": 4}
+
+    def magnitude(*tensors: Tensor) -> tuple[Tensor, ...]:
+        penalty, gaussian = reference(*tensors)
+        return penalty, -gaussian  # then the gradients of both have e's sign
+
+    compare(case, names, leaves, got, reference, magnitude, terms)
+
+
+def run_logdet(case: Case) -> None:
+    dtype = case.rng.choice((torch.float32, torch.float64))
+    n, t = case.rng.choice((0, 1, 3, 40)), case.rng.choice((1, 2, 17, 1100))
+    ledger, constant = case.leaf("ledger", n, t, dtype=dtype), case.leaf("constant", dtype=dtype)
+    case.said.append("accumulate_logdet")
+    got = (ops.accumulate_logdet(ledger, constant),)
+    compare(
+        case, ["ledger", "constant"], [ledger, constant], got,
+        lambda ledger, constant: (ledger.sum(1) + constant,),
+        lambda ledger, constant: (ledger.abs().sum(1) + constant.abs(),),
+        {"y": t + 1, "constant": max(1, n)},
+    )  # fmt: skip
+
+
+def failures() -> Iterator[str]:
+    for index in cases():
+        case = Case(index)
+        run = case.rng.choices((run_flow_operator, run_masked_penalty, run_logdet), (12, 6, 1))[0]
+        try:
+            run(case)
+        except Exception as error:
+            said = "\n    ".join(case.said)
+            yield f"case {index}: {type(error).__name__}: {error}\n    {said}"
+
+
+def test_random_shapes_and_layouts() -> None:
+    found = list(failures())
+    assert not found, f"{len(found)} of {len(cases())} cases failed\n" + "\n".join(found[:20])
+
+
+@pytest.mark.parametrize("name", ["conv1x1", "coupling_conv1x1", "coupling_inverse_conv1x1"])
+def test_bias_in_any_layout(name: str) -> None:
+    """Found by the long run: kernels took a bias to be dense."""
+    op, c = OPERATORS[name], 5
+    inputs = op.sample((2, c, 3, 3))
+    for bias in (torch.randn(2 * c)[::2], torch.randn(1).expand(c)):
+        inputs["bias"] = bias.detach().requires_grad_()
+        compare_with_reference(op, inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (2, 0, 4), (2, 3, 0), (2, 3, 4, 0), (0, 3, 0, 4)])
+def test_empty_channels_and_pixels_are_refused(shape: tuple[int, ...]) -> None:
+    c = shape[1]
+    x, weight, bias = torch.zeros(shape), torch.eye(c), torch.zeros(c)
+    calls = (
+        lambda: ops.actnorm(x, bias, bias),
+        lambda: ops.conv1x1(x, weight, bias),
+        lambda: ops.affine_coupling(x, torch.zeros(params_shape(shape))),
+        lambda: ops.coupling_conv1x1(x, torch.zeros(params_shape(shape)), weight, bias),
+        lambda: ops.masked_penalty(x),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"expected no empty channel or spatial axis, got \("):
+            call()

@@ -1,0 +1,115 @@
+"""Un-mixing against its reference in float64, and gram as the way to dW."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import LAYOUTS, normal, rotation
+from torch import Tensor
+
+from mflow_kernels.ops.channel_products import dweight_splits
+from mflow_kernels.ops.launch import pixels
+from mflow_kernels.ops.rebuild_conv1x1 import Halves, Unmixed, launch_unmix, unmix_ref, unmix_splits
+from mflow_kernels.testing import assert_close
+
+SHAPES = [
+    (2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (1, 16, 4, 4), (1, 32, 4, 4), (2, 7, 20, 13),
+    (1, 33, 3, 3), (1, 130, 3, 3),
+]  # fmt: skip
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("rebuild", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_unmix(
+    kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool, apart: bool
+) -> None:
+    n, c, *spatial = shape
+    if layout == "channels_last" and len(spatial) != 2:
+        layout = "contiguous"
+    c_a = c // 2
+
+    def halves() -> Halves:
+        state = normal(*shape, device=kernel_device, layout=layout)
+        # One half a view, the other a tensor of its own, as a walk back has them.
+        return state[:, :c_a], state[:, c_a:].clone()
+
+    y, dy = halves(), halves()
+    dnet = LAYOUTS[layout](normal(n, c_a, *spatial, device=kernel_device))
+    weight = rotation(c).to(kernel_device)
+    inverse = torch.linalg.inv(weight.double()).float() if rebuild else None
+    bias = normal(c, device=kernel_device)
+    dtype = torch.bfloat16 if rebuild else None
+    last = layout == "channels_last"
+    splits = unmix_splits(y[1], c)
+
+    def run(apart: bool) -> Unmixed:
+        sums = [y[1].new_full(size, torch.nan) for size in ((splits, c, c), (splits, c))]
+        return launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, apart, *sums)
+
+    got = run(apart)
+    want = unmix_ref(
+        tuple(doubled(*y)), tuple(doubled(*dy)), dnet.double(),  # type: ignore[arg-type]
+        weight.double(), None if inverse is None else inverse.double(), bias.double(), dtype, last,
+    )  # fmt: skip
+    assert (got.x is None) == (got.net is None) == (not rebuild)
+    for name, a, b in (("x", got.x, want.x), ("dx", got.dx, want.dx)):
+        for half, half_wanted in zip(a or (), b or (), strict=True):
+            assert_close(half, half_wanted, terms=c, name=name)
+    if got.net is not None:
+        assert_close(got.net, want.net, terms=c, name="net")
+    columns = n * pixels(y[0])
+    magnitude = math.sqrt(columns) * max(t.abs().max().item() for t in want.dx) ** 2
+    assert_close(got.gram.sum(0), want.gram.sum(0), terms=columns, scale=magnitude, name="gram")
+    assert_close(got.dbias.sum(0), want.dbias.sum(0), terms=columns, scale=magnitude, name="dbias")
+    form = torch.channels_last if last else torch.contiguous_format
+    if got.whole is None:
+        assert all(t.is_contiguous(memory_format=form) for t in (*got.dx, *(got.x or ())))
+    else:
+        assert got.whole[1].is_contiguous(memory_format=form)
+        assert got.dx[1].data_ptr() == got.whole[1][:, c_a:].data_ptr()
+    again = run(apart)
+    for a, b in zip(results(got), results(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def results(made: Unmixed) -> list[Tensor]:
+    net = () if made.net is None else (made.net,)
+    return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
+
+
+@pytest.mark.parametrize("splits", [unmix_splits, lambda half, c: dweight_splits(half)])
+@pytest.mark.parametrize(("c", "side"), [(12, 128), (48, 16), (96, 16), (192, 8), (384, 4)])
+def test_partial_sums_are_no_larger_than_the_state(
+    monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
+) -> None:
+    """At 16 samples; one partial sum at least is dW itself."""
+    for module in ("rebuild_conv1x1", "channel_products"):
+        monkeypatch.setattr(f"mflow_kernels.ops.{module}.uses_triton", lambda x: True)
+    state = torch.empty(16, c, side, side, device="meta")
+    count = splits(state, c)
+    assert count >= 1
+    assert count == 1 or count * c * c <= state.numel()
+    assert count > 1 or 2 * c * c > state.numel()  # nor fewer than need be
+
+
+def test_gram_recovers_the_gradient_of_the_weight() -> None:
+    """dW = gram W^-T, in float64 to rounding: the identity that lets gram take y for x."""
+    x = normal(2, 6, 3, 4, dtype=torch.float64)
+    weight, bias = rotation(6, torch.float64), normal(6, dtype=torch.float64)
+    weight.requires_grad_()
+    y = torch.einsum("oc,nchw->nohw", weight, x) + bias.view(-1, 1, 1)
+    dy = normal(2, 6, 3, 4, dtype=torch.float64)
+    (dweight,) = torch.autograd.grad(y, weight, dy)
+    y, weight = y.detach(), weight.detach()
+    inverse = torch.linalg.inv(weight)
+    gram = unmix_ref(
+        (y[:, :3], y[:, 3:]), (dy[:, :3], dy[:, 3:]), None, weight, inverse, bias, None, False
+    ).gram[0]
+    assert_close(gram @ inverse.mT, dweight, terms=24 * 6)

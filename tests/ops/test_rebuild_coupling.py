@@ -1,0 +1,31 @@
+"""The coupling taken back, values and gradients, against the reference in float64."""
+
+import math
+
+import pytest
+import torch
+from cases import SCALES, normal, params_shape
+
+from mflow_kernels.ops.rebuild_coupling import launch_uncouple, uncouple_ref
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
+
+# What a float32 rounding becomes in y = z / s - shift, dy and dparams: 1 / s and s are within e^2.
+UNCOUPLED_SCALE = math.e**2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+def test_uncouple(
+    kernel_device: torch.device, scale: ScaleFunction, inverse: bool, kept: bool
+) -> None:
+    shape = (2, 7, 5, 6)
+    z, dz = (normal(*shape, device=kernel_device, layout="channels_last") for _ in range(2))
+    params = normal(*params_shape(shape), device=kernel_device)
+    dlogdet = normal(2, device=kernel_device)
+    z_b, dz_b = z[:, 3:], dz[:, 3:]
+    got = launch_uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+    want = uncouple_ref(*(t.double() for t in (z_b, dz_b, dlogdet, params)), scale, inverse, kept)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert_close(a, b, scale=UNCOUPLED_SCALE * b.abs().max().item(), name=name)

@@ -1,0 +1,191 @@
+"""Networks that run again in the backward pass: those that do not repeat themselves are refused."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import HostReads
+from torch import Tensor, nn
+
+from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels.layers import chain as reversible
+from mflow_kernels.reversible import rerun
+
+
+class Net(nn.Module):
+    """A network whose last layer is zero, as networks of flows start: whatever is drawn, its params
+    are zero, and its gradients differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def hidden(self, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.first(x).relu()))
+
+
+class OwnGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def hidden(self, h: Tensor) -> Tensor:
+        return h * torch.bernoulli(torch.full_like(h, 0.5), generator=self.generator)
+
+
+class DrawsInPython(Net):
+    def hidden(self, h: Tensor) -> Tensor:
+        return h * random.random()
+
+
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def hidden(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return h / self.calls
+
+
+class CountsInABuffer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def hidden(self, h: Tensor) -> Tensor:
+        self.calls += 1e-4
+        return h + self.calls
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.spectral_norm(self.first)
+
+
+class AnotherPath(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = 0
+
+    def hidden(self, h: Tensor) -> Tensor:
+        self.path += 1
+        return h if self.path % 2 else h.sigmoid().sigmoid()
+
+
+class Dropout(Net):
+    def hidden(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.5, self.training)
+
+
+def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain:
+    return ReversibleChain([FlowStep(4, net()) for _ in range(2)], **options)  # type: ignore[arg-type]
+
+
+def train(chain: ReversibleChain, x: Tensor) -> None:
+    z, logdet = chain(x)
+    (z.pow(4).sum() - logdet.sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "net", [OwnGenerator, DrawsInPython, Counts, CountsInABuffer, Normed, AnotherPath]
+)
+def test_a_network_with_a_state_of_its_own_is_refused(net: Callable[[], nn.Module]) -> None:
+    random.seed(0)
+    x = torch.randn(2, 4, 3, 3)
+    chain = chain_of(net)
+    words = rf"network 1 \({net.__name__}\) .*keeps a state.*reversible=False"
+    with pytest.raises(RuntimeError, match=words):
+        train(chain, x)
+    chain.reversible = False
+    train(chain, x)
+    assert all(p.grad is not None for p in chain.parameters())
+
+
+def test_the_first_backward_pass_reads_one_number_and_later_ones_none() -> None:
+    chain, x = chain_of(Dropout), torch.randn(2, 4, 3, 3)
+    found = []
+    for training in (True, True, False, False, True):
+        chain.train(training)  # in another mode it is another network
+        with HostReads() as reads:
+            train(chain, x)
+        found.append(len(reads.found))
+    assert found == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_state(dtype: torch.dtype) -> None:
+    """Rebuilt states and low precision move a network's numbers, by far less than the limit."""
+    net = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 16, 1))
+    x = torch.randn(8, 8, 9, 9).to(dtype).float()
+    with torch.autocast("cpu", dtype):
+        one, other = (
+            rerun.Network(net).fingerprinted(x + shift * torch.randn_like(x), ())[1]
+            for shift in (0.0, 1e-5)
+        )
+    assert 0 < rerun.difference(one, other) < rerun._ROUNDING / 3
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.5])
+def test_the_difference_of_tensors_is_estimated_from_their_fingerprints(share: float) -> None:
+    a = torch.randn(4, 32, 16, 16)
+    b = torch.where(torch.rand(a.shape) < share, 0.0, a)
+    true = (a - b).norm() / a.norm()
+    same = rerun.fingerprint(a[:1])
+    found = rerun.difference([same, rerun.fingerprint(a)], [same, rerun.fingerprint(b)])
+    # The norm of sixteen normal numbers has a relative deviation of 0.18; four of them.
+    assert true * 0.28 < found < true * 1.72
+
+
+def test_fingerprints_of_a_state_that_was_rebuilt_wrong_say_nothing() -> None:
+    """Then the drift does."""
+    a, b = ([rerun.fingerprint(torch.randn(64)) for _ in range(2)] for _ in range(2))
+    assert rerun.difference(a, b) == 0
+    assert rerun.difference([a[0], a[1]], [a[0], b[1]]) > rerun._ROUNDING
+    assert rerun.difference(a, a[:1]) == float("inf")
+
+
+def test_a_capture_refuses_networks_that_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph, nothing can rewind a generator. A CPU stands in for the capture."""
+    x = torch.randn(2, 4, 3, 3)
+    drawing, still = chain_of(Dropout), chain_of(Net)
+    train(drawing, x)
+    train(still, x)
+    for module in (reversible, rerun):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    train(still, x)
+    with pytest.raises(RuntimeError, match=r"\(Dropout\) draws random numbers.*reversible=False"):
+        train(drawing, x)
+    with pytest.raises(RuntimeError, match="run a forward and a backward pass"):
+        train(chain_of(Net), x)
+    with pytest.raises(RuntimeError, match="run a forward and a backward pass"):
+        train(drawing.eval(), x)  # in these modes it never ran
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_infinite_running_statistics_stay_infinite(momentum: float | None) -> None:
+    """Run again with momentum 0, they became NaN: 0 * inf."""
+
+    class Overflows(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8, momentum=momentum)
+
+        def hidden(self, h: Tensor) -> Tensor:
+            return self.norm(1e30 * h)
+
+    chain = chain_of(Overflows)
+    train(chain, torch.randn(2, 4, 3, 3))
+    for layer in chain.layers:
+        norm = layer.coupling.net.norm
+        assert norm.running_var.isinf().any()
+        assert not norm.running_var.isnan().any()
+        assert norm.num_batches_tracked == 1

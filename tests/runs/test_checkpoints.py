@@ -1,0 +1,159 @@
+"""Runs that are killed, checkpoints that are damaged, disks that are full."""
+
+import csv
+import os
+import random
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY
+
+from mflow_kernels.runs.checkpoints import LAST, PREVIOUS
+from mflow_kernels.training.cli import main
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(folder, whole):
+    """The whole state: weights, moments, schedule, what is counted."""
+    for name in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(
+            load(folder / LAST)[name], load(whole / LAST)[name], rtol=0, atol=0
+        )
+
+
+def train_in_a_fork(command, limit=None):
+    """Run `mflow` in a child, killed with SIGKILL after `limit` seconds; True if it finished."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            code = main(command)
+        finally:
+            os._exit(code)
+    end = None if limit is None else time.monotonic() + limit
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return True
+        if end is not None and time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.002)
+
+
+def test_killed_at_random_moments_it_ends_the_same(command, trained, tmp_path):
+    """A checkpoint after each step, so that many kills fall into the writing of one."""
+    folder = tmp_path / "run"
+    begun = time.monotonic()
+    assert train_in_a_fork([*command, "--save-steps", "1"])
+    seconds = time.monotonic() - begun
+    assert_same(folder, trained)
+    draw = random.Random(0)
+    kills, resume = 0, ["--overwrite"]
+    while kills < 10:
+        finished = train_in_a_fork(
+            [*command, "--save-steps", "1", *resume], limit=draw.uniform(0.1, 0.7) * seconds
+        )
+        kills += not finished
+        resume = ["--resume"] if not finished else ["--overwrite"]
+    assert train_in_a_fork([*command, "--save-steps", "1", *resume])
+    assert_same(folder, trained)
+    assert not list(folder.glob(".*.tmp"))
+    steps = [int(row["step"]) for row in rows(folder) if row["loss"]]
+    assert steps == list(range(6))
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def torn(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def flipped(path):
+    """One bit of the largest tensor."""
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda record: record.file_size)
+        content = file.read(largest)
+    data = bytearray(path.read_bytes())
+    data[data.index(content) + len(content) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def foreign(path):
+    torch.save({"state_dict": {"weight": torch.zeros(2)}, "global_step": 9}, path)
+
+
+@pytest.mark.parametrize("damage", [torn, flipped, emptied, foreign, Path.unlink])
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(damage, command, run, trained, capsys):
+    damage(run / LAST)
+    step = load(run / PREVIOUS)["global_step"]
+    assert step == 4
+    assert main([*command, "--resume"]) == 0
+    told = capsys.readouterr().err
+    if damage is not Path.unlink:
+        assert f"{run / LAST}" in told
+        assert f"taking previous.ckpt, of step {step}" in told
+    assert_same(run, trained)
+    assert load(run / PREVIOUS)["global_step"] == step
+
+
+def test_damaged_checkpoints_are_refused(command, run, capsys):
+    damaged = {name: run / name for name in (LAST, PREVIOUS)}
+    for path in damaged.values():
+        flipped(path)
+    before = {path: path.read_bytes() for path in damaged.values()}
+    assert main([*command, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "checkpoint: expected a whole one of mflow train" in told
+    assert {path: path.read_bytes() for path in damaged.values()} == before
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(command, tmp_path, trained, capsys):
+    folder = tmp_path / "run"
+    assert main(command) == 0
+    (folder / LAST).unlink()  # go on from the one of step 4
+    before = (folder / PREVIOUS).read_bytes()
+    full = folder / f".{LAST}.{os.getpid()}.tmp"
+
+    def fill():
+        full.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mflow_kernels.training.train.remove_temporary", lambda _: fill())
+        assert main([*command, "--resume"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"mflow: error: could not write {folder / LAST}: No space left on device"
+    assert (folder / LAST).read_bytes() == before
+    assert main([*command, "--resume"]) == 0
+    assert_same(folder, trained)
+
+
+def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, trained):
+    with (run / "metrics.csv").open("a") as file:
+        file.write("3,0.1,2")
+    assert main([*command, "--resume"]) == 0
+    assert rows(run) == rows(trained)

@@ -1,0 +1,109 @@
+import pytest
+
+from mflow_kernels.runs.config import RunConfig, TrainConfig
+
+
+def test_a_resolved_configuration_survives_its_yaml():
+    config = TrainConfig(stage_dims=[32, 16], max_steps=7, domain="latent", seed=3)
+    resolved = config.resolve((1, 28, 28))
+    assert resolved.image_shape == (1, 28, 28)
+    assert RunConfig.from_yaml(resolved.to_yaml(), "config.yaml") == resolved
+
+
+def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert TrainConfig(data="faces").resolve((3, 64, 64)).data == str(tmp_path / "faces")
+
+
+WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (WHOLE.replace("levels: 2", "levels: two"), "levels: expected a whole number, got two"),
+        (WHOLE.replace("levels: 2", "levels: 0"), "levels: expected at least 1, got 0"),
+        (WHOLE.replace("channels: 1", "channels: 0"), "channels: expected at least 1, got 0"),
+        (
+            WHOLE.replace("image_size: 28", "image_size: null"),
+            "image_size: expected a whole number",
+        ),
+        ("stage_dims: [a]", "stage_dims: expected a whole number, got a"),
+        ("rho: l3", "rho: expected one of l2, l1, huber, got l3"),
+        ("colour: red", "colour"),
+        ("[1, 2]", "expected options and their values, got a list"),
+        ("a: [", "flow node"),
+        ("[" * 100_000, "got deep nesting"),
+        ("a: " + "9" * 5000, "integer string conversion"),
+        ("levels: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"levels: 2\xff", "invalid start byte"),
+        (WHOLE[: WHOLE.index("save_steps")], "expected every option of the run, found no"),
+        ("", "expected every option of the run, found no"),
+    ],
+)
+def test_bad_yaml_is_told_in_one_line(text, told):
+    with pytest.raises(ValueError, match=told) as caught:
+        RunConfig.from_yaml(text, "runs/a/config.yaml")
+    assert str(caught.value).startswith("runs/a/config.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", range(0, len(WHOLE) - 2, 13))
+def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
+    with pytest.raises(ValueError, match=r"config\.yaml: "):
+        RunConfig.from_yaml(WHOLE[:end], "config.yaml")
+
+
+def test_max_steps_take_the_place_of_epochs():
+    def budgets(**options):
+        return [s.optimizer_steps(batches_per_pass=10) for s in TrainConfig(**options).stages]
+
+    assert budgets(epochs=3) == [30, 30]
+    assert budgets(epochs=3, max_steps=7) == [7, 7]
+    two = {"stage_dims": [8, 4], "max_steps": 7}
+    assert budgets(**two, stage_epochs=[2]) == [7, 20, 20]
+    assert budgets(**two, stage_max_steps=[5, 6]) == [7, 5, 6]
+
+
+def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
+    config = TrainConfig(
+        stage_dims=[32, 16],
+        stage_steps=[3],
+        stage_width=[8, 9],
+        stage_rho=["l1", "huber"],
+        weight=7.0,
+        domain="data",
+        stage_domain=["latent"],
+    )
+    config.check()
+    image, *further = config.stages
+    assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
+    found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
+    assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"stage_width": [1, 2, 3]}, "stage_width: expected one value or 2, as stage_dims, got 3"),
+        ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
+        ({"stage_epochs": [0]}, "stage_epochs: expected at least 1, got 0"),
+        ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected more than 0, got -1"),
+        ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
+        ({"weight": "variance", "domain": "latent"}, "weight: expected a number in the latent"),
+        ({"ema_decay": 1.0}, "ema_decay: expected 0 to less than 1, got 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm: expected more than 0, got 0"),
+    ],
+)
+def test_bad_values(options, told):
+    with pytest.raises(ValueError, match=told):
+        TrainConfig(stage_dims=[8, 4], **options).check()
+
+
+def test_the_default_folder_tells_runs_apart():
+    names = {
+        TrainConfig(**options).default_run_dir()
+        for options in ({}, {"manifold_dim": 32}, {"seed": 1}, {"image_size": 32}, {"data": "a/b"})
+    }
+    assert len(names) == 5
+    assert "runs/b-d64-seed0" in names

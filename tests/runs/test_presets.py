@@ -1,0 +1,177 @@
+"""Presets and exports, by their commands."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_runs import TINY
+
+from mflow_kernels import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.folder import load_run, read_config
+from mflow_kernels.runs.presets import PRESETS, preset_options, preset_text
+from mflow_kernels.training.cli import main
+
+
+class TestPresets:
+    def test_the_files_are_those_that_are_named(self):
+        folder = files("mflow_kernels.runs") / "presets"
+        assert sorted(f.name for f in folder.iterdir()) == sorted(f"{p}.yaml" for p in PRESETS)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_each_is_valid_and_planned_for_80_gb(self, name, capsys):
+        TrainConfig(**preset_options(name)).check()
+        assert main(["plan", "--preset", name, "--gpu-memory", "80GB"]) == 0
+        out = capsys.readouterr().out
+        options = yaml.safe_load(preset_text(name))
+        assert f"Batches of {options['batch_size']} images" in out
+        assert "\nFits in 80.0 GB." in out
+        assert int(out.split("Largest batch in 80.0 GB: ")[1].split()[0]) >= options["batch_size"]
+
+    def test_they_are_listed_and_printed(self, capsys):
+        assert main(["presets"]) == 0
+        assert capsys.readouterr().out.split("\n") == [*PRESETS, ""]
+        assert main(["presets", "celeba256"]) == 0
+        assert capsys.readouterr().out.rstrip() == preset_text("celeba256").rstrip()
+
+    def test_digits_are_the_defaults(self):
+        assert TrainConfig(**preset_options("digits")) == TrainConfig()
+
+    def test_what_is_typed_overrules_them(self, images, tmp_path, capsys):
+        own = tmp_path / "own.yaml"
+        own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+        command += ["--preset", str(own)]
+        assert main(command) == 0
+        config = read_config(tmp_path / "run")
+        assert (config.rho, config.epochs) == ("l1", 9)
+        assert (config.width, config.stage_dims) == (8, [4])
+        capsys.readouterr()
+        # A run that resumes has its options: a preset would be ignored.
+        assert main([*command, "--resume"]) == 2
+        assert "--preset: expected none with --resume" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            (None, "--preset: expected digits, celeba64"),
+            ("levels: two", "--preset: own.yaml: levels: expected a whole number, got two"),
+            ("colour: red", "colour"),
+            ("[", "--preset: own.yaml"),
+        ],
+    )
+    def test_bad_ones_are_refused(self, text, told, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        if text is not None:
+            (tmp_path / "own.yaml").write_text(text)
+        assert main(["train", "--preset", "own.yaml"]) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1
+
+
+@pytest.fixture
+def exported(trained, tmp_path, capsys):
+    folder = tmp_path / "exported"
+    assert main(["export", str(trained), "--out", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder)
+    return folder
+
+
+class TestExport:
+    def test_it_reads_back_to_the_bit(self, exported, trained):
+        whole = load_run(str(trained), "cpu").model
+        model = HierarchicalFlow.from_pretrained(exported)
+        assert not model.training
+        x = torch.rand(3, 1, 8, 8) - 0.5
+        with torch.no_grad():
+            assert torch.equal(model.log_prob(x), whole.log_prob(x))
+            assert torch.equal(model.project(x), whole.project(x))
+            image_flow = ManifoldFlow.from_pretrained(str(exported))
+            assert torch.equal(image_flow.encode(x), whole.stages[0].encode(x))
+        assert all(p.requires_grad for p in model.parameters())
+        assert {f.name for f in exported.iterdir()} == {"model.safetensors", "model.json"}
+        weights, description = (exported / name for name in ("model.safetensors", "model.json"))
+        assert weights.stat().st_mode == description.stat().st_mode  # as the umask has it
+
+    def test_reading_needs_neither_lightning_nor_the_command_line(self, exported):
+        code = f"""
+import sys
+from mflow_kernels import ManifoldFlow
+ManifoldFlow.from_pretrained({str(exported)!r})
+assert not [m for m in sys.modules if m in ("lightning", "jsonargparse", "yaml", "torchvision")]
+rooms = ("mflow_kernels.training", "mflow_kernels.runs")
+assert not [m for m in sys.modules if m.startswith(rooms)]
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def test_it_overwrites_nothing(self, exported, trained, capsys):
+        assert main(["export", str(trained), "--out", str(exported)]) == 2
+        assert "--out: expected a new folder, but" in capsys.readouterr().err
+
+    def torn(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+
+    def absent(self, folder):
+        (folder / "model.json").unlink()
+
+    def pickled(self, folder):
+        torch.save({"a": torch.zeros(1)}, folder / "model.safetensors")
+
+    def another_tensor(self, folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("lower"))
+        save_file({**tensors, name: torch.zeros(2, 2)}, path)
+
+    def change(self, folder, *keys, value):
+        content = json.loads((folder / "model.json").read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / "model.json").write_text(json.dumps(content))
+
+    def another_width(self, folder):
+        self.change(folder, "architecture", "width", value=9)
+
+    def endless(self, folder):
+        self.change(folder, "architecture", "steps", value=10**9)
+
+    def fractional(self, folder):
+        self.change(folder, "architecture", "levels", value=1.5)
+
+    def indivisible(self, folder):
+        self.change(folder, "architecture", "levels", value=4)
+
+    def foreign(self, folder):
+        (folder / "model.json").write_text('{"layers": 3}')
+
+    def no_json(self, folder):
+        (folder / "model.json").write_text("levels: 3")
+
+    @pytest.mark.parametrize(
+        ("damage", "told"),
+        [
+            ("torn", "expected a whole model.safetensors"),
+            ("absent", "expected one of mflow export with model.json"),
+            ("pickled", "expected a whole model.safetensors"),
+            ("another_tensor", "lower has another shape"),
+            ("another_width", "has another shape"),
+            ("endless", "as many steps as model.safetensors has tensors for"),
+            ("fractional", "of positive whole numbers"),
+            ("indivisible", "divisible by 2 \\*\\* levels"),
+            ("foreign", "with format 'mflow_kernels 1', got None"),
+            ("no_json", "expected an architecture of mflow export"),
+        ],
+    )
+    def test_damaged_and_foreign_folders_are_refused(self, damage, told, exported):
+        getattr(self, damage)(exported)
+        with pytest.raises(ValueError, match=told):
+            HierarchicalFlow.from_pretrained(exported)

@@ -1,0 +1,226 @@
+"""Each file that a command reads, torn, lying or hostile: one line on stderr, exit code 2, and
+nothing is written."""
+
+import json
+import math
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import TINY, listing
+
+from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
+from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
+from mflow_kernels.runs.folder import build_model, checkpoint_tensors, read_config
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import parameter_groups
+
+DEEP = 100_000
+BYTES = {
+    "empty": lambda whole: b"",
+    "half": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "binary": lambda whole: bytes(range(256)) * 8,
+    "not UTF-8": lambda whole: b"\xff\xfe" + whole,
+    "deep list": lambda whole: b"[" * DEEP,
+    "deep mapping": lambda whole: b'{"a":' * DEEP,
+    "long number": lambda whole: b"levels: " + b"9" * 5000,
+    "code": lambda whole: b"!!python/object/apply:os.system [touch trapped]",
+    "aliases": lambda whole: b"a: &a [1]\n" + b"".join(
+        b"%c: &%c [%s]\n" % (98 + i, 98 + i, b", ".join([b"*%c" % (97 + i)] * 9)) for i in range(9)
+    ),
+    "other columns": lambda whole: b"a,b\r\n1,2\r\n",
+}  # fmt: skip
+
+
+def refused(command, folder, capsys):
+    """The one line that the command ends with, nothing being written."""
+    before = {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)}
+    capsys.readouterr()
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mflow: error: ")
+    assert {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)} == before
+    return err
+
+
+@pytest.fixture(scope="module")
+def whole(trained):
+    return torch.load(trained / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_files_of_a_run(kind, run, capsys):
+    """Read by --resume, which reads all of them."""
+    (run / "previous.ckpt").unlink()
+    resume = ["train", "--run-dir", str(run), "--resume"]
+    for name in ("config.yaml", "metrics.csv", "images.csv", "last.ckpt"):
+        path = run / name
+        before = path.read_bytes()
+        path.write_bytes(BYTES[kind](before))
+        # A crash may leave metrics that were cut off: what is left is whole rows.
+        if not (name == "metrics.csv" and kind in ("empty", "half", "zeros")):
+            assert name in refused(resume, run, capsys)
+        path.unlink()
+        path.mkdir()
+        refused(resume, run, capsys)
+        path.rmdir()
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_presets(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_bytes(BYTES[kind](b"levels: [8, 8, 8, 8"))
+    if kind == "empty":  # no option is set
+        assert main(["plan", *TINY, "--preset", "own.yaml"]) == 0
+    else:
+        command = ["train", "--preset", "own.yaml"]
+        assert "--preset: own.yaml: " in refused(command, tmp_path, capsys)
+    (tmp_path / "own.yaml").unlink()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    refused(["train", "--preset", "pipe.yaml"], tmp_path, capsys)
+    refused(["train", "--preset", "own\0.yaml"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("cell", ["x", "-1", "1e3", "", "1" * 30])
+def test_metrics_with_a_row_that_training_did_not_write(cell, run, capsys):
+    path = run / "metrics.csv"
+    first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first, cell + second[1:], *rest]) + "\n")
+    told = refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
+    assert "metrics.csv, line 2: expected a step and its figures" in told
+
+
+KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+def guarded(state, tensor):
+    return state | {"state_dict": state["state_dict"] | {"guard.state": tensor}}
+
+
+def moments(state, value):
+    return state | {"optimizer_states": [{"state": value}]}
+
+
+CRAFTED = {
+    "a list": lambda s: [s],
+    "a list for the weights": lambda s: s | {"state_dict": [1, 2]},
+    "numbers for weights": lambda s: s | {"state_dict": dict.fromkeys(s["state_dict"], 1)},
+    "keys of two types": lambda s: s | {"state_dict": {1: 1, "a": 2}},
+    "sparse": lambda s: guarded(s, torch.zeros(5).to_sparse()),
+    "another dtype": lambda s: guarded(s, torch.zeros(5)),
+    "step a string": lambda s: s | {"global_step": "6"},
+    "step a float": lambda s: s | {"global_step": 6.0},
+    "step a bool": lambda s: s | {"global_step": True},
+    "step negative": lambda s: s | {"global_step": -1},
+    "step beyond the end": lambda s: s | {"global_step": 10**12},
+    "no optimizer": lambda s: {k: v for k, v in s.items() if k != "optimizer_states"},
+    "two optimizers": lambda s: s | {"optimizer_states": 2 * s["optimizer_states"]},
+    "an empty optimizer": lambda s: moments(s, {}),
+    "moments a list": lambda s: moments(s, [1]),
+    "a moment too many": lambda s: moments(s, {10**6: {}}),
+    "moments of another shape": lambda s: moments(s, {0: dict.fromkeys(KEYS, torch.zeros(()))}),
+    "scaler a list": lambda s: s | {"grad_scaler": [1]},
+    "scaler of strings": lambda s: s | {"grad_scaler": {"scale": "1"}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(trained):
+    model = build_model(read_config(trained))
+    groups = [group for stage in model.stages for group in parameter_groups(stage)]
+    return Expected(checkpoint_tensors(model), [p for group in groups for p in group], 6)
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_crafted_checkpoints(kind, whole, expected, run, capsys):
+    torch.save(CRAFTED[kind](whole), run / "last.ckpt")
+    with pytest.raises(ValueError, match=r"^checkpoint: expected .*last\.ckpt") as caught:
+        read_checkpoint(run / "last.ckpt", expected)
+    assert "\n" not in str(caught.value)
+    found = newest_checkpoint(run, expected)
+    assert (found.path.name, found.step) == ("previous.ckpt", 4)
+    assert "taking previous.ckpt, of step 4" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_reach_no_picture(whole, run, capsys):
+    name = next(n for n in whole["state_dict"] if n.startswith("average.") and "weight" in n)
+    broken = whole["state_dict"] | {name: whole["state_dict"][name] * math.nan}
+    torch.save(whole | {"state_dict": broken}, run / "last.ckpt")
+    assert main(["sample", str(run), "--number", "1"]) == 0  # of the checkpoint before
+    assert "values that are not finite); taking previous.ckpt" in capsys.readouterr().err
+    (run / "previous.ckpt").unlink()
+    assert "values that are not finite" in refused(["sample", str(run)], run, capsys)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "model"
+    assert main(["export", str(trained), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def export(exported):
+    before = {name: (exported / name).read_bytes() for name in (ARCHITECTURE, WEIGHTS)}
+    yield exported
+    for name, content in before.items():
+        (exported / name).write_bytes(content)
+
+
+def refuses(export):
+    with pytest.raises(ValueError, match=r"^folder: ") as caught:
+        load_pretrained(export)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_files_of_an_export(kind, export):
+    for name in (ARCHITECTURE, WEIGHTS):
+        before = (export / name).read_bytes()
+        (export / name).write_bytes(BYTES[kind](before))
+        refuses(export)
+        (export / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "value", [2**20, 2**40, 2**70, 10**400, 0, -1, 1.5, True, None, "1", [], {}]
+)
+def test_numbers_of_an_architecture(value, export):
+    whole = json.loads((export / ARCHITECTURE).read_text())
+    for name in ("levels", "steps", "width", "image_shape", "stages"):
+        changed = whole | {"architecture": whole["architecture"] | {name: value}}
+        (export / ARCHITECTURE).write_text(json.dumps(changed))
+        refuses(export)
+    for name in ("manifold_dim", "steps", "width", "domain", "rho"):
+        first, second = whole["architecture"]["stages"]
+        stages = [first, second | {name: value}]
+        changed = whole | {"architecture": whole["architecture"] | {"stages": stages}}
+        (export / ARCHITECTURE).write_text(json.dumps(changed))
+        refuses(export)
+
+
+def test_weights_of_an_export(export):
+    whole = load_file(export / WEIGHTS)
+    name = next(n for n, tensor in whole.items() if tensor.is_floating_point())
+    index = next(n for n in whole if n.endswith("manifold_index"))
+    for change in (
+        {name: whole[name] * math.nan},
+        {name: whole[name] * math.inf},
+        {name: whole[name].half()},
+        {name: whole[name].to(torch.complex64)},
+        {name: whole[name].to(torch.float8_e4m3fn)},
+        {index: whole[index] + 10**9},
+        {"more": whole[name].clone()},
+    ):
+        save_file(whole | change, export / WEIGHTS)
+        refuses(export)
+    header = (export / WEIGHTS).read_bytes()
+    for length in (0, 1, 2**31, 2**62):
+        (export / WEIGHTS).write_bytes(struct.pack("<Q", length) + header[8:])
+        refuses(export)

@@ -1,0 +1,375 @@
+"""Run folders: which images a run knows, who writes them, and what a broken-off run repeats."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import TINY, listing, write_images
+
+from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
+from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
+from mflow_kernels.evaluation.likelihood import held_out_images
+from mflow_kernels.runs.checkpoints import CheckpointFiles
+from mflow_kernels.runs.folder import load_run
+from mflow_kernels.training import train as train_module
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+
+
+def refused(command, capsys, code=2):
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert main(command) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mflow: error: ")
+    return err
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        row.pop("images_per_second")
+    return found
+
+
+class TestData:
+    @pytest.fixture
+    def data(self, tmp_path):
+        return write_images(tmp_path / "many", count=300)
+
+    def test_no_image_that_was_trained_on_is_evaluated_as_held_out(self, data, tmp_path, capsys):
+        run = tmp_path / "run"
+        command = ["train", *TINY, "--data", str(data), "--run-dir", str(run)]
+        assert main(command) == 0
+        then = Manifest.read(run / "images.csv")
+        shutil.copy(write_images(tmp_path / "one", count=1, seed=7) / "000.png", data / "000a.png")
+        capsys.readouterr()
+        assert main(["reconstruct", str(run)]) == 0
+        told = capsys.readouterr().err
+        assert "its data has changed: 1 image added (000a.png)" in told
+        assert "taking 30 of the 30 images that it held out" in told
+        found = held_out_images(load_run(str(run)), None).images
+        before = train_module.load_splits(str(data), 8)
+        names = {n for n, part in zip(then.names, then.parts, strict=True) if part == TEST}
+        wanted = [row for row, name in enumerate(before.manifest.names) if name in names]
+        assert torch.equal(found.batch(range(30)), before.images.batch(wanted))
+        # Today's split would have taken images that were trained on.
+        today = [n for n, p in zip(before.manifest.names, before.manifest.parts, strict=True) if p]
+        trained = {n for n, part in zip(then.names, then.parts, strict=True) if part == TRAIN}
+        assert trained & set(today)
+        for path in sorted(data.iterdir())[:200]:
+            path.unlink()
+        told = refused([*command, "--resume"], capsys)
+        assert "--data: expected the images that the run was trained on, but since then " in told
+        assert "1 image added" not in told  # it is among those that were deleted
+        assert "missing (000.png, 001.png, 002.png, ...)" in told
+
+    def test_other_data_with_images_that_were_trained_on(self, run, images, tmp_path, capsys):
+        shutil.copytree(images, tmp_path / "copy")
+        assert main(["reconstruct", str(run), "--data", str(tmp_path / "copy")]) == 0
+        assert "the run was trained on 10 of the 12 images" in capsys.readouterr().err
+
+    def test_a_run_that_recorded_no_images(self, run, capsys):
+        (run / "images.csv").unlink()
+        assert main(["reconstruct", str(run)]) == 0
+        assert "has no images.csv: images may have been trained on" in capsys.readouterr().err
+
+
+class TestPlan:
+    @pytest.mark.parametrize("count", [12, 2])
+    def test_batches_that_a_later_stage_cannot_start_from(self, count, tmp_path, capsys):
+        data = write_images(tmp_path / "data", count=count)
+        before = listing(tmp_path)
+        command = ["train", *TINY, "--data", str(data), "--run-dir", str(tmp_path / "run")]
+        told = refused([*command, *(["--batch-size", "1"] if count > 2 else [])], capsys)
+        assert "--batch-size: expected at least 2 images in a step, from which stage 2" in told
+        assert listing(tmp_path) == before
+
+    def test_one_image_is_enough_for_the_image_flow(self, command):
+        assert main([*command, "--batch-size", "1", "--stage-dims"]) == 0
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            ("--width 1099511627776", "expected a model that fits in memory"),
+            ("--stage-width 1099511627776", "expected a model that fits in memory"),
+            ("--levels 99999999999", "--levels: expected at most 31, got 99999999999"),
+        ],
+    )
+    def test_models_beyond_all_memory(self, options, told, command, capsys):
+        assert told in refused([*command, *options.split()], capsys)
+
+
+class TestFolders:
+    @pytest.mark.parametrize(
+        ("folder", "told"),
+        [
+            ("file/run", "file is a file"),
+            ("file", "expected a folder, but"),
+            (f"{'x' * 300}/run", "File name too long"),
+            ("x" * 300, "File name too long"),
+            ("loop/run", "loop"),
+            ("a\0b", "null"),
+        ],
+    )
+    def test_run_folders_that_cannot_be(self, folder, told, command, tmp_path, capsys):
+        (tmp_path / "file").write_text("in the way")
+        (tmp_path / "loop").symlink_to("loop")
+        before = listing(tmp_path)
+        path = str(tmp_path / folder)
+        for last in ([], ["--overwrite"], ["--resume"]):
+            line = refused([*command, "--run-dir", path, *last], capsys)
+            assert told in line or last
+        assert listing(tmp_path) == before
+        for also in (["sample", path], ["evaluate", path], ["export", path, "--out", path]):
+            refused(also, capsys)
+
+    def test_the_longest_name_that_a_folder_may_have(self, command, tmp_path):
+        assert main([*command, "--run-dir", str(tmp_path / ("x" * 255))]) == 0
+
+    @pytest.mark.parametrize("error", ["EROFS", "EACCES", "ENOSPC"])
+    def test_a_disk_that_refuses(self, error, command, tmp_path, monkeypatch, capsys):
+        number = getattr(__import__("errno"), error)
+
+        def mkdir(self, *args, **kwargs):
+            raise OSError(number, os.strerror(number), str(self))
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        told = refused(command, capsys, code=1 if error == "ENOSPC" else 2)
+        assert os.strerror(number) in told
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_no_permission(self, command, tmp_path, capsys):
+        (tmp_path / "mine").mkdir(mode=0o500)
+        told = refused([*command, "--run-dir", str(tmp_path / "mine" / "run")], capsys)
+        assert "Permission denied" in told
+
+    def test_overwrite_replaces_what_a_link_leads_to(self, run, images, tmp_path):
+        link = tmp_path / "link"
+        link.symlink_to(run)
+        (run / "stray.txt").write_text("old")
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(link), "--overwrite"]
+        assert main(command) == 0
+        assert link.is_symlink()
+        assert "stray.txt" not in listing(run)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run"]
+
+    def test_what_killed_processes_left_is_removed(self, command, tmp_path):
+        for name in (".run.1234567.tmp", ".run.1234567.old"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.yaml").write_text("")
+        (tmp_path / ".run.notes").mkdir()
+        assert main(command) == 0
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"run", ".run.notes"}
+
+    def test_a_failed_replacement_leaves_the_old_run(self, run, images, monkeypatch, capsys):
+        rename = Path.rename
+
+        def fail(self, target):
+            if target == run:
+                monkeypatch.setattr(Path, "rename", rename)
+                raise OSError(28, "No space left on device")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        before = listing(run)
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run), "--overwrite"]
+        refused(command, capsys, code=1)
+        assert listing(run) == before
+        assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
+class TestTwoProcesses:
+    def test_a_lock_dies_with_its_process(self, tmp_path):
+        held, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            lock = lock_folder(tmp_path, "run_dir")
+            os.write(told, b"1" if lock.is_locked else b"0")
+            time.sleep(60)
+            os._exit(0)
+        assert os.read(held, 1) == b"1"
+        with pytest.raises(ValueError, match="run_dir: another process is writing to"):
+            lock_folder(tmp_path, "run_dir")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        lock_folder(tmp_path, "run_dir").release()
+
+    @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+    def test_train(self, option, run, images, capsys):
+        lock = lock_folder(run, "")
+        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run), option]
+        assert "--run-dir: another process is writing to" in refused(command, capsys)
+        assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+        assert main(["sample", str(run), "--number", "1"]) == 0  # while it trains
+        lock.release()
+
+    def test_two_that_start_at_once(self, command):
+        children = []
+        for _ in range(2):
+            children.append(os.fork())
+            if children[-1] == 0:
+                code = 9
+                try:
+                    for descriptor in (1, 2):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                    code = main(command)
+                finally:
+                    os._exit(code)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert sorted(codes) == [0, 2]
+
+    def test_evaluate(self, run, capsys):
+        (run / "report").mkdir()
+        lock = lock_folder(run / "report", "")
+        assert "--out: another process is writing to" in refused(["evaluate", str(run)], capsys)
+        assert not (run / "evaluation-report.json").exists()
+        lock.release()
+
+    def test_a_folder_that_appears_meanwhile(self, tmp_path):
+        folder = tmp_path / "new"
+
+        def fill(temporary):
+            folder.mkdir()
+            (folder / "theirs").write_text("1")
+
+        with pytest.raises(ValueError, match=r"out: expected a new folder, but .* exists"):
+            make_folder(folder, fill, "out")
+        assert listing(tmp_path) == ["new", "new/theirs"]
+
+    def test_the_temporary_file_of_a_running_process_stays(self, tmp_path):
+        running, dead = tmp_path / f".a.{os.getppid()}.tmp", tmp_path / ".a.1234567.tmp"
+        for path in (running, dead):
+            path.write_text("")
+        remove_temporary(tmp_path)
+        assert listing(tmp_path) == [running.name]
+
+    def test_an_export_leaves_no_lock(self, run, tmp_path):
+        assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+        assert listing(tmp_path / "out") == ["model.json", "model.safetensors"]
+
+
+class TestResume:
+    # Validation comes after steps 2, 4 and 6, the last.
+    @pytest.mark.parametrize(
+        ("hook", "step"),
+        [("training_step", 5), ("validation_step", 2), ("validation_step", 6)],
+    )
+    def test_the_rows_are_those_of_an_unbroken_run(
+        self, hook, step, command, trained, tmp_path, monkeypatch
+    ):
+        original = getattr(FlowTraining, hook)
+
+        def broken(self, *args):
+            if self.global_step == step:
+                raise KeyError("power cut")
+            return original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlowTraining, hook, broken)
+            with pytest.raises(KeyError, match="power cut"):
+                main([*command, "--save-steps", "1"])
+        assert main([*command, "--resume"]) == 0
+        assert rows(tmp_path / "run") == rows(trained)
+        one, other = (
+            torch.load(folder / "last.ckpt", weights_only=True)
+            for folder in (tmp_path / "run", trained)
+        )
+        for name in ("state_dict", "optimizer_states", "lr_schedulers"):
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("interrupts", [1, 2])
+    def test_two_quick_interrupts_are_one(self, interrupts, command, tmp_path, monkeypatch):
+        original = FlowTraining.training_step
+
+        def training_step(self, *args):
+            if self.global_step == 2:
+                for _ in range(interrupts):
+                    os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        monkeypatch.setattr(FlowTraining, "training_step", training_step)
+        with pytest.raises(SystemExit) as leaving:
+            main(command)
+        assert leaving.value.code == 130
+        assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 3
+
+    def test_interrupts_do_not_end_a_checkpoint(self, command, trained, tmp_path, monkeypatch):
+        original = torch.save
+        steps = []
+
+        def save(checkpoint, file):
+            for _ in range(4):
+                os.kill(os.getpid(), signal.SIGINT)
+            original(checkpoint, file)
+            steps.append(checkpoint["global_step"])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", save)
+            with pytest.raises(SystemExit):
+                main(command)
+        assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == steps[-1]
+        assert main([*command, "--resume"]) == 0
+        assert rows(tmp_path / "run") == rows(trained)
+
+    def test_a_disk_that_is_full_at_the_first_byte(self, tmp_path):
+        path = tmp_path / "last.ckpt"
+        path.write_text("the one before")
+        (tmp_path / f".last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"could not write .*last.ckpt: No space left on device"):
+            CheckpointFiles().save_checkpoint({"w": torch.zeros(2**20)}, path)
+        assert listing(tmp_path) == ["last.ckpt"]
+        assert path.read_text() == "the one before"
+
+    @pytest.mark.parametrize(
+        ("domain", "told_at_once"),
+        [
+            ("data", "the loss is nan at step 1 (stage 1); a lower --learning-rate may help"),
+            ("latent", "rebuilt states drifted by nan at step 1 (stage 1)"),
+        ],
+    )
+    def test_weights_without_an_inverse(self, domain, told_at_once, command, capsys):
+        wild = ["--learning-rate", "1000", "--max-steps", "30", "--domain", domain]
+        capsys.readouterr()
+        # In the latent domain nothing is inverted before the pictures are drawn.
+        assert main([*command, *wild, "--no-reversible", "--max-skipped", "1000"]) == 1
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("mflow: error: training diverged (")
+        assert told.endswith("a lower --learning-rate may help")
+        assert main([*command, *wild, "--overwrite"]) == 1
+        assert told_at_once in capsys.readouterr().err
+
+
+def test_help_is_there_without_docstrings():
+    """Python removes them under PYTHONOPTIMIZE=2."""
+    texts = []
+    for level in ("0", "2"):
+        code = "from mflow_kernels.training.cli import main; main(['train', '--help'])"
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONOPTIMIZE": level},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        texts.append(found.stdout)
+    assert "Mirror each image left to right" in texts[1]
+    assert texts[0] == texts[1]
