@@ -26,15 +26,18 @@ those of a GPU.
 from benchmarks.reports import aot  # isort: skip - before anything of mflow_kernels
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mflow_kernels.ops import coupling_network
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
         "_local_scalar_dense", "_reshape_alias")  # fmt: skip
@@ -282,13 +285,41 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
             _own_flops(launch),
         )
 
-    with _marked_networks(module, counter), counter, aot.noting(note):
+    def product(a: Tensor, b: Tensor) -> Tensor:  # on CUDA one launch, which no CPU has
+        out = torch.zeros(len(a), b.shape[1])
+        counter.add("mm", [a, b], [out], 2 * out.numel() * len(b))
+        return out
+
+    with (
+        _marked_networks(module, counter),
+        patch.object(coupling_network, "product_in_float32", product),
+        counter,
+        aot.noting(note),
+    ):
         function()
     return counter.kernels
 
 
+def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
+    """Those of the kernels of `ops.coupling_network`, with what they compute several times."""
+    width, taps = int(given["WIDTH"]), int(given["TAPS"])
+    inner = width * taps * int(given.get("C_IN", 0))
+    outer = width * taps * int(given.get("C_OUT", 0))
+    if kernel == "_network_kernel":
+        columns = -(-taps * int(given["C_OUT"]) // int(given["BLOCK_J"]))
+        blocks = -(-width // int(given["BLOCK_D"]))
+        products = columns * (blocks * inner + width**2) + outer
+    elif kernel == "_dh2_kernel":
+        products = 2 * outer
+    else:
+        products = 2 * inner + width**2 * (1 if given["dw2"] is None else 2)
+    return 2 * int(given["PIXELS"]) * products
+
+
 def _own_flops(launch: aot.Launch) -> int:
-    """Those of the products with W of the package's kernels."""
+    """Those of the products of the package's kernels."""
+    if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
+        return _network_flops(launch.kernel.__name__, launch.bound)
     products = PRODUCTS_WITH_W.get(launch.kernel.__name__, 0)
     if not products:
         return 0

@@ -456,7 +456,12 @@ def launch_network_backward(
     dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, -1, blocks1)
     if s.sums[1]:
         return dx, partial.sum(0), partial.new_empty(0)
-    return dx, partial.sum(0), (_rows(dh2).t() @ _rows(h1)).float()
+    return dx, partial.sum(0), product_in_float32(_rows(dh2).t(), _rows(h1))
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16-bit factors, not rounded to 16 bits."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:

@@ -98,7 +98,8 @@ class WalkBack:
         Raises:
             RuntimeError: a network did not repeat its first run.
         """
-        self.dlog_dets, self.dlogdet, self.kept = dlog_dets, dlogdet, kept
+        # One number that autograd expanded, if the loss is a mean: written out once, not per network.
+        self.dlog_dets, self.dlogdet, self.kept = dlog_dets, dlogdet.contiguous(), kept
         self._differences: list[tuple[int, Network, bool, Tensor]] = []
         left, came = list(zip(latents, dlatents, strict=True)), []
         for i in reversed(range(len(moves))):
@@ -251,7 +252,8 @@ class _Entered:
         with torch.enable_grad():
             self.mixes = group.mixes(dtype)
         self.inverse = torch.linalg.inv_ex(self.mixes.weight.detach().double())[0]
-        self.rounded_inverse = self.inverse.to(self.mixes.weight.dtype)
+        # LAPACK's and cuSOLVER's results have their columns contiguous, and kernels read rows.
+        self.rounded_inverse = self.inverse.to(self.mixes.weight.dtype).contiguous()
         self.left = len(group.steps)
         self.partials: tuple[Tensor, Tensor] | None = None
         self.waiting: list[int] = []  # the steps that have partial sums there

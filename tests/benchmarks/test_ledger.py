@@ -57,8 +57,8 @@ made = names(lambda: net(x).backward(torch.ones(2, 4, 8, 8)), net, x)
 parts = {m[0]: m[1] for m in made}
 assert parts["relu"] == parts["threshold_backward"] == parts["convolution dw"] == "networks", parts
 seen = []
-ledger_counts.count(lambda: seen.append(nn.functional.pixel_unshuffle(plain.to(memory_format=last), 2)),
-              net, plain)
+unshuffle = nn.functional.pixel_unshuffle
+ledger_counts.count(lambda: seen.append(unshuffle(plain.to(memory_format=last), 2)), net, plain)
 assert seen[0].is_contiguous()
 """
 
@@ -76,8 +76,8 @@ def test_rules() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_no_step_moves_more_than_recorded(precision: str) -> None:
-    """The counts of the package's own variants, at the size of the recorded file; run
-    `python -m benchmarks.reports.ledger ... --record benchmarks.reports.ledger.json` where fewer are right."""
+    """The counts of the package's own variants, at the size of the recorded file. Where fewer are
+    right, record them: --record in place of --check."""
     done = run(
         "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--precision", precision,
         "--variant", "ours, stored", "ours, reversible",
