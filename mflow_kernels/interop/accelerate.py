@@ -11,7 +11,7 @@ from torch import nn
 
 from mflow_kernels.interop.fingerprints import why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
-from mflow_kernels.interop.params import Pair, Params, has_hooks
+from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.report import Left, Replaced, Report
 from mflow_kernels.interop.sequence import Coupling, Part, Run, why_not
 from mflow_kernels.interop.subclasses import (
@@ -19,6 +19,7 @@ from mflow_kernels.interop.subclasses import (
     decelerate_module,
     is_accelerated,
 )
+from mflow_kernels.layers.networks import has_hooks
 from mflow_kernels.reversible.program import Squeezing
 
 _ADAPTERS = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}

@@ -1,5 +1,6 @@
 """The coupling network that layers make where none is given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,31 +42,43 @@ class CouplingNetwork(nn.Sequential):
     the fused operator `ops.coupling_network` where that fits and is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if autocasts(x.device):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        parameters = fusible_parameters(self) if uses_triton(x) else None
-        if (
-            parameters is not None
-            and supports(x, parameters[0], parameters[4])
-            and prefers_fused(x, parameters)
-        ):
-            return coupling_network(x, *parameters)
-        return super().forward(x)
+        params = fused_params(list(self), x)
+        return super().forward(x) if params is None else params
 
 
-def fusible_parameters(net: nn.Sequential) -> list[Tensor] | None:
-    """Weights and biases in the order that `ops.coupling_network` takes them; None if `net` is no
-    network of that form, or if hooks of its layers expect to be called."""
-    layers: list[Any] = list(net)
-    if len(layers) != 5 or any(map(_hooked, layers)):
+def fused_params(
+    layers: Sequence[nn.Module], x: Tensor, last: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor | None:
+    """What a chain of layers gives for x, by `ops.coupling_network`; None where that does not fit
+    the layers or x, or is slower.
+
+    Args:
+        last: weight and bias in place of those of the last layer.
+    """
+    if not uses_triton(x) or not is_glow_network(layers):
         return None
+    products: Sequence[Any] = layers[::2]
+    first, second, third = products
+    weight, bias = (third.weight, third.bias) if last is None else last
+    parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
+    if any(p is None for p in parameters):
+        return None
+    if autocasts(x.device):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not supports(x, first.weight, weight) or not prefers_fused(x, parameters):
+        return None
+    return coupling_network(x, *parameters)
+
+
+def is_glow_network(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers are 3x3, 1x1 and 3x3 convolutions, or three linear layers, with ReLU between
+    and without hooks, which would not be called."""
+    if len(layers) != 5 or has_hooks(*layers) or not all(map(_is_relu, layers[1::2])):
+        return False
     products = layers[::2]
-    if not all(map(_is_relu, layers[1::2])) or any(layer.bias is None for layer in products):
-        return None
-    linear = all(type(layer) is nn.Linear for layer in products)
-    if not linear and not all(map(_is_same_convolution, products, (3, 1, 3))):
-        return None
-    return [p for layer in products for p in (layer.weight, layer.bias)]
+    if all(type(layer) is nn.Linear for layer in products):
+        return True
+    return all(map(_is_same_convolution, products, (3, 1, 3)))
 
 
 def _is_relu(layer: Any) -> bool:
@@ -84,10 +97,12 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
     )
 
 
-def _hooked(layer: Any) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks,
-             layer._backward_pre_hooks)  # fmt: skip
-    return any(hooks)
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody listens to calls of these modules, which a fused run would not make."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 # The spatial axes that layers of torch's take.

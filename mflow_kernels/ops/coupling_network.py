@@ -370,7 +370,9 @@ def forward_tile(s: Shape) -> Tile:
     if s.width <= 128:
         return Tile(64, _block(s.width), 64 if columns <= 256 else 32, min(columns, 512), 8)
     block_d = 256 if columns <= 128 and s.width <= 256 else 128
-    return Tile(64 if columns <= 256 else 32, block_d, 64, min(columns, 256), 8)
+    if columns > 256:
+        return Tile(32, block_d, 32, 256, 8)
+    return Tile(64, block_d, 64, columns, 8)
 
 
 def dh2_tile(s: Shape) -> Tile:

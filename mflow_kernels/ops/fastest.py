@@ -7,6 +7,7 @@ run on a card measures.
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
@@ -80,4 +81,5 @@ def _save(choices: dict[str, bool]) -> None:
         part.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
         part.replace(_file())
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

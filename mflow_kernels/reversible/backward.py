@@ -98,7 +98,7 @@ class WalkBack:
         Raises:
             RuntimeError: a network did not repeat its first run.
         """
-        # One number that autograd expanded, if the loss is a mean: written out once, not per network.
+        # Often one number that autograd expanded: written out here once, not for each network.
         self.dlog_dets, self.dlogdet, self.kept = dlog_dets, dlogdet.contiguous(), kept
         self._differences: list[tuple[int, Network, bool, Tensor]] = []
         left, came = list(zip(latents, dlatents, strict=True)), []
