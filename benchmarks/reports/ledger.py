@@ -74,6 +74,7 @@ class Row:
     """A task of one variant of one model."""
 
     spec: str
+    width: int
     task: str
     variant: str
     launches: int
@@ -105,7 +106,7 @@ def count(spec: Spec, variant: str, task: str) -> Row:
         parts[k.part] += k.moved
         levels[str((spec.side // k.side).bit_length() - 1) if k.side else "-"] += k.moved
     return Row(
-        str(spec), task, variant, len(kernels), sum(k.read for k in kernels),
+        str(spec), spec.width, task, variant, len(kernels), sum(k.read for k in kernels),
         sum(k.written for k in kernels), sum(k.flops for k in kernels), parts,
         dict(sorted(levels.items())), {n: card.lower_bound(kernels) for n, card in CARDS.items()},
     )  # fmt: skip
@@ -145,6 +146,25 @@ def report(made: Sequence[Row]) -> str:
             for row in group
         ]  # fmt: skip
         pages.append(f"{TASKS[key[1]]}, {key[0]}\n{table(head, cells)}")
+    return "\n\n".join(pages)
+
+
+def summary(made: Sequence[Row]) -> str:
+    """A Markdown table for each task: bytes over plain eager's and launches, by width."""
+    widths = list(dict.fromkeys(row.width for row in made))
+    pages = []
+    for task in dict.fromkeys(row.task for row in made):
+        cells = {(row.variant, row.width): row for row in made if row.task == task}
+        lines = [f"| {TASKS[task]} | " + " | ".join(f"width {w}" for w in widths) + " |",
+                 "|---" * (1 + len(widths)) + "|"]  # fmt: skip
+        for variant in dict.fromkeys(variant for variant, _ in cells):
+            row = [
+                f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
+                f"{cells[variant, w].launches:,}"
+                for w in widths
+            ]
+            lines.append(f"| {variant} | " + " | ".join(row) + " |")
+        pages.append("\n".join(lines))
     return "\n\n".join(pages)
 
 
@@ -189,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="of the coupling networks")  # fmt: skip
     parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=list(TASKS))
     parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--summary", action="store_true",
+                        help="print bytes over those of plain, and launches, alone")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all rows as JSON")
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail where FILE has less")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write what --check reads")
@@ -199,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for width in options.width
     ]  # fmt: skip
     made = rows(specs, options.variant, options.task)
-    print(report(made))
+    print(summary(made) if options.summary else report(made))
     if options.json:
         save(options.json, [asdict(row) for row in made])
     if options.record:
