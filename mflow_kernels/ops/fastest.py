@@ -48,8 +48,12 @@ def fused_is_faster(
     if key not in choices:
         if torch.cuda.is_current_stream_capturing():
             return False
-        choices[key] = seconds(fused) < seconds(by_torch)
-        _save(choices)
+        try:
+            choices[key] = seconds(fused) < seconds(by_torch)
+        except torch.OutOfMemoryError:  # for this process, which must not change its mind
+            choices[key] = False
+        else:
+            _save(choices)
     return choices[key]
 
 

@@ -66,6 +66,17 @@ def test_a_folder_that_cannot_be_written(file: Path) -> None:
     assert choose("a", never, never)
 
 
+def test_no_memory_to_measure_in(file: Path) -> None:
+    """The process keeps to torch's layers; the next one measures."""
+
+    def too_large() -> float:
+        raise torch.OutOfMemoryError
+
+    assert not choose("a", too_large, never)
+    assert not choose("a", never, never)
+    assert not file.exists()
+
+
 def test_nothing_is_measured_while_a_graph_is_recorded(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
