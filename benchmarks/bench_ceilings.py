@@ -13,10 +13,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.fresh import Died, fresh
-from benchmarks.harness.groups import Bench, Measured, size_of, slug
-from benchmarks.harness.measure import REPLAY, peak_bytes, seconds
+from benchmarks.harness.measurements import REPLAY, peak_bytes, seconds
 from benchmarks.harness.models import Model, Spec, shared_results
+from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.session import Bench, Measured, size_of, slug
 
 VARIANTS = ("ours, reversible", "plain", "checkpointing")
 SECONDS_A_VARIANT = 60  # its process is ended then
@@ -107,7 +107,7 @@ def _work(job: tuple[Ceiling, str, str, int, bool]) -> tuple[int, int, float]:
 def measure(bench: Bench, ceiling: Ceiling, variant: str) -> Measured:
     measured = Measured()
     job = (ceiling, variant, str(bench.device), bench.threads, bench.check_only)
-    (told,) = fresh(_work, [job], 1, SECONDS_A_VARIANT)
+    (told,) = in_fresh_processes(_work, [job], 1, SECONDS_A_VARIANT)
     if isinstance(told, Died):
         measured.faults[variant] = told
         return measured

@@ -12,10 +12,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.fresh import fresh
-from benchmarks.harness.groups import Bench, Measured, Missing, size_of, slug
-from benchmarks.harness.measure import REPLAY, Call, interleaved, peak_bytes
+from benchmarks.harness.measurements import REPLAY, Call, interleaved, peak_bytes
 from benchmarks.harness.models import Spec, assert_gradient_close
+from benchmarks.harness.processes import in_fresh_processes
+from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
 from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
@@ -157,7 +157,7 @@ def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
     measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
     jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in calls]
-    measured.peaks(calls, fresh(step_peak, jobs, 2, SECONDS_A_PEAK))
+    measured.peaks(calls, in_fresh_processes(step_peak, jobs, 2, SECONDS_A_PEAK))
     return measured
 
 

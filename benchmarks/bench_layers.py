@@ -4,9 +4,9 @@ time of the flow's own operators."""
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.groups import Bench, size_of, slug
-from benchmarks.harness.measure import REPLAY
+from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import INVERTIBLE, Spec, measure
+from benchmarks.harness.session import Bench, size_of, slug
 
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")

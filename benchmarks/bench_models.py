@@ -4,9 +4,9 @@ and width, with the peak memory of a training step from a process of its own."""
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.groups import Bench, size_of, slug
-from benchmarks.harness.measure import REPLAY
+from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import Spec, measure, variants
+from benchmarks.harness.session import Bench, size_of, slug
 
 ROUNDS = 5
 

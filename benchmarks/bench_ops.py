@@ -8,9 +8,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness.groups import Bench, Measured, Missing, size_of, slug
-from benchmarks.harness.measure import REPLAY, interleaved, launches, peak_bytes
+from benchmarks.harness.measurements import REPLAY, interleaved, launches, peak_bytes
 from benchmarks.harness.operators import Function, Operation, Shape, operations
+from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
 
 ROUNDS = 7
 VARIANTS = ("ours", "eager", "compiled")
@@ -18,8 +18,8 @@ OPERATIONS = (
     *((name, direction)
       for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
       for direction in ("forward", "inverse", "backward")),
-    ("uncouple", "backward"),
-    ("unmix", "backward"),
+    ("rebuild_coupling", "backward"),
+    ("rebuild_conv1x1", "backward"),
     ("accumulate_logdet", "forward"),
     ("masked_penalty", "forward"),
     ("masked_penalty", "backward"),

@@ -8,9 +8,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.harness.groups import Bench, Measured, slug
-from benchmarks.harness.measure import REPLAY, seconds
+from benchmarks.harness.measurements import REPLAY, seconds
 from benchmarks.harness.models import Spec, nll
+from benchmarks.harness.session import Bench, Measured, slug
 from mflow_kernels import Glow
 
 VARIANTS = {  # precision of the networks, and whether states are rebuilt

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.groups import Bench, open_bench
-from benchmarks.harness.measure import CLOCKS
+from benchmarks.harness.measurements import CLOCKS
+from benchmarks.harness.session import Bench, open_bench
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -95,7 +95,7 @@ export -f all_at_once
 # shards COMMAND: lines of as many parts of a pytest command as there are cores; one may be empty.
 shards() {
   for ((i = 1; i <= cores; i++)); do
-    echo "python3 -m pytest $* -p benchmarks.harness.shard --shard $i/$cores || [ \$? -eq 5 ]"
+    echo "python3 -m pytest $* -p benchmarks.harness.pytest_shard --shard $i/$cores || [ \$? -eq 5 ]"
   done
 }
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.rows import Row, Runs, merged, ratio, runs, spread
-from benchmarks.harness.table import save
+from benchmarks.harness.output import save_json
+from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs, spread
 
 MIB = 2**20
 KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.save:
-        save(options.save, content)
+        save_json(options.save, content)
     if options.out:
         from benchmarks.harness.plots import draw
 

@@ -99,7 +99,7 @@ def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
 
 
-def moved(module: Module, by: float = 0.1) -> Module:
+def perturbed(module: Module, by: float = 0.1) -> Module:
     """The module with normal numbers added to its parameters: as they start, most of what a flow
     does is to do nothing."""
     with torch.no_grad():
@@ -123,11 +123,11 @@ class Operator:
     inputs: tuple[str, ...]
 
     @property
-    def scaled(self) -> bool:
+    def has_scale(self) -> bool:
         return "params" in self.inputs
 
     @property
-    def mixes(self) -> bool:
+    def has_conv1x1(self) -> bool:
         return "weight" in self.inputs
 
     def sample(
@@ -202,7 +202,7 @@ def _actnorm(inverse: bool) -> Operator:
     return Operator(call.__name__, call, reference, ("x", "bias", "log_scale"))
 
 
-def _coupling(inverse: bool, mix: bool) -> Operator:
+def _coupling(inverse: bool, conv1x1: bool) -> Operator:
     def reference(
         x: Tensor,
         params: Tensor,
@@ -215,7 +215,7 @@ def _coupling(inverse: bool, mix: bool) -> Operator:
         y = y if weight is None else conv1x1_ref(y, weight, bias)
         return y, log_s.flatten(1).sum(1)
 
-    if mix:
+    if conv1x1:
         call = ops.coupling_inverse_conv1x1 if inverse else ops.coupling_conv1x1
         return Operator(call.__name__, call, reference, ("x", "params", "weight", "bias"))
     call = ops.affine_coupling_inverse if inverse else ops.affine_coupling
@@ -253,7 +253,7 @@ OPERATORS = {
 
 
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
-    return {"scale": scale or ScaleFunction("tanh")} if op.scaled else {}
+    return {"scale": scale or ScaleFunction("tanh")} if op.has_scale else {}
 
 
 def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
@@ -266,8 +266,8 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     n, c, p = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     assert actual[0].dtype == x.dtype
     assert actual[0].stride() == torch.empty_like(dense_pixels(x)).stride()
-    mixed = c if op.mixes else 1
-    assert_close(actual[0], expected[0], terms=mixed, name="y")
+    summed_channels = c if op.has_conv1x1 else 1
+    assert_close(actual[0], expected[0], terms=summed_channels, name="y")
     if len(actual) > 1:
         # Its terms are of order one; a sum of few samples may cancel to less.
         assert_close(actual[1], expected[1], terms=c * p, scale=1.0, name="logdet")
@@ -279,7 +279,12 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     exact_grads = torch.autograd.grad(
         expected, list(exact.values()), [g.double() for g in cotangents]
     )
-    terms = {"x": mixed, "params": mixed, "weight": n * p * c, "bias": n * p * mixed}
+    terms = {
+        "x": summed_channels,
+        "params": summed_channels,
+        "weight": n * p * c,
+        "bias": n * p * summed_channels,
+    }
     for name, got, want in zip(inputs, grads, exact_grads, strict=True):
         assert got.dtype == inputs[name].dtype
         assert_close(got, want, terms=terms.get(name, n * p), name=f"d {name}")

@@ -1,8 +1,12 @@
 """A model and images so small that a test may train on them."""
 
+import os
+import socket
+import sys
 import zipfile
 
 import numpy as np
+import torch
 from PIL import Image
 
 # A model that trains in a moment: two stages of three steps on ten images of 8x8.
@@ -35,3 +39,47 @@ def zip_up(folder, path):
 def listing(folder):
     """Everything below a folder, by relative path."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def torchrun(command, states):
+    """Run `mflow` as `torchrun --nproc-per-node 2` does, in two forked processes.
+
+    Each rank writes its output to `states/log<rank>` and its final weights to `states/<rank>.pt`.
+    """
+    from mflow_kernels.training import train
+    from mflow_kernels.training.cli import main
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for descriptor in (1, 2):
+                    log = os.open(states / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                    os.dup2(log, descriptor)
+                sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
+                os.environ |= {
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+                    **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"},
+                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
+                    "GLOO_SOCKET_IFNAME": "lo",
+                }
+                fit = train._fit
+
+                def spied(plan, fit=fit, rank=rank):
+                    averaged = fit(plan)
+                    state = {**plan.model.state_dict(), **averaged.state_dict(prefix="average.")}
+                    torch.save(state, states / f"{rank}.pt")
+                    return averaged
+
+                train._fit = spied
+                code = main(command)
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], (states / "log0").read_text()

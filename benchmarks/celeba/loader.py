@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.table import table
+from benchmarks.harness.output import text_table
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError
 from mflow_kernels.data.splits import (
@@ -61,7 +61,7 @@ def main() -> None:
         rows = [measure_noise(size, device) for size in SIZES]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"images per second, on {name}")
-    print(table(("shape", "batch", "disk", "memory", "core", "GB/s, core", "device"), rows))
+    print(text_table(("shape", "batch", "disk", "memory", "core", "GB/s, core", "device"), rows))
     if arguments.run:
         speeds = [
             row["images_per_second"]

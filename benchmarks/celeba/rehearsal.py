@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.celeba.tree import make_celeba
+from benchmarks.celeba.fake_celeba import make_celeba
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.training.callbacks import read_metrics

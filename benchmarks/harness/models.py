@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.fresh import fresh
-from benchmarks.harness.groups import Bench, Measured
-from benchmarks.harness.measure import Call, interleaved, peak_bytes
-from benchmarks.harness.peers import BUILDERS, NOTES, Peer
-from benchmarks.harness.plain import Latents, exact, with_torch_convolutions
+from benchmarks.harness.measurements import Call, interleaved, peak_bytes
+from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
+from benchmarks.harness.plain_glow import Latents, exact, with_torch_convolutions
+from benchmarks.harness.processes import in_fresh_processes
+from benchmarks.harness.session import Bench, Measured
 from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow
 from mflow_kernels.testing import assert_close, tolerance
@@ -287,5 +287,7 @@ def measure(
         again = [variant for variant in calls if every or variant != "plain, compiled"]
         jobs = [(spec, variant, str(bench.device), bench.threads) for variant in again]
         # Several at once, which no allocator notices, once nothing is timed.
-        measured.peaks(again, fresh(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK))
+        measured.peaks(
+            again, in_fresh_processes(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK)
+        )
     return measured

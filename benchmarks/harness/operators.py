@@ -15,8 +15,8 @@ from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref
 from mflow_kernels.ops.logdet import accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_ref
-from mflow_kernels.ops.rebuild_conv1x1 import unmix, unmix_ref
-from mflow_kernels.ops.rebuild_coupling import uncouple, uncouple_ref
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1, rebuild_conv1x1_ref
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.testing import assert_close
 
 SCALE = ScaleFunction("tanh")
@@ -162,9 +162,9 @@ def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
         moved = 2 * state + q_bytes
         # A coupling's gradient needs the half of x that it changes; a product's needs all of x.
         back = moved + q_bytes + (half if name == "affine_coupling" else state)
-        mixed = 1 if name in ("actnorm", "affine_coupling") else c
-        terms = (mixed, c * shape.p)  # of y and logdet
-        grads = (mixed, mixed if q_bytes else np * c)  # of x, params and the channels' parameters
+        summed = 1 if name in ("actnorm", "affine_coupling") else c
+        terms = (summed, c * shape.p)  # of y and logdet
+        grads = (summed, summed if q_bytes else np * c)  # of x, params and the channels' parameters
         grads += (np * c,)
         yield Operation(name, "forward", ours, reference, inputs, False, moved, terms)
         yield Operation(name, "inverse", inverse, inverse_reference, inputs, False, moved, terms)
@@ -181,11 +181,11 @@ def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> It
     x, q, weight, bias = (t.detach() for t in (x, q, weight, bias))
     dx, dlogdet = make.state(c).detach(), make.normal(n).detach()
     back = (x[:, c_a:], dx[:, c_a:], dlogdet, q, SCALE, False, False)
-    yield Operation("uncouple", "backward", uncouple, uncouple_ref, back, False,
+    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back, False,
                     4 * half + 2 * params, (1,))  # fmt: skip
     halves = (x[:, :c_a], x[:, c_a:]), (dx[:, :c_a], dx[:, c_a:])
     back = (*halves, None, weight, weight.t().contiguous(), bias, None, shape.channels_last)
-    yield Operation("unmix", "backward", _unmixed(unmix), _unmixed(unmix_ref), back, False,
+    yield Operation("rebuild_conv1x1", "backward", _rebuilt(rebuild_conv1x1), _rebuilt(rebuild_conv1x1_ref), back, False,
                     4 * state, (c, c, np, np))  # fmt: skip
     tiles = max(1, shape.p // 64)
     ledger, constant = make.normal(n, tiles), make.normal(1).detach()[0]
@@ -227,7 +227,7 @@ def _coupling(
     return y if weight is None else conv1x1_ref(y, weight, bias), log_s.sum(1)
 
 
-def _unmixed(function: Callable[..., Any]) -> Function:
+def _rebuilt(function: Callable[..., Any]) -> Function:
     """What both leave, their partial sums added: x, dx, gram, d bias."""
 
     def call(*inputs: Any) -> tuple[Tensor, ...]:

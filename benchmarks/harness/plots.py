@@ -9,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.harness.rows import Row, ratio
+from benchmarks.harness.saved_runs import Row, ratio
 
 MIB = 2**20
 COLOURS = [*mpl.color_sequences["tab10"], "black"]

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.manifold import digits, factors, points
-from benchmarks.manifold.report import save_text
+from benchmarks.manifold.output import save_text
 
 PARTS = {"points": points, "factors": factors, "digits": digits}
 

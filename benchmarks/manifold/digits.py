@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from benchmarks.manifold import methods
 from benchmarks.manifold.methods import Method
-from benchmarks.manifold.report import Row, markdown
+from benchmarks.manifold.output import Row, markdown
 from mflow_kernels import Glow, ManifoldObjective, VectorFlow
 from mflow_kernels.data.splits import BatchStream, ImageSet, dequantize, to_image
 from mflow_kernels.evaluation.pictures import draw_images
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 
 LEVELS, STEPS, WIDTH = 2, 3, 32
 FURTHER_STEPS, FURTHER_WIDTH = 6, 128

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.manifold import methods
-from benchmarks.manifold.report import Row, markdown, save_figure
+from benchmarks.manifold.output import Row, markdown, save_figure
 from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
 from mflow_kernels.data.splits import to_image
 from mflow_kernels.evaluation.pictures import draw_images

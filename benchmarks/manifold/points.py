@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.manifold import methods
-from benchmarks.manifold.line import MixtureFlow
 from benchmarks.manifold.methods import Method
-from benchmarks.manifold.report import Row, markdown, save_figure
+from benchmarks.manifold.mixture_flow import MixtureFlow
+from benchmarks.manifold.output import Row, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
 from mflow_kernels import ManifoldObjective, VectorFlow
 from mflow_kernels.layers import Bijection
-from mflow_kernels.models.objectives import Domain, Rho
+from mflow_kernels.models.objectives import Rho
+from mflow_kernels.models.penalty_weight import Domain
 
 NOISE = 0.05
 BATCH, RATE = 256, 3e-3

@@ -103,19 +103,19 @@ def operations(case: Case) -> Iterator[Operation]:
     bias = torch.zeros(case.c, dtype=wide, requires_grad=True)
     log_scale = torch.zeros(case.c, dtype=wide, requires_grad=True)
     scale, precision = {"scale": case.scale}, {"precision": case.precision}
-    couple, mixed = [x, params], [x, params, weight, bias]
+    couple, both = [x, params], [x, params, weight, bias]
     table: list[tuple[str, str, Callable[..., object], list[Tensor]]] = [
         ("actnorm", "forward", ops.actnorm, [x, bias, log_scale]),
         ("actnorm", "inverse", ops.actnorm_inverse, [x, bias, log_scale]),
         ("conv1x1", "forward", partial(ops.conv1x1, **precision), [x, weight, bias]),
         ("affine_coupling", "forward", partial(ops.affine_coupling, **scale), couple),
         ("affine_coupling", "inverse", partial(ops.affine_coupling_inverse, **scale), couple),
-        ("coupling_conv1x1", "forward", partial(ops.coupling_conv1x1, **scale, **precision), mixed),
+        ("coupling_conv1x1", "forward", partial(ops.coupling_conv1x1, **scale, **precision), both),
         (
             "coupling_conv1x1",
             "inverse",
             partial(ops.coupling_inverse_conv1x1, **scale, **precision),
-            mixed,
+            both,
         ),
     ]
     for kind, options in CHAINS.items():

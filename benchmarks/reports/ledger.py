@@ -30,9 +30,9 @@ from benchmarks.reports import aot, ledger_counts  # before anything of mflow_ke
 import torch  # isort: skip
 from torch import nn  # isort: skip
 
-from benchmarks.harness.groups import Missing
+from benchmarks.harness.session import Missing
 from benchmarks.harness.models import Model, Spec
-from benchmarks.harness.table import save, table
+from benchmarks.harness.output import save_json, text_table
 from benchmarks.reports.ledger_counts import PARTS, Kernel
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.reversible.rerun import Network
@@ -145,7 +145,7 @@ def report(made: Sequence[Row]) -> str:
             ]
             for row in group
         ]  # fmt: skip
-        pages.append(f"{TASKS[key[1]]}, {key[0]}\n{table(head, cells)}")
+        pages.append(f"{TASKS[key[1]]}, {key[0]}\n{text_table(head, cells)}")
     return "\n\n".join(pages)
 
 
@@ -223,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = rows(specs, options.variant, options.task)
     print(summary(made) if options.summary else report(made))
     if options.json:
-        save(options.json, [asdict(row) for row in made])
+        save_json(options.json, [asdict(row) for row in made])
     if options.record:
-        save(options.record, record(made))
+        save_json(options.record, record(made))
     grown = check(made, json.loads(options.check.read_text())) if options.check else []
     for line in grown:
         print(f"grown: {line}")

@@ -193,9 +193,9 @@ DEFAULT_OUTPUTS = {
     "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
 }  # fmt: skip
 OUTPUTS = {
-    "_unmix_kernel": {"x", "dx", "net", "gram", "dbias"},
-    "_unmix_wide_kernel": {"x", "dx", "net", "gram", "dbias"},
-    "_uncouple_kernel": {"y_b", "dy_b", "dparams"},
+    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "gram", "dbias"},
+    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "gram", "dbias"},
+    "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"taps", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
@@ -208,8 +208,8 @@ PRODUCTS_WITH_W = {
     "_mix_kernel": 1,
     "_dweight_kernel": 1,
     "_coupling_conv1x1_bwd_kernel": 1,
-    "_unmix_kernel": 3,
-    "_unmix_wide_kernel": 3,
+    "_rebuild_conv1x1_kernel": 3,
+    "_rebuild_conv1x1_wide_kernel": 3,
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from benchmarks.reports import aot  # before anything of mflow_kernels
+from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.launch import is_channels_last
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.presets import PRESETS, preset_options
-from mflow_kernels.training.plan import plan_model
+from mflow_kernels.training.memory import resolve_config
 
 BATCH = 2
 FEW = 3  # steps of flow, where a first, a middle and a last one make every launch there is
@@ -109,7 +109,7 @@ class Model:
 
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
     """A preset; with all its steps where the place of a kept state among them matters."""
-    config = plan_model(TrainConfig(**preset_options(name)), None, gpu=True)
+    config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
     dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
     if chain != "checkpointed":
         steps = tuple(min(FEW, k) for k in steps)
@@ -146,7 +146,7 @@ def quick_models() -> Iterator[Model]:
 
 class Recorded(NamedTuple):
     model: str
-    launch: aot.Launch
+    launch: _aot.Launch
 
 
 def record(model: Model) -> Iterator[Recorded]:
@@ -159,7 +159,7 @@ def record(model: Model) -> Iterator[Recorded]:
         autocasts = model.dtypes[0] != model.dtypes[1]
         dtype = model.dtypes[1] if autocasts else None
         with _NoAlgebra(), torch.autocast("cpu", dtype, enabled=autocasts):
-            launches = aot.capture(run)
+            launches = _aot.capture(run)
         for launch in launches:
             yield Recorded(model.name, launch)
 

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.reports import aot  # before anything of mflow_kernels
+from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor
 
-from benchmarks.harness.table import save, table
+from benchmarks.harness.output import save_json, text_table
 from benchmarks.reports import recorded as _recorded
 from benchmarks.reports.cases import SHORT, Case, operations
 from benchmarks.reports.nvcc import NATIVE, compile_native
@@ -55,13 +55,13 @@ def recorded(size: str) -> Iterator[Recorded]:
         yield from _recorded.record(model)
     shapes = network_shapes() if size == "full" else [(12, 128, BF16)]
     for c, width, dtype in shapes:
-        for launch in aot.capture(lambda case=(c, width, dtype): run_network(*case)):
+        for launch in _aot.capture(lambda case=(c, width, dtype): run_network(*case)):
             yield Recorded(f"network of width {width}", launch)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
                 name = f"{operation.name}, {operation.direction}"
-                for launch in aot.capture(lambda op=operation: op.prepare()()):
+                for launch in _aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
 
 
@@ -103,7 +103,7 @@ def full_cases() -> Iterator[Case]:
 class Configuration:
     """Launches that compile to one kernel, and what is asked of its accesses."""
 
-    launch: aot.Launch  # the first one
+    launch: _aot.Launch  # the first one
     model: str  # that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
 
@@ -153,7 +153,7 @@ NO_STATES = {
 }  # fmt: skip
 
 
-def states(launch: aot.Launch) -> dict[str, Tensor]:
+def states(launch: _aot.Launch) -> dict[str, Tensor]:
     """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
     of these."""
     return {
@@ -163,13 +163,13 @@ def states(launch: aot.Launch) -> dict[str, Tensor]:
     }
 
 
-def channels(launch: aot.Launch) -> int:
+def channels(launch: _aot.Launch) -> int:
     """C of the launch's states: a constant of most kernels, else as many as params have."""
     given = launch.bound.get("C")
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
-def wide(launch: aot.Launch) -> set[str]:
+def wide(launch: _aot.Launch) -> set[str]:
     """The states whose sizes allow 16-byte accesses."""
     allowed, c = set(), channels(launch)
     for name, t in states(launch).items():
@@ -228,11 +228,11 @@ def _compile(job: tuple[int, str]) -> Row:
     index, target = job
     configuration = _work[index]
     launch = configuration.launch
-    made = aot.compile_for(launch, target)
+    made = _aot.compile_for(launch, target)
     accesses = {name: made.access.get(name, []) for name in states(launch)}
     widths = [width for access in accesses.values() for width in access]
     blocks = (
-        0 if made.error else aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        0 if made.error else _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     )
     faults = [made.error] if made.error else []
     if made.spilled:
@@ -254,7 +254,7 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
     source, target = job
     rows = []
     for name, made in compile_native(source, target):
-        blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        blocks = _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
         faults = ["spills"] if made.spilled else []
         faults += [] if blocks else ["does not fit"]
         row = Row(
@@ -282,8 +282,8 @@ def report(size: str, targets: Sequence[str]) -> list[Row]:
 
 def limits(targets: Sequence[str]) -> str:
     head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
-    values = [(t, aot.ARCHS[t]) for t in targets]
-    return table(
+    values = [(t, _aot.ARCHS[t]) for t in targets]
+    return text_table(
         head,
         [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
     )
@@ -294,7 +294,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
     failed = [row for row in rows if row.faults]
     by_registers = max(rows, key=lambda r: r.registers)
     by_blocks = min(rows, key=lambda r: r.blocks * r.warps)
-    lines = [table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
+    lines = [text_table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
     lines.append(f"worst: {len(failed)} of {len(rows)} configurations fail; at most "
                  f"{by_registers.registers} registers; at least {by_blocks.blocks} blocks of "
                  f"{by_blocks.warps} warps at once")  # fmt: skip
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--target", action="append", choices=list(aot.ARCHS), help="may be repeated; default: all"
+        "--target", action="append", choices=list(_aot.ARCHS), help="may be repeated; default: all"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -324,15 +324,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
-    targets = options.target or list(aot.ARCHS)
+    targets = options.target or list(_aot.ARCHS)
     rows = report(options.size or "standard", targets)
     print("One multiprocessor\n" + limits(targets) + "\n")
-    print(table(Row.HEAD, [row.cells for row in rows]) + "\n")
+    print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")
     if not shutil.which("nvcc"):
         print("csrc: not compiled, nvcc was not found on PATH\n")
     print("\n".join(worst(rows)))
     if options.json:
-        save(options.json, [asdict(row) for row in rows])
+        save_json(options.json, [asdict(row) for row in rows])
     return int(any(row.faults for row in rows))
 
 

@@ -29,12 +29,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import _traffic  # before anything of mflow_kernels
+from benchmarks.reports import traffic_counts as _traffic  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.table import save, table
+from benchmarks.harness.output import save_json, text_table
 from benchmarks.reports.cases import CHAINS, Case, backward_of, chain, operations
 
 CHANNELS = (12, 24, 48, 96, 192, 384)
@@ -129,7 +129,7 @@ def row(operation: str, direction: str, case: Case, fills: bool, launch: _traffi
 # Past this C the kernel reads its states once for each of two products. Three products of one tile
 # do not fit the registers there, and so wide a state has few pixels: a third launch for the second
 # product would cost a step more than reading twice.
-TWICE = {"_unmix_wide_kernel": 64}
+TWICE = {"_rebuild_conv1x1_wide_kernel": 64}
 
 
 def wanted(name: str, case: Case, fills: bool, quick: bool) -> bool:
@@ -262,11 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, counts = traffic(options.quick), launches()
     print(
         "Bytes and sectors that each compiled launch (sm_90) asks for\n"
-        + table(Row.HEAD, [r.cells for r in rows])
+        + text_table(Row.HEAD, [r.cells for r in rows])
         + "\n"
     )
     print("Launches beside the networks, K steps\n"
-          + table(Launches.HEAD, [r.cells for r in counts]) + "\n")  # fmt: skip
+          + text_table(Launches.HEAD, [r.cells for r in counts]) + "\n")  # fmt: skip
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
     extremes = [
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max(rows, key=lambda r: r.reads),
         max(rows, key=lambda r: r.sectors),
     ]
-    print(table(Row.HEAD, [r.cells for r in failed or extremes]))
+    print(text_table(Row.HEAD, [r.cells for r in failed or extremes]))
     wrong = [r for r in counts if r.fault]
     bytes_, reads, sectors = extremes
     print(f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
           f"{len(counts)} counts fail")  # fmt: skip
     if options.json:
-        save(options.json, {"bytes": [asdict(r) for r in rows],
+        save_json(options.json, {"bytes": [asdict(r) for r in rows],
                             "launches": [asdict(r) for r in counts]})  # fmt: skip
     return int(bool(failed or wrong))
 

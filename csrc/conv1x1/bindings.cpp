@@ -76,24 +76,24 @@ Shape second_half(Shape shape, int64_t first) {
     return shape;
 }
 
-void expect_mixed(const Shape& shape) {
-    if (shape.channels < 1 || shape.channels > kMixedChannels) {
-        fail("expected 1 to " + std::to_string(kMixedChannels) + " channels");
+void expect_channels(const Shape& shape) {
+    if (shape.channels < 1 || shape.channels > kMaxChannels) {
+        fail("expected 1 to " + std::to_string(kMaxChannels) + " channels");
     }
 }
 
 // Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
-void mix(int threads, const py::object& x, const py::object& params, const py::object& weight,
+void conv1x1(int threads, const py::object& x, const py::object& params, const py::object& weight,
          const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
          const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), to(y, dtype, Use::write);
     expect_like(from, to);
-    Mix p;
+    Conv1x1 p;
     p.is_double = is_double;
     p.shape = from.shape();
-    expect_mixed(p.shape);
+    expect_channels(p.shape);
     p.first = p.shape.channels / 2;
     const Weights weight_values(weight, dtype, p.shape.channels, true);
     p.weight = weight_values;
@@ -115,14 +115,14 @@ void mix(int threads, const py::object& x, const py::object& params, const py::o
         p.coupling = &coupling;
     }
     py::gil_scoped_release release;
-    mix_cpu(p, threads);
+    conv1x1_cpu(p, threads);
 }
 
-Unmix describe_unmixing(bool is_double, const State& dstate) {
-    Unmix p;
+Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
+    Conv1x1Backward p;
     p.is_double = is_double;
     p.shape = dstate.shape();
-    expect_mixed(p.shape);
+    expect_channels(p.shape);
     p.first = p.shape.channels / 2;
     p.dstate = dstate.walk();
     return p;
@@ -130,7 +130,7 @@ Unmix describe_unmixing(bool is_double, const State& dstate) {
 
 // Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
 // x = M (y - bias) and net, x's first half.
-void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
+void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
            const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
            const py::object& dx, const py::object& gram, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
@@ -138,7 +138,7 @@ void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, c
     const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
     const State dy_a(dy.first, dtype, Use::read), dy_b(dy.second, dtype, Use::read);
     const State result(dx, dtype, Use::write);
-    Unmix p = describe_unmixing(is_double, result);
+    Conv1x1Backward p = describe_backward(is_double, result);
     for (const State* half : {&y_a, &dy_a}) expect_shape(*half, p.shape, p.first);
     for (const State* half : {&y_b, &dy_b}) expect_shape(*half, p.shape, p.shape.channels - p.first);
     p.state[0] = y_a.walk();
@@ -162,11 +162,11 @@ void unmix(int threads, const Half& y, const Half& dy, const py::object& dnet, c
     p.gram = sums.gram();
     p.dbias = sums.dbias();
     py::gil_scoped_release release;
-    unmix_cpu(p, threads);
+    conv1x1_backward_cpu(p, threads);
 }
 
 // Computes the gradients of y = W couple(x) + bias.
-void unmix_coupled(int threads, const py::object& x, const py::object& params, const py::object& dy,
+void coupling_conv1x1_backward(int threads, const py::object& x, const py::object& params, const py::object& dy,
                    const py::object& dnet, const py::object& dlogdet,
                    const py::object& weight, const py::object& dx, const py::object& dparams,
                    const py::object& gram, const py::object& dbias, const py::tuple& scale, bool inverse) {
@@ -178,7 +178,7 @@ void unmix_coupled(int threads, const py::object& x, const py::object& params, c
     expect_like(state, gradient);
     expect_like(state, result);
     expect_like(raw, draw);
-    Unmix p = describe_unmixing(is_double, result);
+    Conv1x1Backward p = describe_backward(is_double, result);
     const int64_t first = p.first;
     p.dy[0] = gradient.walk();
     p.dy[1] = from_channel(gradient.walk(), first, is_double);
@@ -200,16 +200,16 @@ void unmix_coupled(int threads, const py::object& x, const py::object& params, c
     coupling.dlogdet_stride = dsums.stride();
     p.coupling = &coupling;
     py::gil_scoped_release release;
-    unmix_cpu(p, threads);
+    conv1x1_backward_cpu(p, threads);
 }
 
 }  // namespace
 
 void bind_conv1x1(py::module_& m) {
-    m.attr("mixed_channels") = kMixedChannels;
-    m.def("mix", &mix);
-    m.def("unmix", &unmix);
-    m.def("unmix_coupled", &unmix_coupled);
+    m.attr("conv1x1_max_channels") = kMaxChannels;
+    m.def("conv1x1", &conv1x1);
+    m.def("conv1x1_backward", &conv1x1_backward);
+    m.def("coupling_conv1x1_backward", &coupling_conv1x1_backward);
 }
 
 }  // namespace mflow

@@ -81,9 +81,9 @@ A at(const Matrix& m, int64_t row, int64_t column) {
 
 // A matrix as `product` reads it: transposed and padded to whole vectors if rows are pixels.
 template <bool PIXEL_ROWS, class A>
-class Mixer {
+class PackedMatrix {
 public:
-    Mixer(const Matrix& m, int channels) : matrix_(m), channels_(channels) {
+    PackedMatrix(const Matrix& m, int channels) : matrix_(m), channels_(channels) {
         if (!PIXEL_ROWS || !m.data) return;
         packed_.resize(channels * whole_vectors<A>(channels));
         A* row = packed_.data();
@@ -124,14 +124,14 @@ struct Panels {
 };
 
 template <bool PIXEL_ROWS, class A>
-struct Mixing {
-    const Mix& p;
+struct Conv1x1Loop {
+    const Conv1x1& p;
     Grid<PIXEL_ROWS, A> grid;
-    Mixer<PIXEL_ROWS, A> weight;
+    PackedMatrix<PIXEL_ROWS, A> weight;
     std::vector<A> bias;
     std::vector<double> sums;  // of log s: of each tile, or of each vector
 
-    explicit Mixing(const Mix& p)
+    explicit Conv1x1Loop(const Conv1x1& p)
         : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
         for (int c = 0; c < grid.channels && p.bias.data; ++c) bias[c] = at<A>(p.bias, c, 0);
         if (p.coupling) sums.resize(grid.vectors ? p.shape.samples : grid.tiling.tiles());
@@ -186,16 +186,16 @@ struct Mixing {
 };
 
 template <bool PIXEL_ROWS, class A>
-struct Unmixing {
-    const Unmix& p;
+struct Conv1x1BackwardLoop {
+    const Conv1x1Backward& p;
     Grid<PIXEL_ROWS, A> grid;
-    Mixer<PIXEL_ROWS, A> back, other;
+    PackedMatrix<PIXEL_ROWS, A> back, other;
     int64_t parts, gram_row;
     std::vector<A> grams, dbiases;  // of each part
 
     // The number of parts depends on the shape alone, not on the number of threads, so the sums
     // have one order.
-    explicit Unmixing(const Unmix& p)
+    explicit Conv1x1BackwardLoop(const Conv1x1Backward& p)
         : p(p),
           grid(p),
           back(p.weight.transposed(), grid.channels),
@@ -232,7 +232,7 @@ struct Unmixing {
         grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
         if (p.coupling) {
             grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
-            uncouple(t, *p.coupling, b);
+            coupling_backward(t, *p.coupling, b);
             return;
         }
         grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
@@ -253,7 +253,7 @@ struct Unmixing {
         }
     }
 
-    MFLOW_INLINE void uncouple(const Tile& t, const Coupling& c, Panels<A>& b) {
+    MFLOW_INLINE void coupling_backward(const Tile& t, const Coupling& c, Panels<A>& b) {
         const int first = grid.first, second = grid.channels - first, size = second * grid.pixels(t);
         Buffers<A>& h = b.half;
         const auto dense = [&](A* data) { return grid.dense(t, second, data); };
@@ -325,11 +325,11 @@ struct Unmixing {
 
 // Only functions that are not templates can have clones.
 #define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
-    MFLOW_CLONES void run_range(Mixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
+    MFLOW_CLONES void run_range(Conv1x1Loop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
                                 Panels<A>& b) {                                                    \
         for (int64_t i = begin; i < end; ++i) m.run(i, b);                                         \
     }                                                                                              \
-    MFLOW_CLONES void run_range(Unmixing<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
+    MFLOW_CLONES void run_range(Conv1x1BackwardLoop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
                                 Panels<A>& b) {                                                    \
         for (int64_t i = begin; i < end; ++i) m.run_part(i, b);                                    \
     }
@@ -348,15 +348,15 @@ void run(Walked& m, int64_t tasks, int64_t elements, int threads) {
 }
 
 template <bool PIXEL_ROWS, class A>
-void mix(const Mix& p, int threads) {
-    Mixing<PIXEL_ROWS, A> m(p);
+void conv1x1(const Conv1x1& p, int threads) {
+    Conv1x1Loop<PIXEL_ROWS, A> m(p);
     run<A>(m, m.grid.tiling.tiles(), p.shape.size(), threads);
     if (p.coupling) m.write_ledger();
 }
 
 template <bool PIXEL_ROWS, class A>
-void unmix(const Unmix& p, int threads) {
-    Unmixing<PIXEL_ROWS, A> m(p);
+void conv1x1_backward(const Conv1x1Backward& p, int threads) {
+    Conv1x1BackwardLoop<PIXEL_ROWS, A> m(p);
     run<A>(m, m.parts, p.shape.size(), threads);
     m.write_sums();
 }
@@ -367,21 +367,21 @@ bool channels_are_neighbours(const Shape& shape, const Walk& w) {
 
 }  // namespace
 
-void mix_cpu(const Mix& p, int threads) {
+void conv1x1_cpu(const Conv1x1& p, int threads) {
     if (p.shape.size() == 0) return;
     if (channels_are_neighbours(p.shape, p.y)) {
-        p.is_double ? mix<true, double>(p, threads) : mix<true, float>(p, threads);
+        p.is_double ? conv1x1<true, double>(p, threads) : conv1x1<true, float>(p, threads);
     } else {
-        p.is_double ? mix<false, double>(p, threads) : mix<false, float>(p, threads);
+        p.is_double ? conv1x1<false, double>(p, threads) : conv1x1<false, float>(p, threads);
     }
 }
 
-void unmix_cpu(const Unmix& p, int threads) {
+void conv1x1_backward_cpu(const Conv1x1Backward& p, int threads) {
     if (p.shape.size() == 0) return;
     if (channels_are_neighbours(p.shape, p.dstate)) {
-        p.is_double ? unmix<true, double>(p, threads) : unmix<true, float>(p, threads);
+        p.is_double ? conv1x1_backward<true, double>(p, threads) : conv1x1_backward<true, float>(p, threads);
     } else {
-        p.is_double ? unmix<false, double>(p, threads) : unmix<false, float>(p, threads);
+        p.is_double ? conv1x1_backward<false, double>(p, threads) : conv1x1_backward<false, float>(p, threads);
     }
 }
 

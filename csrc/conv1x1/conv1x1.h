@@ -1,8 +1,8 @@
 // Invertible 1x1 convolutions on the CPU: the description of a problem. Actnorm is folded in. The
-// formulas are those of mflow_kernels/ops/coupling_conv1x1.py and unmix.py.
+// formulas are those of mflow_kernels/ops/coupling_conv1x1.py and rebuild_conv1x1.py.
 //
-//   mix      y = W z + bias. z is x or, with a coupling, couple(x).
-//   unmix    The gradients dz = W^T dy, gram = sum dy z^T and dbias = sum dy. Without a coupling z is
+//   conv1x1      y = W z + bias. z is x or, with a coupling, couple(x).
+//   conv1x1_backward    The gradients dz = W^T dy, gram = sum dy z^T and dbias = sum dy. Without a coupling z is
 //            y - bias, and x = M z is rebuilt if M is given. With one, z is couple(x), and the
 //            gradients of x and params are computed too.
 #pragma once
@@ -18,9 +18,9 @@ struct Matrix {
     Matrix transposed() const { return {data, column, row}; }
 };
 
-constexpr int64_t kMixedChannels = 128;  // at most; with more channels BLAS is as fast
+constexpr int64_t kMaxChannels = 128;  // at most; with more channels BLAS is as fast
 
-struct Mix {
+struct Conv1x1 {
     bool is_double = false;
     Shape shape;        // of the state
     int64_t first = 0;  // channels of its first half
@@ -30,7 +30,7 @@ struct Mix {
     const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
 };
 
-struct Unmix {
+struct Conv1x1Backward {
     bool is_double = false;
     Shape shape;
     int64_t first = 0;
@@ -44,7 +44,7 @@ struct Unmix {
     const Coupling* coupling = nullptr;  // also its dlogdet, draw and dshift
 };
 
-void mix_cpu(const Mix& problem, int threads);
-void unmix_cpu(const Unmix& problem, int threads);
+void conv1x1_cpu(const Conv1x1& problem, int threads);
+void conv1x1_backward_cpu(const Conv1x1Backward& problem, int threads);
 
 }  // namespace mflow

@@ -38,7 +38,7 @@ void couple(int threads, int64_t stays, const py::object& x, const py::object& p
 
 // `given` is the coupling's input if `kept`, else its output; `other` receives the other one, and may
 // be None if `kept`. These and the gradients are halves (stays = 0) or whole states.
-void uncouple(int threads, int64_t stays, bool kept, const py::object& given,
+void coupling_backward(int threads, int64_t stays, bool kept, const py::object& given,
               const py::object& params, const py::object& dy,
               const py::object& dlogdet, const py::object& other, const py::object& dx,
               const py::object& dparams, const py::tuple& scale, bool inverse) {
@@ -72,14 +72,14 @@ void uncouple(int threads, int64_t stays, bool kept, const py::object& given,
     p.dlogdet = dsums.data();
     p.dlogdet_stride = dsums.stride();
     py::gil_scoped_release release;
-    uncouple_cpu(p, threads);
+    coupling_backward_cpu(p, threads);
 }
 
 }  // namespace
 
 void bind_coupling(py::module_& m) {
     m.def("couple", &couple);
-    m.def("uncouple", &uncouple);
+    m.def("coupling_backward", &coupling_backward);
 }
 
 }  // namespace mflow

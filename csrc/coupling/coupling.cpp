@@ -101,7 +101,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
 }
 
 template <class A>
-MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
+MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
     const Tile t = g.tiling.tile(index);
     const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
@@ -138,7 +138,7 @@ MFLOW_INLINE void uncouple_tile(const Coupling& p, const Grid& g, int64_t index,
             if (sums) {                                                                            \
                 couple_tile<A>(p, g, i, buffers, sums);                                            \
             } else {                                                                               \
-                uncouple_tile<A>(p, g, i, buffers);                                                \
+                backward_tile<A>(p, g, i, buffers);                                                \
             }                                                                                      \
         }                                                                                          \
     }
@@ -178,7 +178,7 @@ void couple_cpu(const Coupling& p, int threads) {
     p.is_double ? couple<double>(p, threads) : couple<float>(p, threads);
 }
 
-void uncouple_cpu(const Coupling& p, int threads) {
+void coupling_backward_cpu(const Coupling& p, int threads) {
     if (p.shape.size() == 0) return;
     const Grid g(p);
     p.is_double ? run<double>(p, g, threads, nullptr) : run<float>(p, g, threads, nullptr);

@@ -2,7 +2,7 @@
 // mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
 //
 //   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
-//   uncouple   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
+//   coupling_backward   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
 #pragma once
 
 #include <cstdint>
@@ -21,16 +21,16 @@ struct Coupling {
     bool is_double = false;
     Scale scale;
     bool inverse = false;  // whether the forward pass ran the inverse coupling
-    bool kept = false;     // uncouple: x_b is given, y_b is not
+    bool kept = false;     // coupling_backward: x_b is given, y_b is not
     Shape shape;           // of the half that is scaled
     Walk raw, shift;
 
-    // couple reads x and writes y. uncouple reads y and writes x; if `kept` it reads x and writes y,
+    // couple reads x and writes y. coupling_backward reads y and writes x; if `kept` it reads x and writes y,
     // which may be absent.
     Walk x, y;
     void* ledger = nullptr;  // couple: one sum a sample
 
-    // uncouple reads dy and one dlogdet a sample, and writes dx, draw and dshift.
+    // coupling_backward reads dy and one dlogdet a sample, and writes dx, draw and dshift.
     const void* dlogdet = nullptr;
     int64_t dlogdet_stride = 0;
     Walk dy, dx, draw, dshift;
@@ -42,6 +42,6 @@ struct Coupling {
 };
 
 void couple_cpu(const Coupling& problem, int threads);
-void uncouple_cpu(const Coupling& problem, int threads);
+void coupling_backward_cpu(const Coupling& problem, int threads);
 
 }  // namespace mflow

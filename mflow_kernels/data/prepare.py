@@ -37,7 +37,7 @@ from mflow_kernels.data.decoding import (
 from mflow_kernels.data.manifest import is_digest
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
 from mflow_kernels.data.printable import printable
-from mflow_kernels.data.progress import counting
+from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.sources import DataError, Entry, Source
 
 HELD_OUT_FRACTION = 0.1
@@ -222,7 +222,7 @@ def _decode_rest(
     blocks = [source.entries[i : i + block] for i in range(work.end, total, block)]
     worthwhile = math.ceil((total - work.end) / _IMAGES_WORTH_A_PROCESS)
     workers = min(workers or len(os.sched_getaffinity(0)), worthwhile, len(blocks))
-    with counting("preparing", total, work.end) as tell:
+    with progress_bar("preparing", total, work.end) as progress:
         results = _decode_in_order(blocks, work.form, workers)
         for entries, decoded in zip(blocks, results, strict=True):
             file.write(decoded.pixels.data)
@@ -236,7 +236,7 @@ def _decode_rest(
             _append(lines, line)
             _sync(lines)
             work.add(line)
-            tell(work.end)
+            progress(work.end)
 
 
 def _decode_in_order(

@@ -16,11 +16,11 @@ from rich.progress import (
 
 _SECONDS_BETWEEN_LINES = 15.0
 
-Tell = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 
 
 @contextmanager
-def counting(what: str, total: int, done: int = 0) -> Iterator[Tell]:
+def progress_bar(what: str, total: int, done: int = 0) -> Iterator[ProgressCallback]:
     """A progress bar of images; plain lines, one in a while, where stderr is no terminal.
 
     Args:
@@ -40,14 +40,14 @@ def counting(what: str, total: int, done: int = 0) -> Iterator[Tell]:
 
     if not console.is_terminal:
 
-        def tell_in_lines(count: int) -> None:
+        def print_line(count: int) -> None:
             nonlocal last
             if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 line = f"{what}: {count:,} of {total:,} images, {rate(count)}"
                 console.print(line, highlight=False, soft_wrap=True)
 
-        yield tell_in_lines
+        yield print_line
         return
     with Progress(
         TextColumn("{task.description}"),

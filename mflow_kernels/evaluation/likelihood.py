@@ -17,7 +17,7 @@ from torch import Tensor
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.manifest import MANIFEST, TEST
 from mflow_kernels.data.printable import printable
-from mflow_kernels.data.progress import counting
+from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import (
     DIGITS,
     Folder,
@@ -29,7 +29,7 @@ from mflow_kernels.data.splits import (
     stream_generator,
 )
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
 _NOISE = 3  # key of stream_generator
@@ -149,11 +149,11 @@ def batch_of(image_shape: tuple[int, ...]) -> int:
 def _told(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
     """Batches of all images in order; how many are done is told."""
     done = 0
-    with counting(what, len(images)) as tell:
+    with progress_bar(what, len(images)) as progress:
         for batch in OrderedBatches(images, batch_size or batch_of(images.image_shape)):
             yield batch
             done += len(batch)
-            tell(done)
+            progress(done)
 
 
 @torch.no_grad()

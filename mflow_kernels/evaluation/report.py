@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.data.files import write_atomically
-from mflow_kernels.data.progress import counting
+from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import (
     ImageSet,
     dequantize,
@@ -20,7 +20,7 @@ from mflow_kernels.data.splits import (
 )
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import Evaluation, batch_of, importance_weighted_bits
-from mflow_kernels.evaluation.outliers import (
+from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
     SetScores,
@@ -170,7 +170,7 @@ def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQua
     network = network.to(run.device)
     count = min(asked.feature_images, len(images))
     rows = []
-    with counting("features", count * (1 + len(TEMPERATURES))) as tell:
+    with progress_bar("features", count * (1 + len(TEMPERATURES))) as progress:
         done = 0
 
         def extract(batches: Iterator[Tensor]) -> Tensor:
@@ -179,7 +179,7 @@ def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQua
             for batch in batches:
                 parts.append(network(batch.to(run.device)))
                 done += len(batch)
-                tell(done)
+                progress(done)
             return torch.cat(parts)
 
         real = extract(_first(images, count))
@@ -227,11 +227,13 @@ def _score_sets(
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
     scores, done = {}, 0
     each = density_images(run.model) if deviation else 0
-    with counting("OOD scores", sum(min(each, len(some)) for some in sets.values())) as tell:
+    with progress_bar(
+        "OOD scores", sum(min(each, len(some)) for some in sets.values())
+    ) as progress:
         for name, some in sets.items():
 
             def own(count: int, before: int = done) -> None:
-                tell(before + count)
+                progress(before + count)
 
             scores[name] = score(run.model, some, run.config.n_bits, deviation, own)
             done += min(each, len(some))
@@ -246,11 +248,11 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
         return None
     generator = stream_generator(0, _NOISE, 1, device=run.device)
     method, values = density_method(run.model), []
-    with counting("density on the manifold", min(count, len(images))) as tell:
+    with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _some(run, images, count).split(DENSITY_BATCH):
             found = run.model.manifold_log_prob(part, method=method, generator=generator)
             values.append(found.value.double())
-            tell(sum(map(len, values)))
+            progress(sum(map(len, values)))
     return torch.cat(values).mean().item()
 
 

@@ -97,7 +97,7 @@ class Walk:
 
     def __init__(self, adapter: ModuleType, reversible: bool) -> None:
         self.adapter, self.reversible = adapter, reversible
-        self.library = adapter.__name__.rpartition(".")[2]
+        self.library = adapter.__name__.split(".")[-2]
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
         self._seen: set[int] = set()

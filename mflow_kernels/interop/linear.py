@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import is_channels_last, transformed, without_autocast
 from mflow_kernels.reversible.program import Mixes
 
@@ -175,7 +175,7 @@ class Folded(NamedTuple):
 
 
 def _inverted(step: Affine, check: bool) -> Affine:
-    """The inverse maps, in float64; x = W^-1 (y - b). `check` as for `inverse_mix`."""
+    """The inverse maps, in float64; x = W^-1 (y - b). `check` as for `inverse_weight_and_bias`."""
     weight, bias, log_det, inverse = step
     bias = None if bias is None else bias.double()
     log_det = None if log_det is None else -log_det
@@ -189,7 +189,7 @@ def _inverted(step: Affine, check: bool) -> Affine:
         bias = None if bias is None else -(inverse @ bias[:, :, None]).squeeze(2)
         return Affine(inverse, bias, log_det)
     zero = weight.new_zeros(weight.shape[:2]) if bias is None else bias
-    return Affine(*inverse_mix(weight, zero, check=check), log_det)
+    return Affine(*inverse_weight_and_bias(weight, zero, check=check), log_det)
 
 
 def _fold_alike(
@@ -256,7 +256,7 @@ class Rows:
         """All rows as they are walked, those of one signature in one batch, outside autocast.
 
         Args:
-            check: as for `inverse_mix`.
+            check: as for `inverse_weight_and_bias`.
 
         Raises:
             ValueError: with `check`, a W whose inverse is needed and does not exist.

@@ -1,8 +1,8 @@
 """Chains of flow layers whose memory does not grow with depth.
 
 The forward pass keeps the chain's output. The backward pass rebuilds each state from the one after
-it, runs each network again, and needs two launches a step beside them (`ops.uncouple`,
-`ops.unmix`). W^-1 is taken in float64, networks run again under the autocast, with the random
+it, runs each network again, and needs two launches a step beside them (`rebuild_coupling`,
+`rebuild_conv1x1`). W^-1 is taken in float64, networks run again under the autocast, with the random
 numbers and without a second update of the running statistics of the first time.
 """
 

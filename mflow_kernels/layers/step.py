@@ -13,7 +13,7 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.ops.checks import check_count
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import (
     accumulator,
     pixels,
@@ -91,7 +91,7 @@ class Group(NamedTuple):
         """Each step's folded 1x1 convolution, or its inverse computed in float64.
 
         Args:
-            check: as for `inverse_mix`.
+            check: as for `inverse_weight_and_bias`.
 
         Raises:
             ValueError: with `check`, naming the layer whose inverse does not exist.
@@ -99,7 +99,7 @@ class Group(NamedTuple):
         mixes = fold(self.steps, dtype)
         if not self.inverted:
             return mixes
-        weight, bias = inverse_mix(mixes.weight, mixes.bias, self.names, check=check)
+        weight, bias = inverse_weight_and_bias(mixes.weight, mixes.bias, self.names, check=check)
         return Mixes(weight.to(dtype), bias.to(dtype), -mixes.log_det)
 
     def parameters(self) -> list[nn.Parameter]:

@@ -1,9 +1,10 @@
 """Flows on images and vectors, manifold flows and hierarchies of them."""
 
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
-from mflow_kernels.models.objectives import ManifoldObjective, Terms, bits_per_dimension
+from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.models.selection import (
     IntrinsicDimension,
     estimate_intrinsic_dimension,

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
+from mflow_kernels.models.penalty_weight import Domain, Weight, check_positive, check_weight
 from mflow_kernels.ops.checks import (
     check_broadcast,
     check_choice,
-    check_count,
     check_state,
-    check_tensor,
 )
 from mflow_kernels.ops.masked_penalty import (
     masked_penalty,
@@ -36,8 +35,6 @@ from mflow_kernels.ops.masked_penalty import (
 )
 
 Rho = Literal["l2", "l1", "huber"]
-Domain = Literal["latent", "data"]
-Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"]
 
 MEMORY = 100  # batches that the tracked variance looks back on
 LEAST_VARIANCE = 1e-8  # keeps w finite where reconstructions are exact
@@ -114,9 +111,9 @@ class ManifoldObjective(nn.Module):
         check_choice("domain", domain, ("latent", "data"))
         check_choice("rho", rho, ("l2", "l1", "huber"))
         for name, value in (("delta", delta), ("sigma", sigma)):
-            _check_positive(name, value)
+            check_positive(name, value)
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)
-        self._weight = _check_weight(weight, domain)
+        self._weight = check_weight(weight, domain)
         self._maps = 0
         if isinstance(weight, tuple | Tensor):
             maps = weight if isinstance(weight, tuple) else (weight,)
@@ -241,66 +238,3 @@ def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float
         each = penalty_log_normalizer(rho, weight.double(), delta)
         return torch.where(mask, each, 0.0).sum()
     return mask.sum().double() * penalty_log_normalizer(rho, weight, delta)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-
-
-def _check_weight(weight: object, domain: Domain) -> Weight:
-    if isinstance(weight, str):
-        if weight != "variance":
-            raise ValueError(f"weight: expected a number, a map or 'variance', got {weight!r}")
-        if domain == "latent":
-            raise ValueError(
-                "weight: expected a number or a map in the latent domain, got 'variance', with "
-                "which stretching v would lower the loss without bound"
-            )
-        return "variance"
-    if isinstance(weight, Tensor | tuple):
-        if isinstance(weight, tuple) != (domain == "latent"):
-            kind = "a tuple of one map a latent" if domain == "latent" else "one map of the image"
-            raise TypeError(
-                f"weight: expected {kind} in the {domain} domain, got a {type(weight).__name__}"
-            )
-        if isinstance(weight, Tensor):
-            _check_map("weight", weight, domain)
-        else:
-            for i, part in enumerate(weight):
-                _check_map(f"weight[{i}]", part, domain)
-        return weight
-    _check_positive("weight", weight)
-    return float(weight)  # type: ignore[arg-type]
-
-
-def _check_map(name: str, value: object, domain: Domain) -> None:
-    part = check_tensor(name, value)
-    if not part.numel():
-        raise ValueError(f"{name}: expected no empty map, got shape {tuple(part.shape)}")
-    low, high = (value.item() for value in part.detach().aminmax())
-    wanted = "> 0" if domain == "latent" else ">= 0, not all 0"
-    good = low > 0 if domain == "latent" else low >= 0 and high > 0
-    if not (good and high < math.inf):
-        raise ValueError(f"{name}: expected finite numbers {wanted}, got some from {low} to {high}")
-
-
-def bits_per_dimension(log_likelihood: Tensor, dimensions: int, n_bits: int) -> Tensor:
-    """Bits per dimension of images that were scaled from 2 ** n_bits levels to unit range.
-
-    x = (image + uniform noise) / 2 ** n_bits - 1/2 has 2 ** (n_bits D) times the density of
-    image + noise, whose -log2, on average over the noise, is an upper bound of the image's.
-
-    Args:
-        log_likelihood: log p(x), any shape, nats.
-        dimensions: D, the number of pixels times channels, at least 1.
-        n_bits: bits of an image's levels, at least 1.
-
-    Returns:
-        n_bits - log p(x) / (D log 2), of the shape and dtype of log_likelihood.
-    """
-    check_count("dimensions", dimensions, 1)
-    check_count("n_bits", n_bits, 1)
-    return n_bits - log_likelihood / (dimensions * math.log(2))

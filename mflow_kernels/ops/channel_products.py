@@ -70,7 +70,7 @@ def tile_and_block(C: tl.constexpr, BLOCK_O: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _mix_kernel(
+def _conv1x1_kernel(
     x,
     x_strides,
     dnet,
@@ -193,7 +193,7 @@ def _dweight_kernel(
         tl.store(dbias + split * C + o, tl.sum(dbias_t, axis=0), mask=o < C)
 
 
-class MixTile(NamedTuple):
+class Conv1x1Tile(NamedTuple):
     """Blocks of a product: output channels, input channels, columns; and its warps."""
 
     block_o: int
@@ -202,11 +202,11 @@ class MixTile(NamedTuple):
     warps: int
 
 
-def mix_tile(c: int) -> MixTile:
+def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
     # Products in tf32x3 share their rows out to warps, 16 each: more warps than that would repeat
     # them. Up to C = 32 there are more columns than rows, and warps share out the columns.
-    return MixTile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
+    return Conv1x1Tile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
 
 
 class DweightTile(NamedTuple):
@@ -276,7 +276,7 @@ def shared_operand_stages(precision: str) -> int:
     return 1 if precision == "tf32" else 2
 
 
-def launch_mix(
+def launch_conv1x1(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -296,14 +296,14 @@ def launch_mix(
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     net_or_none = None if net_dtype is None else net
-    tile = mix_tile(c)
+    tile = conv1x1_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
     ledger = None
     if params is not None:
         ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
     if n:
         launch(
-            _mix_kernel,
+            _conv1x1_kernel,
             (tiles.programs * triton.cdiv(c, tile.block_o),),
             *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
             *(*strided(y), *strided(net_or_none), ledger, n, p),

@@ -1,4 +1,4 @@
-r"""Invertible 1x1 convolution: one matrix mixes the channels of every pixel.
+r"""Invertible 1x1 convolution: one matrix multiplies the channels of every pixel.
 
     y_p = W x_p + bias            (Glow, arXiv 1807.03039, section 3.2)
 
@@ -33,8 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.channel_products import (
     dweight_splits,
+    launch_conv1x1,
     launch_dweight,
-    launch_mix,
 )
 from mflow_kernels.ops.checks import (
     check_choice,
@@ -101,10 +101,10 @@ def conv1x1_forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the network input cut from it, without autograd; weight and bias as `spread` them."""
     if uses_triton(x):
-        y, net, _ = launch_mix(x, weight[0], bias[0], precision, net_dtype)
+        y, net, _ = launch_conv1x1(x, weight[0], bias[0], precision, net_dtype)
         return y, net
-    if cpu.mixes(x):
-        return cpu.mix(x, weight, bias, net_dtype)[:2]
+    if cpu.serves_conv1x1(x):
+        return cpu.conv1x1(x, weight, bias, net_dtype)[:2]
     y = in_layout_of(x, conv1x1_ref(x, weight[0], bias[0]))
     return y, cut_net_input(y, net_dtype)
 
@@ -114,13 +114,13 @@ def conv1x1_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and partial sums of dW and d bias."""
     if uses_triton(x):
-        dx, _, _ = launch_mix(dy, weight[0].t(), None, precision, dnet=dnet)
+        dx, _, _ = launch_conv1x1(dy, weight[0].t(), None, precision, dnet=dnet)
         return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
-    if cpu.mixes(x):
+    if cpu.serves_conv1x1(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
         dweight, dbias = cpu.sums(x)
-        cpu.unmix(*halves, dnet, weight, None, None, dx, dweight, dbias)
+        cpu.conv1x1_backward(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])
     return in_layout_of(x, dx), dweight[None], dbias[None]
@@ -161,7 +161,7 @@ conv1x1_op, conv1x1_eager = register(
 )
 
 
-def check_mix(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
+def check_conv1x1(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
     """weight (C, C) and bias (C,), zero where None, that fit the state x."""
     c = x.shape[1]
     weight = check_tensor("weight", weight)
@@ -195,7 +195,7 @@ def conv1x1(
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
     x = flow_state("x", x)
-    weight, bias = check_mix(x, weight, bias, precision)
+    weight, bias = check_conv1x1(x, weight, bias, precision)
     run = operator(conv1x1_op, conv1x1_forward)
     return run(x, *spread(weight, bias, x), precision, None)[0]
 
@@ -213,10 +213,10 @@ def conv1x1_inverse(
             finite.
     """
     y = flow_state("y", y)
-    weight, bias = check_mix(y, weight, bias, precision)
+    weight, bias = check_conv1x1(y, weight, bias, precision)
     run = operator(conv1x1_op, conv1x1_forward)
-    mix = inverse_mix(weight, bias, check=not torch.is_grad_enabled())
-    return run(y, *spread(*mix, y), precision, None)[0]
+    inverted = inverse_weight_and_bias(weight, bias, check=not torch.is_grad_enabled())
+    return run(y, *spread(*inverted, y), precision, None)[0]
 
 
 def _readable(x: Tensor) -> bool:
@@ -226,7 +226,7 @@ def _readable(x: Tensor) -> bool:
     return not capturing(x.device)
 
 
-def inverse_mix(
+def inverse_weight_and_bias(
     weight: Tensor, bias: Tensor, names: Sequence[str] | None = None, *, check: bool
 ) -> tuple[Tensor, Tensor]:
     """W^-1 and -W^-1 bias in float64, differentiable, batched over leading axes.

@@ -27,15 +27,15 @@ from torch import Tensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.channel_products import (
     arithmetic,
+    conv1x1_tile,
+    launch_conv1x1,
     launch_dweight,
-    launch_mix,
     load_gradient,
-    mix_tile,
     tile_and_block,
 )
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
-    check_mix,
+    check_conv1x1,
     conv1x1_backward_ref,
     conv1x1_ref,
     spread,
@@ -150,7 +150,7 @@ def launch_coupling_conv1x1_backward(
     dnet = None if dnet is None else dense_pixels(dnet)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
-    tile = mix_tile(c)
+    tile = conv1x1_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
     if n:
         launch(
@@ -181,13 +181,13 @@ def coupling_conv1x1_forward(
     `spread` them."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
-        y, net, ledger = launch_mix(
+        y, net, ledger = launch_conv1x1(
             x, weight[0], bias[0], precision, net_dtype, params, scale, inverse
         )
         assert ledger is not None
         return y, net, ledger
-    if cpu.mixes(x):
-        return cpu.mix(x, weight, bias, net_dtype, params, scale, inverse)
+    if cpu.serves_conv1x1(x):
+        return cpu.conv1x1(x, weight, bias, net_dtype, params, scale, inverse)
     z, ledger = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     y = in_layout_of(x, conv1x1_ref(z, weight[0], bias[0]).to(x.dtype))
     return y, cut_net_input(y, net_dtype), ledger
@@ -204,7 +204,7 @@ def coupling_conv1x1_backward(
         return launch_coupling_conv1x1_backward(
             dy, dnet, dledger, x, params, weight, precision, scale, inverse
         )
-    if cpu.mixes(x):
+    if cpu.serves_conv1x1(x):
         return cpu.coupling_conv1x1_backward(dy, dnet, dledger, x, params, weight, scale, inverse)
     z, _ = coupling_forward(x.to(accumulator(x.dtype)), params, *scale.args, inverse)
     dy = add_to_first_half(dy.to(z.dtype), dnet)
@@ -218,7 +218,7 @@ def _fake(
     net_dtype: torch.dtype | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty_like(x)
-    columns = ledger_columns(x, mix_tile(x.shape[1]).block_p)
+    columns = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
     ledger = x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
     return y, net_input(y, net_dtype), ledger
 
@@ -285,10 +285,10 @@ def coupling_conv1x1(
     """
     x = flow_state("x", x)
     params = check_params(x, params)
-    spread_mix = spread(*check_mix(x, weight, bias, precision), x)
+    spread_weights = spread(*check_conv1x1(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
     run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
-    y, _, ledger = run(x, params, *spread_mix, precision, None, *args, False)
+    y, _, ledger = run(x, params, *spread_weights, precision, None, *args, False)
     return y, sum_ledger(ledger)
 
 
@@ -309,8 +309,8 @@ def coupling_inverse_conv1x1(
     """
     y = flow_state("y", y)
     params = check_params(y, params)
-    spread_mix = spread(*check_mix(y, weight, bias, precision), y)
+    spread_weights = spread(*check_conv1x1(y, weight, bias, precision), y)
     args = ScaleFunction.of(scale).args
     run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
-    x, _, ledger = run(y, params, *spread_mix, precision, None, *args, True)
+    x, _, ledger = run(y, params, *spread_weights, precision, None, *args, True)
     return x, sum_ledger(ledger)

@@ -1,7 +1,7 @@
 """The operators on a CPU by the loops of csrc, in one pass each; the references need about ten.
 
 Each function here computes what the reference that it names computes, for float32 and float64
-states. Call `serves` or `mixes` first.
+states. Call `serves` or `serves_conv1x1` first.
 """
 
 import importlib
@@ -41,12 +41,12 @@ def serves(x: Tensor) -> bool:
 
 
 # The most channels that the loops of 1x1 convolutions take.
-MIXED_CHANNELS: int = 0 if _C is None else _C.mixed_channels
+CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 
 
-def mixes(x: Tensor) -> bool:
+def serves_conv1x1(x: Tensor) -> bool:
     """Whether the loops can run the 1x1 convolution of x. With more channels BLAS is as fast."""
-    return x.shape[1] <= MIXED_CHANNELS and serves(x)
+    return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
 
 
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -72,10 +72,10 @@ def couple_backward(
 ) -> tuple[Tensor, Tensor]:
     """`coupling.coupling_backward_ref`, with dlogdet (N,). If y is given, fills it with the
     coupling's output, which adds little work."""
-    return _uncouple(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
+    return _coupling_backward(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
 
 
-def uncouple(
+def rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,
     dlogdet: Tensor,
@@ -84,14 +84,14 @@ def uncouple(
     inverse: bool,
     kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`uncouple_ref`."""
+    """`rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
-    dy_b, dparams = _uncouple(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
+    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
     return z_b if y_b is None else y_b, dy_b, dparams
 
 
-def _uncouple(
+def _coupling_backward(
     given: Tensor,
     other: Tensor | None,
     dz: Tensor,
@@ -112,14 +112,14 @@ def _uncouple(
     assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
-    _C.uncouple(
+    _C.coupling_backward(
         torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
         scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 
 
-def mix(
+def conv1x1(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -138,7 +138,7 @@ def mix(
     net = net_input(y, net_dtype)
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
     cut = net_dtype == x.dtype
-    _C.mix(
+    _C.conv1x1(
         torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
         ledger, () if scale is None else scale.args, inverse,
     )  # fmt: skip
@@ -164,14 +164,14 @@ def coupling_conv1x1_backward(
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     gram, dbias = sums(x)
-    _C.unmix_coupled(
+    _C.coupling_conv1x1_backward(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
         weight, dx, dparams, gram, dbias, scale.args, inverse,
     )  # fmt: skip
     return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
 
 
-def unmix(
+def conv1x1_backward(
     y: tuple[Tensor, Tensor],
     dy: tuple[Tensor, Tensor],
     dnet: Tensor | None,
@@ -183,7 +183,7 @@ def unmix(
     dbias: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """`unmix.unmix_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
+    """`rebuild_conv1x1.rebuild_conv1x1_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
     dx, and the network input cut from it.
 
     Without weight_inverse, x is None and the network input is empty.
@@ -195,7 +195,7 @@ def unmix(
     if not dx.numel():
         gram.zero_()
         dbias.zero_()
-    _C.unmix(
+    _C.conv1x1_backward(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
         net if cut else None, dx, gram, dbias,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 r"""Un-mixing: backward through the 1x1 convolution of a step of flow that stored nothing.
 
-The second launch of a step's way back, after `uncouple` and the network's own backward, which gave
+The second launch of a step's way back, after `rebuild_coupling` and the network's own backward, which gave
 a gradient dnet of y_a. With y = W x + bias and dy = (dy_a + dnet, dy_b),
 
     x = W^-1 (y - bias),   dx = W^T dy
@@ -9,7 +9,7 @@ a gradient dnet of y_a. With y = W x + bias and dy = (dy_a + dnet, dy_b),
 and x_a, the input of the network before, in its dtype. dW = sum dy x^T = gram W^-T is C x C work,
 left to the caller for all steps at once, in float64. Where the state before was kept x is not
 rebuilt; gram is the same. Swap W and W^-1 to walk back through an inverse (sampling) chain. The
-halves of y and dy are tensors of their own, as `uncouple` leaves them.
+halves of y and dy are tensors of their own, as `rebuild_coupling` leaves them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with
 three tf32 products for one of float32.
@@ -50,7 +50,7 @@ from mflow_kernels.ops.launch import (
 Halves = tuple[Tensor, Tensor]
 
 
-class Unmixed(NamedTuple):
+class RebuiltConv1x1(NamedTuple):
     """Results of un-mixing.
 
     Attributes:
@@ -73,14 +73,14 @@ class Unmixed(NamedTuple):
 
 def in_one_piece(
     x: Tensor | None, dx: Tensor, net: Tensor | None, gram: Tensor, dbias: Tensor
-) -> Unmixed:
+) -> RebuiltConv1x1:
     """Results whose states are whole."""
     c_a = dx.shape[1] // 2
     x_halves = None if x is None else (x[:, :c_a], x[:, c_a:])
-    return Unmixed(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, gram, dbias)
+    return RebuiltConv1x1(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, gram, dbias)
 
 
-def unmix_ref(
+def rebuild_conv1x1_ref(
     y: Halves,
     dy: Halves,
     dnet: Tensor | None,
@@ -89,7 +89,7 @@ def unmix_ref(
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
-) -> Unmixed:
+) -> RebuiltConv1x1:
     dtype, c = accumulator(y[1].dtype), weight.shape[0]
     shifted = torch.cat(y, dim=1).to(dtype)
     gradient = torch.cat(dy, dim=1).to(dtype)
@@ -114,7 +114,7 @@ def unmix_ref(
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _unmix_kernel(
+def _rebuild_conv1x1_kernel(
     y_a,
     y_a_strides,
     y_b,
@@ -203,7 +203,7 @@ def _unmix_kernel(
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _unmix_wide_kernel(
+def _rebuild_conv1x1_wide_kernel(
     y_a,
     y_a_strides,
     y_b,
@@ -232,14 +232,14 @@ def _unmix_wide_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
-    MIXERS: tl.constexpr,
+    STATE_BLOCKS: tl.constexpr,
     GRAM_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Where one program sees all channels (GRAM_BLOCKS = 0), all three products of every tile that
-    is a multiple of SPLITS from its own. Else the first TILES * MIXERS programs each give BLOCK_O
+    is a multiple of SPLITS from its own. Else the first TILES * STATE_BLOCKS programs each give BLOCK_O
     channels of x and dx of one tile, and those after them the blocks of SPLITS partial sums of
     gram.
 
@@ -247,14 +247,14 @@ def _unmix_wide_kernel(
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program = tl.program_id(0)
-    mixers = SPLITS if GRAM_BLOCKS == 0 else TILES * MIXERS
-    if program < mixers:
-        o = program % MIXERS * BLOCK_O + tl.arange(0, BLOCK_O)
-        first = program // MIXERS
+    state_programs = SPLITS if GRAM_BLOCKS == 0 else TILES * STATE_BLOCKS
+    if program < state_programs:
+        o = program % STATE_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
+        first = program // STATE_BLOCKS
         if GRAM_BLOCKS == 0:
             gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
             dbias_t = tl.zeros([BLOCK_C], DTYPE)
-        for tile in range(first, TILES, mixers // MIXERS):
+        for tile in range(first, TILES, state_programs // STATE_BLOCKS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
             dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
@@ -301,8 +301,8 @@ def _unmix_wide_kernel(
         if GRAM_BLOCKS == 0:
             _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
     elif GRAM_BLOCKS != 0:
-        block = (program - mixers) % (GRAM_BLOCKS * GRAM_BLOCKS)
-        split = (program - mixers) // (GRAM_BLOCKS * GRAM_BLOCKS)
+        block = (program - state_programs) % (GRAM_BLOCKS * GRAM_BLOCKS)
+        split = (program - state_programs) // (GRAM_BLOCKS * GRAM_BLOCKS)
         o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
@@ -369,11 +369,11 @@ def _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C: tl.constexpr):
     tl.store(dbias + split * C + o, dbias_t, mask=o < C)
 
 
-class UnmixTile(NamedTuple):
+class RebuildTile(NamedTuple):
     """How un-mixing is cut.
 
     Attributes:
-        half: places for a half of the channels in `_unmix_kernel`; 0 for `_unmix_wide_kernel`.
+        half: places for a half of the channels in `_rebuild_conv1x1_kernel`; 0 for `_rebuild_conv1x1_wide_kernel`.
         block_o: output channels of a program.
         block_c: input channels of one product.
         block_p: columns of a tile.
@@ -391,33 +391,33 @@ class UnmixTile(NamedTuple):
     programs: int
 
 
-def unmix_tile(c: int, dtype: torch.dtype) -> UnmixTile:
+def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     """What compiles without spills for sm_80, sm_90 and sm_100."""
     if dtype == torch.float64:
         block_o = 16 if c <= 16 else 32
-        return UnmixTile(0, block_o, 16, 16, 4, 1, 2)
+        return RebuildTile(0, block_o, 16, 16, 4, 1, 2)
     half = max(8, triton.next_power_of_2(c - c // 2 + 1))  # one place stays empty
     if half <= 16:
-        return UnmixTile(half, 2 * half, 2 * half, 64, 4, 1, 4 if half == 8 else 2)
+        return RebuildTile(half, 2 * half, 2 * half, 64, 4, 1, 4 if half == 8 else 2)
     if c <= 32:
-        return UnmixTile(0, 32, 32, 16, 2, 1, 2)
+        return RebuildTile(0, 32, 32, 16, 2, 1, 2)
     if c <= 64:
-        return UnmixTile(0, 64, 64, 16, 4, 2, 2)
-    return UnmixTile(0, 128, 64, 16, 8, 1, 2)
+        return RebuildTile(0, 64, 64, 16, 4, 2, 2)
+    return RebuildTile(0, 128, 64, 16, 8, 1, 2)
 
 
-def unmix_splits(half: Tensor, c: int) -> int:
+def rebuild_splits(half: Tensor, c: int) -> int:
     """How many partial sums un-mixing a state of c channels leaves; `half` is one of its halves."""
     if not uses_triton(half):
         return 1
-    tile = unmix_tile(c, accumulator(half.dtype))
+    tile = rebuild_tile(c, accumulator(half.dtype))
     blocks = triton.cdiv(c, tile.block_o) ** 2
     n, p = half.shape[0], pixels(half)
     programs = tile.programs * MULTIPROCESSORS // blocks
     return partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
 
 
-def launch_unmix(
+def launch_rebuild_conv1x1(
     y: Halves,
     dy: Halves,
     dnet: Tensor | None,
@@ -429,20 +429,20 @@ def launch_unmix(
     apart: bool,
     gram: Tensor,
     dbias: Tensor,
-) -> Unmixed:
+) -> RebuiltConv1x1:
     """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
     y_a, y_b, dy_a, dy_b = map(dense_pixels, (*y, *dy))
     dnet = None if dnet is None else dense_pixels(dnet)
     weight = weight.contiguous()
     weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
     n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), gram.shape[0]
-    tile = unmix_tile(c, accumulator(y_b.dtype))
+    tile = rebuild_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
     if apart and tile.half:
         c_a = c // 2
         new = partial(empty_state, y_b, channels_last=channels_last)
         x = None if weight_inverse is None else (new(c_a), new(c - c_a))
-        made = Unmixed(x, (new(c_a), new(c - c_a)), None, None, gram, dbias)
+        made = RebuiltConv1x1(x, (new(c_a), new(c - c_a)), None, None, gram, dbias)
     else:
         dx = empty_state(y_b, c, channels_last)
         whole = None if weight_inverse is None else torch.empty_like(dx)
@@ -459,7 +459,7 @@ def launch_unmix(
         dbias.zero_()
     elif tile.half:
         launch(
-            _unmix_kernel,
+            _rebuild_conv1x1_kernel,
             (splits,),
             *(*strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b), *strided(dnet)),
             *(weight, weight_inverse, bias, *strided_halves(*(made.x or (None, None)))),
@@ -473,18 +473,18 @@ def launch_unmix(
         )
     else:
         assert made.whole is not None
-        mixers = triton.cdiv(c, tile.block_o)
-        gram_blocks = 0 if tile.block_c >= c else mixers
-        grid = tiles.programs * mixers + splits * gram_blocks**2 if gram_blocks else splits
+        state_blocks = triton.cdiv(c, tile.block_o)
+        gram_blocks = 0 if tile.block_c >= c else state_blocks
+        grid = tiles.programs * state_blocks + splits * gram_blocks**2 if gram_blocks else splits
         launch(
-            _unmix_wide_kernel,
+            _rebuild_conv1x1_wide_kernel,
             (grid,),
             *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
             *(weight, weight_inverse, bias, *strided(made.whole[0]), *strided(made.whole[1])),
             *(*strided(stored), gram, dbias, n, p, tiles.programs, splits),
             C=c,
             **arithmetic(y_b, "tf32x3"),
-            MIXERS=mixers,
+            STATE_BLOCKS=state_blocks,
             GRAM_BLOCKS=gram_blocks,
             BLOCK_O=tile.block_o,
             BLOCK_C=tile.block_c,
@@ -503,7 +503,7 @@ def empty_state(half: Tensor, channels: int, channels_last: bool) -> Tensor:
     return last.movedim(-1, 1)
 
 
-def unmix(
+def rebuild_conv1x1(
     y: Halves,
     dy: Halves,
     dnet: Tensor | None,
@@ -515,7 +515,7 @@ def unmix(
     apart: bool,
     gram: Tensor,
     dbias: Tensor,
-) -> Unmixed:
+) -> RebuiltConv1x1:
     """The second launch of a step's backward; on a CPU the loops of csrc, or its reference.
 
     Args:
@@ -530,15 +530,17 @@ def unmix(
         apart: whether the halves of x and dx may be tensors of their own. A kernel that reads one
             half of a channels_last state of few channels fetches much of the other one.
         gram, dbias: where partial sums go, (splits, C, C) and (splits, C), contiguous, with
-            `unmix_splits` splits.
+            `rebuild_splits` splits.
     """
     if uses_triton(y[0]):
-        return launch_unmix(
+        return launch_rebuild_conv1x1(
             y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, apart, gram, dbias
         )
-    if weight.shape[0] <= cpu.MIXED_CHANNELS and cpu.serves(y[1]):
+    if weight.shape[0] <= cpu.CONV1X1_MAX_CHANNELS and cpu.serves(y[1]):
         dx = empty_state(y[1], weight.shape[0], channels_last)
-        x, net = cpu.unmix(y, dy, dnet, weight, weight_inverse, bias, dx, gram, dbias, net_dtype)
+        x, net = cpu.conv1x1_backward(
+            y, dy, dnet, weight, weight_inverse, bias, dx, gram, dbias, net_dtype
+        )
         return in_one_piece(x, dx, net if net_dtype is not None else None, gram, dbias)
-    made = unmix_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
+    made = rebuild_conv1x1_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
     return made._replace(gram=gram.copy_(made.gram), dbias=dbias.copy_(made.dbias))

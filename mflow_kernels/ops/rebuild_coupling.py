@@ -5,7 +5,7 @@ gradient dz at hand, and params = net(z_a) computed again, one launch takes the 
 
     y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
 
-The network's backward then turns dparams into a gradient of y_a, and `unmix` goes on from there.
+The network's backward then turns dparams into a gradient of y_a, and `rebuild_conv1x1` goes on from there.
 Where y was kept it is read in place of z and not rebuilt. The half that a coupling leaves alone is
 never copied: `b` halves are tensors of their own. Set `inverse` to walk back through the coupling
 of an inverse (sampling) chain.
@@ -47,7 +47,7 @@ from mflow_kernels.ops.launch import (
 from mflow_kernels.ops.scale import ScaleFunction
 
 
-class Uncoupled(NamedTuple):
+class RebuiltCoupling(NamedTuple):
     """What the launch leaves: the b halves of y and dy, and dparams."""
 
     y_b: Tensor
@@ -55,7 +55,7 @@ class Uncoupled(NamedTuple):
     dparams: Tensor
 
 
-def uncouple_ref(
+def rebuild_coupling_ref(
     z_b: Tensor,
     dz_b: Tensor,
     dlogdet: Tensor,
@@ -63,17 +63,17 @@ def uncouple_ref(
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
-) -> Uncoupled:
+) -> RebuiltCoupling:
     y_b, log_s = z_b, None
     if not kept:
         y_b, log_s = couple_ref(z_b, params, scale, not inverse)
         log_s = log_s if inverse else -log_s
     dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
-    return Uncoupled(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
+    return RebuiltCoupling(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _uncouple_kernel(
+def _rebuild_coupling_kernel(
     z_b,
     z_strides,
     coupling_params,
@@ -113,7 +113,7 @@ def _uncouple_kernel(
         store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, inside, 2 * C_B)
 
 
-def launch_uncouple(
+def launch_rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,
     dlogdet: Tensor,
@@ -121,7 +121,7 @@ def launch_uncouple(
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
-) -> Uncoupled:
+) -> RebuiltCoupling:
     """One launch. z_b is the coupling's output, or its input where that was `kept`."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
     n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
@@ -131,7 +131,7 @@ def launch_uncouple(
     tiles = tile_columns(n, p, block_p)
     if n:
         launch(
-            _uncouple_kernel,
+            _rebuild_coupling_kernel,
             (tiles.programs,),
             *(*strided(z_b), *strided(params), *strided(dz_b), dlogdet.contiguous()),
             *(*strided(y_b), *strided(dy_b), *strided(dparams), n, p),
@@ -142,10 +142,10 @@ def launch_uncouple(
             BLOCK_C=block_c,
             COLUMNS=tiles.columns,
         )
-    return Uncoupled(z_b if y_b is None else y_b, dy_b, dparams)
+    return RebuiltCoupling(z_b if y_b is None else y_b, dy_b, dparams)
 
 
-def uncouple(
+def rebuild_coupling(
     z_b: Tensor,
     dz_b: Tensor,
     dlogdet: Tensor,
@@ -153,7 +153,7 @@ def uncouple(
     scale: ScaleFunction,
     inverse: bool,
     kept: bool,
-) -> Uncoupled:
+) -> RebuiltCoupling:
     """The first launch of a step's backward; on a CPU its loop or reference.
 
     Args:
@@ -164,6 +164,8 @@ def uncouple(
         scale, inverse: of the coupling as it ran.
     """
     if not uses_triton(z_b) and cpu.serves(z_b):
-        return Uncoupled(*cpu.uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept))
-    run = launch_uncouple if uses_triton(z_b) else uncouple_ref
+        return RebuiltCoupling(
+            *cpu.rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+        )
+    run = launch_rebuild_coupling if uses_triton(z_b) else rebuild_coupling_ref
     return run(z_b, dz_b, dlogdet, params, scale, inverse, kept)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.ops.launch import accumulator, is_channels_last, without_autocast
-from mflow_kernels.ops.rebuild_conv1x1 import unmix, unmix_splits
-from mflow_kernels.ops.rebuild_coupling import uncouple
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1, rebuild_splits
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.reversible.program import Couple, Leave, Mix, Mixes, Move, Squeezing
 from mflow_kernels.reversible.rerun import (
     Network,
@@ -106,11 +106,13 @@ class WalkBack:
             move = moves[i]
             if isinstance(move, Couple):
                 self._ordinal -= 1
-                self._uncouple(move, self._ordinal)
+                self._rebuild_coupling(move, self._ordinal)
             elif isinstance(move, Mix):
                 before = moves[i - 1] if i else None
                 feeds = isinstance(before, Couple)
-                self._unmix(move, feeds, rebuild=not (feeds and self._ordinal - 1 in self.kept))
+                self._rebuild_conv1x1(
+                    move, feeds, rebuild=not (feeds and self._ordinal - 1 in self.kept)
+                )
             elif isinstance(move, Squeezing):
                 back = Squeezing(not move.inverse)
                 self._set(back(self.x), back(self.dx))
@@ -147,7 +149,7 @@ class WalkBack:
     def _add_dnet(self) -> Tensor:
         return self.da if self.dnet is None else self.da + self.dnet
 
-    def _uncouple(self, move: Couple, ordinal: int) -> None:
+    def _rebuild_coupling(self, move: Couple, ordinal: int) -> None:
         kept = self.kept.get(ordinal)
         if kept is not None:
             c_a = kept.shape[1] // 2
@@ -167,7 +169,7 @@ class WalkBack:
                 params = network.net(network_input, *self.context)
             else:
                 params = self._run_compared(ordinal, network_input, prints)
-        b, db, dparams = uncouple(
+        b, db, dparams = rebuild_coupling(
             self.b, self.db, self.dlogdet, params.detach(), move.scale, move.inverse,
             kept is not None,
         )  # fmt: skip
@@ -213,7 +215,7 @@ class WalkBack:
                 total = self.parameter_gradients.get(id(p))
                 self.parameter_gradients[id(p)] = g if total is None else total + g
 
-    def _unmix(self, move: Mix, feeds: bool, rebuild: bool) -> None:
+    def _rebuild_conv1x1(self, move: Mix, feeds: bool, rebuild: bool) -> None:
         if self.entered is None:
             self.entered = _Entered(
                 self.groups[move.group],
@@ -221,9 +223,9 @@ class WalkBack:
                 accumulator(self.db.dtype),
             )
         weight, bias, inverse = self.entered.row(move.row)
-        sums = self.entered.room(move.row, unmix_splits(self.b, len(bias)))
+        sums = self.entered.room(move.row, rebuild_splits(self.b, len(bias)))
         # The next move reads halves if it is a coupling, and else the whole state.
-        made = unmix(
+        made = rebuild_conv1x1(
             (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
             bias, self._network_dtype() if feeds else None, self.channels_last, feeds, *sums,
         )  # fmt: skip

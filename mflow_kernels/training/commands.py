@@ -69,7 +69,7 @@ def prepare(
     from mflow_kernels.data.prepare import is_prepared_from
     from mflow_kernels.data.prepare import prepare as make
     from mflow_kernels.data.prepared import is_prepared, open_prepared
-    from mflow_kernels.data.progress import counting
+    from mflow_kernels.data.progress import progress_bar
     from mflow_kernels.data.sources import find_images
 
     path = follow_links(Path(out), "out")
@@ -94,8 +94,8 @@ def prepare(
     def work() -> None:
         if made:
             prepared = open_prepared(path)
-            with counting("checking", len(prepared.images)) as tell:
-                prepared.verify(tell)
+            with progress_bar("checking", len(prepared.images)) as progress:
+                prepared.verify(progress)
             print("made before; every byte is as it was written")
         else:
             try:
@@ -281,14 +281,14 @@ def plan(options: dict[str, Any]) -> Work:
     import torch
 
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.plan import parse_memory, plan_model, report
+    from mflow_kernels.training.memory import parse_memory, report, resolve_config
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
     gpu_memory = None if text is None else parse_memory(text)
     config = TrainConfig(**{**options, "data": options["data"] or ""})
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
-    resolved = plan_model(config, channels, gpu=gpu)
+    resolved = resolve_config(config, channels, gpu=gpu)
     return lambda: print(report(resolved, gpu, gpu_memory))
 
 

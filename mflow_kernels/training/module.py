@@ -24,8 +24,8 @@ from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, Re
 from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.models.objectives import bits_per_dimension
-from mflow_kernels.ops.conv1x1 import inverse_mix
+from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
@@ -366,7 +366,9 @@ def explaining_singular(model: nn.Module) -> Iterator[None]:
     except ValueError as error:
         with torch.no_grad():
             mixes = [fold([m], torch.float32) for m in model.modules() if _is_step(m)]
-            inverses = [inverse_mix(mix.weight, mix.bias, check=False)[0] for mix in mixes]
+            inverses = [
+                inverse_weight_and_bias(mix.weight, mix.bias, check=False)[0] for mix in mixes
+            ]
         if all(inverse.isfinite().all() for inverse in inverses):
             raise
         raise FloatingPointError(

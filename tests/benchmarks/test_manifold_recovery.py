@@ -9,9 +9,9 @@ import torch
 from benchmarks.manifold import methods, points
 from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.factors import elbow
-from benchmarks.manifold.line import MixtureFlow
+from benchmarks.manifold.mixture_flow import MixtureFlow
+from benchmarks.manifold.output import markdown
 from benchmarks.manifold.points import NOISE, OURS_HIERARCHY, Task, build, divergence
-from benchmarks.manifold.report import markdown
 from benchmarks.manifold.targets import TARGETS
 from mflow_kernels import ManifoldFlow
 from mflow_kernels.testing import check_bijection

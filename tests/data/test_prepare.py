@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import TINY, listing, write_images, zip_up
 
-from benchmarks.celeba.tree import make_celeba
+from benchmarks.celeba.fake_celeba import make_celeba
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode
 from mflow_kernels.data.prepare import is_prepared_from, prepare

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from tiny_runs import write_images, zip_up
 
-from benchmarks.celeba.tree import make_celeba
+from benchmarks.celeba.fake_celeba import make_celeba
 from mflow_kernels.data.decoding import Format, any_in_colour, decode
 from mflow_kernels.data.sources import DataError, find_images
 from mflow_kernels.data.splits import load_splits

@@ -14,7 +14,7 @@ from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     importance_weighted_bits,
 )
-from mflow_kernels.evaluation.outliers import (
+from mflow_kernels.evaluation.ood import (
     auroc,
     compare,
     density_images,
@@ -48,10 +48,10 @@ def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
     told = []
 
     @contextmanager
-    def counting(what, total):
+    def progress_bar(what, total):
         yield lambda count: told.append((what, count, total))
 
-    monkeypatch.setattr(evaluation, "counting", counting)
+    monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
     how = {"device": loaded.device, "batch_size": len(faces) - 1}
     evaluate_model(loaded.model, faces, 8, data="faces", **how)
     importance_weighted_bits(loaded.model, faces, 8, 2, **how)

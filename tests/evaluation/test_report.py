@@ -120,7 +120,7 @@ class TestWhatIsMissing:
         gone = tmp_path / "gone"
         (run / "config.yaml").write_text(config.replace(str(images), str(gone)))
         monkeypatch.setattr(report, "_SPECTRUM_DIMENSIONS", 63)
-        monkeypatch.setattr("mflow_kernels.evaluation.outliers._DENSITY_WORK", 0)
+        monkeypatch.setattr("mflow_kernels.evaluation.ood._DENSITY_WORK", 0)
         assert main(["evaluate", str(run), "--data", str(images)]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
         figures = json.loads((run / "report-faces" / "figures.json").read_text())

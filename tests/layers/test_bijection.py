@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import Tensor
 
 from mflow_kernels import (
@@ -61,7 +61,7 @@ def test_round_trip_jacobian_and_logdets(make, shape, device):
 @every
 def test_float32(make, shape, device):
     """As in float64 up to rounding, results float32, and the way back within rounding."""
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     exact, exact_logdet = copy.deepcopy(layer).double()(x.double())
@@ -88,7 +88,7 @@ def test_empty_batch(make, shape, device):
 
 @every
 def test_copies_pickles_and_state_dicts_compute_the_same(make, shape, device):
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     stored = io.BytesIO()
@@ -109,7 +109,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same(make, shape, device):
     ids=[k for k, v in LAYERS.items() if len(v[1]) == 4],
 )  # fmt: skip
 def test_memory_format_changes_no_value(make, shape, device):
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     other_z, other_logdet = layer(x.contiguous(memory_format=torch.channels_last))
@@ -120,7 +120,7 @@ def test_memory_format_changes_no_value(make, shape, device):
 
 @every
 def test_initialize_returns_what_forward_does(make, shape, device):
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer.initialize(x)
     again, logdet_again = layer(x)
@@ -135,7 +135,7 @@ def test_initialize_returns_what_forward_does(make, shape, device):
 def test_compiles_whole(name, device):
     torch.compiler.reset()
     make, shape = LAYERS[name]
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     for direction in (layer.forward, layer.inverse):
         z, logdet = direction(x)
@@ -151,7 +151,7 @@ def test_autocast_keeps_the_state_in_float32(name, device):
     """Only the network computes in bfloat16: the half that it does not touch keeps every bit, and
     the way back is as exact as without."""
     make, shape = LAYERS[name]
-    layer = moved(make()).to(device)
+    layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         z, logdet = layer(x)
@@ -167,7 +167,7 @@ def test_autocast_keeps_the_state_in_float32(name, device):
 def test_16_bit_states(name, dtype, device):
     """Accepted, computed in float32 and rounded once an operator, forward and backward."""
     make, shape = LAYERS[name]
-    layer = moved(make()).to(device, dtype)
+    layer = perturbed(make()).to(device, dtype)
     x = normal(*shape, dtype=dtype, device=device).requires_grad_()
     z, logdet = layer(x)
     exact, exact_logdet = copy.deepcopy(layer).double()(x.double())

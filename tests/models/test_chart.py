@@ -5,20 +5,20 @@ import math
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.testing import assert_close
 
 
 def one_flow(dim=5) -> ManifoldFlow:
-    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)), dim).double()
+    return ManifoldFlow(perturbed(Glow((1, 4, 4), 2, 1, 4)), dim).double()
 
 
 def hierarchy(*dims) -> HierarchicalFlow:
     flows = [one_flow(dims[0])]
     for before, after in itertools.pairwise(dims):
-        flows.append(ManifoldFlow(moved(VectorFlow(before, 2, 4)), after).double())
+        flows.append(ManifoldFlow(perturbed(VectorFlow(before, 2, 4)), after).double())
     return HierarchicalFlow(flows)
 
 

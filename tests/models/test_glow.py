@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import nn
 
 from mflow_kernels import Glow, VectorFlow
@@ -38,7 +38,7 @@ def test_latent_shapes(shape, levels, expected):
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 def test_round_trip(setup, scale, device):
     shape, levels, steps = setup
-    glow = moved(Glow(shape, levels, steps, 4, scale=scale), 0.05).double().to(device)
+    glow = perturbed(Glow(shape, levels, steps, 4, scale=scale), 0.05).double().to(device)
     x = normal(3, *shape, dtype=torch.float64, device=device)
     glow.initialize(x)
     z, logdet = glow(x)
@@ -66,7 +66,7 @@ def test_fresh_flow_only_rotates():
 
 
 def test_initialize_once_then_load():
-    glow, x = moved(Glow((1, 4, 4), 1, 2, 4)), 2 + 3 * normal(32, 1, 4, 4)
+    glow, x = perturbed(Glow((1, 4, 4), 1, 2, 4)), 2 + 3 * normal(32, 1, 4, 4)
     glow.initialize(x)
     state = copy.deepcopy(glow.state_dict())
     loaded = Glow((1, 4, 4), 1, 2, 4)
@@ -87,7 +87,7 @@ def test_initialized_flow_sees_standard_channels():
 
 
 def test_copies_pickles_and_trains_after():
-    glow = moved(Glow((1, 4, 4), 2, 1, 4))
+    glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
     x = normal(2, 1, 4, 4)
     z, logdet = glow(x)
     logdet.sum().backward()  # a reversible backward leaves a trace on the chain
@@ -104,7 +104,7 @@ def test_copies_pickles_and_trains_after():
 @pytest.mark.parametrize("reversible", [True, False])
 def test_maps_over_samples(reversible, device):
     """torch.func.vmap of the flow, its inverse and its gradient are those of one batch."""
-    glow = moved(Glow((1, 4, 4), 2, 1, 4, reversible=reversible)).double().to(device)
+    glow = perturbed(Glow((1, 4, 4), 2, 1, 4, reversible=reversible)).double().to(device)
     x = normal(3, 1, 4, 4, dtype=torch.float64, device=device).requires_grad_()
     (z, logdet), (plain, plain_logdet) = torch.func.vmap(glow)(x[:, None]), glow(x)
     back, _ = torch.func.vmap(glow.inverse)(z)

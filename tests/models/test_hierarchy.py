@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.testing import assert_close
@@ -12,9 +12,9 @@ from mflow_kernels.testing import assert_close
 
 def stages(*dims: int) -> list[ManifoldFlow]:
     """An image flow with the first dim, then vector flows with the rest."""
-    first = ManifoldFlow(moved(Glow((1, 4, 4), 1, 1, 4)).double(), dims[0])
+    first = ManifoldFlow(perturbed(Glow((1, 4, 4), 1, 1, 4)).double(), dims[0])
     rest = [
-        ManifoldFlow(moved(VectorFlow(before, 2, 4)).double(), after)
+        ManifoldFlow(perturbed(VectorFlow(before, 2, 4)).double(), after)
         for before, after in itertools.pairwise(dims)
     ]
     return [first, *rest]

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
-from cases import HostReads, moved, normal
+from cases import HostReads, normal, perturbed
 
 from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.testing import assert_close
 
 
 def image_flow(manifold_dim=5, width=4, **options) -> ManifoldFlow:
-    glow = moved(Glow((1, 4, 4), 2, 1, width)).double()
+    glow = perturbed(Glow((1, 4, 4), 2, 1, width)).double()
     return ManifoldFlow(glow, manifold_dim, **options)
 
 
@@ -28,7 +28,7 @@ def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
 def test_encode_and_decode_follow_the_mask():
     mask = (torch.rand(2, 2, 2) < 0.5, torch.rand(8, 1, 1) < 0.5)
     mask[0][0, 0, 0] = True
-    flow = ManifoldFlow(moved(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask)
+    flow = ManifoldFlow(perturbed(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask)
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     z, _ = flow.latents(x)
     u = flow.encode(x)
@@ -40,7 +40,9 @@ def test_encode_and_decode_follow_the_mask():
         assert torch.equal(off, ~m)
 
 
-@pytest.mark.parametrize("make", [image_flow, lambda: ManifoldFlow(moved(VectorFlow(4, 3, 8)), 2)])
+@pytest.mark.parametrize(
+    "make", [image_flow, lambda: ManifoldFlow(perturbed(VectorFlow(4, 3, 8)), 2)]
+)
 def test_a_projection_projects_to_itself(make, device):
     flow = make().double().to(device)
     x = normal(5, *flow.input_shape, dtype=torch.float64, device=device)
@@ -167,7 +169,7 @@ def all_or_nothing(every: bool, objective) -> ManifoldFlow:
     word = "the whole space .* plain likelihood" if every else "one point .* pure penalty"
     with pytest.warns(UserWarning, match=f"mask: .* {word}"):
         return ManifoldFlow(
-            moved(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask, objective=objective
+            perturbed(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask, objective=objective
         )
 
 
@@ -223,7 +225,7 @@ def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monk
     """It walks the flow in both directions; W^-1 is not checked on the way."""
     # It computes a number of numbers on the host.
     monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
-    glow = moved(Glow((1, 4, 4), 2, 2, 4, reversible=reversible))
+    glow = perturbed(Glow((1, 4, 4), 2, 2, 4, reversible=reversible))
     flow = ManifoldFlow(glow, 5, objective=ManifoldObjective("data"))
     x = normal(2, 1, 4, 4)
     flow.terms(x).loss.mean().backward()  # may look once whether networks can run again

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import nn
 
 from mflow_kernels import (
@@ -20,7 +20,7 @@ X = (4, 1, 4, 4)
 
 
 def image_flow(objective, manifold_dim=5) -> ManifoldFlow:
-    glow = moved(Glow((1, 4, 4), 2, 1, 4))
+    glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
     return ManifoldFlow(glow, manifold_dim, objective=objective).double()
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import nn
 
 from mflow_kernels import (
@@ -58,7 +58,7 @@ def test_a_spectrum_without_a_step_is_all_manifold():
 
 
 def test_the_spectrum_is_that_of_autograds_jacobians():
-    flow = moved(Glow((1, 4, 4), 2, 1, 4), 0.2).double()
+    flow = perturbed(Glow((1, 4, 4), 2, 1, 4), 0.2).double()
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(
         lambda x: torch.cat([z.flatten(1) for z in flow(x)[0]], 1), x

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import moved, normal
+from cases import normal, perturbed
 from torch import nn
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
@@ -15,11 +15,11 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def vector_flow(dim=4, manifold_dim=2, **options) -> ManifoldFlow:
-    return ManifoldFlow(moved(VectorFlow(dim, 2, 8, **options), 0.2), manifold_dim).double()
+    return ManifoldFlow(perturbed(VectorFlow(dim, 2, 8, **options), 0.2), manifold_dim).double()
 
 
 def image_flow(manifold_dim=5, **options) -> ManifoldFlow:
-    return ManifoldFlow(moved(Glow((1, 4, 4), 2, 2, 4, **options), 0.2), manifold_dim).double()
+    return ManifoldFlow(perturbed(Glow((1, 4, 4), 2, 2, 4, **options), 0.2), manifold_dim).double()
 
 
 def hierarchy() -> HierarchicalFlow:

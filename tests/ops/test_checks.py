@@ -6,8 +6,8 @@ import torch
 from cases import OPERATORS, options
 
 every = pytest.mark.parametrize("op", OPERATORS.values(), ids=lambda op: op.name)
-couplings = [op for op in OPERATORS.values() if op.scaled]
-mixes = [op for op in OPERATORS.values() if op.mixes]
+couplings = [op for op in OPERATORS.values() if op.has_scale]
+with_conv1x1 = [op for op in OPERATORS.values() if op.has_conv1x1]
 
 
 def fails(op, error, message, **changes):
@@ -81,7 +81,7 @@ def test_scale(op, scale):
     fails(op, ValueError, message, scale=scale)
 
 
-@pytest.mark.parametrize("op", mixes, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", with_conv1x1, ids=lambda op: op.name)
 @pytest.mark.parametrize("shape", [(4, 3), (5, 5), (4, 4, 1), (4,)], ids=str)
 def test_weight_shape(op, shape):
     message = rf"weight: expected shape \(4, 4\), got \{str(shape)[:-1]}\)"
@@ -102,6 +102,6 @@ def test_log_scale_shape(op):
     fails(op, ValueError, r"log_scale: expected shape \(4,\), got \(3,\)", log_scale=torch.ones(3))
 
 
-@pytest.mark.parametrize("op", mixes, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", with_conv1x1, ids=lambda op: op.name)
 def test_precision(op):
     fails(op, ValueError, "precision: expected one of tf32x3, tf32, got 'fp8'", precision="fp8")

@@ -27,8 +27,8 @@ from mflow_kernels.ops.coupling import (
 )
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.launch import dense_pixels
-from mflow_kernels.ops.rebuild_conv1x1 import empty_state, unmix_ref
-from mflow_kernels.ops.rebuild_coupling import uncouple_ref
+from mflow_kernels.ops.rebuild_conv1x1 import empty_state, rebuild_conv1x1_ref
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
 from mflow_kernels.testing import assert_close
 
@@ -83,13 +83,13 @@ def test_couple(shape, layout, inverse, dtype):
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_uncouple(shape, layout, inverse, kept):
+def test_rebuild_coupling(shape, layout, inverse, kept):
     scale = ScaleFunction("tanh")
     z, params, dz, dlogdet = sample(shape, layout)
     c_a = shape[1] // 2
     given = z[:, c_a:], dz[:, c_a:], dlogdet, params
-    got = cpu.uncouple(*given, scale, inverse, kept)
-    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
     for name, a, b in zip(want._fields, got, want, strict=True):
         size = b.abs().max().item() if b.numel() else 1.0
         assert_close(a, b, scale=GROWTH * size, name=name)
@@ -104,8 +104,8 @@ def test_every_scale(scale, inverse, kept, dtype):
     shape = (2, 7, 5, 6)
     z, params, dz, dlogdet = sample(shape, "channels_last", dtype)
     given = z[:, 3:], dz[:, 3:], dlogdet, params
-    got = cpu.uncouple(*given, scale, inverse, kept)
-    want = uncouple_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
     log_s = log_scale_ref(params.double()[:, :4], scale)
     growth = log_s.abs().max().exp().item()
     for name, a, b in zip(want._fields, got, want, strict=True):
@@ -169,7 +169,9 @@ def test_log_sigmoid_of_minus_120_is_minus_120():
     assert log_s.item() == -120.0
 
 
-MIXED = [c for c in CASES if c[0][1] <= cpu.MIXED_CHANNELS] + [((2, 1, 5, 4), "contiguous")]
+CONV1X1_CASES = [c for c in CASES if c[0][1] <= cpu.CONV1X1_MAX_CHANNELS] + [
+    ((2, 1, 5, 4), "contiguous")
+]
 
 
 def close(got: Tensor, want: Tensor, terms: int, name: str) -> None:
@@ -179,14 +181,14 @@ def close(got: Tensor, want: Tensor, terms: int, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("net_dtype", [None, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "layout"), MIXED, ids=str)
-def test_mix(shape, layout, net_dtype, dtype):
+@pytest.mark.parametrize(("shape", "layout"), CONV1X1_CASES, ids=str)
+def test_conv1x1(shape, layout, net_dtype, dtype):
     c = shape[1]
     scale = ScaleFunction("tanh")
     x, params, *_ = sample(shape, layout, dtype)
     weight, bias = rotation(c, dtype=dtype)[None], normal(1, c, dtype=dtype)
     x = dense_pixels(x)
-    y, net, ledger = cpu.mix(x, weight, bias, net_dtype)
+    y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype)
     want = conv1x1_ref(x.double(), weight[0].double(), bias[0].double())
     close(y, want, c, "y")
     assert y.stride() == torch.empty_like(x).stride()
@@ -196,7 +198,7 @@ def test_mix(shape, layout, net_dtype, dtype):
     if c < 2:
         return
     for inverse in (False, True):
-        y, net, ledger = cpu.mix(x, weight, bias, net_dtype, params, scale, inverse)
+        y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype, params, scale, inverse)
         want, sums = coupling_conv1x1_ref(*exact(x, params, weight[0], bias[0]), scale, inverse)
         close(y, want, c, "y")
         assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
@@ -206,8 +208,8 @@ def test_mix(shape, layout, net_dtype, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), [c for c in MIXED if c[0][1] > 1], ids=str)
-def test_unmix_coupled(shape, layout, bare, inverse, dtype):
+@pytest.mark.parametrize(("shape", "layout"), [c for c in CONV1X1_CASES if c[0][1] > 1], ids=str)
+def test_coupling_conv1x1_backward(shape, layout, bare, inverse, dtype):
     n, c, *spatial = shape
     scale = ScaleFunction("tanh")
     x, params, dy, dlogdet = sample(shape, layout, dtype)
@@ -235,8 +237,8 @@ def test_unmix_coupled(shape, layout, bare, inverse, dtype):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), MIXED, ids=str)
-def test_unmix(shape, layout, bare, rebuild, dtype):
+@pytest.mark.parametrize(("shape", "layout"), CONV1X1_CASES, ids=str)
+def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
     n, c, *spatial = shape
     c_a = c // 2
     y, _, dy, _ = sample(shape, layout, dtype)
@@ -246,8 +248,8 @@ def test_unmix(shape, layout, bare, rebuild, dtype):
     weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
     inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
     dx = empty_state(y, c, "channels_last" in layout)
-    x, net, *sums = cpu.unmix(*halves, dnet, weight, inverse, bias, dx, dtype)
-    want = unmix_ref(
+    x, net, *sums = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, dtype)
+    want = rebuild_conv1x1_ref(
         tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
         weight.double(), None if inverse is None else inverse.double(), bias.double(), None, False,
     )  # fmt: skip
@@ -277,14 +279,14 @@ def test_same_bits_with_any_number_of_threads(layout):
             results.append([
                 *cpu.couple(x, params, scale, False),
                 *cpu.couple_backward(dy, dlogdet, x, params, scale, False),
-                *cpu.uncouple(
+                *cpu.rebuild_coupling(
                     x[:, 3:], dy[:, 3:], dlogdet, params, scale, False, False
                 ),
-                *cpu.mix(x, weight, weight[:, 0], torch.float32, params, scale, False),
+                *cpu.conv1x1(x, weight, weight[:, 0], torch.float32, params, scale, False),
                 *cpu.coupling_conv1x1_backward(
                     dy, None, dlogdet[:, None], x, params, weight, scale, False
                 ),
-                *cpu.unmix(*halves, None, weight[0], weight[0], weight[0, 0], out),
+                *cpu.conv1x1_backward(*halves, None, weight[0], weight[0], weight[0, 0], out),
             ])  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -333,15 +335,15 @@ def test_loops_refuse_what_they_would_misread():
         cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
     halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
     with pytest.raises(ValueError, match="one stride walks"):
-        cpu.unmix(*halves, None, weight, None, None, x.transpose(2, 3))
+        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3))
     with pytest.raises(ValueError, match="one shape, and halves"):
-        cpu.unmix(*halves, x, weight, None, None, torch.empty_like(x))
+        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x))
     with pytest.raises(ValueError, match="weights of the state's channels"):
-        cpu.mix(x, weight[None, 1:], normal(1, 6), None)
+        cpu.conv1x1(x, weight[None, 1:], normal(1, 6), None)
     with pytest.raises(ValueError, match="weights of the state's dtype"):
-        cpu.mix(x, weight[None].double(), normal(1, 6), None)
+        cpu.conv1x1(x, weight[None].double(), normal(1, 6), None)
     with pytest.raises(ValueError, match="1 to 128 channels"):
-        cpu.mix(normal(2, 129), rotation(129)[None], normal(1, 129), None)
+        cpu.conv1x1(normal(2, 129), rotation(129)[None], normal(1, 129), None)
     ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
     with pytest.raises(ValueError, match="state's dtype"):
         cpu._C.couple(1, 3, x, params, y, ledger, scale.args, False)
@@ -349,7 +351,7 @@ def test_loops_refuse_what_they_would_misread():
         cpu.couple(x.half(), params, scale, False)
     bare = torch.empty(2, 0, 5, 4)
     with pytest.raises(ValueError, match="1 to 128 channels"):
-        cpu.mix(bare, rotation(0)[None], normal(1, 0), None)
+        cpu.conv1x1(bare, rotation(0)[None], normal(1, 0), None)
     with pytest.raises(ValueError, match="unknown scale function relu"):
         cpu._C.couple(1, 3, x, params, torch.empty_like(x), ledger,
                           ("relu", *scale.args[1:]), False)  # fmt: skip

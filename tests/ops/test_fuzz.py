@@ -143,10 +143,10 @@ def run_flow_operator(case: Case) -> None:
     rng = case.rng
     op: Operator = rng.choice(list(OPERATORS.values()))
     state, other = rng.choice(DTYPES)
-    c = rng.choice([c for c in CHANNELS if c > 1 or not op.scaled])
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.has_scale])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
-    case.said.append(f"{op.name} {scale if op.scaled else ''}")
+    case.said.append(f"{op.name} {scale if op.has_scale else ''}")
     turned = rotation_of(case, c)
     made = {
         "x": lambda: case.leaf("x", *shape, dtype=state),
@@ -156,7 +156,7 @@ def run_flow_operator(case: Case) -> None:
         "log_scale": lambda: case.leaf("log_scale", c, dtype=other),
     }
     inputs = {name: made[name]() for name in op.inputs}
-    rest = {"scale": scale} if op.scaled else {}
+    rest = {"scale": scale} if op.has_scale else {}
     inverse = op.name.endswith("inverse") or "inverse" in op.name
 
     def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -174,7 +174,7 @@ def run_flow_operator(case: Case) -> None:
         if "weight" in of:
             of["weight"] = of["weight"].abs()
         if "bias" in of:
-            of["bias"] = of["bias"].abs() * (1 if op.mixes else sign)
+            of["bias"] = of["bias"].abs() * (1 if op.has_conv1x1 else sign)
         if "log_scale" in of:
             y, _ = op.reference(*of.values())
             return y, math.prod(shape[2:]) * of["log_scale"].abs().sum().expand(shape[0])
@@ -190,8 +190,8 @@ def run_flow_operator(case: Case) -> None:
     got = op.call(*inputs.values(), **rest)
     assert got[0].shape == shape
     assert got[0].dtype == state
-    n, p, mixed = shape[0], math.prod(shape[2:]), c if op.mixes else 1
-    terms = {"y": mixed, "sum": c * p, "x": mixed, "params": mixed}
+    n, p, summed_channels = shape[0], math.prod(shape[2:]), c if op.has_conv1x1 else 1
+    terms = {"y": summed_channels, "sum": c * p, "x": summed_channels, "params": summed_channels}
     terms |= dict.fromkeys(("weight", "bias", "log_scale"), max(1, n * p * c))
     compare(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
 

@@ -15,8 +15,8 @@ from mflow_kernels.ops.launch import (
     strides,
     tile_columns,
 )
-from mflow_kernels.ops.rebuild_conv1x1 import unmix
-from mflow_kernels.ops.rebuild_coupling import uncouple
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -142,9 +142,9 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.conv1x1(x, weight, bias),
             ops.conv1x1_inverse(x, weight, bias),
             ops.coupling_conv1x1(x, x, weight, bias)[0],
-            uncouple(half, half, dlogdet, x, scale, False, False).dparams,
+            rebuild_coupling(half, half, dlogdet, x, scale, False, False).dparams,
         ]
-        halves = unmix(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
+        halves = rebuild_conv1x1(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
     for y in halves:
         assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
     for y in results:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from mflow_kernels.ops.channel_products import dweight_splits
 from mflow_kernels.ops.launch import pixels
-from mflow_kernels.ops.rebuild_conv1x1 import Halves, Unmixed, launch_unmix, unmix_ref, unmix_splits
+from mflow_kernels.ops.rebuild_conv1x1 import (
+    Halves,
+    RebuiltConv1x1,
+    launch_rebuild_conv1x1,
+    rebuild_conv1x1_ref,
+    rebuild_splits,
+)
 from mflow_kernels.testing import assert_close
 
 SHAPES = [
@@ -27,7 +33,7 @@ def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_unmix(
+def test_rebuilt_conv1x1_matches_the_reference(
     kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool, apart: bool
 ) -> None:
     n, c, *spatial = shape
@@ -47,14 +53,14 @@ def test_unmix(
     bias = normal(c, device=kernel_device)
     dtype = torch.bfloat16 if rebuild else None
     last = layout == "channels_last"
-    splits = unmix_splits(y[1], c)
+    splits = rebuild_splits(y[1], c)
 
-    def run(apart: bool) -> Unmixed:
+    def run(apart: bool) -> RebuiltConv1x1:
         sums = [y[1].new_full(size, torch.nan) for size in ((splits, c, c), (splits, c))]
-        return launch_unmix(y, dy, dnet, weight, inverse, bias, dtype, last, apart, *sums)
+        return launch_rebuild_conv1x1(y, dy, dnet, weight, inverse, bias, dtype, last, apart, *sums)
 
     got = run(apart)
-    want = unmix_ref(
+    want = rebuild_conv1x1_ref(
         tuple(doubled(*y)), tuple(doubled(*dy)), dnet.double(),  # type: ignore[arg-type]
         weight.double(), None if inverse is None else inverse.double(), bias.double(), dtype, last,
     )  # fmt: skip
@@ -79,12 +85,12 @@ def test_unmix(
         assert torch.equal(a, b)
 
 
-def results(made: Unmixed) -> list[Tensor]:
+def results(made: RebuiltConv1x1) -> list[Tensor]:
     net = () if made.net is None else (made.net,)
     return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
 
 
-@pytest.mark.parametrize("splits", [unmix_splits, lambda half, c: dweight_splits(half)])
+@pytest.mark.parametrize("splits", [rebuild_splits, lambda half, c: dweight_splits(half)])
 @pytest.mark.parametrize(("c", "side"), [(12, 128), (48, 16), (96, 16), (192, 8), (384, 4)])
 def test_partial_sums_are_no_larger_than_the_state(
     monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
@@ -109,7 +115,7 @@ def test_gram_recovers_the_gradient_of_the_weight() -> None:
     (dweight,) = torch.autograd.grad(y, weight, dy)
     y, weight = y.detach(), weight.detach()
     inverse = torch.linalg.inv(weight)
-    gram = unmix_ref(
+    gram = rebuild_conv1x1_ref(
         (y[:, :3], y[:, 3:]), (dy[:, :3], dy[:, 3:]), None, weight, inverse, bias, None, False
     ).gram[0]
     assert_close(gram @ inverse.mT, dweight, terms=24 * 6)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from cases import SCALES, normal, params_shape
 
-from mflow_kernels.ops.rebuild_coupling import launch_uncouple, uncouple_ref
+from mflow_kernels.ops.rebuild_coupling import launch_rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
 # What a float32 rounding becomes in y = z / s - shift, dy and dparams: 1 / s and s are within e^2.
-UNCOUPLED_SCALE = math.e**2
+REBUILT_SCALE = math.e**2
 
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
-def test_uncouple(
+def test_rebuild_coupling(
     kernel_device: torch.device, scale: ScaleFunction, inverse: bool, kept: bool
 ) -> None:
     shape = (2, 7, 5, 6)
@@ -25,7 +25,9 @@ def test_uncouple(
     params = normal(*params_shape(shape), device=kernel_device)
     dlogdet = normal(2, device=kernel_device)
     z_b, dz_b = z[:, 3:], dz[:, 3:]
-    got = launch_uncouple(z_b, dz_b, dlogdet, params, scale, inverse, kept)
-    want = uncouple_ref(*(t.double() for t in (z_b, dz_b, dlogdet, params)), scale, inverse, kept)
+    got = launch_rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+    want = rebuild_coupling_ref(
+        *(t.double() for t in (z_b, dz_b, dlogdet, params)), scale, inverse, kept
+    )
     for name, a, b in zip(want._fields, got, want, strict=True):
-        assert_close(a, b, scale=UNCOUPLED_SCALE * b.abs().max().item(), name=name)
+        assert_close(a, b, scale=REBUILT_SCALE * b.abs().max().item(), name=name)

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ranks import torchrun
-from tiny_runs import TINY
+from tiny_runs import TINY, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow

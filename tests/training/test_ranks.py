@@ -1,54 +1,12 @@
 """Two ranks on a CPU, under the environment that torchrun sets, train as one does."""
 
 import csv
-import os
-import socket
-import sys
 
 import pytest
 import torch
-from tiny_runs import TINY, write_images
+from tiny_runs import TINY, torchrun, write_images
 
-from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-
-
-def torchrun(command, states):
-    """What `torchrun --nproc-per-node 2` would run, in two forks; each leaves its final state."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                for descriptor in (1, 2):
-                    log = os.open(states / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                    os.dup2(log, descriptor)
-                sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-                os.environ |= {
-                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
-                    **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"},
-                    **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)},
-                    "GLOO_SOCKET_IFNAME": "lo",
-                }
-                fit = train._fit
-
-                def spied(plan, fit=fit, rank=rank):
-                    averaged = fit(plan)
-                    state = {**plan.model.state_dict(), **averaged.state_dict(prefix="average.")}
-                    torch.save(state, states / f"{rank}.pt")
-                    return averaged
-
-                train._fit = spied
-                code = main(command)
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], (states / "log0").read_text()
 
 
 def figures(folder, name):

@@ -109,7 +109,7 @@ class Memory:
         return sum(getattr(self, f.name) for f in _rows())
 
 
-def plan_model(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunConfig:
+def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunConfig:
     """The configuration with its images' shape, checked as `mflow train` does, reading no image.
 
     Args:

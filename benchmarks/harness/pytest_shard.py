@@ -1,4 +1,4 @@
-"""A plugin of pytest that runs one part of many: `-p benchmarks.harness.shard --shard 2/16`.
+"""A plugin of pytest that runs one part of many: `-p benchmarks.harness.pytest_shard --shard 2/16`.
 
 Parts are consecutive tests, which share compiled kernels and groups of rows, and about equal.
 """

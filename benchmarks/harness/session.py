@@ -17,10 +17,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import mflow_kernels
-from benchmarks.harness.fresh import Died
-from benchmarks.harness.measure import REPLAY, copy_bandwidth
+from benchmarks.harness.measurements import REPLAY, copy_bandwidth
+from benchmarks.harness.processes import Died
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Missing(Exception):

@@ -18,7 +18,7 @@ class Died(Exception):
     """What became of a process that gave no result."""
 
 
-def fresh(
+def in_fresh_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float
 ) -> list[Any]:
     """The function of each job, from a process of its own; `Died` in the place of what raised,

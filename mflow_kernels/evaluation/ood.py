@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mflow_kernels.data.progress import Tell
+from mflow_kernels.data.progress import ProgressCallback
 from mflow_kernels.data.splits import dequantize, stream_generator
 from mflow_kernels.evaluation.likelihood import batch_of
 from mflow_kernels.models import HierarchicalFlow
-from mflow_kernels.models.objectives import bits_per_dimension
+from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # of each set
@@ -59,7 +59,7 @@ def score(
     images: Tensor,
     n_bits: int,
     deviation: float | None,
-    tell: Tell = lambda count: None,
+    progress: ProgressCallback = lambda count: None,
 ) -> dict[str, Tensor]:
     """Scores of uint8 images (N, C, H, W), the higher the farther out, float64 on the CPU.
 
@@ -69,7 +69,7 @@ def score(
         n_bits: bits of each colour that the model was trained on.
         deviation: of the training data from the manifold (`Chart.deviation`); None leaves
             ood_score out.
-        tell: is called with the number of images that have their ood_score.
+        progress: is called with the number of images that have their ood_score.
 
     Returns:
         bits_per_dim and distance (N,), the distance on the [0, 1] scale, and ood_score of the first
@@ -92,7 +92,7 @@ def score(
             how = {"method": density_method(model), "generator": probes}
             parts["ood_score"].append(model.ood_score(part, deviation, **how))
             left -= len(part)
-            tell(sum(map(len, parts["ood_score"])))
+            progress(sum(map(len, parts["ood_score"])))
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness.groups import Missing
-from benchmarks.harness.plain import Exact, Multiscale, Step, exact, multiscale
+from benchmarks.harness.plain_glow import Exact, Multiscale, Step, exact, multiscale
+from benchmarks.harness.session import Missing
 from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow, Split
 from mflow_kernels.ops import ScaleFunction

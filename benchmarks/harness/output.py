@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned, numbers to the right."""
     cells = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
@@ -21,7 +21,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, cells)])
 
 
-def save(path: Path, content: object) -> None:
+def save_json(path: Path, content: object) -> None:
     """Write JSON under a temporary name beside `path`, then rename: never half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")

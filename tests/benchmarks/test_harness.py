@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.bench_ops import measure
-from benchmarks.harness.fresh import Died, fresh
-from benchmarks.harness.groups import Bench, Measured, Missing, slug
-from benchmarks.harness.measure import interleaved, peak_bytes
+from benchmarks.harness.measurements import interleaved, peak_bytes
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.operators import Shape, operations
+from benchmarks.harness.processes import Died, in_fresh_processes
+from benchmarks.harness.session import Bench, Measured, Missing, slug
 
 CPU = torch.device("cpu")
 SHAPE = Shape(16, 1, 2, True)
@@ -89,7 +89,9 @@ def test_the_peak_counts_what_was_freed_meanwhile() -> None:
 
 
 def test_a_process_that_dies_or_raises_says_so() -> None:
-    dead, raised, told = fresh(_fate, ["die", "raise", "tell"], workers=3, seconds=3600)
+    dead, raised, told = in_fresh_processes(
+        _fate, ["die", "raise", "tell"], workers=3, seconds=3600
+    )
     assert isinstance(dead, Died)
     assert "the process died" in str(dead)
     assert "ValueError: no" in str(raised)

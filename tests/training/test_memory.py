@@ -18,10 +18,10 @@ from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training import plan as planning
+from mflow_kernels.training import memory as planning
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.plan import largest_batch, networks, parse_memory, peak_memory
+from mflow_kernels.training.memory import largest_batch, networks, parse_memory, peak_memory
 
 # Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
