@@ -30,9 +30,9 @@ from benchmarks.reports import aot, ledger_counts  # before anything of mflow_ke
 import torch  # isort: skip
 from torch import nn  # isort: skip
 
-from benchmarks.harness.session import Missing
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.session import Missing
 from benchmarks.reports.ledger_counts import PARTS, Kernel
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.reversible.rerun import Network

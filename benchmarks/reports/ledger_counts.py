@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mflow_kernels.ops import coupling_network
+from mflow_kernels.ops import coupling_network_kernels
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
         "_local_scalar_dense", "_reshape_alias")  # fmt: skip
@@ -292,7 +292,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
     with (
         _marked_networks(module, counter),
-        patch.object(coupling_network, "product_in_float32", product),
+        patch.object(coupling_network_kernels, "product_in_float32", product),
         counter,
         aot.noting(note),
     ):
@@ -301,7 +301,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
 
 def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Those of the kernels of `ops.coupling_network`, with what they compute several times."""
+    """Those of the kernels of coupling networks, with what they compute several times."""
     width, taps = int(given["WIDTH"]), int(given["TAPS"])
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))

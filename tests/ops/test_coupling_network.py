@@ -13,11 +13,10 @@ from mflow_kernels.ops.coupling_network import (
     coupling_network,
     coupling_network_op,
     coupling_network_ref,
-    launch_network,
     network_backward,
     network_forward,
-    pack,
 )
+from mflow_kernels.ops.coupling_network_kernels import launch_network, pack
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
