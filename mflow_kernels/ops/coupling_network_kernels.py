@@ -304,7 +304,9 @@ DW2_WIDTH = 128
 def forward_tile(s: Shape) -> Tile:
     columns = _block(s.taps * s.c_out)
     if s.width <= 128:
-        return Tile(64, _block(s.width), 64 if columns <= 256 else 32, min(columns, 512), 8)
+        if columns > 256:
+            return Tile(32, _block(s.width), 32, 512, 8)
+        return Tile(64, _block(s.width), 64, columns, 8)
     block_d = 256 if columns <= 128 and s.width <= 256 else 128
     if columns > 256:
         return Tile(32, block_d, 32, 256, 8)
@@ -322,7 +324,8 @@ def dh1_tile(s: Shape) -> Tile:
     block_k, block_x = _block(s.width, DW2_WIDTH), _block(s.taps * s.c_in)
     if s.width > DW2_WIDTH:
         return Tile(32, 128 if block_x <= 128 else 64, block_k, 0, 8)
-    return Tile(16, _block(s.width, 128 if block_x <= 64 else 64), block_k, 0, 8)
+    block_d = 128 if block_x <= 64 else 64 if block_x <= 128 else 32
+    return Tile(16, _block(s.width, block_d), block_k, 0, 8)
 
 
 def launch_network(

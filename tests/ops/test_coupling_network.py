@@ -21,7 +21,7 @@ from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
 # x's shape, width and C_out. Vectors; one pixel; one row; odd channels and sizes with several tiles
-# of pixels; d W2 apart from the kernels; columns of taps, and blocks of d x, past one program.
+# of pixels; d W2 apart from the kernels; taps in several blocks of columns; wide states.
 CASES = [
     ((37, 9), 40, 10),
     ((1, 1, 1, 1), 16, 2),
@@ -29,6 +29,7 @@ CASES = [
     ((2, 3, 5, 7), 20, 8),
     ((2, 6, 5, 3), 160, 6),
     ((1, 9, 4, 4), 136, 30),
+    ((1, 22, 3, 3), 40, 44),
 ]
 
 
