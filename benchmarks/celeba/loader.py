@@ -25,15 +25,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.output import text_table
+from mflow_kernels.data.batches import BatchStream, flip_at_random
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError
-from mflow_kernels.data.splits import (
-    BatchStream,
-    ImageSet,
-    dequantize,
-    flip_at_random,
-    stream_generator,
-)
+from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.runs.folder import METRICS
 from mflow_kernels.training.callbacks import read_metrics
 
@@ -98,7 +95,7 @@ def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object
     memory, core = (max(rates) for rates in zip(*passes, strict=True))
 
     def use(batch: Tensor) -> None:
-        generator = stream_generator(0, device=device)
+        generator = stream_generator(0, Stream.TRAINING_NOISE, device=device)
         sent = batch.to(device, non_blocking=True)
         dequantize(flip_at_random(sent, generator), 5, generator)
 

@@ -17,7 +17,9 @@ from benchmarks.manifold import methods
 from benchmarks.manifold.methods import Method
 from benchmarks.manifold.output import Row, markdown
 from mflow_kernels import Glow, ManifoldObjective, VectorFlow
-from mflow_kernels.data.splits import BatchStream, ImageSet, dequantize, to_image
+from mflow_kernels.data.batches import BatchStream
+from mflow_kernels.data.dequantization import dequantize, to_image
+from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.pictures import draw_images
 from mflow_kernels.models.bits import bits_per_dimension
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.manifold import methods
 from benchmarks.manifold.output import Row, markdown, save_figure
 from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
-from mflow_kernels.data.splits import to_image
+from mflow_kernels.data.dequantization import to_image
 from mflow_kernels.evaluation.pictures import draw_images
 
 SIDE = 12  # so small that vectors will do, whose 1x1 convolutions mix all pixels

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LACKING = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # a full disk, a full quota, no memory
+RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # a full disk, a full quota, no memory
 LOCK = ".lock"  # in a folder
 
 
@@ -191,7 +191,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _refusal(error: OSError, folder: Path, argument: str) -> Exception:
-    if error.errno in LACKING:
+    if error.errno in RESOURCE_ERRORS:
         return error
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
         return FolderError(f"{argument}: expected a new folder, but {folder} exists")

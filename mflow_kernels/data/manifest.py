@@ -113,7 +113,7 @@ class Manifest:
             told.append(f"{len(names):,}{noun} {kind} ({listed})")
         return ", ".join(told)
 
-    def held_out_then(self, then: "Manifest") -> np.ndarray:
+    def held_out_by(self, then: "Manifest") -> np.ndarray:
         """Rows (int64) of the images that were in the test part `then`, by name.
 
         An image that has changed is left out if it now has the pixels of an image that was trained

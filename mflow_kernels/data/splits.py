@@ -11,9 +11,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +33,6 @@ DIGITS = "digits"
 DIGITS_SIZE = 28
 DEFAULT_FOLDER_SIZE = 64
 _MEGABYTES_TO_TELL = 100  # of disk, that may surprise
-_READERS = 4  # threads, so that a disk gets more than one request at a time
 
 
 class ImageSet:
@@ -109,7 +106,7 @@ class Splits:
         """The images for the final figures."""
         return self._part(TEST)
 
-    def held_out_then(self, then: Manifest) -> ImageSet:
+    def held_out_by(self, then: Manifest) -> ImageSet:
         """The images that a run held out, by name, from today's listing.
 
         Args:
@@ -118,7 +115,7 @@ class Splits:
         Raises:
             DataError: none of them is left.
         """
-        rows = self.manifest.held_out_then(then)
+        rows = self.manifest.held_out_by(then)
         if not len(rows):
             count = int((then.parts == TEST).sum())
             raise DataError(f"data: expected the {count} images that the run held out, found none")
@@ -189,101 +186,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MFLOW_CACHE") or Path(base, "mflow_kernels"))
 
 
-def stream_generator(seed: int, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator that is a function of (seed, key) alone.
-
-    Data order and dequantization noise of a step come from generators keyed by that step, so a
-    resumed run draws what an uninterrupted one draws with no generator state to restore.
-    """
-    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device=device)
-    generator.manual_seed(int(state) >> 1)
-    return generator
-
-
-class BatchStream:
-    """Endless shuffled batches, uint8 (batch_size, C, H, W), from step `first` on.
-
-    The batch of a step depends on (seed, step) alone. Each pass has its own order, of the whole set
-    at once; the images that do not fill a last batch are left out of that pass. A batch never holds
-    more than the set. The next batches are read while one is used.
-    """
-
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, first: int = 0) -> None:
-        self._images = images
-        self._batch_size = min(batch_size, len(images))
-        self._seed = seed
-        self._first = first
-
-    @property
-    def batches_per_pass(self) -> int:
-        return len(self._images) // self._batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return _read_ahead(self._images, self._orders())
-
-    def _orders(self) -> Iterator[Tensor]:
-        step = self._first
-        while True:
-            one_pass, position = divmod(step, self.batches_per_pass)
-            order = torch.randperm(
-                len(self._images), generator=stream_generator(self._seed, 0, one_pass)
-            )
-            for start in range(position, self.batches_per_pass):
-                begin = start * self._batch_size
-                yield order[begin : begin + self._batch_size]
-                step += 1
-
-
-class OrderedBatches:
-    """All images once, in order, as uint8 batches; the last may be smaller. The next ones are read
-    while one is used."""
-
-    def __init__(self, images: ImageSet, batch_size: int) -> None:
-        self._images = images
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._images) / self._batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return _read_ahead(self._images, torch.arange(len(self._images)).split(self._batch_size))
-
-
-def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image (N, C, H, W), of any dtype, mirrored left to right with probability 1/2."""
-    flips = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
-    return torch.where(flips, images.flip(-1), images)
-
-
-def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
-
-    x = (floor(image / 2^(8 - n_bits)) + u) / 2^n_bits - 0.5 with u uniform on [0, 1): a density of
-    x bounds the probability of the image from below (Theis et al., arXiv 1511.01844).
-
-    Raises:
-        TypeError: images that are not uint8.
-        ValueError: n_bits outside 1..8.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
-    check_n_bits(n_bits)
-    levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
-    noise = torch.rand(images.shape, generator=generator, device=images.device)
-    return (levels + noise) / 2**n_bits - 0.5
-
-
-def to_image(x: Tensor) -> Tensor:
-    """Centred data of any float dtype to uint8 of the same shape, values outside clipped."""
-    return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)
-
-
-def check_n_bits(n_bits: int) -> None:
-    if not 1 <= n_bits <= 8:
-        raise ValueError(f"n_bits: expected 1 to 8, got {n_bits}")
-
-
 def _open(data: str, image_size: int | None) -> Prepared:
     """A prepared file, or that of a folder or zip in the cache, made if it must be."""
     path = Path(data)
@@ -319,22 +221,6 @@ def _open(data: str, image_size: int | None) -> Prepared:
             "MFLOW_CACHE to another folder, or give a file of mflow prepare"
         ) from None
     return prepare(source, cached, size)
-
-
-def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
-    would send through pipes what a thread finds in the page cache.)"""
-    pool = ThreadPoolExecutor(_READERS)
-    ahead: deque[Future[Tensor]] = deque()
-    try:
-        for order in orders:
-            ahead.append(pool.submit(images.batch, order))
-            if len(ahead) > _READERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_digits(image_size: int | None) -> Splits:

@@ -14,25 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from mflow_kernels.data.batches import OrderedBatches
+from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.files import write_atomically
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.manifest import MANIFEST, TEST
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
-from mflow_kernels.data.splits import (
-    DIGITS,
-    Folder,
-    ImageSet,
-    OrderedBatches,
-    dequantize,
-    load_folder,
-    load_splits,
-    stream_generator,
-)
+from mflow_kernels.data.splits import DIGITS, Folder, ImageSet, load_folder, load_splits
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
-
-_NOISE = 3  # key of stream_generator
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def evaluate_model(
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
     for number, batch in enumerate(_told("evaluating", images, batch_size)):
-        generator = stream_generator(0, _NOISE, number, device=device)
+        generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         x = dequantize(batch.to(device), n_bits, generator)
         u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
         for index, stage in enumerate(stages):
@@ -180,7 +172,7 @@ def importance_weighted_bits(
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(_told("importance weights", images, batch_size)):
-        generator = stream_generator(0, _NOISE, number, device=device)
+        generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         levels = batch.to(device)
         each = [model.log_prob(dequantize(levels, n_bits, generator)) for _ in range(draws)]
         log_mean = torch.stack(each).double().logsumexp(0) - math.log(draws)
@@ -220,7 +212,7 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
         if then is None:
             warning = f"{run.folder} has no {MANIFEST}: images may have been trained on"
         elif different:
-            images = splits.held_out_then(then)
+            images = splits.held_out_by(then)
             count = int((then.parts == TEST).sum())
             warning = (
                 f"since the run was trained, its data has changed: {different}; taking "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import ProgressCallback
-from mflow_kernels.data.splits import dequantize, stream_generator
 from mflow_kernels.evaluation.likelihood import batch_of
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.models.bits import bits_per_dimension
@@ -20,7 +21,6 @@ DENSITY_BATCH = 8  # images at a time: minutes on a CPU, so that it is told how 
 _JACOBIAN_BYTES = 2**30
 _DENSITY_IMAGES = 64  # of each set, at most
 _DENSITY_WORK = 2**31  # numbers that all Jacobians of a set hold together, at most
-_NOISE, _UNIFORM = 5, 6  # keys of stream_generator
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def score(
         `density_images` of them, nats.
     """
     device = next(model.parameters()).device
-    generator = stream_generator(0, _NOISE, device=device)
+    generator = stream_generator(0, Stream.OOD_NOISE, device=device)
     parts: dict[str, list[Tensor]] = {"bits_per_dim": [], "distance": [], "ood_score": []}
     left = density_images(model) if deviation else 0
     for batch in images.split(batch_of(images.shape[1:])):
@@ -88,7 +88,7 @@ def score(
         if not deviation or not left:
             continue
         for part in x[:left].split(DENSITY_BATCH):
-            probes = stream_generator(0, _NOISE, left, device=device)
+            probes = stream_generator(0, Stream.OOD_NOISE, left, device=device)
             how = {"method": density_method(model), "generator": probes}
             parts["ood_score"].append(model.ood_score(part, deviation, **how))
             left -= len(part)
@@ -128,6 +128,6 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 def made_up_sets(images: Tensor) -> dict[str, Tensor]:
     """Two sets that no data need be fetched for, of the number and shape of uint8 images."""
-    generator = stream_generator(0, _UNIFORM)
+    generator = stream_generator(0, Stream.UNIFORM_IMAGES)
     noise = torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
     return {"negatives (255 - image)": 255 - images, "uniform noise": noise}

@@ -9,15 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.files import write_atomically
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
-from mflow_kernels.data.splits import (
-    ImageSet,
-    dequantize,
-    load_splits,
-    stream_generator,
-    to_image,
-)
+from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import Evaluation, batch_of, importance_weighted_bits
 from mflow_kernels.evaluation.ood import (
@@ -47,7 +43,6 @@ _COLUMNS = 12
 _SPECTRUM_IMAGES = 4
 _SPECTRUM_DIMENSIONS = 1024  # at most: a D x D Jacobian for each image
 _FEATURE_BATCH = 50
-_NOISE, _SAMPLES = 7, 8  # keys of stream_generator
 
 
 @dataclass(frozen=True)
@@ -198,7 +193,7 @@ def _first(images: ImageSet, count: int) -> Iterator[Tensor]:
 def _samples(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
     """As uint8, as they would be written into files. Of the same u at each temperature."""
     device = next(model.parameters()).device
-    generator = stream_generator(0, _SAMPLES, device=device)
+    generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
         yield to_image(model.sample(number, temperature=temperature, generator=generator))
@@ -246,7 +241,7 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
     if not count:
         missing.append("density on the manifold: it costs too much at this size")
         return None
-    generator = stream_generator(0, _NOISE, 1, device=run.device)
+    generator = stream_generator(0, Stream.REPORT_NOISE, 1, device=run.device)
     method, values = density_method(run.model), []
     with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _some(run, images, count).split(DENSITY_BATCH):
@@ -275,7 +270,7 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
 
 def _some(run: Run, images: ImageSet, count: int) -> Tensor:
     """The first images, dequantized."""
-    generator = stream_generator(0, _NOISE, device=run.device)
+    generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.batch(range(min(count, len(images)))).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)
 

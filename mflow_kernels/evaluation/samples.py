@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from mflow_kernels.data.splits import stream_generator, to_image
+from mflow_kernels.data.dequantization import to_image
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # that reports of a model show
-_NOISE = 4  # key of stream_generator
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def draw_samples(
     """`number` images drawn on the manifold, uint8 (number, C, H, W) on the CPU, from the model's
     first `stages` stages (all by default)."""
     device = next(model.parameters()).device
-    generator = stream_generator(seed, _NOISE, device=device)
+    generator = stream_generator(seed, Stream.SAMPLES, device=device)
     x = model.sample(number, temperature=temperature, generator=generator, stages=stages)
     return to_image(x).cpu()
 

@@ -252,5 +252,6 @@ def inverse_weight_and_bias(
         name = names[first] if names else "weight"
         raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
     # What LAPACK leaves of a singular W is finite.
-    inverse = inverse.masked_fill(~good[..., None, None], math.nan)
+    missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
+    inverse = inverse.masked_fill(missing, math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

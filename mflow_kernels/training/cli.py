@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
-    from mflow_kernels.data.files import LACKING
+    from mflow_kernels.data.files import RESOURCE_ERRORS
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", code=128 + signal.SIGINT)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{name}{error.strerror or error}", code=1 if error.errno in LACKING else 2)
+        return _fail(
+            f"{name}{error.strerror or error}", code=1 if error.errno in RESOURCE_ERRORS else 2
+        )
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -12,14 +12,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from mflow_kernels.data.splits import (
-    BatchStream,
-    OrderedBatches,
-    Splits,
-    dequantize,
-    flip_at_random,
-    stream_generator,
-)
+from mflow_kernels.data.batches import BatchStream, OrderedBatches, flip_at_random
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.splits import Splits
 from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
 from mflow_kernels.layers.conv1x1 import condition_number
 from mflow_kernels.layers.step import fold
@@ -32,7 +28,6 @@ from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_w
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
 
-_TRAIN_NOISE, _VALID_NOISE = 1, 2  # keys of stream_generator; 0 is the data order's
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # of Terms, logged
 _BOUND_EVERY = 100  # steps between two bounds of the weights' condition
 _FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
@@ -175,13 +170,13 @@ class FlowTraining(LightningModule):
             for earlier in range(stage):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
-                self.model.initialize(self._dequantize(batch, _TRAIN_NOISE), stage)
+                self.model.initialize(self._dequantize(batch, Stream.TRAINING_NOISE), stage)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         stage = self.stage
-        x = self._dequantize(batch, _TRAIN_NOISE)
+        x = self._dequantize(batch, Stream.TRAINING_NOISE)
         if self._graphs is None:
             loss, *parts, log_likelihood = self._losses(stage, x)
         else:
@@ -306,7 +301,7 @@ class FlowTraining(LightningModule):
         self.log_dict({name: value.float() for name, value in figures.items()})
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        generator = stream_generator(0, _VALID_NOISE, batch_idx, device=self.device)
+        generator = stream_generator(0, Stream.VALIDATION_NOISE, batch_idx, device=self.device)
         x = self._own_part(dequantize(batch, self._config.n_bits, generator))
         if not len(x):  # the last batch may hold fewer images than there are ranks
             return
@@ -333,8 +328,10 @@ class FlowTraining(LightningModule):
         dtype = _DTYPES[self._config.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def _dequantize(self, batch: Tensor, key: int) -> Tensor:
-        generator = stream_generator(self._config.seed, key, self.global_step, device=self.device)
+    def _dequantize(self, batch: Tensor, stream: Stream) -> Tensor:
+        generator = stream_generator(
+            self._config.seed, stream, self.global_step, device=self.device
+        )
         if self._config.flips:
             batch = flip_at_random(batch, generator)
         return self._own_part(dequantize(batch, self._config.n_bits, generator))

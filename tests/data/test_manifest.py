@@ -47,15 +47,15 @@ class TestDifference:
 class TestHeldOut:
     def test_by_name(self):
         now = manifest("a 2 1", "b 0 2", "c 2 3", "d 2 4", "e 2 5")
-        assert now.held_out_then(THEN).tolist() == [1, 3]
+        assert now.held_out_by(THEN).tolist() == [1, 3]
 
     def test_a_name_swapped_with_a_training_image_is_left_out(self):
         now = manifest("a 0 2", "b 2 1", "c 0 3", "d 2 8")
-        assert now.held_out_then(THEN).tolist() == [3]
+        assert now.held_out_by(THEN).tolist() == [3]
 
     def test_a_duplicate_of_a_training_image_stays_as_it_was_then(self):
         then = manifest("a 0 1", "b 2 1")
-        assert then.held_out_then(then).tolist() == [1]
+        assert then.held_out_by(then).tolist() == [1]
 
     def test_trained_on_under_any_name(self):
         assert manifest("x 0 3", "y 2 1", "z 0 2").trained_on(THEN).tolist() == [True, True, False]
@@ -109,7 +109,7 @@ class TestData:
         now = load_splits(str(tmp_path / "f"), 8)
         held_out = before.test.batch(range(3))
         assert not torch.equal(now.test.batch(range(3)), held_out)  # the draw has changed
-        assert torch.equal(now.held_out_then(before.manifest).batch(range(3)), held_out)
+        assert torch.equal(now.held_out_by(before.manifest).batch(range(3)), held_out)
         assert "1 image added (aaa.png)" in now.manifest.difference(before.manifest)
 
     def test_a_copy_or_a_zip_has_the_same_images(self, tmp_path):
@@ -123,7 +123,7 @@ class TestData:
         splits = load_splits(str(write_images(tmp_path / "f", 5)), 8)
         then = manifest("x 0 1", "y 2 2", "z 2 3")
         with pytest.raises(DataError, match="the 2 images that the run held out, found none"):
-            splits.held_out_then(then)
+            splits.held_out_by(then)
 
     def test_training_images_in_another_folder(self, tmp_path):
         splits = load_splits(str(write_images(tmp_path / "f", 10)), 8)
@@ -136,4 +136,4 @@ class TestData:
     def test_the_digits_too(self):
         splits = load_splits("digits")
         assert splits.manifest.difference(load_splits("digits").manifest) is None
-        assert len(splits.held_out_then(splits.manifest)) == len(splits.test) == 500
+        assert len(splits.held_out_by(splits.manifest)) == len(splits.test) == 500

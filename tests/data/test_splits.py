@@ -3,16 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mflow_kernels.data.splits import (
-    BatchStream,
-    ImageSet,
-    dequantize,
-    flip_at_random,
-    load_folder,
-    load_splits,
-    stream_generator,
-    to_image,
-)
+from mflow_kernels.data.batches import BatchStream, flip_at_random
+from mflow_kernels.data.dequantization import dequantize, to_image
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.splits import ImageSet, load_folder, load_splits
 
 
 def write_image(path, size=(20, 16), mode="RGB", seed=0):
@@ -195,7 +189,7 @@ class TestFlips:
     images = torch.arange(24, dtype=torch.uint8).reshape(1, 2, 3, 4).repeat(1000, 1, 1, 1)
 
     def test_half_of_the_images_are_mirrored(self):
-        flipped = flip_at_random(self.images, stream_generator(0))
+        flipped = flip_at_random(self.images, stream_generator(0, Stream.TRAINING_NOISE))
         same = (flipped == self.images).flatten(1).all(1)
         mirrored = (flipped == self.images.flip(-1)).flatten(1).all(1)
         assert torch.equal(same, ~mirrored)
@@ -203,7 +197,10 @@ class TestFlips:
         assert flipped.dtype == torch.uint8
 
     def test_they_follow_the_generator(self):
-        draws = [flip_at_random(self.images, stream_generator(0, key)) for key in (1, 1, 2)]
+        draws = [
+            flip_at_random(self.images, stream_generator(0, Stream.TRAINING_NOISE, key))
+            for key in (1, 1, 2)
+        ]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
@@ -241,7 +238,7 @@ class TestDequantize:
 
     @pytest.mark.parametrize("n_bits", [1, 5, 8])
     def test_each_value_stays_in_its_own_bin(self, n_bits):
-        x = dequantize(self.every_level, n_bits, stream_generator(0))
+        x = dequantize(self.every_level, n_bits, stream_generator(0, Stream.TRAINING_NOISE))
         level = ((x.double() + 0.5) * 2**n_bits).floor()
         assert torch.equal(level, (self.every_level // 2 ** (8 - n_bits)).double())
 
@@ -249,7 +246,10 @@ class TestDequantize:
         assert torch.equal(to_image(dequantize(self.every_level, 8)), self.every_level)
 
     def test_noise_follows_the_generator(self):
-        draws = [dequantize(self.every_level, 8, stream_generator(0, key)) for key in (1, 1, 2)]
+        draws = [
+            dequantize(self.every_level, 8, stream_generator(0, Stream.TRAINING_NOISE, key))
+            for key in (1, 1, 2)
+        ]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 

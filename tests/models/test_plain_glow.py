@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, Split, Squeeze
-from mflow_kernels.data.splits import BatchStream, dequantize, load_splits, stream_generator
+from mflow_kernels.data.batches import BatchStream
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.splits import load_splits
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -74,7 +77,7 @@ def batches() -> list[Tensor]:
     """The first digits of a training run, dequantized, in float64: one batch more than steps."""
     stream = iter(BatchStream(load_splits("digits").train, BATCH, seed=0))
     return [
-        dequantize(next(stream), 8, stream_generator(0, 1, step)).double()
+        dequantize(next(stream), 8, stream_generator(0, Stream.TRAINING_NOISE, step)).double()
         for step in range(STEPS + 1)
     ]
 

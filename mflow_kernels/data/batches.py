@@ -1,0 +1,86 @@
+"""Batches of a set of images, and their augmentation."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.splits import ImageSet
+
+_READERS = 4  # threads, so that a disk gets more than one request at a time
+
+
+class BatchStream:
+    """Endless shuffled batches, uint8 (batch_size, C, H, W), from step `first` on.
+
+    The batch of a step depends on (seed, step) alone. Each pass has its own order, of the whole set
+    at once; the images that do not fill a last batch are left out of that pass. A batch never holds
+    more than the set. The next batches are read while one is used.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, first: int = 0) -> None:
+        self._images = images
+        self._batch_size = min(batch_size, len(images))
+        self._seed = seed
+        self._first = first
+
+    @property
+    def batches_per_pass(self) -> int:
+        return len(self._images) // self._batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return _read_ahead(self._images, self._orders())
+
+    def _orders(self) -> Iterator[Tensor]:
+        step = self._first
+        while True:
+            one_pass, position = divmod(step, self.batches_per_pass)
+            order = torch.randperm(
+                len(self._images),
+                generator=stream_generator(self._seed, Stream.DATA_ORDER, one_pass),
+            )
+            for start in range(position, self.batches_per_pass):
+                begin = start * self._batch_size
+                yield order[begin : begin + self._batch_size]
+                step += 1
+
+
+class OrderedBatches:
+    """All images once, in order, as uint8 batches; the last may be smaller. The next ones are read
+    while one is used."""
+
+    def __init__(self, images: ImageSet, batch_size: int) -> None:
+        self._images = images
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._images) / self._batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return _read_ahead(self._images, torch.arange(len(self._images)).split(self._batch_size))
+
+
+def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each image (N, C, H, W), of any dtype, mirrored left to right with probability 1/2."""
+    flips = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(flips, images.flip(-1), images)
+
+
+def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
+    would send through pipes what a thread finds in the page cache.)"""
+    pool = ThreadPoolExecutor(_READERS)
+    ahead: deque[Future[Tensor]] = deque()
+    try:
+        for order in orders:
+            ahead.append(pool.submit(images.batch, order))
+            if len(ahead) > _READERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,32 @@
+"""Between uint8 images and the continuous data that flows model."""
+
+import torch
+from torch import Tensor
+
+
+def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
+
+    x = (floor(image / 2^(8 - n_bits)) + u) / 2^n_bits - 0.5 with u uniform on [0, 1): a density of
+    x bounds the probability of the image from below (Theis et al., arXiv 1511.01844).
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: n_bits outside 1..8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
+    check_n_bits(n_bits)
+    levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
+    noise = torch.rand(images.shape, generator=generator, device=images.device)
+    return (levels + noise) / 2**n_bits - 0.5
+
+
+def to_image(x: Tensor) -> Tensor:
+    """Centred data of any float dtype to uint8 of the same shape, values outside clipped."""
+    return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)
+
+
+def check_n_bits(n_bits: int) -> None:
+    if not 1 <= n_bits <= 8:
+        raise ValueError(f"n_bits: expected 1 to 8, got {n_bits}")
