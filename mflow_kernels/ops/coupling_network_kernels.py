@@ -324,7 +324,9 @@ def dh1_tile(s: Shape) -> Tile:
     block_k, block_x = _block(s.width, DW2_WIDTH), _block(s.taps * s.c_in)
     if s.width > DW2_WIDTH:
         return Tile(32, 128 if block_x <= 128 else 64, block_k, 0, 8)
-    block_d = 128 if block_x <= 64 else 64 if block_x <= 128 else 32
+    # Addresses of rows that start at a multiple of 16 bytes take fewer registers.
+    fits_64 = block_x <= 128 or s.c_in % 8 == 0
+    block_d = 128 if block_x <= 64 else 64 if fits_64 else 32
     return Tile(16, _block(s.width, block_d), block_k, 0, 8)
 
 
