@@ -185,7 +185,11 @@ def _flops(y: Tensor, weight: Tensor) -> int:
 
 def _written_by(launch: aot.Launch) -> set[str]:
     """Arguments that one of the package's kernels writes, as its source names them."""
-    return {n for n in launch.bound if n in OUTPUTS.get(launch.kernel.__name__, DEFAULT_OUTPUTS)}
+    name = launch.kernel.__name__
+    written = {n for n in launch.bound if n in OUTPUTS.get(name, DEFAULT_OUTPUTS)}
+    if not written:
+        raise AssertionError(f"{name}: no argument is known to hold a result")
+    return written
 
 
 # Arguments that hold results, by name. A kernel that breaks the rule is listed by itself.
@@ -205,7 +209,7 @@ OUTPUTS = {
 
 # How many C x C products a kernel makes at each pixel.
 PRODUCTS_WITH_W = {
-    "_mix_kernel": 1,
+    "_conv1x1_kernel": 1,
     "_dweight_kernel": 1,
     "_coupling_conv1x1_bwd_kernel": 1,
     "_rebuild_conv1x1_kernel": 3,

@@ -86,6 +86,20 @@ def test_no_step_moves_more_than_recorded(precision: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_kernels_are_known_by_their_names() -> None:
+    code = """
+import re
+from pathlib import Path
+from benchmarks.reports import ledger_counts
+source = "".join(p.read_text() for p in Path("mflow_kernels/ops").glob("*.py"))
+kernels = set(re.findall(r"def (_\\w+_kernel)\\(", source))
+named = {*ledger_counts.OUTPUTS, *ledger_counts.PRODUCTS_WITH_W}
+assert named <= kernels, named - kernels
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_growth_is_reported(tmp_path: Path) -> None:
     recorded = json.loads((ROOT / "benchmarks/reports/ledger_float32.json").read_text())
     for row in recorded:
