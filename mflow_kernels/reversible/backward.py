@@ -101,7 +101,9 @@ class BackwardPass:
         Raises:
             RuntimeError: a network did not repeat its first run.
         """
-        self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet, stored
+        # dlogdet is often one number that autograd expanded: it is copied here once, and not by
+        # each launch.
+        self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet.contiguous(), stored
         self._differences: list[tuple[int, RerunNetwork, bool, Tensor]] = []
         split_off, joined = list(zip(latents, dlatents, strict=True)), []
         for i in reversed(range(len(instructions))):
@@ -257,6 +259,8 @@ class _GroupGradients:
         with torch.enable_grad():
             self.folded = group.folded(dtype)
         self.inverse = torch.linalg.inv_ex(self.folded.weight.detach().double())[0]
+        # LAPACK and cuSOLVER return contiguous columns, and the kernels read rows.
+        self.rounded_inverse = self.inverse.to(self.folded.weight.dtype).contiguous()
         self.remaining = len(group.steps)
         self.partials: tuple[Tensor, Tensor] | None = None
         self.waiting: list[int] = []  # the steps whose partial sums are in `partials`
@@ -265,7 +269,7 @@ class _GroupGradients:
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """weight, bias and the inverse weight of a step."""
         weight, bias = (t.detach()[row] for t in self.folded[:2])
-        return weight, bias, self.inverse[row].to(weight.dtype)
+        return weight, bias, self.rounded_inverse[row]
 
     def partial_sums(self, row: int, splits: int) -> tuple[Tensor, Tensor]:
         """Buffers for a step's partial outer sums (splits, C, C) and d bias (splits, C).
