@@ -10,17 +10,17 @@ from torch import nn
 from mflow_kernels.data.splits import ImageSet, load_folder
 from mflow_kernels.evaluation import likelihood as evaluation
 from mflow_kernels.evaluation.likelihood import (
-    batch_of,
     evaluate_model,
+    evaluation_batch_size,
     importance_weighted_bits,
 )
 from mflow_kernels.evaluation.ood import (
     auroc,
-    compare,
+    compare_sets,
     density_images,
     density_method,
     made_up_sets,
-    score,
+    score_images,
 )
 from mflow_kernels.runs.folder import load_run
 
@@ -82,24 +82,24 @@ class TestImportanceWeighting:
         assert many == pytest.approx(1 + 0.8 / 400 * nats, abs=error * nats)
 
     def test_images_are_computed_some_at_a_time(self):
-        assert batch_of((1, 28, 28)) == 100
-        assert batch_of((3, 256, 256)) == 21
-        assert batch_of((3, 2048, 2048)) == 1
+        assert evaluation_batch_size((1, 28, 28)) == 100
+        assert evaluation_batch_size((3, 256, 256)) == 21
+        assert evaluation_batch_size((3, 2048, 2048)) == 1
 
 
 class TestScores:
     def test_they_are_the_models_own(self, loaded, faces):
         images = faces.batch(range(5))
-        found = score(loaded.model, images, 8, deviation=0.1)
+        found = score_images(loaded.model, images, 8, deviation=0.1)
         assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
             ("bits_per_dim", "distance", "ood_score"), (5,)
         )
         # bits_per_dim and distance of the same noise; the OOD score from both of their sources.
-        again = score(loaded.model, images, 8, deviation=None)
+        again = score_images(loaded.model, images, 8, deviation=None)
         assert set(again) == {"bits_per_dim", "distance"}
         assert torch.equal(found["distance"], again["distance"])
         off = 64 - loaded.model.manifold_dim
-        far = score(loaded.model, images, 8, deviation=0.2)["ood_score"]
+        far = score_images(loaded.model, images, 8, deviation=0.2)["ood_score"]
         change = (0.2**-2 - 0.1**-2) / 2 * found["distance"].square() + off * math.log(2)
         assert (far - found["ood_score"]).tolist() == pytest.approx(change.tolist(), rel=1e-4)
 
@@ -113,14 +113,14 @@ class TestScores:
 
     def test_sets_are_compared_with_the_first(self):
         low, high = torch.arange(4.0), torch.arange(4.0) + 10
-        first, second = compare(
+        first, second = compare_sets(
             {"in": {"bits_per_dim": low, "distance": high, "ood_score": low[:2]},
              "out": {"bits_per_dim": high, "distance": low, "ood_score": high[:2]}}
         )  # fmt: skip
         assert (first.name, first.images, first.auroc_bits_per_dim) == ("in", 4, None)
         aurocs = second.auroc_bits_per_dim, second.auroc_distance, second.auroc_ood_score
         assert aurocs == (1.0, 0.0, 1.0)
-        (without,) = compare({"in": {"bits_per_dim": low, "distance": high}})
+        (without,) = compare_sets({"in": {"bits_per_dim": low, "distance": high}})
         assert without.ood_score is None
 
     def test_made_up_sets(self, faces):

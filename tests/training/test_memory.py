@@ -18,10 +18,10 @@ from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training import memory as planning
+from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import largest_batch, networks, parse_memory, peak_memory
+from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
 
 # Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
@@ -65,7 +65,7 @@ def measured(config: TrainConfig, folder) -> int:
         warnings.simplefilter("ignore")
         model = build_model(resolved)
         train._fit(
-            train.Plan(
+            train.CheckedRun(
                 folder,
                 resolved,
                 splits,
@@ -101,8 +101,8 @@ def test_parameters_and_buffers_are_those_of_the_model():
     config = TrainConfig(steps=3, levels=3, stage_dims=[7, 5]).resolve((3, 24, 24))
     model = build_model(config)
     for stage, flow in enumerate(model.stages):
-        found = networks(config, stage)
-        expected = sum(n.parameters + n.mix_parameters for n in found)
+        found = coupling_shapes(config, stage)
+        expected = sum(n.parameters + n.conv1x1_parameters for n in found)
         assert expected == sum(p.numel() for p in flow.parameters())
     tensors = [*model.parameters(), *model.buffers()]
     held = peak_memory(config).parameters
@@ -140,7 +140,7 @@ def test_sizes(text, size):
 class TestCommand:
     def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(planning, "Glow", meta_only(planning.Glow))
+        monkeypatch.setattr(memory_module, "Glow", meta_only(memory_module.Glow))
         options = "--image-size 256 --levels 6 --steps 32 --width 512 --batch-size 16"
         assert main(["plan", *options.split(), "--gpu-memory", "80GB"]) == 0
         out, err = capsys.readouterr()
