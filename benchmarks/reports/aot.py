@@ -181,7 +181,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def pixel_tensors(launch: Launch) -> dict[str, Tensor]:
-    """The arguments that have pixels: those of four axes (see `_cases`)."""
+    """The arguments that have pixels: those of four axes (see `cases`)."""
     return {
         name: value
         for name, value in launch.bound.items()

@@ -1,7 +1,7 @@
 """Compile every launch that the presets' models make, with no GPU, and say how it fits: registers,
 spills, shared memory, resident blocks, and the width of its memory accesses.
 
-The launches are recorded from the models themselves (`_recorded`): training steps, evaluation and
+The launches are recorded from the models themselves (`recorded`): training steps, evaluation and
 sampling at every level, with what chains keep and what networks compute in; and a few more models
 that users may choose. Those that Triton compiles to one kernel are compiled once.
 
@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor
 
 from benchmarks.harness.output import save_json, text_table
-from benchmarks.reports import recorded as _recorded
+from benchmarks.reports import recorded
 from benchmarks.reports.cases import SHORT, Case, operations
 from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
@@ -45,16 +45,16 @@ SCALES = (
 )
 
 
-def recorded(size: str) -> Iterator[Recorded]:
+def launches_of(size: str) -> Iterator[Recorded]:
     """Launches of models; for "full", also of the operators alone and of chains on any state."""
-    models = _recorded.quick_models() if size == "quick" else _recorded.models()
+    models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
-        yield from _recorded.record(model)
+        yield from recorded.record(model)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
                 name = f"{operation.name}, {operation.direction}"
-                for launch in _aot.capture(lambda op=operation: op.prepare()()):
+                for launch in aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
 
 
@@ -77,7 +77,7 @@ def full_cases() -> Iterator[Case]:
 class Configuration:
     """Launches that compile to one kernel, and what is asked of its accesses."""
 
-    launch: _aot.Launch  # the first one
+    launch: aot.Launch  # the first one
     model: str  # that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
 
@@ -121,10 +121,10 @@ class Configuration:
         return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
 
 
-NO_STATES = {"weight", "weight_inverse", "dweight", "gram", "dbias", "ledger", "dledger"}
+NO_STATES = {"weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger"}
 
 
-def states(launch: _aot.Launch) -> dict[str, Tensor]:
+def states(launch: aot.Launch) -> dict[str, Tensor]:
     """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
     of these."""
     return {
@@ -134,13 +134,13 @@ def states(launch: _aot.Launch) -> dict[str, Tensor]:
     }
 
 
-def channels(launch: _aot.Launch) -> int:
+def channels(launch: aot.Launch) -> int:
     """C of the launch's states: a constant of most kernels, else as many as params have."""
     given = launch.bound.get("C")
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
-def wide(launch: _aot.Launch) -> set[str]:
+def wide(launch: aot.Launch) -> set[str]:
     """The states whose sizes allow 16-byte accesses."""
     allowed, c = set(), channels(launch)
     for name, t in states(launch).items():
@@ -157,7 +157,7 @@ def wide(launch: _aot.Launch) -> set[str]:
 
 def configurations(size: str) -> list[Configuration]:
     found: dict[str, Configuration] = {}
-    for model, launch in recorded(size):
+    for model, launch in launches_of(size):
         allowed = wide(launch)
         found.setdefault(launch.key, Configuration(launch, model, allowed)).wide |= allowed
     return list(found.values())
@@ -199,11 +199,11 @@ def _compile(job: tuple[int, str]) -> Row:
     index, target = job
     configuration = _work[index]
     launch = configuration.launch
-    made = _aot.compile_for(launch, target)
+    made = aot.compile_for(launch, target)
     accesses = {name: made.access.get(name, []) for name in states(launch)}
     widths = [width for access in accesses.values() for width in access]
     blocks = (
-        0 if made.error else _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        0 if made.error else aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     )
     faults = [made.error] if made.error else []
     if made.spilled:
@@ -225,7 +225,7 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
     source, target = job
     rows = []
     for name, made in compile_native(source, target):
-        blocks = _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
         faults = ["spills"] if made.spilled else []
         faults += [] if blocks else ["does not fit"]
         row = Row(
@@ -253,7 +253,7 @@ def report(size: str, targets: Sequence[str]) -> list[Row]:
 
 def limits(targets: Sequence[str]) -> str:
     head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
-    values = [(t, _aot.ARCHS[t]) for t in targets]
+    values = [(t, aot.ARCHS[t]) for t in targets]
     return text_table(
         head,
         [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--target", action="append", choices=list(_aot.ARCHS), help="may be repeated; default: all"
+        "--target", action="append", choices=list(aot.ARCHS), help="may be repeated; default: all"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
-    targets = options.target or list(_aot.ARCHS)
+    targets = options.target or list(aot.ARCHS)
     rows = report(options.size or "standard", targets)
     print("One multiprocessor\n" + limits(targets) + "\n")
     print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")

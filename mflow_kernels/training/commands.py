@@ -222,17 +222,17 @@ def evaluate(
         features: Network for FID and KID: inception, which FID is defined with, or the name of an
             image classifier of torchvision.
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
-        ood: Folder, zip or file of mflow prepare of other images, or digits, to tell from the
-            held-out ones.
+        ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
+            of a data set that mflow train --help lists.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
+    from mflow_kernels.data.splits import load_evaluation_set
     from mflow_kernels.evaluation.features import load_feature_network
     from mflow_kernels.evaluation.likelihood import (
         check_image_shape,
         evaluate_model,
         held_out_images,
-        read_images,
     )
     from mflow_kernels.evaluation.report import ReportOptions, write_report
     from mflow_kernels.runs.folder import EVALUATION, load_run
@@ -252,7 +252,7 @@ def evaluate(
     others = []
     if ood is not None:
         try:
-            other = read_images(ood, loaded.config.image_shape[1]).images
+            other = load_evaluation_set(ood, loaded.config.image_shape[1]).images
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "ood:", 1)) from None
         others.append((Path(ood).resolve().name, other))
@@ -280,7 +280,7 @@ def plan(options: dict[str, Any]) -> Work:
 
     Takes the options of mflow train and prints the peak memory of a training step by purpose,
     without allocating it. Images are not read: give their --image-size and --channels, or
-    --data digits.
+    the name of a data set as --data.
     """
     import torch
 

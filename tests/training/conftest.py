@@ -24,13 +24,13 @@ class FakeCapture:
     def __init__(self, monkeypatch):
         self.captures, self.forwards, self.backwards = 0, 0, 0
         self.chains = {}
-        record = ReversibleChain._record
+        record = ReversibleChain.record_drift
 
         def spied(chain, drift):
             self.chains[id(chain)] = chain
             record(chain, drift)
 
-        monkeypatch.setattr(ReversibleChain, "_record", spied)
+        monkeypatch.setattr(ReversibleChain, "record_drift", spied)
 
     @contextmanager
     def drifts_restored(self):
