@@ -141,15 +141,15 @@ def evaluate_model(
             for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
                 sums[index, column] += part.double().sum().cpu()
     means = sums / len(images)
-    figures = []
+    metrics = []
     for on, off, volume, squared in means.tolist():
         total = torch.tensor(on + off + volume, dtype=torch.float64)
         bits = bits_per_dimension(total, dims, n_bits).item()
         scale = 1 / (dims * math.log(2.0))
         psnr = -10 * math.log10(squared) if squared else math.inf
-        figures.append(StageMetrics(bits, on * scale, off * scale, volume * scale, squared, psnr))
+        metrics.append(StageMetrics(bits, on * scale, off * scale, volume * scale, squared, psnr))
     manifold_dims = tuple(stage.manifold_dim for stage in stages)
-    return Evaluation(data, len(images), manifold_dims, tuple(figures))
+    return Evaluation(data, len(images), manifold_dims, tuple(metrics))
 
 
 def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:

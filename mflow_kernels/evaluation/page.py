@@ -26,8 +26,8 @@ img { max-width: 100%; height: auto; border: 1px solid #eee; }
 table { border-collapse: collapse; margin: .6rem 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee;
   font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: pre-wrap; }
+th { font-weight: 600; vertical-align: bottom; white-space: pre-line; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -48,12 +48,14 @@ def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Pic
     evaluation = metrics.evaluation
     title = f"{metrics.run}: a manifold flow on {config.data_name}"
     shape = "x".join(map(str, config.image_shape))
-    dims = ", then ".join(map(str, evaluation.manifold_dims))
+    dims = ", ".join(
+        f"{dim} (stage {number})" for number, dim in enumerate(evaluation.manifold_dims, start=1)
+    )
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>The model was evaluated on {evaluation.images:,} images of {escape(evaluation.data)} "
-        f"({shape}) that it was not trained on. Its manifold has {dims} of {_dimensions(config):,} "
-        "dimensions. All numbers are for the averaged weights.</p>",
+        f"({shape}) that it was not trained on. Images have {_dimensions(config):,} dimensions; "
+        f"the manifold has {dims}. All numbers are for the averaged weights.</p>",
         *_likelihood(metrics),
         *_show(pictures, "projections"),
         "<h2>Samples</h2>",
@@ -65,9 +67,9 @@ def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Pic
         *_show(pictures, "curves", "Training"),
         *_missing(metrics),
         "<h2>How this report was made</h2>",
-        f"<p class=note>mflow evaluate of mflow_kernels {__version__} wrote it, with torch "
-        f"{escape(version('torch'))}. docs/evaluation.md of that package describes how each number "
-        "is computed; figures.json beside this page holds all of them in full precision.</p>",
+        f"<p class=note>mflow evaluate of mflow_kernels {__version__} wrote this page, with torch "
+        f"{escape(version('torch'))}. docs/evaluation.md of mflow_kernels describes how each "
+        "number is computed; figures.json beside this page holds them in full precision.</p>",
         f"<details><summary>Configuration</summary><pre>{escape(config.to_yaml())}</pre></details>",
     ]
     return (
@@ -143,12 +145,12 @@ def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterab
     )
     first = min(metrics.density_images, metrics.scores[0].images)
     yield (
-        "<p class=note>The scores are medians. The distance is between an image and its "
+        "<p class=note>Scores are medians over each set. The distance is between an image and its "
         "projection, with pixels on the [0, 1] scale. The OOD score combines it with the density "
         f"on the manifold, in nats (arXiv 2308.13792), for the first {first} images of each set. "
         "The AUROC is the probability that an image of the set scores above a held-out image: 1 "
-        "separates the sets perfectly, 0.5 not at all, and below 0.5 the score prefers the set to "
-        "the held-out images.</p>"
+        "separates the sets perfectly and 0.5 not at all; below 0.5, the set scores lower than the "
+        "held-out images.</p>"
     )
     yield from _show(pictures, "scores")
 

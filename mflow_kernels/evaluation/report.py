@@ -190,20 +190,20 @@ def _sample_quality(
                 progress(done)
             return torch.cat(parts)
 
-        real = extract(_first(images, count))
+        real = extract(_image_batches(images, count))
         for temperature in TEMPERATURES:
-            fake = extract(_samples(run.model, count, temperature))
+            fake = extract(_sample_batches(run.model, count, temperature))
             distance = feature_distance(real, fake)
             rows.append(SampleQuality(temperature, name, count, distance))
     return tuple(rows)
 
 
-def _first(images: ImageSet, count: int) -> Iterator[Tensor]:
+def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
     for begin in range(0, count, _FEATURE_BATCH):
         yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
 
 
-def _samples(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
+def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
     """Yield uint8 samples, as a file would hold them, from the same draws at each temperature."""
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)

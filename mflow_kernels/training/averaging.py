@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage(nn.Module):
-    """The exponential moving average of a model's parameters. Buffers are not averaged.
+    """The exponential moving average of a model's parameters. Buffers are copied, not averaged.
 
     Lightning's WeightAveraging does not fit here: it copies the data set with the module,
     synchronizes with the device in every step, averages permutations, and cannot start the average

@@ -60,7 +60,7 @@ class CouplingShape:
     channels: int
     pixels: int
     width: int
-    taps: int  # kernel size of the first and last layer: 9 for 3x3, or 1 for vectors
+    taps: int  # weights between two channels in the first and last layer: 9 (3x3), or 1 for vectors
     has_conv1x1: bool
 
     @property

@@ -1,4 +1,4 @@
-"""Trains all stages of a hierarchical flow, as one LightningModule in one `fit`."""
+"""Training of all stages of a hierarchical flow, as one LightningModule and in one `fit`."""
 
 import math
 import time
@@ -390,7 +390,8 @@ def compile_networks(model: nn.Module, **options: Any) -> None:
 
 
 def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of a stage's coupling networks, which decay, and all its other parameters."""
+    """Split a stage's parameters into the weights of its coupling networks, to which weight decay
+    applies, and all others."""
     networks = [m.net for m in stage.modules() if isinstance(m, AffineCoupling)]
     weights = {id(p) for net in networks for p in net.parameters() if p.dim() > 1}
     parameters = list(stage.parameters())
@@ -419,7 +420,7 @@ def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
     optimizer.step.increment_by(step)
     optimizer.zero_grad.increment_by(step)
     batches._batches_that_stepped = step
-    if validates:  # the state of an interruption during validation, after the step before
+    if validates:  # set the counters as if validation had been interrupted
         batches.val_loop.batch_progress.increment_ready()
         batches.val_loop.batch_progress.increment_started()
         batches._batches_that_stepped = step - 1

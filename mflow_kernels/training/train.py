@@ -88,7 +88,7 @@ class CheckedRun:
     device: torch.device
     ranks: Ranks
     resumes: bool  # continue the run in an existing folder
-    lock: FileLock | None  # lock of an existing run folder
+    lock: FileLock | None  # held on an existing run folder, by rank 0
     checkpoint: Checkpoint | None  # checkpoint to resume from
 
     @property

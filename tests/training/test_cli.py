@@ -43,7 +43,7 @@ class TestTrain:
     def test_loss_and_bits_are_those_of_their_parts(self, trained):
         first = metrics(trained)[0]
         parts = sum(float(first[name]) for name in ("on_manifold", "off_manifold", "logdet"))
-        # 8x8x1, so nats per dimension of stage 1 are those of the image.
+        # Stage 1 has as many dimensions as the image, so both are per dimension of the image.
         assert float(first["bits_per_dim"]) == pytest.approx(8 - parts / math.log(2), rel=1e-5)
 
     def test_pictures_are_images_of_a_readable_size(self, trained):

@@ -1,4 +1,4 @@
-"""Training runs with CUDA graphs compute what runs without them compute.
+"""Training runs give the same result with CUDA graphs as without.
 
 Without a GPU, the fixture `fake_capture` replaces the capture itself.
 """
@@ -31,7 +31,7 @@ def assert_same(one, other):
     ["", "--weight variance --release", "--domain latent --no-reversible --precision bfloat16"],
 )
 def test_a_run_with_graphs_is_the_run_without(options, command, tmp_path, fake_capture):
-    """Two stages of three steps, validated in between."""
+    """Trains two stages of three steps, with validation between them."""
     command += options.split()
     assert main(command) == 0
     without = outcome(tmp_path / "run")
