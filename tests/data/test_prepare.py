@@ -369,7 +369,7 @@ class TestCommand:
             ("images --out a --workers 0", "--workers: expected at least 1, got 0"),
             (
                 "images --out made --overwrite",
-                "--out: --overwrite expected a file of mflow",
+                "--out: expected a file of mflow prepare to overwrite",
             ),
             ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
             ("images --out circle", "--out: symbolic links lead in a circle: circle"),
