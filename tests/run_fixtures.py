@@ -1,4 +1,4 @@
-"""Fixtures of tests that train: tiny images, a finished tiny run, a cache of their own."""
+"""Fixtures of tests that train: tiny images, a finished tiny run, a cache of prepared images."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from tiny_runs import TINY, write_images
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tensors so small are slower on several threads, most of all on a busy machine."""
+    """Use one thread: several are slower for such small tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -18,7 +18,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """A cache of prepared images of the tests' own."""
+    """A cache of prepared images for the tests only."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("MFLOW_CACHE", str(folder))
@@ -32,7 +32,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, images):
-    """A finished tiny run; tests that change it work on a copy."""
+    """A finished tiny run. Tests must not change it; `run` is a copy for those that do."""
     from mflow_kernels.training.cli import main
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
@@ -43,3 +43,9 @@ def trained(tmp_path_factory, images):
 @pytest.fixture
 def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def command(images, tmp_path):
+    """The arguments that train a tiny run in `tmp_path / "run"`."""
+    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]

@@ -1,5 +1,6 @@
-"""A model and images so small that a test may train on them."""
+"""Options and images so small that a test can train, and what tests read from runs."""
 
+import csv
 import os
 import socket
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# A model that trains in a moment: two stages of three steps on ten images of 8x8.
+# Options of mflow train: two stages of three steps on ten images of 8x8.
 TINY = [
     *("--image-size", "8", "--levels", "1", "--steps", "1", "--width", "8"),
     *("--manifold-dim", "6", "--stage-dims", "4", "--stage-steps", "1", "--stage-width", "8"),
@@ -18,7 +19,7 @@ TINY = [
 
 
 def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
-    """Smooth random images, PNG."""
+    """Write smooth random images as PNG files; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -29,7 +30,7 @@ def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
 
 
 def zip_up(folder, path):
-    """Every file below a folder in a zip, stored as it is; returns its path."""
+    """Write every file below a folder to a zip without compression; return its path."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*")):
             archive.write(file, file.relative_to(folder))
@@ -37,8 +38,38 @@ def zip_up(folder, path):
 
 
 def listing(folder):
-    """Everything below a folder, by relative path."""
+    """The relative paths of everything below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def checkpoint(folder, name="last.ckpt"):
+    """A checkpoint of a run."""
+    return torch.load(folder / name, weights_only=True)
+
+
+def weights(folder):
+    """All weights in the last checkpoint of a run, and their averages."""
+    return checkpoint(folder)["state_dict"]
+
+
+def metrics(folder, column=None):
+    """The rows of a run's metrics.csv; with `column`, only those with a value in it."""
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if column is None or row[column]]
+
+
+def check_refused(arguments, message, folder, capsys):
+    """Assert that a command fails with one line that contains `message`, and writes nothing."""
+    from mflow_kernels.training.cli import main
+
+    before = listing(folder)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mflow: error: ")
+    assert message in err
+    assert listing(folder) == before
 
 
 def torchrun(command, states):
@@ -70,9 +101,9 @@ def torchrun(command, states):
                 }
                 fit = train._fit
 
-                def spied(plan, fit=fit, rank=rank):
-                    averaged = fit(plan)
-                    state = {**plan.model.state_dict(), **averaged.state_dict(prefix="average.")}
+                def spied(run, fit=fit, rank=rank):
+                    averaged = fit(run)
+                    state = {**run.model.state_dict(), **averaged.state_dict(prefix="average.")}
                     torch.save(state, states / f"{rank}.pt")
                     return averaged
 

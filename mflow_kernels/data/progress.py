@@ -1,62 +1,65 @@
-"""Telling on stderr how far a long piece of work has come."""
+"""A progress bar on stderr."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 15.0
 
-ProgressCallback = Callable[[int], None]
+
+class ProgressCallback(Protocol):
+    """Is called with the number of items done so far, and a note to show in place of the speed."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 @contextmanager
-def progress_bar(what: str, total: int, done: int = 0) -> Iterator[ProgressCallback]:
-    """A progress bar of images; plain lines, one in a while, where stderr is no terminal.
+def progress_bar(
+    what: str, total: int, done: int = 0, unit: str = "images"
+) -> Iterator[ProgressCallback]:
+    """Show a progress bar; without a terminal, print a line every 15 seconds.
 
     Args:
-        what: is being done.
-        total: images in all.
-        done: images that need not be done any more.
-
-    Yields:
-        A function to call with the number of images done so far.
+        what: the work, such as "evaluating".
+        total: number of items.
+        done: items that were done before.
+        unit: what the items are.
     """
     console = Console(stderr=True)
-    started = last = time.monotonic()
+    started = last_line = time.monotonic()
     first = done
 
-    def rate(count: int) -> str:
-        return f"{(count - first) / max(1e-9, time.monotonic() - started):,.0f} images/s"
+    def speed(count: int) -> str:
+        return f"{(count - first) / max(1e-9, time.monotonic() - started):,.0f} {unit}/s"
 
     if not console.is_terminal:
 
-        def print_line(count: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                line = f"{what}: {count:,} of {total:,} images, {rate(count)}"
-                console.print(line, highlight=False, soft_wrap=True)
+        def print_line(done: int, note: str = "") -> None:
+            nonlocal last_line
+            if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                line = f"{what}: {done:,} of {total:,} {unit}, {note or speed(done)}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         yield print_line
         return
+    # In a narrow terminal the note wraps to a second line and the other columns keep their width.
     with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
     ) as bar:
-        task = bar.add_task(what, total=total, completed=done, rate="")
-        yield lambda count: bar.update(task, completed=count, rate=rate(count))
+        task = bar.add_task(what, total=total, completed=done, note="")
+
+        def update(done: int, note: str = "") -> None:
+            bar.update(task, completed=done, note=note or speed(done))
+
+        yield update

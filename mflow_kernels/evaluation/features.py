@@ -1,7 +1,7 @@
-"""Features of images, and the distances between sets of images that they give: FID and KID.
+"""FID and KID: distances between two sets of images, computed from the features of a network.
 
-Weights come from a file on this machine, never from the network, and as tensors alone: no code of
-the file runs. The distances themselves are those of torchmetrics.
+The network's weights are read from a local file; nothing is downloaded. Only tensors are loaded, so
+the file cannot run code. torchmetrics computes the distances.
 """
 
 import warnings
@@ -17,17 +17,17 @@ from torch.nn.functional import interpolate
 
 INCEPTION = "inception"
 KID_SUBSETS = 100
-KID_SUBSET_SIZE = 1000  # at most; all images where there are fewer
+KID_SUBSET_SIZE = 1000  # or the number of images, if that is smaller
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 _INCEPTION_SIZE, _OTHER_SIZE = 299, 224
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 class FeatureNetwork(nn.Module):
-    """uint8 images (N, C, H, W), C of 1 or 3, to features (N, num_features), float32.
+    """Maps uint8 images (N, C, H, W), with C of 1 or 3, to float32 features (N, num_features).
 
-    Images are resized to a square of `size` (bilinear, antialiased) and then brought to what the
-    network was trained on: value * scale + shift for each colour, of values 0 to 255.
+    Images are resized to a square of side `size` (bilinear, antialiased), then normalized as in the
+    network's training: value * scale + shift for each colour channel, with values from 0 to 255.
     """
 
     def __init__(self, body: nn.Module, size: int, scale: Tensor, shift: Tensor) -> None:
@@ -45,34 +45,34 @@ class FeatureNetwork(nn.Module):
 
 
 def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
-    """A network whose features (what goes into its last linear layer) images are compared by.
+    """Load a network. Its features are the input of its last linear layer.
 
     Args:
-        name: "inception", the network that FID was defined with, its weights as torch-fidelity and
-            pytorch-fid publish them (pt_inception-2015-12-05-*.pth); prepared as torchmetrics does
-            by default. Or an image classifier of torchvision, by its name there, such as
-            "resnet50", which gets images of 224x224, normalized as those of ImageNet.
-        weights: a file of a state dict, .safetensors or what torch.save wrote.
+        name: "inception", the network that FID was defined with. Its weights are those that
+            torch-fidelity and pytorch-fid publish (pt_inception-2015-12-05-*.pth), and images are
+            prepared as torchmetrics does by default. Otherwise the name of an image classifier of
+            torchvision, such as "resnet50", which gets 224x224 images normalized as for ImageNet.
+        weights: file with a state dict, written as .safetensors or by torch.save.
 
     Raises:
-        ValueError: no such file or network, weights that do not fit it.
+        ValueError: there is no such file or network, or the weights do not fit the network.
     """
     if not weights.is_file():
         raise ValueError(
             f"feature_weights: expected a file of weights of {name!r}, found none at {weights} "
-            "(nothing is downloaded; docs/evaluation.md says where they are published)"
+            "(nothing is downloaded; docs/evaluation.md says where to get the weights)"
         )
     state = _read_state(weights)
     last = _last_linear(name)
     shape = getattr(state.get(f"{last}.weight"), "shape", ())
     body = _build(name, shape[0] if shape else 1)
     try:
-        # What batch norm counts is used by no evaluation, and older files lack it.
+        # Evaluation does not use batch norm's counters, and older files lack them.
         counted = {k: v for k, v in body.state_dict().items() if k.endswith("num_batches_tracked")}
         body.load_state_dict({**counted, **state})
     except RuntimeError as error:
         first = " ".join(str(error).split("\n\t")[1:2]).strip() or str(error)
-        key, *others = first.split(", ")  # one name tells as much as all
+        key, *others = first.split(", ")  # one name is enough
         more = f" and {len(others)} more" if others else ""
         raise ValueError(
             f"feature_weights: expected a state dict of {name!r} in {weights}: "
@@ -91,8 +91,8 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
 
 @dataclass(frozen=True)
 class FeatureDistance:
-    """Of two sets of images. kid is the mean over subsets, kid_deviation their standard
-    deviation."""
+    """Distances between two sets of images. `kid` is the mean over random subsets and
+    `kid_deviation` the standard deviation over them."""
 
     fid: float
     kid: float
@@ -100,36 +100,36 @@ class FeatureDistance:
 
 
 def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
-    """FID (Heusel et al., arXiv 1706.08500) and KID (Bińkowski et al., arXiv 1801.01401) by
-    torchmetrics.
+    """Compute FID (Heusel et al., arXiv 1706.08500) and KID (Bińkowski et al., arXiv 1801.01401).
 
-    In float64. KID with its cubic kernel, over KID_SUBSETS subsets of at most KID_SUBSET_SIZE
-    images, drawn by a fixed seed.
+    Both are computed in float64. KID uses its cubic kernel and KID_SUBSETS subsets of at most
+    KID_SUBSET_SIZE images, drawn with a fixed seed.
 
     Args:
-        real, fake: features (N, F) and (M, F), at least two of each.
+        real, fake: features (N, F) and (M, F), with N and M at least 2.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
     real, fake = real.double(), fake.double()
-    given = _Given(real.shape[1])
-    fid = FrechetInceptionDistance(feature=given).to(real.device)
+    network = _Features(real.shape[1])
+    fid = FrechetInceptionDistance(feature=network).to(real.device)
     fid.update(real, real=True)
     fid.update(fake, real=False)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
         torch.manual_seed(0)
         size = min(KID_SUBSET_SIZE, len(real), len(fake))
-        kid = KernelInceptionDistance(feature=given, subsets=KID_SUBSETS, subset_size=size)
+        kid = KernelInceptionDistance(feature=network, subsets=KID_SUBSETS, subset_size=size)
         kid.update(real, real=True)
         kid.update(fake, real=False)
         mean, deviation = kid.compute()
     return FeatureDistance(fid.compute().item(), mean.item(), deviation.item())
 
 
-class _Given(nn.Module):
-    """Features in place of images, so that FID and KID share one pass of the network."""
+class _Features(nn.Module):
+    """Passes features through where torchmetrics expects a network, so that FID and KID share one
+    pass of the real network."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _Given(nn.Module):
 
 
 class _Pooled(nn.Module):
-    """A block of torchvision's Inception with another pooling in its last branch."""
+    """A block of torchvision's Inception whose last branch uses another pooling."""
 
     def __init__(self, block: nn.Module, pool: nn.Module) -> None:
         super().__init__()
@@ -153,8 +153,8 @@ class _Pooled(nn.Module):
 
 
 def _pool_as_in_fid(inception: nn.Module) -> None:
-    """The network of FID is TensorFlow's of 2015: averages leave the padding out, and the last
-    block takes maxima."""
+    """Replace the pooling by that of TensorFlow's network of 2015, which FID was defined with: its
+    averages exclude the padding, and its last block takes maxima."""
     average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
         name = f"Mixed_{name}"
@@ -196,13 +196,14 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = f"could not read it ({str(error).split(chr(10))[0].split('. ')[0][:200]})"
-    except Exception:  # pickle's own errors, of which weights_only has no list
-        reason = "it is no file of torch.save, or holds more than tensors"
+    except Exception:  # weights_only can raise any error that unpickling does
+        reason = "it is not a file of torch.save, or it holds more than tensors"
     else:
         if not isinstance(state, dict):
             reason = f"it holds a {type(state).__name__}"
         else:
-            wrong = [(key, why) for key, value in state.items() if (why := _unusable(key, value))]
+            problems = ((key, _problem(key, value)) for key, value in state.items())
+            wrong = [(key, problem) for key, problem in problems if problem]
             if not wrong:
                 return state
             reason = "its {!r} {}".format(*wrong[0])
@@ -211,17 +212,16 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
     )
 
 
-def _unusable(key: object, value: object) -> str | None:
-    """What is wrong with an entry of a state dict; None for a name and a tensor of finite
-    numbers."""
+def _problem(key: object, value: object) -> str | None:
+    """Say why an entry of a state dict cannot be used; None if it is a name and a finite tensor."""
     if not isinstance(key, str):
         return "is not the name of a tensor"
     if not isinstance(value, Tensor):
         return f"is of type {type(value).__name__}"
     if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type != "cpu":
         return f"is not a plain tensor: {value.layout}, {value.dtype}, on {value.device}"
-    if value.nbytes > value.untyped_storage().nbytes():  # strides of 0: petabytes in a small file
-        return f"has the shape {tuple(value.shape)}, but fewer numbers in the file"
+    if value.nbytes > value.untyped_storage().nbytes():  # strides of 0 can claim petabytes
+        return f"has the shape {tuple(value.shape)}, but the file holds fewer numbers"
     if not value.isfinite().all():
         return "has values that are not finite"
     return None

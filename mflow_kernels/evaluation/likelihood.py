@@ -1,4 +1,4 @@
-"""What a trained model is worth on images it has not seen."""
+"""Likelihood and reconstruction error of a trained model on held-out images."""
 
 import json
 import math
@@ -25,14 +25,20 @@ from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
+PARTS_EXPLAINED = (
+    "Bits per dimension are the bits of a pixel minus the log-densities and the log-determinant, "
+    "which are in bits per dimension too."
+)
+
 
 @dataclass(frozen=True)
-class StageFigures:
-    """Means over the images, of the model up to one stage.
+class StageMetrics:
+    """Means over the images, for the model up to and including one stage.
 
-    bits_per_dim = n_bits - (on_manifold + off_manifold + logdet), the three parts being the
-    log-densities and the log-determinant in bits per dimension. The error is that of the images'
-    projections, clipped to the range of images, on the [0, 1] scale; psnr is of that mean, in dB.
+    bits_per_dim = n_bits - (on_manifold + off_manifold + logdet). These three parts are the two
+    log-densities and the log-determinant, in bits per dimension. mean_squared_error compares the
+    images with their projections, clipped to the range of images, on the [0, 1] scale. psnr is
+    computed from that mean, in dB.
     """
 
     bits_per_dim: float
@@ -45,38 +51,52 @@ class StageFigures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`stages` holds the figures of stage 1 alone, of stages 1 and 2, and so on."""
+    """Metrics of stage 1 alone, of stages 1 and 2, and so on, in `stages`."""
 
     data: str
     images: int
     manifold_dims: tuple[int, ...]
-    stages: tuple[StageFigures, ...]
+    stages: tuple[StageMetrics, ...]
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write a JSON file."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
-    def print(self) -> None:
-        """As a table on stdout."""
-        title = f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
-        table = Table(title=title)
-        table.add_column("")
-        for number, dim in enumerate(self.manifold_dims, start=1):
-            stages = "stage 1" if number == 1 else f"stages 1-{number}"
-            table.add_column(f"{stages}\n{dim} dimensions", justify="right")
-        rows = {
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """A label and one formatted number a stage, for each metric."""
+        formats = {
             "bits per dimension": ("bits_per_dim", ".4f"),
-            "  of it: log-density on the manifold": ("on_manifold", "+.4f"),
-            "         log-density off it": ("off_manifold", "+.4f"),
-            "         log-determinant": ("logdet", "+.4f"),
+            "  log-density on the manifold": ("on_manifold", "+.4f"),
+            "  log-density off the manifold": ("off_manifold", "+.4f"),
+            "  log-determinant": ("logdet", "+.4f"),
             "projection: mean squared error": ("mean_squared_error", ".5f"),
             "projection: PSNR (dB)": ("psnr", ".2f"),
         }
-        for label, (name, form) in rows.items():
-            table.add_row(label, *(format(getattr(stage, name), form) for stage in self.stages))
+        return [
+            (label, [format(getattr(stage, name), form) for stage in self.stages])
+            for label, (name, form) in formats.items()
+        ]
+
+    def headings(self) -> list[str]:
+        """A heading for each stage: the stages that it covers and the manifold's dimension."""
+        return [
+            f"{'stage 1' if number == 1 else f'stages 1-{number}'}\n{dim} dimensions"
+            for number, dim in enumerate(self.manifold_dims, start=1)
+        ]
+
+    def print(self) -> None:
+        """Print a table to stdout."""
+        table = Table(
+            title=f"Evaluation on {self.images:,} images of {escape(printable(self.data))}"
+        )
+        table.add_column("")
+        for heading in self.headings():
+            table.add_column(heading, justify="right")
+        for label, cells in self.rows():
+            table.add_row(label, *cells)
         Console().print(table)
-        print("Parts are in bits per dimension; bits per dimension = bits of a pixel - their sum.")
+        print(PARTS_EXPLAINED)
 
 
 @torch.no_grad()
@@ -89,24 +109,25 @@ def evaluate_model(
     device: torch.device,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Figures of a model on a set of images; the same images give the same figures.
+    """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
+    give the same metrics.
 
     Args:
-        model: in evaluation mode, on `device`.
-        images: of the model's image shape.
-        n_bits: bits of each colour that the model was trained on.
-        data: what to call the images.
-        device: where to compute.
-        batch_size: images at a time; by default `batch_of` their shape.
+        model: model in evaluation mode, on `device`.
+        images: images of the model's input shape.
+        n_bits: bits of each colour channel that the model was trained on.
+        data: name of the images, shown with the results.
+        device: device to compute on.
+        batch_size: images in a batch; by default `evaluation_batch_size` of their shape.
 
     Raises:
-        ValueError: images of another shape.
+        ValueError: the images have another shape.
     """
     check_image_shape(images, model)
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
-    for number, batch in enumerate(_told("evaluating", images, batch_size)):
+    for number, batch in enumerate(_batches("evaluating", images, batch_size)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         x = dequantize(batch.to(device), n_bits, generator)
         u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
@@ -120,28 +141,30 @@ def evaluate_model(
             for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
                 sums[index, column] += part.double().sum().cpu()
     means = sums / len(images)
-    figures = []
+    metrics = []
     for on, off, volume, squared in means.tolist():
         total = torch.tensor(on + off + volume, dtype=torch.float64)
         bits = bits_per_dimension(total, dims, n_bits).item()
         scale = 1 / (dims * math.log(2.0))
         psnr = -10 * math.log10(squared) if squared else math.inf
-        figures.append(StageFigures(bits, on * scale, off * scale, volume * scale, squared, psnr))
+        metrics.append(StageMetrics(bits, on * scale, off * scale, volume * scale, squared, psnr))
     manifold_dims = tuple(stage.manifold_dim for stage in stages)
-    return Evaluation(data, len(images), manifold_dims, tuple(figures))
+    return Evaluation(data, len(images), manifold_dims, tuple(metrics))
 
 
-def batch_of(image_shape: tuple[int, ...]) -> int:
-    """How many images of this shape to compute at a time: 100, and fewer of large ones, so that
-    the widest networks' hidden channels take a few GB."""
+def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
+    """Images in a batch: 100, or fewer large ones, so that the hidden channels of the widest
+    networks take no more than a few GB."""
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
-def _told(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
-    """Batches of all images in order; how many are done is told."""
+def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
+    """Yield all images in order, in batches, under a progress bar."""
     done = 0
     with progress_bar(what, len(images)) as progress:
-        for batch in OrderedBatches(images, batch_size or batch_of(images.image_shape)):
+        for batch in OrderedBatches(
+            images, batch_size or evaluation_batch_size(images.image_shape)
+        ):
             yield batch
             done += len(batch)
             progress(done)
@@ -157,20 +180,20 @@ def importance_weighted_bits(
     device: torch.device,
     batch_size: int | None = None,
 ) -> float:
-    """Bits per dimension by `draws` dequantizations of each image; means over the images.
+    """Bits per dimension from several dequantizations of each image, averaged over the images.
 
-    -log2 of (1 / K) sum_k p(x + u_k), K draws of the noise u: a tighter bound of the probability of
-    the image than the mean of the log-densities, which `evaluate_model` reports (Burda et al.,
-    arXiv 1509.00519; Ho et al., arXiv 1902.00275, section 3.1). The first draw is that of
-    `evaluate_model`, so that with one they agree.
+    Computes -log2 of (1 / K) sum_k p(x + u_k) for K draws of the noise u. This bounds the
+    probability of the image more tightly than the mean of the log-densities, which
+    `evaluate_model` reports (Burda et al., arXiv 1509.00519; Ho et al., arXiv 1902.00275, section
+    3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
 
     Args:
-        model, images, n_bits, device, batch_size: as for `evaluate_model`.
+        model, images, n_bits, device, batch_size: see `evaluate_model`.
         draws: K, at least 1.
     """
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
-    for number, batch in enumerate(_told("importance weights", images, batch_size)):
+    for number, batch in enumerate(_batches("importance weights", images, batch_size)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         levels = batch.to(device)
         each = [model.log_prob(dequantize(levels, n_bits, generator)) for _ in range(draws)]
@@ -180,47 +203,49 @@ def importance_weighted_bits(
 
 
 class HeldOut(NamedTuple):
-    """The images to evaluate a run on."""
+    """Images to evaluate a run on."""
 
     images: ImageSet
-    name: str  # what to call them
-    skipped: tuple[str, ...]  # names of files that are no images, or broken ones
-    warning: str | None  # why they may not be what the run held out
+    name: str  # shown with the results
+    skipped: tuple[str, ...]  # names of files that could not be read as images
+    warning: str | None  # why the run may have been trained on some of them
 
 
 def held_out_images(run: Run, data: str | None) -> HeldOut:
-    """The images to evaluate a run on.
+    """Find the images to evaluate a run on.
 
     Args:
         run: a trained run.
-        data: a folder, zip or prepared file that the run was not trained on, taken whole (of
-            CelebA, the test part); None or the run's own data: the images that it held out. If
-            that data set has changed since, these are found by their names.
+        data: a folder, zip or prepared file of other images. All of them are used, except that
+            CelebA contributes its test part only. None, or the run's own data, selects the images
+            that the run held out; if that data set has changed since, they are found by name.
 
     Raises:
-        ValueError: no images there, none left that the run held out, or of other channels than the
-            model's.
+        ValueError: there are no images, none is left that the run held out, or the images do not
+            have the model's shape.
     """
-    then = read_manifest(run.folder)
+    recorded = read_manifest(run.folder)
     warning = None
     if data is None or run.config.data in (data, str(Path(data).resolve())):
         name = run.config.data_name
         splits = load_splits(run.config.data, run.config.image_size)
         images, skipped = splits.test, splits.skipped
-        different = splits.manifest.difference(then) if then else None
-        if then is None:
-            warning = f"{run.folder} has no {MANIFEST}: images may have been trained on"
-        elif different:
-            images = splits.held_out_by(then)
-            count = int((then.parts == TEST).sum())
+        different = splits.manifest.difference(recorded) if recorded else None
+        if recorded is None:
             warning = (
-                f"since the run was trained, its data has changed: {different}; taking "
-                f"{len(images):,} of the {count:,} images that it held out"
+                f"{run.folder} has no {MANIFEST}: the model may have been trained on these images"
+            )
+        elif different:
+            images = splits.held_out_by(recorded)
+            count = int((recorded.parts == TEST).sum())
+            warning = (
+                f"since the run was trained, its data has changed: {different}; using "
+                f"{len(images):,} of the {count:,} images that the run held out"
             )
     else:
         name = Path(data).resolve().name
         images, skipped, manifest = load_evaluation_set(data, run.config.image_shape[1])
-        trained_on = int(manifest.trained_on(then).sum()) if then else 0
+        trained_on = int(manifest.trained_on(recorded).sum()) if recorded else 0
         if trained_on:
             warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
@@ -228,13 +253,16 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:
-    """ValueError if the model was made for images of another shape, channels named first."""
-    expected, came = model.input_shape, images.image_shape
-    if came[0] != expected[0]:
+    """Raise ValueError unless the images have the shape that the model was made for.
+
+    The message names a wrong number of channels first.
+    """
+    expected, given = model.input_shape, images.image_shape
+    if given[0] != expected[0]:
         raise ValueError(
-            f"{argument}: expected images with {expected[0]} colour channels, got {came[0]}"
+            f"{argument}: expected images with {expected[0]} colour channels, got {given[0]}"
             if expected[0] > 1
-            else f"{argument}: expected grey images, got {came[0]} colour channels"
+            else f"{argument}: expected grey images, got {given[0]} colour channels"
         )
-    if came != expected:
-        raise ValueError(f"{argument}: expected images of shape {expected}, got {came}")
+    if given != expected:
+        raise ValueError(f"{argument}: expected images of shape {expected}, got {given}")

@@ -1,7 +1,7 @@
-"""How well a model tells images it was made for from others."""
+"""Out-of-distribution (OOD) scores: how well a model separates held-out images from others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
-from mflow_kernels.data.progress import ProgressCallback
-from mflow_kernels.evaluation.likelihood import batch_of
+from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # of each set
-DENSITY_BATCH = 8  # images at a time: minutes on a CPU, so that it is told how far it has come
-# Jacobians are exact while one of D x d float64 numbers takes no more, as by `manifold_log_prob`.
+DENSITY_BATCH = 8  # images between two updates of the progress bar; a batch may take minutes
+# Largest D x d float64 Jacobian, in bytes, for which the exact method is used.
 _JACOBIAN_BYTES = 2**30
-_DENSITY_IMAGES = 64  # of each set, at most
-_DENSITY_WORK = 2**31  # numbers that all Jacobians of a set hold together, at most
+_DENSITY_IMAGES = 64  # most images of each set whose density is computed
+_DENSITY_WORK = 2**31  # most elements in all Jacobians of a set together
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """Medians over a set of images, and by each score how far it lies out: auroc is the chance that
-    one of its images scores above a held-out one, so that 0.5 tells nothing and 1 all.
+    """Medians of the scores over a set of images, and each score's AUROC against the held-out set.
 
-    None where the score was not computed, and the auroc of the held-out set itself.
+    The AUROC is the probability that an image of this set scores above a held-out image: 0.5 means
+    that the score does not separate the sets, 1 that it separates them perfectly. A value is None
+    if its score was not computed; the held-out set itself has no AUROC.
     """
 
     name: str
@@ -42,44 +42,45 @@ class SetScores:
 
 
 def density_images(model: HierarchicalFlow) -> int:
-    """For how many images of a set the density on the manifold is affordable, by a fixed rule."""
+    """Number of images of a set for which the density on the manifold is computed. It depends on
+    the model's dimensions only; 0 if one image costs too much."""
     work = math.prod(model.input_shape) * model.manifold_dim
     return min(_DENSITY_IMAGES, _DENSITY_WORK // work)
 
 
 def density_method(model: HierarchicalFlow) -> Method:
-    """Of `manifold_log_prob`: exact where the Jacobian fits."""
+    """The method of `manifold_log_prob` to use: exact if the Jacobian is small enough."""
     bytes_needed = 8 * math.prod(model.input_shape) * model.manifold_dim
     return "exact" if bytes_needed <= _JACOBIAN_BYTES else "hutchinson"
 
 
 @torch.no_grad()
-def score(
+def score_images(
     model: HierarchicalFlow,
     images: Tensor,
     n_bits: int,
     deviation: float | None,
-    progress: ProgressCallback = lambda count: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:
-    """Scores of uint8 images (N, C, H, W), the higher the farther out, float64 on the CPU.
+    """Score uint8 images (N, C, H, W). A higher score means farther from the training data.
 
     Args:
-        model: in evaluation mode.
-        images: on any device.
-        n_bits: bits of each colour that the model was trained on.
-        deviation: of the training data from the manifold (`Chart.deviation`); None leaves
-            ood_score out.
-        progress: is called with the number of images that have their ood_score.
+        model: model in evaluation mode.
+        images: images on any device.
+        n_bits: bits of each colour channel that the model was trained on.
+        deviation: deviation of the training data from the manifold (`Chart.deviation`); None
+            leaves ood_score out.
+        progress: called with the number of images whose ood_score is done.
 
     Returns:
-        bits_per_dim and distance (N,), the distance on the [0, 1] scale, and ood_score of the first
-        `density_images` of them, nats.
+        float64 tensors on the CPU: bits_per_dim (N,); distance (N,), on the [0, 1] scale; and
+        ood_score, in nats, of the first `density_images` images.
     """
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.OOD_NOISE, device=device)
     parts: dict[str, list[Tensor]] = {"bits_per_dim": [], "distance": [], "ood_score": []}
     left = density_images(model) if deviation else 0
-    for batch in images.split(batch_of(images.shape[1:])):
+    for batch in images.split(evaluation_batch_size(images.shape[1:])):
         x = dequantize(batch.to(device), n_bits, generator)
         log_prob = model.log_prob(x)
         bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits)
@@ -96,8 +97,12 @@ def score(
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}
 
 
-def compare(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]:
-    """Each set of `score` against the first one, the held-out images."""
+def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]:
+    """Summarize the scores of each set and compare them with the first set, the held-out images.
+
+    Args:
+        scores: for each set, by name, the result of `score_images`.
+    """
     reference = next(iter(scores.values()))
     rows = []
     for name, own in scores.items():
@@ -113,21 +118,22 @@ def compare(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """The chance that one of `outside` scores above one of `inside`, ties as half.
+    """Probability that a score of `outside` is above a score of `inside`; ties count as half.
 
-    What is not a number, as where a density overflowed, lies out farthest.
+    NaN, which a density that overflowed gives, counts as the highest score.
     """
     from torchmetrics.functional.classification import binary_auroc
 
     values = torch.cat([inside, outside]).nan_to_num(math.inf, math.inf, -math.inf)
-    # torchmetrics would send numbers beyond 0..1 through a sigmoid, which makes ties of large ones.
+    # torchmetrics applies a sigmoid to numbers outside [0, 1], which would tie large scores.
     ranks = torch.unique(values, return_inverse=True)[1].double()
     target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
     return binary_auroc(ranks / ranks.max().clamp(min=1), target).item()
 
 
 def made_up_sets(images: Tensor) -> dict[str, Tensor]:
-    """Two sets that no data need be fetched for, of the number and shape of uint8 images."""
+    """Two sets made without other data, as many images and of the same shape as the uint8 images
+    given: their negatives, and uniform noise."""
     generator = stream_generator(0, Stream.UNIFORM_IMAGES)
     noise = torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
     return {"negatives (255 - image)": 255 - images, "uniform noise": noise}

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no script, no file beside it."""
+"""The report as one self-contained HTML page: it needs no network, script or other file."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mflow_kernels import __version__
+from mflow_kernels.evaluation.likelihood import PARTS_EXPLAINED
 from mflow_kernels.runs.config import RunConfig
 
 if TYPE_CHECKING:
-    from mflow_kernels.evaluation.report import Figures
+    from mflow_kernels.evaluation.report import ReportMetrics
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -25,48 +26,50 @@ img { max-width: 100%; height: auto; border: 1px solid #eee; }
 table { border-collapse: collapse; margin: .6rem 0; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee;
   font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th { font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: pre-wrap; }
+th { font-weight: 600; vertical-align: bottom; white-space: pre-line; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
 
 class Picture(NamedTuple):
-    path: Path  # a PNG
+    path: Path  # PNG file
     caption: str
 
 
-def page(figures: "Figures", config: RunConfig, pictures: Mapping[str, Picture]) -> str:
-    """The page.
+def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Picture]) -> str:
+    """Make the page.
 
     Args:
-        figures: all figures.
-        config: what the run was made from.
-        pictures: by the names that the sections below ask for; a section does without one.
+        metrics: the metrics to show.
+        config: configuration of the run.
+        pictures: pictures by name. A section leaves out a picture that is missing.
     """
-    evaluation = figures.evaluation
-    title = f"{figures.run}: a manifold flow on {config.data_name}"
+    evaluation = metrics.evaluation
+    title = f"{metrics.run}: a manifold flow on {config.data_name}"
     shape = "x".join(map(str, config.image_shape))
-    dims = ", then ".join(map(str, evaluation.manifold_dims))
+    dims = ", ".join(
+        f"{dim} (stage {number})" for number, dim in enumerate(evaluation.manifold_dims, start=1)
+    )
     sections = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>Evaluated on {evaluation.images:,} images of {escape(evaluation.data)} ({shape}) that "
-        f"the model was not trained on. Its manifold has {dims} dimensions of "
-        f"{_dimensions(config):,}. All figures are of the averaged weights.</p>",
-        *_likelihood(figures),
+        f"<p>The model was evaluated on {evaluation.images:,} images of {escape(evaluation.data)} "
+        f"({shape}) that it was not trained on. Images have {_dimensions(config):,} dimensions; "
+        f"the manifold has {dims}. All numbers are for the averaged weights.</p>",
+        *_likelihood(metrics),
         *_show(pictures, "projections"),
         "<h2>Samples</h2>",
         *_show(pictures, "samples"),
-        *_sample_quality(figures),
+        *_sample_quality(metrics),
         *_show(pictures, "interpolations", "Interpolations"),
-        *_scores(figures, pictures),
-        *_spectrum(figures, pictures),
+        *_scores(metrics, pictures),
+        *_spectrum(metrics, pictures),
         *_show(pictures, "curves", "Training"),
-        *_missing(figures),
-        "<h2>How it was made</h2>",
-        f"<p class=note>By mflow evaluate of mflow_kernels {__version__}, with torch "
-        f"{escape(version('torch'))}. Its docs/evaluation.md gives the protocol of each figure; "
-        "figures.json beside this page holds all of them in full.</p>",
+        *_missing(metrics),
+        "<h2>How this report was made</h2>",
+        f"<p class=note>mflow evaluate of mflow_kernels {__version__} wrote this page, with torch "
+        f"{escape(version('torch'))}. docs/evaluation.md of mflow_kernels describes how each "
+        "number is computed; figures.json beside this page holds them in full precision.</p>",
         f"<details><summary>Configuration</summary><pre>{escape(config.to_yaml())}</pre></details>",
     ]
     return (
@@ -78,52 +81,36 @@ def page(figures: "Figures", config: RunConfig, pictures: Mapping[str, Picture])
     )
 
 
-def _likelihood(figures: "Figures") -> Iterable[str]:
-    evaluation = figures.evaluation
+def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
+    evaluation = metrics.evaluation
     yield "<h2>Likelihood and reconstruction</h2>"
-    heads = [
-        "stage 1" if number == 1 else f"stages 1-{number}"
-        for number in range(1, len(evaluation.stages) + 1)
-    ]
-    rows = {
-        "bits per dimension (less is better)": ("bits_per_dim", ".4f"),
-        "of it, log-density on the manifold": ("on_manifold", "+.4f"),
-        "of it, log-density off it": ("off_manifold", "+.4f"),
-        "of it, log-determinant": ("logdet", "+.4f"),
-        "projection, mean squared error": ("mean_squared_error", ".5f"),
-        "projection, PSNR (dB, more is better)": ("psnr", ".2f"),
-    }
-    yield _table(
-        ["", *heads],
-        [
-            [label, *(format(getattr(stage, name), form) for stage in evaluation.stages)]
-            for label, (name, form) in rows.items()
-        ],
-    )
-    weighted = figures.importance_weighted_bits_per_dim
+    rows = [[label, *cells] for label, cells in evaluation.rows()]
+    yield _table(["", *evaluation.headings()], rows)
+    weighted = metrics.importance_weighted_bits_per_dim
     if weighted is not None:
         yield (
-            f"<p>With {figures.draws} dequantizations of each image, importance-weighted: "
-            f"<b>{weighted:.4f}</b> bits per dimension, of all stages.</p>"
+            f"<p>Importance weighting over {metrics.draws} dequantizations of each image gives "
+            f"<b>{weighted:.4f}</b> bits per dimension, for all stages together.</p>"
         )
-    if figures.manifold_log_prob is not None:
+    if metrics.manifold_log_prob is not None:
         yield (
-            f"<p>Log-density on the manifold at the projections of {figures.density_images} "
-            f"images, with respect to its own area ({figures.density_method}): "
-            f"<b>{figures.manifold_log_prob:.1f}</b> nats on average.</p>"
+            f"<p>At the projections of {metrics.density_images} images, the mean log-density on "
+            "the manifold, with respect to the manifold's own volume, is "
+            f"<b>{metrics.manifold_log_prob:.1f}</b> nats (method: {metrics.density_method}).</p>"
         )
     yield (
-        "<p class=note>Bits per dimension are those of a pixel less the three parts. The error of "
-        "an image's projection on the manifold is on the [0, 1] scale.</p>"
+        f"<p class=note>{PARTS_EXPLAINED} Lower bits per dimension and a higher PSNR are better. "
+        "The squared error compares images with their projections on the manifold, on the [0, 1] "
+        "scale.</p>"
     )
 
 
-def _sample_quality(figures: "Figures") -> Iterable[str]:
-    if not figures.samples:
+def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
+    if not metrics.samples:
         return
-    first = figures.samples[0]
+    first = metrics.samples[0]
     yield _table(
-        ["temperature", "FID", "KID x 1000", "its deviation"],
+        ["temperature", "FID", "KID x 1000", "standard deviation"],
         [
             [
                 f"{row.temperature:g}",
@@ -131,23 +118,23 @@ def _sample_quality(figures: "Figures") -> Iterable[str]:
                 f"{1000 * row.distance.kid:.3f}",
                 f"{1000 * row.distance.kid_deviation:.3f}",
             ]
-            for row in figures.samples
+            for row in metrics.samples
         ],
     )
     yield (
-        f"<p class=note>Less is better. Distances between features of the network "
-        f"{escape(first.network)} of {first.images:,} samples and of {first.images:,} images that "
-        "the model was not trained on; they compare only with those of the same network and "
-        "numbers.</p>"
+        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples with "
+        f"{first.images:,} images that the model was not trained on, by features of the network "
+        f"{escape(first.network)}. Compare them only with values from the same network and the "
+        "same numbers of images.</p>"
     )
 
 
-def _scores(figures: "Figures", pictures: Mapping[str, Picture]) -> Iterable[str]:
-    yield "<h2>Other images than those it was made for</h2>"
+def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+    yield "<h2>Out-of-distribution scores</h2>"
     names = ("bits_per_dim", "distance", "ood_score")
     forms = (".3f", ".3f", ".1f")
     rows = []
-    for row in figures.scores:
+    for row in metrics.scores:
         cells = [row.name, f"{row.images:,}"]
         for name, form in zip(names, forms, strict=True):
             cells += [_number(getattr(row, name), form), _number(getattr(row, f"auroc_{name}"))]
@@ -156,36 +143,37 @@ def _scores(figures: "Figures", pictures: Mapping[str, Picture]) -> Iterable[str
         ["", "images", "bits per dimension", "AUROC", "distance", "AUROC", "OOD score", "AUROC"],
         rows,
     )
-    first = min(figures.density_images, figures.scores[0].images)
+    first = min(metrics.density_images, metrics.scores[0].images)
     yield (
-        "<p class=note>Medians. The distance is an image's to its projection, of pixels on the "
-        "[0, 1] scale; the OOD score joins it with the density on the manifold, in nats "
-        f"(arXiv 2308.13792; of the first {first} images). AUROC is the chance that such an image "
-        "scores above a held-out one: 1 tells all of them apart, 0.5 none, and less than 0.5 takes "
-        "them for likelier than held-out ones.</p>"
+        "<p class=note>Scores are medians over each set. The distance is between an image and its "
+        "projection, with pixels on the [0, 1] scale. The OOD score combines it with the density "
+        f"on the manifold, in nats (arXiv 2308.13792), for the first {first} images of each set. "
+        "The AUROC is the probability that an image of the set scores above a held-out image: 1 "
+        "separates the sets perfectly and 0.5 not at all; below 0.5, the set scores lower than the "
+        "held-out images.</p>"
     )
     yield from _show(pictures, "scores")
 
 
-def _spectrum(figures: "Figures", pictures: Mapping[str, Picture]) -> Iterable[str]:
-    if figures.spectrum is None:
+def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+    if metrics.spectrum is None:
         return
-    total, found = len(figures.spectrum.spectrum), figures.spectrum.dimension
+    total, found = len(metrics.spectrum.spectrum), metrics.spectrum.dimension
     yield "<h2>Intrinsic dimension</h2>"
     if found < total:
-        yield f"<p>The spectrum has a step after {found} of {total:,} dimensions.</p>"
+        yield f"<p>The spectrum drops after {found} of {total:,} dimensions.</p>"
     else:
         yield (
-            "<p>The spectrum falls without a step, as those of natural images do: it speaks for no "
-            "one dimension.</p>"
+            "<p>The spectrum falls without a sharp drop, as is usual for natural images, so it "
+            "suggests no particular dimension.</p>"
         )
     yield from _show(pictures, "spectrum")
 
 
-def _missing(figures: "Figures") -> Iterable[str]:
-    if figures.missing:
+def _missing(metrics: "ReportMetrics") -> Iterable[str]:
+    if metrics.missing:
         yield "<h2>Not computed</h2>"
-        yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in figures.missing) + "</ul>"
+        yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in metrics.missing) + "</ul>"
 
 
 def _show(pictures: Mapping[str, Picture], name: str, heading: str | None = None) -> Iterable[str]:

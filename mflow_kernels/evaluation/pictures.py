@@ -1,4 +1,4 @@
-"""The pictures of a run, as PNG files: drawn at one screen pixel for each picture pixel."""
+"""The pictures of a run, drawn as PNG files at one screen pixel for each pixel."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,23 @@ from mflow_kernels.data.files import write_atomically
 from mflow_kernels.models.selection import IntrinsicDimension
 
 _DPI = 100
-_TILE = 64  # pixels that a small image is enlarged towards
+COLUMNS = 12  # images in a row
+_TILE = 64  # small images are enlarged by a whole factor, to at most this many pixels
 _GAP = 4
-_LEAST_WIDTH = 640  # room for a title above few images
+_LEAST_WIDTH = 640  # pixels that a title needs
 
 
 def draw_images(
     path: Path, title: str, rows: Mapping[str, Tensor], footer: str | None = None
 ) -> None:
-    """Rows of images under a title, each row named at its left.
+    """Draw rows of images under a title, with the name of each row at its left.
 
     Args:
-        path: the PNG to write (under a temporary name first).
-        title: what is seen.
-        rows: name to images, uint8 (N, C, H, W) with C of 1 or 3 and one shape for all.
-        footer: a line of explanation below.
+        path: PNG file to write (under a temporary name first).
+        title: title of the picture.
+        rows: images of each row by name: uint8 (N, C, H, W) with C of 1 or 3, the same shape in
+            all rows.
+        footer: a line of explanation below the images.
     """
     mosaic = _mosaic(list(rows.values()))
     height, width = mosaic.shape[:2]
@@ -52,35 +54,39 @@ def draw_images(
 
 
 def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
-    """Originals, their projections and the absolute difference, uint8 (N, C, H, W) each."""
+    """Draw images, their projections and the absolute differences. Images and projections are uint8
+    (N, C, H, W); the footer gives their mean squared error."""
     residual = (originals.int() - projections.int()).abs().to(torch.uint8)
     rows = in_rows({"original": originals, "projection": projections, "|difference|": residual})
     squared = (residual.float() / 255).square().mean().item()
-    footer = f"mean squared error of these images on the [0, 1] scale: {squared:.4f}"
+    footer = f"Mean squared error of these images on the [0, 1] scale: {squared:.4f}"
     draw_images(path, title, rows, footer)
 
 
-def in_rows(rows: Mapping[str, Tensor], columns: int = 12) -> dict[str, Tensor]:
-    """Rows of at most `columns` images from rows of any length: the first `columns` of each, then
-    the next. A last row that is not full is filled with white."""
+def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> dict[str, Tensor]:
+    """Break long rows into rows of at most `columns` images.
+
+    The first `columns` images of every row come first, then the next. White images fill up the last
+    rows.
+    """
     result: dict[str, Tensor] = {}
     count = max(len(images) for images in rows.values())
     for begin in range(0, count, columns):
         for name, images in rows.items():
             part = images[begin : begin + columns]
             blank = part.new_full((min(columns, count) - len(part), *part.shape[1:]), 255)
-            label = name + " " * (begin // columns)  # the same to the eye, another key
+            label = name + " " * (begin // columns)  # a distinct key that looks the same
             result[label] = torch.cat([part, blank])
     return result
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Training curves, one row of panels for each stage.
+    """Draw training curves, one row of panels for each stage.
 
     Args:
-        path: the PNG to write.
-        rows: metrics by name, each with `step` and `stage` (from 0); a name may be absent. Values
-            that are not finite are left out.
+        path: PNG file to write.
+        rows: metrics by name, each row with `step` and `stage` (from 0). Other names may be absent,
+            and values that are not finite are left out.
     """
     rows = [{k: v for k, v in row.items() if math.isfinite(v)} for row in rows]
     rows = [row for row in rows if "stage" in row]
@@ -105,22 +111,22 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
-    """The spectrum behind an estimate of the intrinsic dimension, and where it was cut."""
+    """Draw the spectrum that the intrinsic dimension was estimated from, and where it was cut."""
     figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     values, d = estimate.spectrum.cpu().numpy(), estimate.dimension
     order = np.arange(1, len(values) + 1)
     for part, colour, label in (
         (slice(None, d), "C0", f"on the manifold: {d}"),
-        (slice(d, None), "C1", f"off it: {len(values) - d}"),
+        (slice(d, None), "C1", f"off the manifold: {len(values) - d}"),
     ):
         if len(order[part]):
             axes.plot(order[part], values[part], "o-", ms=3, lw=1, color=colour, label=label)
     if d < len(values):
         axes.axvline(d + 0.5, color="0.6", lw=1, ls="--")
-        title = f"intrinsic dimension {d}: the largest step, a factor of {estimate.gap:.3g}"
+        title = f"intrinsic dimension {d}: the largest drop is a factor of {estimate.gap:.3g}"
     else:
-        title = f"no step: the largest is a factor of {estimate.gap:.3g}"
+        title = f"no sharp drop: the largest is a factor of {estimate.gap:.3g}"
     axes.set(title=title, xlabel="singular value", ylabel="local standard deviation", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(framealpha=0.85, edgecolor="none")
@@ -130,11 +136,11 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
 
 
 def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Histograms side by side.
+    """Draw histograms side by side.
 
     Args:
-        path: the PNG to write.
-        panels: what is measured, with its unit, to the values (N,) of each named set; those that
+        path: PNG file to write.
+        panels: for each panel, by its axis label, the values (N,) of each set by name. Values that
             are not finite are left out.
     """
     figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
@@ -143,13 +149,13 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
         finite = {name: values[values.isfinite()].numpy() for name, values in sets.items()}
         together = np.concatenate([*finite.values(), np.zeros(0)])
         low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
-        # Sets may lie orders of magnitude apart, which only a logarithmic axis shows.
+        # Only a logarithmic axis shows sets that lie orders of magnitude apart.
         far = low > 0 and high > 20 * low
         edges = np.geomspace(low, high, 41) if far else np.linspace(low, max(high, low + 1e-9), 41)
         for name, values in finite.items():
             axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
         axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")
-        if far:  # by default the labels of one decade overlap
+        if far:  # the default labels within a decade overlap
             subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
             axes.xaxis.set_major_locator(LogLocator(subs=subs))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -169,8 +175,8 @@ def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
         steps, values = zip(*points, strict=True)
         sparse = len(points) < 30
         axes.plot(steps, values, label=label, lw=1.4, marker="o" if sparse else None, ms=3)
-        # The first steps fall from far above; scaled to them, the rest would look flat. A fifth is
-        # the most that warm-up takes.
+        # Scale the axis without the first steps, whose large values would flatten the rest. Warm-up
+        # takes at most a fifth of the steps.
         shown.append(np.quantile(values[len(values) // 5 :], [0.0, 0.5, 0.98]))
     if shown:
         low, high = min(s[0] for s in shown), max(s[2] for s in shown)
@@ -183,7 +189,7 @@ def _plot(axes, rows, names) -> None:  # type: ignore[no-untyped-def]
 
 
 def _mosaic(rows: Sequence[Tensor]) -> np.ndarray:
-    """uint8 (height, width, 3): the rows below each other on white, small images enlarged."""
+    """Stack rows of images on white, with small images enlarged: uint8 (height, width, 3)."""
     zoom = max(1, _TILE // rows[0].shape[-1])
     lines = []
     for images in rows:

@@ -1,4 +1,4 @@
-"""The report of a run: every figure and picture of it, as one page that a browser opens."""
+"""The report of a run: its metrics and pictures on one HTML page."""
 
 import json
 import math
@@ -15,46 +15,55 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
-from mflow_kernels.evaluation.likelihood import Evaluation, batch_of, importance_weighted_bits
+from mflow_kernels.evaluation.likelihood import (
+    Evaluation,
+    evaluation_batch_size,
+    importance_weighted_bits,
+)
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
     SetScores,
-    compare,
+    compare_sets,
     density_images,
     density_method,
     made_up_sets,
-    score,
+    score_images,
 )
 from mflow_kernels.evaluation.page import Picture, page
 from mflow_kernels.evaluation.pictures import (
+    COLUMNS,
     draw_histograms,
     draw_images,
     draw_residuals,
     draw_spectrum,
 )
-from mflow_kernels.evaluation.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.evaluation.samples import (
+    TEMPERATURES,
+    bin_centres,
+    project_images,
+    samples_by_temperature,
+)
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.selection import IntrinsicDimension, estimate_intrinsic_dimension
 from mflow_kernels.runs.folder import Run
 
 REPORT, FIGURES = "report.html", "figures.json"
-_COLUMNS = 12
 _SPECTRUM_IMAGES = 4
-_SPECTRUM_DIMENSIONS = 1024  # at most: a D x D Jacobian for each image
+_SPECTRUM_DIMENSIONS = 1024  # largest D: each image needs a D x D Jacobian
 _FEATURE_BATCH = 50
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a report is to hold beyond what costs little.
+class ReportOptions:
+    """Parts of a report that are computed on request only.
 
     Args:
-        draws: dequantizations of each image for the importance-weighted bits per dimension; 1 for
-            none of it.
-        features: the network's name and itself, for FID and KID; None for none of them.
-        feature_images: of each set, at most.
-        others: named sets of images that the model was not made for.
+        draws: dequantizations of each image for the importance-weighted bits per dimension, which
+            1 leaves out.
+        features: name of a network and the network, for FID and KID; None leaves them out.
+        feature_images: most images and samples that FID and KID compare.
+        others: further sets of images, by name, to compute OOD scores of.
     """
 
     draws: int = 1
@@ -65,7 +74,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Samples at one temperature against held-out images; `images` of each."""
+    """Distance between `images` samples at one temperature and as many held-out images."""
 
     temperature: float
     network: str
@@ -74,11 +83,11 @@ class SampleQuality:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """All figures of a report; None for what was not computed, which `missing` explains.
+class ReportMetrics:
+    """All metrics of a report. A value is None if it was not computed; `missing` says why.
 
-    deviation is of the training images (`Chart.deviation`); manifold_log_prob the mean over
-    `density_images` held-out images, nats.
+    `deviation` is that of the training images (`Chart.deviation`). `manifold_log_prob` is the mean
+    over `density_images` held-out images, in nats.
     """
 
     run: str
@@ -95,7 +104,7 @@ class Figures:
     missing: tuple[str, ...]
 
     def to_json(self) -> str:
-        """As text, the spectrum as a list; what is not finite as null."""
+        """Serialize as JSON. The spectrum becomes a list; numbers that are not finite, null."""
         values = asdict(self)
         if self.spectrum is not None:
             values["spectrum"] = {**self.spectrum._asdict()}
@@ -104,17 +113,19 @@ class Figures:
 
 
 def write_report(
-    run: Run, images: ImageSet, evaluation: Evaluation, folder: Path, asked: Asked
+    run: Run, images: ImageSet, evaluation: Evaluation, folder: Path, options: ReportOptions
 ) -> Path:
-    """Compute what `evaluation` lacks, draw, and write a report's folder: pictures, FIGURES, and
-    last REPORT, which holds all of them. Each file is whole or absent.
+    """Compute the rest of a report's metrics, draw its pictures and write its folder.
+
+    The folder gets the pictures, FIGURES and, last, the page REPORT. Each file is written under a
+    temporary name first, so it is whole or absent.
 
     Args:
         run: a trained run.
-        images: what `evaluation` was computed on.
-        evaluation: by `evaluate_model`.
-        folder: is made if it is not there.
-        asked: what more to compute.
+        images: the images that `evaluation` was computed on.
+        evaluation: result of `evaluate_model`.
+        folder: folder to write; it is created if needed.
+        options: further parts to compute.
 
     Returns:
         The path of REPORT.
@@ -122,25 +133,25 @@ def write_report(
     missing: list[str] = []
     model, n_bits = run.model, run.config.n_bits
     weighted = None
-    if asked.draws > 1:
-        weighted = importance_weighted_bits(model, images, n_bits, asked.draws, device=run.device)
-    samples = _sample_quality(run, images, asked)
+    if options.draws > 1:
+        weighted = importance_weighted_bits(model, images, n_bits, options.draws, device=run.device)
+    samples = _sample_quality(run, images, options)
     if not samples:
         missing.append(
-            "FID and KID: they need a network's weights from a file on this machine, which "
-            "mflow evaluate takes as --feature-weights FILE"
+            "FID and KID: they need a file with a network's weights; give it to mflow evaluate as "
+            "--feature-weights FILE"
         )
     deviation = _deviation(run, missing)
-    scores = _score_sets(run, images, asked, deviation)
+    scores = _score_sets(run, images, options, deviation)
     density = _manifold_log_prob(run, images, missing)
     spectrum = _spectrum(run, images, missing)
-    figures = Figures(
+    metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
-        draws=asked.draws,
+        draws=options.draws,
         importance_weighted_bits_per_dim=weighted,
         samples=samples,
-        scores=compare(scores),
+        scores=compare_sets(scores),
         deviation=deviation,
         manifold_log_prob=density,
         density_images=min(density_images(model), len(images)),
@@ -150,20 +161,22 @@ def write_report(
     )
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _draw(run, images, folder, scores, spectrum)
-    text = figures.to_json()
+    text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
-    html = page(figures, run.config, pictures)
+    html = page(metrics, run.config, pictures)
     write_atomically(folder / REPORT, lambda path: path.write_text(html, encoding="utf-8"))
     return folder / REPORT
 
 
 @torch.no_grad()
-def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQuality, ...]:
-    if asked.features is None:
+def _sample_quality(
+    run: Run, images: ImageSet, options: ReportOptions
+) -> tuple[SampleQuality, ...]:
+    if options.features is None:
         return ()
-    name, network = asked.features
+    name, network = options.features
     network = network.to(run.device)
-    count = min(asked.feature_images, len(images))
+    count = min(options.feature_images, len(images))
     rows = []
     with progress_bar("features", count * (1 + len(TEMPERATURES))) as progress:
         done = 0
@@ -177,21 +190,21 @@ def _sample_quality(run: Run, images: ImageSet, asked: Asked) -> tuple[SampleQua
                 progress(done)
             return torch.cat(parts)
 
-        real = extract(_first(images, count))
+        real = extract(_image_batches(images, count))
         for temperature in TEMPERATURES:
-            fake = extract(_samples(run.model, count, temperature))
+            fake = extract(_sample_batches(run.model, count, temperature))
             distance = feature_distance(real, fake)
             rows.append(SampleQuality(temperature, name, count, distance))
     return tuple(rows)
 
 
-def _first(images: ImageSet, count: int) -> Iterator[Tensor]:
+def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
     for begin in range(0, count, _FEATURE_BATCH):
         yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
 
 
-def _samples(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
-    """As uint8, as they would be written into files. Of the same u at each temperature."""
+def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
+    """Yield uint8 samples, as a file would hold them, from the same draws at each temperature."""
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
@@ -203,35 +216,36 @@ def _deviation(run: Run, missing: list[str]) -> float | None:
     try:
         train = load_splits(run.config.data, run.config.image_size).train
     except ValueError as error:
-        missing.append(f"OOD score: it needs the images that the run was trained on ({error})")
+        missing.append(
+            f"OOD score: the images that the run was trained on cannot be read ({error})"
+        )
         return None
     if not density_images(run.model):
-        missing.append("OOD score: the density on the manifold costs too much at this size")
+        missing.append("OOD score: the density on the manifold is too expensive at this image size")
         return None
-    parts = _some(run, train, SCORED_IMAGES).split(batch_of(train.image_shape))
+    parts = _dequantized(run, train, SCORED_IMAGES).split(evaluation_batch_size(train.image_shape))
     squares = sum(len(part) * run.model.deviation(part) ** 2 for part in parts)
     return math.sqrt(squares / sum(map(len, parts)))
 
 
 def _score_sets(
-    run: Run, images: ImageSet, asked: Asked, deviation: float | None
+    run: Run, images: ImageSet, options: ReportOptions, deviation: float | None
 ) -> dict[str, dict[str, Tensor]]:
     held_out = images.batch(range(min(SCORED_IMAGES, len(images))))
     sets = {"held out": held_out, **made_up_sets(held_out)}
-    for name, other in asked.others:
+    for name, other in options.others:
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
     scores, done = {}, 0
-    each = density_images(run.model) if deviation else 0
-    with progress_bar(
-        "OOD scores", sum(min(each, len(some)) for some in sets.values())
-    ) as progress:
-        for name, some in sets.items():
+    most = density_images(run.model) if deviation else 0
+    counts = {name: min(most, len(batch)) for name, batch in sets.items()}
+    with progress_bar("OOD scores", sum(counts.values())) as progress:
+        for name, batch in sets.items():
 
-            def own(count: int, before: int = done) -> None:
+            def add(count: int, before: int = done) -> None:
                 progress(before + count)
 
-            scores[name] = score(run.model, some, run.config.n_bits, deviation, own)
-            done += min(each, len(some))
+            scores[name] = score_images(run.model, batch, run.config.n_bits, deviation, add)
+            done += counts[name]
     return scores
 
 
@@ -239,12 +253,12 @@ def _score_sets(
 def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float | None:
     count = density_images(run.model)
     if not count:
-        missing.append("density on the manifold: it costs too much at this size")
+        missing.append("density on the manifold: it is too expensive at this image size")
         return None
     generator = stream_generator(0, Stream.REPORT_NOISE, 1, device=run.device)
     method, values = density_method(run.model), []
     with progress_bar("density on the manifold", min(count, len(images))) as progress:
-        for part in _some(run, images, count).split(DENSITY_BATCH):
+        for part in _dequantized(run, images, count).split(DENSITY_BATCH):
             found = run.model.manifold_log_prob(part, method=method, generator=generator)
             values.append(found.value.double())
             progress(sum(map(len, values)))
@@ -257,19 +271,21 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
     stage = run.model.stages[0]
     assert isinstance(stage, ManifoldFlow)
     if stage.objective.domain != "data":
-        missing.append("intrinsic dimension: its spectrum is read from flows of the data domain")
+        missing.append(
+            "intrinsic dimension: it can only be estimated from flows trained with --domain data"
+        )
     elif dims > _SPECTRUM_DIMENSIONS:
         missing.append(
-            f"intrinsic dimension: its spectrum costs too much at {dims:,} dimensions, more than "
-            f"{_SPECTRUM_DIMENSIONS:,}"
+            f"intrinsic dimension: its spectrum is too expensive at {dims:,} dimensions (at most "
+            f"{_SPECTRUM_DIMENSIONS:,})"
         )
     else:
-        return estimate_intrinsic_dimension(stage.flow, _some(run, images, _SPECTRUM_IMAGES))
+        return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
     return None
 
 
-def _some(run: Run, images: ImageSet, count: int) -> Tensor:
-    """The first images, dequantized."""
+def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
+    """The first `count` images, dequantized with a fixed seed."""
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.batch(range(min(count, len(images)))).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)
@@ -283,31 +299,38 @@ def _draw(
     scores: dict[str, dict[str, Tensor]],
     spectrum: IntrinsicDimension | None,
 ) -> dict[str, Picture]:
-    """Everything to be seen, by the section of the page that it belongs to."""
+    """Draw the pictures of the page, by name."""
     pictures = {}
-    model, seed = run.model, run.config.seed
+    model = run.model
     path = folder / "samples.png"
-    rows = {f"T = {t}": draw_samples(model, _COLUMNS, t, seed) for t in TEMPERATURES}
-    draw_images(path, "Samples on the manifold at several temperatures", rows)
-    pictures["samples"] = Picture(path, "The same draws at each temperature T, scaled by it.")
+    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed))
+    pictures["samples"] = Picture(
+        path, "Each column decodes one draw, scaled by the temperature T of the row."
+    )
 
-    originals = images.batch(range(min(_COLUMNS, len(images))))
+    originals = images.batch(range(min(COLUMNS, len(images))))
     path = folder / "projections.png"
     draw_residuals(
         path,
-        f"Held-out images and their projections on {model.manifold_dim} dimensions",
+        f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
         originals,
         project_images(model, originals),
     )
-    pictures["projections"] = Picture(path, "What the coordinates on the manifold keep of images.")
+    pictures["projections"] = Picture(
+        path, "The projection is what the manifold coordinates preserve of an image."
+    )
 
     if len(images) > 1:
         path = folder / "interpolations.png"
-        draw_images(path, "Between two held-out images, along the manifold", _between(run, images))
+        draw_images(
+            path,
+            "Interpolations on the manifold between held-out images",
+            _interpolations(run, images),
+        )
         pictures["interpolations"] = Picture(
             path,
-            "The first and last of each row are the images; between them, points on the "
-            "manifold from the projection of one to that of the other, straight in u.",
+            "Each row starts and ends with a held-out image. The images between them lie on the "
+            "manifold, on a straight line in its coordinates u from one projection to the other.",
         )
     path = folder / "scores.png"
     labels = {"bits_per_dim": "bits per dimension", "distance": "distance from the manifold"}
@@ -318,30 +341,32 @@ def _draw(
         if key in next(iter(scores.values()))
     }
     draw_histograms(path, panels)
-    pictures["scores"] = Picture(path, "How many images of each set have which score.")
+    pictures["scores"] = Picture(path, "Number of images of each set by score.")
     if spectrum is not None:
         path = folder / "spectrum.png"
         draw_spectrum(path, spectrum)
-        pictures["spectrum"] = Picture(path, "Singular values of the decoder's Jacobian.")
+        pictures["spectrum"] = Picture(
+            path, "Local standard deviations: singular values of the decoder's Jacobian."
+        )
     curves = run.folder / "curves.png"
     if curves.is_file():
-        pictures["curves"] = Picture(curves, "As mflow train drew it.")
+        pictures["curves"] = Picture(curves, "Drawn by mflow train at the end of training.")
     return pictures
 
 
-def _between(run: Run, images: ImageSet) -> dict[str, Tensor]:
+def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
     count = min(6, len(images) // 2)
     rows = {}
     for row in range(count):
         first, last = images.batch([row]), images.batch([count + row])
-        x0, x1 = ((end.to(run.device).float() + 0.5) / 256 - 0.5 for end in (first, last))
-        points = to_image(run.model.interpolate(x0, x1, _COLUMNS - 2)[:, 0]).cpu()
+        x0, x1 = bin_centres(first, run.model), bin_centres(last, run.model)
+        points = to_image(run.model.interpolate(x0, x1, COLUMNS - 2)[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
 
 
 def _finite(value: object) -> object:
-    """JSON has no infinity."""
+    """Replace numbers that are not finite by None, because JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Images out of a trained model."""
+"""Images that a trained model draws, and its projections of given images."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,45 @@ from mflow_kernels.data.dequantization import to_image
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.models import HierarchicalFlow
 
-TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # that reports of a model show
+TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
 
 
 @torch.no_grad()
 def draw_samples(
     model: HierarchicalFlow, number: int, temperature: float, seed: int, stages: int | None = None
 ) -> Tensor:
-    """`number` images drawn on the manifold, uint8 (number, C, H, W) on the CPU, from the model's
-    first `stages` stages (all by default)."""
+    """Draw `number` images on the manifold of the model's first `stages` stages (default: all).
+
+    Returns:
+        uint8 images (number, C, H, W) on the CPU.
+    """
     device = next(model.parameters()).device
     generator = stream_generator(seed, Stream.SAMPLES, device=device)
     x = model.sample(number, temperature=temperature, generator=generator, stages=stages)
     return to_image(x).cpu()
 
 
+def samples_by_temperature(
+    model: HierarchicalFlow, number: int, seed: int
+) -> tuple[str, dict[str, Tensor]]:
+    """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed."""
+    rows = {f"T = {t}": draw_samples(model, number, t, seed) for t in TEMPERATURES}
+    return "Samples on the manifold at several temperatures", rows
+
+
 @torch.no_grad()
 def project_images(model: HierarchicalFlow, images: Tensor, stages: int | None = None) -> Tensor:
-    """What is left of images (uint8 (N, C, H, W)) on the manifold of the first `stages` stages (all
-    by default), uint8 of the same shape on the CPU. Without noise: each level is at its middle."""
+    """Project uint8 images (N, C, H, W) on the manifold of the first `stages` stages.
+
+    Each pixel value enters at the middle of its quantization bin, without noise.
+
+    Returns:
+        uint8 images of the same shape on the CPU.
+    """
+    return to_image(model.project(bin_centres(images, model), stages)).cpu()
+
+
+def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:
+    """The model's input for uint8 images without noise: the middle of each quantization bin."""
     device = next(model.parameters()).device
-    x = (images.to(device).float() + 0.5) / 256 - 0.5
-    return to_image(model.project(x, stages)).cpu()
+    return (images.to(device).float() + 0.5) / 256 - 0.5

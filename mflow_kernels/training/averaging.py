@@ -1,4 +1,4 @@
-"""A running average of a model's weights: what samples and evaluations are made from."""
+"""The running average of a model's weights, which samples and evaluations use."""
 
 import copy
 from collections.abc import Iterable
@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 
 class WeightAverage(nn.Module):
-    """The exponential moving average of a model's parameters; its buffers are the model's.
+    """The exponential moving average of a model's parameters. Buffers are copied, not averaged.
 
-    Lightning's WeightAveraging copies the data set with the module, looks at the device at each
-    step, and averages permutations; stages that are trained one after another need each its own
-    start too.
+    Lightning's WeightAveraging does not fit here: it copies the data set with the module,
+    synchronizes with the device in every step, averages permutations, and cannot start the average
+    of each stage afresh when that stage's training begins.
 
     Args:
-        model: is copied.
-        decay: of the old average in a step, less in the first ones: (1 + t) / (10 + t) after t.
+        model: model to copy.
+        decay: weight of the old average in an update. After t updates it is at most
+            (1 + t) / (10 + t), so that the first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,35 +27,30 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, parts: Iterable[tuple[nn.Module, nn.Module]], step: int) -> None:
-        """Average the parameters of pairs (trained, averaged) of modules once more; `step` counts
-        those before."""
+        """Update the averages for pairs (trained, averaged), after `step` earlier updates."""
         decay = min(self._decay, (1 + step) / (10 + step)) if self._decay else 0.0
         trained: list[Tensor] = []
         averaged: list[Tensor] = []
-        for one, other in parts:
-            trained += one.parameters()
-            averaged += other.parameters()
+        for module, average in parts:
+            trained += module.parameters()
+            averaged += average.parameters()
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def train(self, mode: bool = True) -> "WeightAverage":
-        """Stays in evaluation mode: objectives track what they see in training mode."""
+        """Stay in evaluation mode: in training mode, objectives would track the variance."""
         return self
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give a module the parameters and buffers of its like."""
-    pairs = zip(_tensors(target), _tensors(source), strict=True)
-    for to, value in pairs:
-        to.copy_(value)
+    """Copy parameters and buffers between modules of the same structure."""
+    for old, new in zip(source.parameters(), target.parameters(), strict=True):
+        new.copy_(old)
+    copy_buffers(source, target)
 
 
 @torch.no_grad()
 def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Give a module the buffers of its like."""
-    for to, value in zip(target.buffers(), source.buffers(), strict=True):
-        to.copy_(value)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """Copy buffers between modules of the same structure."""
+    for old, new in zip(source.buffers(), target.buffers(), strict=True):
+        new.copy_(old)

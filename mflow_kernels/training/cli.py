@@ -25,19 +25,21 @@ from mflow_kernels.training.commands import (
 if TYPE_CHECKING:
     from mflow_kernels.runs.parser import OptionParser
 
-_NEEDED = (
+_REQUIRED = (
     *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
     *("tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mflow` with these arguments (by default the process's) and return its exit code:
-    0; 1 for training that diverged, a full disk or memory; 2 for bad input; 130 for Ctrl-C. All but
-    0 come with one line on stderr."""
-    # Else torch's threads spin while they wait, on a busy machine for the cores that they take.
+    """Run `mflow` with these arguments (default: the process's) and return its exit code.
+
+    The code is 0 for success, 1 if training diverged or the disk or memory is full, 2 for bad
+    input, and 130 after Ctrl-C. Each failure prints one line to stderr.
+    """
+    # By default torch's threads spin while they wait, which takes cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
     from mflow_kernels.data.files import RESOURCE_ERRORS
@@ -81,14 +83,14 @@ def _run(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> Work:
-    """The work that these arguments ask for; ArgumentError, ValueError or TypeError if bad."""
+    """Check the arguments and return the work; ArgumentError, ValueError or TypeError if bad."""
     parser, trainer, planner = _parsers()
     chosen = parser.parse_args(argv)
     preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
     if preset:
         from mflow_kernels.runs.presets import preset_options
 
-        # Its values take the place of the defaults: what is typed overrules them.
+        # The preset's values become the defaults, so options on the command line override them.
         for command in (trainer, planner):
             command.set_defaults(preset_options(preset))
         chosen = parser.parse_args(argv)
@@ -98,10 +100,10 @@ def _check(argv: list[str]) -> Work:
         if chosen.train.resume and not chosen.train.overwrite:
             if preset:
                 raise ValueError(
-                    "preset: expected none with --resume, which takes the options from the run "
+                    "preset: expected none with --resume, which reads the options from the run "
                     f"folder, got {preset}"
                 )
-            # What the run recorded takes the place of the defaults: only what is typed can differ.
+            # The recorded options become the defaults, so only options that are given can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
             options.pop("preset")
@@ -122,7 +124,7 @@ def _check(argv: list[str]) -> Work:
 
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
-    """The parser of the whole command line, and those of `mflow train` and `plan` within it."""
+    """The parser of the command line, and its parsers of `mflow train` and `mflow plan`."""
     from mflow_kernels.runs.config import add_options
     from mflow_kernels.runs.parser import OptionParser, with_docstring
 
@@ -133,30 +135,32 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
         description="Manifold learning and density estimation with normalizing flows on images.",
     )
     commands = parser.add_subcommands(
-        metavar="COMMAND", title="commands", description="mflow COMMAND --help tells more of each."
+        metavar="COMMAND", title="commands", description="See mflow COMMAND --help."
     )
     preparer = OptionParser(description=_text(prepare))
     preparer.add_argument(
         "--out", required=True, metavar="FILE", help="File to write, such as celeba64.safetensors."
     )
     preparer.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
-    by_hand: set[str | int] = {"out", "overwrite"}
-    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip=by_hand)
+    declared: set[str | int] = {"out", "overwrite"}
+    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip=declared)
     commands.add_subcommand("prepare", preparer, help=_text(prepare, lines=1))
     trainer = OptionParser(description=_text(train))
     trainer.add_argument(
-        "--run-dir", help="Folder to write; by default a name in runs/ made from the options."
+        "--run-dir", help="Folder to write; by default a folder in runs/, named after the options."
     )
     trainer.add_argument(
         "--overwrite", action="store_true", help="Replace the run folder if it exists."
     )
     trainer.add_argument(
-        "--resume", action="store_true", help="Go on with the run folder from its last checkpoint."
+        "--resume",
+        action="store_true",
+        help="Continue the run in the run folder from its last checkpoint.",
     )
     preset = {
         "metavar": "NAME",
-        "help": "Start from a preset (mflow presets lists them) or a YAML file with options; what "
-        "is typed overrules it.",
+        "help": "Name of a preset (mflow presets lists them) or a YAML file with options; options "
+        "on the command line override it.",
     }
     trainer.add_argument("--preset", **preset)
     add_options(trainer)
@@ -166,16 +170,18 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
         subparser.add_function_arguments(command, as_group=False, as_positional=True)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
     lister = OptionParser(description=_text(presets))
-    lister.add_argument("name", nargs="?", help="Preset to print; by default the names of all.")
+    lister.add_argument("name", nargs="?", help="Preset to print; by default all names are listed.")
     commands.add_subcommand("presets", lister, help=_text(presets))
     planner = OptionParser(description=_text(plan))
     planner.add_argument(
-        "--gpu-memory", metavar="SIZE", help="Tell the largest batch that fits a GPU of, say, 80GB."
+        "--gpu-memory",
+        metavar="SIZE",
+        help="Also find the largest batch that fits a GPU of this size, e.g. 80GB.",
     )
     planner.add_argument(
         "--channels",
         type=int,
-        help="Colour channels of the images; by default 3, or as in the named data set.",
+        help="Colour channels of the images; by default 3, or those of the named data set.",
     )
     planner.add_argument("--preset", **preset)
     add_options(planner)
@@ -202,33 +208,33 @@ def _recorded(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(command: Callable[..., Work], lines: int | None = None) -> str:
-    """A command's docstring up to its arguments."""
+    """The help text of a command: its docstring up to the arguments, or its first lines."""
     text = (command.__doc__ or "").split("Args:")[0]
     return " ".join(" ".join(text.strip().split("\n")[:lines]).split())
 
 
 def _as_typed(message: str, argv: list[str]) -> str:
-    """The library names its arguments as Python does; here most are options."""
+    """Replace the name of a Python argument at the start of a message by its option."""
     from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
 
     name, colon, rest = message.partition(":")
     if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:
-        return message  # without dashes
+        return message  # these two are positional
     if name == "image_shape":
         return "--levels" + colon + rest
-    own = {"run_dir", "overwrite", "resume", "preset", "number", "temperature", "stages", "output"}
-    own |= {"out", "workers"}
-    own |= {"gpu_memory", "channels"}
-    own |= {"draws", "features", "feature_weights", "feature_images", "ood"}
-    if name in own or name in {option.name for option in fields(TrainConfig)}:
+    options = {"run_dir", "overwrite", "resume", "preset"}
+    options |= {"number", "temperature", "stages", "output"}
+    options |= {"out", "workers", "gpu_memory", "channels"}
+    options |= {"draws", "features", "feature_weights", "feature_images", "ood"}
+    if name in options or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest
     return message
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
+    # torch raises a plain RuntimeError if CPU memory runs out.
     name = type(error).__name__
     return name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)
 

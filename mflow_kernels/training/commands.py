@@ -1,8 +1,8 @@
-"""The commands of the command line, with their help.
+"""The commands of `mflow`. Their docstrings are the help texts.
 
-Each first checks everything and returns its work, then the work is done: so bad input ends before
-anything is written, and an error of the work itself is never mistaken for bad input. A function
-that needs torch or Lightning imports it: --help must be quick.
+A command checks its input and returns a function that does the work. Bad input therefore stops it
+before anything is written, and an error during the work is not mistaken for bad input. Commands
+import torch and Lightning inside the functions, so that --help is fast.
 """
 
 import os
@@ -21,8 +21,8 @@ Work = Callable[[], None]
 def train(options: dict[str, Any]) -> Work:
     """Train a manifold flow on images.
 
-    With no further argument: on handwritten digits, on a CPU, in a few minutes. Writes one run
-    folder: the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures, an evaluation.
+    Without options, trains on handwritten digits in a few minutes on a CPU. Writes a run folder
+    with the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures and an evaluation.
     """
     from mflow_kernels.runs.config import TrainConfig
 
@@ -31,17 +31,17 @@ def train(options: dict[str, Any]) -> Work:
     config = TrainConfig(**options)
     folder = Path(run_dir or config.default_run_dir())
 
-    from mflow_kernels.training.train import plan_run, run
+    from mflow_kernels.training.train import check_run, train_and_evaluate
 
-    plan = plan_run(config, folder, overwrite=overwrite, resume=resume)
+    checked = check_run(config, folder, overwrite=overwrite, resume=resume)
 
     def work() -> None:
-        if not plan.ranks.rank:
-            _report_skipped(plan.splits.skipped)
-            if plan.resumes:
-                print(f"goes on from step {plan.first_step}", file=sys.stderr)
-        pictures = run(plan)
-        if not pictures:  # another rank's
+        if not checked.ranks.rank:
+            _report_skipped(checked.splits.skipped)
+            if checked.resumes:
+                print(f"continuing from step {checked.first_step}", file=sys.stderr)
+        pictures = train_and_evaluate(checked)
+        if not pictures:  # only rank 0 draws
             return
         print(f"\nRun folder: {printable(str(folder))}\nPictures:")
         for picture in pictures:
@@ -53,21 +53,21 @@ def train(options: dict[str, Any]) -> Work:
 def prepare(
     data: str, out: str, overwrite: bool, image_size: int = 64, workers: int | None = None
 ) -> Work:
-    """Decode and resize a data set once, into one file that training reads at memory speed.
+    """Decode and resize a data set into one file that training reads at memory speed.
 
-    Give that file to --data. A command that was killed goes on when it is given again; one that was
-    done checks the file.
+    Give that file to --data of the other commands. If preparation is interrupted, the same command
+    continues it. If the file is complete, the command verifies it.
 
     Args:
         data: Folder or zip of images; CelebA as downloaded keeps its official partition.
         out: File to write.
-        overwrite: Replace it if it exists.
+        overwrite: Replace the file if it exists.
         image_size: Side of the square images in pixels.
-        workers: Processes that decode; by default one for each core.
+        workers: Number of processes that decode; by default one for each core.
     """
     from mflow_kernels.data.files import follow_links
     from mflow_kernels.data.prepare import is_prepared_from
-    from mflow_kernels.data.prepare import prepare as make
+    from mflow_kernels.data.prepare import prepare as prepare_file
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.progress import progress_bar
     from mflow_kernels.data.sources import find_images
@@ -82,26 +82,28 @@ def prepare(
     if path.is_dir() or images in (path, *path.parents):
         raise ValueError(f"out: expected a file outside of the images' folder, got {out!r}")
     if path.exists() and overwrite and not is_prepared(path):
-        raise ValueError(f"out: --overwrite expected a file of mflow prepare, got another: {out}")
-    source = find_images(data)
-    made = not overwrite and is_prepared_from(path, source, image_size)
-    if path.exists() and not made and not overwrite:
         raise ValueError(
-            f"out: {out} exists and is not made from these images at {image_size}x{image_size} "
+            f"out: expected a file of mflow prepare to overwrite, got another kind: {out}"
+        )
+    source = find_images(data)
+    complete = not overwrite and is_prepared_from(path, source, image_size)
+    if path.exists() and not complete and not overwrite:
+        raise ValueError(
+            f"out: {out} exists and was not made from these images at {image_size}x{image_size} "
             "(--overwrite replaces it)"
         )
 
     def work() -> None:
-        if made:
+        if complete:
             prepared = open_prepared(path)
             with progress_bar("checking", len(prepared.images)) as progress:
                 prepared.verify(progress)
-            print("made before; every byte is as it was written")
+            print("prepared before; every image is intact")
         else:
             try:
-                prepared = make(source, path, image_size, workers, overwrite)
+                prepared = prepare_file(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
-                print("interrupted; the same command goes on", file=sys.stderr)
+                print("interrupted; the same command continues", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
         print(prepared.summary())
 
@@ -121,12 +123,13 @@ def sample(
 
     Args:
         run: Folder that mflow train wrote.
-        number: How many images.
-        temperature: Standard deviation of the manifold coordinates; below 1 draws likelier images.
-        seed: Seed of the draw.
-        stages: Use only the first so many stages; all by default.
-        output: PNG file to write; by default a name in the run folder.
-        device: Where to compute; auto takes a GPU if there is one.
+        number: Number of images.
+        temperature: Standard deviation of the manifold coordinates; less than 1 gives more typical
+            images.
+        seed: Seed of the random numbers.
+        stages: Number of stages to use, from the first; all by default.
+        output: PNG file to write; by default a file in the run folder.
+        device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
     from mflow_kernels.evaluation.samples import draw_samples
@@ -159,15 +162,15 @@ def reconstruct(
     output: str | None = None,
     device: Device = "auto",
 ) -> Work:
-    """Show images beside their projections on the manifold.
+    """Draw images, their projections on the manifold and the differences.
 
     Args:
         run: Folder that mflow train wrote.
-        data: Folder or zip of images or file of mflow prepare (of CelebA, its test part); by
-            default the images that the run held out.
-        number: How many images.
-        output: PNG file to write; by default a name in the run folder.
-        device: Where to compute; auto takes a GPU if there is one.
+        data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
+            by default the images that the run held out.
+        number: Number of images.
+        output: PNG file to write; by default a file in the run folder.
+        device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.likelihood import held_out_images
     from mflow_kernels.evaluation.pictures import draw_residuals
@@ -203,24 +206,25 @@ def evaluate(
 ) -> Work:
     """Evaluate a trained model on held-out images.
 
-    Prints likelihood and reconstruction error and writes them to evaluation.json in the run's
-    folder; then writes a report with all figures and pictures: report.html, which a browser opens.
+    Prints likelihood and reconstruction error and writes them to evaluation.json in the run folder.
+    Then writes a report with all metrics and pictures as a web page, report.html.
 
     Args:
         run: Folder that mflow train wrote.
-        data: Folder or zip of images or file of mflow prepare (of CelebA, its test part); by
-            default the images that the run held out. Its figures go to evaluation-NAME.json.
-        out: Folder to write the report to; by default report, or report-NAME, in the run's folder.
+        data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
+            by default the images that the run held out. With this option the metrics go to
+            evaluation-NAME.json.
+        out: Folder for the report; by default report (with --data, report-NAME) in the run folder.
         draws: Dequantizations of each image; more than 1 adds importance-weighted bits per
             dimension.
-        feature_weights: File of the weights of the network that FID and KID are computed with
-            (docs/evaluation.md says which); without it they are left out. Nothing is downloaded.
-        features: That network; inception, which FID is defined with, or an image classifier of
-            torchvision by its name there.
-        feature_images: How many samples and how many held-out images FID and KID compare, at most.
-        ood: Other images, which the report tries to tell from the held-out images. Takes what
-            --data takes, and the names of data sets that mflow train --help lists.
-        device: Where to compute; auto takes a GPU if there is one.
+        feature_weights: File with the weights of the network for FID and KID (docs/evaluation.md
+            says where to get it). Without it, FID and KID are left out. Nothing is downloaded.
+        features: Network for FID and KID: inception, which FID is defined with, or the name of an
+            image classifier of torchvision.
+        feature_images: Largest number of samples and of held-out images that FID and KID compare.
+        ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
+            of a data set that mflow train --help lists.
+        device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
     from mflow_kernels.data.splits import load_evaluation_set
@@ -230,7 +234,7 @@ def evaluate(
         evaluate_model,
         held_out_images,
     )
-    from mflow_kernels.evaluation.report import Asked, write_report
+    from mflow_kernels.evaluation.report import ReportOptions, write_report
     from mflow_kernels.runs.folder import EVALUATION, load_run
 
     _check_at_least("draws", draws, 1)
@@ -264,8 +268,8 @@ def evaluate(
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))
-            asked = Asked(draws, network, feature_images, tuple(others))
-            report = write_report(loaded, images, evaluation, folder, asked)
+            options = ReportOptions(draws, network, feature_images, tuple(others))
+            report = write_report(loaded, images, evaluation, folder, options)
             print(printable(str(report)))
 
     return work
@@ -274,14 +278,14 @@ def evaluate(
 def plan(options: dict[str, Any]) -> Work:
     """Predict the memory that training needs.
 
-    Takes the options of mflow train and tells, before anything is allocated, the peak memory of a
-    training step and what it is for. No image is read: give their --image-size and --channels, or
+    Takes the options of mflow train and prints the peak memory of a training step by purpose,
+    without allocating it. Images are not read: give their --image-size and --channels, or
     the name of a data set as --data.
     """
     import torch
 
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.memory import parse_memory, report, resolve_config
+    from mflow_kernels.training.memory import describe_peak, parse_memory, resolve_config
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
     gpu_memory = None if text is None else parse_memory(text)
@@ -289,14 +293,14 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    return lambda: print(report(resolved, gpu, gpu_memory))
+    return lambda: print(describe_peak(resolved, gpu, gpu_memory))
 
 
 def presets(name: str | None = None) -> Work:
-    """Print a preset of mflow train, or their names.
+    """Print a preset of mflow train, or the names of all presets.
 
     Args:
-        name: Preset to print, in the form that --preset FILE takes.
+        name: Preset to print, as a YAML file that --preset accepts.
     """
     from mflow_kernels.runs.presets import PRESETS, preset_text
 
@@ -307,11 +311,11 @@ def presets(name: str | None = None) -> Work:
 def export(run: str, out: str) -> Work:
     """Write a trained model as safetensors and JSON.
 
-    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained read that folder, in plain
+    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained load the folder, using plain
     PyTorch.
 
     Args:
-        run: Folder that mflow train wrote; its averaged weights are taken.
+        run: Folder that mflow train wrote; its averaged weights are exported.
         out: New folder to write.
     """
     from mflow_kernels.runs.folder import export_run, load_run

@@ -1,8 +1,8 @@
-"""Forward and backward pass as CUDA graphs: two launches, whatever the model's depth and width.
+"""The forward and backward pass as two CUDA graphs: two launches for any depth and width.
 
-torch.cuda.make_graphed_callables does this too, but, before torch 2.14, only in the capture mode in
-which memory that another thread pins, as those that read the next batches do, breaks the capture
-and that thread.
+torch.cuda.make_graphed_callables cannot be used before torch 2.14. It captures in the global mode,
+in which another thread that pins memory, such as one that reads the next batches, fails and makes
+the capture fail.
 """
 
 import sys
@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from mflow_kernels.layers import ReversibleChain
 
-_WARM_UP = 3  # passes in which libraries, compilers and autotuners set themselves up
+_WARM_UP = 3  # passes before the capture, in which libraries, compilers and autotuners initialize
 
 Losses = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Captured(NamedTuple):
-    """Two graphs, and the memory in which each replay leaves what the passes returned."""
+    """Two graphs, and the tensors that each replay overwrites with the results of the passes."""
 
     forward: torch.cuda.CUDAGraph
     losses: tuple[Tensor, ...]
@@ -35,19 +35,19 @@ def capture(
     forward: Callable[[], tuple[Tensor, ...]],
     backward: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
 ) -> Captured:
-    """Capture both passes, the second of which takes what the first returned, after a warm-up.
+    """Capture both passes after a warm-up. `backward` takes the results of `forward`.
 
     Raises:
-        RuntimeError: something in them cannot be captured. Nothing of the capture is left.
+        RuntimeError: something in the passes cannot be captured. The failed capture is cleaned up.
     """
-    # One stream for all: cuBLAS and cuSOLVER set themselves up for each.
+    # Warm-up and captures share a stream, because cuBLAS and cuSOLVER initialize for each stream.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle()
     how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     try:
-        # torch.cuda.graph does not leave its stream where the end of a capture fails; this does.
+        # If the end of a capture fails, torch.cuda.graph does not restore the stream; this does.
         with _cusolver(), torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 backward(forward())
@@ -64,7 +64,8 @@ def capture(
 
 @contextmanager
 def _cusolver() -> Iterator[None]:
-    """MAGMA, which some torch takes for many matrices at once, waits for the device."""
+    """Use cuSOLVER: some torch versions use MAGMA for batches of matrices, and MAGMA waits for the
+    device, which a capture does not allow."""
     before = torch.backends.cuda.preferred_linalg_library()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*preferred_linalg_library is an experimental")
@@ -76,31 +77,31 @@ def _cusolver() -> Iterator[None]:
 
 
 def _abandon(graphs: Sequence[torch.cuda.CUDAGraph], pool: Any) -> None:
-    """After a capture that failed: no work of it runs on, and torch is out of it.
+    """Clean up after a capture that failed: finish its work, and take torch out of the capture.
 
-    Where CUDA refuses to end a capture, torch 2.9 stays inside of it in two places; later ones get
-    out by themselves, at once or in `reset`.
+    If CUDA refuses to end a capture, the generator and the allocator of torch 2.9 stay in it. Later
+    versions of torch leave it by themselves, either immediately or in `reset`.
     """
-    torch.cuda.synchronize()  # the warm-up may still write what is put back now, or is freed
+    torch.cuda.synchronize()  # the warm-up may still write to buffers that are restored or freed
     for graph in graphs:
         graph.reset()
     device = torch.cuda.current_device()
-    # The generator would refuse to draw; a copy of its state has not heard of the capture.
+    # The generator would refuse to draw. A clone of its state is not part of the capture.
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
-    # The allocator would never again give memory back, and `empty_cache` would raise.
+    # The allocator would never free memory again, and `empty_cache` would raise.
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # it is out of it
+    except RuntimeError:  # the allocator has left the capture already
         return
     torch._C._cuda_releasePool(device, pool)
 
 
 class StepGraphs:
-    """Computes the losses of one stage after another by graphs, each captured at its first batch.
+    """Computes the losses of each stage with graphs, which it captures at the stage's first batch.
 
-    A batch of another shape than that one is computed without. So is everything once a capture has
-    failed, which is printed.
+    Batches of another shape are computed without graphs. If a capture fails, it prints the reason
+    and computes everything without graphs from then on.
     """
 
     def __init__(self) -> None:
@@ -111,21 +112,21 @@ class StepGraphs:
     def __call__(
         self, stage: int, x: Tensor, losses: Losses, modules: Sequence[nn.Module]
     ) -> tuple[Tensor, ...]:
-        """losses(x): the loss, and tensors without gradients.
+        """Return losses(x): the loss, then tensors without gradients.
 
-        With graphs, they are where the next call will leave its own.
+        With graphs, the next call overwrites these tensors.
 
         Args:
-            stage: where it is another than before, graphs are captured anew.
+            stage: number of the stage. When it changes, the graphs are captured again.
             x: a batch.
-            losses: may read nothing from the device and draw no random number. It may change
-                buffers of `modules`, in place.
-            modules: the parameters whose gradients the loss is to have; all that it depends on.
+            losses: function to compute. It must not read from the device or draw random numbers.
+                It may change buffers of `modules` in place.
+            modules: modules with all parameters that the loss depends on; these get gradients.
         """
         if stage != self._stage:
-            if self._graphed is not None:  # its memory is given back first
+            if self._graphed is not None:  # free its memory before the next capture
                 for parameter in self._graphed.parameters:
-                    parameter.grad = None  # lies in it
+                    parameter.grad = None  # it lies in the graph's memory
             self._stage, self._graphed = stage, None
             if not self._failed:
                 self._capture(x, losses, modules)
@@ -139,21 +140,21 @@ class StepGraphs:
         try:
             self._graphed = _Graphed(x, losses, nn.ModuleList(modules))
         except RuntimeError as error:
-            self._failed = True  # what cannot be captured now cannot be in the next stage
-            # Where an operator is refused, so is the end of the capture, which tells nothing.
+            self._failed = True  # the next stage could not be captured either
+            # After an operator fails, the end of the capture fails too; report the first error.
             first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             reason = str(first).partition("\n")[0]
-            print(f"training goes on without CUDA graphs: {reason}", file=sys.stderr)
+            print(f"training continues without CUDA graphs: {reason}", file=sys.stderr)
         finally:
-            for buffer, value in zip(buffers, before, strict=True):  # the warm-up was no step
+            for buffer, value in zip(buffers, before, strict=True):  # undo the warm-up
                 buffer.copy_(value)
 
 
 class _Graphed:
-    """The losses of batches of one shape, and their gradients."""
+    """The captured losses and gradients for batches of one shape."""
 
     def __init__(self, x: Tensor, losses: Losses, modules: nn.Module) -> None:
-        # Strides too, by which sums on a CPU are ordered: a rank's share of a batch is not dense.
+        # Keep the strides, which order the sums on a CPU: a rank's share of a batch is not dense.
         self.x = x.new_empty_strided(x.shape, x.stride()).copy_(x)
         dloss = x.new_ones(())
         parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -172,13 +173,14 @@ class _Graphed:
         return _Replay.apply(self, *self.parameters)
 
     def gradients(self) -> list[Tensor]:
-        """Of the parameters, by the backward graph; sets the chains' drift as backward does."""
+        """Replay the backward graph, set the chains' drift as a backward pass does, and return the
+        gradients of the parameters."""
         self.captured.backward.replay()
         count = len(self.parameters)
         drifts = self.captured.gradients[count:]
         for chain, drift in zip(self._drifting, drifts, strict=True):
             chain.drift = drift
-        # Detached, they are autograd's to take as they are, without a copy.
+        # Autograd takes detached tensors as gradients without a copy.
         return [gradient.detach() for gradient in self.captured.gradients[:count]]
 
 

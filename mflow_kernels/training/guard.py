@@ -1,4 +1,7 @@
-"""Which steps may change the weights. Decided on the device: no step waits for it."""
+"""The guard of training steps: it decides on the device whether a step is skipped.
+
+The host reads its state in logged steps only, so it does not wait for the device in the others.
+"""
 
 from typing import NamedTuple
 
@@ -7,49 +10,54 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
 
-_MEMORY = 100  # steps that the mean and deviation of the loss look back on
-_LEAST_SPREAD = 0.01  # of the loss's size: what is constant for long has no spikes of rounding
+_MEMORY = 100  # steps over which the mean and variance of the loss are averaged
+# Least standard deviation of the loss, as a fraction of its size. It keeps rounding in a loss that
+# has long been constant from counting as a spike.
+_LEAST_SPREAD = 0.01
 
 
-class Figures(NamedTuple):
-    """What a look at the guard shows: of all steps, or since the last look."""
+class GuardReading(NamedTuple):
+    """State of the guard as `StepGuard.read` returns it."""
 
-    skipped: int  # of all
-    in_a_row: int  # the most, since the last look
-    drift: float  # the largest, since the last look
-    loss: float  # of the last skipped step
-    norm: float  # of its gradient
+    skipped: int  # steps skipped since the start of training
+    in_a_row: int  # most steps skipped in a row since the last reading
+    drift: float  # largest drift since the last reading
+    loss: float  # loss of the last skipped step
+    norm: float  # norm of its gradient
 
 
 class StepGuard(nn.Module):
     """Judges each step by its loss, the norm of its gradient and the drift of rebuilt states.
 
-    Skipped are steps of which one of the three is not finite, whose drift is above its limit, or
-    whose loss is a spike: above the mean of the last hundred or so by more than `spike` of their
-    standard deviations. Skipped losses do not enter these. Where torch.distributed runs, all ranks
-    come to the same judgement.
+    A step is skipped if one of the three is not finite, if the drift is above its limit, or if the
+    loss is a spike: above the mean of about the last hundred losses by more than `spike` of their
+    standard deviations. Skipped losses do not enter the mean and the deviation. With
+    torch.distributed, all ranks reach the same decision.
 
     Args:
-        spike: in standard deviations.
-        max_drift: largest drift.
+        spike: limit of the loss, in standard deviations above the mean.
+        max_drift: largest drift allowed.
     """
 
     state: Tensor
+    seen: Tensor
 
     def __init__(self, spike: float, max_drift: float) -> None:
         super().__init__()
         self._spike, self._max_drift = spike, max_drift
-        # Saved with the weights: mean, variance and number of losses; in a row; skipped.
+        # Saved with the weights: mean, variance and number of losses; steps skipped in a row; steps
+        # skipped in all.
         self.register_buffer("state", torch.zeros(5, dtype=torch.float64))
-        # Since the last look: the most in a row, the largest drift, the last skipped loss and norm.
+        # Since the last reading: most steps skipped in a row; largest drift; loss and gradient norm
+        # of the last skipped step.
         self.register_buffer("seen", torch.zeros(4, dtype=torch.float64), persistent=False)
-
-    seen: Tensor
 
     @torch.no_grad()
     def judge(self, loss: Tensor, norm: Tensor, drift: Tensor | None) -> Tensor:
-        """A float32 scalar on the device: 1 for a step that is to be skipped, 0 for one that is
-        not, as the `found_inf` of fused optimizers has it."""
+        """Return 1 if the step must be skipped and 0 otherwise, as a float32 scalar on the device.
+
+        This is the form in which fused optimizers take `found_inf`.
+        """
         drift = torch.zeros_like(loss) if drift is None else drift
         drifted = ~(drift <= self._max_drift)
         pair = torch.stack([loss.double(), drifted.double()])
@@ -60,33 +68,39 @@ class StepGuard(nn.Module):
         bad = ~(mean_loss.isfinite() & norm.isfinite()) | spike | (drifted_ranks > 0)
         weight = 1 / (count + 1).clamp(max=_MEMORY)
         delta = mean_loss - mean
-        usual = torch.stack([mean + weight * delta, (1 - weight) * (variance + weight * delta**2)])
+        updated = torch.stack(
+            [mean + weight * delta, (1 - weight) * (variance + weight * delta**2)]
+        )
         streak = torch.where(bad, streak + 1, 0.0)
         self.state = torch.cat(
             [
-                torch.where(bad, self.state[:2], usual),
+                torch.where(bad, self.state[:2], updated),
                 torch.stack([torch.where(bad, count, count + 1), streak, skipped + bad]),
             ]
         )
-        most, largest, *last = self.seen.unbind()
-        figures = [torch.maximum(most, streak), torch.maximum(largest, drift.double())]
-        now = (mean_loss, norm.double())
-        figures += [torch.where(bad, new, old) for new, old in zip(now, last, strict=True)]
-        self.seen = torch.stack(figures)
+        longest, largest, last_loss, last_norm = self.seen.unbind()
+        self.seen = torch.stack(
+            [
+                torch.maximum(longest, streak),
+                torch.maximum(largest, drift.double()),
+                torch.where(bad, mean_loss, last_loss),
+                torch.where(bad, norm.double(), last_norm),
+            ]
+        )
         return bad.float()
 
     def begin_stage(self) -> None:
-        """Forget the losses of another stage."""
+        """Forget the losses of the stage before."""
         self.state[:4] = 0
 
-    def look(self) -> Figures:
-        """Wait for the device, and tell."""
-        skipped, most, drift, loss, norm = torch.cat([self.state[4:], self.seen]).tolist()
+    def read(self) -> GuardReading:
+        """Wait for the device, return the state, and begin the next interval between readings."""
+        skipped, longest, drift, loss, norm = torch.cat([self.state[4:], self.seen]).tolist()
         self.seen.zero_()
-        return Figures(int(skipped), int(most), drift, loss, norm)
+        return GuardReading(int(skipped), int(longest), drift, loss, norm)
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over all ranks, or x where there is but one."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return over_ranks(x) / torch.distributed.get_world_size() if there else x
+    """The mean of x over all ranks; x itself without torch.distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return over_ranks(x) / torch.distributed.get_world_size() if distributed else x

@@ -1,36 +1,38 @@
-"""The peak memory of a training step, by arithmetic: nothing is allocated.
+"""Predicts the peak memory of a training step by arithmetic, without allocating anything.
 
-Units: a state of C channels on p pixels is S = B C p numbers (float32), a hidden layer of a
-coupling network H = B width p, its output Q = 2 B C_b p, in bytes of the networks' precision (4, or
-2 in bfloat16 and float16); C_a = C // 2, C_b = C - C_a. P counts the parameters of a stage.
+Notation: a coupling sees C channels on p pixels in a batch of B images; C_a = C // 2 and
+C_b = C - C_a. All sizes are bytes. S = 4 B C p is the flow's state (float32). With e bytes per
+element of the networks (4, or 2 for bfloat16 and float16), H = e B width p is one hidden layer of
+the coupling network and Q = 2 e B C_b p its output.
 
-Held through the step: parameters and buffers of all stages, once more as a running average, and
-AdamW's two moments of every stage trained so far (8 bytes a parameter).
+Held through the whole step: the parameters and buffers of all stages, their running average, and
+AdamW's two moments (8 bytes a parameter) for every stage trained so far.
 
-The backward pass takes the coupling networks one by one; the peak is at one of them. It walks back
-the last flow that is trained first, then, where the earlier ones are released, those before it:
+The backward pass visits the coupling networks one by one, and the peak is at one of them. It goes
+through the last trained flow first and then, if earlier stages are released, through those before
+it. If the objective decodes (in the data domain, unless the manifold has all dimensions), each flow
+has two passes, forward and inverse. The backward pass goes through the inverse pass first, and
+holds its complete gradients while it computes those of the forward pass. At each network it holds:
 
-    gradients    of the networks that are done. Where the objective decodes (the data domain, with
-                 something off the manifold), two passes go through the flow: the inverse's is
-                 walked back first, and its gradients, complete, are held while the other makes its
-                 own.
-    ends         the images, and of each pass not yet done the input, the latents and their
-                 gradients: 3 S of the data. A reversible pass holds these whatever its depth.
-    kept         S at each `checkpoint_every`-th network, of each pass not yet done.
-    stored       where not reversible, of each network not yet done: S, its input, Q and 2 H; and
-                 the weights of all in low precision.
-    folded       of the steps of one level, 9 C^2 each: 6 for W' and what its gradient needs, 3 for
-                 W^-1 (float64) and the sums of dW; and 12 C^2 when these become gradients of W's
-                 factors. 12 and 20 C^2 in the pass through the inverse, for a W^-1 with gradients.
-                 Where not reversible, of all levels: 6 C^2, and 5 for the pass through the inverse.
-    one step     rebuilt state and gradient: 2 S and their new halves, 2 B C_b p; network input, Q
-                 and dQ; 4 H (both hidden layers and, at the last ReLU, its gradient before and
-                 after); one network's weights in low precision.
+    gradients    of the networks that are done.
+    ends         the images; and for each pass that is not done, its input, the latents and their
+                 gradients: 3 times the state. A reversible pass needs this at any depth.
+    kept         S for every `checkpoint_every`-th network of each pass that is not done.
+    stored       only without reversible: for each network not done, S, its input, Q and 2 H; and
+                 the weights of all networks in low precision.
+    folded       for the steps of one level, 9 C^2 numbers each: 6 for W' and for what its gradient
+                 needs, 3 for W^-1 (float64) and the partial sums of dW. 12 C^2 while these become
+                 gradients of W's factors. In the inverse pass W^-1 needs gradients too, so these
+                 are 12 C^2 and 20 C^2. Without reversible, all levels count: 6 C^2, and 5 more for
+                 the inverse pass.
+    one step     the rebuilt state and its gradient, 2 S, and their new halves, 8 B C_b p; the
+                 network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
+                 gradient before and after it); and the network's weights in low precision.
 
-The end of the forward pass, which still has the gradients of the step before, counts where it is
-larger. The fused optimizer and the average need nothing beside their state. What is not counted:
-what libraries allocate for themselves (cuDNN, oneDNN), CUDA's context (about 0.5 GB) and the
-fragments of its caching allocator.
+At the end of the forward pass the gradients of the step before still exist, so the peak can be
+there. The fused optimizer and the average need no temporary memory. The prediction leaves out what
+libraries allocate for themselves (cuDNN, oneDNN), the CUDA context (about 0.5 GB) and fragmentation
+in the caching allocator.
 """
 
 import dataclasses
@@ -51,38 +53,38 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Network:
-    """A coupling network in its place: C channels on p pixels, and whether a 1x1 convolution of
-    its own comes before it (a step) or not (a split)."""
+class CouplingShape:
+    """Sizes of a coupling and its network. In a step of flow, actnorm and a 1x1 convolution come
+    before the coupling (`has_conv1x1`); in a split they do not."""
 
     channels: int
     pixels: int
     width: int
-    taps: int  # weights of its first and last layer between two channels: 9, or 1 for vectors
-    mixes: bool
+    taps: int  # weights between two channels in the first and last layer: 9 (3x3), or 1 for vectors
+    has_conv1x1: bool
 
     @property
     def out_channels(self) -> int:
-        """Of the network: a raw scale and a shift for each channel of the changed half."""
+        """Outputs of the network: a raw scale and a shift for each channel of the changed half."""
         return 2 * (self.channels - self.channels // 2)
 
     @property
     def parameters(self) -> int:
-        """Of the network alone."""
+        """Parameters of the network."""
         c, w, t = self.channels // 2, self.width, self.taps
         return (t * c + 1) * w + (w + 1) * w + (t * w + 1) * self.out_channels
 
     @property
-    def mix_parameters(self) -> int:
-        """Of the step's actnorm (2 C) and 1x1 convolution (lower, upper, diagonal)."""
+    def conv1x1_parameters(self) -> int:
+        """Parameters of the step's actnorm (2 C) and 1x1 convolution (lower, upper, diagonal)."""
         c = self.channels
-        return 2 * c + 2 * c * c + c if self.mixes else 0
+        return 2 * c + 2 * c * c + c if self.has_conv1x1 else 0
 
     @property
     def buffer_bytes(self) -> int:
-        """Permutation, signs and the flag of actnorm."""
+        """Bytes of the permutation, the signs and actnorm's flag."""
         c = self.channels
-        return FLOAT * (c * c + c) + 1 if self.mixes else 0
+        return FLOAT * (c * c + c) + 1 if self.has_conv1x1 else 0
 
 
 def _row(label: str) -> int:
@@ -91,7 +93,7 @@ def _row(label: str) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a training step, by what they are for."""
+    """Bytes in use at one moment of a training step, by purpose."""
 
     parameters: int = _row("parameters and buffers")
     average: int = _row("averaged weights")
@@ -100,9 +102,9 @@ class Memory:
     ends: int = _row("images, latents and their gradients")
     kept: int = _row("states kept (--checkpoint-every)")
     stored: int = _row("activations stored (--no-reversible)")
-    folded: int = _row("weights of the 1x1 convolutions, folded and inverted")
-    one_step: int = _row("one step: state, network and their gradients")
-    stage: int = 0  # whose training has the peak, from 0
+    folded: int = _row("folded and inverted weights of the 1x1 convolutions")
+    one_step: int = _row("one step of flow: state, network and their gradients")
+    stage: int = 0  # stage in training, from 0
 
     @property
     def total(self) -> int:
@@ -110,14 +112,14 @@ class Memory:
 
 
 def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunConfig:
-    """The configuration with its images' shape, checked as `mflow train` does, reading no image.
+    """Check a configuration as `mflow train` does, and add the images' shape without reading them.
 
     Args:
-        config: what to train; its `data` may be empty.
-        channels: of the images; by default 3, or those of the named data set.
+        config: configuration to check; its `data` may be empty.
+        channels: channels of the images; by default 3, or those of the named data set.
 
     Raises:
-        ValueError: the first value out of range.
+        ValueError: a value is out of range; the message names the first one.
     """
     config.check()
     check_precision(config.precision, "cuda" if gpu else "cpu")
@@ -127,7 +129,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         raise ValueError(f"channels: expected at least 1, got {channels}")
     size = config.image_size or default_size
     resolved = config.resolve((channels, size, size))
-    with torch.device("meta"):  # the models' own checks, with no memory behind their tensors
+    with torch.device("meta"):  # run the models' own checks without allocating their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
         check_manifold_dim(config.manifold_dim, shapes)
         for outer in config.stages[:-1]:
@@ -135,57 +137,58 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
     return resolved
 
 
-def networks(config: RunConfig, stage: int) -> list[Network]:
-    """The coupling networks of one stage, in the order in which data passes them."""
+def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
+    """The couplings of one stage, in the order of its forward pass."""
     if stage:
-        before, own = config.stages[stage - 1 : stage + 1]
-        return [Network(before.dim, 1, own.width, 1, True)] * own.steps
-    found = []
+        outer, inner = config.stages[stage - 1 : stage + 1]
+        return [CouplingShape(outer.dim, 1, inner.width, 1, True)] * inner.steps
+    couplings = []
     c, side = config.channels, config.image_size or 0
     for level in range(config.levels):
         c, side = 4 * c, side // 2
-        found += [Network(c, side * side, config.width, 9, True)] * config.steps
+        couplings += [CouplingShape(c, side * side, config.width, 9, True)] * config.steps
         if level + 1 < config.levels:
-            found.append(Network(c, side * side, config.width, 9, False))
+            couplings.append(CouplingShape(c, side * side, config.width, 9, False))
             c //= 2
-    return found
+    return couplings
 
 
 def peak_memory(config: RunConfig) -> Memory:
-    """The predicted peak of training `config`."""
-    found = [networks(config, stage) for stage in range(1 + len(config.stage_dims))]
+    """Predict the memory at the peak of training `config`."""
+    stages = [coupling_shapes(config, stage) for stage in range(1 + len(config.stage_dims))]
     dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
     dims += config.stage_dims
     masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
-    counts = [sum(n.parameters + n.mix_parameters for n in own) for own in found]
-    buffers = sum(n.buffer_bytes for own in found for n in own) + masks
+    counts = [sum(n.parameters + n.conv1x1_parameters for n in stage) for stage in stages]
+    buffers = sum(n.buffer_bytes for stage in stages for n in stage) + masks
     weights = FLOAT * sum(counts) + buffers
     flows = [
-        _Flow(own, config.batch_size * outer, stage.domain == "data" and inner < outer)
-        for own, stage, (outer, inner) in zip(found, config.stages, pairwise(dims), strict=True)
+        _Flow(couplings, config.batch_size * outer, stage.domain == "data" and inner < outer)
+        for couplings, stage, (outer, inner) in zip(
+            stages, config.stages, pairwise(dims), strict=True
+        )
     ]
-    moments = []
+    snapshots = []
     for stage in range(len(flows)):
-        # uint8 images and, where it is not computed from them with gradients, what the trained
-        # stage is given of them.
+        # The uint8 images, and the trained stage's input unless it is computed with gradients.
         batch = config.batch_size * dims[0]
-        batch += FLOAT * flows[stage].image if stage and not config.release else 0
+        batch += FLOAT * flows[stage].elements if stage and not config.release else 0
         trained = flows[: stage + 1] if config.release else [flows[stage]]
-        for moment in _moments(config, trained):
-            held = dataclasses.replace(
-                moment,
+        for snapshot in _snapshots(config, trained):
+            complete = dataclasses.replace(
+                snapshot,
                 parameters=weights,
                 average=weights,
                 optimizer=2 * FLOAT * sum(counts[: stage + 1]),
-                ends=moment.ends + batch,
+                ends=snapshot.ends + batch,
                 stage=stage,
             )
-            moments.append(held)
-    return max(moments, key=lambda memory: memory.total)
+            snapshots.append(complete)
+    return max(snapshots, key=lambda memory: memory.total)
 
 
-def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
-    """What `mflow plan` prints."""
+def describe_peak(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
+    """The text that `mflow plan` prints."""
     peak = peak_memory(config)
     states = (
         "stored" if not config.reversible
@@ -196,7 +199,7 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     lines = [
         f"Batches of {config.batch_size} images of {config.channels}x{size}x{size}; "
         f"{config.levels} levels of {config.steps} steps, width {config.width}",
-        f"states {states}; networks in {config.precision}; penalty in the {config.domain} domain",
+        f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
         + (f", while stage {peak.stage + 1} trains" if config.stage_dims else ""),
@@ -212,14 +215,14 @@ def report(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     if gpu:
         lines += [
             "",
-            "A prediction: within 10% of peaks measured on a CPU, not verified on a GPU. Leave",
-            "room for CUDA's context (about 0.5 GB) and for what cuDNN and the allocator take.",
+            "The prediction is within 10% of peaks measured on a CPU. It is not verified on a GPU.",
+            "Leave room for the CUDA context (about 0.5 GB), cuDNN and the caching allocator.",
         ]
     return "\n".join(lines)
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "80GB", "16GiB" or "900MB"; ValueError for anything else."""
+    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes; ValueError for other texts."""
     units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
@@ -239,7 +242,7 @@ def _rows() -> list[dataclasses.Field]:
 
 
 def largest_batch(config: RunConfig, memory: int) -> int:
-    """The largest batch whose predicted peak fits in so many bytes; 0 if none does."""
+    """The largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
         return peak_memory(dataclasses.replace(config, batch_size=batch)).total <= memory
@@ -254,112 +257,121 @@ def largest_batch(config: RunConfig, memory: int) -> int:
 
 
 class _Flow(NamedTuple):
-    """What is trained of one stage."""
+    """One stage of a training step."""
 
-    found: list[Network]
-    image: int  # numbers in a batch of its data
-    decodes: bool  # a pass through the inverse follows the one through the flow
+    couplings: list[CouplingShape]
+    elements: int  # elements in a batch of its data
+    decodes: bool  # the inverse pass follows the forward pass
 
     @property
     def gradients(self) -> int:
-        """Of all its parameters, bytes."""
-        return FLOAT * sum(n.parameters + n.mix_parameters for n in self.found)
+        """Bytes of the gradients of all parameters."""
+        return FLOAT * sum(n.parameters + n.conv1x1_parameters for n in self.couplings)
 
     @property
     def squares(self) -> dict[int, int]:
-        """Of the weights of each group of steps, by its channels, bytes."""
-        squares = {n.channels: 0 for n in self.found}
-        for n in self.found:
-            squares[n.channels] += FLOAT * n.channels**2 if n.mixes else 0
+        """Bytes of the 1x1 convolutions' weights in each level, by its number of channels."""
+        squares = {n.channels: 0 for n in self.couplings}
+        for n in self.couplings:
+            squares[n.channels] += FLOAT * n.channels**2 if n.has_conv1x1 else 0
         return squares
 
 
-class _Walk(NamedTuple):
-    """A pass through a flow, walked back: the ordinals of its networks in that order."""
+class _Pass(NamedTuple):
+    """One pass through a flow, with its couplings in the order of the backward pass."""
 
     flow: _Flow
-    decoding: bool
-    order: Sequence[int]
-    kept: set[int]  # ordinals of the networks whose state was kept
+    inverse: bool
+    order: Sequence[int]  # indices into flow.couplings
+    kept: set[int]  # couplings whose state is kept
 
 
-def _walks(config: RunConfig, trained: list[_Flow]) -> list[_Walk]:
+def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
+    """The passes of a training step, in the order of the backward pass."""
     every = config.checkpoint_every if config.reversible else None
-    walks = []
+    passes = []
     for flow in reversed(trained):
-        there = range(len(flow.found))
-        # A pass through the inverse ran from the last network to the first.
-        for decoding in (True, False) if flow.decodes else (False,):
-            order = there if decoding else there[::-1]
+        indices = range(len(flow.couplings))
+        for inverse in (True, False) if flow.decodes else (False,):
+            order = indices if inverse else indices[::-1]  # the inverse pass starts at the last one
             kept = {i for i in order[::-1][:: every or 1] if every}
-            walks.append(_Walk(flow, decoding, order, kept))
-    return walks
+            passes.append(_Pass(flow, inverse, order, kept))
+    return passes
 
 
-def _moments(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
-    """What is held, beyond what is held through the step, as the forward pass ends and through the
-    backward pass, by flows that are trained together."""
-    walks = _walks(config, trained)
+def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
+    """Memory at the end of the forward pass and at each coupling of the backward pass, for flows
+    that train together. Memory that is held through the whole step is left out."""
+    passes = _passes(config, trained)
 
-    def held(done: int, gradients: int, left: int, folded: int, one_step: int) -> Memory:
-        """With so many of the walks done."""
-        ends = FLOAT * 3 * sum(walk.flow.image for walk in walks[done:])
-        states = sum(_state(config, walk.flow.found[i]) for walk in walks[done:] for i in walk.kept)
-        return Memory(0, 0, 0, gradients, ends, states, left, folded, one_step)
+    def snapshot(done: int, gradients: int, stored: int, folded: int, one_step: int) -> Memory:
+        """Memory when `done` passes are done."""
+        open_passes = passes[done:]
+        ends = FLOAT * 3 * sum(each.flow.elements for each in open_passes)
+        kept = sum(
+            _state(config, each.flow.couplings[i]) for each in open_passes for i in each.kept
+        )
+        return Memory(0, 0, 0, gradients, ends, kept, stored, folded, one_step)
 
     low = _network_bytes(config)
-    left = folded = 0
+    stored = folded = 0
     if not config.reversible:
-        left = sum(_stored(config, n) for walk in walks for n in walk.flow.found)
-        weights = sum(n.parameters for flow in trained for n in flow.found)
-        left += low * weights if low < FLOAT else 0
+        stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
+        weights = sum(n.parameters for flow in trained for n in flow.couplings)
+        stored += low * weights if low < FLOAT else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
-    yield held(0, gradients, left, folded, 0)  # the gradients are those of the step before
+    yield snapshot(0, gradients, stored, folded, 0)  # with the gradients of the step before
     gradients = 0
-    for done, (flow, decoding, order, kept) in enumerate(walks):
-        found, squares = flow.found, flow.squares
+    for done, (flow, inverse, order, kept) in enumerate(passes):
+        couplings, squares = flow.couplings, flow.squares
         for i in order:
-            n = found[i]
-            group = [j for j, m in enumerate(found) if m.channels == n.channels and m.mixes]
-            inside, leaving = (12, 20) if decoding else (9, 12)
-            # A step's convolution is walked back after its network, or where decoding before it.
+            n = couplings[i]
+            level = [
+                j for j, m in enumerate(couplings) if m.channels == n.channels and m.has_conv1x1
+            ]
+            inside, leaving = (12, 20) if inverse else (9, 12)
+            # The backward pass reaches a step's convolution after its network, or before it in the
+            # inverse pass.
             if config.reversible:
-                folded = inside * squares[n.channels] if n.mixes and i != group[-1] else 0
-            leaves = n.mixes and i == group[-1 if decoding else 0]
-            own = FLOAT * sum(found[j].mix_parameters for j in group) if leaves else 0
-            moment = _one_step(config, n, i in kept)
-            if decoding:
-                gradients += own
-            yield held(done, gradients, left, folded, moment)
+                folded = inside * squares[n.channels] if n.has_conv1x1 and i != level[-1] else 0
+            leaves_level = n.has_conv1x1 and i == level[-1 if inverse else 0]
+            conv1x1s = (
+                FLOAT * sum(couplings[j].conv1x1_parameters for j in level) if leaves_level else 0
+            )
+            one_step = _one_step(config, n, i in kept)
+            if inverse:
+                gradients += conv1x1s
+            yield snapshot(done, gradients, stored, folded, one_step)
             gradients += FLOAT * n.parameters
-            left -= 0 if config.reversible else _stored(config, n)
-            if not decoding:
-                gradients += own
-            if leaves and config.reversible:
+            stored -= 0 if config.reversible else _stored(config, n)
+            if not inverse:
+                gradients += conv1x1s
+            if leaves_level and config.reversible:
                 folded = leaving * squares[n.channels]
-                yield held(done, gradients, left, folded, 2 * _state(config, n))
-        if flow.decodes and not decoding:
-            gradients -= flow.gradients  # those of both passes are added
+                yield snapshot(done, gradients, stored, folded, 2 * _state(config, n))
+        if flow.decodes and not inverse:
+            gradients -= flow.gradients  # the gradients of both passes are summed
 
 
-def _state(config: RunConfig, n: Network) -> int:
+def _state(config: RunConfig, n: CouplingShape) -> int:
+    """Bytes of the flow's state."""
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
-def _stored(config: RunConfig, n: Network) -> int:
-    """What autograd keeps of a network and the launches around it."""
+def _stored(config: RunConfig, n: CouplingShape) -> int:
+    """Bytes that autograd stores for a coupling without reversible."""
     low = _network_bytes(config)
     numbers = n.channels // 2 + n.out_channels + 2 * n.width
     return _state(config, n) + low * config.batch_size * n.pixels * numbers
 
 
-def _one_step(config: RunConfig, n: Network, kept: bool) -> int:
-    """What the backward pass of one network needs beside what is held for others."""
+def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
+    """Temporary bytes in the backward pass of one coupling."""
     b, p, low = config.batch_size, n.pixels, _network_bytes(config)
     weights = low * n.parameters if low < FLOAT else 0
     if not config.reversible:
-        # The gradient of the state, dQ and the hidden layers' gradient before and after a ReLU.
+        # Gradients: of the state, of Q, and of a hidden layer before and after its ReLU.
         return 2 * _state(config, n) + low * b * p * (n.out_channels + 2 * n.width)
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
@@ -368,4 +380,5 @@ def _one_step(config: RunConfig, n: Network, kept: bool) -> int:
 
 
 def _network_bytes(config: RunConfig) -> int:
+    """Bytes per element in the coupling networks."""
     return FLOAT if config.precision == "float32" else 2

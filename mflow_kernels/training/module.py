@@ -1,4 +1,4 @@
-"""Training of all stages of a hierarchical flow, as one LightningModule and one `fit`."""
+"""Training of all stages of a hierarchical flow, as one LightningModule and in one `fit`."""
 
 import math
 import time
@@ -26,35 +26,35 @@ from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.graphs import StepGraphs
-from mflow_kernels.training.guard import Figures, StepGuard, mean_over_ranks
+from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_ranks
 
-_PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # of Terms, logged
-_BOUND_EVERY = 100  # steps between two bounds of the weights' condition
-_FINAL_RATE = 0.02  # of the highest learning rate, at the end of a stage
+_PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
+_BOUND_EVERY = 100  # steps after which --max-condition is enforced
+_FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FlowTraining(LightningModule):
     """Trains the stages one after another, each for its own number of steps.
 
-    The stage, the batch, its noise and the learning rate are functions of `global_step` alone, and
-    everything else is in the checkpoint, so a run that resumes at any step goes on bit for bit.
-    A stage is trained on the averaged weights of those before it, which stay as they are unless
-    released. A step that the guard refuses changes no weight but counts as a step.
+    The stage, the batch, its noise and the learning rate depend on `global_step` only, and the
+    checkpoint holds everything else. A run that resumes at any step therefore computes the same
+    bits as one that was never interrupted. A stage is trained on the averaged weights of the stages
+    before it, which do not change unless they are released. A step that the guard skips changes no
+    weight but is counted.
 
-    Everything is logged in nats per dimension of the stage's own data (of the image, where earlier
-    stages are released), except bits_per_dim: of the image, under all stages up to the trained one.
-    The host waits for the device in logged steps only.
+    Metrics are logged in nats per dimension of the data that the stage is trained on: its own
+    input, or the image if earlier stages are released. bits_per_dim is per dimension of the image,
+    under all stages up to the trained one. The host waits for the device in logged steps only.
 
-    Several ranks share each batch, of training and of validation: rank r takes every so many-th
-    image from the r-th on, so that they train as one would, and watch each image once.
+    With W ranks, rank r takes the images r, r + W, r + 2 W, ... of each batch, in training and in
+    validation. They train as one process would, and validate each image once.
 
     Args:
-        model: the flow to train, on the device or still on the CPU.
-        splits: images; `train` is trained on, `valid` watched.
-        config: all of its training options, the stages' budgets and the limits of drift and
-            condition are read.
-        checkpoint: to resume from; `resume_loops` tells the trainer.
+        model: flow to train; Lightning moves it to the device.
+        splits: images to train on (`train`) and to validate on (`valid`).
+        config: configuration of the run.
+        checkpoint: checkpoint to resume from. The trainer needs `resume_loops` too.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FlowTraining(LightningModule):
             for stage in model.stages
         ]
         self._graphs = StepGraphs() if config.cuda_graphs else None
-        self._since_look = (0.0, 0)  # time and step
+        self._last_logged = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
         self._logged: dict[str, Any] = {}
         self._checkpoint = checkpoint
@@ -101,7 +101,8 @@ class FlowTraining(LightningModule):
 
     @property
     def trained_stage(self) -> int:
-        """The stage that the last step trained: at a boundary, `stage` is already the next."""
+        """The stage that the last step trained. After the last step of a stage, `stage` is already
+        the next one."""
         return self._stage_of(max(0, self.global_step - 1))
 
     @property
@@ -112,8 +113,8 @@ class FlowTraining(LightningModule):
     def _stage_of(self, step: int) -> int:
         return next((i for i, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
 
-    def _own_step(self, stage: int) -> int:
-        """How many steps of its budget a stage has taken."""
+    def _step_in_stage(self, stage: int) -> int:
+        """Number of steps that a stage has taken."""
         return self.global_step - (self._ends[stage] - self._budgets[stage])
 
     def _active(self, stage: int) -> list[int]:
@@ -121,8 +122,8 @@ class FlowTraining(LightningModule):
         return list(range(stage + 1)) if self._config.release else [stage]
 
     @property
-    def _looks(self) -> bool:
-        """Whether this step is logged, and the guard looked at."""
+    def _is_logged(self) -> bool:
+        """Whether this step's metrics are logged and the guard is read."""
         return (self.global_step + 1) % self.log_interval == 0
 
     def setup(self, stage: str) -> None:
@@ -146,7 +147,7 @@ class FlowTraining(LightningModule):
                 group = {"params": parameters, "weight_decay": decay, "initial_lr": highest}
                 groups.append(group)
                 rates.append(self._rate_of_stage(index))
-        # Fused, it skips a step by a flag on the device.
+        # The fused optimizer can skip a step by a flag on the device.
         optimizer = torch.optim.AdamW(groups, lr=highest, fused=True)
         step = 0
         if self._checkpoint is not None:
@@ -161,11 +162,11 @@ class FlowTraining(LightningModule):
         }
 
     def on_train_start(self) -> None:
-        self._since_look = time.perf_counter(), self.global_step
+        self._last_logged = time.perf_counter(), self.global_step
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         stage = self.stage
-        if self._own_step(stage) == 0:
+        if self._step_in_stage(stage) == 0:
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
@@ -185,16 +186,16 @@ class FlowTraining(LightningModule):
                 stage, x, partial(self._losses, stage), active
             )
         self._loss = loss.detach()
-        if self._looks:
+        if self._is_logged:
             means = [part.mean() / self._trained_dims(stage) for part in parts]
             bits = bits_per_dimension(log_likelihood, self._dims, self._config.n_bits)
-            figures = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
-            self.log_dict(dict(zip((*_PARTS, "bits_per_dim"), figures, strict=True)))
+            values = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
+            self.log_dict(dict(zip((*_PARTS, "bits_per_dim"), values, strict=True)))
             self.log("stage", float(stage))
         return self._scaler.scale(loss)
 
     def _losses(self, stage: int, x: Tensor) -> tuple[Tensor, ...]:
-        """What is minimized; then _PARTS and log p(x), (N,) each, without gradients."""
+        """Return the loss to minimize, then _PARTS and log p(x), (N,) each, without gradients."""
         for chain in self._trained_chains():
             chain.drift = None
         with self._autocast():
@@ -213,7 +214,7 @@ class FlowTraining(LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Forward, backward, and the step, unless the guard has it skipped."""
+        """Run forward and backward, then update the weights unless the guard skips the step."""
         optimizer_closure()
         fused: Any = optimizer.optimizer
         self._scaler.unscale_(fused)
@@ -224,56 +225,56 @@ class FlowTraining(LightningModule):
         drifts = [c.drift for c in self._trained_chains() if c.drift is not None]
         drift = torch.stack(drifts).max() if drifts else None
         fused.grad_scale, fused.found_inf = None, self.guard.judge(self._loss, norm, drift)
-        if self._looks:
-            self._look(norm, drift)
+        if self._is_logged:
+            self._read_guard(norm, drift)
         fused.step()
         self._scaler.update()
         stage = self.stage
         self._bound_conditions(stage)
         self.average.update(
             ((self.model.stages[i], self.averaged.stages[i]) for i in self._active(stage)),
-            self._own_step(stage),
+            self._step_in_stage(stage),
         )
 
-    def _look(self, norm: Tensor, drift: Tensor | None) -> None:
-        """Wait for the device, and stop where training cannot go on, before this step is taken."""
-        seen = self.guard.look()
+    def _read_guard(self, norm: Tensor, drift: Tensor | None) -> None:
+        """Wait for the device; stop training before this step's update if it cannot continue."""
+        reading = self.guard.read()
         where = f"at step {self.global_step} (stage {self.stage + 1})"
-        if not seen.drift <= self._config.max_drift:
-            raise FloatingPointError(self._explain_drift(seen, where))
-        if seen.in_a_row >= self._config.max_skipped:
+        if not reading.drift <= self._config.max_drift:
+            raise FloatingPointError(self._explain_drift(reading, where))
+        if reading.in_a_row >= self._config.max_skipped:
             raise FloatingPointError(
-                f"{seen.in_a_row} steps in a row were skipped, the last of them with a loss of "
-                f"{seen.loss:.4g} and a gradient of norm {seen.norm:.4g}, {where}; the last "
-                "checkpoint is from before them or holds the same weights; a lower "
-                "--learning-rate may help"
+                f"{reading.in_a_row} steps in a row were skipped, the last of them with a loss of "
+                f"{reading.loss:.4g} and a gradient norm of {reading.norm:.4g}, {where}; the last "
+                "checkpoint has the weights from before these steps; a lower --learning-rate may "
+                "help"
             )
-        self._logged = {"skipped": float(seen.skipped), "gradient_norm": norm}
+        self._logged = {"skipped": float(reading.skipped), "gradient_norm": norm}
         if drift is not None:
             self._logged["drift"] = drift
 
-    def _explain_drift(self, seen: Figures, where: str) -> str:
-        if not math.isfinite(seen.drift) and not math.isfinite(seen.loss):
-            return f"the loss is {seen.loss:.4g} {where}; a lower --learning-rate may help"
+    def _explain_drift(self, reading: GuardReading, where: str) -> str:
+        if not math.isfinite(reading.drift) and not math.isfinite(reading.loss):
+            return f"the loss is {reading.loss:.4g} {where}; a lower --learning-rate may help"
         every = self._config.checkpoint_every
         closer = f"--checkpoint-every {every // 2 if every else 4} or " if every != 1 else ""
         return (
-            f"rebuilt states drifted by {seen.drift:.2g} {where}, more than --max-drift "
+            f"rebuilt states drifted by {reading.drift:.2g} {where}, more than --max-drift "
             f"{self._config.max_drift:g}: the gradients would be wrong; --resume with "
-            f"{closer}--no-reversible goes on, in more memory"
+            f"{closer}--no-reversible continues the run with more memory"
         )
 
     def _bound_conditions(self, stage: int) -> None:
-        # Before anything is saved, so that a run that resumes goes on from bounded weights too.
+        # This comes before checkpoints, so that a run that resumes starts from bounded weights too.
         limit = self._config.max_condition
-        if limit is None or (self._own_step(stage) + 1) % _BOUND_EVERY:
+        if limit is None or (self._step_in_stage(stage) + 1) % _BOUND_EVERY:
             return
         for i in self._active(stage):
             averaged = self.averaged.stages[i].modules()
             pairs = zip(self.model.stages[i].modules(), averaged, strict=True)
             for module, its_average in pairs:
                 if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
-                    # Factors by another permutation: there is nothing to average them with.
+                    # Its new factors have another permutation, so the old average cannot be kept.
                     copy_weights(module, its_average)
 
     def _trained_chains(self) -> list[ReversibleChain]:
@@ -282,9 +283,9 @@ class FlowTraining(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step % self.log_interval:
             return
-        started, step = self._since_look
-        self._since_look = time.perf_counter(), self.global_step
-        seconds = self._since_look[0] - started
+        started, step = self._last_logged
+        self._last_logged = time.perf_counter(), self.global_step
+        seconds = self._last_logged[0] - started
         rate = self.optimizers().param_groups[2 * self.trained_stage]["lr"]  # type: ignore[union-attr]
         speed = len(batch) * (self.global_step - step) / seconds
         self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
@@ -297,14 +298,14 @@ class FlowTraining(LightningModule):
             weights = [fold([step.linear], torch.float64).weight[0] for step in steps]
             folded = [condition_number(weight) for weight in weights]
         condition = torch.stack([step.conv.condition_number() for step in steps]).max()
-        # What is inverted is W with actnorm's scale folded in; what --max-condition bounds is W.
-        figures = {"condition": condition, "folded_condition": torch.stack(folded).max()}
-        self.log_dict({name: value.float() for name, value in figures.items()})
+        # --max-condition bounds W; the flow inverts W with actnorm's scale folded in.
+        values = {"condition": condition, "folded_condition": torch.stack(folded).max()}
+        self.log_dict({name: value.float() for name, value in values.items()})
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = stream_generator(0, Stream.VALIDATION_NOISE, batch_idx, device=self.device)
-        x = self._own_part(dequantize(batch, self._config.n_bits, generator))
-        if not len(x):  # the last batch may hold fewer images than there are ranks
+        x = self._rank_share(dequantize(batch, self._config.n_bits, generator))
+        if not len(x):  # the last batch can have fewer images than there are ranks
             return
         with self._autocast():
             log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
@@ -313,13 +314,13 @@ class FlowTraining(LightningModule):
         self._held_out[1] += len(bits)
 
     def on_validation_epoch_end(self) -> None:
-        # Lightning would round the mean of the ranks' counts down to a whole number.
+        # Lightning would average the ranks' counts with integer division.
         total, count = mean_over_ranks(self._held_out).unbind()
         self.log("heldout_bits_per_dim", (total / count).float())
         self.log("stage", float(self.trained_stage))
 
     def on_validation_end(self) -> None:
-        self._since_look = time.perf_counter(), self.global_step
+        self._last_logged = time.perf_counter(), self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         copy_buffers(self.model, self.averaged)
@@ -335,10 +336,10 @@ class FlowTraining(LightningModule):
         )
         if self._config.flips:
             batch = flip_at_random(batch, generator)
-        return self._own_part(dequantize(batch, self._config.n_bits, generator))
+        return self._rank_share(dequantize(batch, self._config.n_bits, generator))
 
-    def _own_part(self, x: Tensor) -> Tensor:
-        """This rank's of a batch that all ranks have."""
+    def _rank_share(self, x: Tensor) -> Tensor:
+        """The images of a batch that this rank computes."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
 
     def _rate_of_stage(self, stage: int) -> Any:
@@ -347,25 +348,25 @@ class FlowTraining(LightningModule):
             if step >= self.total_steps or stage not in self._active(trained):
                 return 0.0
             steps = self._budgets[trained]
-            own = step - (self._ends[trained] - steps)
+            done = step - (self._ends[trained] - steps)
             warm_up = max(1, min(self._config.warm_up, steps // 5))
-            falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * own / steps))
-            return min((own + 1) / warm_up, falling)
+            falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
+            return min((done + 1) / warm_up, falling)
 
         return rate
 
 
 @contextmanager
-def explaining_singular(model: nn.Module) -> Iterator[None]:
-    """Raise FloatingPointError, which says that training diverged, in place of the ValueError of a
-    weight that has no inverse."""
+def singular_means_divergence(model: nn.Module) -> Iterator[None]:
+    """Turn the ValueError of a 1x1 convolution that has no inverse into a FloatingPointError which
+    says that training diverged. Other ValueErrors pass through."""
     try:
         yield
     except ValueError as error:
         with torch.no_grad():
-            mixes = [fold([m.linear], torch.float32) for m in model.modules() if _is_step(m)]
+            convs = [fold([m.linear], torch.float32) for m in model.modules() if _is_step(m)]
             inverses = [
-                inverse_weight_and_bias(mix.weight, mix.bias, check=False)[0] for mix in mixes
+                inverse_weight_and_bias(conv.weight, conv.bias, check=False)[0] for conv in convs
             ]
         if all(inverse.isfinite().all() for inverse in inverses):
             raise
@@ -381,14 +382,16 @@ def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
     networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
-    # They all share the code that dynamo counts by: each shape, with and without gradients, is one.
+    # Dynamo counts recompilations for code, which all networks share. Each network shape compiles
+    # twice, with and without gradients.
     torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
     for network in networks:
         network.compile(**options)
 
 
 def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of a stage's coupling networks, which decay, and all its other parameters."""
+    """Split a stage's parameters into the weights of its coupling networks, to which weight decay
+    applies, and all others."""
     networks = [m.net for m in stage.modules() if isinstance(m, AffineCoupling)]
     weights = {id(p) for net in networks for p in net.parameters() if p.dim() > 1}
     parameters = list(stage.parameters())
@@ -398,15 +401,15 @@ def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
-    """Set the counters of a trainer that has not begun to what they are after `step` steps.
+    """Set the counters of a new trainer to their values after `step` steps.
 
-    Lightning's own, from a checkpoint, depend on the hook that wrote it: validation and the steps
-    that figures are logged under would move by one.
+    The counters that Lightning saves in a checkpoint depend on the hook that wrote it; with them,
+    validation and the step numbers of logged metrics would be off by one.
 
     Args:
-        trainer: whose `fit` trains on from there.
+        trainer: the trainer, before `fit`.
         step: optimizer steps taken.
-        validates: whether validation comes first.
+        validates: whether to validate first.
     """
     epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epochs.epoch_progress.increment_ready()
@@ -417,7 +420,7 @@ def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
     optimizer.step.increment_by(step)
     optimizer.zero_grad.increment_by(step)
     batches._batches_that_stepped = step
-    if validates:  # as if it had been interrupted, in the iteration of the step before
+    if validates:  # set the counters as if validation had been interrupted
         batches.val_loop.batch_progress.increment_ready()
         batches.val_loop.batch_progress.increment_started()
         batches._batches_that_stepped = step - 1

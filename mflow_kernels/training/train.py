@@ -1,4 +1,4 @@
-"""`mflow train`: everything from a configuration to a run folder with its pictures and figures."""
+"""`mflow train`: from a configuration to a run folder with checkpoints, pictures and metrics."""
 
 import logging
 import math
@@ -19,8 +19,12 @@ from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
-from mflow_kernels.evaluation.pictures import draw_curves, draw_images, draw_residuals
-from mflow_kernels.evaluation.samples import TEMPERATURES, draw_samples, project_images
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images, draw_residuals
+from mflow_kernels.evaluation.samples import (
+    draw_samples,
+    project_images,
+    samples_by_temperature,
+)
 from mflow_kernels.runs.checkpoints import (
     Checkpoint,
     CheckpointFiles,
@@ -47,20 +51,19 @@ from mflow_kernels.runs.folder import (
     read_manifest,
     record_config,
 )
-from mflow_kernels.training.callbacks import MetricsCsv, ProgressReport, read_metrics
+from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.module import (
     FlowTraining,
     compile_networks,
-    explaining_singular,
     parameter_groups,
     resume_loops,
+    singular_means_divergence,
 )
-
-_COLUMNS = 12
 
 
 class Ranks(NamedTuple):
-    """The processes that train together: this one's rank, how many, and how many of them here."""
+    """Place of this process among those that train together: its rank, the number of processes, and
+    the number of processes on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -68,15 +71,15 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_this_process(cls) -> "Ranks":
-        """As torchrun says; one alone without it."""
+        """Read the environment of torchrun; without torchrun, this process is the only one."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run that passed every check: nothing is written yet."""
+class CheckedRun:
+    """A run that passed every check. Nothing is written yet."""
 
     folder: Path
     config: RunConfig
@@ -84,24 +87,24 @@ class Plan:
     model: HierarchicalFlow
     device: torch.device
     ranks: Ranks
-    resumes: bool  # the run folder exists and is to be continued
-    lock: FileLock | None  # of the run folder that is resumed or replaced
-    checkpoint: Checkpoint | None  # to go on from
+    resumes: bool  # continue the run in an existing folder
+    lock: FileLock | None  # held on an existing run folder, by rank 0
+    checkpoint: Checkpoint | None  # checkpoint to resume from
 
     @property
     def first_step(self) -> int:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def plan_run(
+def check_run(
     config: TrainConfig, folder: Path, *, overwrite: bool = False, resume: bool = False
-) -> Plan:
-    """Check everything that can go wrong before a step is taken, and write nothing.
+) -> CheckedRun:
+    """Check everything that can be checked before training, without writing anything.
 
     Raises:
-        ValueError: any bad value, unreadable data, a run folder that exists (or, to resume, that
-            does not), that cannot be written or that another process writes, a checkpoint that
-            does not belong to it, other images than the run was trained on.
+        ValueError: a value is bad; the data cannot be read; the run folder exists (or, to resume,
+            does not exist), cannot be written or is in use by another process; or, to resume, the
+            checkpoint does not fit the run or the images differ from those it was trained on.
     """
     if overwrite and resume:
         raise ValueError("resume: expected either --resume or --overwrite, got both")
@@ -138,16 +141,16 @@ def plan_run(
         if lock is not None:
             lock.release()
         raise
-    return Plan(folder, resolved, splits, model, device, ranks, resume, lock, checkpoint)
+    return CheckedRun(folder, resolved, splits, model, device, ranks, resume, lock, checkpoint)
 
 
 def _resumable(
     folder: Path, model: HierarchicalFlow, splits: Splits, config: RunConfig
 ) -> Checkpoint | None:
-    """The checkpoint of a run folder to resume from; ValueError if there is something in the
-    folder that the run would not have written, or the images are others."""
-    then = read_manifest(folder)
-    different = splits.manifest.difference(then) if then else None
+    """Load the checkpoint to resume from. Raise ValueError if a file in the folder does not fit the
+    run, or if the images differ from those that the run was trained on."""
+    recorded = read_manifest(folder)
+    different = splits.manifest.difference(recorded) if recorded else None
     if different:
         raise ValueError(
             f"data: expected the images that the run was trained on, but since then {different}"
@@ -163,77 +166,79 @@ def _resumable(
 
 
 def _check_batches(config: RunConfig, model: HierarchicalFlow, splits: Splits) -> None:
-    """ValueError if a stage could not take actnorm's scales from a batch: it needs two values of
-    each channel. A later stage would only fail when its turn comes."""
+    """Raise ValueError if a batch is too small to initialize a stage's actnorm, which needs two
+    values of each channel. Otherwise a later stage would fail only when its training starts."""
     images = min(config.batch_size, len(splits.train))
     for number, stage in enumerate(cast(list[ManifoldFlow], list(model.stages)), start=1):
         shapes = cast(Glow | VectorFlow, stage.flow).latent_shapes
         positions = min(math.prod(shape[1:]) for shape in shapes)
         if images * positions < 2:
-            cause = "" if images == config.batch_size else ", which is all there are to train on"
+            cause = "" if images == config.batch_size else ", the number of training images"
             raise ValueError(
-                f"batch_size: expected at least 2 images in a step, from which stage {number} "
-                f"takes its first scales, got {images}{cause}"
+                f"batch_size: expected at least 2 images in a step, because stage {number} "
+                f"initializes its scales from them, got {images}{cause}"
             )
 
 
-def run(plan: Plan) -> list[Path]:
-    """Train (or go on training) all stages, then draw and evaluate into the run folder.
+def train_and_evaluate(run: CheckedRun) -> list[Path]:
+    """Train all stages, or continue training them; then draw pictures and evaluate the model.
 
     Returns:
-        The pictures; of several ranks the first draws and evaluates alone.
+        The paths of the pictures. They and the evaluation are made by rank 0; other ranks return
+        an empty list.
 
     Raises:
-        FolderError: the run folder could not be made.
-        FloatingPointError: too many steps in a row were skipped, or rebuilt states drifted; the
-            last checkpoint stays.
-        OSError: a file could not be written, as on a full disk; the last checkpoint stays.
-        SystemExit: on SIGTERM or SIGINT, after a checkpoint.
+        FolderError: the run folder could not be created.
+        FloatingPointError: too many steps in a row were skipped, or rebuilt states drifted. The
+            last checkpoint remains.
+        OSError: a file could not be written, for example because the disk is full. The last
+            checkpoint remains.
+        SystemExit: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
-    if plan.ranks.rank:
-        _fit(plan)
+    if run.ranks.rank:
+        _fit(run)
         return []
-    lock = plan.lock
-    if not plan.resumes or lock is None:
-        lock = create_run(plan.folder, plan.config, plan.splits.manifest, plan.lock)
+    lock = run.lock
+    if not run.resumes or lock is None:
+        lock = create_run(run.folder, run.config, run.splits.manifest, run.lock)
     try:
-        if plan.resumes:
-            remove_temporary(plan.folder)
-            record_config(plan.folder, plan.config)
-        model = _fit(plan).to(plan.device).eval()
-        config = plan.config
-        with explaining_singular(model):
-            pictures = _draw(plan, model)
+        if run.resumes:
+            remove_temporary(run.folder)
+            record_config(run.folder, run.config)
+        model = _fit(run).to(run.device).eval()
+        config = run.config
+        with singular_means_divergence(model):
+            pictures = _draw(run, model)
             evaluation = evaluate_model(
-                model, plan.splits.test, config.n_bits, data=config.data_name, device=plan.device
+                model, run.splits.test, config.n_bits, data=config.data_name, device=run.device
             )
-        evaluation.write(plan.folder / EVALUATION)
+        evaluation.write(run.folder / EVALUATION)
         evaluation.print()
     finally:
         lock.release()
     return pictures
 
 
-def _fit(plan: Plan) -> HierarchicalFlow:
-    """Train, and return the averaged model."""
-    config = plan.config
-    training = FlowTraining(plan.model, plan.splits, config, plan.checkpoint)
+def _fit(run: CheckedRun) -> HierarchicalFlow:
+    """Train the model and return it with averaged weights."""
+    config = run.config
+    training = FlowTraining(run.model, run.splits, config, run.checkpoint)
     if config.compile:
-        compile_networks(plan.model)
+        compile_networks(run.model)
     loggers: list[Logger] = []
-    reports: list[Callback] = []
-    if plan.ranks.rank == 0:
-        loggers.append(MetricsCsv(plan.folder / METRICS, plan.first_step))
-        loggers.append(TensorBoardLogger(plan.folder, name="", version="tensorboard"))
-        reports.append(ProgressReport())
-    _quieten_lightning()
+    progress: list[Callback] = []
+    if run.ranks.rank == 0:
+        loggers.append(MetricsCsv(run.folder / METRICS, run.first_step))
+        loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
+        progress.append(TrainingProgress())
+    _silence_lightning()
     trainer = Trainer(
-        accelerator="gpu" if plan.device.type == "cuda" else "cpu",
-        devices=plan.ranks.local,
-        num_nodes=plan.ranks.world // plan.ranks.local,
-        # Stages that are not trained have no gradients; buffers are the same everywhere.
+        accelerator="gpu" if run.device.type == "cuda" else "cpu",
+        devices=run.ranks.local,
+        num_nodes=run.ranks.world // run.ranks.local,
+        # Stages that are not trained have no gradients. Buffers are equal on all ranks.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-        if plan.ranks.world > 1
+        if run.ranks.world > 1
         else "auto",
         max_steps=training.total_steps,
         max_epochs=-1,
@@ -241,11 +246,11 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=training.log_interval,
-        default_root_dir=plan.folder,
+        default_root_dir=run.folder,
         logger=loggers,
         callbacks=[
-            *reports,
-            Checkpoints(plan.folder, config.save_minutes, config.save_steps, plan.checkpoint),
+            *progress,
+            Checkpoints(run.folder, config.save_minutes, config.save_steps, run.checkpoint),
         ],
         plugins=[CheckpointFiles()],
         enable_checkpointing=False,
@@ -253,34 +258,30 @@ def _fit(plan: Plan) -> HierarchicalFlow:
         enable_model_summary=False,
     )
     validates = False
-    if plan.checkpoint is not None:
-        # A checkpoint is written before validation, which may not have come to its end. Repeated,
-        # it gives the same figures.
-        step = plan.first_step
+    if run.checkpoint is not None:
+        # The checkpoint was written before validation, which may have been interrupted. Validation
+        # gives the same numbers when it runs again.
+        step = run.first_step
         validates = step > 0 and step % training.validation_interval == 0
         resume_loops(trainer, step, validates)
-    with explaining_singular(training):
+    with singular_means_divergence(training):
         trainer.fit(training)
-        if validates and plan.first_step == training.total_steps:  # `fit` had nothing to do
+        if validates and run.first_step == training.total_steps:  # `fit` has no step left
             trainer.validate(training, verbose=False)
     return training.averaged
 
 
-def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
-    folder = plan.folder
+def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:
+    folder = run.folder
     paths = [folder / f"{name}.png" for name in ("curves", "samples", "projections", "hierarchy")]
     curves, samples, projections, hierarchy = paths
     draw_curves(curves, read_metrics(folder / METRICS))
-    draw_images(
-        samples,
-        "Samples on the manifold at several temperatures",
-        {f"T = {t}": draw_samples(model, _COLUMNS, t, plan.config.seed) for t in TEMPERATURES},
-    )
-    test = plan.splits.test
-    originals = test.batch(range(min(_COLUMNS, len(test))))
+    draw_images(samples, *samples_by_temperature(model, COLUMNS, run.config.seed))
+    test = run.splits.test
+    originals = test.batch(range(min(COLUMNS, len(test))))
     draw_residuals(
         projections,
-        f"Held-out images and their projections on the {plan.config.manifold_dim}-dimensional "
+        f"Held-out images and their projections on the {run.config.manifold_dim}-dimensional "
         "manifold",
         originals,
         project_images(model, originals, stages=1),
@@ -290,14 +291,14 @@ def _draw(plan: Plan, model: HierarchicalFlow) -> list[Path]:
     rows = {}
     for temperature in (0.7, 1.0):
         for count, name in ((1, "before"), (len(model.stages), "after")):
-            images = draw_samples(model, _COLUMNS, temperature, plan.config.seed, count)
+            images = draw_samples(model, COLUMNS, temperature, run.config.seed, count)
             rows[f"{name}, T = {temperature}"] = images
     draw_images(hierarchy, "Samples before and after the hierarchical stages", rows)
     return paths
 
 
-def _quieten_lightning() -> None:
-    """Hide what Lightning says of itself and of torch; warnings about real trouble stay."""
+def _silence_lightning() -> None:
+    """Hide Lightning's messages and harmless warnings. Other warnings remain visible."""
     for name in (
         "lightning.pytorch",
         "lightning.pytorch.utilities.rank_zero",
@@ -307,8 +308,8 @@ def _quieten_lightning() -> None:
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*module\\(s\\) in eval mode at the start of training.*",  # the averaged model
-        ".*The dirpath has changed from.*",  # a run folder that was moved, then resumed
-        ".*sync_dist=True.*",  # what is logged of several ranks is the same on all
-        ".*broadcast_buffers. is deprecated.*",  # torch 2.9 has no other name for it
+        ".*The dirpath has changed from.*",  # a run folder that was moved before it was resumed
+        ".*sync_dist=True.*",  # logged values are equal on all ranks already
+        ".*broadcast_buffers. is deprecated.*",  # torch 2.9 knows no other option
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,4 +1,4 @@
-"""Feature networks from local files, and the distances that they give."""
+"""Feature networks from local files, and FID and KID."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from mflow_kernels.training.cli import main
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory):
-    """A file of random weights of a classifier of 7 classes."""
+    """A file with random weights of a classifier with 7 classes."""
     path = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -40,12 +40,12 @@ def pixels(*shape, seed=0):
 
 
 class TestNetwork:
-    def test_features_are_what_the_last_layer_reads(self, resnet):
+    def test_features_are_the_input_of_the_last_layer(self, resnet):
         network = load_feature_network("resnet18", resnet)
         images = pixels(2, 3, 224, 224)
         found = network(images)
         assert found.shape == (2, 512)
-        # By hand: at the network's own size nothing is resized.
+        # Compute them by hand. Images of the network's own size are not resized.
         whole = resnet18(num_classes=7).eval()
         state = torch.nn.Module.state_dict(network.body)
         whole.load_state_dict({**whole.state_dict(), **state})
@@ -57,7 +57,7 @@ class TestNetwork:
             whole((images / 255 - mean) / deviation)
         assert_close(found, read[0], terms=512 * 9)
 
-    def test_grey_images_are_those_of_three_equal_channels(self, resnet):
+    def test_grey_images_become_three_equal_channels(self, resnet):
         network = load_feature_network("resnet18", resnet)
         grey = pixels(1, 1, 8, 8)
         assert torch.equal(network(grey), network(grey.expand(-1, 3, -1, -1)))
@@ -70,7 +70,7 @@ class TestNetwork:
             before = block(x), last(y)
             _pool_as_in_fid(network)
             after = network.Mixed_5b(x), network.Mixed_7c(y)
-            # A corner's average is of the four pixels that are there, not of nine.
+            # At a corner the average is over four pixels, without the five of padding.
             corner = block.branch_pool(x[:, :, :2, :2].mean((2, 3), keepdim=True))
             highest = last.branch_pool(y[:, :, :2, :2].amax((2, 3), keepdim=True))
         assert_close(after[0][:, -32:, :1, :1], corner, terms=192)
@@ -79,7 +79,7 @@ class TestNetwork:
             assert torch.equal(old[:, :-own], new[:, :-own])
             assert not torch.equal(old[:, -own:], new[:, -own:])
 
-    def test_images_are_scaled_as_told(self):
+    def test_images_are_normalized(self):
         scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])
         network = FeatureNetwork(torch.nn.Identity(), 1, scale, shift)
         assert network(pixels(1, 1, 1, 1).fill_(10)).tolist() == [[10.0, 21.0, 32.0]]
@@ -87,7 +87,7 @@ class TestNetwork:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """A file of random weights in the layout of pt_inception-2015-12-05-*.pth."""
+    """A file with random weights in the layout of pt_inception-2015-12-05-*.pth."""
     path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -104,10 +104,10 @@ def inception(tmp_path_factory):
 
 class TestInception:
     def test_its_features_are_those_of_torchmetrics(self, inception):
-        ours = load_feature_network("inception", inception)
-        theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+        network = load_feature_network("inception", inception)
+        expected = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
         images = pixels(2, 3, 64, 64)
-        assert torch.equal(ours(images), theirs(images))
+        assert torch.equal(network(images), expected(images))
 
     def test_evaluate_gives_the_distances_of_torchmetrics(
         self, inception, run, images, monkeypatch
@@ -125,46 +125,46 @@ class TestInception:
         for metric in (fid, kid):
             metric.update(held_out, real=True)
             metric.update(samples.expand(-1, 3, -1, -1), real=False)
-        # Roots of eigenvalues near 0 in the trace keep half of the digits of a float64.
+        # The trace has square roots of eigenvalues near 0, which lose half of a float64's digits.
         assert row["distance"]["fid"] == pytest.approx(fid.compute().item(), rel=1e-7)
-        # Theirs sums cubes over 2,048 features in float32.
+        # torchmetrics sums cubes over 2,048 features in float32.
         assert row["distance"]["kid"] == pytest.approx(kid.compute()[0].item(), rel=1e-4)
 
 
 class TestBadWeights:
-    def told(self, name, path, text):
+    def check(self, name, path, text):
         with pytest.raises(ValueError, match=r"^feature") as raised:
             load_feature_network(name, path)
         assert text in str(raised.value)
 
     def test_missing(self, tmp_path):
-        self.told("inception", tmp_path / "none.pth", "found none at")
+        self.check("inception", tmp_path / "none.pth", "found none at")
 
     def test_unknown_network(self, resnet):
-        self.told("resnet19", resnet, "features: expected 'inception' or an image classifier")
+        self.check("resnet19", resnet, "features: expected 'inception' or an image classifier")
 
     def test_network_without_a_last_linear_layer(self, resnet):
-        self.told("squeezenet1_0", resnet, "ends in a linear layer, got 'squeezenet1_0'")
+        self.check("squeezenet1_0", resnet, "ends in a linear layer, got 'squeezenet1_0'")
 
     def test_of_another_network(self, resnet):
-        self.told("resnet34", resnet, 'in state_dict: "layer1.2.conv1.weight" and ')
+        self.check("resnet34", resnet, 'in state_dict: "layer1.2.conv1.weight" and ')
 
     def test_torn(self, tmp_path):
         for name in ("a.pth", "a.safetensors"):
             (tmp_path / name).write_bytes(b"no weights")
-            self.told("resnet18", tmp_path / name, f"of tensors in {tmp_path / name}, but ")
+            self.check("resnet18", tmp_path / name, f"of tensors in {tmp_path / name}, but ")
 
     def test_code_is_not_run(self, tmp_path):
         torch.save(resnet18, tmp_path / "a.pth")  # a function, not tensors
-        self.told("resnet18", tmp_path / "a.pth", "holds more than tensors")
+        self.check("resnet18", tmp_path / "a.pth", "holds more than tensors")
         torch.save([torch.zeros(1)], tmp_path / "b.pth")
-        self.told("resnet18", tmp_path / "b.pth", "it holds a list")
+        self.check("resnet18", tmp_path / "b.pth", "it holds a list")
 
     @pytest.mark.parametrize(
         ("state", "text"),
         [
             ({"fc.weight": torch.zeros(())}, "in state_dict"),
-            ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but fewer numbers in the file"),
+            ({"fc.weight": torch.zeros(1).expand(2**40, 512)}, "but the file holds fewer numbers"),
             ({"fc.weight": torch.empty(9, 9, device="meta")}, "its 'fc.weight' is not a plain"),
             ({"fc.weight": torch.zeros(9, 9).to_sparse()}, "its 'fc.weight' is not a plain"),
             (
@@ -177,11 +177,11 @@ class TestBadWeights:
     )
     def test_tensors_that_lie(self, state, text, tmp_path):
         torch.save(state, tmp_path / "a.pth")
-        self.told("resnet18", tmp_path / "a.pth", text)
+        self.check("resnet18", tmp_path / "a.pth", text)
 
     def test_within_a_checkpoint(self, tmp_path):
         torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "a.pth")
-        self.told("resnet18", tmp_path / "a.pth", "its 'epoch' is of type int")
+        self.check("resnet18", tmp_path / "a.pth", "its 'epoch' is of type int")
 
 
 class TestDistance:
@@ -203,7 +203,7 @@ class TestDistance:
         expected = within - 2 * kernel(real, fake).mean()
         found = feature_distance(real, fake)
         assert found.kid == pytest.approx(expected.item(), rel=1e-9)
-        # Subsets are all images, in other orders.
+        # Every subset holds all images, in another order.
         assert found.kid_deviation == pytest.approx(0, abs=1e-9 * abs(expected.item()))
 
     def test_the_seed_is_left_alone_and_fixed(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""Figures of a model on images: bounds, scores of other images, what they are compared by."""
+"""Likelihood of images under a model, and out-of-distribution scores of sets of images."""
 
 import math
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torch import nn
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set
 from mflow_kernels.evaluation import likelihood as evaluation
 from mflow_kernels.evaluation.likelihood import (
-    batch_of,
     evaluate_model,
+    evaluation_batch_size,
     importance_weighted_bits,
 )
 from mflow_kernels.evaluation.ood import (
     auroc,
-    compare,
+    compare_sets,
     density_images,
     density_method,
     made_up_sets,
-    score,
+    score_images,
 )
 from mflow_kernels.runs.folder import load_run
 
@@ -36,7 +36,7 @@ def faces(images):
 
 
 class Box(nn.Module):
-    """The density p(x) = 12 x_0^2 on [-0.5, 0.5)^2, of images of two pixels."""
+    """The density p(x) = 12 x_0^2 on [-0.5, 0.5)^2, for images of two pixels."""
 
     input_shape = (1, 1, 2)
 
@@ -44,12 +44,12 @@ class Box(nn.Module):
         return (12 * x.flatten(1)[:, 0].square()).log()
 
 
-def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
-    told = []
+def test_progress_is_reported(loaded, faces, monkeypatch):
+    reported = []
 
     @contextmanager
     def progress_bar(what, total):
-        yield lambda count: told.append((what, count, total))
+        yield lambda count: reported.append((what, count, total))
 
     monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
     how = {"device": loaded.device, "batch_size": len(faces) - 1}
@@ -57,7 +57,7 @@ def test_how_far_it_is_is_told(loaded, faces, monkeypatch):
     importance_weighted_bits(loaded.model, faces, 8, 2, **how)
     counts = len(faces) - 1, len(faces)
     names = "evaluating", "importance weights"
-    assert told == [(name, count, len(faces)) for name in names for count in counts]
+    assert reported == [(name, count, len(faces)) for name in names for count in counts]
 
 
 class TestImportanceWeighting:
@@ -66,7 +66,7 @@ class TestImportanceWeighting:
         once = importance_weighted_bits(loaded.model, faces, 8, 1, device=loaded.device)
         assert once == pytest.approx(plain.stages[-1].bits_per_dim, rel=1e-6)
 
-    def test_many_draws_come_to_the_probability_of_the_image(self):
+    def test_many_draws_approach_the_probability_of_the_image(self):
         images = ImageSet(torch.zeros(2000, 1, 1, 2, dtype=torch.uint8))
         device = torch.device("cpu")
         once, few, many = (
@@ -74,53 +74,53 @@ class TestImportanceWeighting:
             for draws in (1, 4, 200)
         )
         nats = 1 / (2 * math.log(2))  # in bits per dimension
-        # E log p = log 3 - 2, its standard deviation 2.
+        # E log p = log 3 - 2, with standard deviation 2.
         assert once == pytest.approx(1 + (2 - math.log(3)) * nats, abs=4 * 2 / 2000**0.5 * nats)
         assert once > few > many
         # E p = 1 and var p = 0.8, so that log-mean-exp is 0.8 / (2 * 200) below 0 on average.
         error = 4 * (0.8 / 200 / 2000) ** 0.5 + 1e-4
         assert many == pytest.approx(1 + 0.8 / 400 * nats, abs=error * nats)
 
-    def test_images_are_computed_some_at_a_time(self):
-        assert batch_of((1, 28, 28)) == 100
-        assert batch_of((3, 256, 256)) == 21
-        assert batch_of((3, 2048, 2048)) == 1
+    def test_large_images_get_small_batches(self):
+        assert evaluation_batch_size((1, 28, 28)) == 100
+        assert evaluation_batch_size((3, 256, 256)) == 21
+        assert evaluation_batch_size((3, 2048, 2048)) == 1
 
 
 class TestScores:
-    def test_they_are_the_models_own(self, loaded, faces):
+    def test_scores_follow_the_formulas(self, loaded, faces):
         images = faces.batch(range(5))
-        found = score(loaded.model, images, 8, deviation=0.1)
+        found = score_images(loaded.model, images, 8, deviation=0.1)
         assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
             ("bits_per_dim", "distance", "ood_score"), (5,)
         )
-        # bits_per_dim and distance of the same noise; the OOD score from both of their sources.
-        again = score(loaded.model, images, 8, deviation=None)
+        # Without the OOD score, the same noise gives the same distances.
+        again = score_images(loaded.model, images, 8, deviation=None)
         assert set(again) == {"bits_per_dim", "distance"}
         assert torch.equal(found["distance"], again["distance"])
         off = 64 - loaded.model.manifold_dim
-        far = score(loaded.model, images, 8, deviation=0.2)["ood_score"]
+        far = score_images(loaded.model, images, 8, deviation=0.2)["ood_score"]
         change = (0.2**-2 - 0.1**-2) / 2 * found["distance"].square() + off * math.log(2)
         assert (far - found["ood_score"]).tolist() == pytest.approx(change.tolist(), rel=1e-4)
 
     def test_auroc_counts_pairs(self):
         inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1e9, math.nan])
-        # 2 beats 1, ties 2 and loses to 3: 1.5 of 3; the others beat all.
+        # 2 beats 1, ties with 2 and loses to 3, so it scores 1.5 of 3. The others beat all three.
         assert auroc(inside, outside) == pytest.approx(7.5 / 9)
         assert auroc(inside, inside) == pytest.approx(0.5)
-        # Numbers that a sigmoid would make equal.
+        # A sigmoid would make these numbers equal.
         assert auroc(inside + 1000, outside[:1] + 1001) == pytest.approx(2.5 / 3)
 
     def test_sets_are_compared_with_the_first(self):
         low, high = torch.arange(4.0), torch.arange(4.0) + 10
-        first, second = compare(
+        first, second = compare_sets(
             {"in": {"bits_per_dim": low, "distance": high, "ood_score": low[:2]},
              "out": {"bits_per_dim": high, "distance": low, "ood_score": high[:2]}}
         )  # fmt: skip
         assert (first.name, first.images, first.auroc_bits_per_dim) == ("in", 4, None)
         aurocs = second.auroc_bits_per_dim, second.auroc_distance, second.auroc_ood_score
         assert aurocs == (1.0, 0.0, 1.0)
-        (without,) = compare({"in": {"bits_per_dim": low, "distance": high}})
+        (without,) = compare_sets({"in": {"bits_per_dim": low, "distance": high}})
         assert without.ood_score is None
 
     def test_made_up_sets(self, faces):
@@ -130,7 +130,7 @@ class TestScores:
         assert noise.shape == images.shape
         assert torch.equal(noise, list(made_up_sets(images).values())[1])
 
-    def test_density_is_taken_where_it_can_be_paid(self, loaded):
+    def test_the_density_is_limited_to_affordable_sizes(self, loaded):
         def of(shape, dim):
             model = nn.Module()
             model.input_shape, model.manifold_dim = shape, dim

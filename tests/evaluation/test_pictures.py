@@ -31,7 +31,7 @@ def test_a_spectrum_is_drawn(tmp_path, dimension):
     draw_spectrum(tmp_path / "a.png", IntrinsicDimension(dimension, 50.0, spectrum))
     with Image.open(tmp_path / "a.png") as image:
         colours = {colour[:3] for _, colour in image.getcolors(1 << 20)}
-    # Those on the manifold in blue, those off it in orange.
+    # Values on the manifold are blue, values off it orange.
     assert (31, 119, 180) in colours
     assert ((255, 127, 14) in colours) == (dimension == 2)
 

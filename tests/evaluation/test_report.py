@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, and honest about what it lacks."""
+"""The report: it is complete and self-contained, and it names what was not computed."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ PICTURES = {"interpolations.png", "projections.png", "samples.png", "scores.png"
 
 
 class Page(HTMLParser):
-    """Tags that are open, text, and everything that a browser would fetch."""
+    """The open tags and the text of a page, and everything that a browser would fetch."""
 
     def __init__(self, text):
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def full(trained, tmp_path_factory):
-    """A report with everything that can be asked for."""
+    """A report with all optional parts."""
     folder = tmp_path_factory.mktemp("report")
     weights = folder / "resnet.pth"
     with torch.random.fork_rng():
@@ -62,7 +62,7 @@ class TestFull:
         page = Page((full / "report.html").read_text())
         assert not page.open
         assert not {"script", "link", "iframe", "object"} & set(page.tags)
-        assert len(page.fetched) == len(PICTURES) + 1  # the training's curves
+        assert len(page.fetched) == len(PICTURES) + 1  # the curves of training
         embedded = []
         for source in page.fetched:
             kind, _, data = source.partition(",")
@@ -72,35 +72,35 @@ class TestFull:
                 image.load()
         assert all((full / name).read_bytes() in embedded for name in PICTURES)
 
-    def test_the_page_shows_the_figures(self, full, trained):
-        figures = json.loads((full / "figures.json").read_text())
+    def test_the_page_shows_the_metrics(self, full, trained):
+        metrics = json.loads((full / "figures.json").read_text())
         page = Page((full / "report.html").read_text())
-        assert figures["evaluation"] == json.loads((trained / "evaluation.json").read_text())
-        shown = [f"{figures['evaluation']['stages'][-1]['bits_per_dim']:.4f}"]
-        shown.append(f"{figures['importance_weighted_bits_per_dim']:.4f}")
-        shown.append(f"{figures['manifold_log_prob']:.1f}")
-        shown += [f"{row['distance']['fid']:.2f}" for row in figures["samples"]]
-        shown += [f"{row['ood_score']:.1f}" for row in figures["scores"]]
-        shown.append("others <b>")  # a folder's name, not a tag
+        assert metrics["evaluation"] == json.loads((trained / "evaluation.json").read_text())
+        shown = [f"{metrics['evaluation']['stages'][-1]['bits_per_dim']:.4f}"]
+        shown.append(f"{metrics['importance_weighted_bits_per_dim']:.4f}")
+        shown.append(f"{metrics['manifold_log_prob']:.1f}")
+        shown += [f"{row['distance']['fid']:.2f}" for row in metrics["samples"]]
+        shown += [f"{row['ood_score']:.1f}" for row in metrics["scores"]]
+        shown.append("others <b>")  # the name of a folder, not a tag
         assert all(text in page.text for text in shown)
-        assert figures["missing"] == []
+        assert metrics["missing"] == []
         assert "Not computed" not in page.text
 
-    def test_the_figures_are_of_what_they_say(self, full):
-        figures = json.loads((full / "figures.json").read_text())
-        assert figures["draws"] == 3
-        plain = figures["evaluation"]["stages"][-1]["bits_per_dim"]
-        assert 0 < abs(figures["importance_weighted_bits_per_dim"] - plain) < 1
-        assert [row["temperature"] for row in figures["samples"]] == [0.3, 0.5, 0.7, 0.85, 1.0]
-        for row in figures["samples"]:
+    def test_the_metrics_are_of_the_right_images(self, full):
+        metrics = json.loads((full / "figures.json").read_text())
+        assert metrics["draws"] == 3
+        plain = metrics["evaluation"]["stages"][-1]["bits_per_dim"]
+        assert 0 < abs(metrics["importance_weighted_bits_per_dim"] - plain) < 1
+        assert [row["temperature"] for row in metrics["samples"]] == [0.3, 0.5, 0.7, 0.85, 1.0]
+        for row in metrics["samples"]:
             assert (row["network"], row["images"]) == ("resnet18", 2)  # a tenth of 12 is held out
             assert row["distance"]["fid"] > 0
-        names = [row["name"] for row in figures["scores"]]
+        names = [row["name"] for row in metrics["scores"]]
         assert names == ["held out", "negatives (255 - image)", "uniform noise", "others <b>"]
-        assert [row["images"] for row in figures["scores"]] == [2, 2, 2, 5]
-        assert len(figures["spectrum"]["spectrum"]) == 64
+        assert [row["images"] for row in metrics["scores"]] == [2, 2, 2, 5]
+        assert len(metrics["spectrum"]["spectrum"]) == 64
 
-    def test_it_is_the_same_again(self, full, trained, tmp_path):
+    def test_a_second_report_is_the_same(self, full, trained, tmp_path):
         assert main(["evaluate", str(trained), "--out", str(tmp_path / "new" / "report")]) == 0
         first, again = (
             json.loads((folder / "figures.json").read_text())
@@ -113,9 +113,9 @@ class TestFull:
         ]
 
 
-class TestWhatIsMissing:
-    def test_it_is_told(self, run, images, tmp_path, monkeypatch, capsys):
-        # The training images are gone, and the spectrum and densities cost too much.
+class TestMissingParts:
+    def test_it_is_listed(self, run, images, tmp_path, monkeypatch, capsys):
+        # The training images are missing, and the spectrum and the densities are too expensive.
         config = (run / "config.yaml").read_text()
         gone = tmp_path / "gone"
         (run / "config.yaml").write_text(config.replace(str(images), str(gone)))
@@ -123,18 +123,18 @@ class TestWhatIsMissing:
         monkeypatch.setattr("mflow_kernels.evaluation.ood._DENSITY_WORK", 0)
         assert main(["evaluate", str(run), "--data", str(images)]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
-        figures = json.loads((run / "report-faces" / "figures.json").read_text())
+        metrics = json.loads((run / "report-faces" / "figures.json").read_text())
         page = Page((run / "report-faces" / "report.html").read_text())
         starts = ["FID and KID", "OOD score", "density on the manifold", "intrinsic dimension"]
-        assert [line.partition(":")[0] for line in figures["missing"]] == starts
-        assert str(gone) in figures["missing"][1]
-        assert "--feature-weights FILE" in figures["missing"][0]
-        assert all(line in page.text for line in figures["missing"])
-        assert figures["manifold_log_prob"] is figures["spectrum"] is None
-        assert all(row["ood_score"] is None for row in figures["scores"])
+        assert [line.partition(":")[0] for line in metrics["missing"]] == starts
+        assert str(gone) in metrics["missing"][1]
+        assert "--feature-weights FILE" in metrics["missing"][0]
+        assert all(line in page.text for line in metrics["missing"])
+        assert metrics["manifold_log_prob"] is metrics["spectrum"] is None
+        assert all(row["ood_score"] is None for row in metrics["scores"])
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "message"),
         [
             ("--feature-weights none.pth", "--feature-weights: expected a file of weights of"),
             ("--features resnet18", "--feature-weights: expected a file of weights of 'resnet18'"),
@@ -146,19 +146,19 @@ class TestWhatIsMissing:
         ],
     )
     def test_bad_input_ends_before_anything_is_written(
-        self, options, told, trained, tmp_path, capsys
+        self, options, message, trained, tmp_path, capsys
     ):
         coloured = write_images(tmp_path / "coloured", count=2, channels=3)
         options = options.replace("RUN", str(trained)).replace("COLOURED", str(coloured))
         before = listing(trained)
         assert main(["evaluate", str(trained), *options.split()]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"mflow: error: {told}")
+        assert error.startswith(f"mflow: error: {message}")
         assert len(error.splitlines()) == 1
         assert listing(trained) == before
 
 
-def test_figures_that_are_not_finite_are_null():
+def test_metrics_that_are_not_finite_are_null():
     assert report._finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
         "a": [None, 1.0],
         "b": [None],

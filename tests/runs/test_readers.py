@@ -93,7 +93,7 @@ def test_metrics_with_a_row_that_training_did_not_write(cell, run, capsys):
     first, second, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first, cell + second[1:], *rest]) + "\n")
     told = refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
-    assert "metrics.csv, line 2: expected a step and its figures" in told
+    assert "metrics.csv, line 2: expected a step and its metrics" in told
 
 
 KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW

@@ -1,6 +1,5 @@
-"""The commands end to end, in this process."""
+"""The commands of `mflow`, run from end to end in this process."""
 
-import csv
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import TINY, listing, write_images
+from tiny_runs import TINY, checkpoint, listing, metrics, weights, write_images
 
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.training import cli
@@ -32,8 +31,7 @@ class TestTrain:
         assert not [name for name in listing(trained.parent) if ".tmp" in name or ".old" in name]
 
     def test_metrics_have_a_row_for_each_step(self, trained):
-        with (trained / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
+        rows = metrics(trained)
         trained_on = [row for row in rows if row["loss"]]
         assert [row["step"] for row in trained_on] == [str(step) for step in range(6)]
         assert [float(row["stage"]) for row in trained_on] == [0, 0, 0, 1, 1, 1]
@@ -43,10 +41,9 @@ class TestTrain:
         assert any(row["heldout_bits_per_dim"] for row in rows)
 
     def test_loss_and_bits_are_those_of_their_parts(self, trained):
-        with (trained / "metrics.csv").open() as file:
-            first = next(csv.DictReader(file))
+        first = metrics(trained)[0]
         parts = sum(float(first[name]) for name in ("on_manifold", "off_manifold", "logdet"))
-        # 8x8x1, so nats per dimension of stage 1 are those of the image.
+        # Stage 1 has as many dimensions as the image, so both are per dimension of the image.
         assert float(first["bits_per_dim"]) == pytest.approx(8 - parts / math.log(2), rel=1e-5)
 
     def test_pictures_are_images_of_a_readable_size(self, trained):
@@ -61,19 +58,19 @@ class TestTrain:
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
         assert str(folder / "samples.png") in out
-        assert "hierarchy.png" not in out  # one stage: no before and after
+        assert "hierarchy.png" not in out  # drawn only if there are several stages
         assert "Lightning" not in err
         assert "GPU available" not in err
 
     def test_the_same_seed_gives_the_same_bits_and_another_does_not(
         self, trained, images, tmp_path
     ):
-        weights = [weights_of(trained)]
+        found = [weights(trained)]
         for seed in ("0", "1"):
             folder = tmp_path / seed
             main(["train", *TINY, "--data", str(images), "--run-dir", str(folder), "--seed", seed])
-            weights.append(weights_of(folder))
-        first, same, other = weights
+            found.append(weights(folder))
+        first, same, other = found
         assert all(torch.equal(first[name], same[name]) for name in first)
         assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -88,17 +85,17 @@ class TestTrain:
         assert main(["train", *TINY, "--data", str(images)]) == 0
         assert (tmp_path / "runs" / "faces-8px-d6-seed0" / "last.ckpt").is_file()
 
-    def test_a_diverging_loss_is_told_and_keeps_the_checkpoint(
+    def test_a_diverging_loss_is_reported_and_keeps_the_checkpoint(
         self, images, tmp_path, monkeypatch, capsys
     ):
         diverge_from(monkeypatch, step=4)
         folder = tmp_path / "run"
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(folder)]
         assert main([*command, "--max-skipped", "2"]) == 1
-        told = capsys.readouterr().err
-        assert "2 steps in a row were skipped, the last of them with a loss of nan" in told
-        assert "at step 5 (stage 2)" in told
-        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 4
+        error = capsys.readouterr().err
+        assert "2 steps in a row were skipped, the last of them with a loss of nan" in error
+        assert "at step 5 (stage 2)" in error
+        assert checkpoint(folder)["global_step"] == 4
 
     def test_unexpected_errors_are_not_swallowed(self, images, tmp_path, monkeypatch):
         def broken(self, batch, batch_idx):
@@ -112,7 +109,7 @@ class TestTrain:
 
 class TestResume:
     @pytest.mark.parametrize("stop", [1, 2, 3, 5])
-    def test_a_run_that_stopped_goes_on_bit_for_bit(
+    def test_a_resumed_run_computes_the_same_bits(
         self, stop, trained, images, tmp_path, monkeypatch
     ):
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
@@ -121,10 +118,7 @@ class TestResume:
             with pytest.raises(RuntimeError, match="power cut"):
                 main(command)
         assert main([*command, "--resume"]) == 0
-        resumed, whole = (
-            torch.load(folder / "last.ckpt", weights_only=True)
-            for folder in (tmp_path / "run", trained)
-        )
+        resumed, whole = checkpoint(tmp_path / "run"), checkpoint(trained)
         for name, tensor in whole["state_dict"].items():
             assert torch.equal(tensor, resumed["state_dict"][name]), name
         moments = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
@@ -133,14 +127,14 @@ class TestResume:
             assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
         assert losses(tmp_path / "run") == losses(trained)
         assert held_out(tmp_path / "run") == held_out(trained)
-        whole_figures, figures = (
+        whole_metrics, resumed_metrics = (
             json.loads((folder / "evaluation.json").read_text())
             for folder in (trained, tmp_path / "run")
         )
-        assert figures == whole_figures
+        assert resumed_metrics == whole_metrics
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_signals_save_the_step_they_stop_at(
+    def test_a_signal_saves_a_checkpoint(
         self, number, code, trained, images, tmp_path, monkeypatch, capsys
     ):
         before = signal.getsignal(number)
@@ -158,12 +152,13 @@ class TestResume:
                 main(command)
         assert leaving.value.code == code
         assert signal.getsignal(number) == before
-        told = f"interrupted; mflow train --resume --run-dir {tmp_path / 'run'} goes on"
-        assert told in capsys.readouterr().err
-        saved = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
-        assert saved["global_step"] == 3
+        message = (
+            f"interrupted; mflow train --resume --run-dir {tmp_path / 'run'} continues the run"
+        )
+        assert message in capsys.readouterr().err
+        assert checkpoint(tmp_path / "run")["global_step"] == 3
         assert main([*command, "--resume"]) == 0
-        resumed, whole = weights_of(tmp_path / "run"), weights_of(trained)
+        resumed, whole = weights(tmp_path / "run"), weights(trained)
         assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
         assert losses(tmp_path / "run") == losses(trained)
 
@@ -212,9 +207,9 @@ class TestReconstructAndEvaluate:
         assert main(["evaluate", str(run)]) == 0
         assert (run / "evaluation.json").read_text() == before
         table = capsys.readouterr().out
-        figures = json.loads(before)["stages"][-1]
-        assert f"{figures['bits_per_dim']:.4f}" in table
-        assert f"{figures['psnr']:.2f}" in table
+        last = json.loads(before)["stages"][-1]
+        assert f"{last['bits_per_dim']:.4f}" in table
+        assert f"{last['psnr']:.2f}" in table
 
     def test_evaluate_takes_a_whole_folder(self, run, tmp_path):
         other = write_images(tmp_path / "other", count=7, seed=5)
@@ -248,7 +243,7 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     )
 
 
-def test_help_is_quick_and_threads_wait_asleep():
+def test_help_does_not_import_torch_and_threads_wait_passively():
     code = """
 import os, sys
 from mflow_kernels.training.cli import main
@@ -273,22 +268,13 @@ def test_help(command, capsys):
     assert not re.findall(r"--\w*_", text)
 
 
-def weights_of(folder):
-    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
-
-
 def losses(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    return [(row["step"], row["loss"]) for row in metrics(folder, "loss")]
 
 
 def held_out(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [
-            (row["step"], row["stage"], row["heldout_bits_per_dim"])
-            for row in csv.DictReader(file)
-            if row["heldout_bits_per_dim"]
-        ]
+    name = "heldout_bits_per_dim"
+    return [(row["step"], row["stage"], row[name]) for row in metrics(folder, name)]
 
 
 def crash_before(patch, step, error):

@@ -1,8 +1,8 @@
-"""The predicted peak of training against the real one, and the options of `mflow plan`.
+"""The predicted peak memory of training compared with the measured one, and `mflow plan`.
 
-Measured is every byte that torch's CPU allocator hands out, from the building of the model to the
-last step, as its profiler records them: all tensors, temporary ones and Lightning's too. What
-oneDNN allocates for itself is not seen.
+The measurement uses torch's profiler, which records every allocation of torch's CPU allocator from
+building the model to the last step, including temporary tensors and Lightning's. It does not see
+what oneDNN allocates for itself.
 """
 
 import gc
@@ -18,12 +18,12 @@ from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training import memory as planning
+from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import largest_batch, networks, parse_memory, peak_memory
+from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
 
-# Adam's state exists from the second step on.
+# Two steps, because Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
 CASES = {
     "reversible": {"steps": 4, "width": 64},
@@ -50,14 +50,14 @@ CASES = {
 
 
 def measured(config: TrainConfig, folder) -> int:
-    """Bytes at the peak of `mflow train`'s own loop."""
+    """Bytes at the peak of the training loop of `mflow train`."""
     images = torch.randint(256, (64, 3, 16, 16)).byte()
     parts = np.repeat(np.array([0, 2], np.uint8), [48, 16])
-    # Two steps and no validation between them, which would drop the first one's gradients.
+    # No validation between the two steps, because it would free the gradients of the first step.
     splits = Splits(ImageSet(images), Manifest([str(row) for row in range(64)], parts, [""] * 64))
     resolved = config.resolve(splits.train.image_shape)
     folder.mkdir()
-    gc.collect()  # what is freed later would count as negative
+    gc.collect()  # memory that is freed later would count as negative
     with (
         warnings.catch_warnings(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
@@ -65,16 +65,16 @@ def measured(config: TrainConfig, folder) -> int:
         warnings.simplefilter("ignore")
         model = build_model(resolved)
         train._fit(
-            train.Plan(
-                folder,
-                resolved,
-                splits,
-                model,
-                torch.device("cpu"),
-                train.Ranks(),
-                False,
-                False,
-                None,
+            train.CheckedRun(
+                folder=folder,
+                config=resolved,
+                splits=splits,
+                model=model,
+                device=torch.device("cpu"),
+                ranks=train.Ranks(),
+                resumes=False,
+                lock=None,
+                checkpoint=None,
             )
         )
     events = profiler.profiler.kineto_results.events()
@@ -90,7 +90,7 @@ def measured(config: TrainConfig, folder) -> int:
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_peak_is_the_measured_one(case, domain, tmp_path):
+def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case], "domain": domain})
     predicted = peak_memory(config.resolve((3, 16, 16)))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
@@ -101,8 +101,8 @@ def test_parameters_and_buffers_are_those_of_the_model():
     config = TrainConfig(steps=3, levels=3, stage_dims=[7, 5]).resolve((3, 24, 24))
     model = build_model(config)
     for stage, flow in enumerate(model.stages):
-        found = networks(config, stage)
-        expected = sum(n.parameters + n.mix_parameters for n in found)
+        found = coupling_shapes(config, stage)
+        expected = sum(n.parameters + n.conv1x1_parameters for n in found)
         assert expected == sum(p.numel() for p in flow.parameters())
     tensors = [*model.parameters(), *model.buffers()]
     held = peak_memory(config).parameters
@@ -140,7 +140,7 @@ def test_sizes(text, size):
 class TestCommand:
     def test_nothing_is_allocated_or_read(self, capsys, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(planning, "Glow", meta_only(planning.Glow))
+        monkeypatch.setattr(memory_module, "Glow", meta_only(memory_module.Glow))
         options = "--image-size 256 --levels 6 --steps 32 --width 512 --batch-size 16"
         assert main(["plan", *options.split(), "--gpu-memory", "80GB"]) == 0
         out, err = capsys.readouterr()
@@ -150,7 +150,7 @@ class TestCommand:
         assert "not verified on a GPU" in out
         assert not list(tmp_path.iterdir())
 
-    def test_it_says_what_does_not_fit(self, capsys):
+    def test_a_batch_that_does_not_fit_is_reported(self, capsys):
         assert main(["plan", "--batch-size", "999999", "--gpu-memory", "8GB"]) == 0
         assert "\nDoes not fit in 8.0 GB. Largest batch" in capsys.readouterr().out
         assert main(["plan", "--gpu-memory", "1MB"]) == 0
@@ -179,7 +179,7 @@ class TestCommand:
         assert "kept (--checkpoint-every)" not in out
 
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("arguments", "message"),
         [
             ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
             ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
@@ -192,12 +192,12 @@ class TestCommand:
             ("--run-dir x", "unrecognized arguments: --run-dir x"),
         ],
     )
-    def test_bad_input(self, arguments, told, capsys):
+    def test_bad_input(self, arguments, message, capsys):
         assert main(["plan", *arguments.split()]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert told in err
+        assert message in err
 
 
 def meta_only(original):

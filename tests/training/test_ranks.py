@@ -1,46 +1,42 @@
-"""Two ranks on a CPU, under the environment that torchrun sets, train as one does."""
-
-import csv
+"""Two ranks on a CPU, in the environment that torchrun sets, train as one process does."""
 
 import pytest
 import torch
-from tiny_runs import TINY, torchrun, write_images
+from tiny_runs import TINY, metrics, torchrun, write_images
 
 from mflow_kernels.training.cli import main
 
 
-def figures(folder, name):
-    with (folder / "metrics.csv").open() as file:
-        return [(row["step"], float(row[name])) for row in csv.DictReader(file) if row[name]]
+def column(folder, name):
+    return [(row["step"], float(row[name])) for row in metrics(folder, name)]
 
 
 def test_two_ranks_train_as_one(tmp_path):
-    # Three are held out, for two ranks in batches of two: of the last one rank has none.
+    # Three images are held out, so in the last batch of validation one rank has no image.
     faces = write_images(tmp_path / "faces", count=24)
     (faces / "none.png").write_text("no image")
     command = ["train", *TINY, "--batch-size", "2", "--data", str(faces), "--run-dir"]
     torchrun([*command, str(tmp_path / "both")], tmp_path)
     assert "skipped 1 file that cannot be read: none.png" in (tmp_path / "log0").read_text()
-    assert "skipped" not in (tmp_path / "log1").read_text()  # one of them speaks for both
+    assert "skipped" not in (tmp_path / "log1").read_text()  # only rank 0 prints
     assert main([*command, str(tmp_path / "one")]) == 0
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    both, one = (figures(tmp_path / name, "loss") for name in ("both", "one"))
+    both, one = (column(tmp_path / name, "loss") for name in ("both", "one"))
     assert [step for step, _ in both] == [step for step, _ in one]
-    # The image flow, set from both halves of the first batch: actnorm is that of the whole. Of the
-    # flow after it the gradient of actnorm's bias is 0 but for rounding, of which Adam makes steps.
+    # Both halves of the first batch initialize actnorm. Only the image flow is compared: in the
+    # second flow the gradient of actnorm's bias is a rounding error, which Adam turns into steps.
     assert [x for _, x in both[:3]] == pytest.approx([x for _, x in one[:3]], rel=1e-4)
-    both, one = (figures(tmp_path / name, "heldout_bits_per_dim") for name in ("both", "one"))
+    both, one = (column(tmp_path / name, "heldout_bits_per_dim") for name in ("both", "one"))
     assert [step for step, _ in both] == [step for step, _ in one]
     assert both[0][1] == pytest.approx(one[0][1], rel=1e-4)
     assert (tmp_path / "both" / "samples.png").is_file()
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(images, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_ranks_cannot_share_is_refused(command, monkeypatch, capsys):
     world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "test"}
     for name, value in world.items():
         monkeypatch.setenv(name, value)
-    command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
     assert main(command) == 2
     assert "--batch-size: expected a multiple of the 3 processes" in capsys.readouterr().err

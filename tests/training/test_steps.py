@@ -1,12 +1,11 @@
-"""What a training step does: skipping, clipping, averaging, stages, precision, compilation."""
+"""Training steps: skipping, clipping, averaging, stages, precision and compilation."""
 
-import csv
 import math
 
 import pytest
 import torch
-from tiny_runs import TINY
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import HostReads
+from tiny_runs import checkpoint, metrics, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow
 from mflow_kernels.runs.folder import load_run
@@ -17,18 +16,8 @@ from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
-@pytest.fixture
-def command(images, tmp_path):
-    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
-
-
 def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [row for row in csv.DictReader(file) if row["loss"]]
-
-
-def state(folder, name="last.ckpt"):
-    return torch.load(folder / name, weights_only=True)
+    return metrics(folder, "loss")
 
 
 class TestGuard:
@@ -42,37 +31,37 @@ class TestGuard:
             *({"drift": value} for value in (0.02, math.nan)),
         ],
     )
-    def test_what_is_not_finite_or_drifted_is_skipped(self, bad):
+    def test_steps_that_are_not_finite_or_drifted_are_skipped(self, bad):
         guard = StepGuard(spike=10, max_drift=0.01)
         assert [self.judge(guard), self.judge(guard, **bad), self.judge(guard)] == [0, 1, 0]
-        seen = guard.look()
-        assert (seen.skipped, seen.in_a_row) == (1, 1)
-        assert guard.look().in_a_row == 0
-        assert guard.look().skipped == 1
+        reading = guard.read()
+        assert (reading.skipped, reading.in_a_row) == (1, 1)
+        assert guard.read().in_a_row == 0
+        assert guard.read().skipped == 1
 
-    def test_spikes_are_told_by_the_spread_of_the_losses_before(self):
+    def test_spikes_are_found_by_the_deviation_of_earlier_losses(self):
         guard = StepGuard(spike=10, max_drift=1.0)
         draw = torch.Generator().manual_seed(0)
         losses = 5 + 0.5 * torch.randn(200, generator=draw)
         assert not any(self.judge(guard, float(loss)) for loss in losses)
         assert not self.judge(guard, 5 + 0.5 * 8)
         assert self.judge(guard, 5 + 0.5 * 13)
-        assert not self.judge(guard, 5 - 0.5 * 13)  # a loss that falls is none
+        assert not self.judge(guard, 5 - 0.5 * 13)  # a falling loss is not a spike
         guard.begin_stage()
         assert not self.judge(guard, 100.0)
 
-    def test_steps_in_a_row_are_counted_past_looks(self):
+    def test_steps_in_a_row_are_counted_across_readings(self):
         guard = StepGuard(spike=10, max_drift=1.0)
         found = []
         for losses in ([math.nan] * 2, [math.nan], [1.0, math.nan]):
             for loss in losses:
                 self.judge(guard, loss)
-            found.append(guard.look().in_a_row)
+            found.append(guard.read().in_a_row)
         assert found == [2, 3, 1]
 
 
 def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monkeypatch):
-    """Step 1 has a gradient that is not finite; a checkpoint is written before it and after."""
+    """Step 1 has a gradient that is not finite. A checkpoint is written before and after it."""
     calls = []
     original = HierarchicalFlow.terms_and_log_prob
 
@@ -121,45 +110,36 @@ def test_gradients_are_clipped(command, tmp_path, monkeypatch):
     assert norms == pytest.approx([min(0.5, norm) for norm in logged], rel=1e-4)
 
 
-class Syncs(TorchDispatchMode):
-    """Counts where the host takes a number from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("domain", ["latent", "data"])
 def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, monkeypatch):
-    found, looks = [], []
+    found, readings = [], []
     step, init = FlowTraining.optimizer_step, FlowTraining.__init__
-    look = StepGuard.look
+    read = StepGuard.read
 
-    def looked(self):
-        looks.append(len(found))
-        return look(self)
+    def spied(self):
+        readings.append(len(found))
+        return read(self)
 
     def counted(self, *args, **kwargs):
-        with Syncs() as syncs:
+        with HostReads() as reads:
             step(self, *args, **kwargs)
-        found.append(syncs.count)
+        found.append(reads.found)
 
     def logs_every_third(self, *args):
         init(self, *args)
         self.log_interval = 3
 
-    monkeypatch.setattr(StepGuard, "look", looked)
+    monkeypatch.setattr(StepGuard, "read", spied)
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
-    # It computes a number of numbers on the host.
+    # This function computes a constant from Python numbers on the host.
     monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     assert main([*command, "--domain", domain]) == 0
-    assert found[:2] == found[3:5] == [0, 0]
-    assert looks == [2, 5]
+    assert found[1] == found[4] == []
+    # The first backward pass through a chain reads whether its networks repeat their results. In
+    # the data domain the inverse pass has a chain of its own.
+    assert found[0] == found[3] == ["tolist"] * (2 if domain == "data" else 1)
+    assert readings == [2, 5]
 
 
 class TestAverage:
@@ -176,36 +156,36 @@ class TestAverage:
         torch.testing.assert_close(average.model.weight.detach(), expected)
         assert not any(p.requires_grad for p in average.parameters())
 
-    def test_it_is_what_a_run_is_read_and_evaluated_with(self, trained):
+    def test_load_run_loads_the_average(self, trained):
         model = load_run(str(trained), "cpu").model
-        saved = state(trained)["state_dict"]
+        saved = weights(trained)
         differ = 0
         for name, value in model.state_dict().items():
             assert torch.equal(value, saved[f"average.model.{name}"])
             differ += not torch.equal(value, saved[f"model.{name}"])
         assert differ > 10
 
-    def test_stages_are_trained_on_the_averages_of_those_before(self, trained):
-        saved = state(trained)["state_dict"]
+    def test_stages_are_trained_on_the_averages_of_earlier_stages(self, trained):
+        saved = weights(trained)
         first = [name for name in saved if name.startswith("model.stages.0.")]
         assert first
         assert all(torch.equal(saved[name], saved[f"average.{name}"]) for name in first)
 
-    def test_without_decay_it_is_the_weights(self, command, tmp_path):
+    def test_without_decay_it_equals_the_weights(self, command, tmp_path):
         assert main([*command, "--ema-decay", "0"]) == 0
-        saved = state(tmp_path / "run")["state_dict"]
+        saved = weights(tmp_path / "run")
         names = [name for name in saved if name.startswith("model.")]
         assert all(torch.equal(saved[name], saved[f"average.{name}"]) for name in names)
 
 
 class TestStages:
-    OWN = (
+    OPTIONS = (
         "--stage-dims 5 4 --stage-max-steps 2 4 --stage-domain latent data "
         "--stage-weight 9 variance"
     )
 
     def test_each_has_its_own_budget_and_objective(self, command, tmp_path):
-        assert main([*command, *self.OWN.split()]) == 0
+        assert main([*command, *self.OPTIONS.split()]) == 0
         stages = [float(row["stage"]) for row in rows(tmp_path / "run")]
         assert stages == [0, 0, 0, 1, 1, 2, 2, 2, 2]
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
@@ -214,10 +194,10 @@ class TestStages:
         assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
 
     @pytest.mark.parametrize("stop", [4, 7])
-    def test_they_resume_inside_any(self, stop, command, tmp_path, monkeypatch):
-        command = [*command, *self.OWN.split(), "--release", "--weight", "variance"]
+    def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
+        command = [*command, *self.OPTIONS.split(), "--release", "--weight", "variance"]
         assert main(command) == 0
-        whole = state(tmp_path / "run")["state_dict"]
+        whole = weights(tmp_path / "run")
         calls = []
         original = HierarchicalFlow.terms_and_log_prob
 
@@ -231,12 +211,12 @@ class TestStages:
             patch.setattr(HierarchicalFlow, "terms_and_log_prob", power_cut)
             with pytest.raises(RuntimeError, match="power cut"):
                 main([*command, "--overwrite", "--save-steps", "1"])
-        assert state(tmp_path / "run")["global_step"] == stop
+        assert checkpoint(tmp_path / "run")["global_step"] == stop
         assert main([*command, "--resume"]) == 0
-        torch.testing.assert_close(state(tmp_path / "run")["state_dict"], whole, rtol=0, atol=0)
+        torch.testing.assert_close(weights(tmp_path / "run"), whole, rtol=0, atol=0)
 
     @pytest.mark.parametrize("release", [False, True])
-    def test_earlier_ones_change_where_released(self, release, command, tmp_path, monkeypatch):
+    def test_earlier_stages_change_only_if_released(self, release, command, tmp_path, monkeypatch):
         kept = []
         begin = StepGuard.begin_stage
         fit = train._fit
@@ -247,9 +227,9 @@ class TestStages:
 
         models = []
 
-        def spied(plan):
-            models.append(plan.model)
-            return fit(plan)
+        def spied(run):
+            models.append(run.model)
+            return fit(run)
 
         monkeypatch.setattr(StepGuard, "begin_stage", begin_stage)
         monkeypatch.setattr(train, "_fit", spied)
@@ -260,16 +240,16 @@ class TestStages:
 
 
 def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch):
-    """On a CPU, which the command refuses."""
+    """Runs on a CPU, although the command refuses float16 there."""
     monkeypatch.setattr(train, "check_precision", lambda *_: None)
     assert main([*command, "--precision", "float16"]) == 0
     found = rows(tmp_path / "run")
     assert all(math.isfinite(float(row["loss"])) for row in found)
     norms = [float(row["gradient_norm"]) for row in found]
     overflows = sum(not math.isfinite(norm) for norm in norms)
-    assert 0 < overflows < 6  # it starts at 2^16, too high for these losses
+    assert 0 < overflows < 6  # the scale starts at 2^16, which is too high for these losses
     assert float(found[-1]["skipped"]) == overflows
-    assert state(tmp_path / "run")["grad_scaler"]["scale"] == 2.0 ** (16 - overflows)
+    assert checkpoint(tmp_path / "run")["grad_scaler"]["scale"] == 2.0 ** (16 - overflows)
     whole = rows(trained)[overflows]
     assert norms[overflows] == pytest.approx(float(whole["gradient_norm"]), rel=0.5)
 
@@ -286,6 +266,4 @@ def test_networks_are_compiled_in_place_and_compute_the_same(
     assert main([*command, "--compile"]) == 0
     networks = [m for m in load_run(str(trained)).model.modules() if isinstance(m, AffineCoupling)]
     assert len(seen) == len(networks)
-    torch.testing.assert_close(
-        state(tmp_path / "run")["state_dict"], state(trained)["state_dict"], rtol=0, atol=0
-    )
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(trained), rtol=0, atol=0)

@@ -1,0 +1,163 @@
+"""Training runs give the same result with CUDA graphs as without.
+
+Without a GPU, the fixture `fake_capture` replaces the capture itself.
+"""
+
+import pytest
+import torch
+from tiny_runs import TINY, checkpoint, metrics, torchrun
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mflow_kernels.testing import assert_close
+from mflow_kernels.training import graphs
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+
+
+def outcome(folder):
+    """The final checkpoint, and all logged metrics except the speed."""
+    saved = checkpoint(folder)
+    rows = [{**row, "images_per_second": None} for row in metrics(folder)]
+    return saved["state_dict"], saved["optimizer_states"], rows
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[:2], other[:2], rtol=0, atol=0)
+    assert one[2] == other[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--weight variance --release", "--domain latent --no-reversible --precision bfloat16"],
+)
+def test_a_run_with_graphs_is_the_run_without(options, command, tmp_path, fake_capture):
+    """Trains two stages of three steps, with validation between them."""
+    command += options.split()
+    assert main(command) == 0
+    without = outcome(tmp_path / "run")
+    assert fake_capture.captures == 0
+    assert main([*command, "--overwrite", "--cuda-graphs"]) == 0
+    assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (2, 6, 6)
+    assert_same(outcome(tmp_path / "run"), without)
+
+
+def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypatch, capsys):
+    command += ["--weight", "variance", "--cuda-graphs"]
+    assert main(command) == 0
+    whole = outcome(tmp_path / "run")
+    step = FlowTraining.optimizer_step
+
+    def power_cut(self, *args, **kwargs):
+        if self.global_step == 4:
+            raise RuntimeError("power cut")
+        step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowTraining, "optimizer_step", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main([*command, "--overwrite", "--save-steps", "1"])
+    assert main([*command, "--resume"]) == 0
+    assert "continuing from step 4\n" in capsys.readouterr().err
+    assert_same(outcome(tmp_path / "run"), whole)
+
+
+def test_two_ranks_train_as_without(images, tmp_path, fake_capture):
+    """Ranks exchange gradients outside of the graphs, and only those of the stage in training."""
+    states = []
+    for options in ([], ["--overwrite", "--cuda-graphs"]):
+        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
+        torchrun([*command, *options], tmp_path)
+        states += [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
+    assert "CUDA graphs" not in (tmp_path / "log0").read_text()
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that launch work. An operator on a list of tensors counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is not torch.ops.aten.detach.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_depth_and_width_do_not_change_what_a_step_launches(command, fake_capture, monkeypatch):
+    counts = []
+    step = FlowTraining.optimizer_step
+
+    def counted(self, *args, **kwargs):
+        with Launches() as launches:
+            step(self, *args, **kwargs)
+        counts.append(launches.count)
+
+    monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
+    sizes = [["--steps", str(steps), "--width", str(width)] for steps, width in ((1, 8), (4, 12))]
+    for size in sizes:
+        assert main([*command, *size, "--overwrite", "--cuda-graphs"]) == 0
+    one, other = counts[:6], counts[6:]
+    assert one[1:3] == other[1:3]  # the first step captures
+    assert main([*command, *sizes[1], "--overwrite"]) == 0
+    assert counts[13] > 5 * one[1]
+
+
+def test_a_failing_capture_is_reported_once_and_training_continues(
+    command, tmp_path, fake_capture, monkeypatch, capfd
+):
+    command += ["--weight", "variance"]
+    assert main(command) == 0
+    without = outcome(tmp_path / "run")
+    tries = []
+
+    def fails(forward, backward):
+        backward(forward())
+        tries.append(1)
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+        finally:  # as torch.cuda.graph does when it exits
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    capfd.readouterr()
+    assert main([*command, "--overwrite", "--cuda-graphs"]) == 0
+    assert tries == [1]
+    assert_same(outcome(tmp_path / "run"), without)
+    reported = [line for line in capfd.readouterr().err.splitlines() if "CUDA graphs" in line]
+    assert reported == [
+        "training continues without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+def test_without_a_cuda_device_they_are_refused(command, tmp_path, capsys):
+    assert main([*command, "--cuda-graphs"]) == 2
+    assert "--cuda-graphs: expected a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("options", ["", "--weight variance --release --precision bfloat16"])
+def test_a_run_with_graphs_on_a_gpu_is_the_run_without(
+    options, command, tmp_path, monkeypatch, capfd
+):
+    """Compares the first step. Bits can differ, because cuBLAS chooses algorithms by stream and
+    workspace. Later steps are not compared, because AdamW turns the rounding error of a gradient
+    near 0 into a step of normal size."""
+    command += ["--device", "cuda", *options.split()]
+    assert main(command) == 0
+    without = outcome(tmp_path / "run")
+    captures = []
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *a: captures.append(1) or capture(*a))
+    assert main([*command, "--overwrite", "--cuda-graphs"]) == 0
+    assert captures == [1, 1]
+    assert "without CUDA graphs" not in capfd.readouterr().err
+    graphed = outcome(tmp_path / "run")
+    assert all(value.isfinite().all() for value in graphed[0].values())
+    dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
+    for name in ("loss", "bits_per_dim", "gradient_norm"):
+        value, expected = (torch.tensor(float(rows[0][name])) for rows in (graphed[2], without[2]))
+        assert_close(value.to(dtype), expected, terms=64, name=name)  # 64 pixels
