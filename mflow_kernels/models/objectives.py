@@ -16,7 +16,7 @@ The paper's abstract leaves open whose pixels e are; two domains are offered:
 """
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ from mflow_kernels.ops.checks import (
     check_state,
 )
 from mflow_kernels.ops.masked_penalty import (
+    RHOS,
+    Rho,
     masked_penalty,
     masked_penalty_gaussian,
     penalty_log_normalizer,
 )
-
-Rho = Literal["l2", "l1", "huber"]
 
 MEMORY = 100  # batches that the tracked variance looks back on
 LEAST_VARIANCE = 1e-8  # keeps w finite where reconstructions are exact
@@ -109,7 +109,7 @@ class ManifoldObjective(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("domain", domain, ("latent", "data"))
-        check_choice("rho", rho, ("l2", "l1", "huber"))
+        check_choice("rho", rho, RHOS)
         for name, value in (("delta", delta), ("sigma", sigma)):
             check_positive(name, value)
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)

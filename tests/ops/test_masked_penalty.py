@@ -3,7 +3,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,9 +18,16 @@ from mflow_kernels.ops.masked_penalty import (
     masked_penalty_ref,
     penalty_log_normalizer,
 )
+from mflow_kernels.runs import config
 from mflow_kernels.testing import assert_close
 
 module = importlib.import_module("mflow_kernels.ops.masked_penalty")
+
+
+def test_the_command_line_offers_every_rho():
+    """`runs.config` repeats the names, because it does not import torch."""
+    assert RHOS == get_args(module.Rho) == get_args(config.Rho)
+
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = {
