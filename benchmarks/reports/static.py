@@ -31,10 +31,13 @@ from benchmarks.reports import recorded
 from benchmarks.reports.cases import SHORT, Case, operations
 from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
+from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.launch import Columns, is_channels_last
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
+NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
+NETWORK_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
 SCALES = (
     ScaleFunction("sigmoid"),
@@ -50,12 +53,35 @@ def launches_of(size: str) -> Iterator[Recorded]:
     models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
         yield from recorded.record(model)
+    shapes = network_shapes() if size == "full" else [(12, 128, BF16)]
+    for c, width, dtype in shapes:
+        for launch in aot.capture(lambda case=(c, width, dtype): run_network(*case)):
+            yield Recorded(f"network of width {width}", launch)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
                 name = f"{operation.name}, {operation.direction}"
                 for launch in aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
+
+
+def network_shapes() -> Iterator[tuple[int, int, torch.dtype]]:
+    """States' channels, width and dtype of networks, one for each choice of tiles: a network of
+    other channels has the blocks of one of these."""
+    yield from product(NETWORK_CHANNELS, NETWORK_WIDTHS, (BF16, FP16))
+
+
+def run_network(c: int, width: int, dtype: torch.dtype) -> None:
+    """Every launch of a coupling network: with hidden tensors kept and without, and backward."""
+    last = torch.channels_last
+    x = torch.zeros(2, c // 2, 16, 16, dtype=dtype).to(memory_format=last).requires_grad_()
+    network = coupling_net(c // 2, 2 * (c - c // 2), width, 2).to(memory_format=last)
+    with torch.no_grad():
+        fused_params(list(network), x)
+    params = fused_params(list(network), x)
+    if params is None:
+        raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
+    params.backward(torch.zeros_like(params))
 
 
 def full_cases() -> Iterator[Case]:
@@ -121,7 +147,10 @@ class Configuration:
         return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
 
 
-NO_STATES = {"weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger"}
+NO_STATES = {
+    "weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger",
+    "dw1", "db1", "dw2", "db2", "dw3", "db3",
+}  # fmt: skip
 
 
 def states(launch: aot.Launch) -> dict[str, Tensor]:
