@@ -1,11 +1,12 @@
 """Compile the launches that the real launchers make, with no GPU.
 
-Import this before anything that imports mflow_kernels. Under TRITON_INTERPRET=1 the launchers take
-CPU tensors, which is wanted here, but kernels then cannot be compiled: so the variable is set for
-the package, and Triton itself is told not to interpret. `JITFunction.run` is replaced by one that
-notes the launch and does nothing; what was noted is compiled later through Triton's own launch path
-(argument names, specialization on alignment, divisibility by 16 and 1, options), up to the machine
-code, with a driver that only says which GPU to compile for.
+Import this before anything that imports mflow_kernels. The package must see TRITON_INTERPRET=1, so
+that launchers take CPU tensors, but Triton must not interpret, so that kernels can be compiled.
+
+`capture` replaces `JITFunction.run` by a function that records the launch and does nothing.
+`compile_for` then compiles a recorded launch through Triton's own launch path (argument names,
+specialization on alignment, divisibility by 16 and 1, options) up to machine code, with a driver
+that only names the GPU to compile for.
 """
 
 import os
@@ -36,8 +37,8 @@ _run = JITFunction.run
 
 @dataclass(frozen=True)
 class Arch:
-    """What one multiprocessor has (CUDA C++ Programming Guide, table "Technical Specifications per
-    Compute Capability"). Registers are given to warps in lots of 256."""
+    """Limits of one multiprocessor (CUDA C++ Programming Guide, table "Technical Specifications per
+    Compute Capability"). Warps get registers in units of 256."""
 
     registers: int = 65536
     threads: int = 2048
@@ -47,7 +48,7 @@ class Arch:
     shared_reserved: int = 1024  # of each block, by CUDA
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """How many blocks fit at once."""
+        """Number of blocks that fit at once."""
         if shared > self.shared_of_block:
             return 0
         lot = -(-registers * 32 // 256) * 256
@@ -73,7 +74,7 @@ class _CompileOnly:
         return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> str:
-        return self.target  # Triton keeps what it has compiled by device
+        return self.target  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -96,7 +97,7 @@ class Launch:
         *_, binder = self.kernel.device_caches["sm_90"]
         try:
             _, specialization, options = binder(*self.args, **self.kwargs)
-        except Exception:  # compiling will say so in the table
+        except Exception:  # compiling reports it in the table
             given = [(type(arg), getattr(arg, "dtype", None)) for arg in self.args]
             return f"{self.kernel.__name__} {given} {self.kwargs}"
         return f"{self.kernel.__name__} {specialization} {options}"
@@ -117,7 +118,7 @@ def noting(note: Callable[[Launch], object]) -> Iterator[None]:
 
 
 def capture(function: Callable[[], object]) -> list[Launch]:
-    """Run `function` and return the launches that it would have made; nothing is computed."""
+    """Run `function` and return the launches that it would have made. No kernel runs."""
     launches: list[Launch] = []
 
     def note(launch: Launch) -> None:
@@ -129,8 +130,8 @@ def capture(function: Callable[[], object]) -> list[Launch]:
 
 
 def _untouched(argument: Any) -> Any:
-    """In place of a tensor, one of its shape, strides and alignment that was never written, and so
-    takes address space alone."""
+    """A tensor of the same shape, strides and alignment that is never written, so that it takes
+    address space but no memory."""
     if not isinstance(argument, Tensor) or not argument.numel():
         return argument
     steps = (
@@ -144,7 +145,7 @@ def _untouched(argument: Any) -> Any:
 @dataclass
 class Compiled:
     registers: int = 0
-    spilled: int = 0  # bytes of a lane's stack, where Triton's kernels keep nothing else
+    spilled: int = 0  # bytes of a lane's stack; Triton's kernels use it only to spill
     shared: int = 0
     warps: int = 0
     access: dict[str, list[int]] = field(default_factory=dict)  # bytes a lane, by argument
@@ -169,7 +170,7 @@ def compile_for(launch: Launch, target: str) -> Compiled:
 
 
 def _runtime(signature: dict[str, Any]) -> Iterator[str]:
-    """The arguments that the compiled kernel takes, in order: a tuple's members one by one."""
+    """The arguments of the compiled kernel, in order; tuples are flattened."""
     for name, kind in signature.items():
         if isinstance(kind, tuple):
             yield from _runtime({f"{name}.{i}": member for i, member in enumerate(kind)})
@@ -183,17 +184,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.run(
+        usage = subprocess.run(
             [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump told nothing of registers: {told!r}")
+        raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {usage!r}")
     return int(found[1]), int(found[2])
 
 
 def pixel_tensors(launch: Launch) -> dict[str, Tensor]:
-    """The arguments that have pixels: those of four axes (see `cases`)."""
+    """The arguments with pixels: those of four axes (see `cases`)."""
     return {
         name: value
         for name, value in launch.bound.items()

@@ -1,7 +1,7 @@
 """The operators and chains that the reports run, on states of chosen shape, layout and dtypes.
 
-Every state here has two spatial axes and nothing else has: a tensor of four axes is one with
-pixels (a state, params, a network's input, or a gradient of these), which the reports rely on.
+Only tensors with pixels (states, params, network inputs and their gradients) have four axes here.
+The reports recognize them by that.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ SHORT = {
 }
 
 
-CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pass
+CHAINS: dict[str, dict[str, Any]] = {  # what a chain stores for its backward pass
     "stored chain": {"reversible": False},
     "reversible chain": {"checkpoint_every": None},
     "checkpointed chain": {"checkpoint_every": 1},
@@ -55,13 +55,13 @@ class Case:
 
     def tensor(self, channels: int, dtype: torch.dtype) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        # Any values serve: no report looks at results.
+        # Any values will do: no report uses results.
         t = torch.full((self.n, channels, self.side, self.side), 0.5, dtype=dtype)
         return t.to(memory_format=layout).requires_grad_()
 
 
 class Constant(nn.Module):
-    """A coupling network that costs nothing, and so leaves the flow's own launches."""
+    """A coupling network that costs nothing, so that only the flow's launches remain."""
 
     def __init__(self, params: Tensor) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Constant(nn.Module):
 
 
 def chain(case: Case, steps: int, **options: Any) -> ReversibleChain:
-    """A chain of that many steps with constant networks, in the case's dtypes."""
+    """A chain of `steps` steps with constant networks, in the case's dtypes."""
     channels = 2 * (case.c - case.c // 2)
     nets = [Constant(case.tensor(channels, case.params_dtype)) for _ in range(steps)]
     made = ReversibleChain([FlowStep(case.c, net, scale=case.scale) for net in nets], **options)
@@ -80,14 +80,18 @@ def chain(case: Case, steps: int, **options: Any) -> ReversibleChain:
 
 
 def autocast(case: Case) -> AbstractContextManager[object]:
-    """What tells a chain in which dtype its networks want their input."""
+    """The autocast that makes a chain cast its networks' inputs to `params_dtype`."""
     if case.params_dtype in (torch.float16, torch.bfloat16):
         return torch.autocast("cpu", case.params_dtype)
     return nullcontext()
 
 
 class Operation(NamedTuple):
-    """`prepare()` runs what comes before (a backward's forward) and returns what to observe."""
+    """An operator or chain in one direction.
+
+    `prepare()` runs the steps before it (the forward pass of a backward pass) and returns the
+    function to observe.
+    """
 
     name: str
     direction: str  # forward or inverse, or either's backward
@@ -135,8 +139,11 @@ def _run(case: Case, function: Callable[[], object]) -> object:
 
 
 def backward_of(run: Callable[[], object], inputs: list[Tensor]) -> Callable[[], object]:
-    """Runs forward now; the returned function runs backward alone, from gradients laid out as the
-    outputs are (those that `sum()` broadcasts have strides of zero, and would be copied)."""
+    """Runs the forward pass and returns a function that runs the backward pass.
+
+    The gradients have the layouts of the outputs: those that `sum()` broadcasts have strides of
+    zero and would be copied.
+    """
     outputs = run()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]

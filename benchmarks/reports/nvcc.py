@@ -41,10 +41,12 @@ def compile_native(source: str, target: str) -> list[tuple[str, Compiled]]:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """`forward_kernel<float, 4, true>`, where binutils' c++filt is at hand."""
+    """Names like `forward_kernel<float, 4, true>`, if c++filt of binutils is installed."""
     try:
-        told = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
+        demangled = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return names
-    plain = [re.sub(r"\(anonymous namespace\)::|^void ", "", n) for n in told.stdout.splitlines()]
+    plain = [
+        re.sub(r"\(anonymous namespace\)::|^void ", "", n) for n in demangled.stdout.splitlines()
+    ]
     return [name.split("(")[0].removeprefix("mflow::") for name in plain]

@@ -1,8 +1,8 @@
 """The launches that the presets' models make: training steps, evaluation and sampling, recorded.
 
-Nothing is computed and no network runs: the coupling networks give params of the right shape, dtype
-and layout, and gradients of their input, as empty tensors; products and factors of weights are
-skipped too. So a model of 1024x1024 images takes seconds and 3 GB.
+Nothing is computed and no network runs: a coupling network returns zeros of the right shape, dtype
+and layout, and its gradient is uninitialized. Products and factors of weights are skipped too, so a
+model of 1024x1024 images takes seconds and 3 GB.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ from mflow_kernels.runs.presets import PRESETS, preset_options
 from mflow_kernels.training.memory import resolve_config
 
 BATCH = 2
-FEW = 3  # steps of flow, where a first, a middle and a last one make every launch there is
+FEW = 3  # steps of flow: a first, a middle and a last one make every kind of launch
 
-CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pass
+CHAINS: dict[str, dict[str, Any]] = {  # what a chain stores for its backward pass
     "stored": {"reversible": False},
     "reversible": {"checkpoint_every": None},
     "checkpointed": {"checkpoint_every": 8},
@@ -36,8 +36,10 @@ CHAINS: dict[str, dict[str, Any]] = {  # what a chain keeps for its backward pas
 
 
 class _NoAlgebra(TorchDispatchMode):
-    """Returns zeros, strided as the results would be, for products and factors of weights, which
-    take minutes for the flows of vectors of length 2,048."""
+    """Replaces products and factors of weights by zeros with the strides of the results.
+
+    Computing them takes minutes for flows of vectors of length 2,048.
+    """
 
     SKIPPED = {  # noqa: RUF012
         torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm,
@@ -63,7 +65,9 @@ class _EmptyParams(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
         ctx.save_for_backward(x)
         layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        return torch.empty((len(x), channels, *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+        shape = (len(x), channels, *x.shape[2:])
+        # Not uninitialized: reversible chains compare what a network gives on both of its runs.
+        return _zeros(torch.empty(shape, dtype=x.dtype, memory_format=layout, device="meta"))
 
     @staticmethod
     def backward(ctx: Any, dparams: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,7 +76,7 @@ class _EmptyParams(torch.autograd.Function):
 
 
 class EmptyNetwork(nn.Module):
-    """A coupling network that computes nothing, in the dtype that autocast gives it."""
+    """A coupling network that returns zeros in the dtype of autocast and computes nothing."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,12 +92,12 @@ class Model:
     """A model to record.
 
     Attributes:
-        name: what the report calls it.
+        name: its name in the report.
         image_shape, levels: of the image flow.
         manifold_dims: of the image flow and of the flows of vectors after it.
         steps: K of each of these flows.
         dtypes: of the state and of the coupling networks.
-        channels_last: as `Glow` runs; else its chain runs alone, on contiguous states.
+        channels_last: run `Glow`; if false, run its chain alone on contiguous states.
     """
 
     name: str
@@ -108,7 +112,7 @@ class Model:
 
 
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
-    """A preset; with all its steps where the place of a kept state among them matters."""
+    """A preset, shortened to few steps unless the positions of stored states matter."""
     config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
     dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
     if chain != "checkpointed":
@@ -118,8 +122,8 @@ def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
 
 
 def models() -> Iterator[Model]:
-    """Every preset with float32 and bfloat16 networks, whatever its chains keep; odd sizes; and, of
-    one size, what users may choose beside the presets."""
+    """Every preset with float32 and bfloat16 networks and each kind of chain; odd sizes; and the
+    options that no preset uses, at one size."""
     float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
     for chain in CHAINS:
         for network in (float32, bfloat16):
@@ -138,7 +142,7 @@ def models() -> Iterator[Model]:
 
 
 def quick_models() -> Iterator[Model]:
-    """One level of a preset's kind: seconds."""
+    """Models of one level, which take seconds."""
     dtypes = (torch.float32, torch.bfloat16)
     yield Model("quick", (3, 32, 32), 1, (64,), (FEW,), "all states kept", dtypes)
     yield Model("quick", (3, 32, 32), 1, (64,), (FEW,), "stored", dtypes)
@@ -181,7 +185,7 @@ def _build(model: Model) -> HierarchicalFlow:
         if isinstance(module, AffineCoupling):
             module.net = EmptyNetwork(2 * (module.channels - module.channels // 2))
         elif isinstance(module, ActNorm):
-            module.initialized.fill_(True)  # it would refuse what was never computed
+            module.initialized.fill_(True)  # the empty weights were never initialized
     return built
 
 

@@ -1,14 +1,14 @@
-"""Compile every launch that the presets' models make, with no GPU, and say how it fits: registers,
-spills, shared memory, resident blocks, and the width of its memory accesses.
+"""Compile every launch that the presets' models make, with no GPU, and list its registers, spills,
+shared memory, resident blocks, and the width of its memory accesses.
 
 The launches are recorded from the models themselves (`recorded`): training steps, evaluation and
-sampling at every level, with what chains keep and what networks compute in; and a few more models
-that users may choose. Those that Triton compiles to one kernel are compiled once.
+sampling at every level, for each kind of chain and dtype of networks; and a few more models that
+users may choose. Launches that Triton compiles to one kernel are compiled once.
 
-Exit code 1 where a launch does not compile, spills, does not fit on a multiprocessor, or reads or
-writes a state in pieces of less than 16 bytes although its sizes allow 16. They do where every run
-of 16 bytes starts at a multiple of 16 from an aligned base: contiguous, with P a multiple of the
-elements in 16 bytes; channels_last, with C and C // 2 multiples of them.
+The exit code is 1 if a launch does not compile, spills, does not fit on a multiprocessor, or
+accesses a state in pieces of less than 16 bytes although its sizes allow 16. They allow 16 if the
+state is aligned and P (contiguous) or C and C // 2 (channels_last) are multiples of the number of
+elements in 16 bytes.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SCALES = (
 
 
 def launches_of(size: str) -> Iterator[Recorded]:
-    """Launches of models; for "full", also of the operators alone and of chains on any state."""
+    """Launches of models; for "full", also of single operators and of chains on more states."""
     models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
         yield from recorded.record(model)
@@ -101,10 +101,10 @@ def full_cases() -> Iterator[Case]:
 
 @dataclass
 class Configuration:
-    """Launches that compile to one kernel, and what is asked of its accesses."""
+    """Launches that compile to one kernel, and the accesses that must be wide."""
 
-    launch: aot.Launch  # the first one
-    model: str  # that made it
+    launch: aot.Launch  # the first of them
+    model: str  # the model that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
 
     @property
@@ -123,7 +123,7 @@ class Configuration:
 
     @property
     def variant(self) -> str:
-        """The choices that were made at compile time, besides sizes."""
+        """The compile-time choices other than sizes."""
         words = []
         for name, value in self.launch.kwargs.items():
             if value is True:
@@ -154,8 +154,8 @@ NO_STATES = {
 
 
 def states(launch: aot.Launch) -> dict[str, Tensor]:
-    """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
-    of these."""
+    """The arguments that are states, params, network inputs (N, C, H, W) or (N, C), or their
+    gradients."""
     return {
         name: value
         for name, value in launch.bound.items()
@@ -164,7 +164,7 @@ def states(launch: aot.Launch) -> dict[str, Tensor]:
 
 
 def channels(launch: aot.Launch) -> int:
-    """C of the launch's states: a constant of most kernels, else as many as params have."""
+    """C of the launch's states: a constant of most kernels, otherwise the channels of params."""
     given = launch.bound.get("C")
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
@@ -174,7 +174,7 @@ def wide(launch: aot.Launch) -> set[str]:
     allowed, c = set(), channels(launch)
     for name, t in states(launch).items():
         lanes = 16 // t.element_size()
-        # What must be whole multiples: runs of neighbours in memory, and the steps between runs.
+        # Lengths of contiguous runs and steps between runs, which must be whole multiples.
         if t.dim() == 2 or is_channels_last(t):
             steps = (c, c // 2, t.shape[1], t.stride(0), t.stride(-1) if t.dim() == 4 else 0)
         else:
@@ -217,8 +217,8 @@ class Row:
 
     @property
     def cells(self) -> tuple[object, ...]:
-        *told, share, faults = asdict(self).values()
-        return (*told, "-" if share is None else f"{share:.0%}", "; ".join(faults))
+        *cells, share, faults = asdict(self).values()
+        return (*cells, "-" if share is None else f"{share:.0%}", "; ".join(faults))
 
 
 _work: list[Configuration] = []  # inherited by the forked workers: launches cannot be pickled

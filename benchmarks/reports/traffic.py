@@ -1,22 +1,27 @@
-"""Run each launch compiled, on a machine with no GPU, and count what it asks of global memory; and
-count launches beside the networks.
+"""Run each compiled launch without a GPU and count its requests to global memory; count launches.
 
-Two ratios, of tensors that have pixels (states, params, network inputs, gradients):
+Two ratios describe the tensors with pixels (states, params, network inputs, gradients):
 
-    ratio     bytes that threads ask for, to the fewest: each element that the operation needs read
-              once, each that it leaves written once. What an operation needs is what it touches,
-              less what `NEEDLESS` knows that it could do without.
-    sectors   32 bytes times the sectors that each warp's request touches, to the bytes that it asks
-              for. A GPU's memory moves whole sectors: what is past 1 comes with them unasked, and
-              is served by a cache where another request of the same block asks for it soon.
+    ratio     bytes that threads request, divided by the fewest possible: each element that the
+              operation needs is read once, each result is written once. The operation needs the
+              elements that it touches, except those in `NEEDLESS`.
+    sectors   32 bytes times the sectors that each warp's request touches, divided by the bytes that
+              it requests. Memory moves whole sectors. The bytes above 1 are moved without being
+              requested; a cache holds them for later requests of the same block.
 
-Weights, ledgers and partial sums are listed apart ("other"), with a ratio of sectors of their own.
+Weights, ledgers and partial sums are listed as "other", with a separate ratio of sectors.
 
-Exit code 1 where the ratio of bytes passes 1.05 up to C = 128 at sizes that fill tiles, or 1.25 at
-any size of at least 1,024 pixels; where past C = 128 an element is read more than ceil(C / 128)
-times or written more than once (un-mixing past C = 64: twice that, see `TWICE`); where a kernel
-leaves its tensors or races; or where a chain of K steps takes more than K + 1 launches over states
-forward, inverse, or two a step and one more backward. Sectors are counted and have no bound yet.
+The exit code is 1 if one of these fails:
+
+    the ratio of bytes is at most 1.05 up to C = 128 at sizes that fill tiles, and at most 1.25 at
+    any size of at least 1,024 pixels;
+    above C = 128 an element is read at most ceil(C / 128) times and written once (twice as often
+    for the kernels in `TWICE`);
+    a kernel stays within its tensors and does not race;
+    a chain of K steps needs at most K + 1 launches over states forward and inverse, and 2 K + 1
+    backward.
+
+Sectors have no bound yet.
 """
 
 import argparse
@@ -38,8 +43,8 @@ from benchmarks.harness.output import save_json, text_table
 from benchmarks.reports.cases import CHAINS, Case, backward_of, chain, operations
 
 CHANNELS = (12, 24, 48, 96, 192, 384)
-# Whole-state arguments of which a kernel needs the second half of the channels alone: the coupling
-# leaves the first half as it is, and no gradient depends on its values.
+# Arguments that are whole states although the kernel needs only the second half of the channels: a
+# coupling passes the first half through, and no gradient depends on its values.
 NEEDLESS = {("_coupling_bwd_kernel", "x"), ("_coupling_conv1x1_bwd_kernel", "x")}
 
 
@@ -50,7 +55,7 @@ def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
         yield Case(136, n=1, side=8, channels_last=True), True
         return
     for c in CHANNELS:
-        # Past C = 128, where the rule counts reads, fewer pixels do.
+        # Fewer pixels suffice above C = 128, where the bound is on reads.
         side = 32 if c <= 128 else 16
         yield Case(c, n=1, side=side), True
         yield Case(c, n=1, side=side, channels_last=True), True
@@ -76,9 +81,9 @@ class Row:
     fewest: int
     ratio: float
     sectors: float
-    other: int  # bytes in tensors without pixels
+    other: int  # bytes requested from tensors without pixels
     other_sectors: float
-    reads: int  # the most that one tensor's elements are read, on average, rounded up
+    reads: int  # the largest mean number of reads of one tensor's elements, rounded up
     fault: str
 
     HEAD = (
@@ -92,7 +97,7 @@ class Row:
 
 
 def sector_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
-    """Bytes of the sectors that requests touch, to the bytes that they ask for."""
+    """Bytes of the sectors that requests touch, divided by the bytes that they request."""
     moved = sum(memory.moved for memory in memories)
     return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
 
@@ -128,15 +133,18 @@ def row(
     )  # fmt: skip
 
 
-# Past this C the kernel reads its states once for each of two products. Three products of one tile
-# do not fit the registers there, and so wide a state has few pixels: a third launch for the second
-# product would cost a step more than reading twice.
+# Above this C the kernel reads its states once for each of two products, because three products of
+# a tile do not fit the registers. Such wide states have few pixels, so reading twice costs a step
+# less than a third launch would.
 TWICE = {"_rebuild_conv1x1_wide_kernel": 64}
 
 
 def wanted(name: str, case: Case, fills: bool, quick: bool) -> bool:
-    """Whether a case runs this operation: chains repeat what the operators do, with a network input
-    beside it, so one layout of them is enough, and one width of those that store."""
+    """Whether to run an operation on a case.
+
+    Chains repeat the operators, with a network input added, so one layout is enough for them, and
+    one width for the chains that store states.
+    """
     if quick:
         return name in ("coupling_conv1x1", "reversible chain")
     if "chain" not in name:
@@ -176,7 +184,7 @@ def traffic(quick: bool) -> list[Row]:
 
 
 class _Operators(TorchDispatchMode):
-    """How many torch operators run that are launches of their own: no views, no allocations."""
+    """Counts torch operators that would be launches on a GPU: not views and not allocations."""
 
     QUIET = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_to_cpu", "resize_", "set_")
 
@@ -192,7 +200,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _watched(operators: _Operators, prepare: Callable[[], Callable[[], object]]):
-    """The function that `prepare` returns, its torch operators counted."""
+    """The function that `prepare` returns, with its torch operators counted."""
     function = prepare()
 
     def watched() -> None:
@@ -204,15 +212,15 @@ def _watched(operators: _Operators, prepare: Callable[[], Callable[[], object]])
 
 @dataclass
 class Launches:
-    """Of a chain of constant networks, in one direction."""
+    """Launches of a chain of constant networks, in one direction."""
 
     chain: str
     direction: str
     steps: int
-    states: int  # launches of ours over tensors with pixels
-    others: int  # launches of ours over none: the ledger's sum
+    states: int  # our launches over tensors with pixels
+    others: int  # our other launches: the ledger's sum
     bound: int
-    torch: float  # torch operators a step (from another K steps), each a launch on a GPU
+    torch: float  # torch operators per step, each a launch on a GPU; from chains of K and 2 K steps
     fault: str
 
     HEAD = ("chain", "direction", "K", "over states", "others", "at most", "torch a step", "")

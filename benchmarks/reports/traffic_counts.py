@@ -1,8 +1,8 @@
-"""Count what each launch asks of global memory, compiled and run on the machine of tests/ptx.
+"""Count the requests of compiled launches to global memory, run on the machine of tests/ptx.
 
-Import this before anything that imports mflow_kernels: launches then take CPU tensors. Counts are
-of the compiled kernel's instructions, so they include what several threads load alike. A launch
-that touches memory it was not given, or that races, raises `ptx.launch.Violation`.
+Import this before anything that imports mflow_kernels: launches then take CPU tensors. The counts
+are of the compiled kernel's instructions, so an element that several threads load counts several
+times. A launch that leaves its tensors, or that races, raises `ptx.launch.Violation`.
 """
 
 import sys
@@ -21,16 +21,16 @@ launch.KERNELS_ON_CPU = True
 
 @dataclass
 class Memory:
-    """What a launch did with one of the storages that it was given."""
+    """Requests of a launch to the storage of one or more of its tensors."""
 
     names: list[str]
     itemsize: int
-    pixels: bool  # whether a tensor with pixels lives here (one of four axes, see `cases`)
-    loaded: int = 0  # bytes that threads asked for
+    pixels: bool  # whether it holds a tensor with pixels (with four axes, see `cases`)
+    loaded: int = 0  # bytes that threads requested
     stored: int = 0
-    loaded_once: int = 0  # bytes that were touched at all
+    loaded_once: int = 0  # the same, each byte counted once
     stored_once: int = 0
-    sectors: int = 0  # of 32 bytes that the warps' requests touch, loads and stores
+    sectors: int = 0  # 32-byte sectors that the warps' requests touch, loads and stores
 
     @property
     def moved(self) -> int:
@@ -63,7 +63,7 @@ def _launch_of(launched: Launched) -> Launch:
 
 
 def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> list[Launch]:
-    """Every launch of the function that `prepare()` returns, with what it moved."""
+    """Every launch of the function that `prepare()` returns, with its requests."""
     with installed(Device(arch)) as device:
         function = prepare()
         device.launches.clear()

@@ -1,5 +1,5 @@
-// Torch tensors as the loops read and write them. Their Python methods are called from here, which is
-// cheaper than Python code that calls them and keeps the extension free of torch.
+// Torch tensors as the loops read and write them. This file calls their Python methods, which is faster
+// than doing so in Python, and the extension does not depend on torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 enum class Use { read, write };
 
-// A tensor and its shape. A tensor of another dtype than asked for is read from a copy; one that is
-// to be written must have that dtype.
+// A tensor and its shape. A tensor of another dtype than `dtype` is read from a copy; a tensor that is
+// written must have that dtype.
 class Tensor {
 public:
     Tensor(py::object tensor, const py::object& dtype, Use use) : object_(std::move(tensor)) {
@@ -45,7 +45,7 @@ public:
 
 private:
     void look() {
-        // Made once: they are looked up for every tensor.
+        // The names are made once, because every tensor needs them.
         static PyObject* const shape_name = PyUnicode_InternFromString("shape");
         static PyObject* const stride_name = PyUnicode_InternFromString("stride");
         static PyObject* const pointer_name = PyUnicode_InternFromString("data_ptr");
@@ -69,7 +69,7 @@ private:
     void* data_ = nullptr;
 };
 
-// A state (N, C, *spatial) whose pixels one stride walks. Other layouts are read from a copy.
+// A state (N, C, *spatial) whose pixels are reached by one stride. Other layouts are read from a copy.
 class State {
 public:
     State(py::object tensor, const py::object& dtype, Use use)
@@ -96,7 +96,7 @@ private:
             pixels *= length;
         }
         shape_ = {tensor_.length(0), tensor_.length(1), pixels};
-        // The strides of an empty tensor lead nowhere, and its contiguous copy would keep them.
+        // The strides of an empty tensor do not matter, and a contiguous copy would keep them.
         if (!one_stride && shape_.size() > 0) return false;
         walk_ = {tensor_.data(), tensor_.stride(0), tensor_.stride(1), step};
         return true;

@@ -1,4 +1,4 @@
-// The 1x1 convolutions in the Python module. Checked here is what would make the loops read or write
+// The 1x1 convolutions in the Python module. The checks here keep the loops from reading or writing
 // wrong memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
@@ -84,8 +84,8 @@ void expect_channels(const Shape& shape) {
 
 // Computes y = W z + bias, where z is x or, with params, couple(x); net receives y's first half.
 void conv1x1(int threads, const py::object& x, const py::object& params, const py::object& weight,
-         const py::object& bias, const py::object& y, const py::object& net, const py::object& ledger,
-         const py::tuple& scale, bool inverse) {
+             const py::object& bias, const py::object& y, const py::object& net,
+             const py::object& ledger, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), to(y, dtype, Use::write);
@@ -130,9 +130,10 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
 
 // Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
 // x = M (y - bias) and net, x's first half.
-void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
-           const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
-           const py::object& dx, const py::object& outer_sum, const py::object& dbias) {
+void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet,
+                      const py::object& weight, const py::object& bias, const py::object& other,
+                      const py::object& x, const py::object& net, const py::object& dx,
+                      const py::object& outer_sum, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
@@ -153,7 +154,7 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
     p.bias = bias_values;
     const Weights other_values(other, dtype, p.shape.channels, true);
     p.other = other_values;
-    if (other.is_none() != x.is_none()) fail("expected x and its matrix, or neither");
+    if (other.is_none() != x.is_none()) fail("expected both x and the matrix that rebuilds it, or neither");
     const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
     p.rebuilt = rebuilt.walk();
@@ -166,10 +167,11 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
 }
 
 // Computes the gradients of y = W couple(x) + bias.
-void coupling_conv1x1_backward(int threads, const py::object& x, const py::object& params, const py::object& dy,
-                   const py::object& dnet, const py::object& dlogdet,
-                   const py::object& weight, const py::object& dx, const py::object& dparams,
-                   const py::object& outer_sum, const py::object& dbias, const py::tuple& scale, bool inverse) {
+void coupling_conv1x1_backward(int threads, const py::object& x, const py::object& params,
+                               const py::object& dy, const py::object& dnet, const py::object& dlogdet,
+                               const py::object& weight, const py::object& dx,
+                               const py::object& dparams, const py::object& outer_sum,
+                               const py::object& dbias, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State state(x, dtype, Use::read), raw(params, dtype, Use::read);

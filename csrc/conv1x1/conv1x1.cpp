@@ -129,7 +129,7 @@ struct Conv1x1Loop {
     Grid<PIXEL_ROWS, A> grid;
     PackedMatrix<PIXEL_ROWS, A> weight;
     std::vector<A> bias;
-    std::vector<double> sums;  // of log s: of each tile, or of each vector
+    std::vector<double> sums;  // the sum of log s of each tile, or of each vector
 
     explicit Conv1x1Loop(const Conv1x1& p)
         : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
@@ -215,7 +215,7 @@ struct Conv1x1BackwardLoop {
         }
     }
 
-    // Leaves dy in the panel g and z in the panel z, from which `add_to_sums` continues.
+    // Also fills the panels g with dy and z with z, which `add_to_sums` reads.
     MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
         using V = typename Vector<A>::type;
         const int first = grid.first, second = grid.channels - first;
@@ -323,14 +323,14 @@ struct Conv1x1BackwardLoop {
     }
 };
 
-// Only functions that are not templates can have clones.
+// Function clones cannot be templates.
 #define MFLOW_RANGES(PIXEL_ROWS, A)                                                                \
-    MFLOW_CLONES void run_range(Conv1x1Loop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,              \
+    MFLOW_CLONES void run_range(Conv1x1Loop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,         \
                                 Panels<A>& b) {                                                    \
         for (int64_t i = begin; i < end; ++i) m.run(i, b);                                         \
     }                                                                                              \
-    MFLOW_CLONES void run_range(Conv1x1BackwardLoop<PIXEL_ROWS, A>& m, int64_t begin, int64_t end,            \
-                                Panels<A>& b) {                                                    \
+    MFLOW_CLONES void run_range(Conv1x1BackwardLoop<PIXEL_ROWS, A>& m, int64_t begin,              \
+                                int64_t end, Panels<A>& b) {                                       \
         for (int64_t i = begin; i < end; ++i) m.run_part(i, b);                                    \
     }
 MFLOW_RANGES(true, float)
@@ -379,9 +379,11 @@ void conv1x1_cpu(const Conv1x1& p, int threads) {
 void conv1x1_backward_cpu(const Conv1x1Backward& p, int threads) {
     if (p.shape.size() == 0) return;
     if (channels_are_neighbours(p.shape, p.dstate)) {
-        p.is_double ? conv1x1_backward<true, double>(p, threads) : conv1x1_backward<true, float>(p, threads);
+        p.is_double ? conv1x1_backward<true, double>(p, threads)
+                    : conv1x1_backward<true, float>(p, threads);
     } else {
-        p.is_double ? conv1x1_backward<false, double>(p, threads) : conv1x1_backward<false, float>(p, threads);
+        p.is_double ? conv1x1_backward<false, double>(p, threads)
+                    : conv1x1_backward<false, float>(p, threads);
     }
 }
 

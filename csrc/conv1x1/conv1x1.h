@@ -1,24 +1,25 @@
 // Invertible 1x1 convolutions on the CPU: the description of a problem. Actnorm is folded in. The
-// formulas are those of mflow_kernels/ops/coupling_conv1x1.py and rebuild_conv1x1.py.
+// formulas are those of mflow_kernels/ops/conv1x1.py, coupling_conv1x1.py and rebuild_conv1x1.py.
 //
-//   conv1x1      y = W z + bias. z is x or, with a coupling, couple(x).
-//   conv1x1_backward    The gradients dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. Without a coupling z is
-//            y - bias, and x = M z is rebuilt if M is given. With one, z is couple(x), and the
-//            gradients of x and params are computed too.
+//   conv1x1             y = W z + bias, where z is x or, with a coupling, couple(x).
+//   conv1x1_backward    dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. With a coupling, z is
+//                       couple(x), and the gradients of x and params are computed too. Without one,
+//                       z is the given state minus bias: x itself (bias absent), so that outer_sum
+//                       is dW; or y, and then x = M z is rebuilt if M is given.
 #pragma once
 
 #include "../coupling/coupling.h"
 
 namespace mflow {
 
-// Element (row, column) of a matrix or (row, 0) of a vector; null: absent, a vector is zero.
+// Element (row, column) of a matrix, or (row, 0) of a vector. Null: absent; an absent bias is zero.
 struct Matrix {
     const void* data = nullptr;
     int64_t row = 0, column = 0;
     Matrix transposed() const { return {data, column, row}; }
 };
 
-constexpr int64_t kMaxChannels = 128;  // at most; with more channels BLAS is as fast
+constexpr int64_t kMaxChannels = 128;  // with more channels BLAS is as fast
 
 struct Conv1x1 {
     bool is_double = false;

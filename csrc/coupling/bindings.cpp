@@ -1,4 +1,4 @@
-// The couplings in the Python module. Checked here is what would make the loops read or write wrong
+// The couplings in the Python module. The checks here keep the loops from reading or writing wrong
 // memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
@@ -36,12 +36,12 @@ void couple(int threads, int64_t stays, const py::object& x, const py::object& p
     couple_cpu(p, threads);
 }
 
-// `given` is the coupling's input if `kept`, else its output; `other` receives the other one, and may
-// be None if `kept`. These and the gradients are halves (stays = 0) or whole states.
+// `given` is the coupling's input if `kept`, otherwise its output; `other` receives the other one and
+// may be None if `kept`. These and the gradients are halves (stays = 0) or whole states.
 void coupling_backward(int threads, int64_t stays, bool kept, const py::object& given,
-              const py::object& params, const py::object& dy,
-              const py::object& dlogdet, const py::object& other, const py::object& dx,
-              const py::object& dparams, const py::tuple& scale, bool inverse) {
+                       const py::object& params, const py::object& dy, const py::object& dlogdet,
+                       const py::object& other, const py::object& dx, const py::object& dparams,
+                       const py::tuple& scale, bool inverse) {
     const py::object dtype = given.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State state(given, dtype, Use::read), raw(params, dtype, Use::read), gradient(dy, dtype, Use::read);
@@ -53,7 +53,7 @@ void coupling_backward(int threads, int64_t stays, bool kept, const py::object& 
     std::optional<State> filled;
     if (!other.is_none()) filled.emplace(other, dtype, Use::write);
     if (filled) expect_like(state, *filled);
-    if (!kept && !filled) fail("other is absent");
+    if (!kept && !filled) fail("expected a tensor for the coupling's input, got None");
     Coupling p = describe_coupling(is_double, scaled_half(state, stays), raw, scale, inverse);
     p.kept = kept;
     (kept ? p.x : p.y) = from_channel(state.walk(), stays, is_double);

@@ -1,5 +1,5 @@
-// Couplings on the CPU. A tile that is dense is used in place, any other one is copied into small dense
-// buffers, so one vectorized loop serves every layout.
+// Couplings on the CPU. A dense tile is used in place; any other tile is copied into small dense
+// buffers. One vectorized loop thus serves every layout.
 
 #include "coupling.h"
 
@@ -15,8 +15,8 @@
 namespace mflow {
 namespace {
 
-// The tiles of a half. Their rows run along the axis whose neighbours are neighbours in memory,
-// pixels or channels. Vectors have one pixel; their rows are samples.
+// The tiles of a half. Their rows run along the axis that is contiguous in memory, pixels or
+// channels. Vectors have one pixel; their rows are samples.
 struct Grid {
     bool pixels_inside, vectors;
     Tiling tiling;
@@ -31,7 +31,7 @@ struct Grid {
         const int64_t rows = std::min<int64_t>(outer, kTile / width);
         tiling = Tiling(vectors ? 1 : s.samples, outer, inner, rows, width);
     }
-    // How many sums of log s a sample has: one for each tile that it lies in.
+    // Number of sums of log s of a sample: one for each of its tiles.
     int64_t sums() const { return vectors ? tiling.along() : tiling.tiles_per_sample(); }
 };
 
@@ -51,7 +51,7 @@ MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffe
     return buffer;
 }
 
-// Memory for results: the tile itself if it is dense, else the buffer, from which `write` copies.
+// Memory for results: the tile itself if it is dense; otherwise the buffer, from which `write` copies.
 template <class A>
 MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
     const Part<A> to = part<A>(g, t, w);
@@ -130,7 +130,7 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index,
     write<A>(g, t, p.dshift, dshift);
 }
 
-// Only functions that are not templates can have clones.
+// Function clones cannot be templates.
 #define MFLOW_RUN_TILES(name, A)                                                                   \
     MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
                            double* sums, Buffers<A>& buffers) {                                    \

@@ -1,8 +1,8 @@
 // Affine couplings on the CPU: the description of a problem. The formulas are those of
 // mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
 //
-//   couple     y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
-//   coupling_backward   x_b from y_b (unless kept), and the gradients of x_b and of params = (raw, shift)
+//   couple              y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
+//   coupling_backward   x_b from y_b (unless kept), and the gradients of x_b and params = (raw, shift)
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ struct Coupling {
     Shape shape;           // of the half that is scaled
     Walk raw, shift;
 
-    // couple reads x and writes y. coupling_backward reads y and writes x; if `kept` it reads x and writes y,
-    // which may be absent.
+    // couple reads x and writes y. coupling_backward reads y and writes x; if `kept` it reads x and
+    // writes y, which may be absent.
     Walk x, y;
     void* ledger = nullptr;  // couple: one sum a sample
 
@@ -35,8 +35,8 @@ struct Coupling {
     int64_t dlogdet_stride = 0;
     Walk dy, dx, draw, dshift;
 
-    // The half that the coupling passes through, of the state and of its gradient, is copied on the
-    // way if `to` is given.
+    // If `to` is given, the half that the coupling passes through is copied, of the state and of its
+    // gradient.
     int64_t stays = 0;  // its channels, no more than those of the other half
     Walk from[2], to[2];
 };

@@ -1,4 +1,4 @@
-// Builds the description of a coupling from what Python passes.
+// Builds the description of a coupling from Python's arguments.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ inline Scale parse_scale(const py::tuple& args, bool is_double) {
     s.clamp = py::cast<double>(args[3]);
     if (order != "shift-scale" && order != "scale-shift") fail("unknown order " + order);
     s.shift_first = order == "shift-scale";
-    // An eps that rounds to 0 is none.
+    // An eps that rounds to 0 has no effect.
     const bool floored = is_double ? s.eps > 0 : static_cast<float>(s.eps) > 0;
     const bool with_floor = kind == Sigmoid::name && floored;
     s.function = ScaleFunctions::find(with_floor ? FlooredSigmoid::name : kind);

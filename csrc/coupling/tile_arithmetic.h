@@ -1,4 +1,4 @@
-// Copies of tiles, and the couplings' arithmetic on a tile in dense buffers.
+// Copies tiles, and computes couplings on a tile in dense buffers.
 #pragma once
 
 #include <algorithm>

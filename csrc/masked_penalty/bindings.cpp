@@ -1,5 +1,5 @@
-// The masked penalty in the Python module: describes the problem by addresses and strides. Checked
-// here is what would make the loops read or write wrong memory. The caller
+// The masked penalty in the Python module: describes the problem by addresses and strides. The checks
+// here keep the loops from reading or writing wrong memory. The caller
 // (mflow_kernels/ops/masked_penalty.py) has checked devices.
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// The masked penalty on the CPU. A tile that is dense is used in place, any other one is copied into
-// small dense buffers, so one vectorized loop serves every layout.
+// The masked penalty on the CPU. A dense tile is used in place; any other tile is copied into small
+// dense buffers. One vectorized loop thus serves every layout.
 
 #include "masked_penalty.h"
 
@@ -29,7 +29,7 @@ template <class A>
 MFLOW_INLINE A widen(BFloat16 v) {
     return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
 }
-// Every case of a conversion is computed and one is chosen, so that loops vectorize.
+// All cases of a conversion are computed and one is selected, so that loops vectorize.
 template <class A>
 MFLOW_INLINE A widen(Half v) {
     const int32_t half = static_cast<int16_t>(v.bits);
@@ -89,7 +89,7 @@ public:
     }
     MFLOW_INLINE int64_t offset() const { return offset_; }
     MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
-    // How many whole rows follow at a distance of stride[1] from one another.
+    // Number of whole rows that follow, at a distance of stride[1] from one another.
     MFLOW_INLINE int whole() const {
         return p_.axes > 1 && at_[0] == 0 ? static_cast<int>(p_.extent[1] - at_[1]) : 0;
     }
@@ -112,7 +112,7 @@ private:
 };
 
 constexpr int kShortRow = 64;  // shorter rows are read across, many at a time
-constexpr int kSlack = 8;      // how many values may be written past a tile's end in its buffer
+constexpr int kSlack = 8;      // number of values that may be written past the end of a tile's buffer
 
 // Copies the `count` values from `rows` on, in any layout, to `buffer`.
 template <class S, class A>
@@ -299,7 +299,7 @@ MFLOW_INLINE void run_tile(const Problem& p, const Tile& tile, int64_t index, bo
     }
 }
 
-// Only functions that are not templates can have clones.
+// Function clones cannot be templates.
 using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
 #define MFLOW_RUN_TILES(name, T)                                                           \
     MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, bool backward,   \

@@ -5,7 +5,7 @@
 //   gaussian[n] = sum_i (1 - m) (-e^2/2 - log(2 pi)/2)
 //   de          = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e
 //
-// This file knows pointers, sizes, strides and a stream, and nothing of torch.
+// This file uses pointers, sizes, strides and a stream; it does not depend on torch.
 #pragma once
 
 #include <cstdint>
@@ -63,8 +63,8 @@ MFLOW_INLINE A normal_log_density(A e) {
     return A(-0.5) * e * e - A(0.91893853320467274178);  // log(2 pi) / 2
 }
 
-// The terms of one element, with w = scale * weight. If SELECT, m is 0 or 1 and chooses between the
-// two sums, so that NaN and infinity stay out of the other one; else m multiplies.
+// The terms of one element, with w = scale * weight. If SELECT, m is 0 or 1 and selects one of the two
+// sums, so that NaN and infinity stay out of the other one; otherwise m multiplies.
 template <class R, bool SELECT, class A>
 MFLOW_INLINE A penalty_of(A e, A m, A w, A delta) {
     if (SELECT) return w * R::value(m != A(0) ? e : A(0), delta);

@@ -21,7 +21,7 @@ The paper's abstract does not say which pixels e are. There are two domains:
 """
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,12 @@ from mflow_kernels.ops.checks import (
     check_state,
 )
 from mflow_kernels.ops.masked_penalty import (
+    RHOS,
+    Rho,
     masked_penalty,
     masked_penalty_gaussian,
     penalty_log_normalizer,
 )
-
-Rho = Literal["l2", "l1", "huber"]
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
 LEAST_VARIANCE = 1e-8  # keeps w finite if reconstructions are exact
@@ -117,7 +117,7 @@ class ManifoldObjective(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("domain", domain, ("latent", "data"))
-        check_choice("rho", rho, ("l2", "l1", "huber"))
+        check_choice("rho", rho, RHOS)
         for name, value in (("delta", delta), ("sigma", sigma)):
             check_positive(name, value)
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)

@@ -1,4 +1,4 @@
-"""The operators: each a registered custom op with a plain-torch reference and its own kernels."""
+"""The operators. Each is a registered custom op with a reference in plain torch and kernels."""
 
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse
 from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse

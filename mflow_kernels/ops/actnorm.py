@@ -8,8 +8,8 @@ Gradients, with g = d loss / d y, summed over samples and pixels:
 Shapes: x (N, C, *spatial), bias and log_scale (C,). dtypes: computed in float32 (float64).
 Bytes at least: forward x read and y written; backward x and g read, dx written.
 
-Inside a step of flow actnorm is free: it folds into the 1x1 convolution that follows. This operator
-serves actnorm on its own.
+In a step of flow actnorm costs nothing: it is folded into the 1x1 convolution that follows. This
+operator serves an actnorm layer that stands alone.
 """
 
 from typing import Any
@@ -115,8 +115,8 @@ def _actnorm_bwd_kernel(
     COLUMNS: tl.constexpr,
 ):
     BLOCK_P: tl.constexpr = COLUMNS.block
-    # A program owns BLOCK_C channels and every tile in its stride, so that each channel's two sums
-    # stay in registers and leave as one row of `partials` (programs, 2, C).
+    # A program takes BLOCK_C channels of every `programs`-th tile. Each channel's two sums stay in
+    # registers until they are stored as one row of `partials` (programs, 2, C).
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
@@ -268,7 +268,7 @@ def actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
 
 
 def actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `actnorm`: x, and the negative of its logdet. Arguments as there."""
+    """The inverse of `actnorm`: x, and the negative of its logdet. Same arguments."""
     y = _checked("y", y, bias, log_scale)
     logdet = -pixels(y) * log_scale.to(accumulator(y.dtype)).sum()
     x = operator(actnorm_op, _forward)(y, bias, log_scale, True)

@@ -1,7 +1,7 @@
-"""The two products of 1x1 convolutions, alone and behind a coupling: y = W x, and dW.
+"""The kernels of y = W x and of dW, for `conv1x1` and `coupling_conv1x1`.
 
-The fused step is the 1x1 convolution whose input goes through its coupling as it is read, so that
-both are these kernels (`conv1x1`, `coupling_conv1x1`). Formulas and bytes are in those files.
+The fused step is a 1x1 convolution that passes its input through the coupling as it loads it, so
+both operators share these kernels. Their files have the formulas and the least traffic.
 """
 
 from functools import partial
@@ -47,8 +47,8 @@ def load_gradient(
     DTYPE: tl.constexpr,
     PIXELS_FIRST: tl.constexpr = False,
 ):
-    """A tile of dy, with the gradient of the network input added to its first half: channels by
-    columns, or transposed."""
+    """A tile of dy, channels by columns or transposed, with the gradient of the network input added
+    to its first half."""
     if PIXELS_FIRST:
         inside, is_a = (c[None, :] < C) & valid[:, None], (c[None, :] < C // 2) & valid[:, None]
     else:
@@ -63,8 +63,11 @@ def load_gradient(
 
 @triton.jit
 def tile_and_block(C: tl.constexpr, BLOCK_O: tl.constexpr):
-    """This program's tile of columns and block of output channels. The blocks of a tile are
-    neighbours in the grid, so that all but the first find the tile in the L2 cache."""
+    """This program's tile of columns and block of output channels.
+
+    The blocks of a tile are neighbours in the grid, so that all but the first find the tile in the
+    L2 cache.
+    """
     BLOCKS: tl.constexpr = tl.cdiv(C, BLOCK_O)
     return tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
 
@@ -96,8 +99,8 @@ def _conv1x1_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y = W x + bias for one tile of columns; with a SCALE, x goes through its coupling first. x
-    may be a gradient, to which that of a network input is added."""
+    """y = W x + bias for one tile of columns. With a SCALE, x passes through its coupling first. In
+    a backward pass x is a gradient, and dnet is added to its first half."""
     BLOCK_P: tl.constexpr = COLUMNS.block
     tile, block = tile_and_block(C, BLOCK_O)
     n, p, valid = columns(tile, N, P, COLUMNS)
@@ -151,10 +154,10 @@ def _weight_gradient_kernel(
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """This program's share of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile.
+    """One partial sum of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile.
 
-    Warps share out the output channels, 16 each. Where there are fewer, GROUPS of warps have
-    columns of their own, and their sums are added at the end.
+    Each warp takes 16 output channels. With fewer channels than that, each of GROUPS groups of
+    warps takes a part of the columns, and their sums are added at the end.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -168,8 +171,8 @@ def _weight_gradient_kernel(
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, COLUMNS)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE, True)
-        # Columns by channels, as the product wants it: a transpose of the other way round made
-        # Triton load single words.
+        # Load columns by channels, as the product needs them: for a transposed tile Triton loads
+        # single words.
         at_x = at(x, x_strides, n, c, p, PIXELS_FIRST=True)
         x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
         if SCALE is not None:
@@ -204,13 +207,13 @@ class Conv1x1Tile(NamedTuple):
 
 def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
-    # Products in tf32x3 share their rows out to warps, 16 each: more warps than that would repeat
-    # them. Up to C = 32 there are more columns than rows, and warps share out the columns.
+    # In tf32x3 each warp takes 16 rows of a product; more warps than that would repeat rows. Up to
+    # C = 32 there are more columns than rows, and warps take columns.
     return Conv1x1Tile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
 
 
 class WeightGradientTile(NamedTuple):
-    """Blocks of dW and of columns, warps, and groups of warps with columns of their own."""
+    """Blocks of dW and of columns, warps, and groups of warps that share out the columns."""
 
     block: int
     block_p: int
@@ -224,7 +227,7 @@ def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     if block <= 32:
         wide = dtype == torch.float64
         return WeightGradientTile(block, 32, 4, 1) if wide else WeightGradientTile(block, 64, 4, 4)
-    # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
+    # Above C = 64, 32 columns spill on sm_90 and do not fit the shared memory of sm_80.
     return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1)
 
 
@@ -232,13 +235,13 @@ MULTIPROCESSORS = 132  # of an H100
 
 
 def partial_sums(columns: int, c: int, most: int) -> int:
-    """How many partial sums of a C x C product over so many columns: at most `most`, and no more
-    than have the bytes of the state itself, which is C values a column."""
+    """Number of partial sums of a C x C product over `columns` columns of C values: at most `most`,
+    and no more values than the state has."""
     return max(1, min(most, columns // c))
 
 
 def weight_gradient_splits(x: Tensor) -> int:
-    """How many partial sums of dW a backward launch on the state x leaves."""
+    """Number of partial sums of dW that a backward launch on the state x stores."""
     if not uses_triton(x):
         return 1
     n, c, p = x.shape[0], x.shape[1], pixels(x)
@@ -266,7 +269,7 @@ def pipeline_stages(precision: str) -> int:
 
 
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
-    """How a kernel computes products for the state x."""
+    """The compile-time constants of a kernel that computes products of the state x."""
     dtype = accumulator(x.dtype)
     return {
         "PRECISION": "ieee" if dtype == torch.float64 else precision,
@@ -275,11 +278,12 @@ def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
 
 
 def shared_operand_stages(precision: str) -> int:
-    """Pipelining stages of a loop that multiplies a tile as loaded and uses it elsewhere too.
+    """Pipelining stages of a loop that multiplies a tile as loaded and also uses it otherwise.
 
-    With "tf32" sm_90 multiplies asynchronously, from the buffer that the tile was loaded to. Triton
-    3.9 frees that buffer after the other use, and the next load overwrites what the product still
-    reads. One stage has one tile at a time. "tf32x3" and 16-bit states pass through registers.
+    With "tf32", sm_90 multiplies asynchronously from the buffer that the tile was loaded to. Triton
+    3.9 frees that buffer after the other use, and the next load overwrites the operand of a product
+    that still runs. One stage holds one tile at a time. "tf32x3" and 16-bit states are multiplied
+    from registers.
     """
     return 1 if precision == "tf32" else 2
 
@@ -295,8 +299,10 @@ def launch_conv1x1(
     inverse: bool = False,
     dnet: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One launch: y = W x + bias, x through its coupling first where params are given; the network
-    input cut from y; and the coupling's ledger."""
+    """One launch: y = W x + bias, the network input cut from y, and the coupling's ledger.
+
+    With params, x passes through its coupling first.
+    """
     x = dense_pixels(x)
     params = None if params is None else dense_pixels(params)
     dnet = None if dnet is None else dense_pixels(dnet)
@@ -362,7 +368,7 @@ def launch_weight_gradient(
             GROUPS=tile.groups,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            # Groups read their columns in an order that only 4-byte copies could prepare.
+            # Groups read columns in an order that only 4-byte asynchronous copies could provide.
             num_stages=1 if tile.groups > 1 else shared_operand_stages(precision),
         )
     return dweight, dbias

@@ -1,5 +1,5 @@
-"""Argument checks shared by the operators: each error names the argument, what was expected and
-what came, before any kernel runs."""
+"""Argument checks of the operators. They run before any kernel; each error names the argument, the
+expected value and the given one."""
 
 from numbers import Integral
 
@@ -35,14 +35,14 @@ def check_state(name: str, value: object) -> Tensor:
 def check_channels(
     name: str, x: Tensor, channels: int, spatial: tuple[str, ...] | None = None
 ) -> None:
-    """A state (N, channels, *spatial), with one axis for each name in `spatial` where given."""
+    """A state (N, channels, *spatial), with one axis for each name in `spatial`, if given."""
     if x.shape[1] != channels or (spatial is not None and x.dim() != 2 + len(spatial)):
         axes = ", ".join(("N", str(channels), *(("*spatial",) if spatial is None else spatial)))
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(x.shape)}")
 
 
 def check_state_for(name: str, value: object, of_channels: Tensor) -> None:
-    """A flow state with a channel for each number of a layer's vector, on its device."""
+    """A flow state on the device of a layer's vector, with one channel for each of its elements."""
     x = check_state(name, value)
     check_channels(name, x, of_channels.shape[0])
     check_device(name, x, of_channels)

@@ -2,23 +2,22 @@ r"""Invertible 1x1 convolution: one matrix multiplies the channels of every pixe
 
     y_p = W x_p + bias            (Glow, arXiv 1807.03039, section 3.2)
 
-Actnorm folds into it: with W' = W diag(exp(log_scale)) and bias' = W' bias it is this operator. The
-inverse is this operator too, with W^-1 and -W^-1 bias. log |det W| is the layer's business, which
-knows W's factors.
+Actnorm is folded in: W' = W diag(exp(log_scale)) and bias' = W' bias. The inverse is this operator
+with W^-1 and -W^-1 bias. The layer computes log |det W|, because it knows the factors of W.
 
 Gradients, with g = d loss / d y:
     dx_p = W^T g_p,   dW = sum over samples and pixels of g_p x_p^T,   d bias = sum of g_p
 
-The launch can also write the input of the next coupling network, x_a of y, dense and in the
-network's dtype; its gradient comes back beside that of y and is added as both are read.
+The launch can also write the input of the next coupling network: a dense copy of y_a in the
+network's dtype. Its gradient arrives beside that of y, and the backward launch adds the two.
 
-The kernels, `channel_products.py`, are those of the fused step (`coupling_conv1x1`) too.
+The kernels are in `channel_products.py`; the fused step (`coupling_conv1x1`) uses them too.
 
 Shapes: x (N, C, *spatial), weight (C, C), bias (C,). dtypes: products of float32 states are summed
 in float32 on the tensor cores with three tf32 products each ("tf32x3", within float32 rounding);
 float64 in float64; float16 and bfloat16 states are upcast to float32.
 Bytes at least: forward x read and y written; backward g and x read, dx written. A program holds all
-output channels of its pixels up to C = 128; past that each block of 128 reads the state again.
+output channels of its pixels up to C = 128; above that each block of 128 reads the state again.
 """
 
 import math
@@ -82,11 +81,10 @@ def add_to_first_half(dy: Tensor, dnet: Tensor | None) -> Tensor:
 
 
 def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (..., C, C) and bias (..., C) as the operators take them: one copy, in appearance, for
-    each partial sum of its gradient.
+    """weight (..., C, C) and bias (..., C) with a further axis of `splits` entries, not copied.
 
-    So the partial sums leave the backward launch as they are, and one reduction adds them for all
-    the steps that were spread together, in a fixed order.
+    The backward launch can then return its partial sums as the gradient of that axis. One reduction
+    adds them for all steps that were spread together, in a fixed order.
     """
     splits, c, dtype = weight_gradient_splits(x), x.shape[1], accumulator(x.dtype)
     weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).contiguous().unsqueeze(-2)
@@ -99,7 +97,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def conv1x1_forward(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """y and the network input cut from it, without autograd; weight and bias as `spread` them."""
+    """y and the network input cut from it, without autograd. `spread` made weight and bias."""
     if uses_triton(x):
         y, net, _ = launch_conv1x1(x, weight[0], bias[0], precision, net_dtype)
         return y, net
@@ -162,7 +160,7 @@ conv1x1_op, conv1x1_eager = register(
 
 
 def check_conv1x1(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
-    """weight (C, C) and bias (C,), zero where None, that fit the state x."""
+    """weight (C, C) and bias (C,), checked against the state x; a bias of None becomes zeros."""
     c = x.shape[1]
     weight = check_tensor("weight", weight)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else check_tensor("bias", bias)
@@ -178,7 +176,7 @@ def conv1x1(
 ) -> Tensor:
     """y = W x + bias at every pixel (Glow, arXiv 1807.03039, section 3.2).
 
-    Its log-determinant is P * log |det W|, which the caller knows from W's factors.
+    Its log-determinant is P * log |det W|; the caller computes it.
 
     Args:
         x: state (N, C, *spatial); float32, float64, float16 or bfloat16; contiguous, channels_last
@@ -186,7 +184,7 @@ def conv1x1(
         weight: (C, C).
         bias: (C,) or None.
         precision: how float32 products run on tensor cores: "tf32x3", within float32 rounding, or
-            "tf32", faster and good to about 1e-3. Only CUDA looks at it.
+            "tf32", which is faster and accurate to about 1e-3. Only CUDA uses it.
 
     Returns:
         y, shaped and typed as x.
@@ -203,14 +201,14 @@ def conv1x1(
 def conv1x1_inverse(
     y: Tensor, weight: Tensor, bias: Tensor | None = None, *, precision: str = "tf32x3"
 ) -> Tensor:
-    """Undo `conv1x1`: x = W^-1 (y - bias), with W inverted in float64. Arguments as there.
+    """The inverse of `conv1x1`: x = W^-1 (y - bias), with W inverted in float64. Same arguments.
 
-    While gradients are recorded nothing waits for the device: x is NaN where weight is singular or
-    not finite. Under `torch.no_grad` it is an error.
+    If gradients are recorded, a singular or infinite weight gives NaN, because a check would make
+    the host wait for the device. Under `torch.no_grad` it is an error.
 
     Raises:
-        ValueError: also, where no gradients are recorded, for a weight that is singular or not
-            finite.
+        ValueError: as `conv1x1`, and if no gradients are recorded, for a weight that is singular or
+            not finite.
     """
     y = flow_state("y", y)
     weight, bias = check_conv1x1(y, weight, bias, precision)
@@ -220,7 +218,7 @@ def conv1x1_inverse(
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether the host may read numbers of x now."""
+    """Whether the host may read values of x now."""
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return False
     return not capturing(x.device)
@@ -251,7 +249,7 @@ def inverse_weight_and_bias(
         came = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"
         raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
-    # What LAPACK leaves of a singular W is finite.
+    # LAPACK returns finite numbers for a singular W.
     missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
     inverse = inverse.masked_fill(missing, math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)

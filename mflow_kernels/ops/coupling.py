@@ -4,7 +4,7 @@ r"""Affine coupling: scale and shift one half of the channels by a function of t
     y_a = x_a,  y_b = s * (x_b + shift)            logdet = sum over channels and pixels of log s
 
 and with the order "scale-shift" y_b = s * x_b + shift. The inverse has the same params, since the
-network reads the half that stays.
+network reads the half that passes through.
 
 Gradients, with g = d loss / d y_b and l = d loss / d logdet (order "shift-scale"):
     d x_b = s * g,   d shift = s * g,   d raw = (g * y_b + l) * d log s / d raw
@@ -77,7 +77,7 @@ def couple_backward_ref(
     inverse: bool,
     log_s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx_b and dparams, from the coupling's input, and its log s if known; dlogdet (N,)."""
+    """dx_b and dparams from the coupling's input. dlogdet is (N,); pass log_s if it is known."""
     dtype = x_b.dtype
     x_b, raw, shift, sign = _upcast(x_b, params, inverse)
     log_s = log_scale_ref(raw, scale) if log_s is None else log_s
@@ -118,7 +118,7 @@ def coupling_backward_ref(
 
 @triton.jit
 def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    """raw and shift of channels c (rows) at columns (n, p), and which rows and columns have any."""
+    """raw and shift of channels c (rows) at columns (n, p), and the mask of x_b, which has them."""
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
     at_raw = at(params, strides, n, c - C_A, p)
@@ -130,7 +130,7 @@ def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.cons
 
 @triton.jit
 def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
-    """Store what `load_params` loads."""
+    """Store raw and shift where `load_params` loads them."""
     C_A: tl.constexpr = C // 2
     at_raw = at(params, strides, n, c - C_A, p)
     store(at_raw, raw, mask=is_b)
@@ -145,7 +145,7 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
         log_s = -log_s
         shift = -shift
     s = tl.exp(log_s)
-    # The inverse of "shift, then scale" scales first, and the other way round.
+    # The inverse of "shift, then scale" scales first, and vice versa.
     if SCALE.shifts_first == INVERSE:
         y = s * x + shift
     else:
@@ -155,7 +155,7 @@ def couple(x, raw, shift, is_b, SCALE: tl.constexpr, INVERSE: tl.constexpr):
 
 @triton.jit
 def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERSE: tl.constexpr):
-    """Gradients of `couple`: dx, d raw, d shift; x is the input, dlog_s one number a column."""
+    """Gradients of `couple`: dx, d raw, d shift. x is the input; dlog_s, one value per column."""
     log_s, slope = log_scale(raw, SCALE)
     if INVERSE:
         log_s = -log_s
@@ -396,7 +396,7 @@ def affine_coupling(
 def affine_coupling_inverse(
     y: Tensor, params: Tensor, scale: ScaleFunction | Kind = "tanh"
 ) -> tuple[Tensor, Tensor]:
-    """Undo `affine_coupling`: x, and the negative of its logdet. Arguments as there."""
+    """The inverse of `affine_coupling`: x, and the negative of its logdet. Same arguments."""
     y = flow_state("y", y)
     args = ScaleFunction.of(scale).args
     run = operator(affine_coupling_op, coupling_forward)

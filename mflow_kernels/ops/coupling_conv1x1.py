@@ -1,18 +1,18 @@
-r"""The fused step: the coupling of one step of flow and the 1x1 convolution of the next, one pass.
+r"""The fused step: one step's coupling and the next step's 1x1 convolution, in one pass.
 
     z_a = x_a,  z_b = s * (x_b + shift)            as in `affine_coupling`
     y_p = W z_p + bias                             as in `conv1x1`, actnorm folded in
     logdet = sum over channels and pixels of log s
 
-z never exists in memory. The launch can also write the input of the next coupling network, x_a of
-y, dense and in the network's dtype. The inverse has the same form, coupling inverse first:
+z is never stored. The launch can also write the input of the next coupling network: a dense copy of
+y_a in the network's dtype. The inverse has the same form, with the inverse coupling first:
 
     x_p = couple^-1(y)_p,   z_p = W x_p + bias
 
-so that sampling walks a chain with W_k^-1, -W_k^-1 bias_k in the place of W, bias.
+Sampling passes W_k^-1 and -W_k^-1 bias_k as W and bias.
 
-Gradients: g_z = W^T g is formed tile by tile and goes through the coupling's gradient before it is
-stored; dW = sum g z^T takes z, computed again from x and params as they are read.
+Gradients: g_z = W^T g is computed tile by tile and passed through the coupling's gradient before it
+is stored; dW = sum g z^T recomputes z from x and params.
 Bytes at least: forward x and params read, y written; backward g, x and params read, dx and dparams
 written, and g, x, params once more for dW.
 """
@@ -114,7 +114,7 @@ def _coupling_conv1x1_bwd_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dz = W^T dy for a block of channels, and the coupling's gradient before it is stored."""
+    """dz = W^T dy for a block of channels, passed through the coupling's gradient."""
     BLOCK_P: tl.constexpr = COLUMNS.block
     tile, block = tile_and_block(C, BLOCK_O)
     n, p, valid = columns(tile, N, P, COLUMNS)
@@ -183,8 +183,8 @@ def coupling_conv1x1_forward(
     net_dtype: torch.dtype | None,
     kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, the network input cut from it, and the ledger, without autograd; weight and bias as
-    `spread` them."""
+    """y, the network input cut from it, and the ledger, without autograd. `spread` made weight and
+    bias."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         y, net, ledger = launch_conv1x1(
@@ -284,7 +284,7 @@ def coupling_conv1x1(
 
     Returns:
         y, shaped and typed as x, and the coupling's logdet (N,), float32 (float64), natural log;
-        P * log |det W| is the caller's to add.
+        the caller adds P * log |det W|.
 
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
@@ -307,11 +307,11 @@ def coupling_inverse_conv1x1(
     *,
     precision: str = "tf32x3",
 ) -> tuple[Tensor, Tensor]:
-    """`affine_coupling_inverse`, then `conv1x1`, in one pass: a sampling chain's step.
+    """`affine_coupling_inverse`, then `conv1x1`, in one pass: a step of a sampling chain.
 
     Give the inverse weight W^-1 and -W^-1 bias of the 1x1 convolution that comes before the
-    coupling in the data -> latent direction. Arguments and results as `coupling_conv1x1`, the
-    logdet that of the inverse coupling.
+    coupling in the data -> latent direction. Arguments and results are those of
+    `coupling_conv1x1`; logdet is that of the inverse coupling.
     """
     y = flow_state("y", y)
     params = check_params(y, params)

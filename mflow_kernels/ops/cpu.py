@@ -1,7 +1,8 @@
-"""The operators on a CPU by the loops of csrc, in one pass each; the references need about ten.
+"""The operators on a CPU, by the loops of csrc.
 
-Each function here computes what the reference that it names computes, for float32 and float64
-states. Call `serves` or `serves_conv1x1` first.
+A loop passes over memory once; a reference, about ten times. Each function here computes the same
+as the reference in its docstring, for float32 and float64 states. Call `serves` or
+`serves_conv1x1` first.
 """
 
 import importlib
@@ -27,8 +28,8 @@ _C = load_extension()
 def serves(x: Tensor) -> bool:
     """Whether the loops can run on the state x.
 
-    They cannot when x is no plain tensor in memory: under a compiler, forward-mode differentiation
-    or torch.func, and for fake tensors.
+    They need a plain tensor in memory: compilers, forward-mode differentiation, torch.func and fake
+    tensors do not have one.
     """
     return (
         _C is not None
@@ -40,7 +41,7 @@ def serves(x: Tensor) -> bool:
     )
 
 
-# The most channels that the loops of 1x1 convolutions take.
+# The largest number of channels that the loops of 1x1 convolutions take.
 CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 
 
@@ -105,8 +106,8 @@ def _coupling_backward(
     """dy and dparams of a coupling y -> z.
 
     Args:
-        given: y if `kept`, else z.
-        other: receives the other one of y and z; may be None if `kept`.
+        given: y if `kept`, otherwise z.
+        other: receives z if `kept`, otherwise y; may be None if `kept`.
         stays: number of channels that the coupling passes through; 0 if the tensors are halves.
     """
     assert _C is not None
@@ -130,7 +131,7 @@ def conv1x1(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
 
-    One stride must walk the pixels of x (`dense_pixels`). Returns y, the network input cut from it,
+    One stride must reach the pixels of x (`dense_pixels`). Returns y, the network input cut from y,
     and the ledger (empty without params).
     """
     assert _C is not None
@@ -159,7 +160,7 @@ def coupling_conv1x1_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`.
 
-    One stride must walk the pixels of x and params (`dense_pixels`). dledger is (N, 1).
+    One stride must reach the pixels of x and params (`dense_pixels`). dledger is (N, 1).
     """
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)

@@ -1,14 +1,14 @@
-"""What Triton operators share: how tensors look to a kernel, and how a kernel is launched.
+"""Memory layouts of flow states as Triton kernels see them, and the launch of a kernel.
 
 A kernel sees a flow state (N, C, *spatial) as N samples of C channels by P pixels with one stride
 each, so that contiguous and channels_last tensors and views of their halves need no copy. It works
-on *columns*: the pixels of all samples, cut into tiles. Where a sample has fewer pixels than a
-tile, tiles run across samples (`Columns.flat`), so that (N, C) vectors fill the lanes too.
+on *columns*: the pixels of all samples, cut into tiles. If a sample has fewer pixels than a tile,
+tiles run across samples (`Columns.flat`), so that (N, C) vectors fill the lanes too.
 
 One compiled kernel serves every batch size, and every image size whose P and strides are multiples
 of the same power of two. N, P and the strides are therefore arguments at run time. The compiler
-needs three facts for 16-byte accesses, and the launch states them: which stride is 1 (`strided`),
-what the other strides are multiples of (`strided`), and what P is a multiple of (`Columns.unit`).
+needs three facts for 16-byte accesses, and the launch states them: the stride that is 1, a divisor
+of the other strides (both `strided`), and a divisor of P (`Columns.unit`).
 """
 
 import math
@@ -26,26 +26,28 @@ from torch.autograd import forward_ad
 from mflow_kernels.ops.checks import check_state
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Whether kernels take CPU tensors: in Triton's interpreter, or compiled, in tests/ptx.
+# Whether kernels take CPU tensors: in Triton's interpreter, or compiled and run by tests/ptx.
 KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func is on. No kernel carries
-    tangents or batches of gradients: then references run, whose derivatives autograd finds to any
-    order."""
+    """Whether forward-mode differentiation or a transform of torch.func is on.
+
+    No kernel carries tangents or batches of gradients. The references run instead, and autograd
+    differentiates them to any order.
+    """
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether an operator on x runs its Triton kernels: on CUDA, and with KERNELS_ON_CPU on the CPU
-    too. Else its reference runs."""
+    """Whether an operator on x runs its Triton kernels: on CUDA, and on the CPU if KERNELS_ON_CPU.
+    Otherwise its CPU loop or its reference runs."""
     kind = x.device.type
     return (kind == "cuda" or (KERNELS_ON_CPU and kind == "cpu")) and not transformed()
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, so that nothing may be read from the device."""
+    """Whether a CUDA graph is being captured; nothing may be read from the device then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -60,13 +62,13 @@ def autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
-    """Products of states are never autocast."""
+    """A context that turns autocast off: products of states always keep their precision."""
     device = on if isinstance(on, torch.device) else on.device
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
-    """`y` with the strides that `torch.empty_like(x)` has, as an operator promises them."""
+    """`y` with the strides of `torch.empty_like(x)`, which the operator's fake promises."""
     if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
         return y
     return torch.empty_like(x, dtype=y.dtype, device=y.device).copy_(y)
@@ -82,8 +84,8 @@ RUN_TIME = (
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
-    Triton itself takes the current device, which need not be the tensors'. A fake tensor has no
-    memory: its launch does nothing, and the results have their shapes.
+    Triton itself launches on the current device, which may be another one. A fake tensor has no
+    memory, so its launch does nothing.
     """
     if isinstance(args[0], FakeTensor):
         return
@@ -109,8 +111,8 @@ def pixels(x: Tensor) -> int:
 
 
 def dense_pixels(x: Tensor) -> Tensor:
-    """`x` itself where one stride walks all its pixels, as in the layouts of models; or a copy."""
-    if x.dim() == 4:  # the usual case, told without a loop
+    """`x` itself if one stride reaches all its pixels in order, else a contiguous copy."""
+    if x.dim() == 4:  # the usual case, decided without a loop
         _, _, height, width = x.shape
         *_, down, right = x.stride()
         return x if height == 1 or width == 1 or down == width * right else x.contiguous()
@@ -127,9 +129,9 @@ def dense_pixels(x: Tensor) -> Tensor:
 
 
 def flow_state(name: str, value: object) -> Tensor:
-    """`value` as a flow state that kernels can walk, copied only where its layout is of no model's.
+    """`value` as a flow state for kernels, copied only if one stride does not reach its pixels.
 
-    Before the operator, not in it: what an operator promises of its outputs follows its inputs.
+    Call this before the operator: its registered output layout follows its input layout.
     """
     return dense_pixels(check_state(name, value))
 
@@ -145,7 +147,8 @@ def strides(x: Tensor) -> Strides:
 
 
 class _Unit(tl.constexpr):
-    __hash__ = object.__hash__  # There is one object a value. Triton hashes them at every launch.
+    # Triton hashes these at every launch. Each value has one object, so its identity will do.
+    __hash__ = object.__hash__
 
 
 _UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
@@ -160,7 +163,7 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     tuple: Triton binds it in half the time that a NamedTuple takes.
 
     Raises:
-        ValueError: where an offset within a sample, which kernels hold in 32 bits, does not fit.
+        ValueError: an offset within a sample does not fit the 32 bits that kernels hold it in.
     """
     if x is None:
         return None, None
@@ -188,7 +191,8 @@ def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
 
 
 def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor for the network input of the state y: dense, in y's order of axes; or (0,)."""
+    """An empty tensor for the network input y_a, dense and in y's order of axes; (0,) without a
+    dtype."""
     return (
         y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
     )
@@ -201,20 +205,25 @@ def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def channels_first(x: Tensor) -> bool:
-    """Whether neighbours in memory are pixels of one channel (else channels of one pixel)."""
+    """Whether neighbours in memory are pixels of one channel rather than channels of one pixel."""
     return pixels(x) > 1 and strides(x).p == 1
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the strides of a state (N, C, *spatial) are in channels_last order. States of one
-    channel or of one pixel are in the order that their strides state, as for torch's convolutions
-    (`Tensor.is_contiguous` accepts either order for them)."""
+    """Whether the strides of a state (N, C, *spatial) are in channels_last order.
+
+    A state of one channel or one pixel has the order that its strides state, as for torch's
+    convolutions. `Tensor.is_contiguous` would accept either order for it.
+    """
     return x.dim() > 2 and 0 < x.stride(1) * x.shape[1] <= x.stride(-1)
 
 
 def elementwise_tile(x: Tensor) -> tuple[int, int]:
-    """Channels by columns of an elementwise program: 1,024 elements (512 of float64, which takes
-    twice the registers), longest along the axis whose neighbours are neighbours in memory."""
+    """Channels and columns of an elementwise program's tile.
+
+    A tile has 1,024 elements (512 of float64, which needs twice the registers) and is longest along
+    the axis that is contiguous in memory.
+    """
     elements = 512 if x.dtype == torch.float64 else 1024
     if channels_first(x):
         return 4, elements // 4
@@ -223,7 +232,7 @@ def elementwise_tile(x: Tensor) -> tuple[int, int]:
 
 
 class Columns(NamedTuple):
-    """What a kernel knows of its tiles of columns when it is compiled.
+    """The compile-time constants of a kernel's tiles of columns.
 
     Attributes:
         block: columns of a tile.
@@ -237,7 +246,13 @@ class Columns(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How N x P columns are cut: one program a tile, and the columns of a sample's ledger row."""
+    """The tiles of N x P columns.
+
+    Attributes:
+        programs: number of tiles, one program each.
+        ledger: columns of a sample's row in the ledger.
+        columns: the compile-time constants.
+    """
 
     programs: int
     ledger: int
@@ -261,7 +276,7 @@ def ledger_columns(x: Tensor, block: int) -> int:
 
 @triton.jit
 def multiple(value, UNIT: tl.constexpr):
-    """`value`, which is a multiple of UNIT, in a form that lets the compiler know it."""
+    """`value`, written so that the compiler sees that it is a multiple of UNIT."""
     return value // UNIT * UNIT
 
 
@@ -275,8 +290,10 @@ def step(index, stride, UNIT: tl.constexpr):
 
 @triton.jit
 def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
-    """Addresses in x, whose strides come from `strided`, of channels c (rows) at columns (n, p); or
-    transposed, columns by channels."""
+    """Addresses in x of channels c (rows) at columns (n, p), or transposed if PIXELS_FIRST.
+
+    The strides come from `strided`.
+    """
     UNIT: tl.constexpr = strides[3]
     if PIXELS_FIRST:
         n, c, p = n[:, None], c[None, :], p[:, None]
@@ -284,8 +301,8 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
         n, c, p = n[None, :], c[:, None], p[None, :]
     SIZE: tl.constexpr = UNIT * x.dtype.element_ty.primitive_bitwidth // 8
     x += step(n, strides[0], UNIT)
-    # A step of 1 comes last: up to there each address is a multiple of UNIT elements. The compiler
-    # takes the hint from the result of an operation, not from an argument.
+    # A step of 1 is added last: before it each address is a multiple of UNIT elements. The compiler
+    # takes this hint only from the result of an operation, not from an argument.
     if strides[1] is None:
         x = tl.multiple_of(x + step(p, strides[2], UNIT), [SIZE, SIZE])
         return x + c
@@ -298,9 +315,9 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
 
 @triton.jit
 def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
-    """Addresses, columns by channels, of channels c of a half: of `a` where `is_a`, else of `b`.
+    """Addresses, columns by channels, of channels c of a half: in `a` where `is_a`, else in `b`.
 
-    The strides of b are None where they are those of a: that saves half of the arithmetic.
+    b_strides is None if b has the strides of a, which saves half of the arithmetic.
     """
     if b_strides is None:
         UNIT: tl.constexpr = a_strides[3]
@@ -316,7 +333,8 @@ def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
 
 @triton.jit
 def store(pointer, value, mask):
-    """`tl.store`. Float64 goes to 16 bits by float32: Triton 3.6 compiles no direct conversion."""
+    """`tl.store`. Float64 is converted to 16 bits through float32: Triton 3.6 cannot do it in one
+    step."""
     if value.dtype == tl.float64 and pointer.dtype.element_ty.primitive_bitwidth == 16:
         tl.store(pointer, value.to(tl.float32), mask=mask)
     else:
@@ -325,7 +343,7 @@ def store(pointer, value, mask):
 
 @triton.jit
 def columns(tile, N, P, COLUMNS: tl.constexpr):
-    """Sample and pixel of each column of a tile, and whether it exists."""
+    """Sample and pixel of each column of a tile, and whether the column exists."""
     BLOCK: tl.constexpr = COLUMNS.block
     P = multiple(P, COLUMNS.unit)
     if COLUMNS.flat:
@@ -340,7 +358,7 @@ def columns(tile, N, P, COLUMNS: tl.constexpr):
 
 @triton.jit
 def write_ledger(ledger, log_s, tile, N, P, COLUMNS: tl.constexpr):
-    """Store a tile's sum of log s (channels by columns) in its own place of the ledger (N, T)."""
+    """Store the sum of a tile's log s (channels by columns) in the tile's ledger entry."""
     if COLUMNS.flat:
         j = tile * COLUMNS.block + tl.arange(0, COLUMNS.block)
         tl.store(ledger + j, tl.sum(log_s, axis=0), mask=j < N * P)
@@ -350,7 +368,7 @@ def write_ledger(ledger, log_s, tile, N, P, COLUMNS: tl.constexpr):
 
 @triton.jit
 def read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS: tl.constexpr):
-    """For each column, the gradient of the place in the ledger that its log s went to."""
+    """For each column, the gradient of the ledger entry that holds its log s."""
     if COLUMNS.flat:
         t = p
     else:

@@ -2,10 +2,10 @@ r"""Accumulation of log-determinants: the deterministic ledger.
 
     logdet[n] = constant + sum_t ledger[n, t]
 
-Every launch that scales a state writes its tile's sum of log s into columns of its own of a ledger
-(N, T), float32 (float64 for float64 states); what does not depend on the sample, P * log |det W|
-and P * sum(log_scale) of each step, is the constant. One launch adds them in a fixed order: no
-atomics, the same bits on every run.
+Every launch that scales a state writes each tile's sum of log s to a separate entry of a ledger
+(N, T), float32 (float64 for float64 states). The constant holds the terms that all samples share:
+P * log |det W| and P * sum(log_scale) of each step. One launch adds the entries in a fixed order
+without atomics, so the bits are the same on every run.
 
 Gradients: d ledger[n, t] = d logdet[n], a broadcast view; d constant = sum_n d logdet[n].
 Bytes at least: the ledger read once, N results written.
@@ -43,7 +43,7 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     n, t = ledger.shape
     logdet = ledger.new_empty(n)
     if n:
-        # The same block for every T: T follows the image size, for which nothing compiles again.
+        # One block for every T: T depends on the image size, which must not compile again.
         args = (ledger.contiguous(), constant, logdet, t)
         launch(_accumulate_kernel, (n,), *args, BLOCK_T=BLOCK_T)
     return logdet
@@ -98,7 +98,7 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
 
 
 def sum_ledger(ledger: Tensor) -> Tensor:
-    """The ledger of one operator alone, summed."""
+    """The sum of each row of an operator's ledger (N, T)."""
     if ledger.shape[1] == 1:
         return ledger[:, 0]
     return operator(accumulate_logdet_op, _accumulate)(ledger, ledger.new_zeros(()))

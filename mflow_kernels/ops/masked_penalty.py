@@ -13,17 +13,17 @@ Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de
 Mask and weight are constants and carry none.
 
 A bool mask, or none, selects: the penalty ignores elements that are not masked and the density
-those that are, even if e is NaN or infinite there. So do the gradients, which also ignore a sum
-whose own gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
+ignores those that are, even if e is NaN or infinite there. The gradients do the same, and also
+ignore a sum whose gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
 
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed
 in float32 (float64 for float64), which is also the dtype of the results.
 Bytes at least: forward input (and target, mask, weight) read; backward the same, gradients written.
 
-The kernels are csrc's: one pass, no copy in any layout, sums in an order that the shape alone
-decides, so that the bits are the same at every run and with any number of threads. A mask or weight
-is read fastest in the memory format of the input.
+The kernels are in csrc. They make one pass and no copy, in any layout. The shape alone decides the
+order of the sums, so the bits are the same at every run and with any number of threads. A mask or
+weight is read fastest in the memory format of the input.
 """
 
 import math
@@ -76,7 +76,7 @@ def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
     return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
 
 
-# A new function needs a row here, its name in `Rho`, and a row in csrc/masked_penalty.h.
+# A new function: its name in `Rho`, a row here, and one in csrc/masked_penalty/masked_penalty.h.
 _PENALTY_FUNCTIONS = {
     "l2": _PenaltyFunction(
         value=lambda e, delta: e.square() / 2,
@@ -115,9 +115,9 @@ def _terms(
 def _split(
     e: Tensor, mask: Tensor | None, penalize: Tensor | bool, keep: Tensor | bool
 ) -> tuple[Tensor, Tensor]:
-    """e of the penalized part, where `penalize`, and e of the rest, where `keep`; zero elsewhere.
+    """e of the penalized part where `penalize`, and of the rest where `keep`; zero elsewhere.
 
-    A floating-point mask leaves e as it is: both sums multiply by their share of the mask.
+    With a floating-point mask both are e, because the sums multiply by the mask.
     """
     if mask is not None and mask.dtype != torch.bool:
         return e, e
@@ -206,8 +206,8 @@ def _launch(kernel: Any, problem: tuple[Any, ...], *rest: Tensor | None) -> None
 
 
 def _check_weight_values(weight: Tensor | None) -> None:
-    # Reading the values of a GPU's tensor would make the host wait at every call, and a transform's
-    # tensor has none to read.
+    # Reading a GPU tensor's values would make the host wait at every call. Under a transform there
+    # are no values to read.
     if weight is not None and weight.device.type == "cpu" and weight.numel() and not transformed():
         low, high = (v.item() for v in weight.aminmax())
         if not (low >= 0 and high < math.inf):
@@ -251,7 +251,7 @@ def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _gradients(
     input: Tensor, target: Tensor | None, for_input: bool, for_target: bool
 ) -> tuple[Tensor, Tensor]:
-    """Uninitialized (d input, d target) in the layouts of both; (0,) if not asked for."""
+    """Uninitialized (d input, d target), laid out as these tensors; (0,) for one not needed."""
     dinput = torch.empty_like(input) if for_input else input.new_empty(0)
     dtarget = torch.empty_like(target) if for_target and target is not None else input.new_empty(0)
     return dinput, dtarget
@@ -359,7 +359,7 @@ def masked_penalty_gaussian(
             torch's rules (per pixel (H, W), per channel (C, 1, 1), per sample (N, 1, 1, 1)).
             Everywhere by default.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
-            tensor's values are checked on a CPU only, since reading them would stall a GPU.
+            tensor's values are checked on a CPU only, because reading them would stall a GPU.
         rho: "l2", "l1" or "huber".
         delta: |e| at which huber turns from quadratic to linear; l2 and l1 ignore it.
 
@@ -368,7 +368,7 @@ def masked_penalty_gaussian(
         with respect to input and target.
 
     Raises:
-        TypeError: an argument is no tensor or number, or a tensor of another dtype.
+        TypeError: an argument is not a tensor or number, or a tensor has the wrong dtype.
         ValueError: shapes, devices, rho, delta or weight do not fit.
 
     Source: Razavi et al., arXiv 2206.03293, per-pixel penalized log-likelihood.
@@ -437,9 +437,9 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
 
     Args:
         rho: "l2", "l1" or "huber".
-        weight: w, a number above 0 or a tensor of them. The result is infinite for a tensor's 0,
-            for which no density exists.
-        delta: huber's, in units of e.
+        weight: w, a number above 0 or a tensor of such numbers. A tensor may contain 0, for which
+            no density exists; the result there is infinite.
+        delta: the threshold of huber, in units of e.
 
     Returns:
         A number, or a tensor with the shape and dtype of weight (float32 for 16-bit dtypes).

@@ -57,8 +57,8 @@ class RebuiltConv1x1(NamedTuple):
     Attributes:
         x: the halves of x; None if x was not rebuilt.
         dx: the halves of its gradient.
-        whole: x and dx as states of one piece, whose halves `x` and `dx` are; or None if the halves
-            are dense tensors of their own.
+        whole: the whole states x and dx, if `x` and `dx` are views of their halves; None if the
+            halves are separate dense tensors.
         net: the network input x_a, or None.
         outer_sum: partial sums, (splits, C, C).
         dbias: partial sums, (splits, C).
@@ -75,7 +75,7 @@ class RebuiltConv1x1(NamedTuple):
 def in_one_piece(
     x: Tensor | None, dx: Tensor, net: Tensor | None, outer_sum: Tensor, dbias: Tensor
 ) -> RebuiltConv1x1:
-    """Results whose states are whole."""
+    """Results whose halves are views of whole states."""
     c_a = dx.shape[1] // 2
     x_halves = None if x is None else (x[:, :c_a], x[:, c_a:])
     return RebuiltConv1x1(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, outer_sum, dbias)
@@ -186,7 +186,7 @@ def _rebuild_conv1x1_kernel(
             dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
         tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
-        # After the store of dx: with both tiles in flight the registers do not suffice at C = 24.
+        # Load y after the store of dx: both tiles together need too many registers at C = 24.
         at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
         y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
         if x_a is not None:
@@ -195,7 +195,7 @@ def _rebuild_conv1x1_kernel(
             if net is not None:
                 at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
                 tl.store(at_net, x_t, inside & is_a[None, :])
-        # Columns that do not exist add nothing, because dy is zero there.
+        # dy is zero in columns that do not exist, so they add nothing.
         dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
@@ -324,7 +324,7 @@ def _rebuild_conv1x1_wide_kernel(
                 dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
             )
             dbias_t += tl.sum(dy_t, axis=1)
-        # Programs of one block of rows sum the same dy: they store the same d bias.
+        # Programs of one block of rows sum the same dy, so they store the same d bias.
         _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, split, o, c, C)
 
 
@@ -356,12 +356,12 @@ def _load_shifted_halves(
 ):
     y_t = _load_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, DTYPE)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
-    return y_t - shift[:, None]  # columns that do not exist add nothing: dy is zero there
+    return y_t - shift[:, None]  # dy is zero in columns that do not exist, so they add nothing
 
 
 @triton.jit
 def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of the state whose channels below C // 2 are `a` and whose others are `b`."""
+    """A tile of the state with halves `a` (channels below C // 2) and `b`."""
     C_A: tl.constexpr = C // 2
     chosen = tl.where(
         (c < C_A)[:, None], at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
@@ -384,9 +384,9 @@ class RebuildTile(NamedTuple):
         block_o: output channels of a program.
         block_c: input channels of one product.
         block_p: columns of a tile.
-        warps: of a program.
-        stages: of software pipelining.
-        programs: for each multiprocessor, of those that leave a partial sum.
+        warps: warps of a program.
+        stages: stages of software pipelining.
+        programs: programs per multiprocessor that each store a partial sum.
     """
 
     half: int
@@ -437,7 +437,7 @@ def launch_rebuild_conv1x1(
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
-    """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
+    """One launch. Without `weight_inverse`, x is not rebuilt."""
     y_a, y_b, dy_a, dy_b = map(dense_pixels, (*y, *dy))
     dnet = None if dnet is None else dense_pixels(dnet)
     weight = weight.contiguous()
@@ -503,7 +503,7 @@ def launch_rebuild_conv1x1(
 
 
 def empty_state(half: Tensor, channels: int, channels_last: bool) -> Tensor:
-    """An empty, dense tensor of that many channels, with the batch and pixels of `half`."""
+    """An empty dense tensor with `channels` channels and the batch and pixels of `half`."""
     if not channels_last:
         return half.new_empty((half.shape[0], channels, *half.shape[2:]))
     last = half.new_empty((half.shape[0], *half.shape[2:], channels))
@@ -523,20 +523,20 @@ def rebuild_conv1x1(
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
-    """The second launch of a step's backward; on a CPU the loops of csrc, or its reference.
+    """The second launch of a step's backward pass; on a CPU its loop or its reference.
 
     Args:
         y: the halves (N, C_a, *spatial), (N, C_b, *spatial) of y = W x + bias.
         dy: the halves of its gradient.
         dnet: further gradient of the first half, or None.
         weight, bias: (C, C) and (C,), float32 (float64).
-        weight_inverse: W^-1, or None where x was kept and is not asked for.
+        weight_inverse: W^-1, or None if x was stored and need not be rebuilt.
         net_dtype: dtype of the network input to cut from x, or None for none.
-        channels_last: the memory format of the results: that of the states, which halves of few
-            channels do not show. A network whose input has another format may differ in bits.
-        apart: whether the halves of x and dx may be tensors of their own. A kernel that reads one
-            half of a channels_last state of few channels fetches much of the other one.
-        outer_sum, dbias: where partial sums go, (splits, C, C) and (splits, C), contiguous, with
+        channels_last: memory format of the results. Pass that of the states: halves with few
+            channels do not show it, and a network may give other bits for another format.
+        apart: whether the halves of x and dx may be separate tensors. A kernel that reads one half
+            of a channels_last state with few channels fetches much of the other half too.
+        outer_sum, dbias: receive the partial sums, (splits, C, C) and (splits, C), contiguous, with
             `rebuild_splits` splits.
     """
     if uses_triton(y[0]):

@@ -48,7 +48,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 
 
 class RebuiltCoupling(NamedTuple):
-    """What the launch leaves: the b halves of y and dy, and dparams."""
+    """Results of `rebuild_coupling`: the b halves of y and dy, and dparams."""
 
     y_b: Tensor
     dy_b: Tensor
@@ -122,7 +122,7 @@ def launch_rebuild_coupling(
     inverse: bool,
     kept: bool,
 ) -> RebuiltCoupling:
-    """One launch. z_b is the coupling's output, or its input where that was `kept`."""
+    """One launch. z_b is the coupling's output, or its input if that was `kept`."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
     n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
@@ -154,14 +154,15 @@ def rebuild_coupling(
     inverse: bool,
     kept: bool,
 ) -> RebuiltCoupling:
-    """The first launch of a step's backward; on a CPU its loop or reference.
+    """The first launch of a step's backward pass; on a CPU its loop or its reference.
 
     Args:
-        z_b: (N, C_b, *spatial), the half that the coupling changed, or where `kept` its input.
-        dz_b: gradient of the coupling's output, that half.
+        z_b: (N, C_b, *spatial), the half of the output that the coupling changed; if `kept`, the
+            same half of the input.
+        dz_b: gradient of that half of the output.
         dlogdet: (N,).
         params: (N, 2 * C_b, *spatial), the network's output.
-        scale, inverse: of the coupling as it ran.
+        scale, inverse: those of the forward pass.
     """
     if not uses_triton(z_b) and cpu.serves(z_b):
         return RebuiltCoupling(

@@ -1,4 +1,4 @@
-"""How an operator becomes known to torch, and its eager form without the dispatcher."""
+"""Registers operators with torch, and makes eager forms of them that bypass the dispatcher."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,11 +23,12 @@ def register(
     """Register mflow::name and mflow::name_backward.
 
     Args:
-        forward, backward: without autograd; their annotations are the operators' schemas.
-        fake, fake_backward: empty results of their shapes, dtypes and layouts.
-        setup: keeps in ctx what `gradient` needs: (ctx, inputs, outputs).
-        gradient: (ctx, *grads of the outputs, run=) to a gradient for each input, by `run`, which
-            is the backward operator or `backward` itself.
+        forward, backward: the computations without autograd; their annotations become the
+            operators' schemas.
+        fake, fake_backward: return empty results of the same shapes, dtypes and layouts.
+        setup: called as setup(ctx, inputs, outputs); stores in ctx the values for `gradient`.
+        gradient: called as gradient(ctx, *output_gradients, run=...); returns a gradient for each
+            input. `run` is the backward operator, or `backward` itself.
 
     Returns:
         The registered operator, and the operator as `eager_function`.
@@ -47,11 +48,12 @@ def eager_function(
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
-    """A differentiable `forward` that costs the host a quarter of what the registered operator
-    does: compilers cannot take it, and its gradient cannot be differentiated again.
+    """A differentiable `forward` that costs the host a quarter of the registered operator's time.
+
+    Compilers cannot trace it, and its gradient cannot be differentiated again.
 
     Args:
-        forward: takes what the operator takes.
+        forward: takes the operator's arguments.
         setup, backward: as for `register_autograd`.
     """
 
@@ -72,16 +74,18 @@ def eager_function(
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Where a gradient is to be differentiated again. `once_differentiable` would not do: it lets
-    through, as constant, what saved tensors carry."""
+    """Raise if a gradient is about to be differentiated again.
+
+    `once_differentiable` is not enough: it treats saved tensors as constants.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name}: its gradient cannot be differentiated again; those of torch.func (grad, vjp, "
-            "hessian), which run the reference, can"
+            f"{name}: its gradient cannot be differentiated again; use torch.func (grad, vjp, "
+            "hessian), which differentiates the reference"
         )
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The registered operator; or its plain `forward` where forward-mode differentiation or a
-    transform is on, which the operator does not pass on."""
+    """The registered operator; or its plain `forward` under forward-mode differentiation or a
+    transform of torch.func, which the operator does not support."""
     return forward if transformed() else registered

@@ -25,19 +25,19 @@ from mflow_kernels.ops.checks import check_choice
 Kind = Literal["sigmoid", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
 
-ATAN = 0.636  # FrEIA's rounding of 2 / pi, kept so that its couplings are expressed exactly
+ATAN = 0.636  # FrEIA's rounding of 2 / pi, kept to reproduce its couplings exactly
 
 
 @dataclass(frozen=True)
 class ScaleFunction:
-    """How a coupling turns params into a scale, and whether the shift comes before or after it.
+    """The function from params to a scale, and whether the shift comes before or after scaling.
 
     Attributes:
         kind: "sigmoid", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", > 0. At 2 a deep flow can still send a
-            sample past float32; at 1 none was seen to (docs/results.md).
+        clamp: bound of |log s| with "tanh" and "atan", > 0. With 2 a sample of a deep flow can
+            overflow float32; with 1 none was seen to (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -77,7 +77,7 @@ class ScaleFunction:
 
 @cache
 def scale_of(kind: Kind, offset: float, eps: float, clamp: float, order: Order) -> ScaleFunction:
-    """The function whose `args` these are."""
+    """The `ScaleFunction` with these `args`."""
     return ScaleFunction(kind, offset, eps, clamp, order)
 
 
@@ -85,7 +85,7 @@ _DEFAULTS = {kind: ScaleFunction(kind) for kind in get_args(Kind)}
 
 
 class Formula(NamedTuple):
-    """A scale function by plain torch: the specification.
+    """The specification of a scale function, in plain torch.
 
     Attributes:
         log_s: log s from raw.

@@ -1,5 +1,5 @@
-"""Bad input: an error before any kernel runs, that names the argument, what was expected and what
-came."""
+"""Bad input raises an error before any kernel runs. The error names the argument, the expected
+value and the given one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Triton's own launch path, without a GPU: what it compiles again, and where a kernel runs."""
+"""Triton's own launch path, without a GPU: which launches compile, and on which device they run."""
 
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_nothing_is_compiled_after_the_first_step_and_sample(kind):
 
 @pytest.mark.parametrize(("device", "entered"), [("cuda:0", []), ("cuda:1", [1]), ("cpu", [])])
 def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch, device, entered):
-    """The current device is 0; another one is current during the launch alone."""
+    """The current device is 0; another one is current only during the launch."""
     current, guards, launches = [0], [], []
 
     @contextmanager

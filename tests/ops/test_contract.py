@@ -1,4 +1,4 @@
-"""What every operator promises, whatever its formula."""
+"""Properties that every operator has, independent of its formula."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ CASES = [
 
 
 def run(op, inputs):
-    """All outputs and gradients, of cotangents that the inputs' shapes alone decide."""
+    """All outputs and gradients, for cotangents that depend only on the inputs' shapes."""
     outputs = op.call(*inputs.values(), **options(op))
     torch.manual_seed(1)
     cotangents = [torch.randn_like(y) for y in outputs]
@@ -73,7 +73,7 @@ def test_same_bits_twice(op, device):
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Fill every tensor that torch.empty and its like return with NaN."""
+    """Fill every result of torch.empty and similar functions with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -92,7 +92,7 @@ def test_outputs_are_wholly_written(op, shape, layout, kernel_device):
 
 
 def allocated(call) -> tuple[list[Tensor], int]:
-    """What `call` returns, and the bytes that it allocated on the way."""
+    """The result of `call`, and the number of bytes that it allocated."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = call()
@@ -106,7 +106,7 @@ def allocated(call) -> tuple[list[Tensor], int]:
 @pytest.mark.parametrize("layout", IN_PLACE)
 @every
 def test_no_hidden_copy(op, layout, kernel_device):
-    """Nothing of the size of half a state is allocated beside the results."""
+    """Besides the results, nothing as large as half a state is allocated."""
     inputs = op.sample((1, 4, 16, 16), device=kernel_device, layout=layout)
     slack = inputs["x"].numel() // 2 * inputs["x"].element_size()
 
@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
-    """Every operator called as the public functions and a flow call it."""
+    """Calls of every operator, as the public functions and a flow make them."""
     with Recorder() as recorder:
         for op in OPERATORS.values():
             layout = "contiguous" if "inverse" in op.name else "second half, channels_last"

@@ -56,14 +56,14 @@ def test_without_bias_and_with_a_transposed_weight(device):
 
 
 def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
-    """A weight in bfloat16 must not cost the float32 bias its digits."""
+    """A bfloat16 weight must not round the float32 bias."""
     inputs = CONV.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
     inputs["bias"] = normal(5, device=device).requires_grad_()
     compare(CONV, inputs)
 
 
 def test_inverse_undoes_an_ill_conditioned_weight(device):
-    """With W^-1 from float64, the round trip costs the rounding of y times W^-1's norm, once."""
+    """With W^-1 from float64, a round trip is off by one rounding of y times the norm of W^-1."""
     weight = rotation(8, torch.float64)
     weight = (weight @ torch.diag(torch.logspace(0, -4, 8, dtype=torch.float64))).float()
     norm = torch.linalg.matrix_norm(torch.linalg.inv(weight.double()), 2).item()
@@ -90,7 +90,7 @@ def test_inverse_of_what_has_none(weight, device):
         pytest.raises(ValueError, match=r"weight: expected an invertible matrix, got"),
     ):
         ops.conv1x1_inverse(x, weight.to(device))
-    # Where gradients are recorded, an error would make training wait for the device.
+    # If gradients are recorded, a check would make training wait for the device.
     weight = weight.to(device).requires_grad_()
     assert ops.conv1x1_inverse(x, weight).isnan().all()
 

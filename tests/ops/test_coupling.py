@@ -48,7 +48,7 @@ def test_layouts_of_state_and_params_may_differ(device):
 
 
 def test_by_hand(device):
-    """s = e^0.5 on the second channel: the first stays, shift before scale by default."""
+    """s = e^0.5 on the second channel. The first passes through; the default shifts first."""
 
     def row(*values):
         return torch.tensor([values], dtype=torch.float64, device=device)
@@ -79,7 +79,7 @@ def test_inverse_undoes(scale, device):
 @pytest.mark.parametrize("raw", [-1e4, -120.0, 120.0, 1e4])
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
 def test_extreme_params(op, scale, raw, device):
-    """logdet is exact where s itself under- or overflows, gradients where s is in range."""
+    """logdet is exact even if s under- or overflows; gradients are if s is in range."""
     inputs = op.sample((2, 3, 2, 2), device=device)
     with torch.no_grad():
         inputs["params"][:, :2] = raw

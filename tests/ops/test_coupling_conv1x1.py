@@ -64,7 +64,7 @@ def test_without_bias(op, device):
 
 
 def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
-    """A weight in bfloat16 must not cost the float32 bias its digits."""
+    """A bfloat16 weight must not round the float32 bias."""
     op = DIRECTIONS[0]
     inputs = op.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
     compare(op, inputs | {"bias": normal(5, device=device).requires_grad_()})

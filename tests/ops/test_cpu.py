@@ -39,7 +39,7 @@ FLOATS = [torch.float32, torch.float64]
 # Beside those of the operators: a batch of vectors and a row past one tile of 1,024 elements, with
 # no multiple of it; rows of few channels; more channels than a tile.
 MORE = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2), (0, 4, 2)]
-# 1 / s and s are within e^2 with the default scale: what a rounding may grow to.
+# With the default scale, s and 1 / s are at most e^2, by which a rounding error may grow.
 GROWTH = 7.4
 
 
@@ -130,7 +130,7 @@ def log_scale_and_slope(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_accurate_to_the_last_places(scale, dtype):
-    """Relative to each value, not to the largest: from 1e-30 to where float32 ends."""
+    """Errors are relative to each value, not to the largest, from 1e-30 up to overflow."""
     magnitudes = torch.logspace(-30, 2.5, 4001, dtype=torch.float64)
     raw = torch.cat([magnitudes, -magnitudes, torch.linspace(-12, 12, 4001).double()]).to(dtype)
     raw = raw[raw.abs() <= 300]
@@ -144,7 +144,7 @@ def test_accurate_to_the_last_places(scale, dtype):
     # A slope that vanishes as e^-|raw| feels the rounding of raw / clamp and raw + offset.
     growth = 1 + 2 * raw.double().abs()
     for name, a, b, grown in zip(("log s", "slope"), got, wants, (1, growth), strict=True):
-        # Where s is near 1 its logarithm has lost what s has not.
+        # If s is near 1, its logarithm has lost digits that s still has.
         absolute = 4 * eps if scale.kind == "sigmoid" else 4 * tiny
         error = (a.double() - b).abs()
         assert (error <= 8 * eps * grown * b.abs() + absolute).all(), name
@@ -175,7 +175,7 @@ CONV1X1_CASES = [c for c in CASES if c[0][1] <= cpu.CONV1X1_MAX_CHANNELS] + [
 
 
 def close(got: Tensor, want: Tensor, terms: int, name: str) -> None:
-    """Sums of so many products of numbers of order one, scaled by a coupling's growth."""
+    """Compare sums of `terms` products of order one, which a coupling may have scaled."""
     assert_close(got, want, terms=terms, scale=GROWTH * terms**0.5, name=name)
 
 
@@ -267,7 +267,7 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_with_any_number_of_threads(layout):
-    """Large enough that threads share the work."""
+    """The state is large enough for several threads."""
     shape = (3, 6, 320, 160)
     x, params, dy, dlogdet = sample(shape, layout)
     weight, scale = rotation(6)[None], ScaleFunction("tanh")
@@ -302,7 +302,7 @@ def test_same_bits_with_any_number_of_threads(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_without_the_extension_references_stand_in(layout, monkeypatch):
-    # Under the interpreter too: of the CPU's two ways, neither is a kernel's.
+    # Neither kernels nor loops may run, also under the interpreter.
     monkeypatch.setattr(import_module("mflow_kernels.ops.launch"), "KERNELS_ON_CPU", False)
     x, params, dy, dlogdet = sample((2, 6, 5, 4), layout)
     weight, dledger = rotation(6)[None], dlogdet[:, None]
@@ -376,7 +376,7 @@ ODD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def no_use(x: Tensor) -> list[int]:
-    """The strides of x, and others for its axes of length 1, which no walk takes."""
+    """The strides of x, with arbitrary ones for axes of length 1, which nothing uses."""
     sizes = zip(x.shape, x.stride(), strict=True)
     return [stride if length > 1 else 1000 + axis for axis, (length, stride) in enumerate(sizes)]
 
@@ -388,7 +388,7 @@ ODD_SHAPES = [(2, 1, 16, 7), (2, 4, 3, 5), (1, 3, 1, 6), (3, 2, 1, 1), (0, 3, 4,
 @pytest.mark.parametrize("of_gradient", ODD_VIEWS)
 @pytest.mark.parametrize("of_state", ODD_VIEWS)
 def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkeypatch):
-    """Without the dispatcher, as layers call them, so that nothing resolves a view before."""
+    """Called without the dispatcher, as layers do, so that nothing resolves the view first."""
     monkeypatch.setattr(import_module("mflow_kernels.ops.launch"), "KERNELS_ON_CPU", False)
     c = shape[1]
     x = dense_pixels(ODD_VIEWS[of_state](normal(*shape))).requires_grad_()
@@ -414,8 +414,8 @@ def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkey
 
 
 def test_an_error_in_a_worker_is_an_error_of_the_call(tmp_path):
-    """As of an allocation that fails, in any share and in several, with the others run all the
-    same: whoever called owns what they write."""
+    """An error in one share of the work or in several, as of a failed allocation, reaches the
+    caller after all shares have ended, because they write to the caller's memory."""
     source = tmp_path / "main.cpp"
     source.write_text(r"""
         #include <atomic>

@@ -76,7 +76,7 @@ def _negated_lazily(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def _odd_strides(x: Tensor, rng: random.Random) -> Tensor:
-    """Of axes of length 1, or of all axes of an empty tensor: nobody walks along them."""
+    """Change strides that nothing uses: of axes of length 1, and all those of an empty tensor."""
     lengths = zip(x.shape, x.stride(), strict=True)
     strides = [s if n > 1 and x.numel() else rng.randrange(2000) for n, s in lengths]
     return x.as_strided(x.shape, strides)
@@ -89,7 +89,7 @@ VIEWS: tuple[Callable[[Tensor, random.Random], Tensor], ...] = (
 
 
 class Case:
-    """The random draws of one case, and what to say of it if it fails."""
+    """The random draws of one case, and its description if it fails."""
 
     def __init__(self, index: int) -> None:
         self.rng = random.Random(index)
@@ -121,8 +121,11 @@ def compare(
     magnitude: Callable[..., tuple[Tensor, ...]],
     terms: dict[str, int],
 ) -> None:
-    """Values and gradients against `reference` in float64. `magnitude` is the reference without
-    signs: a sum that cancels is off by what its terms are rounded by."""
+    """Compare values and gradients with `reference` in float64.
+
+    `magnitude` is the reference of absolute values: a sum that cancels has the rounding errors of
+    its terms.
+    """
     exact, positive = ([t.detach().double().requires_grad_() for t in leaves] for _ in range(2))
     want, sizes = reference(*exact), magnitude(*positive)
     cotangents = [case.view("gradient", case.normal(*y.shape, dtype=y.dtype)) for y in got]
@@ -271,7 +274,7 @@ def test_random_shapes_and_layouts() -> None:
 
 @pytest.mark.parametrize("name", ["conv1x1", "coupling_conv1x1", "coupling_inverse_conv1x1"])
 def test_bias_in_any_layout(name: str) -> None:
-    """Found by the long run: kernels took a bias to be dense."""
+    """A long run found this case: kernels assumed that the bias is dense."""
     op, c = OPERATORS[name], 5
     inputs = op.sample((2, c, 3, 3))
     for bias in (torch.randn(2 * c)[::2], torch.randn(1).expand(c)):

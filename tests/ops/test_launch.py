@@ -1,4 +1,4 @@
-"""How kernels see a state: strides, tiles, and layouts that need no copy."""
+"""Strides, tiles, and the layouts that need no copy."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_an_empty_batch_has_no_tile():
 
 
 def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
-    """A stride of 1, and what the others are multiples of: for all batch and image sizes alike."""
+    """Kernels know the stride of 1 and a divisor of the others, at any batch and image size."""
 
     def strides_of(*shape, layout=torch.contiguous_format):
         _, (n, c, p, unit) = strided(torch.empty(shape).to(memory_format=layout))
@@ -119,7 +119,7 @@ def test_offsets_within_a_sample_fit_in_32_bits(x):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
-    """They give the shape and layout of every result, for a GPU on a machine that has none too."""
+    """Fake tensors give the shape and layout of every result, also for a GPU that is not there."""
     asked = (torch.cuda, "current_device"), (torch.cuda, "is_current_stream_capturing")
     for module, name in asked:
         monkeypatch.setattr(module, name, lambda: pytest.fail("asked CUDA"))

@@ -3,7 +3,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,9 +18,16 @@ from mflow_kernels.ops.masked_penalty import (
     masked_penalty_ref,
     penalty_log_normalizer,
 )
+from mflow_kernels.runs import config
 from mflow_kernels.testing import assert_close
 
 module = importlib.import_module("mflow_kernels.ops.masked_penalty")
+
+
+def test_the_command_line_offers_every_rho():
+    """`runs.config` repeats the names, because it does not import torch."""
+    assert RHOS == get_args(module.Rho) == get_args(config.Rho)
+
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = {
@@ -32,7 +39,7 @@ LAYOUTS = {
     "samples innermost": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "unaligned": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x),
 }
-# Of the mask or weight of a state (N, C, H, W).
+# Shapes of the mask or weight of a state (N, C, H, W).
 BROADCASTS = {
     "none": None,
     "number": (),
@@ -49,7 +56,7 @@ BROADCASTS = {
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that no value is right by luck."""
+    """torch.empty returns NaN, so that no unwritten value is right by chance."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -195,7 +202,7 @@ def test_every_half_is_widened_as_by_torch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_floats_are_rounded_to_halves_as_by_torch(dtype: torch.dtype) -> None:
-    """Every half, every midpoint of two, and their neighbours in float32."""
+    """Every 16-bit number, every midpoint of two, and the float32 neighbours of these."""
     finite = all_of(dtype)
     finite = finite[finite.isfinite()].float().sort()[0]
     midpoints = (finite[1:].double() + finite[:-1]).div(2).float()
@@ -292,7 +299,7 @@ def test_empty_batch(device: torch.device) -> None:
 
 
 def test_same_bits(device: torch.device) -> None:
-    """At every run, and on any number of threads."""
+    """The bits are the same on every run and with any number of threads."""
     x = random((5, 3, 160, 170), torch.float32, device, 0)
     mask = random((3, 160, 170), torch.float32, device, 1) > 0
     threads = torch.get_num_threads()
@@ -310,7 +317,7 @@ def test_same_bits(device: torch.device) -> None:
 
 
 class _Fresh(TorchDispatchMode):
-    """Adds up the elements of every tensor that an aten call makes anew."""
+    """Adds up the elements of every new tensor that an aten call returns."""
 
     elements = 0
 
@@ -368,9 +375,9 @@ def test_opcheck(device: torch.device, layout: str) -> None:
 
 
 def test_compiles_without_a_break(device: torch.device) -> None:
-    torch.use_deterministic_algorithms(False)  # Inductor would fill what it allocates too
+    torch.use_deterministic_algorithms(False)  # Inductor would fill its allocations too
 
-    # No arithmetic of its own, for which Inductor would start a slow C++ compiler.
+    # The function has no other arithmetic, for which Inductor would start a slow C++ compiler.
     def loss(x: Tensor, t: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         both = masked_penalty_gaussian(x, t, mask=mask, weight=weight)
         return *both, masked_penalty(x, weight=0.5, rho="l1")

@@ -43,7 +43,7 @@ def test_rebuilt_conv1x1_matches_the_reference(
 
     def halves() -> Halves:
         state = normal(*shape, device=kernel_device, layout=layout)
-        # One half a view, the other a tensor of its own, as a walk back has them.
+        # One half a view, the other a tensor of its own, as the reversible backward pass has them.
         return state[:, :c_a], state[:, c_a:].clone()
 
     y, dy = halves(), halves()
@@ -101,7 +101,7 @@ def results(made: RebuiltConv1x1) -> list[Tensor]:
 def test_partial_sums_are_no_larger_than_the_state(
     monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
 ) -> None:
-    """At 16 samples; one partial sum at least is dW itself."""
+    """Of 16 samples. There is at least one partial sum, and not more values than in the state."""
     for module in ("rebuild_conv1x1", "channel_products"):
         monkeypatch.setattr(f"mflow_kernels.ops.{module}.uses_triton", lambda x: True)
     state = torch.empty(16, c, side, side, device="meta")

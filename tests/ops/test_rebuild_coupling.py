@@ -1,4 +1,4 @@
-"""The coupling taken back, values and gradients, against the reference in float64."""
+"""`rebuild_coupling`, values and gradients, against its reference in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from mflow_kernels.ops.rebuild_coupling import launch_rebuild_coupling, rebuild_
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
-# What a float32 rounding becomes in y = z / s - shift, dy and dparams: 1 / s and s are within e^2.
+# The growth of a rounding error in y = z / s - shift, dy and dparams: s and 1 / s are at most e^2.
 REBUILT_SCALE = math.e**2
 
 

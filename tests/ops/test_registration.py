@@ -1,4 +1,4 @@
-"""Forward-mode differentiation, which kernels do not know: plain torch carries the tangents."""
+"""Forward-mode differentiation: kernels do not support it, so the references carry the tangents."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mflow_kernels.testing import assert_close
 
 
 def tangents(call, inputs, directions):
-    """Tangents of all results; None where one has none."""
+    """Tangents of all results; None for a result without one."""
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, v) for x, v in zip(inputs, directions, strict=True)]
         return [forward_ad.unpack_dual(y).tangent for y in call(*duals)]

@@ -12,7 +12,7 @@ NARROW = ("bf16", "f16", "bf16x2", "f16x2")
 
 
 def _computed(sign: str, operands: list[str]) -> str:
-    """a + b, a - b, a * b or a * b + c, exact enough to be rounded to 16 or 32 bits."""
+    """a + b, a - b, a * b or a * b + c, exact enough to round to 16 or 32 bits."""
     if sign == "fma":
         return f"{operands[0]} * {operands[1]} + {operands[2]}"
     return f"{operands[0]} {SIGNS[sign]} {operands[1]}"
@@ -36,14 +36,14 @@ def _narrow(t: Translator, i: Instruction) -> None:
 
 
 def _mixed(t: Translator, i: Instruction) -> None:
-    """Operands of 16 bits but for the last, which is float32 as the result is."""
+    """Arithmetic on 16-bit operands whose last operand and result are float32."""
     *narrow, last = i.args[1:]
     operands = [f"widened({t.read(a, 'b16')}, {i.type!r})" for a in narrow]
     t.put(i.args[0], f"({_computed(i.name, [*operands, t.read(last, 'f32')])}).astype(f4)")
 
 
 def _pair_of_floats(t: Translator, i: Instruction) -> None:
-    """Two float32 in 64 bits."""
+    """Arithmetic on pairs of float32 in 64 bits."""
     if "ftz" in i.parts:
         raise Unsupported(i.op)
     halves = [f"M.spread({t.read(a, 'b64')}).view(f4)" for a in i.args[1:]]
@@ -52,7 +52,7 @@ def _pair_of_floats(t: Translator, i: Instruction) -> None:
 
 
 def _other_float(t: Translator, i: Instruction) -> bool:
-    """Whether an instruction is one of the forms above; then it is translated."""
+    """Translate an instruction of one of the forms above; return whether it is one."""
     if i.type == "f32x2":
         _pair_of_floats(t, i)
     elif i.type in ("bf16", "f16") and i.parts[-2] == "f32":
@@ -206,7 +206,7 @@ def _setp(t: Translator, i: Instruction) -> None:
         result = f"~({unordered})"
     elif comparison == "nan":
         result = unordered
-    elif comparison not in COMPARISONS:  # true where either is not a number
+    elif comparison not in COMPARISONS:  # true if either operand is NaN
         result = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | {unordered}"
     else:
         result = f"{a} {COMPARISONS[comparison]} {b}"
@@ -309,7 +309,7 @@ def _function(name: str, expression: str) -> None:
         t.put(i.args[0], _flushed(i, expression.format(t.read(i.args[1], i.type))))
 
 
-# Exact here, approximate to a few units in the last place on a GPU.
+# Exact here; a GPU is off by a few units in the last place.
 _function("ex2", "np.exp2({})")
 _function("lg2", "log2({})")
 _function("rcp", "1 / {}")

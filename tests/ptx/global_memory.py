@@ -10,12 +10,12 @@ from ptx.report import Report, Touched, Traffic
 
 SHIFT = 40  # an address is (region + 1) << SHIFT | offset
 SECTOR = 32
-UNKNOWN = 0xCDCDCDCDCDCDCDCD  # what a faulty load gives
+UNKNOWN = 0xCDCDCDCDCDCDCDCD  # result of a faulty load
 
 
 class Region:
-    """A storage. `legal` says which bytes the launch's tensors reach, and `unwritten` which grains
-    (of `grain` bytes) nothing has written yet."""
+    """A storage. `legal` marks the bytes that the launch's tensors reach; `unwritten` marks the
+    grains (of `grain` bytes) that are uninitialized."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Region:
         self.unwritten = np.zeros(grains, bool)
         if unwritten is not None:
             self.unwritten[: len(unwritten)] = unwritten
-        # The last thread that wrote and read each grain in this launch.
+        # The last thread that wrote each grain in this launch, and the last that read it.
         self.writer, self.reader = np.full(grains, -1, i4), np.full(grains, -1, i4)
         self.sectors = {
             kind: np.zeros(len(self.data) // SECTOR + 1, bool) for kind in ("load", "store")
@@ -60,7 +60,7 @@ class GlobalMemory:
         self.lanes: Lanes  # of the blocks that run
 
     def add(self, region: Region) -> int:
-        """The address where a region begins."""
+        """Add a region and return its address."""
         self.regions.append(region)
         return len(self.regions) << SHIFT
 
@@ -80,7 +80,7 @@ class GlobalMemory:
             grains = region.grains(off, width)
             blank = region.unwritten[grains].any(1)
             if blank.any():
-                what = f"of {region.name}, which nothing has written"
+                what = f"of {region.name}, which is uninitialized"
                 self.lanes.fault("uninitialised", at, who[blank], off[blank], width, what)
             me = self.lanes.in_grid[who][:, None]
             writer = region.writer[grains]
@@ -115,7 +115,7 @@ class GlobalMemory:
             )  # fmt: skip
             region.writer[grains] = np.broadcast_to(me, grains.shape)
             words[places] = new
-            # Threads of this very instruction that collide.
+            # Threads that write the same grain with this instruction.
             lost = (region.writer[grains] != me).any(1)
             self._twice(region, at, who, off, width, lost, (words[places] != new).any(1))
             region.unwritten[grains] = False
@@ -141,7 +141,7 @@ class GlobalMemory:
     def _sound(
         self, address: Array, width: int, lanes: Array, kind: str, at: int
     ) -> Iterator[tuple[Region, Array, Array]]:
-        """Check and count a request; yields, by region, the offsets and threads that are sound."""
+        """Check and count a request; yield the offsets and threads of valid accesses by region."""
         address = address[lanes]
         number = (address >> u8(SHIFT)).astype(i8)
         offset = (address & u8((1 << SHIFT) - 1)).astype(i8)

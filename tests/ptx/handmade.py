@@ -11,8 +11,9 @@ from ptx.parser import parse
 from ptx.report import Report
 from ptx.translator import Translator
 
-# %a0, %a1 ...: the arrays; %n0: the integer; %r0: the thread; %r3: the thread in the grid;
-# %d0, %d1: 4 bytes times these; %r5: shared memory; %r6: the thread's word there.
+# Registers on entry. %a0, %a1, ...: addresses of the arrays; %n0, ...: the integers; %r0: index of
+# the thread in its block; %r3: in the grid; %d1, %d0: 4 times these; %r5: address of shared memory;
+# %r6: address of the thread's word there.
 _HEAD = """
 .version 8.0
 .target sm_80
@@ -41,8 +42,8 @@ def run(
     integers: Sequence[int] = (),
     blank: Sequence[int] = (),
 ) -> tuple[list[NDArray], Report]:
-    """The arrays after a launch, and its report. Nothing has written the arrays of numbers `blank`
-    before it."""
+    """The arrays after a launch, and its report. `blank` lists the arrays (by index) that are
+    uninitialized before it."""
     parameters = [f".param .u64 a{i}" for i in range(len(arrays))]
     parameters += [f".param .u32 n{i}" for i in range(len(integers))]
     loads = [f"ld.param.u64 %a{i}, [a{i}];" for i in range(len(arrays))]

@@ -1,4 +1,4 @@
-"""The threads of the blocks of a grid that run together, and what orders them."""
+"""The threads of the blocks that run at once, and counts of the barriers that they passed."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,11 @@ from ptx.report import Report
 
 @dataclass
 class Lanes:
-    """`blocks` blocks from number `first` on, of `threads` threads; arrays have one element a
-    thread. `checked` are the threads of the blocks whose shared memory is searched for races."""
+    """The threads of `blocks` blocks of `threads` threads; the first block has number `first`.
+
+    Arrays have one element per thread. `checked` marks the threads of the blocks whose shared
+    memory is searched for races.
+    """
 
     report: Report
     first: int
@@ -27,7 +30,7 @@ class Lanes:
         self.laneid = self.tid & u4(31)
         self.warp = (self.everyone // 32).astype(i4)
         self.in_grid = (self.everyone + self.first * self.threads).astype(i4)
-        # How many barriers a block and a warp have passed.
+        # Number of barriers that each block and each warp has passed.
         self.epoch = np.zeros(self.blocks, i4)
         self.warp_epoch = np.zeros(self.count // 32, i4)
 
@@ -37,14 +40,14 @@ class Lanes:
     def fault(
         self, kind: str, at: int | None, who: Array, where: Array, width: int, what: str
     ) -> None:
-        """Note that threads `who` access `width` bytes at `where` wrongly."""
+        """Report a wrong access of `width` bytes at `where` by the threads `who`."""
         lane = int(who[0])
         block, thread = int(self.block[lane]) + self.first, int(self.tid[lane])
         example = f"block {block} thread {thread}: {width} bytes at {int(where[0]):#x} {what}"
         self.report.fault(kind, at, len(who), example)
 
     def whole(self, mask: Array | None, at: int, what: str, size: int = 32) -> None:
-        """Warps, or groups of `size` threads, must come here with all their threads."""
+        """Report a warp, or a group of `size` threads, of which only some threads are active."""
         if mask is None:
             return
         active = mask.reshape(-1, size).sum(1)

@@ -1,11 +1,11 @@
 """A Triton driver whose device is the machine of this package.
 
 Launches of CPU tensors go through Triton's own path: it binds and specializes the arguments and
-compiles for the architecture. What Triton then loads on its device is PTX, and what it launches is
-`Device.launch`, which runs the PTX on copies of the tensors' storages.
+compiles for the architecture. The driver then gets PTX in place of machine code, and
+`Device.launch` runs it on copies of the tensors' storages.
 
-Memory that `torch.empty` and its like return is filled with 0xFF bytes while the driver is in
-place: that is how the machine knows which memory nothing has written.
+While the driver is installed, `torch.empty` and similar functions return memory filled with 0xFF
+bytes. The machine recognizes uninitialized memory by them.
 """
 
 import ctypes
@@ -37,11 +37,11 @@ SHOWN = 4  # faults in a message
 
 
 class Violation(AssertionError):
-    """A compiled kernel did what no kernel may do."""
+    """A compiled kernel made an invalid access, or one that races."""
 
 
 class Launched:
-    """A launch that was run: its report, and the regions of its tensors by argument."""
+    """A finished launch: its report, and its tensors by region."""
 
     def __init__(self, kernel: str, grid: tuple[int, ...], report: Report, shared: int) -> None:
         self.kernel, self.grid, self.report, self.shared = kernel, grid, report, shared
@@ -51,8 +51,9 @@ class Launched:
 class Device:
     """The part of a Triton driver that compiling and launching need.
 
-    `raises` says whether a launch with a fault raises `Violation`; `edit` changes the PTX that is
-    loaded, as tests of the checks do."""
+    With `raises`, a launch with a fault raises `Violation`. `late` is that of `TensorCores`. Tests
+    of the checks set `edit`, which changes the PTX before it runs.
+    """
 
     def __init__(self, arch: str, late: bool = False, raises: bool = True) -> None:
         self.arch, self.late, self.raises = arch, late, raises
@@ -60,17 +61,17 @@ class Device:
         self.edit: Callable[[str], str] = lambda ptx: ptx
         self.ptx = ""  # of the last launch
         self.programs: dict[str, Program] = {}
-        self.blank: dict[int, Tensor] = {}  # what `empty` returned, kept so that it stays apart
+        self.blank: dict[int, Tensor] = {}  # results of `empty`, kept so that no memory is reused
         self.launcher_cls = self._launcher
         self.utils = self
 
-    # What Triton calls
+    # Called by Triton
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> str:
-        return self.arch  # Triton keeps what it has compiled by device
+        return self.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -95,13 +96,13 @@ class Device:
         self, name: str, ptx: str, grid: tuple[int, int, int], shared: int,
         arguments: list[tuple[str, str, Any]],
     ) -> None:  # fmt: skip
-        """Run a kernel; `arguments` are names, Triton's types and values."""
+        """Run a kernel. An argument is its name, Triton's type and its value."""
         self.ptx = ptx = self.edit(ptx)
         program = self._program(ptx)
         report = Report(program.kernel)
         arena = Arena(report, [(n, v) for n, _, v in arguments if isinstance(v, Tensor)], self)
         packed = bytearray(program.kernel.parameter_bytes)
-        # Parameters past the arguments are Triton's scratch memory, which stays null.
+        # Parameters after the arguments are Triton's scratch memory, which stays null.
         for parameter, (_, kind, value) in zip(program.kernel.parameters, arguments, strict=False):
             raw = _packed(arena.address(value) if isinstance(value, Tensor) else value, kind)
             packed[parameter.offset : parameter.offset + parameter.size] = raw[: parameter.size]
@@ -123,14 +124,14 @@ class Device:
         return self.programs[ptx]
 
     def forget(self) -> None:
-        """Begin another test."""
+        """Drop the records of the test before."""
         self.launches.clear()
         self.blank.clear()
 
-    # Memory that nothing has written
+    # Uninitialized memory
 
     def fill(self, made: Tensor) -> Tensor:
-        """Mark what `empty` returned."""
+        """Fill a result of `empty` with BLANK bytes."""
         wrapped = type(made) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(made)
         if wrapped or made.device.type != "cpu" or made.dtype == torch.bool:
             return made
@@ -142,7 +143,7 @@ class Device:
 
 
 def _flat(names: Any, kinds: Any, values: Any) -> Iterator[tuple[str, str, Any]]:
-    """The arguments that a compiled kernel takes: tuples laid open, constants left out."""
+    """The arguments of a compiled kernel: tuples are flattened, constants left out."""
     for name, kind, value in zip(names, kinds, values, strict=True):
         if isinstance(kind, tuple | list):
             inner = [f"{name}[{i}]" for i in range(len(kind))]
@@ -163,7 +164,9 @@ class Arena:
     def __init__(self, report: Report, named: list[tuple[str, Tensor]], device: Device) -> None:
         self.memory = GlobalMemory(report)
         self.tensors: dict[str, list[tuple[str, Tensor]]] = {}
-        self.regions: dict[int, tuple[Region, int]] = {}  # and where it begins, by real address
+        self.regions: dict[
+            int, tuple[Region, int]
+        ] = {}  # by real address, with the machine's address
         groups: dict[int, list[tuple[str, Tensor]]] = {}
         for name, t in named:
             if t.numel():
@@ -174,7 +177,7 @@ class Arena:
             self.tensors[region.name] = members
 
     def address(self, t: Tensor) -> int:
-        """Where the machine has the first element of a tensor; an empty one is nowhere."""
+        """The machine's address of a tensor's first element; 0 for an empty tensor."""
         if not t.numel():
             return 0
         begin = t.untyped_storage().data_ptr()
@@ -203,12 +206,9 @@ def _region(begin: int, members: list[tuple[str, Tensor]], blank: Tensor | None)
     return Region("+".join(name for name, _ in members), raw, grain, legal, unwritten)
 
 
-# --- putting it in place -------------------------------------------------------------------------
-
-
 @contextmanager
 def installed(device: Device) -> Iterator[Device]:
-    """Triton launches on `device`, and `empty` returns marked memory."""
+    """A context in which Triton launches on `device` and `empty` returns marked memory."""
     machine_code, before = CUDABackend.make_cubin, driver._active
     empty = torch.empty, torch.empty_like, Tensor.new_empty
 
@@ -223,7 +223,7 @@ def installed(device: Device) -> Iterator[Device]:
         return call
 
     with knobs.cache.scope():
-        # PTX stands where machine code would: not in the folder that launches on a GPU share.
+        # The cache holds PTX in place of machine code, so it must not be the one of real launches.
         knobs.cache.dir = str(Path(tempfile.gettempdir()) / f"mflow-ptx-{os.getuid()}")
         CUDABackend.make_cubin = load_ptx
         torch.empty, torch.empty_like, Tensor.new_empty = map(marked, empty)

@@ -1,8 +1,8 @@
 """Runs a kernel over a grid: program counters, warps and barriers.
 
-Each thread has a program counter. The block of the program with the lowest number that any thread
-is at runs next, for the threads that are there, in as many blocks of the grid at once as fit in
-`AT_ONCE` threads.
+Each thread has a program counter. Of the basic blocks that threads have reached, the first one in
+the program runs next, for all threads that are there. The machine runs as many blocks of the grid
+at once as have `AT_ONCE` threads.
 """
 
 from dataclasses import dataclass
@@ -19,23 +19,21 @@ from ptx.tensor_cores import TensorCores
 from ptx.translator import Translator
 
 AT_ONCE = 16384
-STEPS = 2_000_000  # of a batch: a kernel that takes more does not end
-CHECKED_BLOCKS = (
-    8  # blocks of a grid whose shared memory is searched for races: first and last ones
-)
+STEPS = 2_000_000  # basic blocks of a batch; a kernel that runs more counts as endless
+# How many blocks of a grid have their shared memory searched for races: the first and last ones.
+CHECKED_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel that is ready to run."""
+    """A parsed kernel and its translator."""
 
     kernel: Kernel
     translator: Translator
 
 
 class Machine:
-    """One launch. `shared` are the bytes of shared memory that it asked for, `late` is that of
-    `TensorCores`."""
+    """One launch. `shared`: its dynamic shared memory in bytes; `late`: that of `TensorCores`."""
 
     def __init__(
         self,
@@ -56,7 +54,7 @@ class Machine:
                 words.append(SIZES[i.type])
             elif i.name == "wgmma" and not {"tf32", "fence"} & set(i.parts):
                 words.append(2)
-        self.grain = min(words)  # bytes of shared memory that are looked after one by one
+        self.grain = min(words)  # bytes of shared memory that the checks treat as one location
         self.lanes: Lanes
         self.shared: SharedMemory
         self.tensor_cores: TensorCores
@@ -95,7 +93,7 @@ class Machine:
             mask = ready & (at == now)
             self._block(now, mask, registers)
             self._jump(now, mask, at, waiting, registers, starts)
-        raise RuntimeError(f"{self.kernel.name} does not end")
+        raise RuntimeError(f"{self.kernel.name} did not end within {STEPS} basic blocks")
 
     def _unset(self, width: int) -> Array:
         if width == 0:
@@ -114,7 +112,7 @@ class Machine:
         self, now: int, mask: Array, at: Array, waiting: Array, registers: list[Array],
         starts: dict[int, int],
     ) -> None:  # fmt: skip
-        """Move the threads of `mask` from the end of a block to their next one."""
+        """Move the threads of `mask` from the end of a basic block to their next one."""
         last = self.kernel.instructions[self.kernel.blocks[now][1] - 1]
         at[mask] = now + 1
         if last.waits:
@@ -133,7 +131,7 @@ class Machine:
             at[mask] = len(self.kernel.blocks)
 
     def _release(self, at: Array, waiting: Array) -> None:
-        """No thread can run: every block with threads at a barrier lets them go."""
+        """Let the waiting threads pass their barriers. Called when no thread can run."""
         here = waiting.reshape(-1, self.threads)
         places = np.where(here, at.reshape(-1, self.threads), -1)
         if ((places != places.max(1, keepdims=True)) & here).any():
@@ -141,10 +139,10 @@ class Machine:
         self.lanes.block_barrier(here.any(1))
         waiting[:] = False
 
-    # What the translated blocks call
+    # Called by translated blocks
 
     def fit(self, x: Array, dtype: type) -> Array:
-        """The bits of `x` in a register, one element a thread, extended as its type says."""
+        """The bits of `x` for a register, one element per thread, extended by the type of `x`."""
         x = self.spread(np.asarray(x))
         if x.dtype == dtype:
             return x
@@ -167,7 +165,7 @@ class Machine:
         lanes = self.lanes.of(mask)
         out = np.zeros(self.lanes.count, kind)
         where = address[lanes].astype(i8) + offset
-        for one in np.unique(where):  # one, but where an array is indexed
+        for one in np.unique(where):  # several only if threads index an array
             who = lanes[where == one]
             if one < 0 or one + size > len(self.parameters) or one % size:
                 self.lanes.fault("out of bounds", None, who, where, size, "in the parameters")
@@ -190,7 +188,7 @@ class Machine:
     def shuffle(
         self, mode: str, a: Array, b: Array, c: Array, mask: Array | None, at: int
     ) -> tuple[Array, Array]:
-        """What another thread of the warp has, and whether there is such a thread."""
+        """The value of another thread of the warp, and whether that thread exists."""
         self.lanes.whole(mask, at, "shfl.sync")
         lane = self.lanes.laneid.astype(i8)
         clamp, segment = c.astype(i8) & 31, (c.astype(i8) >> 8) & 31

@@ -163,4 +163,4 @@ def _cp(t: Translator, i: Instruction) -> None:
 
 @instruction("membar", "prefetch", "discard", "griddepcontrol", "nanosleep")
 def _nothing(t: Translator, i: Instruction) -> None:
-    """What changes no value here."""
+    """Instructions that change no value here."""

@@ -1,4 +1,4 @@
-"""Arithmetic of PTX that numpy has no one name for, on arrays with one element a thread."""
+"""Arithmetic of PTX that numpy lacks, on arrays with one element per thread."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ def tf32_bits(bits: Array) -> Array:
 
 
 def as_tf32(bits: Array) -> Array:
-    """What a tensor core reads of 32 bits: the low 13 are cut off."""
+    """float32 as a tensor core reads it for tf32: the low 13 bits become zero."""
     return (bits & u4(0xFFFFE000)).view(f4).astype(f8)
 
 
@@ -39,8 +39,8 @@ def toward_zero(x: Array) -> Array:
 
 
 def to_odd(x: Array) -> Array:
-    """float64 to float32 such that rounding once more, to fewer bits, gives the nearest: inexact
-    results end in 1."""
+    """float64 to float32, rounded to odd: the last bit of an inexact result is 1. A second
+    rounding, to fewer bits, then gives the nearest number."""
     r = np.ascontiguousarray(toward_zero(x))
     return np.where(r.astype(f8) == x, r.view(u4), r.view(u4) | u4(1)).view(f4)
 
@@ -55,12 +55,12 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
 
 
 def flushed(x: Array) -> Array:
-    """Subnormal numbers as zero (.ftz)."""
+    """Replaces subnormal numbers by zero (.ftz)."""
     return np.where(np.abs(x) < f4(1.1754944e-38), np.copysign(f4(0), x), x)
 
 
 def divided(a: Array, b: Array) -> Array:
-    """Integer division, toward zero; by 0 it is by 1."""
+    """Integer division, toward zero; a divisor of 0 counts as 1."""
     b = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind != "i":
         return (a // b).astype(a.dtype)
@@ -119,7 +119,7 @@ def high_product(a: Array, b: Array) -> Array:
 
 
 def to_integer(x: Array, dtype: type, mode: str) -> Array:
-    """A float as an integer; what is out of range becomes the nearest, and not a number 0."""
+    """A float as an integer. Values out of range become the nearest integer, NaN becomes 0."""
     x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(f8))
     info = np.iinfo(dtype)
     low, high = float(info.min), float(info.max)

@@ -1,4 +1,4 @@
-"""PTX text as kernels, instructions and basic blocks."""
+"""Parses PTX text into kernels, instructions and basic blocks."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """An operand in brackets: a register, or a symbol, and bytes after it."""
+    """An operand in brackets: a register or a symbol, plus an offset in bytes."""
 
     base: str
     offset: int
@@ -42,7 +42,7 @@ class Instruction:
     op: str
     args: list[Operand]
     predicate: str | None
-    negated: bool  # whether it runs where the predicate is false
+    negated: bool  # whether it runs if the predicate is false
     line: tuple[str, int] | None  # file and number of the source
     text: str
 
@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def vector(self) -> int:
-        """How many values a load or a store moves."""
+        """Number of values that a load or a store moves."""
         return next((int(p[1:]) for p in self.parts if re.fullmatch(r"v[248]", p)), 1)
 
     @property
@@ -96,7 +96,7 @@ class Kernel:
 
 
 def parse(ptx: str) -> dict[str, Kernel]:
-    """Every kernel of a PTX text, by name."""
+    """The kernels of a PTX text, by name."""
     text = re.sub(r"/\*.*?\*/", "", ptx, flags=re.DOTALL)
     text = "\n".join(line.split("//")[0] for line in text.splitlines())
     files = {
@@ -192,7 +192,7 @@ def _statements(body: str) -> Iterator[str]:
 
 
 def _split(text: str) -> list[str]:
-    """`text` at the commas that no bracket encloses."""
+    """`text`, split at the commas outside of brackets."""
     parts, depth, current = [], 0, ""
     for ch in text:
         depth += (ch in "{[(") - (ch in "}])")
@@ -205,7 +205,7 @@ def _split(text: str) -> list[str]:
 
 
 class _Body:
-    """Reads a body into a kernel. Registers of an inner scope get names of their own."""
+    """Reads the body of a kernel. Registers of an inner scope get unique names."""
 
     def __init__(self, kernel: Kernel, files: dict[int, str]) -> None:
         self.kernel, self.files = kernel, files

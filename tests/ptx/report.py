@@ -1,4 +1,4 @@
-"""What a launch did: faults, traffic, bank conflicts and instructions."""
+"""The report of a launch: faults, traffic, bank conflicts and instructions."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,12 +9,12 @@ from ptx.parser import Kernel
 
 @dataclass
 class Traffic:
-    """What loads or stores asked of global memory."""
+    """Requests of loads or of stores to a region of global memory."""
 
-    requests: int = 0  # warps that asked
-    bytes: int = 0  # of all threads
-    sectors: int = 0  # of 32 bytes, that each warp's request touches
-    fewest: int = 0  # sectors, had the bytes of each request been packed
+    requests: int = 0  # one per warp and instruction
+    bytes: int = 0  # requested by all threads
+    sectors: int = 0  # sectors of 32 bytes that the requests touch, summed over requests
+    fewest: int = 0  # the same if the bytes of each request were contiguous
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -22,7 +22,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Touched:
-    """What a launch touched of a tensor at all."""
+    """The parts of a region that a launch touched, each counted once."""
 
     bytes: int = 0
     sectors: int = 0
@@ -45,7 +45,7 @@ class Report:
         self.benign: Counter[str] = Counter()  # e.g. two threads that store the same value
         self.traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self.touched: dict[tuple[str, str], Touched] = {}  # by region and "load" or "store"
-        self.warps: Counter[int] = Counter()  # that issued an instruction, by its place
+        self.warps: Counter[int] = Counter()  # warps that issued an instruction, by its index
         self.banks: dict[int, tuple[int, int]] = {}  # wavefronts and the fewest, by instruction
 
     @property
@@ -57,7 +57,7 @@ class Report:
         return {fault.kind for fault in self.faults}
 
     def fault(self, kind: str, at: int | None, count: int, example: str) -> None:
-        """Note a fault of the instruction `at`; of several of a kind there, the first is shown."""
+        """Add a fault of instruction `at`; further ones of its kind there add to its count."""
         if (kind, at) in self._faults:
             self._faults[kind, at].count += count
             return
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def bank_conflicts(self) -> float:
-        """Wavefronts of accesses to shared memory over the fewest, 1 where nothing collides."""
+        """Wavefronts of accesses to shared memory, over the fewest possible; 1 is best."""
         done = fewest = 0
         for at, (wavefronts, least) in self.banks.items():
             done += self.warps[at] * wavefronts

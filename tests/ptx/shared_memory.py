@@ -1,8 +1,8 @@
-"""Shared memory of the blocks that run: accesses, asynchronous copies, and who may race with whom.
+"""Shared memory of the blocks that run: accesses, asynchronous copies, races and bank conflicts.
 
-Two threads race where they access a location with no barrier of the block between, at least one of
-them writing; `bar.warp.sync` orders threads of one warp. An asynchronous copy writes from its issue
-to its wait, and a product of a tensor core (`tensor_cores`) reads from its issue to its wait.
+Two threads race if they access a location without a barrier of the block in between and at least
+one of them writes; `bar.warp.sync` orders the threads of one warp. An asynchronous copy writes at
+any time from its issue to its wait, and a product of a tensor core (`tensor_cores`) reads likewise.
 """
 
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ SAME_VALUE = "shared memory: stored twice, the same value"
 
 @dataclass
 class Copy:
-    """Asynchronous copies in flight, one a thread."""
+    """Asynchronous copies in flight, one per thread."""
 
     lanes: Array
     offsets: Array
     size: int
     data: Array
-    groups: Array  # how many groups their threads had committed before
+    groups: Array  # number of groups that their threads had committed before
 
 
 class SharedMemory:
     def __init__(self, lanes: Lanes, nbytes: int, grain: int) -> None:
         self.lanes, self.report, self.nbytes, self.grain = lanes, lanes.report, nbytes, grain
-        self.pitch = -(-nbytes // 16) * 16  # bytes from one block's memory to the next's
+        self.pitch = -(-nbytes // 16) * 16  # bytes between the memories of neighbouring blocks
         self.data = np.full(lanes.blocks * self.pitch, 0xFF, u1)
         grains = len(self.data) // grain
         self.written = np.zeros(grains, bool)
-        # Of each grain: the last writer, with its counts of barriers, warp barriers and fences
+        # For each grain: the last writer, with its counts of barriers, warp barriers and fences
         # when it wrote;
         self.writer, self.write_epoch = np.full(grains, NEVER, i4), np.full(grains, NEVER, i4)
         self.write_warp_epoch, self.write_fences = np.zeros(grains, i4), np.zeros(grains, i4)
@@ -81,7 +81,7 @@ class SharedMemory:
     def load_matrices(
         self, address: Array, n: int, transposed: bool, mask: Array | None, at: int
     ) -> list[Array]:
-        """ldmatrix: n matrices of 8 x 8 16-bit words; a warp's threads give the rows' addresses."""
+        """ldmatrix: n matrices of 8 x 8 16-bit words. A warp's threads hold the rows' addresses."""
         self.lanes.whole(mask, at, "ldmatrix")
         lanes = self.lanes.of(mask)
         self._check_rows(address, n, lanes, at)
@@ -106,7 +106,7 @@ class SharedMemory:
 
     @staticmethod
     def _matrix_words(address: Array, n: int) -> list[Array]:
-        """Addresses of the word that each thread has of each matrix."""
+        """The address of each thread's word of each matrix."""
         rows = address.astype(i8).reshape(-1, 32)
         in_row = np.tile(np.arange(32) % 4 * 4, len(rows))
         return [np.repeat(rows[:, 8 * j : 8 * j + 8], 4, axis=1).ravel() + in_row for j in range(n)]
@@ -123,7 +123,7 @@ class SharedMemory:
             self.report.banks[at] = (sum(waves), n)
 
     def _sound(self, address: Array, width: int, lanes: Array, at: int) -> tuple[Array, Array]:
-        """Offsets into `data` of accesses that may be made, and their threads."""
+        """Offsets into `data` of the valid accesses, and their threads."""
         off = address[lanes].astype(i8) - SHARED_BASE
         good = (off >= 0) & (off + width <= self.nbytes)
         if not good.all():
@@ -142,7 +142,7 @@ class SharedMemory:
         self._check_read(off[checked], width, lanes[checked], at)
         blank = ~self.written[self.grains(off, width)].all(1)
         if blank.any():
-            what = ", which nothing has written"
+            what = ", which is uninitialized"
             self.fault("uninitialised", at, lanes[blank], off[blank], width, what)
         words = self.data.view(UNSIGNED[size])
         return [words[off // size + j] for j in range(vector)]
@@ -156,7 +156,7 @@ class SharedMemory:
         each = size // self.grain  # grains of a value
         same = np.repeat(words[places[checked]] == new[checked], each, axis=1)
         self._check_write(some, width, who, at, same)
-        # Threads of this very instruction that collide.
+        # Threads that write the same grain with this instruction.
         lost = self.writer[self.grains(some, width)] != self.lanes.tid[who].astype(i4)[:, None]
         words[places] = new
         differ = np.repeat(words[places[checked]] != new[checked], each, axis=1)
@@ -169,7 +169,7 @@ class SharedMemory:
     # Races
 
     def _since_barrier(self, at: Array, tid: Array, lanes: Array) -> Array:
-        """Grains that another thread wrote, with no barrier since."""
+        """Grains that another thread wrote since the last barrier."""
         now = self.lanes.epoch[self.lanes.block[lanes]][:, None]
         warp_now = self.lanes.warp_epoch[self.lanes.warp[lanes]][:, None]
         writer = self.writer[at]
@@ -244,7 +244,7 @@ class SharedMemory:
         self, memory: GlobalMemory, to: Array, source: Array, size: int, taken: Array,
         mask: Array | None, at: int,
     ) -> None:  # fmt: skip
-        """cp.async: of `size` bytes, `taken` are read, which may be none; the rest becomes zero."""
+        """cp.async: reads `taken` of `size` bytes, possibly none; the rest becomes zero."""
         lanes = self.lanes.of(mask)
         data = np.zeros((self.lanes.count, size), u1)
         reading = np.zeros(self.lanes.count, bool)
@@ -267,7 +267,7 @@ class SharedMemory:
         self.committed[self.lanes.of(mask)] += 1
 
     def wait(self, pending: int, mask: Array | None) -> None:
-        """All but the last `pending` groups of the threads' copies arrive."""
+        """Complete all but the last `pending` groups of the threads' copies."""
         active = np.ones(self.lanes.count, bool) if mask is None else mask
         left = []
         for copy in self.copies:
@@ -289,7 +289,7 @@ class SharedMemory:
     # Bank conflicts
 
     def _count_banks(self, address: Array, width: int, lanes: Array, at: int) -> None:
-        """Wavefronts of the first warp that runs an instruction, 128 bytes at a time."""
+        """Count the wavefronts of the first warp that runs an instruction, 128 bytes each."""
         if at in self.report.banks or not len(lanes):
             return
         mine = lanes[self.lanes.warp[lanes] == self.lanes.warp[lanes[0]]]

@@ -1,7 +1,7 @@
-"""Products of tensor cores: mma of a warp, and wgmma of four, which runs on while its threads do.
+"""Products of tensor cores: mma of one warp, and wgmma of four, which runs asynchronously.
 
-Terms are summed exactly and the sum is rounded toward zero once an instruction, which is a model of
-what the hardware does. The layouts of fragments and matrix descriptors are those of the PTX ISA,
+Terms are summed exactly, and the sum is rounded toward zero once per instruction, as a model of the
+hardware. The layouts of fragments and matrix descriptors are those of the PTX ISA,
 "Matrix multiply-accumulate operation" and "Asynchronous warpgroup-level matrix instructions".
 """
 
@@ -38,7 +38,7 @@ class Reading:
 
     grains: Array  # (groups, ...)
     first: Array  # the first thread of each group
-    groups: Array  # how many groups of products it had committed before
+    groups: Array  # number of groups of products that it had committed before
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Pending:
 
 
 class TensorCores:
-    """`late`: whether a wgmma reads shared memory when it is waited for, not when it is issued."""
+    """With `late`, a wgmma reads shared memory when it is waited for; otherwise when issued."""
 
     def __init__(self, shared: SharedMemory, late: bool) -> None:
         self.shared, self.lanes, self.late = shared, shared.lanes, late
@@ -98,8 +98,11 @@ class TensorCores:
         self, n: int, kind: str, c: list[Array], a: Array | list[Array], b: Array,
         a_transposed: bool, b_transposed: bool, keep: Array, mask: Array | None, at: int,
     ) -> list[Array]:  # fmt: skip
-        """D = A B (+ D), A in registers or, as B, in shared memory behind a descriptor. Any thread
-        of the group may read what any of them reads."""
+        """D = A B (+ D). B lies in shared memory behind a descriptor; A does too, or in registers.
+
+        The hardware may read the operands of the whole group for any thread, and so the checks
+        treat them.
+        """
         self.lanes.whole(mask, at, "wgmma", 128)
         every = self.lanes.count // 128
         groups = np.arange(every)
@@ -147,7 +150,7 @@ class TensorCores:
     def _operand(
         self, descriptor: Array, n: int, kind: str, transposed: bool, groups: Array, at: int
     ) -> Array:
-        """(groups, n, k) places of a matrix in shared memory, in words of its dtype."""
+        """(groups, n, k) offsets of a matrix in shared memory, in words of its dtype."""
         size, block = BYTES[kind], self.lanes.block[groups * 128].astype(i8)
         off = _places(descriptor.astype(u8), n, size, transposed) - SHARED_BASE
         first = groups * 128
@@ -184,7 +187,7 @@ class TensorCores:
         fault("race", checked & recent, "thread {} wrote since the last barrier")
         fault("race", checked & arriving, "an asynchronous copy may still write")
         fault("race", checked & bare, "thread {} wrote with no proxy fence since")
-        fault("uninitialised", ~shared.written[grains], "nothing has written")
+        fault("uninitialised", ~shared.written[grains], "is uninitialized")
         if checked.any():
             self.reading.append(Reading(grains, first, self.committed[first].copy()))
             shared.in_product[grains] = True
@@ -201,7 +204,7 @@ class TensorCores:
         self.committed[self.lanes.of(mask)] += 1
 
     def wait(self, pending: int, mask: Array | None) -> None:
-        """All but the last `pending` groups of products have read what they read."""
+        """Complete all but the last `pending` groups of products."""
         active = np.ones(self.lanes.count, bool) if mask is None else mask
         done_before = self.committed[0] - pending
         for product in self.pending:
@@ -221,7 +224,7 @@ class TensorCores:
 
 
 def _columns(register: Array, kind: str, inside: Array) -> list[tuple[Array, Array]]:
-    """The values of a register of a fragment, and the columns that they have in its first part."""
+    """The values of a register of a fragment, and their columns in the fragment's first part."""
     if kind == "f64":
         return [(inside, register.view(f8))]
     if kind == "tf32":
@@ -231,8 +234,8 @@ def _columns(register: Array, kind: str, inside: Array) -> list[tuple[Array, Arr
 
 
 def _places(descriptor: Array, n: int, size: int, transposed: bool) -> Array:
-    """(groups, n, k) addresses of a matrix whose rows, or columns where it is transposed, are
-    contiguous."""
+    """(groups, n, k) addresses of a matrix with contiguous rows; contiguous columns if it is
+    transposed."""
 
     def field(bit: int) -> Array:
         return (((descriptor >> u8(bit)) & u8(0x3FFF)).astype(i8) << 4)[:, None, None]

@@ -145,25 +145,25 @@ def conv1x1(channels: int, side: int) -> Callable[[], Tensor]:
 def planted(
     device: Device, run: Callable[[], Tensor], pattern: str, new: str
 ) -> list[Report | None]:
-    """What the machine says of each place where `pattern` stands, replaced by `new`: a report, or
-    None where it says nothing and the result is right."""
+    """For each match of `pattern`, the machine's answer after replacing it by `new`: a report, or
+    None if it reports nothing and the result is right."""
     assert run().abs().max() < 1e-4
     assert not last(device).faults
     text = device.ptx
-    told = []
+    reports = []
     for found in re.finditer(pattern, text):
         edited = text[: found.start()] + found.expand(new) + text[found.end() :]
         device.edit = lambda _, edited=edited: edited
         wrong = not run().abs().max() < 1e-4
-        told.append(last(device) if wrong or last(device).faults else None)
+        reports.append(last(device) if wrong or last(device).faults else None)
     device.edit = lambda ptx: ptx
-    assert told, f"the kernel has no {pattern}"
-    return told
+    assert reports, f"the kernel has no {pattern}"
+    return reports
 
 
-def raced(told: list[Report | None]) -> float:
-    """The part of the places where a race was seen."""
-    return sum(report is not None and "race" in report.kinds for report in told) / len(told)
+def raced(reports: list[Report | None]) -> float:
+    """The fraction of the reports that contain a race."""
+    return sum(report is not None and "race" in report.kinds for report in reports) / len(reports)
 
 
 def test_a_barrier_less_is_a_race(device: Device) -> None:
@@ -171,15 +171,15 @@ def test_a_barrier_less_is_a_race(device: Device) -> None:
 
 
 def test_a_bound_that_is_one_too_high_leaves_the_tensor(device: Device) -> None:
-    told = planted(
+    reports = planted(
         device, conv1x1(12, 10), r"(setp\.[lg][te]\.[us]32\s+%p\d+, %r\d+, )12;", r"\g<1>13;"
     )
-    assert any(report is not None and "out of bounds" in report.kinds for report in told)
+    assert any(report is not None and "out of bounds" in report.kinds for report in reports)
 
 
 def test_a_store_without_its_mask_leaves_the_tensor(device: Device) -> None:
-    told = planted(device, conv1x1(12, 10), r"@%p\d+ (st\.global)", r"\1")
-    assert any(report is not None and "out of bounds" in report.kinds for report in told)
+    reports = planted(device, conv1x1(12, 10), r"@%p\d+ (st\.global)", r"\1")
+    assert any(report is not None and "out of bounds" in report.kinds for report in reports)
 
 
 @pytest.mark.parametrize("device", ["sm_90"], indirect=True)
@@ -194,8 +194,8 @@ def test_a_wait_for_one_copy_too_few_is_a_race(device: Device) -> None:
     def run() -> Tensor:
         return torch.tensor(0.0 if dot(device, torch.float32, 16, 16, stages=3)[0] else 1.0)
 
-    told = planted(device, run, r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;")
-    assert raced(told) > 0
+    reports = planted(device, run, r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;")
+    assert raced(reports) > 0
 
 
 def test_a_violation_names_kernel_argument_and_thread(device: Device) -> None:
@@ -203,10 +203,10 @@ def test_a_violation_names_kernel_argument_and_thread(device: Device) -> None:
     x, y, z = torch.randn(100), torch.randn(100), torch.randn(99)
     with pytest.raises(Violation) as raised:
         _add_kernel[(1,)](x, y, z, 100, BLOCK=128)
-    told = str(raised.value)
-    assert "_add_kernel, compiled for sm_80, on a grid of (1, 1, 1)" in told
-    assert "out of bounds: block 0 thread 99: 4 bytes at 0x18c past the 396 bytes of z" in told
-    assert re.search(r"st\.global\.b32 .* at test_kernels\.py:\d+", told)
+    reports = str(raised.value)
+    assert "_add_kernel, compiled for sm_80, on a grid of (1, 1, 1)" in reports
+    assert "out of bounds: block 0 thread 99: 4 bytes at 0x18c past the 396 bytes of z" in reports
+    assert re.search(r"st\.global\.b32 .* at test_kernels\.py:\d+", reports)
 
 
 def test_a_result_that_is_never_written_is_uninitialised(device: Device) -> None:

@@ -1,8 +1,8 @@
-"""Turns a basic block of PTX into a Python function over numpy arrays, one element a thread.
+"""Turns a basic block of PTX into a Python function over numpy arrays, one element per thread.
 
-The function is f(M, R, C, m): the machine, the registers, the constants, and the threads that run
-(None where all do). An instruction is a function of `arithmetic` or `memory_access` in
-`INSTRUCTIONS`; it appends lines to the block.
+The function is f(M, R, C, m): the machine, the registers, the constants, and the mask of the
+threads that run (None for all). Each instruction has a function in `INSTRUCTIONS`, from
+`arithmetic` or `memory_access`, which appends lines to the block.
 """
 
 import re
@@ -16,14 +16,14 @@ from ptx import numerics
 from ptx.numerics import UNSIGNED
 from ptx.parser import SIZES, Address, Instruction, Kernel, Operand, Unsupported
 
-SHARED_BASE = 0x1000  # the address where shared memory begins: not 0, so that null is outside
+SHARED_BASE = 0x1000  # address of the first byte of shared memory; not 0, so that null is invalid
 
 Emit = Callable[["Translator", Instruction], None]
 INSTRUCTIONS: dict[str, Emit] = {}
 
 
 def instruction(*names: str) -> Callable[[Emit], Emit]:
-    """Register how instructions of these names are translated."""
+    """Register a function that translates the instructions of these names."""
 
     def register(emit: Emit) -> Emit:
         INSTRUCTIONS.update(dict.fromkeys(names, emit))
@@ -49,7 +49,7 @@ def bits_of(kind: str) -> str:
 
 
 class Translator:
-    """The blocks of a kernel as functions, translated when they first run."""
+    """The basic blocks of a kernel as functions, translated when they first run."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -62,7 +62,7 @@ class Translator:
         self.masked, self.lines, self.at, self.now = False, [""], 0, kernel.instructions[0]
 
     def block(self, number: int, masked: bool) -> Callable[..., None]:
-        """The function of a block; `masked` where not every thread of the batch runs it."""
+        """The function of a block; `masked` if only some threads of the batch run it."""
         key = (number, masked)
         if key not in self.functions:
             self.functions[key] = self._compiled(number, masked)
@@ -103,7 +103,7 @@ class Translator:
             return self._register(arg, kind)
         if arg.startswith("%"):
             return self._special(arg)
-        if arg in self.parameters:  # its address, in the space of parameters
+        if arg in self.parameters:  # its address in the parameter space
             return self.constant(UNSIGNED[SIZES[kind]](self.parameters[arg]))
         if arg in self.kernel.shared:
             return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE + self.kernel.shared[arg]))
@@ -131,7 +131,7 @@ class Translator:
         raise Unsupported(name)
 
     def spread(self, args: list[Operand], kind: str) -> str:
-        """A list of operands, each an array even where it is a constant."""
+        """A list of operands as arrays; constants are spread over all threads."""
         return "[" + ", ".join(f"M.spread({self.read(a, kind)})" for a in args) + "]"
 
     def address(self, arg: Operand, space: str) -> str:
@@ -146,7 +146,7 @@ class Translator:
         return f"{base} + {self.constant(UNSIGNED[SIZES[kind]](offset))}"
 
     def mask(self) -> str:
-        """The threads that run this instruction; "None" where all do."""
+        """The mask of the threads that run this instruction; "None" for all."""
         predicate = self.now.predicate
         if predicate is None:
             return "m" if self.masked else "None"
@@ -154,7 +154,7 @@ class Translator:
         return f"({p} & m)" if self.masked else f"({p})"
 
     def put(self, arg: Operand, expression: str) -> None:
-        """Assign a register: the bits of an expression as wide as it or narrower."""
+        """Assign an expression, as wide as the register or narrower, to a register."""
         if arg == "_":
             return
         assert isinstance(arg, str), arg
