@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, chain_of, gradients, loss_of, shaken
-from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
+from mflow_kernels import (
+    ActNorm,
+    FlowStep,
+    Glow,
+    InvertibleConv1x1,
+    ReversibleChain,
+    Split,
+    Squeeze,
+    VectorFlow,
+)
+from mflow_kernels.layers.chain_layer import ChainLayer
+from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.apply import segment_starts
 from mflow_kernels.reversible.backward import BackwardPass
@@ -97,6 +108,47 @@ def test_conditional_inputs_have_gradients(backwards: bool) -> None:
     ]
     assert len(results[0]) == 3 + sum(1 for _ in stored.parameters())
     assert_all_close(*results, terms=2 * 3 * 18)
+
+
+class LinearStep(ChainLayer):
+    """A user's layer: actnorm and 1x1 convolution without a coupling."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.actnorm, self.conv = ActNorm(channels), InvertibleConv1x1(channels)
+
+    @property
+    def channels(self) -> int:
+        return len(self.actnorm.bias)
+
+    def instructions(self) -> list[ActNormConv]:
+        return [ActNormConv(self.actnorm, self.conv)]
+
+    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        y, logdet = self.actnorm(x)
+        z, added = self.conv(y)
+        return z, logdet + added
+
+
+def test_a_layer_of_the_user_in_a_chain() -> None:
+    """A `ChainLayer` runs at the start, in the middle and at the end, and has gradients."""
+    linear = [LinearStep(c) for c in (4, 4, 16, 8)]
+    layers = [linear[0], FlowStep(4, width=4), linear[1], Squeeze()]
+    layers += [linear[2], Split(16, width=4), linear[3]]
+    stored = shaken(ReversibleChain(layers, reversible=False)).double()
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    assert_close(linear[0](x)[0], ReversibleChain(linear[:1])(x)[0], terms=16)
+    got, want = (gradients(chain, x, call=chain) for chain in (rebuilt, stored))
+    assert len(got) == 2 + len(list(stored.parameters()))
+    assert_all_close(got, want, terms=2 * 7 * 32)
+    z, _ = rebuilt(x)
+    assert_close(rebuilt.inverse(z)[0], x, terms=2 * 7 * 16)
+    with pytest.raises(
+        ValueError, match=r"layers\[1\]: expected a layer of 4 channels, got one of"
+    ):
+        ReversibleChain([linear[0], LinearStep(5)])
 
 
 def test_shared_and_frozen_parameters() -> None:
