@@ -1,5 +1,6 @@
 """The default coupling network."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_channels, check_count, check_device
-from mflow_kernels.ops.launch import autocasts, transformed
+from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
+from mflow_kernels.ops.launch import autocasts, transformed, uses_triton
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -32,11 +34,88 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+    return CouplingNetwork(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+
+
+class CouplingNetwork(nn.Sequential):
+    """Glow's network, as `coupling_net` builds it.
+
+    On a GPU the fused operator `ops.coupling_network` computes it, if that fits and is faster.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        params = fused_params(list(self), x)
+        return super().forward(x) if params is None else params
+
+
+def fused_params(
+    layers: Sequence[nn.Module], x: Tensor, last: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor | None:
+    """The output of a sequence of layers for x, by `ops.coupling_network`.
+
+    Args:
+        last: weight and bias that replace those of the last layer.
+
+    Returns:
+        None if the operator does not fit the layers or x, or is slower.
+    """
+    if not uses_triton(x) or not is_glow_network(layers):
+        return None
+    products: Sequence[Any] = layers[::2]
+    first, second, third = products
+    weight, bias = (third.weight, third.bias) if last is None else last
+    parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
+    if any(p is None for p in parameters):
+        return None
+    if autocasts(x.device):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not supports(x, first.weight, weight) or not prefers_fused(x, parameters):
+        return None
+    return coupling_network(x, *parameters)
+
+
+def is_glow_network(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers are 3x3, 1x1 and 3x3 convolutions or three linear layers, with ReLU in between.
+
+    Layers with hooks do not count, since the operator would not call them.
+    """
+    if len(layers) != 5 or has_hooks(*layers) or not all(map(_is_relu, layers[1::2])):
+        return False
+    products = layers[::2]
+    if all(type(layer) is nn.Linear for layer in products):
+        return True
+    return all(map(_is_same_convolution, products, (3, 1, 3)))
+
+
+def _is_relu(layer: Any) -> bool:
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope == 0.0)
+
+
+def _is_same_convolution(layer: Any, side: int) -> bool:
+    """Whether it is a plain convolution with kernel (side, side) that keeps the images' size."""
+    return (
+        type(layer) in (nn.Conv2d, PointwiseConv2d)
+        and layer.kernel_size == (side, side)
+        and layer.padding == (side // 2, side // 2)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether these modules have hooks, which a fused operator or sequence would not call."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 # The spatial axes that layers of torch expect.
 SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
+
+# Containers that pass the state unchanged to their first layer.
+SEQUENTIALS = (nn.Sequential, CouplingNetwork)
 
 
 def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
@@ -48,12 +127,12 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     Raises:
         TypeError, ValueError: naming the argument `name`.
     """
-    first = next(iter(net._modules.values()), net) if type(net) is nn.Sequential else net
+    first: Any = next(iter(net._modules.values()), net) if type(net) in SEQUENTIALS else net
     spatial = SPATIAL.get(type(first))  # None for a subclass, which may cast and reshape
     check_channels(name, x, channels, spatial)
     if spatial is None:
         return
-    weight: Any = first.weight
+    weight = first.weight
     check_device(name, x, weight)
     if x.dtype != weight.dtype and not autocasts(x.device):
         expected, came = (str(t.dtype).removeprefix("torch.") for t in (weight, x))

@@ -101,7 +101,9 @@ class BackwardPass:
         Raises:
             RuntimeError: a network did not repeat its first run.
         """
-        self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet, stored
+        # dlogdet is often one number that autograd expanded: it is copied here once, and not by
+        # each launch.
+        self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet.contiguous(), stored
         self._differences: list[tuple[int, RerunNetwork, bool, Tensor]] = []
         split_off, joined = list(zip(latents, dlatents, strict=True)), []
         for i in reversed(range(len(instructions))):
@@ -246,7 +248,7 @@ class BackwardPass:
         return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
 
 
-PARTIALS_BYTES = 2**26  # limit of the partial sums of gram that are held before they are reduced
+PARTIALS_BYTES = 2**26  # limit of the partial outer sums that are held before they are reduced
 
 
 class _GroupGradients:
@@ -257,6 +259,8 @@ class _GroupGradients:
         with torch.enable_grad():
             self.folded = group.folded(dtype)
         self.inverse = torch.linalg.inv_ex(self.folded.weight.detach().double())[0]
+        # LAPACK and cuSOLVER return contiguous columns, and the kernels read rows.
+        self.rounded_inverse = self.inverse.to(self.folded.weight.dtype).contiguous()
         self.remaining = len(group.steps)
         self.partials: tuple[Tensor, Tensor] | None = None
         self.waiting: list[int] = []  # the steps whose partial sums are in `partials`
@@ -265,10 +269,10 @@ class _GroupGradients:
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """weight, bias and the inverse weight of a step."""
         weight, bias = (t.detach()[row] for t in self.folded[:2])
-        return weight, bias, self.inverse[row].to(weight.dtype)
+        return weight, bias, self.rounded_inverse[row]
 
     def partial_sums(self, row: int, splits: int) -> tuple[Tensor, Tensor]:
-        """Buffers for a step's partial sums of gram (splits, C, C) and d bias (splits, C).
+        """Buffers for a step's partial outer sums (splits, C, C) and d bias (splits, C).
 
         The steps share one buffer of at most `PARTIALS_BYTES`, which one launch reduces.
         """
@@ -291,12 +295,12 @@ class _GroupGradients:
 
     def _reduce(self) -> None:
         if self.partials is not None:
-            grams, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
-            self.sums.update({r: (grams[i], dbiases[i]) for i, r in enumerate(self.waiting)})
+            outer_sums, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
+            self.sums.update({r: (outer_sums[i], dbiases[i]) for i, r in enumerate(self.waiting)})
             self.partials, self.waiting = None, []
 
     def parameter_gradients(self) -> tuple[list[nn.Parameter], tuple[Tensor | None, ...]]:
-        """The group's parameters and their gradients, from dW = gram W^-T and d bias."""
+        """The group's parameters and their gradients, from dW = outer_sum W^-T and d bias."""
         # A step that occurs twice lists its parameters twice, and autograd would return the whole
         # gradient for each occurrence.
         parameters = list({id(p): p for p in self.group.parameters()}.values())
@@ -304,9 +308,9 @@ class _GroupGradients:
             return [], ()
         self._reduce()
         rows = [self.sums[row] for row in range(len(self.group.steps))]
-        gram, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
-        with without_autocast(gram):
-            dweight = (gram.double() @ self.inverse.mT).to(gram.dtype)
+        outer_sum, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
+        with without_autocast(outer_sum):
+            dweight = (outer_sum.double() @ self.inverse.mT).to(outer_sum.dtype)
             gradients = torch.autograd.grad(
                 tuple(self.folded), parameters, (dweight, dbias, self.dlog_det), allow_unused=True
             )
