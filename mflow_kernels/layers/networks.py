@@ -75,7 +75,7 @@ def fused_params(
 
 
 def is_glow_network(layers: Sequence[nn.Module]) -> bool:
-    """Whether layers are 3x3, 1x1 and 3x3 convolutions or three linear layers, with ReLU in between.
+    """Whether layers are 3x3, 1x1 and 3x3 convolutions or three linear layers, joined by ReLU.
 
     Layers with hooks do not count, since the operator would not call them.
     """
