@@ -46,7 +46,7 @@ def main(path: Path) -> None:
     with torch.no_grad():
         expected = Sampler(glow)(*normal(glow, 4, temperature=0.7, seed=2))
     print(
-        f"images {tuple(images.shape)}, which differ from the model's by {(images - expected).abs().max():.1e}"
+        f"images {tuple(images.shape)}, off the model's by {(images - expected).abs().max():.1e}"
     )
 
 

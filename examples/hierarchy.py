@@ -37,7 +37,7 @@ def main(steps: int = 40) -> None:
             loss.backward()
             optimizer.step()
             first, last = first if step else loss.item(), loss.item()
-        print(f"stage {stage}: {first:.1f} nats before, {last:.1f} after {steps} steps")
+        print(f"stage {stage}: {first:.1f} nats at first, {last:.1f} after {steps} steps")
 
     with torch.no_grad():
         codes = stages.encode(x[:5])
