@@ -45,9 +45,7 @@ def main(path: Path) -> None:
     images = sampler(*normal(glow, 4, temperature=0.7, seed=2))
     with torch.no_grad():
         expected = Sampler(glow)(*normal(glow, 4, temperature=0.7, seed=2))
-    print(
-        f"images {tuple(images.shape)}, off the model's by {(images - expected).abs().max():.1e}"
-    )
+    print(f"images {tuple(images.shape)}, off the model's by {(images - expected).abs().max():.1e}")
 
 
 if __name__ == "__main__":
