@@ -75,10 +75,10 @@ class Params(nn.Module):
 
     def given(self, conditions: tuple[int, ...]) -> "Params":
         """The same, receiving only these of the conditions of its sequence."""
-        kept = self.passing, () if self.passing == "none" else conditions
+        received = () if self.passing == "none" else conditions
         return Params(
             self.net, self.raw, self.shift, self.factors,
-            passing=kept[0], conditions=kept[1], inner=self.inner,
+            passing=self.passing, conditions=received, inner=self.inner,
         )  # fmt: skip
 
     def _layers(self) -> list[nn.Module] | None:
@@ -131,8 +131,8 @@ class Pair(nn.Module):
 
     def given(self, conditions: tuple[int, ...]) -> "Pair":
         """As `Params.given`."""
-        kept = () if self.conditions == () else conditions
-        return Pair(self.scale_net, self.shift_net, self.factors, kept)
+        received = () if self.conditions == () else conditions
+        return Pair(self.scale_net, self.shift_net, self.factors, received)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.conditions is not None:
