@@ -1,4 +1,4 @@
-"""A Glow of normflows, as in its examples, on our kernels: one line, the same numbers.
+"""Accelerate a Glow of normflows, built as in its examples, with one line.
 
 pip install mflow_kernels[interop] && python examples/accelerate_normflows.py
 """
@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = glow()
     x, y = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
-    model.log_prob(x, y)  # sets actnorm from data
+    model.log_prob(x, y)  # initializes actnorm from data
     original = copy.deepcopy(model)
 
     print(accelerate(model, reversible=True))  # the one line
@@ -45,8 +45,8 @@ def main() -> None:
         optimizer.step()
         print(f"step {step}: {loss.item():.1f} nats")
 
-    original.load_state_dict(model.state_dict())  # checkpoints are the same
-    decelerate(model)  # normflows' own again, with the trained weights
+    original.load_state_dict(model.state_dict())  # both have the same checkpoints
+    decelerate(model)  # normflows' own code again, with the trained weights
     assert torch.equal(model.log_prob(x, y), original.log_prob(x, y))
 
 

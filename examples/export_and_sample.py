@@ -1,4 +1,4 @@
-"""Export the sampling path of a model with torch.export; load it and sample without the model.
+"""Export sampling with torch.export, then load the file and sample without the model.
 
 python examples/export_and_sample.py [sampler.pt2]
 """
@@ -14,7 +14,7 @@ from mflow_kernels import Glow
 
 
 class Sampler(nn.Module):
-    """Latents, finest first, to images."""
+    """From latents, finest first, to images."""
 
     def __init__(self, glow: Glow) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def main(path: Path) -> None:
         torch.export.save(torch.export.export(Sampler(glow), latents), path)
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
 
-    # From here on, the file; `import mflow_kernels.ops` registers the operators that it names.
+    # Only the file is used from here. `import mflow_kernels.ops` registers its operators.
     sampler = torch.export.load(path).module()
     images = sampler(*normal(glow, 4, temperature=0.7, seed=2))
     with torch.no_grad():

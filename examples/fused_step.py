@@ -1,4 +1,4 @@
-"""Fused steps of flow inside a model of one's own, with a condition and a check of the whole.
+"""Fused steps of flow in a custom model, with a condition, and a check that it is a bijection.
 
 python examples/fused_step.py
 """
@@ -11,7 +11,7 @@ from mflow_kernels.testing import check_bijection
 
 
 class Conditioner(nn.Module):
-    """From the half that stays, and a condition (N, 4) if there is one, to scales and shifts."""
+    """From the unchanged half and an optional condition (N, 4) to scales and shifts."""
 
     def __init__(self, channels: int, width: int = 32) -> None:
         super().__init__()

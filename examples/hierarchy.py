@@ -1,4 +1,4 @@
-"""Hierarchical training by hand: a manifold flow on images, then a flow on its u, on its u.
+"""Hierarchical training by hand: a manifold flow on images, then one on its coordinates u.
 
 python examples/hierarchy.py
 """
@@ -9,7 +9,7 @@ from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 
 
 def images(n: int) -> torch.Tensor:
-    """(N, 1, 4, 4): mixtures of three patterns, not Gaussian ones, and a little noise."""
+    """(N, 1, 4, 4): non-Gaussian mixtures of three patterns, with a little noise."""
     patterns = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) / 4
     weights = torch.rand(n, 3).square()
     return (weights @ patterns + 0.01 * torch.randn(n, 16)).view(n, 1, 4, 4)
@@ -25,7 +25,7 @@ def main(steps: int = 40) -> None:
         ]
     )
     for stage, flow in enumerate(stages.stages):
-        # Stage 0 is trained on images; stage 1 on the u of stage 0, which stays as it is.
+        # Stage 0 is trained on images, stage 1 on the u of stage 0, which is then frozen.
         with torch.no_grad():
             flow.initialize(x if stage == 0 else stages.stages[0].encode(x))
         optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)

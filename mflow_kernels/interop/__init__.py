@@ -1,4 +1,4 @@
-"""Models of other flow libraries on our kernels, in one line: `accelerate(model)`."""
+"""Models of other flow libraries, computed by our kernels after `accelerate(model)`."""
 
 from mflow_kernels.interop.accelerate import accelerate, decelerate
 from mflow_kernels.interop.published import (

@@ -33,7 +33,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     decelerate(model)
     libraries = {library for m in model.modules() for library in _libraries_of(m)}
     if not libraries:
-        why = "no layer of normflows, nflows or FrEIA"
+        *names, last = LIBRARIES
+        why = f"no layer of {', '.join(names)} or {last}"
         return Report("", (), (Left("", type(model).__name__, why),), ())
     replaced: list[Replaced] = []
     left: list[Left] = []

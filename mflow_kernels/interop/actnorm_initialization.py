@@ -1,4 +1,4 @@
-"""What layers that are set from their first batch share."""
+"""Data-dependent initialization of actnorms, shared by the adapters."""
 
 import warnings
 
@@ -11,15 +11,17 @@ def per_channel(x: Tensor) -> Tensor:
 
 
 def standard_deviation(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
-    """The deviation of each channel, and which channels are constant up to their own rounding."""
+    """The standard deviation of each channel, and which channels are constant up to rounding."""
     samples = per_channel(x)
     std = samples.std(1, correction=correction)
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))
 
 
 def set_by_samples(layer: nn.Module, library: str) -> bool:
-    """Whether an actnorm that samples reach first is set from them, as its library does in either
-    mode: in training mode, aloud."""
+    """Whether to initialize an actnorm whose first input comes from samples, not from data.
+
+    Its library always does. We do so in training mode only, with a warning.
+    """
     if layer.training:
         message = (
             f"ActNorm of {library} is set from samples, as nothing was trained or encoded before: "

@@ -1,5 +1,7 @@
-"""Networks of other libraries' couplings, giving params as our kernels read them: raw scales in the
-first half of the channels, shifts in the second."""
+"""Networks of other libraries' couplings, wrapped to return params in the order of our kernels.
+
+That order is the raw scales in the first half of the channels and the shifts in the second.
+"""
 
 from typing import Any, Literal
 
@@ -17,21 +19,20 @@ Passing = Literal["none", "channels", "argument"]
 
 
 class Params(nn.Module):
-    """One network whose output channels are scales and shifts in some order.
+    """One network whose output channels are scales and shifts in another order.
 
-    Where its last layer is a convolution or linear layer, that layer's few weights are reordered,
-    not the activations. A network like Glow's runs as one operator on a GPU.
+    If its last layer is a convolution or linear layer, the weights of that layer are reordered, as
+    they are smaller than the activations. A network like Glow's runs as one operator on a GPU.
 
     Args:
         net: the network, which keeps its parameters.
-        raw, shift: which of its output channels are the raw scales and the shifts; raw None for
-            couplings that only shift.
-        factors: what raw scales and shifts are multiplied by.
-        passing: how the network takes further inputs: not at all, as channels beside the state, or
-            as a second argument that may be None.
-        conditions: which of the run's further inputs it takes; None for all.
-        inner: names of the attribute that holds the layers of `net`, if it is a wrapper of an
-            `nn.Sequential` whose output it returns.
+        raw, shift: the output channels that are the raw scales and the shifts; raw is None for
+            additive couplings.
+        factors: factors of the raw scales and of the shifts.
+        passing: how the network receives conditions: not at all, as channels after those of the
+            state, or as a second argument that may be None.
+        conditions: the indices of the sequence's conditions that it receives; None for all.
+        inner: the attribute of `net` with its `nn.Sequential`, if `net` only calls that.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class Params(nn.Module):
         return last._conv_forward(x, weight, bias)
 
     def given(self, conditions: tuple[int, ...]) -> "Params":
-        """This, taking only these conditions of those a run is called with."""
-        kept = self.passing, () if self.passing == "none" else conditions
+        """The same, receiving only these of the conditions of its sequence."""
+        received = () if self.passing == "none" else conditions
         return Params(
             self.net, self.raw, self.shift, self.factors,
-            passing=kept[0], conditions=kept[1], inner=self.inner,
+            passing=self.passing, conditions=received, inner=self.inner,
         )  # fmt: skip
 
     def _layers(self) -> list[nn.Module] | None:
-        """The network's layers, if the last is one whose output channels can be reordered."""
+        """The network's layers, if the output channels of the last one can be reordered."""
         if self.raw is None:
             return None
         layers = getattr(self.net, self.inner) if self.inner else self.net
@@ -130,8 +131,8 @@ class Pair(nn.Module):
 
     def given(self, conditions: tuple[int, ...]) -> "Pair":
         """As `Params.given`."""
-        kept = () if self.conditions == () else conditions
-        return Pair(self.scale_net, self.shift_net, self.factors, kept)
+        received = () if self.conditions == () else conditions
+        return Pair(self.scale_net, self.shift_net, self.factors, received)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.conditions is not None:
@@ -142,30 +143,36 @@ class Pair(nn.Module):
 
 
 class Masked(nn.Module):
-    """Two networks that see the whole state with the features that move set to 0, and give a scale
-    and a shift for every feature; without one of them, 0. Not finite is NaN, as in normflows."""
+    """Two networks of the whole state, in which the features to transform are set to 0.
+
+    They return a scale and a shift for every feature; a missing network stands for 0. Values that
+    are not finite become NaN, as in normflows.
+
+    Args:
+        unchanged, transformed: the indices of the features that the coupling reads and changes.
+    """
 
     def __init__(
         self,
         scale_net: nn.Module | None,
         shift_net: nn.Module | None,
-        stays: tuple[int, ...],
-        moves: tuple[int, ...],
+        unchanged: tuple[int, ...],
+        transformed: tuple[int, ...],
     ) -> None:
         super().__init__()
         self.scale_net, self.shift_net = scale_net, shift_net
-        self.stays, self.moves = stays, moves
+        self.unchanged, self.transformed = unchanged, transformed
 
     def forward(self, x: Tensor) -> Tensor:
-        masked = x.new_zeros(len(x), len(self.stays) + len(self.moves))
-        masked[:, constant(self.stays, x.device)] = x
-        moves = constant(self.moves, x.device)
+        masked = x.new_zeros(len(x), len(self.unchanged) + len(self.transformed))
+        masked[:, constant(self.unchanged, x.device)] = x
+        index = constant(self.transformed, x.device)
         outs = []
         for net in (self.scale_net, self.shift_net):
             if net is None:
-                outs.append(x.new_zeros(len(x), len(self.moves)))
+                outs.append(x.new_zeros(len(x), len(self.transformed)))
             else:
-                out = net(masked)[:, moves]
+                out = net(masked)[:, index]
                 outs.append(torch.where(out.isfinite(), out, torch.nan))
         return torch.cat(outs, dim=1)
 

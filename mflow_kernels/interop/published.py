@@ -1,8 +1,9 @@
-"""Weights of openai/glow and of rosinality/glow-pytorch, as a `Glow` of ours.
+"""Weights of openai/glow and of rosinality/glow-pytorch, as a `Glow`.
 
-What is theirs alone is kept: their convolutions see where the image ends, and their coarsest latent
-has a learned Gaussian, which here is one more affine map, so that every latent is standard normal.
-What only scales a convolution (their actnorms inside networks, exp(3 * logs)) folds into it.
+Two features that `Glow` lacks are kept: convolutions that see the border of the image, and a
+learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
+standard normal. Scales of convolutions (actnorms inside networks, exp(3 * logs)) are folded into
+the weights.
 """
 
 from collections.abc import Mapping
@@ -22,14 +23,14 @@ from mflow_kernels.ops.scale import ScaleFunction
 Weights = Mapping[str, Any]
 _GLOW = ScaleFunction("sigmoid", offset=2.0)
 _EXP = ScaleFunction("exp")
-FACTOR = 3.0  # both learn a third of a log-scale, "logscale_factor"
+FACTOR = 3.0  # both store a third of each log-scale ("logscale_factor")
 
 
 class EdgeConv2d(nn.Conv2d):
-    """A 3x3 convolution, padded, that can tell the edge of the image.
+    """A padded 3x3 convolution that sees the border of the image.
 
-    With `marked` the last input channel is 1 outside the image and 0 in it, as in openai/glow; else
-    the state is padded by 1, as in rosinality/glow-pytorch.
+    With `marked`, the last input channel is 1 outside the image and 0 inside, as in openai/glow.
+    Otherwise the state is padded with ones, as in rosinality/glow-pytorch.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, marked: bool) -> None:
@@ -50,7 +51,7 @@ class EdgeConv2d(nn.Conv2d):
 
 
 class PublishedGlow(Glow):
-    """`Glow` whose coarsest latent has a mean and a deviation of its own for each number.
+    """`Glow` with a learned mean and deviation for each element of the coarsest latent.
 
     `top_mean`, `top_log_sd` (C, H, W): the latent returned is (z - mean) * exp(-log_sd).
     """
@@ -66,7 +67,7 @@ class PublishedGlow(Glow):
         return (*fine, top), logdet - self.top_log_sd.sum()
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Nothing is to be set: the weights came with the scales of their actnorms."""
+        """`forward`: the published actnorms are initialized already."""
         return self(x, *context)
 
     def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,16 +86,16 @@ def glow_from_openai(
     """A model with the weights of openai/glow.
 
     Args:
-        weights: an .npz of the checkpoint's variables under their names, or such a mapping to
-            arrays; what an optimizer or an average added to it is ignored. From TensorFlow:
+        weights: an .npz of the checkpoint's variables under their names, or a mapping from names
+            to arrays. Variables of optimizers and averages are ignored. To write it in TensorFlow:
             `r = tf.train.load_checkpoint(path)`,
             `np.savez(out, **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})`.
-        image_shape: (C, H, W). The model takes images as theirs: x / 2 ** bits - 1/2.
-        label: which class, for weights whose top latent depends on it.
+        image_shape: (C, H, W). The model takes images as x / 2 ** bits - 1/2.
+        label: the class, for weights whose top latent depends on it.
 
     Raises:
-        ValueError: a variable is missing or misshapen, the permutation between couplings is not the
-            learned one (flow_permutation 2), or the label is none of these weights'.
+        ValueError: a variable is missing or has another shape, the permutation is not the learned
+            one (flow_permutation 2), or the weights have no such label.
     """
     return _convert(_OpenAI(_read_npz(weights), label), image_shape)
 
@@ -105,11 +106,11 @@ def glow_from_rosinality(
     """A model with the weights of rosinality/glow-pytorch.
 
     Args:
-        weights: the file of a state dictionary, or one.
-        image_shape: (C, H, W). The model takes images as theirs: x / 2 ** bits - 1/2.
+        weights: a state dictionary or its file.
+        image_shape: (C, H, W). The model takes images as x / 2 ** bits - 1/2.
 
     Raises:
-        ValueError: a weight is missing or misshapen.
+        ValueError: a weight is missing or has another shape.
     """
     if isinstance(weights, str | PathLike):
         loaded: Weights = torch.load(weights, map_location="cpu", weights_only=True)
@@ -118,12 +119,12 @@ def glow_from_rosinality(
 
 
 def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
-    """A model with these weights: what of the two layouts is the same."""
+    """A model with these weights, from either layout."""
     levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
         published = w.step(level, i % steps)
-        _set_mix(step, published.mix)
+        _set_weight(step, published.weight)
         with torch.no_grad():
             step.actnorm.bias.copy_(published.bias)
             step.actnorm.log_scale.copy_(published.log_scale)
@@ -142,17 +143,16 @@ def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> P
 
 
 class _Step(NamedTuple):
-    """A step of flow: W (C, C) of columns, the actnorm exp(log_scale) * (x + bias), and the network
-    of the coupling."""
+    """A step of flow: y = W x, the actnorm exp(log_scale) * (x + bias), the coupling network."""
 
-    mix: Tensor
+    weight: Tensor
     bias: Tensor
     log_scale: Tensor
     net: nn.Sequential
 
 
 class _Source:
-    """Arrays by name, with errors that name what is missing."""
+    """Arrays by name. Errors name the missing array."""
 
     def __init__(self, arrays: Weights) -> None:
         self.arrays = arrays
@@ -162,13 +162,13 @@ class _Source:
             raise ValueError(f"weights: expected {name!r}: {why}")
 
     def __getitem__(self, name: str) -> Tensor:
-        self.need(name, "is this the checkpoint of such a model?")
+        self.need(name, "is this a checkpoint of a Glow?")
         return torch.as_tensor(self.arrays[name]).double()
 
 
 class _OpenAI(_Source):
-    """Variables of TensorFlow: filters (H, W, in, out), scales a third of their logarithm, shifts
-    and scales that alternate."""
+    """TensorFlow variables: filters are (H, W, in, out); log-scales are stored divided by 3; shifts
+    and scales alternate."""
 
     counted = "{}/0/actnorm_center/b", "0/{}/actnorm_center/b"
     interleaved = True
@@ -194,7 +194,7 @@ class _OpenAI(_Source):
         )
 
     def prior(self, level: int) -> EdgeConv2d:
-        """From what stays at a split to mean and log-deviation of what leaves."""
+        """The network from the kept half of a split to mean and log-deviation of the latent."""
         return self.last(f"pool{level}/conv")
 
     def vector(self, name: str) -> Tensor:
@@ -209,7 +209,7 @@ class _OpenAI(_Source):
         return self._scaled(name, self.vector(bias), self.log_scale(log_scale))
 
     def last(self, name: str) -> EdgeConv2d:
-        """A network's last convolution, scaled after its bias."""
+        """A network's last convolution, whose scale applies after the bias."""
         conv = self._scaled(name, self.vector(f"{name}/b"), self.log_scale(f"{name}/logs"))
         assert isinstance(conv, EdgeConv2d)
         return conv
@@ -244,8 +244,8 @@ class _OpenAI(_Source):
 
 
 class _Rosinality(_Source):
-    """A state dictionary, of the model or of a data-parallel wrapper of it; scales and shifts are
-    halves."""
+    """A state dictionary, of the model or of a data-parallel wrapper. The first half of a network's
+    output is scales, the second shifts."""
 
     counted = "blocks.{}.flows.0.actnorm.loc", "blocks.0.flows.{}.actnorm.loc"
     interleaved = False
@@ -257,7 +257,7 @@ class _Rosinality(_Source):
         at = f"blocks.{level}.flows.{step}"
         scale = self[f"{at}.actnorm.scale"].flatten()  # of either sign
         return _Step(
-            self.mix(f"{at}.invconv") * scale.sign(),
+            self.conv1x1_weight(f"{at}.invconv") * scale.sign(),
             self[f"{at}.actnorm.loc"].flatten(),
             scale.abs().log(),
             _network(
@@ -287,8 +287,8 @@ class _Rosinality(_Source):
         weight = self[f"{name}.conv.weight"] * scale[:, None, None, None]
         return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
 
-    def mix(self, name: str) -> Tensor:
-        """W (C, C), plain or from its factors."""
+    def conv1x1_weight(self, name: str) -> Tensor:
+        """W (C, C), stored plainly or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
         p, lower, upper, log_s, sign = (
@@ -299,7 +299,7 @@ class _Rosinality(_Source):
 
 
 def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
-    """Variables without the scope and the output number that TensorFlow puts around their names."""
+    """Variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, str | PathLike):
         with np.load(weights, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
@@ -307,12 +307,12 @@ def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
 
 
 def _count(weights: Weights, pattern: str) -> int:
-    """How many numbers from 0 on give a name that is there."""
+    """The number of consecutive integers from 0 whose names are in `weights`."""
     count = 0
     while pattern.format(count) in weights:
         count += 1
     if not count:
-        raise ValueError(f"weights: expected {pattern.format(0)!r}, which is not among them")
+        raise ValueError(f"weights: expected {pattern.format(0)!r}, which is missing")
     return count
 
 
@@ -334,11 +334,11 @@ def _fill(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     return conv
 
 
-def _set_mix(step: FlowStep, weight: Tensor) -> None:
+def _set_weight(step: FlowStep, weight: Tensor) -> None:
     channels = len(step.actnorm.bias)
     if tuple(weight.shape) != (channels, channels):
         raise ValueError(
-            f"weights: expected mixes of shape {(channels, channels)} for such an image, "
+            f"weights: expected 1x1 weights of shape {(channels, channels)} for such an image, "
             f"got {tuple(weight.shape)}"
         )
     with torch.no_grad():
@@ -350,14 +350,14 @@ def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequent
 
 
 def _halves(channels: int, interleaved: bool) -> tuple[slice, slice]:
-    """Where the first and the second of two values a channel are."""
+    """The slices of the first and the second of two values a channel."""
     if interleaved:
         return slice(0, None, 2), slice(1, None, 2)
     return slice(0, channels), slice(channels, None)
 
 
 def _set_coupling(step: FlowStep, net: nn.Sequential, interleaved: bool) -> None:
-    """Affine where the network gives scales too, else additive."""
+    """Set an affine coupling if the network also returns scales, else an additive one."""
     last: Any = net[-1]
     out, channels, coupling = last.out_channels, len(step.actnorm.bias), step.coupling
     coupling.net, coupling.scale = net, _GLOW

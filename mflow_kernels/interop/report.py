@@ -1,11 +1,11 @@
-"""What `accelerate` did to a model, to be read by a person or by a program."""
+"""The report of `accelerate`, for people and programs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A layer, or the layers of a container, that now run on ours."""
+    """A layer, or a sequence of layers, that our kernels now compute."""
 
     name: str
     layer: str
@@ -14,7 +14,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A layer that runs as before, and why."""
+    """A layer that runs as before, and the reason."""
 
     name: str
     layer: str
@@ -26,9 +26,9 @@ class Report:
     """`print(report)` shows it.
 
     Attributes:
-        library: "normflows", "nflows" or "FrEIA", with its version; "" where the model is of none.
-        replaced, left: layer by layer, named as in `model.named_modules()`.
-        notes: in which the accelerated model differs from the original on purpose.
+        library: "normflows", "nflows" or "FrEIA" with its version; "" if the model uses none.
+        replaced, left: the layers, named as in `model.named_modules()`.
+        notes: how the accelerated model differs from the original on purpose.
     """
 
     library: str

@@ -1,4 +1,4 @@
-"""Actnorm: an affine map of each channel, set from the first batch."""
+"""Actnorm: an affine map of each channel, initialized from the first batch."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from mflow_kernels.ops.checks import check_count, check_state_for
 class ActNorm(Bijection):
     """y = exp(log_scale) * (x + bias) for each channel (Glow, arXiv 1807.03039, section 3.1).
 
-    A new layer is the identity. `initialize(x)` makes its output zero mean and unit variance on
-    that batch, once: the buffer `initialized` is saved with the weights, so that a loaded layer is
-    never set again. `forward` looks at no flag. A channel that is constant in the batch keeps its
-    scale. Where torch.distributed runs, the batch is that of all ranks together, and all set the
-    same values; every rank must take part.
+    A new layer is the identity. `initialize(x)` sets it once, so that its output on that batch has
+    zero mean and unit variance. The buffer `initialized` is saved with the weights, so a loaded
+    layer is not set again. `forward` never reads it. A channel that is constant in the batch keeps
+    its scale. Under torch.distributed the statistics are those of all ranks' batches; every rank
+    must call `initialize`, and all set the same values.
 
     Args:
         channels: C of the states (N, C, *spatial).
@@ -44,12 +44,17 @@ class ActNorm(Bijection):
 
     @torch.no_grad()
     def set_from(self, x: Tensor) -> None:
-        """Take bias and scale from the batch x (N, C, *spatial), unless they were set before."""
+        """Set bias and scale from the batch x (N, C, *spatial), unless they have been set.
+
+        Raises:
+            TypeError, ValueError: x does not fit, has fewer than two values a channel, or is not
+                finite.
+        """
         check_state_for("x", x, self.bias)
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()
-        # Ranks raise together, since all see the same sums: none is left waiting for another.
+        # All ranks see the same sums and so raise together; no rank waits for another.
         count, total = (
             over_ranks(samples.new_tensor(samples.shape[1])),
             over_ranks(samples.sum(1)),
@@ -67,7 +72,7 @@ class ActNorm(Bijection):
 
 
 def over_ranks(x: Tensor) -> Tensor:
-    """The sum of x over all ranks, or x where there is but one."""
+    """The sum of x over all ranks, or x if there is only one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x)
     return x

@@ -1,4 +1,4 @@
-"""The contract that every invertible layer keeps."""
+"""The interface of invertible layers."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 class Bijection(nn.Module):
     """`z, logdet = layer(x)` and `x, logdet = layer.inverse(z)`.
 
-    Layers with a network take further inputs of it after the state: `layer(x, context)`.
+    Layers with a network pass further arguments to it: `layer(x, context)`.
 
-    States are (N, C, *spatial). Log-determinants are per sample, (N,), natural log, float32
-    (float64 for float64 states); the two are each other's negative.
+    States are (N, C, *spatial). Log-determinants are per sample, (N,), in nats, float32 (float64
+    for float64 states). The logdet of `inverse` is minus that of `forward`.
     """
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
@@ -21,5 +21,5 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
-        """Set what is to be set from a first batch (actnorm), and return what `forward` does."""
+        """Initialize actnorms from a first batch, and return `forward(x, *context)`."""
         return self(x, *context)

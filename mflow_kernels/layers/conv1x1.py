@@ -14,9 +14,10 @@ from mflow_kernels.ops.launch import accumulator, pixels, without_autocast
 class InvertibleConv1x1(Bijection):
     """y_p = W x_p with W = P L (U + diag(s)) (Glow, arXiv 1807.03039, section 3.2).
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, and s keeps the signs it
-    starts with, so that W is invertible wherever its parameters go and log |det W| = sum log |s|
-    costs C additions. W starts as a random rotation, drawn from torch's global generator.
+    P is a fixed permutation, L is unit lower and U strictly upper triangular, and s keeps its
+    initial signs. W is therefore invertible for all values of its parameters, and
+    log |det W| = sum log |s| costs C additions. W is initialized as a random rotation, drawn from
+    torch's global generator.
 
     Args:
         channels: C of the states (N, C, *spatial).
@@ -43,19 +44,21 @@ class InvertibleConv1x1(Bijection):
 
     @torch.no_grad()
     def condition_number(self) -> Tensor:
-        """Largest singular value of W over its smallest, a float64 scalar of W's device; infinite
-        where W is not finite. Rounding errors of W^-1 y grow with it."""
+        """Largest singular value of W over its smallest, a float64 scalar on W's device.
+
+        It is infinite if W is not finite. The rounding error of W^-1 y grows with it.
+        """
         return condition_number(self._exact_weight())
 
     @torch.no_grad()
     def bound_condition_(self, limit: float) -> bool:
-        """Bring the condition number of W down to `limit`, up to the rounding of W's factors.
+        """Reduce the condition number of W to at most `limit`, up to the rounding of W's factors.
 
         Singular values are clipped to [m / sqrt(limit), m * sqrt(limit)] around their geometric
-        mean m; W is factored anew, its permutation and signs included.
+        mean m. W is then factored again, which also changes its permutation and signs.
 
         Returns:
-            Whether W was changed: not where its condition number is within the limit.
+            Whether W was changed. It is not if its condition number is within the limit.
 
         Raises:
             ValueError: a limit below 1, a W that is not finite.
@@ -101,7 +104,7 @@ class InvertibleConv1x1(Bijection):
 
 
 def condition_number(weight: Tensor) -> Tensor:
-    """Largest singular value of a matrix over its smallest; infinite where it is not finite."""
+    """Largest singular value of a matrix over its smallest; infinite if it is not finite."""
     if not weight.isfinite().all():
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)

@@ -1,4 +1,4 @@
-"""The coupling network that layers make where none is given."""
+"""The default coupling network."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from mflow_kernels.ops.launch import autocasts, transformed, uses_triton
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
-    """Glow's network: 3x3, 1x1 and 3x3 convolutions with ReLU between, the last one zero at first.
+    """Glow's network: 3x3, 1x1 and 3x3 convolutions with ReLU in between.
 
-    From (N, in_channels, *spatial) to (N, out_channels, *spatial); with no spatial axis, three
-    linear layers.
+    It maps (N, in_channels, *spatial) to (N, out_channels, *spatial). The last convolution is
+    initialized to zero. Without spatial axes it has three linear layers.
 
     Raises:
         TypeError, ValueError: a width below 1, spatial_dims outside 0 to 3.
@@ -38,8 +38,10 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
 
 
 class CouplingNetwork(nn.Sequential):
-    """Glow's network as `coupling_net` builds it: a chain of torch's layers, computed on a GPU by
-    the fused operator `ops.coupling_network` where that fits and is faster."""
+    """Glow's network, as `coupling_net` builds it.
+
+    On a GPU the fused operator `ops.coupling_network` computes it, if that fits and is faster.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         params = fused_params(list(self), x)
@@ -49,11 +51,13 @@ class CouplingNetwork(nn.Sequential):
 def fused_params(
     layers: Sequence[nn.Module], x: Tensor, last: tuple[Tensor, Tensor | None] | None = None
 ) -> Tensor | None:
-    """What a chain of layers gives for x, by `ops.coupling_network`; None where that does not fit
-    the layers or x, or is slower.
+    """The output of a sequence of layers for x, by `ops.coupling_network`.
 
     Args:
-        last: weight and bias in place of those of the last layer.
+        last: weight and bias that replace those of the last layer.
+
+    Returns:
+        None if the operator does not fit the layers or x, or is slower.
     """
     if not uses_triton(x) or not is_glow_network(layers):
         return None
@@ -71,8 +75,10 @@ def fused_params(
 
 
 def is_glow_network(layers: Sequence[nn.Module]) -> bool:
-    """Whether layers are 3x3, 1x1 and 3x3 convolutions, or three linear layers, with ReLU between
-    and without hooks, which would not be called."""
+    """Whether layers are 3x3, 1x1 and 3x3 convolutions or three linear layers, joined by ReLU.
+
+    Layers with hooks do not count, since the operator would not call them.
+    """
     if len(layers) != 5 or has_hooks(*layers) or not all(map(_is_relu, layers[1::2])):
         return False
     products = layers[::2]
@@ -86,7 +92,7 @@ def _is_relu(layer: Any) -> bool:
 
 
 def _is_same_convolution(layer: Any, side: int) -> bool:
-    """Whether it is a plain convolution of so many pixels a side that keeps the images' size."""
+    """Whether it is a plain convolution with kernel (side, side) that keeps the images' size."""
     return (
         type(layer) in (nn.Conv2d, PointwiseConv2d)
         and layer.kernel_size == (side, side)
@@ -98,31 +104,31 @@ def _is_same_convolution(layer: Any, side: int) -> bool:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody listens to calls of these modules, which a fused run would not make."""
+    """Whether these modules have hooks, which a fused operator or sequence would not call."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in modules
     )
 
 
-# The spatial axes that layers of torch's take.
+# The spatial axes that layers of torch expect.
 SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
 
-# Chains whose first layer sees the state as it is.
-CHAINS = (nn.Sequential, CouplingNetwork)
+# Containers that pass the state unchanged to their first layer.
+SEQUENTIALS = (nn.Sequential, CouplingNetwork)
 
 
 def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
-    """Raise unless the state x has so many channels and `net` takes it, as far as that shows.
+    """Check that the state x has these channels and, as far as possible, that `net` accepts it.
 
-    It shows where the network starts with one of torch's own layers, as the default one does: then
-    a wrong number of spatial axes, dtype (outside autocast) or device is told too.
+    If the network starts with a layer of torch, as the default one does, its spatial axes, device
+    and (outside autocast) dtype are checked too.
 
     Raises:
         TypeError, ValueError: naming the argument `name`.
     """
-    first: Any = next(iter(net._modules.values()), net) if type(net) in CHAINS else net
-    spatial = SPATIAL.get(type(first))  # none of a subclass, which may cast and reshape
+    first: Any = next(iter(net._modules.values()), net) if type(net) in SEQUENTIALS else net
+    spatial = SPATIAL.get(type(first))  # None for a subclass, which may cast and reshape
     check_channels(name, x, channels, spatial)
     if spatial is None:
         return
@@ -134,29 +140,29 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution of (N, width, H, W), faster on a CPU for batches of fewer than 16 images in
-    channels_last and float32.
+    """A 1x1 convolution of (N, width, H, W), faster on a CPU for small batches.
 
-    torch makes a matrix product of those, at half the speed of oneDNN's convolution; but rows of
-    pixels are images as good as any.
+    For fewer than 16 float32 images in channels_last, torch computes a matrix product at half the
+    speed of oneDNN's convolution. This module reshapes the pixels to 16 images instead, which a 1x1
+    convolution may do.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_better_cut(x):
-            return _Cut.apply(x, self.weight, self.bias)
+        if self._reshaping_pays(x):
+            return _PointwiseFunction.apply(x, self.weight, self.bias)
         return super().forward(x)
 
-    def _is_better_cut(self, x: Tensor) -> bool:
+    def _reshaping_pays(self, x: Tensor) -> bool:
         return (
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
             and len(x) < IMAGES
             and len(x) * x.shape[2] % IMAGES == 0
-            and x.numel() * self.out_channels >= WORTH_CUTTING
+            and x.numel() * self.out_channels >= MIN_MULTIPLICATIONS
             and x.is_contiguous(memory_format=torch.channels_last)
             and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
@@ -165,35 +171,35 @@ class PointwiseConv2d(nn.Conv2d):
         )
 
 
-IMAGES = 16  # from which torch.conv2d asks oneDNN for 1x1 convolutions on one thread
-WORTH_CUTTING = 4_000_000  # multiplications
+IMAGES = 16  # the smallest batch for which torch.conv2d uses oneDNN on one thread
+MIN_MULTIPLICATIONS = 4_000_000  # below these, reshaping gains nothing
 
 
-def _cut(x: Tensor) -> Tensor:
-    """The pixels of x, in channels_last, as those of 16 images."""
+def _as_16_images(x: Tensor) -> Tensor:
+    """The pixels of x, in channels_last, as 16 images."""
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).view(IMAGES, n * h // IMAGES, w, c).permute(0, 3, 1, 2)
 
 
-class _Cut(torch.autograd.Function):
-    """`F.conv2d` by `_cut`; its backward is of operators that autograd goes on through."""
+class _PointwiseFunction(torch.autograd.Function):
+    """`F.conv2d` of `_as_16_images(x)`, with a backward that autograd can differentiate again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = F.conv2d(_cut(x), weight, bias).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(_as_16_images(x), weight, bias).contiguous(memory_format=torch.channels_last)
         n, _, h, w = x.shape
         c = len(weight)
-        # Not a view, which a ReLU in place would make autograd copy.
+        # Not a view: autograd would copy it for the in-place ReLU that follows.
         shape, strides = (n, c, h, w), (h * w * c, 1, w * c, c)
         return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), shape, strides)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy = _cut(dy.contiguous(memory_format=torch.channels_last))
+        dy = _as_16_images(dy.contiguous(memory_format=torch.channels_last))
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, _cut(x), weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            dy, _as_16_images(x), weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
             list(ctx.needs_input_grad),
         )  # fmt: skip
         if dx is not None:

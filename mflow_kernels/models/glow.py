@@ -40,9 +40,6 @@ class _ChainFlow(Bijection):
         came = tuple(tuple(latent.shape[1:]) for latent in latents)
         if came != shapes:
             raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
-        sizes = [len(latent) for latent in latents]
-        if len(set(sizes)) > 1:
-            raise ValueError(f"z: expected latents of one batch size, got {sizes}")
         latents = [_channels_last(latent) for latent in latents]
         return self.chain.inverse(tuple(latents) if len(latents) > 1 else latents[0], *context)
 

@@ -1,4 +1,4 @@
-"""What the tests of all libraries share: an accelerated model held to its original."""
+"""Comparisons of accelerated models with their originals, for the tests of all libraries."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +13,11 @@ from mflow_kernels.interop import Report, accelerate
 from mflow_kernels.interop.adapter import Adapter
 from mflow_kernels.testing import assert_close
 
-Results = dict[str, Tensor]  # of a model: outputs and log-determinants by name
+Results = dict[str, Tensor]  # outputs and log-determinants of a model, by name
 
 
 def perturbed(model: nn.Module, by: float = 0.1, seed: int = 1) -> nn.Module:
-    """`model` with every trainable parameter moved, so that no network is zero."""
+    """Perturb every trainable parameter in place, so that no network is zero; return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -33,7 +33,7 @@ def compare(
     *,
     reversible: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Assert that an accelerated copy gives what the model gives, values and gradients.
+    """Assert that an accelerated copy has the values and gradients of the model.
 
     Both run in their own dtype: a float32 result is held to the rounding of a float32 sum of so
     many terms, a float64 result to 1e-10.
@@ -52,7 +52,7 @@ def compare(
 def gradients_agree(
     fast: nn.Module, model: nn.Module, results: Callable[[nn.Module], Results], terms: int
 ) -> int:
-    """Assert equal gradients of a fixed combination of all results; how many were compared."""
+    """Assert equal gradients of a fixed combination of all results; return how many."""
     for m in (fast, model):
         m.zero_grad()
         generator = torch.Generator().manual_seed(2)
@@ -92,13 +92,12 @@ def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
         error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
         assert error < 1e-10, f"{name}: {error:.1e}"
     else:
-        # Both sides round, each like a sum of so many terms.
+        # Both sides round like a sum of `terms` terms.
         assert_close(got, want, terms=4 * terms, scale=1.0, name=name)
 
 
 def assert_left_alone(model: nn.Module) -> Report:
-    """Assert that nothing of a model is replaced, and that it is to the last attribute what it was;
-    its report."""
+    """Assert that no layer of a model is replaced and no attribute changes; return the report."""
     before = [(m, type(m), dict(m.__dict__)) for m in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     report = accelerate(model)
@@ -127,7 +126,7 @@ def assert_guarded(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.
 
 
 def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:
-    """Assert that torch.export takes a method of a model, and that the program gives the same."""
+    """Assert that torch.export exports a method of a model, and that the program equals it."""
 
     class Exported(nn.Module):
         def forward(self, *inputs: Any) -> tuple[Any, Tensor]:
@@ -139,7 +138,7 @@ def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> Non
 
 
 def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int) -> list[float]:
-    """Losses of so many steps of Adam."""
+    """The losses of `steps` steps of Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for step in range(steps):
@@ -154,11 +153,11 @@ def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int
 def assert_trained_together(
     make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], *, reversible: bool
 ) -> nn.Module:
-    """Assert that 50 steps of Adam of a model and its accelerated copy stay together; the copy.
+    """Assert that a model and its accelerated copy have equal losses for 50 steps; return the copy.
 
-    In float64 to 1e-7. In float32 Adam, which moves a weight by its learning rate whatever the size
-    of its gradient, makes much of a rounding: the losses may part ten times as far as those of the
-    original and of the original with weights moved by one unit in the last place.
+    In float64 they agree to 1e-7. In float32 Adam amplifies rounding, since its steps do not depend
+    on the size of a gradient. There the losses may differ by ten times the difference between the
+    original and the original with weights changed by one unit in the last place.
     """
     for dtype in (torch.float32, torch.float64):
         with default_dtype(dtype):
@@ -167,7 +166,7 @@ def assert_trained_together(
             fast, nudged = copy.deepcopy(model), copy.deepcopy(model)
             assert accelerate(fast, reversible=reversible).replaced
             plain, ours = (train(m, loss, 50) for m in (model, fast))
-            assert abs(plain[48] - plain[0]) > 1e-3  # on one batch: it does train
+            assert abs(plain[48] - plain[0]) > 1e-3  # the loss does fall
             bound = 1e-7
             if dtype == torch.float32:
                 nudged = train(perturbed(nudged, torch.finfo(dtype).eps), loss, 50)

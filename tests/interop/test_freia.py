@@ -1,4 +1,4 @@
-"""Networks built as FrEIA's README, tutorial and examples build them, accelerated."""
+"""Accelerated networks of FrEIA, built as in its README, tutorial and examples."""
 
 import copy
 import pickle
@@ -59,8 +59,8 @@ def conditional(dim=4):
 
 
 def image_graph():
-    """The tutorial's image network: downsampling, couplings with fixed 1x1 convolutions, a split
-    whose one part goes on and whose other is an output, and a condition."""
+    """The tutorial's image network: downsampling, couplings with fixed 1x1 convolutions, a split of
+    which one part is an output, and a condition."""
     nodes = [Ff.InputNode(3, 8, 8, name="input")]
     condition = Ff.ConditionNode(2, 4, 4, name="condition")
 
@@ -133,10 +133,10 @@ def results(dtype):
     return of
 
 
-def settled(make):
+def initialized(make):
     torch.manual_seed(0)
     model = make()
-    with torch.no_grad():  # or blocks with reflections keep a graph, and cannot be copied
+    with torch.no_grad():  # blocks with reflections would keep a graph and could not be copied
         model(*inputs_of(model, torch.float32))
     return peers.perturbed(model)
 
@@ -144,12 +144,14 @@ def settled(make):
 @pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_original(name, reversible):
-    model = settled(MODELS[name]).double()
-    with peers.default_dtype(torch.float64):  # FrEIA adds constant log-determinants up in it
+    model = initialized(MODELS[name]).double()
+    with peers.default_dtype(
+        torch.float64
+    ):  # FrEIA sums constant log-determinants in the default dtype
         fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
         terms = 4096 if isinstance(model, Ff.GraphINN) else 256
-        peers.compare(settled(MODELS[name]), results(torch.float32), terms)
+        peers.compare(initialized(MODELS[name]), results(torch.float32), terms)
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
 
@@ -162,14 +164,14 @@ def loss_of(model, step):
 
 
 @pytest.mark.parametrize("name", ["readme", "graph"])
-def test_training_stays_together(name):
+def test_training_equals_the_original(name):
     fast = peers.assert_trained_together(MODELS[name], loss_of, reversible=name == "graph")
     decelerate(fast)
     with peers.default_dtype(torch.float64):
         peers.compare(fast, results(torch.float64), 1)
 
 
-def test_what_was_replaced():
+def test_report():
     torch.manual_seed(0)
     report = accelerate(image_graph())
     assert [r.name for r in report.replaced] == ["module_list.0", "module_list.8"]
@@ -186,7 +188,7 @@ def test_what_was_replaced():
 
 
 def test_fixed_stays_fixed():
-    model = settled(MODELS["graph"])
+    model = initialized(MODELS["graph"])
     accelerate(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert not [name for name in trained if name.endswith((".M", ".haar_weights", ".w_perm"))]
@@ -220,7 +222,7 @@ def test_single_modules_keep_their_interface():
 
 
 def test_checkpoints_and_copies():
-    model, fast = settled(MODELS["graph"]), settled(MODELS["graph"])
+    model, fast = initialized(MODELS["graph"]), initialized(MODELS["graph"])
     peers.perturbed(fast, seed=7)
     accelerate(fast)
     fast.load_state_dict(model.state_dict())
@@ -244,11 +246,11 @@ def test_pickles_where_the_original_does():
         pickle.dumps(inn)
 
 
-def test_round_trips_of_their_tests():
-    """tests/ of FrEIA check each module like this."""
+def test_round_trips():
+    """As FrEIA's tests check each module."""
     torch.manual_seed(0)
     for make in MODELS.values():
-        model = settled(make)
+        model = initialized(make)
         accelerate(model)
         x, c = inputs_of(model, torch.float32)
         z, j = model(x, c)
@@ -258,8 +260,8 @@ def test_round_trips_of_their_tests():
 
 
 def test_exports(monkeypatch):
-    monkeypatch.setattr(linear, "_constants", {})  # none that an export makes may be kept
-    model = settled(MODELS["graph"])
+    monkeypatch.setattr(linear, "_constants", {})  # no constant that an export makes may be kept
+    model = initialized(MODELS["graph"])
     accelerate(model)
     x, c = inputs_of(model, torch.float32)
     z, _ = model(x, c)
@@ -269,7 +271,7 @@ def test_exports(monkeypatch):
 
 
 def test_graph_checks_and_intermediate_outputs():
-    model = settled(MODELS["graph"])
+    model = initialized(MODELS["graph"])
     x, c = inputs_of(model, torch.float32)
     want, _ = model(x, c, intermediate_outputs=True)
     accelerate(model)
@@ -296,15 +298,15 @@ def test_haar_leaves_its_input_alone():
     torch.testing.assert_close(model(z.clone(), rev=True)[0], want)
 
 
-def test_a_wide_haar_is_left_with_its_flaw_named():
+def test_a_wide_haar_is_left_and_its_bug_reported():
     inn = Ff.SequenceINN(33, 4, 4)
     inn.append(Fm.HaarDownsampling)
-    assert "its way back overwrites its input" in str(peers.assert_left_alone(inn))
+    assert "in reverse it overwrites its input" in str(peers.assert_left_alone(inn))
 
 
 @pytest.mark.parametrize("blocks", [2, 1], ids=["a run", "a layer alone"])
-def test_graph_forgets_what_was_used(blocks):
-    """Without gradients, states in a graph are let go as the next one is there."""
+def test_graph_releases_outputs_after_their_last_use(blocks):
+    """Without gradients, a state in a graph is released as soon as the next one exists."""
     alive = []
 
     class NetworkRunner(Fm.InvertibleModule):
@@ -332,11 +334,11 @@ def test_graph_forgets_what_was_used(blocks):
     assert len(alive) <= 2
 
 
-def test_code_that_was_not_tested_is_left(monkeypatch):
+def test_untested_code_is_left(monkeypatch):
     peers.assert_guarded(ADAPTER, monkeypatch, image_graph())
 
 
-def test_what_is_not_ours_stays():
+def test_unsupported_layers_are_left():
     inn = Ff.SequenceINN(4)
     inn.append(Fm.GINCouplingBlock, subnet_constructor=fully_connected)
     inn.append(Fm.AllInOneBlock, subnet_constructor=fully_connected, gin_block=True)

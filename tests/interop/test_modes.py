@@ -1,5 +1,7 @@
-"""Accelerated models under autocast, torch.func, inference mode, compilers and export; models of
-normflows, as all libraries share what this holds."""
+"""Accelerated models under autocast, torch.func, inference mode, compilers and export.
+
+All libraries share the code that this tests, so the models are those of normflows.
+"""
 
 import copy
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from interop import peers
-from interop.test_normflows import MODELS, couplings, images, settled, vectors
+from interop.test_normflows import MODELS, couplings, images, initialized, vectors
 from mflow_kernels.interop import accelerate, linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
@@ -18,7 +20,7 @@ def test_autocast():
     """Networks in bfloat16, states in float32: the original rounds the same networks, and besides
     every state that a 1x1 convolution gives. So against float64 ours errs less, by a factor that
     falls with the size of what networks add to a state: 3.4 to 12 with four seeds, at least 2."""
-    model = settled(MODELS["glow"])
+    model = initialized(MODELS["glow"])
     fast = copy.deepcopy(model)
     accelerate(fast)
     x, errors = images(), []
@@ -36,8 +38,8 @@ def test_autocast():
 
 @pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
 def test_gradients_of_gradients(reversible, monkeypatch):
-    monkeypatch.setattr(linear, "_constants", {})  # none that a transform makes may be kept
-    model = settled(couplings).double()
+    monkeypatch.setattr(linear, "_constants", {})  # no constant that a transform makes may be kept
+    model = initialized(couplings).double()
     fast = copy.deepcopy(model)
     accelerate(fast, reversible=reversible)
     x = vectors(2, n=3).double()
@@ -48,9 +50,9 @@ def test_gradients_of_gradients(reversible, monkeypatch):
         torch.autograd.grad(fast.log_prob(x).sum(), x, create_graph=True)
 
 
-def test_what_inference_mode_leaves_trains(monkeypatch):
+def test_a_model_trains_after_inference_mode(monkeypatch):
     monkeypatch.setattr(linear, "_constants", {})
-    fast = settled(MODELS["glow"])
+    fast = initialized(MODELS["glow"])
     accelerate(fast)
     y = torch.arange(4) % 3
     with torch.inference_mode():
@@ -61,7 +63,7 @@ def test_what_inference_mode_leaves_trains(monkeypatch):
 
 def test_built_in_inference_mode():
     with torch.inference_mode():
-        model = settled(MODELS["glow"])
+        model = initialized(MODELS["glow"])
         fast = copy.deepcopy(model)
         accelerate(fast)
         y = torch.arange(4) % 3
@@ -70,7 +72,7 @@ def test_built_in_inference_mode():
 
 def test_compiles_whole():
     torch.compiler.reset()
-    model = settled(lambda: couplings(layers=2))
+    model = initialized(lambda: couplings(layers=2))
     fast = copy.deepcopy(model)
     accelerate(fast)
     compiled = torch.compile(fast.log_prob, backend="aot_eager", fullgraph=True)
@@ -84,7 +86,7 @@ def test_compiles_whole():
 
 
 def test_sets_actnorm_where_it_is_compiled():
-    """The graph breaks there, as the original's does."""
+    """The graph breaks at the initialization, as that of the original does."""
     torch.compiler.reset()
     torch.manual_seed(0)
     block = nf.flows.GlowBlock(4, 8)
@@ -98,8 +100,8 @@ def test_sets_actnorm_where_it_is_compiled():
 
 
 def test_exports():
-    """What the original, which branches on whether its actnorms are set, does not."""
-    model = settled(MODELS["glow"])
+    """The original does not export, since it branches on whether its actnorms are initialized."""
+    model = initialized(MODELS["glow"])
     accelerate(model)
     z, _ = model.inverse_and_log_det(images())
     peers.assert_exports(model.inverse_and_log_det, images())

@@ -1,4 +1,4 @@
-"""Flows built as nflows' README, tests and image examples build them, accelerated."""
+"""Accelerated flows of nflows, built as in its README, tests and image examples."""
 
 import copy
 import pickle
@@ -41,7 +41,7 @@ def real_nvp(features=4, **rest):
 
 
 def conditional(features=4):
-    """README's flow with a context: linear transforms and couplings in turn."""
+    """The README's flow with a context: alternating linear transforms and couplings."""
     layers = []
     for k, linear in enumerate(
         (nt.LULinear(features, identity_init=False), nt.NaiveLinear(features))
@@ -57,7 +57,7 @@ def conditional(features=4):
 
 
 def images(channels=1, size=8, steps=2):
-    """The multi-scale image flow of nflows' experiments: steps in composites in composites."""
+    """The multi-scale image flow of nflows' experiments, with nested composites."""
     transform = nt.MultiscaleCompositeTransform(num_transforms=2)
     c, h = channels, size
     for _ in range(2):
@@ -98,7 +98,7 @@ def inputs_of(model, dtype, n=16, seed=3):
 
 
 def has_inverse(model):
-    """nflows' NaiveLinear needs torch.solve, which is gone."""
+    """nflows' NaiveLinear needs torch.solve, which torch has removed."""
     return not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
 
 
@@ -118,7 +118,7 @@ def results(dtype, both=True):
     return of
 
 
-def settled(make):
+def initialized(make):
     torch.manual_seed(0)
     model = make()
     model.log_prob(*inputs_of(model, torch.float32))
@@ -129,11 +129,11 @@ def settled(make):
 @pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_original(name, reversible):
-    model = settled(MODELS[name]).double()
+    model = initialized(MODELS[name]).double()
     fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
         terms = 4096 if name == "images" else 256
-        peers.compare(settled(MODELS[name]), results(torch.float32), terms)
+        peers.compare(initialized(MODELS[name]), results(torch.float32), terms)
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
 
@@ -148,7 +148,7 @@ def loss_of(model, step):
     [(conditional, False), (lambda: images(steps=1), True)],
     ids=["conditional", "images"],
 )
-def test_training_stays_together(make, reversible):
+def test_training_equals_the_original(make, reversible):
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)
     peers.compare(fast, results(torch.float64), 1)
@@ -157,7 +157,7 @@ def test_training_stays_together(make, reversible):
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trips(name):
     """As tests/transforms/transform_test.py checks them; here NaiveLinear has an inverse too."""
-    model = settled(MODELS[name])
+    model = initialized(MODELS[name])
     assert accelerate(model).replaced
     x, c = inputs_of(model, torch.float32)
     z, log_det = model._transform(x, c)
@@ -169,8 +169,8 @@ def test_round_trips(name):
     assert samples.isfinite().all()
 
 
-def test_exports_and_tells_shapes():
-    model = settled(images)
+def test_exports_and_infers_shapes():
+    model = initialized(images)
     accelerate(model)
     z, _ = model._transform(inputs_of(model, torch.float32)[0])
     peers.assert_exports(model._transform.inverse, z.detach())
@@ -178,7 +178,7 @@ def test_exports_and_tells_shapes():
     assert log_prob.shape == (3,)
 
 
-def test_what_was_replaced():
+def test_report():
     report = accelerate(images())
     assert [r.name for r in report.replaced] == [f"_transform._transforms.{i}" for i in range(2)]
     assert (
@@ -192,7 +192,7 @@ def test_what_was_replaced():
 
 
 def test_checkpoints_and_copies():
-    model, fast = settled(images), settled(images)
+    model, fast = initialized(images), initialized(images)
     peers.perturbed(fast, seed=7)
     accelerate(fast)
     fast.load_state_dict(model.state_dict())
@@ -208,11 +208,11 @@ def test_checkpoints_and_copies():
     assert torch.equal(fast.log_prob(x), want)
 
 
-def test_code_that_was_not_tested_is_left(monkeypatch):
+def test_untested_code_is_left(monkeypatch):
     peers.assert_guarded(ADAPTER, monkeypatch, images())
 
 
-def test_what_is_not_ours_stays():
+def test_unsupported_layers_are_left():
     def more(features):
         return nt.PointwiseAffineTransform(scale=2.0)
 
@@ -225,7 +225,7 @@ def test_what_is_not_ours_stays():
     ]
     model = nt.CompositeTransform(layers)
     report = peers.assert_left_alone(model)
-    for why in ("keeps 2 of 3 channels", "leave alone too", "by 3, ours by 2", "axis 2"):
+    for why in ("keeps 2 of 3 channels", "leave alone", "by 3, ours by 2", "axis 2"):
         assert why in str(report)
 
 

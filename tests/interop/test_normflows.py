@@ -1,4 +1,4 @@
-"""Models built as normflows' README, examples and tests build them, accelerated."""
+"""Accelerated models of normflows, built as in its README, examples and tests."""
 
 import copy
 import pickle
@@ -47,7 +47,7 @@ def couplings(layers=4, **block):
 
 
 def real_nvp(layers=4, size=2):
-    """examples/real_nvp.ipynb: masks, and an actnorm after each."""
+    """examples/real_nvp.ipynb: masked couplings, each followed by an actnorm."""
     mask = torch.tensor([1.0 if i % 2 == 0 else 0.0 for i in range(size)])
     flows = []
     for i in range(layers):
@@ -59,7 +59,7 @@ def real_nvp(layers=4, size=2):
 
 
 def mixed(size=4):
-    """Every way to mix channels between couplings."""
+    """Every linear layer that normflows has between couplings."""
     flows = []
     for mix in (
         nf.flows.LULinearPermute(size, identity_init=False),
@@ -101,8 +101,8 @@ def sample_of(model):
     return vectors(model.q0.d if hasattr(model.q0, "d") else model.q0.shape[0])
 
 
-def settled(make):
-    """A model whose actnorms were set from data, and whose weights are random."""
+def initialized(make):
+    """A model with random weights whose actnorms are initialized from data."""
     torch.manual_seed(0)
     model = make()
     model.inverse_and_log_det(sample_of(model))
@@ -131,8 +131,8 @@ def results(dtype):
 @pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_original(name, reversible):
-    model = settled(MODELS[name]).double()
-    # normflows adds some log-determinants up in the default dtype, whatever the model's.
+    model = initialized(MODELS[name]).double()
+    # normflows sums some log-determinants in the default dtype, not in that of the model.
     with peers.default_dtype(torch.float64):
         fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
     model, fast = model.float(), fast.float()
@@ -156,9 +156,9 @@ def loss_of(model, step):
     [(lambda: glow(levels=1, steps=3), True), (real_nvp, False)],
     ids=["glow", "real nvp"],
 )
-def test_training_stays_together(make, reversible):
-    """50 steps from the same start, unset actnorms included; then a copy with the trained weights
-    still equals its original."""
+def test_training_equals_the_original(make, reversible):
+    """50 steps from the same start, with actnorms that are not initialized yet. A copy with the
+    trained weights then equals its original."""
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)
     with peers.default_dtype(torch.float64):
@@ -169,7 +169,7 @@ THEIR_TESTS = [glow_test.GlowTest, coupling_test.CouplingTest, mixing_test.Mixin
 
 
 @pytest.mark.parametrize("case", THEIR_TESTS, ids=lambda c: c.__name__)
-def test_their_round_trips(case, monkeypatch):
+def test_round_trips(case, monkeypatch):
     """normflows' own tests of its layers, each layer accelerated before it runs."""
     seen = []
 
@@ -184,7 +184,7 @@ def test_their_round_trips(case, monkeypatch):
     assert any(seen)
 
 
-def test_their_models_round_trip():
+def test_a_model_round_trips():
     """core_test.py's checks of a multi-scale flow, whose first call is to sample."""
     torch.manual_seed(0)
     model = glow(levels=3, shape=(1, 16, 16), classes=5)
@@ -223,8 +223,8 @@ def test_single_layers_keep_their_interface():
 
 
 def test_checkpoints_and_copies():
-    model = settled(MODELS["glow"])
-    fast = settled(MODELS["glow"])
+    model = initialized(MODELS["glow"])
+    fast = initialized(MODELS["glow"])
     peers.perturbed(fast, seed=5)
     parameters = list(fast.parameters())
     accelerate(fast)
@@ -238,7 +238,7 @@ def test_checkpoints_and_copies():
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert peers.classes(copied) == peers.classes(fast)
         torch.testing.assert_close(copied.log_prob(x, y), want)
-        peers.perturbed(copied)  # a copy of its own
+        peers.perturbed(copied)  # must not change the original
         assert not torch.equal(copied.log_prob(x, y), fast.log_prob(x, y))
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
@@ -246,15 +246,15 @@ def test_checkpoints_and_copies():
     assert torch.equal(fast.log_prob(x, y), want)
 
 
-def test_code_that_was_not_tested_is_left(monkeypatch):
+def test_untested_code_is_left(monkeypatch):
     peers.assert_guarded(ADAPTER, monkeypatch, glow())
 
 
-def test_what_is_not_ours_stays():
+def test_unsupported_layers_are_left():
     flows = [
         nf.flows.AutoregressiveRationalQuadraticSpline(2, 1, 8),
         nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.0, 1.0])),
-        nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 4, 2])),  # of 3 channels, it keeps 2
+        nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 4, 2])),  # keeps 2 of 3 channels
         nf.flows.GlowBlock(4, 8, split_mode="checkerboard").flows[0],
     ]
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(3), flows)
@@ -266,7 +266,7 @@ def test_what_is_not_ours_stays():
     assert "checkerboard" in str(report)
 
 
-def test_no_model_of_theirs():
+def test_models_of_no_library():
     model = torch.nn.Linear(2, 2)
     report = accelerate(model)
     assert type(model) is torch.nn.Linear
@@ -275,7 +275,7 @@ def test_no_model_of_theirs():
         accelerate([model])
 
 
-def test_odd_channels_run_as_before_where_nobody_could_tell():
+def test_unsupported_channels_use_the_original_code():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model = nf.NormalizingFlow(
         nf.distributions.DiagGaussian(3), [nf.flows.AffineCouplingBlock(net) for _ in range(2)]
@@ -298,7 +298,7 @@ def test_hooks_and_subclasses_are_left_alone():
     assert "it has hooks" in str(report)
 
 
-def test_other_layers_put_in_are_walked():
+def test_exchanged_layers_are_used():
     model = couplings()
     accelerate(model)
     model.flows[0] = nf.flows.Permute(2, mode="swap")
@@ -307,7 +307,7 @@ def test_other_layers_put_in_are_walked():
     torch.testing.assert_close(model.log_prob(vectors(2)), plain.log_prob(vectors(2)))
 
 
-def test_a_subclass_with_its_own_way_keeps_it():
+def test_a_subclass_with_its_own_methods_keeps_them():
     class Own(nf.NormalizingFlow):
         def log_prob(self, x):
             return super().log_prob(x) + 1
@@ -319,7 +319,7 @@ def test_a_subclass_with_its_own_way_keeps_it():
     torch.testing.assert_close(model.log_prob(vectors(2)), want)
 
 
-def test_samples_set_actnorm_in_training_only_and_aloud():
+def test_samples_initialize_actnorm_only_in_training_with_a_warning():
     model = glow()
     accelerate(model)
     model.eval()
@@ -355,9 +355,9 @@ def test_log_sigmoid_stays_finite():
     torch.testing.assert_close(layer.inverse(vectors(2))[1], torch.full((64,), -120.0))
 
 
-def test_again_and_as_reversible():
-    """Accelerating anew is accelerating once; copies walk their own runs."""
-    model = settled(MODELS["glow"])
+def test_accelerating_again_and_reversibly():
+    """Accelerating twice equals accelerating once; copies have their own sequences."""
+    model = initialized(MODELS["glow"])
     first = accelerate(model)
     assert accelerate(model) == first
     accelerate(model, reversible=True)

@@ -1,5 +1,7 @@
-"""Weights in the layouts of openai/glow and rosinality/glow-pytorch, in files that the tests make;
-held to plain computations of those models in float64."""
+"""Weights in the layouts of openai/glow and rosinality/glow-pytorch.
+
+The tests write the files and compare the converted models with plain float64 code of the originals.
+"""
 
 import math
 
@@ -56,7 +58,7 @@ def openai_variables(coupling=1, classes=0):
 
 
 class OpenAI:
-    """The model as its authors wrote it: NHWC, filters (H, W, in, out), a channel that marks the
+    """The original model: NHWC, filters (H, W, in, out), a channel that marks the
     padding, interleaved shifts and scales, logscale_factor 3."""
 
     def __init__(self, variables, coupling=1, label=None):
@@ -216,11 +218,11 @@ def images():
 
 
 def assert_equal(glow, x, want):
-    """log p in float64 of weights that were rounded to float32, and the round trip."""
+    """Compare log p, in float64 with weights rounded to float32, and the round trip."""
     glow = glow.double()
     latents, logdet = glow(x)
     log_p = sum(-0.5 * (z**2 + math.log(2 * math.pi)).flatten(1).sum(1) for z in latents)
-    # Each of some 5,000 weights was rounded to 6e-8 of itself.
+    # Each of about 5,000 weights has a relative rounding error of 6e-8.
     torch.testing.assert_close(log_p + logdet, want, rtol=1e-5, atol=0)
     back, logdet_back = glow.inverse(latents)
     torch.testing.assert_close(back, x)
@@ -266,7 +268,7 @@ def test_converted_models_train_and_save():
     glow = glow_from_openai(openai_variables(0), SHAPE)
     before = [p.clone() for p in glow.parameters()]
     optimizer = torch.optim.SGD(glow.parameters(), lr=1e-3)
-    latents, logdet = glow.initialize(images().float())  # set already: nothing is set anew
+    latents, logdet = glow.initialize(images().float())  # initialized already: nothing changes
     (sum(z.square().sum() for z in latents) / 2 - logdet.sum()).backward()
     assert all(p.grad is not None for p in glow.parameters())
     optimizer.step()
@@ -277,7 +279,7 @@ def test_converted_models_train_and_save():
     assert torch.equal(other(x)[1], glow(x)[1])
 
 
-def test_what_is_not_such_a_checkpoint():
+def test_other_checkpoints_raise():
     variables = openai_variables()
     with pytest.raises(ValueError, match="expected '0/0/actnorm_center/b'"):
         glow_from_openai({}, SHAPE)
@@ -285,7 +287,7 @@ def test_what_is_not_such_a_checkpoint():
         glow_from_openai({n: a for n, a in variables.items() if n != "0/1/invconv/W"}, SHAPE)
     with pytest.raises(ValueError, match="expected 'pool0/conv/logs'"):
         glow_from_openai({n: a for n, a in variables.items() if n != "pool0/conv/logs"}, SHAPE)
-    with pytest.raises(ValueError, match=r"mixes of shape \(4, 4\) for such an image"):
+    with pytest.raises(ValueError, match=r"1x1 weights of shape \(4, 4\) for such an image"):
         glow_from_openai(variables, (1, 8, 8))
     with pytest.raises(ValueError, match=r"blocks.0.flows.0.actnorm.loc"):
         glow_from_rosinality({}, SHAPE)

@@ -1,4 +1,4 @@
-"""Our layers by themselves inside somebody's own model, as people expect of modules."""
+"""Single layers inside a user's model behave as modules should."""
 
 import copy
 
@@ -13,7 +13,7 @@ SHAPES = {0: (3, 6), 1: (3, 6, 5), 2: (3, 6, 4, 5), 3: (3, 6, 2, 3, 2)}
 
 
 class Flow(nn.Module):
-    """What a user writes: layers one after the other, a condition for those that take one."""
+    """A user's model: layers in sequence, with a condition for those that take one."""
 
     def __init__(self, dims):
         super().__init__()
@@ -42,7 +42,7 @@ class Flow(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """A network of each pixel, moved by a condition (N, 2) if there is one."""
+    """A network applied to each pixel, shifted by a condition (N, 2) if given."""
 
     def __init__(self, dims):
         super().__init__()
@@ -87,8 +87,10 @@ def test_moves_between_dtypes_and_devices():
     assert {t.device.type for t in flow.state_dict().values()} == {"meta"}
 
 
-@pytest.mark.parametrize("layer", [InvertibleConv1x1(6), FlowStep(6, width=4)], ids=["mix", "step"])
-def test_tells_shapes_on_the_meta_device(layer):
+@pytest.mark.parametrize(
+    "layer", [InvertibleConv1x1(6), FlowStep(6, width=4)], ids=["conv1x1", "step"]
+)
+def test_infers_shapes_on_the_meta_device(layer):
     layer = copy.deepcopy(layer).to("meta")
     z, logdet = layer(torch.empty(2, 6, 4, 4, device="meta"))
     back, logdet_back = layer.inverse(z)
@@ -96,7 +98,7 @@ def test_tells_shapes_on_the_meta_device(layer):
     assert logdet.shape == logdet_back.shape == (2,)
 
 
-def test_apply_and_walks_over_parameters():
+def test_apply_and_parameter_iterators():
     flow = Flow(2)
     met = []
     flow.apply(lambda m: met.append(type(m)))
@@ -120,7 +122,7 @@ def test_state_dicts_name_what_they_hold():
 
 
 class Sampling(nn.Module):
-    """The way from latents to data."""
+    """From latents to data."""
 
     def __init__(self, flow):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A state that a layer does not take: one error that names it, before anything is computed."""
+"""A wrong state raises an error that names it before anything is computed."""
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ image = torch.zeros(2, 4, 4, 4)
 WRONG = [
     (torch.zeros(2, 6, 4, 4), ValueError, r"expected shape \(N, 4, {axes}\), got \(2, 6, 4, 4\)"),
     (torch.zeros(4), ValueError, r"expected shape \(N, C, \*spatial\), got \(4,\)"),
+    (torch.zeros(2, 4, 0, 4), ValueError, "expected no empty channel or spatial axis"),
     (image.long(), TypeError, "expected dtype float32, .*, got int64"),
     (image.to("meta"), ValueError, "expected device cpu, got meta"),
     ([1.0], TypeError, "expected a torch.Tensor, got list"),
@@ -64,8 +65,8 @@ def test_layers(make, state, error, words, call):
     assert not any(m.initialized for m in layer.modules() if isinstance(m, ActNorm))
 
 
-def test_a_network_of_ones_own_takes_what_it_takes():
-    """Only what starts with a layer of torch's own tells what it takes; autocast casts anyway."""
+def test_custom_networks_and_autocast_accept_other_dtypes():
+    """The dtype is checked only for networks that start with a layer of torch, outside autocast."""
 
     class Half(nn.Conv2d):
         def forward(self, x):
@@ -81,7 +82,7 @@ def test_a_network_of_ones_own_takes_what_it_takes():
 
 @pytest.mark.parametrize("elsewhere", [0, 2])
 def test_a_step_on_another_device(elsewhere):
-    """The CPU's loops would read addresses that are none."""
+    """Without the check, the CPU's loops would read invalid addresses."""
 
     class Twice(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""What every layer promises, whatever it computes."""
+"""Properties that every layer has: round trip, logdets, dtypes, copies and compilation."""
 
 import copy
 import io
@@ -60,13 +60,13 @@ def test_round_trip_jacobian_and_logdets(make, shape, device):
 
 @every
 def test_float32(make, shape, device):
-    """As in float64 up to rounding, results float32, and the way back within rounding."""
+    """Results are float32, equal those in float64 up to rounding, and invert up to rounding."""
     layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     exact, exact_logdet = copy.deepcopy(layer).double()(x.double())
     assert logdet.dtype == torch.float32
-    # Each of some six operators rounds what the ones before it left.
+    # About six operators in sequence round their results.
     for got, want in zip(flat(z), flat(exact), strict=True):
         assert got.dtype == torch.float32
         assert_close(got, want, terms=36, scale=exact[0].abs().max().item())
@@ -119,7 +119,7 @@ def test_memory_format_changes_no_value(make, shape, device):
 
 
 @every
-def test_initialize_returns_what_forward_does(make, shape, device):
+def test_initialize_returns_the_result_of_forward(make, shape, device):
     layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer.initialize(x)
@@ -148,8 +148,7 @@ def test_compiles_whole(name, device):
     "name", ["coupling, images", "coupling, vectors", "split", "step", "chain"]
 )
 def test_autocast_keeps_the_state_in_float32(name, device):
-    """Only the network computes in bfloat16: the half that it does not touch keeps every bit, and
-    the way back is as exact as without."""
+    """Only the network computes in bfloat16, so inversion is as exact as without autocast."""
     make, shape = LAYERS[name]
     layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
@@ -165,7 +164,7 @@ def test_autocast_keeps_the_state_in_float32(name, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["actnorm, images", "conv1x1, vectors", "split", "step", "chain"])
 def test_16_bit_states(name, dtype, device):
-    """Accepted, computed in float32 and rounded once an operator, forward and backward."""
+    """Each operator computes in float32 and rounds once, forward and backward."""
     make, shape = LAYERS[name]
     layer = perturbed(make()).to(device, dtype)
     x = normal(*shape, dtype=dtype, device=device).requires_grad_()

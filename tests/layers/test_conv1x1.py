@@ -48,7 +48,7 @@ def test_entries_outside_the_triangles_do_nothing():
     assert torch.equal(layer.weight(), weight)
 
 
-def test_a_weight_that_is_not_finite_says_so():
+def test_a_weight_that_is_not_finite():
     layer = InvertibleConv1x1(3)
     with torch.no_grad():
         layer.lower[1, 0] = float("nan")
@@ -76,8 +76,8 @@ def test_a_chain_names_the_layer_that_cannot_be_inverted():
 
 
 @pytest.mark.parametrize("reversible", [True, False])
-def test_where_gradients_are_recorded_a_singular_weight_gives_nan(reversible):
-    """What LAPACK leaves of a singular matrix is finite, and would be trained on."""
+def test_a_singular_weight_gives_nan_with_gradients(reversible):
+    """LAPACK returns finite numbers for a singular matrix; training on them would be wrong."""
     layers = [FlowStep(2, width=4) for _ in range(2)]
     chain = ReversibleChain(layers, reversible=reversible)
     z = chain(normal(1, 2, 4, 4))[0].detach()
@@ -105,7 +105,7 @@ def test_condition_number(channels):
     assert InvertibleConv1x1(channels).condition_number() < 1 + 1e-5 * channels
 
 
-def test_condition_number_of_a_weight_that_has_none():
+def test_condition_number_of_a_weight_that_is_not_finite():
     layer = InvertibleConv1x1(3)
     with torch.no_grad():
         layer.log_diagonal[0] = -1e4
@@ -122,12 +122,12 @@ def test_bounding_the_condition(channels, limit):
     before = copy.deepcopy(layer).double().weight().detach()
     assert layer.condition_number() > limit
     assert layer.bound_condition_(limit)
-    # The new factors are rounded to float32: W by about C roundings, its smallest singular value
-    # by as much as its largest.
+    # The new factors are rounded to float32, which changes W by about C roundings and its smallest
+    # singular value by as much as its largest.
     assert layer.condition_number() <= limit * (1 + limit * channels * 1e-6)
     assert torch.equal(layer.permutation @ layer.permutation.t(), torch.eye(channels))
     assert (layer.sign.abs() == 1).all()
-    # The nearest W with singular values in that range: inside it, none has moved.
+    # Singular values inside the range are unchanged.
     u, singular, vh = torch.linalg.svd(before)
     middle = singular.log().mean().exp()
     clipped = singular.clamp(middle / limit**0.5, middle * limit**0.5)
@@ -152,8 +152,3 @@ def test_bad_bounds():
         layer.upper[0, 1] = float("nan")
     with pytest.raises(ValueError, match="weight: expected a finite matrix"):
         layer.bound_condition_(2.0)
-
-
-def test_channels_that_do_not_match():
-    with pytest.raises(ValueError, match=r"x: expected shape \(N, 2, \*spatial\), got \(4, 3\)"):
-        InvertibleConv1x1(2)(normal(4, 3))

@@ -28,8 +28,8 @@ def test_new_coupling_is_the_identity(scale):
     assert not logdet.any()
 
 
-def test_net_reads_the_half_that_stays():
-    """x_a is the smaller half where C is odd, and comes out bit for bit."""
+def test_net_reads_the_unchanged_half():
+    """x_a is the smaller half if C is odd, and its bits do not change."""
     seen = []
 
     class Net(nn.Module):
@@ -69,7 +69,7 @@ def test_net_with_too_few_channels():
 
 
 def test_net_that_is_empty_or_no_module():
-    """An empty `nn.Sequential` is false, and still the net that was given."""
+    """An empty `nn.Sequential` is falsy, but must not be replaced by the default net."""
     net = nn.Sequential()
     assert AffineCoupling(2, net).net is net
     with pytest.raises(TypeError, match=r"net: expected a torch\.nn\.Module, got int"):
@@ -117,18 +117,18 @@ def test_split_makes_a_learned_normal_prior_standard():
 
 
 @pytest.mark.parametrize("shape", [(8, 64, 16, 16), (2, 64, 24, 24), (3, 64, 32, 11)], ids=str)
-def test_a_pointwise_convolution_cut_otherwise_is_the_same(shape):
+def test_a_reshaped_pointwise_convolution_is_the_same(shape):
     conv = PointwiseConv2d(64)
     plain = nn.Conv2d(64, 64, 1).double()
     plain.load_state_dict(conv.state_dict())
     x = normal(*shape, layout="channels_last").requires_grad_()
     wide = x.detach().double().requires_grad_()
     y, want = conv(x), plain(wide)
-    assert type(y.grad_fn).__name__ == "_CutBackward" or shape[0] * shape[2] % 16
+    assert type(y.grad_fn).__name__ == "_PointwiseFunctionBackward" or shape[0] * shape[2] % 16
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y, want, terms=64, name="y")
     dy = normal(*want.shape)
-    # In place on what the layer returned, as the ReLU after it works.
+    # The ReLU after it works in place on its output.
     grads = torch.autograd.grad(y.mul_(2), (x, *conv.parameters()), dy)
     wants = torch.autograd.grad(2 * want, (wide, *plain.parameters()), dy.double())
     pixels = shape[0] * shape[2] * shape[3]
@@ -140,11 +140,11 @@ def test_a_pointwise_convolution_cut_otherwise_is_the_same(shape):
 
 
 @pytest.mark.parametrize("frozen", [None, "weight", "bias", "x"])
-def test_a_pointwise_convolution_cut_otherwise_is_differentiated_again(frozen):
+def test_a_reshaped_pointwise_convolution_has_second_derivatives(frozen):
     conv, plain = PointwiseConv2d(64), nn.Conv2d(64, 64, 1)
     plain.load_state_dict(conv.state_dict())
     x = normal(8, 64, 16, 16, layout="channels_last").requires_grad_()
-    assert type(conv(x).grad_fn).__name__ == "_CutBackward"
+    assert type(conv(x).grad_fn).__name__ == "_PointwiseFunctionBackward"
     results = []
     for layer in (conv, plain):
         sources = {"x": x, "weight": layer.weight, "bias": layer.bias}

@@ -1,4 +1,4 @@
-"""Two ranks on a CPU train as one rank does on their joined batch."""
+"""Two ranks on a CPU train like one rank on the joined batch."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ RANKS = 2
 
 
 def glow() -> Glow:
-    """Its couplings moved off their start, where they do nothing."""
+    """Perturbed, since new couplings are the identity."""
     torch.manual_seed(0)
     flow = Glow((3, 8, 8), levels=2, steps=3, width=8, checkpoint_every=2).double()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def glow() -> Glow:
 
 
 def batch() -> Tensor:
-    """Its halves are far apart: neither's statistics are those of both."""
+    """The two halves have different statistics."""
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return x * torch.tensor([0.2, 0.2, 3.0, 3.0], dtype=torch.float64).view(4, 1, 1, 1)
 
@@ -52,7 +52,7 @@ def one_rank(rank: int, folder: Path) -> None:
     gradients = {name: p.grad for name, p in flow.named_parameters()}
     torch.save((flow.state_dict(), gradients), folder / f"{rank}.pt")
     with pytest.raises(ValueError, match="expected finite values"):
-        # The other rank's batch is finite: both must hear of it.
+        # The other rank's batch is finite, but both ranks must raise.
         glow().initialize(x * float("inf") if rank == 0 else x)
     (folder / f"events{rank}").write_text(" ".join(exchanges(flow, x)))
     dist.destroy_process_group()
@@ -84,7 +84,7 @@ def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
 
 
 def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:
-    """And they are exchanged level by level, while the walk back goes on."""
+    """Gradients are exchanged level by level, during the backward pass."""
     torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=RANKS)
     flow = glow()
     flow.initialize(batch())
@@ -97,7 +97,7 @@ def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Pa
         for name, p in flow.named_parameters():
             assert p.grad is not None
             assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
-        # Gradients of the second level are exchanged before the first level is walked back.
+        # Gradients of the second level are exchanged before the first level is undone.
         events = (tmp_path / f"events{rank}").read_text().split()
         first, last = (i for i, event in enumerate(events) if event == "undo")
         assert "exchange" in events[first:last]

@@ -1,9 +1,10 @@
 """Models run in channels_last on every device: states, params, gradients and network inputs.
 
-CUDA's own operators keep other layouts than the CPU's, so the ones that models use are replaced by
-ones that behave as CUDA's: `pixel_shuffle` and `pixel_unshuffle` are composites of reshape and
-permute there, and a convolution is in channels_last where its input or its weight is. Every tensor
-that a kernel (or, without the interpreter, a loop of csrc) reads or writes is then looked at.
+On CUDA, torch's operators return other layouts than on a CPU. The tests therefore replace the
+operators that models use by ones that behave as on CUDA: `pixel_shuffle` and `pixel_unshuffle` are
+composites of reshape and permute, and a convolution is in channels_last if its input or its weight
+is. They then check every tensor that a kernel (without the interpreter, a loop of csrc) reads or
+writes.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def cuda_shuffle(x: Tensor, factor: int) -> Tensor:
 
 
 class CudaConv2d(torch.autograd.Function):
-    """As cuDNN does it: all in channels_last where input or weight is, by conversion if need be."""
+    """As cuDNN: everything is channels_last if the input or the weight is, after conversion."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -64,7 +65,7 @@ class CudaConv2d(torch.autograd.Function):
 
 
 class Seen:
-    """Names of the tensors of images that were looked at, and of those in another layout."""
+    """The names of all checked image tensors, and of those in another layout."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -76,7 +77,7 @@ class Seen:
                 self.look(name, part)
         elif isinstance(value, Tensor) and value.dim() == 4 and value.numel():
             self.names.add(name)
-            # Of one pixel, every layout is the same memory, and torch's operators return either.
+            # With one pixel, all layouts are the same memory, and torch's operators return either.
             free = name == "gradient in a network" and value.shape[2:] == (1, 1)
             if not is_channels_last(value) and not free:
                 self.others.add(f"{name} {tuple(value.shape)} {value.stride()}")
@@ -104,11 +105,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(torch.nn.functional, "pixel_unshuffle", cuda_unshuffle)
     monkeypatch.setattr(torch.nn.functional, "pixel_shuffle", cuda_shuffle)
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    monkeypatch.setattr(PointwiseConv2d, "_is_better_cut", lambda *_: False)  # of CPUs alone
+    monkeypatch.setattr(PointwiseConv2d, "_reshaping_pays", lambda *_: False)  # on CPUs only
     if KERNELS_ON_CPU:
 
         def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-            """Computes nothing: layouts do not depend on values."""
+            """Compute nothing, since layouts do not depend on values."""
             for name, value in zip(self.arg_names, args, strict=False):
                 seen.look(f"{self.__name__}: {name}", value)
 
@@ -156,8 +157,8 @@ CHAINS: dict[str, dict[str, Any]] = {
 def test_a_model_runs_in_channels_last(
     seen: Seen, shape: tuple[int, int, int], chain: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """A training step, likelihood alone and in the data domain, and sampling, from contiguous
-    images and latents and with contiguous gradients of the latents."""
+    """A training step, the likelihood and sampling stay in channels_last, from contiguous images,
+    latents and gradients of the latents."""
     glow = perturbed(Glow(shape, 3, 2, 4, **chain))
     x = normal(2, *shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -171,14 +172,14 @@ def test_a_model_runs_in_channels_last(
     loss.backward()
     assert not seen.others
     assert {"network input", "network weight", "gradient in a network"} < seen.names
-    assert any("conv1x1" in name for name in seen.names)  # of the chain's launches, or loops
+    assert any("conv1x1" in name for name in seen.names)  # the launches or loops of the chain
     for name, parameter in glow.named_parameters():
         assert parameter.grad is not None
         if parameter.dim() == 4:
             assert is_channels_last(parameter.grad), name
 
 
-def test_gradients_that_come_for_some_latents_only(seen: Seen) -> None:
+def test_gradients_of_one_latent_only(seen: Seen) -> None:
     glow = perturbed(Glow((3, 8, 8), 3, 1, 4, reversible=False))
     (_, middle, _), _ = glow(normal(2, 3, 8, 8))
     middle.sum().backward()  # of strides 0
@@ -196,8 +197,8 @@ def test_averages_and_copies_keep_the_layout_of_weights() -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_channels_are_reordered_in_their_layout(layout: str) -> None:
-    """For models of other libraries: `index_select` alone would return contiguous tensors."""
+def test_select_channels_keeps_the_layout(layout: str) -> None:
+    """`index_select` would return contiguous tensors."""
     x = normal(2, 5, 3, 4, layout=layout).requires_grad_()
     order = torch.tensor([3, 0, 4, 1, 2])
     y = select_channels(x, order)

@@ -1,5 +1,4 @@
-"""When a coupling network runs as one operator, and that flows train through it as through torch's
-layers."""
+"""Coupling networks that run as one operator: the choice, the values and the training."""
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every network that runs as one operator."""
+    """A list with one entry for each network that has run as one operator."""
     calls: list[int] = []
     real = networks.coupling_network
 
@@ -116,7 +115,7 @@ def glow(reversible: bool, device: torch.device, steps: int = 1) -> Glow:
 
 
 def losses(model: Glow, images: Tensor, steps: int) -> Tensor:
-    """Negative log-likelihoods of a training run with bfloat16 networks."""
+    """The negative log-likelihoods of a training run with bfloat16 networks."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     found = []
     for _ in range(steps):
@@ -136,7 +135,7 @@ def test_fifty_steps_beside_torchs_layers(
     kernel_device: torch.device, reversible: bool, monkeypatch: pytest.MonkeyPatch,
     fused: list[int],
 ) -> None:  # fmt: skip
-    """Both round hidden tensors to bfloat16, at other places: the curves part by rounding."""
+    """The loss curves of both agree up to the rounding of hidden tensors to bfloat16."""
     images = normal(2, 1, 4, 4, device=kernel_device)
     curves = []
     for choice in ("fused", "torch"):
@@ -152,8 +151,8 @@ def test_fifty_steps_beside_torchs_layers(
 def test_a_reversible_chain_repeats_its_networks(
     kernel_device: torch.device, fused: list[int]
 ) -> None:
-    """Gradients and drift as of a chain that stores: a network without hidden tensors kept and one
-    with them give the same bits."""
+    """Gradients and drift equal those of a stored chain: a network gives the same bits with and
+    without stored hidden tensors."""
     images = normal(4, 1, 4, 4, device=kernel_device)
     gradients = []
     for reversible in (True, False):
@@ -181,7 +180,7 @@ def test_a_reversible_chain_repeats_its_networks(
 def test_compiles_whole(
     kernel_device: torch.device, fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On request: by default a compiler gets torch's layers, which it fuses itself."""
+    """The operator compiles on request. By default a compiler fuses torch's layers itself."""
     torch.compiler.reset()
     net = trained_net(3, 6, 16, 2, device=kernel_device).to(BF16)
     x = normal(2, 3, 3, 4, device=kernel_device).to(BF16).requires_grad_()

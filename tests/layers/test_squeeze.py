@@ -24,6 +24,6 @@ def test_odd_or_flat_states(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 2, 2), (2, 4, 2)], ids=str)
-def test_channels_that_are_no_fours(shape):
+def test_inverse_needs_channels_divisible_by_four(shape):
     with pytest.raises(ValueError, match=r"z: expected \(N, 4C, H, W\), got \(2, "):
         Squeeze().inverse(normal(*shape))

@@ -8,8 +8,8 @@ from mflow_kernels.layers.folding import fold
 from mflow_kernels.testing import assert_close
 
 
-def moved_steps(channels, count=1, **options):
-    """Steps whose parameters have left their start, in float64."""
+def perturbed_steps(channels, count=1, **options):
+    """Perturbed steps in float64."""
     steps = [FlowStep(channels, width=4, **options).double() for _ in range(count)]
     with torch.no_grad():
         for step in steps:
@@ -19,7 +19,7 @@ def moved_steps(channels, count=1, **options):
 
 
 def one_by_one(steps, x):
-    """Actnorm, convolution and coupling as separate layers: nothing folded, nothing fused."""
+    """The reference: actnorm, convolution and coupling as separate layers."""
     total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for step in steps:
         for layer in (step.actnorm, step.conv, step.coupling):
@@ -31,8 +31,8 @@ def one_by_one(steps, x):
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("scale", ["tanh", "sigmoid"])
 @pytest.mark.parametrize(("shape", "dims"), [((3, 5), 0), ((2, 3, 4, 3), 2)], ids=str)
-def test_is_its_layers_one_after_the_other(shape, dims, scale, reversible, device):
-    steps = moved_steps(shape[1], 2, spatial_dims=dims, scale=scale)
+def test_equals_its_layers_in_sequence(shape, dims, scale, reversible, device):
+    steps = perturbed_steps(shape[1], 2, spatial_dims=dims, scale=scale)
     chain = ReversibleChain(steps, reversible=reversible).to(device)
     x = normal(*shape, dtype=torch.float64, device=device).requires_grad_()
     leaves = [x, *chain.parameters()]
@@ -47,7 +47,7 @@ def test_is_its_layers_one_after_the_other(shape, dims, scale, reversible, devic
 
 
 def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
-    steps = [step.float() for step in moved_steps(4, 2)]
+    steps = [step.float() for step in perturbed_steps(4, 2)]
     factors = [*steps[1].conv.parameters(), *steps[1].actnorm.parameters()]
 
     def gradients():
@@ -63,13 +63,13 @@ def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
 
 
 def test_one_step_is_a_chain_of_one(device):
-    (step,) = moved_steps(4)
+    (step,) = perturbed_steps(4)
     x = normal(2, 4, 3, 2, dtype=torch.float64, device=device)
     for one, other in zip(step.to(device)(x), ReversibleChain([step])(x), strict=True):
         assert torch.equal(one, other)
 
 
-def test_initialize_sets_actnorm_from_what_reaches_it():
+def test_initialize_sets_actnorm_from_its_input():
     steps = [FlowStep(3, width=4) for _ in range(2)]
     for step in steps:
         nn.init.normal_(step.coupling.net[-1].weight, std=0.1)
@@ -95,23 +95,13 @@ def test_weight_that_cannot_be_inverted():
         ),
     ):
         step.inverse(z)
-    assert step.inverse(z)[0].isnan().all()  # training does not wait to hear of it
-
-
-@pytest.mark.parametrize("call", ["forward", "inverse"])
-def test_bad_states(call):
-    step = FlowStep(3, width=4)
-    name = "z" if call == "inverse" else "x"
-    with pytest.raises(TypeError, match=f"{name}: expected dtype .*got int64"):
-        getattr(step, call)(torch.ones(2, 3, 4, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match=f"{name}: expected no empty channel or spatial axis"):
-        getattr(step, call)(torch.ones(2, 3, 0, 4))
+    assert step.inverse(z)[0].isnan().all()  # training does not check, which would synchronize
 
 
 def test_compiles_with_inductor(device):
-    """One vector step through the real backend; the rest of the suite compiles by aot_eager."""
+    """A vector step with the real backend; other tests use aot_eager."""
     torch.compiler.reset()
-    (step,) = moved_steps(4, spatial_dims=0)
+    (step,) = perturbed_steps(4, spatial_dims=0)
     step.to(device)
     x = normal(8, 4, dtype=torch.float64, device=device).requires_grad_()
     leaves = [x, *step.parameters()]

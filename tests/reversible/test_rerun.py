@@ -1,4 +1,4 @@
-"""Networks that run again in the backward pass: those that do not repeat themselves are refused."""
+"""Networks run again in the backward pass; one that does not repeat its first run raises."""
 
 import random
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from mflow_kernels.reversible import apply, rerun
 
 
 class Net(nn.Module):
-    """A network whose last layer is zero, as networks of flows start: whatever is drawn, its params
-    are zero, and its gradients differ."""
+    """A network whose last layer is zero, as in a new flow: random numbers change its gradients but
+    not its params."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def train(chain: ReversibleChain, x: Tensor) -> None:
 @pytest.mark.parametrize(
     "net", [OwnGenerator, DrawsInPython, Counts, CountsInABuffer, Normed, AnotherPath]
 )
-def test_a_network_with_a_state_of_its_own_is_refused(net: Callable[[], nn.Module]) -> None:
+def test_a_network_with_its_own_state_raises(net: Callable[[], nn.Module]) -> None:
     random.seed(0)
     x = torch.randn(2, 4, 3, 3)
     chain = chain_of(net)
@@ -113,7 +113,7 @@ def test_the_first_backward_pass_reads_one_number_and_later_ones_none() -> None:
     chain, x = chain_of(Dropout), torch.randn(2, 4, 3, 3)
     found = []
     for training in (True, True, False, False, True):
-        chain.train(training)  # in another mode it is another network
+        chain.train(training)  # another mode is checked separately
         with HostReads() as reads:
             train(chain, x)
         found.append(len(reads.found))
@@ -121,8 +121,8 @@ def test_the_first_backward_pass_reads_one_number_and_later_ones_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_no_state(dtype: torch.dtype) -> None:
-    """Rebuilt states and low precision move a network's numbers, by far less than the limit."""
+def test_rounding_does_not_raise(dtype: torch.dtype) -> None:
+    """Rebuilt states and low precision change a network's numbers by far less than the limit."""
     net = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 16, 1))
     x = torch.randn(8, 8, 9, 9).to(dtype).float()
     with torch.autocast("cpu", dtype):
@@ -140,20 +140,22 @@ def test_the_difference_of_tensors_is_estimated_from_their_fingerprints(share: f
     true = (a - b).norm() / a.norm()
     same = rerun.fingerprint(a[:1])
     found = rerun.difference([same, rerun.fingerprint(a)], [same, rerun.fingerprint(b)])
-    # The norm of sixteen normal numbers has a relative deviation of 0.18; four of them.
+    # The norm of sixteen normal numbers has a relative deviation of 0.18; allow four of these.
     assert true * 0.28 < found < true * 1.72
 
 
-def test_fingerprints_of_a_state_that_was_rebuilt_wrong_say_nothing() -> None:
-    """Then the drift does."""
+def test_a_wrongly_rebuilt_state_is_not_blamed_on_the_network() -> None:
+    """The drift shows it instead."""
     a, b = ([rerun.fingerprint(torch.randn(64)) for _ in range(2)] for _ in range(2))
     assert rerun.difference(a, b) == 0
     assert rerun.difference([a[0], a[1]], [a[0], b[1]]) > rerun._ROUNDING
     assert rerun.difference(a, a[:1]) == float("inf")
 
 
-def test_a_capture_refuses_networks_that_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a CUDA graph, nothing can rewind a generator. A CPU stands in for the capture."""
+def test_networks_that_draw_random_numbers_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CUDA graph cannot restore a generator's state. The capture is simulated on a CPU."""
     x = torch.randn(2, 4, 3, 3)
     drawing, still = chain_of(Dropout), chain_of(Net)
     train(drawing, x)
@@ -166,12 +168,12 @@ def test_a_capture_refuses_networks_that_draw(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(chain_of(Net), x)
     with pytest.raises(RuntimeError, match="run one forward and backward pass"):
-        train(drawing.eval(), x)  # in these modes it never ran
+        train(drawing.eval(), x)  # it has not run in these modes
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_infinite_running_statistics_stay_infinite(momentum: float | None) -> None:
-    """Run again with momentum 0, they became NaN: 0 * inf."""
+    """Updating them with momentum 0 would give NaN: 0 * inf."""
 
     class Overflows(Net):
         def __init__(self) -> None:

@@ -280,16 +280,16 @@ class FreiaAdapter(Adapter):
             start = 0
             conditions = [chosen or () for _, chosen, _ in chain]
             for members, sequence in visitor.fuse_sequences(layers, names, conditions):
-                part = chain[start : start + len(members)]
-                start += len(members)
+                end = start + len(members)
+                part, own = chain[start:end], conditions[start:end]
+                start = end
                 if sequence is None:
                     items += part
                     continue
-                chosen = [chosen or () for _, chosen, _ in part]
-                wanted = sorted({i for indices in chosen for i in indices})
-                everything = tuple(range(wanted[-1] + 1)) if wanted else None
-                fused = FusedModule(members, sequence, chosen)
-                items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
+                last = max((i for indices in own for i in indices), default=-1)
+                needed = tuple(range(last + 1)) or None  # indices in `own` count from the first
+                fused = FusedModule(members, sequence, own)
+                items.append((fused, needed, [n for _, _, nodes in part for n in nodes]))
         # Releasing outputs after their last use is worth it without sequences too.
         releases = kind is Ff.GraphINN and any(map(visitor.accelerates, modules))
         if len(visitor.replaced) > before or releases:

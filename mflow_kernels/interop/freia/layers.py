@@ -1,4 +1,4 @@
-"""FrEIA: what each of its modules is in ours.
+"""FrEIA: the parts of each of its modules.
 
 Its modules go data -> latent, and back with `rev=True`.
 """
@@ -60,7 +60,7 @@ def _orthogonal(weight: Tensor) -> Affine:
 
 
 def _haars(modules: Sequence[Any]) -> Affine:
-    """On squeezed channels: a 4x4 block for each channel."""
+    """After the squeeze: a 4x4 block for each channel."""
     weights, log_dets = [], []
     for m in modules:
         blocks = m.haar_weights.reshape(m.in_channels, 4, 4) * m.fac_fwd
@@ -77,14 +77,16 @@ def _global_affines(blocks: Sequence[Any]) -> Affine:
 
 
 def _global_offsets(blocks: Sequence[Any]) -> Affine:
-    """Of blocks that preserve volume."""
+    """For blocks that preserve volume."""
     offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
     return Affine(torch.ones_like(offset), offset)
 
 
 def _block_permutation(blocks: Sequence[Any]) -> Tensor:
-    mixes = [b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks]
-    return torch.stack(mixes).flatten(2)
+    matrices = [
+        b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks
+    ]
+    return torch.stack(matrices).flatten(2)
 
 
 def _block_permutations(blocks: Sequence[Any]) -> Affine:
@@ -112,18 +114,18 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
 
 _DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
 
-# Module by module.
+# The parts of each module.
 
 _PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
 
 
 def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
-    """The scale function, and what its raw scale is multiplied by."""
+    """The scale function and the factor of its raw scale."""
     if not layer.clamp > 0:
         return f"its clamp of {layer.clamp} is no bound"
     try:
         clamped = layer.f_clamp(_PROBE)
-    except Exception:  # a user's own function, which may raise anything: it is left, and reported
+    except Exception:  # a user's function may raise anything; the layer is left and reported
         return "its clamp activation is one of its own"
     if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
         return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
@@ -139,7 +141,7 @@ def _passing(layer: Any) -> dict[str, Any]:
 
 
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
-    """The first half moved by the second, then the second by the first."""
+    """Couplings of the first half given the second, then of the second given the first."""
     first, second = nets
     return (
         Reorder(Rotated(larger=False)),
@@ -229,13 +231,13 @@ def _fixed_linear(layer: Any) -> tuple[Part, ...]:
 
 def _householder(layer: Any) -> tuple[Part, ...] | str:
     if layer.conditional:
-        return "its reflections come with the condition, one matrix a sample"
+        return "its reflections depend on the condition: one matrix a sample"
     return (Linear(layer, _householders),)
 
 
 def _downsampling(layer: Any) -> tuple[Part, ...] | str:
     if layer.legacy_backend:
-        return "its legacy backend orders channels in a way of its own"
+        return "its legacy backend has another order of channels"
     plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
     if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
         return "its kernel is not the one it was built with"
@@ -245,8 +247,8 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
 def _haar(layer: Any) -> tuple[Part, ...] | str:
     if 4 * layer.in_channels > 128:
         return (
-            "as a 1x1 convolution of more than 128 channels it would cost more; as before, its way "
-            "back overwrites its input"
+            "as a 1x1 convolution of more than 128 channels it would cost more; in reverse it "
+            "overwrites its input, as before"
         )
     return (SpaceToDepth(inverse=False), Linear(layer, _haars, "Haar transform"))
 
@@ -270,5 +272,5 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 def channels_of(layer: Any) -> int | None:
     if isinstance(layer, Fm.IRevNetDownsampling | Fm.HaarDownsampling):
         return None
-    dims = layer.dims_in[0]  # an ActNorm keeps those of its one input only
+    dims = layer.dims_in[0]  # an ActNorm has the dimensions of its one input only
     return int(dims if isinstance(dims, int) else dims[0])

@@ -70,7 +70,7 @@ def _is_pending(layer: Any) -> bool:
 
 
 def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
-    """As nflows does, which never sets it from samples; but a constant channel keeps its scale."""
+    """As nflows, which never sets it from samples; but a constant channel keeps its scale."""
     if from_latent:
         return
     std, constant = standard_deviation(x, 1)
@@ -82,7 +82,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
 
 _DATA_INIT = DataInit(_is_pending, _initialize_actnorm)  # no `state`: it also depends on the mode
 
-# Transform by transform.
+# The parts of each transform.
 
 
 def _actnorm(layer: Any) -> tuple[Part, ...]:
@@ -109,17 +109,17 @@ def _permute(layer: Any) -> tuple[Part, ...] | str:
 
 def _coupling(layer: Any) -> tuple[Part, ...] | str:
     if layer.unconditional_transform is not None:
-        return "it transforms the features that ours leave alone too"
-    stays, moves = layer.identity_features.tolist(), layer.transform_features.tolist()
-    n = len(moves)
+        return "it also transforms the features that our couplings leave alone"
+    unchanged, transformed = layer.identity_features.tolist(), layer.transform_features.tolist()
+    n = len(transformed)
     if type(layer) is nt.AdditiveCouplingTransform:
         net = Params(layer.transform_net, None, slice(None), passing="argument")
         scale = ScaleFunction("exp", order="scale-shift")
     else:
         net = Params(layer.transform_net, slice(n, None), slice(0, n), passing="argument")
         scale = ScaleFunction("sigmoid", offset=2.0, eps=1e-3, order="scale-shift")
-    coupling = Coupling(net, scale, False, Exactly(len(stays)))
-    order = (*stays, *moves)
+    coupling = Coupling(net, scale, False, Exactly(len(unchanged)))
+    order = (*unchanged, *transformed)
     if order == tuple(range(len(order))):
         return (coupling,)
     return (Reorder(Listed(order)), coupling, Reorder(Listed(inverse_of(order))))
@@ -287,7 +287,7 @@ class NflowsAdapter(Adapter):
             )
         if any(isinstance(m, nt.NaiveLinear) for m in modules):
             notes.append(
-                "NaiveLinear has an inverse; nflows' calls torch.solve, which torch has no longer."
+                "NaiveLinear has an inverse; nflows' calls torch.solve, which torch has removed."
             )
         return notes
 

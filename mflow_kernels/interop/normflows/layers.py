@@ -1,4 +1,4 @@
-"""normflows: what each of its layers is in ours.
+"""normflows: the parts of each of its layers.
 
 Its flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
@@ -23,6 +23,7 @@ from mflow_kernels.interop.linear import (
     Listed,
     Reorder,
     Rotated,
+    inverse_of,
     lu_linears,
 )
 from mflow_kernels.interop.params import Masked, Params
@@ -101,7 +102,7 @@ def _done(layer: Any) -> Tensor:
 _DATA_INIT = DataInit(_is_pending, _initialize_actnorm, _done)
 
 
-# Layer by layer.
+# The parts of each layer.
 
 
 def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
@@ -109,7 +110,7 @@ def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
     if len(shape) < 2 or any(n != 1 for n in shape[2:]):
         return f"its scale of shape {tuple(shape[1:])} is not one number a channel"
     if shape[1] == 1:
-        return "it has one scale, for however many channels"
+        return "it has one scale for all channels"
     data_init = _DATA_INIT if isinstance(layer, nf.flows.ActNorm) else None
     return (Linear(layer, _actnorms, "actnorm", data_init),)
 
@@ -137,7 +138,8 @@ def _lu_permute(layer: Any) -> tuple[Part, ...]:
     )
 
 
-_SCALES = {  # of data -> latent: scale function, whether it is our inverse, factor of the shift
+# For data -> latent: the scale function, whether it is our inverse, the factor of the shift.
+_SCALES = {
     "exp": (ScaleFunction("exp", order="scale-shift"), True, 1.0),
     "sigmoid": (ScaleFunction("sigmoid"), False, -1.0),
     "sigmoid_inv": (ScaleFunction("sigmoid", order="scale-shift"), True, 1.0),
@@ -168,29 +170,30 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
     mask = layer.b[0]
     if mask.dim() != 1 or not bool(((mask == 0) | (mask == 1)).all()):
         return "its mask is not one of 0 and 1 for each feature"
-    stays = [i for i, m in enumerate(mask.tolist()) if m]
-    moves = [i for i, m in enumerate(mask.tolist()) if not m]
-    if len(stays) != len(mask) // 2:
-        return f"its mask keeps {len(stays)} of {len(mask)} features; ours keep {len(mask) // 2}"
+    unchanged = [i for i, m in enumerate(mask.tolist()) if m]
+    transformed = [i for i, m in enumerate(mask.tolist()) if not m]
+    if len(unchanged) != len(mask) // 2:
+        return (
+            f"its mask keeps {len(unchanged)} of {len(mask)} features; ours keep {len(mask) // 2}"
+        )
     nets = [layer._modules.get(name) for name in ("s", "t")]
-    params = Masked(nets[0], nets[1], tuple(stays), tuple(moves))
-    order = (*stays, *moves)
-    back = tuple(sorted(range(len(order)), key=order.__getitem__))
+    params = Masked(nets[0], nets[1], tuple(unchanged), tuple(transformed))
+    order = (*unchanged, *transformed)
     scale = ScaleFunction("exp", order="scale-shift")
     return (
         Reorder(Listed(order)),
-        Coupling(params, scale, True, Exactly(len(stays))),
-        Reorder(Listed(back)),
+        Coupling(params, scale, True, Exactly(len(unchanged))),
+        Reorder(Listed(inverse_of(order))),
     )
 
 
 def _glow_block(layer: Any) -> tuple[Part, ...] | str:
     parts: list[Part] = []
     for part in reversed(layer.flows):
-        of = parts_of(part)
-        if isinstance(of, str):
-            return of
-        parts += of
+        own = parts_of(part)
+        if isinstance(own, str):
+            return own
+        parts += own
     return tuple(parts)
 
 
@@ -213,14 +216,14 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 
 
 def parts_of(layer: nn.Module) -> tuple[Part, ...] | str:
-    """What a layer is in ours, data -> latent, or why it is nothing of ours."""
+    """The parts of a layer, data -> latent, or the reason why our kernels have none."""
     if type(layer) not in LAYERS:
-        return "no layer of ours does this"
+        return "our kernels have no such layer"
     return LAYERS[type(layer)](layer)
 
 
 def channels_of(layer: Any) -> int | None:
-    """The channels of a layer's states, where it tells."""
+    """Channels of a layer's states; None if the layer does not show it."""
     for m in layer.modules():
         if isinstance(m, AffineConstFlow):
             return int(m.s.shape[1])
