@@ -1,4 +1,4 @@
-"""Telling on stderr how far a long piece of work has come."""
+"""Progress of long work, on stderr."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +21,15 @@ ProgressCallback = Callable[[int], None]
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0) -> Iterator[ProgressCallback]:
-    """A progress bar of images; plain lines, one in a while, where stderr is no terminal.
+    """Show a progress bar. If stderr is not a terminal, print a line every 15 seconds instead.
 
     Args:
-        what: is being done.
-        total: images in all.
-        done: images that need not be done any more.
+        what: the work, for example "preparing".
+        total: number of images.
+        done: number of images that an earlier process has finished.
 
     Yields:
-        A function to call with the number of images done so far.
+        A function to call with the number of images finished so far.
     """
     console = Console(stderr=True)
     started = last = time.monotonic()

@@ -126,8 +126,8 @@ PREPARED = {
         "damaged",
     ),
     "a header's length that lies": (lambda data: b"\xff" * 8 + data[8:], HEADER),
-    "one byte less": (lambda data: data[:-1], "its length is not what its header says"),
-    "one byte more": (lambda data: data + b" ", "its length is not what its header says"),
+    "one byte less": (lambda data: data[:-1], "its length does not agree with its header"),
+    "one byte more": (lambda data: data + b" ", "its length does not agree with its header"),
     "the header alone": (lambda data: data[:HEADER_BYTES], "its length"),
     "half a header": (lambda data: data[:200], "damaged"),
     "a deep record": (with_raw_record(b"[" * 100_000), "damaged"),
@@ -241,7 +241,7 @@ class TestJournal:
             out.write_bytes(whole)
             journal.unlink()
         thread.join()
-        assert raised == [f"out: {out} exists, made by another process meanwhile"]
+        assert raised == [f"out: another process has written {out} meanwhile"]
         assert out.read_bytes() == whole
         assert not list(tmp_path.glob(".*"))
 

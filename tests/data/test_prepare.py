@@ -269,7 +269,7 @@ class TestDiskFull:
             assert main([*command, "--workers", "1"]) == 1
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert "give the same command again, which goes on from .a.partial" in told
+        assert "repeat the command, which then continues from .a.partial" in told
         assert listing(tmp_path) == [".a.journal", ".a.partial"]
         assert main([*command, "--workers", "1"]) == 0
         assert out.read_bytes() == whole
