@@ -1,1 +1,1 @@
-"""What the kernels cost: proved without a GPU, measured with one. Run from the checkout's root."""
+"""Benchmarks, and reports that need no GPU. Run them from the root of the checkout."""

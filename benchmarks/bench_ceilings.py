@@ -1,9 +1,10 @@
-"""How large a batch fits on a GPU, and how many images a second it trains: Glow on large images,
-ours, plain eager and gradient checkpointing, networks in bfloat16, each in a process of its own.
+"""The largest batch that fits on a GPU, and the images per second that it trains.
 
-The largest batch is predicted from the peaks of two small ones, which grow by the same bytes with
-every image, then run; where it does not fit after all, 4% fewer until it does. A model is held to
-its reference at a small batch first; on images larger than 256x256 the reference does not fit.
+The models are Glows on large images with bfloat16 networks: this package's, plain eager PyTorch and
+gradient checkpointing, each in a process of its own. Peak memory grows linearly with the batch, so
+two small batches predict the largest one. If that does not fit, it shrinks by 4% until it does.
+Each model is first compared with its reference at a small batch, except on images larger than
+256x256, where the reference does not fit.
 """
 
 import gc
@@ -19,13 +20,14 @@ from benchmarks.harness.processes import Died, in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, size_of, slug
 
 VARIANTS = ("ours, reversible", "plain", "checkpointing")
-SECONDS_A_VARIANT = 60  # its process is ended then
-SHARE = 0.97  # of the memory that is free as a process starts: some goes to fragments and libraries
+SECONDS_PER_VARIANT = 60  # time limit of a variant's process
+# Share of the free memory to use; fragmentation and libraries take the rest.
+MEMORY_SHARE = 0.97
 
 
 class Ceiling(NamedTuple):
     spec: Spec
-    search: bool  # for the largest batch; else one step at spec.batch
+    search: bool  # whether to search for the largest batch; otherwise one step at spec.batch
     variants: tuple[str, ...]
 
 
@@ -50,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _step(model: Model, batch: int) -> tuple[int, float]:
-    """Peak bytes and seconds of one training step at a batch, no warm-up: it is long."""
+    """Return peak bytes and seconds of one training step at a batch size, without warm-up."""
     for parameter in model.module.parameters():
         parameter.grad = None
     model.x = model.spec._replace(batch=batch).images(model.device)
@@ -66,18 +68,18 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
-    return 8 * 2**20  # a rehearsal's
+    return 8 * 2**20  # for rehearsals on a CPU
 
 
 def largest(model: Model) -> tuple[int, int, float]:
-    """The largest batch, and the peak and seconds of its step."""
-    few = model.spec.batch
-    small, double = (_step(model, batch)[0] for batch in (few, 2 * few))
-    an_image = max(1, (double - small) // few) + model.x[0].nbytes
+    """Return the largest batch size, and the peak bytes and seconds of its step."""
+    small = model.spec.batch
+    small_peak, double_peak = (_step(model, batch)[0] for batch in (small, 2 * small))
+    bytes_per_image = max(1, (double_peak - small_peak) // small) + model.x[0].nbytes
     for parameter in model.module.parameters():
         parameter.grad = None
-    rest = 2 * small - double
-    batch = max(1, int((SHARE * _free(model.device) - rest) // an_image))
+    constant = 2 * small_peak - double_peak
+    batch = max(1, int((MEMORY_SHARE * _free(model.device) - constant) // bytes_per_image))
     while True:
         try:
             return batch, *_step(model, batch)
@@ -89,16 +91,16 @@ def largest(model: Model) -> tuple[int, int, float]:
 
 
 def _work(job: tuple[Ceiling, str, str, int, bool]) -> tuple[int, int, float]:
-    """Batch, peak and seconds."""
+    """Return batch size, peak bytes and seconds of a step."""
     ceiling, variant, device_name, threads, check_only = job
     torch.set_num_threads(threads)
     model = Model(ceiling.spec, variant, torch.device(device_name))
     if ceiling.search:
-        # Gradients through 192 steps of bfloat16 states, as the peers' are, have few digits.
+        # The peers' states are bfloat16, and gradients through 192 such steps have few digits.
         model.check("train" if variant.startswith("ours") else "forward")
         shared_results.cache_clear()
     else:
-        _step(model, ceiling.spec.batch)  # compiles, loads libraries
+        _step(model, ceiling.spec.batch)  # compile kernels and load libraries
     if ceiling.search and not check_only:
         return largest(model)
     return model.spec.batch, *_step(model, model.spec.batch)
@@ -107,11 +109,11 @@ def _work(job: tuple[Ceiling, str, str, int, bool]) -> tuple[int, int, float]:
 def measure(bench: Bench, ceiling: Ceiling, variant: str) -> Measured:
     measured = Measured()
     job = (ceiling, variant, str(bench.device), bench.threads, bench.check_only)
-    (told,) = in_fresh_processes(_work, [job], 1, SECONDS_A_VARIANT)
-    if isinstance(told, Died):
-        measured.faults[variant] = told
+    (result,) = in_fresh_processes(_work, [job], 1, SECONDS_PER_VARIANT)
+    if isinstance(result, Died):
+        measured.faults[variant] = result
         return measured
-    batch, peak, taken = told
+    batch, peak, taken = result
     measured.seconds[variant] = [taken]
     figures = {
         "largest batch" if ceiling.search else "batch": batch,

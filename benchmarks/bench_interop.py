@@ -1,5 +1,7 @@
-"""What `accelerate` gives models of other libraries, built as their own documentation builds them:
-a training step of the original, of its accelerated copy, and of one that is reversible."""
+"""Training steps of other libraries' models: the original, accelerated, and reversible.
+
+The models are built as the documentation of their libraries does.
+"""
 
 import copy
 import importlib
@@ -20,12 +22,12 @@ from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
-SECONDS_A_PEAK = 120
+SECONDS_PER_PEAK = 120  # time limit of a process that measures peak memory
 VARIANTS = ("original", "ours, accelerated", "ours, accelerated reversibly")
 
 
 def spec_of(size: str, gpu: bool) -> Spec:
-    """One level: steps of 12 channels on side / 2."""
+    """Return one level: steps on 12 channels at half the image's side."""
     if size == "tiny":
         return Spec(side=8, levels=1, steps=2, width=8, batch=2)
     return Spec(side=128, levels=1, width=256, batch=32) if gpu else Spec(levels=1)
@@ -73,7 +75,7 @@ RECIPES: dict[str, Callable[[Spec], nn.Module]] = {
 
 
 def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """An initialised original, moved off its initial values, and images."""
+    """Return an initialized original with perturbed parameters, and images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -81,7 +83,7 @@ def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Ten
         except ImportError as error:
             raise Missing(f"{library} is not installed ({error})") from None
         x = spec.images(torch.device("cpu"))
-        loss_of(model, x)  # sets actnorms
+        loss_of(model, x)  # initializes actnorms
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -90,8 +92,8 @@ def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Ten
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Nats of an image, a constant left out."""
-    if hasattr(model, "forward_kld"):  # normflows, whose models include the base
+    """Return the negative log-likelihood per image in nats, without its constant."""
+    if hasattr(model, "forward_kld"):  # a model of normflows includes the base distribution
         return cast(Tensor, cast(Any, model).forward_kld(x))
     z, logdet = model(x)
     return cast(Tensor, (z.flatten(1).square().sum(1) / 2 - logdet).mean())
@@ -106,19 +108,19 @@ def variant_of(original: nn.Module, variant: str) -> nn.Module:
 
 
 def train(model: nn.Module, x: Tensor) -> None:
-    """Forward and backward; the optimizer's step, alike for all, is left out."""
+    """Run forward and backward, without the optimizer step, which is the same for all."""
     for parameter in model.parameters():
         parameter.grad = None
     loss_of(model, x).backward()
 
 
 def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: str) -> None:
-    """AssertionError unless loss and the images' gradient are the original's in float64."""
+    """Assert that loss and gradient of the images equal those of the original in float64."""
     x, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     loss, want = loss_of(model, x), loss_of(copy.deepcopy(original).double(), wide)
     loss.backward()
     want.backward()
-    size = x[0].numel()  # log-determinants have terms of order one, which may cancel over pixels
+    size = x[0].numel()  # terms of the logdet are of order one and may cancel over pixels
     terms = max(spec.terms, spec.steps * size)
     assert_close(loss.detach(), want.detach(), terms=terms, scale=size**0.5, name=f"{name}: loss")
     assert x.grad is not None
@@ -127,13 +129,13 @@ def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: st
 
 
 def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
-    """Bytes of a training step, gradients included; to be run in a process of its own."""
+    """Return the peak bytes of a training step with gradients. Run it in a process of its own."""
     library, spec, variant, device_name, threads = job
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     original, x = made(library, spec, device)
     model = variant_of(original, variant)
-    train(model, x)  # what is allocated once
+    train(model, x)  # allocates what later steps reuse
     for parameter in model.parameters():
         parameter.grad = None
     return peak_bytes(lambda: train(model, x), device)
@@ -157,7 +159,7 @@ def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
     measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
     jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in calls]
-    measured.peaks(calls, in_fresh_processes(step_peak, jobs, 2, SECONDS_A_PEAK))
+    measured.add_peaks(calls, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
     return measured
 
 

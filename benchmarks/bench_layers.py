@@ -1,5 +1,7 @@
-"""Layers against the peers: a step of flow, and steps whose networks are constants, which leave the
-time of the flow's own operators."""
+"""Layers against the peers: one step of flow, and eight steps with constant networks.
+
+Constant networks take no time, so the time is that of the flow's own operators.
+"""
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -13,7 +15,7 @@ TASKS = ("train", "forward", "sample")
 
 
 def specs(size: str, gpu: bool) -> list[Spec]:
-    """C = 4 * channels, on side / 2."""
+    """Return the specs; a state has 4 * channels channels at half the image's side."""
     if size == "tiny":
         return [Spec(side=8, levels=1, steps=2, batch=2, constant=True)]
     batch, width = (32, 256) if gpu else (8, 64)

@@ -1,5 +1,8 @@
-"""Whole models against the peers: training step, forward and sampling; against depth, resolution
-and width, with the peak memory of a training step from a process of its own."""
+"""Whole models against the peers, over depth, resolution and width.
+
+The tasks are a training step, forward and sampling. A process of its own measures the peak memory
+of a training step.
+"""
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -12,7 +15,7 @@ ROUNDS = 5
 
 
 def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
-    """What is measured, and in which tasks."""
+    """Return each spec with its tasks."""
     every: tuple[str, ...] = ("train", "forward", "sample")
     if size == "tiny":
         return [(Spec(side=8, levels=2, steps=2, width=8, batch=2), every)]
@@ -28,7 +31,7 @@ def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
     elif gpu:
         depths, widths, sides = {8: every, 32: every}, {}, (128, 256)
         rest = {low: every[:2]}
-    else:  # forward and sampling cost the same at every step
+    else:  # forward and sampling take the same time in every step, so fewer depths are enough
         depths, widths, sides = (
             {4: train, 8: every, 16: train, 32: every},
             {8: train, 32: train},
@@ -44,8 +47,11 @@ def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
 
 
 def chosen(spec: Spec, task: str, size: str) -> list[str]:
-    """The variants that are measured. Compiling a whole model takes minutes where it is deep: of
-    the default set it is one; and its wide ones leave out what trades time for memory."""
+    """Return the variants to measure.
+
+    Compiling a deep model takes minutes, so the default set compiles only one. Its wide models
+    leave out variants that trade time for memory.
+    """
     compiled = size == "full" or (size == "default" and spec == Spec())
     left_out = set() if compiled else {"plain, compiled"}
     if size == "default" and spec.width == 2 * Spec().width:

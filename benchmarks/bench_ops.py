@@ -1,5 +1,8 @@
-"""Every operator, forward, inverse and backward, at the states of Glow's levels: ours, its
-reference in eager torch, and that reference under torch.compile, all held to float64."""
+"""Every operator, forward, inverse and backward, at the state shapes of Glow's levels.
+
+Each is compared with its reference in eager torch and with that reference under torch.compile. All
+three are checked against float64 first.
+"""
 
 import shutil
 from functools import cache
@@ -27,7 +30,7 @@ OPERATIONS = (
 
 
 def shapes(size: str, gpu: bool) -> list[Shape]:
-    """The first one is that at which torch.compile runs too, unless all are asked for."""
+    """Return the shapes. Without --full, torch.compile runs at the first shape only."""
     if size == "tiny":
         return [Shape(16, 1, 2, True)]
     batches = {64: 64, 256: 16, 1024: 2} if gpu else {64: 8, 256: 2, 1024: 1}
@@ -76,9 +79,7 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
         try:
             if variant == "compiled":
                 if not compiles:
-                    raise Missing(
-                        "torch.compile runs at the first shape alone; everywhere with --full"
-                    )
+                    raise Missing("torch.compile runs at the first shape only, without --full")
                 function = _compiled(op.reference, bench.device)
             else:
                 function = op.ours if variant == "ours" else op.reference
@@ -120,7 +121,7 @@ def test_operator(
 ) -> None:
     op = _table(shape, bench.device)[name, direction]
     benchmark.group = f"{name} {direction}, {shape}"
-    # A rehearsal compiles one operator: that takes seconds each.
+    # Compiling takes seconds per operator, so a rehearsal compiles only one.
     one = bench.size != "tiny" or (name, direction) == ("actnorm", "forward")
     compiles = bench.size == "full" or (first and one)
     bench.record(benchmark, (shape, name, direction), variant,

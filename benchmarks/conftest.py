@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks/ --benchmark-only`, and what its JSON says beside the rows."""
+"""Options of `pytest benchmarks/ --benchmark-only`, and entries of its JSON beside the rows."""
 
 import shlex
 import signal
@@ -14,26 +14,29 @@ from benchmarks.harness.session import Bench, open_bench
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mflow_kernels")
-    group.addoption("--full", action="store_true", help="every shape, depth and peer: hours on CPU")
-    group.addoption("--tiny", action="store_true", help="sizes that rehearse the code, no figures")
+    group.addoption(
+        "--full", action="store_true", help="every shape, depth and peer; takes hours on a CPU"
+    )
+    group.addoption("--tiny", action="store_true", help="tiny sizes that only test the code")
     group.addoption("--check", action="store_true",
-                    help="hold every row to its reference, and measure nothing")  # fmt: skip
+                    help="compare every row with its reference, without measuring")  # fmt: skip
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--threads", type=int, default=1, help="of the CPU; one is less noisy than two")
-    group.addoption("--rounds", type=int, help="interleaved rounds; otherwise each file's own")
+    group.addoption("--threads", type=int, default=1, help="CPU threads (1, the least noisy)")
+    group.addoption(
+        "--rounds", type=int, help="interleaved rounds (default: each file's own number)"
+    )
     group.addoption("--clock", choices=sorted(CLOCKS), default="wall",
-                    help="of the CPU; process time ignores what else the machine does")  # fmt: skip
+                    help="CPU clock; process time ignores other load on the machine")  # fmt: skip
     group.addoption("--time-limit", type=float, metavar="SECONDS",
-                    help="groups not started by then are skipped, and say so; 540 for the default "
-                    "set, otherwise none")  # fmt: skip
+                    help="skip groups that have not started by then (540 for the default set, "
+                    "otherwise none)")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     torch.set_num_threads(request.config.getoption("--threads"))
-    # Networks in float32 are float32: otherwise convolutions would round factors to 10 bits, and
-    # outputs could not be held to the reference.
+    # tf32 rounds the factors of convolutions to 10 bits, too few to compare with the reference.
     torch.backends.cudnn.allow_tf32 = False
     yield open_bench(request.config)
     torch.set_num_threads(threads)
@@ -46,7 +49,7 @@ CHOSEN = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED], config.stash[CHOSEN] = [], []
-    # `timeout` ends a run as Ctrl-C would: what was measured until then is saved.
+    # Treat SIGTERM, which `timeout` sends, like Ctrl-C: pytest then saves the results so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -56,14 +59,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Note every row that is skipped or fails, with the reason."""
+    """Record every row that is skipped or fails, with the reason."""
     outcome: Any = yield
     report = outcome.get_result()
     if not report.failed and not report.skipped:
         return
-    told = report.longrepr
+    cause = report.longrepr
     if report.skipped:
-        reason = str(told[2] if isinstance(told, tuple) else told).removeprefix("Skipped: ")
+        reason = str(cause[2] if isinstance(cause, tuple) else cause).removeprefix("Skipped: ")
     else:
         reason = report.longreprtext.strip().splitlines()[-1]
     outcome = "failed" if report.failed else "skipped"
@@ -75,13 +78,13 @@ def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     not_measured = config.stash[NOT_MEASURED]
-    told = {row["fullname"] for row in benchmarks} | {row["name"] for row in not_measured}
+    known = {row["fullname"] for row in benchmarks} | {row["name"] for row in not_measured}
     output_json["not_measured"] = not_measured + [
         {"name": name, "outcome": "skipped", "reason": "the run was stopped before it"}
-        for name in config.stash[CHOSEN] if name not in told
+        for name in config.stash[CHOSEN] if name not in known
     ]  # fmt: skip
     arguments = list(config.invocation_params.args)
-    if "--benchmark-json" in arguments:  # where the results went is no part of how they came
+    if "--benchmark-json" in arguments:  # leave out the path of the results
         at = arguments.index("--benchmark-json")
         del arguments[at : at + 2]
     run = {"command": shlex.join(["pytest", *arguments]), "datetime": output_json["datetime"]}

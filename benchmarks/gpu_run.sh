@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and at most nine minutes:
+# Run everything that needs a GPU, with one command, in at most nine minutes:
 #
 #     benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]
 #
-# Builds csrc in place, runs the tests that need a CUDA device, the benchmarks at GPU sizes, the
-# memory ceilings and a short bfloat16 training run; writes results.json, report.md with plots, and
-# log.txt into OUT_FOLDER. A part that fails or runs out of time does not stop those after it; the
-# last lines say what failed, and the exit code is then 1. Needs nothing from a network. What a part
-# measured is in OUT_FOLDER/parts as soon as it ends, also where it is stopped:
-# `python -m benchmarks.report OUT_FOLDER/parts/*.json --out OUT_FOLDER` makes the report of a run
-# that was killed.
+# This builds csrc in place and runs the tests that need a CUDA device, the benchmarks at GPU sizes,
+# the memory ceilings and a short bfloat16 training run. It writes results.json, report.md with plots
+# and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
+# stop the parts after it; the last lines then name the failures, and the exit code is 1. Each part
+# saves its results in OUT_FOLDER/parts when it ends or is stopped, so a run that was killed still
+# has a report: `python -m benchmarks.report OUT_FOLDER/parts/*.json --out OUT_FOLDER`.
 #
-# --rehearse runs the same parts on a CPU in the smallest sizes, in under a minute; its parts have no
-# limits but MFLOW_SECONDS, since a busy machine is no fault of theirs.
-# MFLOW_COMMIT names the commit in the results where there is no git; MFLOW_SECONDS is the limit (540).
+# --rehearse runs the same parts on a CPU at the smallest sizes, in under a minute. Its parts share
+# MFLOW_SECONDS and have no limits of their own, because a busy machine must not fail them.
+# MFLOW_SECONDS is the time limit (540). MFLOW_COMMIT names the commit if git is not available.
 set -uo pipefail
 
-usage() { sed -n '2,18p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
+usage() { sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; }
 
 out='' rehearse=''
 for argument in "$@"; do
@@ -33,26 +32,28 @@ log=$out/log.txt
 cd "$(dirname "$0")/.." || exit 2
 
 seconds=${MFLOW_SECONDS:-540}
-margin=30 # for the report
+margin=30 # seconds kept for the report
 started=$SECONDS
 failed=()
-# Compiled kernels, kept for the next run; many processes read and write them.
+# Compiled kernels are kept for the next run and shared by all processes of this one.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
-export OMP_NUM_THREADS=1 # of each of them
+export OMP_NUM_THREADS=1 # in each process
 
 say() { echo "$*" | tee -a "$log"; }
 
 left() { echo $((seconds - margin - (SECONDS - started))); }
 
-# within LIMIT: the seconds of a part: LIMIT, but no more than is left; all of it in a rehearsal.
+# within LIMIT: print the seconds a part may take: LIMIT or the time left, whichever is less. In a
+# rehearsal it is always the time left.
 within() {
   local left
   left=$(left)
   if [ -z "$rehearse" ] && [ "$1" -lt "$left" ]; then echo "$1"; else echo "$left"; fi
 }
 
-# part NAME LIMIT COMMAND...: within LIMIT seconds, and within what is left of them all.
+# part NAME LIMIT COMMAND...: run a command for at most LIMIT seconds, or for the time left if that is
+# less. `shown`, if set, replaces the command in the log.
 part() {
   local name=$1 limit begin=$SECONDS code
   limit=$(within "$2")
@@ -63,7 +64,7 @@ part() {
     failed+=("$name (no time left)")
     return
   fi
-  say "== $name: ${told:-$*} (at most $limit s)"
+  say "== $name: ${shown:-$*} (at most $limit s)"
   timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1
   code=$?
   say "== $name: exit code $code after $((SECONDS - begin)) s"
@@ -71,14 +72,14 @@ part() {
   [ "$code" -eq 0 ] || failed+=("$name (exit code $code)")
 }
 
-# together NAME LIMIT COMMANDS: a line each, all at once, as what they wait for is Triton, which
-# compiles on one core. Each prints into a file, and all of it goes to the log at the end.
+# together NAME LIMIT COMMANDS: run one command per line, all at once: most of their time goes to
+# Triton, which compiles on one core. Each prints into its own file; the log gets them at the end.
 together() {
-  local folder=$out/parts/$1 told
-  told="$(wc -l <<<"$3") at once, such as $(tail -n 1 <<<"$3")"
+  local folder=$out/parts/$1 shown
+  shown="$(wc -l <<<"$3") at once, such as $(tail -n 1 <<<"$3")"
   mkdir -p "$folder"
   part "$1" "$2" bash -c 'all_at_once "$@"' _ "$folder" "$3"
-  cat "$folder"/*.txt >>"$log" 2>/dev/null # none where there was no time
+  cat "$folder"/*.txt >>"$log" 2>/dev/null # no files if no time was left
 }
 
 all_at_once() { # FOLDER COMMANDS
@@ -92,14 +93,16 @@ all_at_once() { # FOLDER COMMANDS
 }
 export -f all_at_once
 
-# shards COMMAND: lines of as many parts of a pytest command as there are cores; one may be empty.
+# shards ARGUMENTS: print one pytest command per core, each running its share of the tests. A share
+# may be empty (exit code 5).
 shards() {
   for ((i = 1; i <= cores; i++)); do
     echo "python3 -m pytest $* -p benchmarks.harness.pytest_shard --shard $i/$cores || [ \$? -eq 5 ]"
   done
 }
 
-# bench NAME LIMIT FILES...: benchmarks; groups that do not start in time are skipped.
+# bench NAME LIMIT FILES...: run benchmarks. Groups that have not started after 3/5 of the limit are
+# skipped.
 bench() {
   local name=$1 limit
   limit=$(within "$2")
@@ -113,18 +116,17 @@ if [ -n "$rehearse" ]; then
   sizes=(--tiny --device cpu)
   cores=1
   tests=(tests/ops/test_logdet.py)
-  build=(python3 -c 'import mflow_kernels._C') # as it was built: others may be using it
+  build=(python3 -c 'import mflow_kernels._C') # do not rebuild: others may use it
   checks=$(shards "$check ${sizes[*]} -k accumulate_logdet")
 else
   sizes=(--device cuda)
-  cores=$(env -u OMP_NUM_THREADS nproc) # which would count those threads
-  # Where GPU tests are; of those the one left out reads digits of a package that is not there.
-  tests=(tests/ops tests/layers tests/models tests/models/test_objectives.py
-    --ignore tests/models/test_plain_glow.py)
-  # Without its CUDA part it is built all the same, and the part has failed.
+  cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys OMP_NUM_THREADS
+  # test_plain_glow.py reads digits from a package that a GPU machine may lack.
+  tests=(tests/ops tests/layers tests/models --ignore tests/models/test_plain_glow.py)
+  # If the CUDA build fails, build the CPU part for the tests after it, and report the failure.
   build=(bash -c 'MFLOW_CUDA=1 python3 setup.py build_ext --inplace ||
     { python3 setup.py build_ext --inplace; exit 1; }')
-  # The kernels that benchmarks need are compiled here, on all cores; K = 32 needs no others.
+  # Compile the kernels of the benchmarks on all cores. K = 32 uses the same kernels as other K.
   checks=$(shards "$check ${sizes[*]} --ignore benchmarks/bench_ceilings.py -k 'not K32'"
     for side in 256 512 1024; do
       echo "python3 -m pytest $check ${sizes[*]} -k '3x${side}x$side-L6 and ours'"

@@ -4,11 +4,10 @@
     python -m benchmarks.report results.json --out report
     python -m benchmarks.report new.json --against old.json --threshold 1.1
 
-Without --out the page is printed, without plots, to go into another one. Ratios are medians over
-rounds that ran in turn; what follows in brackets is their first and third quartile. With --against,
-the exit code is 1 where a row of both runs takes more than `threshold` times as long, or as much
-memory, as it did, or fails now; 2 where the two ran on different devices, or by another clock or
-number of threads.
+Without --out, the page is printed without plots. Ratios are medians over interleaved rounds; the
+brackets hold their first and third quartiles. With --against, the exit code is 1 if a row of both
+runs now fails, or takes more than `threshold` times as long or as much memory as before. It is 2 if
+the runs used different devices, clocks or numbers of threads.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs, spread
 
 MIB = 2**20
 KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
-OURS = "ours, stored"  # activations are kept, as the peers do
+OURS = "ours, stored"  # stores activations, as the peers do
 TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
 Tables = Callable[[Sequence[Row]], Iterator[str]]
 
@@ -58,12 +57,12 @@ def _against(row: Row | None, base: Row | None) -> str:
 
 
 def operators(rows: Sequence[Row]) -> Iterator[str]:
-    """A table for each shape."""
+    """Yield a table for each shape."""
     for shape in dict.fromkeys(row.extra["shape"] for row in rows):
         groups = _groups([r for r in rows if r.extra["shape"] == shape]).values()
         names = [name for name in ("ours", "eager", "compiled") if any(name in g for g in groups)]
         launched = any(row.extra["launches"] is not None for g in groups for row in g.values())
-        head = ["", "MiB at least", *names, *(f"ours / {name}" for name in names if name != "ours"),
+        head = ["", "fewest MiB", *names, *(f"ours / {name}" for name in names if name != "ours"),
                 f"peak MiB: {', '.join(names)}"]  # fmt: skip
         lines = [_operator(mine, names, launched) for mine in groups]
         head += [f"launches: {', '.join(names)}"] if launched else []
@@ -97,7 +96,7 @@ SHORT = {"channels": "channels", "side": "px", "levels": "L", "steps": "K", "wid
 
 
 def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Rows that go into one table, with its title: those of one task and width."""
+    """Yield the title and the rows of each table: those of one task, width and precision."""
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         e = row.extra
@@ -110,7 +109,7 @@ def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _columns(family: Sequence[Row]) -> tuple[list[dict[str, Row]], list[str], str]:
-    """The groups of a family, what to call each, and what is the same in all."""
+    """Return the groups of a family, the heading of each, and the settings that all share."""
     groups = list(_groups(family).values())
     first = [next(iter(mine.values())).extra for mine in groups]
     differ = [f for f in VARYING if len({e[f] for e in first}) > 1] or ["steps"]
@@ -120,7 +119,7 @@ def _columns(family: Sequence[Row]) -> tuple[list[dict[str, Row]], list[str], st
 
 
 def speedups(rows: Sequence[Row]) -> Iterator[str]:
-    """For each task and width, how many times as long as ours each peer takes."""
+    """Yield a table for each task and width: the time of each peer divided by ours."""
     for title, family in _families(rows):
         groups, heads, same = _columns(family)
         names = dict.fromkeys(row.variant for row in family if not row.variant.startswith("ours"))
@@ -130,7 +129,7 @@ def speedups(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def comparisons(rows: Sequence[Row]) -> Iterator[str]:
-    """For each task and width, tables over depth and resolution: time against plain, and memory."""
+    """Yield tables over depth and resolution for each task and width: relative time, and memory."""
     for title, family in _families(rows):
         yield f"#### {title}\n\n{_comparison(family)}"
 
@@ -139,22 +138,23 @@ def _comparison(family: Sequence[Row]) -> str:
     groups, heads, same = _columns(family)
     names = list(dict.fromkeys(row.variant for row in family))
 
-    def tabled(cell: Callable[[dict[str, Row], str], str]) -> str:
+    def table(cell: Callable[[dict[str, Row], str], str]) -> str:
         lines = [[name, *(cell(mine, name) for mine in groups)] for name in names]
         return _markdown(["", *heads], lines)
 
-    def timed(mine: dict[str, Row], name: str) -> str:
+    def relative_time(mine: dict[str, Row], name: str) -> str:
         if name == "plain" and name in mine:
             return _spread(mine[name])
         return _against(mine.get(name), mine.get("plain"))
 
-    def held(mine: dict[str, Row], name: str) -> str:
+    def peak_memory(mine: dict[str, Row], name: str) -> str:
         peak = mine[name].extra.get("peak_bytes") if name in mine else None
         return "-" if peak is None else f"{peak / MIB:.1f}"
 
-    parts = [f"{same}\n\n{tabled(timed)}"]
+    parts = [f"{same}\n\n{table(relative_time)}"]
     if any("peak_bytes" in row.extra for row in family):
-        parts.append("Peak memory of a training step, gradients included, MiB:\n\n" + tabled(held))
+        title = "Peak memory of a training step, including gradients, MiB:"
+        parts.append(f"{title}\n\n{table(peak_memory)}")
     if family[0].extra["task"] == "train":
         numbers = {row.variant: row.extra["parameters"] for row in groups[-1].values()}
         counts = "; ".join(f"{name} {count:,}" for name, count in numbers.items())
@@ -163,7 +163,7 @@ def _comparison(family: Sequence[Row]) -> str:
 
 
 def others(rows: Sequence[Row]) -> Iterator[str]:
-    """Ceilings and training: each row's own figures."""
+    """Yield tables of memory ceilings and training, which name their own columns."""
     by_columns: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         by_columns.setdefault(tuple(row.extra["figures"]), []).append(row)
@@ -174,7 +174,7 @@ def others(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def accelerated(rows: Sequence[Row]) -> Iterator[str]:
-    """Models of other libraries, a line for each."""
+    """Yield a table of other libraries' models."""
     kinds = list(dict.fromkeys(row.variant for row in rows))
     head = ["", "model", *kinds, *(f"original / {kind}" for kind in kinds[1:]), "peak MiB of each"]
     lines = []
@@ -190,14 +190,14 @@ def accelerated(rows: Sequence[Row]) -> Iterator[str]:
     yield _markdown(head, lines)
 
 
-FASTER = "Time of each over that of ours with stored activations: past 1, ours is faster."
-SHARES = "Times are shares of plain eager's, in the same run; plain eager's own are given."
-BYTES = "Time (GB/s of the fewest bytes an operator must move, share of the copy bandwidth)."
+FASTER = "Time of each peer divided by ours with stored activations. Above 1, ours is faster."
+SHARES = "The row of plain eager gives its time; other rows give their time divided by plain's."
+BYTES = "Time (GB/s of the fewest bytes that the operator must move, share of copy bandwidth)."
 
 
-def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
-    """The Markdown page, to stand alone or as a section of another one."""
-    of = {kind: [row for row in told.rows if row.kind == kind] for kind in KINDS}
+def page(saved: Runs, pictures: Sequence[Path] = ()) -> str:
+    """Return the Markdown page. It can also be a section of another page."""
+    of = {kind: [row for row in saved.rows if row.kind == kind] for kind in KINDS}
     constant = [row for row in of["layers"] if row.extra["constant"]]
     one_step = [row for row in of["layers"] if not row.extra["constant"]]
     sections: tuple[tuple[str, Sequence[Row], Tables, str, tuple[str, ...]], ...] = (
@@ -213,7 +213,7 @@ def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
         ("Memory ceilings", of["ceilings"], others, "", ()),
         ("Short training", of["training"], others, "", ()),
     )  # fmt: skip
-    parts = ["## Measured\n", *_circumstances(told)]
+    parts = ["## Measured\n", *_circumstances(saved)]
     for title, rows, tables, lead, plots in sections:
         parts.append(f"### {title}\n")
         if not rows:
@@ -222,34 +222,34 @@ def page(told: Runs, pictures: Sequence[Path] = ()) -> str:
         parts += [f"{lead}\n"] if lead else []
         parts += list(tables(rows))
         parts += [f"![{p.stem}]({p.name})\n" for p in pictures if p.stem in plots]
-    notes = {row.variant: row.extra["note"] for row in told.rows if "note" in row.extra}
+    notes = {row.variant: row.extra["note"] for row in saved.rows if "note" in row.extra}
     if notes:
         lines = [f"- {name}: {note}" for name, note in notes.items()]
         parts.append("### What is compared\n\n" + "\n".join(lines) + "\n")
-    parts.append(not_measured(told))
+    parts.append(not_measured(saved))
     return "\n".join(parts)
 
 
-def _circumstances(told: Runs) -> Iterator[str]:
-    """Machine, versions, date and command."""
-    for run in told.commands:
+def _circumstances(saved: Runs) -> Iterator[str]:
+    """Yield lines on the command, date, machine and versions."""
+    for run in saved.commands:
         yield f"- `{run['command']}`, {run['datetime'][:10]}"
-    for e in told.environments:
+    for e in saved.environments:
         yield (
             f"- {e['device']}, {e['threads']} thread(s), {e['clock']}; torch {e['torch']}, triton "
             f"{e['triton']}, mflow_kernels {e['mflow_kernels']} at {e['commit']}"
         )
-    bandwidths = sorted({row.extra["copy_bytes_per_second"] for row in told.rows})
+    bandwidths = sorted({row.extra["copy_bytes_per_second"] for row in saved.rows})
     if bandwidths:
         rates = ", ".join(f"{b / 1e9:.1f}" for b in bandwidths)
-        yield f"- copy bandwidth, read and written, GB/s: {rates}"
-    yield "- medians of interleaved rounds [first and third quartile]; ratios of the same rounds\n"
+        yield f"- copy bandwidth (bytes read and written), GB/s: {rates}"
+    yield "- medians of interleaved rounds [first and third quartile]; ratios are round by round\n"
 
 
-def not_measured(told: Runs) -> str:
-    """Skipped and failed rows, one line for each reason."""
+def not_measured(saved: Runs) -> str:
+    """Return a section on skipped and failed rows, with one line for each reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
-    for row in told.not_measured:
+    for row in saved.not_measured:
         reasons.setdefault((row["outcome"], row["reason"]), []).append(row["name"])
     lines = [f"- {outcome}: {reason} ({len(names)} rows, the first {names[0].split('::')[-1]})"
              for (outcome, reason), names in reasons.items()]  # fmt: skip
@@ -257,7 +257,7 @@ def not_measured(told: Runs) -> str:
 
 
 def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
-    """A table of what got slower or larger, and whether anything did."""
+    """Return a table of the rows that got slower or larger, and whether there are any."""
     before = {row.name: row for row in old.rows}
     lines, compared = [], 0
     for row in new.rows:
@@ -276,11 +276,11 @@ def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
     failed = [r for r in new.not_measured if r["outcome"] == "failed" and r["name"] in before]
     lines += [[r["name"].split("::")[-1], "fails now", "-", "-", r["reason"]] for r in failed]
     lost = len(before) - compared - len(failed)
-    told = f"{compared} rows compared, {lost} of the old run not in the new one; "
+    summary = f"{compared} rows compared, {lost} rows of the old run missing; "
     if not lines:
-        return told + f"none more than {threshold:g} times what it was", not compared
-    told += f"{len(lines)} more than {threshold:g} times what they were, or failing\n\n"
-    return told + _markdown(["", "", "was", "is", "ratio"], lines), True
+        return summary + f"none got worse by more than {threshold:g} times", not compared
+    summary += f"{len(lines)} got worse by more than {threshold:g} times, or fail\n\n"
+    return summary + _markdown(["", "", "before", "now", "ratio"], lines), True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -291,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("results", type=Path, nargs="+", help="JSON of pytest --benchmark-json")
     parser.add_argument("--against", type=Path, metavar="OLD", help="an earlier run")
-    parser.add_argument("--threshold", type=float, default=1.1, help="of a regression (1.1)")
+    parser.add_argument(
+        "--threshold", type=float, default=1.1, help="ratio that counts as a regression (1.1)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and plots there")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write all results as one file")
     options = parser.parse_args(arguments)
@@ -321,11 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = ("device", "threads", "clock")
     found = [{tuple(row.extra[k] for k in kinds) for row in run.rows} for run in (new, old)]
     if found[0] != found[1]:
-        told = (", ".join(map(str, sorted(each))) for each in found)
-        print(f"not comparable: {' against '.join(told)}", file=sys.stderr)
+        machines = (", ".join(map(str, sorted(each))) for each in found)
+        print(f"not comparable: {' against '.join(machines)}", file=sys.stderr)
         return 2
-    told, worse = regressions(new, old, options.threshold)
-    print(told)
+    summary, worse = regressions(new, old, options.threshold)
+    print(summary)
     return int(worse)
 
 

@@ -1,4 +1,4 @@
-"""Fused kernels for normalizing flows on images, and manifold learning with them."""
+"""Fused kernels for normalizing flows on images, and manifold flows built on them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -55,18 +55,22 @@ __all__ = [
     "manifold_mask_from_data",
 ]
 
-_PARTS = ("layers", "models")
+# Submodules that define the public names.
+_SOURCES = ("layers", "models")
 
-if not TYPE_CHECKING:  # to a type checker it would make every misspelt name an attribute
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for an attribute
 
     def __getattr__(name: str) -> Any:
-        """Import on first use: the command line answers --help, and sets what torch reads from the
-        environment as it starts, before torch is there."""
-        if name in (*_PARTS, "ops"):
+        """Import submodules and public names on first use.
+
+        The command line can then answer --help without torch, and set environment variables that
+        torch reads when it is imported.
+        """
+        if name in (*_SOURCES, "ops"):
             return importlib.import_module(f"mflow_kernels.{name}")
         if name in __all__:
-            for part in _PARTS:
-                module = importlib.import_module(f"mflow_kernels.{part}")
+            for source in _SOURCES:
+                module = importlib.import_module(f"mflow_kernels.{source}")
                 if hasattr(module, name):
                     globals()[name] = getattr(module, name)
                     return globals()[name]
@@ -74,4 +78,4 @@ if not TYPE_CHECKING:  # to a type checker it would make every misspelt name an 
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_PARTS, "ops", *globals()})
+    return sorted({*__all__, *_SOURCES, "ops", *globals()})

@@ -1,4 +1,4 @@
-"""What this installation can do, and what it lacks: `python -m mflow_kernels.env`."""
+"""Report what this installation can do and what it lacks: `python -m mflow_kernels.env`."""
 
 import importlib
 import importlib.metadata
@@ -18,7 +18,7 @@ def _version(package: str) -> str | None:
 
 
 def _absent(extra: str) -> list[str]:
-    """What an optional part of this package needs and is not installed."""
+    """Return the packages that an extra of this package requires and that are not installed."""
     try:
         needs = importlib.metadata.requires("mflow_kernels") or []
     except importlib.metadata.PackageNotFoundError:
@@ -34,8 +34,8 @@ def _nvcc() -> str | None:
     path = str(nvcc) if nvcc and nvcc.is_file() else shutil.which("nvcc")
     if path is None:
         return None
-    told = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\S+?),", told)
+    output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+?),", output)
     return f"{release.group(1) if release else 'unknown version'} ({path})"
 
 
@@ -44,18 +44,22 @@ def _dotted(cuda_version: int) -> str:
 
 
 def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Machine code runs on the same major version from its minor version on, PTX on all later."""
-    major, minor = capability
+    """Whether code for `archs` runs on a device.
+
+    Machine code (sm_) runs on devices of the same major version and the same or a later minor one.
+    PTX (compute_) runs on all later devices.
+    """
     for arch in archs:
         kind, number = arch.split("_")
         digits = re.sub(r"\D", "", number)
-        have = (int(digits[:-1]), int(digits[-1]))
-        if have <= (major, minor) and (kind == "compute" or have[0] == major):
+        compiled_for = (int(digits[:-1]), int(digits[-1]))
+        if compiled_for <= capability and (kind == "compute" or compiled_for[0] == capability[0]):
             return True
     return False
 
 
 def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str, str]]:
+    """Return the lines about torch, triton and devices; append to `missing` what they lack."""
     try:
         import torch
     except ImportError as error:
@@ -67,7 +71,7 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
     without_triton = _version("triton") is None
     if without_triton:
         missing.append(
-            "triton: operators, layers and models do not import without it, on a CPU either: "
+            "triton: operators, layers and models do not import without it, even on a CPU: "
             "pip install triton"
         )
     capability = torch.backends.cpu.get_cpu_capability()
@@ -75,7 +79,7 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
     if not torch.cuda.is_available():
         why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
         lines.append(("devices", cpu))
-        runs = "" if without_triton else "; everything runs on the CPU, without the Triton kernels"
+        runs = "" if without_triton else "; everything runs on the CPU, without Triton kernels"
         missing.append(f"a GPU: {why}{runs}")
         return lines
     lines.append(("devices", cpu))
@@ -90,33 +94,33 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
             )
     if archs is not None and not archs:
         missing.append(
-            "csrc's CUDA kernels: install a CUDA toolkit with nvcc, then rebuild from source with "
-            "MFLOW_CUDA=1"
+            "the CUDA kernels in csrc: install a CUDA toolkit with nvcc, then rebuild from source "
+            "with MFLOW_CUDA=1"
         )
     return lines
 
 
 def report() -> str:
-    """Versions, devices, the GPU architectures inside the extension, and what is missing."""
+    """Describe versions, devices, the GPU architectures in the extension, and missing parts."""
     missing: list[str] = []
     archs: list[str] | None = None
     runtime = "none"
     try:
         native = importlib.import_module("mflow_kernels._C")
         archs = list(native.cuda_archs)
-        inside = "CPU" + (f", {' '.join(archs)}" if archs else f"; no CUDA: {native.cuda_note}")
+        contents = "CPU" + (f", {' '.join(archs)}" if archs else f"; no CUDA: {native.cuda_note}")
         runtime = f"{_dotted(native.cuda_runtime)}, linked statically" if archs else "none"
     except ImportError as error:
-        inside = f"missing ({error})"
+        contents = f"missing ({error})"
         missing.append(
-            "the compiled extension (the CPU falls back to slower references): "
+            "the compiled extension (the CPU uses slower reference code without it): "
             "pip install . or python setup.py build_ext --inplace"
         )
     lines = [
         ("mflow_kernels", _version("mflow_kernels") or "not installed (run from a checkout)"),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         *_torch_lines(archs, missing),
-        ("extension", inside),
+        ("extension", contents),
         ("CUDA runtime", runtime),
         ("nvcc", _nvcc() or "not found (needed only to build the CUDA kernels)"),
     ]

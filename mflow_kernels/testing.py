@@ -1,4 +1,4 @@
-"""Tolerances and assertions that hold kernels, layers and whole flows to their arithmetic."""
+"""Tolerances from floating-point arithmetic, and assertions for kernels, layers and flows."""
 
 import copy
 import math
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_count, check_tensor
 
-# Rounding a result to `dtype` costs half an eps; summing n rounded terms of random sign costs about
-# sqrt(n) of them. SAFETY covers the spread around that expectation and the handful of roundings of
-# one scale function. bfloat16 and float16 inputs are computed in float32, so theirs is the rounding
-# of the result alone.
+# Rounding a result to `dtype` costs half an eps. Summing n rounded terms of random sign costs about
+# sqrt(n) times as much. SAFETY covers the spread around this expectation and the few roundings
+# inside a scale function. Kernels compute bfloat16 and float16 inputs in float32, so only their
+# result is rounded to the lower precision.
 SAFETY = 8.0
 EPS = {
     dtype: torch.finfo(dtype).eps
@@ -21,11 +21,11 @@ EPS = {
 
 
 def tolerance(dtype: torch.dtype, terms: int = 1) -> float:
-    """Largest relative error to accept of a sum of `terms` products computed in `dtype`.
+    """Return the largest acceptable relative error of a sum of `terms` products in `dtype`.
 
     Raises:
         TypeError: `dtype` is not float64, float32, float16 or bfloat16.
-        ValueError: fewer than one term.
+        ValueError: `terms` is less than one.
     """
     check_count("terms", terms, 1)
     if dtype not in EPS:
@@ -43,24 +43,25 @@ def assert_close(
     scale: float | None = None,
     name: str = "result",
 ) -> None:
-    """Assert that `actual` is `expected` up to the rounding of its own dtype.
+    """Assert that `actual` equals `expected` up to the rounding of the dtype of `actual`.
 
     Args:
-        actual: the result under test, any floating dtype.
-        expected: the reference, usually float64, of the same shape.
-        terms: how many products the longest sum behind one element adds.
-        scale: magnitude of what is summed, finite, where cancellation makes the result smaller than
-            its terms; by default, and at least, the largest magnitude in `expected`.
-        name: what to call the tensor in the error.
+        actual: the result under test, of any floating dtype.
+        expected: the reference, of the same shape and usually float64.
+        terms: number of products in the longest sum behind one element.
+        scale: magnitude of the summed terms, finite. Pass it if cancellation makes the result
+            smaller than its terms. The largest magnitude in `expected` is used if it is larger.
+        name: name of the tensor in the error message.
 
     Raises:
-        AssertionError: with the largest error and the bound; NaN never passes.
-        TypeError, ValueError: no tensors of a floating dtype, a scale that is not finite.
+        AssertionError: the error exceeds the bound; NaN never passes.
+        TypeError: `actual` or `expected` is not a tensor of a floating dtype.
+        ValueError: `scale` is not finite.
     """
     check_tensor("actual", actual)
     check_tensor("expected", expected)
     if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")  # that would accept all
+        raise ValueError(f"scale: expected a finite number, got {scale}")  # inf accepts all
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
     if actual.numel() == 0:
@@ -75,33 +76,38 @@ def assert_close(
         )
 
 
-# Past this condition number a Jacobian in float64 proves nothing: its determinant has few digits.
-SINGULAR = 1e10
+# Above this condition number, the determinant of a float64 Jacobian has too few correct digits.
+LARGEST_CONDITION = 1e10
 
 
 def check_bijection(
     layer: nn.Module, shape: tuple[int, ...], *, perturb: float = 0.1, seed: int = 0
 ) -> None:
-    """Assert that a layer keeps the contract of `Bijection`, for one of your own as for ours.
+    """Assert that a layer fulfils the contract of `Bijection`.
 
-    A float64 copy is run on normal states of `shape`, and held to: one result for one input; no
-    sample that depends on another; log-determinants (N,) equal to those of the Jacobian that
-    autograd finds; an inverse that returns the state, and the negative of the log-determinant; and
-    states and log-determinants of the dtype of their input, a float32 copy's too. The parameters of
-    the float64 copy are moved by `perturb`, because at their initial values most log-determinants
-    are 0, which hides a wrong sign or a missing factor.
+    This runs a float64 copy of the layer on a normal x of `shape` and checks that
+
+    - two calls on the same x give the same result;
+    - no sample depends on another one;
+    - logdet has shape (N,) and equals the log-determinant of autograd's Jacobian;
+    - the inverse returns x and the negative logdet;
+    - results have the dtype of their input, also in a float32 copy.
+
+    Normal numbers are added to the parameters of the float64 copy first: at their initial values,
+    most log-determinants are 0, which hides a wrong sign or a missing factor.
 
     Args:
-        layer: `z, logdet = layer(x)` and `x, logdet = layer.inverse(z)`; z a tensor, or nested
-            tuples of them that start with the sample axis. It is not changed.
-        shape: (N, C, *spatial) with N >= 2. The Jacobian takes N * D backward passes for states of
-            D numbers: choose small ones.
-        perturb: standard deviation of what is added to each parameter.
-        seed: of the states and of what is added.
+        layer: a module with `z, logdet = layer(x)` and `x, logdet = layer.inverse(z)`. z is a
+            tensor, or nested tuples of tensors, with the sample axis first. The layer itself does
+            not change.
+        shape: (N, C, *spatial) with N >= 2. The Jacobian takes N * D backward passes, where D is
+            the number of elements per sample, so choose a small shape.
+        perturb: standard deviation of the numbers that are added to the parameters.
+        seed: seed of x and of these numbers.
 
     Raises:
-        AssertionError: naming the promise that was broken, and by how much.
-        ValueError: where `shape` has fewer than two samples or no elements.
+        AssertionError: the layer breaks the contract; the message says how.
+        ValueError: `shape` has fewer than two samples or no elements.
     """
     if len(shape) < 2 or shape[0] < 2 or 0 in shape:
         raise ValueError(f"shape: expected (N, C, *spatial) with N >= 2, got {shape}")
@@ -113,9 +119,11 @@ def check_bijection(
     if not (torch.equal(_flat(z), _flat(again)) and torch.equal(logdet, logdet_again)):
         raise AssertionError("forward: two calls on one input differ")
     if tuple(logdet.shape) != (n,):
-        raise AssertionError(f"logdet: shape {tuple(logdet.shape)}, not one number a sample ({n},)")
+        raise AssertionError(f"logdet: expected shape ({n},), got {tuple(logdet.shape)}")
     if _flat(z).shape != (n, d):
-        raise AssertionError(f"z: {tuple(_flat(z).shape)} numbers, not the state's {(n, d)}")
+        raise AssertionError(
+            f"z: expected {d} elements per sample as in x, got {_flat(z).shape[1]}"
+        )
     _check_dtypes(x, z=z, logdet=logdet)
 
     jacobian = torch.autograd.functional.jacobian(lambda x: _flat(copied(x)[0]), x)
@@ -126,9 +134,11 @@ def check_bijection(
         raise AssertionError("forward: a sample's z depends on another sample of the batch")
     singular = torch.linalg.svdvals(own)
     condition = (singular[:, 0] / singular[:, -1]).max().item()
-    if not condition < SINGULAR:
-        raise AssertionError(f"forward: not invertible, its Jacobian has condition {condition:.1e}")
-    # Rounding moves log |det J| by up to D * eps * condition.
+    if not condition < LARGEST_CONDITION:
+        raise AssertionError(
+            f"forward: not invertible, its Jacobian has condition number {condition:.1e}"
+        )
+    # Rounding changes log |det J| by up to D * eps * condition.
     loose: dict[str, Any] = {"terms": d * d, "scale": max(1.0, condition)}
     expected = torch.linalg.slogdet(own).logabsdet
     try:
@@ -138,7 +148,7 @@ def check_bijection(
 
     with torch.no_grad():
         back, logdet_back = copied.inverse(z)
-    # z is rounded, and the inverse multiplies that by up to 1 / the smallest singular value.
+    # The inverse amplifies the rounding of z by up to 1 / the smallest singular value.
     size = condition * x.abs().max().item()
     size += _flat(z).abs().max().item() / singular.min().item()
     assert_close(back, x, terms=d, scale=size, name="inverse(forward(x))")
@@ -152,18 +162,20 @@ def check_bijection(
 
 
 def _check_dtypes(x: Tensor, **results: Any) -> None:
-    """States and log-determinants are of the dtype of the state they came from."""
+    """Assert that all results have the dtype of x."""
     for name, value in results.items():
         dtype = _flat(value).dtype
         if dtype != x.dtype:
             came, expected = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
-            raise AssertionError(f"{name.replace('_', ' ')}: {came}, of a state in {expected}")
+            raise AssertionError(
+                f"{name.replace('_', ' ')}: expected the input's dtype {expected}, got {came}"
+            )
 
 
 def _perturbed(
     layer: nn.Module, shape: tuple[int, ...], perturb: float, seed: int
 ) -> tuple[Any, Tensor]:
-    """A float64 copy of the layer with its parameters moved, and a state for it."""
+    """Return a float64 copy of the layer with perturbed parameters, and an x for it."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape: tuple[int, ...]) -> Tensor:
@@ -178,14 +190,14 @@ def _perturbed(
 
 
 def _flat(z: Any) -> Tensor:
-    """(N, D) out of a tensor or nested tuples of them."""
+    """Flatten a tensor, or nested tuples of tensors, to (N, D)."""
     if isinstance(z, Tensor):
         return z.flatten(1) if z.dim() > 1 else z[:, None]
     return torch.cat([_flat(part) for part in z], dim=1)
 
 
 def _hint(logdet: Tensor, expected: Tensor, pixels: int) -> str:
-    """What a wrong log-determinant looks like, where it looks like something."""
+    """Say which common mistake a wrong log-determinant looks like, if any."""
 
     def like(candidate: Tensor) -> bool:
         return torch.allclose(candidate, expected, rtol=1e-6, atol=1e-9)
@@ -193,7 +205,7 @@ def _hint(logdet: Tensor, expected: Tensor, pixels: int) -> str:
     if like(-logdet):
         return "; it is that of the inverse: the sign is wrong"
     if pixels > 1 and like(pixels * logdet):
-        return f"; it is that of one of {pixels} pixels"
+        return f"; it is that of a single pixel, of {pixels}"
     if bool((logdet == logdet[0]).all()) and not bool((expected == expected[0]).all()):
-        return "; it is one number for all samples"
+        return "; it is the same for all samples"
     return ""

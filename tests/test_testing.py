@@ -22,25 +22,25 @@ def test_assert_close_at_its_bound(dtype):
 def test_tolerance_grows_as_the_root_of_terms():
     assert tolerance(torch.float32, 100) == pytest.approx(10 * tolerance(torch.float32))
     assert tolerance(torch.float64) == SAFETY * 2**-52
-    # A 16-bit result is rounded once; its float32 sum adds little.
+    # A 16-bit result is rounded once; the error of its float32 sum is small beside that.
     assert tolerance(torch.bfloat16, 100) < 1.001 * SAFETY * (2**-7) + 1e-5
 
 
-def test_assert_close_looks_at_scale():
+def test_assert_close_uses_scale():
     assert_close(torch.tensor([1e-5]), torch.tensor([0.0]), scale=100.0)
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([1e-5]), torch.tensor([0.0]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_assert_close_never_passes_what_is_not_finite(bad):
+def test_assert_close_never_passes_inf_or_nan(bad):
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([bad]), torch.tensor([1.0]))
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([1.0]), torch.tensor([math.nan]))
 
 
-def test_what_has_no_rounding_has_no_tolerance():
+def test_bad_dtypes_terms_and_scales_are_refused():
     ones = torch.ones(2)
     with pytest.raises(TypeError, match=r"dtype: expected one of torch.float64, .*got torch.int64"):
         tolerance(torch.int64)
@@ -60,7 +60,7 @@ def test_assert_close_never_broadcasts():
 
 
 class Scale(nn.Module):
-    """y = exp(a) x for each channel, right; what follows goes wrong in one thing each."""
+    """y = exp(a) x for each channel, correctly. Each class below has one mistake."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class OverTheBatch(Coupling):
         return z, logdet.mean().expand(len(x))
 
 
-class OneNumber(Coupling):
+class SumOverTheBatch(Coupling):
     def forward(self, x):
         z, logdet = super().forward(x)
         return z, logdet.sum()
@@ -142,7 +142,7 @@ class Draws(Scale):
 
 
 class Squares(Scale):
-    """Its Jacobian is invertible; two states have one z."""
+    """The Jacobian is invertible, but x and -x have the same z."""
 
     def forward(self, x):
         return x.square(), (2 * x).abs().log().flatten(1).sum(1)
@@ -157,7 +157,7 @@ class NoPixelsBack(Scale):
 
 
 class OthersLogdet(Coupling):
-    """The log-determinants of the first sample, for all."""
+    """All samples get the log-determinant of the first one."""
 
     def forward(self, x):
         z, logdet = super().forward(x)
@@ -165,15 +165,15 @@ class OthersLogdet(Coupling):
 
 
 class Column(Coupling):
-    """(N, 1), which a sum with (N,) would broadcast to (N, N)."""
+    """logdet has shape (N, 1), which broadcasts with (N,) to (N, N)."""
 
     def forward(self, x):
         z, logdet = super().forward(x)
         return z, logdet[:, None]
 
 
-class Single(Coupling):
-    """A log-determinant in float32 whatever the state is in."""
+class LogdetInFloat32(Coupling):
+    """logdet is float32 for every dtype of x."""
 
     def forward(self, x):
         z, logdet = super().forward(x)
@@ -181,7 +181,7 @@ class Single(Coupling):
 
 
 class Widens(Scale):
-    """A constant of numpy's makes of float32 states float64 ones."""
+    """A float64 constant widens float32 results."""
 
     def forward(self, x):
         z, logdet = super().forward(x)
@@ -189,22 +189,22 @@ class Widens(Scale):
 
 
 PLANTED = {
-    NoPixels: "logdet against autograd's Jacobian: .*; it is that of one of 4 pixels",
+    NoPixels: "logdet against autograd's Jacobian: .*; it is that of a single pixel, of 4",
     WrongSign: "logdet against autograd's Jacobian: .*the sign is wrong",
-    OverTheBatch: "logdet against autograd's Jacobian: .*one number for all samples",
-    OneNumber: r"logdet: shape \(\), not one number a sample",
+    OverTheBatch: "logdet against autograd's Jacobian: .*the same for all samples",
+    SumOverTheBatch: r"logdet: expected shape \(2,\), got \(\)",
     InverseKeepsSign: "logdet of the inverse: ",
     NoInverse: r"inverse\(forward\(x\)\): ",
     Singular: "not invertible, its Jacobian has condition",
-    Shrinks: r"z: \(2, 8\) numbers, not the state's \(2, 12\)",
+    Shrinks: "z: expected 12 elements per sample as in x, got 8",
     MixesSamples: "a sample's z depends on another sample",
     Draws: "two calls on one input differ",
     Squares: r"inverse\(forward\(x\)\): ",
     NoPixelsBack: "logdet of the inverse: ",
-    OthersLogdet: "logdet against autograd's Jacobian: .*one number for all samples",
-    Column: r"logdet: shape \(2, 1\), not one number a sample",
-    Single: "logdet: float32, of a state in float64",
-    Widens: "z: float64, of a state in float32",
+    OthersLogdet: "logdet against autograd's Jacobian: .*the same for all samples",
+    Column: r"logdet: expected shape \(2,\), got \(2, 1\)",
+    LogdetInFloat32: "logdet: expected the input's dtype float64, got float32",
+    Widens: "z: expected the input's dtype float32, got float64",
 }
 
 
@@ -215,12 +215,12 @@ def test_check_bijection_finds(layer):
 
 
 @pytest.mark.parametrize("layer", [Scale, Coupling], ids=lambda layer: layer.__name__)
-def test_check_bijection_passes_what_is_right(layer):
+def test_check_bijection_passes_correct_layers(layer):
     check_bijection(layer(), (2, 3, 2, 2))
 
 
 def test_check_bijection_needs_the_perturbation():
-    """At its start a scale of 1 has logdet 0 whatever its sign: nothing to see."""
+    """The initial scale is 1, so logdet is 0 and a wrong sign does not show."""
     check_bijection(WrongSign(), (2, 3, 2, 2), perturb=0.0)
 
 
@@ -234,6 +234,6 @@ def test_check_bijection_leaves_the_layer_alone():
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2,), (2, 3, 0)])
-def test_check_bijection_wants_two_samples(shape):
+def test_check_bijection_needs_two_samples(shape):
     with pytest.raises(ValueError, match=r"shape: expected \(N, C, \*spatial\) with N >= 2, got"):
         check_bijection(Scale(), shape)

@@ -1,5 +1,7 @@
-"""A folder in CelebA's format, made from photographs and faces that scikit-image and scikit-learn
-ship: for tests, and for rehearsing a training on CelebA where CelebA is not."""
+"""Write a folder in CelebA's format, for tests and rehearsals on machines without CelebA.
+
+The images come from photographs and faces that scikit-image and scikit-learn ship.
+"""
 
 import importlib.util
 import zipfile
@@ -9,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-SIZE = (178, 218)  # of CelebA's aligned and cropped images
+SIZE = (178, 218)  # width and height of CelebA's aligned and cropped images
 _PHOTOGRAPHS = (
     ("skimage", "data/astronaut.png"),
     ("skimage", "data/chelsea.png"),
@@ -18,21 +20,21 @@ _PHOTOGRAPHS = (
     ("sklearn", "datasets/images/china.jpg"),
     ("sklearn", "datasets/images/flower.jpg"),
 )
-_FACES = ("skimage", "data/lfw_subset.npy")  # 100 faces, then 100 that are none, of 25x25
+_FACES = ("skimage", "data/lfw_subset.npy")  # 100 faces, then 100 other images, 25x25 each
 
 
 def make_celeba(folder: Path, count: int, *, zipped: bool = False, seed: int = 0) -> Path:
-    """Write `count` images of 178x218 and their partition: 8 of 10 for training, one for
-    validation, one for test, faces and photographs in each.
+    """Write `count` images of 178x218 and their partition file.
 
-    Every second image is one of 100 faces of Labeled Faces in the Wild, enlarged from 25x25, the
-    others are crops of six photographs; all shifted, mirrored and of another brightness each.
+    Every second image is one of 100 faces from Labeled Faces in the Wild, enlarged from 25x25; the
+    others are crops of six photographs. Each image is shifted, mirrored and brightened at random.
+    8 of 10 images are for training, one for validation and one for test; each part has both kinds.
 
     Args:
-        folder: is made; receives img_align_celeba/ and list_eval_partition.txt.
-        count: how many images.
-        zipped: write img_align_celeba.zip, not the folder.
-        seed: of the draws.
+        folder: the folder to create; it receives img_align_celeba/ and list_eval_partition.txt.
+        count: number of images.
+        zipped: whether to write img_align_celeba.zip in place of the image folder.
+        seed: seed of all random draws.
     """
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +93,8 @@ def _faces() -> np.ndarray:
 
 
 def _shipped(package: str, path: str) -> Path:
-    # Not through the packages: to import them takes seconds.
+    # Find the files without importing the packages, which takes seconds.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"the photographs are shipped by {package}, which is missing")
+        raise ModuleNotFoundError(f"{package} ships these images and is not installed")
     return Path(spec.submodule_search_locations[0], path)

@@ -1,13 +1,15 @@
-"""Images per second of the loader alone: python -m benchmarks.celeba.loader [FILE] [--run RUN]
+"""Measure how many images per second the loader alone reads.
 
-Reads batches as training does, in a global shuffle, from a prepared file: one that is given, or for
-each of four sizes one of noise that is made here. `disk` is a pass over images that the system was
-asked to forget, `memory` the fastest of three passes after it. `core` divides by the processor's
-time in place of the clock's: it is what reading takes from a training that computes meanwhile. With
-a GPU, `device` is a pass with batches sent there and flipped and dequantized (5 bits) there;
-without one, the same on the CPU.
+The loader reads batches as training does, in a global shuffle, from the prepared FILE, or without
+one from a file of noise for each of four image sizes. The columns:
 
---run compares with the images per second that the training of a run folder took.
+    disk    the first pass, after the page cache of the file was dropped
+    memory  the fastest of three more passes, which read from the page cache
+    core    as memory, but per second of processor time: what reading takes from a training step
+    device  a pass that also sends each batch to the GPU (the CPU if there is none), flips it and
+            dequantizes it with 5 bits
+
+--run adds the images per second that training in a run folder reached.
 """
 
 import argparse
@@ -34,16 +36,20 @@ from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.runs.folder import METRICS
 from mflow_kernels.training.callbacks import read_metrics
 
-BYTES = 256 * 10**6  # of the files of noise
-SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # side: images in a batch
+BYTES = 256 * 10**6  # size of a file of noise
+SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # image side: batch size
 PASSES = 3
-PASS_BYTES = 10**9  # of a given file read in a pass, at most
+PASS_BYTES = 10**9  # a pass reads at most this much of a file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="file of mflow prepare")
-    parser.add_argument("--run", type=Path, help="run folder of a model to compare with")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.celeba.loader",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", nargs="?", type=Path, help="file made by mflow prepare")
+    parser.add_argument("--run", type=Path, help="run folder of a trained model to compare with")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.run and not (arguments.run / METRICS).is_file():
@@ -65,11 +71,11 @@ def main() -> None:
             for row in read_metrics(arguments.run / METRICS)
             if "images_per_second" in row
         ]
-        print(f"the training of {arguments.run} took {statistics.median(speeds):,.0f} (median)")
+        print(f"training in {arguments.run} reached {statistics.median(speeds):,.0f} (median)")
 
 
 def measure_noise(size: int, device: torch.device) -> list[object]:
-    """A row of the table, for a file of noise."""
+    """Return the table row of a file of noise."""
     count = BYTES // (3 * size**2)
     noise = np.random.default_rng(0).integers(0, 256, 3 * size**2, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +89,7 @@ def measure_noise(size: int, device: torch.device) -> list[object]:
 
 
 def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object]:
-    """A row of the table, for a prepared file."""
+    """Return the table row of a prepared file."""
     _, channels, size, _ = images.shape
     batch_size = next(batch for side, batch in SIZES.items() if size <= side)
     stream = BatchStream(ImageSet(images), batch_size, seed=0)
@@ -99,7 +105,7 @@ def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object
         sent = batch.to(device, non_blocking=True)
         dequantize(flip_at_random(sent, generator), 5, generator)
 
-    used, _ = rate(stream, math.ceil(batches / 8), use)  # a CPU is slow at it
+    used, _ = rate(stream, math.ceil(batches / 8), use)  # fewer batches: a CPU is slow here
     gigabytes = core * images[0].size / 1e9
     shape = f"{channels}x{size}x{size}"
     return [shape, batch_size, *(f"{x:,.0f}" for x in (disk, memory, core)),
@@ -107,7 +113,7 @@ def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object
 
 
 def rate(stream: BatchStream, batches: int, use: Callable[[Tensor], None]) -> tuple[float, float]:
-    """Images per second of the clock, and of the processor's time in this process."""
+    """Return images per second of wall-clock time and of this process's processor time."""
     clock, core = time.perf_counter(), time.process_time()
     count = 0
     for batch in islice(stream, batches):

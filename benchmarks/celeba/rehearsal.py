@@ -1,11 +1,10 @@
-"""Rehearse a training on CelebA in minutes: python -m benchmarks.celeba.rehearsal [FOLDER]
+"""Rehearse training on CelebA, in minutes on a CPU.
 
-Makes a folder in CelebA's format from photographs and faces that scikit-image and scikit-learn
-ship, gives the commands that a person with CelebA gives, and checks what they leave: prepare the
-unopened zip (killed on the way, and given again), train at 64x64 (killed in the middle, and
-resumed), sample, reconstruct, evaluate, export. The model is the preset celeba64 with fewer steps,
-channels and dimensions of the manifold, so that a CPU takes minutes; what it learns of faces is
-little. FOLDER (default: a temporary one) keeps everything.
+The rehearsal writes a folder in CelebA's format from images that scikit-image and scikit-learn
+ship. It then runs the commands that a user with CelebA runs, and checks their results: prepare the
+zip (killed once and repeated), train at 64x64 (killed halfway and resumed), sample, reconstruct,
+evaluate and export. The model is the preset celeba64 with fewer steps, channels and manifold
+dimensions, so it learns little about faces.
 """
 
 import argparse
@@ -36,8 +35,17 @@ SCALED = shlex.split(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="new folder to work in")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.celeba.rehearsal",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        help="new folder to keep everything in (default: a temporary one)",
+    )
     folder = parser.parse_args().folder
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -48,42 +56,42 @@ def main() -> None:
 
 
 def rehearse(folder: Path) -> None:
-    """Give all commands; AssertionError or CalledProcessError at the first that fails."""
+    """Run all commands; raise AssertionError or CalledProcessError at the first failure."""
     data, file, run = folder / "celeba", folder / "celeba64.safetensors", folder / "run"
     make_celeba(data, IMAGES, zipped=True)
-    print(f"made {IMAGES} images of CelebA's format in {data}")
+    print(f"made {IMAGES} images in CelebA's format in {data}")
 
     prepare = ["prepare", str(data), "--out", str(file), "--image-size", "64"]
     journal = file.with_name(f".{file.name}.journal")
     kill(prepare, lambda: journal.exists() and journal.read_bytes().count(b"\n") > 3)
     check(not file.exists(), "the killed command left no file")
-    give(prepare)
-    give(prepare)
+    mflow(prepare)
+    mflow(prepare)
     prepared = open_prepared(file)
     check(prepared.record.count == [1600, 200, 200], "the official partition was kept")
 
     train = ["train", "--data", str(file), "--run-dir", str(run), *SCALED]
     kill(train, lambda: last_step(run) >= STEPS // 2)
-    give([*train, "--resume"])
+    mflow([*train, "--resume"])
     rows = read_metrics(run / "metrics.csv")
     bits = [row["bits_per_dim"] for row in rows if "bits_per_dim" in row]
-    check(int(rows[-1]["step"]) >= STEPS - 20, "training went on to its end")
+    check(int(rows[-1]["step"]) >= STEPS - 20, "training ran to its end")
     check(all(map(math.isfinite, bits)), "every logged loss is finite")
     check(sum(bits[-5:]) / 5 < sum(bits[:5]) / 5 - 1, "it learned more than a bit per dimension")
 
-    give(["sample", str(run), "--number", "24"])
-    give(["reconstruct", str(run)])
-    give(["evaluate", str(run)])
+    mflow(["sample", str(run), "--number", "24"])
+    mflow(["reconstruct", str(run)])
+    mflow(["evaluate", str(run)])
     evaluation = json.loads((run / "evaluation.json").read_text())
     check(evaluation["images"] == 200, "it was evaluated on the test part")
-    check((run / "report" / "report.html").is_file(), "there is a report to open")
-    give(["export", str(run), "--out", str(folder / "exported")])
+    check((run / "report" / "report.html").is_file(), "it wrote a report")
+    mflow(["export", str(run), "--out", str(folder / "exported")])
     HierarchicalFlow.from_pretrained(folder / "exported")
     print(f"\nrehearsed with torch {torch.__version__}; all checks passed")
 
 
-def give(arguments: Sequence[str]) -> None:
-    """Run one command of mflow to its end, and tell its time."""
+def mflow(arguments: Sequence[str]) -> None:
+    """Run one mflow command to its end and print how long it took."""
     print(f"\n$ mflow {shlex.join(arguments)}", flush=True)
     started = time.perf_counter()
     subprocess.run(command(arguments), check=True)
@@ -91,12 +99,12 @@ def give(arguments: Sequence[str]) -> None:
 
 
 def kill(arguments: Sequence[str], when: Callable[[], bool]) -> None:
-    """Start one command and kill it, as kill -9 does, as soon as `when` holds."""
+    """Start one mflow command and kill it (SIGKILL) as soon as `when()` is true."""
     print(f"\n$ mflow {shlex.join(arguments)}", flush=True)
     process = subprocess.Popen(command(arguments))
     while not when():
         if process.poll() is not None:
-            raise AssertionError(f"ended by itself, with {process.returncode}, before its kill")
+            raise AssertionError(f"the command ended with {process.returncode} before the kill")
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -104,7 +112,7 @@ def kill(arguments: Sequence[str], when: Callable[[], bool]) -> None:
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """`mflow` of this interpreter, also where it is not installed."""
+    """Return the command line of mflow under this interpreter; it need not be installed."""
     program = "import sys; from mflow_kernels.training.cli import main; sys.exit(main())"
     return [sys.executable, "-c", program, *arguments]
 
@@ -115,9 +123,9 @@ def last_step(run: Path) -> int:
 
 
 def check(holds: bool, what: str) -> None:
-    """AssertionError unless it holds; told either way."""
+    """Print that a check passed, or raise AssertionError."""
     if not holds:
-        raise AssertionError(f"not so: {what}")
+        raise AssertionError(f"check failed: {what}")
     print(f"checked: {what}", flush=True)
 
 

@@ -1,9 +1,9 @@
-"""Time, memory, launches and bandwidth, each measured in one way for every benchmark.
+"""Measure time, memory, kernel launches and bandwidth, in the same way for every benchmark.
 
-Variants of a group run interleaved, A B C, B C A, so that whatever else the machine does falls on
-all of them alike. On a GPU a call is timed by events around it, the device idle before and the
-cache flushed where asked; on a CPU by wall clock (or by the process's own time, for a machine that
-is busy with other work), with as many threads as torch is set to.
+Variants of a group run interleaved (A B C, then B C A), so that other load on the machine affects
+all of them alike. On a GPU, events time each call; the device is idle before it, and the cache can
+be flushed. On a CPU, the wall clock times each call, or process time on a busy machine. The number
+of threads is torch's setting.
 """
 
 import gc
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
-# Seconds: a round of shorter calls is several of them. Events tell time better than a CPU's clock.
+# Seconds. A round repeats shorter calls. Events are more precise than the clocks of a CPU.
 SHORTEST_ROUND = {"cpu": 5e-3, "cuda": 5e-4}
 
 Call = Callable[[], object]
@@ -29,10 +29,10 @@ Call = Callable[[], object]
 
 @dataclass
 class Replay:
-    """A clock for pytest-benchmark that plays back rounds measured elsewhere.
+    """A clock for pytest-benchmark that replays rounds measured before.
 
-    pytest-benchmark times one test after another; rounds that are interleaved over variants have to
-    be measured before, and are handed to it by a target that moves this clock on.
+    pytest-benchmark times one test after another, so it cannot interleave variants. The rounds are
+    therefore measured first. pytest-benchmark then times `play`, which advances this clock by them.
     """
 
     now: float = 0.0
@@ -58,7 +58,7 @@ def _flushed(device: torch.device) -> Tensor:
 
 
 def seconds(call: Call, device: torch.device, clock: str, flush: bool = False) -> float:
-    """Of one call."""
+    """Return the seconds that one call takes."""
     if device.type != "cuda":
         now = CLOCKS[clock]
         start = now()
@@ -67,7 +67,7 @@ def seconds(call: Call, device: torch.device, clock: str, flush: bool = False) -
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     if flush:
-        flush_cache(device)  # and while it runs, the host gets ahead of the device
+        flush_cache(device)  # while it runs, the host queues the call below
     begin.record()
     call()
     end.record()
@@ -83,13 +83,14 @@ def interleaved(
     *,
     flush: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each variant, a list of `rounds`, after two calls that warm up.
+    """Return, for each variant, the seconds per call in each of `rounds` rounds.
 
-    A round starts with the next variant each time: the first one finds its caches emptied, by
-    Python's garbage collection between rounds.
+    Two calls of each variant warm up first. Each round starts with the next variant, because the
+    first call of a round finds its caches emptied by the garbage collection between rounds.
 
     Args:
-        prepares: each runs what comes before (a backward pass's forward) and returns what to time.
+        prepares: one function per variant. It does the work that is not timed, such as the forward
+            pass before a backward pass, and returns the call to time.
     """
     calls = {}
     for name, prepare in prepares.items():
@@ -114,9 +115,9 @@ def interleaved(
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that torch's allocator had handed out during a call, beyond what it had before.
+    """Return the peak memory of torch's allocator during a call, minus what was allocated before.
 
-    What libraries allocate by themselves (oneDNN, cuDNN) is not in it.
+    Memory that libraries such as oneDNN and cuDNN allocate by themselves is not included.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -136,7 +137,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def launches(call: Call, device: torch.device) -> int | None:
-    """Kernels that a call launches on a GPU; None on a CPU, which launches nothing."""
+    """Return the number of kernels that a call launches on a GPU, or None on a CPU."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -153,7 +154,8 @@ def _events(profiler: profile) -> list[Any]:
 
 @cache
 def copy_bandwidth(device: torch.device, megabytes: int) -> float:
-    """Bytes a second, read and written, of copying that much from memory to memory: the median."""
+    """Return the median bandwidth of copying `megabytes` in memory: bytes read and written per
+    second."""
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
     call = lambda: target.copy_(source)  # noqa: E731

@@ -1,4 +1,4 @@
-"""A Glow of one size in every package: built, held to the reference, and run."""
+"""A Glow of one size in every package: build it, check it against the reference, and time it."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +22,16 @@ from mflow_kernels.testing import assert_close, tolerance
 INVERTIBLE = ("ours, stored", "plain", "plain, channels_last", "plain, compiled", "normflows",
               "nflows", "FrEIA")  # fmt: skip
 RECOMPUTING = ("ours, reversible", "ours, nothing kept", "checkpointing", "memcnn")
-SECONDS_A_PEAK = 300  # for a process that measures one
+SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
 
 
 class Spec(NamedTuple):
-    """What is built, from one seed.
+    """The size of a Glow and of its images.
 
-    constant: networks that return a parameter, so that the flow's own work is left.
-    precision: of the networks, "float32" or, under autocast, "bfloat16".
+    Attributes:
+        constant: whether the networks only return a parameter, so that the time is that of the
+            flow's own operators.
+        precision: precision of the networks, "float32" or (under autocast) "bfloat16".
     """
 
     channels: int = 3
@@ -48,12 +50,15 @@ class Spec(NamedTuple):
 
     @property
     def terms(self) -> int:
-        """Products behind one element: each step adds its network's and its convolution's."""
+        """Number of products behind one element, from all networks and 1x1 convolutions."""
         return self.levels * self.steps * 9 * self.width
 
     def glow(self) -> Glow:
-        """Ours, moved off its initial values, at which couplings are the identity; the less, the
-        wider and deeper it is, as states would grow past what bfloat16 networks can be held to."""
+        """Build this package's Glow from a fixed seed.
+
+        Its parameters are perturbed, because couplings start as the identity. Wider and deeper
+        models are perturbed less: large states could not be compared under bfloat16.
+        """
         std = 0.02 * min(1.0, 64 / self.width * 24 / (self.levels * self.steps)) ** 0.5
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -86,17 +91,17 @@ class Spec(NamedTuple):
 
 
 def nll(z: Latents, logdet: Tensor) -> Tensor:
-    """The likelihood's loss, its constant left out."""
+    """Return the negative log-likelihood, without its constant."""
     return (sum(cast(Tensor, t.square().sum()) for t in z) / 2 - logdet.sum()) / len(logdet)
 
 
 def variants(task: str) -> tuple[str, ...]:
-    """Those that recompute differ in training alone."""
+    """Return the variants of a task. Those that recompute activations differ in training only."""
     return INVERTIBLE[:1] + RECOMPUTING + INVERTIBLE[1:] if task == "train" else INVERTIBLE
 
 
 class Results(NamedTuple):
-    """What a variant is held to, in float64; the gradient is that of the images."""
+    """Reference results in float64; `grad` is the gradient of the images."""
 
     z: Latents
     logdet: Tensor
@@ -112,21 +117,22 @@ def results(module: nn.Module, images: Tensor) -> Results:
 
 @lru_cache(maxsize=1)
 def shared_results(spec: Spec, device: torch.device) -> Results:
-    """Of the function that ours and most of the others compute."""
+    """Return the reference of the function that this package and most peers compute."""
     return results(exact(spec.glow()).to(device), spec.images(device))
 
 
 def assert_gradient_close(
     got: Tensor, want: Tensor, terms: int, name: str, *, low: bool = False
 ) -> None:
-    """Of the images' gradient through networks with ReLUs, as a whole: rounding moves a share
-    `tolerance` of the hidden units across zero, and each then changes its pixels' gradient by as
-    much as there is of it. So the norm of the difference is the square root of that share of the
-    norm.
+    """Compare gradients of the images through networks with ReLUs, by the norm of the difference.
+
+    Rounding moves a share `tolerance` of the hidden units across zero, and each of these changes
+    the gradient of its pixels by the size of that gradient. The norm of the difference is therefore
+    bounded by the square root of that share, times the norm of the gradient.
 
     Args:
-        terms: products behind one element.
-        low: whether the networks are bfloat16's.
+        terms: number of products behind one element.
+        low: whether the networks compute in bfloat16.
     """
     error = float((got.double() - want).norm() / want.norm())
     bound = tolerance(torch.bfloat16 if low else torch.float32, terms) ** 0.5
@@ -138,13 +144,13 @@ class Model:
     """One variant of a spec.
 
     Raises:
-        Missing: where its package is not installed.
+        Missing: the variant's package is not installed.
     """
 
     def __init__(self, spec: Spec, variant: str, device: torch.device) -> None:
         self.spec, self.variant, self.device = spec, variant, device
         glow = spec.glow()
-        if not variant.startswith("ours"):  # ours run in channels_last
+        if not variant.startswith("ours"):  # this package's Glow is in channels_last
             glow.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             with_torch_convolutions(glow)
         self.peer: Peer = BUILDERS[variant](glow)
@@ -160,13 +166,13 @@ class Model:
             return cast(tuple[Latents, Tensor], self.module(x))
 
     def train(self) -> None:
-        """Forward and backward; the optimizer's step, alike for all, is left out."""
+        """Run forward and backward, without the optimizer step, which is the same for all."""
         for parameter in self.module.parameters():
             parameter.grad = None
         nll(*self.forward(self.x)).backward()
 
     def task(self, name: str) -> Call:
-        """What to time: "train", "forward" (no gradients) or "sample"."""
+        """Return the call to time for a task: "train", "forward" (no gradients) or "sample"."""
         if name == "train":
             return self.train
         if name == "forward":
@@ -180,26 +186,29 @@ class Model:
             return cast(Any, self.module).inverse(z)  # type: ignore[no-any-return]
 
     def check(self, task: str) -> None:
-        """AssertionError unless latents, logdet and (where it trains) the gradient of the images
-        are the reference's, or a sample is the image whose latents it was made from."""
+        """Compare latents and logdet with the reference; raise AssertionError if they differ.
+
+        For "train", this also compares the gradient of the images, and for "sample" the images that
+        the inverse makes of the reference's latents.
+        """
         want = (
             results(self.peer.exact().to(self.device), self.x)
             if self.peer.exact
             else shared_results(self.spec, self.device)
         )
-        # Compiled anew if its images required gradients, which those of a training step do not.
+        # The images of a training step require no gradient; if these did, it would compile again.
         compiled = self.variant == "plain, compiled"
         x = self.x.clone().requires_grad_(not compiled)
         with torch.set_grad_enabled(task == "train"):
             z, logdet = self.forward(x)
         for i, (got, latent) in enumerate(zip(z, want.z, strict=True)):
             self._close(got, latent, f"z[{i}]")
-        # A step's logdet has terms of order one that may cancel over pixels.
+        # The logdet of a step has terms of order one, which may cancel over pixels.
         size = self.spec.channels * self.spec.side**2
         self._close(logdet, want.logdet, "logdet", size**0.5, self.spec.steps * size)
         if task == "train":
             nll(z, logdet).backward()
-            if compiled:  # the images' gradient summed, which is that of the first bias
+            if compiled:  # compare the gradient of the first bias: the sum of the images' gradient
                 bias = cast(Any, self.module).levels[0][0].bias
                 squeezed = F.pixel_unshuffle(want.grad, 2)
                 self._check_gradient(bias.grad, squeezed.sum((0, 2, 3)))
@@ -220,8 +229,11 @@ class Model:
             assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
 
     def _sample_scale(self, exact: Results) -> float:
-        """The magnitude whose rounding a sample has: the inverse stretches a latent of level l as
-        much as the l levels above it shrank it, on average over its numbers."""
+        """Return the magnitude whose rounding error a sample has.
+
+        The inverse stretches a latent of level l as much as l levels shrank it, on average over
+        its elements.
+        """
         levels = self.spec.levels
         per_number = -exact.logdet.mean().item() / self.x[0].numel()
         a_level = per_number / (2 - 2.0 ** (1 - levels))
@@ -234,7 +246,7 @@ class Model:
         self, got: Tensor, want: Tensor, name: str, scale: float = 0.0, terms: int = 1
     ) -> None:
         if self.spec.precision == "bfloat16":
-            # Autocast makes the peers' states bfloat16: each step rounds them anew.
+            # Autocast makes the peers' states bfloat16, so every step rounds them.
             got = got.to(torch.bfloat16)
             roundings = 2 * self.spec.levels * self.spec.steps
             scale = max(scale, want.abs().max().item()) * roundings**0.5
@@ -244,13 +256,15 @@ class Model:
 
 
 def step_peak(job: tuple[Spec, str, str, int]) -> int:
-    """Bytes of a training step beyond the model and its images, gradients included; to be run in a
-    process of its own."""
+    """Return the peak bytes of a training step, including gradients but not the model and images.
+
+    Run it in a process of its own.
+    """
     spec, variant, device_name, threads = job
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     model = Model(spec, variant, device)
-    model.train()  # what is allocated once
+    model.train()  # allocates what later steps reuse
     for parameter in model.module.parameters():
         parameter.grad = None
     return peak_bytes(model.train, device)
@@ -259,8 +273,10 @@ def step_peak(job: tuple[Spec, str, str, int]) -> int:
 def measure(
     bench: Bench, spec: Spec, task: str, variants: Sequence[str], rounds: int, *, memory: bool
 ) -> Measured:
-    """Interleaved seconds of a task, of every variant that agrees with the reference; and the peak
-    memory of its training step, where asked."""
+    """Measure a task, interleaved, for every variant that agrees with the reference.
+
+    With `memory`, also measure the peak memory of a training step.
+    """
     measured, on_gpu = Measured(), bench.device.type == "cuda"
     calls: dict[str, Call] = {}
     for variant in variants:
@@ -282,12 +298,11 @@ def measure(
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
     measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
     if memory:
-        # A compiled model is compiled once more.
-        every = bench.size == "full"
-        again = [variant for variant in calls if every or variant != "plain, compiled"]
-        jobs = [(spec, variant, str(bench.device), bench.threads) for variant in again]
-        # Several at once, which no allocator notices, once nothing is timed.
-        measured.peaks(
-            again, in_fresh_processes(step_peak, jobs, 6 if on_gpu else 2, SECONDS_A_PEAK)
-        )
+        # The new process would compile a compiled model again, which takes minutes.
+        full = bench.size == "full"
+        chosen = [variant for variant in calls if full or variant != "plain, compiled"]
+        jobs = [(spec, variant, str(bench.device), bench.threads) for variant in chosen]
+        # Peaks of allocators do not depend on load, so several processes can run at once.
+        peaks = in_fresh_processes(step_peak, jobs, 6 if on_gpu else 2, SECONDS_PER_PEAK)
+        measured.add_peaks(chosen, peaks)
     return measured

@@ -1,4 +1,4 @@
-"""Every operator, its reference in plain torch, its inputs, and the fewest bytes it can move."""
+"""Every operator with its reference in plain torch, its inputs and the fewest bytes it can move."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,12 @@ from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref
 from mflow_kernels.ops.logdet import accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_ref
-from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1, rebuild_conv1x1_ref
+from mflow_kernels.ops.rebuild_conv1x1 import (
+    RebuiltConv1x1,
+    rebuild_conv1x1,
+    rebuild_conv1x1_ref,
+    rebuild_splits,
+)
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.testing import assert_close
 
@@ -24,9 +29,9 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Shape(NamedTuple):
-    """States of a level of Glow."""
+    """The shape of the states in one level of Glow."""
 
-    pixels: int  # image side
+    pixels: int  # side of the image
     level: int
     n: int
     channels_last: bool
@@ -59,13 +64,12 @@ class Operation:
     """An operator in one direction.
 
     Attributes:
-        ours, reference: from the inputs to a tuple of tensors.
-        inputs: on the device, float32.
-        differentiated: whether it is the backward pass from these outputs to `inputs` (those that
-            require gradients) that is measured.
-        fewest: bytes that it has to read and write at least.
-        terms: products in the longest sum behind one element of each result, in order; the last
-            one serves for the rest.
+        ours, reference: functions from the inputs to a tuple of tensors.
+        inputs: float32 tensors on the device, and options.
+        differentiated: whether to measure the backward pass, to the inputs that require gradients.
+        fewest: the fewest bytes that it must read and write.
+        terms: number of products in the longest sum behind one element of each result, in order.
+            The last number applies to all further results.
     """
 
     name: str
@@ -78,31 +82,32 @@ class Operation:
     terms: tuple[int, ...]
 
     def prepare(self, function: Function) -> Callable[[], tuple[Tensor, ...]]:
-        """What to time: the function itself without autograd, or its backward pass, the forward
-        pass done."""
+        """Return the call to time: the function without autograd, or its backward pass.
+
+        The forward pass of a backward pass runs here.
+        """
         if not self.differentiated:
             return torch.no_grad()(partial(function, *self.inputs))
         learned = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
         outputs = [t for t in function(*self.inputs) if t.requires_grad]
-        # Laid out as the outputs are, from which a broadcast gradient would have to be copied.
+        # Give gradients the layout of the outputs; a broadcast gradient would have to be copied.
         grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]
         return partial(torch.autograd.grad, outputs, learned, grads)
 
     def exact(self) -> tuple[Tensor, ...]:
-        """The reference's results in float64."""
+        """Return the results of the reference in float64."""
         wide = tuple(map(_widened, self.inputs))
         double = Operation(self.name, self.direction, self.ours, self.reference, wide,
                            self.differentiated, self.fewest, self.terms)  # fmt: skip
         return double.prepare(self.reference)()
 
     def check(self, function: Function, exact: Sequence[Tensor]) -> None:
-        """AssertionError unless the function's results are the reference's up to float32's
-        rounding."""
+        """Assert that the function's results equal `exact` up to the rounding of float32."""
         results = self.prepare(function)()
         assert len(results) == len(exact)
         for i, (result, expected) in enumerate(zip(results, exact, strict=True)):
             terms = self.terms[min(i, len(self.terms) - 1)]
-            # A sum of few samples may cancel below its terms, which are of order one.
+            # The terms are of order one, and their sum may cancel to less.
             assert_close(result, expected, terms=terms, scale=1.0, name=f"{self.name}[{i}]")
 
 
@@ -139,7 +144,7 @@ class Maker:
 
 
 def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
-    """All of them, on inputs that are drawn from one seed."""
+    """Yield all operations, on inputs drawn from a fixed seed."""
     make = Maker(shape, device, torch.Generator().manual_seed(0))
     c, c_b, np = shape.c, shape.c - shape.c // 2, shape.n * shape.p
     state, params = 4 * np * c, 4 * np * 2 * c_b  # bytes
@@ -160,7 +165,7 @@ def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
     for name, ours, inverse, reference, inverse_reference, inputs in pairs:
         q_bytes = couples.get(name, 0)
         moved = 2 * state + q_bytes
-        # A coupling's gradient needs the half of x that it changes; a product's needs all of x.
+        # The gradient of a coupling reads the changed half of x; that of a product reads all of x.
         back = moved + q_bytes + (half if name == "affine_coupling" else state)
         summed = 1 if name in ("actnorm", "affine_coupling") else c
         terms = (summed, c * shape.p)  # of y and logdet
@@ -173,7 +178,7 @@ def operations(shape: Shape, device: torch.device) -> Iterator[Operation]:
 
 
 def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> Iterator[Operation]:
-    """The two launches of a reversible step's way back, the ledger and the penalty."""
+    """Yield the two launches of a reversible backward pass, the logdet sum and the penalty."""
     shape, (n, c) = make.shape, x.shape[:2]
     c_a, np = c // 2, n * shape.p
     state, params = 4 * np * c, 4 * np * 2 * (c - c_a)
@@ -181,23 +186,22 @@ def _rest(make: Maker, x: Tensor, q: Tensor, weight: Tensor, bias: Tensor) -> It
     x, q, weight, bias = (t.detach() for t in (x, q, weight, bias))
     dx, dlogdet = make.state(c).detach(), make.normal(n).detach()
     back = (x[:, c_a:], dx[:, c_a:], dlogdet, q, SCALE, False, False)
-    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back, False,
-                    4 * half + 2 * params, (1,))  # fmt: skip
+    yield Operation("rebuild_coupling", "backward", rebuild_coupling, rebuild_coupling_ref, back,
+                    False, 4 * half + 2 * params, (1,))  # fmt: skip
     halves = (x[:, :c_a], x[:, c_a:]), (dx[:, :c_a], dx[:, c_a:])
     back = (*halves, None, weight, weight.t().contiguous(), bias, None, shape.channels_last)
-    yield Operation("rebuild_conv1x1", "backward", _rebuilt(rebuild_conv1x1), _rebuilt(rebuild_conv1x1_ref), back, False,
-                    4 * state, (c, c, np, np))  # fmt: skip
+    yield Operation("rebuild_conv1x1", "backward", _rebuild_conv1x1, _rebuild_conv1x1_ref, back,
+                    False, 4 * state, (c, c, c, c, np, np))  # fmt: skip
     tiles = max(1, shape.p // 64)
-    ledger, constant = make.normal(n, tiles), make.normal(1).detach()[0]
+    partial_sums, constant = make.normal(n, tiles), make.normal(1).detach()[0]
     yield Operation("accumulate_logdet", "forward", _single(ops.accumulate_logdet),
-                    _single(accumulate_logdet_ref), (ledger, constant), False,
+                    _single(accumulate_logdet_ref), (partial_sums, constant), False,
                     4 * n * (tiles + 1), (tiles,))  # fmt: skip
     target = make.state(c).detach()
     x.requires_grad_()
     mask = torch.rand(shape.side, shape.side, generator=make.generator) < 0.5
     inputs = (x, target, mask.to(x.device))
-    penalty = ("masked_penalty", ops.masked_penalty_gaussian)
-    name, ours = penalty[0], _masked(penalty[1])
+    name, ours = "masked_penalty", _masked(ops.masked_penalty_gaussian)
     yield Operation(name, "forward", ours, _masked_ref, inputs, False, 2 * state, (c * shape.p,))
     yield Operation(name, "backward", ours, _masked_ref, inputs, True, 3 * state, (1,))
 
@@ -227,14 +231,23 @@ def _coupling(
     return y if weight is None else conv1x1_ref(y, weight, bias), log_s.sum(1)
 
 
-def _rebuilt(function: Callable[..., Any]) -> Function:
-    """What both leave, their partial sums added: x, dx, gram, d bias."""
+def _rebuild_conv1x1(*inputs: Any) -> tuple[Tensor, ...]:
+    """The backward pass of one 1x1 convolution whose input is the output of a coupling."""
+    (_, y_b), bias = inputs[0], inputs[5]
+    splits, c = rebuild_splits(y_b, len(bias)), len(bias)
+    sums = bias.new_empty(splits, c, c), bias.new_empty(splits, c)
+    return _summed(rebuild_conv1x1(*inputs, True, *sums))
 
-    def call(*inputs: Any) -> tuple[Tensor, ...]:
-        x, dx, _, gram, dbias = function(*inputs)
-        return x, dx, gram.sum(0), dbias.sum(0)
 
-    return call
+def _rebuild_conv1x1_ref(*inputs: Any) -> tuple[Tensor, ...]:
+    return _summed(rebuild_conv1x1_ref(*inputs))
+
+
+def _summed(rebuilt: RebuiltConv1x1) -> tuple[Tensor, ...]:
+    """The halves of x and dx, and the two partial sums, added up."""
+    x, dx, _, _, *partial_sums = rebuilt
+    assert x is not None
+    return (*x, *dx, *(sums.sum(0) for sums in partial_sums))
 
 
 def _masked(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Plain tables, and results saved whole or not at all."""
+"""Text tables and JSON files."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns aligned, numbers to the right."""
+    """Format a table with aligned columns; columns of numbers are right-aligned."""
     cells = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     numeric = [
@@ -22,7 +22,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save_json(path: Path, content: object) -> None:
-    """Write JSON under a temporary name beside `path`, then rename: never half a file."""
+    """Write JSON to a temporary file beside `path` and rename it, so no file is half written."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)

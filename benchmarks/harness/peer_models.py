@@ -1,7 +1,7 @@
-"""The same Glow in every package: built from one of ours, so that weights and function agree.
+"""The same Glow in every package, built from this package's Glow with the same weights.
 
-All share the frame (`_plain.Multiscale`: pixel_unshuffle, chunk), the networks and the number of
-steps. What still differs is in `NOTES`.
+All of them share the multi-scale frame (`plain_glow.Multiscale`), the networks and the number of
+steps. `NOTES` lists the remaining differences.
 """
 
 import copy
@@ -22,12 +22,12 @@ from mflow_kernels import FlowStep, Glow, Split
 from mflow_kernels.ops import ScaleFunction
 
 NOTES = {
-    "ours, stored": "reversible=False: activations stored, as the peers do",
-    "ours, reversible": "the default: states kept at every 8th step, the rest rebuilt",
-    "ours, nothing kept": "checkpoint_every=None: every state rebuilt",
+    "ours, stored": "reversible=False: activations are stored, as in the peers",
+    "ours, reversible": "the default: every 8th state is stored, the others are rebuilt",
+    "ours, nothing kept": "checkpoint_every=None: every state is rebuilt",
     "plain": "eager PyTorch, contiguous; same parameters and scale function as ours",
-    "plain, channels_last": "the same, states and networks in channels_last, as ours run",
-    "plain, compiled": "the same, contiguous, the whole model under torch.compile",
+    "plain, channels_last": "as plain, but states and networks in channels_last, as in ours",
+    "plain, compiled": "as plain, with the whole model under torch.compile",
     "checkpointing": "plain, each step under torch.utils.checkpoint (use_reentrant=False)",
     "memcnn": "plain, each step in an InvertibleModuleWrapper(keep_input=False)",
     "normflows": "GlowBlock; scale sigmoid(raw + 2) and AffineCoupling splits; parameters as ours",
@@ -40,8 +40,10 @@ NOTES = {
 
 @dataclass
 class Peer:
-    """A model under one name, and what makes its reference in float64 where its function is not
-    that of ours."""
+    """A model, and the function that builds its float64 reference.
+
+    `exact` is None if the model computes the same function as this package's Glow.
+    """
 
     module: nn.Module
     exact: Callable[[], Multiscale] | None = None
@@ -55,7 +57,7 @@ def _package(name: str) -> Any:
 
 
 def reordered(net: nn.Module, order: Tensor, factor: Tensor) -> nn.Module:
-    """A copy of a coupling network with its output channels in another order, and scaled."""
+    """Return a copy of a coupling network with its output channels reordered and scaled."""
     net = copy.deepcopy(net)
     with torch.no_grad():
         if isinstance(net, Constant):
@@ -69,7 +71,7 @@ def reordered(net: nn.Module, order: Tensor, factor: Tensor) -> nn.Module:
 
 
 class WithContext(nn.Module):
-    """A network that is called with a context, and drops it."""
+    """A network that accepts a context and ignores it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class WithContext(nn.Module):
 
 
 class Backwards(nn.Module):
-    """A normflows flow, which maps latents to data, as one from data to latents."""
+    """Reverse a normflows flow, whose forward maps latents to data."""
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class Backwards(nn.Module):
 
 
 def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
-    """From (raw, shift) to (-shift, raw), interleaved: normflows subtracts the shift."""
+    """Reorder the outputs (raw, shift) to (-shift, raw), interleaved: normflows subtracts it."""
     half = channels // 2
     index = torch.arange(half)
     order = torch.stack([half + index, index], dim=1).flatten()
@@ -155,7 +157,8 @@ def _nflows(glow: Glow) -> Peer:
         with torch.no_grad():
             actnorm.log_scale.copy_(s.actnorm.log_scale)
             actnorm.shift.copy_(s.actnorm.bias * s.actnorm.log_scale.exp())
-            # Its factors are those of W P with a positive diagonal: W is its own, near a rotation.
+            # nflows factors W P with a positive diagonal, so W cannot be copied. Draw another W,
+            # near a rotation.
             for entries in (conv.lower_entries, conv.upper_entries):
                 entries.normal_(std=0.1 / channels**0.5)
         parts = [actnorm, conv, coupling(s.coupling.net, channels)]
@@ -183,7 +186,7 @@ def _nflows(glow: Glow) -> Peer:
 
 
 class Copied(nn.Module):
-    """A constant network whose output may be written to, as FrEIA does."""
+    """A constant network that returns a copy, because FrEIA writes into the output."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -194,7 +197,7 @@ class Copied(nn.Module):
 
 
 class AllInOne(nn.Module):
-    """FrEIA's block with states in the place of tuples of them."""
+    """FrEIA's block on single tensors, where FrEIA has tuples of tensors."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -215,7 +218,8 @@ def _freia(glow: Glow) -> Peer:
     def step(s: FlowStep) -> nn.Module:
         channels = len(s.conv.sign)
         half = channels // 2
-        # FrEIA takes 2 * tanh(raw / 10) where a clamp of 2 makes it 2 * tanh(raw / 2).
+        # The log-scale of FrEIA with clamp 2 is 2 tanh(raw / 10); that of ScaleFunction is
+        # 2 tanh(raw / 2).
         factor = torch.cat([torch.full((half,), 5.0), torch.full((half,), 10.0)])
         net = reordered(s.coupling.net, torch.arange(2 * half), factor)
         net = Copied(net) if isinstance(net, Constant) else net
@@ -271,7 +275,7 @@ def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -
 
 
 class Checkpointed(nn.Module):
-    """A step whose activations are computed again in the backward pass."""
+    """A step whose activations torch recomputes in the backward pass."""
 
     def __init__(self, step: FlowStep) -> None:
         super().__init__()
@@ -282,7 +286,7 @@ class Checkpointed(nn.Module):
 
 
 class Carrying(nn.Module):
-    """A step from (x, logdet) to (z, logdet), the form of what memcnn can invert."""
+    """A step from (x, logdet) to (z, logdet), the form that memcnn can invert."""
 
     def __init__(self, step: FlowStep) -> None:
         super().__init__()
@@ -298,7 +302,7 @@ class Carrying(nn.Module):
 
 
 class Inverted(nn.Module):
-    """A step that memcnn rebuilds in the backward pass."""
+    """A step whose input memcnn rebuilds in the backward pass."""
 
     def __init__(self, step: FlowStep) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""A Glow of plain PyTorch, as the paper (arXiv 1807.03039) is commonly written: what the packages
-are compared with, and in float64 the reference that all are held to."""
+"""Glow (arXiv 1807.03039) in plain PyTorch, as it is commonly written.
+
+The packages are compared with it, and in float64 it is the reference for all of them.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, Split
-from mflow_kernels.layers.networks import PointwiseConv2d
+from mflow_kernels.layers.networks import CouplingNetwork, PointwiseConv2d
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.scale import log_scale_ref
 
@@ -18,14 +20,16 @@ Latents = tuple[Tensor, ...]
 
 
 def with_torch_convolutions(model: nn.Module) -> None:
-    """Have the networks of one of our models computed as anyone's."""
+    """Replace this package's convolutions in the networks of a model by torch's."""
     for module in model.modules():
         if type(module) is PointwiseConv2d:
             module.__class__ = nn.Conv2d
+        elif type(module) is CouplingNetwork:
+            module.__class__ = nn.Sequential
 
 
 class Coupling(nn.Module):
-    """An affine coupling, a few lines by hand."""
+    """An affine coupling in a few lines."""
 
     def __init__(self, net: nn.Module, scale: ScaleFunction) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Coupling(nn.Module):
 
 
 class Step(nn.Module):
-    """Actnorm, 1x1 convolution and coupling, each an operation of its own, weights copied."""
+    """A step of flow as three separate operations, with copied weights."""
 
     permutation: Tensor
     sign: Tensor
@@ -95,7 +99,7 @@ class Step(nn.Module):
 
 
 class Exact(nn.Module):
-    """The reference of a step, whatever factors its W has and whichever part comes first."""
+    """The reference of a step, for any matrix W and either order of convolution and coupling."""
 
     weight: Tensor
     bias: Tensor
@@ -117,14 +121,14 @@ class Exact(nn.Module):
         self.coupling_first = coupling_first
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.mix, self.coupling]
+        parts = [self.actnorm_conv1x1, self.coupling]
         logdet = x.new_zeros(x.shape[0])
         for part in parts[::-1] if self.coupling_first else parts:
             x, change = part(x)
             logdet = logdet + change
         return x, logdet
 
-    def mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def actnorm_conv1x1(self, x: Tensor) -> tuple[Tensor, Tensor]:
         bias, log_scale = self.bias.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
         x = F.conv2d(log_scale.exp() * (x + bias), self.weight[:, :, None, None])
         log_det = self.log_scale.sum() + torch.linalg.slogdet(self.weight).logabsdet
@@ -132,7 +136,7 @@ class Exact(nn.Module):
 
 
 class Multiscale(nn.Module):
-    """Squeeze, steps, split, level by level: `z, logdet` as Glow returns them."""
+    """Levels of squeeze, steps and split. `z, logdet = model(x)` as for `Glow`."""
 
     def __init__(self, levels: Sequence[Sequence[nn.Module]], splits: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -174,7 +178,7 @@ def multiscale(
     step: Callable[[FlowStep], nn.Module] = Step,
     split: Callable[[Split], nn.Module] = lambda s: Coupling(s.coupling.net, s.coupling.scale),
 ) -> Multiscale:
-    """A Glow's layers, each turned into another one with its weights."""
+    """Convert each layer of a Glow with `step` and `split`."""
     levels: list[list[nn.Module]] = []
     splits = []
     for layer in glow.chain.layers:
@@ -188,7 +192,7 @@ def multiscale(
 
 
 def exact(glow: Glow) -> Multiscale:
-    """The reference of a Glow, in float64."""
+    """Return the float64 reference of a Glow."""
 
     def step(s: FlowStep) -> Exact:
         weight = Step(s).double().weight()

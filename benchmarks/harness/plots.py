@@ -16,7 +16,7 @@ COLOURS = [*mpl.color_sequences["tab10"], "black"]
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Every figure that the rows have data for, as PNG files in `out`."""
+    """Draw every figure for which the rows have data, as PNG files in `out`."""
     made = []
     for name, figure in _figures(rows):
         path = out / f"{name}.png"
@@ -45,7 +45,7 @@ def _figures(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
 
 
 def largest_series(rows: Sequence[Row], axis: str) -> list[Row]:
-    """The rows that differ in `axis` (and variant) alone: those of the longest such series."""
+    """Return the longest series of rows that differ only in `axis` and variant."""
     fields = ("channels", "side", "levels", "steps", "width", "batch", "constant", "precision")
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -96,7 +96,7 @@ def _against(series: Sequence[Row], axis: str, label: str) -> Any:
 
 
 def _marks(count: int) -> list[Any]:
-    """A legend's patches, in the order of colours."""
+    """Return the patches of a legend, in the order of colours."""
     return [plt.Rectangle((0, 0), 1, 1, color=COLOURS[i]) for i in range(count)]
 
 
@@ -126,8 +126,8 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
     panels[0][0].invert_yaxis()
     panels[0][-1].legend(_marks(len(variants)), variants, fontsize=8)
     figure.suptitle(
-        "The fewest bytes an operator must move, over its time, against a copy\n"
-        f"(states that fit the cache can pass 100%), {rows[0].extra['device']}",
+        "The fewest bytes an operator must move per second, as a share of copy bandwidth\n"
+        f"(states that fit in the cache can exceed 100%), {rows[0].extra['device']}",
         fontsize=9,
     )
     figure.tight_layout()
@@ -135,7 +135,7 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
 
 
 def _speedup(rows: Sequence[Row]) -> Any:
-    """Peers' time over ours, for each task; of models and layers."""
+    """Draw the peers' time divided by ours, for each task."""
     groups = list(dict.fromkeys(row.group for row in rows))
     tasks = list(dict.fromkeys(row.extra["task"] for row in rows))
     by_task = {t: [g for g in groups if g.startswith(f"{t},")] for t in tasks}

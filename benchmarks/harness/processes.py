@@ -1,11 +1,12 @@
-"""Run functions in processes that ran nothing before."""
+"""Run functions in fresh processes, for measurements that earlier work must not influence."""
 
 import multiprocessing
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-IMPORTS = [
+# Imported once by the server process, from which the others are forked. Missing ones are skipped.
+PRELOADED = [
     "benchmarks.harness.models",
     "normflows",
     "nflows.transforms",
@@ -15,16 +16,19 @@ IMPORTS = [
 
 
 class Died(Exception):
-    """What became of a process that gave no result."""
+    """The reason why a process returned no result."""
 
 
 def in_fresh_processes(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, seconds: float
 ) -> list[Any]:
-    """The function of each job, from a process of its own; `Died` in the place of what raised,
-    crashed or took longer than `seconds`. So many workers run at once."""
+    """Call the function on each job in a process of its own and return the results.
+
+    A `Died` takes the place of a result if the function raised, the process crashed, or it took
+    longer than `seconds`. `workers` processes run at once.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTS)  # once, then forked; what is not there is passed over
+    context.set_forkserver_preload(PRELOADED)
     results = []
     for start in range(0, len(jobs), workers):
         running = []
@@ -55,6 +59,6 @@ def _received(receiver: Connection, seconds: float) -> Any:
     try:
         if receiver.poll(seconds):
             return receiver.recv()
-        return Died(f"no answer within {seconds:g} s")
+        return Died(f"no result within {seconds:g} s")
     except EOFError:
         return Died("the process died")

@@ -1,6 +1,9 @@
-"""A plugin of pytest that runs one part of many: `-p benchmarks.harness.pytest_shard --shard 2/16`.
+"""A pytest plugin that runs one part of the tests.
 
-Parts are consecutive tests, which share compiled kernels and groups of rows, and about equal.
+    pytest -p benchmarks.harness.pytest_shard --shard 2/16
+
+The parts have about equal numbers of tests. A part is a run of consecutive tests, which share
+compiled kernels and groups of rows.
 """
 
 import argparse
@@ -22,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """After -k and -m have chosen."""
+    """Choose this part from the tests that -k and -m selected."""
     part, parts = config.getoption("--shard")
     first, last = (len(items) * i // parts for i in (part - 1, part))
     config.hook.pytest_deselected(items=items[:first] + items[last:])

@@ -1,4 +1,4 @@
-"""Saved benchmark runs, read back."""
+"""Read saved benchmark runs."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What it is: ops, layers, models, interop, ceilings or training."""
+        """The bench file it comes from: ops, layers, models, interop, ceilings or training."""
         return Path(self.name.split("::")[0]).stem.removeprefix("bench_")
 
     @property
@@ -39,17 +39,17 @@ class Runs:
 
     @property
     def environments(self) -> list[dict[str, Any]]:
-        """The different machines and versions that the rows carry."""
+        """The distinct machines and versions in the rows."""
         keys = ("device", "threads", "clock", "torch", "triton", "mflow_kernels", "commit")
         found = [{key: row.extra.get(key) for key in keys} for row in self.rows]
         return [e for i, e in enumerate(found) if e not in found[:i]]
 
 
 def merged(paths: Sequence[Path]) -> dict[str, Any]:
-    """Several files as one, in pytest-benchmark's format.
+    """Merge several files into one content of pytest-benchmark's format.
 
     Raises:
-        ValueError: naming a file that is not there, or not of this format.
+        ValueError: a file is missing or has another format.
     """
     whole: dict[str, Any] = {}
     for path in paths:
@@ -81,7 +81,7 @@ def runs(content: dict[str, Any]) -> Runs:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The first and third quartiles."""
+    """Return the first and third quartiles."""
     if len(values) < 2:
         return values[0], values[0]
     first, _, third = quantiles(values, n=4, method="inclusive")
@@ -89,6 +89,6 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(row: Row, base: Row) -> tuple[float, float, float]:
-    """Median and quartiles of row / base, round by round: they ran in turn."""
+    """Return median and quartiles of row / base, round by round; their rounds were interleaved."""
     each = [a / b for a, b in zip(row.rounds, base.rounds, strict=False)]
     return median(each), *spread(each)

@@ -1,4 +1,4 @@
-"""What benchmarks share: groups of variants measured once, and what every row carries."""
+"""One run of the benchmarks: its options and environment, and groups of variants measured once."""
 
 import os
 import platform
@@ -24,31 +24,38 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Missing(Exception):
-    """Why a row is not measured: it is skipped, and the reason saved."""
+    """The reason why a row cannot be measured. The row is skipped and the reason is saved."""
 
 
 @dataclass
 class Measured:
-    """A group of variants: interleaved seconds, what else is known of each row, and what kept a
-    variant from being measured."""
+    """Results of a group of variants.
+
+    Attributes:
+        seconds: interleaved rounds of each variant.
+        extra: further results of each variant, saved with its row.
+        faults: why a variant was not measured.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: dict[str, Exception] = field(default_factory=dict)
 
     def fault(self, variant: str, error: Exception) -> None:
-        """Note why a variant is not measured. Ours failing and outputs that are wrong fail their
-        rows; what else a peer raises is its own limit (memcnn under autocast, an operator that
-        torch has dropped): its row is skipped."""
+        """Record why a variant was not measured.
+
+        Wrong results, and any error of this package, fail the row. Any other error of a peer is a
+        limit of that peer (such as memcnn under autocast), and the row is skipped.
+        """
         if not variant.startswith("ours") and not isinstance(error, AssertionError | Missing):
-            told = str(error).splitlines() or [""]
-            error = Missing(f"{variant}: {type(error).__name__}: {told[0]}")
-        traceback.clear_frames(error.__traceback__)  # they hold models
+            lines = str(error).splitlines() or [""]
+            error = Missing(f"{variant}: {type(error).__name__}: {lines[0]}")
+        traceback.clear_frames(error.__traceback__)  # the frames hold models
         self.faults[variant] = error
 
-    def peaks(self, variants: Iterable[str], told: Sequence[int | Died]) -> None:
-        """Note the peak memory of variants, each from a process of its own."""
-        for variant, peak in zip(variants, told, strict=True):
+    def add_peaks(self, variants: Iterable[str], peaks: Sequence[int | Died]) -> None:
+        """Record the peak memory of each variant, measured in a process of its own."""
+        for variant, peak in zip(variants, peaks, strict=True):
             if isinstance(peak, Died):
                 self.faults[variant] = RuntimeError(f"peak memory of {variant}: {peak}")
             else:
@@ -57,7 +64,7 @@ class Measured:
 
 @dataclass
 class Bench:
-    """What the options chose, and the group measured last."""
+    """The options of a run, its environment, and the group of variants measured last."""
 
     device: torch.device
     size: str  # tiny, default or full
@@ -80,15 +87,17 @@ class Bench:
         variant: str,
         measure: Callable[[], Measured],
     ) -> None:
-        """Hand one variant of the group `key` to pytest-benchmark; the first of its variants
-        measures them all."""
+        """Pass one variant of the group `key` to pytest-benchmark.
+
+        The first variant of a group calls `measure`, which measures all of them.
+        """
         if self.last is None or self.last[0] != key:
             self.last = None
             if time.monotonic() - self.started > self.time_limit:
                 pytest.skip(f"the time limit of {self.time_limit:g} s was reached")
             try:
                 self.last = key, measure()
-            except Exception as error:  # told by every variant, not met again by each
+            except Exception as error:  # every variant reports it; none measures again
                 traceback.clear_frames(error.__traceback__)
                 self.last = key, error
         measured = self.last[1]
@@ -99,7 +108,7 @@ class Bench:
             raise fault
         assert isinstance(measured, Measured)
         if self.check_only:
-            pytest.skip("agrees with its reference; --check measures nothing")
+            pytest.skip("agrees with its reference; --check does not measure")
         REPLAY.rounds = list(measured.seconds[variant])
         benchmark.pedantic(REPLAY.play, rounds=len(REPLAY.rounds))
         benchmark.extra_info.update(
@@ -108,15 +117,15 @@ class Bench:
 
 
 def slug(*names: str) -> str:
-    """A row's id, of characters that pytest's -k takes: "K8-train-ours_stored"."""
+    """Join names to a row's id that pytest's -k accepts, such as "K8-train-ours_stored"."""
     return "-".join(re.sub(r"[,\s]+", "_", name.replace("=", "")) for name in names)
 
 
 def _commit() -> str:
-    """Of the working tree, or as MFLOW_COMMIT tells it where there is no git."""
-    told = os.environ.get("MFLOW_COMMIT")
-    if told:
-        return told
+    """Return the commit of the working tree, or MFLOW_COMMIT if it is set."""
+    given = os.environ.get("MFLOW_COMMIT")
+    if given:
+        return given
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(
@@ -148,14 +157,14 @@ def _cpu() -> str:
 
 
 def size_of(config: pytest.Config) -> str:
-    """How much is asked for: tiny, default or full."""
+    """Return the chosen size: tiny, default or full."""
     if config.getoption("--full"):
         return "full"
     return "tiny" if config.getoption("--tiny") else "default"
 
 
 def open_bench(config: pytest.Config) -> Bench:
-    """What the options choose, with the machine's copy bandwidth measured."""
+    """Create the Bench of the chosen options, and measure the machine's copy bandwidth."""
     option = config.getoption
     device, size = torch.device(option("--device")), size_of(config)
     on_gpu = device.type == "cuda"
@@ -172,8 +181,8 @@ def open_bench(config: pytest.Config) -> Bench:
         "copy_bytes_per_second": copy_bandwidth(device, megabytes),
     }
     if on_gpu:
-        torch.cuda.empty_cache()  # other processes measure how much fits
-    # The default set ends within ten minutes on machines slower than most, too.
+        torch.cuda.empty_cache()  # other processes measure how much memory is free
+    # The default set must end within ten minutes on slow machines too.
     limit = option("--time-limit") or (540 if size == "default" else float("inf"))
     return Bench(device, size, option("--clock"), option("--threads"), environment, limit,
                  option("--rounds"), option("--check"))  # fmt: skip

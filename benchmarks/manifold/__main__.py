@@ -1,8 +1,8 @@
-"""How well manifold flows find manifolds and densities that are known.
+"""Measure how well manifold flows recover known manifolds and densities.
 
-Three parts: points on curves and surfaces, images of a known number of factors, MNIST digits. Each
-writes its figures (JSON), tables (Markdown) and pictures (PNG) into the output folder. All of it is
-meant to take 15 minutes on two quiet cores; one process runs on each.
+There are three parts: points on curves and surfaces, images with a known number of factors, and
+MNIST digits. Each writes figures (JSON), tables (Markdown) and pictures (PNG) into the output
+folder. Everything takes about 15 minutes on two idle cores, with one process on each.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def _run_part(name: str, seeds: list[int], options: argparse.Namespace) -> None:
 def _in_processes(
     name: str, run: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], jobs: int
 ) -> Iterator[dict[str, Any]]:
-    """One row for each task, in the order of the tasks."""
-    # spawn: threads of torch do not survive a fork.
+    """Yield one row for each task, in the order of the tasks."""
+    # Threads of torch do not survive a fork, so spawn.
     context = multiprocessing.get_context("spawn")
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -98,9 +98,9 @@ def _without_picture(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "picture"}
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
     return int(text)
 
 
@@ -110,18 +110,26 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and few steps, to test the code"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/manifold_recovery"), metavar="DIR",
         help="folder for figures, tables and pictures (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--only", choices=list(PARTS), action="append", help="may be repeated")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", help="default: 0 1 2; factors use the first"
+        "--only", choices=list(PARTS), action="append", help="run one part; may be repeated"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=os.cpu_count(), metavar="N",
-        help="processes at a time (default: one a core)",
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="seeds (default: 0 1 2); factors use the first",
+    )
+    parser.add_argument(
+        "--jobs", type=_positive_int, default=os.cpu_count(), metavar="N",
+        help="number of processes (default: one per core)",
     )  # fmt: skip
     return parser
 

@@ -1,4 +1,4 @@
-"""MNIST digits: do the penalty and the hierarchy improve images and likelihood at equal budget?"""
+"""MNIST digits: do the penalty and the hierarchy improve images and likelihood, at equal budget?"""
 
 import math
 import time
@@ -27,7 +27,7 @@ LEVELS, STEPS, WIDTH = 2, 3, 32
 FURTHER_STEPS, FURTHER_WIDTH = 6, 128
 DIM = 64
 BATCH, RATE = 64, 2e-3
-TRAINED_ON = 4000  # of the 5,000; the others are held out
+TRAINED_ON = 4000  # of 5,000 digits; the others are held out
 FEATURES = 32
 
 PLAIN, HIERARCHY = "plain likelihood", "penalized (data, l2, 1000), hierarchy"
@@ -53,9 +53,9 @@ def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Train and measure; a row of the table, and what the picture shows."""
+    """Train and measure one method; return its row and the images of the picture."""
     train_set, _, test, _ = digits()
-    torch.manual_seed(task.seed)  # of the weights
+    torch.manual_seed(task.seed)  # for the weights
     generator = torch.Generator().manual_seed(task.seed)
     method = build(task.method)
     stream = BatchStream(ImageSet(train_set), BATCH, task.seed)
@@ -69,7 +69,7 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def build(name: str) -> Method:
-    """The method of that name on new networks."""
+    """Build a method with new networks."""
     glow = Glow((1, 28, 28), LEVELS, STEPS, WIDTH, reversible=False)
     if name == PLAIN:
         return methods.plain(glow, DIM)
@@ -81,7 +81,7 @@ def build(name: str) -> Method:
 
 @torch.no_grad()
 def measure(method: Method, test: Tensor, classifier_passes: int) -> dict[str, Any]:
-    """Figures on the images held out, the same noise for every method and seed."""
+    """Measure a method on the held-out images, with the same noise for all methods and seeds."""
     generator = torch.Generator().manual_seed(10**6)
     x = dequantize(test, 8, generator)
     parts = x.split(250)
@@ -102,16 +102,19 @@ def measure(method: Method, test: Tensor, classifier_passes: int) -> dict[str, A
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and classes, held-out images and classes; uint8 (N, 1, 28, 28), int64."""
+    """Return training images, their classes, held-out images and their classes.
+
+    Images are uint8 (N, 1, 28, 28), classes int64 (N,).
+    """
     pixels, classes = mnist_data()
-    order = np.random.default_rng(20220606).permutation(len(pixels))  # they come sorted by class
+    order = np.random.default_rng(20220606).permutation(len(pixels))  # sorted by class before
     images = torch.from_numpy(pixels[order].astype(np.uint8)).view(-1, 1, 28, 28)
     labels = torch.from_numpy(classes[order].astype(np.int64))
     return images[:TRAINED_ON], labels[:TRAINED_ON], images[TRAINED_ON:], labels[TRAINED_ON:]
 
 
 class Classifier(nn.Module):
-    """Two convolutions and FEATURES features, of which the classes are a linear function."""
+    """Two convolutions, then FEATURES features, then a linear layer for the classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ class Classifier(nn.Module):
 
 @cache
 def classifier(passes: int) -> tuple[Classifier, float]:
-    """Trained on the training digits, always the same, and its accuracy on those held out."""
+    """Train the classifier from a fixed seed; return it and its accuracy on held-out digits."""
     images, labels, test, test_labels = digits()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -145,8 +148,11 @@ def classifier(passes: int) -> tuple[Classifier, float]:
 
 @torch.no_grad()
 def frechet(images: Tensor, reference: Tensor, passes: int) -> float:
-    """Frechet distance (Heusel et al., arXiv 1706.08500) between the classifier's features of two
-    sets of images, as Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."""
+    """Return the Frechet distance between two sets of images (Heusel et al., arXiv 1706.08500).
+
+    It fits Gaussians to the classifier's features of both sets:
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """
     net, _ = classifier(passes)
     means, covariances = [], []
     for part in (images, reference):
@@ -177,7 +183,7 @@ METRICS = {
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """Write the picture; return the table."""
+    """Write the picture and return the table."""
     train_set, _, test, _ = digits()
     passes = rows[0]["classifier_passes"]
     first = [row for row in rows if row["seed"] == rows[0]["seed"]]
@@ -191,7 +197,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     text = [
         "## Digits\n",
         markdown(rows, {"method": "method"}, METRICS),
-        f"\nOf as many training images, the floor of the Frechet distance: {floor:.2f}. The "
-        f"classifier is right on {classifier(passes)[1]:.1%} of the images held out.\n",
+        f"\nThe Frechet distance of as many training images is {floor:.2f}; no method can do much "
+        f"better. The classifier is right on {classifier(passes)[1]:.1%} of the held-out images.\n",
     ]
     return "\n".join(text)

@@ -1,10 +1,11 @@
-"""Images of a known number of factors: what dimension does a manifold flow find?
+"""Images with a known number of factors: which dimension does a manifold flow find?
 
-Shaded ellipses; 2 factors are their position, 3 also their size, 5 also angle and brightness. Each
-flow is trained with one manifold dimension; the reconstruction error stops falling where the
-dimension reaches that of the data. A principal component analysis has no such place: a moving
-ellipse is not linear in its position. Beside it, the dimension that the spectrum of one flow
-trained by plain likelihood speaks for (`estimate_intrinsic_dimension`).
+The images show shaded ellipses. With 2 factors their position varies, with 3 also their size, and
+with 5 also angle and brightness. Each flow is trained with one manifold dimension. Its
+reconstruction error stops falling when this dimension reaches the number of factors. The error of a
+principal component analysis does not, because an image is not linear in the ellipse's position. The
+table also shows the dimension that `estimate_intrinsic_dimension` finds in the spectrum of one flow
+trained by plain likelihood.
 """
 
 import math
@@ -24,20 +25,21 @@ from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dime
 from mflow_kernels.data.dequantization import to_image
 from mflow_kernels.evaluation.pictures import draw_images
 
-SIDE = 12  # so small that vectors will do, whose 1x1 convolutions mix all pixels
+SIDE = 12  # small enough for a VectorFlow, whose 1x1 convolutions reach all pixels
 NOISE = 0.02
 FACTORS = {2: "position", 3: "position, size", 5: "position, size, angle, brightness"}
 DIMENSIONS = {2: (1, 2, 3, 4, 5), 3: (1, 2, 3, 4, 5, 6), 5: (2, 3, 4, 5, 6, 7, 8)}
 STEPS, WIDTH = 4, 128
 BATCH, RATE = 64, 2e-3
 TEST_IMAGES = 500
-SPECTRUM_IMAGES, SPECTRUM_STEPS = 32, 3  # so many times the steps of a manifold flow
+SPECTRUM_IMAGES = 32
+SPECTRUM_STEPS = 3  # training steps, as a multiple of those of a manifold flow
 OBJECTIVE = ManifoldObjective("data", "l2", weight=1000.0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training: of a manifold flow, or by plain likelihood where dim is 0."""
+    """One training run: a manifold flow, or a flow by plain likelihood if dim is 0."""
 
     factors: int
     dim: int
@@ -46,7 +48,7 @@ class Task:
 
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """A curve over dimensions and a spectrum for each number of factors, of the first seed."""
+    """Return the tasks: all dimensions and a spectrum per number of factors, for the first seed."""
     steps = 60 if quick else 500
     counts = (2,) if quick else tuple(FACTORS)
     return [
@@ -57,8 +59,8 @@ def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Train and measure; a row of the table, and what the picture shows."""
-    torch.manual_seed(task.seed)  # of the weights
+    """Train and measure one flow; return its row and the images of the picture."""
+    torch.manual_seed(task.seed)  # for the weights
     generator = torch.Generator().manual_seed(task.seed)
     flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
     method = methods.penalized(flow, task.dim, OBJECTIVE) if task.dim else methods.plain(flow, 1)
@@ -85,15 +87,18 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def batches(factors: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless fresh batches (BATCH, SIDE^2), float32 with noise."""
+    """Yield new noisy batches (BATCH, SIDE^2), float32, forever."""
     while True:
         x = ellipses(BATCH, factors, generator).flatten(1)
         yield x + NOISE * torch.randn(x.shape, generator=generator)
 
 
 def ellipses(n: int, factors: int, generator: torch.Generator) -> Tensor:
-    """n images (n, 1, SIDE, SIDE) in [-0.5, 0.5], smooth in the first `factors` of x, y, size,
-    angle, brightness; the others are fixed. Shaded from one end to the other."""
+    """Draw n images (n, 1, SIDE, SIDE) of shaded ellipses, with values in [-0.5, 0.5].
+
+    The first `factors` of x, y, size, angle and brightness vary, and the images are smooth in them.
+    The other factors are fixed.
+    """
     uniform = torch.rand(n, 5, generator=generator) - 0.5
     uniform[:, factors:] = 0
     x, y, size, angle, brightness = uniform[:, :, None, None].unbind(1)
@@ -109,11 +114,13 @@ def ellipses(n: int, factors: int, generator: torch.Generator) -> Tensor:
 
 
 def elbow(errors: dict[int, float]) -> int | None:
-    """The dimension before which the error falls and after which it does no more: where the
-    logarithm of the error bends most; None if the falls before and after differ by less than 2.
+    """Return the dimension at which the error stops falling, or None if there is no clear one.
+
+    This is where the logarithm of the error bends most. The error must fall by a factor before it
+    that is at least twice the factor after it.
 
     Args:
-        errors: of three dimensions or more, one apart.
+        errors: error for each of at least three consecutive dimensions.
     """
     logs = {dim: math.log(error) for dim, error in errors.items()}
     bends = {dim: logs[dim - 1] - 2 * logs[dim] + logs[dim + 1] for dim in sorted(logs)[1:-1]}
@@ -122,20 +129,20 @@ def elbow(errors: dict[int, float]) -> int | None:
 
 
 def _linear_error(clean: Tensor, dim: int) -> float:
-    """Mean squared error of the best linear projection of these very images to `dim`."""
+    """Return the mean squared error of the best linear projection of these images to `dim`."""
     values = torch.linalg.svdvals((clean - clean.mean(0)).flatten(1))
     return (values[dim:].square().sum() / clean.numel()).item()
 
 
 METRICS = {
     "squared_error": ("reconstruction error (MSE)", ".5f"),
-    "linear_error": ("of principal components", ".5f"),
+    "linear_error": ("error of principal components", ".5f"),
     "seconds": ("CPU s", ".1f"),
 }
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """Write the pictures; return the tables."""
+    """Write the pictures and return the tables."""
     spectra = {row["factors"]: row for row in rows if not row["dim"]}
     rows = [row for row in rows if row["dim"]]
     curves = {
@@ -164,9 +171,9 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         markdown(found, keys, {}),
         "\n",
         markdown(rows, {"factors": "factors", "dim": "manifold dimension"}, METRICS),
-        f"\nErrors are those of noisy images' projections to the clean images, of {SIDE}x{SIDE} "
-        f"pixels in a range of 1; the noise's own is {NOISE**2:.5f}. A spectrum with no step says "
-        f"{SIDE**2}.\n",
+        f"\nErrors compare projections of noisy images with the clean images, of {SIDE}x{SIDE} "
+        f"pixels in a range of 1. The error of the noisy images themselves is {NOISE**2:.5f}. A "
+        f"spectrum without a step gives {SIDE**2}.\n",
     ]
     return "\n".join(text)
 
@@ -194,7 +201,7 @@ def _draw_curves(path: Path, rows: Sequence[Row], curves: dict[int, dict[int, fl
         axis.plot(list(errors), linear, ":", color=colour, label="principal components")
         axis.axvline(count, color=colour, lw=0.6)
     axis.set(yscale="log", xlabel="manifold dimension", ylabel="mean squared error")
-    axis.set_title("Reconstruction against dimension; vertical lines: the true one", fontsize=11)
+    axis.set_title("Reconstruction error; vertical lines: true dimensions", fontsize=11)
     axis.legend(fontsize=8)
     save_figure(path, figure)
 

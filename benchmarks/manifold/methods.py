@@ -1,7 +1,7 @@
-"""Ways to train a manifold flow: ours, and baselines as objectives over the same networks.
+"""Methods to train a manifold flow: this package's, and baselines with the same networks.
 
-A method is a list of phases, each with a loss on one model and its share of the optimizer steps,
-so that all methods spend the same number of steps on batches of the same size.
+A method is a list of phases. Each phase has a loss and a share of the optimizer steps, so all
+methods take the same number of steps on batches of the same size.
 """
 
 import math
@@ -16,13 +16,15 @@ from mflow_kernels.layers import Bijection
 
 Batches = Iterator[Tensor]
 WARM_UP = 50
-FINAL_RATE = 0.02  # of the highest learning rate, at the end of a phase
+FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`share` of the steps: minimize loss(x) (N,) over the parameters of `trained`, whose actnorms
-    are set by `initialize(x)` from the first batch."""
+    """Minimize `loss(x)` (N,) over the parameters of `trained`, for a share of the steps.
+
+    `initialize(x)` sets the actnorms from the first batch.
+    """
 
     share: float
     trained: nn.Module
@@ -32,9 +34,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained, and how.
+    """A model and its training phases.
 
-    off_deviation: standard deviation of v in samples; 0 draws on the manifold.
+    Attributes:
+        off_deviation: standard deviation of v in samples; with 0 they lie on the manifold.
     """
 
     model: HierarchicalFlow
@@ -44,7 +47,7 @@ class Method:
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         if not self.off_deviation:
             return self.model.sample(n, generator=generator)
-        (flow,) = self.model.stages  # only single flows sample the ambient space
+        (flow,) = self.model.stages  # only a single flow can sample the ambient space
         assert isinstance(flow, ManifoldFlow)
         u = torch.randn(n, flow.manifold_dim, generator=generator)
         latents = flow.scatter(u)
@@ -58,14 +61,14 @@ class Method:
 
 
 def train(method: Method, batches: Batches, steps: int, rate: float) -> None:
-    """Adam, gradients clipped to norm 1, each phase with warm-up and a cosine of its own.
+    """Train with Adam, with gradients clipped to norm 1. Each phase has its own warm-up and cosine.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or the gradient is not finite.
     """
     for phase in method.phases:
         phase.initialize(next(batches))
-        # Of other stages' parameters there is no gradient, or none is wanted.
+        # Gradients of other stages' parameters, if there are any, are ignored.
         parameters = list(phase.trained.parameters())
         optimizer = torch.optim.Adam(parameters, rate, fused=True)
         count = round(phase.share * steps)
@@ -85,21 +88,25 @@ def train(method: Method, batches: Batches, steps: int, rate: float) -> None:
 
 
 def plain(flow: Bijection, dim: int) -> Method:
-    """Maximum likelihood with all latents standard normal (Glow, arXiv 1807.03039). Which latents
-    are called u matters to its projections only."""
+    """Maximum likelihood with standard normal latents (Glow, arXiv 1807.03039).
+
+    The choice of u only affects projections.
+    """
     return penalized(flow, dim, ManifoldObjective("latent", "l2", weight=1.0), off_deviation=1.0)
 
 
 def pie(flow: Bijection, dim: int, deviation: float) -> Method:
-    """Pseudo-invertible encoder (arXiv 2111.00619): v is a Gaussian of small standard deviation.
-    Sampled with v = 0, as it is there."""
+    """Pseudo-invertible encoder (arXiv 2111.00619): v is Gaussian with a small deviation.
+
+    Samples have v = 0, as in the paper.
+    """
     return penalized(flow, dim, ManifoldObjective("latent", "l2", weight=deviation**-2))
 
 
 def penalized(
     flow: Bijection, dim: int, objective: ManifoldObjective, off_deviation: float = 0.0
 ) -> Method:
-    """The penalized likelihood (arXiv 2206.03293), one step."""
+    """The penalized likelihood (arXiv 2206.03293), in one step."""
     model = ManifoldFlow(flow, dim, objective=objective)
     phase = Phase(1.0, model, model.initialize, lambda x: model.terms(x).loss)
     return Method(HierarchicalFlow([model]), [phase], off_deviation)
@@ -112,7 +119,7 @@ def hierarchical(
     further: Bijection,
     first_share: float = 0.7,
 ) -> Method:
-    """The penalized likelihood, then a second flow on all of its u, the first one frozen."""
+    """The penalized likelihood, then a second flow on its u while the first one is frozen."""
     first = ManifoldFlow(flow, dim, objective=objective)
     second = ManifoldFlow(further, dim)
     model = HierarchicalFlow([first, second])
@@ -124,8 +131,11 @@ def hierarchical(
 
 
 def two_phases(flow: Bijection, dim: int, further: Bijection) -> Method:
-    """M-flow (Brehmer and Cranmer, arXiv 2003.13913), trained as they advise: the manifold by
-    reconstruction alone, then, it being fixed, a flow on u by likelihood."""
+    """M-flow (Brehmer and Cranmer, arXiv 2003.13913), trained as its authors recommend.
+
+    The first phase learns the manifold by reconstruction. The second freezes it and trains a flow
+    on u by likelihood.
+    """
     first = ManifoldFlow(flow, dim)
     second = ManifoldFlow(further, dim)
     model = HierarchicalFlow([first, second])
@@ -136,8 +146,11 @@ def two_phases(flow: Bijection, dim: int, further: Bijection) -> Method:
 def denoising(
     flow: Bijection, dim: int, deviation: float, weight: float, generator: torch.Generator
 ) -> Method:
-    """Denoising normalizing flow (Horvat and Pfister, NeurIPS 2021): the likelihood of the data
-    plus noise, v having the noise's variance, and the reconstruction of the data from it."""
+    """Denoising normalizing flow (Horvat and Pfister, NeurIPS 2021).
+
+    The loss is the negative log-likelihood of the data plus noise, where v has the variance of the
+    noise, plus the error of reconstructing the data from the noisy data.
+    """
     model = ManifoldFlow(
         flow, dim, objective=ManifoldObjective("latent", "l2", weight=deviation**-2)
     )
@@ -154,8 +167,11 @@ def denoising(
 
 
 def rectangular(flow: Bijection, dim: int, weight: float) -> Method:
-    """Rectangular flow (Caterini et al., arXiv 2106.01413): the exact likelihood on the manifold,
-    log N(u) - 1/2 log det J^T J, and the reconstruction, in one step."""
+    """Rectangular flow (Caterini et al., arXiv 2106.01413), in one step.
+
+    The loss is the exact negative log-likelihood on the manifold, with
+    log p = log N(u) - 1/2 log det J^T J, plus the reconstruction error.
+    """
     model = ManifoldFlow(flow, dim)
 
     def loss(x: Tensor) -> Tensor:

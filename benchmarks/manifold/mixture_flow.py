@@ -1,4 +1,4 @@
-"""A flow on the line: couplings need two dimensions."""
+"""A flow on the real line, where couplings do not work: they need two dimensions."""
 
 import math
 
@@ -11,10 +11,10 @@ _TINY = 1e-12
 
 
 class MixtureFlow(Bijection):
-    """z = Phi^-1(sum_k p_k Phi((x - m_k) / s_k)): the distribution function of a mixture of K
-    Gaussians, then a normal's quantiles (as in Flow++, arXiv 1902.00275, which has logistics).
+    """z = Phi^-1(sum_k p_k Phi((x - m_k) / s_k)), where Phi is the normal distribution function.
 
-    `(z,), logdet = flow(x)` for x (N, 1), computed in float64.
+    The sum is the distribution function of a mixture of K Gaussians. Flow++ (arXiv 1902.00275) does
+    the same with logistics. `(z,), logdet = flow(x)` for x (N, 1); it computes in float64.
     """
 
     def __init__(self, components: int = 8) -> None:
@@ -26,7 +26,7 @@ class MixtureFlow(Bijection):
         self.log_deviations = nn.Parameter(torch.zeros(components))
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Spread the components over the quantiles of a first batch x (N, 1)."""
+        """Place the components at quantiles of a first batch x (N, 1), and return `forward(x)`."""
         with torch.no_grad():
             k = len(self.means)
             self.means.copy_(x[:, 0].quantile((torch.arange(k, dtype=x.dtype) + 0.5) / k))
@@ -40,7 +40,7 @@ class MixtureFlow(Bijection):
         return (z[:, None].to(x.dtype),), logdet.to(x.dtype)
 
     def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        """By bisection, then one step of Newton's method that carries the gradient."""
+        """Invert by bisection, then by one step of Newton's method, which carries the gradient."""
         target = torch.special.ndtr(z[0][:, 0].double()).clamp(_TINY, 1 - _TINY)
         with torch.no_grad():
             reach = 10 * self.log_deviations.exp().max().double()
@@ -55,7 +55,7 @@ class MixtureFlow(Bijection):
         return x, -self(x)[1]
 
     def _mixture(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution function and log-density (N,) at x (N, 1), float64."""
+        """Return the distribution function and the log-density at x (N, 1), (N,) each, float64."""
         log_s = self.log_deviations.double()
         e = (x - self.means.double()) / log_s.exp()
         weights = self.logits.double().softmax(0)

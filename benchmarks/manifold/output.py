@@ -1,4 +1,4 @@
-"""Tables and files: written whole or not at all."""
+"""Markdown tables, and files that are never half written."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def mean_and_deviation(rows: Sequence[Row], name: str, form: str) -> str:
-    """Mean ± standard deviation over rows (seeds) of a metric; a dash where it has no meaning."""
+    """Format mean ± standard deviation of a metric over rows (seeds); a dash if any is None."""
     values = [row[name] for row in rows]
     if any(value is None for value in values):
         return "-"
@@ -38,12 +38,12 @@ def mean_and_deviation(rows: Sequence[Row], name: str, form: str) -> str:
 def markdown(
     rows: Sequence[Row], keys: Mapping[str, str], metrics: Mapping[str, tuple[str, str]]
 ) -> str:
-    """A Markdown table: one line for each combination of keys, in order of appearance.
+    """Format a Markdown table with one line per combination of keys, in order of appearance.
 
     Args:
-        rows: one a run, of all seeds.
-        keys: name in the rows to heading.
-        metrics: name in the rows to heading and number format.
+        rows: one row per run, of all seeds.
+        keys: names of the columns that identify a line, with their headings.
+        metrics: names of the averaged columns, with their headings and number formats.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Points on curves and surfaces of known density: how well each method finds both."""
+"""Points on curves and surfaces of known density: how well does each method find both?"""
 
 import math
 import time
@@ -24,10 +24,10 @@ from mflow_kernels.models.penalty_weight import Domain
 
 NOISE = 0.05
 BATCH, RATE = 256, 3e-3
-STEPS, WIDTH = 4, 64  # of every flow
-WEIGHT = 1000.0  # of every reconstruction, baselines' too
+STEPS, WIDTH = 4, 64  # size of every flow
+WEIGHT = 1000.0  # weight of the reconstruction error in every method
 PIE_DEVIATION = 0.1
-HUBER_DELTA = 0.1  # two standard deviations of the noise
+HUBER_DELTA = 0.1  # twice the standard deviation of the noise
 TEST_POINTS, SAMPLES, CELLS = 2000, 10_000, 100
 
 PLAIN, PIE, MFLOW = "plain likelihood", "PIE", "M-flow, two phases"
@@ -43,7 +43,7 @@ SCANNED = "sphere"
 
 @dataclass(frozen=True)
 class Task:
-    """One training. `objective`, in the scan of penalties, is (domain, rho, weight)."""
+    """One training run. In the scan of penalties, `objective` is (domain, rho, weight)."""
 
     target: str
     noise: float
@@ -54,7 +54,7 @@ class Task:
 
 
 def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """The comparison of methods and the scan of penalties, one seed after the other."""
+    """Return the comparison of methods and the scan of penalties, seed by seed."""
     steps = 100 if quick else 400
     targets, noises = (("circle",), (NOISE,)) if quick else (tuple(TARGETS), (0.0, NOISE))
     tasks: list[Task] = []
@@ -75,9 +75,9 @@ def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Train and measure; a row of the table, and what the pictures show of the first seed."""
+    """Train and measure one method; return its row and the data of the pictures."""
     target = TARGETS[task.target]
-    torch.manual_seed(task.seed)  # of the weights
+    torch.manual_seed(task.seed)  # for the weights
     generator = torch.Generator().manual_seed(task.seed)
     method = build(task, target, generator)
     started = time.process_time()
@@ -94,13 +94,13 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def batches(target: Target, noise: float, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless fresh batches (BATCH, 3), float32."""
+    """Yield new batches (BATCH, 3), float32, forever."""
     while True:
         yield _noisy(target.sample(BATCH, generator), noise, generator).float()
 
 
 def build(task: Task, target: Target, generator: torch.Generator) -> Method:
-    """The method of a task on new networks."""
+    """Build the method of a task with new networks."""
     flow, dim = VectorFlow(3, STEPS, WIDTH, reversible=False), target.dim
     if task.objective:
         domain, rho, weight = task.objective
@@ -113,7 +113,7 @@ def build(task: Task, target: Target, generator: torch.Generator) -> Method:
         return methods.pie(flow, dim, PIE_DEVIATION)
     if task.method == MFLOW:
         return methods.two_phases(flow, dim, _further(dim))
-    if task.method == DENOISING:  # which gives noise-free data a noise of its own choice: ours
+    if task.method == DENOISING:  # adds noise of its own, also to data without noise
         return methods.denoising(flow, dim, NOISE, WEIGHT, generator)
     if task.method == RECTANGULAR:
         return methods.rectangular(flow, dim, WEIGHT)
@@ -126,7 +126,7 @@ def build(task: Task, target: Target, generator: torch.Generator) -> Method:
 
 @torch.no_grad()
 def measure(method: Method, target: Target, noise: float, ambient: bool) -> dict[str, Any]:
-    """All figures on points that no training has seen, the same for every method and seed."""
+    """Measure a method on held-out points, the same for all methods and seeds."""
     generator = torch.Generator().manual_seed(10**6)
     clean = target.sample(TEST_POINTS, generator)
     noisy = _noisy(clean, noise, generator)
@@ -137,7 +137,7 @@ def measure(method: Method, target: Target, noise: float, ambient: bool) -> dict
     if not ambient:
         density = model.manifold_log_prob(clean.float()).value.double()
     elif noise:
-        # Near a manifold with noise around it, p(x) is the manifold's density times the noise's
+        # On a noisy manifold, p(x) is the density on the manifold times that of the noise at 0
         # (inflation and deflation, Horvat and Pfister, arXiv 2105.12152).
         height = (3 - target.dim) / 2 * math.log(2 * math.pi * noise**2)
         density = model.log_prob(clean.float()).double() + height
@@ -160,8 +160,11 @@ def measure(method: Method, target: Target, noise: float, ambient: bool) -> dict
 
 
 def divergence(target: Target, samples: Tensor) -> float:
-    """KL(truth || samples) in nats, both counted in the cells nearest to each of CELLS points of
-    the manifold, after the samples are moved to their nearest points on it."""
+    """Estimate KL(truth || samples) in nats.
+
+    Samples are projected onto the manifold. Both distributions are then counted in CELLS cells,
+    each of which holds the points nearest to one of CELLS points of the manifold.
+    """
     centres, truth = _cells(target.name)
     finite = samples[samples.isfinite().all(1)]
     if not len(finite):
@@ -203,7 +206,7 @@ METRICS = {
 
 
 def report(rows: Sequence[Row], folder: Path) -> str:
-    """Write the pictures; return the tables."""
+    """Write the pictures and return the tables."""
     compared = [row for row in rows if row["method"] != "scan"]
     scanned = [row for row in rows if row["method"] == "scan"]
     first = min(row["seed"] for row in rows)
@@ -220,7 +223,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     text = [
         "## Points on curves and surfaces\n",
         markdown(compared, keys, METRICS | seconds),
-        f"\nKL of as many true samples, the floor of the last measure but one: {floors}.\n",
+        f"\nThe KL of as many true samples is {floors}; no method can do much better.\n",
         f"\n### Penalties on the {SCANNED}, noise {NOISE}, one flow, no hierarchy\n",
         markdown(scanned, scan_keys, METRICS),
     ]
@@ -234,7 +237,7 @@ def _truth(name: str) -> Tensor:
 def _draw_samples(path: Path, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row["target"] for row in rows))
     figure = Figure(figsize=(2.4 * (len(METHODS) + 1), 2.7 * len(names)), layout="constrained")
-    figure.suptitle(f"Samples, data with noise {NOISE}; red: further than 0.1 from the manifold")
+    figure.suptitle(f"Samples, data with noise {NOISE}; red: more than 0.1 from the manifold")
     axes = figure.subplots(
         len(names), len(METHODS) + 1, squeeze=False, subplot_kw={"projection": "3d"}
     )

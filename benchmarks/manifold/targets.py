@@ -1,9 +1,4 @@
-"""Densities on curves and surfaces in R^3, all of them known in closed form.
-
-Each target has `dim`, and for float64 tensors: `sample(n, generator)` (n, 3), `log_density(x)` (N,)
-with respect to length or area, for x on the manifold, and `nearest(x)`, the point of the manifold
-closest to x (N, 3).
-"""
+"""Densities on curves and surfaces in R^3, known in closed form."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,29 +8,32 @@ from torch import Tensor
 
 
 class Target(ABC):
-    """A density on a manifold in R^3."""
+    """A density on a manifold of dimension `dim` in R^3; all tensors are float64."""
 
     name: str
     dim: int
 
     @abstractmethod
-    def sample(self, n: int, generator: torch.Generator) -> Tensor: ...
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw n points (n, 3)."""
 
     @abstractmethod
-    def log_density(self, x: Tensor) -> Tensor: ...
+    def log_density(self, x: Tensor) -> Tensor:
+        """Return the log-density (N,) per length or area at points x (N, 3) of the manifold."""
 
     @abstractmethod
-    def nearest(self, x: Tensor) -> Tensor: ...
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return the points of the manifold nearest to x (N, 3)."""
 
     def distance(self, x: Tensor) -> Tensor:
-        """Euclidean distance (N,) of x to the manifold."""
+        """Return the Euclidean distance (N,) from x to the manifold."""
         return (x - self.nearest(x)).norm(dim=1)
 
 
 class Circle(Target):
     """The unit circle in a tilted plane, with a mixture of two von Mises densities.
 
-    The density is lowest, but not zero, at one place: a chart of one coordinate has to tear there.
+    The density has a minimum above zero, where a chart with one coordinate must tear.
     """
 
     name, dim = "circle", 1
@@ -77,7 +75,7 @@ class Sphere(Target):
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         which = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         mean, k = self.means[which], self.concentrations[which]
-        # The cosine with the mean by its inverse distribution function, the rest at random.
+        # Draw the cosine to the mean by its inverse distribution function, and a random direction.
         uniform = torch.rand(n, generator=generator, dtype=torch.float64)
         cosine = 1 + (uniform + (1 - uniform) * (-2 * k).exp()).log() / k
         side = torch.randn(n, 3, generator=generator, dtype=torch.float64)
@@ -117,8 +115,11 @@ class Paraboloid(Target):
         return (log_p + self.weights.log()).logsumexp(1) - area
 
     def nearest(self, x: Tensor) -> Tensor:
-        """By bisection: with r the distance from the axis, the foot is the only positive root of
-        2 a^2 r^3 + (1 - 2 a z0) r = r0."""
+        """Find the nearest points by bisection.
+
+        Their distance r from the axis is the only positive root of
+        2 a^2 r^3 + (1 - 2 a z0) r = r0.
+        """
         a, r0, z0 = self.curvature, x[:, :2].norm(dim=1), x[:, 2]
         low = torch.zeros_like(r0)
         high = r0 + z0.abs().sqrt() / math.sqrt(a) + 1
@@ -136,7 +137,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in (Circle(), Spher
 
 
 def _von_mises(k: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw for each concentration (Best and Fisher 1979): rejection from a wrapped Cauchy."""
+    """Draw one angle for each concentration (Best and Fisher 1979), by rejection."""
     tau = 1 + (1 + 4 * k**2).sqrt()
     rho = (tau - (2 * tau).sqrt()) / (2 * k)
     r = (1 + rho**2) / (2 * rho)

@@ -1,4 +1,4 @@
-"""What a manifold with coordinates u answers, whatever flows those coordinates come from."""
+"""Density, distance, interpolation and sampling on a manifold with coordinates u."""
 
 import math
 from typing import Any
@@ -13,30 +13,33 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Chart(nn.Module):
-    """A manifold {decode(u)} in the space of x, u (N, d) standard normal: what `ManifoldFlow` and
-    `HierarchicalFlow` share."""
+    """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
+
+    `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode` and `log_prob`; the other
+    methods are built on these three.
+    """
 
     input_shape: tuple[int, ...]
     manifold_dim: int
 
     def encode(self, x: Tensor) -> Tensor:
-        """u (N, d) of the data x."""
+        """Return the coordinates u (N, d) of the data x."""
         raise NotImplementedError
 
     def decode(self, u: Tensor) -> Tensor:
-        """The point on the manifold with coordinates u (N, d)."""
+        """Return the point on the manifold with coordinates u (N, d)."""
         raise NotImplementedError
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) (N,) in the ambient space, nats."""
+        """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
-        """x -> decode(encode(x)), its projection on the manifold."""
+        """Project x onto the manifold: decode(encode(x))."""
         return self.decode(self.encode(x))
 
     def distance(self, x: Tensor) -> Tensor:
-        """Euclidean distance (N,) of x to its projection."""
+        """Return the Euclidean distance (N,) from x to its projection."""
         return (x - self.project(x)).flatten(1).norm(dim=1)
 
     def manifold_log_prob(
@@ -49,37 +52,41 @@ class Chart(nn.Module):
         generator: torch.Generator | None = None,
         max_bytes: int = 2**30,
     ) -> Estimate:
-        """Log-density on the manifold (N,) at the projections of x, nats per d-dimensional volume.
+        """Return the log-density on the manifold (N,) at the projections of x.
 
-        log p(u) - 1/2 log det J^T J with u = encode(x) and J = d decode(u) / du, D x d: the density
-        with respect to the manifold's own area, as that of M-flows (arXiv 2003.13913, section 2).
+        The unit is nats per d-dimensional volume of the manifold. The density is
+        log p(u) - 1/2 log det J^T J with u = encode(x) and J = d decode(u) / du, D x d, as for
+        M-flows (arXiv 2003.13913, section 2).
 
-        Differentiable in x and the parameters; call it under `torch.no_grad()` where no gradient is
-        wanted, since in either method it needs the activations of plain torch: d or `probes` times
-        those of `decode`, reversible or not.
+        The result is differentiable in x and the parameters. If you need no gradient, call it under
+        `torch.no_grad()`: both methods store activations as plain torch does, d or `probes` times
+        those of `decode`, even in a reversible flow.
 
         Args:
             x: (N, *input_shape).
-            method: "exact", by d Jacobian products a sample; "hutchinson", by some `probes` times
-                twice as many as the Lanczos steps it takes, for large d.
-            probes: random vectors of an estimate, at least 2; its error falls as 1 / sqrt(probes).
-            iterations: at most so many Lanczos (conjugate gradient) steps.
-            generator: of the probes, on the device of the model.
-            max_bytes: of Jacobians that "exact" may hold, 8 D d a sample.
+            method: "exact" takes d Jacobian products per sample. "hutchinson" estimates the
+                log-determinant for large d; each sample takes about 2 * probes products per
+                Lanczos step.
+            probes: number of random vectors of an estimate, at least 2. The error falls as
+                1 / sqrt(probes).
+            iterations: largest number of Lanczos (conjugate gradient) steps.
+            generator: generator for the probes, on the model's device.
+            max_bytes: memory that "exact" may use for Jacobians; one sample takes 8 D d bytes.
 
         Returns:
-            value, and error: the standard error over the probes, and what more steps would change
-            by extrapolation (infinite after fewer than three); zeros from "exact".
+            `value` and `error`, (N,) each. The error is the standard error over the probes plus an
+            extrapolation of what further steps would change (infinite after fewer than three
+            steps). It is zero for "exact".
 
         Raises:
-            ValueError: "exact" would hold more than max_bytes; a number of probes or iterations
-                out of range, an unknown method.
+            ValueError: "exact" needs more than max_bytes, probes or iterations is out of range, or
+                the method is unknown.
         """
         check_choice("method", method, ("exact", "hutchinson"))
         check_count("probes", probes, 2)
         check_count("iterations", iterations, 1)
         dimensions = math.prod(self.input_shape)
-        if self.manifold_dim == dimensions:  # the log-determinant knows it
+        if self.manifold_dim == dimensions:  # the manifold is the whole space
             value = self.log_prob(x)
             return Estimate(value, torch.zeros_like(value))
         u = self.encode(x)
@@ -97,14 +104,14 @@ class Chart(nn.Module):
         return Estimate(density - volume.value, volume.error)
 
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """Points on the manifold from the projection of x0 to that of x1.
+        """Return points on the manifold from the projection of x0 to the projection of x1.
 
-        Straight in u, as between latents in Glow (arXiv 1807.03039, section 6), so that no point
-        leaves the manifold.
+        The path is a straight line in u, so every point lies on the manifold. Glow interpolates
+        latents in the same way (arXiv 1807.03039, section 6).
 
         Args:
-            x0, x1: (N, *input_shape), ends.
-            steps: how many points, ends included, at least 2.
+            x0, x1: the two ends, (N, *input_shape) each.
+            steps: number of points including both ends, at least 2.
 
         Returns:
             (steps, N, *input_shape).
@@ -121,10 +128,10 @@ class Chart(nn.Module):
 
     @torch.no_grad()
     def deviation(self, x: Tensor) -> float:
-        """Standard deviation of data x from the manifold in each of the D - d directions off it.
+        """Return the standard deviation of the data x off the manifold, per direction.
 
-        The root of the mean squared distance over D - d, of a set of training data; 0 where d = D.
-        What `ood_score` compares distances with.
+        The deviation is sqrt(mean(distance^2) / (D - d)), or 0 if d = D. `ood_score` compares
+        distances with the deviation of the training data.
         """
         if not len(x):
             raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
@@ -132,21 +139,21 @@ class Chart(nn.Module):
         return math.sqrt(self.distance(x).double().square().mean().item() / off) if off else 0.0
 
     def ood_score(self, x: Tensor, deviation: float, **density: Any) -> Tensor:
-        """How far x (N,) is out of the distribution, nats: its density and its distance in one.
+        """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
 
-        The negative log-density of a point on the manifold, moved off it in the D - d directions
-        there by N(0, deviation^2):
+        The score is the negative log-density of a model that draws a point on the manifold and adds
+        N(0, deviation^2) in each of the D - d directions off it:
 
             -log p(projection) + distance^2 / (2 deviation^2) + (D - d) / 2 log(2 pi deviation^2)
 
-        with the density on the manifold, `manifold_log_prob`. After arXiv 2308.13792, by the
-        abstract of whose first version density on the manifold and distance to it are each
-        insufficient alone. The sum, and so their relative weight, is our choice.
+        p is the density on the manifold, `manifold_log_prob`. The abstract of arXiv 2308.13792 (v1)
+        says that neither this density nor the distance is sufficient alone. Adding them, and so
+        their relative weight, is this package's choice.
 
         Args:
             x: (N, *input_shape).
-            deviation: what distances are measured in, > 0: `deviation(training data)`.
-            density: how to compute the density, as for `manifold_log_prob`.
+            deviation: unit of the distances, > 0; use `deviation(training_data)`.
+            density: keyword arguments of `manifold_log_prob`.
         """
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
@@ -159,9 +166,9 @@ class Chart(nn.Module):
     def sample(
         self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """n points on the manifold: u ~ N(0, temperature^2), v = 0.
+        """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
 
-        `generator` is one of the device that the model is on.
+        `generator` must be on the model's device.
         """
         return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
 
@@ -169,7 +176,7 @@ class Chart(nn.Module):
 def sample_normal(
     model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
-    """(n, dim) of N(0, temperature^2) on the device and in the dtype of the model's parameters."""
+    """Draw (n, dim) from N(0, temperature^2), with the device and dtype of the parameters."""
     check_count("n", n, 1)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")

@@ -1,4 +1,4 @@
-"""Glow on images, and its like for vectors."""
+"""Glow on images, and the same kind of flow on vectors."""
 
 from typing import Any
 
@@ -12,7 +12,10 @@ from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
 class _ChainFlow(Bijection):
-    """A chain of layers from x (N, *input_shape) to a tuple of latents, images in channels_last."""
+    """A chain of layers from x (N, *input_shape) to a tuple of latents.
+
+    Images are converted to channels_last on entry.
+    """
 
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
@@ -23,8 +26,8 @@ class _ChainFlow(Bijection):
         return z if isinstance(z, tuple) else (z,), logdet
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Set every actnorm from the batch x (N, *input_shape), one after the other; once, see
-        `ActNorm`."""
+        """Initialize every actnorm from the batch x (N, *input_shape), in order, and return
+        `forward(x)`. An actnorm initializes only once; see `ActNorm`."""
         with torch.no_grad():
             z, logdet = self.chain.initialize(self._checked(x), *context)
         return z if isinstance(z, tuple) else (z,), logdet
@@ -51,8 +54,8 @@ class _ChainFlow(Bijection):
         return _channels_last(x)
 
     def _like_parameters(self, name: str, value: object) -> Tensor:
-        """`value` as a tensor on the device and, outside autocast, of the dtype of the parameters;
-        or TypeError, ValueError."""
+        """Check that `value` is a tensor on the parameters' device and, outside autocast, of their
+        dtype."""
         x, like = check_tensor(name, value), next(self.parameters())
         if x.device != like.device:
             raise ValueError(f"{name}: expected the model's device {like.device}, got {x.device}")
@@ -63,23 +66,26 @@ class _ChainFlow(Bijection):
 
 
 class Glow(_ChainFlow):
-    """The multi-scale flow of Glow (arXiv 1807.03039, figure 2), its split priors couplings.
+    """The multi-scale flow of Glow (arXiv 1807.03039, figure 2).
 
-    `z, logdet = glow(x)` with x (N, C, H, W) and z the tuple of latents, finest first; all of them
-    are standard normal under the model. Both are of the dtype of the parameters and, inside, in
-    channels_last. Call `initialize(x)` with a first batch before training.
+    Each level squeezes the image, applies K steps of flow and splits off half of the channels as a
+    latent. The learned priors of the splits are implemented as couplings.
+
+    `z, logdet = glow(x)` maps x (N, C, H, W) to a tuple of latents, finest first. All latents are
+    standard normal under the model. x and z have the dtype of the parameters. Call `initialize(x)`
+    with a first batch before training.
 
     Args:
-        image_shape: (C, H, W), H and W divisible by 2 ** levels.
-        levels: L, how many times the image is squeezed.
-        steps: K, steps of flow at each level.
-        width: hidden channels of the coupling networks.
+        image_shape: (C, H, W); H and W must be divisible by 2 ** levels.
+        levels: L, the number of levels.
+        steps: K, the number of steps of flow in each level.
+        width: number of hidden channels of the coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
-        TypeError, ValueError: where the levels do not divide the image, or a number is no whole
-            one or not positive.
+        TypeError: a number is not an integer.
+        ValueError: a number is not positive, or 2 ** levels does not divide H and W.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class Glow(_ChainFlow):
         numbers |= {"levels": levels, "steps": steps, "width": width}
         for name, number in numbers.items():
             check_count(name, number, 1)
-        if levels > 31:  # no image is so large, and 2 ** levels may be too large to compute
+        if levels > 31:  # no image is that large, and 2 ** levels may be too large to compute
             raise ValueError(f"levels: expected at most 31, got {levels}")
         if h % 2**levels or w % 2**levels:
             raise ValueError(
@@ -128,17 +134,22 @@ class Glow(_ChainFlow):
 
 
 class VectorFlow(_ChainFlow):
-    """Steps of flow on vectors (N, dim): a chain whose coupling networks are linear layers.
+    """Steps of flow on vectors (N, dim), with linear layers in the coupling networks.
 
-    The flow for points, and for the u of a manifold flow in a hierarchy: `(z,), logdet = flow(x)`
-    with z (N, dim) standard normal under the model, x and z of the dtype of the parameters.
+    `(z,), logdet = flow(x)` maps x (N, dim) to z (N, dim), which is standard normal under the
+    model. x and z have the dtype of the parameters. Use this flow for points, and for the
+    coordinates u of a manifold flow in a hierarchy.
 
     Args:
         dim: length of the vectors, at least 2.
-        steps: K.
-        width: hidden units of the coupling networks.
+        steps: K, the number of steps of flow.
+        width: number of hidden units of the coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
         reversible, checkpoint_every: as for `ReversibleChain`.
+
+    Raises:
+        TypeError: a number is not an integer.
+        ValueError: a number is too small.
     """
 
     def __init__(
@@ -164,8 +175,11 @@ class VectorFlow(_ChainFlow):
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """An image in channels_last, the layout that is fast for convolutions, with strides that say so
-    for one channel too. Vectors, and states that a transform maps over, stay as they are."""
+    """Convert an image to channels_last, the fast layout for convolutions.
+
+    Its strides are those of channels_last even if it has only one channel. Vectors, and tensors
+    under forward-mode differentiation or a torch.func transform, are returned unchanged.
+    """
     if x.dim() != 4 or transformed() or is_channels_last(x):
         return x
     n, c, h, w = x.shape

@@ -1,4 +1,4 @@
-"""Hierarchical training: further flows on the manifold's coordinates."""
+"""Hierarchical training: further flows on the coordinates of a manifold."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +16,17 @@ from mflow_kernels.ops.checks import check_count
 class HierarchicalFlow(Chart):
     """Manifold flows in stages: stage i is a flow on the u of stage i - 1 (arXiv 2206.03293).
 
-    u is not truly Gaussian after stage 0; each further stage learns its density, with a mask of its
-    own, so that sub-manifolds nest. Encoding, decoding, density and sampling compose.
+    The u of stage 0 is not exactly Gaussian. Each further stage learns the density of the u before
+    it and has a mask of its own, so its manifold lies inside the manifold of the stage before.
+    Encoding, decoding, density and sampling compose all stages.
 
     Args:
-        stages: at least one; the input of each is a vector (N, d) of the d of the one before.
+        stages: at least one ManifoldFlow. The input of each stage after the first is a vector
+            (N, d), where d is the manifold dimension of the stage before.
 
     Raises:
-        TypeError: a stage that is no ManifoldFlow.
-        ValueError: no stages, or one whose input does not match the u of the one before.
+        TypeError: a stage is not a ManifoldFlow.
+        ValueError: there are no stages, or a stage's input does not match the u before it.
     """
 
     def __init__(self, stages: Sequence[ManifoldFlow]) -> None:
@@ -46,23 +48,24 @@ class HierarchicalFlow(Chart):
         self.manifold_dim = stages[-1].manifold_dim
 
     def terms(self, x: Tensor, stage: int, *, release: bool = False) -> Terms:
-        """The objective of one stage on the data x.
+        """Return the objective of one stage on the data x.
 
         Args:
             x: (N, *input_shape).
-            stage: which one, from 0.
-            release: train the earlier stages along. By default they are frozen, and the terms are
-                the stage's own, of the u that it works on. Released, they are those of all stages
-                up to it: loss is the penalized likelihood of x, in which each stage's -log N(u)
-                gives way to the terms of the next. The stage's own would not do: without the
-                earlier log-determinants, shrinking u to a point would be rewarded.
+            stage: index of the stage, from 0.
+            release: whether to train the earlier stages too. If False, they are frozen, and the
+                terms are those of this stage on its input u. If True, the terms cover all stages
+                up to this one: the loss is the penalized likelihood of x, in which the terms of the
+                next stage replace -log N(u) of each earlier stage. The terms of this stage alone
+                would reward shrinking u to a point, because they lack the earlier
+                log-determinants.
         """
         return self.terms_and_log_prob(x, stage, release=release)[0]
 
     def terms_and_log_prob(
         self, x: Tensor, stage: int, *, release: bool = False
     ) -> tuple[Terms, Tensor]:
-        """`terms`, and log p(x) (N,) under all stages up to that one, in one pass."""
+        """Return `terms` and log p(x) (N,) under all stages up to `stage`, in one pass."""
         earlier, trained = self._split_at(stage)
         if not release:
             with torch.no_grad():
@@ -76,16 +79,16 @@ class HierarchicalFlow(Chart):
             x = flow.gather(latents)
         terms = trained.terms(x)
         for each in before:
-            inner = each._replace(
+            without_u = each._replace(
                 loss=each.loss + each.on_manifold,
                 log_likelihood=each.log_likelihood - each.on_manifold,
                 on_manifold=torch.zeros_like(each.on_manifold),
             )
-            terms = Terms(*(a + b for a, b in zip(terms, inner, strict=True)))
+            terms = Terms(*(a + b for a, b in zip(terms, without_u, strict=True)))
         return terms, terms.log_likelihood
 
     def initialize(self, x: Tensor, stage: int) -> None:
-        """Set one stage's actnorms from a first batch of data; once, see `ActNorm`."""
+        """Initialize the actnorms of one stage from a first batch x; see `ActNorm`."""
         earlier, trained = self._split_at(stage)
         with torch.no_grad():
             for flow in earlier:
@@ -93,23 +96,26 @@ class HierarchicalFlow(Chart):
             trained.initialize(x)
 
     def encode(self, x: Tensor, stages: int | None = None) -> Tensor:
-        """The u of the last stage, or of the first `stages` of them."""
+        """Return u of the last stage, or of the last of the first `stages` stages."""
         for stage in self._until(stages):
             x = stage.encode(x)
         return x
 
     def decode(self, u: Tensor, stages: int | None = None) -> Tensor:
-        """The point on the manifold with the coordinates u of that stage."""
+        """Return the point on the manifold with coordinates u; the inverse of `encode`."""
         for stage in reversed(self._until(stages)):
             u = stage.decode(u)
         return u
 
     def project(self, x: Tensor, stages: int | None = None) -> Tensor:
-        """x to its nearest by coordinates: encode, then decode with every v = 0."""
+        """Project x onto the manifold: encode it, then decode with v = 0 in every stage."""
         return self.decode(self.encode(x, stages), stages)
 
     def log_prob(self, x: Tensor, stages: int | None = None) -> Tensor:
-        """log p(x) (N,) in the ambient space, nats: each stage's density of the u before it."""
+        """Return log p(x) (N,) in the ambient space, in nats.
+
+        The density of each stage replaces the standard normal density of the u before it.
+        """
         *earlier, last = self._until(stages, least=1)
         u, outside = _pass_through(earlier, x)
         return outside + last.log_prob(u)
@@ -122,14 +128,20 @@ class HierarchicalFlow(Chart):
         generator: torch.Generator | None = None,
         stages: int | None = None,
     ) -> Tensor:
-        """n points on the manifold: the last u ~ N(0, temperature^2), every v = 0."""
+        """Draw n points on the manifold: u of the last stage ~ N(0, temperature^2), every v = 0.
+
+        `generator` must be on the model's device.
+        """
         dim = self._until(stages, least=1)[-1].manifold_dim
         return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
-        """The model of a folder that `mflow export` wrote, all its stages, on the CPU and in
-        evaluation mode; ValueError for torn or foreign files."""
+        """Load all stages from a folder that `mflow export` wrote.
+
+        The model is on the CPU and in evaluation mode. Raises ValueError if the files are torn or
+        do not come from `mflow export`.
+        """
         from mflow_kernels.models.pretrained import load_pretrained
 
         return load_pretrained(folder)
@@ -140,15 +152,17 @@ class HierarchicalFlow(Chart):
         return cast(list[ManifoldFlow], list(self.stages))[:stages]
 
     def _split_at(self, stage: int) -> tuple[list[ManifoldFlow], ManifoldFlow]:
-        """The stages before one, and that one."""
+        """Return the stages before `stage`, and that stage."""
         check_count("stage", stage, 0, len(self.stages) - 1)
-        *earlier, one = self._until(stage + 1)
-        return earlier, one
+        *earlier, trained = self._until(stage + 1)
+        return earlier, trained
 
 
 def _pass_through(flows: Sequence[ManifoldFlow], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The u of the last of these flows, and log p(x) - log p(u) (N,): their log-determinants and
-    densities of v."""
+    """Return u of the last of these flows, and log p(x) - log p(u) (N,).
+
+    The difference is the sum of their log-determinants and their densities of v.
+    """
     outside = torch.zeros((), device=x.device)
     for flow in flows:
         latents, logdet = flow.latents(x)

@@ -1,18 +1,23 @@
 r"""The manifold objective: a penalized log-likelihood (arXiv 2206.03293).
 
-A mask says which latent pixels are u, on the manifold; the rest are v, off it.
+A mask divides the latent pixels into u, coordinates on the manifold, and v, which is zero on it.
 
     L(x) = -log N(u; 0, I) - log p_V(v) - log |det df/dx| + sum_i w_i rho(e_i)
 
-rho(e) is "l2" e^2 / 2, "l1" |e| or "huber": e^2 / 2 up to delta and delta (|e| - delta / 2) beyond.
-The paper's abstract leaves open whose pixels e are; two domains are offered:
+rho is one of three functions:
 
-    "latent"  e = v, and the penalty stands in place of -log p_V: p_V is proportional to
-              exp(-w rho). Its normalizer enters the reported likelihood, never the gradient. With
-              l2 this is PIE's Gaussian of variance 1 / w.
-    "data"    e = x - f^-1(u, 0), one term a pixel of the image; p_V = N(0, sigma^2 I) stays in,
-              since stretching v would raise the log-determinant for nothing. The reported
-              likelihood is without the penalty.
+    "l2"     e^2 / 2
+    "l1"     |e|
+    "huber"  e^2 / 2 for |e| <= delta, delta (|e| - delta / 2) otherwise
+
+The paper's abstract does not say which pixels e are. There are two domains:
+
+    "latent"  e = v. p_V is proportional to exp(-w rho), so the penalty is -log p_V up to the
+              normalizer, and L counts it once. The normalizer is part of the reported likelihood
+              but not of the loss. With l2, p_V is the Gaussian of PIE, of variance 1 / w.
+    "data"    e = x - f^-1(u, 0), one term per pixel of the image, and p_V = N(0, sigma^2 I). p_V
+              keeps the flow from stretching v to raise the log-determinant. The reported
+              likelihood does not include the penalty.
 """
 
 import math
@@ -36,21 +41,21 @@ from mflow_kernels.ops.masked_penalty import (
 
 Rho = Literal["l2", "l1", "huber"]
 
-MEMORY = 100  # batches that the tracked variance looks back on
-LEAST_VARIANCE = 1e-8  # keeps w finite where reconstructions are exact
+VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
+LEAST_VARIANCE = 1e-8  # keeps w finite if reconstructions are exact
 
 
 class Terms(NamedTuple):
-    """The parts of the objective, (N,) each, nats; float32, or float64 for float64 data.
+    """The parts of the objective, (N,) each, in nats; float64 for float64 data, otherwise float32.
 
     Attributes:
-        loss: what training minimizes: L(x), in the latent domain without the normalizer of p_V.
-        log_likelihood: log p(x) of the flow, on_manifold + off_manifold + logdet; a penalty of the
-            data domain is not in it.
+        loss: L(x), which training minimizes. In the latent domain it lacks the normalizer of p_V.
+        log_likelihood: log p(x) of the flow, on_manifold + off_manifold + logdet. It does not
+            include the penalty of the data domain.
         on_manifold: log N(u; 0, I).
-        off_manifold: log p_V(v), its normalizer included.
+        off_manifold: log p_V(v), including its normalizer.
         logdet: log |det df/dx|.
-        penalty: sum w rho(e), >= 0.
+        penalty: sum of w rho(e), >= 0.
     """
 
     loss: Tensor
@@ -62,7 +67,7 @@ class Terms(NamedTuple):
 
 
 class Manifold(Protocol):
-    """What an objective asks of a model: latents, the masks of their v pixels, and decoding."""
+    """The part of `ManifoldFlow` that an objective uses."""
 
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
@@ -77,23 +82,26 @@ class ManifoldObjective(nn.Module):
     """The penalized log-likelihood of joint manifold learning (arXiv 2206.03293).
 
     Args:
-        domain: "latent" or "data", whose pixels the penalty is on.
+        domain: "latent" or "data": which pixels the penalty is on.
         rho: "l2", "l1" or "huber".
-        weight: w, of each penalty term. A number > 0. Or a map: in the data domain a tensor that
-            broadcasts to an image, of finite numbers >= 0; in the latent domain a tuple of one
-            tensor for each latent, that broadcasts to it, of numbers > 0, so that p_V is a density.
-            Or, in the data domain, "variance": w = 1 / (2 variance), with the variance of e about
-            0, over samples and pixels, tracked while training (the mean of all batches, from the
-            100th on a running one) and kept in the state dict; a constant to the gradient. After
-            arXiv 2308.13792, of which a summary speaks of a variance-derived factor. In the latent
-            domain it would be no penalty: as w falls with the variance of v, stretching v raises
-            the log-determinant without bound.
-        delta: where "huber" turns from quadratic to linear, > 0, in units of e.
-        sigma: standard deviation of p_V in the data domain, > 0. It is the unit of v: a flow with v
-            and sigma scaled alike has the same loss.
+        weight: w, the weight of each penalty term, in one of three forms:
+
+            - A number > 0.
+            - A map. In the data domain it is a tensor of finite numbers >= 0, not all 0, that
+              broadcasts to the image. In the latent domain it is a tuple with one tensor of
+              numbers > 0 per latent, each broadcasting to its latent; p_V needs them positive.
+            - "variance", in the data domain only: w = 1 / (2 variance), where variance is the mean
+              of e^2 over samples and pixels. It is tracked in training mode, as the mean over all
+              batches so far and from the 100th batch on as a running mean. It is part of the state
+              dict and gets no gradient. The idea follows arXiv 2308.13792, whose summary mentions
+              a variance-derived factor. In the latent domain, stretching v would lower w and raise
+              the log-determinant without bound.
+        delta: |e| at which "huber" turns from quadratic to linear, > 0.
+        sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v and
+            needs no tuning: scaling v and sigma together leaves the loss unchanged.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument has a wrong type or value; the message names it.
     """
 
     variance: Tensor
@@ -126,14 +134,14 @@ class ManifoldObjective(nn.Module):
 
     @property
     def weight(self) -> Weight:
-        """w: a number, a map on the module's device, or "variance"."""
+        """w: a number, "variance", or a map on the module's device."""
         if not self._maps:
             return self._weight
         maps = tuple(getattr(self, f"weight_{i}") for i in range(self._maps))
         return maps if self.domain == "latent" else maps[0]
 
     def check_fits(self, model: Manifold) -> None:
-        """ValueError where a map of weights does not broadcast to the image or the latents."""
+        """Raise ValueError if a map of weights does not broadcast to the image or the latents."""
         weight = self.weight
         if isinstance(weight, Tensor):
             check_broadcast("weight", weight, model.input_shape)
@@ -147,12 +155,12 @@ class ManifoldObjective(nn.Module):
                 check_broadcast(f"weight[{i}]", part, shape)
 
     def forward(self, model: Manifold, x: Tensor) -> Terms:
-        """The terms for a batch x, in training mode with the tracked variance brought up to date.
+        """Return the terms for a batch x; in training mode, update the tracked variance.
 
         Raises:
-            TypeError: x is not of a floating dtype.
-            ValueError: x has no samples or another shape than the model's input, or a map of
-                weights does not fit the model.
+            TypeError: x does not have a floating dtype.
+            ValueError: x has no samples or the wrong shape, or a map of weights does not fit the
+                model.
         """
         self.check_fits(model)
         if not len(check_state("x", x)):
@@ -162,27 +170,27 @@ class ManifoldObjective(nn.Module):
     def of_latents(
         self, model: Manifold, x: Tensor, latents: tuple[Tensor, ...], logdet: Tensor
     ) -> Terms:
-        """As `forward`, for a batch x whose `model.latents(x)` are at hand."""
+        """As `forward`, given `latents, logdet = model.latents(x)`."""
         off_loss, on, off = self._densities(model, latents)
         likelihood = on + off + logdet
         if self.domain == "latent":
             return Terms(off_loss - on - logdet, likelihood, on, off, logdet, off_loss)
         u = model.gather(latents)
         if u.shape[1] == math.prod(model.input_shape):
-            # Nothing is off the manifold: every x is its own projection.
+            # The manifold is the whole space: every x is its own projection.
             penalty = torch.zeros_like(off_loss)
         else:
             penalty = self._reconstruction(x, model.decode(u).to(x.dtype))
         return Terms(penalty - likelihood, likelihood, on, off, logdet, penalty)
 
     def log_likelihood(self, model: Manifold, x: Tensor) -> Tensor:
-        """log p(x) of the flow, (N,), nats."""
+        """Return log p(x) of the flow, (N,), in nats."""
         latents, logdet = model.latents(x)
         _, on, off = self._densities(model, latents)
         return on + off + logdet
 
     def off_density(self, model: Manifold, latents: tuple[Tensor, ...]) -> Tensor:
-        """log p_V(v), (N,), nats, normalizer included."""
+        """Return log p_V(v), (N,), in nats, including the normalizer."""
         return self._densities(model, latents)[2]
 
     def extra_repr(self) -> str:
@@ -194,7 +202,7 @@ class ManifoldObjective(nn.Module):
     def _densities(
         self, model: Manifold, latents: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """-log p_V without its normalizer, log N(u), and log p_V."""
+        """Return -log p_V without its normalizer, log N(u), and log p_V, (N,) each."""
         masks = model.off_masks()
         rho: Rho = self.rho
         weight = self.weight
@@ -203,7 +211,7 @@ class ManifoldObjective(nn.Module):
         weights = weight if isinstance(weight, tuple) else (weight,) * len(masks)
         parts, normalizers = [], []
         for z, mask, w in zip(latents, masks, weights, strict=True):
-            assert not isinstance(w, str)  # never in the latent domain
+            assert not isinstance(w, str)  # "variance" is for the data domain only
             parts.append(masked_penalty_gaussian(z, mask=mask, weight=w, rho=rho, delta=self.delta))
             normalizers.append(_log_normalizer(mask, w, rho, self.delta))
         penalty = torch.stack([p for p, _ in parts]).sum(0)
@@ -211,9 +219,9 @@ class ManifoldObjective(nn.Module):
         return penalty, on, -penalty - torch.stack(normalizers).sum().to(penalty.dtype)
 
     def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
-        """sum w rho(x - projection) (N,)."""
+        """Return the sum of w rho(x - projection), (N,)."""
         weight = self.weight
-        assert not isinstance(weight, tuple)  # never in the data domain
+        assert not isinstance(weight, tuple)  # a tuple is for the latent domain only
         if not isinstance(weight, str):
             return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
         penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
@@ -223,17 +231,17 @@ class ManifoldObjective(nn.Module):
 
     @torch.no_grad()
     def _track(self, x: Tensor, projection: Tensor) -> None:
-        """Bring the variance of x - projection about 0 up to date with one more batch."""
+        """Update the tracked mean of (x - projection)^2 with one batch."""
         squares = 2 * masked_penalty(x, projection, rho="l2").double().sum()
-        # All ranks see the same sums, and keep the same variance.
+        # Sum over all ranks, so that each keeps the same variance.
         squares, count = over_ranks(torch.stack([squares, torch.full_like(squares, x.numel())]))
         self.batches += 1
-        share = (1 / self.batches.clamp(max=MEMORY)).to(self.variance.dtype)
+        share = (1 / self.batches.clamp(max=VARIANCE_WINDOW)).to(self.variance.dtype)
         self.variance.lerp_((squares / count).to(share.dtype), share)
 
 
 def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float) -> Tensor:
-    """log of the integral of exp(-w rho) over the masked pixels, a float64 scalar."""
+    """Return the log of the integral of exp(-w rho) over the masked pixels, a float64 scalar."""
     if isinstance(weight, Tensor):
         each = penalty_log_normalizer(rho, weight.double(), delta)
         return torch.where(mask, each, 0.0).sum()

@@ -1,4 +1,4 @@
-"""The weight w of the penalty in the manifold objective."""
+"""Types and checks for the penalty weight w of the manifold objective."""
 
 import math
 from typing import Literal
@@ -12,6 +12,7 @@ Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"]
 
 
 def check_positive(name: str, value: object) -> None:
+    """Check that `value` is a finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
@@ -19,18 +20,19 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_weight(weight: object, domain: Domain) -> Weight:
+    """Return the weight as `ManifoldObjective` describes it, or raise TypeError or ValueError."""
     if isinstance(weight, str):
         if weight != "variance":
             raise ValueError(f"weight: expected a number, a map or 'variance', got {weight!r}")
         if domain == "latent":
             raise ValueError(
-                "weight: expected a number or a map in the latent domain, got 'variance', with "
-                "which stretching v would lower the loss without bound"
+                "weight: expected a number or a map in the latent domain, got 'variance': "
+                "stretching v would then lower the loss without bound"
             )
         return "variance"
     if isinstance(weight, Tensor | tuple):
         if isinstance(weight, tuple) != (domain == "latent"):
-            kind = "a tuple of one map a latent" if domain == "latent" else "one map of the image"
+            kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"
             raise TypeError(
                 f"weight: expected {kind} in the {domain} domain, got a {type(weight).__name__}"
             )
@@ -47,9 +49,11 @@ def check_weight(weight: object, domain: Domain) -> Weight:
 def _check_map(name: str, value: object, domain: Domain) -> None:
     part = check_tensor(name, value)
     if not part.numel():
-        raise ValueError(f"{name}: expected no empty map, got shape {tuple(part.shape)}")
+        raise ValueError(f"{name}: expected a map that is not empty, got shape {tuple(part.shape)}")
     low, high = (value.item() for value in part.detach().aminmax())
     wanted = "> 0" if domain == "latent" else ">= 0, not all 0"
     good = low > 0 if domain == "latent" else low >= 0 and high > 0
     if not (good and high < math.inf):
-        raise ValueError(f"{name}: expected finite numbers {wanted}, got some from {low} to {high}")
+        raise ValueError(
+            f"{name}: expected finite numbers {wanted}, got numbers in [{low}, {high}]"
+        )

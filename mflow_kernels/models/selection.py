@@ -1,13 +1,14 @@
-r"""Choosing a manifold from data, after a warm-up of the flow: which latent pixels, and how many.
+r"""Choose a manifold from data: which latent pixels, and how many.
 
-Both look at J = dx/dz, the Jacobian of f^-1 at the latents z of the data:
+The flow should be trained for a while first. Both choices use J = dx/dz, the Jacobian of f^-1 at
+the latents z of the data:
 
-    importance_i   mean over the data of z_i^2 |J_i|^2, J_i the i-th column: how far, squared, the
-                   reconstruction moves to first order where z_i alone goes to 0.
-    spectrum       the singular values of J. A flow that was trained to likelihood maps the data to
-                   unit variance, so that they are the local standard deviations of the data:
-                   large along the manifold, of the noise's size off it (Horvat and Pfister, NeurIPS
-                   2022, read the dimension from them too).
+    importance_i   the mean over the data of z_i^2 |J_i|^2, where J_i is column i: to first order,
+                   the squared change of the reconstruction if z_i is set to 0.
+    spectrum       the singular values of J. A flow that maximizes likelihood maps the data to unit
+                   variance, so these are the local standard deviations of the data: large along the
+                   manifold and as small as the noise off it. Horvat and Pfister (NeurIPS 2022)
+                   also read the dimension from them.
 """
 
 import math
@@ -18,18 +19,21 @@ from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
-from mflow_kernels.models.volume import PASS, jacobians
+from mflow_kernels.models.volume import PASS_ELEMENTS, jacobians
 from mflow_kernels.ops.checks import check_count
 
-LEAST_GAP = 2.0
+LEAST_GAP = 2.0  # smallest ratio of neighbouring singular values that counts as a step
 
 
 class IntrinsicDimension(NamedTuple):
-    """The spectrum (D,) of a flow's Jacobian, largest first, and what dimension it speaks for.
+    """The dimension d that the spectrum of a flow's Jacobian indicates.
 
-    spectrum is the geometric mean over the data, float64; gap = spectrum[d - 1] / spectrum[d] is
-    the largest ratio of neighbours. Where no ratio is 2 or more, the spectrum has no step to tell a
-    manifold by: d = D, and gap is that largest ratio.
+    Attributes:
+        dimension: d, the place of the largest step in the spectrum. It is D if no two neighbours
+            differ by a factor of 2 or more.
+        gap: the largest ratio of neighbours, spectrum[d - 1] / spectrum[d] if there is a step.
+        spectrum: (D,) float64, the geometric mean over the data of the singular values, largest
+            first.
     """
 
     dimension: int
@@ -41,28 +45,28 @@ class IntrinsicDimension(NamedTuple):
 def estimate_intrinsic_dimension(
     flow: Bijection, x: Tensor, *, max_bytes: int = 2**30
 ) -> IntrinsicDimension:
-    """The dimension of the manifold that data x lies near, by the spectrum of a trained flow.
+    """Estimate the dimension of the manifold near the data x, from the spectrum of a trained flow.
 
-    Costs D Jacobian products for each sample: some tens of samples do. A spectrum that falls
-    without a step (as natural images' does) has no one answer: look at its picture
+    This takes D Jacobian products per sample; some tens of samples are enough. A spectrum that
+    falls without a step, as for natural images, has no clear answer: look at its plot
     (`mflow_kernels.evaluation.pictures.draw_spectrum`).
 
     Args:
-        flow: trained to likelihood on data with some noise, e.g. of dequantization, which bounds
-            the spectrum from below; as for `ManifoldFlow`.
+        flow: a flow as for `ManifoldFlow`, trained by maximum likelihood on data with some noise,
+            such as dequantization. The noise bounds the spectrum from below.
         x: (N, *input_shape), N >= 1.
-        max_bytes: of the Jacobian of one sample, 8 D^2.
+        max_bytes: memory that the Jacobian of one sample may use; it takes 8 D^2 bytes.
 
     Raises:
-        ValueError: no samples, one dimension alone, a Jacobian that needs more than max_bytes or
-            is not finite.
+        ValueError: x has no samples or one dimension only, or a Jacobian needs more than max_bytes
+            or is not finite.
     """
-    whole = _whole(flow, x)
-    if whole.manifold_dim < 2:
-        raise ValueError(f"flow: expected two dimensions or more, got {whole.manifold_dim}")
-    u = whole.encode(x)
+    model = _all_on_manifold(flow, x)
+    if model.manifold_dim < 2:
+        raise ValueError(f"flow: expected two dimensions or more, got {model.manifold_dim}")
+    u = model.encode(x)
     parts = []
-    for jacobian in jacobians(whole.decode, u, u.shape[1], max_bytes):
+    for jacobian in jacobians(model.decode, u, u.shape[1], max_bytes):
         _check_finite(jacobian)
         parts.append(torch.linalg.svdvals(jacobian))
     tiny = torch.finfo(torch.float64).tiny
@@ -76,32 +80,33 @@ def estimate_intrinsic_dimension(
 def latent_importance(
     flow: Bijection, x: Tensor, *, probes: int = 8, generator: torch.Generator | None = None
 ) -> tuple[Tensor, ...]:
-    """How much of the reconstruction each latent pixel carries, in squared units of x.
+    """Estimate how much each latent pixel contributes to the reconstruction, in squared units of x.
 
-    Estimated for all pixels at once from E[(J^T w)_i^2] = |J_i|^2 with normal w: `probes` backward
-    passes a sample; its relative error is near sqrt(6 / (N probes)) where z_i is normal.
+    The estimate uses E[(J^T w)_i^2] = |J_i|^2 for normal w, for all pixels at once, and takes
+    `probes` backward passes per sample. Its relative error is about sqrt(6 / (N probes)) if z_i is
+    normal.
 
     Args:
-        flow: as for `ManifoldFlow`, trained for a while.
-        x: (N, *input_shape), data.
-        probes: normal vectors w for each sample, at least 1.
-        generator: of the probes, on the device of x.
+        flow: a flow as for `ManifoldFlow`, trained for a while.
+        x: data, (N, *input_shape).
+        probes: number of normal vectors w per sample, at least 1.
+        generator: generator for the probes, on the device of x.
 
     Returns:
-        One tensor for each latent, of its shape without N.
+        One tensor per latent, of its shape without N.
 
     Raises:
-        ValueError: no samples, no probes, or an importance that is not finite.
+        ValueError: x has no samples, probes is too small, or an importance is not finite.
     """
     check_count("probes", probes, 1)
-    whole = _whole(flow, x)
+    model = _all_on_manifold(flow, x)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(max(1, PASS // math.prod(x.shape[1:]))):
+    for part in x.split(max(1, PASS_ELEMENTS // math.prod(x.shape[1:]))):
         with torch.no_grad():
-            u = whole.encode(part)
+            u = model.encode(part)
         u.requires_grad_()
         with torch.enable_grad():
-            decoded = whole.decode(u)
+            decoded = model.decode(u)
         for _ in range(probes):
             w = torch.randn(
                 decoded.shape, generator=generator, dtype=decoded.dtype, device=decoded.device
@@ -110,7 +115,7 @@ def latent_importance(
             total = total + (u.detach() * pulled).double().square().sum(0)
     mean = total / (len(x) * probes)
     _check_finite(mean)
-    return tuple(part[0].to(x.dtype) for part in whole.unflatten(mean[None]))
+    return tuple(part[0].to(x.dtype) for part in model.unflatten(mean[None]))
 
 
 def manifold_mask_from_data(
@@ -121,13 +126,14 @@ def manifold_mask_from_data(
     probes: int = 8,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, ...]:
-    """The mask of the manifold_dim latent pixels that carry most of the reconstruction of x.
+    """Select the manifold_dim latent pixels that contribute most to the reconstruction of x.
 
-    `ManifoldFlow(flow, mask=...)` takes it. Arguments as for `latent_importance`; of equals the
-    coarser and later latent is taken, as by `ManifoldFlow(flow, manifold_dim)`.
+    Pass the result to `ManifoldFlow(flow, mask=...)`. The other arguments are those of
+    `latent_importance`. Ties go to the coarser latent and the later pixel, as in
+    `ManifoldFlow(flow, manifold_dim)`.
 
     Returns:
-        One bool tensor for each latent, of its shape without N: True where the pixel is u.
+        One bool tensor per latent, of its shape without N: True where the pixel is u.
     """
     check_manifold_dim(manifold_dim, flow.latent_shapes)  # type: ignore[arg-type]
     importance = latent_importance(flow, x, probes=probes, generator=generator)
@@ -140,14 +146,16 @@ def manifold_mask_from_data(
     return tuple(p.view(part.shape) for p, part in zip(parts, importance, strict=True))
 
 
-def _whole(flow: Bijection, x: Tensor) -> ManifoldFlow:
-    """The flow with all of its latents u, for data x of at least one sample."""
+def _all_on_manifold(flow: Bijection, x: Tensor) -> ManifoldFlow:
+    """Return the flow as a ManifoldFlow whose latents are all u; x needs at least one sample."""
     if not len(x):
         raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
-    whole = ManifoldFlow(flow, sum(math.prod(shape) for shape in flow.latent_shapes))  # type: ignore[union-attr]
-    return whole.to(next(flow.parameters(), x).device)
+    model = ManifoldFlow(flow, sum(math.prod(shape) for shape in flow.latent_shapes))  # type: ignore[union-attr]
+    return model.to(next(flow.parameters(), x).device)
 
 
 def _check_finite(found: Tensor) -> None:
     if not found.isfinite().all():
-        raise ValueError("x: expected data that the flow maps to finite numbers, got other data")
+        raise ValueError(
+            "x: expected data that the flow maps to finite numbers, got numbers that are not finite"
+        )

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.bench_ops import measure
+from benchmarks.bench_ops import OPERATIONS, measure
 from benchmarks.harness.measurements import interleaved, peak_bytes
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.operators import Shape, operations
@@ -23,6 +23,14 @@ def bench() -> Bench:
 
 def operation(name: str, direction: str):
     return next(op for op in operations(SHAPE, CPU) if (op.name, op.direction) == (name, direction))
+
+
+def test_every_operator_agrees_with_its_reference() -> None:
+    """Benchmarks only; the operators' own tests cover more shapes."""
+    found = list(operations(SHAPE, CPU))
+    assert {(op.name, op.direction) for op in found} == set(OPERATIONS)
+    for op in found:
+        op.check(op.ours, op.exact())
 
 
 def test_a_wrong_operator_has_no_time() -> None:

@@ -116,11 +116,11 @@ def ones(*sizes):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "manifold_dim, mask: expected one of the two, got neither"),
+        ({}, ValueError, "manifold_dim, mask: expected at least one of them, got neither"),
         (
             {"manifold_dim": 2, "mask": (torch.eye(2) > 0, torch.ones(8, 1, 1) > 0)},
             ValueError,
-            "manifold_dim, mask: expected one dimension, got manifold_dim=2 and a mask of 12",
+            "expected the same dimension, got manifold_dim=2 and a mask with 12",
         ),
         ({"manifold_dim": 2.5}, TypeError, "manifold_dim: expected a whole number, got float"),
         ({"manifold_dim": 0}, ValueError, "manifold_dim: expected 1 to 16, got 0"),
@@ -128,7 +128,7 @@ def ones(*sizes):
         (
             {"mask": ones((2, 2, 2))},
             ValueError,
-            r"mask: expected one mask a latent, that broadcast to .*got \(\(2, 2, 2\),\)",
+            r"mask: expected one mask per latent that can broadcast to .*got \(\(2, 2, 2\),\)",
         ),
         (
             {"mask": ones((2, 3), (8, 1, 1))},
@@ -166,7 +166,7 @@ def test_masks_broadcast_and_may_repeat_the_dimension():
 
 def all_or_nothing(every: bool, objective) -> ManifoldFlow:
     mask = tuple(torch.full((1, 1, 1), every) for _ in range(2))
-    word = "the whole space .* plain likelihood" if every else "one point .* pure penalty"
+    word = "the whole space .* the plain likelihood" if every else "one point .* the penalty alone"
     with pytest.warns(UserWarning, match=f"mask: .* {word}"):
         return ManifoldFlow(
             perturbed(Glow((1, 4, 4), 2, 1, 4)).double(), mask=mask, objective=objective

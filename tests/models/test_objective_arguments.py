@@ -25,12 +25,12 @@ from mflow_kernels import ManifoldObjective
         (
             {"domain": "latent", "weight": "variance"},
             ValueError,
-            "weight: expected a number or a map in the latent domain, got 'variance', with which",
+            "weight: expected a number or a map in the latent domain, got 'variance': stretching v",
         ),
         (
             {"domain": "latent", "weight": torch.ones(3)},
             TypeError,
-            "weight: expected a tuple of one map a latent in the latent domain, got a Tensor",
+            "weight: expected a tuple of one map per latent in the latent domain, got a Tensor",
         ),
         (
             {"domain": "data", "weight": (torch.ones(3),)},
@@ -40,25 +40,33 @@ from mflow_kernels import ManifoldObjective
         (
             {"domain": "latent", "weight": (torch.tensor([1.0, 0.0]),)},
             ValueError,
-            r"weight\[0\]: expected finite numbers > 0, got some from 0.0 to 1.0",
+            r"weight\[0\]: expected finite numbers > 0, got numbers in .0.0, 1.0.",
         ),
         (
             {"domain": "data", "weight": torch.tensor([-1.0, 0.0])},
             ValueError,
-            "weight: expected finite numbers >= 0, not all 0, got some from -1.0 to 0.0",
+            "weight: expected finite numbers >= 0, not all 0, got numbers in .-1.0, 0.0.",
         ),
-        ({"domain": "data", "weight": torch.zeros(3)}, ValueError, "not all 0, got some from 0.0"),
+        (
+            {"domain": "data", "weight": torch.zeros(3)},
+            ValueError,
+            "not all 0, got numbers in .0.0, 0.0.",
+        ),
         (
             {"domain": "data", "weight": torch.tensor([1.0, math.nan])},
             ValueError,
-            "weight: expected finite numbers .* got some from nan to nan",
+            "weight: expected finite numbers .* got numbers in .nan, nan.",
         ),
         (
             {"domain": "data", "weight": torch.tensor([1.0, math.inf])},
             ValueError,
-            "weight: expected finite numbers .* got some from 1.0 to inf",
+            "weight: expected finite numbers .* got numbers in .1.0, inf.",
         ),
-        ({"domain": "data", "weight": torch.ones(0)}, ValueError, "weight: expected no empty map"),
+        (
+            {"domain": "data", "weight": torch.ones(0)},
+            ValueError,
+            "weight: expected a map that is not empty",
+        ),
         ({"domain": "data", "weight": torch.ones(3).int()}, TypeError, "weight: .*got int32"),
         ({"delta": 0}, ValueError, "delta: expected a finite number > 0, got 0"),
         ({"delta": -1.0}, ValueError, "delta: expected a finite number > 0, got -1.0"),

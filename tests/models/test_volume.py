@@ -77,7 +77,9 @@ def test_passes_of_few_columns_and_samples_change_nothing(monkeypatch):
     with torch.no_grad():
         whole = model.manifold_log_prob(x)
         estimated = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
-        monkeypatch.setattr("mflow_kernels.models.volume.PASS", 64)  # 4 samples or columns of 16
+        monkeypatch.setattr(
+            "mflow_kernels.models.volume.PASS_ELEMENTS", 64
+        )  # 4 samples or columns of 16
         assert_close(model.manifold_log_prob(x).value, whole.value, terms=100)
         parts = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
     assert_close(parts.value, estimated.value, terms=100)
