@@ -240,8 +240,8 @@ class Checkpoints(Callback):
         self._writing = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Rename the checkpoint that training resumes from, now that all ranks have read it: the next
-        # one must replace a last.ckpt that was refused, not the only good checkpoint.
+        # All ranks have read the checkpoint that training resumes from: rename it to last.ckpt. The
+        # next one then replaces a last.ckpt that was refused, and not the only good checkpoint.
         if self._resumed is not None and trainer.is_global_zero:
             os.replace(self._resumed.path, self._path)
         self._written, self._written_step = time.monotonic(), trainer.global_step
