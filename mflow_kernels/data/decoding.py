@@ -1,6 +1,7 @@
-"""One image file to one square of pixels. docs/data.md states this protocol for people.
+"""Decode an image file into a square of pixels, as docs/data.md describes.
 
-Imports neither torch nor anything slow: the processes of `prepare` start with this file.
+This module imports neither torch nor anything slow, because every decoding process of `prepare`
+imports it.
 """
 
 import errno
@@ -25,15 +26,17 @@ from PIL.TiffImagePlugin import (
 
 from mflow_kernels.data.sources import DataError, Entry
 
-# Named, because Pillow would try every format it knows, and runs Ghostscript on EPS.
+# An explicit list: by default Pillow tries every format, and runs Ghostscript on EPS files.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _REASON_LENGTH = 100
 DIGEST_LENGTH = 16  # hexadecimal digits
 
 
 class Format(NamedTuple):
-    """What every image is brought to: `channels` (1 or 3) of `size` x `size` pixels, from the
-    `crop` x `crop` pixels at its centre (None: from the largest square)."""
+    """The format of prepared images: `channels` (1 or 3) of `size` x `size` pixels.
+
+    They are resized from the central `crop` x `crop` pixels; None stands for the largest square.
+    """
 
     size: int
     channels: int
@@ -46,21 +49,20 @@ class Format(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Some images: uint8 pixels (N, C, H, W), the digest of each, why the others could not be read
-    (by position among the entries), and how many were smaller than the result."""
+    """The images of some entries."""
 
-    pixels: np.ndarray
-    digests: list[str]
-    skipped: dict[int, str]
-    enlarged: int
+    pixels: np.ndarray  # uint8 (N, C, H, W)
+    digests: list[str]  # of each image, see `digest`
+    skipped: dict[int, str]  # the reason why an entry could not be read, by its position
+    enlarged: int  # number of images that were smaller than the result
 
 
 def decode(entries: Sequence[Entry], form: Format) -> Decoded:
     """Read, crop and resize images.
 
     Raises:
-        DataError: an image that is smaller than the crop, or a zip that cannot be opened any more.
-        OSError: ENOMEM where an image does not fit in memory.
+        DataError: an image is smaller than the crop, or a zip can no longer be opened.
+        OSError: ENOMEM if an image does not fit in memory.
     """
     pixels = np.empty((len(entries), *form.shape), np.uint8)
     skipped: dict[int, str] = {}
@@ -85,22 +87,24 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
 
 
 def digest(pixels: np.ndarray) -> str:
-    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal: enough to notice damage
-    and to recognize an image among millions."""
+    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal.
+
+    They suffice to detect damage and to recognize an image among millions.
+    """
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:DIGEST_LENGTH]
 
 
 def crop_and_resize(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:
-    """The central square of an image, its side `crop` or the image's shorter one, resized."""
+    """Cut out the central square, of side `crop` or the image's shorter side, and resize it."""
     side = crop or min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    # Not resize(box=...): its filter also reads the pixels just outside of the box.
+    # resize(box=...) would not do: its filter also reads pixels just outside the box.
     square = image.crop((left, top, left + side, top + side))
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def any_in_colour(entries: Sequence[Entry]) -> bool:
-    """Whether one of the images has colours; reads their headers, up to the first that has."""
+    """Whether any image has colours. Reads headers only, and stops at the first such image."""
     for entry in entries:
         try:
             with _opened(entry) as image:
@@ -112,7 +116,7 @@ def any_in_colour(entries: Sequence[Entry]) -> bool:
 
 
 def start_worker() -> None:
-    """Make this process one that ends with its parent, however that ends, and not at Ctrl-C."""
+    """Make this process ignore Ctrl-C and end when its parent ends, even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -126,7 +130,7 @@ def start_worker() -> None:
 
 @contextmanager
 def _opened(entry: Entry) -> Iterator[Image.Image]:
-    """The image of a file, its header read. Nothing is printed: Pillow warns of what it mends."""
+    """Open an image and read its header. Pillow's warnings about repaired files are hidden."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with entry.open() as file, Image.open(file, formats=FORMATS) as image:
@@ -134,7 +138,7 @@ def _opened(entry: Entry) -> Iterator[Image.Image]:
 
 
 def _read(entry: Entry) -> Image.Image | str:
-    """The decoded image of a file as `_plain` makes it, or why it could not be read."""
+    """The decoded image of an entry (see `_plain`), or the reason why it cannot be read."""
     try:
         with _opened(entry) as image:
             return _plain(image)
@@ -142,9 +146,9 @@ def _read(entry: Entry) -> Image.Image | str:
         return f"not an image in one of the formats {', '.join(FORMATS)}"
     except MemoryError:
         raise OSError(errno.ENOMEM, f"too little memory to decode {entry.name}") from None
-    except DataError:  # the whole zip is gone, not one image
+    except DataError:  # the zip itself cannot be opened
         raise
-    except Exception as error:  # zipfile, its decompressors and Pillow raise any kind for bad bytes
+    except Exception as error:  # zipfile, decompressors and Pillow raise any type for bad bytes
         return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -153,10 +157,10 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF tag, decoded, 8 bits a colour: mode L if it is grey, else RGB.
+    """The image upright (by its EXIF tag) and with 8 bits per channel: mode L if grey, else RGB.
 
     Raises:
-        ValueError: grey values whose black and white are unknown.
+        ValueError: the grey values have no agreed white.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image)
@@ -164,21 +168,20 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 bits of grey values that have more, as Pillow takes them of 16-bit colours, and
-    as `dequantize` takes fewer: each 8-bit level stands for equally many values.
+    """The upper 8 bits of grey values with more bits, as Pillow converts 16-bit colours.
 
-    Values of up to 16 bits without sign fill their range in every format. Floats, and integers of
-    32 bits or with a sign, have no agreed white.
+    Unsigned values of up to 16 bits fill their range in every format. Floats, signed integers and
+    32-bit integers have no agreed white and are refused.
     """
-    bits, inverted = 16, False  # PNG, and PGM, whose values Pillow scales to 16 bits
+    bits, inverted = 16, False  # also PGM: Pillow scales its values to 16 bits
     if image.format == "TIFF":
         tags = cast(TiffImageFile, image).tag_v2
         bits = tags[BITSPERSAMPLE][0]
         inverted = tags[PHOTOMETRIC_INTERPRETATION] == 0
         if tags.get(SAMPLEFORMAT, (1,))[0] != 1 or bits > 16:
-            raise ValueError("grey values with a sign, of 32 bits or of floats: no agreed white")
+            raise ValueError("grey values that are signed, 32-bit or floats have no agreed white")
     elif image.mode == "F":
-        raise ValueError("grey values of floats: no agreed white")
+        raise ValueError("grey values that are floats have no agreed white")
     values = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
     grey = values.clip(0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey)

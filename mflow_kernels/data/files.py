@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, and that one process writes at a time."""
+"""Write files and folders that are whole or absent, and lock folders against other writers."""
 
 import errno
 import glob
@@ -12,28 +12,29 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # a full disk, a full quota, no memory
-LOCK = ".lock"  # in a folder
+RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # disk, quota or memory exhausted
+LOCK = ".lock"  # name of the lock file in a folder
 
 
 class FolderError(ValueError):
-    """A folder that cannot be written, or that another process writes."""
+    """A folder cannot be written, or another process is writing to it."""
 
 
 def write_atomically(
     path: Path, write: Callable[[Path], object], previous: Path | None = None
 ) -> None:
-    """Call `write(temporary)` with a name beside `path`, then rename what it wrote to `path`.
+    """Call `write(temporary)` with a name beside `path`, then rename the written file to `path`.
 
-    What was written is on the disk before it takes the name.
+    The file is synced to the disk before it is renamed.
 
     Args:
-        path: the file to make or to replace.
-        write: is called with the temporary name.
-        previous: a name that the replaced file takes.
+        path: the file to create or replace.
+        write: writes the file to the name it is given.
+        previous: a new name for the file that is replaced; by default that file is lost.
 
     Raises:
-        OSError: with `path` in its text, a full disk among the reasons; `path` is untouched.
+        OSError: the file could not be written, for example because the disk is full. The message
+            names `path`, which is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -50,20 +51,19 @@ def write_atomically(
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a file; OSError also for a pipe or device, which may never end."""
+    """The content of a regular file. Raises OSError for a pipe or device, which may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
 
 
 def follow_links(path: Path, argument: str) -> Path:
-    """The file or folder that is written when `path` is: symbolic links are followed, also a last
-    one that leads to nothing yet.
+    """Resolve symbolic links, so that writing the result keeps the link and replaces its target.
 
-    A command that replaces `path` replaces what the link leads to, and the link stays.
+    The target need not exist yet.
 
     Raises:
-        ValueError: links that lead in a circle; it names `argument`.
+        ValueError: the links lead in a circle. The message names `argument`.
     """
     real = Path(os.path.realpath(path))
     if real.is_symlink():
@@ -72,7 +72,7 @@ def follow_links(path: Path, argument: str) -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder when its process was killed."""
+    """Remove the temporary files that killed processes left in a folder (`write_atomically`)."""
     for path in folder.glob(".*.tmp"):
         process = re.search(r"\.(\d+)\.tmp$", path.name)
         if process and not _is_another_running(int(process[1])):
@@ -80,11 +80,13 @@ def remove_temporary(folder: Path) -> None:
 
 
 def lock_folder(folder: Path, argument: str) -> FileLock:
-    """Keep other processes from writing a folder until the lock is released or this process ends,
-    however it ends. The folder may be renamed meanwhile.
+    """Lock a folder against other writers until the lock is released or this process ends.
+
+    The lock also ends if this process is killed, and it survives a renaming of the folder.
 
     Raises:
-        FolderError: another process has it, or it cannot be written; it names `argument`.
+        FolderError: another process holds the lock, or the folder cannot be written. The message
+            names `argument`.
     """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
@@ -98,7 +100,7 @@ def lock_folder(folder: Path, argument: str) -> FileLock:
 
 @contextmanager
 def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
-    """Make a folder if it is not there, and hold its lock meanwhile; errors as `lock_folder`."""
+    """Create a folder if it does not exist, and hold its lock; errors as for `lock_folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,7 +114,7 @@ def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
 
 
 def check_can_be_written(folder: Path, argument: str) -> None:
-    """FolderError if it is seen now that a folder cannot be written or made; nothing is written."""
+    """Raise FolderError if a folder cannot be written or created. Nothing is written."""
     try:
         for path in (folder.absolute(), *folder.absolute().parents):
             if _exists(path):
@@ -126,7 +128,7 @@ def check_can_be_written(folder: Path, argument: str) -> None:
 
 
 def _exists(path: Path) -> bool:
-    # Not Path.exists, which takes some errors for an answer.
+    # Path.exists would take some errors, such as a missing permission, for an answer.
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -140,19 +142,20 @@ def make_folder(
     """Call `fill(temporary)` with an empty folder beside `folder`, then rename it to `folder`.
 
     Args:
-        folder: to make. Folders above it are made, too.
-        fill: is called with the temporary name.
-        argument: what errors call the folder.
-        replaced: the lock of a folder of that name, which is removed; it is released then.
+        folder: the folder to create, with its parents.
+        fill: writes the content into the folder it is given.
+        argument: the name of the folder in error messages.
+        replaced: the lock of an existing folder of that name, which is replaced. The lock is
+            released.
 
     Returns:
         The lock of the new folder.
 
     Raises:
-        FolderError: see `lock_folder`; also if the folder exists and is not to be replaced.
-        OSError: no space or memory is left. In both cases nothing has changed.
+        FolderError: see `lock_folder`; also if the folder exists and `replaced` is None.
+        OSError: no disk space or memory is left. In both cases nothing has changed.
     """
-    # A part of the name, since the whole with what is added may be longer than names may be.
+    # Only the first 100 characters, because a file name with the additions has at most 255 bytes.
     temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
     old = temporary.with_suffix(".old")
     try:
@@ -178,13 +181,13 @@ def make_folder(
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what `make_folder` left beside a folder when its process was killed."""
+    """Remove the temporary folders that killed processes left beside a folder (`make_folder`)."""
     for path in folder.parent.glob(f".{glob.escape(folder.name[:100])}.*"):
         if not re.search(r"\.\d+\.(tmp|old)$", path.name) or not path.is_dir():
             continue
         try:
             lock = lock_folder(path, "")
-        except FolderError:  # its process runs
+        except FolderError:  # its process is still running
             continue
         shutil.rmtree(path, ignore_errors=True)
         lock.release()
@@ -203,7 +206,7 @@ def _is_another_running(process: int) -> bool:
         return False
     try:
         os.kill(process, 0)
-    except PermissionError:  # another user's
+    except PermissionError:  # it runs and belongs to another user
         return True
     except (ProcessLookupError, OverflowError):
         return False

@@ -1,7 +1,8 @@
-"""The images that a run was trained on and those it held out, so that later commands know them.
+"""The list of a data set's images: name, part and digest of each.
 
-A run folder keeps this list because the split of a folder changes when a file is added: a tenth of
-its images is drawn, and the draw depends on their number.
+A run folder keeps the list of its data set, so that later commands know which images the run held
+out. The split itself cannot tell: it depends on the number of images, and changes when one is
+added.
 """
 
 import csv
@@ -16,11 +17,11 @@ from mflow_kernels.data.decoding import DIGEST_LENGTH
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.printable import printable
 
-MANIFEST = "images.csv"  # in a run folder
-TRAIN, VALID, TEST = range(3)  # parts
+MANIFEST = "images.csv"  # file name in a run folder
+TRAIN, VALID, TEST = range(3)  # numbers of the parts
 _COLUMNS = ["name", "part", "digest"]
 _DIGEST = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
-_NAMED = 3  # names that a difference lists of each kind
+_NAMED = 3  # number of names that `difference` lists of each kind
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Manifest:
     """The images of a data set, as the model sees them.
 
     Args:
-        names: of each image its file, below the data set's root. No name occurs twice.
+        names: file name of each image, relative to the data set's root. Names are unique.
         parts: uint8 (N,), 0 train, 1 valid, 2 test.
-        digests: of each image a digest of its prepared pixels, see `decoding.digest`. Copying,
-            zipping or touching a file leaves it as it is.
+        digests: digest of each image's prepared pixels, see `decoding.digest`. Copying, zipping or
+            touching a file does not change it.
     """
 
     names: Sequence[str]
@@ -39,14 +40,14 @@ class Manifest:
     digests: Sequence[str]
 
     def write(self, path: Path) -> None:
-        """As CSV with the columns name, part and digest.
+        """Write a CSV file with the columns name, part and digest.
 
         Raises:
             OSError: see `write_atomically`.
         """
 
         def write(temporary: Path) -> None:
-            # Names whose bytes are no UTF-8 hold lone surrogates: write those bytes.
+            # A lone surrogate stands for a byte of a name that is not UTF-8: write that byte.
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
                 rows = csv.writer(out)
                 rows.writerow(_COLUMNS)
@@ -56,10 +57,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read what `write` wrote.
+        """Read a file of `write`.
 
         Raises:
-            ValueError: no such file, or not one of `write`; the message names it.
+            ValueError: the file does not exist or `write` did not write it. The message names it.
         """
         try:
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -89,12 +90,12 @@ class Manifest:
         names, digests = ([values[row] for row in rows] for values in (self.names, self.digests))
         return Manifest(names, self.parts[rows], digests)
 
-    def difference(self, then: "Manifest") -> str | None:
-        """How the data set differs from what it was `then`, in words; None if it does not.
+    def difference(self, recorded: "Manifest") -> str | None:
+        """How this list differs from a recorded one, in words; None if they are equal.
 
         For example "2 images added (y.png, z.png), 1 changed (c.png)".
         """
-        now, before = self._by_name(), then._by_name()
+        now, before = self._by_name(), recorded._by_name()
         both = [name for name in now if name in before]
         found = {
             "added": [name for name in now if name not in before],
@@ -104,36 +105,38 @@ class Manifest:
         }
         kinds = [(kind, names) for kind, names in found.items() if names]
         if not kinds:
-            return None if list(self.names) == list(then.names) else "the images in another order"
-        told: list[str] = []
+            return (
+                None if list(self.names) == list(recorded.names) else "the images in another order"
+            )
+        phrases: list[str] = []
         for kind, names in kinds:
             more = ", ..." if len(names) > _NAMED else ""
             listed = ", ".join(map(printable, names[:_NAMED])) + more
-            noun = "" if told else " image" if len(names) == 1 else " images"
-            told.append(f"{len(names):,}{noun} {kind} ({listed})")
-        return ", ".join(told)
+            noun = "" if phrases else " image" if len(names) == 1 else " images"
+            phrases.append(f"{len(names):,}{noun} {kind} ({listed})")
+        return ", ".join(phrases)
 
-    def held_out_by(self, then: "Manifest") -> np.ndarray:
-        """Rows (int64) of the images that were in the test part `then`, by name.
+    def held_out_by(self, recorded: "Manifest") -> np.ndarray:
+        """Rows (int64) of the images whose names are in the test part of a recorded list.
 
-        An image that has changed is left out if it now has the pixels of an image that was trained
-        on, as when two files are swapped.
+        An image that has changed since is left out if it now has the pixels of an image that was
+        trained on, for example because two files were swapped.
         """
-        before, trained_on = then._by_name(), self.trained_on(then)
+        before, trained_on = recorded._by_name(), self.trained_on(recorded)
         rows = []
         for row, (name, digest) in enumerate(zip(self.names, self.digests, strict=True)):
-            part, digest_then = before.get(name, (TRAIN, ""))
-            # Duplicates in both parts stay: the split of that time held them out.
-            if part == TEST and (digest == digest_then or not trained_on[row]):
+            part, recorded_digest = before.get(name, (TRAIN, ""))
+            # An unchanged image stays even if the training part has a duplicate: it was held out.
+            if part == TEST and (digest == recorded_digest or not trained_on[row]):
                 rows.append(row)
         return np.array(rows, np.int64)
 
-    def trained_on(self, then: "Manifest") -> np.ndarray:
-        """bool (N,): which images have the pixels, under any name, of one that was in the training
-        part `then`."""
+    def trained_on(self, recorded: "Manifest") -> np.ndarray:
+        """Whether each image has the pixels of an image, of any name, in a recorded list's training
+        part: bool (N,)."""
         trained = {
             digest
-            for digest, part in zip(then.digests, then.parts.tolist(), strict=True)
+            for digest, part in zip(recorded.digests, recorded.parts.tolist(), strict=True)
             if part == TRAIN
         }
         return np.array([digest in trained for digest in self.digests], bool)
@@ -146,5 +149,5 @@ class Manifest:
 
 
 def is_digest(value: object) -> bool:
-    """Whether a value is text as `decoding.digest` returns it."""
+    """Whether a value has the form that `decoding.digest` returns."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None

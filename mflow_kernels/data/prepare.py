@@ -1,9 +1,10 @@
 """Decode and resize a data set once, into a prepared file (see `prepared`).
 
-While it is made, the file has a hidden name beside its own, and beside it lies a journal: a line
-for each block of images that is on disk for good. A process that is killed, at any moment, leaves
-both; the next one cuts both back to the blocks that are whole and goes on from there. The last act
-is a rename. A second process waits for the lock on the journal, which ends with its process.
+Images are first written to a hidden file beside the result, in blocks. A journal beside it gets a
+line for each block after the block is synced to the disk. A process that is killed leaves both
+files. The next process cuts them back to the blocks that are whole, and continues from there. At
+the end the file is renamed. The journal is locked, so that a second process waits; the lock ends
+with its process.
 """
 
 import errno
@@ -41,14 +42,14 @@ from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.sources import DataError, Entry, Source
 
 HELD_OUT_FRACTION = 0.1
-SPLIT_SEED = 20220606  # fixed: runs of different seeds must share their held-out images
+SPLIT_SEED = 20220606  # fixed, so that runs of different seeds hold out the same images
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
-_IMAGES_WORTH_A_PROCESS = 256  # to start one takes about as long as to decode so many
+_IMAGES_WORTH_A_PROCESS = 256  # decoding this many takes about as long as starting a process
 
 
 def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
-    """Whether `out` is a prepared file of these very images at this size."""
+    """Whether `out` is a prepared file of exactly these images at this size."""
     try:
         return open_prepared(out).record.listing == _identity(source, image_size)
     except (DataError, OSError):
@@ -62,22 +63,23 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = True,
 ) -> Prepared:
-    """Make `out`, or go on making it. Another process that makes it is waited for.
+    """Write the prepared file `out`, or continue to write it. Wait if another process writes it.
 
     Args:
-        source: images, from `find_images`.
-        out: file to write.
+        source: the images, from `find_images`.
+        out: the file to write.
         image_size: side of the square results in pixels.
-        workers: processes that decode; by default one a core, fewer for few images.
-        overwrite: replace a file of that name.
+        workers: number of decoding processes; by default one per core, fewer for few images.
+        overwrite: replace an existing file of that name.
 
     Returns:
         The file, open.
 
     Raises:
-        DataError: no readable image, one smaller than the crop, or a file that may not be replaced.
-        OSError: ENOSPC where the disk is full, before the start if that can be foreseen. What was
-            done is kept for the next try. ENOMEM where a process that decodes was killed.
+        DataError: no image can be read, an image is smaller than the crop, or `out` exists and may
+            not be replaced.
+        OSError: ENOSPC if the disk is full, at once if the images cannot fit; finished blocks are
+            kept for the next call. ENOMEM if a decoding process was killed.
     """
     identity = _identity(source, image_size)
     partial, journal = (out.with_name(f".{out.name}.{end}") for end in ("partial", "journal"))
@@ -87,28 +89,28 @@ def prepare(
             return open_prepared(out)
         if out.exists() and not overwrite:
             journal.unlink()
-            raise DataError(f"out: {out} exists, made by another process meanwhile")
+            raise DataError(f"out: another process has written {out} meanwhile")
         try:
             with _open_own(partial) as file:
                 work = _resume(lines, file, source, image_size, identity)
                 _check_space(work, source, file, out)
                 _decode_rest(work, source, file, lines, workers)
                 _complete(work, source, file)
-        except DataError:  # to try again would end the same way
+        except DataError:  # another try would fail in the same way
             partial.unlink()
             journal.unlink()
             raise
         except OSError as error:
             begun = partial.exists() and partial.stat().st_size > HEADER_BYTES
-            if not begun:  # nothing to go on from
+            if not begun:  # there is no block to keep
                 partial.unlink(missing_ok=True)
                 journal.unlink()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                again = f"which goes on from {partial.name}" if begun else "which starts again"
+                again = f"continues from {partial.name}" if begun else "starts again"
                 raise OSError(
                     error.errno,
-                    f"no space left for {out} ({error.strerror}); free some and give the same "
-                    f"command again, {again}",
+                    f"no space left for {out} ({error.strerror}); free some space and repeat the "
+                    f"command, which then {again}",
                 ) from None
             raise
         os.replace(partial, out)
@@ -119,7 +121,7 @@ def prepare(
 
 @dataclass
 class _Work:
-    """What is done so far: all entries before `end`, in blocks."""
+    """The work that is finished: all entries before `end`."""
 
     identity: str
     form: Format
@@ -137,16 +139,16 @@ class _Work:
         return math.prod(self.form.shape)
 
     def check(self, line: dict, file: BinaryIO, total: int) -> None:
-        """Whether the next block, as the journal lists it, is in the file.
+        """Check that the file holds the next block as the journal lists it.
 
         Args:
-            line: its line in the journal.
-            file: at the end of the images so far; it is read to the end of the block.
-            total: entries of the source.
+            line: the block's line in the journal.
+            file: positioned at the start of the block; it is read to the end of the block.
+            total: number of entries of the source.
 
         Raises:
-            ValueError, TypeError, KeyError: the line does not continue this work, or the images are
-                not those that it lists.
+            ValueError, TypeError, KeyError: the line does not continue this work, or the file holds
+                other images.
         """
         end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
         skipped = {int(position): why for position, why in line["skipped"].items()}
@@ -181,8 +183,10 @@ def _identity(source: Source, image_size: int) -> str:
 def _resume(
     lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
 ) -> _Work:
-    """The blocks that the journal lists and the file holds. Both are cut back to them: at the first
-    line that is torn or wrong, or whose images are not as they were written."""
+    """Find the finished blocks, and cut journal and file back to them.
+
+    They end before the first line that is torn or wrong, or whose images are damaged.
+    """
     total = len(source.entries)
     work, end = None, 0
     lines.seek(0)
@@ -245,29 +249,29 @@ def _decode_in_order(
     if workers <= 1:
         yield from (decode(block, form) for block in blocks)
         return
-    # Not forked: torch's threads may hold locks. To start anew is cheap without torch.
+    # A fork could inherit locks that torch's threads hold. Spawning is cheap without torch.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     ahead: deque[Future[Decoded]] = deque()
     try:
         for block in blocks:
             ahead.append(pool.submit(decode, block, form))
-            if len(ahead) > 2 * workers:  # no more in memory than that
+            if len(ahead) > 2 * workers:  # bounds the memory of decoded blocks
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool:
         raise OSError(
             errno.ENOMEM,
-            "a process that decodes images was killed, perhaps for want of memory; the same "
-            "command goes on, with --workers 1 in less memory",
+            "a decoding process was killed, perhaps because memory ran out; the same command "
+            "continues, and --workers 1 needs less memory",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
-    """Add what comes after the images, then the header, and wait for the disk."""
+    """Write the parts and the record after the images, then the header, and sync the file."""
     names = work.names(source)
     if not names:
         first, why = next(iter(work.skipped.items()))
@@ -280,7 +284,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     else:
         kept = [part for i, part in enumerate(source.parts) if i not in work.skipped]
         part = np.array(kept, np.uint8)
-    skipped = {name: "listed, but not there" for name in source.missing}
+    skipped = {name: "listed in the partition, but missing" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
     record = Record(
         source=os.path.realpath(source.root),
@@ -303,7 +307,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
 
 
 def _random_parts(count: int) -> np.ndarray:
-    """A tenth of the images is test, the others train, whatever the run's seed."""
+    """Draw a tenth of the images as test part, independent of the run's seed; train on the rest."""
     part = np.zeros(count, np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     part[order[: math.ceil(count * HELD_OUT_FRACTION)]] = 2
@@ -314,31 +318,33 @@ def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None
     needed = (len(source.entries) - work.end) * work.image_bytes
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB more needed, {free / 1e9:.1f} GB free")
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
 @contextmanager
 def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """The journal, open, and no other process's; and whether there was one to wait for."""
+    """Open and lock the journal. Also yields whether another process had to be waited for."""
     waited = False
     while True:
         with _open_own(journal, buffering=0) as lines:
             try:
                 fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                told = printable(f"waiting for another process that makes {journal}")
-                print(told, file=sys.stderr)
+                message = f"waiting for another process, which holds {journal}"
+                print(printable(message), file=sys.stderr)
                 waited = True
                 fcntl.flock(lines, fcntl.LOCK_EX)
-            # The other process has removed the journal that it held, when it was done.
+            # A process that finishes removes its journal: what was locked may be the removed file.
             if journal.exists() and journal.stat().st_ino == os.fstat(lines.fileno()).st_ino:
                 yield lines, waited
                 return
 
 
 def _open_own(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open a hidden file beside the result to read and write; it is made if there is none. A
-    symbolic link is refused: whoever put it there would choose the file that is overwritten."""
+    """Open a hidden file beside the result for reading and writing, and create it if it is missing.
+
+    A symbolic link is refused: whoever put it there would choose which file is overwritten.
+    """
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -348,7 +354,7 @@ def _open_own(path: Path, buffering: int = -1) -> BinaryIO:
 
 def _append(lines: BinaryIO, values: dict) -> None:
     line = json.dumps(values).encode() + b"\n"
-    if lines.write(line) != len(line):  # unbuffered, it may stop short on a full disk
+    if lines.write(line) != len(line):  # an unbuffered write may be short if the disk is full
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -1,13 +1,13 @@
-"""Prepared files: images decoded once, read by memory map at the speed of memory.
+"""Prepared files: images that are decoded once and then read through a memory map.
 
 A prepared file is a safetensors file (https://github.com/huggingface/safetensors), so that other
-programs can read it, of three tensors, all uint8:
+programs can read it. It holds three uint8 tensors:
 
     images  (N, C, H, W)  in the order of their names
     part    (N,)          0 train, 1 valid, 2 test
-    record  (bytes,)      JSON: where the images came from and what was done to them (see Record)
+    record  (bytes,)      JSON: the origin of the images and their processing (see Record)
 
-The images start at byte 4096, a page's boundary. A file either is whole or has another name.
+The images start at byte 4096, the size of a page. A file that is not yet whole has another name.
 """
 
 import json
@@ -29,24 +29,24 @@ HEADER_BYTES = 4096
 PARTS = ("train", "valid", "test")
 _ANY_KIND = "mflow images "
 _KIND = f"{_ANY_KIND}2"
-_TOLD = 20  # skipped files that are named to a person
-_VERIFIED_AT_A_TIME = 256  # images between two reports of progress
+_LISTED = 20  # number of skipped files that a summary lists
+_VERIFIED_AT_A_TIME = 256  # number of images between two reports of progress
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a prepared file says of itself.
+    """The description of a prepared file that the file itself holds.
 
     Args:
-        source: the folder or zip, absolute.
-        listing: checksum of its names, sizes and times, and of the format asked for.
-        size, channels, crop: see decoding.Format.
+        source: absolute path of the folder or zip.
+        listing: checksum of the source's names, sizes and times, and of the requested size.
+        size, channels, crop: see `decoding.Format`.
         partition: "official" or "random".
-        count: images of train, valid and test.
-        names: of each image its file, below the source.
-        skipped: files that could not be read, and why.
-        enlarged: how many images were smaller than the result.
-        digests: of each image the digest of its bytes, see decoding.digest.
+        count: number of images in train, valid and test.
+        names: file name of each image, relative to the source.
+        skipped: files that could not be read, and the reasons.
+        enlarged: number of images that were smaller than the result.
+        digests: digest of each image, see `decoding.digest`.
     """
 
     source: str
@@ -66,15 +66,15 @@ class Record:
         return Format(self.size, self.channels, self.crop)
 
     def encode(self) -> bytes:
-        """As JSON."""
+        """The record as JSON."""
         return json.dumps(asdict(self), ensure_ascii=True).encode()
 
     @classmethod
     def decode(cls, text: bytes) -> "Record":
-        """What `encode` wrote. See `check` for its values.
+        """Read a record of `encode`. `check` checks the values.
 
         Raises:
-            ValueError, TypeError, RecursionError: anything else.
+            ValueError, TypeError, RecursionError: `encode` did not write the text.
         """
         values = json.loads(text)
         if set(values) != {field.name for field in fields(cls)}:
@@ -82,14 +82,14 @@ class Record:
         return cls(**values)
 
     def check(self, form: Format, part: np.ndarray) -> None:
-        """Check the types of all values, and compare them with each other and with the file.
+        """Check the types of all values, and that they agree with each other and with the file.
 
         Args:
             form: size and channels of the file's images.
-            part: of each image its part, as in the file.
+            part: part of each image in the file.
 
         Raises:
-            ValueError, TypeError: a value that is wrong; the message says which.
+            ValueError, TypeError: a value is wrong. The message names it.
         """
         images = len(part)
         for name, right in {
@@ -117,16 +117,16 @@ def _are(values: object, count: int, right: Callable[[object], bool]) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    """Whether a value is text that a file name can hold."""
+    """Whether a value is text that can be a file name."""
     try:
         return isinstance(value, str) and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that does not stand for a byte
         return False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An open prepared file: `images` (N, C, H, W) and `part` (N,), uint8, read when touched."""
+    """An open prepared file. `images` (N, C, H, W) and `part` (N,) are memory-mapped uint8."""
 
     path: Path
     images: np.ndarray
@@ -139,7 +139,7 @@ class Prepared:
         return Manifest(self.record.names, np.asarray(self.part), self.record.digests)
 
     def summary(self) -> str:
-        """What is in it, in a few lines for a person."""
+        """A description of the file in a few lines."""
         record, (count, *shape) = self.record, self.images.shape
         parts = ", ".join(
             f"{number:,} {name}" for name, number in zip(PARTS, record.count, strict=True) if number
@@ -149,20 +149,23 @@ class Prepared:
             f"({self.path.stat().st_size / 1e6:,.1f} MB): {parts} ({record.partition} partition)"
         ]
         if record.enlarged:
-            lines.append(f"{record.enlarged:,} of them were smaller and have been enlarged")
+            lines.append(f"{record.enlarged:,} of them were smaller than this and were enlarged")
         if record.skipped:
-            lines.append(f"skipped {len(record.skipped):,} files, which the file's record lists:")
-            first = list(record.skipped.items())[:_TOLD]
+            lines.append(f"skipped {len(record.skipped):,} files (the record lists all of them):")
+            first = list(record.skipped.items())[:_LISTED]
             lines += [f"  {printable(name)}: {printable(why)}" for name, why in first]
-            if len(record.skipped) > _TOLD:
+            if len(record.skipped) > _LISTED:
                 lines.append("  ...")
         return "\n".join(lines)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every image and compare digests; `progress` gets the number of images done so far.
+        """Read every image and compare its digest.
+
+        Args:
+            progress: is called with the number of images read so far.
 
         Raises:
-            DataError: an image that is not as it was written.
+            DataError: an image is damaged.
         """
         for row, (image, expected) in enumerate(zip(self.images, self.record.digests, strict=True)):
             if digest(image) != expected:
@@ -175,7 +178,7 @@ class Prepared:
 
 
 def header(form: Format, count: int, record_bytes: int) -> bytes:
-    """The first HEADER_BYTES of a file of `count` images."""
+    """The first HEADER_BYTES bytes of a prepared file of `count` images."""
     shapes = {"images": (count, *form.shape), "part": (count,), "record": (record_bytes,)}
     entries: dict[str, object] = {"__metadata__": {"kind": _KIND}}
     end = 0
@@ -187,7 +190,7 @@ def header(form: Format, count: int, record_bytes: int) -> bytes:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a file begins as a prepared one does, also one of an earlier version."""
+    """Whether a file begins like a prepared file of this or an earlier version."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -195,16 +198,18 @@ def is_prepared(path: Path) -> bool:
 
 
 def open_prepared(path: Path) -> Prepared:
-    """Map a prepared file. Its header, record and parts are read and checked against each other and
-    against the file's length; the images are not read.
+    """Map a prepared file into memory.
+
+    Header, record and parts are read and checked against each other and against the file's length.
+    The images are not read.
 
     Raises:
-        DataError: another kind of file, one of an earlier version, or a damaged one.
+        DataError: the file is of another kind or version, or is damaged.
         OSError: the file cannot be read.
     """
     if not is_prepared(path):
-        came = "another kind" if path.exists() else "none"
-        raise DataError(f"data: expected a file of mflow prepare, got {came}: {path}")
+        came = "a file of another kind" if path.exists() else "nothing"
+        raise DataError(f"data: expected a file of mflow prepare, got {came} at {path}")
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
     if _KIND.encode() not in head:
@@ -225,11 +230,11 @@ def open_prepared(path: Path) -> Prepared:
 
 
 def _read_header(head: bytes, file_bytes: int) -> tuple[int, Format, int]:
-    """Number of images, their format (its crop unknown) and bytes of the record.
+    """Read the number of images, their format (without the crop) and the record's length in bytes.
 
     Raises:
-        ValueError, TypeError, KeyError, RecursionError: not a header that `header` makes, or not
-            that of a file of this length.
+        ValueError, TypeError, KeyError, RecursionError: `header` did not make this header, or the
+            file has another length.
     """
     entries = json.loads(head[8:])
     count, channels, height, width = entries["images"]["shape"]
@@ -238,15 +243,15 @@ def _read_header(head: bytes, file_bytes: int) -> tuple[int, Format, int]:
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(f"its header has the shapes {numbers}")
     form = Format(height, channels)
-    # `header` leaves nothing open, so every dtype and offset is checked by writing it again.
+    # These values determine the header, so making it again checks every dtype and offset.
     if channels not in (1, 3) or head != header(form, count, record_bytes):
         raise ValueError("its header is not one that mflow prepare writes")
     if file_bytes != HEADER_BYTES + count * (math.prod(form.shape) + 1) + record_bytes:
-        raise ValueError("its length is not what its header says")
+        raise ValueError("its length does not agree with its header")
     return count, form, record_bytes
 
 
 def _map(path: Path, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    # Not safetensors' own reader: it maps privately and writable, and the kernel refuses to map so
-    # what is larger than the machine's memory.
+    # The safetensors library maps files privately and writable, which Linux refuses if the file is
+    # larger than the machine's memory.
     return np.memmap(path, np.uint8, "r", offset=offset, shape=shape)

@@ -22,13 +22,16 @@ class ProgressCallback(Protocol):
 def progress_bar(
     what: str, total: int, done: int = 0, unit: str = "images"
 ) -> Iterator[ProgressCallback]:
-    """Show a progress bar; without a terminal, print a line every 15 seconds.
+    """Show a progress bar. If stderr is not a terminal, print a line every 15 seconds instead.
 
     Args:
-        what: the work, such as "evaluating".
+        what: the work, for example "preparing".
         total: number of items.
-        done: items that were done before.
+        done: number of items that an earlier process has finished.
         unit: what the items are.
+
+    Yields:
+        A function to call with the number of items finished so far.
     """
     console = Console(stderr=True)
     started = last_line = time.monotonic()

@@ -1,6 +1,6 @@
-"""Where images come from: a folder, a zip, or CelebA in its authors' layout. Listed, not decoded.
+"""List the image files of a folder, a zip, or CelebA as its authors distribute it.
 
-A zip that lies in a folder is read as if it were unpacked there; nothing is ever unpacked.
+Nothing is decoded here. A zip inside a folder is read in place, as if it were unpacked there.
 """
 
 import hashlib
@@ -13,38 +13,38 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-CELEBA_CROP = 148  # of 178x218: the customary face crop
+CELEBA_CROP = 148  # of 178x218 pixels: the usual crop to the face
 CELEBA_IMAGES = "img_align_celeba"
 CELEBA_PARTITION = "list_eval_partition.txt"
-_PIECE = 2**14
-_LARGEST_MEMBER = 2**30  # bytes; Pillow opens no image of more than 179 million pixels
+_PIECE_BYTES = 2**14
+_LARGEST_MEMBER = 2**30  # bytes; Pillow refuses images of more than 179 million pixels
 
 
 class DataError(ValueError):
-    """Images that are not there, or not as expected. The message names what came."""
+    """Images are missing or not as expected. The message says what was found."""
 
 
 class Entry(NamedTuple):
-    """One file, or one member of a zip."""
+    """A file, or a member of a zip."""
 
-    name: str  # below the source's root, with slashes
+    name: str  # relative to the source's root, with slashes
     file: str
     member: str | None
-    stamp: str  # changes when the content does: size and time, or size and checksum in a zip
+    stamp: str  # changes with the content: size and time, or size and checksum in a zip
 
     def open(self) -> BinaryIO:
-        """Its bytes, seekable.
+        """Open the content, seekable.
 
         Raises:
-            Exception: unreadable, encrypted, or not what the zip's checksum says; zipfile and its
-                decompressors raise many kinds.
+            Exception: the file cannot be read, is encrypted, or fails the zip's checksum. zipfile
+                and its decompressors raise many types of errors.
         """
         if self.member is None:
             return open(self.file, "rb")
         content = io.BytesIO()
         with _opened(self.file).open(self.member) as member:
-            # In small pieces: bz2 and LZMA inflate each at once, whatever it becomes.
-            while piece := member.read(_PIECE):
+            # Small pieces bound the memory: bz2 and LZMA inflate each piece as a whole.
+            while piece := member.read(_PIECE_BYTES):
                 if content.write(piece) and content.tell() > _LARGEST_MEMBER:
                     raise ValueError(f"inflates to more than {_LARGEST_MEMBER >> 20} MiB")
         content.seek(0)
@@ -53,15 +53,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set, in an order that depends on their names alone.
+    """The files of a data set, in an order that depends only on their names.
 
     Args:
         root: the folder or zip.
-        entries: what may be images.
-        parts: of each entry its part of the official partition (0 train, 1 valid, 2 test); None
-            where there is no such partition.
-        missing: names that the partition lists and that are not there.
-        crop: side of the square that is cut out at an image's centre; None: the largest.
+        entries: the files, some of which may not be images.
+        parts: part of each entry in the official partition (0 train, 1 valid, 2 test); None if the
+            data set has no official partition.
+        missing: names in the partition that have no file.
+        crop: side of the central square that is cut out of each image; None stands for the largest
+            square.
     """
 
     root: Path
@@ -75,7 +76,7 @@ class Source:
         return self.parts is not None
 
     def listing_hash(self) -> str:
-        """A checksum of all names, sizes, times and parts: other images give another."""
+        """A checksum of all names, stamps and parts, which changes with the images."""
         digest = hashlib.sha256(repr((self.crop, self.parts)).encode())
         for entry in self.entries:
             digest.update(f"{entry.name}\0{entry.stamp}\n".encode(errors="surrogateescape"))
@@ -85,12 +86,13 @@ class Source:
 def find_images(data: str | Path) -> Source:
     """List a folder or zip of images.
 
-    A folder or zip called img_align_celeba (or img_align_celeba.zip), or one that holds it at most
-    two folders deep, is CelebA: list_eval_partition.txt is expected in it, beside it or in a folder
-    beside it, as the authors' Img/ and Eval/ lie.
+    A folder img_align_celeba or a zip img_align_celeba.zip is CelebA, and so is a folder that
+    contains one at most two folders deep. list_eval_partition.txt is then expected in it, beside it
+    or in the folder Eval beside it, as in the authors' download.
 
     Raises:
-        DataError: nothing there, no file in it, a torn or encrypted zip, no partition or a bad one.
+        DataError: `data` does not exist or holds no file, a zip is damaged, or CelebA's partition
+            is missing or malformed.
     """
     root = Path(data)
     if not root.is_dir() and not root.is_file():
@@ -103,7 +105,7 @@ def find_images(data: str | Path) -> Source:
 
 
 def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
-    """CelebA's images (a folder or zip) and the folders to look for the partition in."""
+    """CelebA's images (a folder or zip), and the folders that may hold the partition."""
     for folder in _and_below(Path(os.path.abspath(root)), depth=2):
         for path in (folder, folder / CELEBA_IMAGES, folder / f"{CELEBA_IMAGES}.zip"):
             if path.name == CELEBA_IMAGES and path.is_dir():
@@ -116,7 +118,7 @@ def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
 
 
 def _and_below(folder: Path, depth: int) -> Iterator[Path]:
-    """A folder (or file) and the folders in it down to a depth, by name."""
+    """A folder (or file) and the folders inside it down to `depth`, sorted by name."""
     yield folder
     if depth and folder.is_dir() and folder.name != CELEBA_IMAGES:
         with os.scandir(folder) as found:
@@ -154,8 +156,7 @@ def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
 
 
 def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> dict[str, int]:
-    """The part of each name that the partition lists. `inside`: the partition where it lies among
-    the images."""
+    """The part of each name in the partition, which is `inside` if it lies among the images."""
     path = Path(images, inside.name) if inside else _find_partition(images, folders)
     try:
         with inside.open() if inside else path.open("rb") as opened:
@@ -172,7 +173,9 @@ def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> 
             raise DataError(f"{where}: expected a file name and 0, 1 or 2, got {line[:80]!r}")
         name, part = words[0], int(words[1])
         if parts.setdefault(name, part) != part:
-            raise DataError(f"{where}: expected {name} in one part, got {part} after {parts[name]}")
+            raise DataError(
+                f"{where}: expected {name} in one part, got part {part} after {parts[name]}"
+            )
     if not parts:
         raise DataError(f"data: expected file names and their parts in {path}, found none")
     return parts
@@ -191,7 +194,7 @@ def _find_partition(images: Path, folders: list[Path]) -> Path:
 
 
 def _list(root: Path) -> list[Entry]:
-    """All files of a folder or zip, and of zips in it, hidden ones left out."""
+    """All files of a folder or zip and of zips in it, except hidden files."""
     if root.is_file():
         return _list_zip(root, "")
     entries: list[Entry] = []
@@ -217,7 +220,7 @@ def _refuse_unlisted(error: OSError) -> None:
 
 def _list_zip(path: Path, prefix: str) -> list[Entry]:
     entries = []
-    # Of members with one name the last counts, as when they are unpacked in turn.
+    # If members share a name, the last one counts, as it does when a zip is unpacked.
     for member in {member.filename: member for member in _opened(str(path)).infolist()}.values():
         parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
         folder = not member.filename or member.is_dir()
@@ -231,11 +234,11 @@ def _list_zip(path: Path, prefix: str) -> list[Entry]:
 def _opened(path: str) -> zipfile.ZipFile:
     try:
         return _kept_open(path, os.stat(path).st_mtime_ns)
-    except Exception as error:  # zipfile raises many kinds for a table of contents that lies
+    except Exception as error:  # zipfile raises many types for a bad table of contents
         raise DataError(f"data: expected a folder or a whole zip, got {path} ({error})") from None
 
 
 @lru_cache(maxsize=4)
 def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
-    # Each process reads a zip's table of contents (200,000 lines of CelebA's) once.
+    # Keeps zips open: CelebA's table of contents has 200,000 lines, which each process reads once.
     return zipfile.ZipFile(path)

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, read without running any code in them.
+"""Checkpoints of a run: written whole or not at all, and read without running code from them.
 
-A run folder holds two: `last.ckpt` and, from the second one on, the one before it. Each is written
-to a temporary name, synced and renamed, the last one becoming the previous one.
+A run folder holds the last two checkpoints, `last.ckpt` and `previous.ckpt`. A new checkpoint is
+written to a temporary name and synced. Then the last one is renamed to the previous one, and the
+new one to the last one.
 """
 
 import io
@@ -31,40 +32,42 @@ _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_grow
 
 
 class Checkpoint(NamedTuple):
-    """What was read of one, on the CPU. Everything else that training needs is a function of the
-    step, and is not read."""
+    """The content of a checkpoint, on the CPU.
+
+    Everything else that training needs is a function of the step and is not read.
+    """
 
     path: Path
-    step: int  # optimizer steps taken
-    tensors: dict[str, Tensor]  # weights, their average, the guard's figures
+    step: int  # number of optimizer steps taken
+    tensors: dict[str, Tensor]  # weights, averaged weights, and the guard's statistics
     moments: dict[int, dict[str, Tensor]]  # AdamW's state of each parameter that was trained
-    grad_scaler: dict[str, float]  # empty where the networks are not in float16
+    grad_scaler: dict[str, float]  # empty unless the networks are in float16
 
 
 class Expected(NamedTuple):
-    """What a good checkpoint of a run holds."""
+    """The content that a checkpoint of a run must have."""
 
-    tensors: Mapping[str, Tensor]  # of these names, shapes and dtypes
-    parameters: Sequence[Tensor] | None = None  # in AdamW's order; None: do not look at its state
-    steps: float = math.inf  # the most
+    tensors: Mapping[str, Tensor]  # the names, shapes and dtypes
+    parameters: Sequence[Tensor] | None = None  # in AdamW's order; None: its state is not checked
+    steps: float = math.inf  # largest number of steps
 
 
 def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
-    """A checkpoint that training can resume from.
+    """Read a checkpoint and check that training can resume from it.
 
     Raises:
-        ValueError: no such file, a torn or foreign one, one of another architecture, or one whose
-            values training would not have written.
+        ValueError: the file does not exist, is damaged or of another kind, belongs to another
+            architecture, or holds values that training does not write.
     """
     if not path.is_file():
         raise ValueError(f"checkpoint: expected {path}, found none")
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as file:  # torch.load does not check the checksums
             damaged = file.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a crafted file makes zipfile and pickle raise errors of any type
+    except Exception as error:  # for crafted files, zipfile and pickle raise errors of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"checkpoint: expected a whole one of mflow train, got {path} ({reason[:120]})"
@@ -88,7 +91,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         _check_finite(tensors)
         for name, tensor in expected.tensors.items():
             if is_fixed(name):
-                _check(torch.equal(tensors[name], tensor), name, "others than the architecture's")
+                _check(torch.equal(tensors[name], tensor), name, "differs from the architecture")
         step = state["global_step"]
         _check(type(step) is int and 0 <= step <= expected.steps, "global_step", step)
         moments = {}
@@ -105,12 +108,12 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
-    """The last good checkpoint of a run folder; None if there is none at all.
+    """The newest checkpoint of a run folder that can be read; None if there is no checkpoint.
 
-    Where `last.ckpt` is refused and the one before it is good, a line on stderr says so.
+    If `last.ckpt` is refused, `previous.ckpt` is taken and a line on stderr says so.
 
     Raises:
-        ValueError: there are checkpoints, and none is good: what is wrong with the newest.
+        ValueError: every checkpoint is refused. The message is about the newest.
     """
     refusals = []
     for path in (folder / LAST, folder / PREVIOUS):
@@ -132,7 +135,7 @@ def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
 def _moments(
     states: object, parameters: Sequence[Tensor], step: int
 ) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state, each moment of its parameter's form; ValueError if it is not so."""
+    """AdamW's state; ValueError if a moment has not the dtype and shape of its parameter."""
     one = isinstance(states, list) and len(states) == 1 and isinstance(states[0], dict)
     _check(one, "optimizer_states", type(states).__name__)
     moments = states[0].get("state")  # type: ignore[index]
@@ -153,7 +156,7 @@ def _items(values: object) -> list[tuple[Any, Any]]:
 
 
 def _form(value: object) -> str:
-    """A tensor's dtype and shape, or what it is instead of a plain tensor on the CPU."""
+    """Dtype and shape of a dense tensor on the CPU, or the type of any other value."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return f"a {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
@@ -174,8 +177,10 @@ def _check(holds: bool, name: str, came: object) -> None:
 
 
 class _Sink:
-    """A file for torch.save that never raises: an error inside of torch's writer in C++ could end
-    the process. `error` holds the first one."""
+    """A file for torch.save that never raises; `error` holds the first error instead.
+
+    An exception inside torch's C++ writer could end the process.
+    """
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file = file
@@ -190,11 +195,11 @@ class _Sink:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Nothing: closing the file writes what is left."""
+        """Do nothing: closing the file flushes it."""
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """How Lightning writes the checkpoints of a run."""
+    """Lightning's plugin that writes a checkpoint atomically and keeps the one before it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *_: Any, **__: Any) -> None:
         path = Path(path)
@@ -210,17 +215,16 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` every so many minutes or steps, before each validation, at the end, and
-    before the process leaves on SIGTERM or SIGINT.
+    """Write `last.ckpt` at intervals, before each validation, at the end, and on SIGTERM or SIGINT.
 
-    The third SIGINT leaves without one, for a step that takes too long. It never ends a checkpoint
-    that is being written.
+    After SIGTERM or SIGINT the current step ends, a checkpoint is written and the process exits. A
+    third SIGINT exits at once without a checkpoint, unless one is being written.
 
     Args:
-        folder: the run's.
-        minutes: between two checkpoints, at most.
-        steps: between two checkpoints, at most; None: as many as between two validations.
-        resumed: the checkpoint that training goes on from.
+        folder: the run folder.
+        minutes: longest time between two checkpoints.
+        steps: largest number of steps between two checkpoints; None leaves it to the validations.
+        resumed: the checkpoint that training resumes from.
     """
 
     def __init__(
@@ -236,15 +240,15 @@ class Checkpoints(Callback):
         self._writing = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # All ranks have read the checkpoint by now. The next one to be written takes the place of
-        # what was refused, and not of the only good one.
+        # All ranks have read the checkpoint that training resumes from: rename it to last.ckpt. The
+        # next one then replaces a last.ckpt that was refused, and not the only good checkpoint.
         if self._resumed is not None and trainer.is_global_zero:
             os.replace(self._resumed.path, self._path)
         self._written, self._written_step = time.monotonic(), trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            # After Lightning's own handlers, which put back what was there when training ends.
+            # Lightning has set its handlers; when training ends it restores those from before.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._note)
 
@@ -254,11 +258,11 @@ class Checkpoints(Callback):
         if self._interrupts > 2 and not self._writing:
             raise KeyboardInterrupt
 
-    # Between two steps, when all figures of the one before are in metrics.csv.
+    # Between two steps, when metrics.csv has all values of the step before.
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         passed = time.monotonic() - self._written > 60 * self._minutes
         leaves = self._signal is not None
-        if trainer.world_size > 1:  # all ranks save and leave together, at steps they agree on
+        if trainer.world_size > 1:  # all ranks save and exit at the same steps
             agree = trainer.global_step % args[0].log_interval == 0
             passed, leaves = (
                 agree and trainer.strategy.reduce_boolean_decision(wish, all=False)

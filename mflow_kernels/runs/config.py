@@ -1,4 +1,4 @@
-"""What a training run can be told, and the checks that need neither data nor torch."""
+"""The options of a training run, and the checks that need neither images nor torch."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ Weight = float | Literal["variance"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One flow of the hierarchy: its manifold's dimension, its networks, objective and budget."""
+    """One flow of the hierarchy: manifold dimension, size of the networks, objective, budget."""
 
     dim: int
     steps: int
@@ -33,7 +33,7 @@ class Stage:
     max_steps: int | None
 
     def optimizer_steps(self, batches_per_pass: int) -> int:
-        """Its budget, where a pass over the images has so many batches."""
+        """Number of optimizer steps, if a pass over the images has `batches_per_pass` batches."""
         return self.max_steps or self.epochs * batches_per_pass
 
 
@@ -46,7 +46,7 @@ class DataOptions:
             downloaded is one), which is prepared in a cache first.
         image_size: Side of the square images in pixels; other images are cropped and resized. By
             default that of the named data set or prepared file, else 64.
-        n_bits: Bits of each colour that the model sees, 1 to 8.
+        n_bits: Bits per colour that the model sees, 1 to 8.
         flips: Mirror each image left to right with probability 1/2 in training.
     """
 
@@ -61,10 +61,10 @@ class ModelOptions:
     """Model.
 
     Args:
-        levels: Levels of the image flow; each halves the image, so 2^levels must divide its size.
+        levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
-        manifold_dim: Dimensions of the manifold, filled from the coarsest latents on.
+        manifold_dim: Dimensions of the manifold. The coarsest latents are its first coordinates.
     """
 
     levels: int = 2
@@ -75,20 +75,20 @@ class ModelOptions:
 
 @dataclass
 class HierarchyOptions:
-    """Hierarchy: further flows, each trained on the manifold coordinates of the one before.
+    """Hierarchy: further flows, each trained on the manifold coordinates of the flow before it.
 
     Args:
-        stage_dims: Manifold dimensions of each further flow; none given adds no flow. The other
-            options of stages take one value for all further flows or one for each.
+        stage_dims: Manifold dimensions of each further flow; without a value there is none. The
+            other stage options take one value for all further flows, or one for each.
         stage_steps: Flow steps.
         stage_width: Hidden units of the coupling networks.
-        stage_epochs: Passes over the training images; by default as --epochs.
-        stage_max_steps: Optimizer steps, instead of epochs; by default as --max-steps.
-        stage_domain: What is penalized; by default as --domain.
-        stage_rho: Shape of the penalty; by default as --rho.
-        stage_weight: Weight of the penalty; by default as --weight.
-        release: Let the earlier flows train on with each further one, on the joint likelihood and
-            their own penalties; by default they stay as they are.
+        stage_epochs: Passes over the training images; by default those of --epochs.
+        stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
+        stage_domain: Domain of the penalty; by default that of --domain.
+        stage_rho: Shape of the penalty; by default that of --rho.
+        stage_weight: Weight of the penalty; by default that of --weight.
+        release: Keep training the earlier flows together with each further one, on the joint
+            likelihood and their own penalties; by default they are frozen.
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
@@ -107,11 +107,11 @@ class ObjectiveOptions:
     """Objective.
 
     Args:
-        domain: What is penalized: the off-manifold latents, or the difference between the image and
-            its projection on the manifold.
+        domain: Domain of the penalty: latent penalizes the off-manifold latents, data the
+            difference between an image and its projection on the manifold.
         rho: Shape of the penalty.
-        weight: Weight of the penalty: a number, or in the data domain "variance", half the inverse
-            of the penalized differences' variance, tracked as training goes.
+        weight: Weight of the penalty: a number, or "variance" in the data domain, which is half the
+            inverse variance of the penalized differences, tracked during training.
     """
 
     domain: Domain = "data"
@@ -121,17 +121,17 @@ class ObjectiveOptions:
 
 @dataclass
 class MemoryOptions:
-    """Memory and exactness: how the backward pass comes by the states of the forward pass.
+    """Memory and exactness: how the backward pass obtains the states of the forward pass.
 
     Args:
-        reversible: Rebuild states instead of storing them, in memory that does not grow with the
+        reversible: Rebuild states instead of storing them, so that memory does not grow with the
             number of steps.
-        checkpoint_every: Keep every so many-th state, which costs memory and makes the others more
-            exact; null keeps none.
-        max_drift: Largest error of a rebuilt image (in units of its range, 0 to 1) or vector;
-            training stops above it, before the gradients of that step are used.
-        max_condition: Largest condition number of the 1x1 convolutions' weights, brought down to it
-            every 100 steps; by default they go where training takes them.
+        checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
+            more exact; null stores none.
+        max_drift: Largest error of a rebuilt image (whose range is 1) or vector; training stops
+            above it, before the gradients of that step are used.
+        max_condition: Largest condition number of the weights of the 1x1 convolutions, enforced
+            every 100 steps; by default there is no limit.
     """
 
     reversible: bool = True
@@ -145,29 +145,30 @@ class TrainingOptions:
     """Training.
 
     Args:
-        batch_size: Images in a step.
+        batch_size: Images per step.
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.
         learning_rate: Highest learning rate of AdamW, after warm-up; it then falls along a cosine.
-        warm_up: Steps of each stage in which the learning rate rises, at most a fifth of them.
-        weight_decay: Of AdamW, on the weights of the coupling networks.
-        clip_norm: Longest gradient; longer ones are shortened to it.
-        loss_spike: Skip a step whose loss lies above the last hundred's mean by more than so many
-            of their standard deviations, as steps are whose loss or gradient is not finite.
-        max_skipped: Stop when so many steps in a row were skipped; the last checkpoint stays.
-        ema_decay: Of the running average of the weights, which is what samples and evaluations are
-            made from; it is lower for the first steps of a stage. 0 takes the weights as they are.
+        warm_up: Steps at the start of each stage in which the learning rate rises; at most a fifth
+            of the stage.
+        weight_decay: Weight decay of AdamW on the weights of the coupling networks.
+        clip_norm: Largest norm of the gradient; longer gradients are scaled down to it.
+        loss_spike: Skip a step whose loss exceeds the mean of the last hundred by more than this
+            many standard deviations. Steps whose loss or gradient is not finite are skipped too.
+        max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
+        ema_decay: Decay of the running average of the weights, which samples and evaluations use.
+            The decay ramps up over the first steps of a stage; 0 disables averaging.
         seed: Seed of weights, data order and noise.
-        device: Where to train; auto takes a GPU if there is one.
-        precision: Arithmetic of the coupling networks; the flow's state is always float32.
+        device: Device to train on; auto takes a GPU if there is one.
+        precision: Data type of the coupling networks; the state of the flow is always float32.
         compile: Compile the coupling networks with torch.compile; the first step takes minutes.
         cuda_graphs: Capture the forward and backward pass of each stage once and replay them, so
-            that a small model does not wait for the host to launch its kernels; holds their memory
+            that a small model does not wait for kernel launches. Their memory stays allocated
             between steps. No GPU has run this yet.
-        save_minutes: Write a checkpoint at least every so many minutes.
-        save_steps: Write one at least every so many steps; one is written before each validation
-            anyway.
+        save_minutes: Longest time between two checkpoints, in minutes.
+        save_steps: Largest number of steps between two checkpoints. A checkpoint is also written
+            before each validation.
     """
 
     batch_size: int = 64
@@ -193,11 +194,13 @@ class TrainingOptions:
 class TrainConfig(
     TrainingOptions, MemoryOptions, ObjectiveOptions, HierarchyOptions, ModelOptions, DataOptions
 ):
-    """What `mflow train` can be told of a run."""
+    """All options of `mflow train` that describe a run."""
 
     def check(self) -> None:
-        """ValueError for the first value out of range. What depends on the images' shape (levels
-        that divide it, dimensions it has) the models check themselves."""
+        """Raise ValueError for the first value out of range.
+
+        The models check what depends on the images' shape, such as the number of levels.
+        """
         for name in ("levels", "steps", "width", "manifold_dim", "warm_up", "max_skipped"):
             _check_at_least(name, getattr(self, name), 1)
         whole = ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every")
@@ -237,7 +240,7 @@ class TrainConfig(
             self.epochs, self.max_steps,
         )  # fmt: skip
         count = len(self.stage_dims)
-        # Epochs of its own are not overruled by the image flow's steps.
+        # --max-steps does not override --stage-epochs.
         steps = None if self.stage_epochs else self.max_steps
         columns = (
             self.stage_dims,
@@ -258,12 +261,12 @@ class TrainConfig(
         return path.stem if path.is_file() else path.name
 
     def default_run_dir(self) -> str:
-        """A readable folder name that is a function of the configuration."""
+        """A readable folder name that depends only on the configuration."""
         size = f"-{self.image_size}px" if self.image_size else ""
         return f"runs/{self.data_name}{size}-d{self.manifold_dim}-seed{self.seed}"
 
     def resolve(self, image_shape: tuple[int, int, int]) -> "RunConfig":
-        """This configuration for images of shape (C, H, W), with nothing left to be decided."""
+        """This configuration with the image size, channels and path of the data filled in."""
         values = dataclasses.asdict(self)
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
@@ -273,8 +276,7 @@ class TrainConfig(
 
 @dataclass
 class RunConfig(TrainConfig):
-    """A TrainConfig with the images' size and channels known: all that a run is made from, and
-    what its config.yaml holds."""
+    """A TrainConfig with known image size and channels. A run's config.yaml holds one."""
 
     channels: int = 1
 
@@ -282,26 +284,27 @@ class RunConfig(TrainConfig):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         if self.image_size is None:
-            raise ValueError("image_size: expected a whole number, got nothing")
+            raise ValueError("image_size: expected a whole number, got none")
         return self.channels, self.image_size, self.image_size
 
     def to_yaml(self) -> str:
-        """Every value, as text that `from_yaml` reads."""
+        """All values as YAML, which `from_yaml` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str | bytes, source: str) -> "RunConfig":
-        """The configuration that `to_yaml` wrote. `source` is what errors call the file.
+        """Read a configuration of `to_yaml`. Errors call the file `source`.
 
         Raises:
-            ValueError: unknown or missing names, values of the wrong type or out of range.
+            ValueError: a name is unknown or missing, or a value has the wrong type or is out of
+                range.
         """
         parser = OptionParser()
         add_options(parser)
         parser.add_argument("--channels", type=int)
         values = parse_yaml(parser, text, source)
         for option in dataclasses.fields(cls):
-            if option.name not in values:  # a default in its place could be another model's
+            if option.name not in values:  # its default might describe another model
                 raise ValueError(
                     f"{source}: expected every option of the run, found no {option.name}; is the "
                     "file cut off?"
@@ -317,7 +320,7 @@ class RunConfig(TrainConfig):
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Give `parser` every option of TrainConfig, in groups."""
+    """Add every option of TrainConfig to `parser`, in groups."""
     for options in (
         DataOptions,
         ModelOptions,
@@ -326,8 +329,8 @@ def add_options(parser: ArgumentParser) -> None:
         MemoryOptions,
         TrainingOptions,
     ):
-        # By hand: a list[int] of the signature would be typed "[64,32]", which shells expand, and a
-        # bool "--reversible false".
+        # Added by hand, because jsonargparse expects lists as "[64,32]", which shells expand, and
+        # booleans as "--reversible false".
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
@@ -350,15 +353,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def check_precision(precision: Precision, device: str) -> None:
-    """ValueError for what a type of device ("cpu" or "cuda") cannot do."""
+    """Raise ValueError if a device type ("cpu" or "cuda") does not support `precision`."""
     if precision == "float16" and device == "cpu":
         raise ValueError("precision: expected float32 or bfloat16 on a CPU, got float16")
 
 
 def check_cuda_graphs(cuda_graphs: bool, device: str) -> None:
-    """ValueError where they are asked for on a type of device that has none."""
+    """Raise ValueError if `cuda_graphs` is set for a device type that has none."""
     if cuda_graphs and device != "cuda":
-        raise ValueError(f"cuda_graphs: expected a CUDA device to use them on, got {device}")
+        raise ValueError(f"cuda_graphs: expected a CUDA device, got {device}")
 
 
 def _named_datasets() -> str:
@@ -372,14 +375,14 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
 
 
 def _argument_texts(options: type) -> dict[str, str]:
-    """What the docstring of a class says of each argument."""
+    """The text for each argument in the docstring of a class."""
     lines = (options.__doc__ or "").partition("Args:")[2]
     texts = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", lines, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}
 
 
 def _for_each(name: str, values: list[Any], count: int, default: Any) -> list[Any]:
-    """One value for each further flow, out of none (the default), one or as many as there are."""
+    """One value per further flow, from no value (the default), one value or all values."""
     if not values and default is None and name in ("stage_steps", "stage_width"):
         raise ValueError(f"{name}: expected at least one value, got none")
     if len(values) > 1 and len(values) != count:

@@ -1,4 +1,4 @@
-"""Run folders: making one, reading one back, and the model that it describes."""
+"""Run folders: create one, read one, and load the model that it describes."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,8 +23,8 @@ from mflow_kernels.runs.config import RunConfig
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
-# What a run that resumes may change: how it computes, not what.
-FREE_OPTIONS = (
+# Options that may change when a run resumes. They affect how it computes, not the result.
+CHANGEABLE_OPTIONS = (
     "device",
     "reversible",
     "checkpoint_every",
@@ -37,12 +37,12 @@ FREE_OPTIONS = (
     "cuda_graphs",
 )
 EVALUATION = "evaluation.json"
-_AVERAGE = "average.model."  # where a checkpoint holds the averaged weights
+_AVERAGE = "average.model."  # prefix of the averaged weights in a checkpoint
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: where it is, what it was made from, and its model in evaluation mode."""
+    """A trained run: its folder, its configuration, and its model in evaluation mode."""
 
     folder: Path
     config: RunConfig
@@ -51,11 +51,11 @@ class Run:
 
 
 def build_model(config: RunConfig) -> HierarchicalFlow:
-    """The untrained model of a configuration, its weights a function of the seed.
+    """Build the untrained model of a configuration. Its weights are a function of the seed.
 
     Raises:
-        ValueError: levels that do not divide the image, more manifold dimensions than it has, or a
-            model that does not fit in memory.
+        ValueError: the levels do not divide the image, the manifold has more dimensions than the
+            image, or the model does not fit in memory.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -74,7 +74,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """What `pretrained.build` makes the model of a configuration from."""
+    """The architecture of a configuration, as `pretrained.build` takes it."""
     stages = [
         {
             "manifold_dim": stage.dim,
@@ -91,7 +91,7 @@ def architecture(config: RunConfig) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of "auto", "cpu" or "cuda"; ValueError for "cuda" with no GPU."""
+    """The device for "auto", "cpu" or "cuda"; ValueError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA GPU for 'cuda', found none")
     if name == "auto":
@@ -102,7 +102,7 @@ def pick_device(name: str) -> torch.device:
 def create_run(
     folder: Path, config: RunConfig, manifest: Manifest, replaced: FileLock | None
 ) -> FileLock:
-    """Make a run folder with its config.yaml and list of images; see `make_folder`."""
+    """Create a run folder with config.yaml and the list of images; see `make_folder`."""
 
     def fill(temporary: Path) -> None:
         write_atomically(temporary / CONFIG, lambda path: path.write_text(config.to_yaml()))
@@ -112,12 +112,12 @@ def create_run(
 
 
 def record_config(folder: Path, config: RunConfig) -> None:
-    """Replace the recorded options by those that were given on resume."""
+    """Replace the recorded options with those given on resume."""
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
 def check_new_run(folder: Path, overwrite: bool) -> None:
-    """ValueError if `create_run` would not make this folder."""
+    """Raise ValueError if `create_run` would refuse this folder."""
     check_can_be_written(folder.parent if overwrite else folder, "run_dir")
     if not folder.exists():
         return
@@ -133,7 +133,7 @@ def check_new_run(folder: Path, overwrite: bool) -> None:
 
 
 def read_config(folder: Path, argument: str = "run") -> RunConfig:
-    """The configuration of a run folder; ValueError, naming `argument`, if there is none."""
+    """Read the configuration of a run folder; if it has none, a ValueError names `argument`."""
     path = folder / CONFIG
     try:
         text = read_regular(path)
@@ -147,18 +147,18 @@ def read_config(folder: Path, argument: str = "run") -> RunConfig:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The images that a run was trained on and those it held out; None if it recorded none.
+    """Read the list of a run's images; None if the run folder has no list.
 
     Raises:
-        ValueError: a torn or foreign list; it names the file.
+        ValueError: the list is damaged. The message names the file.
     """
     path = folder / MANIFEST
     return Manifest.read(path) if path.exists() else None
 
 
 def checkpoint_tensors(model: HierarchicalFlow) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes that a checkpoint of this model's training holds:
-    the weights, their average and the guard's figures."""
+    """Tensors with the names, shapes and dtypes of those in a checkpoint of this model's training:
+    weights, averaged weights and the guard's statistics."""
     weights = model.state_dict()
     trained = {f"model.{name}": tensor for name, tensor in weights.items()}
     averaged = {f"{_AVERAGE}{name}": tensor for name, tensor in weights.items()}
@@ -166,10 +166,11 @@ def checkpoint_tensors(model: HierarchicalFlow) -> dict[str, Tensor]:
 
 
 def load_run(folder: str, device: str = "auto") -> Run:
-    """Read a run folder of `mflow train`, its averaged weights.
+    """Read a run folder of `mflow train` and load the averaged weights.
 
     Raises:
-        ValueError: no folder of a run, a checkpoint that is torn or of another architecture.
+        ValueError: the folder is not a run folder, or its checkpoint is damaged or belongs to
+            another architecture.
     """
     path = Path(folder)
     config = read_config(path)
@@ -188,10 +189,10 @@ def load_run(folder: str, device: str = "auto") -> Run:
 
 
 def export_run(run: Run, folder: Path) -> None:
-    """Write the model of a run, in plain PyTorch's reach, into a new folder."""
+    """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
 
     def fill(temporary: Path) -> None:
-        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise within [0, 1).
+        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
         save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
 
     lock = make_folder(folder, fill, "out")
@@ -200,9 +201,12 @@ def export_run(run: Run, folder: Path) -> None:
 
 
 def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
-    """The first option that differs and matters to a resumed run, explained; None if none does."""
+    """An error message about the first option that may not change on resume; None if all agree."""
     for option in fields(RunConfig):
         want, have = getattr(asked, option.name), getattr(recorded, option.name)
-        if option.name not in FREE_OPTIONS and want != have:
-            return f"{option.name}: expected {have} as in the run that resumes, got {want}"
+        if option.name not in CHANGEABLE_OPTIONS and want != have:
+            return (
+                f"{option.name}: expected {have} as in the run that resumes, got {want}; only "
+                f"{', '.join(CHANGEABLE_OPTIONS)} may change"
+            )
     return None

@@ -1,4 +1,4 @@
-"""jsonargparse with options --spelled-so, short help and errors of one line."""
+"""jsonargparse with options --spelled-like-this, short help, and errors of one line."""
 
 import argparse
 import ast
@@ -13,13 +13,13 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Ends each help text with its default alone: types are clear from the texts."""
+    """Append the default to each help text, and no type, because the texts make it clear."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        unsaid = default is None or default is False or default in ([], argparse.SUPPRESS)
-        if unsaid or not action.option_strings:
+        hidden = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if hidden or not action.option_strings:
             return text
         if default is True:
             default = action.option_strings[0]
@@ -32,7 +32,7 @@ class _Formatter(DefaultHelpFormatter):
 
 
 class OptionParser(ArgumentParser):
-    """An ArgumentParser that raises its errors (see `explain`) rather than exit."""
+    """An ArgumentParser that raises its errors instead of exiting; see `explain`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(exit_on_error=False, formatter_class=_Formatter, **kwargs)
@@ -42,30 +42,31 @@ class OptionParser(ArgumentParser):
 
 
 def _hyphens(name: str) -> str:
-    # jsonargparse adds a hidden --print_shtab of its own and looks for it by that name.
-    own = not name.startswith("--") or name.startswith("--print_")
-    return name if own else name.replace("_", "-")
+    # jsonargparse adds a hidden --print_shtab and looks for it by that name.
+    keep = not name.startswith("--") or name.startswith("--print_")
+    return name if keep else name.replace("_", "-")
 
 
 def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
-    """The options that a YAML file sets, checked by `parser`; not those that it leaves out.
+    """The options that a YAML file sets, checked by `parser`. Other options are left out.
 
     Args:
-        parser: knows the options and their types.
-        text: of the file.
-        source: what errors call it.
+        parser: has the options and their types.
+        text: the content of the file.
+        source: the name of the file in error messages.
 
     Raises:
-        ValueError: no YAML, no mapping of options, unknown options, values of the wrong type.
+        ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
+            wrong type.
     """
     try:
         given = yaml.safe_load(text)
-        if given is None:  # nothing but comments
+        if given is None:  # the file is empty or has only comments
             return {}
         if not isinstance(given, dict):
             raise ValueError(f"expected options and their values, got a {type(given).__name__}")
         for name, value in given.items():
-            # A few lines of YAML aliases can stand for more nested lists than memory holds.
+            # A few lines of YAML aliases can expand to more nested lists than fit in memory.
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, list | dict) for item in items):
                 raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
@@ -78,20 +79,20 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
 
 
 def with_docstring(thing: Any) -> Any:
-    """Make sure that a class or function has the docstring that its help is made from.
+    """Restore the docstring of a class or function, from which its help is made.
 
-    Python removes docstrings under -OO and PYTHONOPTIMIZE=2; then the source is read.
+    Python removes docstrings under -OO and PYTHONOPTIMIZE=2. They are read from the source then.
     """
     if sys.flags.optimize >= 2:
         definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
         assert isinstance(definition, ast.ClassDef | ast.FunctionDef)
-        # Indented as in the source, which is how Python keeps a docstring.
+        # Keep the indentation of the source, as Python does.
         thing.__doc__ = ast.get_docstring(definition, clean=False)
     return thing
 
 
 def explain(error: Exception) -> str:
-    """A parsing error as one line: which argument, what was expected, what came."""
+    """One line for a parsing error: the argument, what was expected, and what was given."""
     text = str(error)
     if '"subcommand" to be one of' in text:
         return "expected a command (mflow --help lists them)"

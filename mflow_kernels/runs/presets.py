@@ -1,4 +1,4 @@
-"""Configurations that come with the package, one YAML file each."""
+"""Presets: configurations that come with the package, one YAML file each."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,10 +12,10 @@ PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
 
 
 def preset_text(name: str) -> str:
-    """The YAML of a preset, or of a file of one's own.
+    """The YAML text of a preset or of a user's file.
 
     Raises:
-        ValueError: neither a preset nor a file that can be read.
+        ValueError: `name` is neither a preset nor a file that can be read.
     """
     if name in PRESETS:
         return (files("mflow_kernels.runs") / "presets" / f"{name}.yaml").read_text("utf-8")
@@ -35,7 +35,8 @@ def preset_options(name: str) -> dict[str, Any]:
     """The options that a preset sets, by their names in TrainConfig.
 
     Raises:
-        ValueError: no such preset; unknown options or values of the wrong type in it.
+        ValueError: `name` is not a preset or file, or it has unknown options or values of the
+            wrong type.
     """
     parser = OptionParser()
     add_options(parser)

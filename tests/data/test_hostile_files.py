@@ -1,6 +1,8 @@
-"""Torn, lying and hostile files of every kind that holds images: prepared files, journals, images,
-zips and partitions. Each ends in one line and exit code 2 with nothing written, or is skipped and
-named with the reason."""
+"""Damaged and hostile files: prepared files, journals, images, zips and partitions.
+
+Each is refused with one line and exit code 2, and nothing is written, or it is skipped and listed
+with the reason.
+"""
 
 import io
 import json
@@ -29,14 +31,14 @@ COUNT = 12
 PIXELS = COUNT * 8 * 8
 
 
-def check_refused(arguments, told, folder, capsys):
+def check_refused(arguments, message, folder, capsys):
     before = listing(folder)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("mflow: error: ")
-    assert re.search(told, err), err
+    assert re.search(message, err), err
     assert listing(folder) == before
 
 
@@ -54,7 +56,7 @@ def whole(faces, tmp_path_factory):
 
 
 def with_header(change):
-    """A prepared file whose header's entries are changed; all else stays."""
+    """Change the entries of a prepared file's header and nothing else."""
 
     def damage(data):
         entries = json.loads(data[8:HEADER_BYTES])
@@ -66,7 +68,7 @@ def with_header(change):
 
 
 def with_record(change):
-    """A prepared file whose record is changed, its header made to fit."""
+    """Change the record of a prepared file, and adapt its header."""
 
     def damage(data):
         record = json.loads(data[HEADER_BYTES + PIXELS + COUNT :])
@@ -126,8 +128,8 @@ PREPARED = {
         "damaged",
     ),
     "a header's length that lies": (lambda data: b"\xff" * 8 + data[8:], HEADER),
-    "one byte less": (lambda data: data[:-1], "its length is not what its header says"),
-    "one byte more": (lambda data: data + b" ", "its length is not what its header says"),
+    "one byte less": (lambda data: data[:-1], "its length does not agree with its header"),
+    "one byte more": (lambda data: data + b" ", "its length does not agree with its header"),
     "the header alone": (lambda data: data[:HEADER_BYTES], "its length"),
     "half a header": (lambda data: data[:200], "damaged"),
     "a deep record": (with_raw_record(b"[" * 100_000), "damaged"),
@@ -167,15 +169,15 @@ PREPARED = {
 class TestPreparedFile:
     @pytest.mark.parametrize("case", PREPARED)
     def test_it_is_refused(self, case, whole, tmp_path, capsys):
-        damage, told = PREPARED[case]
+        damage, message = PREPARED[case]
         path = tmp_path / "a.safetensors"
         path.write_bytes(damage(whole))
         assert path.read_bytes() != whole
         command = ["train", *TINY, "--data", str(path), "--run-dir", str(tmp_path / "run")]
-        check_refused(command, f"--data: {path} .*{told}", tmp_path, capsys)
+        check_refused(command, f"--data: {path} .*{message}", tmp_path, capsys)
 
     def test_rebuilding_it_changes_nothing(self, whole):
-        """The helpers of this test change what they are asked to and nothing else."""
+        """The helpers of this test change nothing by themselves."""
         assert with_record(lambda record: None)(whole) == whole
 
 
@@ -241,7 +243,7 @@ class TestJournal:
             out.write_bytes(whole)
             journal.unlink()
         thread.join()
-        assert raised == [f"out: {out} exists, made by another process meanwhile"]
+        assert raised == [f"out: another process has written {out} meanwhile"]
         assert out.read_bytes() == whole
         assert not list(tmp_path.glob(".*"))
 
@@ -466,8 +468,8 @@ class TestZip:
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
             file.writestr("\x1b[31mred.png", "no image")
         command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]
-        told = r"found 1 files that are none \(\\x1b\[31mred.png: not an image in"
-        check_refused(command, told, tmp_path, capsys)
+        message = r"found 1 files that are none \(\\x1b\[31mred.png: not an image in"
+        check_refused(command, message, tmp_path, capsys)
 
     @pytest.mark.parametrize(
         "damage",
@@ -508,12 +510,12 @@ class TestPartition:
 
     @pytest.mark.parametrize("case", PARTITIONS)
     def test_it_is_refused(self, case, celeba, tmp_path, capsys):
-        text, told = PARTITIONS[case]
+        text, message = PARTITIONS[case]
         path = celeba / "list_eval_partition.txt"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         named = "" if "not there" in case else f"(?=.*{re.escape(str(path))})"
         command = ["prepare", str(celeba), "--out", str(tmp_path / "a")]
-        check_refused(command, f"{named}.*{told}", tmp_path, capsys)
+        check_refused(command, f"{named}.*{message}", tmp_path, capsys)
 
     def test_the_same_line_twice_and_a_mark_of_byte_order(self, celeba):
         text = PARTITION + PARTITION.replace("\n", "\r\n")
@@ -523,9 +525,9 @@ class TestPartition:
     def test_two_files_of_a_listed_name(self, celeba, tmp_path, capsys):
         (celeba / "list_eval_partition.txt").write_text(PARTITION)
         write_images(celeba / "img_align_celeba" / "more", 1, (178, 218), channels=3, seed=1)
-        told = "expected one file 000.png in .*, found 000.png and more/000.png"
+        message = "expected one file 000.png in .*, found 000.png and more/000.png"
         command = ["prepare", str(celeba), "--out", str(tmp_path / "a")]
-        check_refused(command, told, tmp_path, capsys)
+        check_refused(command, message, tmp_path, capsys)
 
 
 class TestFolders:

@@ -1,4 +1,4 @@
-"""What a run keeps of its data: the list of its images, and how today's list differs from it."""
+"""The list of images that a run records, and how the data set differs from it later."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from mflow_kernels.data.splits import DataError, load_evaluation_set, load_split
 
 
 def manifest(*rows):
-    """Of rows such as "a.png 0 1f": name, part and digest."""
+    """Make a manifest from rows of name, part and digest, such as "a.png 0 1f"."""
     names, parts, digests = zip(*(row.split() for row in rows), strict=True)
     return Manifest(names, np.array(parts, np.uint8), [digest.zfill(16) for digest in digests])
 
@@ -23,7 +23,7 @@ THEN = manifest("a 0 1", "b 2 2", "c 0 3", "d 2 4")
 
 class TestDifference:
     @pytest.mark.parametrize(
-        ("now", "told"),
+        ("now", "message"),
         [
             (THEN, None),
             (manifest("a 0 1", "b 2 2", "c 0 3", "d 2 4", "e 0 5"), "1 image added (e)"),
@@ -40,8 +40,8 @@ class TestDifference:
             ),
         ],
     )
-    def test_in_words(self, now, told):
-        assert now.difference(THEN) == told
+    def test_in_words(self, now, message):
+        assert now.difference(THEN) == message
 
 
 class TestHeldOut:
@@ -72,7 +72,7 @@ class TestFile:
         assert after.parts.tolist() == [0, 1, 2, 0, 0]
 
     @pytest.mark.parametrize(
-        ("text", "told"),
+        ("text", "message"),
         [
             ("", "not a list of a run's images"),
             ("a,b\n1,2\n", "not a list of a run's images"),
@@ -86,12 +86,12 @@ class TestFile:
             ("x" * 200_000, "not a list of a run's images"),
         ],
     )
-    def test_torn_or_foreign(self, text, told, tmp_path):
+    def test_torn_or_foreign(self, text, message, tmp_path):
         path = tmp_path / "images.csv"
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
             Manifest.read(path)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
     def test_none_or_a_folder(self, tmp_path):
         for path in (tmp_path, tmp_path / "none"):

@@ -47,7 +47,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, source):
-    """The bytes that every prepared file of `source` at 16x16 must have, in blocks of 4."""
+    """The bytes that every prepared file of `source` at 16x16 must have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "_BLOCK_IMAGES", 4)
         path = tmp_path_factory.mktemp("whole") / "a.safetensors"
@@ -77,10 +77,10 @@ class TestFile:
     def test_other_programs_can_read_it(self, source, tmp_path):
         safetensors = pytest.importorskip("safetensors.numpy")
         prepared = prepare(source, tmp_path / "a", 16)
-        theirs = safetensors.load_file(tmp_path / "a")
-        assert np.array_equal(theirs["images"], prepared.images)
-        assert np.array_equal(theirs["part"], prepared.part)
-        assert json.loads(theirs["record"].tobytes())["size"] == 16
+        loaded = safetensors.load_file(tmp_path / "a")
+        assert np.array_equal(loaded["images"], prepared.images)
+        assert np.array_equal(loaded["part"], prepared.part)
+        assert json.loads(loaded["record"].tobytes())["size"] == 16
 
     def test_enlarged_images_are_counted(self, source, tmp_path):
         assert prepare(source, tmp_path / "a", 150).record.enlarged == COUNT - 1
@@ -90,7 +90,7 @@ class TestFile:
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
 
-    def test_other_images_or_another_size_are_told_apart(self, celeba, tmp_path):
+    def test_other_images_or_another_size_are_recognized(self, celeba, tmp_path):
         folder = shutil.copytree(celeba, tmp_path / "celeba")
         prepare(find_images(folder), tmp_path / "a", 16)
         assert is_prepared_from(tmp_path / "a", find_images(folder), 16)
@@ -110,12 +110,12 @@ def group_exists(group):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing in the package catches it."""
+    """Stands for the death of the process, because nothing in the package catches it."""
 
 
 class TestInterrupted:
     def test_at_every_sync(self, source, small_blocks, whole, tmp_path, monkeypatch):
-        """Each block takes two syncs and the end one: a stop before and after each of them."""
+        """Stop before and after each sync. A block takes two syncs, and the end takes one."""
         sync, syncs = preparing._sync, 2 * (COUNT // 4) + 1
         for moment in range(2 * syncs):
             out = tmp_path / str(moment) / "a"
@@ -140,7 +140,7 @@ class TestInterrupted:
             assert listing(out.parent) == ["a"]
 
     def test_between_the_rename_and_the_end(self, source, small_blocks, whole, tmp_path):
-        (tmp_path / ".a.journal").write_text("")  # what is left then
+        (tmp_path / ".a.journal").write_text("")  # a process died before it removed it
         prepare(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
@@ -183,7 +183,7 @@ class TestInterrupted:
         prepare(source, tmp_path / "a", 16, workers=1)
         assert decoded == source.entries[16:]
 
-    def test_another_set_starts_anew(self, source, small_blocks, tmp_path, monkeypatch):
+    def test_another_set_starts_again(self, source, small_blocks, tmp_path, monkeypatch):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         other = find_images(write_images(tmp_path / "other", 6, channels=3))
         assert prepare(other, tmp_path / "a", 16).record.count == [5, 0, 1]
@@ -249,9 +249,9 @@ class TestDiskFull:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
         out = tmp_path / "a.safetensors"
         assert main(["prepare", str(celeba), "--out", str(out)]) == 1
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1
-        assert f"no space left for {out}" in told
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f"no space left for {out}" in message
         assert listing(tmp_path) == []
 
     def test_on_the_way(self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys):
@@ -267,9 +267,9 @@ class TestDiskFull:
         with monkeypatch.context() as patch:
             patch.setattr(preparing, "_sync", filling)
             assert main([*command, "--workers", "1"]) == 1
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1
-        assert "give the same command again, which goes on from .a.partial" in told
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "repeat the command, which then continues from .a.partial" in message
         assert listing(tmp_path) == [".a.journal", ".a.partial"]
         assert main([*command, "--workers", "1"]) == 0
         assert out.read_bytes() == whole
@@ -321,11 +321,11 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         command = ["prepare", str(celeba), "--out", "tiny.safetensors", "--image-size", "8"]
         assert main(command) == 0
-        told = capsys.readouterr().out
-        assert "19 images of 3x8x8" in told
-        assert "15 train, 2 valid, 2 test (official partition)" in told
-        assert "skipped 1 files" in told
-        assert "  000005.jpg: " in told
+        message = capsys.readouterr().out
+        assert "19 images of 3x8x8" in message
+        assert "15 train, 2 valid, 2 test (official partition)" in message
+        assert "skipped 1 files" in message
+        assert "  000005.jpg: " in message
         tiny = [*TINY, "--data", "tiny.safetensors", "--run-dir", "run", "--flips"]
         assert main(["train", *tiny]) == 0
         flipped = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[1].split(",")[2]
@@ -359,7 +359,7 @@ class TestCommand:
         assert not list(tmp_path.glob(".*"))
 
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("arguments", "message"),
         [
             ("nowhere --out a", ": data: expected a folder or zip of images, found none at"),
             ("images --out images/a", "--out: expected a file outside of the images' folder"),
@@ -377,7 +377,7 @@ class TestCommand:
             ("text --out a", ": data: expected images in text, found 1 files that are none"),
         ],
     )
-    def test_bad_input_writes_nothing(self, arguments, told, tmp_path, monkeypatch, capsys):
+    def test_bad_input_writes_nothing(self, arguments, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         write_images(tmp_path / "images", 2)
         zip_up(tmp_path / "images", tmp_path / "images.zip")
@@ -388,6 +388,6 @@ class TestCommand:
         before = listing(tmp_path)
         assert main(["prepare", *arguments.split()]) == 2
         err = capsys.readouterr().err
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
         assert listing(tmp_path) == before

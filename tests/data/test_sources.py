@@ -104,7 +104,7 @@ class TestCelebA:
         folder = shutil.copytree(celeba, tmp_path / "celeba")
         partition = folder / "list_eval_partition.txt"
         partition.write_text(partition.read_text().replace(" 1\n", " 0\n"))
-        with pytest.raises(ValueError, match="found no valid ones"):
+        with pytest.raises(ValueError, match="found no valid images"):
             load_splits(str(folder), 16)
 
 

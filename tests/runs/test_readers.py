@@ -62,7 +62,7 @@ def test_files_of_a_run(kind, run, capsys):
         path = run / name
         before = path.read_bytes()
         path.write_bytes(BYTES[kind](before))
-        # A crash may leave metrics that were cut off: what is left is whole rows.
+        # A crash may cut off the metrics: the whole rows are read.
         if not (name == "metrics.csv" and kind in ("empty", "half", "zeros")):
             assert name in refused(resume, run, capsys)
         path.unlink()
@@ -92,8 +92,8 @@ def test_metrics_with_a_row_that_training_did_not_write(cell, run, capsys):
     path = run / "metrics.csv"
     first, second, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first, cell + second[1:], *rest]) + "\n")
-    told = refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
-    assert "metrics.csv, line 2: expected a step and its metrics" in told
+    message = refused(["train", "--run-dir", str(run), "--resume"], run, capsys)
+    assert "metrics.csv, line 2: expected a step and its metrics" in message
 
 
 KEYS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW

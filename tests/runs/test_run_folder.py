@@ -59,9 +59,9 @@ class TestData:
         shutil.copy(write_images(tmp_path / "one", count=1, seed=7) / "000.png", data / "000a.png")
         capsys.readouterr()
         assert main(["reconstruct", str(run)]) == 0
-        told = capsys.readouterr().err
-        assert "its data has changed: 1 image added (000a.png)" in told
-        assert "taking 30 of the 30 images that it held out" in told
+        message = capsys.readouterr().err
+        assert "its data has changed: 1 image added (000a.png)" in message
+        assert "taking 30 of the 30 images that it held out" in message
         found = held_out_images(load_run(str(run)), None).images
         before = train_module.load_splits(str(data), 8)
         names = {n for n, part in zip(then.names, then.parts, strict=True) if part == TEST}
@@ -73,10 +73,10 @@ class TestData:
         assert trained & set(today)
         for path in sorted(data.iterdir())[:200]:
             path.unlink()
-        told = refused([*command, "--resume"], capsys)
-        assert "--data: expected the images that the run was trained on, but since then " in told
-        assert "1 image added" not in told  # it is among those that were deleted
-        assert "missing (000.png, 001.png, 002.png, ...)" in told
+        message = refused([*command, "--resume"], capsys)
+        assert "--data: expected the images that the run was trained on, but since then " in message
+        assert "1 image added" not in message  # it is among those that were deleted
+        assert "missing (000.png, 001.png, 002.png, ...)" in message
 
     def test_other_data_with_images_that_were_trained_on(self, run, images, tmp_path, capsys):
         shutil.copytree(images, tmp_path / "copy")
@@ -95,28 +95,28 @@ class TestPlan:
         data = write_images(tmp_path / "data", count=count)
         before = listing(tmp_path)
         command = ["train", *TINY, "--data", str(data), "--run-dir", str(tmp_path / "run")]
-        told = refused([*command, *(["--batch-size", "1"] if count > 2 else [])], capsys)
-        assert "--batch-size: expected at least 2 images in a step, from which stage 2" in told
+        message = refused([*command, *(["--batch-size", "1"] if count > 2 else [])], capsys)
+        assert "--batch-size: expected at least 2 images in a step, from which stage 2" in message
         assert listing(tmp_path) == before
 
     def test_one_image_is_enough_for_the_image_flow(self, command):
         assert main([*command, "--batch-size", "1", "--stage-dims"]) == 0
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "message"),
         [
             ("--width 1099511627776", "expected a model that fits in memory"),
             ("--stage-width 1099511627776", "expected a model that fits in memory"),
             ("--levels 99999999999", "--levels: expected at most 31, got 99999999999"),
         ],
     )
-    def test_models_beyond_all_memory(self, options, told, command, capsys):
-        assert told in refused([*command, *options.split()], capsys)
+    def test_models_beyond_all_memory(self, options, message, command, capsys):
+        assert message in refused([*command, *options.split()], capsys)
 
 
 class TestFolders:
     @pytest.mark.parametrize(
-        ("folder", "told"),
+        ("folder", "message"),
         [
             ("file/run", "file is a file"),
             ("file", "expected a folder, but"),
@@ -126,14 +126,14 @@ class TestFolders:
             ("a\0b", "null"),
         ],
     )
-    def test_run_folders_that_cannot_be(self, folder, told, command, tmp_path, capsys):
+    def test_run_folders_that_cannot_be(self, folder, message, command, tmp_path, capsys):
         (tmp_path / "file").write_text("in the way")
         (tmp_path / "loop").symlink_to("loop")
         before = listing(tmp_path)
         path = str(tmp_path / folder)
         for last in ([], ["--overwrite"], ["--resume"]):
             line = refused([*command, "--run-dir", path, *last], capsys)
-            assert told in line or last
+            assert message in line or last
         assert listing(tmp_path) == before
         for also in (["sample", path], ["evaluate", path], ["export", path, "--out", path]):
             refused(also, capsys)
@@ -149,15 +149,15 @@ class TestFolders:
             raise OSError(number, os.strerror(number), str(self))
 
         monkeypatch.setattr(Path, "mkdir", mkdir)
-        told = refused(command, capsys, code=1 if error == "ENOSPC" else 2)
-        assert os.strerror(number) in told
+        message = refused(command, capsys, code=1 if error == "ENOSPC" else 2)
+        assert os.strerror(number) in message
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_no_permission(self, command, tmp_path, capsys):
         (tmp_path / "mine").mkdir(mode=0o500)
-        told = refused([*command, "--run-dir", str(tmp_path / "mine" / "run")], capsys)
-        assert "Permission denied" in told
+        message = refused([*command, "--run-dir", str(tmp_path / "mine" / "run")], capsys)
+        assert "Permission denied" in message
 
     def test_overwrite_replaces_what_a_link_leads_to(self, run, images, tmp_path):
         link = tmp_path / "link"
@@ -197,13 +197,13 @@ class TestFolders:
 
 class TestTwoProcesses:
     def test_a_lock_dies_with_its_process(self, tmp_path):
-        held, told = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             lock = lock_folder(tmp_path, "run_dir")
-            os.write(told, b"1" if lock.is_locked else b"0")
+            os.write(writer, b"1" if lock.is_locked else b"0")
             signal.pause()
-        assert os.read(held, 1) == b"1"
+        assert os.read(reader, 1) == b"1"
         with pytest.raises(ValueError, match="run_dir: another process is writing to"):
             lock_folder(tmp_path, "run_dir")
         os.kill(child, signal.SIGKILL)
@@ -338,22 +338,22 @@ class TestResume:
         assert path.read_text() == "the one before"
 
     @pytest.mark.parametrize(
-        ("domain", "told_at_once"),
+        ("domain", "first_message"),
         [
             ("data", "the loss is nan at step 1 (stage 1); a lower --learning-rate may help"),
             ("latent", "rebuilt states drifted by nan at step 1 (stage 1)"),
         ],
     )
-    def test_weights_without_an_inverse(self, domain, told_at_once, command, capsys):
+    def test_weights_without_an_inverse(self, domain, first_message, command, capsys):
         wild = ["--learning-rate", "1000", "--max-steps", "30", "--domain", domain]
         capsys.readouterr()
         # In the latent domain nothing is inverted before the pictures are drawn.
         assert main([*command, *wild, "--no-reversible", "--max-skipped", "1000"]) == 1
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert told.startswith("mflow: error: training diverged (")
-        assert told.endswith("a lower --learning-rate may help")
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("mflow: error: training diverged (")
+        assert message.endswith("a lower --learning-rate may help")
         assert main([*command, *wild, "--overwrite"]) == 1
-        assert told_at_once in capsys.readouterr().err
+        assert first_message in capsys.readouterr().err
 
 
 def test_help_is_there_without_docstrings():
