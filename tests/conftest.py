@@ -29,6 +29,21 @@ def _convert_as_a_gpu(values, from_dtype, to_dtype, rounding_mode):
 
 interpreter._convert_float = _convert_as_a_gpu
 
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _wide(handle):
+    """bfloat16, which the interpreter keeps as integers and multiplies as such, as float32."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: _create_dot(
+    self, _wide(a), _wide(b), *rest
+)
+
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
 

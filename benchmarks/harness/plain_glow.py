@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, Split
-from mflow_kernels.layers.networks import PointwiseConv2d
+from mflow_kernels.layers.networks import CouplingNetwork, PointwiseConv2d
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.scale import log_scale_ref
 
@@ -24,6 +24,8 @@ def with_torch_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is PointwiseConv2d:
             module.__class__ = nn.Conv2d
+        elif type(module) is CouplingNetwork:
+            module.__class__ = nn.Sequential
 
 
 class Coupling(nn.Module):

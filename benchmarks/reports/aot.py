@@ -13,7 +13,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton
@@ -101,18 +102,29 @@ class Launch:
         return f"{self.kernel.__name__} {specialization} {options}"
 
 
+@contextmanager
+def noting(note: Callable[[Launch], object]) -> Iterator[None]:
+    """While open, `note` is called with each launch, and nothing is computed."""
+
+    def run(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        note(Launch(self, args, kwargs))
+
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = _run
+
+
 def capture(function: Callable[[], object]) -> list[Launch]:
     """Run `function` and return the launches that it would have made; nothing is computed."""
     launches: list[Launch] = []
 
-    def note(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch(self, tuple(map(_untouched, args)), kwargs))
+    def note(launch: Launch) -> None:
+        launches.append(replace(launch, args=tuple(map(_untouched, launch.args))))
 
-    JITFunction.run = note
-    try:
+    with noting(note):
         function()
-    finally:
-        JITFunction.run = _run
     return launches
 
 
@@ -181,7 +193,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def pixel_tensors(launch: Launch) -> dict[str, Tensor]:
-    """The arguments that have pixels: those of four axes (see `_cases`)."""
+    """The arguments that have pixels: those of four axes (see `cases`)."""
     return {
         name: value
         for name, value in launch.bound.items()

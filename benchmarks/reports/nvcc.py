@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.reports.aot import Compiled
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 NATIVE = sorted(str(path) for path in CSRC.rglob("*.cu"))
 WARPS = 8  # a block of every csrc kernel: kWarps there
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def quick_models() -> Iterator[Model]:
 
 class Recorded(NamedTuple):
     model: str
-    launch: _aot.Launch
+    launch: aot.Launch
 
 
 def record(model: Model) -> Iterator[Recorded]:
@@ -159,7 +159,7 @@ def record(model: Model) -> Iterator[Recorded]:
         autocasts = model.dtypes[0] != model.dtypes[1]
         dtype = model.dtypes[1] if autocasts else None
         with _NoAlgebra(), torch.autocast("cpu", dtype, enabled=autocasts):
-            launches = _aot.capture(run)
+            launches = aot.capture(run)
         for launch in launches:
             yield Recorded(model.name, launch)
 

@@ -1,7 +1,7 @@
 """Compile every launch that the presets' models make, with no GPU, and say how it fits: registers,
 spills, shared memory, resident blocks, and the width of its memory accesses.
 
-The launches are recorded from the models themselves (`_recorded`): training steps, evaluation and
+The launches are recorded from the models themselves (`recorded`): training steps, evaluation and
 sampling at every level, with what chains keep and what networks compute in; and a few more models
 that users may choose. Those that Triton compiles to one kernel are compiled once.
 
@@ -21,20 +21,23 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.reports import aot as _aot  # before anything of mflow_kernels
+from benchmarks.reports import aot  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import Tensor
 
 from benchmarks.harness.output import save_json, text_table
-from benchmarks.reports import recorded as _recorded
+from benchmarks.reports import recorded
 from benchmarks.reports.cases import SHORT, Case, operations
 from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
+from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.launch import Columns, is_channels_last
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
+NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
+NETWORK_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
 SCALES = (
     ScaleFunction("sigmoid"),
@@ -45,17 +48,40 @@ SCALES = (
 )
 
 
-def recorded(size: str) -> Iterator[Recorded]:
+def launches_of(size: str) -> Iterator[Recorded]:
     """Launches of models; for "full", also of the operators alone and of chains on any state."""
-    models = _recorded.quick_models() if size == "quick" else _recorded.models()
+    models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
-        yield from _recorded.record(model)
+        yield from recorded.record(model)
+    shapes = network_shapes() if size == "full" else [(12, 128, BF16)]
+    for c, width, dtype in shapes:
+        for launch in aot.capture(lambda case=(c, width, dtype): run_network(*case)):
+            yield Recorded(f"network of width {width}", launch)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
                 name = f"{operation.name}, {operation.direction}"
-                for launch in _aot.capture(lambda op=operation: op.prepare()()):
+                for launch in aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
+
+
+def network_shapes() -> Iterator[tuple[int, int, torch.dtype]]:
+    """States' channels, width and dtype of networks, one for each choice of tiles: a network of
+    other channels has the blocks of one of these."""
+    yield from product(NETWORK_CHANNELS, NETWORK_WIDTHS, (BF16, FP16))
+
+
+def run_network(c: int, width: int, dtype: torch.dtype) -> None:
+    """Every launch of a coupling network: with hidden tensors kept and without, and backward."""
+    last = torch.channels_last
+    x = torch.zeros(2, c // 2, 16, 16, dtype=dtype).to(memory_format=last).requires_grad_()
+    network = coupling_net(c // 2, 2 * (c - c // 2), width, 2).to(memory_format=last)
+    with torch.no_grad():
+        fused_params(list(network), x)
+    params = fused_params(list(network), x)
+    if params is None:
+        raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
+    params.backward(torch.zeros_like(params))
 
 
 def full_cases() -> Iterator[Case]:
@@ -77,7 +103,7 @@ def full_cases() -> Iterator[Case]:
 class Configuration:
     """Launches that compile to one kernel, and what is asked of its accesses."""
 
-    launch: _aot.Launch  # the first one
+    launch: aot.Launch  # the first one
     model: str  # that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
 
@@ -121,10 +147,13 @@ class Configuration:
         return "+".join(dict.fromkeys(SHORT[t.dtype] for t in states(self.launch).values()))
 
 
-NO_STATES = {"weight", "weight_inverse", "dweight", "gram", "dbias", "ledger", "dledger"}
+NO_STATES = {
+    "weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger",
+    "dw1", "db1", "dw2", "db2", "dw3", "db3",
+}  # fmt: skip
 
 
-def states(launch: _aot.Launch) -> dict[str, Tensor]:
+def states(launch: aot.Launch) -> dict[str, Tensor]:
     """The arguments that are states, params or network inputs, (N, C, H, W) or (N, C), or gradients
     of these."""
     return {
@@ -134,13 +163,13 @@ def states(launch: _aot.Launch) -> dict[str, Tensor]:
     }
 
 
-def channels(launch: _aot.Launch) -> int:
+def channels(launch: aot.Launch) -> int:
     """C of the launch's states: a constant of most kernels, else as many as params have."""
     given = launch.bound.get("C")
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
-def wide(launch: _aot.Launch) -> set[str]:
+def wide(launch: aot.Launch) -> set[str]:
     """The states whose sizes allow 16-byte accesses."""
     allowed, c = set(), channels(launch)
     for name, t in states(launch).items():
@@ -157,7 +186,7 @@ def wide(launch: _aot.Launch) -> set[str]:
 
 def configurations(size: str) -> list[Configuration]:
     found: dict[str, Configuration] = {}
-    for model, launch in recorded(size):
+    for model, launch in launches_of(size):
         allowed = wide(launch)
         found.setdefault(launch.key, Configuration(launch, model, allowed)).wide |= allowed
     return list(found.values())
@@ -199,11 +228,11 @@ def _compile(job: tuple[int, str]) -> Row:
     index, target = job
     configuration = _work[index]
     launch = configuration.launch
-    made = _aot.compile_for(launch, target)
+    made = aot.compile_for(launch, target)
     accesses = {name: made.access.get(name, []) for name in states(launch)}
     widths = [width for access in accesses.values() for width in access]
     blocks = (
-        0 if made.error else _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        0 if made.error else aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     )
     faults = [made.error] if made.error else []
     if made.spilled:
@@ -225,7 +254,7 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
     source, target = job
     rows = []
     for name, made in compile_native(source, target):
-        blocks = _aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+        blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
         faults = ["spills"] if made.spilled else []
         faults += [] if blocks else ["does not fit"]
         row = Row(
@@ -253,7 +282,7 @@ def report(size: str, targets: Sequence[str]) -> list[Row]:
 
 def limits(targets: Sequence[str]) -> str:
     head = ("target", "registers", "threads", "blocks", "shared B", "shared B of a block")
-    values = [(t, _aot.ARCHS[t]) for t in targets]
+    values = [(t, aot.ARCHS[t]) for t in targets]
     return text_table(
         head,
         [(t, a.registers, a.threads, a.blocks, a.shared, a.shared_of_block) for t, a in values],
@@ -279,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--target", action="append", choices=list(_aot.ARCHS), help="may be repeated; default: all"
+        "--target", action="append", choices=list(aot.ARCHS), help="may be repeated; default: all"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -295,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
-    targets = options.target or list(_aot.ARCHS)
+    targets = options.target or list(aot.ARCHS)
     rows = report(options.size or "standard", targets)
     print("One multiprocessor\n" + limits(targets) + "\n")
     print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.reports import traffic_counts as _traffic  # before anything of mflow_kernels
+from benchmarks.reports import traffic_counts  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,13 +91,15 @@ class Row:
         return tuple(f"{v:.3f}" if isinstance(v, float) else v for v in asdict(self).values())
 
 
-def sector_ratio(memories: Sequence[_traffic.Memory]) -> float:
+def sector_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
     """Bytes of the sectors that requests touch, to the bytes that they ask for."""
     moved = sum(memory.moved for memory in memories)
     return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
 
 
-def row(operation: str, direction: str, case: Case, fills: bool, launch: _traffic.Launch) -> Row:
+def row(
+    operation: str, direction: str, case: Case, fills: bool, launch: traffic_counts.Launch
+) -> Row:
     over = [memory for memory in launch.memories if memory.pixels]
     other = [memory for memory in launch.memories if not memory.pixels]
     loaded, stored = sum(m.loaded for m in over), sum(m.stored for m in over)
@@ -148,7 +150,7 @@ def measure(job: tuple[Case, bool, int]) -> list[Row]:
     operation = list(operations(case))[index]
     return [
         row(operation.name, operation.direction, case, fills, launch)
-        for launch in _traffic.count(operation.prepare)
+        for launch in traffic_counts.count(operation.prepare)
         if any(memory.pixels for memory in launch.memories)
     ]
 
@@ -238,7 +240,7 @@ def launches(steps: int = 4) -> list[Launches]:
                     prepare = partial(torch.no_grad(), partial(run, x))
                     bound = steps + 1
                 operators = _Operators()
-                ours.append(_traffic.count(partial(_watched, operators, prepare)))
+                ours.append(traffic_counts.count(partial(_watched, operators, prepare)))
                 torchs.append(operators.count)
             over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"

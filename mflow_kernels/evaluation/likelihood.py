@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +20,7 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.manifest import MANIFEST, TEST
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
-from mflow_kernels.data.splits import DIGITS, Folder, ImageSet, load_folder, load_splits
+from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
@@ -220,22 +219,12 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
             )
     else:
         name = Path(data).resolve().name
-        images, skipped, manifest = read_images(data, run.config.image_shape[1])
+        images, skipped, manifest = load_evaluation_set(data, run.config.image_shape[1])
         trained_on = int(manifest.trained_on(then).sum()) if then else 0
         if trained_on:
             warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
     return HeldOut(images, name, skipped, warning)
-
-
-def read_images(data: str, size: int) -> Folder:
-    """All images of a folder, zip or prepared file (of CelebA: its test part), or the digits that
-    are held out. Errors are those of `load_splits`."""
-    if data != DIGITS:
-        return load_folder(data, size)
-    splits = load_splits(data, size)
-    rows = np.flatnonzero(splits.manifest.parts == TEST)
-    return Folder(splits.test, splits.skipped, splits.manifest.subset(rows))
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

@@ -1,7 +1,7 @@
 """The linear layers of other libraries, folded into one weight and bias between two couplings.
 
-Every linear map here is one of x -> W x + bias at each pixel, read off the parameters of the module
-that owns them, in the direction data -> latent; those of K steps are read and folded in one batch.
+Every linear map is x -> W x + bias at each pixel, in the direction data -> latent. Its weight is
+computed from the parameters of its module; the maps of K steps are read and folded in one batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,44 +14,50 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import is_channels_last, transformed, without_autocast
-from mflow_kernels.reversible.program import Mixes
+from mflow_kernels.reversible.program import FoldedWeights
 
 
 class Affine(NamedTuple):
-    """K maps of C channels. weight is (K, C, C), or (K, C) of a diagonal, or an integer (K, C) that
-    says which channel of x each channel of y is. log_det is log |det W| at one pixel. inverse
-    is what the library takes for W^-1, where that is not computed from W."""
+    """K linear maps of C channels.
+
+    Attributes:
+        weight: (K, C, C); or (K, C), a diagonal; or integers (K, C), a permutation: channel i of y
+            is channel weight[k, i] of x.
+        bias: (K, C).
+        log_det: (K,), log |det W| for one pixel; None stands for 0.
+        inverse: (K, C, C), the library's own W^-1 if it does not compute that from W.
+    """
 
     weight: Tensor
-    bias: Tensor | None = None  # (K, C)
-    log_det: Tensor | None = None  # (K,)
+    bias: Tensor | None = None
+    log_det: Tensor | None = None
     inverse: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
-    """How a layer that normalizes its first batch is set from it.
+class DataInit:
+    """Data-dependent initialization of a layer, as of actnorm.
 
     Attributes:
-        unset: whether the layer waits for its first batch.
-        set_from: take scale and shift from this batch; True where it arrives from the latent side.
-        state: the tensor that `unset` reads, if that is all it depends on: while this did not
-            change, `unset` need not be asked again.
+        is_pending: whether the layer waits for its first batch.
+        initialize: set scale and shift from this batch; True if it arrives from the latent side.
+        state: the tensor that `is_pending` reads, if it reads nothing else. While this tensor is
+            unchanged, `is_pending` is not called again.
     """
 
-    unset: Callable[[Any], bool]
-    set_from: Callable[[Any, Tensor, bool], None]
+    is_pending: Callable[[Any], bool]
+    initialize: Callable[[Any, Tensor, bool], None]
     state: Callable[[Any], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear layer: the module with its parameters, and how to read K of its kind."""
+    """A linear layer: the module with its parameters, and a function that reads K such modules."""
 
     module: nn.Module
     read: Callable[[Sequence[Any]], Affine]
     what: str = "1x1 convolution"
-    setting: Setting | None = None
+    data_init: DataInit | None = None
 
     @property
     def permutes(self) -> bool:
@@ -63,12 +69,12 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Reorder:
-    """A fixed order of the channels: channel i of y is channel order[i] of x."""
+    """A fixed permutation: channel i of y is channel order(C)[i] of x."""
 
     order: Callable[[int], tuple[int, ...]]
     what: str = "permutation"
     permutes: bool = True
-    setting: None = None
+    data_init: None = None
 
     def kind(self) -> Any:
         return self.order
@@ -76,7 +82,10 @@ class Reorder:
 
 @dataclass(frozen=True)
 class Rotated:
-    """The last C - a channels first, then the others, with a = C // 2 (or the larger half)."""
+    """The last C - a channels, then the first a, with a = C // 2 (`larger`: (C + 1) // 2).
+
+    `back` is the inverse permutation.
+    """
 
     larger: bool
     back: bool = False
@@ -90,7 +99,7 @@ class Rotated:
 
 @dataclass(frozen=True)
 class Listed:
-    """The given order."""
+    """A permutation of a fixed number of channels."""
 
     channels: tuple[int, ...]
 
@@ -109,22 +118,25 @@ _constants: dict[tuple[Numbers, torch.device, torch.dtype], Tensor] = {}
 
 
 def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these values, copied to a device once."""
+    """A tensor of these values, copied to each device once."""
     key = values, device, dtype
-    # What a compiler, a transform or a fake mode makes must not outlive it.
-    passing = torch.compiler.is_compiling() or transformed()
-    if key in _constants and not passing:
+    # Tensors made under a compiler, a transform or a fake mode must not outlive it.
+    temporary = torch.compiler.is_compiling() or transformed()
+    if key in _constants and not temporary:
         return _constants[key]
-    with torch.inference_mode(False):  # whose tensors autograd cannot save
+    with torch.inference_mode(False):  # autograd cannot save inference tensors
         made = torch.tensor(values, device=device, dtype=dtype)
-    if type(made) is Tensor and not passing:
+    if type(made) is Tensor and not temporary:
         _constants[key] = made
     return made
 
 
 def lu_linears(modules: Sequence[Any]) -> Affine:
-    """`LULinear` of nflows, which normflows has too: W = L U, with L of unit diagonal, U's diagonal
-    softplus(u) + eps, and the entries beside the diagonals row by row."""
+    """`LULinear` of nflows and normflows: W = L U.
+
+    L has a unit diagonal and U the diagonal softplus(u) + eps; the other entries are stored row by
+    row.
+    """
     below, above, u, bias = (
         torch.stack([getattr(m, name) for m in modules])
         for name in ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias")
@@ -143,7 +155,7 @@ def lu_linears(modules: Sequence[Any]) -> Affine:
 
 
 def select_channels(x: Tensor, order: Tensor) -> Tensor:
-    """x[:, order] in the layout of x, and its gradient too: `index_select` alone returns contiguous
+    """x[:, order] in the layout of x, as is its gradient; `index_select` returns contiguous
     tensors."""
     if transformed() or not is_channels_last(x):
         return x.index_select(1, order)
@@ -151,7 +163,7 @@ def select_channels(x: Tensor, order: Tensor) -> Tensor:
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
-    """The order (C,) that permutations one after the other amount to."""
+    """The order (C,) that is the composition of these permutations."""
     order = torch.arange(x.shape[1], device=x.device)
     for part in parts:
         order = order[_read([part], x.shape[1], x.device).weight[0]]
@@ -175,7 +187,7 @@ class Folded(NamedTuple):
 
 
 def _inverted(step: Affine, check: bool) -> Affine:
-    """The inverse maps, in float64; x = W^-1 (y - b). `check` as for `inverse_weight_and_bias`."""
+    """The inverse maps x = W^-1 (y - b) in float64; `check` as for `inverse_weight_and_bias`."""
     weight, bias, log_det, inverse = step
     bias = None if bias is None else bias.double()
     log_det = None if log_det is None else -log_det
@@ -197,21 +209,21 @@ def _fold_alike(
     channels: int,
     device: torch.device,
     dtype: torch.dtype,
-    inverted: bool,
+    inverse: bool,
     check: bool,
 ) -> Folded:
-    """Rows of one signature, column by column."""
+    """Fold rows whose layers are of the same kinds, one column of K layers after the other."""
     k = len(rows)
-    dtype = torch.float64 if inverted else dtype
+    dtype = torch.float64 if inverse else dtype
     weight: Tensor | None = None  # None stands for the identity
     bias = torch.zeros(k, channels, dtype=dtype, device=device)
     log_det = torch.zeros(k, dtype=dtype, device=device)
     columns = list(zip(*rows, strict=True))
-    for column in reversed(columns) if inverted else columns:
+    for column in reversed(columns) if inverse else columns:
         step = _read(column, channels, device)
         if tuple(step.weight.shape[:2]) != (k, channels):
             raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
-        step = _inverted(step, check) if inverted else step
+        step = _inverted(step, check) if inverse else step
         if not step.weight.is_floating_point():
             if weight is None:
                 weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
@@ -233,13 +245,12 @@ def _fold_alike(
     return Folded(weight, bias, log_det)
 
 
-class Rows:
-    """The linear maps of a run at one width, each a row of layers: what `layers.step.Group` is to
-    our own steps.
+class LayerGroup:
+    """Consecutive linear maps of one width, or their inverses: a `LinearGroup`.
 
     Args:
-        rows: the layers between two couplings, data -> latent, step by step.
-        inverted: whether they are walked latent -> data.
+        rows: for each step, the linear layers between two couplings, data -> latent.
+        inverse: whether they run latent -> data.
     """
 
     def __init__(
@@ -247,19 +258,21 @@ class Rows:
         rows: Sequence[Sequence[Linear | Reorder]],
         channels: int,
         device: torch.device,
-        inverted: bool = False,
+        inverse: bool = False,
     ) -> None:
         self.steps = [tuple(row) for row in rows]
-        self.channels, self.device, self.inverted = channels, device, inverted
+        self.channels, self.device, self.inverse = channels, device, inverse
 
-    def mixes(self, dtype: torch.dtype, *, check: bool = False) -> Mixes:
-        """All rows as they are walked, those of one signature in one batch, outside autocast.
+    def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
+        """The folded weights of all rows, or their inverses, outside autocast.
+
+        Rows whose layers are of the same kinds are folded in one batch.
 
         Args:
             check: as for `inverse_weight_and_bias`.
 
         Raises:
-            ValueError: with `check`, a W whose inverse is needed and does not exist.
+            ValueError: with `check`, a weight whose inverse is needed and does not exist.
         """
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(self.steps):
@@ -271,7 +284,7 @@ class Rows:
                     self.channels,
                     self.device,
                     dtype,
-                    self.inverted,
+                    self.inverse,
                     check,
                 )
                 for places in alike.values()
@@ -281,10 +294,14 @@ class Rows:
             order = constant(inverse_of(places), self.device)
             folded = [Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))]
         weight, bias, log_det = (part.to(dtype) for part in folded[0])
-        return Mixes(weight, bias, log_det.sum())
+        return FoldedWeights(weight, bias, log_det.sum())
+
+    def inverted(self) -> "LayerGroup":
+        """The inverse maps."""
+        return LayerGroup(self.steps, self.channels, self.device, not self.inverse)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that the maps depend on and that have gradients."""
+        """The trainable parameters of the layers."""
         modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
         own = [p for m in modules for p in m._parameters.values() if p is not None]
         return list({id(p): p for p in own if p.requires_grad}.values())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import constant, select_channels
+from mflow_kernels.layers.networks import fused_params, has_hooks
 from mflow_kernels.ops.launch import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -19,7 +20,7 @@ class Params(nn.Module):
     """One network whose output channels are scales and shifts in some order.
 
     Where its last layer is a convolution or linear layer, that layer's few weights are reordered,
-    not the activations.
+    not the activations. A network like Glow's runs as one operator on a GPU.
 
     Args:
         net: the network, which keeps its parameters.
@@ -59,11 +60,14 @@ class Params(nn.Module):
         layers = self._layers()
         if layers is None:
             return self._ordered(self.net(x))
-        for layer in layers[:-1]:
-            x = layer(x)
         last: Any = layers[-1]
         weight = self._ordered(last.weight, 0)
         bias = None if last.bias is None else self._ordered(last.bias, 0)
+        params = fused_params(layers, x, (weight, bias))
+        if params is not None:
+            return params
+        for layer in layers[:-1]:
+            x = layer(x)
         if isinstance(last, nn.Linear):
             return F.linear(x, weight, bias)
         return last._conv_forward(x, weight, bias)
@@ -78,7 +82,7 @@ class Params(nn.Module):
 
     def _layers(self) -> list[nn.Module] | None:
         """The network's layers, if the last is one whose output channels can be reordered."""
-        if self.raw is None or self._in_order():
+        if self.raw is None:
             return None
         layers = getattr(self.net, self.inner) if self.inner else self.net
         if type(layers) is not nn.Sequential or not len(layers) or has_hooks(self.net, layers):
@@ -164,14 +168,6 @@ class Masked(nn.Module):
                 out = net(masked)[:, moves]
                 outs.append(torch.where(out.isfinite(), out, torch.nan))
         return torch.cat(outs, dim=1)
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody listens to calls of these modules, which a fused run would not make."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

@@ -1,11 +1,10 @@
-"""Giving a module another computation while it stays what it is.
+"""Accelerating a module by changing its class.
 
-An accelerated layer is the same object with the same parameters, buffers, children and hooks, and
-so the same state dictionary; only its class is a subclass of its own that computes otherwise. To
-take the acceleration back is to give it its class back.
+An accelerated layer is the same object, with the same parameters, buffers, children, hooks and
+state dictionary. Only its class changes, to a subclass of the original class with our methods.
+Decelerating it restores the original class.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -13,20 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from mflow_kernels.interop.sequence import Run
+from mflow_kernels.interop.adapter import load_adapter
+from mflow_kernels.interop.sequence import FusedSequence
 
-PLAN = "_mflow_plan"  # in a module's __dict__, out of reach of state dictionaries
+IMPLEMENTATION = "_mflow_plan"  # key in a module's __dict__, which state dictionaries do not see
 
 
-def accelerate_module(module: nn.Module, library: str, kind: str, plan: Any) -> None:
-    """Let `module` compute by `plan`, which the methods of that kind find as `plan_of(self)`."""
+def accelerate_module(module: nn.Module, folder: str, kind: str, implementation: Any) -> None:
+    """Give `module` the methods that the adapter in `folder` has for modules of this kind.
+
+    The methods find `implementation` with `implementation_of(self)`.
+    """
     original: Any = type(module)
-    module.__class__ = _fast_class(original, library, kind)
-    module.__dict__[PLAN] = plan
+    module.__class__ = _accelerated_class(original, folder, kind)
+    module.__dict__[IMPLEMENTATION] = implementation
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    return PLAN in module.__dict__
+    return IMPLEMENTATION in module.__dict__
 
 
 def original_class(module: nn.Module) -> type:
@@ -35,50 +38,48 @@ def original_class(module: nn.Module) -> type:
 
 def decelerate_module(module: nn.Module) -> None:
     module.__class__ = original_class(module)
-    del module.__dict__[PLAN]
+    del module.__dict__[IMPLEMENTATION]
 
 
-def plan_of(module: nn.Module) -> Any:
-    return module.__dict__[PLAN]
+def implementation_of(module: nn.Module) -> Any:
+    return module.__dict__[IMPLEMENTATION]
 
 
 @cache
-def _fast_class(original: type, library: str, kind: str) -> type:
-    """A subclass with the methods that the library's adapter has for layers of this kind."""
-    methods = importlib.import_module(f"mflow_kernels.interop.{library}.adapter").METHODS[kind]
+def _accelerated_class(original: type, folder: str, kind: str) -> type:
     namespace = {
-        **methods,
+        **load_adapter(folder).methods[kind],
         "__module__": original.__module__,
         "__reduce_ex__": _reduce,
-        "_mflow_kind": (library, kind),
+        "_mflow_kind": (folder, kind),
     }
     return type(original.__name__, (original,), namespace)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copies and pickles name the original class: that of the accelerated one has no name."""
+    """Copies and pickles refer to the original class, since the subclass has no importable name."""
     return _rebuilt, (original_class(self), *self._mflow_kind), self.__dict__
 
 
-def _rebuilt(original: type, library: str, kind: str) -> Any:
-    fast: Any = _fast_class(original, library, kind)
-    return fast.__new__(fast)
+def _rebuilt(original: type, folder: str, kind: str) -> Any:
+    cls: Any = _accelerated_class(original, folder, kind)
+    return cls.__new__(cls)
 
 
-class Fused(nn.Module):
-    """Layers of a container as one run, in the interface of one layer of the library."""
+class FusedLayers(nn.Module):
+    """Layers of a container as one sequence, with the interface of one layer of the library."""
 
-    def __init__(self, layers: Sequence[nn.Module], run: Run) -> None:
+    def __init__(self, layers: Sequence[nn.Module], sequence: FusedSequence) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.run = run
+        self.sequence = sequence
 
 
-class FusedLists:
-    """A container's lists of layers with runs in place of some.
+class FusedContainer:
+    """A container in which fused sequences replace some of the layers.
 
-    Attributes:
-        fused: by the name that the list has in the container.
+    Args:
+        fused: the lists of layers, by their names in the container.
     """
 
     def __init__(self, container: nn.Module, fused: dict[str, nn.Module]) -> None:
@@ -90,7 +91,7 @@ class FusedLists:
 
     def _refresh(self, container: nn.Module) -> None:
         attributes = {**container.__dict__, "_modules": {**container._modules, **self.fused}}
-        attributes.pop(PLAN, None)
+        attributes.pop(IMPLEMENTATION, None)
         self._view.__dict__.clear()
         self._view.__dict__.update(attributes)
 
@@ -98,11 +99,13 @@ class FusedLists:
         return [m for name in self.fused for m in flat(container._modules[name])]
 
     def view(self, container: nn.Module) -> Any:
-        """The container with its runs, for its own methods to walk; itself, where somebody has
-        put other layers into it since."""
-        now = self._layers(container)
-        same = len(now) == len(self._sources)
-        if not (same and all(a is b for a, b in zip(now, self._sources, strict=True))):
+        """The container with its sequences, on which its own methods run.
+
+        If its layers have been exchanged since, the container itself.
+        """
+        layers = self._layers(container)
+        same = len(layers) == len(self._sources)
+        if not (same and all(a is b for a, b in zip(layers, self._sources, strict=True))):
             return container
         # Up to torch 2.11, compilers cannot trace this.
         if not torch.compiler.is_compiling():

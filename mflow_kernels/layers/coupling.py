@@ -1,10 +1,11 @@
-"""Affine coupling, and the split that takes half of a state out through one."""
+"""Affine coupling, and the split that factors out half of the channels with one."""
 
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import (
     check_count,
@@ -15,6 +16,7 @@ from mflow_kernels.ops.checks import (
 )
 from mflow_kernels.ops.launch import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
+from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 
 
 class AffineCoupling(Bijection):
@@ -25,17 +27,17 @@ class AffineCoupling(Bijection):
     Args:
         channels: C >= 2 of the states (N, C, *spatial).
         net: any module from x_a (N, C // 2, *spatial) to params (N, 2 * (C - C // 2), *spatial),
-            raw scales first; what else the layer is called with goes to it too. By default
+            raw scales first. Extra arguments of `layer(x, *context)` are passed to it. By default
             `coupling_net` of the given width.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
-            |log s| < 1, so that no sample runs away.
-        spatial_dims: 0 to 3, the number of spatial axes the default net works on.
+            |log s| < 1, so that samples stay bounded.
+        spatial_dims: 0 to 3, the number of spatial axes of the default net.
 
     Raises:
-        TypeError, ValueError: naming the argument, in a call before any kernel runs: a state of
-            other channels; where the net starts with a convolution or linear layer of torch's, also
-            one of other axes, device or, outside autocast, dtype.
+        TypeError, ValueError: naming the argument. A call checks the state before any kernel runs:
+            its channels and, if the net starts with a convolution or linear layer of torch, its
+            axes, device and (outside autocast) dtype.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class AffineCoupling(Bijection):
         return ops.affine_coupling_inverse(z, self._params(z, context), self.scale)
 
     def checked(self, name: str, value: object) -> Tensor:
-        """`value` as a state that this layer takes, or TypeError, ValueError."""
+        """`value` as a state for this layer; TypeError or ValueError if it is none."""
         x = flow_state(name, value)
         check_takes(self.net, name, x, self.channels)
         return x
@@ -76,11 +78,11 @@ class AffineCoupling(Bijection):
         return self.net(x[:, : x.shape[1] // 2], *context)
 
 
-class Split(Bijection):
-    """An affine coupling on the half that leaves; then it leaves.
+class Split(ChainLayer):
+    """Factor out half of the channels as a latent, after an affine coupling on it.
 
-    Glow's learned prior N(mean(x_a), sd(x_a)) of the half x_b that leaves is this coupling, so that
-    every latent is standard normal and every round trip is exact. `z = (kept, latent)`.
+    `z = (kept, latent)`. The coupling is Glow's learned prior N(mean(x_a), sd(x_a)) of the half
+    x_b, so every latent is standard normal and every round trip is exact.
 
     Args: as `AffineCoupling`.
     """
@@ -99,26 +101,38 @@ class Split(Bijection):
             channels, net, width=width, scale=scale, spatial_dims=spatial_dims
         )
 
+    @property
+    def channels(self) -> int:
+        return self.coupling.channels
+
+    def instructions(self) -> list[Instruction]:
+        return [Couple(self.coupling.net, self.coupling.scale, inverse=False), SplitOff()]
+
     def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         y, logdet = self.coupling(x, *context)
         c_a = y.shape[1] // 2
         return (y[:, :c_a], y[:, c_a:]), logdet
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.coupling.inverse(self._whole(z), *context)
+        return self.coupling.inverse(self._joined(z), *context)
 
-    def _whole(self, z: object) -> Tensor:
+    def _joined(self, z: object) -> Tensor:
         if not isinstance(z, tuple) or len(z) != 2:
             came = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
             raise TypeError(f"z: expected a tuple (kept, latent), got {came}")
         kept = check_state("z[0]", z[0])
-        check_takes(self.coupling.net, "z[0]", kept, self.coupling.channels // 2)
-        self.check_latent("z[1]", z[1], kept, tuple(kept.shape[2:]))
+        check_takes(self.coupling.net, "z[0]", kept, self.channels // 2)
+        check_latent("z[1]", z[1], kept, self.channels - self.channels // 2, tuple(kept.shape[2:]))
         return torch.cat(z, dim=1)
 
-    def check_latent(self, name: str, value: object, like: Tensor, sides: tuple[int, ...]) -> None:
-        """Raise TypeError or ValueError unless `value` is a half that left: of so many pixels,
-        otherwise like another state of the same batch."""
-        latent, c = check_tensor(name, value, (like.dtype,)), self.coupling.channels
-        check_shape(name, latent, (like.shape[0], c - c // 2, *sides))
-        check_device(name, latent, like)
+
+def check_latent(
+    name: str, value: object, like: Tensor, channels: int, sides: tuple[int, ...]
+) -> None:
+    """Raise TypeError or ValueError unless `value` is a latent of shape (N, channels, *sides).
+
+    `like` is another state of the same batch, with the same dtype and device.
+    """
+    latent = check_tensor(name, value, (like.dtype,))
+    check_shape(name, latent, (like.shape[0], channels, *sides))
+    check_device(name, latent, like)

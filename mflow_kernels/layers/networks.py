@@ -1,5 +1,6 @@
 """The coupling network that layers make where none is given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_channels, check_count, check_device
-from mflow_kernels.ops.launch import autocasts, transformed
+from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
+from mflow_kernels.ops.launch import autocasts, transformed, uses_triton
 
 
 def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
@@ -32,11 +34,82 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    return nn.Sequential(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+    return CouplingNetwork(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+
+
+class CouplingNetwork(nn.Sequential):
+    """Glow's network as `coupling_net` builds it: a chain of torch's layers, computed on a GPU by
+    the fused operator `ops.coupling_network` where that fits and is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        params = fused_params(list(self), x)
+        return super().forward(x) if params is None else params
+
+
+def fused_params(
+    layers: Sequence[nn.Module], x: Tensor, last: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor | None:
+    """What a chain of layers gives for x, by `ops.coupling_network`; None where that does not fit
+    the layers or x, or is slower.
+
+    Args:
+        last: weight and bias in place of those of the last layer.
+    """
+    if not uses_triton(x) or not is_glow_network(layers):
+        return None
+    products: Sequence[Any] = layers[::2]
+    first, second, third = products
+    weight, bias = (third.weight, third.bias) if last is None else last
+    parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
+    if any(p is None for p in parameters):
+        return None
+    if autocasts(x.device):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not supports(x, first.weight, weight) or not prefers_fused(x, parameters):
+        return None
+    return coupling_network(x, *parameters)
+
+
+def is_glow_network(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers are 3x3, 1x1 and 3x3 convolutions, or three linear layers, with ReLU between
+    and without hooks, which would not be called."""
+    if len(layers) != 5 or has_hooks(*layers) or not all(map(_is_relu, layers[1::2])):
+        return False
+    products = layers[::2]
+    if all(type(layer) is nn.Linear for layer in products):
+        return True
+    return all(map(_is_same_convolution, products, (3, 1, 3)))
+
+
+def _is_relu(layer: Any) -> bool:
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope == 0.0)
+
+
+def _is_same_convolution(layer: Any, side: int) -> bool:
+    """Whether it is a plain convolution of so many pixels a side that keeps the images' size."""
+    return (
+        type(layer) in (nn.Conv2d, PointwiseConv2d)
+        and layer.kernel_size == (side, side)
+        and layer.padding == (side // 2, side // 2)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+    )
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody listens to calls of these modules, which a fused run would not make."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
 
 
 # The spatial axes that layers of torch's take.
 SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
+
+# Chains whose first layer sees the state as it is.
+CHAINS = (nn.Sequential, CouplingNetwork)
 
 
 def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
@@ -48,12 +121,12 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     Raises:
         TypeError, ValueError: naming the argument `name`.
     """
-    first = next(iter(net._modules.values()), net) if type(net) is nn.Sequential else net
+    first: Any = next(iter(net._modules.values()), net) if type(net) in CHAINS else net
     spatial = SPATIAL.get(type(first))  # none of a subclass, which may cast and reshape
     check_channels(name, x, channels, spatial)
     if spatial is None:
         return
-    weight: Any = first.weight
+    weight = first.weight
     check_device(name, x, weight)
     if x.dtype != weight.dtype and not autocasts(x.device):
         expected, came = (str(t.dtype).removeprefix("torch.") for t in (weight, x))

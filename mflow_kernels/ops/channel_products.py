@@ -127,7 +127,7 @@ def _conv1x1_kernel(
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _dweight_kernel(
+def _weight_gradient_kernel(
     dy,
     dy_strides,
     dnet,
@@ -209,7 +209,7 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
     return Conv1x1Tile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
 
 
-class DweightTile(NamedTuple):
+class WeightGradientTile(NamedTuple):
     """Blocks of dW and of columns, warps, and groups of warps with columns of their own."""
 
     block: int
@@ -218,14 +218,14 @@ class DweightTile(NamedTuple):
     groups: int
 
 
-def dweight_tile(c: int, dtype: torch.dtype) -> DweightTile:
+def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     """Tile for a state of c channels whose products are summed in dtype."""
     block = min(128, max(16, triton.next_power_of_2(c)))
     if block <= 32:
         wide = dtype == torch.float64
-        return DweightTile(block, 32, 4, 1) if wide else DweightTile(block, 64, 4, 4)
+        return WeightGradientTile(block, 32, 4, 1) if wide else WeightGradientTile(block, 64, 4, 4)
     # Past C = 64, 32 columns spill on sm_90 and do not fit in the shared memory of sm_80.
-    return DweightTile(block, 32 if c <= 64 else 16, block // 16, 1)
+    return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1)
 
 
 MULTIPROCESSORS = 132  # of an H100
@@ -237,12 +237,12 @@ def partial_sums(columns: int, c: int, most: int) -> int:
     return max(1, min(most, columns // c))
 
 
-def dweight_splits(x: Tensor) -> int:
+def weight_gradient_splits(x: Tensor) -> int:
     """How many partial sums of dW a backward launch on the state x leaves."""
     if not uses_triton(x):
         return 1
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    tile = dweight_tile(c, accumulator(x.dtype))
+    tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
     programs = DWEIGHT_PROGRAMS // triton.cdiv(c, tile.block) ** 2
     return partial_sums(n * p, c, min(tiles, programs))
@@ -252,9 +252,17 @@ DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # of a dW launch
 
 
 # Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
-# core of sm_90 that reads it (triton-lang/triton#9610). Without a pipeline nothing is copied so. In
-# tf32x3 no copy is read: operands are taken apart in registers and written back, with a fence.
+# core of sm_90 that reads the copy (triton-lang/triton#9610).
 FENCES_COPIES = TorchVersion(triton.__version__) >= "3.7.1"
+
+
+def pipeline_stages(precision: str) -> int:
+    """Pipelining stages of a loop that multiplies tiles as they were loaded.
+
+    A pipeline loads by asynchronous copies. Only "tf32" reads such a copy: in "tf32x3" operands are
+    split in registers and written back, with a fence.
+    """
+    return 3 if FENCES_COPIES or precision != "tf32" else 1
 
 
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
@@ -315,12 +323,12 @@ def launch_conv1x1(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            num_stages=3 if FENCES_COPIES or precision != "tf32" else 1,
+            num_stages=pipeline_stages(precision),
         )
     return y, net, ledger
 
 
-def launch_dweight(
+def launch_weight_gradient(
     dy: Tensor,
     dnet: Tensor | None,
     x: Tensor,
@@ -335,13 +343,13 @@ def launch_dweight(
     dnet = None if dnet is None else dense_pixels(dnet)
     params = None if params is None else dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    tile = dweight_tile(c, accumulator(x.dtype))
+    tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p)
     new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
     dweight, dbias = new((splits, c, c)), new((splits, c))
     if n:
         launch(
-            _dweight_kernel,
+            _weight_gradient_kernel,
             (splits, triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
             *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
             *(dweight, dbias, n, p, tiles.programs),

@@ -32,9 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.channel_products import (
-    dweight_splits,
     launch_conv1x1,
-    launch_dweight,
+    launch_weight_gradient,
+    weight_gradient_splits,
 )
 from mflow_kernels.ops.checks import (
     check_choice,
@@ -88,7 +88,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     So the partial sums leave the backward launch as they are, and one reduction adds them for all
     the steps that were spread together, in a fixed order.
     """
-    splits, c, dtype = dweight_splits(x), x.shape[1], accumulator(x.dtype)
+    splits, c, dtype = weight_gradient_splits(x), x.shape[1], accumulator(x.dtype)
     weight, bias = weight.to(dtype).unsqueeze(-3), bias.to(dtype).contiguous().unsqueeze(-2)
     return (
         weight.expand(*weight.shape[:-3], splits, c, c),
@@ -115,7 +115,7 @@ def conv1x1_backward(
     """dx, and partial sums of dW and d bias."""
     if uses_triton(x):
         dx, _, _ = launch_conv1x1(dy, weight[0].t(), None, precision, dnet=dnet)
-        return in_layout_of(x, dx), *launch_dweight(dy, dnet, x, weight.shape[0], precision)
+        return in_layout_of(x, dx), *launch_weight_gradient(dy, dnet, x, weight.shape[0], precision)
     if cpu.serves_conv1x1(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])

@@ -29,8 +29,9 @@ from mflow_kernels.ops.channel_products import (
     arithmetic,
     conv1x1_tile,
     launch_conv1x1,
-    launch_dweight,
+    launch_weight_gradient,
     load_gradient,
+    pipeline_stages,
     tile_and_block,
 )
 from mflow_kernels.ops.conv1x1 import (
@@ -167,9 +168,14 @@ def launch_coupling_conv1x1_backward(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
+            num_stages=pipeline_stages(precision),
         )
     splits = weight.shape[0]
-    return dx, dparams, *launch_dweight(dy, dnet, x, splits, precision, params, scale, inverse)
+    return (
+        dx,
+        dparams,
+        *launch_weight_gradient(dy, dnet, x, splits, precision, params, scale, inverse),
+    )
 
 
 def coupling_conv1x1_forward(

@@ -163,12 +163,12 @@ def coupling_conv1x1_backward(
     """
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
-    gram, dbias = sums(x)
+    outer_sum, dbias = sums(x)
     _C.coupling_conv1x1_backward(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
-        weight, dx, dparams, gram, dbias, scale.args, inverse,
+        weight, dx, dparams, outer_sum, dbias, scale.args, inverse,
     )  # fmt: skip
-    return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), gram, dbias
+    return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), outer_sum, dbias
 
 
 def conv1x1_backward(
@@ -179,12 +179,13 @@ def conv1x1_backward(
     weight_inverse: Tensor | None,
     bias: Tensor | None,
     dx: Tensor,
-    gram: Tensor,
+    outer_sum: Tensor,
     dbias: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """`rebuild_conv1x1.rebuild_conv1x1_ref`: fills dx, gram (1, C, C) and dbias (1, C), and returns x, allocated like
-    dx, and the network input cut from it.
+    """`rebuild_conv1x1_ref`: fills dx, outer_sum (1, C, C) and dbias (1, C).
+
+    Returns x, allocated like dx, and the network input cut from it.
 
     Without weight_inverse, x is None and the network input is empty.
     """
@@ -193,11 +194,11 @@ def conv1x1_backward(
     net = net_input(dx, None if x is None else net_dtype)
     cut = x is not None and net_dtype == dx.dtype
     if not dx.numel():
-        gram.zero_()
+        outer_sum.zero_()
         dbias.zero_()
     _C.conv1x1_backward(
         torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
-        net if cut else None, dx, gram, dbias,
+        net if cut else None, dx, outer_sum, dbias,
     )  # fmt: skip
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
@@ -205,7 +206,7 @@ def conv1x1_backward(
 
 
 def sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors for one partial sum of gram and d bias; zeros for an empty batch."""
+    """Empty tensors for one partial sum of outer_sum and d bias; zeros for an empty batch."""
     c = x.shape[1]
     new = x.new_empty if x.numel() else x.new_zeros
     return new((1, c, c)), new((1, c))

@@ -1,22 +1,23 @@
-r"""Un-mixing: backward through the 1x1 convolution of a step of flow that stored nothing.
+r"""Backward through the 1x1 convolution of a step of flow that stored nothing.
 
-The second launch of a step's way back, after `rebuild_coupling` and the network's own backward, which gave
-a gradient dnet of y_a. With y = W x + bias and dy = (dy_a + dnet, dy_b),
+This is the second launch of a step's backward pass. `rebuild_coupling` and the backward pass of the
+network ran before it, and the network gave a gradient dnet of y_a. With y = W x + bias and
+dy = (dy_a + dnet, dy_b), the launch computes
 
     x = W^-1 (y - bias),   dx = W^T dy
-    gram = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
+    outer_sum = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
 
-and x_a, the input of the network before, in its dtype. dW = sum dy x^T = gram W^-T is C x C work,
-left to the caller for all steps at once, in float64. Where the state before was kept x is not
-rebuilt; gram is the same. Swap W and W^-1 to walk back through an inverse (sampling) chain. The
-halves of y and dy are tensors of their own, as `rebuild_coupling` leaves them.
+and a copy of x_a in the dtype of the network that reads it. The caller computes
+dW = sum dy x^T = outer_sum W^-T, which is C x C work, for all steps at once and in float64. If x
+was stored it is not rebuilt; outer_sum is the same. Swap W and W^-1 to go back through an inverse
+(sampling) chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with
 three tf32 products for one of float32.
-Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
-program does all three products of its pixels. Past that, arithmetic sets the pace and three
-products do not fit the registers: gram has programs of its own, which read y and dy once more, and
-each block of 128 output channels reads its input again.
+Least traffic, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
+program computes all three products of its pixels. With more channels arithmetic limits the speed,
+and three products do not fit the registers: other programs compute outer_sum and read y and dy once
+more, and each block of 128 output channels reads its input again.
 """
 
 from functools import partial
@@ -51,15 +52,15 @@ Halves = tuple[Tensor, Tensor]
 
 
 class RebuiltConv1x1(NamedTuple):
-    """Results of un-mixing.
+    """Results of `rebuild_conv1x1`.
 
     Attributes:
-        x: the halves of x; None where y was kept.
+        x: the halves of x; None if x was not rebuilt.
         dx: the halves of its gradient.
         whole: x and dx as states of one piece, whose halves `x` and `dx` are; or None if the halves
             are dense tensors of their own.
         net: the network input x_a, or None.
-        gram: partial sums, (splits, C, C).
+        outer_sum: partial sums, (splits, C, C).
         dbias: partial sums, (splits, C).
     """
 
@@ -67,17 +68,17 @@ class RebuiltConv1x1(NamedTuple):
     dx: Halves
     whole: tuple[Tensor | None, Tensor] | None
     net: Tensor | None
-    gram: Tensor
+    outer_sum: Tensor
     dbias: Tensor
 
 
 def in_one_piece(
-    x: Tensor | None, dx: Tensor, net: Tensor | None, gram: Tensor, dbias: Tensor
+    x: Tensor | None, dx: Tensor, net: Tensor | None, outer_sum: Tensor, dbias: Tensor
 ) -> RebuiltConv1x1:
     """Results whose states are whole."""
     c_a = dx.shape[1] // 2
     x_halves = None if x is None else (x[:, :c_a], x[:, c_a:])
-    return RebuiltConv1x1(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, gram, dbias)
+    return RebuiltConv1x1(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, outer_sum, dbias)
 
 
 def rebuild_conv1x1_ref(
@@ -105,12 +106,12 @@ def rebuild_conv1x1_ref(
 
     with without_autocast(shifted):
         dx = state(dy_p @ weight)
-        gram, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
+        outer_sum, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
         if weight_inverse is None:
-            return in_one_piece(None, dx, None, gram, dbias)
+            return in_one_piece(None, dx, None, outer_sum, dbias)
         x = state(y_p @ weight_inverse.t())
     net = None if net_dtype is None else cut_net_input(x, net_dtype)
-    return in_one_piece(x, dx, net, gram, dbias)
+    return in_one_piece(x, dx, net, outer_sum, dbias)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -138,7 +139,7 @@ def _rebuild_conv1x1_kernel(
     dx_b_strides,
     net,
     net_strides,
-    gram,
+    outer_sum,
     dbias,
     N,
     P,
@@ -150,9 +151,9 @@ def _rebuild_conv1x1_kernel(
 ):
     """All three products of every `programs`-th tile. The weights are loaded once.
 
-    A tile is columns by places, HALF places for each half of the channels. The last place is empty:
-    y - bias is 1 there, so that gram gets d bias as its last column. Each warp has columns of its
-    own in every product, and the warps' sums for gram are added at the end.
+    A tile has HALF places for each half of the channels. No channel is in the last place: y - bias
+    is 1 there, so that d bias is the last column of outer_sum. Each warp has its own columns in
+    every product, and the warps' sums for outer_sum are added at the end.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -171,15 +172,18 @@ def _rebuild_conv1x1_kernel(
         inverse_t = tl.load(at_inverse, mask=square, other=0.0)
     bias_t = tl.load(bias + channel, mask=exists, other=0.0)
     bias_t = tl.where(place == LAST, -1.0, bias_t)
-    gram_t = tl.zeros([WARPS, 2 * HALF, 2 * HALF], tl.float32)
+    outer_t = tl.zeros([WARPS, 2 * HALF, 2 * HALF], tl.float32)
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = valid[:, None] & exists[None, :]
         at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
-        dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
-        if dnet is not None:
+        if dnet is None:
+            dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
+        else:
+            # dnet first: in the other order ptxas spills for sm_100.
             at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
-            dy_t += tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+            dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+            dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
         tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
         # After the store of dx: with both tiles in flight the registers do not suffice at C = 24.
@@ -195,9 +199,9 @@ def _rebuild_conv1x1_kernel(
         dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
-        gram_t = tl.dot(dy_of_warp, y_of_warp, gram_t, input_precision="tf32x3")
-    total = tl.sum(gram_t, axis=0)
-    tl.store(gram + program.to(tl.int64) * (C * C) + at_square, total, square)
+        outer_t = tl.dot(dy_of_warp, y_of_warp, outer_t, input_precision="tf32x3")
+    total = tl.sum(outer_t, axis=0)
+    tl.store(outer_sum + program.to(tl.int64) * (C * C) + at_square, total, square)
     dbias_t = tl.sum(tl.where(place[None, :] == LAST, total, 0.0), axis=1)
     tl.store(dbias + program * C + channel, dbias_t, exists)
 
@@ -223,7 +227,7 @@ def _rebuild_conv1x1_wide_kernel(
     dx_strides,
     net,
     net_strides,
-    gram,
+    outer_sum,
     dbias,
     N,
     P,
@@ -233,26 +237,27 @@ def _rebuild_conv1x1_wide_kernel(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
     STATE_BLOCKS: tl.constexpr,
-    GRAM_BLOCKS: tl.constexpr,
+    OUTER_BLOCKS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Where one program sees all channels (GRAM_BLOCKS = 0), all three products of every tile that
-    is a multiple of SPLITS from its own. Else the first TILES * STATE_BLOCKS programs each give BLOCK_O
-    channels of x and dx of one tile, and those after them the blocks of SPLITS partial sums of
-    gram.
+    """All three products, for channels that do not fit `_rebuild_conv1x1_kernel`.
 
-    Programs of one tile are neighbours, so that all but the first find its states in the L2 cache.
+    If OUTER_BLOCKS is 0, each program sees all channels and computes all three products of every
+    SPLITS-th tile. Otherwise each of the first TILES * STATE_BLOCKS programs computes BLOCK_O
+    channels of x and dx of one tile, and the programs after them compute the blocks of SPLITS
+    partial outer sums. The programs of one tile are neighbours, so that all but the first find its
+    states in the L2 cache.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program = tl.program_id(0)
-    state_programs = SPLITS if GRAM_BLOCKS == 0 else TILES * STATE_BLOCKS
+    state_programs = SPLITS if OUTER_BLOCKS == 0 else TILES * STATE_BLOCKS
     if program < state_programs:
         o = program % STATE_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
         first = program // STATE_BLOCKS
-        if GRAM_BLOCKS == 0:
-            gram_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
+        if OUTER_BLOCKS == 0:
+            outer_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
             dbias_t = tl.zeros([BLOCK_C], DTYPE)
         for tile in range(first, TILES, state_programs // STATE_BLOCKS):
             n, p, valid = columns(tile, N, P, COLUMNS)
@@ -278,7 +283,7 @@ def _rebuild_conv1x1_wide_kernel(
                     DTYPE,
                 )
                 dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-                if (x is not None) or (GRAM_BLOCKS == 0):
+                if (x is not None) or (OUTER_BLOCKS == 0):
                     y_t = _load_shifted_halves(
                         y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
                     )
@@ -286,9 +291,9 @@ def _rebuild_conv1x1_wide_kernel(
                     at_w = weight_inverse + o[:, None] * C + c[None, :]
                     w_t = tl.load(at_w, mask=inside, other=0.0)
                     x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-                if GRAM_BLOCKS == 0:
-                    gram_t = tl.dot(
-                        dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE
+                if OUTER_BLOCKS == 0:
+                    outer_t = tl.dot(
+                        dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
                     )
                     dbias_t += tl.sum(dy_t, axis=1)
             inside = (o[:, None] < C) & valid[None, :]
@@ -298,14 +303,14 @@ def _rebuild_conv1x1_wide_kernel(
             if net is not None:
                 is_a = (o[:, None] < C // 2) & valid[None, :]
                 store(at(net, net_strides, n, o, p), x_t, mask=is_a)
-        if GRAM_BLOCKS == 0:
-            _store_gram(gram, dbias, gram_t, dbias_t, program, o, o, C)
-    elif GRAM_BLOCKS != 0:
-        block = (program - state_programs) % (GRAM_BLOCKS * GRAM_BLOCKS)
-        split = (program - state_programs) // (GRAM_BLOCKS * GRAM_BLOCKS)
-        o = (block // GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        c = (block % GRAM_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        gram_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
+        if OUTER_BLOCKS == 0:
+            _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, program, o, o, C)
+    elif OUTER_BLOCKS != 0:
+        block = (program - state_programs) % (OUTER_BLOCKS * OUTER_BLOCKS)
+        split = (program - state_programs) // (OUTER_BLOCKS * OUTER_BLOCKS)
+        o = (block // OUTER_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
+        c = (block % OUTER_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
+        outer_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
         dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
@@ -315,10 +320,12 @@ def _rebuild_conv1x1_wide_kernel(
             y_t = _load_shifted_halves(
                 y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
             )
-            gram_t = tl.dot(dy_t, tl.trans(y_t), gram_t, input_precision=PRECISION, out_dtype=DTYPE)
+            outer_t = tl.dot(
+                dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
+            )
             dbias_t += tl.sum(dy_t, axis=1)
         # Programs of one block of rows sum the same dy: they store the same d bias.
-        _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C)
+        _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, split, o, c, C)
 
 
 @triton.jit
@@ -363,17 +370,17 @@ def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DT
 
 
 @triton.jit
-def _store_gram(gram, dbias, gram_t, dbias_t, split, o, c, C: tl.constexpr):
-    at_gram = gram + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-    tl.store(at_gram, gram_t, mask=(o[:, None] < C) & (c[None, :] < C))
+def _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, split, o, c, C: tl.constexpr):
+    at_outer = outer_sum + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
+    tl.store(at_outer, outer_t, mask=(o[:, None] < C) & (c[None, :] < C))
     tl.store(dbias + split * C + o, dbias_t, mask=o < C)
 
 
 class RebuildTile(NamedTuple):
-    """How un-mixing is cut.
+    """Tile of a launch.
 
     Attributes:
-        half: places for a half of the channels in `_rebuild_conv1x1_kernel`; 0 for `_rebuild_conv1x1_wide_kernel`.
+        half: places for a half of the channels; 0 selects `_rebuild_conv1x1_wide_kernel`.
         block_o: output channels of a program.
         block_c: input channels of one product.
         block_p: columns of a tile.
@@ -392,7 +399,7 @@ class RebuildTile(NamedTuple):
 
 
 def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
-    """What compiles without spills for sm_80, sm_90 and sm_100."""
+    """Tiles that compile without spills for sm_80, sm_90 and sm_100."""
     if dtype == torch.float64:
         block_o = 16 if c <= 16 else 32
         return RebuildTile(0, block_o, 16, 16, 4, 1, 2)
@@ -407,7 +414,7 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
 
 
 def rebuild_splits(half: Tensor, c: int) -> int:
-    """How many partial sums un-mixing a state of c channels leaves; `half` is one of its halves."""
+    """Number of partial sums for a state of c channels; `half` is one of its halves."""
     if not uses_triton(half):
         return 1
     tile = rebuild_tile(c, accumulator(half.dtype))
@@ -427,7 +434,7 @@ def launch_rebuild_conv1x1(
     net_dtype: torch.dtype | None,
     channels_last: bool,
     apart: bool,
-    gram: Tensor,
+    outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
     """One launch. Without `weight_inverse` y was kept, and x is not rebuilt."""
@@ -435,18 +442,18 @@ def launch_rebuild_conv1x1(
     dnet = None if dnet is None else dense_pixels(dnet)
     weight = weight.contiguous()
     weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
-    n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), gram.shape[0]
+    n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), outer_sum.shape[0]
     tile = rebuild_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
     if apart and tile.half:
         c_a = c // 2
         new = partial(empty_state, y_b, channels_last=channels_last)
         x = None if weight_inverse is None else (new(c_a), new(c - c_a))
-        made = RebuiltConv1x1(x, (new(c_a), new(c - c_a)), None, None, gram, dbias)
+        made = RebuiltConv1x1(x, (new(c_a), new(c - c_a)), None, None, outer_sum, dbias)
     else:
         dx = empty_state(y_b, c, channels_last)
         whole = None if weight_inverse is None else torch.empty_like(dx)
-        made = in_one_piece(whole, dx, None, gram, dbias)
+        made = in_one_piece(whole, dx, None, outer_sum, dbias)
     net = stored = None
     if made.x is not None and net_dtype is not None:
         if made.whole is None and net_dtype == y_b.dtype:
@@ -455,7 +462,7 @@ def launch_rebuild_conv1x1(
             net = stored = torch.empty_like(made.x[0], dtype=net_dtype)
         made = made._replace(net=net)
     if n == 0:
-        gram.zero_()
+        outer_sum.zero_()
         dbias.zero_()
     elif tile.half:
         launch(
@@ -463,7 +470,7 @@ def launch_rebuild_conv1x1(
             (splits,),
             *(*strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b), *strided(dnet)),
             *(weight, weight_inverse, bias, *strided_halves(*(made.x or (None, None)))),
-            *(*strided_halves(*made.dx), *strided(stored), gram, dbias, n, p, tiles.programs),
+            *(*strided_halves(*made.dx), *strided(stored), outer_sum, dbias, n, p, tiles.programs),
             C=c,
             HALF=tile.half,
             WARPS=tile.warps,
@@ -474,18 +481,18 @@ def launch_rebuild_conv1x1(
     else:
         assert made.whole is not None
         state_blocks = triton.cdiv(c, tile.block_o)
-        gram_blocks = 0 if tile.block_c >= c else state_blocks
-        grid = tiles.programs * state_blocks + splits * gram_blocks**2 if gram_blocks else splits
+        outer_blocks = 0 if tile.block_c >= c else state_blocks
+        grid = tiles.programs * state_blocks + splits * outer_blocks**2 if outer_blocks else splits
         launch(
             _rebuild_conv1x1_wide_kernel,
             (grid,),
             *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
             *(weight, weight_inverse, bias, *strided(made.whole[0]), *strided(made.whole[1])),
-            *(*strided(stored), gram, dbias, n, p, tiles.programs, splits),
+            *(*strided(stored), outer_sum, dbias, n, p, tiles.programs, splits),
             C=c,
             **arithmetic(y_b, "tf32x3"),
             STATE_BLOCKS=state_blocks,
-            GRAM_BLOCKS=gram_blocks,
+            OUTER_BLOCKS=outer_blocks,
             BLOCK_O=tile.block_o,
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
@@ -513,7 +520,7 @@ def rebuild_conv1x1(
     net_dtype: torch.dtype | None,
     channels_last: bool,
     apart: bool,
-    gram: Tensor,
+    outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
     """The second launch of a step's backward; on a CPU the loops of csrc, or its reference.
@@ -529,18 +536,28 @@ def rebuild_conv1x1(
             channels do not show. A network whose input has another format may differ in bits.
         apart: whether the halves of x and dx may be tensors of their own. A kernel that reads one
             half of a channels_last state of few channels fetches much of the other one.
-        gram, dbias: where partial sums go, (splits, C, C) and (splits, C), contiguous, with
+        outer_sum, dbias: where partial sums go, (splits, C, C) and (splits, C), contiguous, with
             `rebuild_splits` splits.
     """
     if uses_triton(y[0]):
         return launch_rebuild_conv1x1(
-            y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last, apart, gram, dbias
+            y,
+            dy,
+            dnet,
+            weight,
+            weight_inverse,
+            bias,
+            net_dtype,
+            channels_last,
+            apart,
+            outer_sum,
+            dbias,
         )
     if weight.shape[0] <= cpu.CONV1X1_MAX_CHANNELS and cpu.serves(y[1]):
         dx = empty_state(y[1], weight.shape[0], channels_last)
         x, net = cpu.conv1x1_backward(
-            y, dy, dnet, weight, weight_inverse, bias, dx, gram, dbias, net_dtype
+            y, dy, dnet, weight, weight_inverse, bias, dx, outer_sum, dbias, net_dtype
         )
-        return in_one_piece(x, dx, net if net_dtype is not None else None, gram, dbias)
+        return in_one_piece(x, dx, net if net_dtype is not None else None, outer_sum, dbias)
     made = rebuild_conv1x1_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
-    return made._replace(gram=gram.copy_(made.gram), dbias=dbias.copy_(made.dbias))
+    return made._replace(outer_sum=outer_sum.copy_(made.outer_sum), dbias=dbias.copy_(made.dbias))

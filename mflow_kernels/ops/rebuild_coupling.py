@@ -1,14 +1,14 @@
-r"""Backward through a coupling that stored nothing: the first launch of a step's way back.
+r"""Backward through a coupling that stored nothing: the first launch of a step's backward pass.
 
-A chain of steps keeps its output z = couple(y, params), y = W x + bias and nothing else. With the
-gradient dz at hand, and params = net(z_a) computed again, one launch takes the coupling back:
+A chain of steps stores only its output z = couple(y, params), where y = W x + bias. Given the
+gradient dz and params = net(z_a), which is computed again, one launch computes
 
     y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
 
-The network's backward then turns dparams into a gradient of y_a, and `rebuild_conv1x1` goes on from there.
-Where y was kept it is read in place of z and not rebuilt. The half that a coupling leaves alone is
-never copied: `b` halves are tensors of their own. Set `inverse` to walk back through the coupling
-of an inverse (sampling) chain.
+The backward pass of the network then turns dparams into a gradient of y_a, which `rebuild_conv1x1`
+takes. If y was stored, the launch reads it in place of z and does not rebuild it. The half that a
+coupling passes through is never copied: the `b` halves are separate tensors. Set `inverse` to go
+back through the coupling of an inverse (sampling) chain.
 
 Shapes: halves (N, C_b, *spatial), params (N, 2 * C_b, *spatial). dtypes: as `affine_coupling`.
 Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.

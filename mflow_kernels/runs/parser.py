@@ -78,8 +78,10 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
 
 
 def with_docstring(thing: Any) -> Any:
-    """A class or function with the docstring that its help is made from. Python removes docstrings
-    under -OO and PYTHONOPTIMIZE=2; then it is read from the source."""
+    """Make sure that a class or function has the docstring that its help is made from.
+
+    Python removes docstrings under -OO and PYTHONOPTIMIZE=2; then the source is read.
+    """
     if sys.flags.optimize >= 2:
         definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
         assert isinstance(definition, ast.ClassDef | ast.FunctionDef)

@@ -175,7 +175,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     planner.add_argument(
         "--channels",
         type=int,
-        help="Colour channels of the images; by default 3, and 1 for the digits.",
+        help="Colour channels of the images; by default 3, or as in the named data set.",
     )
     planner.add_argument("--preset", **preset)
     add_options(planner)

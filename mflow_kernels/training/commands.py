@@ -218,17 +218,17 @@ def evaluate(
         features: That network; inception, which FID is defined with, or an image classifier of
             torchvision by its name there.
         feature_images: How many samples and how many held-out images FID and KID compare, at most.
-        ood: Folder, zip or file of mflow prepare of other images, or digits, to tell from the
-            held-out ones.
+        ood: Other images, which the report tries to tell from the held-out images. Takes what
+            --data takes, and the names of data sets that mflow train --help lists.
         device: Where to compute; auto takes a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
+    from mflow_kernels.data.splits import load_evaluation_set
     from mflow_kernels.evaluation.features import load_feature_network
     from mflow_kernels.evaluation.likelihood import (
         check_image_shape,
         evaluate_model,
         held_out_images,
-        read_images,
     )
     from mflow_kernels.evaluation.report import Asked, write_report
     from mflow_kernels.runs.folder import EVALUATION, load_run
@@ -248,7 +248,7 @@ def evaluate(
     others = []
     if ood is not None:
         try:
-            other = read_images(ood, loaded.config.image_shape[1]).images
+            other = load_evaluation_set(ood, loaded.config.image_shape[1]).images
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "ood:", 1)) from None
         others.append((Path(ood).resolve().name, other))
@@ -276,7 +276,7 @@ def plan(options: dict[str, Any]) -> Work:
 
     Takes the options of mflow train and tells, before anything is allocated, the peak memory of a
     training step and what it is for. No image is read: give their --image-size and --channels, or
-    --data digits.
+    the name of a data set as --data.
     """
     import torch
 

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import torch
 
 from mflow_kernels import Glow, VectorFlow
-from mflow_kernels.data.splits import DEFAULT_FOLDER_SIZE, DIGITS, DIGITS_SIZE
+from mflow_kernels.data.named import default_shape
 from mflow_kernels.models.manifold import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 
@@ -114,18 +114,18 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 
     Args:
         config: what to train; its `data` may be empty.
-        channels: of the images; by default 1 for the digits, else 3.
+        channels: of the images; by default 3, or those of the named data set.
 
     Raises:
         ValueError: the first value out of range.
     """
-    digits = config.data == DIGITS
     config.check()
     check_precision(config.precision, "cuda" if gpu else "cpu")
-    channels = channels if channels is not None else 1 if digits else 3
+    default_channels, default_size = default_shape(config.data)
+    channels = channels if channels is not None else default_channels
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
-    size = config.image_size or (DIGITS_SIZE if digits else DEFAULT_FOLDER_SIZE)
+    size = config.image_size or default_size
     resolved = config.resolve((channels, size, size))
     with torch.device("meta"):  # the models' own checks, with no memory behind their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes

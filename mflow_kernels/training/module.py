@@ -18,7 +18,7 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
 from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
 from mflow_kernels.layers.conv1x1 import condition_number
-from mflow_kernels.layers.step import fold
+from mflow_kernels.layers.folding import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
@@ -294,7 +294,8 @@ class FlowTraining(LightningModule):
         copy_buffers(self.model, self.averaged)
         steps = [m for m in self.model.stages[self.trained_stage].modules() if _is_step(m)]
         with torch.no_grad():
-            folded = [condition_number(fold([step], torch.float64).weight[0]) for step in steps]
+            weights = [fold([step.linear], torch.float64).weight[0] for step in steps]
+            folded = [condition_number(weight) for weight in weights]
         condition = torch.stack([step.conv.condition_number() for step in steps]).max()
         # What is inverted is W with actnorm's scale folded in; what --max-condition bounds is W.
         figures = {"condition": condition, "folded_condition": torch.stack(folded).max()}
@@ -362,7 +363,7 @@ def explaining_singular(model: nn.Module) -> Iterator[None]:
         yield
     except ValueError as error:
         with torch.no_grad():
-            mixes = [fold([m], torch.float32) for m in model.modules() if _is_step(m)]
+            mixes = [fold([m.linear], torch.float32) for m in model.modules() if _is_step(m)]
             inverses = [
                 inverse_weight_and_bias(mix.weight, mix.bias, check=False)[0] for mix in mixes
             ]

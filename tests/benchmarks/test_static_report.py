@@ -32,7 +32,8 @@ def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [row for row in rows if row["faults"]]
     models = [row for row in rows if row["variant"] != "csrc"]
-    assert len({row["kernel"] for row in models}) == 8  # every kernel of the flow but actnorm's
+    # Every kernel of the flow but actnorm's, and those of a coupling network.
+    assert len({row["kernel"] for row in models}) == 8 + 4
     for row in models:
         assert row["layout"] in ("channels_last", "vectors")
         assert 0 < row["registers"] <= 255

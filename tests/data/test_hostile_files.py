@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from tiny_runs import TINY, listing, write_images
 
+from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import FORMATS, any_in_colour
 from mflow_kernels.data.prepare import prepare
@@ -222,7 +223,7 @@ class TestJournal:
         assert capsys.readouterr().err.count("\n") == 1
         assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
-    def test_another_process_made_it_of_other_images(self, faces, whole, tmp_path):
+    def test_another_process_made_it_of_other_images(self, faces, whole, tmp_path, capsys):
         out, journal = tmp_path / "a", tmp_path / ".a.journal"
         other = find_images(write_images(tmp_path / "other", 5))
         raised = []
@@ -236,11 +237,10 @@ class TestJournal:
         with preparing._lock(journal):
             thread = threading.Thread(target=second)
             thread.start()
-            thread.join(0.2)
-            assert thread.is_alive()
+            wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
             out.write_bytes(whole)
             journal.unlink()
-        thread.join(10)
+        thread.join()
         assert raised == [f"out: {out} exists, made by another process meanwhile"]
         assert out.read_bytes() == whole
         assert not list(tmp_path.glob(".*"))

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import write_images
 
 from mflow_kernels.data.manifest import Manifest
-from mflow_kernels.data.splits import DataError, load_folder, load_splits
+from mflow_kernels.data.splits import DataError, load_evaluation_set, load_splits
 
 
 def manifest(*rows):
@@ -130,7 +130,7 @@ class TestData:
         (tmp_path / "g").mkdir()
         for name in ("000", "001", "002"):
             (tmp_path / "f" / f"{name}.png").rename(tmp_path / "g" / f"{name}-copy.png")
-        found = load_folder(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
+        found = load_evaluation_set(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
         assert found.tolist() == (splits.manifest.parts[:3] == 0).tolist()
 
     def test_the_digits_too(self):

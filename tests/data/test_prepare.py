@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 from tiny_runs import TINY, listing, write_images, zip_up
 
 from benchmarks.celeba.fake_celeba import make_celeba
+from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode
 from mflow_kernels.data.prepare import is_prepared_from, prepare
@@ -98,6 +98,15 @@ class TestFile:
         image = folder / "img_align_celeba" / "000001.jpg"
         os.utime(image, ns=(0, 0))
         assert not is_prepared_from(tmp_path / "a", find_images(folder), 16)
+
+
+def group_exists(group):
+    """Whether a process of this process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Killed(BaseException):
@@ -195,9 +204,9 @@ class TestInterrupted:
 
     def test_kill_9_with_processes(self, celeba, source, whole, tmp_path):
         program = (
-            "import sys, time, mflow_kernels.data.prepare as p\n"
-            "sync = p._sync\n"
-            "p._sync = lambda file: (time.sleep(0.05), sync(file))\n"  # time enough to be killed
+            "import signal, sys, mflow_kernels.data.prepare as p\n"
+            "sync, calls = p._sync, iter(range(4))\n"  # two calls in each block
+            "p._sync = lambda file: signal.pause() if next(calls, None) is None else sync(file)\n"
             "p._BLOCK_IMAGES = p._IMAGES_WORTH_A_PROCESS = 4\n"
             "from mflow_kernels.training.cli import main\n"
             "if __name__ == '__main__': sys.exit(main(sys.argv[1:]))\n"
@@ -209,36 +218,28 @@ class TestInterrupted:
         command = [sys.executable, str(script), *arguments, "--workers", "2"]
         journal = tmp_path / ".a.journal"
         victim = subprocess.Popen(command, start_new_session=True)
-        while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
-            assert victim.poll() is None, "ended before it could be killed"
-            time.sleep(0.002)
+        wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") == 3)
+        assert victim.poll() is None
         victim.send_signal(signal.SIGKILL)  # the process alone, not the ones that decode for it
         victim.wait()
-        for _ in range(100):  # those end by themselves
-            try:
-                os.killpg(victim.pid, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("processes were left behind")
+        wait_until(lambda: not group_exists(victim.pid))  # they end by themselves
         assert listing(tmp_path) == [".a.journal", ".a.partial", "script.py"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        prepare(source, out, 16, workers=1)
         assert out.read_bytes() == whole
 
-    def test_a_second_process_waits_for_the_first(self, source, small_blocks, whole, tmp_path):
+    def test_a_second_process_waits_for_the_first(
+        self, source, small_blocks, whole, tmp_path, capsys
+    ):
         out, journal = tmp_path / "a", tmp_path / ".a.journal"
         with journal.open("a+b") as first:
             fcntl.flock(first, fcntl.LOCK_EX)
             second = threading.Thread(target=prepare, args=(source, out, 16, 1))
             second.start()
-            second.join(0.2)
-            assert second.is_alive()
+            wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
             out.write_bytes(whole)  # the first one is done now
             before = out.stat().st_ino
             journal.unlink()
-        second.join(10)
-        assert not second.is_alive()
+        second.join()
         assert out.stat().st_ino == before  # found, not made again
         assert listing(tmp_path) == ["a"]
 

@@ -6,7 +6,12 @@ from PIL import Image
 from mflow_kernels.data.batches import BatchStream, flip_at_random
 from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.generators import Stream, stream_generator
-from mflow_kernels.data.splits import ImageSet, load_folder, load_splits
+from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
+from mflow_kernels.data.sources import DataError
+from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.memory import resolve_config
 
 
 def write_image(path, size=(20, 16), mode="RGB", seed=0):
@@ -50,6 +55,44 @@ class TestDigits:
         assert load_splits("digits", 16).train.image_shape == (1, 16, 16)
 
 
+class TestNamed:
+    """A row of NAMED_DATASETS is all that a new data set needs."""
+
+    @pytest.fixture(autouse=True)
+    def stripes(self, monkeypatch):
+        images = np.arange(20 * 12 * 12 * 3).reshape(20, 12, 12, 3).astype(np.uint8)
+        row = NamedDataset("colour stripes", 12, 3, lambda: images)
+        monkeypatch.setitem(NAMED_DATASETS, "stripes", row)
+        return images
+
+    def test_it_is_loaded_and_split(self, stripes):
+        splits = load_splits("stripes")
+        assert splits.train.image_shape == (3, 12, 12)
+        assert (len(splits.train), len(splits.test)) == (18, 2)
+        first = int(splits.manifest.names[0])
+        assert np.array_equal(splits.images.batch([0])[0], stripes[first].transpose(2, 0, 1))
+        assert load_splits("stripes", 4).train.image_shape == (3, 4, 4)
+
+    def test_a_model_is_evaluated_on_its_test_part(self):
+        images, _, manifest = load_evaluation_set("stripes")
+        assert len(images) == len(manifest.names) == 2
+
+    def test_a_run_records_its_name(self):
+        config = TrainConfig(data="stripes").resolve((3, 12, 12))
+        assert (config.data, config.data_name) == ("stripes", "stripes")
+
+    def test_the_planner_knows_its_shape(self):
+        config = TrainConfig(data="stripes", manifold_dim=8, stage_dims=[4])
+        assert resolve_config(config, None, gpu=False).image_shape == (3, 12, 12)
+
+    def test_help_and_errors_list_it(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["train", "--help"])
+        assert '"stripes" (colour stripes)' in " ".join(capsys.readouterr().out.split())
+        with pytest.raises(DataError, match="'stripes', a folder or zip"):
+            load_splits(str(tmp_path / "absent"))
+
+
 class TestFolder:
     def test_recursive_any_format_larger_and_smaller(self, tmp_path):
         write_image(tmp_path / "a.png", (40, 30))
@@ -64,7 +107,7 @@ class TestFolder:
         wide[:, 16:48:2] = 0  # black and white columns fill the central square alone
         wide[:, 17:48:2] = 200
         Image.fromarray(wide).save(tmp_path / "a.png")
-        images = load_folder(str(tmp_path), 8).images
+        images = load_evaluation_set(str(tmp_path), 8).images
         columns = images.batch([0])[0, 0, 0].float()
         # Without antialiasing, columns away from the border would be black or 200, not between.
         assert ((columns[1:-1] - 100).abs() < 2).all()
@@ -72,9 +115,9 @@ class TestFolder:
 
     def test_grey_only_has_one_channel_mixed_has_three(self, tmp_path):
         write_image(tmp_path / "a.png", mode="L")
-        assert load_folder(str(tmp_path), 8)[0].image_shape == (1, 8, 8)
+        assert load_evaluation_set(str(tmp_path), 8)[0].image_shape == (1, 8, 8)
         write_image(tmp_path / "b.png", mode="RGB")
-        images = load_folder(str(tmp_path), 8).images
+        images = load_evaluation_set(str(tmp_path), 8).images
         grey = images.batch([0])[0]
         assert images.image_shape == (3, 8, 8)
         assert torch.equal(grey[0], grey[1])
@@ -82,7 +125,7 @@ class TestFolder:
 
     def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
         Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a.png")
-        images = load_folder(str(tmp_path), 8).images
+        images = load_evaluation_set(str(tmp_path), 8).images
         assert images.image_shape == (1, 8, 8)
         assert (images.batch([0]) == 0x80).all()
 
@@ -144,7 +187,7 @@ class TestCelebA:
             load_splits(str(tmp_path), 32)
 
     def test_evaluating_takes_the_test_part(self, tmp_path):
-        images = load_folder(str(self.tree(tmp_path)), 32).images
+        images = load_evaluation_set(str(self.tree(tmp_path)), 32).images
         assert len(images) == 1
 
 
@@ -221,7 +264,7 @@ class TestCache:
         for seed, name in enumerate("abc"):
             write_image(tmp_path / "faces2" / f"{name}.png", seed=seed)
             if seed:
-                images = load_folder(str(tmp_path / "faces2"), 8).images
+                images = load_evaluation_set(str(tmp_path / "faces2"), 8).images
                 assert len(images) == seed + 1
         assert len(list(cache.glob("faces2-8px-*"))) == 1  # in place of the former
 
@@ -230,7 +273,7 @@ class TestCache:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "file" / "below"))
         with pytest.raises(ValueError, match="set MFLOW_CACHE to another folder"):
-            load_folder(str(tmp_path / "faces"), 8)
+            load_evaluation_set(str(tmp_path / "faces"), 8)
 
 
 class TestDequantize:

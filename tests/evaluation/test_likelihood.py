@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mflow_kernels.data.splits import ImageSet, load_folder
+from mflow_kernels.data.splits import ImageSet, load_evaluation_set
 from mflow_kernels.evaluation import likelihood as evaluation
 from mflow_kernels.evaluation.likelihood import (
     batch_of,
@@ -32,7 +32,7 @@ def loaded(trained):
 
 @pytest.fixture(scope="module")
 def faces(images):
-    return load_folder(str(images), 8)[0]
+    return load_evaluation_set(str(images), 8)[0]
 
 
 class Box(nn.Module):

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.interop import Report, accelerate
-from mflow_kernels.interop import fingerprints as tested
+from mflow_kernels.interop.adapter import Adapter
 from mflow_kernels.testing import assert_close
 
 Results = dict[str, Tensor]  # of a model: outputs and log-determinants by name
@@ -118,13 +117,12 @@ def assert_left_alone(model: nn.Module) -> Report:
     return report
 
 
-def assert_guarded(adapter: ModuleType, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    """Assert that every class that is accelerated is held to the code that was tested, and that a
-    model is left alone where that is another."""
-    for cls in (*adapter.LAYERS, *adapter.CONTAINERS):
-        assert cls.__module__ in tested.TESTED, cls
-    for name in tested.TESTED:
-        monkeypatch.setitem(tested.TESTED, name, set())
+def assert_guarded(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    """Assert that every accelerated class has a fingerprint, and that other code is left alone."""
+    for cls in (*adapter.layers, *adapter.containers):
+        assert cls.__module__ in adapter.fingerprints, cls
+    for name in adapter.fingerprints:
+        monkeypatch.setitem(adapter.fingerprints, name, set())
     assert "is not as in any version that this was tested with" in str(assert_left_alone(model))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate, linear
-from mflow_kernels.interop.freia import adapter as freia
+from mflow_kernels.interop.freia.adapter import ADAPTER
 
 pytestmark = pytest.mark.filterwarnings("ignore:ActNorm of FrEIA")
 
@@ -176,7 +176,12 @@ def test_what_was_replaced():
     assert report.replaced[0].layer.startswith("HaarDownsampling, 2 ActNorm, 2 GLOWCouplingBlock")
     assert {left.layer for left in report.left} == {"Split", "Flatten"}
     assert "4 permutations, 4 affine atan couplings, 2 1x1 convolutions" in str(report)
-    for note in ("whichever direction", "constant", "its input alone", "forgets a node's output"):
+    for note in (
+        "the direction that runs first",
+        "constant",
+        "its input alone",
+        "forgets a node's output",
+    ):
         assert note in str(report)
 
 
@@ -284,7 +289,7 @@ def test_haar_leaves_its_input_alone():
     z = torch.randn(2, 16, 2, 2)
     before = z.clone()
     assert not torch.equal(model(z.clone(), rev=True)[0], z)
-    assert "-> itself, which on its way back leaves its input alone" in str(accelerate(model))
+    assert "-> itself, which in reverse leaves its input alone" in str(accelerate(model))
     want = copy.deepcopy(model)(z, rev=True)[0]
     assert torch.equal(z, before)
     decelerate(model)
@@ -302,7 +307,7 @@ def test_graph_forgets_what_was_used(blocks):
     """Without gradients, states in a graph are let go as the next one is there."""
     alive = []
 
-    class Watch(Fm.InvertibleModule):
+    class NetworkRunner(Fm.InvertibleModule):
         def forward(self, x, rev=False, jac=True):
             y = x[0] + 1
             alive[:] = [ref for ref in alive if ref() is not None]
@@ -314,7 +319,7 @@ def test_graph_forgets_what_was_used(blocks):
 
     nodes = [Ff.InputNode(4)]
     for _ in range(6):
-        nodes.append(Ff.Node(nodes[-1], Watch, {}))
+        nodes.append(Ff.Node(nodes[-1], NetworkRunner, {}))
     for _ in range(blocks):
         nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": fully_connected}))
     model = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])
@@ -328,7 +333,7 @@ def test_graph_forgets_what_was_used(blocks):
 
 
 def test_code_that_was_not_tested_is_left(monkeypatch):
-    peers.assert_guarded(freia, monkeypatch, image_graph())
+    peers.assert_guarded(ADAPTER, monkeypatch, image_graph())
 
 
 def test_what_is_not_ours_stays():

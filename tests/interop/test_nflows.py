@@ -13,7 +13,7 @@ from nflows.nn.nets import ConvResidualNet, ResidualNet
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
-from mflow_kernels.interop.nflows import adapter as nflows
+from mflow_kernels.interop.nflows.adapter import ADAPTER
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 
@@ -209,7 +209,7 @@ def test_checkpoints_and_copies():
 
 
 def test_code_that_was_not_tested_is_left(monkeypatch):
-    peers.assert_guarded(nflows, monkeypatch, images())
+    peers.assert_guarded(ADAPTER, monkeypatch, images())
 
 
 def test_what_is_not_ours_stays():

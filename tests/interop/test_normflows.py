@@ -11,9 +11,8 @@ from normflows.flows.affine import coupling_test, glow_test
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
-from mflow_kernels.interop.normflows import adapter as normflows
-from mflow_kernels.interop.normflows.adapter import FusedFlow
-from mflow_kernels.interop.subclasses import plan_of
+from mflow_kernels.interop.normflows.adapter import ADAPTER, FusedFlow
+from mflow_kernels.interop.subclasses import implementation_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.lu is deprecated", "ignore:ActNorm of normflows"
@@ -248,7 +247,7 @@ def test_checkpoints_and_copies():
 
 
 def test_code_that_was_not_tested_is_left(monkeypatch):
-    peers.assert_guarded(normflows, monkeypatch, glow())
+    peers.assert_guarded(ADAPTER, monkeypatch, glow())
 
 
 def test_what_is_not_ours_stays():
@@ -363,10 +362,12 @@ def test_again_and_as_reversible():
     assert accelerate(model) == first
     accelerate(model, reversible=True)
     for m in (model, copy.deepcopy(model)):
-        runs = [f for f in plan_of(m).view(m).flows.modules() if isinstance(f, FusedFlow)]
-        assert len(runs) == 2
-        assert all(f.run.reversible for f in runs)
-        assert {id(p) for f in runs for p in f.parameters()} == {
+        fused = [
+            f for f in implementation_of(m).view(m).flows.modules() if isinstance(f, FusedFlow)
+        ]
+        assert len(fused) == 2
+        assert all(f.sequence.reversible for f in fused)
+        assert {id(p) for f in fused for p in f.parameters()} == {
             id(p) for p in m.flows.parameters()
         }
 

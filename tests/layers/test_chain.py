@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
-from mflow_kernels.layers.chain import _cuts
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.reversible.backward import WalkBack
+from mflow_kernels.reversible.apply import segment_starts
+from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
 
 
@@ -57,7 +57,7 @@ FLOWS = {
 def test_partial_sums_that_are_added_up_as_they_fill_their_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Room for one step's partial sums of gram or for two gives what room for all gives."""
+    """Room for one step's partial outer sums or for two gives what room for all gives."""
     chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     want = gradients(chain, x, call=chain)
@@ -113,7 +113,7 @@ def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain
     return ReversibleChain([FlowStep(4, net()) for _ in range(3)], **options)  # type: ignore[arg-type]
 
 
-class Network(nn.Module):
+class DropoutAndNorm(nn.Module):
     """A coupling network with everything that running it again could disturb."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class Network(nn.Module):
 
 
 def test_dropout_and_running_statistics() -> None:
-    stored = shaken(chain_of(Network, reversible=False)).double()
+    stored = shaken(chain_of(DropoutAndNorm, reversible=False)).double()
     rebuilt = copy.deepcopy(stored)
     rebuilt.reversible = True
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_dropout_and_running_statistics() -> None:
 
 def test_a_mode_switched_before_the_backward_pass() -> None:
     """Networks run again in the mode that they ran in, and are left in the new one."""
-    chain = shaken(chain_of(Network)).double()
+    chain = shaken(chain_of(DropoutAndNorm)).double()
     x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
     results = []
     for call in (chain.train, chain.eval):
@@ -266,8 +266,8 @@ def test_a_node_for_each_level_changes_no_bit(
         return gradients(chain, x, label, call=chain)
 
     several = run()
-    assert _cuts(chain._plan(x, False)[0]) == [0, 7]
-    monkeypatch.setattr("mflow_kernels.layers.chain._cuts", lambda moves: [0])
+    assert segment_starts(chain._program().instructions) == [0, 7]
+    monkeypatch.setattr("mflow_kernels.reversible.apply.segment_starts", lambda _: [0])
     assert all(map(torch.equal, several, run()))
 
 
@@ -277,13 +277,13 @@ def test_gradients_of_a_level_are_there_before_the_next_is_walked_back(
 ) -> None:
     flow = shaken(Glow((1, 8, 8), 3, 1, 4))
     events: list[str] = []
-    walk_back = WalkBack.walk
+    undo = BackwardPass.undo
 
     def noted(*args: object) -> object:
-        events.append("walk")
-        return walk_back(*args)  # type: ignore[arg-type]
+        events.append("undo")
+        return undo(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(WalkBack, "walk", noted)
+    monkeypatch.setattr(BackwardPass, "undo", noted)
     for p in flow.parameters():
         p.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
     x = torch.randn(2, 1, 8, 8)
@@ -291,7 +291,7 @@ def test_gradients_of_a_level_are_there_before_the_next_is_walked_back(
         loss_of(*flow.inverse(tuple(z.detach() for z in flow(x)[0]))).backward()
     else:
         loss_of(*flow(x)).backward()
-    assert [kind for kind, _ in groupby(events)] == 3 * ["walk", "gradient"]
+    assert [kind for kind, _ in groupby(events)] == 3 * ["undo", "gradient"]
 
 
 def test_levels_that_are_frozen_are_not_walked_back() -> None:
@@ -370,7 +370,7 @@ def test_an_exchanged_parameter_is_noticed(part: str) -> None:
     others = {k: p.detach().clone().requires_grad_() for k, p in chain.named_parameters()}
     others = {k: p for k, p in others.items() if part in k}
     loss = loss_of(*torch.func.functional_call(chain, others, (x,)))
-    with pytest.raises(RuntimeError, match=r"exchanged.*functional_call.*reversible=False"):
+    with pytest.raises(RuntimeError, match=r"replaced.*functional_call.*reversible=False"):
         loss.backward()
     chain.reversible = False
     loss_of(*torch.func.functional_call(chain, others, (x,))).backward()

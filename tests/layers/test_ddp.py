@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
-from mflow_kernels.reversible.backward import WalkBack
+from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
 
 RANKS = 2
@@ -59,8 +59,8 @@ def one_rank(rank: int, folder: Path) -> None:
 
 
 def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
-    """What happens in a backward pass, in order: "walk" where a level is walked back, "exchange"
-    where the ranks begin to add up a bucket of gradients."""
+    """The events of a backward pass, in order: "undo" when a level is rebuilt, "exchange" when the
+    ranks begin to sum a bucket of gradients."""
     parallel = DistributedDataParallel(flow, bucket_cap_mb=0.001)
     events = []
 
@@ -71,15 +71,15 @@ def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
     parallel.register_comm_hook(None, hook)
     train(parallel, x)  # makes the buckets
     events.clear()
-    walk = WalkBack.walk
+    undo = BackwardPass.undo
 
     def noted(*args: object) -> object:
-        events.append("walk")
-        return walk(*args)  # type: ignore[arg-type]
+        events.append("undo")
+        return undo(*args)  # type: ignore[arg-type]
 
-    WalkBack.walk = noted  # type: ignore[method-assign, assignment]
+    BackwardPass.undo = noted  # type: ignore[method-assign, assignment]
     train(parallel, x)
-    WalkBack.walk = walk  # type: ignore[method-assign]
+    BackwardPass.undo = undo  # type: ignore[method-assign]
     return events
 
 
@@ -99,6 +99,6 @@ def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Pa
             assert_close(gradients[name], p.grad, terms=1000, name=f"{name} of rank {rank}")
         # Gradients of the second level are exchanged before the first level is walked back.
         events = (tmp_path / f"events{rank}").read_text().split()
-        first, last = (i for i, event in enumerate(events) if event == "walk")
+        first, last = (i for i, event in enumerate(events) if event == "undo")
         assert "exchange" in events[first:last]
         assert "exchange" in events[last:]

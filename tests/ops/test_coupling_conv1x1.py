@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 from cases import (
@@ -14,8 +16,10 @@ from cases import (
 )
 
 from mflow_kernels import ops
+from mflow_kernels.ops import ScaleFunction, channel_products
 from mflow_kernels.testing import assert_close
 
+fused = importlib.import_module("mflow_kernels.ops.coupling_conv1x1")
 DIRECTIONS = [OPERATORS["coupling_conv1x1"], OPERATORS["coupling_inverse_conv1x1"]]
 both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.name)
 
@@ -89,3 +93,21 @@ def test_inverse_walks_a_chain_back(device):
     # tanh with clamp 2 bounds 1 / s by e^2, which multiplies z's rounding.
     assert_close(back, x, terms=6, scale=7.4 * z.abs().max().item())
     assert_close(negative, -logdet, terms=45)
+
+
+@pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 3)])
+def test_unfenced_copies_are_not_pipelined(monkeypatch, precision, stages):
+    """Before Triton 3.7.1 a tf32 product may read an asynchronous copy before it has arrived."""
+    monkeypatch.setattr(channel_products, "FENCES_COPIES", False)
+    seen = {}
+    for module in (channel_products, fused):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, *_, **options: seen.update({kernel.__name__: options})
+        )
+    x, weight, scale = torch.ones(2, 4, 4, 4), torch.ones(1, 4, 4), ScaleFunction("tanh")
+    channel_products.launch_conv1x1(x, weight[0], None, precision)
+    fused.launch_coupling_conv1x1_backward(
+        x, None, x[:, :1, 0, 0], x, x, weight, precision, scale, False
+    )
+    for kernel in ("_conv1x1_kernel", "_coupling_conv1x1_bwd_kernel"):
+        assert seen[kernel]["num_stages"] == stages

@@ -243,23 +243,25 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
     c_a = c // 2
     y, _, dy, _ = sample(shape, layout, dtype)
     dnet = None if bare else normal(n, c_a, *spatial, dtype=dtype)
-    # One half a view, the other a tensor of its own, as a walk back has them.
+    # One half a view, the other a tensor of its own, as the reversible backward pass has them.
     halves = (y[:, :c_a], y[:, c_a:].clone()), (dy[:, :c_a], dy[:, c_a:].clone())
     weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
     inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
     dx = empty_state(y, c, "channels_last" in layout)
-    x, net, *sums = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, dtype)
+    sums = cpu.sums(dx)
+    x, net = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, *sums, dtype)
     want = rebuild_conv1x1_ref(
         tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
         weight.double(), None if inverse is None else inverse.double(), bias.double(), None, False,
     )  # fmt: skip
-    close(dx, want.dx, c, "dx")
+    want_x, want_dx = want.whole
+    close(dx, want_dx, c, "dx")
     assert (x is None) == (not rebuild)
     if x is not None:
-        close(x, want.x, c, "x")
+        close(x, want_x, c, "x")
         assert x.stride() == dx.stride()
         assert torch.equal(net, x[:, :c_a])
-    for name, a, b in zip(("gram", "dbias"), sums, (want.gram, want.dbias), strict=True):
+    for name, a, b in zip(("outer_sum", "dbias"), sums, (want.outer_sum, want.dbias), strict=True):
         close(a, b, max(1, y.numel() // c), name)
 
 
@@ -286,7 +288,10 @@ def test_same_bits_with_any_number_of_threads(layout):
                 *cpu.coupling_conv1x1_backward(
                     dy, None, dlogdet[:, None], x, params, weight, scale, False
                 ),
-                *cpu.conv1x1_backward(*halves, None, weight[0], weight[0], weight[0, 0], out),
+                *cpu.conv1x1_backward(
+                    *halves, None, weight[0], weight[0], weight[0, 0], out, *(sums := cpu.sums(out))
+                ),
+                *(out, *sums),
             ])  # fmt: skip
     finally:
         torch.set_num_threads(threads)
@@ -335,9 +340,9 @@ def test_loops_refuse_what_they_would_misread():
         cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
     halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
     with pytest.raises(ValueError, match="one stride walks"):
-        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3))
+        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3), *cpu.sums(x))
     with pytest.raises(ValueError, match="one shape, and halves"):
-        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x))
+        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x), *cpu.sums(x))
     with pytest.raises(ValueError, match="weights of the state's channels"):
         cpu.conv1x1(x, weight[None, 1:], normal(1, 6), None)
     with pytest.raises(ValueError, match="weights of the state's dtype"):

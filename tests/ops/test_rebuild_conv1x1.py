@@ -1,4 +1,4 @@
-"""Un-mixing against its reference in float64, and gram as the way to dW."""
+"""`rebuild_conv1x1` against its reference in float64, and dW from outer_sum."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from cases import LAYOUTS, normal, rotation
 from torch import Tensor
 
-from mflow_kernels.ops.channel_products import dweight_splits
+from mflow_kernels.ops.channel_products import weight_gradient_splits
 from mflow_kernels.ops.launch import pixels
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
@@ -72,7 +72,13 @@ def test_rebuilt_conv1x1_matches_the_reference(
         assert_close(got.net, want.net, terms=c, name="net")
     columns = n * pixels(y[0])
     magnitude = math.sqrt(columns) * max(t.abs().max().item() for t in want.dx) ** 2
-    assert_close(got.gram.sum(0), want.gram.sum(0), terms=columns, scale=magnitude, name="gram")
+    assert_close(
+        got.outer_sum.sum(0),
+        want.outer_sum.sum(0),
+        terms=columns,
+        scale=magnitude,
+        name="outer_sum",
+    )
     assert_close(got.dbias.sum(0), want.dbias.sum(0), terms=columns, scale=magnitude, name="dbias")
     form = torch.channels_last if last else torch.contiguous_format
     if got.whole is None:
@@ -87,10 +93,10 @@ def test_rebuilt_conv1x1_matches_the_reference(
 
 def results(made: RebuiltConv1x1) -> list[Tensor]:
     net = () if made.net is None else (made.net,)
-    return [*(made.x or ()), *made.dx, *net, made.gram, made.dbias]
+    return [*(made.x or ()), *made.dx, *net, made.outer_sum, made.dbias]
 
 
-@pytest.mark.parametrize("splits", [rebuild_splits, lambda half, c: dweight_splits(half)])
+@pytest.mark.parametrize("splits", [rebuild_splits, lambda half, c: weight_gradient_splits(half)])
 @pytest.mark.parametrize(("c", "side"), [(12, 128), (48, 16), (96, 16), (192, 8), (384, 4)])
 def test_partial_sums_are_no_larger_than_the_state(
     monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
@@ -105,8 +111,8 @@ def test_partial_sums_are_no_larger_than_the_state(
     assert count > 1 or 2 * c * c > state.numel()  # nor fewer than need be
 
 
-def test_gram_recovers_the_gradient_of_the_weight() -> None:
-    """dW = gram W^-T, in float64 to rounding: the identity that lets gram take y for x."""
+def test_outer_sum_recovers_the_gradient_of_the_weight() -> None:
+    """dW = outer_sum W^-T, up to rounding in float64, although outer_sum is computed from y."""
     x = normal(2, 6, 3, 4, dtype=torch.float64)
     weight, bias = rotation(6, torch.float64), normal(6, dtype=torch.float64)
     weight.requires_grad_()
@@ -115,7 +121,7 @@ def test_gram_recovers_the_gradient_of_the_weight() -> None:
     (dweight,) = torch.autograd.grad(y, weight, dy)
     y, weight = y.detach(), weight.detach()
     inverse = torch.linalg.inv(weight)
-    gram = rebuild_conv1x1_ref(
+    outer_sum = rebuild_conv1x1_ref(
         (y[:, :3], y[:, 3:]), (dy[:, :3], dy[:, 3:]), None, weight, inverse, bias, None, False
-    ).gram[0]
-    assert_close(gram @ inverse.mT, dweight, terms=24 * 6)
+    ).outer_sum[0]
+    assert_close(outer_sum @ inverse.mT, dweight, terms=24 * 6)

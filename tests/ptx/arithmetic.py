@@ -74,11 +74,22 @@ def _binary(t: Translator, i: Instruction) -> None:
         return
     if "cc" in i.parts or "sat" in i.parts:
         raise Unsupported(i.op)
+    if i.type in ("u16x2", "s16x2"):
+        return _pair_of_integers(t, i)
     if i.name == "mul" and not is_float(i.type) and "lo" not in i.parts:
         return t.put(i.args[0], _product(t, i))
     kind = i.type if i.type == "pred" or is_float(i.type) else bits_of(i.type)
     a, b = t.read(i.args[1], kind), t.read(i.args[2], kind)
     t.put(i.args[0], _flushed(i, f"{a} {SIGNS[i.name]} {b}"))
+
+
+def _pair_of_integers(t: Translator, i: Instruction) -> None:
+    """The sum of the lower halves and that of the upper ones: no carry in between."""
+    if i.name != "add":
+        raise Unsupported(i.op)
+    a, b = (t.read(x, "b32") for x in i.args[1:])
+    upper = f"(({a}) & u4(0xffff0000)) + (({b}) & u4(0xffff0000))"
+    t.put(i.args[0], f"((({a}) + ({b})) & u4(0xffff)) | ({upper})")
 
 
 def _product(t: Translator, i: Instruction) -> str:
@@ -182,6 +193,9 @@ def _bytes(t: Translator, i: Instruction) -> None:
 @instruction("setp")
 def _setp(t: Translator, i: Instruction) -> None:
     comparison = i.parts[1]
+    if i.type in ("bf16x2", "f16x2"):
+        _setp_of_a_pair(t, i)
+        return
     if i.type in ("bf16", "f16"):
         a, b = (f"widened({t.read(x, 'b16')}, {i.type!r})" for x in i.args[1:3])
     else:
@@ -206,6 +220,18 @@ def _setp(t: Translator, i: Instruction) -> None:
     if len(both) == 2:
         t.put(both[1], f"~({result})")
     t.put(both[0], result)
+
+
+def _setp_of_a_pair(t: Translator, i: Instruction) -> None:
+    """p|q: what the lower halves of the operands say, and what the upper ones say."""
+    comparison, kind = i.parts[1], i.type.removesuffix("x2")
+    both = str(i.args[0]).split("|")
+    if comparison not in COMPARISONS or comparison == "ne" or len(i.parts) > 3 or len(both) != 2:
+        raise Unsupported(i.op)
+    words = [t.read(x, "b32") for x in i.args[1:3]]
+    for place, shift in zip(both, (0, 16), strict=True):
+        a, b = (f"widened((({w}) >> u4({shift})).astype(u2), {kind!r})" for w in words)
+        t.put(place, f"{a} {COMPARISONS[comparison]} {b}")
 
 
 @instruction("selp")

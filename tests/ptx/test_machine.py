@@ -209,3 +209,25 @@ def test_integers(instruction: str) -> None:
     ]
     assert out.tolist() == want
     assert not report.faults
+
+
+@pytest.mark.parametrize(("kind", "one"), [("bf16x2", 0x3F80), ("f16x2", 0x3C00)])
+def test_a_comparison_of_pairs_says_both_halves(kind: str, one: int) -> None:
+    body = f"""
+    mov.b32 %r7, {one << 16 | one | 0x8000}; mov.b32 %r8, 0;
+    setp.le.{kind} %p0|%p1, %r7, %r8;
+    selp.b32 %r7, 1, 0, %p0; selp.b32 %r8, 2, 0, %p1; add.u32 %r8, %r7, %r8;
+    add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
+    """
+    (out,), report = run(body, words())
+    assert not report.faults
+    assert (out == 1).all()  # the lower half is -1, the upper one 1
+
+
+def test_a_sum_of_pairs_carries_nothing() -> None:
+    body = """
+    mov.b32 %r7, 0x0001ffff; mov.b32 %r8, 0xffff0001; add.s16x2 %r8, %r7, %r8;
+    add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
+    """
+    (out,), _ = run(body, words())
+    assert (out == 0).all()

@@ -34,7 +34,7 @@ def instruction(*names: str) -> Callable[[Emit], Emit]:
 
 def numpy_kind(kind: str) -> str:
     """The name in `numerics` of a PTX type's numpy dtype; bits are unsigned integers."""
-    if kind in ("bf16", "bf16x2", "f16x2"):
+    if kind == "bf16" or kind.endswith("x2"):
         raise Unsupported(f"numpy has no {kind}")
     return {"f": "f", "s": "i", "u": "u", "b": "u"}[kind[0]] + str(SIZES[kind])
 

@@ -10,8 +10,7 @@ from cases import HostReads
 from torch import Tensor, nn
 
 from mflow_kernels import FlowStep, ReversibleChain
-from mflow_kernels.layers import chain as reversible
-from mflow_kernels.reversible import rerun
+from mflow_kernels.reversible import apply, rerun
 
 
 class Net(nn.Module):
@@ -102,7 +101,7 @@ def test_a_network_with_a_state_of_its_own_is_refused(net: Callable[[], nn.Modul
     random.seed(0)
     x = torch.randn(2, 4, 3, 3)
     chain = chain_of(net)
-    words = rf"network 1 \({net.__name__}\) .*keeps a state.*reversible=False"
+    words = rf"network 1 \({net.__name__}\) .*has state.*reversible=False"
     with pytest.raises(RuntimeError, match=words):
         train(chain, x)
     chain.reversible = False
@@ -128,7 +127,7 @@ def test_rounding_is_no_state(dtype: torch.dtype) -> None:
     x = torch.randn(8, 8, 9, 9).to(dtype).float()
     with torch.autocast("cpu", dtype):
         one, other = (
-            rerun.Network(net).fingerprinted(x + shift * torch.randn_like(x), ())[1]
+            rerun.RerunNetwork(net).run_with_fingerprints(x + shift * torch.randn_like(x), ())[1]
             for shift in (0.0, 1e-5)
         )
     assert 0 < rerun.difference(one, other) < rerun._ROUNDING / 3
@@ -159,14 +158,14 @@ def test_a_capture_refuses_networks_that_draw(monkeypatch: pytest.MonkeyPatch) -
     drawing, still = chain_of(Dropout), chain_of(Net)
     train(drawing, x)
     train(still, x)
-    for module in (reversible, rerun):
+    for module in (apply, rerun):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     train(still, x)
     with pytest.raises(RuntimeError, match=r"\(Dropout\) draws random numbers.*reversible=False"):
         train(drawing, x)
-    with pytest.raises(RuntimeError, match="run a forward and a backward pass"):
+    with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(chain_of(Net), x)
-    with pytest.raises(RuntimeError, match="run a forward and a backward pass"):
+    with pytest.raises(RuntimeError, match="run one forward and backward pass"):
         train(drawing.eval(), x)  # in these modes it never ran
 
 

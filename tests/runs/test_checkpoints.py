@@ -1,10 +1,9 @@
 """Runs that are killed, checkpoints that are damaged, disks that are full."""
 
 import csv
+import itertools
 import os
-import random
 import signal
-import time
 import zipfile
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import pytest
 import torch
 from tiny_runs import TINY
 
-from mflow_kernels.runs.checkpoints import LAST, PREVIOUS
+from mflow_kernels.data import files
+from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, _Sink
+from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
 
 
@@ -33,46 +34,53 @@ def assert_same(folder, whole):
         )
 
 
-def train_in_a_fork(command, limit=None):
-    """Run `mflow` in a child, killed with SIGKILL after `limit` seconds; True if it finished."""
+def train_in_a_fork(command, dies_before=None):
+    """Run `mflow` in a child process and return its exit code.
+
+    With `dies_before`, four values (owner, name, which, number), the child kills itself with
+    SIGKILL before the `number`-th call of `owner.name` for whose arguments `which` holds.
+    """
     child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for descriptor in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            code = main(command)
-        finally:
-            os._exit(code)
-    end = None if limit is None else time.monotonic() + limit
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return True
-        if end is not None and time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return False
-        time.sleep(0.002)
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        if dies_before is not None:
+            owner, name, which, number = dies_before
+            original, calls = getattr(owner, name), itertools.count(1)
+
+            def dying(*args, **kwargs):
+                if which(*args, **kwargs) and next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*args, **kwargs)
+
+            setattr(owner, name, dying)
+        code = main(command)
+    finally:
+        os._exit(code)
 
 
-def test_killed_at_random_moments_it_ends_the_same(command, trained, tmp_path):
-    """A checkpoint after each step, so that many kills fall into the writing of one."""
+def every_call(*args, **kwargs):
+    return True
+
+
+def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tmp_path):
+    """Each process saves after every step, and dies at another moment of its second checkpoint."""
     folder = tmp_path / "run"
-    begun = time.monotonic()
-    assert train_in_a_fork([*command, "--save-steps", "1"])
-    seconds = time.monotonic() - begun
-    assert_same(folder, trained)
-    draw = random.Random(0)
-    kills, resume = 0, ["--overwrite"]
-    while kills < 10:
-        finished = train_in_a_fork(
-            [*command, "--save-steps", "1", *resume], limit=draw.uniform(0.1, 0.7) * seconds
-        )
-        kills += not finished
-        resume = ["--resume"] if not finished else ["--overwrite"]
-    assert train_in_a_fork([*command, "--save-steps", "1", *resume])
+    moments = [
+        (_Sink, "write", every_call, 700),  # in the file: the first checkpoint has 524 writes
+        (files, "_sync", lambda path: LAST in path.name, 2),
+        (os, "replace", lambda old, new: new.name == PREVIOUS, 2),
+        (os, "replace", lambda old, new: new.name == LAST and old.suffix == ".tmp", 2),
+        (MetricsCsv, "log_metrics", every_call, 2),
+    ]
+    for moment in moments:
+        resume = ["--resume"] if folder.exists() else []
+        code = train_in_a_fork([*command, "--save-steps", "1", *resume], moment)
+        assert code == -signal.SIGKILL
+    assert train_in_a_fork([*command, "--save-steps", "1", "--resume"]) == 0
     assert_same(folder, trained)
     assert not list(folder.glob(".*.tmp"))
     steps = [int(row["step"]) for row in rows(folder) if row["loss"]]

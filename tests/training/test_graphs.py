@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mflow_kernels import ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.layers import ReversibleChain
-from mflow_kernels.layers import chain as reversible
-from mflow_kernels.reversible import rerun
+from mflow_kernels.reversible import apply, rerun
 from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs, train
 from mflow_kernels.training.cli import main
@@ -28,13 +27,13 @@ class StandIn:
     def __init__(self, monkeypatch):
         self.captures, self.forwards, self.backwards = 0, 0, 0
         self.chains = {}
-        record = ReversibleChain._record
+        record = ReversibleChain.record_drift
 
         def spied(chain, drift):
             self.chains[id(chain)] = chain
             record(chain, drift)
 
-        monkeypatch.setattr(ReversibleChain, "_record", spied)
+        monkeypatch.setattr(ReversibleChain, "record_drift", spied)
 
     @contextmanager
     def attributes_kept(self):
@@ -210,7 +209,7 @@ def test_a_failing_capture_is_told_once_and_training_goes_on(
 def test_networks_that_draw_train_without_graphs(monkeypatch, capsys):
     """A graph's replay could not draw the same numbers twice; the capture says so."""
     capturing = []
-    for module in (reversible, rerun):
+    for module in (apply, rerun):
         monkeypatch.setattr(module, "capturing", lambda device: bool(capturing))
 
     def capture(forward, backward):

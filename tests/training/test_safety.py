@@ -100,14 +100,14 @@ def test_the_threshold_is_an_option(command, monkeypatch, capsys):
 
 def test_the_drift_of_both_passes_counts(command, monkeypatch, capsys):
     recorded = []
-    original = ReversibleChain._record
+    original = ReversibleChain.record_drift
 
     def record(self, drift):
         # The pass through the inverse is walked back first: its drift must outlive the other's.
         recorded.append(self)
         original(self, drift + (0.5 if self not in recorded[:-1] else 0.0))
 
-    monkeypatch.setattr(ReversibleChain, "_record", record)
+    monkeypatch.setattr(ReversibleChain, "record_drift", record)
     assert main(command) == 1
     assert "drifted by 0.5 at step 0" in capsys.readouterr().err
     assert len(recorded) == 2

@@ -1,4 +1,4 @@
-"""FrEIA: how its networks and modules walk ours.
+"""FrEIA: how its networks and modules call our kernels.
 
 Its modules go data -> latent, and back with `rev=True`.
 """
@@ -13,40 +13,43 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.freia.layers import LAYERS as LAYERS
-from mflow_kernels.interop.freia.layers import channels_of as channels_of
+from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.freia.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import Run
-from mflow_kernels.interop.subclasses import Fused, accelerate_module, plan_of
+from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.subclasses import FusedLayers, accelerate_module, implementation_of
+from mflow_kernels.interop.visitor import Visitor
 
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
 
-def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
+# Release 0.2, see `interop/fingerprints.py`.
+FINGERPRINTS: dict[str, set[str]] = {
+    "FrEIA.framework.graph_inn": {"48fb2462d7df"},
+    "FrEIA.framework.sequence_inn": {"f2e1294a353b"},
+    "FrEIA.modules.all_in_one_block": {"26fd4fedc6ce"},
+    "FrEIA.modules.coupling_layers": {"1bff124c37e0"},
+    "FrEIA.modules.fixed_transforms": {"7d893a8aee36"},
+    "FrEIA.modules.invertible_resnet": {"733b52c6cfd1"},
+    "FrEIA.modules.orthogonal": {"ae4785021aaf"},
+    "FrEIA.modules.reshapes": {"b6fb9488d40d"},
+}
 
 
-def why_left(layer: nn.Module) -> str:
-    if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
-        return "it cuts, joins or reshapes states, with nothing to compute"
-    return "no layer of ours does this"
+class FusedModule(FusedLayers):
+    """Modules of a network as one module, which takes the conditions of the whole network."""
 
-
-# How its networks and modules walk.
-
-
-class FusedModule(Fused):
-    """Modules of a network as one. Their conditions are those of the whole network, in order."""
-
-    def __init__(self, layers: Sequence[nn.Module], run: Run, conditions: Sequence[Any]) -> None:
-        super().__init__(layers, run)
+    def __init__(
+        self, layers: Sequence[nn.Module], sequence: FusedSequence, conditions: Sequence[Any]
+    ) -> None:
+        super().__init__(layers, sequence)
         self.conditions = list(conditions)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        if self.run.expresses(x[0], rev):
-            z, log_det = self.run(x[0], tuple(c), inverse=rev)
+        if self.sequence.supports(x[0], rev):
+            z, log_det = self.sequence(x[0], tuple(c), inverse=rev)
             return (z,), log_det.expand(len(z))
         total = torch.zeros(len(x[0]), dtype=x[0].dtype, device=x[0].device)
         pairs = list(zip(self.layers, self.conditions, strict=True))
@@ -59,12 +62,12 @@ class FusedModule(Fused):
 
 def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
-        run: Run = plan_of(self)
+        sequence: FusedSequence = implementation_of(self)
         c = c or ()
-        if not run.expresses(x[0], rev):
+        if not sequence.supports(x[0], rev):
             named = {"c": c} if c else {}
             return super(type(self), self).forward(x, rev=rev, jac=jac, **named)
-        z, log_det = run(x[0], tuple(c), inverse=rev)
+        z, log_det = sequence(x[0], tuple(c), inverse=rev)
         return returned(z, log_det)
 
     return {"forward": forward}
@@ -72,7 +75,7 @@ def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Calla
 
 def _actnorm_methods() -> dict[str, Callable[..., Any]]:
     def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
-        plan_of(self).settle(x[0], inverse=rev)
+        implementation_of(self).initialize_from(x[0], inverse=rev)
         # exp(s) x + b is the inverse of exp(-s) (x - b).
         log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
         z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
@@ -83,7 +86,7 @@ def _actnorm_methods() -> dict[str, Callable[..., Any]]:
 
 def _haar_methods() -> dict[str, Callable[..., Any]]:
     def forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
-        # The original multiplies its input in place on the way back.
+        # In reverse, the original multiplies its input in place.
         x = (x[0].clone(),) if rev else x
         return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
 
@@ -93,12 +96,12 @@ def _haar_methods() -> dict[str, Callable[..., Any]]:
 def _sequence_forward(
     self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
 ) -> Any:
-    plan: _Plan = plan_of(self)
-    if not plan.is_of(self.module_list):
+    fused: _FusedNetwork = implementation_of(self)
+    if not fused.is_of(self.module_list):
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
     log_det: Any = 0
-    for module, chosen, _ in reversed(plan.items) if rev else plan.items:
+    for module, chosen, _ in reversed(fused.items) if rev else fused.items:
         named = {} if chosen is None else {"c": [c[i] for i in chosen]}
         x, j = module(x, jac=jac, rev=rev, **named)
         log_det = j + log_det
@@ -109,8 +112,8 @@ def _graph_forward(
     self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True,
     intermediate_outputs: bool = False, x: None = None,
 ) -> Any:  # fmt: skip
-    plan: _Plan = plan_of(self)
-    if intermediate_outputs or x is not None or not plan.is_of(self.module_list):
+    fused: _FusedNetwork = implementation_of(self)
+    if intermediate_outputs or x is not None or not fused.is_of(self.module_list):
         original = super(type(self), self).forward
         return original(x_or_z, c, rev, jac, intermediate_outputs, x)
     given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
@@ -119,13 +122,13 @@ def _graph_forward(
     for came, nodes, what in ((given, starts, "inputs"), (c, self.condition_nodes, "conditions")):
         if len(came) != len(nodes):
             raise ValueError(f"Got {len(came)} {what}, but expected {len(nodes)}.")
-    items = plan.items[::-1] if rev else plan.items
+    items = fused.items[::-1] if rev else fused.items
     sources = [_sources(nodes, rev) for _, _, nodes in items] + [_sources([n], rev) for n in ends]
     uses = Counter(key for keys in sources for key in keys)
     held: dict[Any, Tensor] = {(node, 0): t for node, t in zip(starts, given, strict=True)}
 
     def take(key: Any) -> Tensor:
-        """An output, forgotten once nobody waits for it any more."""
+        """An output of a node, released after its last use."""
         uses[key] -= 1
         return held[key] if uses[key] else held.pop(key)
 
@@ -150,8 +153,8 @@ def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
     return list(nodes[-1].outputs if rev else nodes[0].inputs)
 
 
-class _Plan:
-    """A network's modules in order, runs in place of some: (module, conditions, nodes)."""
+class _FusedNetwork:
+    """A network's modules in order, with fused sequences in place of some."""
 
     def __init__(self, modules: Sequence[nn.Module], items: list[Any]) -> None:
         self.items = items
@@ -199,48 +202,8 @@ _KINDS = {
 }
 
 
-# Kinds that alone, outside of a run, compute as before but for a flaw.
-GUARDED = {"haar": "itself, which on its way back leaves its input alone"}
-
-
-def kind_of(layer: nn.Module) -> str:
-    return _KINDS.get(type(layer), "module")
-
-
-def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
-    """Let a network, of that kind of container, walk runs of its modules."""
-    if type(module).forward is not kind.forward:
-        why = f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
-        walk.left.append(Left(name, type(module).__name__, why))
-        return
-    chains = _sequence_chains(module) if kind is Ff.SequenceINN else _graph_chains(module)
-    modules: Any = module.module_list
-    place = {id(m): i for i, m in enumerate(modules)}
-    prefix = f"{name}.module_list" if name else "module_list"
-    items = []
-    before = len(walk.replaced)
-    for chain in chains:
-        layers = [m for m, _, _ in chain]
-        names = [f"{prefix}.{place[id(m)]}" for m in layers]
-        start = 0
-        for members, run in walk.runs(layers, names, [chosen or () for _, chosen, _ in chain]):
-            part = chain[start : start + len(members)]
-            start += len(members)
-            if run is None:
-                items += part
-                continue
-            conditions = [chosen or () for _, chosen, _ in part]
-            wanted = sorted({i for chosen in conditions for i in chosen})
-            everything = tuple(range(wanted[-1] + 1)) if wanted else None
-            fused = FusedModule(members, run, conditions)
-            items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
-    # A graph that forgets what it used is worth it without runs too.
-    forgets = kind is Ff.GraphINN and any(map(walk.replaces, modules))
-    if len(walk.replaced) > before or forgets:
-        accelerate_module(module, "freia", kind.__name__, _Plan(modules, items))
-
-
 Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
+"""A module, the indices of the conditions it takes, and its nodes."""
 
 
 def _sequence_chains(module: Any) -> list[list[Item]]:
@@ -253,7 +216,7 @@ def _sequence_chains(module: Any) -> list[list[Item]]:
 
 
 def _graph_chains(module: Any) -> list[list[Item]]:
-    """Nodes that only have each other, one after the other."""
+    """Chains of nodes in which each node is the only consumer of the one before it."""
     special = {*module.in_nodes, *module.out_nodes, *module.condition_nodes}
     index = {node: i for i, node in enumerate(module.condition_nodes)}
     chains: list[list[Item]] = []
@@ -272,21 +235,86 @@ def _graph_chains(module: Any) -> list[list[Item]]:
     return chains
 
 
-def notes_of(layers: Sequence[nn.Module]) -> list[str]:
-    """In which these modules differ from FrEIA's on purpose."""
-    notes = []
-    if any(isinstance(m, Fm.ActNorm) for m in layers):
-        notes += [
-            "ActNorm is set from whichever direction runs first, as in FrEIA; but a model in eval "
-            "mode does not set it from samples, and one in training mode warns when it does.",
-            "ActNorm keeps the scale of a channel that is constant in its first batch; FrEIA's "
-            "turns to NaN.",
-        ]
-    if any(isinstance(m, Fm.HaarDownsampling) for m in layers):
-        notes.append("HaarDownsampling leaves its input alone on the way back; FrEIA's changes it.")
-    if any(isinstance(m, Ff.GraphINN) for m in layers):
-        notes.append(
-            "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
-            "asked for; FrEIA's keeps them all to the end."
-        )
-    return notes
+# FrEIA's own code runs, on a copy of the input.
+_REPAIRED = {"haar": "itself, which in reverse leaves its input alone"}
+
+
+class FreiaAdapter(Adapter):
+    folder = "freia"
+    layers = LAYERS
+    containers = CONTAINERS
+    methods = METHODS
+    fingerprints = FINGERPRINTS
+    repaired = _REPAIRED
+
+    def is_layer(self, module: nn.Module) -> bool:
+        return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
+
+    def why_left(self, layer: nn.Module) -> str:
+        if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
+            return "it cuts, joins or reshapes states, with nothing to compute"
+        return super().why_left(layer)
+
+    def kind_of(self, layer: nn.Module) -> str:
+        return _KINDS.get(type(layer), "module")
+
+    def channels_of(self, layer: Any) -> int | None:
+        return channels_of(layer)
+
+    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+        if type(container).forward is not kind.forward:
+            why = (
+                f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
+            )
+            visitor.left.append(Left(name, type(container).__name__, why))
+            return
+        chains = _sequence_chains(container) if kind is Ff.SequenceINN else _graph_chains(container)
+        modules: Any = container.module_list
+        place = {id(m): i for i, m in enumerate(modules)}
+        prefix = f"{name}.module_list" if name else "module_list"
+        items = []
+        before = len(visitor.replaced)
+        for chain in chains:
+            layers = [m for m, _, _ in chain]
+            names = [f"{prefix}.{place[id(m)]}" for m in layers]
+            start = 0
+            conditions = [chosen or () for _, chosen, _ in chain]
+            for members, sequence in visitor.fuse_sequences(layers, names, conditions):
+                part = chain[start : start + len(members)]
+                start += len(members)
+                if sequence is None:
+                    items += part
+                    continue
+                chosen = [chosen or () for _, chosen, _ in part]
+                wanted = sorted({i for indices in chosen for i in indices})
+                everything = tuple(range(wanted[-1] + 1)) if wanted else None
+                fused = FusedModule(members, sequence, chosen)
+                items.append((fused, everything, [n for _, _, nodes in part for n in nodes]))
+        # Releasing outputs after their last use is worth it without sequences too.
+        releases = kind is Ff.GraphINN and any(map(visitor.accelerates, modules))
+        if len(visitor.replaced) > before or releases:
+            accelerate_module(container, self.folder, kind.__name__, _FusedNetwork(modules, items))
+
+    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+        notes: list[str] = []
+        if any(isinstance(m, Fm.ActNorm) for m in modules):
+            notes += [
+                "ActNorm is set from the direction that runs first, as in FrEIA; but a model in "
+                "eval mode does not set it from samples, and one in training mode warns when it "
+                "does.",
+                "ActNorm keeps the scale of a channel that is constant in its first batch; "
+                "FrEIA's turns to NaN.",
+            ]
+        if any(isinstance(m, Fm.HaarDownsampling) for m in modules):
+            notes.append(
+                "HaarDownsampling leaves its input alone on the way back; FrEIA's changes it."
+            )
+        if any(isinstance(m, Ff.GraphINN) for m in modules):
+            notes.append(
+                "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
+                "asked for; FrEIA's keeps them all to the end."
+            )
+        return notes
+
+
+ADAPTER = FreiaAdapter()

@@ -15,11 +15,11 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import Affine, Linear, Reorder, Rotated, Setting
+from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import Squeezing
+from mflow_kernels.reversible.program import SpaceToDepth
 
 # Linear modules, data -> latent.
 
@@ -95,11 +95,11 @@ def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
     return _orthogonal(_block_permutation(blocks).mT)
 
 
-def _unset(layer: Any) -> bool:
+def _is_pending(layer: Any) -> bool:
     return bool(layer.init_on_next_batch)
 
 
-def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """As FrEIA does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "FrEIA"):
         return
@@ -110,7 +110,7 @@ def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.init_on_next_batch = False
 
 
-_SETTING = Setting(_unset, _set_actnorm)
+_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
 
 # Module by module.
 
@@ -212,7 +212,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
 
 
 def _actnorm(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _actnorms, "actnorm", _SETTING),)
+    return (Linear(layer, _actnorms, "actnorm", _DATA_INIT),)
 
 
 def _permute(layer: Any) -> tuple[Part, ...]:
@@ -239,7 +239,7 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
     plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
     if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
         return "its kernel is not the one it was built with"
-    return (Squeezing(inverse=False),)
+    return (SpaceToDepth(inverse=False),)
 
 
 def _haar(layer: Any) -> tuple[Part, ...] | str:
@@ -248,7 +248,7 @@ def _haar(layer: Any) -> tuple[Part, ...] | str:
             "as a 1x1 convolution of more than 128 channels it would cost more; as before, its way "
             "back overwrites its input"
         )
-    return (Squeezing(inverse=False), Linear(layer, _haars, "Haar transform"))
+    return (SpaceToDepth(inverse=False), Linear(layer, _haars, "Haar transform"))
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {

@@ -1,4 +1,4 @@
-"""nflows: what each of its transforms is in ours, and how its composites walk them.
+"""nflows: the parts of each of its transforms, and how its composites call our kernels.
 
 Its transforms go data -> latent in `forward` and latent -> data in `inverse`.
 """
@@ -12,23 +12,40 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import per_channel, standard_deviation
+from mflow_kernels.interop.adapter import Adapter
 from mflow_kernels.interop.linear import (
     Affine,
+    DataInit,
     Linear,
     Listed,
     Reorder,
-    Setting,
     inverse_of,
     lu_linears,
 )
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import Coupling, Exactly, Part, Run, why_not
-from mflow_kernels.interop.subclasses import Fused, FusedLists, accelerate_module, plan_of
+from mflow_kernels.interop.sequence import Coupling, Exactly, FusedSequence, Part, why_not
+from mflow_kernels.interop.subclasses import (
+    FusedContainer,
+    FusedLayers,
+    accelerate_module,
+    implementation_of,
+)
+from mflow_kernels.interop.visitor import Visitor
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import Squeezing
+from mflow_kernels.reversible.program import SpaceToDepth
 
-CONTAINERS = (nt.CompositeTransform,)
+# Release 0.14, see `interop/fingerprints.py`.
+FINGERPRINTS: dict[str, set[str]] = {
+    "nflows.transforms.base": {"1e7189db9cca"},
+    "nflows.transforms.conv": {"d25c64424048"},
+    "nflows.transforms.coupling": {"95cdd65ed1f6"},
+    "nflows.transforms.linear": {"4eea9c6d8259"},
+    "nflows.transforms.lu": {"6461862c2d76"},
+    "nflows.transforms.normalization": {"15a59aa508ae"},
+    "nflows.transforms.permutations": {"db20ec3d915a"},
+    "nflows.transforms.reshape": {"14ee2ee3508a"},
+}
 
 # Linear transforms, data -> latent.
 
@@ -48,11 +65,11 @@ def _permutations(modules: Sequence[Any]) -> Affine:
     return Affine(torch.stack([m._permutation for m in modules]))
 
 
-def _unset(layer: Any) -> bool:
+def _is_pending(layer: Any) -> bool:
     return layer.training and not bool(layer.initialized)
 
 
-def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """As nflows does, which never sets it from samples; but a constant channel keeps its scale."""
     if from_latent:
         return
@@ -63,13 +80,13 @@ def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.initialized.fill_(True)
 
 
-_SETTING = Setting(_unset, _set_actnorm)  # which depends on its mode too, not on a tensor alone
+_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)  # no `state`: it also depends on the mode
 
 # Transform by transform.
 
 
 def _actnorm(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _actnorms, "actnorm", _SETTING),)
+    return (Linear(layer, _actnorms, "actnorm", _DATA_INIT),)
 
 
 def _lu_linear(layer: Any) -> tuple[Part, ...]:
@@ -111,17 +128,20 @@ def _coupling(layer: Any) -> tuple[Part, ...] | str:
 def _squeeze(layer: Any) -> tuple[Part, ...] | str:
     if layer.factor != 2:
         return f"it squeezes by {layer.factor}, ours by 2"
-    return (Squeezing(inverse=False),)
+    return (SpaceToDepth(inverse=False),)
 
 
 def _composite(layer: Any) -> tuple[Part, ...] | str:
+    why = "our kernels do not have all of its transforms"
     parts: list[Part] = []
     for child in layer._transforms:
-        of = LAYERS[type(child)](child) if type(child) in LAYERS else why_left(child)
-        channels = channels_of(child)
-        if isinstance(of, str) or (channels is not None and why_not(of, channels)):
-            return "not all of its transforms are ours"
-        parts += of
+        if type(child) not in LAYERS:
+            return why
+        own = LAYERS[type(child)](child)
+        channels = _channels_of(child)
+        if isinstance(own, str) or (channels is not None and why_not(own, channels)):
+            return why
+        parts += own
     return tuple(parts)
 
 
@@ -140,19 +160,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 }
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Composites are layers where all of them is ours."""
-    if isinstance(module, nt.CompositeTransform):
-        return type(module) in LAYERS and not isinstance(_composite(module), str)
-    wraps = (nt.MultiscaleCompositeTransform, nt.InverseTransform)
-    return isinstance(module, nt.Transform) and not isinstance(module, wraps)
-
-
-def why_left(layer: nn.Module) -> str:
-    return "no layer of ours does this"
-
-
-def channels_of(layer: Any) -> int | None:
+def _channels_of(layer: Any) -> int | None:
     if isinstance(layer, nt.ActNorm):
         return len(layer.shift)
     if isinstance(layer, nt.Permutation):
@@ -161,49 +169,52 @@ def channels_of(layer: Any) -> int | None:
     return features if isinstance(features, int) else None
 
 
-# How its composites and transforms walk.
+# Methods of its composites and transforms.
 
 
-class FusedTransform(Fused):
-    """Transforms of a composite as one."""
+class FusedTransform(FusedLayers):
+    """Transforms of a composite as one transform."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._go(inputs, context, False)
+        return self._run(inputs, context, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._go(inputs, context, True)
+        return self._run(inputs, context, inverse=True)
 
-    def _go(self, x: Tensor, context: Tensor | None, latent: bool) -> tuple[Tensor, Tensor]:
-        if self.run.expresses(x, latent):
-            return _walk(self.run, x, context, latent)
+    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.sequence.supports(x, inverse):
+            return _apply(self.sequence, x, context, inverse)
         layers: Any = self.layers
         total = x.new_zeros(len(x))
-        for layer in reversed(layers) if latent else layers:
-            x, log_det = (layer.inverse if latent else layer)(x, context)
+        for layer in reversed(layers) if inverse else layers:
+            x, log_det = (layer.inverse if inverse else layer)(x, context)
             total = total + log_det
         return x, total
 
 
-def _walk(run: Run, x: Tensor, context: Any, latent: bool) -> tuple[Tensor, Tensor]:
-    x, log_det = run(x, () if context is None else (context,), inverse=latent)
+def _apply(
+    sequence: FusedSequence, x: Tensor, context: Any, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    x, log_det = sequence(x, () if context is None else (context,), inverse=inverse)
     return x, log_det.expand(len(x))
 
 
-def _transform_method(name: str, latent: bool) -> Callable[..., Any]:
-    """A transform's own method, where our kernels do not fit the number of channels."""
+def _transform_method(name: str, inverse: bool) -> Callable[..., Any]:
+    """`forward` or `inverse` of a transform, whose own code runs if our kernels do not support the
+    number of channels."""
 
-    def walk(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        run: Run = plan_of(self)
-        if not run.expresses(inputs, latent):
+    def call(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+        sequence: FusedSequence = implementation_of(self)
+        if not sequence.supports(inputs, inverse):
             own: tuple[Tensor, Tensor] = getattr(super(type(self), self), name)(inputs, context)
             return own
-        return _walk(run, inputs, context, latent)
+        return _apply(sequence, inputs, context, inverse)
 
-    return walk
+    return call
 
 
 def _actnorm_forward(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    plan_of(self).settle(inputs, inverse=False)
+    implementation_of(self).initialize_from(inputs, inverse=False)
     # exp(s) x + b is the inverse of exp(-s) (x - b).
     return ops.actnorm_inverse(inputs, -self.shift, -self.log_scale)
 
@@ -213,11 +224,11 @@ def _actnorm_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[Te
 
 
 def _composite_forward(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return nt.CompositeTransform.forward(plan_of(self).view(self), inputs, context)
+    return nt.CompositeTransform.forward(implementation_of(self).view(self), inputs, context)
 
 
 def _composite_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return nt.CompositeTransform.inverse(plan_of(self).view(self), inputs, context)
+    return nt.CompositeTransform.inverse(implementation_of(self).view(self), inputs, context)
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -226,43 +237,59 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
         "inverse": _transform_method("inverse", True),
     },
     "actnorm": {"forward": _actnorm_forward, "inverse": _actnorm_inverse},
-    "composite": {"forward": _composite_forward, "inverse": _composite_inverse},
+    "CompositeTransform": {"forward": _composite_forward, "inverse": _composite_inverse},
 }
 
 
-def kind_of(layer: nn.Module) -> str:
-    return "actnorm" if type(layer) is nt.ActNorm else "transform"
+class NflowsAdapter(Adapter):
+    folder = "nflows"
+    layers = LAYERS
+    containers = (nt.CompositeTransform,)
+    methods = METHODS
+    fingerprints = FINGERPRINTS
 
+    def is_layer(self, module: nn.Module) -> bool:
+        """A composite counts as a layer if our kernels have all of its transforms."""
+        if isinstance(module, nt.CompositeTransform):
+            return type(module) in LAYERS and not isinstance(_composite(module), str)
+        wrappers = (nt.MultiscaleCompositeTransform, nt.InverseTransform)
+        return isinstance(module, nt.Transform) and not isinstance(module, wrappers)
 
-def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
-    """Let a composite walk runs of its transforms."""
-    if type(module) is not kind:
-        why = "a kind of CompositeTransform that we do not know: transforms run one by one"
-        walk.left.append(Left(name, type(module).__name__, why))
-        return
-    transforms: Any = module._transforms
-    prefix = f"{name}._transforms" if name else "_transforms"
-    before = len(walk.replaced)
-    fused = nn.ModuleList(
-        members[0] if run is None else FusedTransform(members, run)
-        for members, run in walk.runs(
-            list(transforms), [f"{prefix}.{i}" for i in range(len(transforms))]
+    def kind_of(self, layer: nn.Module) -> str:
+        return "actnorm" if type(layer) is nt.ActNorm else "transform"
+
+    def channels_of(self, layer: Any) -> int | None:
+        return _channels_of(layer)
+
+    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+        if type(container) is not kind:
+            why = "it is a subclass of CompositeTransform: transforms run one by one"
+            visitor.left.append(Left(name, type(container).__name__, why))
+            return
+        transforms: Any = container._transforms
+        prefix = f"{name}._transforms" if name else "_transforms"
+        names = [f"{prefix}.{i}" for i in range(len(transforms))]
+        before = len(visitor.replaced)
+        fused = nn.ModuleList(
+            members[0] if sequence is None else FusedTransform(members, sequence)
+            for members, sequence in visitor.fuse_sequences(list(transforms), names)
         )
-    )
-    if len(walk.replaced) > before:
-        accelerate_module(module, "nflows", "composite", FusedLists(module, {"_transforms": fused}))
+        if len(visitor.replaced) > before:
+            implementation = FusedContainer(container, {"_transforms": fused})
+            accelerate_module(container, self.folder, kind.__name__, implementation)
+
+    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+        notes = []
+        if any(isinstance(m, nt.ActNorm) for m in modules):
+            notes.append(
+                "ActNorm keeps the scale of a channel that is constant in its first batch; nflows' "
+                "turns to NaN."
+            )
+        if any(isinstance(m, nt.NaiveLinear) for m in modules):
+            notes.append(
+                "NaiveLinear has an inverse; nflows' calls torch.solve, which torch has no longer."
+            )
+        return notes
 
 
-def notes_of(layers: Sequence[nn.Module]) -> list[str]:
-    """In which these transforms differ from nflows' on purpose."""
-    notes = []
-    if any(isinstance(m, nt.ActNorm) for m in layers):
-        notes.append(
-            "ActNorm keeps the scale of a channel that is constant in its first batch; nflows' "
-            "turns to NaN."
-        )
-    if any(isinstance(m, nt.NaiveLinear) for m in layers):
-        notes.append(
-            "NaiveLinear has an inverse; nflows' calls torch.solve, which torch has no longer."
-        )
-    return notes
+ADAPTER = NflowsAdapter()

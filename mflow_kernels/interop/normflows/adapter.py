@@ -1,4 +1,4 @@
-"""normflows: how its models and layers walk ours.
+"""normflows: how its models and layers call our kernels.
 
 Its flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
@@ -13,84 +13,102 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.normflows.layers import LAYERS as LAYERS
-from mflow_kernels.interop.normflows.layers import channels_of as channels_of
+from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.normflows.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import Run
-from mflow_kernels.interop.subclasses import Fused, FusedLists, accelerate_module, plan_of
+from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.subclasses import (
+    FusedContainer,
+    FusedLayers,
+    accelerate_module,
+    implementation_of,
+)
+from mflow_kernels.interop.visitor import Visitor
 from mflow_kernels.ops.launch import pixels
 
-# How its models and layers walk.
+# Releases 1.7.0 to 1.7.3 and the development branch at c6616b1, see `interop/fingerprints.py`.
+FINGERPRINTS: dict[str, set[str]] = {
+    "normflows.core": {"e3c18e2d0536", "b15b268b1a0c", "fbfd5a0fb76c"},
+    "normflows.flows.affine.coupling": {"2d15f2291305", "125df0e5894a"},
+    "normflows.flows.affine.glow": {"f7431e0626d8"},
+    "normflows.flows.mixing": {"67e059c2ebe2", "d4aaac22037c", "054f98c56e9d"},
+    "normflows.flows.normalization": {"59c81946ef8b"},
+    "normflows.flows.reshape": {"2f0c071c401a"},
+    "normflows.nets.cnn": {"795b7764d029"},
+    "normflows.nets.mlp": {"ae0867dade37"},
+}
 
 
-class FusedFlow(Fused):
-    """Flows of a model as one."""
+class FusedFlow(FusedLayers):
+    """Flows of a model as one flow."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._go(z, True)
+        return self._run(z, inverse=True)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._go(z, False)
+        return self._run(z, inverse=False)
 
-    def _go(self, z: Tensor, latent: bool) -> tuple[Tensor, Tensor]:
-        if self.run.expresses(z, latent):
-            z, log_det = self.run(z, inverse=latent)
+    def _run(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.sequence.supports(z, inverse):
+            z, log_det = self.sequence(z, inverse=inverse)
             return z, log_det.expand(len(z))
         total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         layers: Any = self.layers
-        for layer in layers if latent else reversed(layers):
-            z, log_det = layer(z) if latent else layer.inverse(z)
+        for layer in layers if inverse else reversed(layers):
+            z, log_det = layer(z) if inverse else layer.inverse(z)
             total = total + log_det
         return z, total
 
 
 def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Callable[..., Any]]:
-    """`forward` and `inverse` of a layer whose log-determinants have this shape, by the layer's own
-    code where the number of channels does not fit ours."""
+    """`forward` and `inverse` of a layer; `shape` expands log-determinants as the layer does.
 
-    def method(name: str, latent: bool) -> Callable[..., Any]:
-        def walk(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
-            run: Run = plan_of(self)
-            if not run.expresses(z, latent):
+    The layer's own code runs if our kernels do not support the number of channels.
+    """
+
+    def method(name: str, inverse: bool) -> Callable[..., Any]:
+        def call(self: Any, z: Tensor, *context: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            sequence: FusedSequence = implementation_of(self)
+            if not sequence.supports(z, inverse):
                 own = getattr(super(type(self), self), name)
                 returned: tuple[Tensor, Tensor] = own(z, *context, **named)
                 return returned
-            x, log_det = run(z, inverse=latent)
+            x, log_det = sequence(z, inverse=inverse)
             return x, shape(x, log_det)
 
-        return walk
+        return call
 
     return {"forward": method("forward", True), "inverse": method("inverse", False)}
 
 
 def _actnorm_methods() -> dict[str, Callable[..., Any]]:
-    def walk(self: Any, z: Tensor, latent: bool) -> tuple[Tensor, Tensor]:
-        plan_of(self).settle(z, inverse=latent)
+    def apply(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        implementation_of(self).initialize_from(z, inverse=inverse)
         shift, log_scale = -self.t.flatten(), -self.s.flatten()
-        x, _ = (ops.actnorm_inverse if latent else ops.actnorm)(z, shift, log_scale)
-        return x, (pixels(z) if latent else -pixels(z)) * self.s.sum()
+        x, _ = (ops.actnorm_inverse if inverse else ops.actnorm)(z, shift, log_scale)
+        return x, (pixels(z) if inverse else -pixels(z)) * self.s.sum()
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return walk(self, z, True)
+        return apply(self, z, inverse=True)
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return walk(self, z, False)
+        return apply(self, z, inverse=False)
 
     return {"forward": forward, "inverse": inverse}
 
 
 def _model_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's method on the model's fused flows."""
+    """A method of a model, applied to the model with fused flows."""
 
     @wraps(method)
     def through(self: Any, *args: Any, **named: Any) -> Any:
-        plan: FusedLists = plan_of(self)
-        return method(plan.view(self), *args, **named)
+        container: FusedContainer = implementation_of(self)
+        return method(container.view(self), *args, **named)
 
     return through
 
 
-_WALKING = (
+_MODEL_METHODS = (
     "forward",
     "forward_and_log_det",
     "inverse",
@@ -107,7 +125,9 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": _actnorm_methods(),
     **{
-        model.__name__: {n: _model_method(vars(model)[n]) for n in _WALKING if n in vars(model)}
+        model.__name__: {
+            n: _model_method(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)
+        }
         for model in CONTAINERS
     },
 }
@@ -119,58 +139,72 @@ _KINDS = {
 }
 
 
-def kind_of(layer: nn.Module) -> str:
-    return _KINDS.get(type(layer), "per sample")
-
-
-def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nf.flows.Flow)
-
-
-def why_left(layer: nn.Module) -> str:
-    if type(layer) in (nf.flows.Split, nf.flows.Merge):
-        return "it cuts or joins states, with nothing to compute"
-    return "no layer of ours does this"
-
-
-def fuse(module: nn.Module, name: str, kind: Any, walk: Any) -> None:
-    """Let a model, of that kind of container, walk runs of its flows."""
-    if any(getattr(type(module), n) is not getattr(kind, n) for n in METHODS[kind.__name__]):
-        why = f"it has methods of its own in place of {kind.__name__}'s: flows run one by one"
-        walk.left.append(Left(name, type(module).__name__, why))
-        return
-    flows: Any = module.flows
-    before = len(walk.replaced)
-    prefix = f"{name}.flows" if name else "flows"
-    if kind is nf.MultiscaleFlow:
-        levels = [_fused(level, f"{prefix}.{i}", walk) for i, level in enumerate(flows)]
-        fused = nn.ModuleList(levels)
-    else:
-        fused = _fused(flows, prefix, walk)
-    if len(walk.replaced) > before:
-        accelerate_module(module, "normflows", kind.__name__, FusedLists(module, {"flows": fused}))
-
-
-def _fused(flows: Any, name: str, walk: Any) -> nn.ModuleList:
+def _fused(flows: Any, name: str, visitor: Visitor) -> nn.ModuleList:
     names = [f"{name}.{i}" for i in range(len(flows))]
-    cut = walk.runs(list(reversed(flows)), names[::-1])
+    pieces = visitor.fuse_sequences(list(reversed(flows)), names[::-1])
     fused = nn.ModuleList()
-    for members, run in reversed(cut):
-        fused.append(members[0] if run is None else FusedFlow(members[::-1], run))
+    for members, sequence in reversed(pieces):
+        fused.append(members[0] if sequence is None else FusedFlow(members[::-1], sequence))
     return fused
 
 
-def notes_of(layers: Sequence[nn.Module]) -> list[str]:
-    """In which these layers differ from normflows' on purpose."""
-    notes = []
-    if any(isinstance(m, nf.flows.ActNorm) for m in layers):
-        notes += [
-            "ActNorm is set from whichever direction runs first, as in normflows; but a model in "
-            "eval mode does not set it from samples, and one in training mode warns when it does.",
-            "ActNorm keeps the scale of a channel that is constant in its first batch; normflows "
-            "divides by its deviation + 1e-6.",
+class NormflowsAdapter(Adapter):
+    folder = "normflows"
+    layers = LAYERS
+    containers = CONTAINERS
+    methods = METHODS
+    fingerprints = FINGERPRINTS
+
+    def is_layer(self, module: nn.Module) -> bool:
+        return isinstance(module, nf.flows.Flow)
+
+    def why_left(self, layer: nn.Module) -> str:
+        if type(layer) in (nf.flows.Split, nf.flows.Merge):
+            return "it cuts or joins states, with nothing to compute"
+        return super().why_left(layer)
+
+    def kind_of(self, layer: nn.Module) -> str:
+        return _KINDS.get(type(layer), "per sample")
+
+    def channels_of(self, layer: Any) -> int | None:
+        return channels_of(layer)
+
+    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+        cls = type(container)
+        if any(getattr(cls, n) is not getattr(kind, n) for n in METHODS[kind.__name__]):
+            why = f"it has methods of its own in place of {kind.__name__}'s: flows run one by one"
+            visitor.left.append(Left(name, cls.__name__, why))
+            return
+        flows: Any = container.flows
+        before = len(visitor.replaced)
+        prefix = f"{name}.flows" if name else "flows"
+        if kind is nf.MultiscaleFlow:
+            levels = [_fused(level, f"{prefix}.{i}", visitor) for i, level in enumerate(flows)]
+            fused = nn.ModuleList(levels)
+        else:
+            fused = _fused(flows, prefix, visitor)
+        if len(visitor.replaced) > before:
+            implementation = FusedContainer(container, {"flows": fused})
+            accelerate_module(container, self.folder, kind.__name__, implementation)
+
+    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+        notes: list[str] = []
+        if any(isinstance(m, nf.flows.ActNorm) for m in modules):
+            notes += [
+                "ActNorm is set from the direction that runs first, as in normflows; but a model "
+                "in eval mode does not set it from samples, and one in training mode warns when "
+                "it does.",
+                "ActNorm keeps the scale of a channel that is constant in its first batch; "
+                "normflows divides by its deviation + 1e-6.",
+            ]
+        maps = [
+            m.flows[1].scale_map for m in modules if isinstance(m, nf.flows.AffineCouplingBlock)
         ]
-    maps = [m.flows[1].scale_map for m in layers if isinstance(m, nf.flows.AffineCouplingBlock)]
-    if "sigmoid" in maps or "sigmoid_inv" in maps:
-        notes.append("log sigmoid is finite for every finite input; normflows' is -inf from -104.")
-    return notes
+        if "sigmoid" in maps or "sigmoid_inv" in maps:
+            notes.append(
+                "log sigmoid is finite for every finite input; normflows' is -inf from -104."
+            )
+        return notes
+
+
+ADAPTER = NormflowsAdapter()

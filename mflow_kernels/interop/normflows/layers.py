@@ -18,11 +18,11 @@ from mflow_kernels.interop.actnorm_initialization import (
 )
 from mflow_kernels.interop.linear import (
     Affine,
+    DataInit,
     Linear,
     Listed,
     Reorder,
     Rotated,
-    Setting,
     lu_linears,
 )
 from mflow_kernels.interop.params import Masked, Params
@@ -34,7 +34,7 @@ from mflow_kernels.interop.sequence import (
     smaller_half,
 )
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import Squeezing
+from mflow_kernels.reversible.program import SpaceToDepth
 
 # Linear layers, data -> latent: normflows' `inverse`.
 
@@ -78,11 +78,11 @@ def _permutations(modules: Sequence[Any]) -> Affine:
     return Affine(torch.stack([m._permutation for m in modules]))
 
 
-def _unset(layer: Any) -> bool:
+def _is_pending(layer: Any) -> bool:
     return not bool(layer.data_dep_init_done)
 
 
-def _set_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
+def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """As normflows does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "normflows"):
         return
@@ -98,7 +98,7 @@ def _done(layer: Any) -> Tensor:
     return layer.data_dep_init_done
 
 
-_SETTING = Setting(_unset, _set_actnorm, _done)
+_DATA_INIT = DataInit(_is_pending, _initialize_actnorm, _done)
 
 
 # Layer by layer.
@@ -110,8 +110,8 @@ def _affine_constant(layer: Any) -> tuple[Part, ...] | str:
         return f"its scale of shape {tuple(shape[1:])} is not one number a channel"
     if shape[1] == 1:
         return "it has one scale, for however many channels"
-    setting = _SETTING if isinstance(layer, nf.flows.ActNorm) else None
-    return (Linear(layer, _actnorms, "actnorm", setting),)
+    data_init = _DATA_INIT if isinstance(layer, nf.flows.ActNorm) else None
+    return (Linear(layer, _actnorms, "actnorm", data_init),)
 
 
 def _permute(layer: Any) -> tuple[Part, ...] | str:
@@ -195,7 +195,7 @@ def _glow_block(layer: Any) -> tuple[Part, ...] | str:
 
 
 def _squeeze(layer: Any) -> tuple[Part, ...]:
-    return (Squeezing(inverse=False),)
+    return (SpaceToDepth(inverse=False),)
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {

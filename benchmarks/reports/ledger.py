@@ -1,0 +1,236 @@
+"""Count what a GPU is asked for in a step: launches, bytes and floating point operations of every
+kernel, coupling networks included, beside the same model in other packages. No GPU is needed.
+
+    python -m benchmarks.reports.ledger --width 128 512
+
+counts a training step after the first (forward and backward, the optimizer left out), sampling, and
+evaluation (the forward pass without gradients) of one Glow in every package, with the same weights.
+The docstring of `ledger_counts.py` has the rules of the count. "over plain" is the ratio of bytes
+to those of plain eager PyTorch in the same dtypes.
+
+The lower bound of a card is a sum over kernels: each takes at least the time of its bytes at the
+card's published bandwidth and of its products at the card's published tensor throughput. No kernel
+reaches it, and it says nothing of the time between launches. It is no measured speed.
+
+With --check FILE the exit code is 1 where a variant of this package moves more bytes, or makes more
+launches, than FILE says; --record FILE writes such a file.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.reports import aot, ledger_counts  # before anything of mflow_kernels
+
+import torch  # isort: skip
+from torch import nn  # isort: skip
+
+from benchmarks.harness.models import Model, Spec
+from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.session import Missing
+from benchmarks.reports.ledger_counts import PARTS, Kernel
+from mflow_kernels.layers.networks import PointwiseConv2d
+from mflow_kernels.reversible.rerun import Network
+
+TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
+RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others in training alone
+VARIANTS = ("ours, stored", "ours, reversible", "plain", "plain, channels_last", "checkpointing",
+            "normflows", "nflows", "FrEIA")  # fmt: skip
+
+
+class Card(NamedTuple):
+    """Published peaks: bytes a second, and dense tensor-core operations a second by dtype."""
+
+    bandwidth: float
+    throughput: dict[torch.dtype, float]
+
+    def lower_bound(self, kernels: Iterable[Kernel]) -> float:
+        """Seconds that these kernels take at least, one after the other."""
+        return sum(
+            max(k.moved / self.bandwidth, k.flops / self.throughput.get(k.dtype, float("inf")))
+            for k in kernels
+        )
+
+
+def _throughput(sixteen_bits: float, tf32: float) -> dict[torch.dtype, float]:
+    return {torch.bfloat16: sixteen_bits, torch.float16: sixteen_bits, torch.float32: tf32}
+
+
+# NVIDIA's data sheets: H100 SXM, A100 80GB SXM, GeForce RTX 4090 (Ada whitepaper, appendix A).
+CARDS = {
+    "H100": Card(3.35e12, _throughput(989e12, 495e12)),
+    "A100": Card(2.04e12, _throughput(312e12, 156e12)),
+    "RTX 4090": Card(1.008e12, _throughput(165e12, 82.6e12)),
+}
+
+
+@dataclass
+class Row:
+    """A task of one variant of one model."""
+
+    spec: str
+    width: int
+    task: str
+    variant: str
+    launches: int
+    read: int
+    written: int
+    flops: int
+    parts: dict[str, int]  # bytes by part
+    levels: dict[str, int]  # bytes by level, finest first; "-" has no pixels
+    lower_bounds: dict[str, float]  # seconds by card
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+def count(spec: Spec, variant: str, task: str) -> Row:
+    """Count one task. Raises `Missing` where the variant's package is not installed."""
+    model = Model(spec, variant, torch.device("cpu"))
+    for module in model.module.modules():
+        if type(module) is PointwiseConv2d:
+            module.__class__ = nn.Conv2d  # what a GPU runs
+    with aot.noting(lambda _: None):  # latents to sample from are the model's own
+        run = model.task(task)
+    for net in ledger_counts.networks(model.module):
+        Network(net).remember(draws=False)  # what the first step finds out, and later ones know
+    kernels = ledger_counts.count(run, model.module, model.x)
+    parts, levels = dict.fromkeys(PARTS, 0), defaultdict[str, int](int)
+    for k in kernels:
+        parts[k.part] += k.moved
+        levels[str((spec.side // k.side).bit_length() - 1) if k.side else "-"] += k.moved
+    return Row(
+        str(spec), spec.width, task, variant, len(kernels), sum(k.read for k in kernels),
+        sum(k.written for k in kernels), sum(k.flops for k in kernels), parts,
+        dict(sorted(levels.items())), {n: card.lower_bound(kernels) for n, card in CARDS.items()},
+    )  # fmt: skip
+
+
+def rows(specs: Sequence[Spec], variants: Sequence[str], tasks: Sequence[str]) -> list[Row]:
+    made = []
+    for spec in specs:
+        for task in tasks:
+            for variant in variants:
+                if variant in RECOMPUTING and task != "train":
+                    continue
+                try:
+                    made.append(count(spec, variant, task))
+                except Missing as error:
+                    print(error, file=sys.stderr)
+    return made
+
+
+def report(made: Sequence[Row]) -> str:
+    """A table for each model and task."""
+    pages = []
+    for key in dict.fromkeys((row.spec, row.task) for row in made):
+        group = [row for row in made if (row.spec, row.task) == key]
+        plain = next((row.moved for row in group if row.variant == "plain"), 0)
+        head = ["", "launches", "read MB", "written MB", "over plain", "GFLOP",
+                *(f"{part} %" for part in PARTS), "MB by level",
+                *(f"{card} at least, ms" for card in CARDS)]  # fmt: skip
+        cells = [
+            [
+                row.variant, row.launches, f"{row.read / 1e6:.1f}", f"{row.written / 1e6:.1f}",
+                f"{row.moved / plain:.2f}" if plain else "-", f"{row.flops / 1e9:.2f}",
+                *(f"{100 * row.parts[part] / row.moved:.1f}" for part in PARTS),
+                " / ".join(f"{level}: {b / 1e6:.1f}" for level, b in row.levels.items()),
+                *(f"{1e3 * bound:.3f}" for bound in row.lower_bounds.values()),
+            ]
+            for row in group
+        ]  # fmt: skip
+        pages.append(f"{TASKS[key[1]]}, {key[0]}\n{text_table(head, cells)}")
+    return "\n\n".join(pages)
+
+
+def summary(made: Sequence[Row]) -> str:
+    """A Markdown table for each task: bytes over plain eager's and launches, by width."""
+    widths = list(dict.fromkeys(row.width for row in made))
+    pages = []
+    for task in dict.fromkeys(row.task for row in made):
+        cells = {(row.variant, row.width): row for row in made if row.task == task}
+        lines = [f"| {TASKS[task]} | " + " | ".join(f"width {w}" for w in widths) + " |",
+                 "|---" * (1 + len(widths)) + "|"]  # fmt: skip
+        for variant in dict.fromkeys(variant for variant, _ in cells):
+            row = [
+                f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
+                f"{cells[variant, w].launches:,}"
+                for w in widths
+            ]
+            lines.append(f"| {variant} | " + " | ".join(row) + " |")
+        pages.append("\n".join(lines))
+    return "\n\n".join(pages)
+
+
+def check(made: Sequence[Row], recorded: Sequence[dict[str, object]]) -> list[str]:
+    """What grew since it was recorded: one line each."""
+    before = {(r["spec"], r["task"], r["variant"]): r for r in recorded}
+    grown = []
+    for row in made:
+        old = before.get((row.spec, row.task, row.variant))
+        if old is None:
+            continue
+        for name in ("launches", "moved"):
+            now, then = getattr(row, name), int(str(old[name]))
+            if now > then:
+                grown.append(
+                    f"{row.variant}, {TASKS[row.task]}, {row.spec}: {name} {then:,} -> {now:,}"
+                )
+    return grown
+
+
+def record(made: Sequence[Row]) -> list[dict[str, object]]:
+    """The part of the rows that `check` reads."""
+    return [
+        {"spec": r.spec, "task": r.task, "variant": r.variant, "launches": r.launches,
+         "moved": r.moved}
+        for r in made
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reports.ledger",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--width", type=int, nargs="+", default=[128], help="hidden channels")
+    parser.add_argument("--side", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--levels", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="steps of flow in each level")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32",
+                        help="of the coupling networks")  # fmt: skip
+    parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=list(TASKS))
+    parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--summary", action="store_true",
+                        help="print bytes over those of plain, and launches, alone")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all rows as JSON")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail where FILE has less")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what --check reads")
+    options = parser.parse_args(arguments)
+    specs = [
+        Spec(side=options.side, levels=options.levels, steps=options.steps, width=width,
+             batch=options.batch, precision=options.precision)
+        for width in options.width
+    ]  # fmt: skip
+    made = rows(specs, options.variant, options.task)
+    print(summary(made) if options.summary else report(made))
+    if options.json:
+        save_json(options.json, [asdict(row) for row in made])
+    if options.record:
+        save_json(options.record, record(made))
+    grown = check(made, json.loads(options.check.read_text())) if options.check else []
+    for line in grown:
+        print(f"grown: {line}")
+    return int(bool(grown))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

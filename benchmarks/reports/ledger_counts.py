@@ -1,0 +1,332 @@
+"""Count every kernel that a GPU would be asked for, without a GPU.
+
+`count(function)` runs a function on CPU tensors and returns one `Kernel` for each launch that the
+same code would make on CUDA. The package's own kernels are counted from the launches that they
+make: the launch is recorded and nothing runs. Torch's operators are counted by a dispatch mode,
+under these rules:
+
+- Views, allocations and metadata are free.
+- Any other operator is one launch. It reads each tensor that it is given once and writes each
+  tensor that it returns or changes once. An expanded tensor has the bytes of its memory, not of its
+  shape.
+- A convolution is one launch of cuDNN, and its bias another, which reads and writes the result. Its
+  backward is one launch each for the gradients of input, weight and bias.
+- cuDNN runs in channels_last where its input or its weight is in channels_last. A tensor in the
+  other layout is converted first, one launch that reads and writes it.
+- `pixel_shuffle` and `pixel_unshuffle` are one copy, and their result is contiguous, as on CUDA.
+- The state of the host's random generator, bytes in uint8, is no work of a GPU.
+- A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
+  bound.
+
+Convolutions return zeros in the layout that cuDNN gives, so that a count takes milliseconds where
+the computation would take seconds. Values are therefore meaningless; shapes, dtypes and layouts are
+those of a GPU.
+"""
+
+from benchmarks.reports import aot  # isort: skip - before anything of mflow_kernels
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mflow_kernels.ops import coupling_network_kernels
+
+FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
+        "_local_scalar_dense", "_reshape_alias")  # fmt: skip
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation")
+NETWORKS, FLOW, OTHER = "networks", "flow kernels", "other"
+PARTS = (NETWORKS, FLOW, OTHER)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: of torch's operator or of the package's kernel.
+        part: "networks" (coupling networks, forward and backward), "flow kernels" (everything else
+            over tensors with pixels) or "other" (weights, sums over samples).
+        side: height of the images it works on; 0 for tensors without pixels.
+        read, written: bytes.
+        flops: floating point operations of products and convolutions, two for a multiplication and
+            its addition.
+        dtype: of its largest tensor, which says how fast a GPU multiplies.
+    """
+
+    name: str
+    part: str
+    side: int
+    read: int
+    written: int
+    flops: int
+    dtype: torch.dtype
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+def nbytes(x: Tensor) -> int:
+    """Bytes of the memory behind a tensor's elements: an expanded axis counts once."""
+    numbers = math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s or n < 2)
+    return numbers * x.element_size()
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.part: str | None = None  # of the network that runs; None outside of networks
+        self.batch, self.side = len(images), images.shape[2]
+
+    def add(self, name: str, inputs: list[Tensor], outputs: list[Tensor], flops: int = 0) -> None:
+        tensors = [t for t in (*inputs, *outputs) if t.numel()]
+        if not tensors or all(t.dtype == torch.uint8 for t in tensors):
+            return
+        largest = max(tensors, key=nbytes)
+        side = max((t.shape[2] for t in tensors if self.has_pixels(t)), default=0)
+        part = self.part or (FLOW if side else OTHER)
+        self.kernels.append(
+            Kernel(name, part, side, sum(map(nbytes, inputs)), sum(map(nbytes, outputs)), flops,
+                   largest.dtype)
+        )  # fmt: skip
+
+    def has_pixels(self, x: Tensor) -> bool:
+        """Whether x is a state, params or a hidden tensor, and no weight."""
+        if x.dim() != 4 or len(x) != self.batch:
+            return False
+        return x.shape[2] == x.shape[3] <= self.side and x.shape[2] != 3
+
+    def convert(self, x: Tensor, channels_last: bool) -> None:
+        """A copy, if x is not in the layout that the convolution runs in."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        if not x.is_contiguous(memory_format=layout):
+            self.add("layout conversion", [x], [x])
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        last = _channels_last(x, weight)
+        for t in (x, weight):
+            self.convert(t, last)
+        shape = torch.ops.aten.convolution.default(
+            x.to("meta"), weight.to("meta"), None, *rest
+        ).shape
+        layout = torch.channels_last if last else torch.contiguous_format
+        y = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=layout)
+        self.add("convolution", [x, weight], [y], _flops(y, weight))
+        if bias is not None:
+            self.add("convolution bias", [y, bias], [y])
+        return y
+
+    def convolution_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        *_, (needs_x, needs_weight, needs_bias) = rest
+        last = _channels_last(x, weight)
+        for t in (dy, x, weight):
+            self.convert(t, last)
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = torch.zeros_like(x)
+            self.add("convolution dx", [dy, weight], [dx], _flops(dy, weight))
+        if needs_weight:
+            dweight = torch.zeros_like(weight)
+            self.add("convolution dw", [dy, x], [dweight], _flops(dy, weight))
+        if needs_bias:
+            dbias = dy.new_zeros(dy.shape[1])
+            self.add("convolution db", [dy], [dbias])
+        return dx, dweight, dbias
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if name == "convolution":
+            return self.convolution(*args)
+        if name == "convolution_backward":
+            return self.convolution_backward(*args)
+        out = function(*args, **kwargs)
+        if function.is_view or name.startswith(FREE):
+            return out
+        if name in ("pixel_shuffle", "pixel_unshuffle"):
+            out = out.contiguous()
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
+            given = given[1:]
+        elif name == "_foreach_copy_":
+            written, given = args
+        flops = 0
+        if name in PRODUCTS:
+            flops = 2 * written[0].numel() * given[-1 if name in ("mm", "bmm") else -2].shape[-2]
+        self.add(name, given, written, flops)
+        return out
+
+
+def _channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Whether cuDNN runs this convolution in channels_last (torch's rule, ConvUtils.h)."""
+    return any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (x, weight)
+    )
+
+
+def _flops(y: Tensor, weight: Tensor) -> int:
+    return 2 * y.numel() * math.prod(weight.shape[1:])
+
+
+def _written_by(launch: aot.Launch) -> set[str]:
+    """Arguments that one of the package's kernels writes, as its source names them."""
+    name = launch.kernel.__name__
+    written = {n for n in launch.bound if n in OUTPUTS.get(name, DEFAULT_OUTPUTS)}
+    if not written:
+        raise AssertionError(f"{name}: no argument is known to hold a result")
+    return written
+
+
+# Arguments that hold results, by name. A kernel that breaks the rule is listed by itself.
+DEFAULT_OUTPUTS = {
+    "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
+}  # fmt: skip
+OUTPUTS = {
+    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "gram", "dbias"},
+    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "gram", "dbias"},
+    "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
+    "_network_kernel": {"taps", "h1", "h2"},
+    "_sum_taps_kernel": {"y"},
+    "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
+    "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
+}
+
+
+# How many C x C products a kernel makes at each pixel.
+PRODUCTS_WITH_W = {
+    "_conv1x1_kernel": 1,
+    "_dweight_kernel": 1,
+    "_coupling_conv1x1_bwd_kernel": 1,
+    "_rebuild_conv1x1_kernel": 3,
+    "_rebuild_conv1x1_wide_kernel": 3,
+}
+
+
+@contextmanager
+def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
+    """While open, kernels of the coupling networks of a model count as such, also in the backward
+    pass: each node of a network's graph says so while it runs."""
+    handles = []
+
+    def enter(*_: Any) -> None:
+        counter.part = NETWORKS
+
+    def leave(*_: Any) -> None:
+        counter.part = None
+
+    def after(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counter.part = None
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            ends = {t.grad_fn for t in inputs if isinstance(t, Tensor)}
+            for node in _graph(output.grad_fn, ends):
+                node.register_prehook(enter)
+                node.register_hook(leave)
+
+    for net in networks(module):
+        handles += [net.register_forward_pre_hook(enter), net.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def networks(module: nn.Module) -> Iterator[nn.Module]:
+    """The coupling networks of a model of any library: chains of modules from a convolution or a
+    linear layer to another one."""
+    for part in module.modules():
+        if isinstance(part, nn.Sequential) and len(part) > 1 and _ends(part[0], part[-1]):
+            yield part
+
+
+def _ends(*layers: nn.Module) -> bool:
+    return all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers)
+
+
+def _graph(node: Any, ends: set[Any]) -> Iterator[Any]:
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in ends or "Accumulate" in node.name():
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
+
+
+def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> list[Kernel]:
+    """Every kernel that `function` would ask of a GPU, in order.
+
+    Args:
+        function: runs on CPU tensors; its results are meaningless.
+        module: the model that it runs; kernels of its coupling networks are counted apart.
+        images: a batch (N, C, H, W) of its data; sides of 3 pixels are not told from weights.
+    """
+    counter = _Counter(images)
+
+    def note(launch: aot.Launch) -> None:
+        tensors = {n: t for n, t in launch.bound.items() if isinstance(t, Tensor)}
+        written = _written_by(launch)
+        counter.add(
+            launch.kernel.__name__.strip("_"),
+            [t for n, t in tensors.items() if n not in written],
+            [t for n, t in tensors.items() if n in written],
+            _own_flops(launch),
+        )
+
+    def product(a: Tensor, b: Tensor) -> Tensor:  # on CUDA one launch, which no CPU has
+        out = torch.empty(len(a), b.shape[1])
+        counter.add("mm", [a, b], [out], 2 * out.numel() * len(b))
+        return out
+
+    with (
+        _marked_networks(module, counter),
+        patch.object(coupling_network_kernels, "product_in_float32", product),
+        counter,
+        aot.noting(note),
+    ):
+        function()
+    return counter.kernels
+
+
+def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
+    """Those of the kernels of coupling networks, with what they compute several times."""
+    width, taps = int(given["WIDTH"]), int(given["TAPS"])
+    inner = width * taps * int(given.get("C_IN", 0))
+    outer = width * taps * int(given.get("C_OUT", 0))
+    if kernel == "_network_kernel":
+        columns = -(-taps * int(given["C_OUT"]) // int(given["BLOCK_J"]))
+        blocks = -(-width // int(given["BLOCK_D"]))
+        products = columns * (blocks * inner + width**2) + outer
+    elif kernel == "_dh2_kernel":
+        products = 2 * outer
+    else:
+        products = 2 * inner + width**2 * (1 if given["dw2"] is None else 2)
+    return 2 * int(given["PIXELS"]) * products
+
+
+def _own_flops(launch: aot.Launch) -> int:
+    """Those of the products of the package's kernels."""
+    if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
+        return _network_flops(launch.kernel.__name__, launch.bound)
+    products = PRODUCTS_WITH_W.get(launch.kernel.__name__, 0)
+    if not products:
+        return 0
+    states = [t for t in launch.bound.values() if isinstance(t, Tensor) and t.dim() == 4]
+    pixels = max(t.shape[0] * t.shape[2] * t.shape[3] for t in states)
+    return products * 2 * pixels * int(launch.bound["C"]) ** 2

@@ -1,0 +1,69 @@
+"""Open a prepared file, or prepare a folder or zip in a cache and open the result."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from mflow_kernels.data.named import DEFAULT_SIZE, NAMED_DATASETS
+from mflow_kernels.data.prepare import is_prepared_from, prepare
+from mflow_kernels.data.prepared import Prepared, is_prepared, open_prepared
+from mflow_kernels.data.printable import printable
+from mflow_kernels.data.sources import DataError, find_images
+
+_ANNOUNCED_MEGABYTES = 100  # stderr names a larger file before it is written
+
+
+def open_or_prepare(data: str, image_size: int | None) -> Prepared:
+    """Open a prepared file. Prepare a folder or zip in the cache first, unless it is there already.
+
+    Args:
+        data: a prepared file, or a folder or zip of images.
+        image_size: side of the images in pixels; by default the prepared file's own, else 64.
+
+    Raises:
+        DataError: `data` does not exist or holds no readable image, a prepared file has another
+            size, or the cache cannot be written.
+        OSError: ENOSPC if the cache's disk is full.
+    """
+    path = Path(data)
+    if is_prepared(path):
+        prepared = open_prepared(path)
+        if image_size not in (None, prepared.record.size):
+            raise DataError(
+                f"image_size: expected {prepared.record.size} as in {data}, got {image_size}"
+            )
+        return prepared
+    if not path.exists():
+        names = ", ".join(map(repr, NAMED_DATASETS))
+        raise DataError(
+            f"data: expected {names}, a folder or zip of images, or a file of mflow prepare, "
+            f"got {data!r}"
+        )
+    size = image_size or DEFAULT_SIZE
+    source = find_images(path)
+    cached = _cached_file(path, size)
+    if is_prepared_from(cached, source, size):
+        return open_prepared(cached)
+    megabytes = len(source.entries) * 3 * size**2 / 1e6
+    if megabytes > _ANNOUNCED_MEGABYTES:
+        print(printable(f"preparing {data} in {cached} ({megabytes:,.0f} MB)"), file=sys.stderr)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"data: cannot write prepared images to {cached.parent} ({error.strerror}); set "
+            "MFLOW_CACHE to another folder, or give a file of mflow prepare"
+        ) from None
+    return prepare(source, cached, size)
+
+
+def _cached_file(path: Path, size: int) -> Path:
+    """The name of a folder's or zip's prepared file in the cache: $MFLOW_CACHE, or mflow_kernels in
+    the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("MFLOW_CACHE") or Path(base, "mflow_kernels"))
+    real = Path(os.path.realpath(path))
+    place = hashlib.sha256(os.fsencode(real)).hexdigest()[:10]
+    # File names hold 255 bytes, and a character may take four: 40 characters leave enough room.
+    return cache / f"{real.stem[:40]}-{size}px-{place}.safetensors"

@@ -1,0 +1,80 @@
+"""What `accelerate` asks about a library: one `Adapter` for each, in a folder of its own."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+
+from mflow_kernels.interop.sequence import Part
+
+if TYPE_CHECKING:
+    from mflow_kernels.interop.visitor import Visitor
+
+# Folder of each library's adapter, by the name under which the library is imported.
+LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
+
+PartsOf = Callable[[Any], tuple[Part, ...] | str]
+"""From a layer to its parts, data -> latent, or the reason why our kernels cannot compute it."""
+
+Methods = Mapping[str, Callable[..., Any]]
+"""Methods that replace those of a module's class, by name."""
+
+
+class Adapter(Protocol):
+    """A library of flows. Its folder's `adapter.py` has an instance named ADAPTER.
+
+    Attributes:
+        folder: the adapter's folder.
+        layers: the classes that can be accelerated. Subclasses of them are left alone.
+        containers: the classes of models and composites whose layers can run as one sequence.
+        methods: for each kind of layer (see `kind_of`) and for the name of each container class,
+            the methods of the accelerated module. They find its `FusedSequence` or fused container
+            with `implementation_of(self)`.
+        fingerprints: for each module of the library, the fingerprints of the versions that the
+            tests ran against (see `fingerprints.py`).
+        repaired: for kinds of layers that still compute as before when they stand alone, except
+            that a bug is fixed: what the report says of them.
+    """
+
+    folder: str
+    layers: Mapping[type, PartsOf]
+    containers: tuple[type[nn.Module], ...]
+    methods: Mapping[str, Methods]
+    fingerprints: dict[str, set[str]]
+    repaired: Mapping[str, str] = {}
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether the report has to name this module, as replaced or as left."""
+        ...
+
+    def why_left(self, layer: nn.Module) -> str:
+        """Why a layer whose class is not in `layers` is left."""
+        return "our kernels have no such layer"
+
+    def kind_of(self, layer: nn.Module) -> str:
+        """The key of the methods of an accelerated layer."""
+        ...
+
+    def channels_of(self, layer: Any) -> int | None:
+        """Channels of a layer's states; None if the layer does not show it."""
+        return None
+
+    def fuse(
+        self, container: nn.Module, name: str, kind: type[nn.Module], visitor: "Visitor"
+    ) -> None:
+        """Make a container, an instance of `kind` in `containers`, run fused sequences.
+
+        `visitor.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
+        """
+        ...
+
+    def notes(self, modules: Sequence[nn.Module]) -> list[str]:
+        """How these accelerated modules differ from the library's on purpose."""
+        return []
+
+
+def load_adapter(folder: str) -> Adapter:
+    """The adapter in this folder, which imports its library."""
+    adapter: Adapter = importlib.import_module(f"mflow_kernels.interop.{folder}.adapter").ADAPTER
+    return adapter

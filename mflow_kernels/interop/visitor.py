@@ -1,0 +1,164 @@
+"""The visitor that accelerates the layers of one library in a model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.fingerprints import why_untested
+from mflow_kernels.interop.linear import Linear, Reorder
+from mflow_kernels.interop.params import Pair, Params, has_hooks
+from mflow_kernels.interop.report import Left, Replaced
+from mflow_kernels.interop.sequence import Coupling, FusedSequence, Part, why_not
+from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
+from mflow_kernels.reversible.program import SpaceToDepth
+
+
+class Visitor:
+    """Accelerates the layers of one library in a model, from the outside to the inside."""
+
+    def __init__(self, adapter: Adapter, reversible: bool) -> None:
+        self.adapter, self.reversible = adapter, reversible
+        self.replaced: list[Replaced] = []
+        self.left: list[Left] = []
+        self._seen: set[int] = set()
+        self._in_sequences: set[int] = set()
+
+    def visit(self, module: nn.Module, name: str, reported: bool = False) -> None:
+        """Accelerate `module` and the modules in it, each once.
+
+        `reported` says that the report already names a layer around it.
+        """
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        if self.adapter.is_layer(module):
+            self._visit_layer(module, name, reported)
+            reported = True
+        container = next((c for c in self.adapter.containers if isinstance(module, c)), None)
+        if container is not None and not is_accelerated(module):
+            if why := why_untested(self.adapter.fingerprints, container):
+                self.left.append(Left(name, type(module).__name__, why))
+            else:
+                self.adapter.fuse(module, name, container, self)
+        for child_name, child in module.named_children():
+            self.visit(child, f"{name}.{child_name}" if name else child_name, reported)
+
+    def _visit_layer(self, layer: nn.Module, name: str, reported: bool) -> None:
+        parts = self._parts(layer)
+        class_name = type(layer).__name__
+        in_sequence = id(layer) in self._in_sequences
+        if not isinstance(parts, str) and not in_sequence and _only_moves(parts):
+            parts = "alone it only moves the state"
+        if isinstance(parts, str):
+            if not reported:
+                self.left.append(Left(name, class_name, parts))
+            return
+        kind = self.adapter.kind_of(layer)
+        accelerate_module(layer, self.adapter.folder, kind, FusedSequence(parts, self.reversible))
+        if not in_sequence:
+            by = self.adapter.repaired.get(kind, describe(parts))
+            self.replaced.append(Replaced(name, class_name, by))
+        self._in_sequences.update(map(id, layer.modules()))
+
+    def fuse_sequences(
+        self,
+        layers: Sequence[nn.Module],
+        names: Sequence[str],
+        conditions: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
+        """Cut a list of layers, data -> latent, into fused sequences and single layers.
+
+        Args:
+            names: of the layers, as in `model.named_modules()`.
+            conditions: for each layer, which of the container's conditions it takes.
+        """
+        pieces: list[tuple[list[nn.Module], FusedSequence | None]] = []
+        members: list[nn.Module] = []
+        parts: list[Part] = []
+        first_name = ""
+
+        def end_sequence() -> None:
+            if len(members) > 1 and not _only_moves(parts):
+                pieces.append((list(members), FusedSequence(parts, self.reversible)))
+                self._in_sequences.update(map(id, members))
+                counts = Counter(type(m).__name__ for m in members)
+                classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
+                run = "one reversible run" if self.reversible else "one run"
+                self.replaced.append(Replaced(first_name, classes, f"{run} of {describe(parts)}"))
+            else:
+                pieces.extend(([member], None) for member in members)
+            members.clear()
+            parts.clear()
+
+        for i, layer in enumerate(layers):
+            own = self._parts(layer)
+            if isinstance(own, str):
+                end_sequence()
+                pieces.append(([layer], None))
+                continue
+            if not members:
+                first_name = names[i]
+            members.append(layer)
+            parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
+        end_sequence()
+        return pieces
+
+    def accelerates(self, layer: nn.Module) -> bool:
+        """Whether a layer will be accelerated, alone if not in a sequence."""
+        parts = self._parts(layer)
+        return not isinstance(parts, str) and not _only_moves(parts)
+
+    def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
+        """The parts of a layer, or the reason why it is left."""
+        adapter = self.adapter
+        if type(layer) not in adapter.layers:
+            return adapter.why_left(layer)
+        if why := why_untested(adapter.fingerprints, type(layer), layer.modules()):
+            return why
+        parts = adapter.layers[type(layer)](layer)
+        if isinstance(parts, str):
+            return parts
+        channels = adapter.channels_of(layer)
+        if channels is not None and (why := why_not(parts, channels)):
+            return why
+        if has_hooks(*_bypassed(layer, parts)):
+            return "it has hooks, which a fused run would not call"
+        return parts
+
+
+def _given(part: Part, conditions: tuple[int, ...]) -> Part:
+    """The part with a network that takes only these of the container's conditions."""
+    if isinstance(part, Coupling) and isinstance(part.net, Params | Pair):
+        return replace(part, net=part.net.given(conditions))
+    return part
+
+
+def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
+    """The modules of a layer that are no longer called: all but its networks."""
+    networks = {id(m) for p in parts if isinstance(p, Coupling) for m in p.net.modules()}
+    return [m for m in layer.modules() if id(m) not in networks]
+
+
+def _only_moves(parts: Sequence[Part]) -> bool:
+    """Whether the parts only permute values, so that a launch would gain nothing."""
+    return all(
+        isinstance(p, SpaceToDepth) or (not isinstance(p, Coupling) and p.permutes) for p in parts
+    )
+
+
+def describe(parts: Sequence[Part]) -> str:
+    """The number of parts of each type, in words."""
+    counts = Counter(map(_word, parts))
+    return ", ".join(f"{k} {n}s" if k > 1 else n for n, k in counts.items())
+
+
+def _word(part: Part) -> str:
+    if isinstance(part, SpaceToDepth):
+        return "squeeze"
+    if isinstance(part, Linear | Reorder):
+        return part.what
+    additive = isinstance(part.net, Params) and part.net.raw is None
+    return "additive coupling" if additive else f"affine {part.scale.kind} coupling"

@@ -1,0 +1,141 @@
+"""Actnorm folded into the invertible 1x1 convolution that follows it."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.layers.actnorm import ActNorm
+from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
+from mflow_kernels.ops.launch import transformed, without_autocast
+from mflow_kernels.ops.registration import refuse_second_derivative
+from mflow_kernels.reversible.program import FoldedWeights
+
+
+class ActNormConv(NamedTuple):
+    """An actnorm and the 1x1 convolution after it: one linear map of the channels."""
+
+    actnorm: ActNorm
+    conv: InvertibleConv1x1
+
+
+class StepGroup(NamedTuple):
+    """Consecutive linear maps of one width, or their inverses: a `LinearGroup`.
+
+    names identify their convolutions in errors.
+    """
+
+    steps: list[ActNormConv]
+    names: list[str]
+    inverse: bool
+
+    def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
+        """The folded weight of each step, or its inverse computed in float64.
+
+        Args:
+            check: as for `inverse_weight_and_bias`.
+
+        Raises:
+            ValueError: with `check`, naming the convolution whose inverse does not exist.
+        """
+        folded = fold(self.steps, dtype)
+        if not self.inverse:
+            return folded
+        weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, self.names, check=check)
+        return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the steps."""
+        return [
+            p
+            for step in self.steps
+            for module in (step.conv, step.actnorm)
+            for p in module._parameters.values()  # `parameters()` takes ten times as long
+            if p is not None and p.requires_grad
+        ]
+
+    def inverted(self) -> "StepGroup":
+        """The inverse maps."""
+        return StepGroup(self.steps, self.names, not self.inverse)
+
+
+def fold(steps: Sequence[ActNormConv], dtype: torch.dtype) -> FoldedWeights:
+    """Fold each actnorm into the 1x1 convolution after it, all steps in one batched product.
+
+    W' = W diag(exp(log_scale)), bias' = W' bias.
+    """
+    convs, actnorms = [step.conv for step in steps], [step.actnorm for step in steps]
+    factors: tuple[list[Tensor], ...] = (
+        [conv.permutation for conv in convs],
+        [conv.sign for conv in convs],
+        [conv.lower for conv in convs],
+        [conv.upper for conv in convs],
+        [conv.log_diagonal for conv in convs],
+        [actnorm.log_scale for actnorm in actnorms],
+        [actnorm.bias for actnorm in actnorms],
+    )
+    if transformed() or torch.compiler.is_compiling():
+        return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
+    return FoldedWeights(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
+
+
+def fold_ref(
+    permutation: Tensor,
+    sign: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+) -> FoldedWeights:
+    """`fold` of the stacked factors of K steps, (K, C, C) and (K, C)."""
+    weight = plu(permutation, lower, upper, sign, log_diagonal) * log_scale.exp()[:, None, :]
+    return FoldedWeights(
+        weight, (weight * bias[:, None, :]).sum(2), log_diagonal.sum() + log_scale.sum()
+    )
+
+
+class _Fold(torch.autograd.Function):
+    """`fold_ref` as one node of the graph instead of twenty, without a copy of each factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stacks = [torch.stack(factors[i : i + k]) for i in range(0, 7 * k, k)]
+        permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
+            stack.to(dtype) for stack in stacks
+        )
+        with without_autocast(lower):
+            diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
+            lower, upper = lower.tril_(-1), upper.triu_(1)
+            lower.diagonal(dim1=1, dim2=2).fill_(1)
+            upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
+            left = permutation @ lower
+            weight = (left @ upper).mul_(scale[:, None, :])
+            mixed_bias = (weight @ bias[:, :, None]).squeeze(2)
+        # If the steps have different dtypes, `stack` promotes them; autograd casts gradients back.
+        ctx.k, ctx.dtypes = k, [stack.dtype for stack in stacks[2:]]
+        ctx.save_for_backward(permutation, left, upper, diagonal, scale, bias, weight)
+        return weight, mixed_bias, log_diagonal.sum() + log_scale.sum()
+
+    @staticmethod
+    def backward(
+        ctx: Any, dweight: Tensor, dmixed_bias: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("fold")
+        permutation, left, upper, diagonal, scale, bias, weight = ctx.saved_tensors
+        with without_autocast(weight):
+            dweight = torch.baddbmm(dweight, dmixed_bias[:, :, None], bias[:, None, :])
+            dbias = (dmixed_bias[:, None, :] @ weight).squeeze(1)
+            dlog_scale = (dweight * weight).sum(1).add_(dlog_det)
+            dproduct = dweight.mul_(scale[:, None, :])
+            dupper = left.mT @ dproduct
+            dlower = permutation.mT @ (dproduct @ upper.mT)
+        dlog_diagonal = (dupper.diagonal(dim1=1, dim2=2) * diagonal).add_(dlog_det)
+        gradients = dlower.tril_(-1), dupper.triu_(1), dlog_diagonal, dlog_scale, dbias
+        parts = (g.to(d).unbind() for g, d in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, *(None,) * (2 * ctx.k), *chain.from_iterable(parts)

@@ -1,0 +1,335 @@
+"""Programs in autograd: with stored states, or with states that the backward pass rebuilds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.ops.launch import accumulator, capturing, in_layout_of, transformed
+from mflow_kernels.reversible.backward import BackwardPass
+from mflow_kernels.reversible.program import (
+    ChannelLinear,
+    Couple,
+    Instruction,
+    Join,
+    LinearGroup,
+    Program,
+    SpaceToDepth,
+    SplitOff,
+    execute,
+    keep_layout,
+)
+from mflow_kernels.reversible.rerun import (
+    RandomState,
+    RerunNetwork,
+    autocast_state,
+    check_capturable,
+    raise_replaced,
+    random_state,
+    same_random_state,
+)
+
+
+class ProgramOwner(Protocol):
+    """The object whose program runs.
+
+    Attributes:
+        checkpoint_every: store the state before every k-th network; None stores none.
+    """
+
+    checkpoint_every: int | None
+
+    def record_drift(self, drift: Tensor) -> None:
+        """Receive the largest |rebuilt - true| of the input of a backward pass, a scalar."""
+
+
+class Applied(NamedTuple):
+    """The result of `apply_program`."""
+
+    x: Tensor  # the state, in the dtype of the input
+    latents: tuple[Tensor, ...]  # in the order in which they were split off
+    ledger: Tensor  # (N, T), terms of the log-determinant of each sample
+    log_det: Tensor  # (), the part of the log-determinant that all samples share
+
+
+def apply_program(
+    owner: ProgramOwner,
+    program: Program,
+    x: Tensor,
+    latents: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
+    reversible: bool,
+) -> Applied:
+    """Run a program. Autograd stores its states or, if `reversible`, rebuilds them.
+
+    Args:
+        x: state (N, C, *spatial), checked.
+        latents: the latents that `Join` instructions append, taken from the end.
+        context: further inputs of every network.
+
+    Returns:
+        See `Applied`. Log-determinants are float32 (float64 for float64 states).
+
+    Raises:
+        ValueError: as `apply_stored`.
+        RuntimeError: in the backward pass of a `reversible` program, if its gradient is to be
+            differentiated again or a parameter was replaced after the forward pass.
+    """
+    if not reversible or not torch.is_grad_enabled() or transformed():
+        return apply_stored(program, x, latents, context)
+    return _apply_reversibly(owner, program, x, latents, context)
+
+
+def apply_stored(
+    program: Program, x: Tensor, latents: tuple[Tensor, ...], context: tuple[Tensor, ...]
+) -> Applied:
+    """`apply_program` with states that autograd stores.
+
+    Raises:
+        ValueError: without gradients, a weight whose inverse is needed and does not exist.
+    """
+    dtype, check = accumulator(x.dtype), not torch.is_grad_enabled()
+    folded = {i: group.folded(dtype, check=check) for i, group in enumerate(program.groups)}
+    group_pixels = program.group_pixels(x)
+    x, latents, ledger = execute(program.instructions, x, latents, folded, context)
+    keep_layout(x)
+    log_dets = {i: weights.log_det for i, weights in folded.items()}
+    return Applied(x, latents, ledger, _total(ledger, group_pixels, log_dets))
+
+
+def _total(ledger: Tensor, group_pixels: list[int], log_dets: dict[int, Tensor]) -> Tensor:
+    log_det = ledger.new_zeros(())
+    for i, count in enumerate(group_pixels):
+        log_det = log_det + count * log_dets[i]
+    return log_det
+
+
+@dataclass
+class _Segment:
+    """A part of a program that is one node of autograd's graph.
+
+    The gradients of its parameters are complete before the part in front of it is undone, so that
+    DistributedDataParallel can already exchange them.
+
+    Attributes:
+        groups: the groups that its instructions name.
+        joined, split_off: the number of latents that it consumes and produces.
+        parameters: the parameters to which its node passes gradients. A parameter that several
+            segments use belongs to the first of them, which is undone last.
+    """
+
+    instructions: list[Instruction]
+    groups: list[int]
+    joined: int
+    split_off: int
+    parameters: list[nn.Parameter]
+
+
+def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
+    """The indices at which segments begin: the squeezes.
+
+    There the state is one tensor and no launch spans two instructions. Every segment contains a
+    network or a linear map.
+    """
+    starts, works = [0], [isinstance(i, Couple | ChannelLinear) for i in instructions]
+    for i, instruction in enumerate(instructions):
+        squeezes = isinstance(instruction, SpaceToDepth)
+        if squeezes and any(works[starts[-1] : i]) and any(works[i:]):
+            starts.append(i)
+    return starts
+
+
+def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segment]:
+    starts = segment_starts(program.instructions)
+    segments: list[_Segment] = []
+    seen: set[int] = set()
+    ordinal = 0
+    for start, end in zip(starts, [*starts[1:], len(program.instructions)], strict=True):
+        own = program.instructions[start:end]
+        groups = list(dict.fromkeys(i.group for i in own if isinstance(i, ChannelLinear)))
+        couples, joined, split_off = (
+            sum(isinstance(i, kind) for i in own) for kind in (Couple, Join, SplitOff)
+        )
+        parts = [network.trained for network in networks[ordinal : ordinal + couples]]
+        parts += [program.groups[i].parameters() for i in groups]
+        parameters = {id(p): p for part in parts for p in part if id(p) not in seen}
+        seen.update(parameters)
+        segments.append(_Segment(own, groups, joined, split_off, list(parameters.values())))
+        ordinal += couples
+    return segments
+
+
+@dataclass
+class _ForwardRecord:
+    """What a forward pass records for its backward pass, apart from tensors.
+
+    random and fingerprints are those of `BackwardPass`; backward is the pass itself, which the
+    nodes of all segments share.
+    """
+
+    owner: ProgramOwner
+    groups: Sequence[LinearGroup]
+    segments: list[_Segment]
+    networks: list[RerunNetwork]
+    context_length: int
+    autocast: dict[str, Any]
+    random: list[RandomState | None] = field(default_factory=list)
+    fingerprints: list[list[Tensor] | None] = field(default_factory=list)
+    backward: BackwardPass | None = None
+
+
+class _RecordingRunner:
+    """Runs networks; records the random states of those that draw, and stores every k-th state."""
+
+    def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
+        self.record, self.device = record, device
+        self.stored: dict[int, Tensor] = {}
+        self.state = random_state(device)
+
+    def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
+        record, ordinal = self.record, len(self.record.random)
+        every, network = record.owner.checkpoint_every, record.networks[ordinal]
+        if every is not None and ordinal % every == 0:
+            self.stored[ordinal] = x
+        if capturing(self.device):
+            check_capturable(network)
+        fingerprints = None
+        if network.draws is None and not x.is_meta:
+            with torch.enable_grad():
+                params, fingerprints = network.run_with_fingerprints(
+                    net_input.detach().requires_grad_(), context
+                )
+            params = params.detach()
+        else:
+            params = net(net_input, *context)
+        # Only networks draw random numbers, so each starts from the state that the last one left.
+        state = random_state(self.device)
+        drew = not same_random_state(self.state, state)
+        record.random.append(self.state if drew else None)
+        record.fingerprints.append(fingerprints)
+        self.state = state
+        return params
+
+
+@torch.compiler.disable
+def _apply_reversibly(
+    owner: ProgramOwner,
+    program: Program,
+    x: Tensor,
+    latents: tuple[Tensor, ...],
+    context: tuple[Tensor, ...],
+) -> Applied:
+    group_pixels = program.group_pixels(x)
+    networks = [RerunNetwork(i.net) for i in program.instructions if isinstance(i, Couple)]
+    segments = _segments(program, networks)
+    autocast = autocast_state(x.device)
+    record = _ForwardRecord(owner, program.groups, segments, networks, len(context), autocast)
+    outputs: list[Tensor] = []
+    for segment in segments:
+        waiting = len(latents) - segment.joined
+        inputs = (*latents[waiting:], *context, *segment.parameters)
+        latents = latents[:waiting]
+        if segment is segments[-1]:
+            # All outputs pass through the last node, so that autograd runs its backward first.
+            x, *outputs = _SegmentFunction.apply(record, segment, x, *inputs, *outputs)
+        else:
+            x, *own = _SegmentFunction.apply(record, segment, x, *inputs)
+            outputs += own
+    rest = iter(outputs)
+    split_off: list[Tensor] = []
+    ledgers: list[Tensor] = []
+    log_dets: dict[int, Tensor] = {}
+    for segment in segments:
+        ledgers.append(next(rest))
+        log_dets.update({i: next(rest) for i in segment.groups})
+        split_off += islice(rest, segment.split_off)
+    ledger = ledgers[0] if len(ledgers) == 1 else torch.cat(ledgers, dim=1)
+    return Applied(x, tuple(split_off), ledger, _total(ledger, group_pixels, log_dets))
+
+
+class _SegmentFunction(torch.autograd.Function):
+    """A segment as a node of autograd's graph.
+
+    Its inputs are the state, the latents it joins, the context, its parameters, and other tensors
+    that pass through unchanged. Its outputs are the state, those other tensors, the ledger, the
+    log_det of each of its groups, and the latents it splits off.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, record: _ForwardRecord, segment: _Segment, x: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        latents, context, parameters, others = _split(
+            rest, segment.joined, record.context_length, len(segment.parameters)
+        )
+        dtype = accumulator(x.dtype)
+        folded = {i: record.groups[i].folded(dtype) for i in segment.groups}
+        runner = _RecordingRunner(record, x.device)
+        with torch.autocast(**record.autocast):
+            done = execute(segment.instructions, x, latents, folded, context, runner)
+        ctx.record, ctx.segment, ctx.stored_at = record, segment, list(runner.stored)
+        # The backward pass starts from the last state, and ends where no more gradient is needed.
+        ctx.starts = segment is record.segments[-1]
+        ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[2]
+        ends = (*((done.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
+        # Saving the parameters lets autograd detect changes in place before the backward pass.
+        ctx.save_for_backward(*ends, *done.latents, *runner.stored.values(), *context, *parameters)
+        log_dets = (weights.log_det for weights in folded.values())
+        return done.x, *others, done.ledger, *log_dets, *done.latents
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ReversibleChain: a reversible backward cannot be differentiated again; the "
+                "gradients of torch.func (grad, vjp, hessian), which store states, can"
+            )
+        record: _ForwardRecord = ctx.record
+        segment: _Segment = ctx.segment
+        own = 1 + len(segment.groups) + segment.split_off
+        dothers, grads = grads[: len(grads) - own], grads[len(grads) - own :]
+        (dledger,), dlog_dets, dlatents = _split(grads, 1, len(segment.groups))
+        starts, ends, latents, stored, context, _ = _split(
+            ctx.saved_tensors,
+            int(ctx.starts),
+            int(ctx.ends),
+            segment.split_off,
+            len(ctx.stored_at),
+            record.context_length,
+        )
+        dlatents = tuple(in_layout_of(*pair) for pair in zip(latents, dlatents, strict=True))
+        if starts:
+            dx = in_layout_of(starts[0], dx)  # see `keep_layout`
+            record.backward = BackwardPass(
+                starts[0], dx, record.groups, context, record.networks, record.random,
+                record.fingerprints, record.autocast,
+            )  # fmt: skip
+        backward = record.backward
+        assert backward is not None  # autograd runs the last segment's node first
+        djoined = backward.undo(
+            segment.instructions,
+            latents,
+            dlatents,
+            dict(zip(segment.groups, dlog_dets, strict=True)),
+            dledger[:, 0],
+            dict(zip(ctx.stored_at, stored, strict=True)),
+        )
+        known = {id(p) for part in record.segments for p in part.parameters}
+        if not backward.parameter_gradients.keys() <= known:
+            raise_replaced()
+        if ends:
+            record.backward = None
+            if ends[0].numel():
+                record.owner.record_drift((backward.x - ends[0]).abs().max())
+        dcontext = backward.context_gradients if ends else [None] * record.context_length
+        dparameters = (backward.parameter_gradients.pop(id(p), None) for p in segment.parameters)
+        return None, None, backward.dx, *djoined, *dcontext, *dparameters, *dothers
+
+
+def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:
+    """Consecutive pieces of these lengths, and one with the rest."""
+    rest = iter(tensors)
+    return [*(tuple(islice(rest, length)) for length in lengths), tuple(rest)]

@@ -1,0 +1,114 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# In a process of its own, as the module turns the launchers to CPU tensors for good.
+RULES = """
+from benchmarks.reports import ledger_counts
+import torch
+from torch import nn
+
+def names(function, module, images):
+    return [(k.name, k.part, k.read, k.written, k.flops) for k in
+            ledger_counts.count(function, module, images)]
+
+last = torch.channels_last
+x = torch.zeros(2, 4, 8, 8, requires_grad=True)
+image = x.numel() * 4
+
+# A convolution's bias is a pass of its own; cuDNN converts what is in the other layout.
+conv = nn.Conv2d(4, 4, 3, padding=1)
+weights = conv.weight.numel() * 4
+made = names(lambda: conv(x), conv, x)
+products = 2 * x.numel() * 4 * 9
+assert made == [
+    ("convolution", "flow kernels", image + weights, image, products),
+    ("convolution bias", "flow kernels", image + 16, image, 0),
+], made
+conv.to(memory_format=last)
+made = names(lambda: conv(x), conv, x)
+assert [m[0] for m in made] == ["layout conversion", "convolution", "convolution bias"], made
+assert conv(x).is_contiguous(memory_format=last)
+
+# Its backward is dx, dw and db.
+y = conv(x)
+made = names(lambda: y.backward(torch.ones_like(y)), conv, x)
+backward = {m[0] for m in made}
+assert {"convolution dx", "convolution dw", "convolution db"} <= backward, made
+
+# Views are free, an expanded tensor has its memory's bytes, in place reads and writes.
+plain = x.detach()
+assert names(lambda: plain.transpose(2, 3)[:, :2].view_as(plain[:, :2]), conv, plain) == []
+(made,) = names(lambda: plain + torch.zeros(()).expand(2, 4, 8, 8), conv, plain)[-1:]
+assert made[2:4] == (image + 4, image), made
+(made,) = names(lambda: plain.mul_(2.0), conv, plain)
+assert made[2:4] == (image, image), made
+(made,) = names(lambda: plain[:, :2].copy_(plain[:, 2:]), conv, plain)
+assert made[2:4] == (image // 2, image // 2), made
+
+# Coupling networks are counted apart, backward included; pixel_unshuffle leaves channels_last.
+net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+made = names(lambda: net(x).backward(torch.ones(2, 4, 8, 8)), net, x)
+parts = {m[0]: m[1] for m in made}
+assert parts["relu"] == parts["threshold_backward"] == parts["convolution dw"] == "networks", parts
+seen = []
+unshuffle = nn.functional.pixel_unshuffle
+ledger_counts.count(lambda: seen.append(unshuffle(plain.to(memory_format=last), 2)), net, plain)
+assert seen[0].is_contiguous()
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_rules() -> None:
+    done = run("-c", RULES)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_step_moves_more_than_recorded(precision: str) -> None:
+    """The counts of the package's own variants, at the size of the recorded file. Where fewer are
+    right, record them: --record in place of --check."""
+    done = run(
+        "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--precision", precision,
+        "--variant", "ours, stored", "ours, reversible",
+        "--check", f"benchmarks/reports/ledger_{precision}.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_are_known_by_their_names() -> None:
+    code = """
+import re
+from pathlib import Path
+from benchmarks.reports import ledger_counts
+source = "".join(p.read_text() for p in Path("mflow_kernels/ops").glob("*.py"))
+kernels = set(re.findall(r"def (_\\w+_kernel)\\(", source))
+named = {*ledger_counts.OUTPUTS, *ledger_counts.PRODUCTS_WITH_W}
+assert named <= kernels, named - kernels
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_growth_is_reported(tmp_path: Path) -> None:
+    recorded = json.loads((ROOT / "benchmarks/reports/ledger_float32.json").read_text())
+    for row in recorded:
+        row["moved"] -= 1
+    lean = tmp_path / "lean.json"
+    lean.write_text(json.dumps(recorded))
+    done = run(
+        "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--task", "forward",
+        "--variant", "ours, stored", "--check", str(lean),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "grown: ours, stored, evaluation" in done.stdout

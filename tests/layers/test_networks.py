@@ -1,0 +1,193 @@
+"""When a coupling network runs as one operator, and that flows train through it as through torch's
+layers."""
+
+import pytest
+import torch
+from cases import normal
+from torch import Tensor, nn
+
+from mflow_kernels import Glow
+from mflow_kernels.layers import networks
+from mflow_kernels.layers.networks import CouplingNetwork, coupling_net, is_glow_network
+from mflow_kernels.ops.fastest import VARIABLE
+from mflow_kernels.testing import tolerance
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every network that runs as one operator."""
+    calls: list[int] = []
+    real = networks.coupling_network
+
+    def counted(*given: Tensor) -> Tensor:
+        calls.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(networks, "coupling_network", counted)
+    return calls
+
+
+def trained_net(*sizes: int, device: torch.device) -> CouplingNetwork:
+    """A network whose last layer is not zero."""
+    net = coupling_net(*sizes)
+    nn.init.normal_(net[-1].weight, std=0.1)
+    return net.to(device)
+
+
+@pytest.mark.parametrize("spatial", [(), (3, 4)], ids=["vectors", "images"])
+def test_runs_as_one_operator_under_autocast(
+    kernel_device: torch.device, spatial: tuple[int, ...], fused: list[int]
+) -> None:
+    net = trained_net(3, 6, 16, len(spatial), device=kernel_device)
+    x = normal(2, 3, *spatial, device=kernel_device)
+    expected = nn.Sequential.forward(net, x)
+    assert not fused
+    with torch.autocast(kernel_device.type, BF16):
+        params = net(x)
+    assert len(fused) == 1
+    assert params.dtype == BF16
+    # Three layers, each rounding to bfloat16.
+    assert (params - expected).abs().max() <= 3 * tolerance(BF16) * expected.abs().max()
+    net(x)  # float32 stays with torch's layers
+    assert len(fused) == 1
+
+
+def test_torchs_layers_on_request(
+    kernel_device: torch.device, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = trained_net(3, 6, 16, 2, device=kernel_device).to(BF16)
+    x = normal(2, 3, 3, 4, device=kernel_device).to(BF16)
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert torch.equal(net(x), nn.Sequential.forward(net, x))
+    assert not fused
+    monkeypatch.setenv(VARIABLE, "both")
+    with pytest.raises(ValueError, match=VARIABLE):
+        net(x)
+
+
+def test_hooks_of_layers_are_called(kernel_device: torch.device, fused: list[int]) -> None:
+    net = trained_net(3, 6, 16, 2, device=kernel_device).to(BF16)
+    seen = []
+    net[2].register_forward_hook(lambda *_: seen.append(1))
+    net(normal(2, 3, 3, 4, device=kernel_device).to(BF16))
+    assert seen
+    assert not fused
+
+
+def changed(at: int, layer: nn.Module) -> list[nn.Module]:
+    layers = list(coupling_net(3, 6, 16, 2))
+    layers[at] = layer
+    return layers
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        changed(1, nn.LeakyReLU(0.1)),
+        changed(1, nn.ELU()),
+        changed(0, nn.Conv2d(3, 16, 3)),
+        changed(0, nn.Conv2d(3, 16, 3, padding=1, padding_mode="reflect")),
+        changed(0, nn.Conv2d(3, 16, 3, padding="same")),
+        changed(0, nn.Conv2d(3, 16, 1)),
+        changed(2, nn.Conv2d(16, 16, 1, groups=2)),
+        changed(2, nn.Conv2d(16, 16, 1, stride=2)),
+        changed(4, nn.Conv2d(16, 6, 3, padding=2, dilation=2)),
+        changed(4, nn.Linear(16, 6)),
+        list(coupling_net(3, 6, 16, 1)),
+        list(coupling_net(3, 6, 16, 2))[:3],
+    ],
+    ids=str,
+)
+def test_other_chains_are_no_glow_networks(layers: list[nn.Module]) -> None:
+    assert not is_glow_network(layers)
+
+
+def test_what_is_a_glow_network() -> None:
+    assert is_glow_network(changed(1, nn.LeakyReLU(0.0)))  # as in normflows
+    assert is_glow_network(list(coupling_net(3, 6, 16, 0)))
+
+
+def glow(reversible: bool, device: torch.device, steps: int = 1) -> Glow:
+    torch.manual_seed(0)
+    model = Glow((1, 4, 4), levels=1, steps=steps, width=16, reversible=reversible)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def losses(model: Glow, images: Tensor, steps: int) -> Tensor:
+    """Negative log-likelihoods of a training run with bfloat16 networks."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(steps):
+        with torch.autocast(images.device.type, BF16):
+            latents, logdet = model(images)
+        latents = latents if isinstance(latents, tuple) else (latents,)
+        loss = sum(0.5 * z.double().square().sum() for z in latents) - logdet.double().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
+def test_fifty_steps_beside_torchs_layers(
+    kernel_device: torch.device, reversible: bool, monkeypatch: pytest.MonkeyPatch,
+    fused: list[int],
+) -> None:  # fmt: skip
+    """Both round hidden tensors to bfloat16, at other places: the curves part by rounding."""
+    images = normal(2, 1, 4, 4, device=kernel_device)
+    curves = []
+    for choice in ("fused", "torch"):
+        monkeypatch.setenv(VARIABLE, choice)
+        curves.append(losses(glow(reversible, kernel_device), images, 50))
+    by_kernels, by_torch = curves
+    assert len(fused) >= 50
+    assert by_torch[-1] < by_torch[0] - 1.0  # it learns
+    size = by_torch.abs().max()
+    assert (by_kernels - by_torch).abs().max() <= tolerance(BF16) * size
+
+
+def test_a_reversible_chain_repeats_its_networks(
+    kernel_device: torch.device, fused: list[int]
+) -> None:
+    """Gradients and drift as of a chain that stores: a network without hidden tensors kept and one
+    with them give the same bits."""
+    images = normal(4, 1, 4, 4, device=kernel_device)
+    gradients = []
+    for reversible in (True, False):
+        model = glow(reversible, kernel_device, steps=3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        x = images.clone().requires_grad_()
+        torch.manual_seed(1)
+        with torch.autocast(kernel_device.type, BF16):
+            z, logdet = model(x)
+        z = z if isinstance(z, tuple) else (z,)
+        (sum(0.5 * t.square().sum() for t in z) - logdet.sum()).backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters())])
+        if reversible:
+            assert model.chain.drift is not None
+            assert model.chain.drift <= tolerance(torch.float32, 100) * images.abs().max()
+    assert fused
+    for a, b in zip(*gradients, strict=True):
+        assert a is not None
+        # The rebuilt input of a network may round to its bfloat16 neighbour.
+        assert (a - b).abs().max() <= tolerance(BF16) * max(b.abs().max(), 1.0)
+
+
+def test_compiles_whole(
+    kernel_device: torch.device, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On request: by default a compiler gets torch's layers, which it fuses itself."""
+    torch.compiler.reset()
+    net = trained_net(3, 6, 16, 2, device=kernel_device).to(BF16)
+    x = normal(2, 3, 3, 4, device=kernel_device).to(BF16).requires_grad_()
+    eager = [net(x), *torch.autograd.grad(net(x).sum(), [x, *net.parameters()])]
+    monkeypatch.setenv(VARIABLE, "fused")
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    params = compiled(x)
+    found = [params, *torch.autograd.grad(params.sum(), [x, *net.parameters()])]
+    assert all(map(torch.equal, eager, found))

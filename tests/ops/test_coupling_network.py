@@ -1,0 +1,174 @@
+"""The coupling network as one operator, against float64 that rounds where the kernels round."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import LAYOUTS, normal
+from torch import Tensor
+
+from mflow_kernels.ops import coupling_network as module
+from mflow_kernels.ops.coupling_network import (
+    coupling_network,
+    coupling_network_op,
+    coupling_network_ref,
+    network_backward,
+    network_forward,
+)
+from mflow_kernels.ops.coupling_network_kernels import launch_network, pack
+from mflow_kernels.testing import assert_close
+
+DTYPES = [torch.bfloat16, torch.float16]
+# x's shape, width and C_out. Vectors; one pixel; one row; odd channels and sizes with several tiles
+# of pixels; d W2 apart from the kernels; taps in several blocks of columns; wide states.
+CASES = [
+    ((37, 9), 40, 10),
+    ((1, 1, 1, 1), 16, 2),
+    ((3, 2, 1, 6), 32, 5),
+    ((2, 3, 5, 7), 20, 8),
+    ((2, 6, 5, 3), 160, 6),
+    ((1, 9, 4, 4), 136, 30),
+    ((1, 22, 3, 3), 40, 44),
+]
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds to a dtype on the way forward, and gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return x.to(dtype).double()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy.to(ctx.dtype).double(), None
+
+
+def reference(given: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The network in float64, whose hidden tensors and their gradients have `dtype`, so that ReLU
+    cuts the same numbers as in the kernels."""
+    x, w1, b1, w2, b2, w3, b3 = given
+    h1 = _Rounded.apply(module._layer(x, w1, b1).relu(), dtype)
+    h2 = _Rounded.apply(module._layer(h1, w2, b2).relu(), dtype)
+    return module._layer(h2, w3, b3)
+
+
+def sample(
+    shape: tuple[int, ...], width: int, c_out: int, dtype: torch.dtype, device: torch.device,
+    layout: str = "channels_last", weights: torch.dtype | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x, weights of order 1 / sqrt(inputs) and biases, rounded to `dtype`, with gradients."""
+    _, c_in, *spatial = shape
+    images = len(spatial) == 2
+    layers = [(width, c_in, 3), (width, width, 1), (c_out, width, 3)]
+    x = normal(*shape, device=device)
+    given = [LAYOUTS[layout](x) if images else x]
+    for out, into, side in layers:
+        w = normal(out, into, *((side, side) if images else ()), device=device)
+        w = w / (w[0].numel() ** 0.5)
+        given += [LAYOUTS[layout](w) if images else w, normal(out, device=device)]
+    rounded = [t.to(dtype) for t in given]
+    if weights is not None:
+        rounded[1:] = [t.to(weights) for t in rounded[1:]]
+    return [t.requires_grad_() for t in rounded]
+
+
+def gradients(
+    run: Callable[..., Tensor], given: list[Tensor], dparams: Tensor
+) -> tuple[Tensor, ...]:
+    params = run(*given)
+    return params, *torch.autograd.grad(params, given, dparams.to(params.dtype))
+
+
+def compare(given: list[Tensor]) -> None:
+    x = given[0]
+    params = coupling_network(*given)
+    dparams = normal(*params.shape, device=x.device).to(x.dtype)
+    got = gradients(coupling_network, given, dparams)
+    doubled = [t.detach().double().requires_grad_() for t in given]
+    want = gradients(lambda *t: reference(list(t), x.dtype), doubled, dparams.double())
+    pixels = x.numel() // x.shape[1]
+    width, taps = given[1].shape[0], given[1][0, 0].numel()
+    # Hidden gradients are sums over taps and width; those of weights, of terms of one over pixels.
+    forward, backward = taps * width, taps * width + pixels
+    names = ("params", "dx", "dw1", "db1", "dw2", "db2", "dw3", "db3")
+    for name, a, b in zip(names, got, want, strict=True):
+        assert a.dtype == (x.dtype if name in ("params", "dx") else given[1].dtype), name
+        if a.dtype == torch.float32 and x.dtype != torch.float32:
+            # Rounded factors of a product in float32: as exact as x's dtype allows.
+            a = a.to(x.dtype)
+        terms = forward if name == "params" else backward
+        size = (pixels**0.5) if name.startswith("d") and name != "dx" else 0.0
+        assert_close(a, b, terms=terms, scale=size, name=name)
+    assert x.dim() == 2 or got[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(
+    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
+) -> None:
+    compare(sample(*case, dtype, kernel_device))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])
+def test_layouts(kernel_device: torch.device, layout: str) -> None:
+    compare(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
+
+
+def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
+    """As under autocast: weights in float32, gradients too."""
+    given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
+    compare(given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hidden_tensors_change_no_bit(
+    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
+) -> None:
+    """A reversible chain runs a network without them, and again with them."""
+    given = [t.detach() for t in sample(*case, dtype, kernel_device)]
+    x, w1, b1, w2, b2, w3, b3 = given
+    packed = pack(x, w1, w2, w3)
+    kept, h1, h2 = launch_network(x, packed, b1, b2, b3, True)
+    params, *nothing = launch_network(x, packed, b1, b2, b3, False)
+    assert torch.equal(params, kept)
+    assert nothing == [None, None]
+    assert h1 is not None
+    assert h2 is not None
+    dparams = normal(*params.shape, device=x.device).to(dtype)
+    runs = [network_backward(dparams, x, h1, h2, packed) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+def test_relu_keeps_nan(kernel_device: torch.device) -> None:
+    """Or a network that has diverged would look healthy."""
+    given = sample((1, 2, 3, 3), 16, 4, torch.bfloat16, kernel_device)
+    with torch.no_grad():
+        given[3][0] = float("nan")
+        assert coupling_network(*given)[0, :, 1, 1].isnan().any()
+        given[3].zero_()[0, 0, 0, 0] = float("nan")
+        assert coupling_network(*given).isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
+def test_gradcheck(shape: tuple[int, ...]) -> None:
+    given = sample(shape, 3, 4, torch.float64, torch.device("cpu"))
+    assert torch.autograd.gradcheck(coupling_network_ref, given)  # of all: params, h1 and h2
+    assert torch.autograd.gradcheck(coupling_network, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
+def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = sample(shape, 16, 4, dtype, device)
+    torch.library.opcheck(coupling_network_op, (*given, True))
+    detached = [t.detach() for t in given]
+    params, h1, h2, packed = network_forward(*detached, True)
+    torch.library.opcheck(
+        torch.ops.mflow.coupling_network_backward.default,
+        (torch.ones_like(params), detached[0], h1, h2, packed),
+    )
