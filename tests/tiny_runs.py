@@ -1,4 +1,4 @@
-"""A model and images so small that a test may train on them."""
+"""A model and images that are small enough to train in a test."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# A model that trains in a moment: two stages of three steps on ten images of 8x8.
+# Options of a tiny training run: two stages of three steps each, on images of 8x8.
 TINY = [
     *("--image-size", "8", "--levels", "1", "--steps", "1", "--width", "8"),
     *("--manifold-dim", "6", "--stage-dims", "4", "--stage-steps", "1", "--stage-width", "8"),
@@ -18,7 +18,7 @@ TINY = [
 
 
 def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
-    """Smooth random images, PNG."""
+    """Write `count` smooth random images as PNG files, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -29,7 +29,7 @@ def write_images(folder, count=12, size=(8, 8), channels=1, seed=0):
 
 
 def zip_up(folder, path):
-    """Every file below a folder in a zip, stored as it is; returns its path."""
+    """Write all files below a folder into an uncompressed zip, and return its path."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*")):
             archive.write(file, file.relative_to(folder))
@@ -37,12 +37,12 @@ def zip_up(folder, path):
 
 
 def listing(folder):
-    """Everything below a folder, by relative path."""
+    """Return the relative paths of everything below a folder, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def torchrun(command, states):
-    """Run `mflow` as `torchrun --nproc-per-node 2` does, in two forked processes.
+    """Run `mflow` in two forked processes, as `torchrun --nproc-per-node 2` does.
 
     Each rank writes its output to `states/log<rank>` and its final weights to `states/<rank>.pt`.
     """
