@@ -197,8 +197,8 @@ DEFAULT_OUTPUTS = {
     "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
 }  # fmt: skip
 OUTPUTS = {
-    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "gram", "dbias"},
-    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "gram", "dbias"},
+    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
+    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"taps", "h1", "h2"},
     "_sum_taps_kernel": {"y"},

@@ -227,12 +227,12 @@ class BackwardPass:
             )
         weight, bias, inverse = self.gathered.row(instruction.row)
         splits = rebuild_splits(self.b, len(bias))
-        gram, dbias = self.gathered.partial_sums(instruction.row, splits)
+        outer_sum, dbias = self.gathered.partial_sums(instruction.row, splits)
         # A coupling reads the two halves next; every other instruction reads one tensor.
         made = rebuild_conv1x1(
             (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
             bias, self._network_dtype() if network_next else None, self.channels_last, network_next,
-            gram, dbias,
+            outer_sum, dbias,
         )  # fmt: skip
         if not self.gathered.remaining:
             self._add_gradients(*self.gathered.parameter_gradients())
