@@ -75,14 +75,12 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
             "pip install triton"
         )
     capability = torch.backends.cpu.get_cpu_capability()
-    cpu = f"CPU, {torch.get_num_threads()} threads, {capability}"
+    lines.append(("devices", f"CPU, {torch.get_num_threads()} threads, {capability}"))
     if not torch.cuda.is_available():
         why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
-        lines.append(("devices", cpu))
         runs = "" if without_triton else "; everything runs on the CPU, without Triton kernels"
         missing.append(f"a GPU: {why}{runs}")
         return lines
-    lines.append(("devices", cpu))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         major, minor = properties.major, properties.minor

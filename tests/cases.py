@@ -1,5 +1,4 @@
-"""What tests of operators and layers share: states in every shape and layout, the operators with
-their float64 references, and one comparison of values and gradients."""
+"""Shapes, layouts, operators and comparisons that tests of operators, layers and models share."""
 
 import math
 import os
@@ -22,8 +21,8 @@ from mflow_kernels.testing import assert_close
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Vectors; odd channels and sizes; N = 1; P = 1; more channels than a block of a kernel has; P past
-# one tile and no multiple of it (tiles have 16 to 256 columns).
+# Vectors; odd numbers of channels and pixels; N = 1; P = 1; more channels than a block of a kernel
+# has; P larger than a tile and not a multiple of it (tiles have 16 to 256 columns).
 SHAPES = [
     (2, 5),
     (1, 2),
@@ -53,10 +52,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     )[:, x.shape[1] :],
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
 }
-# Layouts that kernels read in place; others are copied, to contiguous ones.
+# Kernels read these layouts in place, and a contiguous copy of others.
 IN_PLACE = [name for name in LAYOUTS if name != "transposed"]
 
-# A state's dtype and its params'.
+# Dtypes of a state and of its coupling's params.
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),
@@ -84,24 +83,23 @@ def normal(
     device: torch.device | str = "cpu",
     layout: str = "contiguous",
 ) -> Tensor:
-    """Normal values of a shape in a layout of LAYOUTS, the same on every device."""
+    """Draw normal numbers in a layout of LAYOUTS, the same on every device."""
     return LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(device, dtype))
 
 
 def on_tensor_cores(device: torch.device) -> bool:
-    """Whether products round as tensor cores do: on a GPU, and compiled on the machine of ptx."""
+    """Whether products round as on tensor cores: on a GPU, and under MFLOW_PTX."""
     return device.type == "cuda" or "MFLOW_PTX" in os.environ
 
 
 def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(C, C) near a rotation: no cancellation in its inverse that float32 would feel."""
+    """Draw a (C, C) matrix near a rotation, whose inverse is accurate in float32."""
     q = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
     return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
 
 
 def perturbed(module: Module, by: float = 0.1) -> Module:
-    """The module with normal numbers added to its parameters: as they start, most of what a flow
-    does is to do nothing."""
+    """Add normal numbers to the parameters of a module; flows start close to the identity."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(by * torch.randn(parameter.shape).to(parameter))
@@ -115,7 +113,7 @@ def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Operator:
-    """A public operator: how to call it, its reference in plain torch, and the inputs of both."""
+    """A public operator, its reference in plain torch, and the names of their inputs."""
 
     name: str
     call: Callable[..., tuple[Tensor, ...]]
@@ -137,7 +135,7 @@ class Operator:
         device: torch.device | str = "cpu",
         layout: str = "contiguous",
     ) -> dict[str, Tensor]:
-        """Inputs that require gradients, for a state of `shape` in `layout`."""
+        """Draw inputs that require gradients, for a state of `shape` in `layout`."""
         state, other = dtypes
         c = shape[1]
         made = {
@@ -153,10 +151,10 @@ class Operator:
 
 
 class HostReads(TorchDispatchMode):
-    """Lists the operators that make the host wait for a number from the device.
+    """Record the torch operators that would make the host wait for a GPU.
 
-    A test on a CPU sees with it what would wait on a GPU. The state of a generator (uint8) does not
-    count: it lies on the host.
+    It works on a CPU too. Operators on uint8 tensors do not count: those are generator states,
+    which are in host memory.
     """
 
     def __init__(self) -> None:
@@ -166,7 +164,7 @@ class HostReads(TorchDispatchMode):
     def __enter__(self) -> "HostReads":
         self._tolist = Tensor.tolist
 
-        def tolist(t: Tensor) -> Any:  # which no operator shows
+        def tolist(t: Tensor) -> Any:  # not an operator that __torch_dispatch__ sees
             self.found.append("tolist")
             return self._tolist(t)
 
@@ -186,7 +184,7 @@ class HostReads(TorchDispatchMode):
             torch.ops.aten.nonzero.default,
             torch.ops.aten.masked_select.default,
         )
-        # Indexing by a mask counts its elements.
+        # Indexing by a mask must count its True elements.
         reads |= "index" in str(func) and any(t.dtype == torch.bool for t in tensors[1:])
         if reads and all(t.dtype != torch.uint8 for t in tensors):
             self.found.append(str(func))
@@ -257,8 +255,8 @@ def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, Scale
 
 
 def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
-    """Assert values and gradients of an operator against its reference in float64 under autograd,
-    and the layout and dtype of what it returns."""
+    """Assert that an operator's values and gradients agree with its float64 reference, and that its
+    results have the right layout and dtype."""
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     actual = op.call(*inputs.values(), **options(op, scale))
     expected = op.reference(*exact.values(), **options(op, scale))
@@ -269,11 +267,11 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     summed_channels = c if op.has_conv1x1 else 1
     assert_close(actual[0], expected[0], terms=summed_channels, name="y")
     if len(actual) > 1:
-        # Its terms are of order one; a sum of few samples may cancel to less.
+        # The terms are of order one, and their sum may cancel to less.
         assert_close(actual[1], expected[1], terms=c * p, scale=1.0, name="logdet")
         assert actual[1].dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    # Gradients arrive in the dtype of what they are of, so both sides see the same numbers.
+    # Round the cotangents to the dtype of the outputs, so both sides see the same numbers.
     cotangents = [torch.randn_like(y, dtype=torch.float64).to(y.dtype) for y in actual]
     grads = torch.autograd.grad(actual, list(inputs.values()), cotangents)
     exact_grads = torch.autograd.grad(

@@ -10,17 +10,17 @@ from triton.runtime import interpreter
 
 from mflow_kernels.ops import launch
 
-# Tensors here are small: a second thread costs more than it brings, ten times so on a busy machine.
+# The tensors of the tests are small, and a second thread only slows them down.
 torch.set_num_threads(1)
 
-# Networks in float32 are float32 on a GPU too, where convolutions would round factors to 10 bits.
+# tf32 rounds the factors of convolutions to 10 bits, too few to compare with references.
 torch.backends.cudnn.allow_tf32 = False
 
 _convert_float = interpreter._convert_float
 
 
 def _convert_as_a_gpu(values, from_dtype, to_dtype, rounding_mode):
-    """float32 to bfloat16 to the nearest even: the interpreter would cut the digits off."""
+    """Round float32 to bfloat16 to the nearest even, as a GPU does; the interpreter truncates."""
     if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
         return _convert_float(values, from_dtype, to_dtype, rounding_mode)
     rounded = torch.from_numpy(np.array(values)).to(torch.bfloat16)
@@ -48,21 +48,22 @@ _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_lang_tensor_and_index(tensor, *scope):
-    """An index is an array of one element, of which numpy 2.4 makes no int: Triton 3.5 and 3.6."""
+    """Convert an index to an int: in Triton 3.5 and 3.6 it is an array, which numpy 2.4 refuses."""
     _patch_lang_tensor(tensor, *scope)
     tensor.__index__ = lambda self: self.handle.data.item()
 
 
 interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
 
-# MFLOW_PTX=sm_90, or sm_90,late: kernels run compiled for that architecture, in tests/ptx.
+# With MFLOW_PTX=sm_90 or MFLOW_PTX=sm_90,late, the PTX interpreter of tests/ptx runs all kernels,
+# compiled for that architecture.
 ARCH, *FLAGS = os.environ.get("MFLOW_PTX", "").split(",")
 if ARCH:
     if launch.KERNELS_ON_CPU:
         raise pytest.UsageError("MFLOW_PTX runs compiled kernels: unset TRITON_INTERPRET")
     if set(FLAGS) - {"late"}:
         raise pytest.UsageError(
-            f"MFLOW_PTX: expected an architecture and perhaps late, got {FLAGS}"
+            f"MFLOW_PTX: expected an architecture, optionally followed by ,late, got {FLAGS}"
         )
     launch.KERNELS_ON_CPU = True
 
@@ -82,13 +83,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=[*(["cpu"] if launch.KERNELS_ON_CPU else []), CUDA])
 def kernel_device(request: pytest.FixtureRequest) -> torch.device:
-    """Where operators run their Triton kernels: the CPU under TRITON_INTERPRET=1 or MFLOW_PTX."""
+    """A device with Triton kernels: a GPU, or the CPU under TRITON_INTERPRET=1 or MFLOW_PTX."""
     return _device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Every test starts from the same random numbers, alone or in the suite."""
+    """Seed torch, so that a test draws the same numbers alone and in the suite."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -96,7 +97,7 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> Iterator[Device | None]:
-    """The machine that runs compiled kernels, under MFLOW_PTX."""
+    """The interpreter of compiled kernels, under MFLOW_PTX."""
     if not ARCH:
         yield None
         return
@@ -106,7 +107,7 @@ def compiled() -> Iterator[Device | None]:
 
 @pytest.fixture(autouse=True)
 def _apart(compiled: Device | None) -> Iterator[None]:
-    """Tests do not share what the machine knows of their memory."""
+    """Make the PTX interpreter forget the memory of each test when it ends."""
     yield
     if compiled is not None:
         compiled.forget()

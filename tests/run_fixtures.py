@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from tiny_runs import TINY, write_images
 
 

@@ -1,5 +1,8 @@
-"""Builds of the extension from scratch. One with CUDA takes about 20 s: nvcc has three compilers to
-start, and what setup.py does around them shows nowhere else."""
+"""Build the extension from scratch.
+
+The build with CUDA takes about 20 s, because nvcc starts three compilers. No other test covers how
+setup.py calls them.
+"""
 
 import os
 import shutil
@@ -13,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Builds into `folder` alone, with none of this machine's own settings."""
+    """Build into `folder` only, without the MFLOW_ settings of this machine."""
     settings = ("MFLOW_CUDA", "MFLOW_CUDA_ARCHS")
     clean = {k: v for k, v in os.environ.items() if k not in settings}
     command = [sys.executable, "setup.py", "-q", "build_ext"]
@@ -28,7 +31,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def inspect(folder: Path) -> str:
-    """What the built module says of itself, in a Python that sees nothing else of this package."""
+    """Import the built module, and nothing else of this package, and print its CUDA attributes."""
     code = "import _C; print(_C.cuda_archs, _C.cuda_runtime // 1000, repr(_C.cuda_note))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
@@ -58,7 +61,7 @@ def test_without_cuda(tmp_path: Path) -> None:
     assert "built the CPU part" in done.stdout
     assert "no CUDA: left out by MFLOW_CUDA=0" in done.stdout
     assert inspect(tmp_path) == "[] 0 'left out by MFLOW_CUDA=0'"
-    # Again, where there is an nvcc that fails: it costs the CUDA part alone.
+    # An nvcc that fails only loses the CUDA part.
     home = fake_nvcc(tmp_path / "cuda", "80 90", status=1)
     done = build(tmp_path, CUDA_HOME=home)
     assert done.returncode == 0, done.stdout + done.stderr

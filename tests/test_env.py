@@ -14,7 +14,7 @@ def test_report_names_versions_devices_and_the_extension() -> None:
     for name in ("mflow_kernels", "python", "torch", "triton", "devices", "extension", "nvcc"):
         assert re.search(rf"^{name} +\S", text, re.MULTILINE), name
     assert torch.__version__ in text
-    # One column of values, so that it reads as a table.
+    # All values start in the same column.
     table = text.split("\n\n")[0].splitlines()
     starts = {re.match(r"(?:\S+(?: \S+)*)?\s{2,}", line).end() for line in table}  # type: ignore
     assert len(starts) == 1
@@ -51,8 +51,8 @@ def test_report_says_what_the_command_line_lacks(monkeypatch: pytest.MonkeyPatch
     version = env._version
     lacking = ("lightning", "torchmetrics")
     monkeypatch.setattr(env, "_version", lambda name: None if name in lacking else version(name))
-    told = "  for mflow: lightning, torchmetrics; pip install 'mflow_kernels[train]'"
-    assert told in env.report().splitlines()
+    line = "  for mflow: lightning, torchmetrics; pip install 'mflow_kernels[train]'"
+    assert line in env.report().splitlines()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The examples run, are short, and print what they should."""
+"""The examples are short, run, and print the right numbers."""
 
 import re
 import runpy
@@ -12,7 +12,7 @@ NUMBER = r"(-?[\d.]+(?:e[+-]\d+)?)"
 
 
 def printed(name, capsys, monkeypatch):
-    """Run an example; what it prints."""
+    """Run an example and return its output."""
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out

@@ -73,7 +73,7 @@ def check_refused(arguments, message, folder, capsys):
 
 
 def torchrun(command, states):
-    """Run `mflow` as `torchrun --nproc-per-node 2` does, in two forked processes.
+    """Run `mflow` in two forked processes, as `torchrun --nproc-per-node 2` does.
 
     Each rank writes its output to `states/log<rank>` and its final weights to `states/<rank>.pt`.
     """

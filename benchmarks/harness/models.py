@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.measurements import Call, interleaved, peak_bytes
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
-from benchmarks.harness.plain_glow import Latents, exact, with_torch_convolutions
+from benchmarks.harness.plain_glow import Latents, reference_glow, with_torch_convolutions
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured
 from benchmarks.reports.cases import Constant
@@ -118,7 +118,7 @@ def results(module: nn.Module, images: Tensor) -> Results:
 @lru_cache(maxsize=1)
 def shared_results(spec: Spec, device: torch.device) -> Results:
     """Return the reference of the function that this package and most peers compute."""
-    return results(exact(spec.glow()).to(device), spec.images(device))
+    return results(reference_glow(spec.glow()).to(device), spec.images(device))
 
 
 def assert_gradient_close(
@@ -192,8 +192,8 @@ class Model:
         the inverse makes of the reference's latents.
         """
         want = (
-            results(self.peer.exact().to(self.device), self.x)
-            if self.peer.exact
+            results(self.peer.reference().to(self.device), self.x)
+            if self.peer.reference
             else shared_results(self.spec, self.device)
         )
         # The images of a training step require no gradient; if these did, it would compile again.
@@ -228,17 +228,17 @@ class Model:
             low = self.spec.precision == "bfloat16"
             assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
 
-    def _sample_scale(self, exact: Results) -> float:
+    def _sample_scale(self, want: Results) -> float:
         """Return the magnitude whose rounding error a sample has.
 
         The inverse stretches a latent of level l as much as l levels shrank it, on average over
         its elements.
         """
         levels = self.spec.levels
-        per_number = -exact.logdet.mean().item() / self.x[0].numel()
+        per_number = -want.logdet.mean().item() / self.x[0].numel()
         a_level = per_number / (2 - 2.0 ** (1 - levels))
         stretched = [
-            t.abs().max().item() * math.exp(a_level * (i + 1)) for i, t in enumerate(exact.z)
+            t.abs().max().item() * math.exp(a_level * (i + 1)) for i, t in enumerate(want.z)
         ]
         return max(stretched) + self.x.abs().max().item()
 

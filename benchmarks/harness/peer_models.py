@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness.plain_glow import Exact, Multiscale, Step, exact, multiscale
+from benchmarks.harness.plain_glow import (
+    Multiscale,
+    ReferenceStep,
+    Step,
+    multiscale,
+    reference_glow,
+)
 from benchmarks.harness.session import Missing
 from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow, Split
@@ -42,11 +48,11 @@ NOTES = {
 class Peer:
     """A model, and the function that builds its float64 reference.
 
-    `exact` is None if the model computes the same function as this package's Glow.
+    `reference` is None if the model computes the same function as this package's Glow.
     """
 
     module: nn.Module
-    exact: Callable[[], Multiscale] | None = None
+    reference: Callable[[], Multiscale] | None = None
 
 
 def _package(name: str) -> Any:
@@ -128,7 +134,7 @@ def _normflows(glow: Glow) -> Peer:
         net = _normflows_net(s.coupling.net, cast(nn.Conv2d, first).out_channels)
         return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
-    return Peer(multiscale(glow, step, split), lambda: exact(_with_scale(glow, scale)))
+    return Peer(multiscale(glow, step, split), lambda: reference_glow(_with_scale(glow, scale)))
 
 
 def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
@@ -164,12 +170,12 @@ def _nflows(glow: Glow) -> Peer:
         parts = [actnorm, conv, coupling(s.coupling.net, channels)]
         return transforms.CompositeTransform(parts)  # type: ignore[no-any-return]
 
-    def reference(s: FlowStep, made: nn.Module) -> Exact:
+    def reference_step(s: FlowStep, made: nn.Module) -> ReferenceStep:
         conv = copy.deepcopy(cast(Any, made)._transforms[1]).double()
         order = conv.permutation._permutation
         lower, upper = conv._create_lower_upper()
         weight = (lower @ upper).detach()[:, torch.argsort(order)]
-        return Exact(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale)
+        return ReferenceStep(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale)
 
     def split(s: Split) -> nn.Module:
         out = cast(nn.Conv2d, cast(nn.Sequential, s.coupling.net)[-1]).out_channels
@@ -177,12 +183,12 @@ def _nflows(glow: Glow) -> Peer:
 
     made = multiscale(glow, step, split)
 
-    def exactly() -> Multiscale:
+    def reference() -> Multiscale:
         steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
         changed = _with_scale(glow, scale)
-        return multiscale(changed, lambda s: reference(s, next(steps))).double()
+        return multiscale(changed, lambda s: reference_step(s, next(steps))).double()
 
-    return Peer(made, exactly)
+    return Peer(made, reference)
 
 
 class Copied(nn.Module):
@@ -241,17 +247,17 @@ def _freia(glow: Glow) -> Peer:
     made = multiscale(glow, step)
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
 
-    def reference(s: FlowStep, block: nn.Module) -> Exact:
+    def reference_step(s: FlowStep, block: nn.Module) -> ReferenceStep:
         weight = cast(Any, block).block.w_perm[:, :, 0, 0]
-        return Exact(
+        return ReferenceStep(
             weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale, coupling_first=True
         )
 
-    def exactly() -> Multiscale:
+    def reference() -> Multiscale:
         steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
-        return multiscale(glow, lambda s: reference(s, next(steps))).double()
+        return multiscale(glow, lambda s: reference_step(s, next(steps))).double()
 
-    return Peer(made, exactly)
+    return Peer(made, reference)
 
 
 def _ours(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:

@@ -98,7 +98,7 @@ class Step(nn.Module):
         return z, logdet - pixels * (self.log_scale.sum() + self.log_diagonal.sum())
 
 
-class Exact(nn.Module):
+class ReferenceStep(nn.Module):
     """The reference of a step, for any matrix W and either order of convolution and coupling."""
 
     weight: Tensor
@@ -191,11 +191,13 @@ def multiscale(
     return Multiscale(levels, splits)
 
 
-def exact(glow: Glow) -> Multiscale:
+def reference_glow(glow: Glow) -> Multiscale:
     """Return the float64 reference of a Glow."""
 
-    def step(s: FlowStep) -> Exact:
+    def step(s: FlowStep) -> ReferenceStep:
         weight = Step(s).double().weight()
-        return Exact(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, s.coupling.scale)
+        return ReferenceStep(
+            weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, s.coupling.scale
+        )
 
     return multiscale(glow, step).double()

@@ -35,7 +35,7 @@ from benchmarks.harness.output import save_json, text_table
 from benchmarks.harness.session import Missing
 from benchmarks.reports.ledger_counts import PARTS, Kernel
 from mflow_kernels.layers.networks import PointwiseConv2d
-from mflow_kernels.reversible.rerun import Network
+from mflow_kernels.reversible.rerun import RerunNetwork
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
 RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others in training alone
@@ -99,7 +99,8 @@ def count(spec: Spec, variant: str, task: str) -> Row:
     with aot.noting(lambda _: None):  # latents to sample from are the model's own
         run = model.task(task)
     for net in ledger_counts.networks(model.module):
-        Network(net).remember(draws=False)  # what the first step finds out, and later ones know
+        # The first step finds this out; later steps know it.
+        RerunNetwork(net).remember(draws=False)
     kernels = ledger_counts.count(run, model.module, model.x)
     parts, levels = dict.fromkeys(PARTS, 0), defaultdict[str, int](int)
     for k in kernels:

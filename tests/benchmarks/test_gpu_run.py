@@ -16,20 +16,20 @@ SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
 def run(*arguments: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     first = path or Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}", **env}
-    # Under pytest-xdist its own benchmarks would be disabled.
+    # pytest-benchmark would disable itself if it saw pytest-xdist's variables.
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
 
 
-# About 30 s of CPU: six processes import torch, as on the GPU that they rehearse for.
 def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
+    """This takes about 30 s of CPU time, because six processes import torch."""
     done = run(str(tmp_path / "out"), "--rehearse", MFLOW_COMMIT="abc123", MFLOW_SECONDS="3600")
     log = (tmp_path / "out" / "log.txt").read_text()
     assert done.returncode == 0, log[-3000:]
     assert "all parts passed" in done.stdout
-    told = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert not [row for row in told["not_measured"] if row["outcome"] == "failed"]
-    rows = told["benchmarks"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not [row for row in results["not_measured"] if row["outcome"] == "failed"]
+    rows = results["benchmarks"]
     kinds = {row["fullname"].split("::")[0].split("_")[-1] for row in rows}
     assert kinds == {f"{kind}.py" for kind in report.KINDS}
     assert all(row["extra_info"]["commit"] == "abc123" for row in rows)
@@ -47,29 +47,29 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_has_no_limits_for_its_parts(tmp_path: Path) -> None:
-    """They would make it fail where the machine is busy with other work."""
-    bin = faked(tmp_path / "bin", "")
+    """Limits would make it fail on a busy machine."""
+    bin = fake_python(tmp_path / "bin", "")
     for arguments, limits in ((["--rehearse"], range(90_000, 100_001)), ([], range(20, 151))):
         done = run(str(tmp_path / "out"), *arguments, path=bin, MFLOW_SECONDS="100000")
-        told = [int(t) for t in re.findall(r"\(at most (\d+) s\)", done.stdout)]
+        shown = [int(t) for t in re.findall(r"\(at most (\d+) s\)", done.stdout)]
         log = (tmp_path / "out" / "log.txt").read_text()
-        assert len(told) == 8, log
-        assert all(limit in limits for limit in told)
+        assert len(shown) == 8, log
+        assert all(limit in limits for limit in shown)
 
 
-def faked(folder: Path, python: str) -> Path:
-    """A folder with a python3 of that shell script, for PATH."""
+def fake_python(folder: Path, python: str) -> Path:
+    """Create a folder for PATH with a shell script named python3."""
     folder.mkdir()
     (folder / "python3").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "python3").chmod(0o755)
     return folder
 
 
-def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -> None:
+def test_failed_parts_are_named_at_the_end_and_do_not_stop_others(tmp_path: Path) -> None:
     python = 'case "$*" in *tests/ops*|*"--shard 1/"*) exit 3 ;; *models.py*) exit 4 ;; esac'
     (tmp_path / "out" / "parts").mkdir(parents=True)
     (tmp_path / "out" / "parts" / "old.json").write_text("of an earlier run")
-    done = run(str(tmp_path / "out"), path=faked(tmp_path / "bin", python))
+    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", python))
     assert done.returncode == 1
     failed = done.stdout[done.stdout.index("failed, after") :].splitlines()[1:]
     assert failed == ["  tests (exit code 1)", "  check (exit code 1)", "  models (exit code 4)"]
@@ -78,30 +78,32 @@ def test_parts_that_fail_are_named_at_the_end_and_stop_nothing(tmp_path: Path) -
 
 
 def test_tests_run_on_all_cores_at_once(tmp_path: Path) -> None:
-    bin = faked(tmp_path / "bin", 'echo "args: $*"; case "$*" in *"--shard 2/3"*) exit 5 ;; esac')
+    bin = fake_python(
+        tmp_path / "bin", 'echo "args: $*"; case "$*" in *"--shard 2/3"*) exit 5 ;; esac'
+    )
     (bin / "nproc").write_text('#!/bin/sh\n[ -z "$OMP_NUM_THREADS" ] && echo 3\n')
     (bin / "nproc").chmod(0o755)
     done = run(str(tmp_path / "out"), path=bin)
-    assert done.returncode == 0  # a shard that is empty is no failure
+    assert done.returncode == 0  # an empty shard (exit code 5) is not a failure
     log = (tmp_path / "out" / "log.txt").read_text()
     for i in (1, 2, 3):
         assert len(re.findall(rf"^args: -m pytest -m gpu .*--shard {i}/3$", log, re.M)) == 1
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "out"), path=faked(tmp_path / "bin", ""), MFLOW_SECONDS="31")
+    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", ""), MFLOW_SECONDS="31")
     assert done.returncode == 1
     assert "  tests (no time left)" in done.stdout
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     done = run(str(tmp_path / "out"))
     assert done.returncode == 2
     assert not done.stdout
 
 
-def test_a_folder_has_to_be_given() -> None:
+def test_the_folder_is_required() -> None:
     done = run("--rehearse")
     assert done.returncode == 2
     assert "benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]" in done.stderr

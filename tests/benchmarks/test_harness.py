@@ -1,4 +1,4 @@
-"""How benchmarks measure: only what agrees with the reference, in turn, each peak by itself."""
+"""Benchmarks check results first, interleave variants, and measure peaks in fresh processes."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ def test_every_operator_agrees_with_its_reference() -> None:
         op.check(op.ours, op.exact())
 
 
-def test_a_wrong_operator_has_no_time() -> None:
+def test_a_wrong_operator_is_not_timed() -> None:
     right = operation("affine_coupling", "backward")
     wrong = dataclasses.replace(
         right, ours=lambda x, q: tuple(t * (1 + 1e-3) for t in right.ours(x, q))
@@ -45,7 +45,7 @@ def test_a_wrong_operator_has_no_time() -> None:
     assert measured.extra["eager"]["bytes"] == right.fewest
 
 
-def test_a_wrong_model_does_not_pass_its_check() -> None:
+def test_a_wrong_model_fails_its_check() -> None:
     model = Model(Spec(side=8, levels=2, steps=2, width=8, batch=2), "plain", CPU)
     model.check("train")
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_wrong_model_does_not_pass_its_check() -> None:
         model.check("train")
 
 
-def test_a_peer_that_cannot_run_is_skipped_and_one_of_ours_fails() -> None:
+def test_errors_skip_peers_and_fail_ours() -> None:
     measured = Measured()
     for name in ("ours, stored", "memcnn"):
         measured.fault(name, RuntimeError("no such operator"))
@@ -64,30 +64,30 @@ def test_a_peer_that_cannot_run_is_skipped_and_one_of_ours_fails() -> None:
     assert str(measured.faults["memcnn"]) == "memcnn: RuntimeError: no such operator"
 
 
-def test_ids_of_rows_are_words_that_k_takes() -> None:
+def test_row_ids_are_words_for_the_k_option() -> None:
     spec = str(Spec(constant=True, precision="bfloat16")).split()
     row = slug(*spec, "train", "ours, nothing kept")
     assert row == "B8-3x32x32-L3-K8-constant-networks-bf16-train-ours_nothing_kept"
 
 
-def test_a_check_measures_nothing() -> None:
+def test_check_does_not_measure() -> None:
     right = operation("actnorm", "forward")
     measured = measure(dataclasses.replace(bench(), check_only=True), right, SHAPE, compiles=False)
     assert not measured.seconds
     assert measured.faults.keys() == {"compiled"}
 
 
-def test_variants_run_in_turn() -> None:
+def test_variants_are_interleaved() -> None:
     order: list[str] = []
     prepares = {name: (lambda name=name: lambda: order.append(name)) for name in "abc"}
     taken = interleaved(prepares, 3, CPU, "wall")
     assert [len(rounds) for rounds in taken.values()] == [3, 3, 3]
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    # Two calls of each to warm up, then three rounds, each with another one first.
+    # Two calls of each warm up, then each of three rounds starts with another variant.
     assert "".join(runs) == "abc" + "abc" + "bca" + "cab"
 
 
-def test_the_peak_counts_what_was_freed_meanwhile() -> None:
+def test_the_peak_includes_memory_freed_during_the_call() -> None:
     def call() -> torch.Tensor:
         kept = torch.empty(1 << 18)
         torch.empty(1 << 20)  # freed at once
@@ -97,13 +97,13 @@ def test_the_peak_counts_what_was_freed_meanwhile() -> None:
 
 
 def test_a_process_that_dies_or_raises_says_so() -> None:
-    dead, raised, told = in_fresh_processes(
-        _fate, ["die", "raise", "tell"], workers=3, seconds=3600
+    dead, raised, returned = in_fresh_processes(
+        _fate, ["die", "raise", "return"], workers=3, seconds=3600
     )
     assert isinstance(dead, Died)
     assert "the process died" in str(dead)
     assert "ValueError: no" in str(raised)
-    assert told == "tell"
+    assert returned == "return"
 
 
 def _fate(what: str) -> str:

@@ -1,4 +1,4 @@
-"""The report on saved runs, and what it calls a regression."""
+"""The report on saved runs, and its regressions."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,17 @@ from benchmarks import report
 
 
 def row(variant: str, seconds: list[float], **extra: Any) -> dict[str, Any]:
-    told = {
+    extra_info = {
         "variant": variant, "device": "CPU, some", "threads": 1, "clock": "wall time",
         "torch": "2", "triton": "3", "mflow_kernels": "0", "commit": "abc",
         "copy_bytes_per_second": 1e10, "task": "train", "channels": 3, "side": 32, "levels": 3,
         "steps": 8, "width": 64, "batch": 8, "constant": False, "precision": "float32",
         "spec": "K=8", "parameters": 10, "note": "a note", **extra,
     }  # fmt: skip
-    name = f"benchmarks/bench_models.py::test_model[K={told['steps']}-{variant}]"
-    return {"fullname": name, "group": f"train, K={told['steps']}", "stats": {"data": seconds},
-            "extra_info": told}  # fmt: skip
+    steps = extra_info["steps"]
+    name = f"benchmarks/bench_models.py::test_model[K={steps}-{variant}]"
+    return {"fullname": name, "group": f"train, K={steps}", "stats": {"data": seconds},
+            "extra_info": extra_info}  # fmt: skip
 
 
 def saved(path: Path, *rows: dict[str, Any], missing: tuple[dict[str, str], ...] = ()) -> str:
@@ -27,8 +28,8 @@ def saved(path: Path, *rows: dict[str, Any], missing: tuple[dict[str, str], ...]
     return str(path)
 
 
-def test_ratios_are_medians_of_rounds_in_turn(tmp_path, capsys) -> None:
-    plain, ours = [1.0, 2.0, 4.0], [0.5, 1.6, 1.0]  # 0.5, 0.8, 0.25 of plain
+def test_ratios_are_medians_of_interleaved_rounds(tmp_path, capsys) -> None:
+    plain, ours = [1.0, 2.0, 4.0], [0.5, 1.6, 1.0]  # ratios of 0.5, 0.8 and 0.25
     skipped = {"name": "x::y", "outcome": "skipped", "reason": "nflows is not installed"}
     rows = [row("plain", plain), row("ours, stored", ours, peak_bytes=2**21)]
     file = saved(tmp_path / "a.json", *rows, missing=(skipped,))
@@ -37,7 +38,7 @@ def test_ratios_are_medians_of_rounds_in_turn(tmp_path, capsys) -> None:
     assert "| ours, stored | 0.50 [0.38, 0.65] |" in page
     assert "| ours, stored | 2.0 |" in page
     faster, shares = page.split("### Models")
-    assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time over ours
+    assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time divided by ours
     assert "| plain |" in shares
     assert "skipped: nflows is not installed (1 rows" in page
 
@@ -55,7 +56,7 @@ def test_plots_and_page_are_written(tmp_path) -> None:
     ("new", "extra", "code"),
     [([1.05], {}, 0), ([1.3], {}, 1), ([0.5], {"peak_bytes": 1200}, 1), ([0.5], {}, 0)],
 )
-def test_slower_or_larger_past_the_threshold_fails(tmp_path, capsys, new, extra, code) -> None:
+def test_time_or_memory_above_the_threshold_fails(tmp_path, capsys, new, extra, code) -> None:
     old = saved(tmp_path / "old.json", row("plain", [1.0], peak_bytes=1000))
     now = saved(tmp_path / "new.json", row("plain", new, **{"peak_bytes": 1000, **extra}))
     assert report.main([now, "--against", old, "--threshold", "1.1"]) == code
@@ -76,7 +77,7 @@ def test_other_devices_are_not_compared(tmp_path) -> None:
     assert report.main([new, "--against", old]) == 2
 
 
-def test_a_file_that_is_no_result_is_named(tmp_path, capsys) -> None:
+def test_a_file_of_another_format_is_named(tmp_path, capsys) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "a.json")])

@@ -1,7 +1,7 @@
-"""The static report on its quick set, and on kernels that are wasteful on purpose.
+"""The static report, on its quick set and on kernels with planted faults.
 
-The report runs in a process of its own: it takes Triton's interpreter off, which a test process
-under TRITON_INTERPRET=1 needs on.
+The report runs in a process of its own, because it turns off Triton's interpreter, which a test
+process under TRITON_INTERPRET=1 needs.
 """
 
 import json
@@ -67,9 +67,11 @@ assert empty == [keys(model) for model in models]
 """
 
 
-def test_models_that_compute_launch_what_was_recorded(tmp_path: Path) -> None:
-    """Neither the empty networks nor the products that are skipped change a launch; and what a
-    chain keeps and its networks' dtype do."""
+def test_models_that_compute_make_the_recorded_launches(tmp_path: Path) -> None:
+    """The recorder's empty networks and skipped products do not change a launch.
+
+    The states that a chain keeps and the dtype of its networks do.
+    """
     script = tmp_path / "recorded.py"
     script.write_text(RECORDED)
     done = run(str(script))
@@ -136,9 +138,9 @@ def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     assert faults["sound_kernel"] == ""
     assert "x by 4 B" in faults["narrow_kernel"]
     assert "spills" in faults["spilling_kernel"]
-    # Triton's launcher has a local variable of this name: such a kernel never launches.
+    # Triton's launcher has a local variable `params`, so this kernel cannot launch.
     assert "TypeError" in faults["unlaunchable_kernel"]
-    # The exit code of each alone.
+    # The exit codes of the report on each kernel.
     assert done.stdout.split() == ["0", "1", "1", "1"], done.stdout + done.stderr
 
 
@@ -163,7 +165,7 @@ def test_accesses_are_attributed_through_address_arithmetic() -> None:
     assert access_bytes(PTX, ["x", "y"]) == {"x": [16, 4], "y": [2]}
 
 
-def test_an_access_whose_address_was_chosen_counts_for_each_argument() -> None:
+def test_an_access_to_a_selected_address_counts_for_each_argument() -> None:
     chosen = PTX.replace("@%p1 ld", "selp.b64 %rd4, %rd4, %rd5, %p2;\n    @%p1 ld")
     assert access_bytes(chosen, ["x", "y"]) == {"x": [16, 4], "y": [16, 4, 2]}
     places = "mov.b32 %r8, k_param_0;\n mov.b32 %r9, k_param_1;\n selp.b32 %r7, %r8, %r9, %p2;\n"
@@ -171,7 +173,7 @@ def test_an_access_whose_address_was_chosen_counts_for_each_argument() -> None:
     assert access_bytes(loaded, ["x", "y"]) == {"x": [16, 4], "y": [16, 4, 2]}
 
 
-def test_an_access_of_no_argument_is_an_error() -> None:
+def test_an_access_to_no_argument_is_an_error() -> None:
     lost = PTX.replace("add.s64 %rd4, %rd1, %rd3", "mov.b64 %rd4, %rd3")
     with pytest.raises(ValueError, match="no argument owns"):
         access_bytes(lost, ["x", "y"])

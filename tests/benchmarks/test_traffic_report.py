@@ -1,6 +1,6 @@
-"""The traffic report on its quick set, and on kernels that are wasteful on purpose.
+"""The traffic report, on its quick set and on kernels with planted faults.
 
-In processes of their own: counting puts a driver of its own into Triton.
+The report runs in a process of its own, because it replaces Triton's driver.
 """
 
 import json
@@ -20,11 +20,11 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
-def test_quick_set_counts_bytes_and_its_exit_code_says_what_its_rows_say(tmp_path: Path) -> None:
+def test_quick_set_counts_bytes_and_its_exit_code_follows_its_rows(tmp_path: Path) -> None:
     saved = tmp_path / "traffic.json"
     done = run("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
-    told = json.loads(saved.read_text())
-    rows, launches = told["bytes"], told["launches"]
+    content = json.loads(saved.read_text())
+    rows, launches = content["bytes"], content["launches"]
     faults = any(row["fault"] for row in [*rows, *launches])
     assert done.returncode == int(faults), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == [saved]
@@ -38,7 +38,7 @@ def test_quick_set_counts_bytes_and_its_exit_code_says_what_its_rows_say(tmp_pat
     state = 12 * 256 * 4
     assert (fused["loaded"], fused["stored"], fused["fewest"]) == (2 * state, state, 3 * state)
     assert fused["sectors"] == 1  # contiguous rows of whole sectors
-    # Past C = 128 the product reads the state once for each block of output channels.
+    # Above C = 128, the product reads the state once for each block of output channels.
     (wide,) = [
         row
         for row in rows
@@ -89,19 +89,19 @@ sys.exit(int(bool(row.fault)))
 
 
 @pytest.mark.parametrize(
-    ("kernel", "code", "told"),
+    ("kernel", "code", "expected"),
     [
         ("_plain_kernel", 0, "12288 12288 24576 1.0"),  # the fourth program is wholly masked off
         ("_twice_kernel", 1, "24576 12288 24576 over 1.05"),
-        # A thread has four neighbours and moves them one by one, 32 bytes apart and 16: each word
-        # of a request comes with a sector that it shares with no other, or with one.
+        # A thread moves four neighbouring words one by one. The words of one request are 32 bytes
+        # apart in x and 16 in y, so one or two of them share a sector.
         ("_strided_kernel", 0, "6144 6144 12288 6.0"),
         ("_outside_kernel", 1, "past the 12288 bytes of y"),
     ],
 )
-def test_planted_kernels(tmp_path: Path, kernel: str, code: int, told: str) -> None:
+def test_planted_kernels(tmp_path: Path, kernel: str, code: int, expected: str) -> None:
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
     done = run(str(script), kernel)
     assert done.returncode == code, done.stdout + done.stderr
-    assert told in done.stdout + done.stderr
+    assert expected in done.stdout + done.stderr

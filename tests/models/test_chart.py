@@ -1,4 +1,4 @@
-"""What flows with a manifold answer alike: one flow, and hierarchies of two and three."""
+"""Methods that all manifold flows share, for one flow and hierarchies of two and three stages."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def hierarchy(*dims) -> HierarchicalFlow:
 
 
 def assert_on_manifold(model, x):
-    """x is its own projection: up to what a round trip through some ten operators rounds."""
+    """Assert that x is its own projection, up to the rounding of about ten operators."""
     distance = model.distance(x)
     assert_close(distance, torch.zeros_like(distance), terms=10_000, scale=x.abs().max().item())
 
@@ -42,7 +42,7 @@ def x(device):
     return normal(*X, dtype=torch.float64, device=device)
 
 
-def test_shapes_are_alike(model, x, device):
+def test_shapes(model, x, device):
     d = model.manifold_dim
     u = model.encode(x)
     assert u.shape == (3, d)
@@ -52,10 +52,13 @@ def test_shapes_are_alike(model, x, device):
     assert model.sample(2, generator=torch.Generator(device)).shape == (2, 1, 4, 4)
 
 
-def test_a_projection_is_at_no_distance(model, x):
+def test_projections_and_samples_lie_on_the_manifold(model, x):
     assert (model.distance(x) > 1e-2).all()
-    assert_close(model.distance(x), (x - model.project(x)).flatten(1).norm(dim=1), terms=100)
-    assert_on_manifold(model, model.project(x))
+    projected = model.project(x)
+    assert_close(model.distance(x), (x - projected).flatten(1).norm(dim=1), terms=100)
+    assert_on_manifold(model, projected)
+    assert_close(model.project(projected), projected, terms=1000)
+    assert_on_manifold(model, model.sample(4))
 
 
 def test_interpolation_stays_on_the_manifold(model, x):
@@ -84,19 +87,19 @@ def test_the_score_joins_density_and_distance(model, x):
     assert_close(model.ood_score(x, 0.3), expected, terms=1000)
 
 
-def test_the_score_tells_both_kinds_of_strangers(model):
+def test_the_score_finds_outliers_on_and_off_the_manifold(model):
     generator = torch.Generator(next(model.parameters()).device).manual_seed(3)
-    usual = model.sample(200, generator=generator)
-    like = {"dtype": usual.dtype, "device": usual.device}
-    usual = usual + 0.05 * torch.randn(usual.shape, generator=generator, **like)
-    deviation = model.deviation(usual)
+    inliers = model.sample(200, generator=generator)
+    like = {"dtype": inliers.dtype, "device": inliers.device}
+    inliers = inliers + 0.05 * torch.randn(inliers.shape, generator=generator, **like)
+    deviation = model.deviation(inliers)
     with torch.no_grad():
-        least = model.ood_score(usual, deviation).quantile(0.99)
+        threshold = model.ood_score(inliers, deviation).quantile(0.99)
         far_along = model.decode(torch.full((1, model.manifold_dim), 6.0, **like))
-        far_off = usual[:1] + 1.0
-        assert_on_manifold(model, far_along)  # by its distance alone as usual as can be
-        assert model.ood_score(far_along, deviation) > least
-        assert model.ood_score(far_off, deviation) > least
+        far_off = inliers[:1] + 1.0
+        assert_on_manifold(model, far_along)  # its distance alone would not give it away
+        assert model.ood_score(far_along, deviation) > threshold
+        assert model.ood_score(far_off, deviation) > threshold
 
 
 def test_deviation_is_per_direction_off_the_manifold():
@@ -107,7 +110,7 @@ def test_deviation_is_per_direction_off_the_manifold():
     assert one_flow(16).deviation(x) == 0
 
 
-def test_the_score_of_a_manifold_of_everything_is_the_density():
+def test_the_score_is_the_density_if_the_manifold_is_the_whole_space():
     model = one_flow(16)
     x = normal(*X, dtype=torch.float64)
     assert_close(model.ood_score(x, 1.0), -model.log_prob(x), terms=100)
@@ -144,28 +147,31 @@ def test_bad_calls(model, x):
             call(x.long())
 
 
-def test_empty_batches_have_empty_answers(model, x):
+def test_empty_batches_give_empty_results(model, x):
     none = x[:0]
     assert model.encode(none).shape == (0, model.manifold_dim)
     assert model.project(none).shape == (0, 1, 4, 4)
     for call in (model.log_prob, model.distance, lambda x: model.ood_score(x, 1.0)):
         assert call(none).shape == (0,)
+    for method in ("exact", "hutchinson"):
+        value, error = model.manifold_log_prob(none, method=method)
+        assert value.shape == error.shape == (0,)
     assert model.interpolate(none, none, 3).shape == (3, 0, 1, 4, 4)
 
 
 def test_a_hierarchy_of_rotations_keeps_the_density_on_the_manifold():
-    """A stage that is volume-preserving on u and keeps its normal changes nothing."""
+    """A stage that only rotates u changes neither its normal density nor any volume."""
     first = one_flow(6)
     rotation = ManifoldFlow(VectorFlow(6, 2, 4).double(), 6)
     both = HierarchicalFlow([first, rotation])
     x = normal(*X, dtype=torch.float64)
     got, want = both.manifold_log_prob(x).value, first.manifold_log_prob(x).value
-    # W was rounded to float32 when it was made: it is a rotation up to that.
+    # W was created in float32, so it is a rotation up to float32 rounding.
     assert_close(got.float(), want)
 
 
 def test_all_latents_at_all_stages_are_the_ambient_density():
-    """Three bijections of the whole space: one log-density, by the logdets or by the Jacobian."""
+    """Three bijections of the whole space have the log-density of the whole Jacobian."""
     model = hierarchy(16, 16, 16)
     x = normal(*X, dtype=torch.float64)
     u = model.encode(x)
@@ -177,7 +183,7 @@ def test_all_latents_at_all_stages_are_the_ambient_density():
 
 
 def test_density_and_samples_agree_over_a_hierarchy():
-    """A hierarchy to a line: the density on it integrates to one along the curve."""
+    """For a hierarchy with d = 1, the density integrates to one along the curve."""
     model = hierarchy(3, 2, 1)
     u = torch.linspace(-8, 8, 4001, dtype=torch.float64)[:, None]
     with torch.no_grad():
@@ -185,7 +191,7 @@ def test_density_and_samples_agree_over_a_hierarchy():
         density = model.manifold_log_prob(points).value.exp()
     length = (points[1:] - points[:-1]).flatten(1).norm(dim=1)
     total = (length * (density[1:] + density[:-1]) / 2).sum().item()
-    # Chords and trapezoids of 0.004, of a curve of ReLU networks: smooth but for its kinks.
+    # Chords and trapezoids with steps of 0.004; the curve has kinks, from the ReLU networks.
     assert total == pytest.approx(1, abs=1e-3)
 
 

@@ -43,7 +43,7 @@ def test_round_trip(setup, scale, device):
     glow.initialize(x)
     z, logdet = glow(x)
     back, negative = glow.inverse(z)
-    # Some ten operators a level each round; sigmoid may shrink a state by 1 / s.
+    # About ten operators per level round; sigmoid may shrink a state, and the inverse stretches it.
     assert_close(back, x, terms=10_000, scale=100.0)
     assert_close(negative, -logdet, terms=10_000, scale=logdet.abs().max().item())
 
@@ -56,8 +56,8 @@ def test_jacobian(setup, reversible, device):
     check_bijection(glow, (2, *shape))
 
 
-def test_fresh_flow_only_rotates():
-    """Couplings and actnorms start as the identity, so a new Glow is volume-preserving."""
+def test_a_new_flow_only_rotates():
+    """Couplings and actnorms start as the identity, so a new Glow preserves volume."""
     x = normal(2, 3, 8, 8)
     z, logdet = Glow((3, 8, 8), 2, 2, 4)(x)
     assert_close(logdet, torch.zeros(2), scale=1.0, terms=10_000)
@@ -78,19 +78,21 @@ def test_initialize_once_then_load():
 
 
 def test_initialized_flow_sees_standard_channels():
-    """Before any coupling moves, z is a rotation of actnorm's channels, whose means are 0 and
-    variances 1: so are the means of z, and the trace of its covariance is C."""
+    """A new coupling is the identity, so z is a rotation of the channels after actnorm.
+
+    These have mean 0 and variance 1. The means of z are then 0, and its covariance has trace C.
+    """
     glow, x = Glow((1, 4, 4), 1, 1, 4), 5 + 3 * normal(64, 1, 4, 4)
     (z,), _ = glow.initialize(x)
     assert_close(z.mean((0, 2, 3)), torch.zeros(4), terms=256, scale=x.abs().max().item())
     assert_close(z.square().mean((0, 2, 3)).sum(), torch.tensor(4.0), terms=256)
 
 
-def test_copies_pickles_and_trains_after():
+def test_copies_and_pickles_after_training():
     glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
     x = normal(2, 1, 4, 4)
     z, logdet = glow(x)
-    logdet.sum().backward()  # a reversible backward leaves a trace on the chain
+    logdet.sum().backward()  # a reversible backward pass stores its drift in the chain
     stored = io.BytesIO()
     torch.save(glow, stored)
     stored.seek(0)
@@ -103,7 +105,7 @@ def test_copies_pickles_and_trains_after():
 
 @pytest.mark.parametrize("reversible", [True, False])
 def test_maps_over_samples(reversible, device):
-    """torch.func.vmap of the flow, its inverse and its gradient are those of one batch."""
+    """torch.func.vmap of the flow, its inverse and its gradient agrees with a batch."""
     glow = perturbed(Glow((1, 4, 4), 2, 1, 4, reversible=reversible)).double().to(device)
     x = normal(3, 1, 4, 4, dtype=torch.float64, device=device).requires_grad_()
     (z, logdet), (plain, plain_logdet) = torch.func.vmap(glow)(x[:, None]), glow(x)
@@ -115,8 +117,8 @@ def test_maps_over_samples(reversible, device):
 
 
 @pytest.mark.parametrize("reversible", [True, False])
-def test_tells_shapes_on_the_meta_device(reversible):
-    """As for planning memory: forward, backward and sampling where there is no data."""
+def test_runs_on_the_meta_device(reversible):
+    """Forward, backward and inverse give shapes without data, as in memory planning."""
     glow = Glow((3, 8, 8), 2, 2, 8, reversible=reversible).to("meta")
     x = torch.empty(2, 3, 8, 8, device="meta", requires_grad=True)
     z, logdet = glow(x)
@@ -127,22 +129,29 @@ def test_tells_shapes_on_the_meta_device(reversible):
     assert glow.inverse(z)[0].shape == x.shape
 
 
-def test_latents_of_another_shape():
-    glow = Glow((1, 4, 4), 2, 1, 2)
-    z, _ = glow(normal(2, 1, 4, 4))
-    with pytest.raises(ValueError, match=r"z: expected latents of shapes .*\(2, 2, 2\).*, got"):
-        glow.inverse(z[::-1])
-    with pytest.raises(ValueError, match="z: expected latents of shapes"):
-        glow.inverse(z[:1])
-
-
 @pytest.mark.parametrize("shape", [(2, 1, 4, 6), (2, 3, 4, 4), (1, 4, 4), (2, 16)], ids=str)
-def test_images_of_another_shape(shape):
+def test_inputs_of_wrong_shapes(shape):
     with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 4, 4\), got \("):
         Glow((1, 4, 4), 1, 1, 2)(normal(*shape))
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 3\), got \("):
+        VectorFlow(3, 1, 4)(normal(*shape))
 
 
-def test_states_of_another_kind_than_the_parameters():
+def test_latents_of_wrong_shapes_or_types():
+    glow = Glow((1, 4, 4), 2, 1, 2)
+    fine, coarse = glow(normal(2, 1, 4, 4))[0]
+    shapes = r"z: expected latents of shapes \(\(2, 2, 2\), \(8, 1, 1\)\), got"
+    for z, error, message in (
+        ((coarse, fine), ValueError, shapes),
+        ((fine,), ValueError, shapes),
+        ((fine, normal(3, 8, 1, 1)), ValueError, r"z: .* latents of one batch size, got \[2, 3\]"),
+        (fine, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            glow.inverse(z)
+
+
+def test_inputs_of_wrong_dtypes_or_devices():
     glow = Glow((1, 4, 4), 2, 1, 2)
     x = normal(2, 1, 4, 4)
     with pytest.raises(TypeError, match=r"x: expected dtype float.*got uint8"):
@@ -163,28 +172,28 @@ def test_states_of_another_kind_than_the_parameters():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("flow", "arguments", "error", "message"),
     [
-        (((1, 28, 28), 3, 1, 4), r"image_shape: expected .*2 \*\* levels = 8, got 28x28"),
-        (((1, 8, 6), 2, 1, 4), "image_shape: expected .* = 4, got 8x6"),
-        (((1, 0, 8), 1, 1, 4), "H: expected at least 1, got 0"),
-        (((8, 8), 1, 1, 4), r"image_shape: expected \(C, H, W\), got \(8, 8\)"),
-        ((8, 1, 1, 4), r"image_shape: expected \(C, H, W\), got 8"),
-        (((0, 8, 8), 1, 1, 4), "C: expected at least 1, got 0"),
-        (((1, 8, 8), 0, 1, 4), "levels: expected at least 1, got 0"),
-        (((1, 8, 8), 1, 0, 4), "steps: expected at least 1, got 0"),
-        (((1, 8, 8), 1, 1, 0), "width: expected at least 1, got 0"),
+        (Glow, ((1, 28, 28), 3, 1, 4), ValueError, r"2 \*\* levels = 8, got 28x28"),
+        (Glow, ((1, 8, 6), 2, 1, 4), ValueError, "image_shape: expected .* = 4, got 8x6"),
+        (Glow, ((1, 0, 8), 1, 1, 4), ValueError, "H: expected at least 1, got 0"),
+        (Glow, ((8, 8), 1, 1, 4), ValueError, r"image_shape: expected \(C, H, W\), got \(8, 8\)"),
+        (Glow, (8, 1, 1, 4), ValueError, r"image_shape: expected \(C, H, W\), got 8"),
+        (Glow, ((0, 8, 8), 1, 1, 4), ValueError, "C: expected at least 1, got 0"),
+        (Glow, ((1, 8, 8), 0, 1, 4), ValueError, "levels: expected at least 1, got 0"),
+        (Glow, ((1, 8, 8), 32, 1, 4), ValueError, "levels: expected at most 31, got 32"),
+        (Glow, ((1, 8, 8), 1, 0, 4), ValueError, "steps: expected at least 1, got 0"),
+        (Glow, ((1, 8, 8), 1, 1, 0), ValueError, "width: expected at least 1, got 0"),
+        (Glow, ((1, 8, 8.0), 1, 1, 4), TypeError, "W: expected a whole number, got float"),
+        (VectorFlow, (1, 1, 4), ValueError, "dim: expected at least 2, got 1"),
+        (VectorFlow, (3, 0, 4), ValueError, "steps: expected at least 1, got 0"),
+        (VectorFlow, (3, 1, 0), ValueError, "width: expected at least 1, got 0"),
+        (VectorFlow, (3, 1.0, 4), TypeError, "steps: expected a whole number, got float"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Glow(*arguments)
-
-
-def test_numbers_that_are_not_whole():
-    for make in (lambda: Glow((1, 8, 8.0), 1, 1, 4), lambda: VectorFlow(3, 1.0, 4)):
-        with pytest.raises(TypeError, match=r"(W|steps): expected a whole number, got float"):
-            make()
+def test_bad_arguments(flow, arguments, error, message):
+    with pytest.raises(error, match=message):
+        flow(*arguments)
 
 
 @pytest.mark.parametrize("dim", [2, 5])
@@ -197,30 +206,8 @@ def test_vector_flow(dim, device):
     assert_close(z.mean(0), torch.zeros_like(z[0]), terms=64, scale=x.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1, 1, 4), "dim: expected at least 2, got 1"),
-        ((3, 0, 4), "steps: expected at least 1, got 0"),
-        ((3, 1, 0), "width: expected at least 1, got 0"),
-    ],
-)
-def test_vector_flow_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        VectorFlow(*arguments)
-
-
-def test_vector_flow_bad_vectors():
-    with pytest.raises(ValueError, match=r"x: expected shape \(N, 3\), got \(2, 4\)"):
-        VectorFlow(3, 1, 4)(normal(2, 4))
-    with pytest.raises(
-        ValueError, match=r"z: expected latents of shapes \(\(3,\),\), got \(\(4,\),\)"
-    ):
-        VectorFlow(3, 1, 4).inverse((normal(2, 4),))
-
-
-def test_samples_of_wild_networks_stay_finite():
-    """The default scale bounds |log s| whatever a network says."""
+def test_samples_of_networks_with_large_outputs_are_finite():
+    """The default scale bounds |log s| for every output of a network."""
     glow = Glow((1, 4, 4), 2, 8, 8)
     for module in glow.modules():
         if isinstance(module, nn.Conv2d):

@@ -11,7 +11,7 @@ from mflow_kernels.testing import assert_close
 
 
 def stages(*dims: int) -> list[ManifoldFlow]:
-    """An image flow with the first dim, then vector flows with the rest."""
+    """Return an image flow with the first dimension, then vector flows with the others."""
     first = ManifoldFlow(perturbed(Glow((1, 4, 4), 1, 1, 4)).double(), dims[0])
     rest = [
         ManifoldFlow(perturbed(VectorFlow(before, 2, 4)).double(), after)
@@ -38,7 +38,7 @@ def test_encoding_and_decoding_compose():
 
 
 def test_sub_manifolds_nest():
-    """A point on the smaller manifold lies on the larger one, and projects to itself."""
+    """A point on the smaller manifold also lies on the larger ones."""
     model = HierarchicalFlow(stages(8, 8, 3))
     x = normal(*X, dtype=torch.float64)
     small = model.project(x)
@@ -48,7 +48,7 @@ def test_sub_manifolds_nest():
 
 
 def test_log_prob_composes():
-    """p(x) = p_V(v) |det| p(u), with p(u) from the next stage: added up here by hand."""
+    """p(x) = p_V(v) |det df/dx| p(u), where the next stage gives p(u)."""
     a, b = stages(6, 4)
     a.objective = ManifoldObjective("latent", "l2", weight=30.0)
     model = HierarchicalFlow([a, b])
@@ -61,13 +61,13 @@ def test_log_prob_composes():
     assert_close(model.log_prob(x, 1), a.log_prob(x), terms=100)
 
 
-def test_a_second_stage_that_only_rotates_changes_no_density():
-    """Fresh flows turn u, whose standard normal density no rotation changes."""
+def test_a_second_stage_that_only_rotates_keeps_the_density():
+    """A new flow rotates u, which keeps its standard normal density."""
     (a,) = stages(6)
     rotation = ManifoldFlow(VectorFlow(6, 2, 4).double(), 6)
     model = HierarchicalFlow([a, rotation])
     x = normal(*X, dtype=torch.float64)
-    # W was rounded to float32 when it was made: it is a rotation up to that.
+    # W was created in float32, so it is a rotation up to float32 rounding.
     assert_close(model.log_prob(x).float(), a.log_prob(x))
 
 
@@ -82,7 +82,7 @@ def test_earlier_stages_are_frozen_unless_released():
 
 
 def test_released_stages_train_the_likelihood_of_the_data():
-    """The loss is -log p(x) of all stages, up to penalties and normalizers that are constants."""
+    """The loss is -log p(x) of all stages, plus penalties and up to constant normalizers."""
     a, b, c = stages(8, 6, 4)
     a.objective = ManifoldObjective("data", "huber", weight=3.0, sigma=0.5)
     b.objective = ManifoldObjective("latent", "l1", weight=20.0)
@@ -95,13 +95,13 @@ def test_released_stages_train_the_likelihood_of_the_data():
     normalizers = 2 * math.log(2 / 20) + 2 * math.log(2 * math.pi / 50) / 2
     penalty = a.terms(x).penalty
     assert_close(terms.loss, penalty - model.log_prob(x) - normalizers, terms=100)
-    # Of one stage there is nothing to release.
+    # With a single stage, nothing can be released.
     for got, want in zip(model.terms(x, 0, release=True), a.terms(x), strict=True):
         assert torch.equal(got, want)
 
 
 def test_gradients_of_released_stages_are_those_of_the_likelihood():
-    """In the latent domain nothing else is trained, at any stage."""
+    """In the latent domain, the loss of every stage is the likelihood."""
     model = HierarchicalFlow(stages(8, 8, 4))
     for stage in model.stages:
         stage.objective = ManifoldObjective("latent", "l2", weight=30.0)
@@ -119,13 +119,12 @@ def test_terms_of_a_stage_are_those_of_its_input():
     x = normal(*X, dtype=torch.float64)
     for stage, expected in ((0, a.terms(x)), (1, b.terms(a.encode(x)))):
         for got, want in zip(model.terms(x, stage), expected, strict=True):
-            # torch multiplies matrices in another order where no gradient is asked for.
+            # Without gradients, torch may multiply matrices in another order.
             assert_close(got, want, terms=100)
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_the_density_of_the_data_comes_with_the_terms(release):
-    """In one pass through each flow."""
+def test_terms_and_log_prob_take_one_pass(release):
     model = HierarchicalFlow(stages(8, 6, 4))
     x = normal(*X, dtype=torch.float64)
     for stage in range(3):
@@ -164,7 +163,7 @@ def test_samples_repeat_with_their_generator():
     assert torch.equal(draw(1, stages=1), expected)
 
 
-def test_stages_that_do_not_fit():
+def test_stages_that_do_not_match():
     with pytest.raises(ValueError, match="stages: expected at least one ManifoldFlow, got none"):
         HierarchicalFlow([])
     with pytest.raises(TypeError, match=r"stages\[1\]: expected a ManifoldFlow, got VectorFlow"):
@@ -192,7 +191,7 @@ def test_stage_out_of_range(call, stage):
         getattr(model, call)(normal(*X, dtype=torch.float64), stage)
 
 
-def test_no_stage_has_no_density():
+def test_bad_numbers_of_stages():
     model = HierarchicalFlow(stages(6, 4))
     with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
         model.log_prob(normal(*X, dtype=torch.float64), 0)

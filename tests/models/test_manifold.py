@@ -18,7 +18,7 @@ def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
     fine, coarse = flow.off_masks()
     assert fine.shape == (2, 2, 2)
     assert coarse.shape == (8, 1, 1)
-    assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer
+    assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer one
     assert (~fine).nonzero().tolist() == [[1, 1, 1]]
     fine, coarse = image_flow(manifold_dim=3).off_masks()
     assert fine.all()
@@ -38,27 +38,6 @@ def test_encode_and_decode_follow_the_mask():
     assert_close(flow.decode(u), flow.flow.inverse(zeroed)[0], terms=100)
     for off, m in zip(flow.off_masks(), mask, strict=True):
         assert torch.equal(off, ~m)
-
-
-@pytest.mark.parametrize(
-    "make", [image_flow, lambda: ManifoldFlow(perturbed(VectorFlow(4, 3, 8)), 2)]
-)
-def test_a_projection_projects_to_itself(make, device):
-    flow = make().double().to(device)
-    x = normal(5, *flow.input_shape, dtype=torch.float64, device=device)
-    projected = flow.project(x)
-    assert (flow.distance(x) > 1e-3).all()
-    assert_close(flow.project(projected), projected, terms=100)
-    assert_close(flow.distance(x), (x - projected).flatten(1).square().sum(1).sqrt(), terms=100)
-
-
-def test_the_whole_space_is_a_manifold_too():
-    flow = image_flow(manifold_dim=16)
-    x = normal(3, 1, 4, 4, dtype=torch.float64)
-    assert_close(flow.project(x), x, terms=100)
-    z, logdet = flow.latents(x)
-    standard = sum((-part.square() / 2 - math.log(2 * math.pi) / 2).flatten(1).sum(1) for part in z)
-    assert_close(flow.log_prob(x), standard + logdet, terms=100)
 
 
 def test_log_prob_is_that_of_the_objective():
@@ -83,13 +62,7 @@ def test_samples_repeat_with_their_generator(device):
     assert_close(flow.encode(draw(1, temperature=0.5)), flow.encode(draw(1)) / 2, terms=10_000)
 
 
-def test_samples_lie_on_the_manifold():
-    flow = image_flow()
-    points = flow.sample(4)
-    assert_close(flow.project(points), points, terms=100)
-
-
-def test_masks_travel_with_the_state_dict():
+def test_the_state_dict_holds_the_masks():
     mask = tuple(torch.rand(shape) < 0.5 for shape in ((2, 2, 2), (8, 1, 1)))
     flow = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), mask=mask)
     other = ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), flow.manifold_dim)
@@ -102,7 +75,7 @@ def test_masks_travel_with_the_state_dict():
 
 def test_gradients_reach_every_parameter():
     for domain in ("latent", "data"):
-        # So many units and samples that some are alive in every network.
+        # Enough hidden units and samples for some to be active in every network.
         flow = image_flow(width=16, objective=ManifoldObjective(domain))
         flow.terms(normal(32, 1, 4, 4, dtype=torch.float64)).loss.sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
@@ -148,7 +121,7 @@ def test_bad_masks(arguments, error, message):
         ManifoldFlow(Glow((1, 4, 4), 2, 1, 4), **arguments)
 
 
-def test_flows_and_objectives_of_another_kind():
+def test_flows_and_objectives_of_wrong_types():
     with pytest.raises(TypeError, match=r"flow: expected a bijection with .*, got Linear"):
         ManifoldFlow(torch.nn.Linear(2, 2), 1)
     with pytest.raises(TypeError, match="objective: expected a ManifoldObjective, got str"):
@@ -164,7 +137,7 @@ def test_masks_broadcast_and_may_repeat_the_dimension():
     assert torch.equal(coarse_off, ~coarse)
 
 
-def all_or_nothing(every: bool, objective) -> ManifoldFlow:
+def constant_mask(every: bool, objective) -> ManifoldFlow:
     mask = tuple(torch.full((1, 1, 1), every) for _ in range(2))
     word = "the whole space .* the plain likelihood" if every else "one point .* the penalty alone"
     with pytest.warns(UserWarning, match=f"mask: .* {word}"):
@@ -173,22 +146,27 @@ def all_or_nothing(every: bool, objective) -> ManifoldFlow:
         )
 
 
+@pytest.mark.parametrize("by_mask", [False, True])
 @pytest.mark.parametrize("domain", ["latent", "data"])
-def test_a_mask_all_on_is_plain_likelihood(domain):
-    flow = all_or_nothing(True, ManifoldObjective(domain))
+def test_the_whole_space_as_manifold_is_plain_likelihood(domain, by_mask):
+    objective = ManifoldObjective(domain)
+    flow = constant_mask(True, objective) if by_mask else image_flow(16, objective=objective)
     x = normal(3, 1, 4, 4, dtype=torch.float64)
+    assert_close(flow.project(x), x, terms=100)
     terms = flow.terms(x)
     z, logdet = flow.latents(x)
     standard = sum((-part.square() / 2 - math.log(2 * math.pi) / 2).flatten(1).sum(1) for part in z)
     assert_close(terms.loss, -(standard + logdet), terms=100)
     assert_close(terms.log_likelihood, standard + logdet, terms=100)
+    assert_close(flow.log_prob(x), standard + logdet, terms=100)
+    assert not terms.off_manifold.any()
     assert not terms.penalty.any()
     assert flow.manifold_dim == 16
 
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
-def test_a_mask_all_off_is_pure_penalty(domain):
-    flow = all_or_nothing(False, ManifoldObjective(domain, weight=7.0))
+def test_an_empty_mask_leaves_the_penalty_alone(domain):
+    flow = constant_mask(False, ManifoldObjective(domain, weight=7.0))
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     assert flow.encode(x).shape == (3, 0)
     point = flow.flow.inverse((x.new_zeros(1, 2, 2, 2), x.new_zeros(1, 8, 1, 1)))[0]
@@ -201,8 +179,8 @@ def test_a_mask_all_off_is_pure_penalty(domain):
     assert_close(terms.penalty, penalty, terms=100)
     assert not terms.on_manifold.any()
     assert not flow.manifold_log_prob(x).value.any()
-    kept = torch.zeros_like(penalty) if domain == "latent" else terms.off_manifold
-    assert_close(terms.loss, penalty - logdet - kept, terms=100)
+    off = torch.zeros_like(penalty) if domain == "latent" else terms.off_manifold
+    assert_close(terms.loss, penalty - logdet - off, terms=100)
 
 
 def test_bad_calls():
@@ -222,16 +200,16 @@ def test_bad_calls():
 
 @pytest.mark.parametrize("reversible", [True, False])
 def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monkeypatch):
-    """It walks the flow in both directions; W^-1 is not checked on the way."""
-    # It computes a number of numbers on the host.
+    """Training in the data domain runs the flow in both directions and does not check W^-1."""
+    # This one function computes on the host, from Python numbers.
     monkeypatch.setattr("mflow_kernels.models.objectives.penalty_log_normalizer", lambda *_: 0.0)
     glow = perturbed(Glow((1, 4, 4), 2, 2, 4, reversible=reversible))
     flow = ManifoldFlow(glow, 5, objective=ManifoldObjective("data"))
     x = normal(2, 1, 4, 4)
-    flow.terms(x).loss.mean().backward()  # may look once whether networks can run again
+    flow.terms(x).loss.mean().backward()  # may check once whether networks repeat their results
     with HostReads() as reads:
         flow.terms(x).loss.mean().backward()
     assert not reads.found
     with HostReads() as reads, torch.no_grad():
         flow.project(x)
-    assert reads.found  # a user's own call hears at once of a W that has no inverse
+    assert reads.found  # a direct call checks W^-1 at once

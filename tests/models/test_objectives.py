@@ -5,13 +5,7 @@ import torch
 from cases import normal, perturbed
 from torch import nn
 
-from mflow_kernels import (
-    Glow,
-    ManifoldFlow,
-    ManifoldObjective,
-    VectorFlow,
-    bits_per_dimension,
-)
+from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.testing import assert_close
 
@@ -31,7 +25,7 @@ def split_latents(flow, x):
 
 
 def log_normal(e, sigma):
-    """log N(e; 0, sigma^2 I); torch.distributions would round sigma to float32."""
+    """Return log N(e; 0, sigma^2 I); torch.distributions would round sigma to float32."""
     return (-(e / sigma).square() / 2 - math.log(sigma) - math.log(2 * math.pi) / 2).sum(1)
 
 
@@ -62,7 +56,7 @@ def test_latent_domain_by_hand(rho, device):
 
 @pytest.mark.parametrize("rho", RHOS)
 def test_data_domain_by_hand(rho, device):
-    """The penalty is on reconstructions, p_V stays a Gaussian; the likelihood has no penalty."""
+    """The penalty is on reconstructions, p_V is Gaussian, and the likelihood has no penalty."""
     flow = image_flow(ManifoldObjective("data", rho, weight=7.0, delta=0.4, sigma=0.3)).to(device)
     x = normal(*X, dtype=torch.float64, device=device)
     u, v, logdet = split_latents(flow, x)
@@ -79,14 +73,14 @@ def test_data_domain_by_hand(rho, device):
 
 
 def test_latent_l2_is_the_gaussian_of_pie():
-    """p_V = N(0, I / weight), to the last digits of float64: its normalizer is in float64 too."""
+    """p_V = N(0, I / weight) to float64 accuracy, including its normalizer."""
     flow = image_flow(ManifoldObjective("latent", "l2", weight=100.0))
     x = normal(*X, dtype=torch.float64)
     u, v, logdet = split_latents(flow, x)
     pie = log_normal(v, 0.1)
     pie = pie + log_normal(u, 1) + logdet
     assert_close(flow.terms(x).log_likelihood, pie, terms=100)
-    # The loss leaves out that constant and nothing else.
+    # The loss leaves out only the normalizer.
     constant = v.shape[1] * (math.log(0.1) + math.log(2 * math.pi) / 2)
     assert_close(-flow.terms(x).loss - constant, pie, terms=100)
 
@@ -95,20 +89,21 @@ def test_latent_l2_is_the_gaussian_of_pie():
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("weight", [0.5, 40.0])
 def test_p_v_is_a_density(domain, rho, weight):
-    """exp(off_manifold) of one v pixel integrates to 1."""
+    """exp(off_manifold) of a single v pixel integrates to 1."""
     objective = ManifoldObjective(domain, rho, weight=weight, delta=0.3, sigma=0.7)
     flow = ManifoldFlow(VectorFlow(2, 1, 2).double(), 1, objective=objective)
-    # The tail of l1 and huber at weight 0.5 falls by e^-0.15 a unit: 240 units reach e^-36.
+    # At weight 0.5, the tails of l1 and huber fall by e^-0.15 per unit, so they reach e^-36 at 240.
     v = torch.linspace(-240, 240, 480_001, dtype=torch.float64)
     latents = (torch.stack([v, torch.zeros_like(v)], 1),)
     density = objective.off_density(flow, latents).exp()
-    # Trapezoids of h = 0.001 at l1's kink, where the slope is weight, are off by (weight h)^2 / 12.
+    # At the kink of l1, whose slope is the weight, the trapezoidal rule with steps of h = 0.001 has
+    # an error of (weight h)^2 / 12.
     error = (weight * 1e-3) ** 2 / 10
     assert torch.trapezoid(density, v).item() == pytest.approx(1, abs=error)
 
 
 class Stretched(nn.Module):
-    """A vector flow with the first two of its latents times `by`."""
+    """A vector flow whose first two latents are multiplied by `by`."""
 
     def __init__(self, flow, by) -> None:
         super().__init__()
@@ -133,8 +128,8 @@ class Stretched(nn.Module):
     ],
     ids=["sigma", "latent l2", "latent l1"],
 )
-def test_the_scale_of_v_is_a_unit(of):
-    """Stretching v and the scale of p_V alike changes neither likelihood nor penalty."""
+def test_scaling_v_and_p_v_together_changes_nothing(of):
+    """Neither the likelihood nor the penalty changes."""
     flow = VectorFlow(4, 2, 8).double()
     x = normal(3, 4, dtype=torch.float64)
     plain, stretched = (ManifoldFlow(Stretched(flow, by), 2, objective=of(by)) for by in (1.0, 7.0))
@@ -145,10 +140,10 @@ def test_the_scale_of_v_is_a_unit(of):
 @pytest.mark.parametrize("domain", ["latent", "data"])
 @pytest.mark.parametrize("rho", RHOS)
 def test_gradients(domain, rho):
-    """Through latents, penalties and, in the data domain, the inverse: by finite differences."""
+    """Gradients through latents, penalties and the inverse agree with finite differences."""
     objective = ManifoldObjective(domain, rho, weight=3.0, delta=0.4, sigma=0.5)
     flow = VectorFlow(4, 2, 4).double()
-    flow.chain.reversible = False  # gradcheck's own perturbations want plain autograd
+    flow.chain.reversible = False  # gradcheck perturbs inputs between forward and backward
     for module in flow.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.3)
@@ -158,7 +153,8 @@ def test_gradients(domain, rho):
 
     def loss(x, *values):
         parameters = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(_Loss(model), _under("model.", parameters), (x,))
+        parameters = {f"model.{name}": value for name, value in parameters.items()}
+        return torch.func.functional_call(_Loss(model), parameters, (x,))
 
     leaves = [p.detach().clone().requires_grad_() for p in model.parameters()]
     assert torch.autograd.gradcheck(loss, (x, *leaves), fast_mode=True)
@@ -173,18 +169,6 @@ class _Loss(nn.Module):
         return self.model.terms(x).loss
 
 
-def _under(prefix, parameters):
-    return {prefix + name: value for name, value in parameters.items()}
-
-
-@pytest.mark.parametrize("domain", ["latent", "data"])
-def test_the_whole_space_has_no_off_manifold_term(domain):
-    flow = image_flow(ManifoldObjective(domain), manifold_dim=16)
-    terms = flow.terms(normal(*X, dtype=torch.float64))
-    assert not terms.off_manifold.any()
-    assert not terms.penalty.any()
-
-
 def test_float32_terms_are_float32():
     flow = image_flow(ManifoldObjective("data", "huber")).float()
     for value in flow.terms(normal(*X)):
@@ -193,15 +177,15 @@ def test_float32_terms_are_float32():
 
 
 def latent_maps(flow):
-    """One weight for each channel of each latent."""
+    """Draw one weight per channel of each latent."""
     return tuple(
         1 + torch.rand(shape[0], 1, 1, dtype=torch.float64) for shape in flow.latent_shapes
     )
 
 
 @pytest.mark.parametrize("rho", RHOS)
-def test_weights_may_be_maps_of_the_latents(rho):
-    """Each v pixel has a weight and a normalizer of its own."""
+def test_weight_maps_of_the_latents(rho):
+    """Each v pixel has its own weight and its own normalizer."""
     maps = latent_maps(image_flow(None))
     flow = image_flow(ManifoldObjective("latent", rho, weight=maps, delta=0.4))
     x = normal(*X, dtype=torch.float64)
@@ -216,14 +200,13 @@ def test_weights_may_be_maps_of_the_latents(rho):
         [torch.trapezoid((-one * rho_of(rho, grid, 0.4)).exp(), grid) for one in w]
     )
     expected = log_normal(u, 1) + logdet - (each + integrals.log()).sum(1)
-    # As in the test before last, for each v pixel: 120 / 240,000 apart.
+    # The error of `test_p_v_is_a_density` for each v pixel, with steps of 120 / 240,000.
     error = len(w) * (w.max() * 5e-4) ** 2 / 10
     assert ((terms.log_likelihood - expected).abs() < error).all()
     assert_close(flow.log_prob(x), terms.log_likelihood, terms=100)
 
 
-def test_a_map_of_one_number_is_that_number():
-    """A weight of 50 for every pixel, whichever way it is given."""
+def test_a_constant_map_equals_a_number():
     x = normal(*X, dtype=torch.float64)
     latent = image_flow(ManifoldObjective("latent", weight=50.0))
     maps = tuple(torch.full(shape, 50.0, dtype=torch.float64) for shape in latent.latent_shapes)
@@ -237,7 +220,7 @@ def test_a_map_of_one_number_is_that_number():
 
 def test_a_map_of_the_image_weighs_pixels():
     weight = torch.rand(1, 4, 4, dtype=torch.float64)
-    weight[0, 0] = 0  # pixels that may be anything
+    weight[0, 0] = 0  # these pixels have no penalty
     flow = image_flow(ManifoldObjective("data", "l1", weight=weight))
     x = normal(*X, dtype=torch.float64)
     error = (x - flow.project(x)).abs()
@@ -247,18 +230,18 @@ def test_a_map_of_the_image_weighs_pixels():
     assert_close(terms.loss, expected - terms.log_likelihood, terms=100)
 
 
-def test_maps_move_and_are_saved_with_the_model():
+def test_maps_are_converted_and_saved_with_the_model():
     weight = torch.rand(4, 4) + 0.1
     flow = image_flow(ManifoldObjective("data", weight=weight))
     other = image_flow(ManifoldObjective("data", weight=torch.ones(4, 4)))
     other.load_state_dict(flow.state_dict())
     assert torch.equal(other.objective.weight, weight.double())
-    assert flow.objective.weight.dtype == torch.float64  # as the model, of the dtype asked for
+    assert flow.objective.weight.dtype == torch.float64  # image_flow calls .double()
 
 
 @pytest.mark.parametrize("rho", RHOS)
 def test_the_variance_is_tracked_in_training(rho):
-    """w = 1 / (2 variance): the mean of e^2 over all pixels of all batches so far."""
+    """w = 1 / (2 variance), where variance is the mean of e^2 over all batches so far."""
     flow = image_flow(ManifoldObjective("data", rho, weight="variance", delta=0.4)).train()
     squares = []
     for scale in (1.0, 3.0, 0.5):
@@ -273,7 +256,7 @@ def test_the_variance_is_tracked_in_training(rho):
     assert flow.objective.batches == 3
 
 
-def test_the_variance_rests_in_evaluation_and_is_saved():
+def test_evaluation_keeps_the_variance_and_the_state_dict_holds_it():
     flow = image_flow(ManifoldObjective("data", weight="variance")).train()
     x = normal(*X, dtype=torch.float64)
     flow.terms(x)
@@ -292,12 +275,12 @@ def test_the_variance_forgets_old_batches():
     for value, batches in ((1.0, 150), (2.0, 100)):
         for _ in range(batches):
             objective._track(value * e, torch.zeros_like(e))
-    # From the 100th batch on a running mean, whose old value has faded by 0.99^100.
+    # From the 100th batch on, this is a running mean: the old value has decayed to 0.99^100.
     expected = torch.tensor(4 - 3 * 0.99**100, dtype=torch.float64)
     assert_close(objective.variance, expected, terms=250)
 
 
-def test_the_variance_is_a_constant_to_the_gradient():
+def test_the_variance_gets_no_gradient():
     flow = image_flow(ManifoldObjective("data", weight="variance")).train()
     x = normal(*X, dtype=torch.float64)
     parameters = list(flow.parameters())
@@ -309,7 +292,7 @@ def test_the_variance_is_a_constant_to_the_gradient():
         assert_close(a, b, terms=100)
 
 
-def test_stages_that_share_an_objective_track_variances_of_their_own():
+def test_models_that_share_an_objective_track_separate_variances():
     objective = ManifoldObjective("data", weight="variance")
     one, other = image_flow(objective).train(), image_flow(objective).train()
     one.terms(normal(*X, dtype=torch.float64))
@@ -318,7 +301,7 @@ def test_stages_that_share_an_objective_track_variances_of_their_own():
 
 
 def saved_bytes(steps, reversible, domain):
-    """Bytes that the terms of a batch keep for the backward pass, parameters aside."""
+    """Return the bytes that the terms store for the backward pass, without parameters."""
     glow = Glow((1, 8, 8), 1, steps, 4, reversible=reversible, checkpoint_every=None)
     flow = ManifoldFlow(glow, 8, objective=ManifoldObjective(domain))
     own = {p.untyped_storage().data_ptr() for p in (*flow.parameters(), *flow.buffers())}
@@ -326,7 +309,7 @@ def saved_bytes(steps, reversible, domain):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.numel() > 2048:  # of a state, not of a weight
+        if storage.data_ptr() not in own and tensor.numel() > 2048:  # states, but not weights
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -338,7 +321,7 @@ def saved_bytes(steps, reversible, domain):
 
 
 def test_the_inverse_pass_of_the_data_domain_stores_nothing():
-    """Depth adds nothing to what is kept; what differentiates the inverse is its ends alone."""
+    """The stored bytes do not grow with depth: only the ends of the inverse pass are stored."""
     shallow, deep = saved_bytes(2, True, "data"), saved_bytes(8, True, "data")
     assert shallow == deep
     state = 64 * 64 * 4
@@ -368,27 +351,3 @@ def test_bad_batches(domain):
         flow.terms(torch.empty(0, 1, 4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 4, 4\), got \(2, 1, 4, 6\)"):
         flow.terms(torch.ones(2, 1, 4, 6, dtype=torch.float64))
-
-
-def test_bits_per_dimension():
-    """A uniform density on [0, 1)^D costs n_bits a dimension: every level as likely as another."""
-    assert bits_per_dimension(torch.zeros(2), 12, 5).tolist() == [5, 5]
-    # A density of 2^D on half of that range saves one bit a dimension.
-    likelihood = torch.full((1,), 12 * math.log(2), dtype=torch.float64)
-    assert bits_per_dimension(likelihood, 12, 8).item() == pytest.approx(7)
-    for arguments, message in (((0, 8), "dimensions: .* 1, got 0"), ((12, 0), "n_bits: .* 1, got")):
-        with pytest.raises(ValueError, match=message):
-            bits_per_dimension(likelihood, *arguments)
-
-
-def test_bits_per_dimension_bound_the_entropy_of_levels():
-    """Of normal values in 5 bits: the model that drew them costs little more than their entropy."""
-    y = (0.1 * normal(1_000_000, dtype=torch.float64)).clamp(-0.499, 0.499)
-    level = ((y + 0.5) * 32).floor()
-    x = (level + torch.rand_like(y)) / 32 - 0.5
-    share = level.long().bincount() / len(y)
-    entropy = -torch.special.xlogy(share, share).sum().item() / math.log(2)
-    bits = bits_per_dimension(log_normal(x[:, None], 0.1), 1, 5).mean().item()
-    # A cell of width h costs (h / sigma)^2 / 24 nats more, to first order in it: 0.0059 bits. The
-    # draws are the same on both sides.
-    assert 0 < bits - entropy < 2 * (1 / 3.2) ** 2 / 24 / math.log(2)

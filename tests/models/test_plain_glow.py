@@ -1,8 +1,8 @@
-"""Trained side by side, our Glow and a Glow of plain PyTorch give one loss curve.
+"""This package's Glow and a Glow in plain PyTorch have the same loss curve in training.
 
-The plain one is written here from the paper (arXiv 1807.03039): actnorm is an operation of its own,
-the weight goes through F.conv2d and torch.slogdet, couplings are a few lines by hand, autograd
-stores every activation. Both start from the same weights.
+The plain one is written here from the paper (arXiv 1807.03039), with separate operations: actnorm,
+F.conv2d with torch.slogdet, and couplings in a few lines. Autograd stores every activation. Both
+models start from the same weights.
 """
 
 import copy
@@ -27,7 +27,7 @@ BATCH = 16
 
 
 class PlainGlow(nn.Module):
-    """The layers of a Glow for their weights alone; everything that is computed is below."""
+    """A Glow that takes only its weights from the layers; this class computes everything else."""
 
     def __init__(self, glow: Glow, scale: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PlainGlow(nn.Module):
 
 @pytest.fixture(scope="module")
 def batches() -> list[Tensor]:
-    """The first digits of a training run, dequantized, in float64: one batch more than steps."""
+    """The first STEPS + 1 batches of dequantized digits in a training run, in float64."""
     stream = iter(BatchStream(load_splits("digits").train, BATCH, seed=0))
     return [
         dequantize(next(stream), 8, stream_generator(0, Stream.TRAINING_NOISE, step)).double()
@@ -83,7 +83,7 @@ def batches() -> list[Tensor]:
 
 
 def train(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Bits per dimension at every step of Adam."""
+    """Train with Adam and return the bits per dimension at every step."""
     like = next(model.parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     curve = []
@@ -99,11 +99,11 @@ def train(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 
 def start(scale: str, reversible: bool, first: Tensor) -> Glow:
-    """A Glow that no gradient is mathematically zero for.
+    """Return a Glow none of whose gradients is zero up to rounding.
 
-    Adam's first step is lr times a gradient's sign: where that is rounding alone, curves part by
-    1e-4 and show nothing. So the networks' last layers are not zero, and actnorm is set from a
-    batch that is not trained on, on which the gradient of its bias would vanish.
+    Adam's first step is lr times the sign of the gradient. If that sign came from rounding, the
+    curves would differ by 1e-4. The networks' last layers are therefore not zero, and actnorm is
+    initialized from a batch that is not used in training, on which its bias has no gradient.
     """
     glow = Glow(SHAPE, 2, 2, 16, scale=ScaleFunction(scale), reversible=reversible)
     for name, parameter in glow.named_parameters():
@@ -125,9 +125,9 @@ def test_one_loss_curve(scale, reversible, batches, device):
         for name, model in (("ours", glow), ("plain", plain))
     }
     exact = curves.pop(("plain", torch.float64))
-    assert exact[-1] < exact[0] - 0.2  # they do learn
+    assert exact[-1] < exact[0] - 0.2  # training works
 
-    # Each step adds its own rounding of weights and loss, of random sign: a sum of STEPS terms, of
-    # losses of order one.
+    # Each step rounds weights and loss with a random sign, so errors add up like a sum of STEPS
+    # terms. The losses are of order one.
     for (name, dtype), curve in curves.items():
         assert_close(curve, exact, terms=STEPS, scale=1.0, name=f"{name}, {dtype}")

@@ -17,7 +17,7 @@ from mflow_kernels.testing import assert_close
 
 
 class Scale(nn.Module):
-    """z = x / deviation: the flow that whitens independent normals."""
+    """z = x / deviation, the flow that normalizes independent normal numbers."""
 
     def __init__(self, deviation) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_the_spectrum_of_a_linear_flow_is_known():
     assert_close(estimate.spectrum, expected, terms=100)
 
 
-def test_a_spectrum_without_a_step_is_all_manifold():
+def test_a_spectrum_without_a_step_gives_the_full_dimension():
     estimate = estimate_intrinsic_dimension(
         Scale([1.0, 1.5, 0.8]), normal(3, 3, dtype=torch.float64)
     )
@@ -57,7 +57,7 @@ def test_a_spectrum_without_a_step_is_all_manifold():
     assert estimate.gap == pytest.approx(1.5)
 
 
-def test_the_spectrum_is_that_of_autograds_jacobians():
+def test_the_spectrum_agrees_with_autograds_jacobians():
     flow = perturbed(Glow((1, 4, 4), 2, 1, 4), 0.2).double()
     x = normal(3, 1, 4, 4, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(
@@ -70,7 +70,7 @@ def test_the_spectrum_is_that_of_autograds_jacobians():
 
 
 def trained(data, dim, steps):
-    """A small flow after some steps of likelihood."""
+    """Return a small flow after some steps of maximum likelihood."""
     flow = VectorFlow(dim, 6, 32)
     flow.initialize(data(512))
     model = ManifoldFlow(flow, dim)
@@ -83,7 +83,7 @@ def trained(data, dim, steps):
 
 
 def test_the_dimension_of_a_curved_surface_is_found():
-    """A noisy paraboloid in five dimensions, in coordinates of a random rotation."""
+    """The data is a noisy paraboloid in five dimensions, rotated at random."""
     rotation = torch.linalg.qr(torch.randn(5, 5))[0]
     generator = seeded(1)
 
@@ -98,20 +98,20 @@ def test_the_dimension_of_a_curved_surface_is_found():
     assert estimate.gap > 3
 
 
-def test_importance_is_what_the_reconstruction_loses():
-    """Of a linear flow, zeroing z_i moves x by z_i deviation_i: exactly x_i."""
+def test_importance_is_the_change_of_the_reconstruction():
+    """In this linear flow, setting z_i to 0 changes x by z_i deviation_i = x_i."""
     flow = Scale(DEVIATIONS)
     x = normal(400, 5, dtype=torch.float64) * flow.deviation.detach()
-    # Another seed than that of x, whose numbers the probes would else repeat.
+    # Use another seed than x did; otherwise the probes would repeat its numbers.
     (got,) = latent_importance(flow, x, probes=16, generator=seeded(1))
     (again,) = latent_importance(flow, x, probes=16, generator=seeded(1))
     assert torch.equal(got, again)
     expected = x.square().mean(0)
-    # 5 of the standard errors that its docstring gives.
+    # Five times the standard error in the docstring.
     assert ((got / expected - 1).abs() < 5 * math.sqrt(6 / (400 * 16))).all()
 
 
-def test_the_mask_takes_what_carries_most():
+def test_the_mask_takes_the_most_important_pixels():
     flow = Scale(DEVIATIONS)
     x = normal(100, 5, dtype=torch.float64) * flow.deviation.detach()
     (mask,) = manifold_mask_from_data(flow, x, 2, generator=seeded(1))
@@ -122,7 +122,7 @@ def test_the_mask_takes_what_carries_most():
 
 
 def test_masks_of_images_reconstruct_better_than_the_default():
-    """Where fine pixels carry the image, coarsest first is the wrong choice."""
+    """For images made of fine pixels, the default (the coarsest latents) is a bad choice."""
     flow = Glow((1, 4, 4), 2, 1, 4).double()
     x = 0.1 * normal(64, 1, 4, 4, dtype=torch.float64)
     x[:, :, ::2] += normal(64, 1, 2, 4, dtype=torch.float64)
@@ -130,14 +130,14 @@ def test_masks_of_images_reconstruct_better_than_the_default():
     assert [tuple(mask.shape) for mask in masks] == [(2, 2, 2), (8, 1, 1)]
     assert sum(int(mask.sum()) for mask in masks) == 6
     importance = latent_importance(flow, x, generator=seeded(1))
-    kept = torch.cat([i[m] for i, m in zip(importance, masks, strict=True)])
-    left = torch.cat([i[~m] for i, m in zip(importance, masks, strict=True)])
-    assert kept.min() > left.max()
+    on = torch.cat([i[m] for i, m in zip(importance, masks, strict=True)])
+    off = torch.cat([i[~m] for i, m in zip(importance, masks, strict=True)])
+    assert on.min() > off.max()
     chosen, default = ManifoldFlow(flow, mask=masks), ManifoldFlow(flow, 6)
     assert chosen.distance(x).mean() < default.distance(x).mean()
 
 
-def test_of_equals_the_coarser_is_taken():
+def test_ties_go_to_the_later_pixel():
     flow = Scale([1.0, 1.0, 1.0])
     (mask,) = manifold_mask_from_data(flow, torch.zeros(2, 3, dtype=torch.float64), 2)
     assert mask.tolist() == [False, True, True]
@@ -161,7 +161,7 @@ def test_bad_arguments():
         estimate_intrinsic_dimension(Scale([1.0]), x[:, :1])
 
 
-def test_what_is_not_finite_chooses_no_mask():
+def test_data_that_is_not_finite_is_refused():
     x = torch.ones(2, 5, dtype=torch.float64)
     x[0, 0] = math.nan
     message = "x: expected data that the flow maps to finite numbers"
