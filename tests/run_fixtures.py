@@ -7,15 +7,6 @@ from tiny_runs import TINY, write_images
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Use one thread: several are slower for such small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     """A cache of prepared images for the tests only."""
     with pytest.MonkeyPatch.context() as patch:
