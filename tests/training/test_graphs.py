@@ -227,7 +227,7 @@ def test_networks_that_draw_train_without_graphs(monkeypatch, capsys):
     loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
     loss.backward()
     told = capsys.readouterr().err
-    assert "without CUDA graphs: ReversibleChain: a network (Sequential) draws random" in told
+    assert "without CUDA graphs: ReversibleChain: a network (CouplingNetwork) draws random" in told
     assert all(p.grad is not None for p in model.parameters())
 
 
