@@ -140,6 +140,9 @@ def fingerprint(t: Tensor) -> Tensor:
 def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     """The largest relative difference of two lists of tensors, estimated from their fingerprints.
 
+    A difference is relative to the norm of its own tensor or to a third of the largest norm in the
+    list, whichever is larger.
+
     Returns:
         A scalar: inf if the lists differ in length; 0 if their first tensors, the network's inputs,
         differ by more than rounding, since the rebuilt state is then wrong and not the network.
@@ -148,8 +151,11 @@ def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     if len(first) != len(again):
         return torch.full((), math.inf, device=device)
     a, b = (torch.stack([p.to(device) for p in fingerprints]) for fingerprints in (first, again))
+    norm = torch.maximum(a[:, -1], b[:, -1])
+    # A layer whose units are nearly all off has a small norm, and rounding moves it by much of that.
+    scale = torch.maximum(norm, norm.max() / 3)
     # A projection onto cosines has half of a difference's square.
-    distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / torch.maximum(a[:, -1], b[:, -1])
+    distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / scale
     distance = distance.nan_to_num(0.0)  # both zero, or diverged
     return torch.where(distance[0] > _ROUNDING / 4, 0.0, distance.max())
 
