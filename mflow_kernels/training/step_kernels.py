@@ -12,9 +12,9 @@ tensor. In the bytes of the networks' precision it moves, beside its weights,
                          backward 4 H (6 H past width 128), A, Q and the taps of the input's
                          gradient.
 
-The fused kernels compute it where `ops.coupling_network.fits` accepts it in 16 bits. (A card's own
-measurement may choose torch's layers; the planner cannot know.) A reversible step runs each network
-once more. The states are in float32.
+The fused kernels compute it in 16 bits where `ops.coupling_network.fits` accepts it, unless
+$MFLOW_NETWORK is "torch". (A measurement on the card may choose torch's layers, which is not known
+here.) A reversible step runs each network once more. The states are in float32.
 
 Not listed: what is computed from a few numbers a sample, validation, and copies from the host.
 """
@@ -32,6 +32,7 @@ from mflow_kernels.ops.coupling_network_kernels import (
     dh1_tile,
     forward_tile,
 )
+from mflow_kernels.ops.fastest import requested
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.memory import FLOAT, CouplingShape, coupling_shapes
 
@@ -52,7 +53,7 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
     """
     dims = [config.channels * (config.image_size or 0) ** 2]
     dims += [each.dim for each in config.stages]
-    launches = []
+    launches: list[Launch] = []
     for i, (outer, inner) in enumerate(list(pairwise(dims))[: stage + 1]):
         found = coupling_shapes(config, i)
         if i < stage and not config.release:
@@ -115,7 +116,7 @@ def _shape(config: RunConfig, n: CouplingShape) -> Shape:
 
 
 def _fused(config: RunConfig, s: Shape) -> bool:
-    return _dtype(config).itemsize == 2 and fits(s)
+    return _dtype(config).itemsize == 2 and fits(s) and requested() != "torch"
 
 
 def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterator[Launch]:
