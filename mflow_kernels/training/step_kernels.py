@@ -60,7 +60,10 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
             launches += _forward(config, found, keep=False)
             continue
         decodes = config.stages[i].domain == "data" and inner < outer
-        launches += flow_step(config, found) * (2 if decodes else 1)
+        launches += flow_step(config, found)
+        if decodes:
+            launches += flow_step(config, found)
+            launches.append(Launch(12 * _parameters(found)))  # the gradients of both are added
         launches += _update(found)
     return launches
 
@@ -215,5 +218,8 @@ def _fold(config: RunConfig, n: CouplingShape) -> Launch:
 
 def _update(found: list[CouplingShape]) -> Iterator[Launch]:
     """Clipping (12 bytes a parameter), AdamW (28) and the running average (12)."""
-    parameters = sum(n.parameters + n.conv1x1_parameters for n in found)
-    yield from (Launch(size * parameters) for size in (12, 28, 12))
+    yield from (Launch(size * _parameters(found)) for size in (12, 28, 12))
+
+
+def _parameters(found: list[CouplingShape]) -> int:
+    return sum(n.parameters + n.conv1x1_parameters for n in found)

@@ -27,17 +27,40 @@ from mflow_kernels.training.step_kernels import flow_step, training_step
 
 ROOT = Path(__file__).parents[2]
 
-# In a process of its own, as the ledger turns the launchers to CPU tensors for good.
+# In a process of its own, as the ledger turns the launchers to CPU tensors for good. The last count
+# is of the loss in the data domain, through the flow and its inverse.
 COUNT = """
 import json
-from benchmarks.reports import ledger
+from benchmarks.reports import ledger, ledger_counts
 from benchmarks.harness.models import Spec
+import torch
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.folder import build_model
 
 for precision, variant, width in json.loads({cases!r}):
     spec = Spec(side=32, levels=3, steps=2, width=width, batch=8, precision=precision)
     row = ledger.count(spec, variant, "train")
     print(json.dumps([row.moved, row.flops, row.lower_bounds]))
+
+config = RunConfig(**json.loads({decoding!r}))
+model = build_model(config).to(memory_format=torch.channels_last)
+x = torch.rand(config.batch_size, *config.image_shape) - 0.5
+autocast = torch.autocast("cpu", torch.bfloat16)
+
+def run():
+    with autocast:
+        loss = model.terms(x, 0).loss.mean()
+    loss.backward()
+
+with autocast:
+    for net in ledger_counts.networks(model):
+        ledger.RerunNetwork(net).remember(draws=False)
+kernels = ledger_counts.count(run, model, x)
+print(json.dumps([sum(k.moved for k in kernels), sum(k.flops for k in kernels)]))
 """
+DECODING = TrainConfig(
+    levels=3, steps=2, width=128, batch_size=8, precision="bfloat16", checkpoint_every=None,
+).resolve((3, 32, 32))  # fmt: skip
 CASES = [
     ("bfloat16", "ours, reversible", 128),
     ("bfloat16", "ours, stored", 128),
@@ -49,16 +72,19 @@ CASES = [
 
 def test_the_arithmetic_of_a_step_is_the_ledgers_count():
     """Within 8% for bytes and bounds of time, which leave small kernels out, and within 1% for
-    operations. The likelihood is trained, without the optimizer, as in the ledger."""
+    operations. The likelihood is trained, without the optimizer, as in the ledger; the last count
+    is of a penalty in the data domain."""
+    decoding = json.dumps(dataclasses.asdict(DECODING))
     done = subprocess.run(
-        [sys.executable, "-c", COUNT.format(cases=json.dumps(CASES))],
+        [sys.executable, "-c", COUNT.format(cases=json.dumps(CASES), decoding=decoding)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for (precision, variant, width), line in zip(CASES, done.stdout.splitlines(), strict=True):
+    *lines, last = done.stdout.splitlines()
+    for (precision, variant, width), line in zip(CASES, lines, strict=True):
         config = TrainConfig(
             levels=3, steps=2, width=width, batch_size=8, precision=precision,
             reversible=variant == "ours, reversible",
@@ -71,6 +97,11 @@ def test_the_arithmetic_of_a_step_is_the_ledgers_count():
         assert list(bounds) == list(CARDS)
         for card, bound in bounds.items():
             assert CARDS[card].lower_bound(kernels) == pytest.approx(bound, rel=0.08), case
+    moved, flops = json.loads(last)
+    optimizer = 52 * sum(n.parameters + n.conv1x1_parameters for n in coupling_shapes(DECODING, 0))
+    kernels = training_step(DECODING, 0)
+    assert sum(k.moved for k in kernels) - optimizer == pytest.approx(moved, rel=0.08)
+    assert sum(k.flops for k in kernels) == pytest.approx(flops, rel=0.01)
 
 
 class TestTrainingStep:
