@@ -210,7 +210,7 @@ OUTPUTS = {
 # How many C x C products a kernel makes at each pixel.
 PRODUCTS_WITH_W = {
     "_conv1x1_kernel": 1,
-    "_dweight_kernel": 1,
+    "_weight_gradient_kernel": 1,
     "_coupling_conv1x1_bwd_kernel": 1,
     "_rebuild_conv1x1_kernel": 3,
     "_rebuild_conv1x1_wide_kernel": 3,

@@ -144,7 +144,11 @@ def test_latents_of_wrong_shapes_or_types():
     for z, error, message in (
         ((coarse, fine), ValueError, shapes),
         ((fine,), ValueError, shapes),
-        ((fine, normal(3, 8, 1, 1)), ValueError, r"z: .* latents of one batch size, got \[2, 3\]"),
+        (
+            (fine, normal(3, 8, 1, 1)),
+            ValueError,
+            r"z\[0\]: expected shape \(3, 2, 2, 2\), got \(2,",
+        ),
         (fine, TypeError, "z: expected a tuple of 2 latents, got Tensor"),
     ):
         with pytest.raises(error, match=message):
@@ -215,12 +219,3 @@ def test_samples_of_networks_with_large_outputs_are_finite():
     x, logdet = glow.inverse(tuple(normal(16, *shape) for shape in glow.latent_shapes))
     assert x.isfinite().all()
     assert logdet.isfinite().all()
-
-
-def test_latents_of_another_batch_or_kind() -> None:
-    glow = Glow((1, 4, 4), 2, 1, 4)
-    shapes = glow.latent_shapes
-    with pytest.raises(ValueError, match=r"z\[0\]: expected shape \(3, 2, 2, 2\), got \(2, 2"):
-        glow.inverse((torch.zeros(2, *shapes[0]), torch.zeros(3, *shapes[1])))
-    with pytest.raises(TypeError, match="z: expected a tuple of 2 latents, got Tensor"):
-        glow.inverse(torch.zeros(2, *shapes[0]))  # type: ignore[arg-type]

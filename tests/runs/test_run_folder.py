@@ -61,7 +61,7 @@ class TestData:
         assert main(["reconstruct", str(run)]) == 0
         message = capsys.readouterr().err
         assert "its data has changed: 1 image added (000a.png)" in message
-        assert "taking 30 of the 30 images that it held out" in message
+        assert "using 30 of the 30 images that the run held out" in message
         found = held_out_images(load_run(str(run)), None).images
         before = train_module.load_splits(str(data), 8)
         names = {n for n, part in zip(then.names, then.parts, strict=True) if part == TEST}
@@ -86,7 +86,10 @@ class TestData:
     def test_a_run_that_recorded_no_images(self, run, capsys):
         (run / "images.csv").unlink()
         assert main(["reconstruct", str(run)]) == 0
-        assert "has no images.csv: images may have been trained on" in capsys.readouterr().err
+        assert (
+            "has no images.csv: the model may have been trained on these images"
+            in capsys.readouterr().err
+        )
 
 
 class TestPlan:
@@ -96,7 +99,7 @@ class TestPlan:
         before = listing(tmp_path)
         command = ["train", *TINY, "--data", str(data), "--run-dir", str(tmp_path / "run")]
         message = refused([*command, *(["--batch-size", "1"] if count > 2 else [])], capsys)
-        assert "--batch-size: expected at least 2 images in a step, from which stage 2" in message
+        assert "--batch-size: expected at least 2 images in a step, because stage 2" in message
         assert listing(tmp_path) == before
 
     def test_one_image_is_enough_for_the_image_flow(self, command):
