@@ -46,7 +46,7 @@ def describe_training(config: RunConfig, images: int | None) -> str:
     if images is None:
         images = count_training_images(config.data)
     on_gpu = config.device != "cpu"
-    head = ["", "parameters", "steps", *(f"h, {card}" for card in CARDS if on_gpu)]
+    head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]
     rows = [head]
     for stage, parameters in enumerate(_parameters(config)):
         steps = optimizer_steps(config, stage, images)
@@ -58,15 +58,14 @@ def describe_training(config: RunConfig, images: int | None) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     lines[0] = f"{'stage':{widths[0]}}{lines[0][widths[0] :]}"
-    if "?" in rows[1] + rows[-1]:
+    if any("?" in row for row in rows):
         lines.append("?: give the number of training images, such as --images 162770 for CelebA.")
     if on_gpu:
         lines += [
-            f"h: estimated hours, not measured on any GPU. A step is taken to reach "
-            f"{ROOFLINE_SHARE:.0%} of",
-            "its roofline: a lower bound of its time, from its bytes over the card's published",
-            "bandwidth and its operations over the published tensor throughput. Validation and",
-            "evaluation come on top.",
+            "The hours are estimates; no GPU has been measured. The bytes and operations of a step,",
+            "over the published bandwidth and tensor throughput, give a lower bound of its time.",
+            f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation and",
+            "evaluation are not included.",
         ]
     checkpoint = checkpoint_bytes(config)
     lines += [

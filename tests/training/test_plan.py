@@ -169,7 +169,7 @@ class TestCommand:
         row = next(line for line in out.splitlines() if line.startswith("stage 1 "))
         assert row.split()[2:5] == ["75,675,220", f"{steps:,}", f"{hours:.2f}"]
         assert "2.0 GB of prepared training images" in out
-        assert "not measured on any GPU" in out
+        assert "estimates; no GPU has been measured" in out
         assert "lower bound" in out
         assert "Nobody has trained with batches of that size" in out
         unknown = self.plan(capsys, *preset)
