@@ -62,10 +62,10 @@ def describe_training(config: RunConfig, images: int | None) -> str:
         lines.append("?: give the number of training images, such as --images 162770 for CelebA.")
     if on_gpu:
         lines += [
-            "The hours are estimates; no GPU has been measured. The bytes and operations of a step,",
-            "over the published bandwidth and tensor throughput, give a lower bound of its time.",
-            f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation and",
-            "evaluation are not included.",
+            "The hours are estimates; no GPU has been measured. The bytes and operations of steps,",
+            "over the published bandwidth and tensor throughput, give a lower bound of their time.",
+            f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation "
+            "and evaluation are not included.",
         ]
     checkpoint = checkpoint_bytes(config)
     lines += [
