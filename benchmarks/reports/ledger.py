@@ -20,10 +20,9 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.reports import aot, ledger_counts  # before anything of mflow_kernels
 
@@ -33,40 +32,15 @@ from torch import nn  # isort: skip
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.output import save_json, text_table
 from benchmarks.harness.session import Missing
-from benchmarks.reports.ledger_counts import PARTS, Kernel
+from benchmarks.reports.ledger_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.reversible.rerun import RerunNetwork
+from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
 RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others in training alone
 VARIANTS = ("ours, stored", "ours, reversible", "plain", "plain, channels_last", "checkpointing",
             "normflows", "nflows", "FrEIA")  # fmt: skip
-
-
-class Card(NamedTuple):
-    """Published peaks: bytes a second, and dense tensor-core operations a second by dtype."""
-
-    bandwidth: float
-    throughput: dict[torch.dtype, float]
-
-    def lower_bound(self, kernels: Iterable[Kernel]) -> float:
-        """Seconds that these kernels take at least, one after the other."""
-        return sum(
-            max(k.moved / self.bandwidth, k.flops / self.throughput.get(k.dtype, float("inf")))
-            for k in kernels
-        )
-
-
-def _throughput(sixteen_bits: float, tf32: float) -> dict[torch.dtype, float]:
-    return {torch.bfloat16: sixteen_bits, torch.float16: sixteen_bits, torch.float32: tf32}
-
-
-# NVIDIA's data sheets: H100 SXM, A100 80GB SXM, GeForce RTX 4090 (Ada whitepaper, appendix A).
-CARDS = {
-    "H100": Card(3.35e12, _throughput(989e12, 495e12)),
-    "A100": Card(2.04e12, _throughput(312e12, 156e12)),
-    "RTX 4090": Card(1.008e12, _throughput(165e12, 82.6e12)),
-}
 
 
 @dataclass

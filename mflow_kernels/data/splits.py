@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
 from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED
-from mflow_kernels.data.prepared import PARTS
+from mflow_kernels.data.prepared import PARTS, is_prepared, open_prepared
 from mflow_kernels.data.sources import DataError
 
 
@@ -169,6 +170,25 @@ def load_splits(data: str, image_size: int | None = None) -> Splits:
     return Splits(ImageSet(prepared.images), prepared.manifest, skipped)
 
 
+def count_training_images(data: str) -> int | None:
+    """Number of training images of a named data set or a prepared file, without reading an image;
+    None for anything else.
+
+    Raises:
+        DataError: a prepared file is damaged or of another version.
+    """
+    if data in NAMED_DATASETS:
+        count = NAMED_DATASETS[data].images
+        return count - _held_out(count)
+    path = Path(data)
+    return open_prepared(path).record.count[TRAIN] if is_prepared(path) else None
+
+
+def _held_out(count: int) -> int:
+    """Number of images that a random split of `count` images holds out."""
+    return math.ceil(count * HELD_OUT_FRACTION)
+
+
 def load_evaluation_set(data: str, image_size: int | None = None) -> EvaluationSet:
     """Open the images of a data set that a model can be evaluated on.
 
@@ -197,6 +217,6 @@ def _load_named(dataset: NamedDataset, image_size: int | None) -> Splits:
     shuffled = images[order].reshape(*images.shape[:3], dataset.channels)
     images = np.ascontiguousarray(shuffled.transpose(0, 3, 1, 2))
     parts = np.full(len(order), TRAIN, np.uint8)
-    parts[: math.ceil(len(order) * HELD_OUT_FRACTION)] = TEST
+    parts[: _held_out(len(order))] = TEST
     manifest = Manifest([str(row) for row in order], parts, [digest(image) for image in images])
     return Splits(ImageSet(images), manifest)

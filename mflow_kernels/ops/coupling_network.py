@@ -87,8 +87,12 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     1,024, for images with at most 56 channels."""
     if not _by_kernels(x) or x.dim() not in (2, 4) or not x.numel():
         return False
-    taps = 9 if x.dim() == 4 else 1
-    return taps * w3.shape[0] <= 512 and taps * w1.shape[1] <= 256 and 16 <= len(w1) <= 1024
+    return fits(Shape.of(x, len(w1), len(w3)))
+
+
+def fits(s: Shape) -> bool:
+    """Whether tiles of this network's weights fit the kernels."""
+    return s.taps * s.c_out <= 512 and s.taps * s.c_in <= 256 and 16 <= s.width <= 1024
 
 
 def prefers_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:

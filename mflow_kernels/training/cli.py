@@ -183,6 +183,11 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
         type=int,
         help="Colour channels of the images; by default 3, or those of the named data set.",
     )
+    planner.add_argument(
+        "--images",
+        type=int,
+        help="Number of training images; by default that of the named data set or prepared file.",
+    )
     planner.add_argument("--preset", **preset)
     add_options(planner)
     planner.set_defaults(data=None)
@@ -226,7 +231,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
         return "--levels" + colon + rest
     options = {"run_dir", "overwrite", "resume", "preset"}
     options |= {"number", "temperature", "stages", "output"}
-    options |= {"out", "workers", "gpu_memory", "channels"}
+    options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"draws", "features", "feature_weights", "feature_images", "ood"}
     if name in options or name in {option.name for option in fields(TrainConfig)}:
         return "--" + name.replace("_", "-") + colon + rest

@@ -276,24 +276,35 @@ def evaluate(
 
 
 def plan(options: dict[str, Any]) -> Work:
-    """Predict the memory that training needs.
+    """Predict the memory, steps, disk and hours that training needs.
 
-    Takes the options of mflow train and prints the peak memory of a training step by purpose,
-    without allocating it. Images are not read: give their --image-size and --channels, or
-    the name of a data set as --data.
+    Takes the options of mflow train, allocates nothing and reads no image: give a file of mflow
+    prepare or the name of a data set as --data, or else --images, --image-size and --channels.
     """
     import torch
 
+    from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.training.memory import describe_peak, parse_memory, resolve_config
+    from mflow_kernels.training.plan import describe_fit, describe_training
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
+    images = options.pop("images")
+    if images is not None:
+        _check_at_least("images", images, 1)
     gpu_memory = None if text is None else parse_memory(text)
+    if options["data"] and is_prepared(path := Path(options["data"])):
+        form = open_prepared(path).record.format
+        options["image_size"] = options["image_size"] or form.size
+        channels = channels if channels is not None else form.channels
     config = TrainConfig(**{**options, "data": options["data"] or ""})
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    return lambda: print(describe_peak(resolved, gpu, gpu_memory))
+    parts = [describe_peak(resolved, gpu), describe_training(resolved, images)]
+    if gpu_memory is not None:
+        parts.append(describe_fit(resolved, gpu_memory))
+    return lambda: print("\n\n".join(parts))
 
 
 def presets(name: str | None = None) -> Work:

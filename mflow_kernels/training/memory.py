@@ -187,8 +187,8 @@ def peak_memory(config: RunConfig) -> Memory:
     return max(snapshots, key=lambda memory: memory.total)
 
 
-def describe_peak(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
-    """The text that `mflow plan` prints."""
+def describe_peak(config: RunConfig, gpu: bool) -> str:
+    """The part of `mflow plan` on the configuration and its peak memory."""
     peak = peak_memory(config)
     states = (
         "stored" if not config.reversible
@@ -207,11 +207,7 @@ def describe_peak(config: RunConfig, gpu: bool, gpu_memory: int | None) -> str:
     labels = {f.metadata["label"]: getattr(peak, f.name) for f in _rows()}
     rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
     width = max(map(len, rows)) + 2
-    lines += [f"  {label:{width}}{_readable(value):>10}" for label, value in rows.items()]
-    if gpu_memory is not None:
-        batch, room = largest_batch(config, gpu_memory), _readable(gpu_memory)
-        fits = "Fits" if config.batch_size <= batch else "Does not fit"
-        lines += ["", f"{fits} in {room}. Largest batch in {room}: {batch or 'none fits'}"]
+    lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
     if gpu:
         lines += [
             "",
@@ -230,7 +226,8 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * units[found[2].upper()])
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes as a text such as "1.5 GB"."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

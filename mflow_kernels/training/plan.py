@@ -1,0 +1,113 @@
+"""What a training run will take beside memory: steps, disk, and an estimate of the hours."""
+
+import dataclasses
+
+from mflow_kernels.data.named import NAMED_DATASETS
+from mflow_kernels.data.splits import count_training_images
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.training.cards import CARDS
+from mflow_kernels.training.memory import (
+    FLOAT,
+    coupling_shapes,
+    largest_batch,
+    peak_memory,
+    readable,
+)
+from mflow_kernels.training.step_kernels import training_step
+
+ROOFLINE_SHARE = 0.5  # assumed: what a step reaches of its lower bound of time
+
+
+def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
+    """Optimizer steps of a stage; None where they depend on an unknown number of images."""
+    if images is None:
+        return config.stages[stage].max_steps
+    return config.stages[stage].optimizer_steps(images // min(config.batch_size, images))
+
+
+def least_step_seconds(config: RunConfig, stage: int, card: str) -> float:
+    """Lower bound of the time of one optimizer step of a stage on a card of `CARDS`."""
+    return CARDS[card].lower_bound(training_step(config, stage))
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Size of the last checkpoint: weights and buffers, their average, and AdamW's moments."""
+    return 2 * peak_memory(config).parameters + 2 * FLOAT * sum(_parameters(config))
+
+
+def describe_training(config: RunConfig, images: int | None) -> str:
+    """The part of `mflow plan` on parameters, steps, disk and hours.
+
+    Args:
+        config: what to train.
+        images: number of training images. By default that of a named data set or prepared file;
+            elsewhere the text says how to give it.
+    """
+    if images is None:
+        images = count_training_images(config.data)
+    on_gpu = config.device != "cpu"
+    head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]
+    rows = [head]
+    for stage, parameters in enumerate(_parameters(config)):
+        steps = optimizer_steps(config, stage, images)
+        cells = [f"stage {stage + 1}", f"{parameters:,}", "?" if steps is None else f"{steps:,}"]
+        for card in CARDS if on_gpu else ():
+            seconds = least_step_seconds(config, stage, card) / ROOFLINE_SHARE
+            cells.append("?" if steps is None else f"{steps * seconds / 3600:.2f}")
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
+    lines[0] = f"{'stage':{widths[0]}}{lines[0][widths[0] :]}"
+    if any("?" in row for row in rows):
+        lines.append("?: give the number of training images, such as --images 162770 for CelebA.")
+    if on_gpu:
+        lines += [
+            "The hours are estimates; no GPU has been measured. The bytes and operations of steps,",
+            "over the published bandwidth and tensor throughput, give a lower bound of their time.",
+            f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation "
+            "and evaluation are not included.",
+        ]
+    checkpoint = checkpoint_bytes(config)
+    lines += [
+        "",
+        f"Disk: two checkpoints of {readable(checkpoint)} each, and a third while one is written",
+    ]
+    if images is not None and config.data not in NAMED_DATASETS:
+        size = images * config.channels * (config.image_size or 0) ** 2
+        lines.append(f"      {readable(size)} of prepared training images, without held-out ones")
+    return "\n".join(lines)
+
+
+def describe_fit(config: RunConfig, gpu_memory: int) -> str:
+    """The part of `mflow plan` on what fits in so many bytes, and what follows from it."""
+    batch, room = largest_batch(config, gpu_memory), readable(gpu_memory)
+    fits = config.batch_size <= batch
+    largest = f"{batch:,}" if batch else "none fits"
+    lines = [f"{'Fits' if fits else 'Does not fit'} in {room}. Largest batch in {room}: {largest}"]
+    if batch > config.batch_size:
+        lines.append(
+            "Nobody has trained with batches of that size, or tuned a learning rate for it."
+        )
+    other = dataclasses.replace(config, reversible=not config.reversible)
+    needed = peak_memory(other).total
+    if config.reversible and needed <= gpu_memory:
+        rebuilt, stored = training_step(config, 0), training_step(other, 0)
+        moved = 1 - sum(k.moved for k in stored) / sum(k.moved for k in rebuilt)
+        flops = 1 - sum(k.flops for k in stored) / sum(k.flops for k in rebuilt)
+        lines.append(
+            f"--no-reversible fits too ({readable(needed)}). In a step of stage 1 it saves "
+            f"{moved:.0%} of the bytes\nand {flops:.0%} of the operations."
+        )
+    elif config.reversible and fits:
+        lines.append(f"--no-reversible does not fit: it takes {readable(needed)}.")
+    elif not config.reversible and not fits and needed <= gpu_memory:
+        lines.append(f"--reversible fits: it takes {readable(needed)}.")
+    return "\n".join(lines)
+
+
+def _parameters(config: RunConfig) -> list[int]:
+    """Number of parameters of each stage."""
+    return [
+        sum(n.parameters + n.conv1x1_parameters for n in coupling_shapes(config, stage))
+        for stage in range(len(config.stages))
+    ]

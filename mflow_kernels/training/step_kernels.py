@@ -1,0 +1,225 @@
+"""Bytes and floating point operations of a training step on a GPU, by arithmetic.
+
+`training_step` lists the kernels that a step asks of a GPU. Nothing runs and nothing was measured.
+`benchmarks.reports.ledger` counts the kernels of real steps; a test holds the two to each other.
+
+A coupling network at one pixel has A numbers of input, Q of output and H = width in a hidden
+tensor. In the bytes of the networks' precision it moves, beside its weights,
+
+    by torch's layers    forward 12 H + A + 3 Q, backward 16 H + 2 A + 3 Q. Linear layers, whose
+                         bias is part of the product, move 8 H + A + Q forward.
+    by the fused kernels forward A + 19 Q, and 2 H more where the hidden tensors are stored;
+                         backward 4 H (6 H past width 128), A, Q and the taps of the input's
+                         gradient.
+
+The fused kernels compute it in 16 bits where `ops.coupling_network.fits` accepts it, unless
+$MFLOW_NETWORK is "torch". (A measurement on the card may choose torch's layers, which is not known
+here.) A reversible step runs each network once more. The states are in float32.
+
+Not listed: what is computed from a few numbers a sample, validation, and copies from the host.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from mflow_kernels.ops.coupling_network import fits
+from mflow_kernels.ops.coupling_network_kernels import (
+    PROGRAMS,
+    Shape,
+    dh1_tile,
+    forward_tile,
+)
+from mflow_kernels.ops.fastest import requested
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.training.memory import FLOAT, CouplingShape, coupling_shapes
+
+
+class Launch(NamedTuple):
+    """One kernel: bytes read and written, operations of its products, and their factors' dtype."""
+
+    moved: int
+    flops: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+def training_step(config: RunConfig, stage: int) -> list[Launch]:
+    """The kernels of one optimizer step while `stage` (from 0) trains.
+
+    The earlier stages compute that stage's data, without gradients unless they are released. A
+    penalty in the data domain takes a second pass, through the inverse.
+    """
+    dims = [config.channels * (config.image_size or 0) ** 2]
+    dims += [each.dim for each in config.stages]
+    launches: list[Launch] = []
+    for i, (outer, inner) in enumerate(list(pairwise(dims))[: stage + 1]):
+        found = coupling_shapes(config, i)
+        if i < stage and not config.release:
+            launches += _forward(config, found, keep=False)
+            continue
+        decodes = config.stages[i].domain == "data" and inner < outer
+        launches += flow_step(config, found)
+        if decodes:
+            launches += flow_step(config, found)
+            launches.append(Launch(12 * _parameters(found)))  # the gradients of both are added
+        launches += _update(found)
+    return launches
+
+
+def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
+    """One pass through a flow and back, without the optimizer."""
+    launches = list(_forward(config, found, keep=not config.reversible))
+    if config.reversible:
+        launches += _run_networks(config, found, keep=True)
+    for n in found:
+        launches += _network_backward(config, n)
+        launches += _state_backward(config, n)
+    data = FLOAT * config.batch_size * _numbers(found)
+    # The likelihood of the latents and its gradient; where states are rebuilt, the copy of the
+    # latents to start from and the comparison of the rebuilt data with the original.
+    launches += [Launch(data)] * (18 if config.reversible else 10)
+    return launches
+
+
+def _numbers(found: list[CouplingShape]) -> int:
+    """Numbers in one sample of the flow's data."""
+    return found[0].channels * found[0].pixels
+
+
+def _forward(config: RunConfig, found: list[CouplingShape], keep: bool) -> Iterator[Launch]:
+    yield from _run_networks(config, found, keep)
+    for n in found:
+        yield from _state_forward(config, n)
+    groups = {n.channels: n for n in found}
+    for n in groups.values():
+        # The coupling after a level's last convolution, and the copy of the squeeze.
+        yield from [Launch(2 * _state(config, n))] * 2
+
+
+def _run_networks(config: RunConfig, found: list[CouplingShape], keep: bool) -> Iterator[Launch]:
+    for n in found:
+        yield from _network_forward(config, n, keep)
+
+
+def _state(config: RunConfig, n: CouplingShape) -> int:
+    """Bytes of a state."""
+    return FLOAT * config.batch_size * n.channels * n.pixels
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.precision)
+    return dtype
+
+
+def _shape(config: RunConfig, n: CouplingShape) -> Shape:
+    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
+    return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
+
+
+def _fused(config: RunConfig, s: Shape) -> bool:
+    return _dtype(config).itemsize == 2 and fits(s) and requested() != "torch"
+
+
+def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterator[Launch]:
+    s, dtype = _shape(config, n), _dtype(config)
+    e, w1, w2, w3 = _weights(config, s)
+    a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
+    f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
+    if e < FLOAT:
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights rounded to 16 bits
+    if _fused(config, s):
+        tile = forward_tile(s)
+        columns, blocks = -(-s.taps * s.c_out // tile.block_j), -(-s.width // tile.block_d)
+        taps = s.taps * q
+        flops = columns * (blocks * f1 + f2) + f3
+        yield Launch(a + w1 + w2 + w3 + taps + (2 * h if keep else 0), flops, dtype)
+        yield Launch(taps + q)
+        return
+    apart = s.taps > 1  # convolutions add their biases in a pass of its own
+    for before, after, w, f in ((a, h, w1, f1), (h, h, w2, f2), (h, q, w3, f3)):
+        yield Launch(before + w + after, f, dtype)
+        if apart:
+            yield Launch(2 * after)
+        if after is h:
+            yield Launch(2 * h)  # ReLU
+
+
+def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
+    s, dtype = _shape(config, n), _dtype(config)
+    e, w1, w2, w3 = _weights(config, s)
+    a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
+    f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
+    if _fused(config, s):
+        inside = bool(s.sums[1])  # d W2 is among the partial sums
+        sums = FLOAT * sum(s.sums)
+        partial = max(sums, min(PROGRAMS * sums, h // 4))
+        taps = s.taps * a * -(-s.width // dh1_tile(s).block_d)
+        yield Launch(q + 2 * h + w3 + partial // 2, 2 * f3, dtype)
+        yield Launch(
+            2 * h + a + w1 + w2 + taps + partial // 2, 2 * f1 + f2 * (2 if inside else 1), dtype
+        )
+        yield Launch(taps + a)
+        yield Launch(partial + sums)
+        if not inside:
+            yield Launch(2 * h + w2 * FLOAT // e, f2, dtype)
+        return
+    for before, after, w, f in ((h, q, w3, f3), (h, h, w2, f2), (a, h, w1, f1)):
+        yield Launch(after + w + before, f, dtype)  # of the input
+        yield Launch(after + w + before, f, dtype)  # of the weight
+        yield Launch(after)  # of the bias
+        if before is h:
+            yield Launch(3 * h)  # through ReLU
+    if e < FLOAT:
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # gradients widened
+
+
+def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
+    """Bytes of a number and of each weight of a network, in its precision."""
+    e = _dtype(config).itemsize
+    w1, w2, w3 = (e * out * taps * inner for out, taps, inner in s.weights)
+    return e, w1, w2, w3
+
+
+def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
+    """The coupling before and the 1x1 convolution in one launch; or the coupling of a split."""
+    s, state = _shape(config, n), _state(config, n)
+    e = _dtype(config).itemsize
+    params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
+    products = 2 * s.pixels * n.channels**2
+    yield Launch(2 * state + params + net, products if n.has_conv1x1 else 0)
+    yield _fold(config, n)
+
+
+def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
+    s, state = _shape(config, n), _state(config, n)
+    e = _dtype(config).itemsize
+    params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
+    products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0
+    if config.reversible:
+        # The coupling is undone, then the convolution; the network's input is copied.
+        yield Launch(2 * state + 2 * params)
+        yield Launch(3 * state + net, 3 * products)
+        yield Launch(state // 2 + net)
+    else:
+        # The coupling and convolution walked back, then the gradient of W.
+        yield Launch(3 * state + 2 * params + net, products)
+        yield Launch(2 * state + net, products)
+    yield _fold(config, n)
+
+
+def _fold(config: RunConfig, n: CouplingShape) -> Launch:
+    """W' from its factors and actnorm, or their gradients: about 25 passes over C x C numbers, and
+    as many more for the inverse of a reversible step."""
+    passes = 50 if config.reversible else 25
+    return Launch(passes * FLOAT * n.channels**2 if n.has_conv1x1 else 0)
+
+
+def _update(found: list[CouplingShape]) -> Iterator[Launch]:
+    """Clipping (12 bytes a parameter), AdamW (28) and the running average (12)."""
+    yield from (Launch(size * _parameters(found)) for size in (12, 28, 12))
+
+
+def _parameters(found: list[CouplingShape]) -> int:
+    return sum(n.parameters + n.conv1x1_parameters for n in found)

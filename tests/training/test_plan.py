@@ -1,0 +1,219 @@
+"""The parts of `mflow plan` beside memory: steps, disk, the arithmetic of a step, and advice."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import TINY, write_images
+
+from mflow_kernels.data.splits import count_training_images, load_splits
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.folder import read_config
+from mflow_kernels.runs.presets import preset_options
+from mflow_kernels.training.cards import CARDS
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.memory import coupling_shapes, parse_memory
+from mflow_kernels.training.plan import (
+    ROOFLINE_SHARE,
+    checkpoint_bytes,
+    describe_fit,
+    least_step_seconds,
+    optimizer_steps,
+)
+from mflow_kernels.training.step_kernels import flow_step, training_step
+
+ROOT = Path(__file__).parents[2]
+
+# In a process of its own, as the ledger turns the launchers to CPU tensors for good. The last count
+# is of the loss in the data domain, through the flow and its inverse.
+COUNT = """
+import json
+from benchmarks.reports import ledger, ledger_counts
+from benchmarks.harness.models import Spec
+import torch
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.folder import build_model
+
+for precision, variant, width in json.loads({cases!r}):
+    spec = Spec(side=32, levels=3, steps=2, width=width, batch=8, precision=precision)
+    row = ledger.count(spec, variant, "train")
+    print(json.dumps([row.moved, row.flops, row.lower_bounds]))
+
+config = RunConfig(**json.loads({decoding!r}))
+model = build_model(config).to(memory_format=torch.channels_last)
+x = torch.rand(config.batch_size, *config.image_shape) - 0.5
+autocast = torch.autocast("cpu", torch.bfloat16)
+
+def run():
+    with autocast:
+        loss = model.terms(x, 0).loss.mean()
+    loss.backward()
+
+with autocast:
+    for net in ledger_counts.networks(model):
+        ledger.RerunNetwork(net).remember(draws=False)
+kernels = ledger_counts.count(run, model, x)
+print(json.dumps([sum(k.moved for k in kernels), sum(k.flops for k in kernels)]))
+"""
+DECODING = TrainConfig(
+    levels=3, steps=2, width=128, batch_size=8, precision="bfloat16", checkpoint_every=None,
+).resolve((3, 32, 32))  # fmt: skip
+CASES = [
+    ("bfloat16", "ours, reversible", 128),
+    ("bfloat16", "ours, stored", 128),
+    ("bfloat16", "ours, reversible", 256),  # a product of its own for the gradient of W2
+    ("float32", "ours, reversible", 128),
+    ("float32", "ours, stored", 128),
+]
+
+
+def test_the_arithmetic_of_a_step_is_the_ledgers_count():
+    """Within 8% for bytes and bounds of time, which leave small kernels out, and within 1% for
+    operations. The likelihood is trained, without the optimizer, as in the ledger; the last count
+    is of a penalty in the data domain."""
+    decoding = json.dumps(dataclasses.asdict(DECODING))
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT.format(cases=json.dumps(CASES), decoding=decoding)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    for (precision, variant, width), line in zip(CASES, lines, strict=True):
+        config = TrainConfig(
+            levels=3, steps=2, width=width, batch_size=8, precision=precision,
+            reversible=variant == "ours, reversible",
+        ).resolve((3, 32, 32))  # fmt: skip
+        kernels = flow_step(config, coupling_shapes(config, 0))
+        moved, flops, bounds = json.loads(line)
+        case = f"{precision} {variant} {width}"
+        assert sum(k.moved for k in kernels) == pytest.approx(moved, rel=0.08), case
+        assert sum(k.flops for k in kernels) == pytest.approx(flops, rel=0.01), case
+        assert list(bounds) == list(CARDS)
+        for card, bound in bounds.items():
+            assert CARDS[card].lower_bound(kernels) == pytest.approx(bound, rel=0.08), case
+    moved, flops = json.loads(last)
+    optimizer = 52 * sum(n.parameters + n.conv1x1_parameters for n in coupling_shapes(DECODING, 0))
+    kernels = training_step(DECODING, 0)
+    assert sum(k.moved for k in kernels) - optimizer == pytest.approx(moved, rel=0.08)
+    assert sum(k.flops for k in kernels) == pytest.approx(flops, rel=0.01)
+
+
+class TestTrainingStep:
+    CONFIG = TrainConfig(
+        manifold_dim=32, stage_dims=[16], domain="latent", width=128, precision="bfloat16",
+    ).resolve((3, 32, 32))  # fmt: skip
+
+    def flops(self, stage, **changed) -> int:
+        config = dataclasses.replace(self.CONFIG, **changed)
+        return sum(k.flops for k in training_step(config, stage))
+
+    def test_a_penalty_in_the_data_domain_takes_a_second_pass(self):
+        assert self.flops(0, domain="data") == 2 * self.flops(0)
+        whole = {"manifold_dim": 3 * 32 * 32}  # nothing off the manifold: nothing to decode
+        assert self.flops(0, domain="data", **whole) == self.flops(0, **whole)
+
+    def test_a_later_stage_computes_its_data_by_the_earlier_ones(self):
+        kept, released = self.flops(1), self.flops(1, release=True)
+        # Forward alone against forward, once more, and twice the products backward.
+        assert 0.2 < kept / released < 0.4
+        assert released > self.flops(0)
+
+    def test_networks_by_torchs_layers_move_more(self, monkeypatch):
+        fused = sum(k.moved for k in training_step(self.CONFIG, 0))
+        monkeypatch.setenv("MFLOW_NETWORK", "torch")
+        assert sum(k.moved for k in training_step(self.CONFIG, 0)) > 1.5 * fused
+
+
+def test_steps_are_those_of_training():
+    config = TrainConfig(batch_size=64, epochs=3, stage_epochs=[2]).resolve((3, 64, 64))
+    assert optimizer_steps(config, 0, 1000) == 3 * 15  # the last 40 images of a pass are left out
+    assert optimizer_steps(config, 1, 1000) == 2 * 15
+    assert optimizer_steps(config, 0, 10) == 3
+    assert optimizer_steps(config, 0, None) is None
+    assert optimizer_steps(dataclasses.replace(config, max_steps=7), 0, None) == 7
+
+
+def test_the_images_of_named_data_sets_are_counted():
+    assert count_training_images("digits") == len(load_splits("digits").train) == 4500
+    assert count_training_images("no such file") is None
+
+
+def test_a_checkpoint_has_the_predicted_size(tmp_path):
+    images, run = write_images(tmp_path / "images"), tmp_path / "run"
+    # Wide, so that its tensors and not the names in it take the file.
+    options = [*TINY, "--width", "256", "--stage-width", "256"]
+    assert main(["train", *options, "--data", str(images), "--run-dir", str(run)]) == 0
+    size = (run / "last.ckpt").stat().st_size
+    assert checkpoint_bytes(read_config(run, "run")) == pytest.approx(size, rel=0.05)
+
+
+class TestCommand:
+    def plan(self, capsys, *options) -> str:
+        assert main(["plan", *options]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    def test_preset(self, capsys):
+        preset = ["--preset", "celeba64", "--gpu-memory", "80GB"]
+        out = self.plan(capsys, *preset, "--images", "162770")
+        config = TrainConfig(**preset_options("celeba64")).resolve((3, 64, 64))
+        steps = 60 * (162770 // 128)
+        hours = steps * least_step_seconds(config, 0, "H100") / ROOFLINE_SHARE / 3600
+        row = next(line for line in out.splitlines() if line.startswith("stage 1 "))
+        assert row.split()[2:5] == ["75,675,220", f"{steps:,}", f"{hours:.2f}"]
+        assert "2.0 GB of prepared training images" in out
+        assert "estimates; no GPU has been measured" in out
+        assert "lower bound" in out
+        assert "Nobody has trained with batches of that size" in out
+        unknown = self.plan(capsys, *preset)
+        assert "give the number of training images, such as --images 162770" in unknown
+        assert "prepared training images" not in unknown
+
+    def test_known_images(self, capsys):
+        out = self.plan(capsys, "--data", "digits", "--epochs", "2", "--batch-size", "100")
+        rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
+        assert [row[3] for row in rows[1:]] == ["90", "90"]
+        assert "prepared" not in out  # digits are held in memory
+
+    def test_a_prepared_file_says_its_size_and_images(self, capsys, tmp_path):
+        images, file = write_images(tmp_path / "images", count=20), tmp_path / "file.safetensors"
+        assert main(["prepare", str(images), "--out", str(file), "--image-size", "16"]) == 0
+        capsys.readouterr()
+        out = self.plan(capsys, "--data", str(file), "--epochs", "5", "--batch-size", "6")
+        assert "6 images of 1x16x16" in out
+        rows = [line.split() for line in out.splitlines() if line.startswith("stage ")]
+        assert [row[3] for row in rows[1:]] == ["15", "15"]  # 18 of 20 are trained on
+
+    def test_no_hours_on_a_cpu(self, capsys):
+        assert "H100" not in self.plan(capsys, "--data", "digits", "--device", "cpu")
+
+    def test_bad_number_of_images(self, capsys):
+        assert main(["plan", "--images", "0"]) == 2
+        assert "--images: expected at least 1, got 0" in capsys.readouterr().err
+
+
+class TestAdvice:
+    CONFIG = TrainConfig(**preset_options("celeba64")).resolve((3, 64, 64))
+
+    def test_stored_training_is_advised_where_it_fits(self):
+        text = describe_fit(self.CONFIG, parse_memory("80GB"))
+        assert "--no-reversible fits too" in text
+        assert "% of the operations" in text
+        assert "--no-reversible does not fit" in describe_fit(self.CONFIG, parse_memory("24GB"))
+
+    def test_reversible_training_is_advised_where_stored_does_not_fit(self):
+        stored = dataclasses.replace(self.CONFIG, reversible=False)
+        text = describe_fit(stored, parse_memory("24GB"))
+        assert text.startswith("Does not fit")
+        assert "--reversible fits" in text
+        assert "--reversible" not in describe_fit(stored, parse_memory("80GB"))
+
+    def test_no_word_on_a_batch_that_is_not_larger(self):
+        assert "Nobody" not in describe_fit(self.CONFIG, parse_memory("1GB"))
