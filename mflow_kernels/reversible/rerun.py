@@ -152,7 +152,7 @@ def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
         return torch.full((), math.inf, device=device)
     a, b = (torch.stack([p.to(device) for p in fingerprints]) for fingerprints in (first, again))
     norm = torch.maximum(a[:, -1], b[:, -1])
-    # A layer whose units are nearly all off has a small norm, and rounding moves it by much of that.
+    # If nearly all units of a layer are off, its norm is small, and rounding changes much of it.
     scale = torch.maximum(norm, norm.max() / 3)
     # A projection onto cosines has half of a difference's square.
     distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / scale
