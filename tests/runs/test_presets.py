@@ -31,7 +31,8 @@ class TestPresets:
         options = yaml.safe_load(preset_text(name))
         assert f"Batches of {options['batch_size']} images" in out
         assert "\nFits in 80.0 GB." in out
-        assert int(out.split("Largest batch in 80.0 GB: ")[1].split()[0]) >= options["batch_size"]
+        largest = out.split("Largest batch in 80.0 GB: ")[1].split()[0]
+        assert int(largest.replace(",", "")) >= options["batch_size"]
 
     def test_they_are_listed_and_printed(self, capsys):
         assert main(["presets"]) == 0
