@@ -275,7 +275,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
     Args:
         function: runs on CPU tensors; its results are meaningless.
         module: the model that it runs; kernels of its coupling networks are counted apart.
-        images: a batch (N, C, H, W) of its data; sides of 3 pixels are not told from weights.
+        images: a batch (N, C, H, W) of its data. Images whose side is 3 would be taken for weights.
     """
     counter = _Counter(images)
 

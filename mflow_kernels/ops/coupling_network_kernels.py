@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import launch
 
-# Arguments that follow the images' size and number: Triton compiles for no value of theirs.
+# Arguments that depend on the size and number of the images. Triton must not specialize on them.
 RUN_TIME = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
 
 

@@ -79,7 +79,7 @@ def describe_training(config: RunConfig, images: int | None) -> str:
 
 
 def describe_fit(config: RunConfig, gpu_memory: int) -> str:
-    """The part of `mflow plan` on what fits in so many bytes, and what follows from it."""
+    """The lines of `mflow plan` that say what fits in the given memory, and what to do about it."""
     batch, room = largest_batch(config, gpu_memory), readable(gpu_memory)
     fits = config.batch_size <= batch
     largest = f"{batch:,}" if batch else "none fits"
