@@ -144,7 +144,7 @@ def summary(made: Sequence[Row]) -> str:
 
 
 def check(made: Sequence[Row], recorded: Sequence[dict[str, object]]) -> list[str]:
-    """What grew since it was recorded: one line each."""
+    """List the counts that are larger than the recorded ones, one line each."""
     before = {(r["spec"], r["task"], r["variant"]): r for r in recorded}
     grown = []
     for row in made:

@@ -103,7 +103,7 @@ def full_cases() -> Iterator[Case]:
 class Configuration:
     """Launches that compile to one kernel, and the accesses that must be wide."""
 
-    launch: aot.Launch  # the first of them
+    launch: aot.Launch  # the first launch of this configuration
     model: str  # the model that made it
     wide: set[str]  # arguments whose sizes allow 16-byte accesses
 

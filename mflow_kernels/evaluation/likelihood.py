@@ -208,7 +208,7 @@ class HeldOut(NamedTuple):
     images: ImageSet
     name: str  # shown with the results
     skipped: tuple[str, ...]  # names of files that could not be read as images
-    warning: str | None  # why the run may have been trained on some of them
+    warning: str | None  # why the run may have been trained on some of these images
 
 
 def held_out_images(run: Run, data: str | None) -> HeldOut:
