@@ -15,7 +15,7 @@ from mflow_kernels import ops
 from mflow_kernels.ops.actnorm import actnorm_ref
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref
-from mflow_kernels.ops.launch import dense_pixels
+from mflow_kernels.ops.layouts import dense_pixels
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 

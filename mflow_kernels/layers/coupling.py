@@ -14,7 +14,7 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 

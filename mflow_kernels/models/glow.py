@@ -7,7 +7,9 @@ from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 

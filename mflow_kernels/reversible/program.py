@@ -31,15 +31,9 @@ from mflow_kernels.ops.coupling_conv1x1 import (
     coupling_conv1x1_forward,
     coupling_conv1x1_op,
 )
-from mflow_kernels.ops.launch import (
-    accumulator,
-    autocasts,
-    cut_net_input,
-    in_layout_of,
-    is_channels_last,
-    pixels,
-    transformed,
-)
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last, pixels
+from mflow_kernels.ops.precision import accumulator, autocasts
 from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.ops.scale import ScaleFunction
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mflow_kernels import ops
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.ops.masked_penalty import RHOS, masked_penalty_ref
+from mflow_kernels.ops.masked_penalty import masked_penalty_ref
+from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.scale import log_scale_ref
 from mflow_kernels.testing import assert_close
 

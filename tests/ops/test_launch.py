@@ -6,17 +6,12 @@ from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels import ops
+from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
-from mflow_kernels.ops.launch import (
-    dense_pixels,
-    flow_state,
-    in_layout_of,
-    strided,
-    strides,
-    tile_columns,
-)
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, strides
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.tiles import tile_columns
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)

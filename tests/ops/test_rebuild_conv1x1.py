@@ -9,7 +9,7 @@ from cases import LAYOUTS, normal, rotation
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import weight_gradient_splits
-from mflow_kernels.ops.launch import pixels
+from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
     RebuiltConv1x1,
