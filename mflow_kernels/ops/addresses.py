@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.layouts import strides
+from mflow_kernels.ops.layouts import check_span, strides
 
 
 class _Unit(tl.constexpr):
@@ -39,12 +39,8 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     if x is None:
         return None, None
     n, c, p = strides(x)
-    last = (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p
-    if last >= 2**31:
-        raise ValueError(
-            f"expected samples that span at most 2^31 elements, got one of shape "
-            f"{tuple(x.shape[1:])} that spans {last + 1}"
-        )
+    if (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p >= 2**31:
+        check_span("state", x)
     first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.element_size()
     unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
     return x, (n, None if c == 1 else c, None if p == 1 else p, unit)

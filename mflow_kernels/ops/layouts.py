@@ -59,7 +59,21 @@ def flow_state(name: str, value: object) -> Tensor:
 
     Call this before the operator: its registered output layout follows its input layout.
     """
-    return dense_pixels(check_state(name, value))
+    x = dense_pixels(check_state(name, value))
+    if x.numel() >= 2**31 and x.device.type != "cpu":  # most states need no exact check
+        check_span(name, x)
+    return x
+
+
+def check_span(name: str, x: Tensor) -> None:
+    """Raise ValueError if an offset within a sample does not fit the 32 bits that kernels use."""
+    _, c, p = strides(x)
+    span = (x.shape[1] - 1) * c + (pixels(x) - 1) * p + 1
+    if span > 2**31:
+        raise ValueError(
+            f"{name}: expected samples that span at most 2^31 elements, got one of shape "
+            f"{tuple(x.shape[1:])} that spans {span}"
+        )
 
 
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:

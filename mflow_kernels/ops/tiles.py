@@ -62,6 +62,11 @@ class Tiles(NamedTuple):
 def tile_columns(n: int, p: int, block: int) -> Tiles:
     columns = Columns(block, p < block, math.gcd(p, 8))
     if columns.flat:
+        if n * p > 2**31 - block:  # kernels number these columns in 32 bits
+            raise ValueError(
+                f"x: expected at most {2**31 - block} pixels in the batch, got {n} samples of {p} "
+                "pixels"
+            )
         return Tiles(-(-n * p // block), p, columns)
     per_sample = -(-p // block)
     return Tiles(n * per_sample, per_sample, columns)
