@@ -83,8 +83,8 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
             unchanged = part.unchanged(channels)
             if channels < 2 or unchanged != channels // 2:
                 return (
-                    f"its coupling keeps {unchanged} of {channels} channels; "
-                    f"ours keep the first {channels // 2}"
+                    f"its coupling keeps {unchanged} of {channels} channels, "
+                    f"not the first {channels // 2}"
                 )
     return ""
 

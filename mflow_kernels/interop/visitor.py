@@ -69,12 +69,6 @@ class Visitor:
         names: Sequence[str],
         conditions: Sequence[tuple[int, ...]] | None = None,
     ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
-        """Cut a list of layers, data -> latent, into fused sequences and single layers.
-
-        Args:
-            names: of the layers, as in `model.named_modules()`.
-            conditions: for each layer, which of the container's conditions it takes.
-        """
         pieces: list[tuple[list[nn.Module], FusedSequence | None]] = []
         members: list[nn.Module] = []
         parts: list[Part] = []
@@ -107,7 +101,6 @@ class Visitor:
         return pieces
 
     def accelerates(self, layer: nn.Module) -> bool:
-        """Whether a layer will be accelerated, alone if not in a sequence."""
         parts = self._parts(layer)
         return not isinstance(parts, str) and not _only_moves(parts)
 

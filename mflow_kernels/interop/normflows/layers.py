@@ -173,9 +173,7 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
     unchanged = [i for i, m in enumerate(mask.tolist()) if m]
     transformed = [i for i, m in enumerate(mask.tolist()) if not m]
     if len(unchanged) != len(mask) // 2:
-        return (
-            f"its mask keeps {len(unchanged)} of {len(mask)} features; ours keep {len(mask) // 2}"
-        )
+        return f"its mask keeps {len(unchanged)} of {len(mask)} features, not {len(mask) // 2}"
     nets = [layer._modules.get(name) for name in ("s", "t")]
     params = Masked(nets[0], nets[1], tuple(unchanged), tuple(transformed))
     order = (*unchanged, *transformed)
