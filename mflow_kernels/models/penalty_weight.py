@@ -1,14 +1,68 @@
 """Types and checks for the penalty weight w of the manifold objective."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from mflow_kernels.ops.checks import check_tensor
+from mflow_kernels.ops.checks import check_count, check_tensor
 
 Domain = Literal["latent", "data"]
-Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"]
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight that moves from `start` to `end` over the first `steps` training batches.
+
+    Every batch multiplies it by the same factor. After `steps` batches it stays at `end`.
+
+    Raises:
+        TypeError, ValueError: a weight is not a finite number > 0, or steps is not an integer >= 1.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_count("steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """A weight that keeps the mean squared error of the projection at or below `error`.
+
+    Training then minimizes -log p(x) subject to that bound. The weight starts at `start`, or at
+    1 / error, the weight that fits a Gaussian with just that error. Each training batch multiplies it by (average / error)^0.005, where `average` is the mean squared
+    error of the last batches (a running mean of 10) and the ratio counts as at most e and at least
+    1 / e. The weight rises while the error is above the bound and falls while it is below. It stays
+    within [1e-3, 1e8], so that a bound that cannot be reached does not overflow.
+
+    For "l2" the weight is a Lagrange multiplier of the bound; this update of its logarithm is that
+    of GECO (Rezende and Viola, *Taming VAEs*, arXiv 1810.00597, algorithm 1). The other penalties
+    are not the bounded error itself, but a larger weight lowers the error too.
+
+    Args:
+        error: largest mean of e^2 over samples and pixels, in squared units of the data.
+        start: weight before the first batch; None for 1 / error.
+
+    Raises:
+        TypeError, ValueError: a value is not a finite number > 0.
+    """
+
+    error: float
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("error", self.error)
+        if self.start is not None:
+            check_positive("start", self.start)
+
+
+Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"] | WeightSchedule | ErrorBound
 
 
 def check_positive(name: str, value: object) -> None:
@@ -30,6 +84,13 @@ def check_weight(weight: object, domain: Domain) -> Weight:
                 "stretching v would then lower the loss without bound"
             )
         return "variance"
+    if isinstance(weight, WeightSchedule | ErrorBound):
+        if domain == "latent":
+            raise ValueError(
+                "weight: expected a number or a map in the latent domain, got "
+                f"{type(weight).__name__}: the weight is part of the density there"
+            )
+        return weight
     if isinstance(weight, Tensor | tuple):
         if isinstance(weight, tuple) != (domain == "latent"):
             kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"
