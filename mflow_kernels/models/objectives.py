@@ -52,7 +52,7 @@ VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages ov
 BOUND_WINDOW = 10  # the same for an ErrorBound, which must follow its weight's effect
 LEAST_VARIANCE = 1e-8  # keeps w finite if reconstructions are exact
 # log w changes by this rate times log(error / bound) in a batch. The error follows w over tens of
-# batches, and the first hundred batches have large errors with any w. A faster rate would overshoot.
+# batches, and is large in the first hundred batches with any w. A faster rate would overshoot.
 BOUND_RATE = 0.005
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-3, 1e8  # of an ErrorBound
 

@@ -36,10 +36,11 @@ class ErrorBound:
     """A weight that keeps the mean squared error of the projection at or below `error`.
 
     Training then minimizes -log p(x) subject to that bound. The weight starts at `start`, or at
-    1 / error, the weight that fits a Gaussian with just that error. Each training batch multiplies it by (average / error)^0.005, where `average` is the mean squared
-    error of the last batches (a running mean of 10) and the ratio counts as at most e and at least
-    1 / e. The weight rises while the error is above the bound and falls while it is below. It stays
-    within [1e-3, 1e8], so that a bound that cannot be reached does not overflow.
+    1 / error, the weight that fits a Gaussian with just that error. Each training batch multiplies
+    it by (average / error)^0.005, where `average` is the mean squared error of the last batches (a
+    running mean of 10) and the ratio counts as at most e and at least 1 / e. The weight rises while
+    the error is above the bound and falls while it is below. It stays within [1e-3, 1e8], so that a
+    bound that cannot be reached does not overflow.
 
     For "l2" the weight is a Lagrange multiplier of the bound; this update of its logarithm is that
     of GECO (Rezende and Viola, *Taming VAEs*, arXiv 1810.00597, algorithm 1). The other penalties
