@@ -32,6 +32,7 @@ from mflow_kernels.models.penalty_weight import (
     ErrorBound,
     Weight,
     WeightSchedule,
+    calibrated_weight,
     check_positive,
     check_weight,
 )
@@ -102,16 +103,19 @@ class ManifoldObjective(nn.Module):
             - A map. In the data domain it is a tensor of finite numbers >= 0, not all 0, that
               broadcasts to the image. In the latent domain it is a tuple with one tensor of
               numbers > 0 per latent, each broadcasting to its latent; p_V needs them positive.
-            - "variance", in the data domain only: w = 1 / (2 variance), where variance is the mean
-              of e^2 over samples and pixels. It is tracked in training mode, as the mean over all
-              batches so far and from the 100th batch on as a running mean. It is part of the state
-              dict and gets no gradient. The idea follows arXiv 2308.13792, whose summary mentions
-              a variance-derived factor. In the latent domain, stretching v would lower w and raise
-              the log-determinant without bound.
+            - "variance", in the data domain only: the w with which exp(-w rho) fits the errors
+              best. This is 1 / variance for "l2", where variance is the mean of e^2 over samples
+              and pixels, and 1 / mean |e| for "l1" (`calibrated_weight`). The mean of rho is
+              tracked in training mode, as the mean over all batches so far and from the 100th
+              batch on as a running mean. It is part of the state dict and gets no gradient. A
+              decoder with calibrated noise is that of Rybkin et al. (arXiv 2006.13202); the summary
+              of arXiv 2308.13792 mentions a variance-derived factor. In the latent domain,
+              stretching v would lower w and raise the log-determinant without bound.
             - A `WeightSchedule` or an `ErrorBound`, in the data domain only: w changes in training
               mode, once per batch, before it is used. Its state is part of the state dict and gets
               no gradient.
-        delta: |e| at which "huber" turns from quadratic to linear, > 0.
+        delta: |e| at which "huber" turns from quadratic to linear, > 0. The default suits images
+            with a range of 1, whose errors have a deviation of about 0.05.
         sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v and
             needs no tuning: scaling v and sigma together leaves the loss unchanged.
 
@@ -128,7 +132,7 @@ class ManifoldObjective(nn.Module):
         domain: Domain = "data",
         rho: Rho = "l2",
         weight: Weight = 1000.0,
-        delta: float = 1.0,
+        delta: float = 0.1,
         sigma: float = 0.1,
     ) -> None:
         super().__init__()
@@ -165,7 +169,8 @@ class ManifoldObjective(nn.Module):
         """The present w, a scalar on the module's device; None if training does not change w."""
         weight = self._weight
         if weight == "variance":
-            return 1 / (2 * self.variance.clamp(min=LEAST_VARIANCE))
+            mean = self.variance.clamp(min=LEAST_VARIANCE) / 2
+            return calibrated_weight(mean, self.rho, self.delta)
         if isinstance(weight, WeightSchedule):
             share = (self.batches / weight.steps).clamp(max=1.0)
             return weight.start * (share * math.log(weight.end / weight.start)).exp()
@@ -269,10 +274,11 @@ class ManifoldObjective(nn.Module):
         if isinstance(weight, WeightSchedule):
             self.batches += 1
             return
-        squares = 2 * masked_penalty(x, projection, rho="l2").double().sum()
+        rho: Rho = "l2" if isinstance(weight, ErrorBound) else self.rho
+        total = 2 * masked_penalty(x, projection, rho=rho, delta=self.delta).double().sum()
         # Sum over all ranks, so that each keeps the same weight.
-        squares, count = over_ranks(torch.stack([squares, torch.full_like(squares, x.numel())]))
-        mean = (squares / count).to(self.variance.dtype)
+        total, count = over_ranks(torch.stack([total, torch.full_like(total, x.numel())]))
+        mean = (total / count).to(self.variance.dtype)
         # Training skips a step whose loss is not finite; the average leaves it out too.
         finite = mean.isfinite()
         self.batches += finite

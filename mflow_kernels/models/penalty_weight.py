@@ -7,8 +7,10 @@ from typing import Literal
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_count, check_tensor
+from mflow_kernels.ops.masked_penalty import Rho
 
 Domain = Literal["latent", "data"]
+HUBER_ITERATIONS = 12  # each reduces the relative error of w at least 4 times, to below 1e-7
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,29 @@ class ErrorBound:
 
 
 Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"] | WeightSchedule | ErrorBound
+
+
+def calibrated_weight(mean: Tensor, rho: Rho, delta: float) -> Tensor:
+    """Return the w that maximizes the likelihood of errors e under the density exp(-w rho(e)) / Z.
+
+    `mean` is the mean of rho(e), a scalar > 0. Setting the derivative of w mean + log Z(w) to zero
+    gives w = (1 + t) / (2 mean), where t is the probability of the linear part of rho under that
+    density. t = 0 for l2, so that w is 1 / variance. t = 1 for l1, so that w is 1 / mean |e|. For
+    huber, with a = delta sqrt(w / 2),
+
+        t = 1 / (1 + sqrt(pi) a exp(a^2) erf(a)),
+
+    and the equation is solved by iteration.
+    """
+    if rho == "l1":
+        return 1 / mean
+    w = 1 / (2 * mean)
+    if rho == "huber":
+        for _ in range(HUBER_ITERATIONS):
+            a = delta * (w / 2).sqrt()
+            tail = 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
+            w = (1 + tail) / (2 * mean)
+    return w
 
 
 def check_positive(name: str, value: object) -> None:

@@ -64,8 +64,8 @@ def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
         weight = ErrorBound(stage["error_bound"], stage["weight"])
     elif stage.get("final_weight") is not None:
         weight = WeightSchedule(stage["weight"], stage["final_weight"], stage["weight_steps"])
-    scales = {name: stage[name] for name in ("delta", "sigma") if name in stage}
-    return ManifoldObjective(stage["domain"], stage["rho"], weight, **scales)
+    delta, sigma = stage.get("delta", 1.0), stage.get("sigma", 0.1)
+    return ManifoldObjective(stage["domain"], stage["rho"], weight, delta, sigma)
 
 
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:

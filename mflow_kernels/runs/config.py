@@ -141,8 +141,9 @@ class ObjectiveOptions:
         domain: Domain of the penalty: latent penalizes the off-manifold latents, data the
             difference between an image and its projection on the manifold.
         rho: Shape of the penalty.
-        weight: Weight of the penalty: a number, or "variance" in the data domain, which is half the
-            inverse variance of the penalized differences, tracked during training.
+        weight: Weight of the penalty: a number, or "variance" in the data domain: the weight that
+            fits the penalized differences, tracked during training. With l2 it is the inverse of
+            their variance.
         final_weight: Last weight of a schedule: the weight starts at --weight and changes by the
             same factor in each of --weight-steps steps. Only in the data domain.
         weight_steps: Steps in which the weight reaches --final-weight.
@@ -160,7 +161,7 @@ class ObjectiveOptions:
     final_weight: float | None = None
     weight_steps: int | None = None
     error_bound: float | None = None
-    delta: float = 1.0
+    delta: float = 0.1
     sigma: float = 0.1
 
 

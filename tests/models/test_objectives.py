@@ -14,6 +14,7 @@ from mflow_kernels import (
     WeightSchedule,
 )
 from mflow_kernels.models.objectives import Terms
+from mflow_kernels.ops.masked_penalty import penalty_log_normalizer
 from mflow_kernels.testing import assert_close
 
 RHOS = ("l2", "l1", "huber")
@@ -248,19 +249,40 @@ def test_maps_are_converted_and_saved_with_the_model():
 
 @pytest.mark.parametrize("rho", RHOS)
 def test_the_variance_is_tracked_in_training(rho):
-    """w = 1 / (2 variance), where variance is the mean of e^2 over all batches so far."""
+    """w maximizes the likelihood of all errors so far, under the density exp(-w rho) / Z."""
     flow = image_flow(ManifoldObjective("data", rho, weight="variance", delta=0.4)).train()
-    squares = []
+    means = []
     for scale in (1.0, 3.0, 0.5):
         x = scale * normal(*X, dtype=torch.float64)
         error = (x - flow.project(x)).detach()
-        squares.append(error.square().mean())
+        means.append(rho_of(rho, error, 0.4).mean())
         terms = flow.terms(x)
-        variance = torch.stack(squares).mean()
-        assert_close(flow.objective.variance.float(), variance, terms=3)  # tracked in float32
-        expected = rho_of(rho, error, 0.4).flatten(1).sum(1) / (2 * variance)
+        mean = torch.stack(means).mean()
+        w = flow.objective.trained_weight.double().requires_grad_()
+        loss = w * mean + penalty_log_normalizer(rho, w, 0.4)
+        (slope,) = torch.autograd.grad(loss, w)
+        assert abs(w * slope) < 1e-6  # relative to w, which is tracked in float32
+        expected = w.detach() * rho_of(rho, error, 0.4).flatten(1).sum(1)
         assert_close(terms.penalty.float(), expected, terms=3)
     assert flow.objective.batches == 3
+
+
+@pytest.mark.parametrize(
+    ("rho", "errors", "weight"),
+    [
+        ("l2", torch.distributions.Normal(0.0, 0.1), 100.0),  # 1 / 0.1^2
+        ("l1", torch.distributions.Laplace(0.0, 0.1), 10.0),  # 1 / 0.1
+        ("huber", torch.distributions.Normal(0.0, 0.1), 100.0),  # delta is 4 deviations
+        ("huber", torch.distributions.Laplace(0.0, 20.0), 0.125),  # |e| / (20 delta), delta = 0.4
+    ],
+)
+def test_the_calibrated_weight_of_a_known_distribution(rho, errors, weight):
+    """Quantiles stand for samples: they leave out the tails, which changes w by less than 1%."""
+    quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    e = errors.icdf(quantiles).view(2, -1)
+    objective = ManifoldObjective(rho=rho, weight="variance", delta=0.4).double().train()
+    objective._adapt(e, torch.zeros_like(e))
+    assert objective.trained_weight.item() == pytest.approx(weight, rel=0.015)
 
 
 def test_evaluation_keeps_the_variance_and_the_state_dict_holds_it():
@@ -292,7 +314,7 @@ def test_the_variance_gets_no_gradient():
     x = normal(*X, dtype=torch.float64)
     parameters = list(flow.parameters())
     got = torch.autograd.grad(flow.terms(x).loss.sum(), parameters)
-    w = 1 / (2 * flow.objective.variance.item())
+    w = 1 / flow.objective.variance.item()
     flow.objective = ManifoldObjective("data", weight=w)
     want = torch.autograd.grad(flow.terms(x).loss.sum(), parameters)
     for a, b in zip(got, want, strict=True):
