@@ -84,7 +84,8 @@ class ModelOptions:
         levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
-        manifold_dim: Dimensions of the manifold. The coarsest latents are its first coordinates.
+        manifold_dim: Dimensions of the manifold. They are the coarsest latents;
+            whole channels of these give each part of the image the same number of dimensions.
     """
 
     levels: int = 2
