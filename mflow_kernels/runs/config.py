@@ -31,12 +31,13 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_error_bound": [],
     "stage_delta": [],
     "stage_sigma": [],
+    "stage_learning_rate": [],
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One flow of the hierarchy: manifold dimension, size of the networks, objective, budget."""
+    """One flow of the hierarchy: manifold dimension, size of the networks, objective, training."""
 
     dim: int
     steps: int
@@ -49,6 +50,7 @@ class Stage:
     error_bound: float | None
     delta: float
     sigma: float
+    learning_rate: float
     epochs: int
     max_steps: int | None
 
@@ -114,8 +116,9 @@ class HierarchyOptions:
             there is none.
         stage_delta: Threshold of huber; by default that of --delta.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
+        stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Keep training the earlier flows together with each further one, on the joint
-            likelihood and their own penalties; by default they are frozen.
+            likelihood and their own penalties and at its learning rate; by default they are frozen.
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
@@ -131,6 +134,7 @@ class HierarchyOptions:
     stage_error_bound: list[float] = field(default_factory=list)
     stage_delta: list[float] = field(default_factory=list)
     stage_sigma: list[float] = field(default_factory=list)
+    stage_learning_rate: list[float] = field(default_factory=list)
     release: bool = False
 
 
@@ -260,6 +264,9 @@ class TrainConfig(
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for rate in self.stage_learning_rate:
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -285,7 +292,7 @@ class TrainConfig(
         first = Stage(
             self.manifold_dim, self.steps, self.width, self.domain, self.rho, self.weight,
             self.final_weight, self.weight_steps, self.error_bound, self.delta, self.sigma,
-            self.epochs, self.max_steps,
+            self.learning_rate, self.epochs, self.max_steps,
         )  # fmt: skip
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
@@ -302,6 +309,7 @@ class TrainConfig(
             _for_each("stage_error_bound", self.stage_error_bound, count, None),
             _for_each("stage_delta", self.stage_delta, count, self.delta),
             _for_each("stage_sigma", self.stage_sigma, count, self.sigma),
+            _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
             _for_each("stage_max_steps", self.stage_max_steps, count, steps),
         )
