@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mflow_kernels.ops.launch import without_autocast
+from mflow_kernels.ops.precision import without_autocast
 
 Method = Literal["exact", "hutchinson"]
 Decode = Callable[..., Tensor]
