@@ -17,6 +17,7 @@ from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import ManifoldObjective
+from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
@@ -35,7 +36,8 @@ def build(
         architecture: `image_shape` (C, H, W); `levels`, `steps` and `width` of the image flow; and
             `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
             `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
-            repeats those of the image flow.
+            repeats those of the image flow. Optional entries are `final_weight` with
+            `weight_steps`, `error_bound`, `delta` and `sigma`.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -48,11 +50,22 @@ def build(
             ManifoldFlow(
                 flow,
                 manifold_dim=stage["manifold_dim"],
-                objective=ManifoldObjective(stage["domain"], stage["rho"], stage["weight"]),
+                objective=_objective(stage),
             )
             for flow, stage in zip(flows, stages, strict=True)
         ]
     )
+
+
+def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
+    """Build the objective of a stage. Exports of earlier versions have fewer entries."""
+    weight: Weight = stage["weight"]
+    if stage.get("error_bound") is not None:
+        weight = ErrorBound(stage["error_bound"], stage["weight"])
+    elif stage.get("final_weight") is not None:
+        weight = WeightSchedule(stage["weight"], stage["final_weight"], stage["weight_steps"])
+    delta, sigma = stage.get("delta", 1.0), stage.get("sigma", 0.1)
+    return ManifoldObjective(stage["domain"], stage["rho"], weight, delta, sigma)
 
 
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:

@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY, listing
+from tiny_runs import TINY, listing, metrics
 
 from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
@@ -224,3 +224,20 @@ def test_weights_of_an_export(export):
     for length in (0, 1, 2**31, 2**62):
         (export / WEIGHTS).write_bytes(struct.pack("<Q", length) + header[8:])
         refuses(export)
+
+
+def test_a_run_of_an_earlier_version_resumes(run):
+    """It lacks the options and the column of the penalty's weight, delta and sigma."""
+    later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
+    config = run / "config.yaml"
+    lines = config.read_text().splitlines()
+    old = [line for line in lines if line.split(":")[0].removeprefix("stage_") not in later]
+    assert len(old) == len(lines) - 2 * len(later)
+    config.write_text("\n".join(old) + "\n")
+    path = run / "metrics.csv"
+    rows = [line.rpartition(",") for line in path.read_text().splitlines()]
+    assert rows[0][2] == "penalty_weight"
+    path.write_text("\n".join(row[0] for row in rows) + "\n")
+    before = metrics(run)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert [{**row, "penalty_weight": ""} for row in before] == metrics(run)
