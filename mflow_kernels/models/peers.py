@@ -19,6 +19,7 @@ weight / 2 |x - g(f(x))|^2, the `l2` penalty of `ManifoldObjective`.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,10 +134,10 @@ def denoising_loss(
     s = _deviation(model)
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     noisy = x + s * noise
-    first = model.stages[0]
-    latents, logdet = first.latents(noisy)  # type: ignore[operator]
-    code = first.gather(latents)  # type: ignore[operator]
-    off = first.objective.off_density(first, latents)  # type: ignore[union-attr, operator]
+    first = cast(ManifoldFlow, model.stages[0])
+    latents, logdet = first.latents(noisy)
+    code = first.gather(latents)
+    off = first.objective.off_density(first, latents)
     error = _squared_error(x, model.decode(code, stages=1))
     return weight / 2 * error - (_log_prior(model, code) + off + logdet)
 
@@ -247,7 +248,7 @@ def _log_prior(model: Model, code: Tensor) -> Tensor:
     if isinstance(model, Autoencoder):
         priors = [] if model.prior is None else [model.prior]
     else:
-        priors = list(model.stages)[1:]  # type: ignore[arg-type]
+        priors = cast(list[ManifoldFlow], list(model.stages)[1:])
     if not priors:
         return -(code.square() / 2 + HALF_LOG_2PI).sum(1)
     return HierarchicalFlow(priors).log_prob(code)
@@ -255,13 +256,11 @@ def _log_prior(model: Model, code: Tensor) -> Tensor:
 
 def _deviation(model: HierarchicalFlow) -> float:
     """Return the deviation of v under the first stage's objective, which must be PIE's."""
-    objective = model.stages[0].objective
-    if (objective.domain, objective.rho) != ("latent", "l2") or not isinstance(  # type: ignore[union-attr]
-        objective.weight,  # type: ignore[union-attr]
-        float,
-    ):
+    objective = cast(ManifoldFlow, model.stages[0]).objective
+    gaussian = (objective.domain, objective.rho) == ("latent", "l2")
+    if not gaussian or not isinstance(objective.weight, float):
         raise ValueError(
             "model: expected a first stage with ManifoldObjective('latent', 'l2', weight=a number),"
             f" got {objective}"
         )
-    return objective.weight**-0.5  # type: ignore[union-attr]
+    return objective.weight**-0.5
