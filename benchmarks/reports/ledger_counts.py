@@ -200,7 +200,7 @@ OUTPUTS = {
     "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
     "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
-    "_network_kernel": {"taps", "h1", "h2"},
+    "_network_kernel": {"row_sums", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
     "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
@@ -310,7 +310,8 @@ def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
     if kernel == "_network_kernel":
-        columns = -(-taps * int(given["C_OUT"]) // int(given["BLOCK_J"]))
+        rows = 3 if taps == 9 else 1
+        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"]))
         blocks = -(-width // int(given["BLOCK_D"]))
         products = columns * (blocks * inner + width**2) + outer
     elif kernel == "_dh2_kernel":
