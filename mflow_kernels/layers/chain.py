@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain_layer import ChainLayer, assemble
 from mflow_kernels.layers.coupling import check_latent
@@ -95,6 +96,7 @@ class ReversibleChain(Flow):
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         program = self._program()
         x = self._checked_data(x, program)
+        warn_if_not_initialized(self)
         x, latents, ledger, log_det = apply_program(self, program, x, (), context, self.reversible)
         z = (*latents, x) if latents else x
         return z, ops.accumulate_logdet(ledger, log_det)

@@ -148,7 +148,12 @@ class Chart(nn.Module):
         return math.sqrt(self.distance(x, context=context).double().square().mean().item() / off)
 
     def ood_score(
-        self, x: Tensor, deviation: float, *, context: Tensor | None = None, **density: Any
+        self,
+        x: Tensor,
+        deviation: float | None = None,
+        *,
+        context: Tensor | None = None,
+        **density: Any,
     ) -> Tensor:
         """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
 
@@ -163,10 +168,17 @@ class Chart(nn.Module):
 
         Args:
             x: (N, *input_shape).
-            deviation: unit of the distances, > 0; use `deviation(training_data)`.
+            deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
+                default.
             context: one for each sample.
             density: keyword arguments of `manifold_log_prob`.
         """
+        if deviation is None:
+            name = type(self).__name__
+            raise TypeError(
+                "deviation: expected a number > 0, got none; "
+                f"{name}.deviation(training_data) computes it"
+            )
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
         off = math.prod(self.input_shape) - self.manifold_dim
