@@ -120,7 +120,7 @@ class Glow(_ChainFlow):
         network: makes the network of each coupling, instead of the built-in ones:
             `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
             (N, out_channels, *spatial). It is called with the context as second argument, if one is
-            given, and may take any.
+            given, and may take any. With dropout, the flow is no bijection in training mode.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -192,8 +192,8 @@ class VectorFlow(_ChainFlow):
         width: number of hidden units of the built-in coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
         context_channels, network: as for `Glow`; there are no maps.
-        reversible, checkpoint_every: as for `ReversibleChain`. On a CPU small flows are faster with
-            reversible=False, and so is every flow whose activations fit in memory.
+        reversible, checkpoint_every: as for `ReversibleChain`. A small flow trains faster with
+            reversible=False.
 
     Raises:
         TypeError: a number is not an integer, or `network` returns no module.

@@ -34,7 +34,10 @@ class ManifoldFlow(Chart):
             objective is the plain likelihood. If all are False, d is 0, the manifold is the point
             f^-1(0), and the objective is the penalty alone. Both cases raise a warning.
         objective: the training loss; it also defines p_V, the density of v. The model keeps a copy.
-            The default is `ManifoldObjective()`.
+            The default for images, `ManifoldObjective()`, suits images with a range of 1. The
+            default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
+            as u of another flow: the penalty is then the standard normal's, so that a coordinate
+            costs as much off the manifold as on it.
 
     Raises:
         TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
@@ -65,7 +68,10 @@ class ManifoldFlow(Chart):
         self.flow = flow
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
-        self.objective = copy.deepcopy(objective) or ManifoldObjective()
+        if objective is None:
+            is_image = len(self.input_shape) > 1
+            objective = ManifoldObjective() if is_image else ManifoldObjective(weight=1.0)
+        self.objective = copy.deepcopy(objective)
         self.objective.check_fits(self)
         flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
