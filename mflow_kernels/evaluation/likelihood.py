@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from mflow_kernels.data.batches import OrderedBatches
+from mflow_kernels.data.batches import Batch, OrderedBatches, images_and_classes
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
@@ -158,7 +158,7 @@ def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
-def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
+def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Batch]:
     """Yield all images in order, in batches, under a progress bar."""
     done = 0
     with progress_bar(what, len(images)) as progress:
@@ -166,7 +166,7 @@ def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Te
             images, batch_size or evaluation_batch_size(images.image_shape)
         ):
             yield batch
-            done += len(batch)
+            done += len(images_and_classes(batch)[0])
             progress(done)
 
 
