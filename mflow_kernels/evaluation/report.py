@@ -14,6 +14,7 @@ from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
+from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import (
     Evaluation,
@@ -209,7 +210,10 @@ def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> 
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
-        yield to_image(model.sample(number, temperature=temperature, generator=generator))
+        context = sampled_classes(model, number)
+        yield to_image(
+            model.sample(number, temperature=temperature, generator=generator, context=context)
+        )
 
 
 def _deviation(run: Run, missing: list[str]) -> float | None:
@@ -224,7 +228,10 @@ def _deviation(run: Run, missing: list[str]) -> float | None:
         missing.append("OOD score: the density on the manifold is too expensive at this image size")
         return None
     parts = _dequantized(run, train, SCORED_IMAGES).split(evaluation_batch_size(train.image_shape))
-    squares = sum(len(part) * run.model.deviation(part) ** 2 for part in parts)
+    squares = sum(
+        len(part) * run.model.deviation(part, context=context_of(run.model, part)) ** 2
+        for part in parts
+    )
     return math.sqrt(squares / sum(map(len, parts)))
 
 
@@ -259,7 +266,9 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
     method, values = density_method(run.model), []
     with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _dequantized(run, images, count).split(DENSITY_BATCH):
-            found = run.model.manifold_log_prob(part, method=method, generator=generator)
+            found = run.model.manifold_log_prob(
+                part, context=context_of(run.model, part), method=method, generator=generator
+            )
             values.append(found.value.double())
             progress(sum(map(len, values)))
     return torch.cat(values).mean().item()
@@ -270,6 +279,9 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
     dims = math.prod(run.model.input_shape)
     stage = run.model.stages[0]
     assert isinstance(stage, ManifoldFlow)
+    if run.model.class_names:
+        missing.append("intrinsic dimension: it is not computed for class-conditional models")
+        return None
     if stage.objective.domain != "data":
         missing.append(
             "intrinsic dimension: it can only be estimated from flows trained with --domain data"
@@ -309,12 +321,17 @@ def _draw(
     )
 
     originals = images.batch(range(min(COLUMNS, len(images))))
+    classes = None if images.classes is None else images.classes[: len(originals)]
     path = folder / "projections.png"
     draw_residuals(
         path,
         f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
         originals,
-        project_images(model, originals),
+        project_images(
+            model,
+            originals,
+            classes=classes,
+        ),
     )
     pictures["projections"] = Picture(
         path, "The projection is what the manifold coordinates preserve of an image."
@@ -360,7 +377,9 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
     for row in range(count):
         first, last = images.batch([row]), images.batch([count + row])
         x0, x1 = bin_centres(first, run.model), bin_centres(last, run.model)
-        points = to_image(run.model.interpolate(x0, x1, COLUMNS - 2)[:, 0]).cpu()
+        context = context_of(run.model, x0)  # the class of the first image
+        points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
+        points = to_image(points[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.layers.flow import Flow, given
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
 from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
@@ -40,9 +41,14 @@ class _ChainFlow(Flow):
         """Initialize every actnorm from the batch x (N, *input_shape), in order, and return
         `forward(x, context)`. An actnorm initializes only once; see `ActNorm`."""
         x = self._checked(x)
+        warn_of_raw_images(self, x)
         with torch.no_grad():
             z, logdet = self.chain.initialize(x, *self._for_networks(context, len(x)))
         return z if isinstance(z, tuple) else (z,), logdet
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        warn_of_raw_images(self, self._checked(x))
+        return super().log_prob(x, context)
 
     def inverse(  # type: ignore[override]
         self, z: tuple[Tensor, ...], context: Tensor | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
 
@@ -130,6 +131,7 @@ class ManifoldFlow(Chart):
 
     def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
+        warn_of_raw_images(self, x)
         return self.gather(self.latents(x, context=context)[0])
 
     def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
@@ -138,6 +140,7 @@ class ManifoldFlow(Chart):
 
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
+        warn_of_raw_images(self, x)
         return self.objective.log_likelihood(self, x, context)
 
     def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:
