@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.layers.flow import HALF_LOG_2PI, sample_normal
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
-
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Chart(nn.Module):
@@ -170,16 +169,4 @@ class Chart(nn.Module):
 
         `generator` must be on the model's device.
         """
-        return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
-
-
-def sample_normal(
-    model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
-) -> Tensor:
-    """Draw (n, dim) from N(0, temperature^2), with the device and dtype of the parameters."""
-    check_count("n", n, 1)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    like = next(model.parameters())
-    normal = torch.randn(n, dim, generator=generator, device=like.device, dtype=like.dtype)
-    return temperature * normal
+        return self.decode(sample_normal(self, (n, self.manifold_dim), temperature, generator))

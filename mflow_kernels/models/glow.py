@@ -1,17 +1,18 @@
 """Glow on images, and the same kind of flow on vectors."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
+from mflow_kernels.layers.flow import Flow
 from mflow_kernels.ops.checks import check_count, check_tensor
 from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 
-class _ChainFlow(Bijection):
+class _ChainFlow(Flow):
     """A chain of layers from x (N, *input_shape) to a tuple of latents.
 
     Images are converted to channels_last on entry.
@@ -41,7 +42,7 @@ class _ChainFlow(Bijection):
         if came != shapes:
             raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
         latents = [_channels_last(latent) for latent in latents]
-        return self.chain.inverse(tuple(latents) if len(latents) > 1 else latents[0], *context)
+        return self.chain.inverse(tuple(latents), *context)
 
     def _checked(self, x: Tensor) -> Tensor:
         x = self._like_parameters("x", x)
@@ -114,19 +115,20 @@ class Glow(_ChainFlow):
             )
         self.input_shape = (c, h, w)
         layers: list[Bijection] = []
-        shapes = []
         for level in range(levels):
-            c, h, w = 4 * c, h // 2, w // 2
+            c = 4 * c
             layers.append(Squeeze())
             layers += [FlowStep(c, width=width, scale=scale) for _ in range(steps)]
             if level + 1 < levels:
                 layers.append(Split(c, width=width, scale=scale))
-                shapes.append((c - c // 2, h, w))
                 c = c // 2
-        self.latent_shapes = (*shapes, (c, h, w))
         self.chain = ReversibleChain(
-            layers, reversible=reversible, checkpoint_every=checkpoint_every
+            layers,
+            reversible=reversible,
+            checkpoint_every=checkpoint_every,
+            input_shape=self.input_shape,
         )
+        self.latent_shapes = cast(tuple[tuple[int, ...], ...], self.chain.latent_shapes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -168,6 +170,7 @@ class VectorFlow(_ChainFlow):
             [FlowStep(dim, width=width, scale=scale, spatial_dims=0) for _ in range(steps)],
             reversible=reversible,
             checkpoint_every=checkpoint_every,
+            input_shape=self.input_shape,
         )
 
 

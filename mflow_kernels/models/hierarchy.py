@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.models.chart import Chart, sample_normal
+from mflow_kernels.layers.flow import sample_normal
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.ops.checks import check_count
@@ -133,7 +134,7 @@ class HierarchicalFlow(Chart):
         `generator` must be on the model's device.
         """
         dim = self._until(stages, least=1)[-1].manifold_dim
-        return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
+        return self.decode(sample_normal(self, (n, dim), temperature, generator), stages)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":

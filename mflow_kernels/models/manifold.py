@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
@@ -22,8 +22,9 @@ class ManifoldFlow(Chart):
     {f^-1(u, 0)}; v is zero on it. All methods take and return u as a vector (N, d).
 
     Args:
-        flow: `Glow`, `VectorFlow`, or any bijection from x to a tuple of latents with the
-            attributes `input_shape` and `latent_shapes`.
+        flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
+            x to latents (a tensor or a tuple) with the attributes `input_shape` and
+            `latent_shapes`. Its `inverse` takes a tuple.
         manifold_dim: d, from 1 to the dimension of the data. u then takes the last d latent pixels:
             the coarsest latents and, within a latent, the last channels.
         mask: one bool tensor per latent, True where a pixel belongs to u. Each must broadcast to
@@ -34,8 +35,8 @@ class ManifoldFlow(Chart):
             The default is `ManifoldObjective()`.
 
     Raises:
-        TypeError: the mask is not a tuple of bool tensors, the flow lacks one of the two
-            attributes, or the objective is not a ManifoldObjective.
+        TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
+            missing or None, or the objective is not a ManifoldObjective.
         ValueError: manifold_dim and mask are both missing or disagree, the dimension is out of
             range, or a mask or a map of weights does not broadcast.
     """
@@ -49,8 +50,10 @@ class ManifoldFlow(Chart):
         objective: ManifoldObjective | None = None,
     ) -> None:
         super().__init__()
-        if not (hasattr(flow, "input_shape") and hasattr(flow, "latent_shapes")):
+        if any(getattr(flow, name, None) is None for name in ("input_shape", "latent_shapes")):
             came = type(flow).__name__
+            if isinstance(flow, ReversibleChain):
+                came += " without an input_shape"
             raise TypeError(
                 f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
             )
@@ -83,7 +86,8 @@ class ManifoldFlow(Chart):
 
     def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return all latents of x, and log |det df/dx| (N,)."""
-        return self.flow(x)
+        z, logdet = self.flow(x)
+        return z if isinstance(z, tuple) else (z,), logdet
 
     def off_masks(self) -> tuple[Tensor, ...]:
         """Return one bool tensor per latent, of its shape without N: True where a pixel is v."""
