@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, ReversibleChain
+from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
@@ -19,7 +20,8 @@ class ManifoldFlow(Chart):
     """A flow that learns a manifold and the density on it, in one step (arXiv 2206.03293).
 
     A mask divides the latent pixels of the flow f into u and v. u are coordinates on the manifold
-    {f^-1(u, 0)}; v is zero on it. All methods take and return u as a vector (N, d).
+    {f^-1(u, 0)}; v is zero on it. All methods take and return u as a vector (N, d). They pass a
+    `context` on to the flow, which then has one manifold and density for each context.
 
     Args:
         flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
@@ -84,9 +86,11 @@ class ManifoldFlow(Chart):
 
         return cast(ManifoldFlow, load_pretrained(folder).stages[0])
 
-    def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def latents(
+        self, x: Tensor, *, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return all latents of x, and log |det df/dx| (N,)."""
-        z, logdet = self.flow(x)
+        z, logdet = self.flow(x, *given(context))
         return z if isinstance(z, tuple) else (z,), logdet
 
     def off_masks(self) -> tuple[Tensor, ...]:
@@ -114,25 +118,25 @@ class ManifoldFlow(Chart):
             part.unflatten(1, shape) for part, shape in zip(parts, self.latent_shapes, strict=True)
         )
 
-    def terms(self, x: Tensor) -> Terms:
+    def terms(self, x: Tensor, *, context: Tensor | None = None) -> Terms:
         """Return the objective and its parts on the data x, (N,) each, in nats."""
-        return self.objective(self, x)
+        return self.objective(self, x, context)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
-        return self.gather(self.latents(x)[0])
+        return self.gather(self.latents(x, context=context)[0])
 
-    def decode(self, u: Tensor) -> Tensor:
+    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return f^-1(u, 0), the point on the manifold with coordinates u (N, d)."""
-        return self.flow.inverse(self.scatter(u))[0]
+        return self.flow.inverse(self.scatter(u), *given(context))[0]
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
-        return self.objective.log_likelihood(self, x)
+        return self.objective.log_likelihood(self, x, context)
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:
         """Initialize the flow's actnorms from a first batch x; see `ActNorm`."""
-        self.flow.initialize(x)
+        self.flow.initialize(x, *given(context))
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
