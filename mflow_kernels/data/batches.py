@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,19 +15,36 @@ from mflow_kernels.data.splits import ImageSet
 _READERS = 4  # threads, so that a disk gets more than one request at a time
 
 
-class BatchStream:
-    """Endless shuffled batches, uint8 (batch_size, C, H, W), from step `first` on.
+class Position(NamedTuple):
+    """A place in a stream of batches: `used` images of pass `number` precede it."""
 
-    The batch of a step depends on (seed, step) alone. Each pass has its own order, of the whole set
-    at once; the images that do not fill a last batch are left out of that pass. A batch never holds
-    more than the set. The next batches are read while one is used.
+    number: int = 0
+    used: int = 0
+
+    def after(self, batches: int, batch_size: int, images: int) -> "Position":
+        """The position after that many batches, if a pass has that many images."""
+        left = (images - self.used) // batch_size
+        if batches < left:
+            return Position(self.number, self.used + batches * batch_size)
+        passes, batches = divmod(batches - left, images // batch_size)
+        return Position(self.number + 1 + passes, batches * batch_size)
+
+
+class BatchStream:
+    """Endless shuffled batches, uint8 (batch_size, C, H, W), from the position `first` on.
+
+    A batch depends on the seed, its position and its size alone. Each pass has its own order of the
+    whole set; the images that do not fill a last batch are left out of that pass. A batch never
+    holds more than the set. The next batches are read while one is used.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, first: Position | None = None
+    ) -> None:
         self._images = images
         self._batch_size = min(batch_size, len(images))
         self._seed = seed
-        self._first = first
+        self._first = first or Position()
 
     @property
     def batches_per_pass(self) -> int:
@@ -36,17 +54,15 @@ class BatchStream:
         return _read_ahead(self._images, self._orders())
 
     def _orders(self) -> Iterator[Tensor]:
-        step = self._first
+        number, used = self._first
         while True:
-            one_pass, position = divmod(step, self.batches_per_pass)
             order = torch.randperm(
                 len(self._images),
-                generator=stream_generator(self._seed, Stream.DATA_ORDER, one_pass),
+                generator=stream_generator(self._seed, Stream.DATA_ORDER, number),
             )
-            for start in range(position, self.batches_per_pass):
-                begin = start * self._batch_size
+            for begin in range(used, len(order) - self._batch_size + 1, self._batch_size):
                 yield order[begin : begin + self._batch_size]
-                step += 1
+            number, used = number + 1, 0
 
 
 class OrderedBatches:

@@ -26,8 +26,8 @@ from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
 PARTS_EXPLAINED = (
-    "Bits per dimension are the bits of a pixel minus the log-densities and the log-determinant, "
-    "which are in bits per dimension too."
+    "Bits per dimension are the bits of a pixel minus the two log-densities and the "
+    "log-determinant."
 )
 
 
@@ -66,12 +66,12 @@ class Evaluation:
     def rows(self) -> list[tuple[str, list[str]]]:
         """A label and one formatted number a stage, for each metric."""
         formats = {
-            "bits per dimension": ("bits_per_dim", ".4f"),
-            "  log-density on the manifold": ("on_manifold", "+.4f"),
-            "  log-density off the manifold": ("off_manifold", "+.4f"),
-            "  log-determinant": ("logdet", "+.4f"),
-            "projection: mean squared error": ("mean_squared_error", ".5f"),
-            "projection: PSNR (dB)": ("psnr", ".2f"),
+            "bits per dimension (bits/dim)": ("bits_per_dim", ".4f"),
+            "  log-density on the manifold, bits/dim": ("on_manifold", "+.4f"),
+            "  log-density off the manifold, bits/dim": ("off_manifold", "+.4f"),
+            "  log-determinant, bits/dim": ("logdet", "+.4f"),
+            "projection: MSE, pixels in [0, 1]": ("mean_squared_error", ".5f"),
+            "projection: PSNR, dB": ("psnr", ".2f"),
         }
         return [
             (label, [format(getattr(stage, name), form) for stage in self.stages])

@@ -162,6 +162,8 @@ class TrainingOptions:
         max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
         ema_decay: Decay of the running average of the weights, which samples and evaluations use.
             The decay ramps up over the first steps of a stage; 0 disables averaging.
+        init_from: Folder of another run, from whose averaged weights the model starts. Its flows
+            must have the same shapes; it may have fewer stages, or more.
         seed: Seed of weights, data order and noise.
         device: Device to train on; auto takes a GPU if there is one.
         precision: Data type of the coupling networks; the state of the flow is always float32.
@@ -184,6 +186,7 @@ class TrainingOptions:
     loss_spike: float = 10.0
     max_skipped: int = 20
     ema_decay: float = 0.999
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
@@ -278,6 +281,8 @@ class TrainConfig(
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
+        if self.init_from is not None:
+            values["init_from"] = str(Path(self.init_from).resolve())
         return RunConfig(**values, channels=image_shape[0])
 
 
