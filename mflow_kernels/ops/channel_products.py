@@ -197,7 +197,8 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
     # In tf32x3 each warp takes 16 rows of a product; more warps than that would repeat rows. Up to
     # C = 32 there are more columns than rows, and warps take columns.
-    return Conv1x1Tile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
+    block_c = 16 if c <= 16 or 32 < c <= 48 else 32
+    return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4)
 
 
 class WeightGradientTile(NamedTuple):

@@ -125,7 +125,7 @@ def _coupling_conv1x1_bwd_kernel(
     dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
     tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
-    store_params(dparams, dparams_strides, draw, dshift, n, c, p, is_b, C)
+    store_params(dparams, dparams_strides, draw, dshift, n, c, p, valid, C)
 
 
 def launch_coupling_conv1x1_backward(

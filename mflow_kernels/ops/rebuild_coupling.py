@@ -100,7 +100,7 @@ def _rebuild_coupling_kernel(
         dz_t = tl.load(at(dz_b, dz_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
         tl.store(at(dy_b, dy_strides, n, c, p), dy_t, mask=inside)
-        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, inside, 2 * C_B)
+        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, valid, 2 * C_B)
 
 
 def launch_rebuild_coupling(
