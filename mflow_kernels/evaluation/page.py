@@ -5,14 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mflow_kernels import __version__
 from mflow_kernels.evaluation.likelihood import PARTS_EXPLAINED
+from mflow_kernels.evaluation.metrics import ReportMetrics
 from mflow_kernels.runs.config import RunConfig
-
-if TYPE_CHECKING:
-    from mflow_kernels.evaluation.report import ReportMetrics
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -37,7 +35,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Picture]) -> str:
+def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Picture]) -> str:
     """Make the page.
 
     Args:
@@ -81,7 +79,7 @@ def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Pic
     )
 
 
-def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
+def _likelihood(metrics: ReportMetrics) -> Iterable[str]:
     evaluation = metrics.evaluation
     yield "<h2>Likelihood and reconstruction</h2>"
     rows = [[label, *cells] for label, cells in evaluation.rows()]
@@ -107,7 +105,7 @@ def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
     )
 
 
-def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
+def _sample_quality(metrics: ReportMetrics) -> Iterable[str]:
     if not metrics.samples:
         return
     first = metrics.samples[0]
@@ -131,7 +129,7 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
     )
 
 
-def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _scores(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     yield "<h2>Out-of-distribution scores</h2>"
     names = ("bits_per_dim", "distance", "ood_score")
     forms = (".3f", ".3f", ".1f")
@@ -157,7 +155,7 @@ def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterab
     yield from _show(pictures, "scores")
 
 
-def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _spectrum(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     if metrics.spectrum is None:
         return
     total, found = len(metrics.spectrum.spectrum), metrics.spectrum.dimension
@@ -172,7 +170,7 @@ def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iter
     yield from _show(pictures, "spectrum")
 
 
-def _missing(metrics: "ReportMetrics") -> Iterable[str]:
+def _missing(metrics: ReportMetrics) -> Iterable[str]:
     if metrics.missing:
         yield "<h2>Not computed</h2>"
         yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in metrics.missing) + "</ul>"

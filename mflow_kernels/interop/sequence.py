@@ -104,7 +104,7 @@ def _schedule(
     group: LayerGroup | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
-        if isinstance(part, Linear | Reorder):
+        if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
         if row and all(p.permutes for p in row) and channels > widest and not one_program:

@@ -124,7 +124,7 @@ class Visitor:
 
 def _given(part: Part, conditions: tuple[int, ...]) -> Part:
     """The part with a network that takes only these of the container's conditions."""
-    if isinstance(part, Coupling) and isinstance(part.net, Params | Pair):
+    if isinstance(part, Coupling) and isinstance(part.net, (Params, Pair)):
         return replace(part, net=part.net.given(conditions))
     return part
 
@@ -151,7 +151,7 @@ def describe(parts: Sequence[Part]) -> str:
 def _word(part: Part) -> str:
     if isinstance(part, SpaceToDepth):
         return "squeeze"
-    if isinstance(part, Linear | Reorder):
+    if isinstance(part, (Linear, Reorder)):
         return part.what
     additive = isinstance(part.net, Params) and part.net.raw is None
     return "additive coupling" if additive else f"affine {part.scale.kind} coupling"

@@ -65,7 +65,7 @@ class ManifoldFlow(Chart):
             raise TypeError(
                 f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
             )
-        if not isinstance(objective, ManifoldObjective | None):
+        if not isinstance(objective, (ManifoldObjective, type(None))):
             came = type(objective).__name__
             raise TypeError(f"objective: expected a ManifoldObjective, got {came}")
         self.flow = flow

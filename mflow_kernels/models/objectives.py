@@ -140,7 +140,7 @@ class ManifoldObjective(nn.Module):
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)
         self._weight = check_weight(weight, domain)
         self._maps = 0
-        if isinstance(weight, tuple | Tensor):
+        if isinstance(weight, (tuple, Tensor)):
             maps = weight if isinstance(weight, tuple) else (weight,)
             self._maps = len(maps)
             for i, part in enumerate(maps):
@@ -250,7 +250,7 @@ class ManifoldObjective(nn.Module):
         parts, normalizers = [], []
         for z, mask, w in zip(latents, masks, weights, strict=True):
             # The other forms are for the data domain only.
-            assert isinstance(w, float | Tensor)
+            assert isinstance(w, (float, Tensor))
             parts.append(masked_penalty_gaussian(z, mask=mask, weight=w, rho=rho, delta=self.delta))
             normalizers.append(_log_normalizer(mask, w, rho, self.delta))
         penalty = torch.stack([p for p, _ in parts]).sum(0)
@@ -260,7 +260,7 @@ class ManifoldObjective(nn.Module):
     def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
         """Return the sum of w rho(x - projection), (N,)."""
         weight = self.weight
-        if isinstance(weight, float | Tensor):
+        if isinstance(weight, (float, Tensor)):
             return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
         penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
         if self.training:

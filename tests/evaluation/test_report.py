@@ -19,6 +19,7 @@ from mflow_kernels.evaluation.likelihood import (
     held_out_images,
     importance_weighted_bits,
 )
+from mflow_kernels.evaluation.metrics import _finite
 from mflow_kernels.evaluation.ood import score_images
 from mflow_kernels.evaluation.report import ReportOptions, describe_work
 from mflow_kernels.models import volume
@@ -169,7 +170,7 @@ class TestMissingParts:
 
 
 def test_metrics_that_are_not_finite_are_null():
-    assert report._finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
+    assert _finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
         "a": [None, 1.0],
         "b": [None],
     }

@@ -1,6 +1,15 @@
+from typing import get_args
+
 import pytest
 
-from mflow_kernels.runs.config import RunConfig, TrainConfig
+from mflow_kernels.ops.penalty_functions import RHOS
+from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
+from mflow_kernels.runs.config import Rho, RunConfig, TrainConfig
+
+
+def test_the_command_line_offers_every_rho():
+    """`runs.config` repeats the names, because it does not import torch."""
+    assert RHOS == get_args(OperatorRho) == get_args(Rho)
 
 
 def test_a_resolved_configuration_survives_its_yaml():

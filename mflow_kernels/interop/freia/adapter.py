@@ -250,7 +250,7 @@ class FreiaAdapter(Adapter):
         return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
 
     def why_left(self, layer: nn.Module) -> str:
-        if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
+        if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
         return super().why_left(layer)
 

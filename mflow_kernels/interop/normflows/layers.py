@@ -225,7 +225,7 @@ def channels_of(layer: Any) -> int | None:
     for m in layer.modules():
         if isinstance(m, AffineConstFlow):
             return int(m.s.shape[1])
-        if isinstance(m, nf.flows.Permute | nf.flows.Invertible1x1Conv | nf.flows.InvertibleAffine):
+        if isinstance(m, (nf.flows.Permute, nf.flows.Invertible1x1Conv, nf.flows.InvertibleAffine)):
             return int(m.num_channels)
         if isinstance(m, nf.flows.AffineCouplingBlock) and m is layer:
             net = m.flows[1].param_map
