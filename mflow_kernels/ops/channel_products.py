@@ -8,29 +8,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from mflow_kernels.ops.addresses import at, store, strided
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    launch,
-    net_input,
-    pixels,
-    store,
-    strided,
-    tile_columns,
-    uses_triton,
-    write_ledger,
-)
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.tiles import columns, tile_columns, write_ledger
 
 
 @triton.jit

@@ -18,34 +18,16 @@ Bytes at least: forward x and params read, y written; backward also d y read, d 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import at, step, store, strided
 from mflow_kernels.ops.checks import check_device, check_shape
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    elementwise_tile,
-    flow_state,
-    in_layout_of,
-    launch,
-    ledger_columns,
-    pixels,
-    read_ledger,
-    step,
-    store,
-    strided,
-    tile_columns,
-    uses_triton,
-    write_ledger,
-)
+from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import (
     Kind,
@@ -54,6 +36,14 @@ from mflow_kernels.ops.scale import (
     log_scale_ref,
     scale_of,
     slope_ref,
+)
+from mflow_kernels.ops.tiles import (
+    columns,
+    elementwise_tile,
+    ledger_columns,
+    read_ledger,
+    tile_columns,
+    write_ledger,
 )
 
 

@@ -24,28 +24,21 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import strided, strided_halves
 from mflow_kernels.ops.channel_products import MULTIPROCESSORS, arithmetic, partial_sums
-from mflow_kernels.ops.launch import (
-    accumulator,
-    cut_net_input,
-    dense_pixels,
-    launch,
-    pixels,
-    strided,
-    strided_halves,
-    tile_columns,
-    uses_triton,
-    without_autocast,
-)
+from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.launch import launch, uses_triton
+from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
+from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
     _rebuild_conv1x1_medium_kernel,
     _rebuild_conv1x1_wide_kernel,
 )
+from mflow_kernels.ops.tiles import tile_columns
 
 Halves = tuple[Tensor, Tensor]
 

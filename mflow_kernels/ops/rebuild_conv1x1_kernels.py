@@ -4,10 +4,10 @@ All three compute x = W^-1 (y - bias), dx = W^T dy and outer_sum = sum of dy (y 
 halves (y_a, y_b) and (dy_a + dnet, dy_b). Tiles are named as in the formula, with the suffix `_t`.
 """
 
-import triton
-import triton.language as tl
-
-from mflow_kernels.ops.launch import RUN_TIME, at, at_halves, columns, store
+from mflow_kernels.ops.addresses import at, at_halves, store
+from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.launch import RUN_TIME
+from mflow_kernels.ops.tiles import columns
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
