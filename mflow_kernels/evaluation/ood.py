@@ -90,8 +90,9 @@ def score_images(
             continue
         for part in x[:left].split(DENSITY_BATCH):
             probes = stream_generator(0, Stream.OOD_NOISE, left, device=device)
-            how = {"method": density_method(model), "generator": probes}
-            parts["ood_score"].append(model.ood_score(part, deviation, **how))
+            method = density_method(model)
+            score = model.ood_score(part, deviation, method=method, generator=probes)
+            parts["ood_score"].append(score)
             left -= len(part)
             progress(sum(map(len, parts["ood_score"])))
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}

@@ -14,6 +14,7 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
+from mflow_kernels.ops.coupling import check_params
 from mflow_kernels.ops.launch import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
@@ -33,11 +34,13 @@ class AffineCoupling(Bijection):
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
             |log s| < 1, so that samples stay bounded.
         spatial_dims: 0 to 3, the number of spatial axes of the default net.
+        context_channels: K. If positive, the default net takes a context (N, K) or (N, K, *sides);
+            see `CouplingNetwork`.
 
     Raises:
         TypeError, ValueError: naming the argument. A call checks the state before any kernel runs:
             its channels and, if the net starts with a convolution or linear layer of torch, its
-            axes, device and (outside autocast) dtype.
+            axes, device and (outside autocast) dtype. It also checks the net's output.
     """
 
     def __init__(
@@ -48,13 +51,14 @@ class AffineCoupling(Bijection):
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
         self.channels = channels
         c_a = channels // 2
         if net is None:
-            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
+            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims, context_channels)
         elif not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
         self.net = net
@@ -75,7 +79,7 @@ class AffineCoupling(Bijection):
         return x
 
     def _params(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        return self.net(x[:, : x.shape[1] // 2], *context)
+        return check_params(x, self.net(x[:, : x.shape[1] // 2], *context), "net's output")
 
 
 class Split(ChainLayer):
@@ -95,10 +99,16 @@ class Split(ChainLayer):
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         self.coupling = AffineCoupling(
-            channels, net, width=width, scale=scale, spatial_dims=spatial_dims
+            channels,
+            net,
+            width=width,
+            scale=scale,
+            spatial_dims=spatial_dims,
+            context_channels=context_channels,
         )
 
     @property

@@ -32,13 +32,19 @@ class FlowStep(ChainLayer):
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels)
         self.coupling = AffineCoupling(
-            channels, net, width=width, scale=scale, spatial_dims=spatial_dims
+            channels,
+            net,
+            width=width,
+            scale=scale,
+            spatial_dims=spatial_dims,
+            context_channels=context_channels,
         )
 
     @property

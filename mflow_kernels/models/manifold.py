@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers import Bijection, ReversibleChain
+from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
@@ -19,11 +20,13 @@ class ManifoldFlow(Chart):
     """A flow that learns a manifold and the density on it, in one step (arXiv 2206.03293).
 
     A mask divides the latent pixels of the flow f into u and v. u are coordinates on the manifold
-    {f^-1(u, 0)}; v is zero on it. All methods take and return u as a vector (N, d).
+    {f^-1(u, 0)}; v is zero on it. All methods take and return u as a vector (N, d). They pass a
+    `context` on to the flow, which then has one manifold and density for each context.
 
     Args:
-        flow: `Glow`, `VectorFlow`, or any bijection from x to a tuple of latents with the
-            attributes `input_shape` and `latent_shapes`.
+        flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
+            x to latents (a tensor or a tuple) with the attributes `input_shape` and
+            `latent_shapes`. Its `inverse` takes a tuple.
         manifold_dim: d, from 1 to the dimension of the data. u then takes the last d latent pixels:
             the coarsest latents and, within a latent, the last channels.
         mask: one bool tensor per latent, True where a pixel belongs to u. Each must broadcast to
@@ -34,8 +37,8 @@ class ManifoldFlow(Chart):
             The default is `ManifoldObjective()`.
 
     Raises:
-        TypeError: the mask is not a tuple of bool tensors, the flow lacks one of the two
-            attributes, or the objective is not a ManifoldObjective.
+        TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
+            missing or None, or the objective is not a ManifoldObjective.
         ValueError: manifold_dim and mask are both missing or disagree, the dimension is out of
             range, or a mask or a map of weights does not broadcast.
     """
@@ -49,8 +52,10 @@ class ManifoldFlow(Chart):
         objective: ManifoldObjective | None = None,
     ) -> None:
         super().__init__()
-        if not (hasattr(flow, "input_shape") and hasattr(flow, "latent_shapes")):
+        if any(getattr(flow, name, None) is None for name in ("input_shape", "latent_shapes")):
             came = type(flow).__name__
+            if isinstance(flow, ReversibleChain):
+                came += " without an input_shape"
             raise TypeError(
                 f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
             )
@@ -81,9 +86,12 @@ class ManifoldFlow(Chart):
 
         return cast(ManifoldFlow, load_pretrained(folder).stages[0])
 
-    def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def latents(
+        self, x: Tensor, *, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return all latents of x, and log |det df/dx| (N,)."""
-        return self.flow(x)
+        z, logdet = self.flow(x, *given(context))
+        return z if isinstance(z, tuple) else (z,), logdet
 
     def off_masks(self) -> tuple[Tensor, ...]:
         """Return one bool tensor per latent, of its shape without N: True where a pixel is v."""
@@ -110,25 +118,25 @@ class ManifoldFlow(Chart):
             part.unflatten(1, shape) for part, shape in zip(parts, self.latent_shapes, strict=True)
         )
 
-    def terms(self, x: Tensor) -> Terms:
+    def terms(self, x: Tensor, *, context: Tensor | None = None) -> Terms:
         """Return the objective and its parts on the data x, (N,) each, in nats."""
-        return self.objective(self, x)
+        return self.objective(self, x, context)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
-        return self.gather(self.latents(x)[0])
+        return self.gather(self.latents(x, context=context)[0])
 
-    def decode(self, u: Tensor) -> Tensor:
+    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return f^-1(u, 0), the point on the manifold with coordinates u (N, d)."""
-        return self.flow.inverse(self.scatter(u))[0]
+        return self.flow.inverse(self.scatter(u), *given(context))[0]
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
-        return self.objective.log_likelihood(self, x)
+        return self.objective.log_likelihood(self, x, context)
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:
         """Initialize the flow's actnorms from a first batch x; see `ActNorm`."""
-        self.flow.initialize(x)
+        self.flow.initialize(x, *given(context))
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -355,16 +355,19 @@ affine_coupling_op, coupling_eager = register(
 )
 
 
-def check_params(x: Tensor, params: object) -> Tensor:
-    """params of a coupling on the state x: (N, 2 * C_b, *spatial), on the same device."""
-    params = flow_state("params", params)
+def check_params(x: Tensor, params: object, name: str = "params") -> Tensor:
+    """params of a coupling on the state x: (N, 2 * C_b, *spatial), on the same device.
+
+    Errors call them `name`.
+    """
+    params = flow_state(name, params)
     if x.shape[1] < 2:
         raise ValueError(f"x: expected at least 2 channels to couple, got shape {tuple(x.shape)}")
     c_b = x.shape[1] - x.shape[1] // 2
-    check_shape("params", params, (x.shape[0], 2 * c_b, *x.shape[2:]))
-    check_device("params", params, x)
+    check_shape(name, params, (x.shape[0], 2 * c_b, *x.shape[2:]))
+    check_device(name, params, x)
     if params.dtype == torch.float64 and x.dtype != torch.float64:
-        raise TypeError(f"params: expected a dtype no wider than x's {x.dtype}, got float64")
+        raise TypeError(f"{name}: expected a dtype no wider than x's {x.dtype}, got float64")
     return params
 
 

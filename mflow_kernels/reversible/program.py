@@ -273,7 +273,7 @@ def execute(
                 params = instruction.net(net_input, *context)
             else:
                 params = runner.run(instruction.net, x, net_input, context)
-            params = check_params(x, params)
+            params = check_params(x, params, "net's output")
             scale, inverse = instruction.scale.args, instruction.inverse
             following = instructions[i] if i < len(instructions) else None
             if isinstance(following, ChannelLinear):

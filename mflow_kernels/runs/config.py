@@ -21,7 +21,7 @@ Weight = float | Literal["variance"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One flow of the hierarchy: manifold dimension, size of the networks, objective, budget."""
+    """One flow of the hierarchy: manifold dimension, size of the networks, objective, training."""
 
     dim: int
     steps: int
@@ -29,6 +29,7 @@ class Stage:
     domain: Domain
     rho: Rho
     weight: Weight
+    learning_rate: float
     epochs: int
     max_steps: int | None
 
@@ -87,8 +88,9 @@ class HierarchyOptions:
         stage_domain: Domain of the penalty; by default that of --domain.
         stage_rho: Shape of the penalty; by default that of --rho.
         stage_weight: Weight of the penalty; by default that of --weight.
+        stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Keep training the earlier flows together with each further one, on the joint
-            likelihood and their own penalties; by default they are frozen.
+            likelihood and their own penalties and at its learning rate; by default they are frozen.
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
@@ -99,6 +101,7 @@ class HierarchyOptions:
     stage_domain: list[Domain] = field(default_factory=list)
     stage_rho: list[Rho] = field(default_factory=list)
     stage_weight: list[Weight] = field(default_factory=list)
+    stage_learning_rate: list[float] = field(default_factory=list)
     release: bool = False
 
 
@@ -213,6 +216,9 @@ class TrainConfig(
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for rate in self.stage_learning_rate:
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -237,7 +243,7 @@ class TrainConfig(
         """The image flow, then each further flow."""
         first = Stage(
             self.manifold_dim, self.steps, self.width, self.domain, self.rho, self.weight,
-            self.epochs, self.max_steps,
+            self.learning_rate, self.epochs, self.max_steps,
         )  # fmt: skip
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
@@ -249,6 +255,7 @@ class TrainConfig(
             _for_each("stage_domain", self.stage_domain, count, self.domain),
             _for_each("stage_rho", self.stage_rho, count, self.rho),
             _for_each("stage_weight", self.stage_weight, count, self.weight),
+            _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
             _for_each("stage_max_steps", self.stage_max_steps, count, steps),
         )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -73,6 +73,7 @@ class FlowTraining(LightningModule):
         self._stream = BatchStream(splits.train, config.batch_size, config.seed)
         passes = self._stream.batches_per_pass
         budgets = [stage.optimizer_steps(passes) for stage in config.stages]
+        self._rates = [stage.learning_rate for stage in config.stages]
         self._ends = list(accumulate(budgets))
         self._budgets = budgets
         self.validation_interval = min(passes, *budgets)
@@ -140,15 +141,16 @@ class FlowTraining(LightningModule):
         return OrderedBatches(self._splits.valid, self._config.batch_size)
 
     def configure_optimizers(self) -> Any:
-        highest, decays = self._config.learning_rate, (self._config.weight_decay, 0.0)
         groups, rates = [], []
         for index, stage in enumerate(self.model.stages):
+            decays = self._config.weight_decay, 0.0
             for parameters, decay in zip(parameter_groups(stage), decays, strict=True):
-                group = {"params": parameters, "weight_decay": decay, "initial_lr": highest}
+                # LambdaLR multiplies initial_lr by what `_rate_of_stage` returns.
+                group = {"params": parameters, "weight_decay": decay, "initial_lr": 1.0}
                 groups.append(group)
                 rates.append(self._rate_of_stage(index))
         # The fused optimizer can skip a step by a flag on the device.
-        optimizer = torch.optim.AdamW(groups, lr=highest, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
         step = 0
         if self._checkpoint is not None:
             step = self._checkpoint.step
@@ -342,7 +344,9 @@ class FlowTraining(LightningModule):
         """The images of a batch that this rank computes."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
 
-    def _rate_of_stage(self, stage: int) -> Any:
+    def _rate_of_stage(self, stage: int) -> Callable[[int], float]:
+        """The learning rate of a stage's weights as a function of the step."""
+
         def rate(step: int) -> float:
             trained = self._stage_of(step)
             if step >= self.total_steps or stage not in self._active(trained):
@@ -351,7 +355,7 @@ class FlowTraining(LightningModule):
             done = step - (self._ends[trained] - steps)
             warm_up = max(1, min(self._config.warm_up, steps // 5))
             falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            return min((done + 1) / warm_up, falling)
+            return self._rates[trained] * min((done + 1) / warm_up, falling)
 
         return rate
 

@@ -193,6 +193,28 @@ class TestStages:
         assert [o.weight for o in objectives] == [1000.0, 9.0, "variance"]
         assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
 
+    @pytest.mark.parametrize("release", [False, True])
+    def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
+        """With a warm-up of one step, the first step of a stage has its highest rate."""
+        seen = []
+        original = torch.optim.AdamW.step
+
+        def step(self, *args):
+            seen.append([group["lr"] for group in self.param_groups[::2]])
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        rates = ["--learning-rate", "0.02", "--stage-learning-rate", "0.003", "0.0005"]
+        options = ["--stage-dims", "5", "4", "--warm-up", "1", *(["--release"] if release else [])]
+        assert main([*command, *options, *rates]) == 0
+        first_steps = seen[::3]
+        earlier = (0.003, 0.0005) if release else (0.0, 0.0)
+        assert first_steps == [
+            [0.02, 0.0, 0.0],
+            [earlier[0], 0.003, 0.0],
+            [earlier[1], earlier[1], 0.0005],
+        ]
+
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
         command = [*command, *self.OPTIONS.split(), "--release", "--weight", "variance"]
