@@ -19,7 +19,7 @@ under these rules:
 - A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
   bound.
 
-Convolutions, and operators on large tensors, compute nothing. They return memory that is never
+Convolutions, and operators on large states, compute nothing. They return memory that is never
 written, in the layout that CUDA gives, so that a count of a large model takes seconds and little
 memory. Values are therefore meaningless; shapes, dtypes and layouts are those of a GPU.
 """
@@ -168,14 +168,16 @@ class _Counter(TorchDispatchMode):
             return self.convolution(x, weight, bias, *rest, fused=True)
         if name == "convolution_backward":
             return self.convolution_backward(*args)
-        out = _result(function, args, kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = list({id(t): t for t in given}.values())
+        if any(self.has_pixels(t) and nbytes(t) > LARGE for t in given) and not function.is_view:
+            out = _without_computing(function, args, kwargs, given)
+        else:
+            out = function(*args, **kwargs)
         if function.is_view or name.startswith(FREE):
             return out
         if name in ("pixel_shuffle", "pixel_unshuffle"):
             out = out.contiguous()
-        given = list(
-            {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values()
-        )
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
             given = given[1:]
@@ -188,15 +190,13 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-LARGE = 2**20  # bytes; smaller tensors are computed: they may be weights, whose values matter
+LARGE = 2**20  # bytes
 
 
-def _result(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The results of an operator. With large tensors it runs on the meta device, and its results
-    are memory that nothing writes."""
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if function.is_view or not any(nbytes(t) > LARGE for t in given):
-        return function(*args, **kwargs)
+def _without_computing(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+) -> Any:
+    """The results of an operator, in memory that nothing writes: it runs on the meta device."""
     metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
              for t in given}  # fmt: skip
     originals = {id(metas[id(t)]): t for t in given}

@@ -28,16 +28,17 @@ from typing import NamedTuple
 
 import torch
 
-from mflow_kernels.ops.coupling_network import fits
-from mflow_kernels.ops.coupling_network_kernels import (
-    PROGRAMS,
-    Shape,
-    dh1_tile,
-    forward_tile,
-)
+from mflow_kernels.ops.coupling_network_kernels import Shape, dh1_tile, forward_tile
 from mflow_kernels.ops.fastest import requested
 from mflow_kernels.runs.config import RunConfig
-from mflow_kernels.training.memory import FLOAT, CouplingShape, coupling_shapes
+from mflow_kernels.training.memory import (
+    FLOAT,
+    CouplingShape,
+    coupling_shapes,
+    network_shape,
+    partial_sums_bytes,
+    runs_fused,
+)
 
 
 class Launch(NamedTuple):
@@ -116,24 +117,15 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def _shape(config: RunConfig, n: CouplingShape) -> Shape:
-    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
-    return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
-
-
-def _fused(config: RunConfig, s: Shape) -> bool:
-    return _dtype(config).itemsize == 2 and fits(s) and requested() != "torch"
-
-
 def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterator[Launch]:
-    s, dtype = _shape(config, n), _dtype(config)
+    s, dtype = network_shape(config, n), _dtype(config)
     e, w1, w2, w3 = _weights(config, s)
     a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
     by_torch = requested() == "torch"
     if e < FLOAT or not by_torch:
         yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights packed, and rounded to 16 bits
-    if _fused(config, s):
+    if runs_fused(config, n):
         tile = forward_tile(s)
         columns, blocks = -(-s.tap_rows * s.c_out // tile.block_j), -(-s.width // tile.block_d)
         taps = s.tap_rows * q
@@ -151,14 +143,13 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
 
 
 def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    s, dtype = _shape(config, n), _dtype(config)
+    s, dtype = network_shape(config, n), _dtype(config)
     e, w1, w2, w3 = _weights(config, s)
     a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
-    if _fused(config, s):
+    if runs_fused(config, n):
         inside = bool(s.sums[1])  # d W2 is among the partial sums
-        sums = FLOAT * sum(s.sums)
-        partial = max(sums, min(PROGRAMS * sums, h // 4))
+        sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s, e)
         taps = s.taps * a * -(-s.width // dh1_tile(s).block_d)
         yield Launch(q + 2 * h + w3 + partial // 2, 2 * f3, dtype)
         yield Launch(
@@ -190,7 +181,7 @@ def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
 
 def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     """The coupling before and the 1x1 convolution in one launch; or the coupling of a split."""
-    s, state = _shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2
@@ -199,7 +190,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 
 def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    s, state = _shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0

@@ -61,7 +61,7 @@ unshuffle = nn.functional.pixel_unshuffle
 ledger_counts.count(lambda: seen.append(unshuffle(plain.to(memory_format=last), 2)), net, plain)
 assert seen[0].is_contiguous()
 
-# Operators on large tensors compute nothing, in place or not, and keep layouts.
+# Operators on large states compute nothing, in place or not, and keep layouts.
 large = torch.ones(2, 64, 64, 64).to(memory_format=last)
 images = large[:, :4]
 def passes():
@@ -71,6 +71,9 @@ assert [m[0] for m in made] == ["relu", "mul_", "_to_copy", "clone"], made
 assert [m[2:4] for m in made[:3]] == [(2**21, 2**21), (2**21, 2**21), (2**21, 2**20)], made
 assert all(t.is_contiguous(memory_format=last) for t in seen[:3])
 assert seen[1] is large and large.eq(1.0).all()
+weight = torch.ones(512, 512)
+ledger_counts.count(lambda: seen.append(2.0 * weight), conv, images)
+assert seen[-1].eq(2.0).all()
 
 # Vectors have one pixel. The products of the package's own kernels are counted.
 from mflow_kernels.layers import FlowStep

@@ -5,8 +5,13 @@ building the model to the last step, including temporary tensors and Lightning's
 what oneDNN allocates for itself.
 """
 
+import dataclasses
 import gc
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +29,14 @@ from mflow_kernels.training.cli import main
 from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
 
 # Two steps, because Adam's state exists from the second step on.
-BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
+BASE = {
+    "data": "none",
+    "device": "cpu",
+    "image_size": 16,
+    "batch_size": 16,
+    "max_steps": 2,
+    "manifold_dim": 32,
+}
 CASES = {
     "reversible": {"steps": 4, "width": 64},
     "deep": {"steps": 16, "width": 16, "levels": 3},
@@ -95,6 +107,74 @@ def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     predicted = peak_memory(config.resolve((3, 16, 16)))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
     assert predicted.stage == len(config.stage_dims)
+
+
+# In a process of its own, in which launches compute nothing. Everything that a GPU would allocate
+# is allocated, by torch's CPU allocator.
+FUSED = """
+import json
+from unittest.mock import patch
+from benchmarks.reports import aot
+import torch
+from torch.profiler import ProfilerActivity, profile
+from mflow_kernels.layers.networks import CouplingNetwork
+from mflow_kernels.ops import coupling_network_kernels
+from mflow_kernels.reversible.rerun import RerunNetwork
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.folder import build_model
+
+def product(a, b):  # one allocation on a GPU
+    return torch.empty(len(a), b.shape[1])
+
+def step(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.terms(x, 0).loss.mean()
+    loss.backward()
+
+for options in json.loads({cases!r}):
+    config = RunConfig(**options)
+    model = build_model(config).to(memory_format=torch.channels_last)
+    x = torch.rand(config.batch_size, *config.image_shape)
+    for module in model.modules():
+        if isinstance(module, CouplingNetwork):
+            RerunNetwork(module).remember(draws=False)
+    with aot.noting(lambda _: None), patch.object(
+        coupling_network_kernels, "product_in_float32", product
+    ):
+        step(model, x)
+        model.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(model, x)
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += size
+        peak = max(peak, held)
+    print(json.dumps(peak))
+"""
+FUSED_CASES = [
+    {"width": 128},
+    {"width": 256, "steps": 3},  # a product of its own for the gradient of W2
+    {"width": 32, "levels": 1},
+    {"width": 128, "reversible": False},
+    {"width": 160, "reversible": False},
+]
+
+
+def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
+    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stage_dims": []}
+    base |= {"precision": "bfloat16", "domain": "latent", "device": "cuda"}
+    configs = [TrainConfig(**{**base, **case}).resolve((3, 32, 32)) for case in FUSED_CASES]
+    cases = json.dumps([dataclasses.asdict(config) for config in configs])
+    done = subprocess.run(
+        [sys.executable, "-c", FUSED.format(cases=cases)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for config, found in zip(configs, done.stdout.split(), strict=True):
+        predicted = peak_memory(config)
+        outside = predicted.parameters + predicted.average + predicted.optimizer  # of the step
+        assert predicted.total - outside == pytest.approx(int(found), rel=0.1), config
 
 
 def test_parameters_and_buffers_are_those_of_the_model():
