@@ -49,6 +49,7 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
+from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models.manifold import check_manifold_dim
 from mflow_kernels.ops.coupling_network import fits
 from mflow_kernels.ops.coupling_network_kernels import PROGRAMS, Shape, dh1_tile
@@ -193,6 +194,28 @@ def peak_memory(config: RunConfig) -> Memory:
     return max(snapshots, key=lambda memory: memory.total)
 
 
+def evaluation_memory(config: RunConfig, batch: int) -> int:
+    """Predict the memory at the peak of evaluating a trained model in batches of `batch` images.
+
+    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the flow
+    on images. There are the weights of all stages; the images as they were read, as the flow's
+    input, and in three states or sets of latents; the folded 1x1 convolutions of all levels, and
+    for those of the widest one 6 C^2 numbers a step while they are folded and inverted; and the
+    network's input, its output and both hidden layers.
+    """
+    dims = config.channels * (config.image_size or 0) ** 2
+    one = dataclasses.replace(config, batch_size=batch, precision="float32")
+    folded, peak = 0, 0
+    for stage in range(len(config.stages)):
+        flow = _Flow(coupling_shapes(config, stage), 0, False)
+        squares = flow.squares.values()
+        folded = max(folded, sum(squares) + 6 * max(squares))
+        for n in flow.couplings:
+            network = n.channels // 2 + n.out_channels + 2 * n.width
+            peak = max(peak, FLOAT * batch * n.pixels * network)
+    return peak_memory(one).parameters + batch * dims * (1 + 4 * FLOAT) + folded + peak
+
+
 def describe_peak(config: RunConfig, gpu: bool) -> str:
     """The part of `mflow plan` on the configuration and its peak memory."""
     config = config if gpu else dataclasses.replace(config, device="cpu")
@@ -215,6 +238,11 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
+    batch = evaluation_batch_size(config.image_shape)
+    lines += [
+        "",
+        f"Evaluation, {batch} images at a time: {readable(evaluation_memory(config, batch))}",
+    ]
     if gpu:
         lines += [
             "",

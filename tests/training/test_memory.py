@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
+from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
+from mflow_kernels.training.memory import (
+    coupling_shapes,
+    evaluation_memory,
+    largest_batch,
+    parse_memory,
+    peak_memory,
+)
 
 # Two steps, because Adam's state exists from the second step on.
 BASE = {
@@ -61,6 +69,37 @@ CASES = {
 }
 
 
+EVALUATED = {
+    "wide": {"width": 128},
+    "deep": {"width": 16, "steps": 8},
+    "another stage": {"width": 16, "stage_dims": [16], "stage_width": [256]},
+    "wide levels": {"width": 8, "levels": 4, "steps": 8, "manifold_dim": 768},
+}
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
+    options = {"levels": 2, "steps": 2, "stage_dims": [], **BASE, **EVALUATED[case]}
+    config = TrainConfig(**options).resolve((3, 16, 16))
+    images = ImageSet(torch.randint(256, (24, 3, 16, 16)).byte())
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = build_model(config).requires_grad_(False).eval()
+        evaluate_model(
+            model, images, 8, data="none", device=torch.device("cpu"), batch_size=len(images)
+        )
+    assert evaluation_memory(config, len(images)) == pytest.approx(peak(profiler), rel=0.1)
+
+
+def peak(profiler: profile) -> int:
+    """Bytes at the peak of what was allocated while the profiler ran."""
+    events = profiler.profiler.kineto_results.events()
+    allocations = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    return max(accumulate(size for _, size in allocations))
+
+
 def measured(config: TrainConfig, folder) -> int:
     """Bytes at the peak of the training loop of `mflow train`."""
     images = torch.randint(256, (64, 3, 16, 16)).byte()
@@ -89,15 +128,7 @@ def measured(config: TrainConfig, folder) -> int:
                 checkpoint=None,
             )
         )
-    events = profiler.profiler.kineto_results.events()
-    allocations = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    peak = held = 0
-    for _, size in allocations:
-        held += size
-        peak = max(peak, held)
-    return peak
+    return peak(profiler)
 
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
