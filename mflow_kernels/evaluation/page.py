@@ -109,6 +109,7 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
     if not metrics.samples:
         return
     first = metrics.samples[0]
+    where = "off" if first.ambient else "on"
     yield _table(
         ["temperature", "FID", "KID x 1000", "standard deviation"],
         [
@@ -122,9 +123,9 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
         ],
     )
     yield (
-        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples with "
-        f"{first.images:,} images that the model was not trained on, by features of the network "
-        f"{escape(first.network)}. Compare them only with values from the same network and the "
+        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples {where} the "
+        f"manifold with {first.images:,} images that the model was not trained on, by features of "
+        f"the network {escape(first.network)}. Compare them only with values from the same network and the "
         "same numbers of images.</p>"
     )
 

@@ -64,22 +64,26 @@ class ReportOptions:
         features: name of a network and the network, for FID and KID; None leaves them out.
         feature_images: most images and samples that FID and KID compare.
         others: further sets of images, by name, to compute OOD scores of.
+        ambient: draw the off-manifold coordinates of samples too.
     """
 
     draws: int = 1
     features: tuple[str, FeatureNetwork] | None = None
     feature_images: int = 10_000
     others: tuple[tuple[str, ImageSet], ...] = ()
+    ambient: bool = False
 
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Distance between `images` samples at one temperature and as many held-out images."""
+    """Distance between `images` samples at one temperature and as many held-out images. The samples
+    are on the manifold, or off it if `ambient`."""
 
     temperature: float
     network: str
     images: int
     distance: FeatureDistance
+    ambient: bool
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def write_report(
         missing=tuple(missing),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(run, images, folder, scores, spectrum)
+    pictures = _draw(run, images, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
     html = page(metrics, run.config, pictures)
@@ -192,9 +196,9 @@ def _sample_quality(
 
         real = extract(_image_batches(images, count))
         for temperature in TEMPERATURES:
-            fake = extract(_sample_batches(run.model, count, temperature))
+            fake = extract(_sample_batches(run.model, count, temperature, options.ambient))
             distance = feature_distance(real, fake)
-            rows.append(SampleQuality(temperature, name, count, distance))
+            rows.append(SampleQuality(temperature, name, count, distance, options.ambient))
     return tuple(rows)
 
 
@@ -203,13 +207,16 @@ def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
         yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
 
 
-def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
+def _sample_batches(
+    model: HierarchicalFlow, count: int, temperature: float, ambient: bool
+) -> Iterator[Tensor]:
     """Yield uint8 samples, as a file would hold them, from the same draws at each temperature."""
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
-        yield to_image(model.sample(number, temperature=temperature, generator=generator))
+        x = model.sample(number, temperature, generator, off_manifold=ambient)
+        yield to_image(x)
 
 
 def _deviation(run: Run, missing: list[str]) -> float | None:
@@ -280,7 +287,7 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
             f"{_SPECTRUM_DIMENSIONS:,})"
         )
     else:
-        return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
+        return estimate_intrinsic_dimension(stage, _dequantized(run, images, _SPECTRUM_IMAGES))
     return None
 
 
@@ -298,12 +305,13 @@ def _draw(
     folder: Path,
     scores: dict[str, dict[str, Tensor]],
     spectrum: IntrinsicDimension | None,
+    ambient: bool,
 ) -> dict[str, Picture]:
     """Draw the pictures of the page, by name."""
     pictures = {}
     model = run.model
     path = folder / "samples.png"
-    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed))
+    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed, ambient))
     pictures["samples"] = Picture(
         path, "Each column decodes one draw, scaled by the temperature T of the row."
     )

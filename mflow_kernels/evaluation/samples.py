@@ -12,25 +12,34 @@ TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the picture
 
 @torch.no_grad()
 def draw_samples(
-    model: HierarchicalFlow, number: int, temperature: float, seed: int, stages: int | None = None
+    model: HierarchicalFlow,
+    number: int,
+    temperature: float,
+    seed: int,
+    stages: int | None = None,
+    ambient: bool = False,
 ) -> Tensor:
-    """Draw `number` images on the manifold of the model's first `stages` stages (default: all).
+    """Draw `number` images on the manifold of the model's first `stages` stages (default: all), or
+    off it if `ambient`.
 
     Returns:
         uint8 images (number, C, H, W) on the CPU.
     """
     device = next(model.parameters()).device
     generator = stream_generator(seed, Stream.SAMPLES, device=device)
-    x = model.sample(number, temperature=temperature, generator=generator, stages=stages)
+    x = model.sample(
+        number, temperature=temperature, generator=generator, stages=stages, off_manifold=ambient
+    )
     return to_image(x).cpu()
 
 
 def samples_by_temperature(
-    model: HierarchicalFlow, number: int, seed: int
+    model: HierarchicalFlow, number: int, seed: int, ambient: bool = False
 ) -> tuple[str, dict[str, Tensor]]:
     """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed."""
-    rows = {f"T = {t}": draw_samples(model, number, t, seed) for t in TEMPERATURES}
-    return "Samples on the manifold at several temperatures", rows
+    rows = {f"T = {t}": draw_samples(model, number, t, seed, ambient=ambient) for t in TEMPERATURES}
+    where = "off" if ambient else "on"
+    return f"Samples {where} the manifold at several temperatures", rows
 
 
 @torch.no_grad()

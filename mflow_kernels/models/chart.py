@@ -30,6 +30,17 @@ class Chart(nn.Module):
         """Return the point on the manifold with coordinates u (N, d)."""
         raise NotImplementedError
 
+    def decode_off_manifold(
+        self,
+        u: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Return points with coordinates u (N, d) and random coordinates off the manifold."""
+        raise NotImplementedError
+
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
@@ -182,10 +193,15 @@ class Chart(nn.Module):
         generator: torch.Generator | None = None,
         *,
         context: Tensor | None = None,
+        off_manifold: bool = False,
     ) -> Tensor:
         """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
 
-        `generator` must be on the model's device; `context` has one entry for each point.
+        With `off_manifold`, v is drawn from p_V and scaled by the temperature; at a temperature of
+        1 the points then have the density `log_prob`. `generator` must be on the model's device;
+        `context` has one entry for each point.
         """
         u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        if off_manifold:
+            return self.decode_off_manifold(u, temperature, generator, context=context)
         return self.decode(u, context=context)

@@ -167,7 +167,15 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     commands.add_subcommand("train", trainer, help=_text(train, lines=1))
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
-        subparser.add_function_arguments(command, as_group=False, as_positional=True)
+        flags: set[str | int] = set()
+        if command in (sample, evaluate):  # jsonargparse would expect "--ambient true"
+            flags.add("ambient")
+            subparser.add_argument(
+                "--ambient",
+                action="store_true",
+                help="Draw the off-manifold coordinates of samples too, instead of zeros.",
+            )
+        subparser.add_function_arguments(command, as_group=False, as_positional=True, skip=flags)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
     lister = OptionParser(description=_text(presets))
     lister.add_argument("name", nargs="?", help="Preset to print; by default all names are listed.")

@@ -116,6 +116,7 @@ def sample(
     temperature: float = 0.7,
     seed: int = 0,
     stages: int | None = None,
+    ambient: bool = False,
     output: str | None = None,
     device: Device = "auto",
 ) -> Work:
@@ -128,6 +129,7 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
+        ambient: Draw the off-manifold coordinates too, instead of zeros.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -144,11 +146,13 @@ def sample(
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
     suffix = f"-stages{stages}" if stages else ""
+    suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
     def work() -> None:
-        images = draw_samples(loaded.model, number, temperature, seed, stages)
-        title = f"{number} samples at T = {temperature:g}, seed {seed}"
+        images = draw_samples(loaded.model, number, temperature, seed, stages, ambient)
+        where = " off the manifold" if ambient else ""
+        title = f"{number} samples{where} at T = {temperature:g}, seed {seed}"
         draw_images(path, title, in_rows({"": images}))
         print(printable(str(path)))
 
@@ -202,6 +206,7 @@ def evaluate(
     features: str = "inception",
     feature_images: int = 10_000,
     ood: str | None = None,
+    ambient: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -224,6 +229,7 @@ def evaluate(
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
         ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
             of a data set that mflow train --help lists.
+        ambient: Draw the off-manifold coordinates of samples too, instead of zeros.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -268,7 +274,7 @@ def evaluate(
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))
-            options = ReportOptions(draws, network, feature_images, tuple(others))
+            options = ReportOptions(draws, network, feature_images, tuple(others), ambient)
             report = write_report(loaded, images, evaluation, folder, options)
             print(printable(str(report)))
 
