@@ -125,8 +125,8 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
     yield (
         f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples {where} the "
         f"manifold with {first.images:,} images that the model was not trained on, by features of "
-        f"the network {escape(first.network)}. Compare them only with values from the same network and the "
-        "same numbers of images.</p>"
+        f"the network {escape(first.network)}. Compare them only with values "
+        "from the same network and the same numbers of images.</p>"
     )
 
 
