@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
 
@@ -36,7 +37,10 @@ class ManifoldFlow(Chart):
             objective is the plain likelihood. If all are False, d is 0, the manifold is the point
             f^-1(0), and the objective is the penalty alone. Both cases raise a warning.
         objective: the training loss; it also defines p_V, the density of v. The model keeps a copy.
-            The default is `ManifoldObjective()`.
+            The default for images, `ManifoldObjective()`, suits images with a range of 1. The
+            default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
+            as u of another flow: the penalty is then the standard normal's, so that a coordinate
+            costs as much off the manifold as on it.
 
     Raises:
         TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
@@ -67,7 +71,10 @@ class ManifoldFlow(Chart):
         self.flow = flow
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
-        self.objective = copy.deepcopy(objective) or ManifoldObjective()
+        if objective is None:
+            is_image = len(self.input_shape) > 1
+            objective = ManifoldObjective() if is_image else ManifoldObjective(weight=1.0)
+        self.objective = copy.deepcopy(objective)
         self.objective.check_fits(self)
         flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
@@ -126,6 +133,7 @@ class ManifoldFlow(Chart):
 
     def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
+        warn_of_raw_images(self, x)
         return self.gather(self.latents(x, context=context)[0])
 
     def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
@@ -148,6 +156,7 @@ class ManifoldFlow(Chart):
 
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
+        warn_of_raw_images(self, x)
         return self.objective.log_likelihood(self, x, context)
 
     def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mflow_kernels.data.files import read_regular
-from mflow_kernels.runs.config import add_options
+from mflow_kernels.runs.config import add_options, add_resolved_options
 from mflow_kernels.runs.parser import OptionParser, parse_yaml
 
 PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
@@ -32,7 +32,8 @@ def preset_text(name: str) -> str:
 
 
 def preset_options(name: str) -> dict[str, Any]:
-    """The options that a preset sets, by their names in TrainConfig.
+    """The options that a preset sets, by their names in RunConfig: the config.yaml of a run is a
+    preset too.
 
     Raises:
         ValueError: `name` is not a preset or file, or it has unknown options or values of the
@@ -40,4 +41,7 @@ def preset_options(name: str) -> dict[str, Any]:
     """
     parser = OptionParser()
     add_options(parser)
-    return parse_yaml(parser, preset_text(name), f"preset: {name}")
+    add_resolved_options(parser)
+    values = parse_yaml(parser, preset_text(name), f"preset: {name}")
+    # Of what a run took from its data, only the number of channels is an option of mflow plan.
+    return {name: value for name, value in values.items() if name not in ("crop", "class_names")}

@@ -237,3 +237,30 @@ def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monk
     with HostReads() as reads, torch.no_grad():
         flow.project(x)
     assert reads.found  # a direct call checks W^-1 at once
+
+
+def test_the_default_weight_fits_the_scale_of_the_data():
+    """Images have a range of 1; vectors, such as u of another flow, have unit variance."""
+    image, vector = image_flow(), ManifoldFlow(VectorFlow(3, 1, 4), 2)
+    assert image.objective.weight == 1000
+    assert vector.objective.weight == 1
+    # A flow that is the identity drops N(0, 1): its penalty is the loss of keeping it, but for the
+    # constant of the normal density.
+    x = normal(2, 3)
+    flow = ManifoldFlow(Identity(), 2)
+    terms = flow.terms(x)
+    dropped = torch.distributions.Normal(0, 1).log_prob(x[:, 0])
+    assert_close(terms.penalty, -dropped - math.log(2 * math.pi) / 2, terms=10)
+
+
+class Identity(VectorFlow):
+    """The identity on three numbers."""
+
+    def __init__(self):
+        super().__init__(3, 1, 4)
+
+    def forward(self, x, context=None):
+        return (x,), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return z[0], z[0].new_zeros(len(z[0]))

@@ -17,7 +17,7 @@ from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
 def rows(folder):
-    return metrics(folder, "loss")
+    return metrics(folder, "loss_bits_per_dim")
 
 
 class TestGuard:
@@ -277,7 +277,7 @@ def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch)
     monkeypatch.setattr(train, "check_precision", lambda *_: None)
     assert main([*command, "--precision", "float16"]) == 0
     found = rows(tmp_path / "run")
-    assert all(math.isfinite(float(row["loss"])) for row in found)
+    assert all(math.isfinite(float(row["loss_bits_per_dim"])) for row in found)
     norms = [float(row["gradient_norm"]) for row in found]
     overflows = sum(not math.isfinite(norm) for norm in norms)
     assert 0 < overflows < 6  # the scale starts at 2^16, which is too high for these losses
