@@ -42,13 +42,8 @@ from mflow_kernels.ops.checks import (
     check_choice,
     check_state,
 )
-from mflow_kernels.ops.masked_penalty import (
-    RHOS,
-    Rho,
-    masked_penalty,
-    masked_penalty_gaussian,
-    penalty_log_normalizer,
-)
+from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
+from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
 BOUND_WINDOW = 10  # the same for an ErrorBound, which must follow its weight's effect

@@ -182,7 +182,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     if not lines and header.startswith(",".join(columns)):
         return []
     # Earlier versions wrote fewer columns.
-    if not lines or columns[0] != "step" or not set(columns) <= set(MetricsCsv.columns):
+    if not lines or columns[:1] != ["step"] or not set(columns) <= set(MetricsCsv.columns):
         raise ValueError(
             f"{path}: expected the metrics of a run, with the columns {header[:30]}..., got "
             f"{(lines or [torn])[0][:30]!r}"

@@ -241,7 +241,7 @@ def test_weights_of_an_export(export):
         refuses(export)
 
 
-def test_a_run_without_later_options_resumes(run):
+def test_a_run_without_a_changing_weight_resumes(run):
     """It lacks the options and the column of the penalty's weight, delta and sigma."""
     later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
     config = run / "config.yaml"
