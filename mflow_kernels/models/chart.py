@@ -126,8 +126,7 @@ class Chart(nn.Module):
             generator=generator,
             max_bytes=max_bytes,
         )
-        density = -(u.square() / 2 + HALF_LOG_2PI).sum(1)
-        return Estimate(density - volume.value, volume.error)
+        return Estimate(-normal_score(u) - volume.value, volume.error)
 
     def preprocess(
         self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
@@ -224,6 +223,7 @@ class Chart(nn.Module):
         deviation: float | None = None,
         *,
         context: Tensor | None = None,
+        volume: bool = True,
         **density: Any,
     ) -> Tensor:
         """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
@@ -242,6 +242,9 @@ class Chart(nn.Module):
             deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
                 default.
             context: one for each sample.
+            volume: whether p is the density on the manifold. If False, p is the density of u,
+                N(u; 0, I), without the volume term 1/2 log det J^T J. The score then takes two
+                passes through the flow, for any number of dimensions.
             density: keyword arguments of `manifold_log_prob`.
         """
         if deviation is None:
@@ -252,10 +255,12 @@ class Chart(nn.Module):
             )
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
-        off = math.prod(self.input_shape) - self.manifold_dim
-        squared = (self.distance(x, context=context) / deviation).square() / 2 if off else 0.0
-        constant = off * (HALF_LOG_2PI + math.log(deviation))
-        return squared + constant - self.manifold_log_prob(x, context=context, **density).value
+        u = self.encode(x, context=context)
+        distance = (x - self.decode(u, context=context)).flatten(1).norm(dim=1)
+        off = off_manifold_score(distance, deviation, math.prod(self.input_shape) - u.shape[1])
+        if not volume:
+            return off + normal_score(u)
+        return off - self.manifold_log_prob(x, context=context, **density).value
 
     @torch.no_grad()
     def sample(
@@ -277,3 +282,14 @@ class Chart(nn.Module):
         if off_manifold:
             return self.decode_off_manifold(u, temperature, generator, context=context)
         return self.decode(u, context=context)
+
+
+def off_manifold_score(distance: Tensor, deviation: float, dims: int) -> Tensor:
+    """Return -log N(distance; 0, deviation^2) in `dims` directions off the manifold, (N,)."""
+    squared = (distance / deviation).square() / 2 if dims else torch.zeros_like(distance)
+    return squared + dims * (HALF_LOG_2PI + math.log(deviation))
+
+
+def normal_score(u: Tensor) -> Tensor:
+    """Return -log N(u; 0, I), (N,)."""
+    return (u.square() / 2 + HALF_LOG_2PI).sum(1)

@@ -114,8 +114,9 @@ class ManifoldObjective(nn.Module):
               no gradient.
         delta: |e| at which "huber" turns from quadratic to linear, > 0. The default suits images
             with a range of 1, whose errors have a deviation of about 0.05.
-        sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v and
-            needs no tuning: scaling v and sigma together leaves the loss unchanged.
+        sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v:
+            scaling v and sigma together leaves the loss unchanged. 1 is the deviation that actnorm
+            starts with, so that training need not shrink v first.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -131,7 +132,7 @@ class ManifoldObjective(nn.Module):
         rho: Rho = "l2",
         weight: Weight = 1000.0,
         delta: float = 0.1,
-        sigma: float = 0.1,
+        sigma: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("domain", domain, ("latent", "data"))

@@ -173,7 +173,7 @@ class ObjectiveOptions:
     weight_steps: int | None = None
     error_bound: float | None = None
     delta: float = 0.1
-    sigma: float = 0.1
+    sigma: float = 1.0
 
 
 @dataclass
