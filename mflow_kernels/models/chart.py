@@ -203,6 +203,65 @@ class Chart(nn.Module):
         repeated = None if context is None else torch.cat([context] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
+    def inpaint(
+        self,
+        x: Tensor,
+        known: Tensor,
+        deviation: float,
+        *,
+        steps: int = 200,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Fill in the missing pixels of x from the manifold.
+
+        u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2): it is the
+        most probable u, if x is a point on the manifold with noise of this deviation. Adam finds it,
+        from the u of x whose missing pixels are those of decode(0). Each sample is fitted alone.
+
+        Args:
+            x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
+            known: bool, broadcasts to x: True where a pixel is known. Each sample may have its own.
+            deviation: standard deviation of the known pixels off the manifold, > 0; for example
+                `deviation(training_data)`.
+            steps: number of Adam's steps, each of one pass and its gradient.
+            context: one for each sample.
+
+        Returns:
+            x with the missing pixels of decode(u), without gradients.
+
+        Raises:
+            TypeError, ValueError: known is not bool or does not broadcast, deviation is not a
+                finite number > 0, or steps is not an integer >= 1.
+        """
+        check_count("steps", steps, 1)
+        if not 0 < deviation < math.inf:
+            raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
+        if known.dtype != torch.bool:
+            raise TypeError(f"known: expected dtype bool, got {known.dtype}")
+        try:
+            known = known.expand(x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"known: expected a shape that broadcasts to {tuple(x.shape)}, got "
+                f"{tuple(known.shape)}"
+            ) from None
+        x = torch.where(known, x, 0.0)
+        with torch.no_grad():
+            mode = self.decode(x.new_zeros(len(x), self.manifold_dim), context=context)
+            start = self.encode(torch.where(known, x, mode), context=context)
+        u = start.clone().requires_grad_()
+        adam = torch.optim.Adam([u], lr=0.1)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for _ in range(steps):
+            with torch.enable_grad():
+                error = torch.where(known, x - self.decode(u, context=context), 0.0)
+                loss = u.square().sum() / 2 + error.square().sum() / (2 * deviation**2)
+            (u.grad,) = torch.autograd.grad(loss, u)
+            adam.step()
+            falling.step()
+        with torch.no_grad():
+            return torch.where(known, x, self.decode(u, context=context))
+
     @torch.no_grad()
     def deviation(self, x: Tensor, *, context: Tensor | None = None) -> float:
         """Return the standard deviation of the data x off the manifold, per direction.

@@ -31,6 +31,7 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_delta": [],
     "stage_sigma": [],
     "stage_learning_rate": [],
+    "init_from": None,
     "classes": None,
     "crop": None,
     "class_names": [],
