@@ -12,12 +12,16 @@ from mflow_kernels.models.selection import IntrinsicDimension
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Distance between `images` samples at one temperature and as many held-out images."""
+    """Distance between `images` samples at one temperature and as many held-out images.
+
+    The samples are on the manifold, or off it if `ambient`.
+    """
 
     temperature: float
     network: str
     images: int
     distance: FeatureDistance
+    ambient: bool
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,20 @@ class ManifoldFlow(Chart):
         """Return f^-1(u, 0), the point on the manifold with coordinates u (N, d)."""
         return self.flow.inverse(self.scatter(u), *given(context))[0]
 
+    def decode_off_manifold(
+        self,
+        u: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Return f^-1(u, v) with v drawn from p_V and scaled by the temperature."""
+        latents = self.objective.draw_off_manifold(
+            self.scatter(u), self.off_masks(), temperature, generator
+        )
+        return self.flow.inverse(latents, *given(context))[0]
+
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         warn_of_raw_images(self, x)
