@@ -104,7 +104,7 @@ class CheckedRun(Loaded):
     resumes: bool  # continue the run in an existing folder
     lock: FileLock | None  # held on an existing run folder, by rank 0
     checkpoint: Checkpoint | None  # checkpoint to resume from
-    changes: Sequence[Change]  # options that change on resume
+    changes: Sequence[Change] = ()  # options that change on resume
 
     @property
     def first_step(self) -> int:
