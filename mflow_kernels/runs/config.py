@@ -355,6 +355,8 @@ class RunConfig(TrainConfig):
         config = cls(**values)
         try:
             config.check()
+            if values["channels"] is None:  # the file is cut off before the number
+                raise ValueError("channels: expected a whole number, got none")
             _check_at_least("channels", config.channels, 1)
             _ = config.image_shape  # ValueError without an image_size
         except ValueError as error:
