@@ -98,7 +98,8 @@ class HierarchyOptions:
         stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
         stage_domain: Domain of the penalty; by default that of --domain.
         stage_rho: Shape of the penalty; by default that of --rho.
-        stage_weight: Weight of the penalty; by default that of --weight.
+        stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
+            or "variance" if --weight is.
         stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Keep training the earlier flows together with each further one, on the joint
             likelihood and their own penalties and at its learning rate; by default they are frozen.
@@ -264,13 +265,14 @@ class TrainConfig(
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
         steps = None if self.stage_epochs else self.max_steps
+        weight = "variance" if self.weight == "variance" else 1.0
         columns = (
             self.stage_dims,
             _for_each("stage_steps", self.stage_steps, count, None),
             _for_each("stage_width", self.stage_width, count, None),
             _for_each("stage_domain", self.stage_domain, count, self.domain),
             _for_each("stage_rho", self.stage_rho, count, self.rho),
-            _for_each("stage_weight", self.stage_weight, count, self.weight),
+            _for_each("stage_weight", self.stage_weight, count, weight),
             _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
             _for_each("stage_max_steps", self.stage_max_steps, count, steps),

@@ -82,7 +82,10 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
     assert [s.learning_rate for s in config.stages] == [2e-3, 0.01, 0.001]
     assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
-    assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
+    # u has unit variance, which the weight of images does not fit.
+    assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
+    assert TrainConfig(weight="variance").stages[1].weight == "variance"
+    assert TrainConfig(stage_weight=[3.0]).stages[1].weight == 3.0
 
 
 @pytest.mark.parametrize(
