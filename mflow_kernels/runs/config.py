@@ -364,14 +364,14 @@ class RunConfig(TrainConfig):
     """A TrainConfig with what it takes from the data. A run's config.yaml holds one.
 
     Args:
-        channels: 1 (grey) or 3 (RGB).
         crop: side of the square that is cut out of each image first; None for the largest square.
         class_names: names of the classes, in the order of their numbers.
+        channels: 1 (grey) or 3 (RGB).
     """
 
-    channels: int = 1
     crop: int | None = None
     class_names: list[str] = field(default_factory=list)
+    channels: int = 1  # the last line of the file, so that a file that is cut off lacks it
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
