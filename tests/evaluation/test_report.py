@@ -218,7 +218,7 @@ class TestWork:
         def refuse(*_args, **_options):
             raise AssertionError("a Jacobian is computed")
 
-        monkeypatch.setattr(volume, "_push", refuse)
+        monkeypatch.setattr(volume, "push_forward", refuse)
         command = ["evaluate", str(trained), "--out", str(tmp_path / "report")]
         with pytest.raises(AssertionError, match="a Jacobian is computed"):
             main(command)
