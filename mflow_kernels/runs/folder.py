@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,7 @@ from mflow_kernels.data.files import (
     write_atomically,
 )
 from mflow_kernels.data.manifest import MANIFEST, Manifest
-from mflow_kernels.models.pretrained import build, save_pretrained
+from mflow_kernels.models.pretrained import build, write_pretrained
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.parser import as_option
@@ -231,13 +232,7 @@ def load_run(folder: str, device: str = "auto") -> Run:
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
 
-    def fill(temporary: Path) -> None:
-        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        config = run.config
-        images = {"n_bits": config.n_bits, "crop": config.crop, "class_names": config.class_names}
-        save_pretrained(run.model, architecture(config), temporary, **images)
-
-    lock = make_folder(folder, fill, "out")
+    lock = make_folder(folder, partial(write_pretrained, run.model), "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 
