@@ -12,6 +12,23 @@ from torch import Tensor
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 
+
+class LabelledImages(NamedTuple):
+    """A batch of a set that has classes: uint8 (N, C, H, W), and int64 (N,)."""
+
+    images: Tensor
+    classes: Tensor
+
+
+# Batches of a set without classes are the images alone.
+Batch = Tensor | LabelledImages
+
+
+def images_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The two parts of a batch; the second is None if the set has no classes."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch.images, batch.classes)
+
+
 _READERS = 4  # threads, so that a disk gets more than one request at a time
 
 
@@ -50,7 +67,7 @@ class BatchStream:
     def batches_per_pass(self) -> int:
         return len(self._images) // self._batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self._images, self._orders())
 
     def _orders(self) -> Iterator[Tensor]:
@@ -76,7 +93,7 @@ class OrderedBatches:
     def __len__(self) -> int:
         return math.ceil(len(self._images) / self._batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self._images, torch.arange(len(self._images)).split(self._batch_size))
 
 
@@ -86,14 +103,19 @@ def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> 
     return torch.where(flips, images.flip(-1), images)
 
 
-def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Batch]:
     """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
     would send through pipes what a thread finds in the page cache.)"""
     pool = ThreadPoolExecutor(_READERS)
-    ahead: deque[Future[Tensor]] = deque()
+    ahead: deque[Future[Batch]] = deque()
+
+    def read(order: Tensor) -> Batch:
+        batch = images.batch(order)
+        return batch if images.classes is None else LabelledImages(batch, images.classes[order])
+
     try:
         for order in orders:
-            ahead.append(pool.submit(images.batch, order))
+            ahead.append(pool.submit(read, order))
             if len(ahead) > _READERS:
                 yield ahead.popleft().result()
         while ahead:

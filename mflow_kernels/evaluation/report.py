@@ -15,6 +15,7 @@ from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
+from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import (
     Evaluation,
@@ -261,7 +262,10 @@ def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> 
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
-        yield to_image(model.sample(number, temperature=temperature, generator=generator))
+        context = sampled_classes(model, number)
+        yield to_image(
+            model.sample(number, temperature=temperature, generator=generator, context=context)
+        )
 
 
 def _deviation(run: Run, missing: list[str]) -> float | None:
@@ -276,7 +280,10 @@ def _deviation(run: Run, missing: list[str]) -> float | None:
         missing.append("OOD score: the density on the manifold is too expensive at this image size")
         return None
     parts = _dequantized(run, train, SCORED_IMAGES).split(evaluation_batch_size(train.image_shape))
-    squares = sum(len(part) * run.model.deviation(part) ** 2 for part in parts)
+    squares = sum(
+        len(part) * run.model.deviation(part, context=context_of(run.model, part)) ** 2
+        for part in parts
+    )
     return math.sqrt(squares / sum(map(len, parts)))
 
 
@@ -311,7 +318,9 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
     method, values = density_method(run.model), []
     with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _dequantized(run, images, count).split(DENSITY_BATCH):
-            found = run.model.manifold_log_prob(part, method=method, generator=generator)
+            found = run.model.manifold_log_prob(
+                part, context=context_of(run.model, part), method=method, generator=generator
+            )
             values.append(found.value.double())
             progress(sum(map(len, values)))
     return torch.cat(values).mean().item()
@@ -320,6 +329,9 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
 @torch.no_grad()
 def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimension | None:
     dims = math.prod(run.model.input_shape)
+    if run.model.class_names:
+        missing.append("intrinsic dimension: it is not computed for class-conditional models")
+        return None
     if _has_spectrum(run):
         stage = cast(ManifoldFlow, run.model.stages[0])
         return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
@@ -337,7 +349,8 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
 
 def _has_spectrum(run: Run) -> bool:
     dims = math.prod(run.model.input_shape)
-    return run.config.domain == "data" and dims <= _SPECTRUM_DIMENSIONS
+    conditional = bool(run.model.class_names)
+    return run.config.domain == "data" and dims <= _SPECTRUM_DIMENSIONS and not conditional
 
 
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
@@ -365,12 +378,17 @@ def _draw(
     )
 
     originals = images.batch(range(min(COLUMNS, len(images))))
+    classes = None if images.classes is None else images.classes[: len(originals)]
     path = folder / "projections.png"
     draw_residuals(
         path,
         f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
         originals,
-        project_images(model, originals),
+        project_images(
+            model,
+            originals,
+            classes=classes,
+        ),
     )
     pictures["projections"] = Picture(
         path, "The projection is what the manifold coordinates preserve of an image."
@@ -416,7 +434,9 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
     for row in range(count):
         first, last = images.batch([row]), images.batch([count + row])
         x0, x1 = bin_centres(first, run.model), bin_centres(last, run.model)
-        points = to_image(run.model.interpolate(x0, x1, COLUMNS - 2)[:, 0]).cpu()
+        context = context_of(run.model, x0)  # the class of the first image
+        points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
+        points = to_image(points[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
 

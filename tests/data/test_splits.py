@@ -61,7 +61,8 @@ class TestNamed:
     @pytest.fixture(autouse=True)
     def stripes(self, monkeypatch):
         images = np.arange(20 * 12 * 12 * 3).reshape(20, 12, 12, 3).astype(np.uint8)
-        row = NamedDataset("colour stripes", 12, 3, len(images), lambda: images)
+        labels = np.arange(20) % 3
+        row = NamedDataset("colour stripes", 12, 3, len(images), lambda: (images, labels))
         monkeypatch.setitem(NAMED_DATASETS, "stripes", row)
         return images
 
