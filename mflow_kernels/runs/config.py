@@ -32,6 +32,7 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_delta": [],
     "stage_sigma": [],
     "stage_learning_rate": [],
+    "init_from": None,
 }
 
 
