@@ -205,7 +205,7 @@ class TestWork:
         passes[0] = 0
         batch = images.batch(range(2))
         score_images(run.model, batch, 8, None)
-        assert f"OOD scores of 6 images: {3 * passes[0]} passes" in text
+        assert f"scores of 6 images of all sets: {3 * passes[0]} passes" in text
         passes[0] = 0
         run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
         dim = run.model.manifold_dim
@@ -218,7 +218,7 @@ class TestWork:
         def refuse(*_args, **_options):
             raise AssertionError("a Jacobian is computed")
 
-        monkeypatch.setattr(volume, "_push", refuse)
+        monkeypatch.setattr(volume, "push_forward", refuse)
         command = ["evaluate", str(trained), "--out", str(tmp_path / "report")]
         with pytest.raises(AssertionError, match="a Jacobian is computed"):
             main(command)
