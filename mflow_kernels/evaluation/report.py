@@ -100,7 +100,7 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         compared = min(options.feature_images, count)
         samples = len(TEMPERATURES) * compared
         lines.append(_work(f"{samples:,} samples for FID and KID", samples))
-    lines.append(_work(f"OOD scores of {scored:,} images", 3 * scored))
+    lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
     lines.append(_work(f"{SCORED_IMAGES} training images to compare with", 3 * SCORED_IMAGES))
     dense = density_images(model)
     if dense and not options.quick:

@@ -214,7 +214,7 @@ class TestWork:
         passes[0] = 0
         batch = images.batch(range(2))
         score_images(run.model, batch, 8, None)
-        assert f"OOD scores of 6 images: {3 * passes[0]} passes" in text
+        assert f"scores of 6 images of all sets: {3 * passes[0]} passes" in text
         passes[0] = 0
         run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
         dim = run.model.manifold_dim
