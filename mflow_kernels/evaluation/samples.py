@@ -49,15 +49,25 @@ def samples_by_temperature(
 
     A class-conditional model has one row for each class, at CLASS_TEMPERATURE.
     """
-    names = model.class_names[:MOST_ROWS]
-    if names:
-        rows = {
-            name: draw_samples(model, number, CLASS_TEMPERATURE, seed, class_number=c)
-            for c, name in enumerate(names)
-        }
+    if model.class_names:
+        rows = samples_by_class(model, number, CLASS_TEMPERATURE, seed)
         return f"Samples of each class at T = {CLASS_TEMPERATURE}", rows
     rows = {f"T = {t}": draw_samples(model, number, t, seed) for t in TEMPERATURES}
     return "Samples on the manifold at several temperatures", rows
+
+
+def samples_by_class(
+    model: HierarchicalFlow,
+    number: int,
+    temperature: float,
+    seed: int,
+    stages: int | None = None,
+) -> dict[str, Tensor]:
+    """For each class, by name, `number` samples from the same draws. At most MOST_ROWS classes."""
+    return {
+        name: draw_samples(model, number, temperature, seed, stages, class_number)
+        for class_number, name in enumerate(model.class_names[:MOST_ROWS])
+    }
 
 
 @torch.no_grad()

@@ -150,6 +150,13 @@ class HierarchicalFlow(Chart):
         u = sample_normal(self, (n, dim), temperature, generator)
         return self.decode(u, stages, context=context)
 
+    def describe_images(
+        self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
+    ) -> None:
+        """Set what the model and its first stage know of the images that they are trained on."""
+        for model in (self, cast(ManifoldFlow, self.stages[0])):
+            model.n_bits, model.crop, model.class_names = n_bits, crop, class_names
+
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
         """Load all stages from a folder that `mflow export` wrote.

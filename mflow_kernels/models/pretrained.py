@@ -35,7 +35,8 @@ def build(
         architecture: `image_shape` (C, H, W); `levels`, `steps` and `width` of the image flow; and
             `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
             `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
-            repeats those of the image flow.
+            repeats those of the image flow. A class-conditional model has the number of its
+            `classes` too.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -58,6 +59,7 @@ def build(
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
     """Build the flow of each stage."""
     levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
+    how["context_channels"] = architecture.get("classes", 0)
     flows: list[Bijection] = [Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)]
     for outer, own in pairwise(architecture["stages"]):
         flows.append(VectorFlow(outer["manifold_dim"], own["steps"], own["width"], **how))
@@ -100,7 +102,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a valid {WEIGHTS} in {folder} ({error})") from None
-    architecture = _read(path / ARCHITECTURE, len(tensors))
+    architecture, images = _read(path / ARCHITECTURE, len(tensors))
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):  # compare shapes before allocating memory
@@ -123,6 +125,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
         if not tensor.isfinite().all() or (is_fixed(name) and not tensor.equal(own)):
             raise ValueError(f"folder: expected weights of a model in {path / WEIGHTS}: {name}")
     model.load_state_dict(tensors)
+    model.describe_images(*images)
     return model.eval()
 
 
@@ -153,8 +156,11 @@ def _compare(
             )
 
 
-def _read(path: Path, tensors: int) -> dict[str, Any]:
-    """Read the architecture from a JSON file and check its names and types.
+def _read(
+    path: Path, tensors: int
+) -> tuple[dict[str, Any], tuple[int | None, int | None, tuple[str, ...]]]:
+    """Read the architecture from a JSON file, and n_bits, crop and class_names of the images that
+    the model was trained on. Check their names and types.
 
     `tensors` is the number of tensors in the weights file.
     """
@@ -183,4 +189,17 @@ def _read(path: Path, tensors: int) -> dict[str, Any]:
     depth = architecture["levels"] * architecture["steps"]
     if depth + sum(stage["steps"] for stage in stages[1:]) > tensors:
         raise ValueError(f"{expected} with no more steps than {WEIGHTS} has tensors")
-    return architecture
+    classes = architecture.get("classes", 0)
+    n_bits, crop = content.get("n_bits"), content.get("crop")
+    names = content.get("class_names", [])
+    if not (
+        (n_bits is None or (type(n_bits) is int and 1 <= n_bits <= 8))
+        and (crop is None or (type(crop) is int and crop > 0))
+        and type(classes) is int
+        and classes >= 0
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) in (0, classes)
+    ):
+        raise ValueError(f"{expected} with n_bits, crop, classes and class_names of an export")
+    return architecture, (n_bits, crop, tuple(names))

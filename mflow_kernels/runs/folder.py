@@ -73,7 +73,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return build(
+            model = build(
                 architecture(config),
                 reversible=config.reversible,
                 checkpoint_every=config.checkpoint_every,
@@ -84,6 +84,8 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
             "width, stage_width, steps, stage_steps: expected a model that fits in memory "
             f"({reason[:120]})"
         ) from None
+    model.describe_images(config.n_bits, config.crop, tuple(config.class_names))
+    return model
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
@@ -100,6 +102,8 @@ def architecture(config: RunConfig) -> dict[str, Any]:
         for stage in config.stages
     ]
     flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
+    if config.class_names:
+        flow["classes"] = len(config.class_names)
     return {"image_shape": list(config.image_shape), **flow, "stages": stages}
 
 
@@ -234,7 +238,9 @@ def export_run(run: Run, folder: Path) -> None:
 
     def fill(temporary: Path) -> None:
         # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
+        config = run.config
+        images = {"n_bits": config.n_bits, "crop": config.crop, "class_names": config.class_names}
+        save_pretrained(run.model, architecture(config), temporary, **images)
 
     lock = make_folder(folder, fill, "out")
     (folder / LOCK).unlink(missing_ok=True)

@@ -160,8 +160,9 @@ def sample(
     stages: int | None = None,
     output: str | None = None,
     device: Device = "auto",
+    class_name: str | None = None,
 ) -> Work:
-    """Draw images from a trained model.
+    """Draw images from a trained model. A class-conditional one draws a row for each class.
 
     Args:
         run: Folder that mflow train wrote.
@@ -174,7 +175,7 @@ def sample(
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
-    from mflow_kernels.evaluation.samples import draw_samples
+    from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
     from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
@@ -186,12 +187,25 @@ def sample(
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
     suffix = f"-stages{stages}" if stages else ""
+    names = loaded.model.class_names
+    if class_name is not None and class_name not in names:
+        known = f"one of {', '.join(names)}" if names else "none, because the model has no classes"
+        raise ValueError(f"class: expected {known}, got {class_name}")
+    if class_name is not None:
+        suffix += f"-class{names.index(class_name)}"
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
     def work() -> None:
-        images = draw_samples(loaded.model, number, temperature, seed, stages)
-        title = f"{number} samples at T = {temperature:g}, seed {seed}"
-        draw_images(path, title, in_rows({"": images}))
+        model, title = loaded.model, f"{number} samples at T = {temperature:g}, seed {seed}"
+        if names and class_name is None:
+            each = max(1, number // len(names))
+            rows = samples_by_class(model, each, temperature, seed, stages)
+            title = f"{each} samples of each class at T = {temperature:g}, seed {seed}"
+        else:
+            chosen = None if class_name is None else names.index(class_name)
+            images = draw_samples(model, number, temperature, seed, stages, chosen)
+            rows = {"" if class_name is None else class_name: images}
+        draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
 
     return work
@@ -229,7 +243,9 @@ def reconstruct(
         _warn(warning)
         originals = images.batch(range(min(number, len(images))))
         title = f"{printable(name)}: images and their projections on the manifold"
-        draw_residuals(path, title, originals, project_images(loaded.model, originals))
+        classes = None if images.classes is None else images.classes[: len(originals)]
+        projections = project_images(loaded.model, originals, classes=classes)
+        draw_residuals(path, title, originals, projections)
         print(printable(str(path)))
 
     return work
