@@ -20,7 +20,7 @@ from mflow_kernels.layers.coupling import check_latent
 from mflow_kernels.layers.flow import Flow
 from mflow_kernels.layers.networks import check_takes
 from mflow_kernels.ops.checks import check_channels, check_count
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import (
     Couple,

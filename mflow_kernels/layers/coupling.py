@@ -15,7 +15,7 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.coupling import check_params
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 

@@ -10,7 +10,9 @@ from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Sq
 from mflow_kernels.layers.flow import Flow, given
 from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 # Makes a coupling network from its numbers of input and output channels.

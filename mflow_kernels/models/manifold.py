@@ -28,8 +28,10 @@ class ManifoldFlow(Chart):
         flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
             x to latents (a tensor or a tuple) with the attributes `input_shape` and
             `latent_shapes`. Its `inverse` takes a tuple.
-        manifold_dim: d, from 1 to the dimension of the data. u then takes the last d latent pixels:
-            the coarsest latents and, within a latent, the last channels.
+        manifold_dim: d, from 1 to the dimension of the data. u then takes d latent pixels: the
+            coarsest latents first, in each latent the last channels first, and in a channel that is
+            not taken whole, pixels that are spread evenly. The pixels of a smaller d are among
+            those of a larger one.
         mask: one bool tensor per latent, True where a pixel belongs to u. Each must broadcast to
             the latent's shape without N. If all are True, the manifold is the whole space and the
             objective is the plain likelihood. If all are False, d is 0, the manifold is the point
@@ -185,7 +187,42 @@ def _on_mask(
     if manifold_dim is None:
         raise ValueError("manifold_dim, mask: expected at least one of them, got neither")
     check_manifold_dim(manifold_dim, shapes)
-    return torch.arange(total) >= total - manifold_dim
+    flat = torch.zeros(total, dtype=torch.bool)
+    flat[_coarsest_first(shapes)[:manifold_dim]] = True
+    return flat
+
+
+def _coarsest_first(shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Return all D latent pixels in the order in which `manifold_dim` takes them."""
+    parts: list[Tensor] = []
+    offset = 0
+    for channels, *plane in shapes:
+        size = math.prod(plane)
+        pixels = _evenly(*plane) if len(plane) == 2 else torch.arange(size)
+        first = size * torch.arange(channels - 1, -1, -1)
+        parts.insert(0, offset + (first[:, None] + pixels).flatten())
+        offset += channels * size
+    return torch.cat(parts)
+
+
+def _evenly(height: int, width: int) -> Tensor:
+    """Return the pixels of a plane, in an order whose first k pixels cover it evenly, for any k.
+
+    The order goes along the diagonals of a lattice, whose step is near the golden section of the
+    width. In a square plane, the numbers of the first k pixels in two rows, or in two columns,
+    differ by at most one.
+    """
+    rows = torch.arange(height) * _golden_step(height) % height
+    diagonals = torch.arange(width) * _golden_step(width) % width
+    columns = (rows * _golden_step(width) + diagonals[:, None]) % width
+    return (rows * width + columns).flatten()
+
+
+def _golden_step(n: int) -> int:
+    """Return the number coprime to n that is nearest to its golden section."""
+    section = n * (3 - math.sqrt(5)) / 2
+    steps = (step for step in range(1, n + 1) if math.gcd(step, n) == 1)
+    return min(steps, key=lambda step: abs(step - section))
 
 
 def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> Tensor:

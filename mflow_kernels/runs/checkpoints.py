@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from mflow_kernels.data.files import sync, write_atomically
-from mflow_kernels.models.pretrained import is_fixed
+from mflow_kernels.models.pretrained import check_selection
 from mflow_kernels.runs.progress import Progress
 
 LAST = "last.ckpt"
@@ -94,9 +94,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         )
     try:
         _check_finite(tensors)
-        for name, tensor in expected.tensors.items():
-            if is_fixed(name):
-                _check(torch.equal(tensors[name], tensor), name, "differs from the architecture")
+        check_selection(tensors)
         step = state["global_step"]
         _check(type(step) is int and 0 <= step < 2**63, "global_step", step)
         moments, progress = {}, None

@@ -90,15 +90,10 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 def architecture(config: RunConfig) -> dict[str, Any]:
     """The architecture of a configuration, as `pretrained.build` takes it."""
+    objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
+    names = ("steps", "width", *objective, "delta", "sigma")
     stages = [
-        {
-            "manifold_dim": stage.dim,
-            "steps": stage.steps,
-            "width": stage.width,
-            "domain": stage.domain,
-            "rho": stage.rho,
-            "weight": stage.weight,
-        }
+        {"manifold_dim": stage.dim, **{name: getattr(stage, name) for name in names}}
         for stage in config.stages
     ]
     flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}

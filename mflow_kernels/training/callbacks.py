@@ -115,6 +115,7 @@ class MetricsCsv(Logger):
         "folded_condition",
         "learning_rate",
         "images_per_second",
+        "penalty_weight",
     )
 
     def __init__(self, path: Path, first_step: int = 0, validates: bool = False) -> None:
@@ -180,7 +181,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     header = ",".join(MetricsCsv.columns)
     if not lines and header.startswith(",".join(columns)):
         return []
-    if not lines or columns != [*MetricsCsv.columns]:
+    # Earlier versions wrote fewer columns.
+    if not lines or columns[:1] != ["step"] or not set(columns) <= set(MetricsCsv.columns):
         raise ValueError(
             f"{path}: expected the metrics of a run, with the columns {header[:30]}..., got "
             f"{(lines or [torn])[0][:30]!r}"
@@ -188,7 +190,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.rstrip("\r").split(",")
-        if len(cells) != len(MetricsCsv.columns) or not _are_numbers(cells):
+        if len(cells) != len(columns) or not _are_numbers(cells):
             raise ValueError(
                 f"{path}, line {number}: expected a step and its metrics, got {line[:60]!r}"
             )

@@ -36,6 +36,7 @@ in the caching allocator.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
+from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models.manifold import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 
@@ -185,6 +187,22 @@ def peak_memory(config: RunConfig) -> Memory:
             )
             snapshots.append(complete)
     return max(snapshots, key=lambda memory: memory.total)
+
+
+def evaluation_memory(config: RunConfig) -> int:
+    """Predict the memory at the peak of `mflow evaluate --quick`, in bytes.
+
+    These are the parameters and buffers; eight tensors of a batch's size; and, at the widest
+    coupling, the input of its network and two hidden layers. Evaluation uses float32.
+    """
+    batch = evaluation_batch_size(config.image_shape)
+    networks = (
+        n.pixels * (n.channels // 2 + 2 * n.width)
+        for stage in range(1 + len(config.stage_dims))
+        for n in coupling_shapes(config, stage)
+    )
+    elements = 8 * math.prod(config.image_shape) + max(networks)
+    return peak_memory(config).parameters + FLOAT * batch * elements
 
 
 def describe_peak(config: RunConfig, gpu: bool) -> str:

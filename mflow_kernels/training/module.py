@@ -199,6 +199,9 @@ class FlowTraining(LightningModule):
             names = (*(f"{part}_bits_per_dim" for part in _PARTS), "bits_per_dim")
             self.log_dict(dict(zip(names, values, strict=True)))
             self.log("stage", float(stage))
+            weight = cast(ManifoldFlow, self.model.stages[stage]).objective.trained_weight
+            if weight is not None:
+                self.log("penalty_weight", weight)
         return self._scaler.scale(loss)
 
     def _losses(self, stage: int, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, ...]:

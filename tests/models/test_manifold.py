@@ -19,10 +19,34 @@ def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
     assert fine.shape == (2, 2, 2)
     assert coarse.shape == (8, 1, 1)
     assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer one
-    assert (~fine).nonzero().tolist() == [[1, 1, 1]]
+    assert (~fine).nonzero().tolist() == [[1, 0, 0]]
     fine, coarse = image_flow(manifold_dim=3).off_masks()
     assert fine.all()
     assert coarse.flatten().tolist() == [True] * 5 + [False] * 3
+
+
+def test_the_default_mask_covers_the_image_evenly():
+    """As in the two-level flow on 28x28 images, whose coarsest latent has 8 channels of 7x7."""
+
+    class Shapes(VectorFlow):
+        def __init__(self):
+            super().__init__(2, steps=1, width=2)
+            self.input_shape, self.latent_shapes = (1, 28, 28), ((2, 14, 14), (8, 7, 7))
+
+    before = torch.zeros(784, dtype=torch.bool)
+    for dim in (1, 3, 15, 49, 64, 98, 200, 391, 392, 393, 500, 700, 783):
+        flow = ManifoldFlow(Shapes(), dim)
+        chosen = ~torch.cat([mask.flatten() for mask in flow.off_masks()])
+        assert chosen.sum() == dim
+        assert not (before & ~chosen).any()  # the manifolds nest
+        before = chosen
+        for mask in flow.off_masks():
+            for counts in ((~mask).sum(1), (~mask).sum(2)):
+                assert (counts.amax(1) - counts.amin(1)).max() <= 1
+        fine, coarse = flow.off_masks()
+        per_channel = (~coarse).sum((1, 2)).tolist()
+        assert per_channel == [min(49, max(0, dim - 49 * (7 - c))) for c in range(8)]
+        assert fine.all() or not coarse.any()
 
 
 def test_encode_and_decode_follow_the_mask():

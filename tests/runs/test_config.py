@@ -82,7 +82,10 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
     assert [s.learning_rate for s in config.stages] == [2e-3, 0.01, 0.001]
     assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
-    assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
+    # u has unit variance, which the weight of images does not fit.
+    assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
+    assert TrainConfig(weight="variance").stages[1].weight == "variance"
+    assert TrainConfig(stage_weight=[3.0]).stages[1].weight == 3.0
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,20 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
         ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected more than 0, got -1"),
         ({"stage_learning_rate": [0.1, 0.0]}, "stage_learning_rate: expected more than 0, got 0"),
         ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
+        ({"weight": "variance", "error_bound": 0.1}, "weight: expected a number with a final weig"),
+        ({"error_bound": 0.0}, "error_bound: expected more than 0, got 0"),
+        ({"error_bound": 0.1, "domain": "latent"}, "error_bound: expected none in the latent dom"),
+        (
+            {"error_bound": 0.1, "final_weight": 2.0, "weight_steps": 3},
+            "error_bound: expected none together with final_weight",
+        ),
+        ({"final_weight": 2.0}, "weight_steps: expected both or none of it and final_weight"),
+        (
+            {"stage_weight_steps": [2]},
+            "stage_weight_steps: expected both or none of it and stage_f",
+        ),
+        ({"final_weight": 2.0, "weight_steps": 0}, "weight_steps: expected at least 1, got 0"),
+        ({"stage_delta": [0.0]}, "stage_delta: expected more than 0, got 0"),
         ({"weight": "variance", "domain": "latent"}, "weight: expected a number in the latent"),
         ({"ema_decay": 1.0}, "ema_decay: expected 0 to less than 1, got 1.0"),
         ({"clip_norm": 0.0}, "clip_norm: expected more than 0, got 0"),

@@ -14,7 +14,7 @@ from tiny_runs import TINY, listing, metrics
 
 from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
-from mflow_kernels.runs.folder import build_model, checkpoint_tensors, read_config
+from mflow_kernels.runs.folder import build_model, checkpoint_tensors, load_run, read_config
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import parameter_groups
@@ -239,6 +239,49 @@ def test_weights_of_an_export(export):
     for length in (0, 1, 2**31, 2**62):
         (export / WEIGHTS).write_bytes(struct.pack("<Q", length) + header[8:])
         refuses(export)
+
+
+def test_a_run_without_a_changing_weight_resumes(run):
+    """It lacks the options and the column of the penalty's weight, delta and sigma."""
+    later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
+    config = run / "config.yaml"
+    lines = config.read_text().splitlines()
+    old = [line for line in lines if line.split(":")[0].removeprefix("stage_") not in later]
+    assert len(old) == len(lines) - 2 * len(later)
+    config.write_text("\n".join(old) + "\n")
+    path = run / "metrics.csv"
+    rows = [line.rpartition(",") for line in path.read_text().splitlines()]
+    assert rows[0][2] == "penalty_weight"
+    path.write_text("\n".join(row[0] for row in rows) + "\n")
+    before = metrics(run)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert [{**row, "penalty_weight": ""} for row in before] == metrics(run)
+
+
+def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
+    """Earlier versions took other pixels of the coarsest latent for the manifold."""
+
+    def earlier(tensors):
+        found = [name for name in tensors if name.endswith("stages.0.manifold_index")]
+        assert found
+        for name in found:
+            mask = tensors[name.replace("manifold_index", "off_mask_0")]
+            tensors[name] = torch.arange(6)
+            mask.copy_((torch.arange(mask.numel()) >= 6).view_as(mask))
+
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    earlier(checkpoint["state_dict"])
+    torch.save(checkpoint, run / "last.ckpt")
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    tensors = load_file(export / WEIGHTS)
+    earlier(tensors)
+    save_file(tensors, export / WEIGHTS)
+    for model in (load_run(str(run)).model, load_pretrained(export)):
+        assert model.stages[0].manifold_index.tolist() == list(range(6))
+    tensors["stages.0.manifold_index"] = torch.arange(1, 7)
+    save_file(tensors, export / WEIGHTS)
+    with pytest.raises(ValueError, match="manifold_index differs from the masks"):
+        load_pretrained(export)
 
 
 def test_a_run_of_an_earlier_version_resumes(run, trained):

@@ -28,7 +28,11 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--weight variance --release", "--domain latent --no-reversible --precision bfloat16"],
+    [
+        "--error-bound 0.01 --stage-dims 4 --stage-final-weight 9 --stage-weight-steps 2",
+        "--weight variance --release",
+        "--domain latent --no-reversible --precision bfloat16",
+    ],
 )
 def test_a_run_with_graphs_is_the_run_without(options, command, tmp_path, fake_capture):
     """Trains two stages of three steps, with validation between them."""

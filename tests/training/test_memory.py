@@ -7,6 +7,7 @@ what oneDNN allocates for itself.
 
 import gc
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,12 +17,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
+from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
+from mflow_kernels.training.memory import (
+    coupling_shapes,
+    evaluation_memory,
+    largest_batch,
+    parse_memory,
+    peak_memory,
+)
 
 # Two steps, because Adam's state exists from the second step on.
 BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
@@ -57,19 +65,14 @@ def measured(config: TrainConfig, folder) -> int:
     splits = Splits(ImageSet(images), Manifest([str(row) for row in range(64)], parts, [""] * 64))
     resolved = config.resolve(splits.train.image_shape)
     folder.mkdir()
-    gc.collect()  # memory that is freed later would count as negative
-    with (
-        warnings.catch_warnings(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        warnings.simplefilter("ignore")
-        model = build_model(resolved)
+
+    def fit() -> None:
         train._fit(
             train.CheckedRun(
                 folder=folder,
                 config=resolved,
                 splits=splits,
-                model=model,
+                model=build_model(resolved),
                 device=torch.device("cpu"),
                 ranks=train.Ranks(),
                 resumes=False,
@@ -77,6 +80,19 @@ def measured(config: TrainConfig, folder) -> int:
                 checkpoint=None,
             )
         )
+
+    return peak_of(fit)
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes at the peak of what `run` allocates."""
+    gc.collect()  # memory that is freed later would count as negative
+    with (
+        warnings.catch_warnings(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        warnings.simplefilter("ignore")
+        run()
     events = profiler.profiler.kineto_results.events()
     allocations = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
@@ -95,6 +111,18 @@ def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     predicted = peak_memory(config.resolve((3, 16, 16)))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
     assert predicted.stage == len(config.stage_dims)
+
+
+@pytest.mark.parametrize("case", ["reversible", "deep", "wide levels", "another stage"])
+def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
+    config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case]}).resolve((3, 16, 16))
+    images = ImageSet(torch.randint(256, (200, 3, 16, 16)).byte())
+
+    def evaluate() -> None:
+        model = build_model(config).eval()
+        evaluate_model(model, images, 8, data="", device=torch.device("cpu"))
+
+    assert evaluation_memory(config) == pytest.approx(peak_of(evaluate), rel=0.1)
 
 
 def test_parameters_and_buffers_are_those_of_the_model():
