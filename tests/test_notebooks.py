@@ -31,4 +31,5 @@ def test_notebook_runs_and_shows_its_outputs(path: Path, tmp_path: Path) -> None
     NotebookClient(executed, timeout=300, kernel_name="python3", resources=resources).execute()
     outputs = [shown(cell) for cell in stored.cells]
     assert any(outputs)
+    assert "stderr" not in {o.get("name") for cell in stored.cells for o in cell.get("outputs", [])}
     assert [shown(cell) for cell in executed.cells] == outputs
