@@ -49,6 +49,7 @@ class _ChainFlow(Flow):
         return z if isinstance(z, tuple) else (z,), logdet
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return log p(x) (N,), or log p(x | context), in nats; x is (N, *input_shape)."""
         warn_of_raw_images(self, self._checked(x))
         return super().log_prob(x, context)
 
