@@ -193,10 +193,10 @@ def _scaled(images: Tensor) -> Tensor:
 
 def comparison(name: str, quick: bool) -> ImageComparison:
     rates, more_rates, weights = (6e-3, 1.6e-2), (2.5e-3, 4e-2), (100.0, 25.0, 400.0)
-    seconds = 2.5 if quick else {"digits": 12.0, "patches": 6.0}[name]
+    seconds, share = {"digits": (12.0, 0.2), "patches": (6.0, 0.4)}[name]
     if quick:
-        rates, more_rates, weights = (1.6e-2,), (), (100.0,)
-    return ImageComparison(name, seconds, 0.2, rates, weights, more_rates, set=name)
+        seconds, rates, more_rates, weights = 2.5, (1.6e-2,), (), (100.0,)
+    return ImageComparison(name, seconds, share, rates, weights, more_rates, set=name)
 
 
 METRICS = {
