@@ -18,9 +18,9 @@ under these rules:
 - A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
   bound.
 
-Convolutions return zeros in the layout that cuDNN gives, so that a count takes milliseconds where
-the computation would take seconds. Values are therefore meaningless; shapes, dtypes and layouts are
-those of a GPU.
+Convolutions, and operators on large tensors, compute nothing. They return memory that is never
+written, in the layout that CUDA gives, so that a count of a large model takes seconds and little
+memory. Values are therefore meaningless; shapes, dtypes and layouts are those of a GPU.
 """
 
 from benchmarks.reports import aot  # isort: skip - before anything of mflow_kernels
@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mflow_kernels.ops import coupling_network_kernels
 
@@ -54,7 +54,7 @@ class Kernel:
         name: of torch's operator or of the package's kernel.
         part: "networks" (coupling networks, forward and backward), "flow kernels" (everything else
             over tensors with pixels) or "other" (weights, sums over samples).
-        side: height of the images it works on; 0 for tensors without pixels.
+        side: height of the images it works on; 1 for vectors; 0 for tensors without pixels.
         read, written: bytes.
         flops: floating point operations of products and convolutions, two for a multiplication and
             its addition.
@@ -85,14 +85,16 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.kernels: list[Kernel] = []
         self.part: str | None = None  # of the network that runs; None outside of networks
-        self.batch, self.side = len(images), images.shape[2]
+        self.images = images
 
     def add(self, name: str, inputs: list[Tensor], outputs: list[Tensor], flops: int = 0) -> None:
         tensors = [t for t in (*inputs, *outputs) if t.numel()]
         if not tensors or all(t.dtype == torch.uint8 for t in tensors):
             return
         largest = max(tensors, key=nbytes)
-        side = max((t.shape[2] for t in tensors if self.has_pixels(t)), default=0)
+        side = max(
+            (t.shape[-1] if t.dim() > 2 else 1 for t in tensors if self.has_pixels(t)), default=0
+        )
         part = self.part or (FLOW if side else OTHER)
         self.kernels.append(
             Kernel(name, part, side, sum(map(nbytes, inputs)), sum(map(nbytes, outputs)), flops,
@@ -100,10 +102,13 @@ class _Counter(TorchDispatchMode):
         )  # fmt: skip
 
     def has_pixels(self, x: Tensor) -> bool:
-        """Whether x is a state, params or a hidden tensor, and no weight."""
-        if x.dim() != 4 or len(x) != self.batch:
+        """Whether x is a state (or params, or a hidden tensor) and no weight. A vector has one
+        pixel."""
+        if x.dim() != self.images.dim() or len(x) != len(self.images):
             return False
-        return x.shape[2] == x.shape[3] <= self.side and x.shape[2] != 3
+        return x.dim() == 2 or (
+            x.shape[2] == x.shape[3] <= self.images.shape[2] and x.shape[2] != 3
+        )
 
     def convert(self, x: Tensor, channels_last: bool) -> None:
         """A copy, if x is not in the layout that the convolution runs in."""
@@ -119,7 +124,7 @@ class _Counter(TorchDispatchMode):
             x.to("meta"), weight.to("meta"), None, *rest
         ).shape
         layout = torch.channels_last if last else torch.contiguous_format
-        y = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=layout)
+        y = torch.empty(shape, dtype=x.dtype, memory_format=layout)
         self.add("convolution", [x, weight], [y], _flops(y, weight))
         if bias is not None:
             self.add("convolution bias", [y, bias], [y])
@@ -134,13 +139,13 @@ class _Counter(TorchDispatchMode):
             self.convert(t, last)
         dx = dweight = dbias = None
         if needs_x:
-            dx = torch.zeros_like(x)
+            dx = torch.empty_like(x)
             self.add("convolution dx", [dy, weight], [dx], _flops(dy, weight))
         if needs_weight:
-            dweight = torch.zeros_like(weight)
+            dweight = torch.empty_like(weight)
             self.add("convolution dw", [dy, x], [dweight], _flops(dy, weight))
         if needs_bias:
-            dbias = dy.new_zeros(dy.shape[1])
+            dbias = dy.new_empty(dy.shape[1])
             self.add("convolution db", [dy], [dbias])
         return dx, dweight, dbias
 
@@ -153,7 +158,7 @@ class _Counter(TorchDispatchMode):
             return self.convolution(*args)
         if name == "convolution_backward":
             return self.convolution_backward(*args)
-        out = function(*args, **kwargs)
+        out = _result(function, args, kwargs)
         if function.is_view or name.startswith(FREE):
             return out
         if name in ("pixel_shuffle", "pixel_unshuffle"):
@@ -169,6 +174,36 @@ class _Counter(TorchDispatchMode):
             flops = 2 * written[0].numel() * given[-1 if name in ("mm", "bmm") else -2].shape[-2]
         self.add(name, given, written, flops)
         return out
+
+
+LARGE = 2**20  # bytes; smaller tensors are computed: they may be weights, whose values matter
+
+
+def _result(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The results of an operator. With large tensors it runs on the meta device, and its results
+    are memory that nothing writes."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if function.is_view or not any(nbytes(t) > LARGE for t in given):
+        return function(*args, **kwargs)
+    metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+             for t in given}  # fmt: skip
+    originals = {id(metas[id(t)]): t for t in given}
+    on_meta = {k: torch.device("meta") if isinstance(v, torch.device) else v
+               for k, v in kwargs.items()}  # fmt: skip
+    out = function(*_swapped(args, metas), **_swapped(on_meta, metas))
+
+    def real(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        if id(t) in originals:  # changed in place
+            return originals[id(t)]
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+
+    return tree_map(real, out)
+
+
+def _swapped(tree: Any, metas: dict[int, Tensor]) -> Any:
+    return tree_map(lambda t: metas[id(t)] if isinstance(t, Tensor) else t, tree)
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> bool:
@@ -200,7 +235,7 @@ OUTPUTS = {
     "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
     "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
-    "_network_kernel": {"taps", "h1", "h2"},
+    "_network_kernel": {"row_sums", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
     "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
@@ -275,7 +310,8 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
     Args:
         function: runs on CPU tensors; its results are meaningless.
         module: the model that it runs; kernels of its coupling networks are counted apart.
-        images: a batch (N, C, H, W) of its data. Images whose side is 3 would be taken for weights.
+        images: a batch of its data, images (N, C, H, W) or vectors (N, C). Images whose side is 3
+            would be taken for weights.
     """
     counter = _Counter(images)
 
@@ -310,7 +346,8 @@ def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
     if kernel == "_network_kernel":
-        columns = -(-taps * int(given["C_OUT"]) // int(given["BLOCK_J"]))
+        rows = 3 if taps == 9 else 1
+        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"]))
         blocks = -(-width // int(given["BLOCK_D"]))
         products = columns * (blocks * inner + width**2) + outer
     elif kernel == "_dh2_kernel":
@@ -327,6 +364,5 @@ def _own_flops(launch: aot.Launch) -> int:
     products = PRODUCTS_WITH_W.get(launch.kernel.__name__, 0)
     if not products:
         return 0
-    states = [t for t in launch.bound.values() if isinstance(t, Tensor) and t.dim() == 4]
-    pixels = max(t.shape[0] * t.shape[2] * t.shape[3] for t in states)
-    return products * 2 * pixels * int(launch.bound["C"]) ** 2
+    given = launch.bound
+    return products * 2 * int(given["N"]) * int(given["P"]) * int(given["C"]) ** 2

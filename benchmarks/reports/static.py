@@ -33,7 +33,8 @@ from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
 from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.ops.launch import Columns, is_channels_last
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.tiles import Columns
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
@@ -72,16 +73,18 @@ def network_shapes() -> Iterator[tuple[int, int, torch.dtype]]:
 
 
 def run_network(c: int, width: int, dtype: torch.dtype) -> None:
-    """Every launch of a coupling network: with hidden tensors kept and without, and backward."""
+    """Every launch of a coupling network: with hidden tensors kept and without, and backward; on
+    images whose rows fill tiles, and on others."""
     last = torch.channels_last
-    x = torch.zeros(2, c // 2, 16, 16, dtype=dtype).to(memory_format=last).requires_grad_()
     network = coupling_net(c // 2, 2 * (c - c // 2), width, 2).to(memory_format=last)
-    with torch.no_grad():
-        fused_params(list(network), x)
-    params = fused_params(list(network), x)
-    if params is None:
-        raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
-    params.backward(torch.zeros_like(params))
+    for side in (16, 20):
+        x = torch.zeros(2, c // 2, side, side, dtype=dtype).to(memory_format=last).requires_grad_()
+        with torch.no_grad():
+            fused_params(list(network), x)
+        params = fused_params(list(network), x)
+        if params is None:
+            raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
+        params.backward(torch.zeros_like(params))
 
 
 def full_cases() -> Iterator[Case]:

@@ -101,14 +101,12 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
         name = "image flow" if stage == 0 else "on the manifold"
         likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
         _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
-        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per dimension")
-        _plot(loss, own, {"loss": "loss", "penalty": "penalty"})
-        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per dimension")
-        _plot(
-            parts,
-            own,
-            {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"},
-        )
+        loss.set(title=f"stage {stage + 1}: objective", ylabel="bits per dimension")
+        labels = {"loss": "loss", "penalty": "penalty"}
+        _plot(loss, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
+        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="bits per dimension")
+        labels = {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"}
+        _plot(parts, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
         for axes in weight:
             axes.set(title=f"stage {stage + 1}: weight of the penalty", ylabel="weight")
             _plot(axes, own, {"penalty_weight": "weight"})

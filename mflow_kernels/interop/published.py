@@ -61,19 +61,25 @@ class PublishedGlow(Glow):
         self.top_mean = nn.Parameter(torch.zeros(self.latent_shapes[-1]))
         self.top_log_sd = nn.Parameter(torch.zeros(self.latent_shapes[-1]))
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        (*fine, top), logdet = super().forward(x, *context)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        (*fine, top), logdet = super().forward(x, context)
         top = (top - self.top_mean) * torch.exp(-self.top_log_sd)
         return (*fine, top), logdet - self.top_log_sd.sum()
 
-    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def initialize(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """`forward`: the published actnorms are initialized already."""
-        return self(x, *context)
+        return self(x, context)
 
-    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(  # type: ignore[override]
+        self, z: tuple[Tensor, ...], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         *fine, top = z
         top = top * torch.exp(self.top_log_sd) + self.top_mean
-        x, logdet = super().inverse((*fine, top), *context)
+        x, logdet = super().inverse((*fine, top), context)
         return x, logdet + self.top_log_sd.sum()
 
 
@@ -128,7 +134,7 @@ def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> P
         with torch.no_grad():
             step.actnorm.bias.copy_(published.bias)
             step.actnorm.log_scale.copy_(published.log_scale)
-            step.actnorm.initialized.fill_(True)
+            step.actnorm.keep_as_set()
         _set_coupling(step, published.net, w.interleaved)
     for level, split in _places(glow, Split):
         where_mean, where_log_sd = _halves(glow.latent_shapes[level][0], w.interleaved)

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain_layer import ChainLayer, assemble
 from mflow_kernels.layers.coupling import check_latent
+from mflow_kernels.layers.flow import Flow
 from mflow_kernels.layers.networks import check_takes
 from mflow_kernels.ops.checks import check_channels, check_count
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import (
     Couple,
@@ -30,22 +32,27 @@ from mflow_kernels.reversible.program import (
 )
 
 
-class ReversibleChain(Bijection):
+class ReversibleChain(Flow):
     """Flow layers in sequence, trained in the memory of one of them.
 
     `z, logdet = chain(x)`. With splits, z is the tuple of latents, finest first, followed by the
     last state. K steps need K + 1 launches plus the networks' own, and two a step backward.
+    `chain.log_prob(x)` is the density of x if the latents are standard normal.
 
     Args:
         layers: `FlowStep`, `Squeeze`, `Split` or any other `ChainLayer`.
         reversible: rebuild the states in the backward pass. If False, autograd stores them, which
             allows `torch.compile` of the whole chain, and `torch.func.functional_call`
             (reversible mode fails there: its parameters no longer exist in the backward pass).
-            Transforms of `torch.func` always store them.
+            Transforms of `torch.func` always store them. Choose False if memory does not matter:
+            rebuilding states takes time, which small flows notice most. A training step of a flow
+            on two-dimensional points took 21.7 ms with True, and 13.5 ms with False (CPU).
         checkpoint_every: store the state before every k-th network and rebuild only the states in
             between, so that the rounding of at most k inversions adds up. None stores no state:
             memory stays flat, and gradients drift from the stored ones during training (see
             docs/memory.md). The networks' activations are never stored.
+        input_shape: shape of x without N, which determines `latent_shapes`. `sample` and a
+            `ManifoldFlow` around the chain need it.
 
     Raises:
         TypeError, ValueError: naming the argument: a layer whose input does not fit the output of
@@ -63,6 +70,7 @@ class ReversibleChain(Bijection):
         *,
         reversible: bool = True,
         checkpoint_every: int | None = 8,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         chain: list[ChainLayer] = []
@@ -82,10 +90,15 @@ class ReversibleChain(Bijection):
         self.reversible = reversible
         self.checkpoint_every = checkpoint_every
         self.drift: Tensor | None = None
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        self.latent_shapes = None
+        if self.input_shape is not None:
+            self.latent_shapes = _latent_shapes(chain, self._widths, self.input_shape)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         program = self._program()
         x = self._checked_data(x, program)
+        warn_if_not_initialized(self)
         x, latents, ledger, log_det = apply_program(self, program, x, (), context, self.reversible)
         z = (*latents, x) if latents else x
         return z, ops.accumulate_logdet(ledger, log_det)
@@ -118,6 +131,9 @@ class ReversibleChain(Bijection):
     def _checked_data(self, value: object, program: Program) -> Tensor:
         """`value` as the input of `forward`."""
         x = flow_state("x", value)
+        if self.input_shape is not None and tuple(x.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"x: expected shape (N, {expected}), got {tuple(x.shape)}")
         factor = 2**program.total_squeezes
         if factor > 1 and (x.dim() != 4 or any(side % factor for side in x.shape[2:])):
             raise ValueError(
@@ -131,7 +147,7 @@ class ReversibleChain(Bijection):
     def _checked_latents(self, z: object, program: Program) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The last state, and the latents that were split off before it."""
         splits = sum(isinstance(i, SplitOff) for i in program.instructions)
-        latents: tuple[Any, ...] = z if splits and isinstance(z, tuple) else (z,)
+        latents: tuple[Any, ...] = z if isinstance(z, tuple) else (z,)
         if splits and not isinstance(z, tuple):
             raise TypeError(f"z: expected a tuple of {splits + 1} latents, got {type(z).__name__}")
         if len(latents) != splits + 1:
@@ -183,6 +199,30 @@ def _widths_of(layers: Sequence[ChainLayer]) -> list[int] | None:
             )
         widths.append(output_channels(layer.instructions(), widths[-1]))
     return widths
+
+
+def _latent_shapes(
+    layers: Sequence[ChainLayer], widths: list[int] | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes without N of the latents of an input of this shape, finest first."""
+    for size in shape:
+        check_count("input_shape", size, 1)
+    instructions = [i for layer in layers for i in layer.instructions()]
+    factor = 2 ** sum(isinstance(i, SpaceToDepth) for i in instructions)
+    wrong_sides = factor > 1 and (len(shape) != 3 or any(side % factor for side in shape[1:]))
+    channels = "C" if widths is None else str(widths[0])
+    if not shape or channels not in ("C", str(shape[0])) or wrong_sides:
+        sides = f"H, W) with H and W divisible by {factor}" if factor > 1 else "*spatial)"
+        raise ValueError(f"input_shape: expected ({channels}, {sides}, got {shape}")
+    latents = []
+    for instruction in instructions:
+        c, *sizes = shape
+        if isinstance(instruction, SpaceToDepth):
+            shape = (4 * c, *(size // 2 for size in sizes))
+        elif isinstance(instruction, SplitOff):
+            latents.append((c - c // 2, *sizes))
+            shape = (c // 2, *sizes)
+    return (*latents, shape)
 
 
 def _check_end(name: str, x: Tensor, channels: int, instructions: Iterable[Instruction]) -> None:

@@ -14,7 +14,8 @@ from mflow_kernels.ops.checks import (
     check_state,
     check_tensor,
 )
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.coupling import check_params
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 
@@ -28,16 +29,19 @@ class AffineCoupling(Bijection):
         channels: C >= 2 of the states (N, C, *spatial).
         net: any module from x_a (N, C // 2, *spatial) to params (N, 2 * (C - C // 2), *spatial),
             raw scales first. Extra arguments of `layer(x, *context)` are passed to it. By default
-            `coupling_net` of the given width.
+            `coupling_net` of the given width. A net with dropout draws another mask in each call:
+            in training mode the layer is then no bijection, and `inverse(forward(x))` is not x.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
             |log s| < 1, so that samples stay bounded.
         spatial_dims: 0 to 3, the number of spatial axes of the default net.
+        context_channels: K. If positive, the default net takes a context (N, K) or (N, K, *sides);
+            see `CouplingNetwork`.
 
     Raises:
         TypeError, ValueError: naming the argument. A call checks the state before any kernel runs:
             its channels and, if the net starts with a convolution or linear layer of torch, its
-            axes, device and (outside autocast) dtype.
+            axes, device and (outside autocast) dtype. It also checks the net's output.
     """
 
     def __init__(
@@ -48,13 +52,14 @@ class AffineCoupling(Bijection):
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
         self.channels = channels
         c_a = channels // 2
         if net is None:
-            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims)
+            net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims, context_channels)
         elif not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
         self.net = net
@@ -75,7 +80,7 @@ class AffineCoupling(Bijection):
         return x
 
     def _params(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        return self.net(x[:, : x.shape[1] // 2], *context)
+        return check_params(x, self.net(x[:, : x.shape[1] // 2], *context), "net's output")
 
 
 class Split(ChainLayer):
@@ -95,10 +100,16 @@ class Split(ChainLayer):
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
+        context_channels: int = 0,
     ) -> None:
         super().__init__()
         self.coupling = AffineCoupling(
-            channels, net, width=width, scale=scale, spatial_dims=spatial_dims
+            channels,
+            net,
+            width=width,
+            scale=scale,
+            spatial_dims=spatial_dims,
+            context_channels=context_channels,
         )
 
     @property

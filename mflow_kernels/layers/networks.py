@@ -7,22 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops.checks import check_channels, check_count, check_device
+from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_tensor
 from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
-from mflow_kernels.ops.launch import autocasts, transformed, uses_triton
+from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.precision import autocasts
 
 
-def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: int) -> nn.Module:
+def coupling_net(
+    in_channels: int, out_channels: int, width: int, spatial_dims: int, context_channels: int = 0
+) -> nn.Module:
     """Glow's network: 3x3, 1x1 and 3x3 convolutions with ReLU in between.
 
     It maps (N, in_channels, *spatial) to (N, out_channels, *spatial). The last convolution is
-    initialized to zero. Without spatial axes it has three linear layers.
+    initialized to zero. Without spatial axes it has three linear layers. With context_channels > 0
+    it also takes a context; see `CouplingNetwork`.
 
     Raises:
-        TypeError, ValueError: a width below 1, spatial_dims outside 0 to 3.
+        TypeError, ValueError: a width below 1, spatial_dims outside 0 to 3, context_channels
+            below 0.
     """
     check_count("width", width, 1)
     check_count("spatial_dims", spatial_dims, 0, 3)
+    check_count("context_channels", context_channels, 0)
+    in_channels += context_channels
     layers: list[nn.Module]
     if spatial_dims == 0:
         layers = [nn.Linear(in_channels, width), nn.Linear(width, width)]
@@ -34,18 +41,62 @@ def coupling_net(in_channels: int, out_channels: int, width: int, spatial_dims: 
         last = conv(width, out_channels, 3, padding=1)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    return CouplingNetwork(layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last)
+    layers = [layers[0], nn.ReLU(inplace=True), layers[1], nn.ReLU(inplace=True), last]
+    return CouplingNetwork(*layers, context_channels=context_channels)
 
 
 class CouplingNetwork(nn.Sequential):
     """Glow's network, as `coupling_net` builds it.
 
     On a GPU the fused operator `ops.coupling_network` computes it, if that fits and is faster.
+
+    Args:
+        layers: the layers, in order.
+        context_channels: K. If positive, the network is called with a context, a vector (N, K) or a
+            map (N, K, *sides), as further channels of x: a vector is the same at every pixel, and
+            a map whose sides are multiples of those of x is averaged to them.
+
+    Raises:
+        TypeError, ValueError: in a call, a context that is missing, not expected, or does not fit.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, *layers: nn.Module, context_channels: int = 0) -> None:
+        super().__init__(*layers)
+        self.context_channels = context_channels
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None or self.context_channels:
+            x = with_context(x, context, self.context_channels)
         params = fused_params(list(self), x)
         return super().forward(x) if params is None else params
+
+
+def with_context(x: Tensor, context: object, channels: int) -> Tensor:
+    """x (N, C, *spatial) with the context as further channels; see `CouplingNetwork`.
+
+    Images are returned in channels_last, the layout of the fused networks.
+    """
+    if not channels:
+        raise TypeError("context: expected none, because the networks have no context_channels")
+    if context is None:
+        raise TypeError(f"context: expected a tensor (N, {channels}) or a map, got none")
+    given = check_tensor("context", context).to(x.dtype)
+    n, sides = len(x), x.shape[2:]
+    is_map = given.dim() == x.dim() > 2
+    divides = is_map and all(
+        own % side == 0 for own, side in zip(given.shape[2:], sides, strict=True)
+    )
+    if given.shape[:2] != (n, channels) or not (given.dim() == 2 or divides):
+        maps = f" or a map with multiples of the sides {tuple(sides)}" if sides else ""
+        raise ValueError(
+            f"context: expected shape ({n}, {channels}){maps}, got {tuple(given.shape)}"
+        )
+    if is_map:
+        for axis, side in enumerate(sides, start=2):
+            given = given.unflatten(axis, (side, -1)).mean(axis + 1)
+    else:
+        given = given.view(n, channels, *[1] * len(sides)).expand(n, channels, *sides)
+    return torch.cat([x.movedim(1, -1), given.movedim(1, -1)], dim=-1).movedim(-1, 1)
 
 
 def fused_params(

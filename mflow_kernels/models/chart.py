@@ -6,46 +6,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.layers.flow import HALF_LOG_2PI, sample_normal
+from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.images import prepare
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
-
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Chart(nn.Module):
     """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
 
     `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode` and `log_prob`; the other
-    methods are built on these three.
+    methods are built on these three. Given a `context`, the manifold and the density on it are
+    those of the context, one for each sample; it is passed to the flows.
+
+    Attributes:
+        n_bits: bits per value of the images that it was trained on. A loaded model knows it; set it
+            on a model that you train yourself, so that `preprocess` and `bits_per_dim` work.
+        crop: side of the square that was cut out of these images first, as for CelebA; None stands
+            for the largest square.
+        class_names: names of the classes, if the context is a class, in the order of their numbers.
     """
 
     input_shape: tuple[int, ...]
     manifold_dim: int
+    n_bits: int | None = None
+    crop: int | None = None
+    class_names: tuple[str, ...] = ()
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
         raise NotImplementedError
 
-    def decode(self, u: Tensor) -> Tensor:
+    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the point on the manifold with coordinates u (N, d)."""
         raise NotImplementedError
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Project x onto the manifold: decode(encode(x))."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x, context=context), context=context)
 
-    def distance(self, x: Tensor) -> Tensor:
+    def distance(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the Euclidean distance (N,) from x to its projection."""
-        return (x - self.project(x)).flatten(1).norm(dim=1)
+        return (x - self.project(x, context=context)).flatten(1).norm(dim=1)
 
     def manifold_log_prob(
         self,
         x: Tensor,
         *,
+        context: Tensor | None = None,
         method: Method = "exact",
         probes: int = 16,
         iterations: int = 64,
@@ -64,6 +77,7 @@ class Chart(nn.Module):
 
         Args:
             x: (N, *input_shape).
+            context: one for each sample, as in all methods.
             method: "exact" takes d Jacobian products per sample. "hutchinson" estimates the
                 log-determinant for large d; each sample takes about 2 * probes products per
                 Lanczos step.
@@ -87,14 +101,15 @@ class Chart(nn.Module):
         check_count("iterations", iterations, 1)
         dimensions = math.prod(self.input_shape)
         if self.manifold_dim == dimensions:  # the manifold is the whole space
-            value = self.log_prob(x)
+            value = self.log_prob(x, context=context)
             return Estimate(value, torch.zeros_like(value))
-        u = self.encode(x)
+        u = self.encode(x, context=context)
         volume = log_volume(
             self.decode,
             u,
             dimensions,
             method,
+            context=context,
             probes=probes,
             iterations=iterations,
             generator=generator,
@@ -103,7 +118,57 @@ class Chart(nn.Module):
         density = -(u.square() / 2 + HALF_LOG_2PI).sum(1)
         return Estimate(density - volume.value, volume.error)
 
-    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
+    def preprocess(
+        self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return images as x (N, C, H, W), prepared as in the training of a loaded model.
+
+        The images are turned upright, converted to grey or RGB, cropped, resized, reduced to
+        `n_bits` and scaled: x = (level + 1/2) / 2^n_bits - 1/2.
+
+        Args:
+            images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
+            noise: add dequantization noise, uniform on [0, 1), in place of 1/2, as training does.
+            generator: for the noise, on the model's device.
+
+        Returns:
+            x with the model's device and dtype.
+
+        Raises:
+            TypeError, ValueError: an image has another type or is smaller than `crop`, or `n_bits`
+                is None.
+        """
+        from mflow_kernels.data.dequantization import bin_centres, dequantize
+
+        if self.n_bits is None:
+            raise ValueError("n_bits: expected a number, as loaded models have, got None; set it")
+        like = next(self.parameters())
+        levels = prepare(images, self.input_shape, self.crop).to(like.device)
+        if noise:
+            return dequantize(levels, self.n_bits, generator).to(like.dtype)
+        return bin_centres(levels, self.n_bits).to(like.dtype)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        images: Any,
+        *,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the bits per dimension of images, (N,): an upper bound of -log2 p(image) / D.
+
+        Each image gets one draw of dequantization noise. `images` and `generator` are as for
+        `preprocess`, `context` is as for `log_prob`.
+        """
+        x = self.preprocess(images, noise=True, generator=generator)
+        log_prob = self.log_prob(x, context=context)
+        assert self.n_bits is not None  # `preprocess` has checked it
+        return bits_per_dimension(log_prob, math.prod(self.input_shape), self.n_bits)
+
+    def interpolate(
+        self, x0: Tensor, x1: Tensor, steps: int, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return points on the manifold from the projection of x0 to the projection of x1.
 
         The path is a straight line in u, so every point lies on the manifold. Glow interpolates
@@ -112,6 +177,7 @@ class Chart(nn.Module):
         Args:
             x0, x1: the two ends, (N, *input_shape) each.
             steps: number of points including both ends, at least 2.
+            context: one for each of the N paths.
 
         Returns:
             (steps, N, *input_shape).
@@ -121,13 +187,14 @@ class Chart(nn.Module):
             raise ValueError(
                 f"x1: expected the shape of x0 {tuple(x0.shape)}, got {tuple(x1.shape)}"
             )
-        u0, u1 = self.encode(x0), self.encode(x1)
+        u0, u1 = self.encode(x0, context=context), self.encode(x1, context=context)
         t = torch.linspace(0, 1, steps, dtype=u0.dtype, device=u0.device).view(-1, 1, 1)
         path = torch.lerp(u0, u1, t)
-        return self.decode(path.flatten(0, 1)).unflatten(0, (steps, len(u0)))
+        repeated = None if context is None else torch.cat([context] * steps)
+        return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
     @torch.no_grad()
-    def deviation(self, x: Tensor) -> float:
+    def deviation(self, x: Tensor, *, context: Tensor | None = None) -> float:
         """Return the standard deviation of the data x off the manifold, per direction.
 
         The deviation is sqrt(mean(distance^2) / (D - d)), or 0 if d = D. `ood_score` compares
@@ -136,9 +203,18 @@ class Chart(nn.Module):
         if not len(x):
             raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
         off = math.prod(self.input_shape) - self.manifold_dim
-        return math.sqrt(self.distance(x).double().square().mean().item() / off) if off else 0.0
+        if not off:
+            return 0.0
+        return math.sqrt(self.distance(x, context=context).double().square().mean().item() / off)
 
-    def ood_score(self, x: Tensor, deviation: float, **density: Any) -> Tensor:
+    def ood_score(
+        self,
+        x: Tensor,
+        deviation: float | None = None,
+        *,
+        context: Tensor | None = None,
+        **density: Any,
+    ) -> Tensor:
         """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
 
         The score is the negative log-density of a model that draws a point on the manifold and adds
@@ -152,34 +228,36 @@ class Chart(nn.Module):
 
         Args:
             x: (N, *input_shape).
-            deviation: unit of the distances, > 0; use `deviation(training_data)`.
+            deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
+                default.
+            context: one for each sample.
             density: keyword arguments of `manifold_log_prob`.
         """
+        if deviation is None:
+            name = type(self).__name__
+            raise TypeError(
+                "deviation: expected a number > 0, got none; "
+                f"{name}.deviation(training_data) computes it"
+            )
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
         off = math.prod(self.input_shape) - self.manifold_dim
-        squared = (self.distance(x) / deviation).square() / 2 if off else 0.0
+        squared = (self.distance(x, context=context) / deviation).square() / 2 if off else 0.0
         constant = off * (HALF_LOG_2PI + math.log(deviation))
-        return squared + constant - self.manifold_log_prob(x, **density).value
+        return squared + constant - self.manifold_log_prob(x, context=context, **density).value
 
     @torch.no_grad()
     def sample(
-        self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
 
-        `generator` must be on the model's device.
+        `generator` must be on the model's device; `context` has one entry for each point.
         """
-        return self.decode(sample_normal(self, n, self.manifold_dim, temperature, generator))
-
-
-def sample_normal(
-    model: nn.Module, n: int, dim: int, temperature: float, generator: torch.Generator | None
-) -> Tensor:
-    """Draw (n, dim) from N(0, temperature^2), with the device and dtype of the parameters."""
-    check_count("n", n, 1)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    like = next(model.parameters())
-    normal = torch.randn(n, dim, generator=generator, device=like.device, dtype=like.dtype)
-    return temperature * normal
+        u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        return self.decode(u, context=context)

@@ -1,17 +1,25 @@
 """Glow on images, and the same kind of flow on vectors."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
+from mflow_kernels.layers.flow import Flow, given
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
+# Makes a coupling network from its numbers of input and output channels.
+Network = Callable[[int, int], nn.Module]
 
-class _ChainFlow(Bijection):
+
+class _ChainFlow(Flow):
     """A chain of layers from x (N, *input_shape) to a tuple of latents.
 
     Images are converted to channels_last on entry.
@@ -20,19 +28,33 @@ class _ChainFlow(Bijection):
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
     chain: ReversibleChain
+    context_channels: int | None  # None if the networks are the caller's
 
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z, logdet = self.chain(self._checked(x), *context)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        x = self._checked(x)
+        z, logdet = self.chain(x, *self._for_networks(context, len(x)))
         return z if isinstance(z, tuple) else (z,), logdet
 
-    def initialize(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def initialize(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Initialize every actnorm from the batch x (N, *input_shape), in order, and return
-        `forward(x)`. An actnorm initializes only once; see `ActNorm`."""
+        `forward(x, context)`. An actnorm initializes only once; see `ActNorm`."""
+        x = self._checked(x)
+        warn_of_raw_images(self, x)
         with torch.no_grad():
-            z, logdet = self.chain.initialize(self._checked(x), *context)
+            z, logdet = self.chain.initialize(x, *self._for_networks(context, len(x)))
         return z if isinstance(z, tuple) else (z,), logdet
 
-    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        warn_of_raw_images(self, self._checked(x))
+        return super().log_prob(x, context)
+
+    def inverse(  # type: ignore[override]
+        self, z: tuple[Tensor, ...], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         shapes = self.latent_shapes
         if not isinstance(z, tuple):
             raise TypeError(f"z: expected a tuple of {len(shapes)} latents, got {type(z).__name__}")
@@ -41,7 +63,8 @@ class _ChainFlow(Bijection):
         if came != shapes:
             raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
         latents = [_channels_last(latent) for latent in latents]
-        return self.chain.inverse(tuple(latents) if len(latents) > 1 else latents[0], *context)
+        context_of = self._for_networks(context, len(latents[0]))
+        return self.chain.inverse(tuple(latents), *context_of)
 
     def _checked(self, x: Tensor) -> Tensor:
         x = self._like_parameters("x", x)
@@ -49,6 +72,25 @@ class _ChainFlow(Bijection):
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(f"x: expected shape (N, {expected}), got {tuple(x.shape)}")
         return _channels_last(x)
+
+    def _for_networks(self, context: Tensor | None, n: int) -> tuple[Tensor, ...]:
+        """The context as the networks' further arguments: classes (N,) become one-hot vectors."""
+        if not self.context_channels or not isinstance(context, Tensor):
+            return given(context)  # the networks check it
+        if context.dim() != 1 or context.is_floating_point():
+            return (context,)
+        classes = self.context_channels
+        if context.shape != (n,):
+            raise ValueError(
+                f"context: expected one class for each of {n} samples, got {tuple(context.shape)}"
+            )
+        like = next(self.parameters())
+        if _can_read(context) and n and not 0 <= context.min() <= context.max() < classes:
+            raise ValueError(
+                f"context: expected classes from 0 to {classes - 1}, got "
+                f"{context.min().item()} to {context.max().item()}"
+            )
+        return ((context[:, None] == torch.arange(classes, device=like.device)).to(like.dtype),)
 
     def _like_parameters(self, name: str, value: object) -> Tensor:
         """Check that `value` is a tensor on the parameters' device and, outside autocast, of their
@@ -72,17 +114,27 @@ class Glow(_ChainFlow):
     standard normal under the model. x and z have the dtype of the parameters. Call `initialize(x)`
     with a first batch before training.
 
+    All methods take a `context`, which makes the flow conditional: log p(x | context).
+
     Args:
         image_shape: (C, H, W); H and W must be divisible by 2 ** levels.
         levels: L, the number of levels.
         steps: K, the number of steps of flow in each level.
-        width: number of hidden channels of the coupling networks.
+        width: number of hidden channels of the built-in coupling networks, `coupling_net`.
         scale: scale function of the couplings, as for `AffineCoupling`.
+        context_channels: K. If positive, the flow is conditional, and the context is one of three:
+            classes from 0 to K - 1, integers (N,); vectors (N, K); or maps (N, K, H, W), which are
+            averaged to the size of each level.
+        network: makes the network of each coupling, instead of the built-in ones:
+            `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
+            (N, out_channels, *spatial). It is called with the context as second argument, if one is
+            given, and may take any. With dropout, the flow is no bijection in training mode.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
-        TypeError: a number is not an integer.
-        ValueError: a number is not positive, or 2 ** levels does not divide H and W.
+        TypeError: a number is not an integer, or `network` returns no module.
+        ValueError: a number is not positive, 2 ** levels does not divide H and W, or
+            context_channels and network are both given.
     """
 
     def __init__(
@@ -90,9 +142,11 @@ class Glow(_ChainFlow):
         image_shape: tuple[int, int, int],
         levels: int,
         steps: int,
-        width: int,
+        width: int = 64,
         *,
         scale: ScaleFunction | Kind = "tanh",
+        context_channels: int = 0,
+        network: Network | None = None,
         reversible: bool = True,
         checkpoint_every: int | None = 8,
     ) -> None:
@@ -113,20 +167,23 @@ class Glow(_ChainFlow):
                 f"got {h}x{w}"
             )
         self.input_shape = (c, h, w)
+        self.context_channels = _own_context_channels(context_channels, network)
         layers: list[Bijection] = []
-        shapes = []
         for level in range(levels):
-            c, h, w = 4 * c, h // 2, w // 2
+            c = 4 * c
             layers.append(Squeeze())
-            layers += [FlowStep(c, width=width, scale=scale) for _ in range(steps)]
+            for _ in range(steps):
+                layers.append(FlowStep(c, **_net(c, width, network, context_channels), scale=scale))
             if level + 1 < levels:
-                layers.append(Split(c, width=width, scale=scale))
-                shapes.append((c - c // 2, h, w))
+                layers.append(Split(c, **_net(c, width, network, context_channels), scale=scale))
                 c = c // 2
-        self.latent_shapes = (*shapes, (c, h, w))
         self.chain = ReversibleChain(
-            layers, reversible=reversible, checkpoint_every=checkpoint_every
+            layers,
+            reversible=reversible,
+            checkpoint_every=checkpoint_every,
+            input_shape=self.input_shape,
         )
+        self.latent_shapes = cast(tuple[tuple[int, ...], ...], self.chain.latent_shapes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -140,22 +197,26 @@ class VectorFlow(_ChainFlow):
     Args:
         dim: length of the vectors, at least 2.
         steps: K, the number of steps of flow.
-        width: number of hidden units of the coupling networks.
+        width: number of hidden units of the built-in coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
-        reversible, checkpoint_every: as for `ReversibleChain`.
+        context_channels, network: as for `Glow`; there are no maps.
+        reversible, checkpoint_every: as for `ReversibleChain`. A small flow trains faster with
+            reversible=False.
 
     Raises:
-        TypeError: a number is not an integer.
-        ValueError: a number is too small.
+        TypeError: a number is not an integer, or `network` returns no module.
+        ValueError: a number is too small, or context_channels and network are both given.
     """
 
     def __init__(
         self,
         dim: int,
         steps: int,
-        width: int,
+        width: int = 64,
         *,
         scale: ScaleFunction | Kind = "tanh",
+        context_channels: int = 0,
+        network: Network | None = None,
         reversible: bool = True,
         checkpoint_every: int | None = 8,
     ) -> None:
@@ -164,11 +225,42 @@ class VectorFlow(_ChainFlow):
             check_count(name, value, least)
         self.input_shape = (dim,)
         self.latent_shapes = ((dim,),)
+        self.context_channels = _own_context_channels(context_channels, network)
+        nets = (_net(dim, width, network, context_channels) for _ in range(steps))
         self.chain = ReversibleChain(
-            [FlowStep(dim, width=width, scale=scale, spatial_dims=0) for _ in range(steps)],
+            [FlowStep(dim, **net, scale=scale, spatial_dims=0) for net in nets],
             reversible=reversible,
             checkpoint_every=checkpoint_every,
+            input_shape=self.input_shape,
         )
+
+
+def _own_context_channels(context_channels: int, network: Network | None) -> int | None:
+    """The context channels of the built-in networks; None if the networks are the caller's."""
+    check_count("context_channels", context_channels, 0)
+    if network is None:
+        return context_channels
+    if context_channels:
+        raise ValueError(
+            "context_channels: expected 0 with `network`, whose networks take any context, got "
+            f"{context_channels}"
+        )
+    return None
+
+
+def _net(
+    channels: int, width: int, network: Network | None, context_channels: int
+) -> dict[str, Any]:
+    """The arguments of `FlowStep` and `Split` that determine their network."""
+    if network is None:
+        return {"width": width, "context_channels": context_channels}
+    return {"net": network(channels // 2, 2 * (channels - channels // 2))}
+
+
+def _can_read(values: Tensor) -> bool:
+    """Whether reading values costs no synchronization and breaks no transform or graph."""
+    plain = not transformed() and not torch.compiler.is_compiling()
+    return plain and values.device.type == "cpu"
 
 
 def _channels_last(x: Tensor) -> Tensor:

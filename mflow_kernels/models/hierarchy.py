@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.models.chart import Chart, sample_normal
+from mflow_kernels.layers.flow import sample_normal
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.ops.checks import check_count
@@ -18,7 +19,8 @@ class HierarchicalFlow(Chart):
 
     The u of stage 0 is not exactly Gaussian. Each further stage learns the density of the u before
     it and has a mask of its own, so its manifold lies inside the manifold of the stage before.
-    Encoding, decoding, density and sampling compose all stages.
+    Encoding, decoding, density and sampling compose all stages. A `context` is passed to every
+    stage.
 
     Args:
         stages: at least one ManifoldFlow. The input of each stage after the first is a vector
@@ -47,7 +49,9 @@ class HierarchicalFlow(Chart):
         self.input_shape = stages[0].input_shape
         self.manifold_dim = stages[-1].manifold_dim
 
-    def terms(self, x: Tensor, stage: int, *, release: bool = False) -> Terms:
+    def terms(
+        self, x: Tensor, stage: int, *, release: bool = False, context: Tensor | None = None
+    ) -> Terms:
         """Return the objective of one stage on the data x.
 
         Args:
@@ -60,24 +64,24 @@ class HierarchicalFlow(Chart):
                 would reward shrinking u to a point, because they lack the earlier
                 log-determinants.
         """
-        return self.terms_and_log_prob(x, stage, release=release)[0]
+        return self.terms_and_log_prob(x, stage, release=release, context=context)[0]
 
     def terms_and_log_prob(
-        self, x: Tensor, stage: int, *, release: bool = False
+        self, x: Tensor, stage: int, *, release: bool = False, context: Tensor | None = None
     ) -> tuple[Terms, Tensor]:
         """Return `terms` and log p(x) (N,) under all stages up to `stage`, in one pass."""
         earlier, trained = self._split_at(stage)
         if not release:
             with torch.no_grad():
-                x, outside = _pass_through(earlier, x)
-            terms = trained.terms(x)
+                x, outside = _pass_through(earlier, x, context)
+            terms = trained.terms(x, context=context)
             return terms, outside + terms.log_likelihood
         before = []
         for flow in earlier:
-            latents, logdet = flow.latents(x)
-            before.append(flow.objective.of_latents(flow, x, latents, logdet))
+            latents, logdet = flow.latents(x, context=context)
+            before.append(flow.objective.of_latents(flow, x, latents, logdet, context))
             x = flow.gather(latents)
-        terms = trained.terms(x)
+        terms = trained.terms(x, context=context)
         for each in before:
             without_u = each._replace(
                 loss=each.loss + each.on_manifold,
@@ -87,38 +91,46 @@ class HierarchicalFlow(Chart):
             terms = Terms(*(a + b for a, b in zip(terms, without_u, strict=True)))
         return terms, terms.log_likelihood
 
-    def initialize(self, x: Tensor, stage: int) -> None:
+    def initialize(self, x: Tensor, stage: int, *, context: Tensor | None = None) -> None:
         """Initialize the actnorms of one stage from a first batch x; see `ActNorm`."""
         earlier, trained = self._split_at(stage)
         with torch.no_grad():
             for flow in earlier:
-                x = flow.encode(x)
-            trained.initialize(x)
+                x = flow.encode(x, context=context)
+            trained.initialize(x, context=context)
 
-    def encode(self, x: Tensor, stages: int | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return u of the last stage, or of the last of the first `stages` stages."""
         for stage in self._until(stages):
-            x = stage.encode(x)
+            x = stage.encode(x, context=context)
         return x
 
-    def decode(self, u: Tensor, stages: int | None = None) -> Tensor:
+    def decode(
+        self, u: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return the point on the manifold with coordinates u; the inverse of `encode`."""
         for stage in reversed(self._until(stages)):
-            u = stage.decode(u)
+            u = stage.decode(u, context=context)
         return u
 
-    def project(self, x: Tensor, stages: int | None = None) -> Tensor:
+    def project(
+        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Project x onto the manifold: encode it, then decode with v = 0 in every stage."""
-        return self.decode(self.encode(x, stages), stages)
+        return self.decode(self.encode(x, stages, context=context), stages, context=context)
 
-    def log_prob(self, x: Tensor, stages: int | None = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats.
 
         The density of each stage replaces the standard normal density of the u before it.
         """
         *earlier, last = self._until(stages, least=1)
-        u, outside = _pass_through(earlier, x)
-        return outside + last.log_prob(u)
+        u, outside = _pass_through(earlier, x, context)
+        return outside + last.log_prob(u, context=context)
 
     @torch.no_grad()
     def sample(
@@ -127,13 +139,16 @@ class HierarchicalFlow(Chart):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         stages: int | None = None,
+        *,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Draw n points on the manifold: u of the last stage ~ N(0, temperature^2), every v = 0.
 
-        `generator` must be on the model's device.
+        `generator` must be on the model's device; `context` has one entry for each point.
         """
         dim = self._until(stages, least=1)[-1].manifold_dim
-        return self.decode(sample_normal(self, n, dim, temperature, generator), stages)
+        u = sample_normal(self, (n, dim), temperature, generator)
+        return self.decode(u, stages, context=context)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
@@ -158,14 +173,16 @@ class HierarchicalFlow(Chart):
         return earlier, trained
 
 
-def _pass_through(flows: Sequence[ManifoldFlow], x: Tensor) -> tuple[Tensor, Tensor]:
+def _pass_through(
+    flows: Sequence[ManifoldFlow], x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return u of the last of these flows, and log p(x) - log p(u) (N,).
 
     The difference is the sum of their log-determinants and their densities of v.
     """
     outside = torch.zeros((), device=x.device)
     for flow in flows:
-        latents, logdet = flow.latents(x)
+        latents, logdet = flow.latents(x, context=context)
         outside = outside + logdet + flow.objective.off_density(flow, latents)
         x = flow.gather(latents)
     return x, outside

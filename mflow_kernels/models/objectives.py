@@ -41,13 +41,8 @@ from mflow_kernels.ops.checks import (
     check_choice,
     check_state,
 )
-from mflow_kernels.ops.masked_penalty import (
-    RHOS,
-    Rho,
-    masked_penalty,
-    masked_penalty_gaussian,
-    penalty_log_normalizer,
-)
+from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
+from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
 BOUND_WINDOW = 10  # the same for an ErrorBound, which must follow its weight's effect
@@ -85,10 +80,12 @@ class Manifold(Protocol):
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
 
-    def latents(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]: ...
+    def latents(
+        self, x: Tensor, *, context: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]: ...
     def off_masks(self) -> tuple[Tensor, ...]: ...
     def gather(self, latents: tuple[Tensor, ...]) -> Tensor: ...
-    def decode(self, u: Tensor) -> Tensor: ...
+    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor: ...
 
 
 class ManifoldObjective(nn.Module):
@@ -190,7 +187,7 @@ class ManifoldObjective(nn.Module):
             for i, (part, shape) in enumerate(zip(weight, model.latent_shapes, strict=True)):
                 check_broadcast(f"weight[{i}]", part, shape)
 
-    def forward(self, model: Manifold, x: Tensor) -> Terms:
+    def forward(self, model: Manifold, x: Tensor, context: Tensor | None = None) -> Terms:
         """Return the terms for a batch x; in training mode, update the tracked variance.
 
         Raises:
@@ -201,12 +198,17 @@ class ManifoldObjective(nn.Module):
         self.check_fits(model)
         if not len(check_state("x", x)):
             raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
-        return self.of_latents(model, x, *model.latents(x))
+        return self.of_latents(model, x, *model.latents(x, context=context), context)
 
     def of_latents(
-        self, model: Manifold, x: Tensor, latents: tuple[Tensor, ...], logdet: Tensor
+        self,
+        model: Manifold,
+        x: Tensor,
+        latents: tuple[Tensor, ...],
+        logdet: Tensor,
+        context: Tensor | None = None,
     ) -> Terms:
-        """As `forward`, given `latents, logdet = model.latents(x)`."""
+        """As `forward`, given `latents, logdet = model.latents(x, context=context)`."""
         off_loss, on, off = self._densities(model, latents)
         likelihood = on + off + logdet
         if self.domain == "latent":
@@ -216,12 +218,12 @@ class ManifoldObjective(nn.Module):
             # The manifold is the whole space: every x is its own projection.
             penalty = torch.zeros_like(off_loss)
         else:
-            penalty = self._reconstruction(x, model.decode(u).to(x.dtype))
+            penalty = self._reconstruction(x, model.decode(u, context=context).to(x.dtype))
         return Terms(penalty - likelihood, likelihood, on, off, logdet, penalty)
 
-    def log_likelihood(self, model: Manifold, x: Tensor) -> Tensor:
+    def log_likelihood(self, model: Manifold, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return log p(x) of the flow, (N,), in nats."""
-        latents, logdet = model.latents(x)
+        latents, logdet = model.latents(x, context=context)
         _, on, off = self._densities(model, latents)
         return on + off + logdet
 

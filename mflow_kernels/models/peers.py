@@ -24,6 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import HALF_LOG_2PI, Chart
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -70,18 +71,27 @@ class Autoencoder(Chart):
         self.encoder, self.decoder, self.prior = encoder, decoder, prior
         self.input_shape, self.manifold_dim = input_shape, manifold_dim
 
-    def encode(self, x: Tensor, stages: int | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
-        code = self.encoder(x)
-        return code if self.prior is None or stages == 1 else self.prior.encode(code)
+        code = self.encoder(x, *given(context))
+        prior = None if stages == 1 else self.prior
+        return code if prior is None else prior.encode(code, context=context)
 
-    def decode(self, u: Tensor, stages: int | None = None) -> Tensor:
+    def decode(
+        self, u: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
-        return self.decoder(u if self.prior is None or stages == 1 else self.prior.decode(u))
+        prior = None if stages == 1 else self.prior
+        code = u if prior is None else prior.decode(u, context=context)
+        return self.decoder(code, *given(context))
 
-    def project(self, x: Tensor, stages: int | None = None) -> Tensor:
+    def project(
+        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+    ) -> Tensor:
         """Project x onto the manifold: decode(encode(x))."""
-        return self.decode(self.encode(x, stages), stages)
+        return self.decode(self.encode(x, stages, context=context), stages, context=context)
 
 
 Model = HierarchicalFlow | Autoencoder

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mflow_kernels.ops.launch import without_autocast
+from mflow_kernels.ops.precision import without_autocast
 
 Method = Literal["exact", "hutchinson"]
-Decode = Callable[[Tensor], Tensor]
+Decode = Callable[..., Tensor]
 
 # Largest number of elements of x in one pass through a model. Hidden activations have about ten to
 # a hundred times as many elements, so a pass takes at most a few hundred MB.
@@ -42,6 +42,7 @@ def log_volume(
     dimensions: int,
     method: Method = "exact",
     *,
+    context: Tensor | None = None,
     probes: int = 16,
     iterations: int = 64,
     generator: torch.Generator | None = None,
@@ -55,10 +56,31 @@ def log_volume(
         decode: maps (N, d) to (N, *), sample by sample, with plain torch and this package's layers.
         u: (N, d).
         dimensions: D >= d, the number of elements that `decode` returns per sample.
+        context: (N, *), passed to `decode` as the keyword `context`, if given.
     """
     n, d = u.shape
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
+    if context is not None:
+        # Both methods decode each sample many times; one sample at a time has one context.
+        rows = []
+        for row, own in zip(u.split(1), context.split(1), strict=True):
+
+            def decode_row(u: Tensor, own: Tensor = own) -> Tensor:
+                return decode(u, context=own.expand(len(u), *own.shape[1:]))
+
+            each = log_volume(
+                decode_row,
+                row,
+                dimensions,
+                method,
+                probes=probes,
+                iterations=iterations,
+                generator=generator,
+                max_bytes=max_bytes,
+            )
+            rows.append(each)
+        return Estimate(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
     with without_autocast(u):  # autocast's rounding would spoil the volume
         if method == "exact":
             hint = "; method='hutchinson' estimates the log-determinant in less memory"

@@ -5,11 +5,11 @@ r"""The coupling network of Glow as one operator: 3x3, 1x1 and 3x3 convolutions 
 where * is a 3x3 convolution with zero padding (Glow, arXiv 1807.03039, section 4). With TAPS = 1 in
 place of 9 all three are linear layers on vectors (N, C).
 
-The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3
-and writes the products, `taps` (pixels, 9 * C_out); a second launch adds each pixel's nine taps
-from its neighbours. A hidden tensor H has `width` numbers a pixel; for narrow states `taps` has
-fewer. The backward pass needs h1 and h2: the forward launch stores them where gradients will be
-asked for.
+The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3,
+adds the three taps of each row from the pixel's neighbours in the tile, and writes these sums,
+(pixels, 3 * C_out). A second launch adds the three rows. A hidden tensor H has `width` numbers a
+pixel, and for the states of Glow's first levels the sums have fewer. The backward pass needs h1 and
+h2: the forward launch stores them if gradients will be needed.
 
 Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
@@ -21,10 +21,10 @@ adds in a fixed order: the same bits on every run. A third launch adds the taps 
 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
 torch.nn.Conv2d and torch.nn.Linear have them.
-dtypes: the kernels take bfloat16 and float16. Products are summed in float32; `taps` and the hidden
-tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory: the reference
-computes those networks.
-Bytes at least, in hidden tensors H: forward none, or 2 H written where gradients will be asked for;
+dtypes: the kernels take bfloat16 and float16. Products are summed in float32; the sums over rows of
+taps and the hidden tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory:
+the reference computes those networks.
+Bytes at least, in hidden tensors H: forward none, or 2 H written if gradients will be needed;
 backward h2 read, d h2 written, d h2 and h1 read: 4 H, and 2 H more past DW2_WIDTH. cuDNN's
 convolutions, each with a pass for its bias and one for ReLU, take 12 H and 16 H.
 """
@@ -46,7 +46,8 @@ from mflow_kernels.ops.coupling_network_kernels import (
     rows,
 )
 from mflow_kernels.ops.fastest import fused_is_faster, requested
-from mflow_kernels.ops.launch import accumulator, transformed, uses_triton, without_autocast
+from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import register
 
 

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import launch
 
 # Arguments that depend on the size and number of the images. Triton must not specialize on them.
@@ -38,13 +37,13 @@ def neighbour(p, tap, H, W, SIGN: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit
 def load_taps(
-    x, p, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr, K: tl.constexpr
+    x, p, valid, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr, K: tl.constexpr
 ):
-    """The nine neighbours of pixels p as rows: [P, K], column tap * C + c."""
+    """The nine neighbours of the valid pixels p as rows: [P, K], column tap * C + c."""
     k = tl.arange(0, K)
     tap, c = k // C, k % C
     source, inside = neighbour(p[:, None], tap[None, :], H, W, SIGN, TAPS)
-    inside = inside & (tap[None, :] < TAPS) & (p[:, None] < PIXELS)
+    inside = inside & (tap[None, :] < TAPS) & valid[:, None]
     return tl.load(x + source.to(tl.int64) * C + c[None, :], mask=inside, other=0.0)
 
 
@@ -62,21 +61,53 @@ def load_w3(w3, d, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
     return tl.load(at, mask=(tap < TAPS)[:, None] & (d < WIDTH)[None, :], other=0.0)
 
 
+@triton.jit
+def load_w3_rows(
+    w3, d, j, column, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """One column of the taps of W3 (C_out, taps, width), as [D, J] with j = row * C_out + o."""
+    row, o = j // C_OUT, j % C_OUT
+    tap = row * (TAPS // ROWS) + column
+    at = w3 + (o * TAPS + tap)[None, :] * WIDTH + d[:, None]
+    return tl.load(at, mask=(row < ROWS)[None, :] & (d < WIDTH)[:, None], other=0.0)
+
+
+@triton.jit
+def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
+    """For each pixel p of a tile x [P, J], the numbers of the pixel STEP to its right; 0 where the
+    image ends."""
+    if STEP == 0:
+        return x
+    else:
+        source = tl.arange(0, P) + STEP
+        column = p % W + STEP
+        inside = (column >= 0) & (column < W)
+        source = tl.minimum(tl.maximum(source, 0), P - 1)
+        moved = tl.gather(x, tl.broadcast_to(source[:, None], x.shape), 0)
+        return tl.where(inside[:, None], moved, 0.0)
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def _network_kernel(
-    x, w1, b1, w2, b2, w3, taps, h1, h2, PIXELS, H, W,
+    x, w1, b1, w2, b2, w3, row_sums, h1, h2, PIXELS, H, W,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
+    HALO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """taps of one tile of pixels and one block of columns; h1 and h2 too where they are given."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """For one tile of pixels and one block of columns, the sums over the three taps in each row of
+    W3; h1 and h2 too where they are given. With HALO, the first and the last pixel of a tile belong
+    to its neighbours: they are there for the taps alone."""
+    ROWS: tl.constexpr = 3 if TAPS == 9 else 1
+    i = tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) * (BLOCK_P - 2 * HALO) - HALO + i
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    valid = (p < PIXELS)[:, None]
+    valid = (p >= 0) & (p < PIXELS)
+    own = (valid & (i >= HALO) & (i < BLOCK_P - HALO))[:, None]
     at_hidden = p.to(tl.int64)[:, None] * WIDTH
-    x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
+    x_t = load_taps(x, p, valid, H, W, C_IN, TAPS, 1, BLOCK_X)
     i = tl.arange(0, BLOCK_X)
-    taps_t = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    sums_t = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h2_t = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
@@ -88,18 +119,20 @@ def _network_kernel(
             h1_t += tl.load(b1 + k, mask=k < WIDTH, other=0.0).to(tl.float32)[None, :]
             h1_t = relu(h1_t).to(x_t.dtype)
             if h1 is not None and (start == 0) & (tl.program_id(1) == 0):
-                tl.store(h1 + at_hidden + k[None, :], h1_t, mask=valid & (k < WIDTH)[None, :])
+                tl.store(h1 + at_hidden + k[None, :], h1_t, mask=own & (k < WIDTH)[None, :])
             at_w2 = w2 + d[None, :] * WIDTH + k[:, None]
             w2_t = tl.load(at_w2, mask=(d < WIDTH)[None, :] & (k < WIDTH)[:, None], other=0.0)
             h2_t = tl.dot(h1_t, w2_t, h2_t)
         h2_t += tl.load(b2 + d, mask=d < WIDTH, other=0.0).to(tl.float32)[None, :]
         h2_r = relu(h2_t).to(x_t.dtype)
         if h2 is not None and tl.program_id(1) == 0:
-            tl.store(h2 + at_hidden + d[None, :], h2_r, mask=valid & (d < WIDTH)[None, :])
-        w3_t = tl.trans(load_w3(w3, d, C_OUT, WIDTH, TAPS, j))
-        taps_t = tl.dot(h2_r, w3_t, taps_t)
-    at_taps = taps + p.to(tl.int64)[:, None] * (TAPS * C_OUT) + j[None, :]
-    tl.store(at_taps, taps_t, mask=valid & (j < TAPS * C_OUT)[None, :])
+            tl.store(h2 + at_hidden + d[None, :], h2_r, mask=own & (d < WIDTH)[None, :])
+        for column in tl.static_range(TAPS // ROWS):
+            w3_t = load_w3_rows(w3, d, j, column, C_OUT, WIDTH, TAPS, ROWS)
+            taps_t = tl.dot(h2_r, w3_t)
+            sums_t += from_neighbour(taps_t, p, W, column - TAPS // ROWS // 2, BLOCK_P)
+    at_sums = row_sums + p.to(tl.int64)[:, None] * (ROWS * C_OUT) + j[None, :]
+    tl.store(at_sums, sums_t, mask=own & (j < ROWS * C_OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -107,13 +140,14 @@ def _sum_taps_kernel(
     taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y[p] = bias + the sum over parts and taps of taps[neighbour of p by this tap, part, tap]."""
+    """y[p] = bias + the sum over parts and taps of taps[neighbour of p by this tap, part, tap].
+    Three taps are those in the middle column of a 3x3 convolution."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < PIXELS)[:, None] & (c < C)[None, :]
     y_t = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tap in tl.static_range(TAPS):
-        source, there = neighbour(p, tap, H, W, SIGN, TAPS)
+        source, there = neighbour(p, 3 * tap + 1 if TAPS == 3 else tap, H, W, SIGN, TAPS)
         at = taps + source.to(tl.int64)[:, None] * (PARTS * TAPS * C) + tap * C + c[None, :]
         for part in tl.static_range(PARTS):
             at_part = at + part * (TAPS * C)
@@ -142,7 +176,7 @@ def _dh2_kernel(
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < PIXELS)[:, None] & (d < WIDTH)[None, :]
         at = p.to(tl.int64)[:, None] * WIDTH + d[None, :]
-        g_t = load_taps(dparams, p, PIXELS, H, W, C_OUT, TAPS, -1, BLOCK_J)
+        g_t = load_taps(dparams, p, p < PIXELS, H, W, C_OUT, TAPS, -1, BLOCK_J)
         h2_t = tl.load(h2 + at, mask=inside, other=0.0)
         dh2_t = tl.dot(g_t, w3_t)
         dh2_t = tl.where(h2_t.to(tl.float32) <= 0.0, 0.0, dh2_t)
@@ -196,7 +230,7 @@ def _dh1_kernel(
         dh1_t = tl.where(h1_t.to(tl.float32) <= 0.0, 0.0, dh1_t)
         db1_t += tl.sum(dh1_t, axis=0)
         dh1_r = dh1_t.to(h1_t.dtype)
-        x_t = load_taps(x, p, PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
+        x_t = load_taps(x, p, p < PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
         dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
         at_w1 = w1 + d[:, None] * (TAPS * C_IN) + i[None, :]
         w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :], other=0.0)
@@ -229,6 +263,11 @@ class Shape(NamedTuple):
         height, image_width = x.shape[2:] if x.dim() == 4 else (1, 1)
         pixels = x.shape[0] * height * image_width
         return cls(pixels, height, image_width, x.shape[1], c_out, width, 9 if x.dim() == 4 else 1)
+
+    @property
+    def tap_rows(self) -> int:
+        """Rows of taps of a convolution."""
+        return 3 if self.taps == 9 else 1
 
     @property
     def weights(self) -> tuple[tuple[int, int, int], ...]:
@@ -302,15 +341,21 @@ DW2_WIDTH = 128
 
 
 def forward_tile(s: Shape) -> Tile:
-    columns = _block(s.taps * s.c_out)
-    if s.width <= 128:
-        if columns > 256:
-            return Tile(32, _block(s.width), 32, 512, 8)
+    columns = _block(s.tap_rows * s.c_out, 256)
+    narrow = _block(s.width) if s.width <= 128 else None
+    if columns > 128:
+        return Tile(32, narrow or 64, 32, columns, 8)
+    if columns > 64:
+        return Tile(64, narrow or 64, 32, columns, 8)
+    if s.width <= 256:
         return Tile(64, _block(s.width), 64, columns, 8)
-    block_d = 256 if columns <= 128 and s.width <= 256 else 128
-    if columns > 256:
-        return Tile(32, block_d, 32, 256, 8)
-    return Tile(64, block_d, 64, columns, 8)
+    return Tile(64, 128, 32, columns, 8)
+
+
+def halo(s: Shape, block_p: int) -> int:
+    """Pixels at each end of a forward tile that belong to its neighbours: none if tiles consist of
+    whole rows of the image."""
+    return int(s.taps > 1 and block_p % s.image_width > 0)
 
 
 def dh2_tile(s: Shape) -> Tile:
@@ -336,28 +381,30 @@ def launch_network(
     """Two launches: params, and h1 and h2 where `keep`."""
     s = Shape.of(x, len(b1), len(b3))
     w1, w2, w3 = s.unpack(packed)
-    taps = empty_images(x, s.taps * s.c_out)
+    row_sums = empty_images(x, s.tap_rows * s.c_out)
     h1, h2 = (empty_images(x, s.width) if keep else None for _ in range(2))
     tile = forward_tile(s)
-    launch(_network_kernel,
-        (triton.cdiv(s.pixels, tile.block_p), triton.cdiv(s.taps * s.c_out, tile.block_j)),
-        x, w1, b1, w2, b2, w3, taps, h1, h2, s.pixels, s.height, s.image_width,
-        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps,
+    edge = halo(s, tile.block_p)
+    tiles = triton.cdiv(s.pixels, tile.block_p - 2 * edge)
+    launch(_network_kernel, (tiles, triton.cdiv(s.tap_rows * s.c_out, tile.block_j)),
+        x, w1, b1, w2, b2, w3, row_sums, h1, h2, s.pixels, s.height, s.image_width,
+        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, HALO=edge,
         BLOCK_P=tile.block_p, BLOCK_X=_block(s.taps * s.c_in), BLOCK_D=tile.block_d,
         BLOCK_K=tile.block_k, BLOCK_J=tile.block_j, num_warps=tile.warps,
     )  # fmt: skip
-    return launch_sum_taps(taps, b3, x, s, s.c_out, 1, 1), h1, h2
+    return launch_sum_taps(row_sums, b3, x, s, s.c_out, s.tap_rows, 1, 1), h1, h2
 
 
 def launch_sum_taps(
-    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, sign: int, parts: int
-) -> Tensor:
+    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, count: int, sign: int,
+    parts: int,
+) -> Tensor:  # fmt: skip
     """One launch: the sum of each pixel's taps, shaped as x but for its channels."""
     y = empty_images(x, channels)
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
     launch(_sum_taps_kernel, (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
-        taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=s.taps, SIGN=sign,
+        taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=count, SIGN=sign,
         PARTS=parts, BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return y
@@ -396,7 +443,7 @@ def launch_network_backward(
         BLOCK_D=tile1.block_d, BLOCK_K=tile1.block_k, BLOCK_X=_block(s.taps * s.c_in),
         num_warps=tile1.warps, num_stages=1,
     )  # fmt: skip
-    dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, -1, blocks1)
+    dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, s.taps, -1, blocks1)
     if s.sums[1]:
         return dx, partial.sum(0), partial.new_empty(0)
     return dx, partial.sum(0), product_in_float32(rows(dh2).t(), rows(h1))

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-import triton
-import triton.testing
+
+from mflow_kernels.ops.compiler import triton
 
 Choice = Literal["auto", "torch", "fused"]
 VARIABLE = "MFLOW_NETWORK"

@@ -31,12 +31,13 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_error_bound": [],
     "stage_delta": [],
     "stage_sigma": [],
+    "stage_learning_rate": [],
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One flow of the hierarchy: manifold dimension, size of the networks, objective, budget."""
+    """One flow of the hierarchy: manifold dimension, size of the networks, objective, training."""
 
     dim: int
     steps: int
@@ -49,6 +50,7 @@ class Stage:
     error_bound: float | None
     delta: float
     sigma: float
+    learning_rate: float
     epochs: int
     max_steps: int | None
 
@@ -84,7 +86,8 @@ class ModelOptions:
         levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
-        manifold_dim: Dimensions of the manifold. The coarsest latents are its first coordinates.
+        manifold_dim: Dimensions of the manifold. They are the coarsest latents;
+            whole channels of these give each part of the image the same number of dimensions.
     """
 
     levels: int = 2
@@ -113,8 +116,9 @@ class HierarchyOptions:
             there is none.
         stage_delta: Threshold of huber; by default that of --delta.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
+        stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Keep training the earlier flows together with each further one, on the joint
-            likelihood and their own penalties; by default they are frozen.
+            likelihood and their own penalties and at its learning rate; by default they are frozen.
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
@@ -130,6 +134,7 @@ class HierarchyOptions:
     stage_error_bound: list[float] = field(default_factory=list)
     stage_delta: list[float] = field(default_factory=list)
     stage_sigma: list[float] = field(default_factory=list)
+    stage_learning_rate: list[float] = field(default_factory=list)
     release: bool = False
 
 
@@ -205,6 +210,8 @@ class TrainingOptions:
         max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
         ema_decay: Decay of the running average of the weights, which samples and evaluations use.
             The decay ramps up over the first steps of a stage; 0 disables averaging.
+        init_from: Folder of another run, from whose averaged weights the model starts. Its flows
+            must have the same shapes; it may have fewer stages, or more.
         seed: Seed of weights, data order and noise.
         device: Device to train on; auto takes a GPU if there is one.
         precision: Data type of the coupling networks; the state of the flow is always float32.
@@ -227,6 +234,7 @@ class TrainingOptions:
     loss_spike: float = 10.0
     max_skipped: int = 20
     ema_decay: float = 0.999
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
@@ -259,6 +267,9 @@ class TrainConfig(
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for rate in self.stage_learning_rate:
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -284,7 +295,7 @@ class TrainConfig(
         first = Stage(
             self.manifold_dim, self.steps, self.width, self.domain, self.rho, self.weight,
             self.final_weight, self.weight_steps, self.error_bound, self.delta, self.sigma,
-            self.epochs, self.max_steps,
+            self.learning_rate, self.epochs, self.max_steps,
         )  # fmt: skip
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
@@ -301,6 +312,7 @@ class TrainConfig(
             _for_each("stage_error_bound", self.stage_error_bound, count, None),
             _for_each("stage_delta", self.stage_delta, count, self.delta),
             _for_each("stage_sigma", self.stage_sigma, count, self.sigma),
+            _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
             _for_each("stage_max_steps", self.stage_max_steps, count, steps),
         )
@@ -323,6 +335,8 @@ class TrainConfig(
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
+        if self.init_from is not None:
+            values["init_from"] = str(Path(self.init_from).resolve())
         return RunConfig(**values, channels=image_shape[0])
 
 

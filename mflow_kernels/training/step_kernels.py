@@ -8,7 +8,7 @@ tensor. In the bytes of the networks' precision it moves, beside its weights,
 
     by torch's layers    forward 12 H + A + 3 Q, backward 16 H + 2 A + 3 Q. Linear layers, whose
                          bias is part of the product, move 8 H + A + Q forward.
-    by the fused kernels forward A + 19 Q, and 2 H more where the hidden tensors are stored;
+    by the fused kernels forward A + 7 Q, and 2 H more where the hidden tensors are stored;
                          backward 4 H (6 H past width 128), A, Q and the taps of the input's
                          gradient.
 
@@ -131,8 +131,8 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
         yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights rounded to 16 bits
     if _fused(config, s):
         tile = forward_tile(s)
-        columns, blocks = -(-s.taps * s.c_out // tile.block_j), -(-s.width // tile.block_d)
-        taps = s.taps * q
+        columns, blocks = -(-s.tap_rows * s.c_out // tile.block_j), -(-s.width // tile.block_d)
+        taps = s.tap_rows * q
         flops = columns * (blocks * f1 + f2) + f3
         yield Launch(a + w1 + w2 + w3 + taps + (2 * h if keep else 0), flops, dtype)
         yield Launch(taps + q)

@@ -60,6 +60,26 @@ seen = []
 unshuffle = nn.functional.pixel_unshuffle
 ledger_counts.count(lambda: seen.append(unshuffle(plain.to(memory_format=last), 2)), net, plain)
 assert seen[0].is_contiguous()
+
+# Operators on large tensors compute nothing, in place or not, and keep layouts.
+large = torch.ones(2, 64, 64, 64).to(memory_format=last)
+images = large[:, :4]
+def passes():
+    seen[:] = [large.relu(), large.mul_(2.0), large.to(torch.bfloat16), large[:, :3].clone()]
+made = names(passes, conv, images)
+assert [m[0] for m in made] == ["relu", "mul_", "_to_copy", "clone"], made
+assert [m[2:4] for m in made[:3]] == [(2**21, 2**21), (2**21, 2**21), (2**21, 2**20)], made
+assert all(t.is_contiguous(memory_format=last) for t in seen[:3])
+assert seen[1] is large and large.eq(1.0).all()
+
+# Vectors have one pixel. The products of the package's own kernels are counted.
+from mflow_kernels.layers import FlowStep
+step, vectors = FlowStep(6, width=8, spatial_dims=0), torch.zeros(5, 6)
+with torch.no_grad():
+    made = ledger_counts.count(lambda: step(vectors), step, vectors)
+(own,) = [k for k in made if k.name == "conv1x1_kernel"]
+assert (own.part, own.side, own.flops) == ("flow kernels", 1, 2 * 5 * 6 * 6), own
+assert {k.name for k in made if k.part == "networks"} >= {"addmm", "relu_"}, made
 """
 
 

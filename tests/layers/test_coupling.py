@@ -64,7 +64,8 @@ def test_context_reaches_the_net():
 
 def test_net_with_too_few_channels():
     net = nn.Conv1d(2, 4, 1)
-    with pytest.raises(ValueError, match=r"params: expected shape \(2, 6, 3\), got \(2, 4, 3\)"):
+    message = r"net's output: expected shape \(2, 6, 3\), got \(2, 4, 3\)"
+    with pytest.raises(ValueError, match=message):
         AffineCoupling(5, net)(normal(2, 5, 3))
 
 

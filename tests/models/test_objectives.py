@@ -355,7 +355,7 @@ class OneParameter(nn.Module):
         super().__init__()
         self.theta = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 
-    def latents(self, x):
+    def latents(self, x, context=None):
         v = (self.theta - 3).expand(len(x))
         return (torch.stack([torch.zeros_like(v), v], 1),), torch.zeros_like(v)
 
@@ -365,7 +365,7 @@ class OneParameter(nn.Module):
     def gather(self, latents):
         return latents[0][:, :1]
 
-    def decode(self, u):
+    def decode(self, u, context=None):
         return self.theta.expand(len(u), 2)
 
 

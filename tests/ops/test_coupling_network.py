@@ -31,6 +31,8 @@ CASES = [
     ((1, 9, 4, 4), 136, 30),
     ((1, 22, 3, 3), 40, 44),
 ]
+# Tiles of 64 pixels: several that begin and end within a row, two in one row, and whole rows.
+TILED = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
 
 
 class _Rounded(torch.autograd.Function):
@@ -111,6 +113,24 @@ def test_values_and_gradients(
     kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
 ) -> None:
     compare(sample(*case, dtype, kernel_device))
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_taps_of_neighbours_in_other_tiles(
+    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int]
+) -> None:
+    compare(sample(*case, torch.bfloat16, kernel_device))
+
+
+def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:
+    """Samples share tiles, and a pixel's taps come from other pixels of its tile."""
+    given = [t.detach() for t in sample((5, 2, 3, 3), 16, 4, torch.bfloat16, kernel_device)]
+    expected = coupling_network(*given)
+    given[0][2, :, 1, 1] = float("inf")
+    found = coupling_network(*given)
+    assert not found[2].isfinite().any()
+    others = [0, 1, 3, 4]
+    assert torch.equal(found[others], expected[others])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])

@@ -71,6 +71,7 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
         stage_steps=[3],
         stage_width=[8, 9],
         stage_rho=["l1", "huber"],
+        stage_learning_rate=[0.01, 0.001],
         weight=7.0,
         domain="data",
         stage_domain=["latent"],
@@ -79,6 +80,8 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     image, *further = config.stages
     assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
+    assert [s.learning_rate for s in config.stages] == [2e-3, 0.01, 0.001]
+    assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
     assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
 
 
@@ -89,6 +92,7 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
         ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
         ({"stage_epochs": [0]}, "stage_epochs: expected at least 1, got 0"),
         ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected more than 0, got -1"),
+        ({"stage_learning_rate": [0.1, 0.0]}, "stage_learning_rate: expected more than 0, got 0"),
         ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
         ({"weight": "variance", "error_bound": 0.1}, "weight: expected a number with a final weig"),
         ({"error_bound": 0.0}, "error_bound: expected more than 0, got 0"),

@@ -23,7 +23,7 @@ def test_two_ranks_train_as_one(tmp_path):
     assert main([*command, str(tmp_path / "one")]) == 0
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    both, one = (column(tmp_path / name, "loss") for name in ("both", "one"))
+    both, one = (column(tmp_path / name, "loss_bits_per_dim") for name in ("both", "one"))
     assert [step for step, _ in both] == [step for step, _ in one]
     # Both halves of the first batch initialize actnorm. Only the image flow is compared: in the
     # second flow the gradient of actnorm's bias is a rounding error, which Adam turns into steps.

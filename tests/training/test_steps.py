@@ -17,7 +17,7 @@ from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
 def rows(folder):
-    return metrics(folder, "loss")
+    return metrics(folder, "loss_bits_per_dim")
 
 
 class TestGuard:
@@ -204,6 +204,28 @@ class TestStages:
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
         assert [o.trained_weight.item() for o in objectives] == [logged[2], logged[5]]
 
+    @pytest.mark.parametrize("release", [False, True])
+    def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
+        """With a warm-up of one step, the first step of a stage has its highest rate."""
+        seen = []
+        original = torch.optim.AdamW.step
+
+        def step(self, *args):
+            seen.append([group["lr"] for group in self.param_groups[::2]])
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        rates = ["--learning-rate", "0.02", "--stage-learning-rate", "0.003", "0.0005"]
+        options = ["--stage-dims", "5", "4", "--warm-up", "1", *(["--release"] if release else [])]
+        assert main([*command, *options, *rates]) == 0
+        first_steps = seen[::3]
+        earlier = (0.003, 0.0005) if release else (0.0, 0.0)
+        assert first_steps == [
+            [0.02, 0.0, 0.0],
+            [earlier[0], 0.003, 0.0],
+            [earlier[1], earlier[1], 0.0005],
+        ]
+
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
         command = [*command, *self.OPTIONS.split(), "--release", "--error-bound", "0.001"]
@@ -255,7 +277,7 @@ def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch)
     monkeypatch.setattr(train, "check_precision", lambda *_: None)
     assert main([*command, "--precision", "float16"]) == 0
     found = rows(tmp_path / "run")
-    assert all(math.isfinite(float(row["loss"])) for row in found)
+    assert all(math.isfinite(float(row["loss_bits_per_dim"])) for row in found)
     norms = [float(row["gradient_norm"]) for row in found]
     overflows = sum(not math.isfinite(norm) for norm in norms)
     assert 0 < overflows < 6  # the scale starts at 2^16, which is too high for these losses
