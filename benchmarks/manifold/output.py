@@ -19,7 +19,7 @@ from PIL import Image
 from mflow_kernels.data.files import write_atomically
 
 Row = dict[str, Any]
-DPI, COLOURS = 100, 64
+DPI, COLOURS = 100, 256
 
 
 class Store:
