@@ -195,7 +195,8 @@ class TestStages:
 
     def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
         """The weights are in the checkpoint and in the metrics."""
-        options = "--error-bound 1e-6 --stage-final-weight 10 --stage-weight-steps 2"
+        options = "--error-bound 1e-6"
+        options += " --stage-weight 1000 --stage-final-weight 10 --stage-weight-steps 2"
         assert main([*command, *options.split()]) == 0
         # The error stays above e times the bound, so that each step multiplies w by e^0.005.
         expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
