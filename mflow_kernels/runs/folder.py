@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,7 @@ from mflow_kernels.data.files import (
     write_atomically,
 )
 from mflow_kernels.data.manifest import MANIFEST, Manifest
-from mflow_kernels.models.pretrained import build, save_pretrained
+from mflow_kernels.models.pretrained import build, write_pretrained
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.parser import as_option
@@ -73,7 +74,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return build(
+            model = build(
                 architecture(config),
                 reversible=config.reversible,
                 checkpoint_every=config.checkpoint_every,
@@ -84,6 +85,8 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
             "width, stage_width, steps, stage_steps: expected a model that fits in memory "
             f"({reason[:120]})"
         ) from None
+    model.describe_images(config.n_bits, config.crop, tuple(config.class_names))
+    return model
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def architecture(config: RunConfig) -> dict[str, Any]:
         for stage in config.stages
     ]
     flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
+    if config.class_names:
+        flow["classes"] = len(config.class_names)
     return {"image_shape": list(config.image_shape), **flow, "stages": stages}
 
 
@@ -227,11 +232,7 @@ def load_run(folder: str, device: str = "auto") -> Run:
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
 
-    def fill(temporary: Path) -> None:
-        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
-
-    lock = make_folder(folder, fill, "out")
+    lock = make_folder(folder, partial(write_pretrained, run.model), "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 

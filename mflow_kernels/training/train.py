@@ -184,8 +184,8 @@ def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
 
 
 def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
-    splits = load_splits(config.data, config.image_size)
-    resolved = config.resolve(splits.train.image_shape)
+    splits = load_splits(config.data, config.image_size, config.classes)
+    resolved = config.resolve(splits.train.image_shape, splits.crop, splits.class_names)
     model = build_model(resolved)
     _check_batches(resolved, model, splits)
     return Loaded(resolved, splits, model, device, ranks)
@@ -370,14 +370,14 @@ def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:
     curves, samples, projections, hierarchy = paths
     draw_curves(curves, read_metrics(folder / METRICS))
     draw_images(samples, *samples_by_temperature(model, COLUMNS, run.config.seed))
-    test = run.splits.test
+    test, classes = run.splits.test, run.splits.test.classes
     originals = test.batch(range(min(COLUMNS, len(test))))
     draw_residuals(
         projections,
         f"Held-out images and their projections on the {run.config.manifold_dim}-dimensional "
         "manifold",
         originals,
-        project_images(model, originals, stages=1),
+        project_images(model, originals, 1, None if classes is None else classes[: len(originals)]),
     )
     if len(model.stages) == 1:
         return paths[:-1]
