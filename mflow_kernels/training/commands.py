@@ -74,8 +74,12 @@ def _find_learning_rate(config: "TrainConfig", resume: bool) -> Work:
         )
 
     def work() -> None:
-        with exit_on_signals():
-            tests = find_learning_rates(loaded)
+        try:
+            with exit_on_signals():
+                tests = find_learning_rates(loaded)
+        except SystemExit:
+            print("interrupted; nothing was written", file=sys.stderr)
+            raise
         print(describe_tests(tests))
 
     return work

@@ -241,8 +241,12 @@ def test_weights_of_an_export(export):
         refuses(export)
 
 
-def test_a_run_without_a_changing_weight_resumes(run):
-    """It lacks the options and the column of the penalty's weight, delta and sigma."""
+def test_a_run_without_a_changing_weight_resumes(images, tmp_path):
+    """It lacks the options and the column of the penalty's weight, delta and sigma. Its delta and
+    sigma were 1 and 0.1."""
+    run = tmp_path / "run"
+    command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
+    assert main([*command, "--delta", "1", "--sigma", "0.1"]) == 0
     later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
     config = run / "config.yaml"
     lines = config.read_text().splitlines()

@@ -76,3 +76,12 @@ def test_a_run_says_how_to_continue_and_ends_the_same(moment, command, trained, 
     assert main([*command, *resume]) == 0
     torch.testing.assert_close(weights(folder), weights(trained), rtol=0, atol=0)
     assert len(metrics(folder)) == len(metrics(trained))
+
+
+def test_the_range_test_writes_nothing(command, tmp_path):
+    command = [*command, "--find-learning-rate"]
+    code, shown = in_a_terminal(command, FlowTraining, "training_step", 2)
+    assert code == 130
+    assert "interrupted; nothing was written" in shown
+    assert "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
