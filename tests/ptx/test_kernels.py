@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mflow_kernels import ops
 from mflow_kernels.ops import launch
+from mflow_kernels.ops.channel_products import FENCES_COPIES
 from ptx.launch import Device, Violation, installed
 from ptx.report import Report
 
@@ -108,7 +109,8 @@ def dot(
 def test_products_of_tensor_cores_are_exact(
     device: Device, dtype: torch.dtype, m: int, n: int
 ) -> None:
-    exact, report = dot(device, dtype, m, n, stages=3)
+    # Before Triton 3.7.1 a pipelined loop lacks a fence (docs/results.md).
+    exact, report = dot(device, dtype, m, n, stages=3 if FENCES_COPIES else 1)
     assert exact
     assert not report.faults, report.faults
     asynchronous = any(op.startswith("wgmma.mma") for op in report.instructions)
