@@ -160,10 +160,26 @@ def row(
         elif products > MOST_PRODUCTS:
             fault = f"over {MOST_PRODUCTS} of the products"
     return Row(
-        operation, direction, launch.kernel.strip("_"), case.c, case.n, case.p, case.layout, 1,
-        loaded, stored, fewest, ratio, sectors, products, launch.banks,
-        sum(m.moved for m in other), sector_bytes_ratio(other), math.ceil(reads), fault,
-    )  # fmt: skip
+        operation,
+        direction,
+        launch.kernel.strip("_"),
+        case.c,
+        case.n,
+        case.p,
+        case.layout,
+        1,
+        loaded,
+        stored,
+        fewest,
+        ratio,
+        sectors,
+        products,
+        launch.banks,
+        sum(m.moved for m in other),
+        sector_bytes_ratio(other),
+        math.ceil(reads),
+        fault,
+    )
 
 
 # The products of C x C matrices and states that a kernel computes.
@@ -300,9 +316,17 @@ def launches(steps: int = 4) -> list[Launches]:
             over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"
             made.append(
-                Launches(name, direction, steps, len(over), len(ours[0]) - len(over), bound,
-                         (torchs[1] - torchs[0]) / steps, fault)
-            )  # fmt: skip
+                Launches(
+                    name,
+                    direction,
+                    steps,
+                    len(over),
+                    len(ours[0]) - len(over),
+                    bound,
+                    (torchs[1] - torchs[0]) / steps,
+                    fault,
+                )
+            )
     return made
 
 
@@ -322,8 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + text_table(Row.HEAD, [r.cells for r in rows])
         + "\n"
     )
-    print("Launches beside the networks, K steps\n"
-          + text_table(Launches.HEAD, [r.cells for r in counts]) + "\n")  # fmt: skip
+    print(
+        "Launches beside the networks, K steps\n"
+        + text_table(Launches.HEAD, [r.cells for r in counts])
+        + "\n"
+    )
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
     extremes = [
@@ -334,14 +361,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text_table(Row.HEAD, [r.cells for r in failed or extremes]))
     wrong = [r for r in counts if r.fault]
     bytes_, reads, sectors = extremes
-    print(f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
-          f"{bytes_.c}), {reads.reads} reads ({reads.kernel}, C = {reads.c}), sectors "
-          f"{sectors.sectors:.2f} of the needed ({sectors.kernel}, C = {sectors.c}, "
-          f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
-          f"{len(counts)} counts fail")  # fmt: skip
+    print(
+        f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
+        f"{bytes_.c}), {reads.reads} reads ({reads.kernel}, C = {reads.c}), sectors "
+        f"{sectors.sectors:.2f} of the needed ({sectors.kernel}, C = {sectors.c}, "
+        f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
+        f"{len(counts)} counts fail"
+    )
     if options.json:
-        save_json(options.json, {"bytes": [asdict(r) for r in rows],
-                            "launches": [asdict(r) for r in counts]})  # fmt: skip
+        save_json(
+            options.json,
+            {"bytes": [asdict(r) for r in rows], "launches": [asdict(r) for r in counts]},
+        )
     return int(bool(failed or wrong))
 
 
