@@ -6,14 +6,17 @@ sampling at every level, for each kind of chain and dtype of networks; and a few
 users may choose. Launches that Triton compiles to one kernel are compiled once.
 
 The exit code is 1 if a launch does not compile, spills, does not fit on a multiprocessor, or
-accesses a state in pieces of less than 16 bytes although its sizes allow 16. They allow 16 if the
-state is aligned and P (contiguous) or C and C // 2 (channels_last) are multiples of the number of
-elements in 16 bytes.
+accesses a state in smaller pieces than its layout allows. A layout allows the largest power of two
+up to 16 bytes that divides its address and the bytes between the starts of its contiguous runs: P
+elements (contiguous), or C and C // 2 elements (channels_last). Halves of 12 float32 channels start
+every 24 bytes and allow 8.
+
+A second run finds the compiled kernels in Triton's cache.
 """
 
 import argparse
+import math
 import multiprocessing
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,11 +107,11 @@ def full_cases() -> Iterator[Case]:
 
 @dataclass
 class Configuration:
-    """Launches that compile to one kernel, and the accesses that must be wide."""
+    """Launches that compile to one kernel, and the widest accesses that their layouts allow."""
 
     launch: aot.Launch  # the first launch of this configuration
     model: str  # the model that made it
-    wide: set[str]  # arguments whose sizes allow 16-byte accesses
+    widths: dict[str, int]  # bytes of the widest accesses that the layouts of arguments allow
 
     @property
     def c(self) -> int:
@@ -151,9 +154,20 @@ class Configuration:
 
 
 NO_STATES = {
-    "weight", "weight_inverse", "dweight", "outer_sum", "dbias", "ledger", "dledger",
-    "dw1", "db1", "dw2", "db2", "dw3", "db3",
-}  # fmt: skip
+    "weight",
+    "weight_inverse",
+    "dweight",
+    "outer_sum",
+    "dbias",
+    "ledger",
+    "dledger",
+    "dw1",
+    "db1",
+    "dw2",
+    "db2",
+    "dw3",
+    "db3",
+}
 
 
 def states(launch: aot.Launch) -> dict[str, Tensor]:
@@ -172,26 +186,27 @@ def channels(launch: aot.Launch) -> int:
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
-def wide(launch: aot.Launch) -> set[str]:
-    """The states whose sizes allow 16-byte accesses."""
-    allowed, c = set(), channels(launch)
+def widths(launch: aot.Launch) -> dict[str, int]:
+    """Bytes of the widest accesses, at most 16, that the layouts of the states allow."""
+    allowed, c = {}, channels(launch)
     for name, t in states(launch).items():
-        lanes = 16 // t.element_size()
-        # Lengths of contiguous runs and steps between runs, which must be whole multiples.
+        # Lengths of contiguous runs and steps between runs.
         if t.dim() == 2 or is_channels_last(t):
             steps = (c, c // 2, t.shape[1], t.stride(0), t.stride(-1) if t.dim() == 4 else 0)
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
-        if all(step % lanes == 0 for step in steps) and t.data_ptr() % 16 == 0:
-            allowed.add(name)
+        run = math.gcd(*steps) * t.element_size()
+        allowed[name] = math.gcd(16, run, t.data_ptr() % 16)
     return allowed
 
 
 def configurations(size: str) -> list[Configuration]:
+    """One configuration for all launches that Triton compiles to one kernel."""
     found: dict[str, Configuration] = {}
     for model, launch in launches_of(size):
-        allowed = wide(launch)
-        found.setdefault(launch.key, Configuration(launch, model, allowed)).wide |= allowed
+        allowed = widths(launch)
+        same = found.setdefault(launch.key, Configuration(launch, model, allowed))
+        same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
     return list(found.values())
 
 
@@ -214,9 +229,22 @@ class Row:
     faults: list[str]
 
     HEAD = (
-        "kernel", "variant", "model", "C", "P", "layout", "dtypes", "target", "registers",
-        "spilled B", "shared B", "warps", "blocks", "16 B", "",
-    )  # fmt: skip
+        "kernel",
+        "variant",
+        "model",
+        "C",
+        "P",
+        "layout",
+        "dtypes",
+        "target",
+        "registers",
+        "spilled B",
+        "shared B",
+        "warps",
+        "blocks",
+        "16 B",
+        "",
+    )
 
     @property
     def cells(self) -> tuple[object, ...]:
@@ -242,15 +270,26 @@ def _compile(job: tuple[int, str]) -> Row:
         faults.append("spills")
     if not made.error and not blocks:
         faults.append("does not fit")
-    for name in sorted(configuration.wide):
-        if accesses[name] and min(accesses[name]) < 16:
-            faults.append(f"{name} by {min(accesses[name])} B")
+    for name, allowed in sorted(configuration.widths.items()):
+        if accesses[name] and min(accesses[name]) < allowed:
+            faults.append(f"{name} by {min(accesses[name])} B, not {allowed}")
     return Row(
-        launch.kernel.__name__.strip("_"), configuration.variant, configuration.model,
-        configuration.c, configuration.p, configuration.layout, configuration.dtypes, target,
-        made.registers, made.spilled, made.shared, made.warps, blocks,
-        sum(w >= 16 for w in widths) / len(widths) if widths else None, faults,
-    )  # fmt: skip
+        launch.kernel.__name__.strip("_"),
+        configuration.variant,
+        configuration.model,
+        configuration.c,
+        configuration.p,
+        configuration.layout,
+        configuration.dtypes,
+        target,
+        made.registers,
+        made.spilled,
+        made.shared,
+        made.warps,
+        blocks,
+        sum(w >= 16 for w in widths) / len(widths) if widths else None,
+        faults,
+    )
 
 
 def _compile_native(job: tuple[str, str]) -> list[Row]:
@@ -261,25 +300,47 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
         faults = ["spills"] if made.spilled else []
         faults += [] if blocks else ["does not fit"]
         row = Row(
-            name, "csrc", "-", "-", "-", "any", "", target, made.registers, made.spilled,
-            made.shared, made.warps, blocks, None, faults,
-        )  # fmt: skip
+            name,
+            "csrc",
+            "-",
+            "-",
+            "-",
+            "any",
+            "",
+            target,
+            made.registers,
+            made.spilled,
+            made.shared,
+            made.warps,
+            blocks,
+            None,
+            faults,
+        )
         rows.append(row)
     return rows
 
 
-def report(size: str, targets: Sequence[str]) -> list[Row]:
+def report(size: str, targets: Sequence[str], processes: int | None = None) -> list[Row]:
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
     _work[:] = configurations(size)
     # The slowest first, so that the last worker does not finish alone.
     order = sorted(range(len(_work)), key=lambda i: -_work[i].c)
     jobs = [(i, target) for i in order for target in targets]
     native = [(source, target) for source in NATIVE for target in targets]
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
         built = pool.map_async(_compile_native, native if shutil.which("nvcc") else [], 1)
         rows = pool.map(_compile, jobs, 1) + [row for part in built.get() for row in part]
-    rows.sort(key=lambda r: (r.kernel, r.variant, str(r.c).zfill(4), str(r.p), r.layout, r.dtypes,
-                             int(r.target[3:])))  # fmt: skip
+    rows.sort(
+        key=lambda r: (
+            r.kernel,
+            r.variant,
+            str(r.c).zfill(4),
+            str(r.p),
+            r.layout,
+            r.dtypes,
+            int(r.target[3:]),
+        )
+    )
     return rows
 
 
@@ -298,9 +359,11 @@ def worst(rows: Sequence[Row]) -> list[str]:
     by_registers = max(rows, key=lambda r: r.registers)
     by_blocks = min(rows, key=lambda r: r.blocks * r.warps)
     lines = [text_table(Row.HEAD, [row.cells for row in [*failed, by_registers, by_blocks]])]
-    lines.append(f"worst: {len(failed)} of {len(rows)} configurations fail; at most "
-                 f"{by_registers.registers} registers; at least {by_blocks.blocks} blocks of "
-                 f"{by_blocks.warps} warps at once")  # fmt: skip
+    lines.append(
+        f"worst: {len(failed)} of {len(rows)} configurations fail; at most "
+        f"{by_registers.registers} registers; at least {by_blocks.blocks} blocks of "
+        f"{by_blocks.warps} warps at once"
+    )
     return lines
 
 
@@ -322,13 +385,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="one level of a model, seconds",
     )
     size.add_argument(
-        "--full", action="store_const", const="full", dest="size",
+        "--full",
+        action="store_const",
+        const="full",
+        dest="size",
         help="also the operators alone, on states of every width, layout and dtype, many minutes",
-    )  # fmt: skip
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
     targets = options.target or list(aot.ARCHS)
-    rows = report(options.size or "standard", targets)
+    rows = report(options.size or "standard", targets, options.jobs)
     print("One multiprocessor\n" + limits(targets) + "\n")
     print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")
     if not shutil.which("nvcc"):

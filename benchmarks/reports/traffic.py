@@ -1,27 +1,34 @@
 """Run each compiled launch without a GPU and count its requests to global memory; count launches.
 
-Two ratios describe the tensors with pixels (states, params, network inputs, gradients):
+These ratios describe the tensors with pixels (states, params, network inputs, gradients):
 
     ratio     bytes that threads request, divided by the fewest possible: each element that the
               operation needs is read once, each result is written once. The operation needs the
               elements that it touches, except those in `NEEDLESS`.
-    sectors   32 bytes times the sectors that each warp's request touches, divided by the bytes that
-              it requests. Memory moves whole sectors. The bytes above 1 are moved without being
-              requested; a cache holds them for later requests of the same block.
+    sectors   32-byte sectors that each warp's request touches, divided by the sectors that hold the
+              touched elements. Memory moves whole sectors, and the sectors above 1 are moved again,
+              at best from a cache.
 
-Weights, ledgers and partial sums are listed as "other", with a separate ratio of sectors.
+and these the whole launch:
+
+    products  multiplications of the tensor cores, divided by those of the formulas. In tf32x3 each
+              multiplication takes three.
+    banks     wavefronts of accesses to shared memory, divided by the fewest possible.
+
+Weights, ledgers and partial sums are listed as "other"; "other sectors" is their sectors' bytes,
+divided by the bytes that are requested.
 
 The exit code is 1 if one of these fails:
 
     the ratio of bytes is at most 1.05 up to C = 128 at sizes that fill tiles, and at most 1.25 at
     any size of at least 1,024 pixels;
+    the ratio of sectors is at most 1.15, and that of products at most 1.8, up to C = 128 at sizes
+    that fill tiles;
     above C = 128 an element is read at most ceil(C / 128) times and written once (twice as often
     for the kernels in `TWICE`);
     a kernel stays within its tensors and does not race;
     a chain of K steps needs at most K + 1 launches over states forward and inverse, and 2 K + 1
     backward.
-
-Sectors have no bound yet.
 """
 
 import argparse
@@ -51,8 +58,8 @@ NEEDLESS = {("_coupling_bwd_kernel", "x"), ("_coupling_conv1x1_bwd_kernel", "x")
 def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
     """States, and whether their pixels fill tiles."""
     if quick:
-        yield Case(12, n=1, side=16), True
-        yield Case(136, n=1, side=8, channels_last=True), True
+        for c in (12, 24, 48, 136):
+            yield Case(c, n=1, side=8, channels_last=True), True
         return
     for c in CHANNELS:
         # Fewer pixels suffice above C = 128, where the bound is on reads.
@@ -81,15 +88,18 @@ class Row:
     fewest: int
     ratio: float
     sectors: float
+    products: float  # 0 for a launch without products
+    banks: float
     other: int  # bytes requested from tensors without pixels
     other_sectors: float
     reads: int  # the largest mean number of reads of one tensor's elements, rounded up
     fault: str
 
     HEAD = (
-        "operation", "direction", "kernel", "C", "N", "P", "layout", "launches", "loaded B",
-        "stored B", "fewest B", "ratio", "sectors", "other B", "other sectors", "reads", "",
-    )  # fmt: skip
+        *("operation", "direction", "kernel", "C", "N", "P", "layout", "launches"),
+        *("loaded B", "stored B", "fewest B", "ratio", "sectors", "products", "banks"),
+        *("other B", "other sectors", "reads", ""),
+    )
 
     @property
     def cells(self) -> tuple[object, ...]:
@@ -97,9 +107,26 @@ class Row:
 
 
 def sector_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
+    """Sectors that requests touch, divided by the sectors that hold the touched elements."""
+    once = sum(memory.sectors_once for memory in memories)
+    return sum(memory.sectors for memory in memories) / once if once else 1.0
+
+
+def sector_bytes_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
     """Bytes of the sectors that requests touch, divided by the bytes that they request."""
     moved = sum(memory.moved for memory in memories)
     return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
+
+
+def product_ratio(case: Case, launch: traffic_counts.Launch) -> float:
+    """Multiplications of the tensor cores, divided by those of the formulas."""
+    products = PRODUCTS.get(launch.kernel, 0)
+    if launch.kernel.startswith("_rebuild_conv1x1"):
+        names = {name for memory in launch.memories for name in memory.names}
+        products -= names.isdisjoint({"x", "x_a"})  # if x was stored it is not rebuilt
+    times = 3 if case.precision == "tf32x3" else 1
+    needed = times * products * case.c**2 * case.n * case.p
+    return launch.multiplications / needed if needed else 0.0
 
 
 def row(
@@ -126,12 +153,48 @@ def row(
     else:
         bound = 1.05 if fills else 1.25 if case.n * case.p >= 1024 else math.inf
         fault = f"over {bound}" if ratio > bound else ""
+    sectors, products = sector_ratio(over), product_ratio(case, launch)
+    if not fault and fills and case.c <= 128:
+        if sectors > MOST_SECTORS and not twice:
+            fault = f"over {MOST_SECTORS} of the sectors"
+        elif products > MOST_PRODUCTS:
+            fault = f"over {MOST_PRODUCTS} of the products"
     return Row(
-        operation, direction, launch.kernel.strip("_"), case.c, case.n, case.p, case.layout, 1,
-        loaded, stored, fewest, ratio, sector_ratio(over), sum(m.moved for m in other),
-        sector_ratio(other), math.ceil(reads), fault,
-    )  # fmt: skip
+        operation,
+        direction,
+        launch.kernel.strip("_"),
+        case.c,
+        case.n,
+        case.p,
+        case.layout,
+        1,
+        loaded,
+        stored,
+        fewest,
+        ratio,
+        sectors,
+        products,
+        launch.banks,
+        sum(m.moved for m in other),
+        sector_bytes_ratio(other),
+        math.ceil(reads),
+        fault,
+    )
 
+
+# The products of C x C matrices and states that a kernel computes.
+PRODUCTS = {
+    "_conv1x1_kernel": 1,
+    "_weight_gradient_kernel": 1,
+    "_coupling_conv1x1_bwd_kernel": 1,
+    "_rebuild_conv1x1_kernel": 3,
+    "_rebuild_conv1x1_medium_kernel": 3,
+    "_rebuild_conv1x1_wide_kernel": 3,
+}
+# Tiles of a power of two: 16 places for 12 channels take 16^2 / 12^2 = 1.78 of the products.
+MOST_PRODUCTS = 1.8
+# 1.13 of the sectors: the gradient of a coupling reads 24 of each 48 bytes of x in two accesses.
+MOST_SECTORS = 1.15
 
 # Above this C the kernel reads its states once for each of two products, because three products of
 # a tile do not fit the registers. Such wide states have few pixels, so reading twice costs a step
@@ -253,9 +316,17 @@ def launches(steps: int = 4) -> list[Launches]:
             over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"
             made.append(
-                Launches(name, direction, steps, len(over), len(ours[0]) - len(over), bound,
-                         (torchs[1] - torchs[0]) / steps, fault)
-            )  # fmt: skip
+                Launches(
+                    name,
+                    direction,
+                    steps,
+                    len(over),
+                    len(ours[0]) - len(over),
+                    bound,
+                    (torchs[1] - torchs[0]) / steps,
+                    fault,
+                )
+            )
     return made
 
 
@@ -265,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="two widths only, in seconds")
+    parser.add_argument("--quick", action="store_true", help="four widths only, in seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -275,8 +346,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + text_table(Row.HEAD, [r.cells for r in rows])
         + "\n"
     )
-    print("Launches beside the networks, K steps\n"
-          + text_table(Launches.HEAD, [r.cells for r in counts]) + "\n")  # fmt: skip
+    print(
+        "Launches beside the networks, K steps\n"
+        + text_table(Launches.HEAD, [r.cells for r in counts])
+        + "\n"
+    )
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
     extremes = [
@@ -287,14 +361,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text_table(Row.HEAD, [r.cells for r in failed or extremes]))
     wrong = [r for r in counts if r.fault]
     bytes_, reads, sectors = extremes
-    print(f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
-          f"{bytes_.c}), {reads.reads} reads ({reads.kernel}, C = {reads.c}), sectors "
-          f"{sectors.sectors:.2f} of the bytes asked for ({sectors.kernel}, C = {sectors.c}, "
-          f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
-          f"{len(counts)} counts fail")  # fmt: skip
+    print(
+        f"worst: {bytes_.ratio:.3f} of the fewest bytes up to C = 128 ({bytes_.kernel}, C = "
+        f"{bytes_.c}), {reads.reads} reads ({reads.kernel}, C = {reads.c}), sectors "
+        f"{sectors.sectors:.2f} of the needed ({sectors.kernel}, C = {sectors.c}, "
+        f"{sectors.layout}); {len(failed)} of {len(rows)} launches and {len(wrong)} of "
+        f"{len(counts)} counts fail"
+    )
     if options.json:
-        save_json(options.json, {"bytes": [asdict(r) for r in rows],
-                            "launches": [asdict(r) for r in counts]})  # fmt: skip
+        save_json(
+            options.json,
+            {"bytes": [asdict(r) for r in rows], "launches": [asdict(r) for r in counts]},
+        )
     return int(bool(failed or wrong))
 
 

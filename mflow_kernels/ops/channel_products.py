@@ -151,7 +151,7 @@ def _weight_gradient_kernel(
     split, splits = tl.program_id(0), tl.num_programs(0)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if GROUPS == 1:
+    if GROUPS is None:
         dweight_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
     else:
         dweight_t = tl.zeros([GROUPS, BLOCK_O, BLOCK_C], DTYPE)
@@ -169,14 +169,14 @@ def _weight_gradient_kernel(
             )
             x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
         dbias_t += dy_t
-        if GROUPS == 1:
+        if GROUPS is None:
             dy_t = tl.trans(dy_t)
         else:
             dy_t = tl.reshape(dy_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_O])
             dy_t = tl.permute(dy_t, (0, 2, 1))
             x_t = tl.reshape(x_t, [GROUPS, BLOCK_P // GROUPS, BLOCK_C])
         dweight_t = tl.dot(dy_t, x_t, dweight_t, input_precision=PRECISION, out_dtype=DTYPE)
-    if GROUPS > 1:
+    if GROUPS is not None:
         dweight_t = tl.sum(dweight_t, axis=0)
     at_dweight = dweight + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
     tl.store(at_dweight, dweight_t, mask=(o[:, None] < C) & (c[None, :] < C))
@@ -202,22 +202,27 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
 
 
 class WeightGradientTile(NamedTuple):
-    """Blocks of dW and of columns, warps, and groups of warps that share out the columns."""
+    """Blocks of dW and of columns, warps, and groups of warps that share out the columns.
+
+    With `groups` the operands pass through shared memory with few bank conflicts, even if there is
+    one group. Without, the loads are pipelined, which more than 64 channels have the registers for.
+    """
 
     block: int
     block_p: int
     warps: int
-    groups: int
+    groups: int | None
 
 
 def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     """Tile for a state of c channels whose products are summed in dtype."""
     block = min(128, max(16, triton.next_power_of_2(c)))
+    if dtype == torch.float64:
+        return WeightGradientTile(block, 32 if c <= 64 else 16, max(4, block // 16), None)
     if block <= 32:
-        wide = dtype == torch.float64
-        return WeightGradientTile(block, 32, 4, 1) if wide else WeightGradientTile(block, 64, 4, 4)
+        return WeightGradientTile(block, 64, 4, 4)
     # Above C = 64, 32 columns spill on sm_90 and do not fit the shared memory of sm_80.
-    return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1)
+    return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1 if c <= 64 else None)
 
 
 MULTIPROCESSORS = 132  # of an H100
@@ -358,6 +363,6 @@ def launch_weight_gradient(
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
             # Groups read columns in an order that only 4-byte asynchronous copies could provide.
-            num_stages=1 if tile.groups > 1 else shared_operand_stages(precision),
+            num_stages=shared_operand_stages(precision) if tile.groups is None else 1,
         )
     return dweight, dbias

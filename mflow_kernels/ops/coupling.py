@@ -311,9 +311,15 @@ def launch_coupling_backward(
 
 
 def coupling_forward(
-    x: Tensor, params: Tensor, kind: str, offset: float, eps: float, clamp: float, order: str,
+    x: Tensor,
+    params: Tensor,
+    kind: str,
+    offset: float,
+    eps: float,
+    clamp: float,
+    order: str,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """y and the ledger, without autograd."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
@@ -325,9 +331,17 @@ def coupling_forward(
 
 
 def coupling_backward(
-    dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, kind: str, offset: float, eps: float,
-    clamp: float, order: str, inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    dledger: Tensor,
+    x: Tensor,
+    params: Tensor,
+    kind: str,
+    offset: float,
+    eps: float,
+    clamp: float,
+    order: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     """dx and dparams."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):

@@ -172,10 +172,19 @@ def launch_coupling_conv1x1_backward(
 
 
 def coupling_conv1x1_forward(
-    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    precision: str,
     net_dtype: torch.dtype | None,
-    kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kind: str,
+    offset: float,
+    eps: float,
+    clamp: float,
+    order: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, the network input cut from it, and the ledger, without autograd. `spread` made weight and
     bias."""
     scale = scale_of(kind, offset, eps, clamp, order)
@@ -193,10 +202,20 @@ def coupling_conv1x1_forward(
 
 
 def coupling_conv1x1_backward(
-    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
+    dy: Tensor,
+    dnet: Tensor | None,
+    dledger: Tensor,
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
     precision: str,
-    kind: str, offset: float, eps: float, clamp: float, order: str, inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kind: str,
+    offset: float,
+    eps: float,
+    clamp: float,
+    order: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx and dparams, and partial sums of dW and d bias."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
@@ -213,9 +232,14 @@ def coupling_conv1x1_backward(
 
 
 def _fake(
-    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor, precision: str,
-    net_dtype: torch.dtype | None, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    precision: str,
+    net_dtype: torch.dtype | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
     columns = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
     ledger = x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
@@ -223,9 +247,14 @@ def _fake(
 
 
 def _fake_backward(
-    dy: Tensor, dnet: Tensor | None, dledger: Tensor, x: Tensor, params: Tensor, weight: Tensor,
+    dy: Tensor,
+    dnet: Tensor | None,
+    dledger: Tensor,
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
     return torch.empty_like(x), torch.empty_like(params), dweight, dbias
 
@@ -239,9 +268,13 @@ def _gradient(
     ctx: Any, dy: Tensor, dnet: Tensor, dledger: Tensor, run: Any
 ) -> tuple[Tensor | None, ...]:
     grads = run(
-        dy, None if ctx.net_dtype is None else dnet, dledger, *ctx.saved_tensors,
-        ctx.precision, *ctx.options,
-    )  # fmt: skip
+        dy,
+        None if ctx.net_dtype is None else dnet,
+        dledger,
+        *ctx.saved_tensors,
+        ctx.precision,
+        *ctx.options,
+    )
     return (*grads, None, None, *(None for _ in ctx.options))
 
 

@@ -331,7 +331,9 @@ def _load_shifted_halves(
 def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """A tile of the state with halves `a` (channels below C // 2) and `b`."""
     C_A: tl.constexpr = C // 2
-    chosen = tl.where(
-        (c < C_A)[:, None], at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
-    )
+    at_a, at_b = at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
+    UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
+    SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
+    # The compiler gives a choice of pointers a smaller divisor than theirs.
+    chosen = tl.multiple_of(tl.where((c < C_A)[:, None], at_a, at_b), [SIZE, SIZE])
     return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)

@@ -173,9 +173,14 @@ class BackwardPass:
             else:
                 params = self._run_and_compare(ordinal, net_input, fingerprints)
         b, db, dparams = rebuild_coupling(
-            self.b, self.db, self.dlogdet, params.detach(), instruction.scale, instruction.inverse,
+            self.b,
+            self.db,
+            self.dlogdet,
+            params.detach(),
+            instruction.scale,
+            instruction.inverse,
             stored is not None,
-        )  # fmt: skip
+        )
         dnet = self._network_backward(network.trained, net_input, params, dparams)
         self._set_halves(self.a, b, self._add_dnet(), db)
         self.dnet = dnet
@@ -231,10 +236,18 @@ class BackwardPass:
         outer_sum, dbias = self.gathered.partial_sums(instruction.row, splits)
         # A coupling reads the two halves next; every other instruction reads one tensor.
         made = rebuild_conv1x1(
-            (self.a, self.b), (self.da, self.db), self.dnet, weight, inverse if rebuild else None,
-            bias, self._network_dtype() if network_next else None, self.channels_last, network_next,
-            outer_sum, dbias,
-        )  # fmt: skip
+            (self.a, self.b),
+            (self.da, self.db),
+            self.dnet,
+            weight,
+            inverse if rebuild else None,
+            bias,
+            self._network_dtype() if network_next else None,
+            self.channels_last,
+            network_next,
+            outer_sum,
+            dbias,
+        )
         if not self.gathered.remaining:
             self._add_gradients(*self.gathered.parameter_gradients())
             self.gathered = None

@@ -29,15 +29,22 @@ def test_quick_set_counts_bytes_and_its_exit_code_follows_its_rows(tmp_path: Pat
     assert done.returncode == int(faults), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == [saved]
     assert all(row["ratio"] >= 1 for row in rows)
-    # C = 12, P = 256, float32: the fused step reads the state and its params, writes a state.
+    # C = 12, P = 64, float32: the fused step reads the state and its params, writes a state.
     (fused,) = [
         row
         for row in rows
         if (row["operation"], row["direction"], row["c"]) == ("coupling_conv1x1", "forward", 12)
     ]
-    state = 12 * 256 * 4
+    state = 12 * 64 * 4
     assert (fused["loaded"], fused["stored"], fused["fewest"]) == (2 * state, state, 3 * state)
-    assert fused["sectors"] == 1  # contiguous rows of whole sectors
+    narrow = [row for row in rows if row["c"] <= 48]
+    # Each sector is requested once, but for the half of x that a coupling's gradient reads.
+    assert {row["kernel"] for row in narrow if row["sectors"] > 1} == {
+        "coupling_conv1x1_bwd_kernel"
+    }
+    assert max(row["sectors"] for row in narrow) < 1.14
+    # Tiles are powers of two: 16 places for 12 channels. No warp repeats another's product.
+    assert {round(row["products"], 2) for row in narrow} == {0, 1.33, 1.78}
     # Above C = 128, the product reads the state once for each block of output channels.
     (wide,) = [
         row
@@ -88,14 +95,36 @@ sys.exit(int(bool(row.fault)))
 """
 
 
+REPEATED = """
+from benchmarks.reports import traffic_counts, traffic
+import torch
+from benchmarks.reports.cases import Case
+from mflow_kernels import ops
+from mflow_kernels.ops import channel_products
+
+case = Case(48, n=1, side=8, channels_last=True)
+x, weight = case.tensor(48, torch.float32).detach(), torch.eye(48)
+tile = channel_products.conv1x1_tile
+for warps in (4, 8):
+    channel_products.conv1x1_tile = lambda c: tile(c)._replace(warps=warps)
+    (launch,) = traffic_counts.count(lambda: lambda: ops.conv1x1(x, weight))
+    print(traffic.row("planted", "forward", case, True, launch).fault or "none")
+"""
+
+
+def test_warps_that_repeat_a_product_fail(tmp_path: Path) -> None:
+    script = tmp_path / "repeated.py"
+    script.write_text(REPEATED)
+    done = run(str(script))
+    assert done.stdout.splitlines() == ["none", "over 1.8 of the products"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("kernel", "code", "expected"),
     [
         ("_plain_kernel", 0, "12288 12288 24576 1.0"),  # the fourth program is wholly masked off
         ("_twice_kernel", 1, "24576 12288 24576 over 1.05"),
-        # A thread moves four neighbouring words one by one. The words of one request are 32 bytes
-        # apart in x and 16 in y, so one or two of them share a sector.
-        ("_strided_kernel", 0, "6144 6144 12288 6.0"),
+        ("_strided_kernel", 1, "6144 6144 12288 over 1.15 of the sectors"),
         ("_outside_kernel", 1, "past the 12288 bytes of y"),
     ],
 )

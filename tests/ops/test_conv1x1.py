@@ -15,10 +15,26 @@ from cases import (
 
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]
+
+
+@triton.jit
+def _places_kernel(places, C: tl.constexpr, BLOCK_O: tl.constexpr):
+    tile, block = channel_products.tile_and_block(C, BLOCK_O)
+    tl.store(places + 2 * tl.program_id(0), tile)
+    tl.store(places + 2 * tl.program_id(0) + 1, block)
+
+
+def test_blocks_of_one_tile_run_next_to_each_other(kernel_device):
+    """Above C = 128 each block of output channels reads the tile's state. Neighbouring programs run
+    at about the same time, so the second finds it in the L2 cache."""
+    places = torch.empty(3 * 2, 2, dtype=torch.int32, device=kernel_device)
+    _places_kernel[(6,)](places, C=200, BLOCK_O=channel_products.conv1x1_tile(200).block_o)
+    assert places.tolist() == [[tile, block] for tile in range(3) for block in range(2)]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)], ids=str)
@@ -120,6 +136,6 @@ def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch,
     """A second stage overwrites dy while the product of sm_90 reads it (PTX shows the race)."""
     seen = []
     monkeypatch.setattr(channel_products, "launch", lambda *_, **options: seen.append(options))
-    x = torch.ones(2, 48, 4, 4)
+    x = torch.ones(2, 96, 4, 4)
     channel_products.launch_weight_gradient(x, None, x, 1, precision)
     assert [options["num_stages"] for options in seen] == [stages]

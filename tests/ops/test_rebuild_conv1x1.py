@@ -21,9 +21,15 @@ from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
 SHAPES = [
-    (2, 5), (1, 2, 1, 1), (2, 12, 5, 7), (1, 16, 4, 4), (1, 32, 4, 4), (2, 7, 20, 13),
-    (1, 33, 3, 3), (1, 130, 3, 3),
-]  # fmt: skip
+    (2, 5),
+    (1, 2, 1, 1),
+    (2, 12, 5, 7),
+    (1, 16, 4, 4),
+    (1, 32, 4, 4),
+    (2, 7, 20, 13),
+    (1, 33, 3, 3),
+    (1, 130, 3, 3),
+]
 
 
 def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -62,9 +68,15 @@ def test_rebuilt_conv1x1_matches_the_reference(
 
     got = run(apart)
     want = rebuild_conv1x1_ref(
-        tuple(doubled(*y)), tuple(doubled(*dy)), dnet.double(),  # type: ignore[arg-type]
-        weight.double(), None if inverse is None else inverse.double(), bias.double(), dtype, last,
-    )  # fmt: skip
+        tuple(doubled(*y)),
+        tuple(doubled(*dy)),
+        dnet.double(),  # type: ignore[arg-type]
+        weight.double(),
+        None if inverse is None else inverse.double(),
+        bias.double(),
+        dtype,
+        last,
+    )
     assert (got.x is None) == (got.net is None) == (not rebuild)
     for name, a, b in (("x", got.x, want.x), ("dx", got.dx, want.dx)):
         for half, half_wanted in zip(a or (), b or (), strict=True):
