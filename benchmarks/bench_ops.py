@@ -12,21 +12,13 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.measurements import REPLAY, interleaved, launches, peak_bytes
-from benchmarks.harness.operators import Function, Operation, Shape, operations
+from benchmarks.harness.operators import Function, Operation, Shape, directions, operations
 from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
+from mflow_kernels.ops.table import OPERATORS
 
 ROUNDS = 7
 VARIANTS = ("ours", "eager", "compiled")
-OPERATIONS = (
-    *((name, direction)
-      for name in ("actnorm", "conv1x1", "affine_coupling", "coupling_conv1x1")
-      for direction in ("forward", "inverse", "backward")),
-    ("rebuild_coupling", "backward"),
-    ("rebuild_conv1x1", "backward"),
-    ("accumulate_logdet", "forward"),
-    ("masked_penalty", "forward"),
-    ("masked_penalty", "backward"),
-)  # fmt: skip
+OPERATIONS = [(row.name, direction) for row in OPERATORS for direction in directions(row)]
 
 
 def shapes(size: str, gpu: bool) -> list[Shape]:
@@ -80,9 +72,9 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
             if variant == "compiled":
                 if not compiles:
                     raise Missing("torch.compile runs at the first shape only, without --full")
-                function = _compiled(op.reference, bench.device)
+                function = _compiled(op.operator.expected, bench.device)
             else:
-                function = op.ours if variant == "ours" else op.reference
+                function = op.function if variant == "ours" else op.operator.expected
             op.check(function, exact)
             functions[variant] = function
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Fused steps of flow in a custom model, with a condition, and a check that it is a bijection.
+"""Fused steps of flow in your own model, with a condition, and a check that it is a bijection.
 
 python examples/fused_step.py
 """
@@ -6,7 +6,7 @@ python examples/fused_step.py
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import FlowStep
+from mflow_kernels import Bijection, FlowStep
 from mflow_kernels.testing import check_bijection
 
 
@@ -26,7 +26,7 @@ class Conditioner(nn.Module):
         return self.out(hidden.relu())
 
 
-class MyFlow(nn.Module):
+class MyFlow(Bijection):
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
         self.steps = nn.ModuleList(FlowStep(channels, Conditioner(channels)) for _ in range(depth))
@@ -49,8 +49,10 @@ class MyFlow(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     flow = MyFlow(channels=4, depth=3)
+    x, condition = 3 + 2 * torch.randn(8, 4, 6, 6), torch.randn(8, 4)
+    flow.initialize(x, condition)  # sets every actnorm from a first batch, before training
     check_bijection(flow, (2, 4, 2, 2))  # round trip, Jacobian, log-determinants, dtypes
-    x, condition = torch.randn(8, 4, 6, 6), torch.randn(8, 4)
     z, logdet = flow(x, condition)
+    print(f"first actnorm: means {[round(-b.item(), 1) for b in flow.steps[0].actnorm.bias]}")
     back, _ = flow.inverse(z, condition)
     print(f"logdet {tuple(logdet.shape)}, round trip within {(back - x).abs().max():.1e}")

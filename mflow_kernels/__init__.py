@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Squeeze,
     )
     from mflow_kernels.models import (
+        ErrorBound,
         Glow,
         HierarchicalFlow,
         IntrinsicDimension,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         ManifoldObjective,
         Terms,
         VectorFlow,
+        WeightSchedule,
         bits_per_dimension,
         estimate_intrinsic_dimension,
         latent_importance,
@@ -37,6 +39,7 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
+    "ErrorBound",
     "FlowStep",
     "Glow",
     "HierarchicalFlow",
@@ -49,6 +52,7 @@ __all__ = [
     "Squeeze",
     "Terms",
     "VectorFlow",
+    "WeightSchedule",
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",

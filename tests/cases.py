@@ -1,9 +1,7 @@
 """Shapes, layouts, operators and comparisons that tests of operators, layers and models share."""
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mflow_kernels import ops
-from mflow_kernels.ops.actnorm import actnorm_ref
-from mflow_kernels.ops.conv1x1 import conv1x1_ref
-from mflow_kernels.ops.coupling import affine_coupling_ref
-from mflow_kernels.ops.launch import dense_pixels
+from mflow_kernels.ops.layouts import dense_pixels, pixels
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,62 +88,12 @@ def on_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" or "MFLOW_PTX" in os.environ
 
 
-def rotation(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw a (C, C) matrix near a rotation, whose inverse is accurate in float32."""
-    q = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-    return (q + 0.1 * torch.randn(channels, channels, dtype=torch.float64) / channels).to(dtype)
-
-
 def perturbed(module: Module, by: float = 0.1) -> Module:
     """Add normal numbers to the parameters of a module; flows start close to the identity."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(by * torch.randn(parameter.shape).to(parameter))
     return module
-
-
-def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    n, c, *spatial = shape
-    return (n, 2 * (c - c // 2), *spatial)
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A public operator, its reference in plain torch, and the names of their inputs."""
-
-    name: str
-    call: Callable[..., tuple[Tensor, ...]]
-    reference: Callable[..., tuple[Tensor, ...]]
-    inputs: tuple[str, ...]
-
-    @property
-    def has_scale(self) -> bool:
-        return "params" in self.inputs
-
-    @property
-    def has_conv1x1(self) -> bool:
-        return "weight" in self.inputs
-
-    def sample(
-        self,
-        shape: tuple[int, ...],
-        dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
-        device: torch.device | str = "cpu",
-        layout: str = "contiguous",
-    ) -> dict[str, Tensor]:
-        """Draw inputs that require gradients, for a state of `shape` in `layout`."""
-        state, other = dtypes
-        c = shape[1]
-        made = {
-            "x": lambda: normal(*shape, dtype=state, device=device, layout=layout),
-            "params": lambda: normal(
-                *params_shape(shape), dtype=other, device=device, layout=layout
-            ),
-            "weight": lambda: rotation(c, other).to(device),
-            "bias": lambda: normal(c, dtype=other, device=device),
-            "log_scale": lambda: 0.5 * normal(c, dtype=other, device=device),
-        }
-        return {name: made[name]().requires_grad_() for name in self.inputs}
 
 
 class HostReads(TorchDispatchMode):
@@ -191,67 +137,29 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _actnorm(inverse: bool) -> Operator:
-    def reference(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
-        logdet = (-1 if inverse else 1) * math.prod(x.shape[2:]) * log_scale.sum()
-        return actnorm_ref(x, bias, log_scale, inverse), logdet.expand(x.shape[0])
-
-    call = ops.actnorm_inverse if inverse else ops.actnorm
-    return Operator(call.__name__, call, reference, ("x", "bias", "log_scale"))
+# Every operator that autograd differentiates, and those of them that map a state to a state.
+DIFFERENTIABLE = {op.id: op for op in OPERATORS if op.differentiable}
+FLOW_OPERATORS = {name: op for name, op in DIFFERENTIABLE.items() if op.maps_states}
 
 
-def _coupling(inverse: bool, conv1x1: bool) -> Operator:
-    def reference(
-        x: Tensor,
-        params: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        *,
-        scale: ScaleFunction,
-    ) -> tuple[Tensor, ...]:
-        y, log_s = affine_coupling_ref(x, params, scale, inverse)
-        y = y if weight is None else conv1x1_ref(y, weight, bias)
-        return y, log_s.flatten(1).sum(1)
-
-    if conv1x1:
-        call = ops.coupling_inverse_conv1x1 if inverse else ops.coupling_conv1x1
-        return Operator(call.__name__, call, reference, ("x", "params", "weight", "bias"))
-    call = ops.affine_coupling_inverse if inverse else ops.affine_coupling
-    return Operator(call.__name__, call, reference, ("x", "params"))
+def sample(
+    op: Operator,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    device: torch.device | str = "cpu",
+    layout: str = "contiguous",
+) -> dict[str, Tensor]:
+    """Draw inputs that require gradients, for a state of `shape` in `layout`."""
+    return op.draw(Draw(shape, dtypes, device, LAYOUTS[layout]))
 
 
-def _conv1x1_inverse_ref(y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-    inverse = torch.linalg.inv(weight)
-    return (conv1x1_ref(y, inverse, -(inverse @ bias)),)
-
-
-OPERATORS = {
-    op.name: op
-    for op in (
-        _actnorm(False),
-        _actnorm(True),
-        Operator(
-            "conv1x1",
-            lambda x, weight, bias, **rest: (ops.conv1x1(x, weight, bias, **rest),),
-            lambda x, weight, bias: (conv1x1_ref(x, weight, bias),),
-            ("x", "weight", "bias"),
-        ),
-        Operator(
-            "conv1x1_inverse",
-            lambda x, weight, bias, **rest: (ops.conv1x1_inverse(x, weight, bias, **rest),),
-            _conv1x1_inverse_ref,
-            ("x", "weight", "bias"),
-        ),
-        _coupling(False, False),
-        _coupling(True, False),
-        _coupling(False, True),
-        _coupling(True, True),
-    )
-}
+def learned(inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The inputs that require gradients."""
+    return [t for t in inputs.values() if t.requires_grad]
 
 
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
-    return {"scale": scale or ScaleFunction("tanh")} if op.has_scale else {}
+    return {"scale": scale or ScaleFunction("tanh")} if "scale" in op.options else {}
 
 
 def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
@@ -259,17 +167,16 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     results have the right layout and dtype."""
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     actual = op.call(*inputs.values(), **options(op, scale))
-    expected = op.reference(*exact.values(), **options(op, scale))
+    expected = op.expected(*exact.values(), **options(op, scale))
     x = inputs["x"]
-    n, c, p = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    terms = op.terms(x.shape[0], x.shape[1], pixels(x))
     assert actual[0].dtype == x.dtype
     assert actual[0].stride() == torch.empty_like(dense_pixels(x)).stride()
-    summed_channels = c if op.has_conv1x1 else 1
-    assert_close(actual[0], expected[0], terms=summed_channels, name="y")
+    assert_close(actual[0], expected[0], terms=terms["y"], name="y")
     if len(actual) > 1:
         # The terms are of order one, and their sum may cancel to less.
-        assert_close(actual[1], expected[1], terms=c * p, scale=1.0, name="logdet")
-        assert actual[1].dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        assert_close(actual[1], expected[1], terms=terms["logdet"], scale=1.0, name="logdet")
+        assert actual[1].dtype == accumulator(x.dtype)
 
     # Round the cotangents to the dtype of the outputs, so both sides see the same numbers.
     cotangents = [torch.randn_like(y, dtype=torch.float64).to(y.dtype) for y in actual]
@@ -277,12 +184,6 @@ def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None
     exact_grads = torch.autograd.grad(
         expected, list(exact.values()), [g.double() for g in cotangents]
     )
-    terms = {
-        "x": summed_channels,
-        "params": summed_channels,
-        "weight": n * p * c,
-        "bias": n * p * summed_channels,
-    }
     for name, got, want in zip(inputs, grads, exact_grads, strict=True):
         assert got.dtype == inputs[name].dtype
-        assert_close(got, want, terms=terms.get(name, n * p), name=f"d {name}")
+        assert_close(got, want, terms=terms[name], name=f"d {name}")

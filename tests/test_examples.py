@@ -42,8 +42,12 @@ def test_accelerate_normflows(capsys, monkeypatch):
 
 
 def test_fused_step(capsys, monkeypatch):
-    (error,) = numbers("round trip within #", printed("fused_step", capsys, monkeypatch))
+    out = printed("fused_step", capsys, monkeypatch)
+    (error,) = numbers("round trip within #", out)
     assert error < 1e-5
+    means = numbers("#[,\\]]", re.search("means (.*)", out)[1])
+    assert len(means) == 4
+    assert all(abs(mean - 3) < 0.5 for mean in means)  # 2 / sqrt(8 * 36) is the standard error
 
 
 def test_manifold_flow(capsys, monkeypatch):

@@ -9,18 +9,16 @@ trained by plain likelihood.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.manifold import methods
-from benchmarks.manifold.output import Row, markdown, save_figure
+from benchmarks.manifold.comparison import about_runs
+from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
 from mflow_kernels.data.dequantization import to_image
 from mflow_kernels.evaluation.pictures import draw_images
@@ -30,58 +28,43 @@ NOISE = 0.02
 FACTORS = {2: "position", 3: "position, size", 5: "position, size, angle, brightness"}
 DIMENSIONS = {2: (1, 2, 3, 4, 5), 3: (1, 2, 3, 4, 5, 6), 5: (2, 3, 4, 5, 6, 7, 8)}
 STEPS, WIDTH = 4, 128
-BATCH, RATE = 64, 2e-3
+BATCH, RATE, SEED = 64, 2e-3, 0
 TEST_IMAGES = 500
 SPECTRUM_IMAGES = 32
 SPECTRUM_STEPS = 3  # training steps, as a multiple of those of a manifold flow
 OBJECTIVE = ManifoldObjective("data", "l2", weight=1000.0)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One training run: a manifold flow, or a flow by plain likelihood if dim is 0."""
-
-    factors: int
-    dim: int
-    seed: int
-    steps: int
-
-
-def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """Return the tasks: all dimensions and a spectrum per number of factors, for the first seed."""
+def report(store: Store, quick: bool) -> str:
+    """Make the runs and the pictures, and return the tables."""
     steps = 60 if quick else 500
-    counts = (2,) if quick else tuple(FACTORS)
-    return [
-        Task(count, dim, seeds[0], steps if dim else SPECTRUM_STEPS * steps)
-        for count in counts
-        for dim in (*DIMENSIONS[count], 0)
-    ]
+    for factors in (2,) if quick else tuple(FACTORS):
+        for dim in (*DIMENSIONS[factors], 0):
+            arguments = (factors, dim, steps if dim else SPECTRUM_STEPS * steps)
+            store.row(f"factors-{factors}-dim{dim}", lambda arguments=arguments: run(*arguments))
+    return _tables(store.rows("factors-"), store.folder)
 
 
-def run(task: Task) -> dict[str, Any]:
-    """Train and measure one flow; return its row and the images of the picture."""
-    torch.manual_seed(task.seed)  # for the weights
-    generator = torch.Generator().manual_seed(task.seed)
+def run(factors: int, dim: int, steps: int) -> Row:
+    """Train and measure a manifold flow of dimension dim, or a flow by plain likelihood if 0."""
+    torch.manual_seed(SEED)  # for the weights
+    generator = torch.Generator().manual_seed(SEED)
     flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
-    method = methods.penalized(flow, task.dim, OBJECTIVE) if task.dim else methods.plain(flow, 1)
-    started = time.process_time()
-    methods.train(method, batches(task.factors, generator), task.steps, RATE)
-    row: dict[str, Any] = {
-        "factors": task.factors, "dim": task.dim, "seed": task.seed, "steps": task.steps,
-        "seconds": time.process_time() - started,
-    }  # fmt: skip
-    if not task.dim:
-        x = next(batches(task.factors, torch.Generator().manual_seed(10**6)))[:SPECTRUM_IMAGES]
+    method = methods.one_stage(flow, dim or 1, OBJECTIVE if dim else methods.NORMAL)
+    seconds = methods.train(method, batches(factors, generator), [steps], RATE)
+    row: Row = {"factors": factors, "dim": dim, "seed": SEED, "steps": steps, "seconds": seconds}
+    if not dim:
+        x = next(batches(factors, torch.Generator().manual_seed(10**6)))[:SPECTRUM_IMAGES]
         found = estimate_intrinsic_dimension(flow, x)
         return row | found._asdict() | {"spectrum": found.spectrum.tolist()}
     test_generator = torch.Generator().manual_seed(10**6)
-    clean = ellipses(TEST_IMAGES, task.factors, test_generator)
+    clean = ellipses(TEST_IMAGES, factors, test_generator)
     noisy = clean + NOISE * torch.randn(clean.shape, generator=test_generator)
     with torch.no_grad():
         projected = method.model.project(noisy.flatten(1)).view_as(clean)
     return row | {
         "squared_error": (projected - clean).square().mean().item(),
-        "linear_error": _linear_error(clean, task.dim),
+        "linear_error": _linear_error(clean, dim),
         "picture": {"images": clean[:12].tolist(), "projections": projected[:12].tolist()},
     }
 
@@ -141,10 +124,10 @@ METRICS = {
 }
 
 
-def report(rows: Sequence[Row], folder: Path) -> str:
-    """Write the pictures and return the tables."""
+def _tables(rows: Sequence[Row], folder: Path) -> str:
     spectra = {row["factors"]: row for row in rows if not row["dim"]}
-    rows = [row for row in rows if row["dim"]]
+    everything = rows
+    rows = sorted((row for row in rows if row["dim"]), key=lambda r: (r["factors"], r["dim"]))
     curves = {
         count: {row["dim"]: row["squared_error"] for row in rows if row["factors"] == count}
         for count in spectra
@@ -153,7 +136,7 @@ def report(rows: Sequence[Row], folder: Path) -> str:
     _draw_spectra(folder / "factors_spectrum.png", spectra)
     for count in curves:
         _draw_projections(folder / f"factors_{count}.png", count, rows)
-    found = [
+    found: list[Row] = [
         {
             "factors": count, "names": FACTORS[count], "elbow": elbow(errors) or "no bend",
             "step": f"{spectra[count]['dimension']} (gap {spectra[count]['gap']:.1f})",
@@ -167,13 +150,13 @@ def report(rows: Sequence[Row], folder: Path) -> str:
         "step": "dimension by spectrum",
     }
     text = [
-        "## Images of known factors\n",
         markdown(found, keys, {}),
         "\n",
         markdown(rows, {"factors": "factors", "dim": "manifold dimension"}, METRICS),
         f"\nErrors compare projections of noisy images with the clean images, of {SIDE}x{SIDE} "
         f"pixels in a range of 1. The error of the noisy images themselves is {NOISE**2:.5f}. A "
         f"spectrum without a step gives {SIDE**2}.\n",
+        about_runs(everything),
     ]
     return "\n".join(text)
 

@@ -1,17 +1,66 @@
 """Markdown tables, and files that are never half written."""
 
+import datetime
+import json
 import math
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from mflow_kernels.data.files import write_atomically
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 DPI = 100
+
+
+class Store:
+    """Rows of finished runs, one JSON file each, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def row(self, key: str, make: Callable[[], Row]) -> Row:
+        """Return the row of this key, and make and save it first if there is none."""
+        if not self.has(key):
+            made = {"commit": commit(), "date": datetime.date.today().isoformat()}
+            made["torch"] = torch.__version__
+            row = make() | {"made": made}
+            save_text(self._path(key), json.dumps(row) + "\n")
+            score = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            print(key, {k: round(v, 4) for k, v in score.items()}, flush=True)
+        return self.read(key)
+
+    def has(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def read(self, key: str) -> Row:
+        return json.loads(self._path(key).read_text())
+
+    def rows(self, prefix: str) -> list[Row]:
+        """Return the rows whose keys begin with `prefix`, by seed, in the order they were made."""
+        paths = sorted(self.folder.glob(f"{prefix}*.json"), key=lambda path: path.stat().st_mtime)
+        rows = [json.loads(path.read_text()) for path in paths]
+        return sorted(rows, key=lambda row: row["seed"])
+
+    def _path(self, key: str) -> Path:
+        return self.folder / (re.sub(r"[^\w.-]+", "_", key) + ".json")
+
+
+@cache
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or "not in a git checkout"
 
 
 def save_text(path: Path, text: str) -> None:
@@ -22,15 +71,38 @@ def save_figure(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
 
 
+def fill_in(document: Path, folder: Path) -> None:
+    """Replace the marked parts of a Markdown file by the tables of a folder, and copy pictures.
+
+    A part NAME lies between the lines <!-- begin NAME --> and <!-- end NAME --> and takes the text
+    of NAME.md. Pictures that the document shows are copied from the folder.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        path = folder / f"{match[2]}.md"
+        return match[1] + path.read_text() + match[3] if path.exists() else match[0]
+
+    marked = r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)"
+    text = re.sub(marked, table, document.read_text(), flags=re.DOTALL)
+    save_text(document, text)
+    for picture in re.findall(r"\(pictures/([\w-]+\.png)\)", text):
+        if (folder / picture).exists():
+            target = document.parent / "pictures" / picture
+            target.parent.mkdir(exist_ok=True)
+            write_atomically(target, lambda t, p=picture: t.write_bytes((folder / p).read_bytes()))
+
+
 def mean_and_deviation(rows: Sequence[Row], name: str, form: str) -> str:
     """Format mean ± standard deviation of a metric over rows (seeds); a dash if any is None."""
-    values = [row[name] for row in rows]
+    values = [row.get(name) for row in rows]
     if any(value is None for value in values):
         return "-"
+    if isinstance(values[0], str):
+        return ", ".join(dict.fromkeys(values))
     if not all(map(math.isfinite, values)):
         return "not finite"
     mean = format(statistics.fmean(values), form)
-    if len(values) == 1:
+    if len(set(values)) == 1:
         return mean
     return f"{mean} ± {format(statistics.stdev(values), form)}"
 

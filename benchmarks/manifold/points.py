@@ -1,7 +1,6 @@
 """Points on curves and surfaces of known density: how well does each method find both?"""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,87 +9,56 @@ from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.manifold import methods
-from benchmarks.manifold.methods import Method
+from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals
+from benchmarks.manifold.methods import Method, Networks
 from benchmarks.manifold.mixture_flow import MixtureFlow
-from benchmarks.manifold.output import Row, markdown, save_figure
+from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
-from mflow_kernels import ManifoldObjective, VectorFlow
+from mflow_kernels import VectorFlow
 from mflow_kernels.layers import Bijection
-from mflow_kernels.models.objectives import Rho
-from mflow_kernels.models.penalty_weight import Domain
 
 NOISE = 0.05
-BATCH, RATE = 256, 3e-3
+BATCH = 256
 STEPS, WIDTH = 4, 64  # size of every flow
-WEIGHT = 1000.0  # weight of the reconstruction error in every method
-PIE_DEVIATION = 0.1
-HUBER_DELTA = 0.1  # twice the standard deviation of the noise
+HIDDEN, MORE_HIDDEN = 96, 128  # of the autoencoder without and with the prior's parameters
 TEST_POINTS, SAMPLES, CELLS = 2000, 10_000, 100
-
-PLAIN, PIE, MFLOW = "plain likelihood", "PIE", "M-flow, two phases"
-DENOISING, RECTANGULAR = "denoising flow", "rectangular flow"
-OURS, OURS_HIERARCHY = "penalized (data, l2)", "penalized, hierarchy"
-METHODS = (PLAIN, PIE, MFLOW, DENOISING, RECTANGULAR, OURS, OURS_HIERARCHY)
-
-DOMAINS: tuple[Domain, ...] = ("latent", "data")
-RHOS: tuple[Rho, ...] = ("l2", "l1", "huber")
-WEIGHTS = (10.0, 100.0, 1000.0)
-SCANNED = "sphere"
+VALIDATION_POINTS = 1000
+SWEPT = "sphere"  # the settings that are best on it are used on all targets
 
 
 @dataclass(frozen=True)
-class Task:
-    """One training run. In the scan of penalties, `objective` is (domain, rho, weight)."""
+class PointComparison(Comparison):
+    """All methods on noisy points of one target."""
 
-    target: str
-    noise: float
-    method: str
-    seed: int
-    steps: int
-    objective: tuple[Domain, Rho, float] | None = None
+    target: str = SWEPT
 
+    def networks(self) -> Networks:
+        dim = TARGETS[self.target].dim
+        return Networks(
+            (3,), dim,
+            flow=lambda: VectorFlow(3, STEPS, WIDTH, reversible=False),
+            prior=lambda: _prior(dim),
+            autoencoder=lambda more: autoencoder(dim, MORE_HIDDEN if more else HIDDEN),
+            deviation=NOISE,
+            volume={"method": "exact"},
+        )  # fmt: skip
 
-def tasks(seeds: Sequence[int], quick: bool) -> list[Task]:
-    """Return the comparison of methods and the scan of penalties, seed by seed."""
-    steps = 100 if quick else 400
-    targets, noises = (("circle",), (NOISE,)) if quick else (tuple(TARGETS), (0.0, NOISE))
-    tasks: list[Task] = []
-    for seed in seeds:
-        tasks += [
-            Task(target, noise, method, seed, steps)
-            for target in targets
-            for noise in noises
-            for method in METHODS
-        ]
-        tasks += [
-            Task(SCANNED, NOISE, "scan", seed, steps, (domain, rho, weight))
-            for domain in DOMAINS
-            for rho in RHOS[: 1 if quick else None]
-            for weight in WEIGHTS[:: 2 if quick else 1]
-        ]
-    return tasks
+    def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
+        return batches(TARGETS[self.target], NOISE, generator)
 
+    def score(self, method: Method) -> float:
+        """Return the energy distance of samples to true points."""
+        true = TARGETS[self.target].sample(VALIDATION_POINTS, torch.Generator().manual_seed(10**5))
+        return energy_distance(_samples(method, VALIDATION_POINTS, 10**5 + 1), true)
 
-def run(task: Task) -> dict[str, Any]:
-    """Train and measure one method; return its row and the data of the pictures."""
-    target = TARGETS[task.target]
-    torch.manual_seed(task.seed)  # for the weights
-    generator = torch.Generator().manual_seed(task.seed)
-    method = build(task, target, generator)
-    started = time.process_time()
-    methods.train(method, batches(target, task.noise, generator), task.steps, RATE)
-    seconds = time.process_time() - started
-    row: dict[str, Any] = {
-        "target": task.target, "noise": task.noise, "method": task.method, "seed": task.seed,
-        "steps": task.steps, "seconds": seconds,
-        "parameters": sum(p.numel() for p in method.model.parameters()),
-    }  # fmt: skip
-    if task.objective:
-        row |= dict(zip(("domain", "rho", "weight"), task.objective, strict=True))
-    return row | measure(method, target, task.noise, task.method == PLAIN)
+    def point(self, method: Method) -> dict[str, float | None]:
+        return {"energy": self.score(method)}
+
+    @torch.no_grad()
+    def measure(self, method: Method) -> dict[str, Any]:
+        return measure(method, TARGETS[self.target], NOISE)
 
 
 def batches(target: Target, noise: float, generator: torch.Generator) -> Iterator[Tensor]:
@@ -99,64 +67,63 @@ def batches(target: Target, noise: float, generator: torch.Generator) -> Iterato
         yield _noisy(target.sample(BATCH, generator), noise, generator).float()
 
 
-def build(task: Task, target: Target, generator: torch.Generator) -> Method:
-    """Build the method of a task with new networks."""
-    flow, dim = VectorFlow(3, STEPS, WIDTH, reversible=False), target.dim
-    if task.objective:
-        domain, rho, weight = task.objective
-        scanned = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
-        return methods.penalized(flow, dim, scanned)
-    objective = ManifoldObjective("data", "l2", weight=WEIGHT)
-    if task.method == PLAIN:
-        return methods.plain(flow, dim)
-    if task.method == PIE:
-        return methods.pie(flow, dim, PIE_DEVIATION)
-    if task.method == MFLOW:
-        return methods.two_phases(flow, dim, _further(dim))
-    if task.method == DENOISING:  # adds noise of its own, also to data without noise
-        return methods.denoising(flow, dim, NOISE, WEIGHT, generator)
-    if task.method == RECTANGULAR:
-        return methods.rectangular(flow, dim, WEIGHT)
-    if task.method == OURS:
-        return methods.penalized(flow, dim, objective)
-    if task.method == OURS_HIERARCHY:
-        return methods.hierarchical(flow, dim, objective, _further(dim))
-    raise ValueError(f"method: expected one of {METHODS}, got {task.method!r}")
+def autoencoder(dim: int, width: int) -> tuple[nn.Module, nn.Module]:
+    """Build an encoder and a decoder of smooth functions, as a volume needs them."""
+    encoder = nn.Sequential(
+        nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
+    )
+    decoder = nn.Sequential(
+        nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3)
+    )
+    return encoder, decoder
 
 
 @torch.no_grad()
-def measure(method: Method, target: Target, noise: float, ambient: bool) -> dict[str, Any]:
+def measure(method: Method, target: Target, noise: float) -> dict[str, Any]:
     """Measure a method on held-out points, the same for all methods and seeds."""
     generator = torch.Generator().manual_seed(10**6)
     clean = target.sample(TEST_POINTS, generator)
     noisy = _noisy(clean, noise, generator)
-    samples = method.sample(SAMPLES, generator).double()
+    samples = _samples(method, SAMPLES, 10**6 + 3)
     model = method.model
     truth = target.log_density(clean)
-    density: Tensor | None
-    if not ambient:
-        density = model.manifold_log_prob(clean.float()).value.double()
-    elif noise:
+    if method.ambient:
         # On a noisy manifold, p(x) is the density on the manifold times that of the noise at 0
         # (inflation and deflation, Horvat and Pfister, arXiv 2105.12152).
         height = (3 - target.dim) / 2 * math.log(2 * math.pi * noise**2)
         density = model.log_prob(clean.float()).double() + height
     else:
-        density = None
-    error = None if density is None else truth - density
+        density = model.manifold_log_prob(clean.float()).value.double()
+    error = truth - density
     projections = model.project(noisy.float()).double()
     return {
+        "energy": energy_distance(samples[:TEST_POINTS], _truth(target.name)[:TEST_POINTS]),
         "sample_distance": target.distance(samples).mean().item(),
         "projection_distance": target.distance(projections).mean().item(),
         "reconstruction": (model.project(clean.float()) - clean).norm(dim=1).mean().item(),
-        "density_error": None if error is None else error.abs().mean().item(),
-        "density_bias": None if error is None else error.mean().item(),
+        "density_error": error.abs().mean().item(),
+        "density_bias": error.mean().item(),
         "divergence": divergence(target, samples),
         "picture": {
             "samples": samples[:800].tolist(),
-            "density": None if density is None else [truth[:500].tolist(), density[:500].tolist()],
+            "density": [truth[:500].tolist(), density[:500].tolist()],
         },
     }
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """Return 2 E|x - y| - E|x - x'| - E|y - y'|: 0 only if both distributions are the same."""
+    if not x.isfinite().all():
+        return math.inf
+    cross, own, other = torch.cdist(x, y).mean(), torch.cdist(x, x).sum(), torch.cdist(y, y).sum()
+    n, m = len(x), len(y)
+    return (2 * cross - own / (n * (n - 1)) - other / (m * (m - 1))).item()
+
+
+def _samples(method: Method, n: int, seed: int) -> Tensor:
+    """Draw the method's own samples: with v only if it fills the space."""
+    generator = torch.Generator().manual_seed(seed)
+    return method.sample(n, 1.0, generator, off=method.ambient).double()
 
 
 def divergence(target: Target, samples: Tensor) -> float:
@@ -191,11 +158,12 @@ def _noisy(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     return x + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
-def _further(dim: int) -> Bijection:
+def _prior(dim: int) -> Bijection:
     return MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
 
 
 METRICS = {
+    "energy": ("energy distance of samples", ".4f"),
     "sample_distance": ("distance of samples", ".4f"),
     "projection_distance": ("distance of projections", ".4f"),
     "reconstruction": ("reconstruction error", ".4f"),
@@ -205,29 +173,39 @@ METRICS = {
 }
 
 
-def report(rows: Sequence[Row], folder: Path) -> str:
-    """Write the pictures and return the tables."""
-    compared = [row for row in rows if row["method"] != "scan"]
-    scanned = [row for row in rows if row["method"] == "scan"]
-    first = min(row["seed"] for row in rows)
-    shown = [row for row in compared if row["noise"] == NOISE and row["seed"] == first]
-    _draw_samples(folder / "points_samples.png", shown)
-    _draw_densities(folder / "points_densities.png", shown)
-    floors = ", ".join(
-        f"{name} {divergence(TARGETS[name], _truth(name)):.3f}"
-        for name in dict.fromkeys(row["target"] for row in rows)
-    )
-    keys = {"target": "target", "noise": "noise", "method": "method"}
-    seconds = {"seconds": ("CPU s", ".1f")}
-    scan_keys = {"domain": "domain", "rho": "rho", "weight": "w"}
-    text = [
-        "## Points on curves and surfaces\n",
-        markdown(compared, keys, METRICS | seconds),
-        f"\nThe KL of as many true samples is {floors}; no method can do much better.\n",
-        f"\n### Penalties on the {SCANNED}, noise {NOISE}, one flow, no hierarchy\n",
-        markdown(scanned, scan_keys, METRICS),
+def report(store: Store, quick: bool) -> str:
+    """Make the runs and the pictures, and return the tables."""
+    seconds, rates, more, weights = 2.0, (3e-3, 1e-2), (1e-3, 3e-2), (1000.0, 100.0, 1e4)
+    targets, seeds = tuple(TARGETS), range(5)
+    if quick:
+        seconds, rates, more, weights, targets, seeds = 1.5, (3e-3,), (), (1000.0,), (SWEPT,), [0]
+
+    def comparison(target: str) -> PointComparison:
+        return PointComparison(
+            f"points-{target}", seconds, 1.0, rates, weights, more, target=target
+        )
+
+    chosen = comparison(SWEPT).choose(store)
+    for target in targets:
+        comparison(target).compare(store, chosen, seeds)
+    rows = [
+        row | {"target": target} for target in targets for row in finals(store, f"points-{target}")
     ]
-    return "\n".join(text) + "\n"
+    first = [row for row in rows if row["seed"] == 0]
+    _draw_samples(store.folder / "points_samples.png", first)
+    _draw_densities(store.folder / "points_densities.png", first)
+    floors = [f"{name} {_floor(name)}" for name in targets]
+    return "\n".join([
+        markdown(rows, {"target": "target", "method": "method"}, METRICS | ABOUT),
+        f"\nThe KL and the energy distance of as many true samples: {', '.join(floors)}.\n",
+        about_runs(rows),
+    ])  # fmt: skip
+
+
+def _floor(name: str) -> str:
+    points = _truth(name)
+    energy = energy_distance(points[:TEST_POINTS], points[TEST_POINTS : 2 * TEST_POINTS])
+    return f"{divergence(TARGETS[name], points):.3f} and {energy:.4f}"
 
 
 def _truth(name: str) -> Tensor:
@@ -236,10 +214,12 @@ def _truth(name: str) -> Tensor:
 
 def _draw_samples(path: Path, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row["target"] for row in rows))
-    figure = Figure(figsize=(2.4 * (len(METHODS) + 1), 2.7 * len(names)), layout="constrained")
+    figure = Figure(
+        figsize=(2.4 * (len(_methods(rows)) + 1), 2.7 * len(names)), layout="constrained"
+    )
     figure.suptitle(f"Samples, data with noise {NOISE}; red: more than 0.1 from the manifold")
     axes = figure.subplots(
-        len(names), len(METHODS) + 1, squeeze=False, subplot_kw={"projection": "3d"}
+        len(names), len(_methods(rows)) + 1, squeeze=False, subplot_kw={"projection": "3d"}
     )
     for line, name in zip(axes, names, strict=True):
         clouds = {"truth": _truth(name)[:800]}
@@ -260,11 +240,11 @@ def _draw_samples(path: Path, rows: Sequence[Row]) -> None:
 
 def _draw_densities(path: Path, rows: Sequence[Row]) -> None:
     names = list(dict.fromkeys(row["target"] for row in rows))
-    figure = Figure(figsize=(2.4 * len(METHODS), 2.6 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(_methods(rows)), 2.6 * len(names)), layout="constrained")
     figure.suptitle(f"Log-density on the manifold at true points, data with noise {NOISE}")
-    axes = figure.subplots(len(names), len(METHODS), squeeze=False)
+    axes = figure.subplots(len(names), len(_methods(rows)), squeeze=False)
     for row in rows:
-        axis = axes[names.index(row["target"])][METHODS.index(row["method"])]
+        axis = axes[names.index(row["target"])][_methods(rows).index(row["method"])]
         truth, model = cast("list[list[float]]", row["picture"]["density"])
         low, high = min(truth), max(truth)
         axis.scatter(truth, model, s=3, linewidths=0)
@@ -275,3 +255,7 @@ def _draw_densities(path: Path, rows: Sequence[Row]) -> None:
         axis.set_xlabel("true", fontsize=7)
         axis.set_ylabel("model", fontsize=7)
     save_figure(path, figure)
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in rows))

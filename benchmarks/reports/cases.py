@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import ops
 from mflow_kernels.layers import FlowStep, ReversibleChain
 from mflow_kernels.ops import ScaleFunction
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.table import OPERATORS, Draw
 
 SHORT = {
     torch.float32: "fp32",
@@ -54,10 +55,12 @@ class Case:
         return "channels_last" if self.channels_last else "contiguous"
 
     def tensor(self, channels: int, dtype: torch.dtype) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        # Any values will do: no report uses results.
         t = torch.full((self.n, channels, self.side, self.side), 0.5, dtype=dtype)
-        return t.to(memory_format=layout).requires_grad_()
+        return self.laid_out(t).requires_grad_()
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
 
 
 class Constant(nn.Module):
@@ -99,31 +102,29 @@ class Operation(NamedTuple):
 
 
 def operations(case: Case) -> Iterator[Operation]:
-    """Every operator on its own and a chain of two steps, forward, inverse and backward."""
+    """Every operator on states and a chain of two steps, forward, inverse and backward."""
+    draw = Draw(
+        (case.n, case.c, case.side, case.side),
+        (case.dtype, case.params_dtype),
+        layout=case.laid_out,
+        numbers=_half,
+    )
+    options = {"scale": case.scale, "precision": case.precision}
+    table: list[tuple[str, str, Callable[..., object], list[Tensor]]] = []
+    for operator in OPERATORS:
+        if operator.maps_states:
+            named = {name: options[name] for name in operator.options}
+            inputs = [
+                t
+                if name in ("x", "params")
+                else t.detach().to(accumulator(case.dtype)).requires_grad_()
+                for name, t in operator.draw(draw).items()
+            ]
+            direction = "inverse" if operator.inverse else "forward"
+            table.append((operator.name, direction, partial(operator.function, **named), inputs))
     x = case.tensor(case.c, case.dtype)
-    params = case.tensor(2 * (case.c - case.c // 2), case.params_dtype)
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    weight = torch.eye(case.c, dtype=wide, requires_grad=True)
-    bias = torch.zeros(case.c, dtype=wide, requires_grad=True)
-    log_scale = torch.zeros(case.c, dtype=wide, requires_grad=True)
-    scale, precision = {"scale": case.scale}, {"precision": case.precision}
-    couple, both = [x, params], [x, params, weight, bias]
-    table: list[tuple[str, str, Callable[..., object], list[Tensor]]] = [
-        ("actnorm", "forward", ops.actnorm, [x, bias, log_scale]),
-        ("actnorm", "inverse", ops.actnorm_inverse, [x, bias, log_scale]),
-        ("conv1x1", "forward", partial(ops.conv1x1, **precision), [x, weight, bias]),
-        ("affine_coupling", "forward", partial(ops.affine_coupling, **scale), couple),
-        ("affine_coupling", "inverse", partial(ops.affine_coupling_inverse, **scale), couple),
-        ("coupling_conv1x1", "forward", partial(ops.coupling_conv1x1, **scale, **precision), both),
-        (
-            "coupling_conv1x1",
-            "inverse",
-            partial(ops.coupling_inverse_conv1x1, **scale, **precision),
-            both,
-        ),
-    ]
-    for kind, options in CHAINS.items():
-        two = chain(case, 2, **options)
+    for kind, how in CHAINS.items():
+        two = chain(case, 2, **how)
         learned = [x, *(p for p in two.parameters() if p.requires_grad)]
         table.append((kind, "forward", lambda x, *_, two=two: two(x), learned))
         table.append((kind, "inverse", lambda x, *_, two=two: two.inverse(x), learned))
@@ -131,6 +132,11 @@ def operations(case: Case) -> Iterator[Operation]:
         run = partial(_run, case, partial(function, *inputs))
         yield Operation(name, direction, lambda run=run: torch.no_grad()(run))
         yield Operation(name, f"{direction} backward", partial(backward_of, run, inputs))
+
+
+def _half(shape: tuple[int, ...]) -> Tensor:
+    """Any values will do: no report uses results."""
+    return torch.full(shape, 0.5, dtype=torch.float64)
 
 
 def _run(case: Case, function: Callable[[], object]) -> object:

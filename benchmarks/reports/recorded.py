@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.layers import ActNorm, AffineCoupling
 from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.ops.launch import is_channels_last
+from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.reversible import backward
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.presets import PRESETS, preset_options

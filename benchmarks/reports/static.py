@@ -33,7 +33,8 @@ from benchmarks.reports.nvcc import NATIVE, compile_native
 from benchmarks.reports.recorded import Recorded
 from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
-from mflow_kernels.ops.launch import Columns, is_channels_last
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.tiles import Columns
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)

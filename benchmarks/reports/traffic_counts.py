@@ -5,6 +5,8 @@ are of the compiled kernel's instructions, so an element that several threads lo
 times. A launch that leaves its tensors, or that races, raises `ptx.launch.Violation`.
 """
 
+import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
 from ptx.launch import Device, Launched, installed
+from ptx.report import Report
 
 from mflow_kernels.ops import launch
 
@@ -31,6 +34,7 @@ class Memory:
     loaded_once: int = 0  # the same, each byte counted once
     stored_once: int = 0
     sectors: int = 0  # 32-byte sectors that the warps' requests touch, loads and stores
+    sectors_once: int = 0  # the same, each sector counted once for loads and once for stores
 
     @property
     def moved(self) -> int:
@@ -41,12 +45,31 @@ class Memory:
 class Launch:
     kernel: str
     memories: list[Memory]
+    multiplications: int  # of tensor cores
+    banks: float  # wavefronts of accesses to shared memory, divided by the fewest possible
+
+
+_SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
+
+
+def _multiplications(report: Report) -> int:
+    """Multiplications of the tensor-core instructions that a launch's warps issued."""
+    total = 0
+    for name, warps in report.instructions.items():
+        if name.startswith(("mma.sync", "wgmma.mma_async")):
+            shape = _SHAPE.search(name)
+            assert shape is not None
+            # Four warps issue one asynchronous product together.
+            groups = warps // 4 if name.startswith("wgmma") else warps
+            total += groups * math.prod(map(int, shape.groups()))
+    return total
 
 
 def _launch_of(launched: Launched) -> Launch:
     report, memories = launched.report, []
     for region, tensors in launched.tensors.items():
         loads, stores = report.traffic[region, "load"], report.traffic[region, "store"]
+        loaded, stored = report.touched[region, "load"], report.touched[region, "store"]
         memories.append(
             Memory(
                 [name for name, _ in tensors],
@@ -54,12 +77,13 @@ def _launch_of(launched: Launched) -> Launch:
                 any(t.dim() == 4 for _, t in tensors),
                 loads.bytes,
                 stores.bytes,
-                report.touched[region, "load"].bytes,
-                report.touched[region, "store"].bytes,
+                loaded.bytes,
+                stored.bytes,
                 loads.sectors + stores.sectors,
+                loaded.sectors + stored.sectors,
             )
         )
-    return Launch(launched.kernel, memories)
+    return Launch(launched.kernel, memories, _multiplications(report), report.bank_conflicts)
 
 
 def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> list[Launch]:

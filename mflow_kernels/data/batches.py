@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,42 +12,74 @@ from torch import Tensor
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 
+
+class LabelledImages(NamedTuple):
+    """A batch of a set that has classes: uint8 (N, C, H, W), and int64 (N,)."""
+
+    images: Tensor
+    classes: Tensor
+
+
+# Batches of a set without classes are the images alone.
+Batch = Tensor | LabelledImages
+
+
+def images_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The two parts of a batch; the second is None if the set has no classes."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch.images, batch.classes)
+
+
 _READERS = 4  # threads, so that a disk gets more than one request at a time
 
 
-class BatchStream:
-    """Endless shuffled batches, uint8 (batch_size, C, H, W), from step `first` on.
+class Position(NamedTuple):
+    """A place in a stream of batches: `used` images of pass `number` precede it."""
 
-    The batch of a step depends on (seed, step) alone. Each pass has its own order, of the whole set
-    at once; the images that do not fill a last batch are left out of that pass. A batch never holds
-    more than the set. The next batches are read while one is used.
+    number: int = 0
+    used: int = 0
+
+    def after(self, batches: int, batch_size: int, images: int) -> "Position":
+        """The position after that many batches, if a pass has that many images."""
+        left = (images - self.used) // batch_size
+        if batches < left:
+            return Position(self.number, self.used + batches * batch_size)
+        passes, batches = divmod(batches - left, images // batch_size)
+        return Position(self.number + 1 + passes, batches * batch_size)
+
+
+class BatchStream:
+    """Endless shuffled batches, uint8 (batch_size, C, H, W), from the position `first` on.
+
+    A batch depends on the seed, its position and its size alone. Each pass has its own order of the
+    whole set; the images that do not fill a last batch are left out of that pass. A batch never
+    holds more than the set. The next batches are read while one is used.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, first: Position | None = None
+    ) -> None:
         self._images = images
         self._batch_size = min(batch_size, len(images))
         self._seed = seed
-        self._first = first
+        self._first = first or Position()
 
     @property
     def batches_per_pass(self) -> int:
         return len(self._images) // self._batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self._images, self._orders())
 
     def _orders(self) -> Iterator[Tensor]:
-        step = self._first
+        number, used = self._first
         while True:
-            one_pass, position = divmod(step, self.batches_per_pass)
             order = torch.randperm(
                 len(self._images),
-                generator=stream_generator(self._seed, Stream.DATA_ORDER, one_pass),
+                generator=stream_generator(self._seed, Stream.DATA_ORDER, number),
             )
-            for start in range(position, self.batches_per_pass):
-                begin = start * self._batch_size
+            for begin in range(used, len(order) - self._batch_size + 1, self._batch_size):
                 yield order[begin : begin + self._batch_size]
-                step += 1
+            number, used = number + 1, 0
 
 
 class OrderedBatches:
@@ -60,7 +93,7 @@ class OrderedBatches:
     def __len__(self) -> int:
         return math.ceil(len(self._images) / self._batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self._images, torch.arange(len(self._images)).split(self._batch_size))
 
 
@@ -70,14 +103,19 @@ def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> 
     return torch.where(flips, images.flip(-1), images)
 
 
-def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Tensor]:
+def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Batch]:
     """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
     would send through pipes what a thread finds in the page cache.)"""
     pool = ThreadPoolExecutor(_READERS)
-    ahead: deque[Future[Tensor]] = deque()
+    ahead: deque[Future[Batch]] = deque()
+
+    def read(order: Tensor) -> Batch:
+        batch = images.batch(order)
+        return batch if images.classes is None else LabelledImages(batch, images.classes[order])
+
     try:
         for order in orders:
-            ahead.append(pool.submit(images.batch, order))
+            ahead.append(pool.submit(read, order))
             if len(ahead) > _READERS:
                 yield ahead.popleft().result()
         while ahead:

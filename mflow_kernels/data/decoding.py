@@ -138,10 +138,10 @@ def _opened(entry: Entry) -> Iterator[Image.Image]:
 
 
 def _read(entry: Entry) -> Image.Image | str:
-    """The decoded image of an entry (see `_plain`), or the reason why it cannot be read."""
+    """The decoded image of an entry (see `plain`), or the reason why it cannot be read."""
     try:
         with _opened(entry) as image:
-            return _plain(image)
+            return plain(image)
     except UnidentifiedImageError:
         return f"not an image in one of the formats {', '.join(FORMATS)}"
     except MemoryError:
@@ -156,7 +156,7 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def plain(image: Image.Image) -> Image.Image:
     """The image upright (by its EXIF tag) and with 8 bits per channel: mode L if grey, else RGB.
 
     Raises:

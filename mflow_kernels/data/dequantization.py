@@ -22,6 +22,13 @@ def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = 
     return (levels + noise) / 2**n_bits - 0.5
 
 
+def bin_centres(images: Tensor, n_bits: int) -> Tensor:
+    """`dequantize` with u = 1/2 in place of noise: the middle of each quantization bin."""
+    check_n_bits(n_bits)
+    levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
+    return (levels + 0.5) / 2**n_bits - 0.5
+
+
 def to_image(x: Tensor) -> Tensor:
     """Centred data of any float dtype to uint8 of the same shape, values outside clipped."""
     return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)

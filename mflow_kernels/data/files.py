@@ -39,11 +39,11 @@ def write_atomically(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
     finally:
@@ -167,7 +167,7 @@ def make_folder(
         if replaced is not None:
             folder.rename(old)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         return lock
     except OSError as error:
         raise _refusal(error, folder, argument) from None
@@ -213,7 +213,8 @@ def _is_another_running(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

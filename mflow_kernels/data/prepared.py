@@ -13,9 +13,10 @@ The images start at byte 4096, the size of a page. A file that is not yet whole 
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ class Record:
         skipped: files that could not be read, and the reasons.
         enlarged: number of images that were smaller than the result.
         digests: digest of each image, see `decoding.digest`.
+        attributes: for each attribute of CelebA, one bit per image, packed as `numpy.packbits` does
+            and written in hexadecimal; empty for other images.
     """
 
     source: str
@@ -60,6 +63,7 @@ class Record:
     skipped: dict[str, str]
     enlarged: int
     digests: list[str]
+    attributes: dict[str, str] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
@@ -77,6 +81,7 @@ class Record:
             ValueError, TypeError, RecursionError: `encode` did not write the text.
         """
         values = json.loads(text)
+        values.setdefault("attributes", {})  # earlier versions had none
         if set(values) != {field.name for field in fields(cls)}:
             raise ValueError("its record has other fields")
         return cls(**values)
@@ -92,6 +97,7 @@ class Record:
             ValueError, TypeError: a value is wrong. The message names it.
         """
         images = len(part)
+        packed = 2 * math.ceil(images / 8)  # hexadecimal digits
         for name, right in {
             "source": _is_name(self.source),
             "listing": _is_name(self.listing),
@@ -107,6 +113,11 @@ class Record:
             and all(isinstance(why, str) for why in self.skipped.values()),
             "enlarged": type(self.enlarged) is int and 0 <= self.enlarged <= images,
             "digests": _are(self.digests, images, is_digest),
+            "attributes": isinstance(self.attributes, dict)
+            and all(
+                isinstance(bits, str) and re.fullmatch("[0-9a-f]*", bits) and len(bits) == packed
+                for bits in self.attributes.values()
+            ),
         }.items():
             if not right:
                 raise ValueError(f"its record is wrong: {name}")
@@ -137,6 +148,16 @@ class Prepared:
     def manifest(self) -> Manifest:
         """The name, part and digest of each image."""
         return Manifest(self.record.names, np.asarray(self.part), self.record.digests)
+
+    @property
+    def attributes(self) -> dict[str, np.ndarray]:
+        """For each attribute of CelebA, bool (N,): the images that have it."""
+        packed = {
+            name: np.frombuffer(bytes.fromhex(bits), np.uint8)
+            for name, bits in self.record.attributes.items()
+        }
+        count = len(self.images)
+        return {name: np.unpackbits(bits)[:count] > 0 for name, bits in packed.items()}
 
     def summary(self) -> str:
         """A description of the file in a few lines."""

@@ -1,28 +1,34 @@
-"""A progress bar on stderr."""
+"""The progress of a command on stderr."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Protocol
 
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 15.0
+_NO_FIGURES: Mapping[str, str] = MappingProxyType({})
 
 
 class ProgressCallback(Protocol):
-    """Is called with the number of items done so far, and a note to show in place of the speed."""
+    """Is called with the number of items done so far, and figures to show in place of the speed."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    def __call__(self, done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None: ...
 
 
 @contextmanager
 def progress_bar(
     what: str, total: int, done: int = 0, unit: str = "images"
 ) -> Iterator[ProgressCallback]:
-    """Show a progress bar. If stderr is not a terminal, print a line every 15 seconds instead.
+    """Show a progress bar, the time left and figures below it, which change in place.
+
+    If stderr is not a terminal, print a line every 15 seconds instead.
 
     Args:
         what: the work, for example "preparing".
@@ -37,32 +43,42 @@ def progress_bar(
     started = last_line = time.monotonic()
     first = done
 
-    def speed(count: int) -> str:
-        return f"{(count - first) / max(1e-9, time.monotonic() - started):,.0f} {unit}/s"
+    def speed(count: int) -> dict[str, str]:
+        seconds = max(1e-9, time.monotonic() - started)
+        return {f"{unit}/s": f"{(count - first) / seconds:,.0f}"}
 
     if not console.is_terminal:
 
-        def print_line(done: int, note: str = "") -> None:
+        def print_line(done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None:
             nonlocal last_line
             if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
-                line = f"{what}: {done:,} of {total:,} {unit}, {note or speed(done)}"
+                shown = ", ".join(
+                    f"{name} {value}" for name, value in (figures or speed(done)).items()
+                )
+                line = f"{what}: {done:,} of {total:,} {unit}, {shown}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         yield print_line
         return
-    # In a narrow terminal the note wraps to a second line and the other columns keep their width.
-    with Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
-    ) as bar:
-        task = bar.add_task(what, total=total, completed=done, note="")
+        expand=True,
+    )
+    task = bar.add_task(what, total=total, completed=done)
+    with Live(bar, console=console, refresh_per_second=4) as live:
 
-        def update(done: int, note: str = "") -> None:
-            bar.update(task, completed=done, note=note or speed(done))
+        def update(done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None:
+            bar.update(task, completed=done)
+            # In a narrow terminal the figures take more lines.
+            items = (figures or speed(done)).items()
+            texts = [Text.assemble((name, "dim"), " ", value) for name, value in items]
+            live.update(Group(bar, Columns(texts, padding=(0, 3))))
 
         yield update

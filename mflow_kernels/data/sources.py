@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 CELEBA_CROP = 148  # of 178x218 pixels: the usual crop to the face
 CELEBA_IMAGES = "img_align_celeba"
 CELEBA_PARTITION = "list_eval_partition.txt"
+CELEBA_ATTRIBUTES = "list_attr_celeba.txt"
 _PIECE_BYTES = 2**14
 _LARGEST_MEMBER = 2**30  # bytes; Pillow refuses images of more than 179 million pixels
 
@@ -63,6 +64,8 @@ class Source:
         missing: names in the partition that have no file.
         crop: side of the central square that is cut out of each image; None stands for the largest
             square.
+        attributes: for each attribute of CelebA, whether each entry has it; empty without
+            list_attr_celeba.txt.
     """
 
     root: Path
@@ -70,6 +73,7 @@ class Source:
     parts: list[int] | None = None
     missing: tuple[str, ...] = field(default=())
     crop: int | None = None
+    attributes: dict[str, list[bool]] = field(default_factory=dict)
 
     @property
     def is_celeba(self) -> bool:
@@ -78,6 +82,8 @@ class Source:
     def listing_hash(self) -> str:
         """A checksum of all names, stamps and parts, which changes with the images."""
         digest = hashlib.sha256(repr((self.crop, self.parts)).encode())
+        for name, values in self.attributes.items():
+            digest.update(f"{name}\0".encode() + bytes(values))
         for entry in self.entries:
             digest.update(f"{entry.name}\0{entry.stamp}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -88,7 +94,8 @@ def find_images(data: str | Path) -> Source:
 
     A folder img_align_celeba or a zip img_align_celeba.zip is CelebA, and so is a folder that
     contains one at most two folders deep. list_eval_partition.txt is then expected in it, beside it
-    or in the folder Eval beside it, as in the authors' download.
+    or in the folder Eval beside it, as in the authors' download, and list_attr_celeba.txt, if there
+    is one, in the same places or in the folder Anno.
 
     Raises:
         DataError: `data` does not exist or holds no file, a zip is damaged, or CelebA's partition
@@ -152,6 +159,7 @@ def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
         [parts[name] for name in there],
         tuple(name for name in parts if name not in entries),
         CELEBA_CROP,
+        _read_attributes(there, images, folders),
     )
 
 
@@ -179,6 +187,32 @@ def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> 
     if not parts:
         raise DataError(f"data: expected file names and their parts in {path}, found none")
     return parts
+
+
+def _read_attributes(names: list[str], images: Path, folders: list[Path]) -> dict[str, list[bool]]:
+    """For each attribute, whether each image has it; empty if there is no file of attributes."""
+    candidates = [f / below / CELEBA_ATTRIBUTES for f in folders for below in ("", "Anno")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return {}
+    try:
+        _, heading, *lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"data: cannot read {path}: {error}") from None
+    attributes = heading.split()
+    rows: dict[str, list[bool]] = {}
+    for number, line in enumerate(lines, start=3):
+        name, *values = line.split() or [""]
+        if name and (len(values) != len(attributes) or not {*values} <= {"1", "-1"}):
+            raise DataError(
+                f"data: {path}, line {number}: expected a file name and {len(attributes)} values "
+                f"of 1 or -1, got {line[:80]!r}"
+            )
+        rows[name] = [value == "1" for value in values]
+    missing = next((name for name in names if name not in rows), None)
+    if missing is not None:
+        raise DataError(f"data: expected the attributes of {missing} in {path}, found none")
+    return {name: [rows[n][i] for n in names] for i, name in enumerate(attributes)}
 
 
 def _find_partition(images: Path, folders: list[Path]) -> Path:

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.cache import open_or_prepare
+from mflow_kernels.data.classes import LABELS, Classes, of_attributes, of_folders
 from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
 from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED
-from mflow_kernels.data.prepared import PARTS, is_prepared, open_prepared
+from mflow_kernels.data.prepared import PARTS, Prepared, is_prepared, open_prepared
 from mflow_kernels.data.sources import DataError
 
 
@@ -34,19 +35,30 @@ class ImageSet:
         images: uint8 (N, C, H, W), a tensor or an array. A memory-mapped array is read only where
             it is indexed.
         rows: rows of `images` that belong to the set, in this order; all by default.
+        classes: class of each of the N images, if they have classes.
+
+    Attributes:
+        classes: class of each image of the set, int64 (len(set),), or None.
 
     Raises:
         TypeError: `images` is not uint8.
         ValueError: `images` is not (N, C, H, W), or is empty.
     """
 
-    def __init__(self, images: Tensor | np.ndarray, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        images: Tensor | np.ndarray,
+        rows: np.ndarray | None = None,
+        classes: np.ndarray | None = None,
+    ) -> None:
         if images.dtype not in (torch.uint8, np.uint8):
             raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
         if len(images.shape) != 4 or 0 in images.shape:
             raise ValueError(f"images: expected shape (N, C, H, W), got {tuple(images.shape)}")
         self._images = images.numpy() if isinstance(images, Tensor) else images
         self._rows = np.arange(len(images)) if rows is None else rows
+        self._classes = classes
+        self.classes = None if classes is None else torch.from_numpy(classes[self._rows])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,7 +71,7 @@ class ImageSet:
 
     def subset(self, rows: np.ndarray) -> "ImageSet":
         """The images at these positions of the set, in the order of `rows`."""
-        return ImageSet(self._images, self._rows[rows])
+        return ImageSet(self._images, self._rows[rows], self._classes)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The images at these positions, uint8 (len(indices), C, H, W).
@@ -82,11 +94,13 @@ class Splits:
         images: all images.
         manifest: the name, part and digest of each image.
         skipped: names of the files that could not be read as images.
+        class_names: names of the classes, in the order of their numbers, if the images have any.
     """
 
     images: ImageSet
     manifest: Manifest
     skipped: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @cached_property
     def train(self) -> ImageSet:
@@ -134,7 +148,7 @@ class EvaluationSet(NamedTuple):
     manifest: Manifest  # of `images`, in their order
 
 
-def load_splits(data: str, image_size: int | None = None) -> Splits:
+def load_splits(data: str, image_size: int | None = None, classes: str | None = None) -> Splits:
     """Open a data set with its parts.
 
     Args:
@@ -142,16 +156,18 @@ def load_splits(data: str, image_size: int | None = None) -> Splits:
             images (see `find_images`), which is prepared in a cache first.
         image_size: side of the images in pixels. The default is that of the named data set or
             prepared file, and 64 for a folder or zip.
+        classes: "labels" for the labels of a named data set, else the names of the images' folders;
+            or names of CelebA's attributes, separated by commas. By default there are no classes.
 
     Raises:
-        ValueError: `data` does not exist, holds no readable image or leaves a part empty, or it is
-            a prepared file of another size.
+        ValueError: `data` does not exist, holds no readable image or leaves a part empty, it is a
+            prepared file of another size, or it has no such classes.
         OSError: ENOSPC if the cache's disk is full.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data in NAMED_DATASETS:
-        return _load_named(NAMED_DATASETS[data], image_size)
+        return _load_named(NAMED_DATASETS[data], image_size, classes)
     try:
         os.path.realpath(data).encode()
     except UnicodeEncodeError:
@@ -167,7 +183,17 @@ def load_splits(data: str, image_size: int | None = None) -> Splits:
                 f"data: expected images in every part of {data}, found no {PARTS[part]} images"
             )
     skipped = tuple(prepared.record.skipped)
-    return Splits(ImageSet(prepared.images), prepared.manifest, skipped)
+    found = _prepared_classes(prepared, classes)
+    images = ImageSet(prepared.images, classes=None if found is None else found.numbers)
+    return Splits(images, prepared.manifest, skipped, () if found is None else found.names)
+
+
+def _prepared_classes(prepared: Prepared, classes: str | None) -> Classes | None:
+    if classes is None:
+        return None
+    if classes == LABELS:
+        return of_folders(prepared.record.names)
+    return of_attributes(classes, prepared.attributes)
 
 
 def count_training_images(data: str) -> int | None:
@@ -189,26 +215,34 @@ def _held_out(count: int) -> int:
     return math.ceil(count * HELD_OUT_FRACTION)
 
 
-def load_evaluation_set(data: str, image_size: int | None = None) -> EvaluationSet:
+def load_evaluation_set(
+    data: str, image_size: int | None = None, classes: str | None = None
+) -> EvaluationSet:
     """Open the images of a data set that a model can be evaluated on.
 
     These are all images of a folder, zip or prepared file, but only the test part of CelebA and of
     a named data set. Arguments and errors are those of `load_splits`.
     """
     if data in NAMED_DATASETS:
-        splits = _load_named(NAMED_DATASETS[data], image_size)
+        splits = _load_named(NAMED_DATASETS[data], image_size, classes)
         rows = np.flatnonzero(splits.manifest.parts == TEST)
         return EvaluationSet(splits.test, splits.skipped, splits.manifest.subset(rows))
     prepared = open_or_prepare(data, image_size)
-    images, manifest = ImageSet(prepared.images), prepared.manifest
+    found = _prepared_classes(prepared, classes)
+    images = ImageSet(prepared.images, classes=None if found is None else found.numbers)
+    manifest = prepared.manifest
     if prepared.record.partition == "official":
         rows = np.flatnonzero(prepared.part == TEST)
         images, manifest = images.subset(rows), manifest.subset(rows)
     return EvaluationSet(images, tuple(prepared.record.skipped), manifest)
 
 
-def _load_named(dataset: NamedDataset, image_size: int | None) -> Splits:
-    images = dataset.read()
+def _load_named(
+    dataset: NamedDataset, image_size: int | None, classes: str | None = None
+) -> Splits:
+    if classes not in (None, LABELS):
+        raise DataError(f"classes: expected {LABELS!r} for a named data set, got {classes!r}")
+    images, labels = dataset.read()
     if image_size not in (None, dataset.size):
         resized = [crop_and_resize(Image.fromarray(image), image_size) for image in images]
         images = np.stack([np.asarray(image) for image in resized])
@@ -219,4 +253,8 @@ def _load_named(dataset: NamedDataset, image_size: int | None) -> Splits:
     parts = np.full(len(order), TRAIN, np.uint8)
     parts[: _held_out(len(order))] = TEST
     manifest = Manifest([str(row) for row in order], parts, [digest(image) for image in images])
-    return Splits(ImageSet(images), manifest)
+    if classes is None:
+        return Splits(ImageSet(images), manifest)
+    names, numbers = np.unique(labels[order], return_inverse=True)
+    splits = ImageSet(images, classes=numbers.astype(np.int64))
+    return Splits(splits, manifest, class_names=tuple(map(str, names)))

@@ -11,9 +11,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
-from mflow_kernels.data.batches import OrderedBatches
+from mflow_kernels.data.batches import Batch, OrderedBatches, images_and_classes
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
@@ -21,13 +20,14 @@ from mflow_kernels.data.manifest import MANIFEST, TEST
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
+from mflow_kernels.evaluation.classes import class_log_probs, context_of
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
 PARTS_EXPLAINED = (
-    "Bits per dimension are the bits of a pixel minus the log-densities and the log-determinant, "
-    "which are in bits per dimension too."
+    "Bits per dimension are the bits of a pixel minus the two log-densities and the "
+    "log-determinant."
 )
 
 
@@ -57,6 +57,7 @@ class Evaluation:
     images: int
     manifold_dims: tuple[int, ...]
     stages: tuple[StageMetrics, ...]
+    class_accuracy: float | None = None  # of a class-conditional model on images with classes
 
     def write(self, path: Path) -> None:
         """Write a JSON file."""
@@ -66,12 +67,12 @@ class Evaluation:
     def rows(self) -> list[tuple[str, list[str]]]:
         """A label and one formatted number a stage, for each metric."""
         formats = {
-            "bits per dimension": ("bits_per_dim", ".4f"),
-            "  log-density on the manifold": ("on_manifold", "+.4f"),
-            "  log-density off the manifold": ("off_manifold", "+.4f"),
-            "  log-determinant": ("logdet", "+.4f"),
-            "projection: mean squared error": ("mean_squared_error", ".5f"),
-            "projection: PSNR (dB)": ("psnr", ".2f"),
+            "bits per dimension (bits/dim)": ("bits_per_dim", ".4f"),
+            "  log-density on the manifold, bits/dim": ("on_manifold", "+.4f"),
+            "  log-density off the manifold, bits/dim": ("off_manifold", "+.4f"),
+            "  log-determinant, bits/dim": ("logdet", "+.4f"),
+            "projection: MSE, pixels in [0, 1]": ("mean_squared_error", ".5f"),
+            "projection: PSNR, dB": ("psnr", ".2f"),
         }
         return [
             (label, [format(getattr(stage, name), form) for stage in self.stages])
@@ -97,6 +98,15 @@ class Evaluation:
             table.add_row(label, *cells)
         Console().print(table)
         print(PARTS_EXPLAINED)
+        if self.class_accuracy is not None:
+            print(self.accuracy_explained())
+
+    def accuracy_explained(self) -> str:
+        """A sentence about the accuracy of the class posterior."""
+        return (
+            f"The class of the highest posterior is right for {self.class_accuracy:.1%} of the "
+            "images (Bayes' rule with equal priors, all stages)."
+        )
 
 
 @torch.no_grad()
@@ -127,16 +137,21 @@ def evaluate_model(
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
+    right = None  # number of images whose class the posterior finds
     for number, batch in enumerate(_batches("evaluating", images, batch_size)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        x = dequantize(batch.to(device), n_bits, generator)
+        levels, classes = images_and_classes(batch)
+        x = dequantize(levels.to(device), n_bits, generator)
+        context = context_of(model, x, classes)
+        if context is not None and classes is not None:
+            right = (right or 0) + int((class_log_probs(model, x).argmax(1) == context).sum())
         u, outside, logdet = x, x.new_zeros(len(x)), x.new_zeros(len(x))
         for index, stage in enumerate(stages):
-            terms = stage.terms(u)
-            u = stage.encode(u)
+            terms = stage.terms(u, context=context)
+            u = stage.encode(u, context=context)
             outside = outside + terms.off_manifold
             logdet = logdet + terms.logdet
-            projected = model.project(x, index + 1)
+            projected = model.project(x, index + 1, context=context)
             squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
             for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
                 sums[index, column] += part.double().sum().cpu()
@@ -149,7 +164,8 @@ def evaluate_model(
         psnr = -10 * math.log10(squared) if squared else math.inf
         metrics.append(StageMetrics(bits, on * scale, off * scale, volume * scale, squared, psnr))
     manifold_dims = tuple(stage.manifold_dim for stage in stages)
-    return Evaluation(data, len(images), manifold_dims, tuple(metrics))
+    accuracy = None if right is None else right / len(images)
+    return Evaluation(data, len(images), manifold_dims, tuple(metrics), accuracy)
 
 
 def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
@@ -158,7 +174,7 @@ def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
-def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Tensor]:
+def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Batch]:
     """Yield all images in order, in batches, under a progress bar."""
     done = 0
     with progress_bar(what, len(images)) as progress:
@@ -166,7 +182,7 @@ def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Te
             images, batch_size or evaluation_batch_size(images.image_shape)
         ):
             yield batch
-            done += len(batch)
+            done += len(images_and_classes(batch)[0])
             progress(done)
 
 
@@ -195,8 +211,13 @@ def importance_weighted_bits(
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(_batches("importance weights", images, batch_size)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        levels = batch.to(device)
-        each = [model.log_prob(dequantize(levels, n_bits, generator)) for _ in range(draws)]
+        levels, classes = (t if t is None else t.to(device) for t in images_and_classes(batch))
+        assert levels is not None
+        each = []
+        for _ in range(draws):
+            x = dequantize(levels, n_bits, generator)
+            classes = context_of(model, x, classes)  # the first draw decides unknown classes
+            each.append(model.log_prob(x, context=classes))
         log_mean = torch.stack(each).double().logsumexp(0) - math.log(draws)
         total += log_mean.sum().cpu()
     return bits_per_dimension(total / len(images), dims, n_bits).item()

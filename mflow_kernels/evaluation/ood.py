@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.models.bits import bits_per_dimension
@@ -82,16 +83,20 @@ def score_images(
     left = density_images(model) if deviation else 0
     for batch in images.split(evaluation_batch_size(images.shape[1:])):
         x = dequantize(batch.to(device), n_bits, generator)
-        log_prob = model.log_prob(x)
+        context = context_of(model, x)
+        log_prob = model.log_prob(x, context=context)
         bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits)
         parts["bits_per_dim"].append(bits)
-        parts["distance"].append(model.distance(x))
+        parts["distance"].append(model.distance(x, context=context))
         if not deviation or not left:
             continue
-        for part in x[:left].split(DENSITY_BATCH):
+        count = min(left, len(x))
+        for first in range(0, count, DENSITY_BATCH):
+            rows = slice(first, min(first + DENSITY_BATCH, count))
+            part, own = x[rows], None if context is None else context[rows]
             probes = stream_generator(0, Stream.OOD_NOISE, left, device=device)
             method = density_method(model)
-            score = model.ood_score(part, deviation, method=method, generator=probes)
+            score = model.ood_score(part, deviation, context=own, method=method, generator=probes)
             parts["ood_score"].append(score)
             left -= len(part)
             progress(sum(map(len, parts["ood_score"])))

@@ -86,6 +86,8 @@ def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
     yield "<h2>Likelihood and reconstruction</h2>"
     rows = [[label, *cells] for label, cells in evaluation.rows()]
     yield _table(["", *evaluation.headings()], rows)
+    if evaluation.class_accuracy is not None:
+        yield f"<p>{evaluation.accuracy_explained()}</p>"
     weighted = metrics.importance_weighted_bits_per_dim
     if weighted is not None:
         yield (

@@ -81,7 +81,8 @@ def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> dict[str, Ten
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Draw training curves, one row of panels for each stage.
+    """Draw training curves, one row of panels for each stage. A fourth panel shows the weight of
+    the penalty if it changes in training.
 
     Args:
         path: PNG file to write.
@@ -92,21 +93,25 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     rows = [row for row in rows if "stage" in row]
     stages = sorted({int(row["stage"]) for row in rows}) or [0]
     figure = Figure(figsize=(12, 0.6 + 3.2 * len(stages)), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(len(stages), 3, squeeze=False)
+    changes = any("penalty_weight" in row for row in rows)
+    panels = figure.subplots(len(stages), 4 if changes else 3, squeeze=False)
     figure.suptitle("Training", fontsize=13)
-    for stage, (likelihood, loss, parts) in zip(stages, panels, strict=True):
+    for stage, (likelihood, loss, parts, *weight) in zip(stages, panels, strict=True):
         own = [row for row in rows if int(row["stage"]) == stage]
         name = "image flow" if stage == 0 else "on the manifold"
         likelihood.set(title=f"stage {stage + 1} ({name}): likelihood", ylabel="bits per dimension")
         _plot(likelihood, own, {"bits_per_dim": "training", "heldout_bits_per_dim": "held out"})
-        loss.set(title=f"stage {stage + 1}: objective", ylabel="nats per dimension")
-        _plot(loss, own, {"loss": "loss", "penalty": "penalty"})
-        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="nats per dimension")
-        _plot(
-            parts,
-            own,
-            {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"},
-        )
+        loss.set(title=f"stage {stage + 1}: objective", ylabel="bits per dimension")
+        labels = {"loss": "loss", "penalty": "penalty"}
+        _plot(loss, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
+        parts.set(title=f"stage {stage + 1}: parts of the likelihood", ylabel="bits per dimension")
+        labels = {"on_manifold": "on manifold", "off_manifold": "off manifold", "logdet": "log-det"}
+        _plot(parts, own, {f"{name}_bits_per_dim": label for name, label in labels.items()})
+        for axes in weight:
+            axes.set(title=f"stage {stage + 1}: weight of the penalty", ylabel="weight")
+            _plot(axes, own, {"penalty_weight": "weight"})
+            if not any("penalty_weight" in row for row in own):
+                axes.set_axis_off()  # the weight of this stage is constant
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
+from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import (
     Evaluation,
@@ -52,6 +54,7 @@ REPORT, FIGURES = "report.html", "figures.json"
 _SPECTRUM_IMAGES = 4
 _SPECTRUM_DIMENSIONS = 1024  # largest D: each image needs a D x D Jacobian
 _FEATURE_BATCH = 50
+_PROBES, _ITERATIONS = 16, 64  # defaults of `manifold_log_prob`, by Hutchinson's method
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ class ReportOptions:
         features: name of a network and the network, for FID and KID; None leaves them out.
         feature_images: most images and samples that FID and KID compare.
         others: further sets of images, by name, to compute OOD scores of.
+        quick: leave out what needs Jacobians: the density on the manifold, the OOD score and the
+            intrinsic dimension.
     """
 
     draws: int = 1
     features: tuple[str, FeatureNetwork] | None = None
     feature_images: int = 10_000
     others: tuple[tuple[str, ImageSet], ...] = ()
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,47 @@ class ReportMetrics:
         return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 
+def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
+    """What an evaluation will compute, with the number of passes that each part takes.
+
+    In a pass, one image, or its derivative in one direction, goes once through the image flow.
+    """
+    model = run.model
+    count, stages = len(images), len(model.stages)
+    scored = sum(
+        min(SCORED_IMAGES, number)
+        for number in (count, count, count, *(len(other) for _, other in options.others))
+    )
+    # Each stage projects; its terms take a pass, its encoding another, and its penalty a third.
+    lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (2 * stages + 3))]
+    if options.draws > 1:
+        lines.append(_work(f"{options.draws} dequantizations of each", count * options.draws))
+    if options.features is not None:
+        compared = min(options.feature_images, count)
+        samples = len(TEMPERATURES) * compared
+        lines.append(_work(f"{samples:,} samples for FID and KID", samples))
+    lines.append(_work(f"OOD scores of {scored:,} images", 3 * scored))
+    dense = density_images(model)
+    if dense and not options.quick:
+        method = density_method(model)
+        sets = (count, count, count, count, *(len(other) for _, other in options.others))
+        measured = sum(min(dense, number) for number in sets)
+        passes = model.manifold_dim if method == "exact" else 2 * _PROBES * _ITERATIONS
+        most = "" if method == "exact" else "at most "
+        what = f"density on the manifold at {measured:,} images ({method})"
+        lines.append(_work(what, measured * passes, most))
+    if _has_spectrum(run) and not options.quick:
+        dims = math.prod(model.input_shape)
+        lines.append(_work("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims))
+    if options.quick:
+        lines.append("  left out by --quick: density on the manifold, intrinsic dimension")
+    return "\n".join(["evaluation, with the passes of an image through the image flow:", *lines])
+
+
+def _work(what: str, passes: int, most: str = "") -> str:
+    return f"  {what}: {most}{passes:,} passes"
+
+
 def write_report(
     run: Run, images: ImageSet, evaluation: Evaluation, folder: Path, options: ReportOptions
 ) -> Path:
@@ -141,10 +188,16 @@ def write_report(
             "FID and KID: they need a file with a network's weights; give it to mflow evaluate as "
             "--feature-weights FILE"
         )
-    deviation = _deviation(run, missing)
+    deviation = density = spectrum = None
+    if options.quick:
+        missing.append(
+            "OOD score, density on the manifold and intrinsic dimension: left out by --quick"
+        )
+    else:
+        deviation = _deviation(run, missing)
+        density = _manifold_log_prob(run, images, missing)
+        spectrum = _spectrum(run, images, missing)
     scores = _score_sets(run, images, options, deviation)
-    density = _manifold_log_prob(run, images, missing)
-    spectrum = _spectrum(run, images, missing)
     metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
@@ -209,7 +262,10 @@ def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> 
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
-        yield to_image(model.sample(number, temperature=temperature, generator=generator))
+        context = sampled_classes(model, number)
+        yield to_image(
+            model.sample(number, temperature=temperature, generator=generator, context=context)
+        )
 
 
 def _deviation(run: Run, missing: list[str]) -> float | None:
@@ -224,7 +280,10 @@ def _deviation(run: Run, missing: list[str]) -> float | None:
         missing.append("OOD score: the density on the manifold is too expensive at this image size")
         return None
     parts = _dequantized(run, train, SCORED_IMAGES).split(evaluation_batch_size(train.image_shape))
-    squares = sum(len(part) * run.model.deviation(part) ** 2 for part in parts)
+    squares = sum(
+        len(part) * run.model.deviation(part, context=context_of(run.model, part)) ** 2
+        for part in parts
+    )
     return math.sqrt(squares / sum(map(len, parts)))
 
 
@@ -259,7 +318,9 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
     method, values = density_method(run.model), []
     with progress_bar("density on the manifold", min(count, len(images))) as progress:
         for part in _dequantized(run, images, count).split(DENSITY_BATCH):
-            found = run.model.manifold_log_prob(part, method=method, generator=generator)
+            found = run.model.manifold_log_prob(
+                part, context=context_of(run.model, part), method=method, generator=generator
+            )
             values.append(found.value.double())
             progress(sum(map(len, values)))
     return torch.cat(values).mean().item()
@@ -268,20 +329,28 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
 @torch.no_grad()
 def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimension | None:
     dims = math.prod(run.model.input_shape)
-    stage = run.model.stages[0]
-    assert isinstance(stage, ManifoldFlow)
-    if stage.objective.domain != "data":
+    if run.model.class_names:
+        missing.append("intrinsic dimension: it is not computed for class-conditional models")
+        return None
+    if _has_spectrum(run):
+        stage = cast(ManifoldFlow, run.model.stages[0])
+        return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
+    if run.config.domain != "data":
         missing.append(
             "intrinsic dimension: it can only be estimated from flows trained with --domain data"
         )
-    elif dims > _SPECTRUM_DIMENSIONS:
+    else:
         missing.append(
             f"intrinsic dimension: its spectrum is too expensive at {dims:,} dimensions (at most "
             f"{_SPECTRUM_DIMENSIONS:,})"
         )
-    else:
-        return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
     return None
+
+
+def _has_spectrum(run: Run) -> bool:
+    dims = math.prod(run.model.input_shape)
+    conditional = bool(run.model.class_names)
+    return run.config.domain == "data" and dims <= _SPECTRUM_DIMENSIONS and not conditional
 
 
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
@@ -309,12 +378,17 @@ def _draw(
     )
 
     originals = images.batch(range(min(COLUMNS, len(images))))
+    classes = None if images.classes is None else images.classes[: len(originals)]
     path = folder / "projections.png"
     draw_residuals(
         path,
         f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
         originals,
-        project_images(model, originals),
+        project_images(
+            model,
+            originals,
+            classes=classes,
+        ),
     )
     pictures["projections"] = Picture(
         path, "The projection is what the manifold coordinates preserve of an image."
@@ -360,7 +434,9 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
     for row in range(count):
         first, last = images.batch([row]), images.batch([count + row])
         x0, x1 = bin_centres(first, run.model), bin_centres(last, run.model)
-        points = to_image(run.model.interpolate(x0, x1, COLUMNS - 2)[:, 0]).cpu()
+        context = context_of(run.model, x0)  # the class of the first image
+        points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
+        points = to_image(points[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
 

@@ -5,44 +5,78 @@ from torch import Tensor
 
 from mflow_kernels.data.dequantization import to_image
 from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
+CLASS_TEMPERATURE = 0.7  # of the samples of each class
+MOST_ROWS = 20  # of samples by class
 
 
 @torch.no_grad()
 def draw_samples(
-    model: HierarchicalFlow, number: int, temperature: float, seed: int, stages: int | None = None
+    model: HierarchicalFlow,
+    number: int,
+    temperature: float,
+    seed: int,
+    stages: int | None = None,
+    class_number: int | None = None,
 ) -> Tensor:
     """Draw `number` images on the manifold of the model's first `stages` stages (default: all).
+
+    Images of a class-conditional model are of the class `class_number`; by default they go through
+    the classes in turn.
 
     Returns:
         uint8 images (number, C, H, W) on the CPU.
     """
     device = next(model.parameters()).device
     generator = stream_generator(seed, Stream.SAMPLES, device=device)
-    x = model.sample(number, temperature=temperature, generator=generator, stages=stages)
+    x = model.sample(
+        number,
+        temperature=temperature,
+        generator=generator,
+        stages=stages,
+        context=sampled_classes(model, number, class_number),
+    )
     return to_image(x).cpu()
 
 
 def samples_by_temperature(
     model: HierarchicalFlow, number: int, seed: int
 ) -> tuple[str, dict[str, Tensor]]:
-    """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed."""
+    """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed.
+
+    A class-conditional model has one row for each class, at CLASS_TEMPERATURE.
+    """
+    names = model.class_names[:MOST_ROWS]
+    if names:
+        rows = {
+            name: draw_samples(model, number, CLASS_TEMPERATURE, seed, class_number=c)
+            for c, name in enumerate(names)
+        }
+        return f"Samples of each class at T = {CLASS_TEMPERATURE}", rows
     rows = {f"T = {t}": draw_samples(model, number, t, seed) for t in TEMPERATURES}
     return "Samples on the manifold at several temperatures", rows
 
 
 @torch.no_grad()
-def project_images(model: HierarchicalFlow, images: Tensor, stages: int | None = None) -> Tensor:
+def project_images(
+    model: HierarchicalFlow,
+    images: Tensor,
+    stages: int | None = None,
+    classes: Tensor | None = None,
+) -> Tensor:
     """Project uint8 images (N, C, H, W) on the manifold of the first `stages` stages.
 
-    Each pixel value enters at the middle of its quantization bin, without noise.
+    Each pixel value enters at the middle of its quantization bin, without noise. Without `classes`,
+    a class-conditional model takes the most probable ones.
 
     Returns:
         uint8 images of the same shape on the CPU.
     """
-    return to_image(model.project(bin_centres(images, model), stages)).cpu()
+    x = bin_centres(images, model)
+    return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
 
 
 def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:

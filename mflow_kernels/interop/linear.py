@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
-from mflow_kernels.ops.launch import is_channels_last, transformed, without_autocast
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.program import FoldedWeights
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import constant, select_channels
 from mflow_kernels.layers.networks import fused_params, has_hooks
-from mflow_kernels.ops.launch import accumulator
+from mflow_kernels.ops.precision import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -134,7 +134,7 @@ def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> P
         with torch.no_grad():
             step.actnorm.bias.copy_(published.bias)
             step.actnorm.log_scale.copy_(published.log_scale)
-            step.actnorm.initialized.fill_(True)
+            step.actnorm.keep_as_set()
         _set_coupling(step, published.net, w.interleaved)
     for level, split in _places(glow, Split):
         where_mean, where_log_sd = _halves(glow.latent_shapes[level][0], w.interleaved)

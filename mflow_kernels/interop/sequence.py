@@ -20,7 +20,8 @@ from mflow_kernels.interop.linear import (
     permutation,
     select_channels,
 )
-from mflow_kernels.ops.launch import accumulator, flow_state
+from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import ChannelLinear, Couple, Program, SpaceToDepth

@@ -1,5 +1,8 @@
 """Actnorm: an affine map of each channel, initialized from the first batch."""
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +32,11 @@ class ActNorm(Bijection):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.was_set = False  # initialized or loaded, known without reading the device
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         check_state_for("x", x, self.bias)
+        warn_if_not_initialized(self)
         return ops.actnorm(x, self.bias, self.log_scale)
 
     def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +73,35 @@ class ActNorm(Bijection):
         constant = std <= 1e-6 * (1 + mean.abs())
         self.bias.copy_(-mean)
         self.log_scale.copy_(torch.where(constant, 0.0, -std.log()))
+        self.keep_as_set()
+
+    def keep_as_set(self) -> None:
+        """Keep bias and scale as they are: `initialize` will not change them."""
         self.initialized.fill_(True)
+        self.was_set = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.was_set = True
+
+
+def warn_if_not_initialized(module: nn.Module) -> None:
+    """Warn if training starts with an actnorm in `module` that was never initialized or loaded.
+
+    This looks once, in the first call in training mode with gradients.
+    """
+    if getattr(module, "actnorms_checked", False) or not module.training:
+        return
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    module.actnorms_checked = True  # type: ignore[assignment]
+    layers = [m for m in module.modules() if isinstance(m, ActNorm) and m.bias.requires_grad]
+    if not all(layer.was_set for layer in layers):
+        warnings.warn(
+            "ActNorm was never initialized and starts as the identity: before training, call "
+            "initialize(x) of the model with a first batch",
+            stacklevel=3,
+        )
 
 
 def over_ranks(x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Bijection(nn.Module):
@@ -21,5 +23,30 @@ class Bijection(nn.Module):
         raise NotImplementedError
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
-        """Initialize actnorms from a first batch, and return `forward(x, *context)`."""
+        """Initialize actnorms from a first batch, and return `forward(x, *context)`.
+
+        By default, this runs `forward` twice: in the first run, each layer inside that has an
+        `initialize` of its own is initialized from the state that reaches it.
+        """
+        handles: dict[nn.Module, RemovableHandle] = {}
+
+        def initialize_first(module: Any, args: Any, kwargs: Any) -> None:
+            handles.pop(module).remove()  # `initialize` calls the module again
+            module.initialize(*args, **kwargs)
+
+        for module in self.modules():
+            overrides = isinstance(module, Bijection) and (
+                type(module).initialize is not Bijection.initialize
+            )
+            if overrides:
+                handles[module] = module.register_forward_pre_hook(
+                    initialize_first, with_kwargs=True
+                )
+        if handles:
+            try:
+                with torch.no_grad():
+                    self(x, *context)
+            finally:
+                for handle in handles.values():
+                    handle.remove()
         return self(x, *context)

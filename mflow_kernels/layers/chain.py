@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.layers.actnorm import warn_if_not_initialized
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain_layer import ChainLayer, assemble
 from mflow_kernels.layers.coupling import check_latent
 from mflow_kernels.layers.flow import Flow
 from mflow_kernels.layers.networks import check_takes
 from mflow_kernels.ops.checks import check_channels, check_count
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import (
     Couple,
@@ -43,7 +44,9 @@ class ReversibleChain(Flow):
         reversible: rebuild the states in the backward pass. If False, autograd stores them, which
             allows `torch.compile` of the whole chain, and `torch.func.functional_call`
             (reversible mode fails there: its parameters no longer exist in the backward pass).
-            Transforms of `torch.func` always store them.
+            Transforms of `torch.func` always store them. Choose False if memory does not matter:
+            rebuilding states takes time, which small flows notice most. A training step of a flow
+            on two-dimensional points took 21.7 ms with True, and 13.5 ms with False (CPU).
         checkpoint_every: store the state before every k-th network and rebuild only the states in
             between, so that the rounding of at most k inversions adds up. None stores no state:
             memory stays flat, and gradients drift from the stored ones during training (see
@@ -95,6 +98,7 @@ class ReversibleChain(Flow):
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         program = self._program()
         x = self._checked_data(x, program)
+        warn_if_not_initialized(self)
         x, latents, ledger, log_det = apply_program(self, program, x, (), context, self.reversible)
         z = (*latents, x) if latents else x
         return z, ops.accumulate_logdet(ledger, log_det)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.ops.checks import check_count, check_state_for
-from mflow_kernels.ops.launch import accumulator, pixels, without_autocast
+from mflow_kernels.ops.layouts import pixels
+from mflow_kernels.ops.precision import accumulator, without_autocast
 
 
 class InvertibleConv1x1(Bijection):

@@ -15,7 +15,7 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.coupling import check_params
-from mflow_kernels.ops.launch import flow_state
+from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 
@@ -29,7 +29,8 @@ class AffineCoupling(Bijection):
         channels: C >= 2 of the states (N, C, *spatial).
         net: any module from x_a (N, C // 2, *spatial) to params (N, 2 * (C - C // 2), *spatial),
             raw scales first. Extra arguments of `layer(x, *context)` are passed to it. By default
-            `coupling_net` of the given width.
+            `coupling_net` of the given width. A net with dropout draws another mask in each call:
+            in training mode the layer is then no bijection, and `inverse(forward(x))` is not x.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
             |log s| < 1, so that samples stay bounded.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mflow_kernels.layers.actnorm import ActNorm
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
-from mflow_kernels.ops.launch import transformed, without_autocast
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.ops.registration import refuse_second_derivative
 from mflow_kernels.reversible.program import FoldedWeights
 

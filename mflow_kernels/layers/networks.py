@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_tensor
 from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
-from mflow_kernels.ops.launch import autocasts, transformed, uses_triton
+from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.precision import autocasts
 
 
 def coupling_net(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.ops.checks import check_state
-from mflow_kernels.ops.launch import accumulator
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.program import Instruction, SpaceToDepth
 
 

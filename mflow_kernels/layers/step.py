@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.layers.actnorm import ActNorm
+from mflow_kernels.layers.actnorm import ActNorm, warn_if_not_initialized
 from mflow_kernels.layers.chain_layer import ChainLayer, assemble
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling
@@ -64,6 +64,7 @@ class FlowStep(ChainLayer):
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)
+        warn_if_not_initialized(self)
         z, _, ledger, log_det = apply_stored(assemble({"": self}), x, (), context)
         return z, ops.accumulate_logdet(ledger, log_det)
 

@@ -5,6 +5,7 @@ from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
+from mflow_kernels.models.penalty_weight import ErrorBound, WeightSchedule
 from mflow_kernels.models.selection import (
     IntrinsicDimension,
     estimate_intrinsic_dimension,
@@ -14,6 +15,7 @@ from mflow_kernels.models.selection import (
 from mflow_kernels.models.volume import Estimate
 
 __all__ = [
+    "ErrorBound",
     "Estimate",
     "Glow",
     "HierarchicalFlow",
@@ -22,6 +24,7 @@ __all__ = [
     "ManifoldObjective",
     "Terms",
     "VectorFlow",
+    "WeightSchedule",
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",

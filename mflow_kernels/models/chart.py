@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.flow import HALF_LOG_2PI, sample_normal
+from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.images import prepare
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
 
@@ -17,10 +19,20 @@ class Chart(nn.Module):
     `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode` and `log_prob`; the other
     methods are built on these three. Given a `context`, the manifold and the density on it are
     those of the context, one for each sample; it is passed to the flows.
+
+    Attributes:
+        n_bits: bits per value of the images that it was trained on. A loaded model knows it; set it
+            on a model that you train yourself, so that `preprocess` and `bits_per_dim` work.
+        crop: side of the square that was cut out of these images first, as for CelebA; None stands
+            for the largest square.
+        class_names: names of the classes, if the context is a class, in the order of their numbers.
     """
 
     input_shape: tuple[int, ...]
     manifold_dim: int
+    n_bits: int | None = None
+    crop: int | None = None
+    class_names: tuple[str, ...] = ()
 
     def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
@@ -106,6 +118,54 @@ class Chart(nn.Module):
         density = -(u.square() / 2 + HALF_LOG_2PI).sum(1)
         return Estimate(density - volume.value, volume.error)
 
+    def preprocess(
+        self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return images as x (N, C, H, W), prepared as in the training of a loaded model.
+
+        The images are turned upright, converted to grey or RGB, cropped, resized, reduced to
+        `n_bits` and scaled: x = (level + 1/2) / 2^n_bits - 1/2.
+
+        Args:
+            images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
+            noise: add dequantization noise, uniform on [0, 1), in place of 1/2, as training does.
+            generator: for the noise, on the model's device.
+
+        Returns:
+            x with the model's device and dtype.
+
+        Raises:
+            TypeError, ValueError: an image has another type or is smaller than `crop`, or `n_bits`
+                is None.
+        """
+        from mflow_kernels.data.dequantization import bin_centres, dequantize
+
+        if self.n_bits is None:
+            raise ValueError("n_bits: expected a number, as loaded models have, got None; set it")
+        like = next(self.parameters())
+        levels = prepare(images, self.input_shape, self.crop).to(like.device)
+        if noise:
+            return dequantize(levels, self.n_bits, generator).to(like.dtype)
+        return bin_centres(levels, self.n_bits).to(like.dtype)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        images: Any,
+        *,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the bits per dimension of images, (N,): an upper bound of -log2 p(image) / D.
+
+        Each image gets one draw of dequantization noise. `images` and `generator` are as for
+        `preprocess`, `context` is as for `log_prob`.
+        """
+        x = self.preprocess(images, noise=True, generator=generator)
+        log_prob = self.log_prob(x, context=context)
+        assert self.n_bits is not None  # `preprocess` has checked it
+        return bits_per_dimension(log_prob, math.prod(self.input_shape), self.n_bits)
+
     def interpolate(
         self, x0: Tensor, x1: Tensor, steps: int, *, context: Tensor | None = None
     ) -> Tensor:
@@ -148,7 +208,12 @@ class Chart(nn.Module):
         return math.sqrt(self.distance(x, context=context).double().square().mean().item() / off)
 
     def ood_score(
-        self, x: Tensor, deviation: float, *, context: Tensor | None = None, **density: Any
+        self,
+        x: Tensor,
+        deviation: float | None = None,
+        *,
+        context: Tensor | None = None,
+        **density: Any,
     ) -> Tensor:
         """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
 
@@ -163,10 +228,17 @@ class Chart(nn.Module):
 
         Args:
             x: (N, *input_shape).
-            deviation: unit of the distances, > 0; use `deviation(training_data)`.
+            deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
+                default.
             context: one for each sample.
             density: keyword arguments of `manifold_log_prob`.
         """
+        if deviation is None:
+            name = type(self).__name__
+            raise TypeError(
+                "deviation: expected a number > 0, got none; "
+                f"{name}.deviation(training_data) computes it"
+            )
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
         off = math.prod(self.input_shape) - self.manifold_dim

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.layers.flow import Flow, given
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.launch import autocasts, is_channels_last, transformed
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 # Makes a coupling network from its numbers of input and output channels.
@@ -40,9 +43,14 @@ class _ChainFlow(Flow):
         """Initialize every actnorm from the batch x (N, *input_shape), in order, and return
         `forward(x, context)`. An actnorm initializes only once; see `ActNorm`."""
         x = self._checked(x)
+        warn_of_raw_images(self, x)
         with torch.no_grad():
             z, logdet = self.chain.initialize(x, *self._for_networks(context, len(x)))
         return z if isinstance(z, tuple) else (z,), logdet
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        warn_of_raw_images(self, self._checked(x))
+        return super().log_prob(x, context)
 
     def inverse(  # type: ignore[override]
         self, z: tuple[Tensor, ...], context: Tensor | None = None
@@ -120,7 +128,7 @@ class Glow(_ChainFlow):
         network: makes the network of each coupling, instead of the built-in ones:
             `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
             (N, out_channels, *spatial). It is called with the context as second argument, if one is
-            given, and may take any.
+            given, and may take any. With dropout, the flow is no bijection in training mode.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -192,8 +200,8 @@ class VectorFlow(_ChainFlow):
         width: number of hidden units of the built-in coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
         context_channels, network: as for `Glow`; there are no maps.
-        reversible, checkpoint_every: as for `ReversibleChain`. On a CPU small flows are faster with
-            reversible=False, and so is every flow whose activations fit in memory.
+        reversible, checkpoint_every: as for `ReversibleChain`. A small flow trains faster with
+            reversible=False.
 
     Raises:
         TypeError: a number is not an integer, or `network` returns no module.

@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.layers.flow import given
 from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.ops.checks import check_count, check_tensor
 
@@ -27,14 +28,19 @@ class ManifoldFlow(Chart):
         flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
             x to latents (a tensor or a tuple) with the attributes `input_shape` and
             `latent_shapes`. Its `inverse` takes a tuple.
-        manifold_dim: d, from 1 to the dimension of the data. u then takes the last d latent pixels:
-            the coarsest latents and, within a latent, the last channels.
+        manifold_dim: d, from 1 to the dimension of the data. u then takes d latent pixels: the
+            coarsest latents first, in each latent the last channels first, and in a channel that is
+            not taken whole, pixels that are spread evenly. The pixels of a smaller d are among
+            those of a larger one.
         mask: one bool tensor per latent, True where a pixel belongs to u. Each must broadcast to
             the latent's shape without N. If all are True, the manifold is the whole space and the
             objective is the plain likelihood. If all are False, d is 0, the manifold is the point
             f^-1(0), and the objective is the penalty alone. Both cases raise a warning.
         objective: the training loss; it also defines p_V, the density of v. The model keeps a copy.
-            The default is `ManifoldObjective()`.
+            The default for images, `ManifoldObjective()`, suits images with a range of 1. The
+            default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
+            as u of another flow: the penalty is then the standard normal's, so that a coordinate
+            costs as much off the manifold as on it.
 
     Raises:
         TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
@@ -65,7 +71,10 @@ class ManifoldFlow(Chart):
         self.flow = flow
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
-        self.objective = copy.deepcopy(objective) or ManifoldObjective()
+        if objective is None:
+            is_image = len(self.input_shape) > 1
+            objective = ManifoldObjective() if is_image else ManifoldObjective(weight=1.0)
+        self.objective = copy.deepcopy(objective)
         self.objective.check_fits(self)
         flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
@@ -124,6 +133,7 @@ class ManifoldFlow(Chart):
 
     def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
+        warn_of_raw_images(self, x)
         return self.gather(self.latents(x, context=context)[0])
 
     def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
@@ -132,6 +142,7 @@ class ManifoldFlow(Chart):
 
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
+        warn_of_raw_images(self, x)
         return self.objective.log_likelihood(self, x, context)
 
     def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:
@@ -176,7 +187,42 @@ def _on_mask(
     if manifold_dim is None:
         raise ValueError("manifold_dim, mask: expected at least one of them, got neither")
     check_manifold_dim(manifold_dim, shapes)
-    return torch.arange(total) >= total - manifold_dim
+    flat = torch.zeros(total, dtype=torch.bool)
+    flat[_coarsest_first(shapes)[:manifold_dim]] = True
+    return flat
+
+
+def _coarsest_first(shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Return all D latent pixels in the order in which `manifold_dim` takes them."""
+    parts: list[Tensor] = []
+    offset = 0
+    for channels, *plane in shapes:
+        size = math.prod(plane)
+        pixels = _evenly(*plane) if len(plane) == 2 else torch.arange(size)
+        first = size * torch.arange(channels - 1, -1, -1)
+        parts.insert(0, offset + (first[:, None] + pixels).flatten())
+        offset += channels * size
+    return torch.cat(parts)
+
+
+def _evenly(height: int, width: int) -> Tensor:
+    """Return the pixels of a plane, in an order whose first k pixels cover it evenly, for any k.
+
+    The order goes along the diagonals of a lattice, whose step is near the golden section of the
+    width. In a square plane, the numbers of the first k pixels in two rows, or in two columns,
+    differ by at most one.
+    """
+    rows = torch.arange(height) * _golden_step(height) % height
+    diagonals = torch.arange(width) * _golden_step(width) % width
+    columns = (rows * _golden_step(width) + diagonals[:, None]) % width
+    return (rows * width + columns).flatten()
+
+
+def _golden_step(n: int) -> int:
+    """Return the number coprime to n that is nearest to its golden section."""
+    section = n * (3 - math.sqrt(5)) / 2
+    steps = (step for step in range(1, n + 1) if math.gcd(step, n) == 1)
+    return min(steps, key=lambda step: abs(step - section))
 
 
 def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) -> Tensor:

@@ -27,22 +27,30 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
-from mflow_kernels.models.penalty_weight import Domain, Weight, check_positive, check_weight
+from mflow_kernels.models.penalty_weight import (
+    Domain,
+    ErrorBound,
+    Weight,
+    WeightSchedule,
+    calibrated_weight,
+    check_positive,
+    check_weight,
+)
 from mflow_kernels.ops.checks import (
     check_broadcast,
     check_choice,
     check_state,
 )
-from mflow_kernels.ops.masked_penalty import (
-    RHOS,
-    Rho,
-    masked_penalty,
-    masked_penalty_gaussian,
-    penalty_log_normalizer,
-)
+from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
+from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
+BOUND_WINDOW = 10  # the same for an ErrorBound, which must follow its weight's effect
 LEAST_VARIANCE = 1e-8  # keeps w finite if reconstructions are exact
+# log w changes by this rate times log(error / bound) in a batch. The error follows w over tens of
+# batches, and is large in the first hundred batches with any w. A faster rate would overshoot.
+BOUND_RATE = 0.005
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-3, 1e8  # of an ErrorBound
 
 
 class Terms(NamedTuple):
@@ -86,19 +94,25 @@ class ManifoldObjective(nn.Module):
     Args:
         domain: "latent" or "data": which pixels the penalty is on.
         rho: "l2", "l1" or "huber".
-        weight: w, the weight of each penalty term, in one of three forms:
+        weight: w, the weight of each penalty term, in one of these forms:
 
             - A number > 0.
             - A map. In the data domain it is a tensor of finite numbers >= 0, not all 0, that
               broadcasts to the image. In the latent domain it is a tuple with one tensor of
               numbers > 0 per latent, each broadcasting to its latent; p_V needs them positive.
-            - "variance", in the data domain only: w = 1 / (2 variance), where variance is the mean
-              of e^2 over samples and pixels. It is tracked in training mode, as the mean over all
-              batches so far and from the 100th batch on as a running mean. It is part of the state
-              dict and gets no gradient. The idea follows arXiv 2308.13792, whose summary mentions
-              a variance-derived factor. In the latent domain, stretching v would lower w and raise
-              the log-determinant without bound.
-        delta: |e| at which "huber" turns from quadratic to linear, > 0.
+            - "variance", in the data domain only: the w with which exp(-w rho) fits the errors
+              best. This is 1 / variance for "l2", where variance is the mean of e^2 over samples
+              and pixels, and 1 / mean |e| for "l1" (`calibrated_weight`). The mean of rho is
+              tracked in training mode, as the mean over all batches so far and from the 100th
+              batch on as a running mean. It is part of the state dict and gets no gradient. A
+              decoder with calibrated noise is that of Rybkin et al. (arXiv 2006.13202); the summary
+              of arXiv 2308.13792 mentions a variance-derived factor. In the latent domain,
+              stretching v would lower w and raise the log-determinant without bound.
+            - A `WeightSchedule` or an `ErrorBound`, in the data domain only: w changes in training
+              mode, once per batch, before it is used. Its state is part of the state dict and gets
+              no gradient.
+        delta: |e| at which "huber" turns from quadratic to linear, > 0. The default suits images
+            with a range of 1, whose errors have a deviation of about 0.05.
         sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v and
             needs no tuning: scaling v and sigma together leaves the loss unchanged.
 
@@ -108,13 +122,14 @@ class ManifoldObjective(nn.Module):
 
     variance: Tensor
     batches: Tensor
+    log_weight: Tensor
 
     def __init__(
         self,
         domain: Domain = "data",
         rho: Rho = "l2",
         weight: Weight = 1000.0,
-        delta: float = 1.0,
+        delta: float = 0.1,
         sigma: float = 0.1,
     ) -> None:
         super().__init__()
@@ -130,17 +145,33 @@ class ManifoldObjective(nn.Module):
             self._maps = len(maps)
             for i, part in enumerate(maps):
                 self.register_buffer(f"weight_{i}", part.detach().clone())
-        elif weight == "variance":
-            self.register_buffer("variance", torch.ones((), dtype=torch.float32))
+        elif not isinstance(self._weight, float):
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+            if not isinstance(weight, WeightSchedule):
+                self.register_buffer("variance", torch.ones((), dtype=torch.float32))
+            if isinstance(weight, ErrorBound):
+                start = math.log(weight.start or 1 / weight.error)
+                self.register_buffer("log_weight", torch.tensor(start, dtype=torch.float32))
 
     @property
     def weight(self) -> Weight:
-        """w: a number, "variance", or a map on the module's device."""
+        """w as it was given; a map is on the module's device."""
         if not self._maps:
             return self._weight
         maps = tuple(getattr(self, f"weight_{i}") for i in range(self._maps))
         return maps if self.domain == "latent" else maps[0]
+
+    @property
+    def trained_weight(self) -> Tensor | None:
+        """The present w, a scalar on the module's device; None if training does not change w."""
+        weight = self._weight
+        if weight == "variance":
+            mean = self.variance.clamp(min=LEAST_VARIANCE) / 2
+            return calibrated_weight(mean, self.rho, self.delta)
+        if isinstance(weight, WeightSchedule):
+            share = (self.batches / weight.steps).clamp(max=1.0)
+            return weight.start * (share * math.log(weight.end / weight.start)).exp()
+        return self.log_weight.exp() if isinstance(weight, ErrorBound) else None
 
     def check_fits(self, model: Manifold) -> None:
         """Raise ValueError if a map of weights does not broadcast to the image or the latents."""
@@ -218,7 +249,8 @@ class ManifoldObjective(nn.Module):
         weights = weight if isinstance(weight, tuple) else (weight,) * len(masks)
         parts, normalizers = [], []
         for z, mask, w in zip(latents, masks, weights, strict=True):
-            assert not isinstance(w, str)  # "variance" is for the data domain only
+            # The other forms are for the data domain only.
+            assert isinstance(w, float | Tensor)
             parts.append(masked_penalty_gaussian(z, mask=mask, weight=w, rho=rho, delta=self.delta))
             normalizers.append(_log_normalizer(mask, w, rho, self.delta))
         penalty = torch.stack([p for p, _ in parts]).sum(0)
@@ -228,23 +260,37 @@ class ManifoldObjective(nn.Module):
     def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
         """Return the sum of w rho(x - projection), (N,)."""
         weight = self.weight
-        assert not isinstance(weight, tuple)  # a tuple is for the latent domain only
-        if not isinstance(weight, str):
+        if isinstance(weight, float | Tensor):
             return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
         penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
         if self.training:
-            self._track(x, projection)
-        return penalty / (2 * self.variance.to(penalty.dtype).clamp(min=LEAST_VARIANCE))
+            self._adapt(x, projection)
+        trained = self.trained_weight
+        assert trained is not None  # a tuple is for the latent domain only
+        return penalty * trained.to(penalty.dtype)
 
     @torch.no_grad()
-    def _track(self, x: Tensor, projection: Tensor) -> None:
-        """Update the tracked mean of (x - projection)^2 with one batch."""
-        squares = 2 * masked_penalty(x, projection, rho="l2").double().sum()
-        # Sum over all ranks, so that each keeps the same variance.
-        squares, count = over_ranks(torch.stack([squares, torch.full_like(squares, x.numel())]))
-        self.batches += 1
-        share = (1 / self.batches.clamp(max=VARIANCE_WINDOW)).to(self.variance.dtype)
-        self.variance.lerp_((squares / count).to(share.dtype), share)
+    def _adapt(self, x: Tensor, projection: Tensor) -> None:
+        """Update the trained weight with one batch."""
+        weight = self._weight
+        if isinstance(weight, WeightSchedule):
+            self.batches += 1
+            return
+        rho: Rho = "l2" if isinstance(weight, ErrorBound) else self.rho
+        total = 2 * masked_penalty(x, projection, rho=rho, delta=self.delta).double().sum()
+        # Sum over all ranks, so that each keeps the same weight.
+        total, count = over_ranks(torch.stack([total, torch.full_like(total, x.numel())]))
+        mean = (total / count).to(self.variance.dtype)
+        # Training skips a step whose loss is not finite; the average leaves it out too.
+        finite = mean.isfinite()
+        self.batches += finite
+        window = BOUND_WINDOW if isinstance(weight, ErrorBound) else VARIANCE_WINDOW
+        share = (1 / self.batches.clamp(1, window)).to(self.variance.dtype)
+        self.variance.lerp_(torch.where(finite, mean, self.variance), share)
+        if isinstance(weight, ErrorBound):
+            violation = (self.variance / weight.error).log().clamp(-1.0, 1.0)
+            low, high = math.log(LEAST_WEIGHT), math.log(LARGEST_WEIGHT)
+            self.log_weight.add_(BOUND_RATE * finite * violation).clamp_(low, high)
 
 
 def _log_normalizer(mask: Tensor, weight: Tensor | float, rho: Rho, delta: float) -> Tensor:

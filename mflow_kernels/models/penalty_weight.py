@@ -1,14 +1,94 @@
 """Types and checks for the penalty weight w of the manifold objective."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from mflow_kernels.ops.checks import check_tensor
+from mflow_kernels.ops.checks import check_count, check_tensor
+from mflow_kernels.ops.masked_penalty import Rho
 
 Domain = Literal["latent", "data"]
-Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"]
+HUBER_ITERATIONS = 12  # each reduces the relative error of w at least 4 times, to below 1e-7
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight that moves from `start` to `end` over the first `steps` training batches.
+
+    Every batch multiplies it by the same factor. After `steps` batches it stays at `end`.
+
+    Raises:
+        TypeError, ValueError: a weight is not a finite number > 0, or steps is not an integer >= 1.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_positive("start", self.start)
+        check_positive("end", self.end)
+        check_count("steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class ErrorBound:
+    """A weight that keeps the mean squared error of the projection at or below `error`.
+
+    Training then minimizes -log p(x) subject to that bound. The weight starts at `start`, or at
+    1 / error, the weight that fits a Gaussian with just that error. Each training batch multiplies
+    it by (average / error)^0.005, where `average` is the mean squared error of the last batches (a
+    running mean of 10) and the ratio counts as at most e and at least 1 / e. The weight rises while
+    the error is above the bound and falls while it is below. It stays within [1e-3, 1e8], so that a
+    bound that cannot be reached does not overflow.
+
+    For "l2" the weight is a Lagrange multiplier of the bound; this update of its logarithm is that
+    of GECO (Rezende and Viola, *Taming VAEs*, arXiv 1810.00597, algorithm 1). The other penalties
+    are not the bounded error itself, but a larger weight lowers the error too.
+
+    Args:
+        error: largest mean of e^2 over samples and pixels, in squared units of the data.
+        start: weight before the first batch; None for 1 / error.
+
+    Raises:
+        TypeError, ValueError: a value is not a finite number > 0.
+    """
+
+    error: float
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("error", self.error)
+        if self.start is not None:
+            check_positive("start", self.start)
+
+
+Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"] | WeightSchedule | ErrorBound
+
+
+def calibrated_weight(mean: Tensor, rho: Rho, delta: float) -> Tensor:
+    """Return the w that maximizes the likelihood of errors e under the density exp(-w rho(e)) / Z.
+
+    `mean` is the mean of rho(e), a scalar > 0. Setting the derivative of w mean + log Z(w) to zero
+    gives w = (1 + t) / (2 mean), where t is the probability of the linear part of rho under that
+    density. t = 0 for l2, so that w is 1 / variance. t = 1 for l1, so that w is 1 / mean |e|. For
+    huber, with a = delta sqrt(w / 2),
+
+        t = 1 / (1 + sqrt(pi) a exp(a^2) erf(a)),
+
+    and the equation is solved by iteration.
+    """
+    if rho == "l1":
+        return 1 / mean
+    w = 1 / (2 * mean)
+    if rho == "huber":
+        for _ in range(HUBER_ITERATIONS):
+            a = delta * (w / 2).sqrt()
+            tail = 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
+            w = (1 + tail) / (2 * mean)
+    return w
 
 
 def check_positive(name: str, value: object) -> None:
@@ -30,6 +110,13 @@ def check_weight(weight: object, domain: Domain) -> Weight:
                 "stretching v would then lower the loss without bound"
             )
         return "variance"
+    if isinstance(weight, WeightSchedule | ErrorBound):
+        if domain == "latent":
+            raise ValueError(
+                "weight: expected a number or a map in the latent domain, got "
+                f"{type(weight).__name__}: the weight is part of the density there"
+            )
+        return weight
     if isinstance(weight, Tensor | tuple):
         if isinstance(weight, tuple) != (domain == "latent"):
             kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"

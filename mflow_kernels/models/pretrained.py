@@ -4,6 +4,7 @@ The JSON file describes the architecture, the other one holds every tensor. Any 
 both, and neither can carry code.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from itertools import pairwise
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from mflow_kernels.layers import Bijection
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import ManifoldObjective
+from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
@@ -35,7 +38,8 @@ def build(
         architecture: `image_shape` (C, H, W); `levels`, `steps` and `width` of the image flow; and
             `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
             `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
-            repeats those of the image flow.
+            repeats those of the image flow. Optional entries are `final_weight` with
+            `weight_steps`, `error_bound`, `delta` and `sigma`.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -48,11 +52,22 @@ def build(
             ManifoldFlow(
                 flow,
                 manifold_dim=stage["manifold_dim"],
-                objective=ManifoldObjective(stage["domain"], stage["rho"], stage["weight"]),
+                objective=_objective(stage),
             )
             for flow, stage in zip(flows, stages, strict=True)
         ]
     )
+
+
+def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
+    """Build the objective of a stage. Exports of earlier versions have fewer entries."""
+    weight: Weight = stage["weight"]
+    if stage.get("error_bound") is not None:
+        weight = ErrorBound(stage["error_bound"], stage["weight"])
+    elif stage.get("final_weight") is not None:
+        weight = WeightSchedule(stage["weight"], stage["final_weight"], stage["weight_steps"])
+    delta, sigma = stage.get("delta", 1.0), stage.get("sigma", 0.1)
+    return ManifoldObjective(stage["domain"], stage["rho"], weight, delta, sigma)
 
 
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
@@ -120,15 +135,32 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
             raise ValueError(
                 f"folder: expected {name} in {path / WEIGHTS} to be {own.dtype}, got {tensor.dtype}"
             )
-        if not tensor.isfinite().all() or (is_fixed(name) and not tensor.equal(own)):
+        if not tensor.isfinite().all():
             raise ValueError(f"folder: expected weights of a model in {path / WEIGHTS}: {name}")
+    try:
+        check_selection(tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
+        ) from None
     model.load_state_dict(tensors)
     return model.eval()
 
 
-def is_fixed(name: str) -> bool:
-    """Whether the architecture alone determines the values of the tensor `name`."""
-    return name.rpartition(".")[2].startswith(("manifold_index", "off_mask_"))
+def check_selection(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the index of a stage's u does not belong to its masks of v.
+
+    A file holds the latent pixels that its model selected. They need not be those that this version
+    would select.
+    """
+    for name, index in tensors.items():
+        prefix, found, _ = name.partition("manifold_index")
+        if found:
+            names = (f"{prefix}off_mask_{i}" for i in itertools.count())
+            masks = [tensors[mask] for mask in itertools.takewhile(tensors.__contains__, names)]
+            off = torch.cat([mask.flatten() for mask in masks])
+            if not torch.equal((~off).nonzero()[:, 0], index):
+                raise ValueError(f"{name} differs from the masks")
 
 
 def _flow_shapes(flows: list[Bijection]) -> dict[str, tuple[int, ...]]:

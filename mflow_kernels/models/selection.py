@@ -129,8 +129,7 @@ def manifold_mask_from_data(
     """Select the manifold_dim latent pixels that contribute most to the reconstruction of x.
 
     Pass the result to `ManifoldFlow(flow, mask=...)`. The other arguments are those of
-    `latent_importance`. Ties go to the coarser latent and the later pixel, as in
-    `ManifoldFlow(flow, manifold_dim)`.
+    `latent_importance`. Ties go to the coarser latent and the later pixel.
 
     Returns:
         One bool tensor per latent, of its shape without N: True where the pixel is u.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mflow_kernels.ops.launch import without_autocast
+from mflow_kernels.ops.precision import without_autocast
 
 Method = Literal["exact", "hutchinson"]
 Decode = Callable[..., Tensor]
@@ -119,12 +119,12 @@ def jacobians(
         size = max(1, PASS_ELEMENTS // (len(part) * dimensions))  # columns per pass
         for unit in torch.eye(d, dtype=u.dtype, device=u.device).split(size):
             k = len(unit)
-            pushed = _push(decode, part.repeat(k, 1), unit.repeat_interleave(len(part), 0))
+            pushed = push_forward(decode, part.repeat(k, 1), unit.repeat_interleave(len(part), 0))
             columns += pushed.double().unflatten(0, (k, len(part))).unbind()
         yield torch.stack(columns, dim=2)
 
 
-def _push(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
+def push_forward(decode: Decode, u: Tensor, v: Tensor) -> Tensor:
     """Return J v (N, D) at u; the result is differentiable."""
     with forward_ad.dual_level():
         x = forward_ad.unpack_dual(decode(forward_ad.make_dual(u, v)))
@@ -150,9 +150,9 @@ def _stochastic(
     value, error = value.to(u.dtype), error.to(u.dtype)
     if torch.is_grad_enabled():
         with torch.no_grad():
-            solved = _push(decode, rows, solution)
+            solved = push_forward(decode, rows, solution)
         # The difference below is 0 and only carries the gradient.
-        surrogate = (solved * _push(decode, rows, z)).sum(1).view(n, probes).mean(1)
+        surrogate = (solved * push_forward(decode, rows, z)).sum(1).view(n, probes).mean(1)
         value = value + (surrogate - surrogate.detach())
     return value, error
 
@@ -164,7 +164,7 @@ def _metric(decode: Decode, u: Tensor) -> Callable[[Tensor], Tensor]:
         x = decode(u_leaf)
 
     def multiply(v: Tensor) -> Tensor:
-        pushed = _push(decode, u, v).view_as(x)
+        pushed = push_forward(decode, u, v).view_as(x)
         return torch.autograd.grad(x, u_leaf, pushed, retain_graph=True)[0]
 
     return multiply

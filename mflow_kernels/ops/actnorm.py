@@ -15,28 +15,16 @@ operator serves an actnorm layer that stands alone.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    elementwise_tile,
-    flow_state,
-    in_layout_of,
-    launch,
-    pixels,
-    strided,
-    tile_columns,
-    uses_triton,
-)
+from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
 
 
 def _per_channel(value: Tensor, x: Tensor) -> Tensor:

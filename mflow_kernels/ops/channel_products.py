@@ -8,29 +8,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from mflow_kernels.ops.addresses import at, store, strided
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    launch,
-    net_input,
-    pixels,
-    store,
-    strided,
-    tile_columns,
-    uses_triton,
-    write_ledger,
-)
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.tiles import columns, tile_columns, write_ledger
 
 
 @triton.jit
@@ -209,7 +197,8 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
     # In tf32x3 each warp takes 16 rows of a product; more warps than that would repeat rows. Up to
     # C = 32 there are more columns than rows, and warps take columns.
-    return Conv1x1Tile(block_o, 16 if c <= 16 else 32, 64 if c <= 64 else 32, 4)
+    block_c = 16 if c <= 16 or 32 < c <= 48 else 32
+    return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4)
 
 
 class WeightGradientTile(NamedTuple):

@@ -41,16 +41,9 @@ from mflow_kernels.ops.checks import (
     check_shape,
     check_tensor,
 )
-from mflow_kernels.ops.launch import (
-    accumulator,
-    capturing,
-    cut_net_input,
-    flow_state,
-    in_layout_of,
-    net_input,
-    uses_triton,
-    without_autocast,
-)
+from mflow_kernels.ops.launch import capturing, uses_triton
+from mflow_kernels.ops.layouts import cut_net_input, flow_state, in_layout_of, net_input
+from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import operator, register
 
 PRECISIONS = ("tf32x3", "tf32")

@@ -18,34 +18,16 @@ Bytes at least: forward x and params read, y written; backward also d y read, d 
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import at, step, store, strided
 from mflow_kernels.ops.checks import check_device, check_shape
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    elementwise_tile,
-    flow_state,
-    in_layout_of,
-    launch,
-    ledger_columns,
-    pixels,
-    read_ledger,
-    step,
-    store,
-    strided,
-    tile_columns,
-    uses_triton,
-    write_ledger,
-)
+from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import (
     Kind,
@@ -54,6 +36,14 @@ from mflow_kernels.ops.scale import (
     log_scale_ref,
     scale_of,
     slope_ref,
+)
+from mflow_kernels.ops.tiles import (
+    columns,
+    elementwise_tile,
+    ledger_columns,
+    read_ledger,
+    tile_columns,
+    write_ledger,
 )
 
 
@@ -117,24 +107,50 @@ def coupling_backward_ref(
 
 
 @triton.jit
-def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    """raw and shift of channels c (rows) at columns (n, p), and the mask of x_b, which has them."""
+def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
+    """Addresses of raw for channels c (rows) at columns (n, p), the distance from raw to shift, the
+    mask of x_b, which has both, and whether they share memory sectors of 32 bytes.
+
+    In a channels_last pixel they do unless each fills whole sectors. From 64 bytes on, only a small
+    part is shared.
+    """
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
     at_raw = at(params, strides, n, c - C_A, p)
-    at_shift = at_raw + step(C - C_A, strides[1], strides[3])
-    raw = tl.load(at_raw, mask=is_b, other=0.0).to(DTYPE)
-    shift = tl.load(at_shift, mask=is_b, other=0.0).to(DTYPE)
+    to_shift = step(C - C_A, strides[1], strides[3])
+    BYTES: tl.constexpr = (C - C_A) * params.dtype.element_ty.primitive_bitwidth // 8
+    SHARED: tl.constexpr = strides[1] is None and BYTES < 64 and BYTES != 32
+    return at_raw, to_shift, is_b, SHARED
+
+
+@triton.jit
+def at_both(at_raw, to_shift):
+    """Addresses of raw and shift along a third axis: one access to both moves each sector once."""
+    return at_raw[:, :, None] + (tl.arange(0, 2) * to_shift)[None, None, :]
+
+
+@triton.jit
+def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
+    """raw and shift of channels c (rows) at columns (n, p), and the mask of x_b, which has them."""
+    at_raw, to_shift, is_b, SHARED = at_params(params, strides, n, c, p, valid, C)
+    if SHARED:
+        both = tl.load(at_both(at_raw, to_shift), mask=is_b[:, :, None], other=0.0)
+        raw, shift = tl.split(both.to(DTYPE))
+    else:
+        raw = tl.load(at_raw, mask=is_b, other=0.0).to(DTYPE)
+        shift = tl.load(at_raw + to_shift, mask=is_b, other=0.0).to(DTYPE)
     return raw, shift, is_b
 
 
 @triton.jit
-def store_params(params, strides, raw, shift, n, c, p, is_b, C: tl.constexpr):
+def store_params(params, strides, raw, shift, n, c, p, valid, C: tl.constexpr):
     """Store raw and shift where `load_params` loads them."""
-    C_A: tl.constexpr = C // 2
-    at_raw = at(params, strides, n, c - C_A, p)
-    store(at_raw, raw, mask=is_b)
-    store(at_raw + step(C - C_A, strides[1], strides[3]), shift, mask=is_b)
+    at_raw, to_shift, is_b, SHARED = at_params(params, strides, n, c, p, valid, C)
+    if SHARED:
+        store(at_both(at_raw, to_shift), tl.join(raw, shift), mask=is_b[:, :, None])
+    else:
+        store(at_raw, raw, mask=is_b)
+        store(at_raw + to_shift, shift, mask=is_b)
 
 
 @triton.jit
@@ -240,7 +256,7 @@ def _coupling_bwd_kernel(
         dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlog_s, SCALE, INVERSE)
         tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
-        store_params(dparams, dparams_strides, draw, dshift, n, c, p, is_b, C)
+        store_params(dparams, dparams_strides, draw, dshift, n, c, p, valid, C)
 
 
 def launch_coupling(

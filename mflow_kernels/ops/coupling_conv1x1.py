@@ -20,11 +20,10 @@ written, and g, x, params once more for dW.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.channel_products import (
     arithmetic,
     conv1x1_tile,
@@ -34,6 +33,7 @@ from mflow_kernels.ops.channel_products import (
     pipeline_stages,
     tile_and_block,
 )
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.conv1x1 import (
     add_to_first_half,
     check_conv1x1,
@@ -50,27 +50,20 @@ from mflow_kernels.ops.coupling import (
     load_params,
     store_params,
 )
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    accumulator,
-    at,
-    columns,
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import (
     cut_net_input,
     dense_pixels,
     flow_state,
     in_layout_of,
-    launch,
-    ledger_columns,
     net_input,
     pixels,
-    read_ledger,
-    strided,
-    tile_columns,
-    uses_triton,
 )
 from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
+from mflow_kernels.ops.tiles import columns, ledger_columns, read_ledger, tile_columns
 
 
 def coupling_conv1x1_ref(
@@ -132,7 +125,7 @@ def _coupling_conv1x1_bwd_kernel(
     dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
     tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
-    store_params(dparams, dparams_strides, draw, dshift, n, c, p, is_b, C)
+    store_params(dparams, dparams_strides, draw, dshift, n, c, p, valid, C)
 
 
 def launch_coupling_conv1x1_backward(

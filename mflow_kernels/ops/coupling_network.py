@@ -52,7 +52,8 @@ from mflow_kernels.ops.coupling_network_kernels import (
     rows,
 )
 from mflow_kernels.ops.fastest import fastest, requested
-from mflow_kernels.ops.launch import accumulator, transformed, uses_triton, without_autocast
+from mflow_kernels.ops.launch import transformed, uses_triton
+from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import register
 
 

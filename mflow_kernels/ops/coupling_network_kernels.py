@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import launch
 
 # Arguments that depend on the size and number of the images. Triton must not specialize on them.

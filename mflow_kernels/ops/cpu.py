@@ -11,7 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import dense_pixels, net_input, transformed
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import dense_pixels, net_input
 from mflow_kernels.ops.scale import ScaleFunction
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-import triton
-import triton.testing
 from torch import Tensor
+
+from mflow_kernels.ops.compiler import triton
 
 Choice = Literal["auto", "torch", "fused"]
 Candidate = Callable[[], Sequence[Tensor]]

@@ -14,13 +14,12 @@ Bytes at least: the ledger read once, N results written.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import launch, uses_triton
-from mflow_kernels.ops.registration import operator
+from mflow_kernels.ops.registration import operator, register
 
 BLOCK_T = 1024
 
@@ -49,18 +48,12 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     return logdet
 
 
-def _accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
+def _forward(ledger: Tensor, constant: Tensor) -> Tensor:
     run = launch_accumulate if uses_triton(ledger) else accumulate_logdet_ref
     return run(ledger, constant)
 
 
-accumulate_logdet_op = torch.library.custom_op(
-    "mflow::accumulate_logdet", _accumulate, mutates_args=()
-)
-
-
-@accumulate_logdet_op.register_fake
-def _(ledger: Tensor, constant: Tensor) -> Tensor:
+def _fake(ledger: Tensor, constant: Tensor) -> Tensor:
     return ledger.new_empty(ledger.shape[0])
 
 
@@ -68,11 +61,13 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.columns = inputs[0].shape[1]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return grad[:, None].expand(-1, ctx.columns), grad.sum()
+def _gradient(ctx: Any, dlogdet: Tensor, run: None) -> tuple[Tensor, Tensor]:
+    return dlogdet[:, None].expand(-1, ctx.columns), dlogdet.sum()
 
 
-accumulate_logdet_op.register_autograd(_backward, setup_context=_setup)
+accumulate_logdet_op, _ = register(
+    "accumulate_logdet", _forward, fake=_fake, setup=_setup, gradient=_gradient
+)
 
 
 def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
@@ -94,11 +89,11 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
         raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
     check_shape("constant", constant, ())
     check_device("constant", constant, ledger)
-    return operator(accumulate_logdet_op, _accumulate)(ledger, constant)
+    return operator(accumulate_logdet_op, _forward)(ledger, constant)
 
 
 def sum_ledger(ledger: Tensor) -> Tensor:
     """The sum of each row of an operator's ledger (N, T)."""
     if ledger.shape[1] == 1:
         return ledger[:, 0]
-    return operator(accumulate_logdet_op, _accumulate)(ledger, ledger.new_zeros(()))
+    return operator(accumulate_logdet_op, _forward)(ledger, ledger.new_zeros(()))

@@ -28,11 +28,9 @@ weight is read fastest in the memory format of the input.
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,66 +38,16 @@ from torch import Tensor
 from mflow_kernels.ops.checks import (
     STATE_DTYPES,
     check_broadcast,
-    check_choice,
     check_device,
     check_shape,
     check_state,
     check_tensor,
 )
 from mflow_kernels.ops.cpu import _C
-from mflow_kernels.ops.launch import accumulator, transformed
-from mflow_kernels.ops.registration import operator, refuse_second_derivative
-
-Rho = Literal["l2", "l1", "huber"]
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class _PenaltyFunction:
-    """rho(e) and rho'(e), elementwise, and log of the integral of exp(-w rho(e)) over e."""
-
-    value: Callable[[Tensor, float], Tensor]
-    slope: Callable[[Tensor, float], Tensor]
-    log_normalizer: Callable[[Tensor, float], Tensor]
-
-
-def _huber(e: Tensor, delta: float) -> Tensor:
-    inside = e.abs().clamp(max=delta)
-    return inside * (e.abs() - inside / 2)
-
-
-def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
-    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
-    knee = delta * (w / 2).sqrt()
-    body = HALF_LOG_2PI - 0.5 * w.log() + torch.erf(knee).log()
-    tails = math.log(2 / delta) - w.log() - knee.square()
-    return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
-
-
-# A new function: its name in `Rho`, a row here, and one in csrc/masked_penalty/masked_penalty.h.
-_PENALTY_FUNCTIONS = {
-    "l2": _PenaltyFunction(
-        value=lambda e, delta: e.square() / 2,
-        slope=lambda e, delta: e,
-        log_normalizer=lambda w, delta: HALF_LOG_2PI - 0.5 * w.log(),
-    ),
-    "l1": _PenaltyFunction(
-        value=lambda e, delta: e.abs(),
-        slope=lambda e, delta: e.sign(),
-        log_normalizer=lambda w, delta: math.log(2) - w.log(),
-    ),
-    "huber": _PenaltyFunction(
-        value=_huber,
-        slope=lambda e, delta: e.clamp(-delta, delta),
-        log_normalizer=_huber_log_normalizer,
-    ),
-}
-RHOS = tuple(_PENALTY_FUNCTIONS)
-
-
-def penalty_function(rho: str) -> _PenaltyFunction:
-    check_choice("rho", rho, RHOS)
-    return _PENALTY_FUNCTIONS[rho]
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
 
 
 def _terms(
@@ -239,16 +187,12 @@ def _forward(
     return penalty, gaussian
 
 
-_masked_penalty = torch.library.custom_op("mflow::masked_penalty", _forward, mutates_args=())
-
-
-@_masked_penalty.register_fake
-def _(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     penalty = input.new_empty(input.shape[0], dtype=accumulator(input.dtype))
     return penalty, torch.empty_like(penalty)
 
 
-def _gradients(
+def _empty_gradients(
     input: Tensor, target: Tensor | None, for_input: bool, for_target: bool
 ) -> tuple[Tensor, Tensor]:
     """Uninitialized (d input, d target), laid out as these tensors; (0,) for one not needed."""
@@ -257,8 +201,7 @@ def _gradients(
     return dinput, dtarget
 
 
-@torch.library.custom_op("mflow::masked_penalty_backward", mutates_args=())
-def _masked_penalty_backward(
+def _backward(
     grad_penalty: Tensor,
     grad_gaussian: Tensor,
     input: Tensor,
@@ -271,7 +214,7 @@ def _masked_penalty_backward(
     for_input: bool,
     for_target: bool,
 ) -> tuple[Tensor, Tensor]:
-    dinput, dtarget = _gradients(input, target, for_input, for_target)
+    dinput, dtarget = _empty_gradients(input, target, for_input, for_target)
     native = _native(input.device)
     if native is None:
         de = masked_penalty_backward_ref(
@@ -288,22 +231,23 @@ def _masked_penalty_backward(
     return dinput, dtarget
 
 
-@_masked_penalty_backward.register_fake
-def _(
+def _fake_backward(
     grad_penalty: Tensor, grad_gaussian: Tensor, input: Tensor, target: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(input, target, *rest[-2:])
+    return _empty_gradients(input, target, *rest[-2:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.scale, ctx.rho, ctx.delta = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor) -> tuple[Any, ...]:
+def _gradient(
+    ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor, run: Any
+) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("masked_penalty")
     for_input, for_target = ctx.needs_input_grad[:2]
-    dinput, dtarget = _masked_penalty_backward(
+    dinput, dtarget = run(
         *(grad_penalty, grad_gaussian, *ctx.saved_tensors),
         *(ctx.scale, ctx.rho, ctx.delta, for_input, for_target),
     )
@@ -311,7 +255,15 @@ def _differentiate(ctx: Any, grad_penalty: Tensor, grad_gaussian: Tensor) -> tup
     return (*grads, None, None, None, None, None)
 
 
-_masked_penalty.register_autograd(_differentiate, setup_context=_setup_context)
+masked_penalty_op, _ = register(
+    "masked_penalty",
+    _forward,
+    _backward,
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup=_setup,
+    gradient=_gradient,
+)
 
 
 def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
@@ -323,14 +275,6 @@ def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
             f"{name}: expected a constant (no gradient flows to it), got requires_grad=True; "
             "pass it detached"
         )
-
-
-def _check_rho(rho: str, delta: float) -> None:
-    check_choice("rho", rho, RHOS)
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
-        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
-    if not (0 < delta < math.inf):
-        raise ValueError(f"delta: expected a finite number above 0, got {delta}")
 
 
 def _flat(value: Tensor, inner: torch.Size) -> Tensor:
@@ -391,14 +335,14 @@ def masked_penalty_gaussian(
             raise ValueError(f"weight: expected a finite number of at least 0, got {weight}")
     else:
         raise TypeError(f"weight: expected a number or a Tensor, got {type(weight).__name__}")
-    _check_rho(rho, delta)
+    check_rho(rho, delta)
     if input.dim() > 5:
         inner = input.shape[1:]
         input = input.flatten(1)
         target = None if target is None else target.flatten(1)
         mask = None if mask is None else _flat(mask, inner)
         weights = None if weights is None else _flat(weights, inner)
-    run = operator(_masked_penalty, _forward)
+    run = operator(masked_penalty_op, _forward)
     penalty, gaussian = run(input, target, mask, weights, scale, rho, float(delta))
     return penalty, gaussian
 
@@ -417,37 +361,3 @@ def masked_penalty(
     Arguments and errors are those of `masked_penalty_gaussian`.
     """
     return masked_penalty_gaussian(input, target, mask=mask, weight=weight, rho=rho, delta=delta)[0]
-
-
-@torch.compiler.assume_constant_result  # torch 2.9 cannot trace `float` of a tensor
-def _log_normalizer_of_number(rho: Rho, weight: float, delta: float) -> float:
-    return float(penalty_log_normalizer(rho, torch.tensor(weight, dtype=torch.float64), delta))
-
-
-@overload
-def penalty_log_normalizer(rho: Rho, weight: float, delta: float = 1.0) -> float: ...
-@overload
-def penalty_log_normalizer(rho: Rho, weight: Tensor, delta: float = 1.0) -> Tensor: ...
-def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0) -> Tensor | float:
-    """log of the integral of exp(-weight rho(e)) over e, which normalizes the penalty to a density.
-
-        l2     log sqrt(2 pi / w)
-        l1     log (2 / w)
-        huber  log (sqrt(2 pi / w) erf(delta sqrt(w / 2)) + 2 / (w delta) exp(-w delta^2 / 2))
-
-    Args:
-        rho: "l2", "l1" or "huber".
-        weight: w, a number above 0 or a tensor of such numbers. A tensor may contain 0, for which
-            no density exists; the result there is infinite.
-        delta: the threshold of huber, in units of e.
-
-    Returns:
-        A number, or a tensor with the shape and dtype of weight (float32 for 16-bit dtypes).
-    """
-    _check_rho(rho, delta)
-    if not isinstance(weight, Tensor):
-        if not (0 < weight < math.inf):
-            raise ValueError(f"weight: expected a finite number above 0, got {weight}")
-        return _log_normalizer_of_number(rho, weight, delta)
-    w = check_tensor("weight", weight).to(accumulator(weight.dtype))
-    return penalty_function(rho).log_normalizer(w, delta)

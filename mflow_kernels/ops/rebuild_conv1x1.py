@@ -24,29 +24,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import at, at_halves, store, strided, strided_halves
 from mflow_kernels.ops.channel_products import MULTIPROCESSORS, arithmetic, partial_sums
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    accumulator,
-    at,
-    at_halves,
-    columns,
-    cut_net_input,
-    dense_pixels,
-    launch,
-    pixels,
-    store,
-    strided,
-    strided_halves,
-    tile_columns,
-    uses_triton,
-    without_autocast,
-)
+from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
+from mflow_kernels.ops.precision import accumulator, without_autocast
+from mflow_kernels.ops.tiles import columns, tile_columns
 
 Halves = tuple[Tensor, Tensor]
 

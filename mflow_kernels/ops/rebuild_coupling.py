@@ -17,11 +17,11 @@ Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
+from mflow_kernels.ops.addresses import at, strided
+from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import (
     couple,
     couple_backward,
@@ -30,21 +30,11 @@ from mflow_kernels.ops.coupling import (
     load_params,
     store_params,
 )
-from mflow_kernels.ops.launch import (
-    RUN_TIME,
-    TL_DTYPE,
-    accumulator,
-    at,
-    columns,
-    dense_pixels,
-    elementwise_tile,
-    launch,
-    pixels,
-    strided,
-    tile_columns,
-    uses_triton,
-)
+from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, pixels
+from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
 
 
 class RebuiltCoupling(NamedTuple):
@@ -110,7 +100,7 @@ def _rebuild_coupling_kernel(
         dz_t = tl.load(at(dz_b, dz_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
         tl.store(at(dy_b, dy_strides, n, c, p), dy_t, mask=inside)
-        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, inside, 2 * C_B)
+        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, valid, 2 * C_B)
 
 
 def launch_rebuild_coupling(

@@ -13,33 +13,33 @@ from mflow_kernels.ops.launch import transformed
 def register(
     name: str,
     forward: Callable[..., Any],
-    backward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
     *,
     fake: Callable[..., Any],
-    fake_backward: Callable[..., Any],
+    fake_backward: Callable[..., Any] | None = None,
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     gradient: Callable[..., tuple[Tensor | None, ...]],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Register mflow::name and mflow::name_backward.
+    """Register mflow::name and, if the gradient has a kernel, mflow::name_backward.
 
     Args:
         forward, backward: the computations without autograd; their annotations become the
-            operators' schemas.
+            operators' schemas. Without `backward`, torch's operators compute the gradient.
         fake, fake_backward: return empty results of the same shapes, dtypes and layouts.
         setup: called as setup(ctx, inputs, outputs); stores in ctx the values for `gradient`.
         gradient: called as gradient(ctx, *output_gradients, run=...); returns a gradient for each
-            input. `run` is the backward operator, or `backward` itself.
+            input. `run` is the backward operator, `backward` itself, or None.
 
     Returns:
         The registered operator, and the operator as `eager_function`.
     """
     operator = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
-    backward_operator = torch.library.custom_op(
-        f"mflow::{name}_backward", backward, mutates_args=()
-    )
     operator.register_fake(fake)
-    backward_operator.register_fake(fake_backward)
-    operator.register_autograd(partial(gradient, run=backward_operator), setup_context=setup)
+    run = None
+    if backward is not None and fake_backward is not None:
+        run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
+        run.register_fake(fake_backward)
+    operator.register_autograd(partial(gradient, run=run), setup_context=setup)
     return operator, eager_function(forward, setup, partial(gradient, run=backward))
 
 

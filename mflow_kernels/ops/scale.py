@@ -16,11 +16,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_choice
+from mflow_kernels.ops.compiler import tl, triton
 
 Kind = Literal["sigmoid", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.ops.launch import accumulator, capturing, in_layout_of, transformed
+from mflow_kernels.ops.launch import capturing, transformed
+from mflow_kernels.ops.layouts import in_layout_of
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.reversible.program import (
     ChannelLinear,

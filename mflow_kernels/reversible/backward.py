@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.ops.launch import accumulator, is_channels_last, without_autocast
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1, rebuild_splits
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
 from mflow_kernels.reversible.program import (

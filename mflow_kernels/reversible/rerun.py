@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mflow_kernels.ops.launch import autocasts, capturing, without_autocast
+from mflow_kernels.ops.launch import capturing
+from mflow_kernels.ops.precision import autocasts, without_autocast
 
 # For each network whose runs were compared, and for the modes in which it ran: whether it draws
 # random numbers from the default generators.

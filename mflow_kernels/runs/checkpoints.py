@@ -23,10 +23,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from mflow_kernels.data.files import write_atomically
-from mflow_kernels.models.pretrained import is_fixed
+from mflow_kernels.data.files import sync, write_atomically
+from mflow_kernels.models.pretrained import check_selection
+from mflow_kernels.runs.progress import Progress
 
 LAST = "last.ckpt"
+METRICS = "metrics.csv"
 PREVIOUS = "previous.ckpt"
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -34,7 +36,7 @@ _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_grow
 class Checkpoint(NamedTuple):
     """The content of a checkpoint, on the CPU.
 
-    Everything else that training needs is a function of the step and is not read.
+    Everything else that training needs is a function of these and of the options, and is not read.
     """
 
     path: Path
@@ -42,14 +44,17 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]  # weights, averaged weights, and the guard's statistics
     moments: dict[int, dict[str, Tensor]]  # AdamW's state of each parameter that was trained
     grad_scaler: dict[str, float]  # empty unless the networks are in float16
+    progress: Progress | None  # None in a checkpoint of an earlier version
 
 
 class Expected(NamedTuple):
     """The content that a checkpoint of a run must have."""
 
     tensors: Mapping[str, Tensor]  # the names, shapes and dtypes
-    parameters: Sequence[Tensor] | None = None  # in AdamW's order; None: its state is not checked
-    steps: float = math.inf  # largest number of steps
+    # What training needs to resume; without parameters only the weights are expected.
+    parameters: Sequence[Tensor] | None = None  # in AdamW's order
+    stages: int = 0  # number of stages
+    images: int = 0  # number of training images
 
 
 def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
@@ -89,14 +94,15 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         )
     try:
         _check_finite(tensors)
-        for name, tensor in expected.tensors.items():
-            if is_fixed(name):
-                _check(torch.equal(tensors[name], tensor), name, "differs from the architecture")
+        check_selection(tensors)
         step = state["global_step"]
-        _check(type(step) is int and 0 <= step <= expected.steps, "global_step", step)
-        moments = {}
+        _check(type(step) is int and 0 <= step < 2**63, "global_step", step)
+        moments, progress = {}, None
         if expected.parameters is not None:
             moments = _moments(state.get("optimizer_states"), expected.parameters, step)
+        recorded = state.get("progress")
+        if expected.parameters is not None and recorded is not None:
+            progress = Progress.from_dict(recorded, step, expected.stages, expected.images)
         scaler: Any = state.get("grad_scaler")
         fits = isinstance(scaler, dict) and scaler.keys() in (set(), _SCALER)
         _check(fits and all(map(_is_count, scaler.values())), "grad_scaler", scaler)
@@ -104,7 +110,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         raise ValueError(
             f"checkpoint: expected one that mflow train wrote, got {path} ({error})"
         ) from None
-    return Checkpoint(path, step, tensors, moments, scaler)
+    return Checkpoint(path, step, tensors, moments, scaler, progress)
 
 
 def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
@@ -230,7 +236,7 @@ class Checkpoints(Callback):
     def __init__(
         self, folder: Path, minutes: float, steps: int | None, resumed: Checkpoint | None = None
     ) -> None:
-        self._path = folder / LAST
+        self._path, self._metrics = folder / LAST, folder / METRICS
         self._minutes = minutes
         self._steps = steps or sys.maxsize
         self._resumed = resumed
@@ -238,6 +244,7 @@ class Checkpoints(Callback):
         self._signal: int | None = None
         self._interrupts = 0
         self._writing = False
+        self._handlers: dict[int, Any] = {}  # from before training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # All ranks have read the checkpoint that training resumes from: rename it to last.ckpt. The
@@ -248,15 +255,16 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            # Lightning has set its handlers; when training ends it restores those from before.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note)
+            self._handlers = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 2 and not self._writing:
-            raise KeyboardInterrupt
+            self._leave()
 
     # Between two steps, when metrics.csv has all values of the step before.
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -282,6 +290,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if self._signal:
             self._leave()
 
@@ -290,6 +300,8 @@ class Checkpoints(Callback):
             return
         self._writing = True
         try:
+            if self._metrics.exists():
+                sync(self._metrics)  # a power cut may then only lose rows that are written again
             trainer.save_checkpoint(self._path)
         finally:
             self._writing = False

@@ -19,6 +19,22 @@ Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 
 
+# Options that the files of earlier versions lack, with the values that these versions used.
+_ADDED_LATER: dict[str, Any] = {
+    "final_weight": None,
+    "weight_steps": None,
+    "error_bound": None,
+    "delta": 1.0,
+    "sigma": 0.1,
+    "stage_final_weight": [],
+    "stage_weight_steps": [],
+    "stage_error_bound": [],
+    "stage_delta": [],
+    "stage_sigma": [],
+    "stage_learning_rate": [],
+}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One flow of the hierarchy: manifold dimension, size of the networks, objective, training."""
@@ -29,6 +45,11 @@ class Stage:
     domain: Domain
     rho: Rho
     weight: Weight
+    final_weight: float | None
+    weight_steps: int | None
+    error_bound: float | None
+    delta: float
+    sigma: float
     learning_rate: float
     epochs: int
     max_steps: int | None
@@ -65,7 +86,8 @@ class ModelOptions:
         levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
-        manifold_dim: Dimensions of the manifold. The coarsest latents are its first coordinates.
+        manifold_dim: Dimensions of the manifold. They are the coarsest latents;
+            whole channels of these give each part of the image the same number of dimensions.
     """
 
     levels: int = 2
@@ -88,6 +110,12 @@ class HierarchyOptions:
         stage_domain: Domain of the penalty; by default that of --domain.
         stage_rho: Shape of the penalty; by default that of --rho.
         stage_weight: Weight of the penalty; by default that of --weight.
+        stage_final_weight: Last weight of a schedule; by default the weight is constant.
+        stage_weight_steps: Steps in which the weight reaches that value.
+        stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
+            there is none.
+        stage_delta: Threshold of huber; by default that of --delta.
+        stage_sigma: Standard deviation off the manifold; by default that of --sigma.
         stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Keep training the earlier flows together with each further one, on the joint
             likelihood and their own penalties and at its learning rate; by default they are frozen.
@@ -101,6 +129,11 @@ class HierarchyOptions:
     stage_domain: list[Domain] = field(default_factory=list)
     stage_rho: list[Rho] = field(default_factory=list)
     stage_weight: list[Weight] = field(default_factory=list)
+    stage_final_weight: list[float] = field(default_factory=list)
+    stage_weight_steps: list[int] = field(default_factory=list)
+    stage_error_bound: list[float] = field(default_factory=list)
+    stage_delta: list[float] = field(default_factory=list)
+    stage_sigma: list[float] = field(default_factory=list)
     stage_learning_rate: list[float] = field(default_factory=list)
     release: bool = False
 
@@ -113,13 +146,28 @@ class ObjectiveOptions:
         domain: Domain of the penalty: latent penalizes the off-manifold latents, data the
             difference between an image and its projection on the manifold.
         rho: Shape of the penalty.
-        weight: Weight of the penalty: a number, or "variance" in the data domain, which is half the
-            inverse variance of the penalized differences, tracked during training.
+        weight: Weight of the penalty: a number, or "variance" in the data domain: the weight that
+            fits the penalized differences, tracked during training. With l2 it is the inverse of
+            their variance.
+        final_weight: Last weight of a schedule: the weight starts at --weight and changes by the
+            same factor in each of --weight-steps steps. Only in the data domain.
+        weight_steps: Steps in which the weight reaches --final-weight.
+        error_bound: Largest mean squared error of the projection. The weight then starts at
+            --weight and changes during training, so that the error stays at or below the bound.
+            Pixels have a range of 1. Only in the data domain.
+        delta: Difference at which the penalty huber turns from quadratic to linear.
+        sigma: Standard deviation of the off-manifold latents in the data domain. It only sets
+            their scale.
     """
 
     domain: Domain = "data"
     rho: Rho = "l2"
     weight: Weight = 1000.0
+    final_weight: float | None = None
+    weight_steps: int | None = None
+    error_bound: float | None = None
+    delta: float = 0.1
+    sigma: float = 0.1
 
 
 @dataclass
@@ -162,6 +210,8 @@ class TrainingOptions:
         max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
         ema_decay: Decay of the running average of the weights, which samples and evaluations use.
             The decay ramps up over the first steps of a stage; 0 disables averaging.
+        init_from: Folder of another run, from whose averaged weights the model starts. Its flows
+            must have the same shapes; it may have fewer stages, or more.
         seed: Seed of weights, data order and noise.
         device: Device to train on; auto takes a GPU if there is one.
         precision: Data type of the coupling networks; the state of the flow is always float32.
@@ -184,6 +234,7 @@ class TrainingOptions:
     loss_spike: float = 10.0
     max_skipped: int = 20
     ema_decay: float = 0.999
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"
@@ -225,24 +276,25 @@ class TrainConfig(
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 to less than 1, got {self.ema_decay}")
-        _check_weight("weight", self.weight, self.domain)
         for name in ("stage_steps", "stage_width", "stage_epochs", "stage_max_steps"):
             for value in getattr(self, name):
                 _check_at_least(name, value, 1)
         stages = self.stages
+        for number, stage in enumerate(stages):
+            _check_objective("stage_" if number else "", stage)
         for outer, inner in pairwise(stages):
             if not 1 <= inner.dim <= outer.dim:
                 raise ValueError(
                     f"stage_dims: expected dimensions from 1 to the {outer.dim} of the stage "
                     f"before, got {inner.dim}"
                 )
-            _check_weight("stage_weight", inner.weight, inner.domain)
 
     @property
     def stages(self) -> "list[Stage]":
         """The image flow, then each further flow."""
         first = Stage(
             self.manifold_dim, self.steps, self.width, self.domain, self.rho, self.weight,
+            self.final_weight, self.weight_steps, self.error_bound, self.delta, self.sigma,
             self.learning_rate, self.epochs, self.max_steps,
         )  # fmt: skip
         count = len(self.stage_dims)
@@ -255,6 +307,11 @@ class TrainConfig(
             _for_each("stage_domain", self.stage_domain, count, self.domain),
             _for_each("stage_rho", self.stage_rho, count, self.rho),
             _for_each("stage_weight", self.stage_weight, count, self.weight),
+            _for_each("stage_final_weight", self.stage_final_weight, count, None),
+            _for_each("stage_weight_steps", self.stage_weight_steps, count, None),
+            _for_each("stage_error_bound", self.stage_error_bound, count, None),
+            _for_each("stage_delta", self.stage_delta, count, self.delta),
+            _for_each("stage_sigma", self.stage_sigma, count, self.sigma),
             _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
             _for_each("stage_max_steps", self.stage_max_steps, count, steps),
@@ -278,6 +335,8 @@ class TrainConfig(
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
+        if self.init_from is not None:
+            values["init_from"] = str(Path(self.init_from).resolve())
         return RunConfig(**values, channels=image_shape[0])
 
 
@@ -311,7 +370,9 @@ class RunConfig(TrainConfig):
         parser.add_argument("--channels", type=int)
         values = parse_yaml(parser, text, source)
         for option in dataclasses.fields(cls):
-            if option.name not in values:  # its default might describe another model
+            if option.name in _ADDED_LATER:
+                values.setdefault(option.name, _ADDED_LATER[option.name])
+            elif option.name not in values:  # its default might describe another model
                 raise ValueError(
                     f"{source}: expected every option of the run, found no {option.name}; is the "
                     "file cut off?"
@@ -399,12 +460,34 @@ def _for_each(name: str, values: list[Any], count: int, default: Any) -> list[An
     return (values or [default]) * count
 
 
-def _check_weight(name: str, weight: Weight, domain: Domain) -> None:
-    if weight == "variance":
-        if domain == "latent":
-            raise ValueError(f"{name}: expected a number in the latent domain, got variance")
-    elif not 0 < weight < float("inf"):
-        raise ValueError(f"{name}: expected more than 0, got {weight}")
+def _check_objective(prefix: str, stage: Stage) -> None:
+    """Check the penalty of a stage, whose options start with `prefix`."""
+    varying = stage.final_weight is not None or stage.error_bound is not None
+    if stage.weight == "variance":
+        if stage.domain == "latent":
+            raise ValueError(
+                f"{prefix}weight: expected a number in the latent domain, got variance"
+            )
+        if varying:
+            raise ValueError(
+                f"{prefix}weight: expected a number with a final weight or an error bound, "
+                "got variance"
+            )
+    for name in ("weight", "final_weight", "error_bound", "delta", "sigma"):
+        value = getattr(stage, name)
+        if value not in (None, "variance") and not 0 < value < float("inf"):
+            raise ValueError(f"{prefix}{name}: expected more than 0, got {value}")
+    if varying and stage.domain == "latent":
+        name = "error_bound" if stage.final_weight is None else "final_weight"
+        raise ValueError(f"{prefix}{name}: expected none in the latent domain")
+    if stage.final_weight is not None and stage.error_bound is not None:
+        raise ValueError(f"{prefix}error_bound: expected none together with {prefix}final_weight")
+    if (stage.final_weight is None) != (stage.weight_steps is None):
+        raise ValueError(
+            f"{prefix}weight_steps: expected both or none of it and {prefix}final_weight"
+        )
+    if stage.weight_steps is not None:
+        _check_at_least(f"{prefix}weight_steps", stage.weight_steps, 1)
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -1,14 +1,18 @@
 """Run folders: create one, read one, and load the model that it describes."""
 
+import csv
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+import yaml
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
-from mflow_kernels import HierarchicalFlow
+from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.data.files import (
     LOCK,
     check_can_be_written,
@@ -20,11 +24,20 @@ from mflow_kernels.data.manifest import MANIFEST, Manifest
 from mflow_kernels.models.pretrained import build, save_pretrained
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.parser import as_option
 
 CONFIG = "config.yaml"
-METRICS = "metrics.csv"
-# Options that may change when a run resumes. They affect how it computes, not the result.
+CHANGES = "changes.csv"
+# Options that may change when a run resumes. The first ones change what it computes, from the next
+# step on; the others change only how.
 CHANGEABLE_OPTIONS = (
+    "learning_rate",
+    "stage_learning_rate",
+    "epochs",
+    "stage_epochs",
+    "max_steps",
+    "stage_max_steps",
+    "batch_size",
     "device",
     "reversible",
     "checkpoint_every",
@@ -75,15 +88,10 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 def architecture(config: RunConfig) -> dict[str, Any]:
     """The architecture of a configuration, as `pretrained.build` takes it."""
+    objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
+    names = ("steps", "width", *objective, "delta", "sigma")
     stages = [
-        {
-            "manifold_dim": stage.dim,
-            "steps": stage.steps,
-            "width": stage.width,
-            "domain": stage.domain,
-            "rho": stage.rho,
-            "weight": stage.weight,
-        }
+        {"manifold_dim": stage.dim, **{name: getattr(stage, name) for name in names}}
         for stage in config.stages
     ]
     flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
@@ -111,8 +119,36 @@ def create_run(
     return make_folder(folder, fill, "run_dir", replaced)
 
 
-def record_config(folder: Path, config: RunConfig) -> None:
-    """Replace the recorded options with those given on resume."""
+class Change(NamedTuple):
+    """An option that changes when a run resumes."""
+
+    option: str
+    before: object
+    after: object
+
+    def __str__(self) -> str:
+        values = (yaml.safe_dump(v, default_flow_style=True) for v in (self.before, self.after))
+        before, after = (text.removesuffix("...\n").strip() for text in values)
+        return f"{as_option(self.option)} {before} -> {after}"
+
+
+def record_changes(folder: Path, config: RunConfig, changes: Sequence[Change], step: int) -> None:
+    """Replace the recorded options with those given on resume, and add the changes to CHANGES.
+
+    Each of its rows has the step from which the new value holds, the option, and its values before
+    and after.
+    """
+    if not changes:
+        return
+    path = folder / CHANGES
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    if path.exists():
+        text.write(read_regular(path).decode(errors="replace"))
+    else:
+        writer.writerow(["step", "option", "before", "after"])
+    writer.writerows([step, *change] for change in changes)
+    write_atomically(path, lambda path: path.write_text(text.getvalue(), newline=""))
     write_atomically(folder / CONFIG, lambda path: path.write_text(config.to_yaml()))
 
 
@@ -200,13 +236,54 @@ def export_run(run: Run, folder: Path) -> None:
     lock.release()
 
 
-def changed_options(asked: RunConfig, recorded: RunConfig) -> str | None:
-    """An error message about the first option that may not change on resume; None if all agree."""
+def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
+    """The options whose values differ from the recorded ones.
+
+    Raises:
+        ValueError: one of them may not change on resume. The message lists those that may.
+    """
+    changes = []
     for option in fields(RunConfig):
         want, have = getattr(asked, option.name), getattr(recorded, option.name)
-        if option.name not in CHANGEABLE_OPTIONS and want != have:
-            return (
-                f"{option.name}: expected {have} as in the run that resumes, got {want}; only "
-                f"{', '.join(CHANGEABLE_OPTIONS)} may change"
+        if want == have:
+            continue
+        if option.name not in CHANGEABLE_OPTIONS:
+            raise ValueError(
+                f"{option.name}: cannot change on resume (the run has {have}, got {want}); "
+                f"{', '.join(map(as_option, CHANGEABLE_OPTIONS))} can; --init-from starts a new "
+                "run from the weights of this one"
             )
-    return None
+        changes.append(Change(option.name, have, want))
+    return changes
+
+
+def initialize_from(model: HierarchicalFlow, folder: str) -> None:
+    """Copy the averaged weights of another run into a model.
+
+    The flows of the stages that both have are copied, and their penalties are not. Further stages
+    keep their weights.
+
+    Raises:
+        ValueError: the folder is not a run folder, or a weight has another shape there.
+    """
+    try:
+        other = load_run(folder, "cpu").model
+    except ValueError as error:
+        raise ValueError(f"init_from: {str(error).removeprefix('run: ')}") from None
+    pairs = list(zip(_flows(model), _flows(other), strict=False))
+    for number, (flow, source) in enumerate(pairs, start=1):
+        wanted, found = flow.state_dict(), source.state_dict()
+        for name in [*wanted, *(name for name in found if name not in wanted)]:
+            shapes = [tuple(t[name].shape) if name in t else None for t in (wanted, found)]
+            if shapes[0] != shapes[1]:
+                expected, came = ("no such weight" if s is None else f"shape {s}" for s in shapes)
+                raise ValueError(
+                    f"init_from: expected the image size, levels, steps, widths and dimensions of "
+                    f"{folder}, but stage {number} differs ({name}: {expected} here, {came} there)"
+                )
+    for flow, source in pairs:
+        flow.load_state_dict(source.state_dict())
+
+
+def _flows(model: HierarchicalFlow) -> list[nn.Module]:
+    return [stage.flow for stage in cast(list[ManifoldFlow], list(model.stages))]

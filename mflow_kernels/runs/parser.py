@@ -31,6 +31,11 @@ class _Formatter(DefaultHelpFormatter):
         return action.dest.upper().replace("_", "-")
 
 
+def as_option(name: str) -> str:
+    """The spelling of an argument on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 class OptionParser(ArgumentParser):
     """An ArgumentParser that raises its errors instead of exiting; see `explain`."""
 

@@ -32,7 +32,8 @@ def preset_text(name: str) -> str:
 
 
 def preset_options(name: str) -> dict[str, Any]:
-    """The options that a preset sets, by their names in TrainConfig.
+    """The options that a preset sets, by their names in RunConfig: the config.yaml of a run is a
+    preset too.
 
     Raises:
         ValueError: `name` is not a preset or file, or it has unknown options or values of the
@@ -40,4 +41,5 @@ def preset_options(name: str) -> dict[str, Any]:
     """
     parser = OptionParser()
     add_options(parser)
+    parser.add_argument("--channels", type=int)
     return parse_yaml(parser, preset_text(name), f"preset: {name}")

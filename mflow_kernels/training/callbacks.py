@@ -1,7 +1,7 @@
 """The progress bar of training, and the file of its metrics."""
 
 import csv
-import sys
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,23 +11,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from mflow_kernels.data.files import read_regular, write_atomically
-from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import ProgressCallback, progress_bar
 from mflow_kernels.training.module import FlowTraining
 
 
 class TrainingProgress(Callback):
-    """Shows a progress bar with the stage and the last logged metrics."""
+    """Shows the progress of training with the stage and the last logged metrics."""
 
     def __init__(self) -> None:
         self._bar = ExitStack()
         self._show: ProgressCallback | None = None
         self._speed = 0.0
-        self._metrics = ""
-        self._held_out = ""
+        self._metrics: dict[str, str] = {}
+        self._held_out: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = _training(pl_module).total_steps
+        total = _training(pl_module).schedule.total_steps
         bar = progress_bar("training", total, trainer.global_step, unit="steps")
         self._show = self._bar.enter_context(bar)
 
@@ -39,25 +38,33 @@ class TrainingProgress(Callback):
         # Reading metrics waits for the device. The logged step before this one has waited already.
         if step % training.log_interval == 1 % training.log_interval:
             self._read(trainer.callback_metrics)
-        if self._metrics and self._show is not None:
-            stage = f"stage {training.trained_stage + 1}/{len(training.model.stages)}"
-            self._show(step, f"{stage}  {self._metrics}{self._held_out}")
+        self._update(trainer, training, "")
+
+    def _update(self, trainer: Trainer, training: FlowTraining, doing: str) -> None:
+        if self._show is None:
+            return
+        stage = f"{training.trained_stage + 1} of {len(training.model.stages)}{doing}"
+        self._show(trainer.global_step, {"stage": stage, **self._metrics, **self._held_out})
 
     def _read(self, metrics: Mapping[str, Any]) -> None:
         if "images_per_second" not in metrics:  # logged after the first step
             return
-        loss, bits, speed, skipped = (
-            float(metrics[name])
-            for name in ("loss", "bits_per_dim", "images_per_second", "skipped")
-        )
+        values = {name: float(metrics[name]) for name in _SHOWN if name in metrics}
+        speed = values["images_per_second"]
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
-        self._metrics = f"loss {loss:.3f}  {bits:.3f} bits/dim  {self._speed:.0f} images/s"
-        if skipped:
-            self._metrics += f"  {skipped:.0f} skipped"
+        values["images_per_second"] = self._speed
+        if not values["skipped"]:
+            del values["skipped"]
+        shown = {name: form for name, form in _SHOWN.items() if name in values}
+        self._metrics = {label: format(values[n], form) for n, (label, form) in shown.items()}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._update(trainer, _training(pl_module), ", validating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         bits = float(trainer.callback_metrics["heldout_bits_per_dim"])
-        self._held_out = f"  held out {bits:.3f}"
+        self._held_out = {"held-out bits/dim": f"{bits:.3f}"}
+        self._update(trainer, _training(pl_module), "")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._bar.close()
@@ -66,35 +73,41 @@ class TrainingProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._bar.close()
-        if isinstance(exception, KeyboardInterrupt | SystemExit | OSError):
-            folder = printable(trainer.default_root_dir)
-            print(
-                f"interrupted; mflow train --resume --run-dir {folder} continues the run",
-                file=sys.stderr,
-            )
+
+
+# Label and format of the metrics that the progress shows.
+_SHOWN = {
+    "bits_per_dim": ("bits/dim", ".3f"),
+    "penalty_bits_per_dim": ("penalty (bits/dim)", ".3f"),
+    "penalty_weight": ("weight", ".4g"),
+    "skipped": ("skipped steps", ".0f"),
+    "images_per_second": ("images/s", ",.0f"),
+}
 
 
 class MetricsCsv(Logger):
     """A CSV file with fixed columns, to which each logged step appends a row immediately.
 
+    `stage` counts from 0. FlowTraining describes the units of the bits per dimension.
+
     Lightning's CSVLogger cannot be used, because it empties its folder when a run resumes.
 
     Args:
-        path: the file. Rows that the run will write again are removed from it: those from
-            `first_step` on, and the validation after the step before.
+        path: the file. Rows that the run will write again are removed from it.
         first_step: the step at which this run starts or resumes.
+        validates: whether the run starts with the validation after the step before.
     """
 
     columns = (
         "step",
         "stage",
-        "loss",
+        "loss_bits_per_dim",
         "bits_per_dim",
         "heldout_bits_per_dim",
-        "on_manifold",
-        "off_manifold",
-        "logdet",
-        "penalty",
+        "on_manifold_bits_per_dim",
+        "off_manifold_bits_per_dim",
+        "logdet_bits_per_dim",
+        "penalty_bits_per_dim",
         "drift",
         "gradient_norm",
         "skipped",
@@ -102,13 +115,14 @@ class MetricsCsv(Logger):
         "folded_condition",
         "learning_rate",
         "images_per_second",
+        "penalty_weight",
     )
 
-    def __init__(self, path: Path, first_step: int = 0) -> None:
+    def __init__(self, path: Path, first_step: int = 0, validates: bool = False) -> None:
         super().__init__()
         self._path = path
         before = [row for row in _read_rows(path) if int(row["step"]) < first_step]
-        repeated = str(first_step - 1)
+        repeated = str(first_step - 1) if validates else ""
         kept = [r for r in before if r["step"] != repeated or not r["heldout_bits_per_dim"]]
 
         def write(temporary: Path) -> None:
@@ -136,6 +150,13 @@ class MetricsCsv(Logger):
             csv.DictWriter(file, self.columns).writerow({**row, "step": step})
 
 
+# Columns that earlier versions wrote in nats per dimension, by their names in those versions.
+_IN_NATS = {
+    name: f"{name}_bits_per_dim"
+    for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty")
+}
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the rows of a MetricsCsv file without their empty cells; no rows if there is no file.
 
@@ -154,10 +175,14 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: {error.strerror}") from None
     lines = text.split("\n")
     torn = lines.pop()  # empty, unless the last line was cut off
+    columns = (lines or [torn])[0].strip("\r\0").split(",")
+    in_nats = [name for name in columns if name in _IN_NATS]
+    columns = [_IN_NATS.get(name, name) for name in columns]
     header = ",".join(MetricsCsv.columns)
-    if not lines and header.startswith(torn.strip("\r\0")):
+    if not lines and header.startswith(",".join(columns)):
         return []
-    if not lines or lines[0].rstrip("\r") != header:
+    # Earlier versions wrote fewer columns.
+    if not lines or columns[:1] != ["step"] or not set(columns) <= set(MetricsCsv.columns):
         raise ValueError(
             f"{path}: expected the metrics of a run, with the columns {header[:30]}..., got "
             f"{(lines or [torn])[0][:30]!r}"
@@ -165,11 +190,15 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.rstrip("\r").split(",")
-        if len(cells) != len(MetricsCsv.columns) or not _are_numbers(cells):
+        if len(cells) != len(columns) or not _are_numbers(cells):
             raise ValueError(
                 f"{path}, line {number}: expected a step and its metrics, got {line[:60]!r}"
             )
-        rows.append(dict(zip(MetricsCsv.columns, cells, strict=True)))
+        row = dict(zip(columns, cells, strict=True))
+        for name in (_IN_NATS[old] for old in in_nats):
+            if row[name]:
+                row[name] = str(float(row[name]) / math.log(2.0))
+        rows.append(row)
     return rows
 
 

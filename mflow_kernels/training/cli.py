@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ _REQUIRED = (
     *("PIL", "filelock", "jsonargparse", "lightning", "matplotlib", "rich", "safetensors"),
     *("tensorboard", "torchmetrics", "torchvision", "yaml"),
 )
+# Arguments of `mflow train` that are not options of the run.
+_OF_TRAIN = {"run_dir", "overwrite", "resume", "preset", "find_learning_rate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,13 +94,14 @@ def _check(argv: list[str]) -> Work:
         from mflow_kernels.runs.presets import preset_options
 
         # The preset's values become the defaults, so options on the command line override them.
-        for command in (trainer, planner):
-            command.set_defaults(preset_options(preset))
+        values = preset_options(preset)
+        planner.set_defaults(values)
+        values.pop("channels", None)  # training takes them from the images
+        trainer.set_defaults(values)
         chosen = parser.parse_args(argv)
-    if chosen.subcommand == "train":
-        options = vars(chosen.train)
-        options.pop("preset")
-        if chosen.train.resume and not chosen.train.overwrite:
+    if chosen.subcommand in ("train", "plan"):
+        options = vars(chosen[chosen.subcommand])
+        if chosen.subcommand == "train" and options["resume"] and not options["overwrite"]:
             if preset:
                 raise ValueError(
                     "preset: expected none with --resume, which reads the options from the run "
@@ -106,12 +110,13 @@ def _check(argv: list[str]) -> Work:
             # The recorded options become the defaults, so only options that are given can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
-            options.pop("preset")
-        return train(options)
-    if chosen.subcommand == "plan":
-        options = vars(chosen.plan)
+        given = parser.parse_args(argv, defaults=False)[chosen.subcommand]
+        if "stage_dims" not in given:
+            # A stage has at most the dimensions of the stage before.
+            dims = accumulate([options["manifold_dim"], *options["stage_dims"]], min)
+            options["stage_dims"] = [*dims][1:]
         options.pop("preset")
-        return plan(options)
+        return train(options) if chosen.subcommand == "train" else plan(options)
     commands: dict[str, Callable[..., Work]] = {
         "prepare": prepare,
         "sample": sample,
@@ -157,6 +162,12 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
         action="store_true",
         help="Continue the run in the run folder from its last checkpoint.",
     )
+    trainer.add_argument(
+        "--find-learning-rate",
+        action="store_true",
+        help="Do not train: test growing learning rates in 100 steps of each stage, and print the "
+        "suggested one.",
+    )
     preset = {
         "metavar": "NAME",
         "help": "Name of a preset (mflow presets lists them) or a YAML file with options; options "
@@ -167,7 +178,16 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     commands.add_subcommand("train", trainer, help=_text(train, lines=1))
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
-        subparser.add_function_arguments(command, as_group=False, as_positional=True)
+        switches: set[str | int] = set()
+        if command is evaluate:
+            switches.add("quick")
+            subparser.add_argument(
+                "--quick",
+                action="store_true",
+                help="Leave out the density on the manifold, the OOD score and the intrinsic "
+                "dimension, which take most of the time on a CPU.",
+            )
+        subparser.add_function_arguments(command, as_group=False, as_positional=True, skip=switches)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
     lister = OptionParser(description=_text(presets))
     lister.add_argument("name", nargs="?", help="Preset to print; by default all names are listed.")
@@ -205,7 +225,7 @@ def _recorded(options: dict[str, Any]) -> dict[str, Any]:
     from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.runs.folder import read_config
 
-    names = {*options} - {"run_dir", "overwrite", "resume"}
+    names = {*options} - _OF_TRAIN
     config = TrainConfig(**{name: options[name] for name in names})
     folder = Path(options["run_dir"] or config.default_run_dir())
     recorded = asdict(read_config(folder, "run_dir"))
@@ -223,18 +243,18 @@ def _as_typed(message: str, argv: list[str]) -> str:
     from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
+    from mflow_kernels.runs.parser import as_option
 
     name, colon, rest = message.partition(":")
     if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:
         return message  # these two are positional
     if name == "image_shape":
         return "--levels" + colon + rest
-    options = {"run_dir", "overwrite", "resume", "preset"}
-    options |= {"number", "temperature", "stages", "output"}
+    options = _OF_TRAIN | {"number", "temperature", "stages", "output"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"draws", "features", "feature_weights", "feature_images", "ood"}
     if name in options or name in {option.name for option in fields(TrainConfig)}:
-        return "--" + name.replace("_", "-") + colon + rest
+        return as_option(name) + colon + rest
     return message
 
 

@@ -6,13 +6,17 @@ import torch and Lightning inside the functions, so that --help is fast.
 """
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mflow_kernels.data.printable import printable
+
+if TYPE_CHECKING:
+    from mflow_kernels.runs.config import TrainConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 Work = Callable[[], None]
@@ -25,13 +29,17 @@ def train(options: dict[str, Any]) -> Work:
     with the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures and an evaluation.
     """
     from mflow_kernels.runs.config import TrainConfig
+    from mflow_kernels.runs.folder import CONFIG
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
-    run_dir = options.pop("run_dir")
+    run_dir, find_rate = options.pop("run_dir"), options.pop("find_learning_rate")
     config = TrainConfig(**options)
     folder = Path(run_dir or config.default_run_dir())
+    if find_rate:
+        return _find_learning_rate(config, resume=resume)
 
-    from mflow_kernels.training.train import check_run, train_and_evaluate
+    from mflow_kernels.training.interrupts import exit_on_signals
+    from mflow_kernels.training.train import check_run, describe_resume, train_and_evaluate
 
     checked = check_run(config, folder, overwrite=overwrite, resume=resume)
 
@@ -39,13 +47,47 @@ def train(options: dict[str, Any]) -> Work:
         if not checked.ranks.rank:
             _report_skipped(checked.splits.skipped)
             if checked.resumes:
-                print(f"continuing from step {checked.first_step}", file=sys.stderr)
-        pictures = train_and_evaluate(checked)
+                print(describe_resume(checked), file=sys.stderr)
+        try:
+            with exit_on_signals():
+                pictures = train_and_evaluate(checked)
+        except (SystemExit, OSError):
+            if not checked.ranks.rank and (checked.folder / CONFIG).is_file():
+                name = shlex.quote(printable(str(checked.folder)))
+                print(
+                    f"interrupted; mflow train --resume --run-dir {name} continues the run",
+                    file=sys.stderr,
+                )
+            raise
         if not pictures:  # only rank 0 draws
             return
         print(f"\nRun folder: {printable(str(folder))}\nPictures:")
         for picture in pictures:
             print(f"  {printable(str(picture))}")
+
+    return work
+
+
+def _find_learning_rate(config: "TrainConfig", resume: bool) -> Work:
+    from mflow_kernels.training.interrupts import exit_on_signals
+    from mflow_kernels.training.range_test import describe_tests, find_learning_rates
+    from mflow_kernels.training.train import load
+
+    if resume:
+        raise ValueError(
+            "find_learning_rate: expected a new run, got --resume (--init-from RUN tests rates "
+            "from the weights of a run)"
+        )
+    loaded = load(config)
+    if loaded.ranks.world > 1:
+        raise ValueError(
+            f"find_learning_rate: expected one process, got {loaded.ranks.world} of torchrun"
+        )
+
+    def work() -> None:
+        with exit_on_signals():
+            tests = find_learning_rates(loaded)
+        print(describe_tests(tests))
 
     return work
 
@@ -202,6 +244,7 @@ def evaluate(
     features: str = "inception",
     feature_images: int = 10_000,
     ood: str | None = None,
+    quick: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -224,6 +267,7 @@ def evaluate(
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
         ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
             of a data set that mflow train --help lists.
+        quick: Leave out the figures that need Jacobians.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -234,7 +278,7 @@ def evaluate(
         evaluate_model,
         held_out_images,
     )
-    from mflow_kernels.evaluation.report import ReportOptions, write_report
+    from mflow_kernels.evaluation.report import ReportOptions, describe_work, write_report
     from mflow_kernels.runs.folder import EVALUATION, load_run
 
     _check_at_least("draws", draws, 1)
@@ -262,13 +306,14 @@ def evaluate(
         with folder_to_write(folder, "out"):
             _report_skipped(skipped)
             _warn(warning)
+            options = ReportOptions(draws, network, feature_images, tuple(others), quick)
+            print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(
                 loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
             )
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))
-            options = ReportOptions(draws, network, feature_images, tuple(others))
             report = write_report(loaded, images, evaluation, folder, options)
             print(printable(str(report)))
 

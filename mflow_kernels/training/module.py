@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -27,6 +26,7 @@ from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_ranks
+from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
 _BOUND_EVERY = 100  # steps after which --max-condition is enforced
@@ -37,15 +37,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class FlowTraining(LightningModule):
     """Trains the stages one after another, each for its own number of steps.
 
-    The stage, the batch, its noise and the learning rate depend on `global_step` only, and the
-    checkpoint holds everything else. A run that resumes at any step therefore computes the same
-    bits as one that was never interrupted. A stage is trained on the averaged weights of the stages
+    The stage, the batch, its noise and the learning rate depend on the options and `global_step`
+    only, and the checkpoint holds everything else. A run that resumes at any step with the same
+    options therefore computes the same bits as one that was never interrupted. A stage
+    is trained on the averaged weights of the stages
     before it, which do not change unless they are released. A step that the guard skips changes no
     weight but is counted.
 
-    Metrics are logged in nats per dimension of the data that the stage is trained on: its own
-    input, or the image if earlier stages are released. bits_per_dim is per dimension of the image,
-    under all stages up to the trained one. The host waits for the device in logged steps only.
+    Metrics are logged in bits per dimension. bits_per_dim is per dimension of the image, under all
+    stages up to the trained one. The loss and its parts are per dimension of the data that the
+    stage is trained on: its own input, or the image if earlier stages are released. The host waits
+    for the device in logged steps only.
 
     With W ranks, rank r takes the images r, r + W, r + 2 W, ... of each batch, in training and in
     validation. They train as one process would, and validate each image once.
@@ -70,14 +72,11 @@ class FlowTraining(LightningModule):
         self.guard = StepGuard(config.loss_spike, config.max_drift)
         self._splits = splits
         self._config = config
-        self._stream = BatchStream(splits.train, config.batch_size, config.seed)
-        passes = self._stream.batches_per_pass
-        budgets = [stage.optimizer_steps(passes) for stage in config.stages]
-        self._rates = [stage.learning_rate for stage in config.stages]
-        self._ends = list(accumulate(budgets))
-        self._budgets = budgets
-        self.validation_interval = min(passes, *budgets)
-        self.log_interval = min(50, max(1, self.total_steps // 500))
+        self.schedule = Schedule(
+            config, len(splits.train), checkpoint.progress if checkpoint else None
+        )
+        self._highest_rates = [stage.learning_rate for stage in config.stages]
+        self.log_interval = min(50, max(1, self.schedule.total_steps // 500))
         self._dims = math.prod(splits.train.image_shape)
         self._chains = [
             [module for module in stage.modules() if isinstance(module, ReversibleChain)]
@@ -92,31 +91,29 @@ class FlowTraining(LightningModule):
             self.load_state_dict(checkpoint.tensors)
 
     @property
-    def total_steps(self) -> int:
-        return self._ends[-1]
+    def loss(self) -> Tensor:
+        """The loss of the last step, a scalar on the device."""
+        return self._loss
 
     @property
     def stage(self) -> int:
         """The stage that the next step trains, from 0."""
-        return self._stage_of(self.global_step)
+        return self.schedule.stage_of(self.global_step)
 
     @property
     def trained_stage(self) -> int:
         """The stage that the last step trained. After the last step of a stage, `stage` is already
         the next one."""
-        return self._stage_of(max(0, self.global_step - 1))
+        return self.schedule.stage_of(max(0, self.global_step - 1))
 
     @property
     def averaged(self) -> HierarchicalFlow:
         """The model with averaged weights."""
         return cast(HierarchicalFlow, self.average.model)
 
-    def _stage_of(self, step: int) -> int:
-        return next((i for i, end in enumerate(self._ends) if step < end), len(self._ends) - 1)
-
     def _step_in_stage(self, stage: int) -> int:
         """Number of steps that a stage has taken."""
-        return self.global_step - (self._ends[stage] - self._budgets[stage])
+        return self.global_step - self.schedule.begins[stage]
 
     def _active(self, stage: int) -> list[int]:
         """The stages whose weights change while `stage` is trained."""
@@ -134,8 +131,8 @@ class FlowTraining(LightningModule):
             self._scaler.load_state_dict(self._checkpoint.grad_scaler)
 
     def train_dataloader(self) -> BatchStream:
-        config = self._config
-        return BatchStream(self._splits.train, config.batch_size, config.seed, self.global_step)
+        config, position = self._config, self.schedule.progress(self.global_step).position
+        return BatchStream(self._splits.train, config.batch_size, config.seed, position)
 
     def val_dataloader(self) -> OrderedBatches:
         return OrderedBatches(self._splits.valid, self._config.batch_size)
@@ -151,9 +148,8 @@ class FlowTraining(LightningModule):
                 rates.append(self._rate_of_stage(index))
         # The fused optimizer can skip a step by a flag on the device.
         optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
-        step = 0
+        step = self.global_step
         if self._checkpoint is not None:
-            step = self._checkpoint.step
             state = {**optimizer.state_dict(), "state": self._checkpoint.moments}
             optimizer.load_state_dict(state)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=step - 1)
@@ -189,11 +185,16 @@ class FlowTraining(LightningModule):
             )
         self._loss = loss.detach()
         if self._is_logged:
-            means = [part.mean() / self._trained_dims(stage) for part in parts]
+            scale = 1 / (self._trained_dims(stage) * math.log(2.0))
+            means = [part.mean() * scale for part in parts]
             bits = bits_per_dimension(log_likelihood, self._dims, self._config.n_bits)
             values = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
-            self.log_dict(dict(zip((*_PARTS, "bits_per_dim"), values, strict=True)))
+            names = (*(f"{part}_bits_per_dim" for part in _PARTS), "bits_per_dim")
+            self.log_dict(dict(zip(names, values, strict=True)))
             self.log("stage", float(stage))
+            weight = cast(ManifoldFlow, self.model.stages[stage]).objective.trained_weight
+            if weight is not None:
+                self.log("penalty_weight", weight)
         return self._scaler.scale(loss)
 
     def _losses(self, stage: int, x: Tensor) -> tuple[Tensor, ...]:
@@ -327,6 +328,7 @@ class FlowTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         copy_buffers(self.model, self.averaged)
         checkpoint["grad_scaler"] = self._scaler.state_dict()
+        checkpoint["progress"] = self.schedule.progress(self.global_step).to_dict()
 
     def _autocast(self) -> torch.autocast:
         dtype = _DTYPES[self._config.precision]
@@ -348,16 +350,19 @@ class FlowTraining(LightningModule):
         """The learning rate of a stage's weights as a function of the step."""
 
         def rate(step: int) -> float:
-            trained = self._stage_of(step)
-            if step >= self.total_steps or stage not in self._active(trained):
+            trained = self.schedule.stage_of(step)
+            if step >= self.schedule.total_steps or stage not in self._active(trained):
                 return 0.0
-            steps = self._budgets[trained]
-            done = step - (self._ends[trained] - steps)
-            warm_up = max(1, min(self._config.warm_up, steps // 5))
-            falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            return self._rates[trained] * min((done + 1) / warm_up, falling)
+            return self._learning_rate(trained, step - self.schedule.begins[trained])
 
         return rate
+
+    def _learning_rate(self, stage: int, done: int) -> float:
+        """The learning rate after `done` steps of a stage: a linear warm-up, then a cosine."""
+        steps = self.schedule.steps(stage)
+        warm_up = max(1, min(self._config.warm_up, steps // 5))
+        falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
+        return self._highest_rates[stage] * min((done + 1) / warm_up, falling)
 
 
 @contextmanager

@@ -4,9 +4,10 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from filelock import FileLock
@@ -26,6 +27,7 @@ from mflow_kernels.evaluation.samples import (
     samples_by_temperature,
 )
 from mflow_kernels.runs.checkpoints import (
+    METRICS,
     Checkpoint,
     CheckpointFiles,
     Checkpoints,
@@ -39,17 +41,19 @@ from mflow_kernels.runs.config import (
     check_precision,
 )
 from mflow_kernels.runs.folder import (
+    CONFIG,
     EVALUATION,
-    METRICS,
+    Change,
     build_model,
     changed_options,
     check_new_run,
     checkpoint_tensors,
     create_run,
+    initialize_from,
     pick_device,
     read_config,
     read_manifest,
-    record_config,
+    record_changes,
 )
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.module import (
@@ -59,6 +63,7 @@ from mflow_kernels.training.module import (
     resume_loops,
     singular_means_divergence,
 )
+from mflow_kernels.training.schedule import Schedule
 
 
 class Ranks(NamedTuple):
@@ -78,22 +83,42 @@ class Ranks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CheckedRun:
-    """A run that passed every check. Nothing is written yet."""
+class Loaded:
+    """What training starts from: options that passed every check, images and a model."""
 
-    folder: Path
     config: RunConfig
     splits: Splits
     model: HierarchicalFlow
     device: torch.device
     ranks: Ranks
+
+
+@dataclass(frozen=True)
+class CheckedRun(Loaded):
+    """A run that passed every check. Nothing is written yet."""
+
+    folder: Path
     resumes: bool  # continue the run in an existing folder
     lock: FileLock | None  # held on an existing run folder, by rank 0
     checkpoint: Checkpoint | None  # checkpoint to resume from
+    changes: Sequence[Change]  # options that change on resume
 
     @property
     def first_step(self) -> int:
         return self.checkpoint.step if self.checkpoint else 0
+
+
+def load(config: TrainConfig) -> Loaded:
+    """Check the options, load the images and build the model, with the weights of --init-from.
+
+    Raises:
+        ValueError: a value is bad, or the data cannot be read.
+    """
+    device, ranks = _check_options(config)
+    loaded = _load(config, device, ranks)
+    if loaded.config.init_from is not None:
+        initialize_from(loaded.model, loaded.config.init_from)
+    return loaded
 
 
 def check_run(
@@ -103,11 +128,45 @@ def check_run(
 
     Raises:
         ValueError: a value is bad; the data cannot be read; the run folder exists (or, to resume,
-            does not exist), cannot be written or is in use by another process; or, to resume, the
-            checkpoint does not fit the run or the images differ from those it was trained on.
+            does not exist), cannot be written or is in use by another process; or, to resume, an
+            option changes that may not, the checkpoint does not fit the run or the images differ
+            from those it was trained on.
     """
     if overwrite and resume:
         raise ValueError("resume: expected either --resume or --overwrite, got both")
+    device, ranks = _check_options(config)
+    folder = follow_links(folder, "run_dir")
+    recorded = read_config(folder, "run_dir") if resume else None
+    lock = None
+    if ranks.rank == 0:
+        if not resume:
+            check_new_run(folder, overwrite)
+        if folder.exists():
+            lock = lock_folder(folder, "run_dir")
+    try:
+        loaded = _load(config, device, ranks)
+        checkpoint = None
+        changes: list[Change] = []
+        if recorded is not None:
+            changes = changed_options(loaded.config, recorded)
+            checkpoint = _resumable(folder, loaded.model, loaded.splits, recorded)
+        if loaded.config.init_from is not None and checkpoint is None:
+            initialize_from(loaded.model, loaded.config.init_from)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return CheckedRun(
+        **vars(loaded),
+        folder=folder,
+        resumes=resume,
+        lock=lock,
+        checkpoint=checkpoint,
+        changes=changes,
+    )
+
+
+def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
     config.check()
     ranks = Ranks.of_this_process()
     if config.batch_size % ranks.world:
@@ -118,30 +177,35 @@ def check_run(
     device = pick_device(config.device)
     check_precision(config.precision, device.type)
     check_cuda_graphs(config.cuda_graphs, device.type)
-    folder = follow_links(folder, "run_dir")
-    recorded = read_config(folder, "run_dir") if resume else None
-    lock = None
-    if ranks.rank == 0:
-        if not resume:
-            check_new_run(folder, overwrite)
-        if folder.exists():
-            lock = lock_folder(folder, "run_dir")
-    try:
-        splits = load_splits(config.data, config.image_size)
-        resolved = config.resolve(splits.train.image_shape)
-        model = build_model(resolved)
-        _check_batches(resolved, model, splits)
-        checkpoint = None
-        if recorded is not None:
-            changed = changed_options(resolved, recorded)
-            if changed:
-                raise ValueError(changed)
-            checkpoint = _resumable(folder, model, splits, resolved)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
-    return CheckedRun(folder, resolved, splits, model, device, ranks, resume, lock, checkpoint)
+    return device, ranks
+
+
+def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
+    splits = load_splits(config.data, config.image_size)
+    resolved = config.resolve(splits.train.image_shape)
+    model = build_model(resolved)
+    _check_batches(resolved, model, splits)
+    return Loaded(resolved, splits, model, device, ranks)
+
+
+def describe_resume(run: CheckedRun) -> str:
+    """One line for each change of an option, and one with the steps that are left."""
+    step = run.first_step
+    lines = [f"from step {step:,} on: {change}" for change in run.changes]
+    start = run.checkpoint.progress if run.checkpoint else None
+    schedule = Schedule(run.config, len(run.splits.train), start)
+    stage, total = schedule.stage_of(step), schedule.total_steps
+    if step == total:
+        stage_options = (
+            "--stage-epochs or --stage-max-steps" if stage else "--epochs or --max-steps"
+        )
+        lines.append(
+            f"the run has taken all of its {total:,} steps; larger {stage_options} lengthen its "
+            "last stage"
+        )
+    else:
+        lines.append(f"continuing from step {step:,} of {total:,}, in stage {stage + 1}")
+    return "\n".join(lines)
 
 
 def _resumable(
@@ -149,8 +213,8 @@ def _resumable(
 ) -> Checkpoint | None:
     """Load the checkpoint to resume from. Raise ValueError if a file in the folder does not fit the
     run, or if the images differ from those that the run was trained on."""
-    recorded = read_manifest(folder)
-    different = splits.manifest.difference(recorded) if recorded else None
+    manifest = read_manifest(folder)
+    different = splits.manifest.difference(manifest) if manifest else None
     if different:
         raise ValueError(
             f"data: expected the images that the run was trained on, but since then {different}"
@@ -160,9 +224,20 @@ def _resumable(
     expected = Expected(
         checkpoint_tensors(model),
         [parameter for group in groups for parameter in group],
-        FlowTraining(model, splits, config).total_steps,
+        len(model.stages),
+        len(splits.train),
     )
-    return newest_checkpoint(folder, expected)
+    checkpoint = newest_checkpoint(folder, expected)
+    if checkpoint is None or checkpoint.progress is not None:
+        return checkpoint
+    # An earlier version wrote it. Options could not change then.
+    schedule = Schedule(config, len(splits.train))
+    if checkpoint.step > schedule.total_steps:
+        raise ValueError(
+            f"checkpoint: expected at most {schedule.total_steps} steps as in {CONFIG}, "
+            f"got {checkpoint.step} in {checkpoint.path}"
+        )
+    return checkpoint._replace(progress=schedule.progress(checkpoint.step))
 
 
 def _check_batches(config: RunConfig, model: HierarchicalFlow, splits: Splits) -> None:
@@ -204,7 +279,7 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
     try:
         if run.resumes:
             remove_temporary(run.folder)
-            record_config(run.folder, run.config)
+            record_changes(run.folder, run.config, run.changes, run.first_step)
         model = _fit(run).to(run.device).eval()
         config = run.config
         with singular_means_divergence(model):
@@ -225,50 +300,56 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
     training = FlowTraining(run.model, run.splits, config, run.checkpoint)
     if config.compile:
         compile_networks(run.model)
+    schedule, step = training.schedule, run.first_step
+    # The checkpoint was written before validation, which may have been interrupted. Validation
+    # gives the same numbers when it runs again.
+    validates = step > 0 and step % schedule.validation_interval == 0
     loggers: list[Logger] = []
     progress: list[Callback] = []
     if run.ranks.rank == 0:
-        loggers.append(MetricsCsv(run.folder / METRICS, run.first_step))
+        loggers.append(MetricsCsv(run.folder / METRICS, step, validates))
         loggers.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
         progress.append(TrainingProgress())
-    _silence_lightning()
-    trainer = Trainer(
-        accelerator="gpu" if run.device.type == "cuda" else "cpu",
-        devices=run.ranks.local,
-        num_nodes=run.ranks.world // run.ranks.local,
-        # Stages that are not trained have no gradients. Buffers are equal on all ranks.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-        if run.ranks.world > 1
-        else "auto",
-        max_steps=training.total_steps,
-        max_epochs=-1,
-        val_check_interval=training.validation_interval,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
+    checkpoints = Checkpoints(run.folder, config.save_minutes, config.save_steps, run.checkpoint)
+    trainer = new_trainer(
+        run,
+        max_steps=schedule.total_steps,
+        val_check_interval=schedule.validation_interval,
         log_every_n_steps=training.log_interval,
         default_root_dir=run.folder,
         logger=loggers,
-        callbacks=[
-            *progress,
-            Checkpoints(run.folder, config.save_minutes, config.save_steps, run.checkpoint),
-        ],
+        callbacks=[*progress, checkpoints],
         plugins=[CheckpointFiles()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
-    validates = False
     if run.checkpoint is not None:
-        # The checkpoint was written before validation, which may have been interrupted. Validation
-        # gives the same numbers when it runs again.
-        step = run.first_step
-        validates = step > 0 and step % training.validation_interval == 0
         resume_loops(trainer, step, validates)
     with singular_means_divergence(training):
         trainer.fit(training)
-        if validates and run.first_step == training.total_steps:  # `fit` has no step left
+        if validates and step == schedule.total_steps:  # `fit` has no step left
             trainer.validate(training, verbose=False)
     return training.averaged
+
+
+def new_trainer(loaded: Loaded, **options: Any) -> Trainer:
+    """A Trainer for the device and ranks of a run, without Lightning's own output and files."""
+    _silence_lightning()
+    ranks = loaded.ranks
+    return Trainer(
+        accelerator="gpu" if loaded.device.type == "cuda" else "cpu",
+        devices=ranks.local,
+        num_nodes=ranks.world // ranks.local,
+        # Stages that are not trained have no gradients. Buffers are equal on all ranks.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+        if ranks.world > 1
+        else "auto",
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
 
 
 def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:

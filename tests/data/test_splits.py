@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mflow_kernels.data.batches import BatchStream, flip_at_random
+from mflow_kernels.data.batches import BatchStream, Position, flip_at_random
 from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
@@ -61,7 +61,8 @@ class TestNamed:
     @pytest.fixture(autouse=True)
     def stripes(self, monkeypatch):
         images = np.arange(20 * 12 * 12 * 3).reshape(20, 12, 12, 3).astype(np.uint8)
-        row = NamedDataset("colour stripes", 12, 3, len(images), lambda: images)
+        labels = np.arange(20) % 3
+        row = NamedDataset("colour stripes", 12, 3, len(images), lambda: (images, labels))
         monkeypatch.setitem(NAMED_DATASETS, "stripes", row)
         return images
 
@@ -207,7 +208,19 @@ class TestBatchStream:
 
     @pytest.mark.parametrize("start", [1, 3, 4])
     def test_starting_later_continues_the_same_stream(self, start):
-        assert self.take(6)[start:] == self.take(6 - start, first=start)
+        position = Position().after(start, 3, 10)
+        assert self.take(6)[start:] == self.take(6 - start, first=position)
+
+    def test_another_batch_size_continues_the_pass(self):
+        first = self.take(2)
+        position = Position().after(2, 3, 10)
+        assert position == Position(0, 6)
+        second, third, *_ = self.take(3, batch_size=2, first=position)
+        seen = [image for batch in (*first, second, third) for image in batch]
+        assert sorted(seen) == list(range(10))
+        whole = self.take(7, batch_size=2, first=position)
+        assert position.after(7, 2, 10) == Position(2, 0)
+        assert whole[2:] == self.take(5, batch_size=2, first=Position(1, 0))
 
     def test_rows_of_a_file_are_read_alike(self, tmp_path):
         rows = np.array([7, 1, 4, 2])

@@ -12,7 +12,17 @@ from PIL import Image
 from tiny_runs import listing, write_images
 from torchvision.models import resnet18
 
+from mflow_kernels import Glow
 from mflow_kernels.evaluation import report
+from mflow_kernels.evaluation.likelihood import (
+    evaluate_model,
+    held_out_images,
+    importance_weighted_bits,
+)
+from mflow_kernels.evaluation.ood import score_images
+from mflow_kernels.evaluation.report import ReportOptions, describe_work
+from mflow_kernels.models import volume
+from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training.cli import main
 
 PICTURES = {"interpolations.png", "projections.png", "samples.png", "scores.png", "spectrum.png"}
@@ -163,3 +173,62 @@ def test_metrics_that_are_not_finite_are_null():
         "a": [None, 1.0],
         "b": [None],
     }
+
+
+class TestWork:
+    """What `mflow evaluate` says before its slow parts."""
+
+    @pytest.fixture
+    def passes(self, monkeypatch):
+        """The number of images in all passes through the image flow so far, as a list of one."""
+        count = [0]
+        for name in ("forward", "inverse"):
+            original = getattr(Glow, name)
+
+            def counted(self, first, *rest, original=original):
+                count[0] += len(first if torch.is_tensor(first) else first[0])
+                return original(self, first, *rest)
+
+            monkeypatch.setattr(Glow, name, counted)
+        return count
+
+    def test_the_passes_are_counted(self, trained, passes):
+        run = load_run(str(trained), "cpu")
+        images = held_out_images(run, None).images
+        text = describe_work(run, images, ReportOptions(draws=3))
+        assert len(images) == 2
+        evaluate_model(run.model, images, 8, data="", device=run.device)
+        assert f"likelihood and reconstruction of 2 images: {passes[0]} passes" in text
+        passes[0] = 0
+        importance_weighted_bits(run.model, images, 8, 3, device=run.device)
+        assert f"3 dequantizations of each: {passes[0]} passes" in text
+        passes[0] = 0
+        batch = images.batch(range(2))
+        score_images(run.model, batch, 8, None)
+        assert f"OOD scores of 6 images: {3 * passes[0]} passes" in text
+        passes[0] = 0
+        run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
+        dim = run.model.manifold_dim
+        # Two more passes find the coordinates and the density at them.
+        assert 2 * dim <= passes[0] <= 2 * dim + 4
+        assert f"density on the manifold at 8 images (exact): {8 * dim} passes" in text
+        assert f"intrinsic dimension: {2 * 64} passes" in text
+
+    def test_quick_computes_no_jacobian(self, trained, tmp_path, monkeypatch, capsys):
+        def refuse(*_args, **_options):
+            raise AssertionError("a Jacobian is computed")
+
+        monkeypatch.setattr(volume, "_push", refuse)
+        command = ["evaluate", str(trained), "--out", str(tmp_path / "report")]
+        with pytest.raises(AssertionError, match="a Jacobian is computed"):
+            main(command)
+        capsys.readouterr()
+        assert main([*command, "--quick"]) == 0
+        text = capsys.readouterr().err
+        assert text.startswith("evaluation, with the passes of an image through the image flow:\n")
+        assert "left out by --quick: density on the manifold" in text
+        figures = json.loads((tmp_path / "report" / "figures.json").read_text())
+        assert figures["manifold_log_prob"] is figures["spectrum"] is None
+        assert figures["scores"][0]["bits_per_dim"] > 0
+        page = (tmp_path / "report" / "report.html").read_text()
+        assert "left out by --quick" in page

@@ -21,7 +21,8 @@ from mflow_kernels import Glow
 from mflow_kernels.interop.linear import select_channels
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.ops import cpu
-from mflow_kernels.ops.launch import KERNELS_ON_CPU, is_channels_last
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.layouts import is_channels_last
 
 pytestmark = pytest.mark.skipif(
     not KERNELS_ON_CPU and cpu.load_extension() is None, reason="csrc is not built"

@@ -1,8 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import normal
 
 from mflow_kernels import Squeeze
+from mflow_kernels.ops.layouts import is_channels_last
+from mflow_kernels.reversible.program import SpaceToDepth
 
 
 def test_each_block_becomes_four_channels():
@@ -27,3 +30,28 @@ def test_odd_or_flat_states(shape):
 def test_inverse_needs_channels_divisible_by_four(shape):
     with pytest.raises(ValueError, match=r"z: expected \(N, 4C, H, W\), got \(2, "):
         Squeeze().inverse(normal(*shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 4), (2, 4, 2, 2), (1, 1, 4, 6)], ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_copy_and_the_kernel_of_torch_agree(monkeypatch, shape, inverse):
+    """On a CPU torch's kernel runs where it keeps channels_last, as a GPU's does not."""
+    n, c, h, w = shape
+    x = torch.randn((n, 4 * c, h, w) if inverse else shape).to(memory_format=torch.channels_last)
+    squeeze = SpaceToDepth(inverse)
+
+    def run():
+        given = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        z = squeeze(given)
+        (dx,) = torch.autograd.grad(z.square().sum(), given)
+        return z, dx
+
+    by_kernel = run()
+    name = "pixel_shuffle" if inverse else "pixel_unshuffle"
+    kernel = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda x, factor: kernel(x, factor).contiguous())
+    by_copy = run()
+    assert is_channels_last(by_kernel[0])
+    for a, b in zip(by_kernel, by_copy, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()

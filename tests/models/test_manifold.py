@@ -19,10 +19,34 @@ def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
     assert fine.shape == (2, 2, 2)
     assert coarse.shape == (8, 1, 1)
     assert not coarse.any()  # all of the coarsest latent is u, and one pixel of the finer one
-    assert (~fine).nonzero().tolist() == [[1, 1, 1]]
+    assert (~fine).nonzero().tolist() == [[1, 0, 0]]
     fine, coarse = image_flow(manifold_dim=3).off_masks()
     assert fine.all()
     assert coarse.flatten().tolist() == [True] * 5 + [False] * 3
+
+
+def test_the_default_mask_covers_the_image_evenly():
+    """As in the two-level flow on 28x28 images, whose coarsest latent has 8 channels of 7x7."""
+
+    class Shapes(VectorFlow):
+        def __init__(self):
+            super().__init__(2, steps=1, width=2)
+            self.input_shape, self.latent_shapes = (1, 28, 28), ((2, 14, 14), (8, 7, 7))
+
+    before = torch.zeros(784, dtype=torch.bool)
+    for dim in (1, 3, 15, 49, 64, 98, 200, 391, 392, 393, 500, 700, 783):
+        flow = ManifoldFlow(Shapes(), dim)
+        chosen = ~torch.cat([mask.flatten() for mask in flow.off_masks()])
+        assert chosen.sum() == dim
+        assert not (before & ~chosen).any()  # the manifolds nest
+        before = chosen
+        for mask in flow.off_masks():
+            for counts in ((~mask).sum(1), (~mask).sum(2)):
+                assert (counts.amax(1) - counts.amin(1)).max() <= 1
+        fine, coarse = flow.off_masks()
+        per_channel = (~coarse).sum((1, 2)).tolist()
+        assert per_channel == [min(49, max(0, dim - 49 * (7 - c))) for c in range(8)]
+        assert fine.all() or not coarse.any()
 
 
 def test_encode_and_decode_follow_the_mask():
@@ -213,3 +237,30 @@ def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monk
     with HostReads() as reads, torch.no_grad():
         flow.project(x)
     assert reads.found  # a direct call checks W^-1 at once
+
+
+def test_the_default_weight_fits_the_scale_of_the_data():
+    """Images have a range of 1; vectors, such as u of another flow, have unit variance."""
+    image, vector = image_flow(), ManifoldFlow(VectorFlow(3, 1, 4), 2)
+    assert image.objective.weight == 1000
+    assert vector.objective.weight == 1
+    # A flow that is the identity drops N(0, 1): its penalty is the loss of keeping it, but for the
+    # constant of the normal density.
+    x = normal(2, 3)
+    flow = ManifoldFlow(Identity(), 2)
+    terms = flow.terms(x)
+    dropped = torch.distributions.Normal(0, 1).log_prob(x[:, 0])
+    assert_close(terms.penalty, -dropped - math.log(2 * math.pi) / 2, terms=10)
+
+
+class Identity(VectorFlow):
+    """The identity on three numbers."""
+
+    def __init__(self):
+        super().__init__(3, 1, 4)
+
+    def forward(self, x, context=None):
+        return (x,), x.new_zeros(len(x))
+
+    def inverse(self, z, context=None):
+        return z[0], z[0].new_zeros(len(z[0]))

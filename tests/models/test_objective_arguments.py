@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mflow_kernels import ManifoldObjective
+from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,16 @@ from mflow_kernels import ManifoldObjective
             {"domain": "latent", "weight": "variance"},
             ValueError,
             "weight: expected a number or a map in the latent domain, got 'variance': stretching v",
+        ),
+        (
+            {"domain": "latent", "weight": ErrorBound(0.1)},
+            ValueError,
+            "weight: expected a number or a map in the latent domain, got ErrorBound: the weight",
+        ),
+        (
+            {"domain": "latent", "weight": WeightSchedule(2, 1, 3)},
+            ValueError,
+            "weight: expected a number or a map in the latent domain, got WeightSchedule",
         ),
         (
             {"domain": "latent", "weight": torch.ones(3)},
@@ -76,3 +86,18 @@ from mflow_kernels import ManifoldObjective
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         ManifoldObjective(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: ErrorBound(0.0), ValueError, "error: expected a finite number > 0, got 0.0"),
+        (lambda: ErrorBound(0.1, math.inf), ValueError, "start: expected a finite number > 0"),
+        (lambda: WeightSchedule(1, -1, 5), ValueError, "end: expected a finite number > 0, got -1"),
+        (lambda: WeightSchedule(1, 2, 0), ValueError, "steps: expected at least 1, got 0"),
+        (lambda: WeightSchedule(1, 2, 0.6), TypeError, "steps: expected a whole number, got float"),
+    ],
+)
+def test_bad_schedules_and_bounds(build, error, message):
+    with pytest.raises(error, match=message):
+        build()

@@ -3,43 +3,44 @@ import torch
 import torch.nn.functional as F
 from cases import (
     DTYPES,
+    FLOW_OPERATORS,
     IMAGES,
     LAYOUTS,
-    OPERATORS,
     SHAPES,
     compare,
     normal,
     on_tensor_cores,
-    rotation,
+    sample,
 )
 
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
+from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
-CONV, INVERSE = OPERATORS["conv1x1"], OPERATORS["conv1x1_inverse"]
+CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)], ids=str)
 def test_shapes(shape, device):
-    compare(CONV, CONV.sample(shape, device=device))
+    compare(CONV, sample(CONV, shape, device=device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 def test_layouts(shape, layout, device):
-    compare(CONV, CONV.sample(shape, device=device, layout=layout))
+    compare(CONV, sample(CONV, shape, device=device, layout=layout))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_dtypes(dtypes, device):
-    compare(CONV, CONV.sample((2, 5, 3, 4), dtypes, device))
+    compare(CONV, sample(CONV, (2, 5, 3, 4), dtypes, device))
 
 
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5), (2, 7, 3, 4)], ids=str)
 def test_inverse(shape, dtypes, device):
-    compare(INVERSE, INVERSE.sample(shape, dtypes, device))
+    compare(INVERSE, sample(INVERSE, shape, dtypes, device))
 
 
 def test_without_bias_and_with_a_transposed_weight(device):
@@ -57,7 +58,7 @@ def test_without_bias_and_with_a_transposed_weight(device):
 
 def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
     """A bfloat16 weight must not round the float32 bias."""
-    inputs = CONV.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
+    inputs = sample(CONV, (2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
     inputs["bias"] = normal(5, device=device).requires_grad_()
     compare(CONV, inputs)
 

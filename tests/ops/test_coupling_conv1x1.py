@@ -2,53 +2,43 @@ import importlib
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    IMAGES,
-    LAYOUTS,
-    OPERATORS,
-    SCALES,
-    SHAPES,
-    compare,
-    normal,
-    params_shape,
-    rotation,
-)
+from cases import DTYPES, FLOW_OPERATORS, IMAGES, LAYOUTS, SCALES, SHAPES, compare, normal, sample
 
 from mflow_kernels import ops
 from mflow_kernels.ops import ScaleFunction, channel_products
+from mflow_kernels.ops.table import params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 fused = importlib.import_module("mflow_kernels.ops.coupling_conv1x1")
-DIRECTIONS = [OPERATORS["coupling_conv1x1"], OPERATORS["coupling_inverse_conv1x1"]]
-both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.name)
+DIRECTIONS = [FLOW_OPERATORS["coupling_conv1x1"], FLOW_OPERATORS["coupling_inverse_conv1x1"]]
+both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.id)
 
 
 @both
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(op, shape, device):
-    compare(op, op.sample(shape, device=device))
+    compare(op, sample(op, shape, device=device))
 
 
 @both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", IMAGES, ids=str)
 def test_layouts(op, shape, layout, device):
-    compare(op, op.sample(shape, device=device, layout=layout))
+    compare(op, sample(op, shape, device=device, layout=layout))
 
 
 @both
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_dtypes(op, dtypes, device):
-    compare(op, op.sample((2, 5, 3, 4), dtypes, device))
+    compare(op, sample(op, (2, 5, 3, 4), dtypes, device))
 
 
 @both
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
 def test_scales(op, scale, device):
-    compare(op, op.sample((2, 5, 3, 4), device=device), scale)
+    compare(op, sample(op, (2, 5, 3, 4), device=device), scale)
     double = (torch.float64, torch.float64)
-    compare(op, op.sample((2, 5, 3, 4), double, device), scale)
+    compare(op, sample(op, (2, 5, 3, 4), double, device), scale)
 
 
 @both
@@ -66,7 +56,7 @@ def test_without_bias(op, device):
 def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
     """A bfloat16 weight must not round the float32 bias."""
     op = DIRECTIONS[0]
-    inputs = op.sample((2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
+    inputs = sample(op, (2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
     compare(op, inputs | {"bias": normal(5, device=device).requires_grad_()})
 
 

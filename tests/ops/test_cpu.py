@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LAYOUTS, SCALES, SHAPES, normal, params_shape, rotation
+from cases import LAYOUTS, SCALES, SHAPES, normal
 from torch import Tensor
 
 from mflow_kernels import ops
@@ -26,10 +26,11 @@ from mflow_kernels.ops.coupling import (
     coupling_eager,
 )
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
-from mflow_kernels.ops.launch import dense_pixels
+from mflow_kernels.ops.layouts import dense_pixels
 from mflow_kernels.ops.rebuild_conv1x1 import empty_state, rebuild_conv1x1_ref
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref, slope_ref
+from mflow_kernels.ops.table import params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 if cpu._C is None:

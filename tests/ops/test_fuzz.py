@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, OPERATORS, SCALES, Operator, params_shape, rotation
+from cases import DTYPES, FLOW_OPERATORS, SCALES, sample
 from cases import compare as compare_with_reference
 from torch import Tensor
 
 from mflow_kernels import ops
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.ops.masked_penalty import RHOS, masked_penalty_ref
+from mflow_kernels.ops.masked_penalty import masked_penalty_ref
+from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.scale import log_scale_ref
+from mflow_kernels.ops.table import Operator, params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)
@@ -144,12 +146,12 @@ def compare(
 
 def run_flow_operator(case: Case) -> None:
     rng = case.rng
-    op: Operator = rng.choice(list(OPERATORS.values()))
+    op: Operator = rng.choice(list(FLOW_OPERATORS.values()))
     state, other = rng.choice(DTYPES)
-    c = rng.choice([c for c in CHANNELS if c > 1 or not op.has_scale])
+    c = rng.choice([c for c in CHANNELS if c > 1 or "scale" not in op.options])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
-    case.said.append(f"{op.name} {scale if op.has_scale else ''}")
+    case.said.append(f"{op.id} {scale if 'scale' in op.options else ''}")
     turned = rotation_of(case, c)
     made = {
         "x": lambda: case.leaf("x", *shape, dtype=state),
@@ -159,33 +161,33 @@ def run_flow_operator(case: Case) -> None:
         "log_scale": lambda: case.leaf("log_scale", c, dtype=other),
     }
     inputs = {name: made[name]() for name in op.inputs}
-    rest = {"scale": scale} if op.has_scale else {}
-    inverse = op.name.endswith("inverse") or "inverse" in op.name
+    rest = {"scale": scale} if "scale" in op.options else {}
+    inverse = op.inverse
 
     def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return op.reference(*tensors, **rest)
+        return op.expected(*tensors, **rest)
 
     def magnitude(*tensors: Tensor) -> tuple[Tensor, ...]:
         # Every product and sum of the formula with positive terms. An inverse subtracts its shift.
         of = dict(zip(op.inputs, tensors, strict=True))
         sign = -1 if inverse else 1
         of["x"] = of["x"].abs()
-        if op.name == "conv1x1_inverse":
+        if op.id == "conv1x1_inverse":
             inverted = torch.linalg.inv(of["weight"]).abs()
             shifted = of["x"] + of["bias"].abs().view(-1, *(1,) * (of["x"].dim() - 2))
             return (conv1x1_ref(shifted, inverted, None),)
         if "weight" in of:
             of["weight"] = of["weight"].abs()
         if "bias" in of:
-            of["bias"] = of["bias"].abs() * (1 if op.has_conv1x1 else sign)
+            of["bias"] = of["bias"].abs() * (1 if "weight" in op.inputs else sign)
         if "log_scale" in of:
-            y, _ = op.reference(*of.values())
+            y, _ = op.expected(*of.values())
             return y, math.prod(shape[2:]) * of["log_scale"].abs().sum().expand(shape[0])
         if "params" not in of:
-            return op.reference(*of.values())
+            return op.expected(*of.values())
         raw, shift = of["params"].chunk(2, 1)
         of["params"] = torch.cat([raw, sign * shift.abs()], 1)
-        y, _ = op.reference(*of.values(), **rest)
+        y, _ = op.expected(*of.values(), **rest)
         # s = sigmoid + eps is rounded before its logarithm is taken.
         rounded = 1 if scale.kind == "sigmoid" else 0
         return y, (log_scale_ref(raw, scale).abs() + rounded).flatten(1).sum(1)
@@ -193,7 +195,7 @@ def run_flow_operator(case: Case) -> None:
     got = op.call(*inputs.values(), **rest)
     assert got[0].shape == shape
     assert got[0].dtype == state
-    n, p, summed_channels = shape[0], math.prod(shape[2:]), c if op.has_conv1x1 else 1
+    n, p, summed_channels = shape[0], math.prod(shape[2:]), c if "weight" in op.inputs else 1
     terms = {"y": summed_channels, "sum": c * p, "x": summed_channels, "params": summed_channels}
     terms |= dict.fromkeys(("weight", "bias", "log_scale"), max(1, n * p * c))
     compare(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
@@ -275,8 +277,8 @@ def test_random_shapes_and_layouts() -> None:
 @pytest.mark.parametrize("name", ["conv1x1", "coupling_conv1x1", "coupling_inverse_conv1x1"])
 def test_bias_in_any_layout(name: str) -> None:
     """A long run found this case: kernels assumed that the bias is dense."""
-    op, c = OPERATORS[name], 5
-    inputs = op.sample((2, c, 3, 3))
+    op, c = FLOW_OPERATORS[name], 5
+    inputs = sample(op, (2, c, 3, 3))
     for bias in (torch.randn(2 * c)[::2], torch.randn(1).expand(c)):
         inputs["bias"] = bias.detach().requires_grad_()
         compare_with_reference(op, inputs)

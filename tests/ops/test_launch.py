@@ -6,17 +6,12 @@ from cases import IMAGES, IN_PLACE, LAYOUTS, normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels import ops
+from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
-from mflow_kernels.ops.launch import (
-    dense_pixels,
-    flow_state,
-    in_layout_of,
-    strided,
-    strides,
-    tile_columns,
-)
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, strides
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.tiles import tile_columns
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -112,9 +107,27 @@ def test_strides_say_what_a_kernel_may_know_when_it_is_compiled():
     ids=["size", "channels", "pixels"],
 )
 def test_offsets_within_a_sample_fit_in_32_bits(x):
-    with pytest.raises(ValueError, match=r"span at most 2\^31 elements, got one of shape \(2, "):
+    with pytest.raises(
+        ValueError, match=r"^state: .*span at most 2\^31 elements, got one of shape \(2, "
+    ):
         strided(x)
     strided(x[:, :, :1, :1] if x.dim() == 4 else x[:, :1, :2])
+
+
+def test_a_sample_that_is_too_large_is_named():
+    x = torch.empty(1, 2, 2**15, 2**15 + 1, device="meta")
+    with pytest.raises(ValueError, match=r"^params: expected samples that span at most 2\^31"):
+        flow_state("params", x)
+    flow_state("params", torch.empty(9, 2, 2**14, 2**14, device="meta"))  # only the batch is large
+
+
+def test_the_number_of_a_column_fits_in_32_bits():
+    """Tiles that run across samples number the columns of all samples."""
+    assert tile_columns(2**31 - 64, 1, 64).programs == 2**25 - 1
+    for n, p in ((2**31 - 63, 1), (2**28, 8)):
+        with pytest.raises(ValueError, match=rf"^x: .* got {n} samples of {p} pixels"):
+            tile_columns(n, p, 64)
+    assert tile_columns(2**26, 64, 64).programs == 2**26  # a tile for each sample
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

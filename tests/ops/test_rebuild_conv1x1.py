@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import LAYOUTS, normal, rotation
+from cases import LAYOUTS, normal
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import weight_gradient_splits
-from mflow_kernels.ops.launch import pixels
+from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
     RebuiltConv1x1,
@@ -17,6 +17,7 @@ from mflow_kernels.ops.rebuild_conv1x1 import (
     rebuild_conv1x1_ref,
     rebuild_splits,
 )
+from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
 SHAPES = [

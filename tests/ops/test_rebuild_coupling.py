@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import SCALES, normal, params_shape
+from cases import SCALES, normal
 
 from mflow_kernels.ops.rebuild_coupling import launch_rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.table import params_shape
 from mflow_kernels.testing import assert_close
 
 # The growth of a rounding error in y = z / s - shift, dy and dparams: s and 1 / s are at most e^2.

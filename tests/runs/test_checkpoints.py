@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tm
     folder = tmp_path / "run"
     moments = [
         (_Sink, "write", every_call, 700),  # in the file: the first checkpoint has 524 writes
-        (files, "_sync", lambda path: LAST in path.name, 2),
+        (files, "sync", lambda path: LAST in path.name, 2),
         (os, "replace", lambda old, new: new.name == PREVIOUS, 2),
         (os, "replace", lambda old, new: new.name == LAST and old.suffix == ".tmp", 2),
         (MetricsCsv, "log_metrics", every_call, 2),
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tm
     assert train_in_a_fork([*command, "--save-steps", "1", "--resume"]) == 0
     assert_same(folder, trained)
     assert not list(folder.glob(".*.tmp"))
-    steps = [int(row["step"]) for row in rows(folder) if row["loss"]]
+    steps = [int(row["step"]) for row in rows(folder) if row["loss_bits_per_dim"]]
     assert steps == list(range(6))
 
 

@@ -1,6 +1,7 @@
 """Each file that a command reads, torn, lying or hostile: one line on stderr, exit code 2, and
 nothing is written."""
 
+import csv
 import json
 import math
 import os
@@ -9,11 +10,12 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY, listing
+from tiny_runs import TINY, listing, metrics
 
 from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
-from mflow_kernels.runs.folder import build_model, checkpoint_tensors, read_config
+from mflow_kernels.runs.folder import build_model, checkpoint_tensors, load_run, read_config
+from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import parameter_groups
 
@@ -107,6 +109,10 @@ def moments(state, value):
     return state | {"optimizer_states": [{"state": value}]}
 
 
+def progress(state, **values):
+    return state | {"progress": state["progress"] | values}
+
+
 CRAFTED = {
     "a list": lambda s: [s],
     "a list for the weights": lambda s: s | {"state_dict": [1, 2]},
@@ -125,6 +131,15 @@ CRAFTED = {
     "moments a list": lambda s: moments(s, [1]),
     "a moment too many": lambda s: moments(s, {10**6: {}}),
     "moments of another shape": lambda s: moments(s, {0: dict.fromkeys(KEYS, torch.zeros(()))}),
+    "progress a list": lambda s: s | {"progress": [1]},
+    "progress of another step": lambda s: progress(s, step=5),
+    "a stage too many": lambda s: progress(s, begins=[0, 3, 4]),
+    "a stage to come": lambda s: progress(s, begins=[0, 6]),
+    "stages out of order": lambda s: progress(s, begins=[3, 0]),
+    "passes over zero": lambda s: progress(s, passes=[1, 0]),
+    "passes that are text": lambda s: progress(s, passes="11"),
+    "a position beyond the images": lambda s: progress(s, position=[0, 11]),
+    "a position of huge numbers": lambda s: progress(s, position=[10**400, 0]),
     "scaler a list": lambda s: s | {"grad_scaler": [1]},
     "scaler of strings": lambda s: s | {"grad_scaler": {"scale": "1"}},
 }  # fmt: skip
@@ -134,7 +149,7 @@ CRAFTED = {
 def expected(trained):
     model = build_model(read_config(trained))
     groups = [group for stage in model.stages for group in parameter_groups(stage)]
-    return Expected(checkpoint_tensors(model), [p for group in groups for p in group], 6)
+    return Expected(checkpoint_tensors(model), [p for group in groups for p in group], 2, 10)
 
 
 @pytest.mark.parametrize("kind", CRAFTED)
@@ -224,3 +239,71 @@ def test_weights_of_an_export(export):
     for length in (0, 1, 2**31, 2**62):
         (export / WEIGHTS).write_bytes(struct.pack("<Q", length) + header[8:])
         refuses(export)
+
+
+def test_a_run_without_a_changing_weight_resumes(run):
+    """It lacks the options and the column of the penalty's weight, delta and sigma."""
+    later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
+    config = run / "config.yaml"
+    lines = config.read_text().splitlines()
+    old = [line for line in lines if line.split(":")[0].removeprefix("stage_") not in later]
+    assert len(old) == len(lines) - 2 * len(later)
+    config.write_text("\n".join(old) + "\n")
+    path = run / "metrics.csv"
+    rows = [line.rpartition(",") for line in path.read_text().splitlines()]
+    assert rows[0][2] == "penalty_weight"
+    path.write_text("\n".join(row[0] for row in rows) + "\n")
+    before = metrics(run)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    assert [{**row, "penalty_weight": ""} for row in before] == metrics(run)
+
+
+def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
+    """Earlier versions took other pixels of the coarsest latent for the manifold."""
+
+    def earlier(tensors):
+        found = [name for name in tensors if name.endswith("stages.0.manifold_index")]
+        assert found
+        for name in found:
+            mask = tensors[name.replace("manifold_index", "off_mask_0")]
+            tensors[name] = torch.arange(6)
+            mask.copy_((torch.arange(mask.numel()) >= 6).view_as(mask))
+
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    earlier(checkpoint["state_dict"])
+    torch.save(checkpoint, run / "last.ckpt")
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    tensors = load_file(export / WEIGHTS)
+    earlier(tensors)
+    save_file(tensors, export / WEIGHTS)
+    for model in (load_run(str(run)).model, load_pretrained(export)):
+        assert model.stages[0].manifold_index.tolist() == list(range(6))
+    tensors["stages.0.manifold_index"] = torch.arange(1, 7)
+    save_file(tensors, export / WEIGHTS)
+    with pytest.raises(ValueError, match="manifold_index differs from the masks"):
+        load_pretrained(export)
+
+
+def test_a_run_of_an_earlier_version_resumes(run, trained):
+    """Its checkpoint has no progress, and its metrics are in nats under shorter names."""
+    (run / "last.ckpt").unlink()
+    older = torch.load(run / "previous.ckpt", weights_only=True)
+    del older["progress"]
+    torch.save(older, run / "previous.ckpt")
+    before = metrics(run)
+    for row in before:
+        for name in ("loss", "on_manifold", "off_manifold", "logdet", "penalty"):
+            bits = row.pop(f"{name}_bits_per_dim")
+            row[name] = str(float(bits) * math.log(2)) if bits else ""
+    with (run / "metrics.csv").open("w", newline="") as file:
+        columns = [name.removesuffix("_bits_per_dim") for name in MetricsCsv.columns]
+        columns[3:5] = MetricsCsv.columns[3:5]
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(before)
+    assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+    for row, whole in zip(metrics(run), metrics(trained), strict=True):
+        assert row.keys() == whole.keys()
+        for name in row.keys() - {"images_per_second"}:
+            one, other = (float(cells[name] or "nan") for cells in (row, whole))
+            assert one == pytest.approx(other, rel=1e-14, nan_ok=True), name

@@ -13,22 +13,27 @@ def test_without_a_terminal_lines_are_printed(command, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
-    assert lines[0].startswith("training: 2 of 6 steps, stage 1/2  loss ")
-    assert lines[-1].startswith("training: 6 of 6 steps, stage 2/2  loss ")
-    assert "bits/dim" in lines[-1]
-    assert "images/s" in lines[-1]
-    assert "held out" in lines[-1]
+    assert lines[0] == "training: 1 of 6 steps, stage 1 of 2"
+    assert lines[1].startswith("training: 2 of 6 steps, stage 1 of 2, bits/dim ")
+    assert "training: 2 of 6 steps, stage 1 of 2, validating, bits/dim " in "\n".join(lines)
+    assert lines[-1].startswith("training: 6 of 6 steps, stage 2 of 2, bits/dim ")
+    for figure in (", penalty (bits/dim) ", ", images/s ", ", held-out bits/dim "):
+        assert figure in lines[-1]
 
 
 @pytest.mark.parametrize("width", [60, 120])
-def test_a_narrow_terminal_shows_the_whole_note(width, monkeypatch):
+def test_a_terminal_shows_every_figure_below_the_bar(width, monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width, color_system=None)
     monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    note = "stage 1/2  loss 0.123  3.456 bits/dim  789 images/s  held out 3.210"
+    figures = {"stage": "1 of 2", "bits/dim": "3.456", "penalty (bits/dim)": "0.123"}
+    figures |= {"weight": "1000", "images/s": "1,789", "held-out bits/dim": "3.210"}
     with progress.progress_bar("training", 1000, unit="steps") as show:
-        show(500, note)
-    shown = screen.getvalue()
-    assert "training" in shown
-    assert "500/1000" in shown
-    assert all(word in shown for word in note.split())
+        show(500, figures)
+    *_, last = screen.getvalue().split("training")
+    assert "500/1000 steps" in last
+    assert "left" in last
+    for name, value in figures.items():
+        assert f"{name} {value}" in last
+    rows = [row for row in last.splitlines() if "bits/dim" in row or "images/s" in row]
+    assert len(rows) == (2 if width == 60 else 1)

@@ -24,7 +24,7 @@ def test_options_reach_every_chain(options, reversible, every, command, tmp_path
     assert len(chains) == 2
     for chain in chains:
         assert (chain.reversible, chain.checkpoint_every) == (reversible, every)
-    drifts = [row["drift"] for row in metrics(tmp_path / "run", "loss")]
+    drifts = [row["drift"] for row in metrics(tmp_path / "run", "loss_bits_per_dim")]
     assert all(float(drift) < 1e-4 for drift in drifts) if reversible else not any(drifts)
 
 
@@ -33,7 +33,11 @@ def test_rebuilt_and_stored_states_give_the_same_losses(command, trained, tmp_pa
     # Only the image flow is compared: a vector flow initialized from four points has gradients that
     # are rounding errors, and Adam's first steps magnify them.
     stored, rebuilt = (
-        [float(row["loss"]) for row in metrics(folder, "loss") if float(row["stage"]) == 0]
+        [
+            float(row["loss_bits_per_dim"])
+            for row in metrics(folder, "loss_bits_per_dim")
+            if float(row["stage"]) == 0
+        ]
         for folder in (tmp_path / "run", trained)
     )
     assert len(stored) == 3

@@ -17,7 +17,7 @@ from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
 def rows(folder):
-    return metrics(folder, "loss")
+    return metrics(folder, "loss_bits_per_dim")
 
 
 class TestGuard:
@@ -193,6 +193,17 @@ class TestStages:
         assert [o.weight for o in objectives] == [1000.0, 9.0, "variance"]
         assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
 
+    def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
+        """The weights are in the checkpoint and in the metrics."""
+        options = "--error-bound 1e-6 --stage-final-weight 10 --stage-weight-steps 2"
+        assert main([*command, *options.split()]) == 0
+        # The error stays above e times the bound, so that each step multiplies w by e^0.005.
+        expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
+        logged = [float(row["penalty_weight"]) for row in rows(tmp_path / "run")]
+        assert logged == pytest.approx(expected, rel=1e-5)
+        objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
+        assert [o.trained_weight.item() for o in objectives] == [logged[2], logged[5]]
+
     @pytest.mark.parametrize("release", [False, True])
     def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
         """With a warm-up of one step, the first step of a stage has its highest rate."""
@@ -217,7 +228,7 @@ class TestStages:
 
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
-        command = [*command, *self.OPTIONS.split(), "--release", "--weight", "variance"]
+        command = [*command, *self.OPTIONS.split(), "--release", "--error-bound", "0.001"]
         assert main(command) == 0
         whole = weights(tmp_path / "run")
         calls = []
@@ -266,7 +277,7 @@ def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch)
     monkeypatch.setattr(train, "check_precision", lambda *_: None)
     assert main([*command, "--precision", "float16"]) == 0
     found = rows(tmp_path / "run")
-    assert all(math.isfinite(float(row["loss"])) for row in found)
+    assert all(math.isfinite(float(row["loss_bits_per_dim"])) for row in found)
     norms = [float(row["gradient_norm"]) for row in found]
     overflows = sum(not math.isfinite(norm) for norm in norms)
     assert 0 < overflows < 6  # the scale starts at 2^16, which is too high for these losses

@@ -24,7 +24,7 @@ from mflow_kernels.interop.subclasses import (
     implementation_of,
 )
 from mflow_kernels.interop.visitor import Visitor
-from mflow_kernels.ops.launch import pixels
+from mflow_kernels.ops.layouts import pixels
 
 # Releases 1.7.0 to 1.7.3 and the development branch at c6616b1, see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {

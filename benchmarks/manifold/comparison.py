@@ -1,0 +1,221 @@
+"""Compare methods at equal CPU time: choose the settings of each, then train it with all seeds.
+
+Every run is one JSON file in the output folder. A run whose file exists is not repeated, so a
+comparison that was stopped continues where it was.
+
+1. Cost: the CPU seconds of one step of each method give the number of its steps.
+2. Sweep: each method is trained with the same number of settings, on seed 0 and with a part of the
+   CPU time, and judged by its samples on validation data.
+3. Comparison: each method is trained with its best setting and all seeds, and measured on test
+   data.
+"""
+
+import math
+import os
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.manifold import methods
+from benchmarks.manifold.methods import RECIPES, Method, Networks
+from benchmarks.manifold.output import Row, Store
+
+COST_ROUNDS = 3  # the smallest cost of so many rounds counts, as other processes disturb
+
+
+class Settings(NamedTuple):
+    """What a sweep chooses: learning rate, and weight of the reconstruction error."""
+
+    rate: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Comparison(ABC):
+    """A set of data on which methods are compared.
+
+    Attributes:
+        name: name of the set, in file names.
+        seconds: CPU seconds of a training.
+        sweep_share: share of these seconds that a training of the sweep gets.
+        rates: learning rates of the sweep; methods without a weight get `more_rates` too.
+        weights: weights of the sweep. The first one is used while rates are compared, and the other
+            ones are then compared at the best rate.
+        more_rates: as many as there are other weights, so that all methods have as many settings.
+    """
+
+    name: str
+    seconds: float
+    sweep_share: float
+    rates: tuple[float, ...]
+    weights: tuple[float, ...]
+    more_rates: tuple[float, ...]
+
+    @abstractmethod
+    def networks(self) -> Networks:
+        """Return the networks of the comparison."""
+
+    @abstractmethod
+    def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Yield batches of training data without end."""
+
+    @abstractmethod
+    def score(self, method: Method) -> float:
+        """Return the distance of samples from validation data."""
+
+    def rank(self, row: Row) -> float | None:
+        """Return what the sweep minimizes: the score."""
+        return row["score"]
+
+    @abstractmethod
+    def point(self, method: Method) -> dict[str, float | None]:
+        """Return a point of the validation curve."""
+
+    @abstractmethod
+    def measure(self, method: Method) -> dict[str, Any]:
+        """Return the figures of a trained method on test data."""
+
+    def choose(self, store: Store) -> dict[str, Settings]:
+        """Make the runs of the sweep that the store lacks; return the best settings by method."""
+        names = methods.names(self.networks())
+        self._measure_costs(store, names)
+        chosen = {}
+        for name in names:
+            rows = self._sweep(store, name)
+            best = min(rows, key=self._order, default={})
+            chosen[name] = Settings(best.get("rate", 0.0), best.get("weight", 1.0))
+        return chosen
+
+    def compare(self, store: Store, chosen: Mapping[str, Settings], seeds: Sequence[int]) -> None:
+        """Make the runs of the comparison that the store lacks."""
+        self._measure_costs(store, list(chosen))
+        for seed in seeds:
+            for name, settings in chosen.items():
+                self.train(store, name, settings, seed)
+
+    def train(
+        self, store: Store, name: str, settings: Settings, seed: int, share: float = 1.0,
+        stage: str = "final",
+    ) -> Row:  # fmt: skip
+        """Return the row of one training, from the store or made now."""
+        steps = [
+            max(2, round(share * self.seconds * phase_share / cost))
+            for phase_share, cost in self._costs(store, name)
+        ]
+        about = {"set": self.name, "stage": stage, "method": name, "seed": seed, "share": share}
+        about |= settings._asdict() | {"steps": steps}
+        key = f"{self.name}-{stage}-{name}-rate{settings.rate}-weight{settings.weight}-seed{seed}"
+        return store.row(key, lambda: about | self._train(name, settings, seed, steps, stage))
+
+    def _train(
+        self, name: str, settings: Settings, seed: int, steps: Sequence[int], stage: str
+    ) -> dict[str, Any]:
+        method, batches = self._start(name, settings, seed)
+        curve: list[dict[str, float | None]] = []
+
+        def watch(progress: float) -> None:
+            if stage != "sweep":
+                curve.append({"progress": progress} | self.point(method))
+
+        try:
+            seconds = methods.train(method, batches, steps, settings.rate, watch)
+        except FloatingPointError as error:
+            return {"score": None, "failed": str(error)}
+        about = {"seconds": seconds, "parameters": method.parameters()}
+        if stage == "sweep":
+            return about | {"score": self.score(method)} | self.point(method)
+        return about | {"curve": curve} | self.measure(method)
+
+    def _start(self, name: str, settings: Settings, seed: int) -> tuple[Method, Iterator[Tensor]]:
+        """Build a method with new networks, and its data."""
+        torch.manual_seed(seed)  # for the weights
+        generator = torch.Generator().manual_seed(seed)
+        method = RECIPES[name].build(self.networks(), settings.weight, generator)
+        return method, self.batches(seed, torch.Generator().manual_seed(seed + 1))
+
+    def _sweep(self, store: Store, name: str) -> list[Row]:
+        """Train with the rates of the sweep and then, at the best one, with the other weights."""
+        if not self._costs(store, name):
+            return []  # nothing to train
+
+        def swept(settings: Settings) -> Row:
+            return self.train(store, name, settings, 0, self.sweep_share, "sweep")
+
+        first, *others = self.weights
+        weighted = RECIPES[name].weighted
+        rates = self.rates if weighted else (*self.rates, *self.more_rates)
+        rows = [swept(Settings(rate, first)) for rate in rates]
+        if weighted:
+            best = min(rows, key=self._order)["rate"]
+            rows += [swept(Settings(best, weight)) for weight in others]
+        return rows
+
+    def _order(self, row: Row) -> float:
+        rank = None if "failed" in row else self.rank(row)
+        return math.inf if rank is None or not math.isfinite(rank) else rank
+
+    def _measure_costs(self, store: Store, names: Sequence[str]) -> None:
+        """Time a few steps of all methods in turn, so that a busy machine disturbs all alike."""
+        todo = [name for name in names if not store.has(self._cost_key(name))]
+        costs: dict[str, list[list[float]]] = {name: [] for name in todo}
+        settings = Settings(1e-4, self.weights[0])
+        for _ in range(COST_ROUNDS):
+            for name in todo:
+                method, batches = self._start(name, settings, 0)
+                costs[name].append(methods.step_seconds(method, batches, settings.rate))
+        for name in todo:
+            shares = [phase.share for phase in self._start(name, settings, 0)[0].phases]
+            least = [min(column) for column in zip(*costs[name], strict=True)]
+            cost = {"shares": shares, "step_seconds": least}
+            store.row(self._cost_key(name), lambda cost=cost: cost)
+
+    def _costs(self, store: Store, name: str) -> list[tuple[float, float]]:
+        """Return the share and the seconds per step of each phase."""
+        found = store.read(self._cost_key(name))
+        return list(zip(found["shares"], found["step_seconds"], strict=True))
+
+    def _cost_key(self, name: str) -> str:
+        return f"{self.name}-cost-{name}"
+
+
+def finals(store: Store, name: str) -> list[Row]:
+    """Return the rows of a comparison, in the order of the methods, with the columns of ABOUT."""
+    order = list(RECIPES)
+    rows = store.rows(f"{name}-final-")
+    rows.sort(key=lambda row: (order.index(row["method"]), row["seed"]))
+    return [
+        row
+        | {
+            "rate_shown": row["rate"] if row["steps"] else "-",
+            "weight_shown": row["weight"] if RECIPES[row["method"]].weighted else "-",
+            "steps_shown": " + ".join(map(str, row["steps"])) or "-",
+        }
+        for row in rows
+    ]
+
+
+# Columns about a training.
+ABOUT = {
+    "rate_shown": ("learning rate", "g"),
+    "weight_shown": ("weight", "g"),
+    "steps_shown": ("steps", ""),
+    "parameters": ("parameters", ".0f"),
+    "seconds": ("CPU s", ".1f"),
+}
+
+
+def about_runs(rows: Sequence[Row]) -> str:
+    """Return a line with seeds, dates and versions of these runs."""
+    found = {
+        "seeds": sorted({row["seed"] for row in rows}),
+        "commits": sorted({row["made"]["commit"] for row in rows}),
+        "dates": sorted({row["made"]["date"] for row in rows}),
+        "torch": sorted({row["made"]["torch"] for row in rows}),
+    }
+    parts = [f"{name} {', '.join(map(str, values))}" for name, values in found.items()]
+    return f"\nRuns: {'; '.join(parts)}; {os.cpu_count()} CPU cores ({platform.machine()}).\n"

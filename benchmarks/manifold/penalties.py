@@ -1,0 +1,48 @@
+"""Shapes and weights of the penalty, on noisy points of the sphere with one flow."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.manifold import methods, points
+from benchmarks.manifold.comparison import about_runs
+from benchmarks.manifold.output import Row, Store, markdown
+from benchmarks.manifold.points import NOISE
+from benchmarks.manifold.targets import TARGETS
+from mflow_kernels import ManifoldObjective, VectorFlow
+from mflow_kernels.models.objectives import Rho
+from mflow_kernels.models.penalty_weight import Domain
+
+TARGET = TARGETS["sphere"]
+DOMAINS: tuple[Domain, ...] = ("latent", "data")
+RHOS: tuple[Rho, ...] = ("l2", "l1", "huber")
+WEIGHTS = (10.0, 100.0, 1000.0)
+HUBER_DELTA = 0.1  # twice the standard deviation of the noise
+STEPS, RATE = 400, 3e-3
+
+
+def report(store: Store, quick: bool) -> str:
+    """Make the runs and return the table."""
+    for seed in range(1 if quick else 3):
+        for domain in DOMAINS:
+            for rho in RHOS[: 1 if quick else None]:
+                for weight in WEIGHTS[:: 2 if quick else 1]:
+                    key = f"penalties-{domain}-{rho}-weight{weight}-seed{seed}"
+                    arguments = (domain, rho, weight, seed, 100 if quick else STEPS)
+                    store.row(key, lambda arguments=arguments: run(*arguments))
+    rows = store.rows("penalties-")
+    keys = {"domain": "domain", "rho": "rho", "weight": "w"}
+    rows.sort(key=lambda row: (row["domain"], row["rho"], row["weight"], row["seed"]))
+    return markdown(rows, keys, points.METRICS) + "\n" + about_runs(rows)
+
+
+def run(domain: Domain, rho: Rho, weight: float, seed: int, steps: int) -> Row:
+    """Train and measure one flow with one penalty."""
+    torch.manual_seed(seed)  # for the weights
+    flow = VectorFlow(3, points.STEPS, points.WIDTH, reversible=False)
+    objective = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
+    method = methods.one_stage(flow, TARGET.dim, objective)
+    data = points.batches(TARGET, NOISE, torch.Generator().manual_seed(seed))
+    seconds = methods.train(method, data, [steps], RATE)
+    about: dict[str, Any] = {"domain": domain, "rho": rho, "weight": weight, "seed": seed}
+    return about | {"seconds": seconds} | points.measure(method, TARGET, NOISE)

@@ -1,0 +1,135 @@
+"""Draw the pictures of the README and of the tutorial.
+
+    mflow train --run-dir runs/default
+    pytest benchmarks/bench_models.py --benchmark-only --clock process \\
+        -k "K32 and W64 and train and 3x32x32" --benchmark-json docs/pictures/training_step.json
+    python -m benchmarks.readme_pictures runs/default
+
+The first command trains the default run. The second one measures a training step of every package;
+it is only needed for new figures. The third one draws docs/pictures/*.png from both.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
+from mflow_kernels.data.files import write_atomically
+
+DOCS = Path(__file__).parent.parent / "docs"
+PICTURES = DOCS / "pictures"
+RESULTS = PICTURES / "training_step.json"
+BASE = "plain"
+LABELS = {  # the variants that are drawn, and what a reader calls them
+    "ours, reversible": "mflow_kernels, reversible",
+    "ours, stored": "mflow_kernels, stored",
+    "memcnn": "memcnn",
+    "checkpointing": "gradient checkpointing",
+    "FrEIA": "FrEIA",
+    "normflows": "normflows",
+    "plain": "plain PyTorch",
+    "nflows": "nflows",
+}
+SAMPLES, TEMPERATURE = 12, 0.7
+MIB = 2**20
+
+
+def bars(saved: Runs) -> list[tuple[str, float, tuple[float, float, float]]]:
+    """Label, peak MiB, and time relative to plain PyTorch (median and quartiles) of each variant.
+
+    Raises:
+        ValueError: a variant was not measured, or the rows are of more than one model.
+    """
+    rows: dict[str, Row] = {row.variant: row for row in saved.rows}
+    missing = [name for name in LABELS if name not in rows]
+    if missing or len({row.group for row in saved.rows}) != 1:
+        raise ValueError(f"results: expected one model with every variant, lacks {missing}")
+    return [
+        (label, rows[name].extra["peak_bytes"] / MIB, ratio(rows[name], rows[BASE]))
+        for name, label in LABELS.items()
+    ]
+
+
+def draw_comparison(saved: Runs, path: Path) -> None:
+    """Draw memory and time of a training step of each package as bars."""
+    each = bars(saved)
+    names = [name for name, _, _ in each]
+    colours = ["C0" if name.startswith("mflow_kernels") else "0.7" for name in names]
+    figure = Figure(figsize=(8.6, 3.3), dpi=100, facecolor="white", layout="constrained")
+    figure.suptitle("A training step of the same Glow in each package", fontsize=11)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    peaks = [peak for _, peak, _ in each]
+    memory.barh(names, peaks, color=colours)
+    memory.bar_label(memory.containers[0], fmt="%.0f", padding=3, fontsize=9)
+    memory.set_title("peak memory, MiB", fontsize=10)
+    medians = [middle for _, _, (middle, _, _) in each]
+    spread = [[m - low for _, _, (m, low, _) in each], [high - m for _, _, (m, _, high) in each]]
+    time.barh(names, medians, color=colours, xerr=spread, error_kw={"linewidth": 0.8})
+    for place, (_, _, (middle, _, high)) in enumerate(each):
+        time.annotate(
+            f"{middle:.2f}", (high, place), (4, 0), textcoords="offset points", va="center",
+            fontsize=9,
+        )  # fmt: skip
+    time.set_title("time, relative to plain PyTorch", fontsize=10)
+    for axes, largest in ((memory, max(peaks)), (time, max(high for *_, (_, _, high) in each))):
+        axes.set_xlim(0, 1.12 * largest)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+    memory.invert_yaxis()  # after all bars: the panels share this axis
+    row, (machine,) = saved.rows[0].extra, saved.environments
+    figure.supxlabel(
+        f"Glow of {row['levels']} levels of {row['steps']} steps, width {row['width']}, batch of "
+        f"{row['batch']} {row['channels']}x{row['side']}x{row['side']} images, {row['precision']}. "
+        f"{machine['device']}, {machine['threads']} thread, {machine['clock']}, "
+        f"{saved.commands[0]['datetime'][:10]}",
+        fontsize=7.5, color="0.3",
+    )  # fmt: skip
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_run(folder: Path, path: Path) -> None:
+    """Draw held-out images of a run, their projections on the manifold, and samples."""
+    from mflow_kernels.evaluation.likelihood import held_out_images
+    from mflow_kernels.evaluation.pictures import draw_images
+    from mflow_kernels.evaluation.samples import draw_samples, project_images
+    from mflow_kernels.runs.folder import load_run
+
+    run = load_run(str(folder), "cpu")
+    images = held_out_images(run, None)[0].batch(range(SAMPLES))
+    rows = {
+        "held out": images,
+        "projection": project_images(run.model, images),
+        f"sample, T = {TEMPERATURE}": draw_samples(run.model, SAMPLES, TEMPERATURE, seed=0),
+    }
+    title = "The default run of mflow train: held-out digits, their projections, and samples"
+    draw_images(path, title, rows)
+
+
+def draw_moons(folder: Path) -> None:
+    """Run the first page of the tutorial, which draws moons.png into the current folder."""
+    page = (DOCS / "tutorial" / "density.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=folder, check=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.readme_pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="run folder of mflow train")
+    parser.add_argument("--out", type=Path, default=PICTURES, help="folder for the PNG files")
+    options = parser.parse_args(arguments)
+    draw_comparison(runs(merged([RESULTS])), options.out / "comparison.png")
+    draw_run(options.run, options.out / "digits.png")
+    draw_moons(options.out)
+
+
+if __name__ == "__main__":
+    main()

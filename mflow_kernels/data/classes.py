@@ -1,0 +1,78 @@
+"""Classes of a data set's images: the names of their folders, a named data set's labels, or
+attributes of CelebA."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from mflow_kernels.data.sources import DataError
+
+LABELS = "labels"  # the value of --classes that stands for folders or a named data set's labels
+MOST_CLASSES = 1000
+
+
+class Classes(NamedTuple):
+    """The classes of N images.
+
+    Attributes:
+        names: of each class, in the order of their numbers.
+        numbers: int64 (N,), the class of each image.
+    """
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+
+
+def of_folders(names: Sequence[str]) -> Classes:
+    """The folder that directly contains each image is its class, in alphabetical order.
+
+    Args:
+        names: file name of each image, relative to the root, with slashes.
+
+    Raises:
+        DataError: an image lies in no folder, or there are fewer than 2 or more than MOST_CLASSES.
+    """
+    folders = [PurePosixPath(name).parent.name for name in names]
+    outside = [name for name, folder in zip(names, folders, strict=True) if not folder]
+    if outside:
+        raise DataError(
+            f"classes: expected every image in a folder named after its class, got {outside[0]}"
+        )
+    found, numbers = np.unique(np.array(folders), return_inverse=True)
+    if not 2 <= len(found) <= MOST_CLASSES:
+        raise DataError(
+            f"classes: expected 2 to {MOST_CLASSES} folders of images, found {len(found)}"
+        )
+    return Classes(tuple(found.tolist()), numbers.astype(np.int64))
+
+
+def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
+    """Each combination of the chosen attributes is a class.
+
+    Args:
+        chosen: names of attributes, separated by commas, as "Smiling,Male".
+        attributes: for each name, bool (N,): the images that have it.
+
+    Raises:
+        DataError: there are no attributes, or none of that name, or more than 6 are chosen.
+    """
+    names = [name.strip() for name in chosen.split(",")]
+    if not attributes:
+        raise DataError(
+            f"classes: expected {LABELS!r}, the folders of these images, got {chosen!r}; only "
+            "CelebA has attributes, if list_attr_celeba.txt lies beside it when it is prepared"
+        )
+    for name in names:
+        if name not in attributes:
+            known = ", ".join(attributes)
+            raise DataError(f"classes: expected attributes out of {known}, got {name!r}")
+    if len(names) > 6 or len(set(names)) != len(names):
+        raise DataError(f"classes: expected up to 6 different attributes, got {chosen!r}")
+    numbers = np.zeros(len(attributes[names[0]]), np.int64)
+    labels = [""]
+    for name in names:  # the first attribute is the slowest
+        numbers = 2 * numbers + attributes[name]
+        labels = [f"{before}{sign}{name} " for before in labels for sign in ("not ", "")]
+    return Classes(tuple(label.strip() for label in labels), numbers)

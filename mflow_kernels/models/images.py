@@ -1,0 +1,82 @@
+"""Images as a model's input."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.ops.launch import capturing, transformed
+
+
+def prepare(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tensor:
+    """Images as mflow prepare stores them.
+
+    Args:
+        images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
+        image_shape: (C, S, S).
+        crop: side of the central square that is cut out first; None stands for the largest square.
+
+    Returns:
+        uint8 (N, C, S, S).
+
+    Raises:
+        TypeError, ValueError: an image has another type, or is smaller than the crop.
+    """
+    # Here, because models need Pillow only for this.
+    import numpy as np
+    from PIL import Image
+
+    from mflow_kernels.data.decoding import crop_and_resize, plain
+
+    channels, size, width = image_shape
+    if size != width:
+        raise ValueError(f"images: expected a model of square images, got one of {size}x{width}")
+    given = [images] if isinstance(images, Image.Image | np.ndarray) else images
+    if not isinstance(given, Sequence) or not given:
+        raise TypeError(
+            "images: expected an image, a uint8 array or a list of them, got "
+            f"{type(images).__name__}"
+        )
+    squares = []
+    for i, image in enumerate(given):
+        name = "images" if given is not images else f"images[{i}]"
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.shape[2:] not in ((), (1,), (3,), (4,)):
+                raise TypeError(
+                    f"{name}: expected a uint8 array (H, W) or (H, W, C), got {image.dtype} "
+                    f"{image.shape}"
+                )
+            image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"{name}: expected an image of Pillow or a uint8 array, got {type(image).__name__}"
+            )
+        if crop is not None and min(image.size) < crop:
+            raise ValueError(
+                f"{name}: expected at least {crop}x{crop} pixels, which the model's images were "
+                f"cropped to, got {image.width}x{image.height}"
+            )
+        mode = "L" if channels == 1 else "RGB"
+        pixels = np.asarray(crop_and_resize(plain(image).convert(mode), size, crop))
+        squares.append(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+    return torch.from_numpy(np.stack(squares))
+
+
+def warn_of_raw_images(module: nn.Module, x: Tensor) -> None:
+    """Warn if the first images (N, C, H, W) that reach a model have values from 0 to 255."""
+    if x.dim() != 4 or getattr(module, "images_checked", False):
+        return
+    if torch.compiler.is_compiling() or transformed() or capturing(x.device):
+        return
+    if x.is_meta or type(x) is not Tensor or not x.numel():
+        return
+    module.images_checked = True  # type: ignore[assignment]
+    least, most = x.detach().aminmax()
+    if least >= 0 and most > 2:
+        warnings.warn(
+            f"x: expected images of a range of about 1, as from -0.5 to 0.5, got values up to "
+            f"{most.item():g}: scale them as x / 256 - 0.5, or use preprocess() of the model",
+            stacklevel=3,
+        )

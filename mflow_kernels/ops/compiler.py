@@ -1,0 +1,27 @@
+"""Triton; or, if it is not installed, just enough of it to define kernels, which nothing launches.
+
+The references and the C++ loops need no Triton. Every module of kernels imports it from here.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    TRITON_INSTALLED = False
+
+    class _Constant:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    def _jit(function: Any = None, **options: Any) -> Any:
+        return function or _jit
+
+    triton = SimpleNamespace(jit=_jit)
+    tl = SimpleNamespace(constexpr=_Constant, float32=None, float64=None)
+else:
+    TRITON_INSTALLED = True

@@ -1,0 +1,111 @@
+"""Memory layouts of flow states.
+
+A kernel sees a flow state (N, C, *spatial) as N samples of C channels by P pixels with one stride
+each, so that contiguous and channels_last tensors and views of their halves need no copy.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.checks import check_state
+
+
+def pixels(x: Tensor) -> int:
+    """P, the number of pixels of a sample: 1 for (N, C)."""
+    return math.prod(x.shape[2:])
+
+
+class Strides(NamedTuple):
+    """Steps, in elements, to the next sample, channel and pixel."""
+
+    n: int
+    c: int
+    p: int
+
+
+def strides(x: Tensor) -> Strides:
+    """The strides of a tensor that `dense_pixels` returned."""
+    if x.dim() == 4:
+        n, c, down, right = x.stride()
+        _, _, height, width = x.shape
+        return Strides(n, c, right if width > 1 else down if height > 1 else 1)
+    p = next((s for n, s in zip(x.shape[:1:-1], x.stride()[:1:-1], strict=True) if n > 1), 1)
+    return Strides(x.stride(0), x.stride(1), p)
+
+
+def dense_pixels(x: Tensor) -> Tensor:
+    """`x` itself if one stride reaches all its pixels in order, else a contiguous copy."""
+    if x.dim() == 4:  # the usual case, decided without a loop
+        _, _, height, width = x.shape
+        *_, down, right = x.stride()
+        return x if height == 1 or width == 1 or down == width * right else x.contiguous()
+    size = 1
+    for length, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if length == 1:
+            continue
+        if size == 1:
+            step = stride
+        if stride != step * size:
+            return x.contiguous()
+        size *= length
+    return x
+
+
+def flow_state(name: str, value: object) -> Tensor:
+    """`value` as a flow state for kernels, copied only if one stride does not reach its pixels.
+
+    Call this before the operator: its registered output layout follows its input layout.
+    """
+    x = dense_pixels(check_state(name, value))
+    if x.numel() >= 2**31 and x.device.type != "cpu":  # most states need no exact check
+        check_span(name, x)
+    return x
+
+
+def check_span(name: str, x: Tensor) -> None:
+    """Raise ValueError if an offset within a sample does not fit the 32 bits that kernels use."""
+    _, c, p = strides(x)
+    span = (x.shape[1] - 1) * c + (pixels(x) - 1) * p + 1
+    if span > 2**31:
+        raise ValueError(
+            f"{name}: expected samples that span at most 2^31 elements, got one of shape "
+            f"{tuple(x.shape[1:])} that spans {span}"
+        )
+
+
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y` with the strides of `torch.empty_like(x)`, which the operator's fake promises."""
+    if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x, dtype=y.dtype, device=y.device).copy_(y)
+
+
+def channels_first(x: Tensor) -> bool:
+    """Whether neighbours in memory are pixels of one channel rather than channels of one pixel."""
+    return pixels(x) > 1 and strides(x).p == 1
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the strides of a state (N, C, *spatial) are in channels_last order.
+
+    A state of one channel or one pixel has the order that its strides state, as for torch's
+    convolutions. `Tensor.is_contiguous` would accept either order for it.
+    """
+    return x.dim() > 2 and 0 < x.stride(1) * x.shape[1] <= x.stride(-1)
+
+
+def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor for the network input y_a, dense and in y's order of axes; (0,) without a
+    dtype."""
+    return (
+        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
+    )
+
+
+def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`net_input`, filled from y."""
+    net = net_input(y, dtype)
+    return net if dtype is None else net.copy_(y[:, : net.shape[1]])

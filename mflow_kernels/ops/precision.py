@@ -1,0 +1,27 @@
+"""The precision of an operator's arithmetic: its dtype, and autocast, which must not change it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.compiler import tl
+
+TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and log-determinants of a state of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
+    """A context that turns autocast off: products of states always keep their precision."""
+    device = on if isinstance(on, torch.device) else on.device
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

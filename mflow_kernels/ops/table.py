@@ -1,0 +1,370 @@
+"""The table of operators: each with its reference in plain torch, and the inputs to try it on.
+
+Tests, benchmarks and the reports without a GPU run every row, so a new operator needs one row here.
+The package itself does not import this module.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse, actnorm_ref
+from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse, conv1x1_ref
+from mflow_kernels.ops.coupling import (
+    affine_coupling,
+    affine_coupling_inverse,
+    affine_coupling_ref,
+)
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_inverse_conv1x1
+from mflow_kernels.ops.coupling_network import coupling_network, coupling_network_ref
+from mflow_kernels.ops.layouts import is_channels_last, pixels
+from mflow_kernels.ops.logdet import accumulate_logdet, accumulate_logdet_ref
+from mflow_kernels.ops.masked_penalty import masked_penalty_gaussian, masked_penalty_ref
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.rebuild_conv1x1 import (
+    RebuiltConv1x1,
+    rebuild_conv1x1,
+    rebuild_conv1x1_ref,
+    rebuild_splits,
+)
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
+from mflow_kernels.ops.scale import ScaleFunction
+
+Numbers = Callable[[tuple[int, ...]], Tensor]
+DEFAULT_SCALE = ScaleFunction("tanh")
+
+
+def normal_numbers(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def rotation(
+    channels: int, dtype: torch.dtype = torch.float32, numbers: Numbers = normal_numbers
+) -> Tensor:
+    """A (C, C) matrix near a rotation, whose inverse is accurate in float32."""
+    q = torch.linalg.qr(numbers((channels, channels)))[0]
+    return (q + 0.1 * numbers((channels, channels)) / channels).to(dtype)
+
+
+def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a coupling's params for a state of `shape`."""
+    n, c, *spatial = shape
+    return (n, 2 * (c - c // 2), *spatial)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws the inputs of operators for a state x of one shape.
+
+    Attributes:
+        shape: of x, (N, C, *spatial).
+        dtypes: of states, and of params, weights and biases.
+        device: of all inputs.
+        layout: brings a state to its memory layout.
+        numbers: float64 numbers of a shape, from which all inputs are made.
+        width: of a coupling network.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    device: torch.device | str = "cpu"
+    layout: Callable[[Tensor], Tensor] = Tensor.contiguous
+    numbers: Numbers = field(default=normal_numbers)
+    width: int = 32
+
+    @property
+    def c(self) -> int:
+        return self.shape[1]
+
+    def state(self, channels: int, dtype: torch.dtype) -> Tensor:
+        n, _, *spatial = self.shape
+        return self.layout(self.numbers((n, channels, *spatial)).to(self.device, dtype))
+
+    def other(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * self.numbers(shape)).to(self.device, self.dtypes[1])
+
+    def weight(self, rows: int, columns: int, taps: int) -> Tensor:
+        """The weight of a layer of a coupling network, whose results are of order one."""
+        taps = taps if len(self.shape) == 4 else 1
+        kernel = (taps, taps) if len(self.shape) == 4 else ()
+        return self.other(rows, columns, *kernel, scale=(columns * taps**2) ** -0.5)
+
+
+# How to draw each input. Gradients are taken of all but bool tensors and those in CONSTANT.
+INPUTS: dict[str, Callable[[Draw], Tensor]] = {
+    "x": lambda draw: draw.state(draw.c, draw.dtypes[0]),
+    "dx": lambda draw: draw.state(draw.c, draw.dtypes[0]),
+    "params": lambda draw: draw.state(params_shape(draw.shape)[1], draw.dtypes[1]),
+    "weight": lambda draw: rotation(draw.c, draw.dtypes[1], draw.numbers).to(draw.device),
+    "bias": lambda draw: draw.other(draw.c),
+    "log_scale": lambda draw: draw.other(draw.c, scale=0.5),
+    # A coupling changes the second half, z_b.
+    "z_b": lambda draw: draw.state(draw.c - draw.c // 2, draw.dtypes[0]),
+    "dz_b": lambda draw: draw.state(draw.c - draw.c // 2, draw.dtypes[0]),
+    "dlogdet": lambda draw: _wide(draw, draw.shape[0]),
+    "ledger": lambda draw: _wide(draw, draw.shape[0], max(1, math.prod(draw.shape[2:]) // 64)),
+    "constant": lambda draw: _wide(draw),
+    "target": lambda draw: draw.state(draw.c, draw.dtypes[0]),
+    "mask": lambda draw: draw.numbers(draw.shape[2:]).to(draw.device) < 0,
+    # The coupling network reads the first half of x.
+    "x_a": lambda draw: draw.state(max(1, draw.c // 2), draw.dtypes[0]),
+    "w1": lambda draw: draw.weight(draw.width, max(1, draw.c // 2), 3),
+    "b1": lambda draw: draw.other(draw.width),
+    "w2": lambda draw: draw.weight(draw.width, draw.width, 1),
+    "b2": lambda draw: draw.other(draw.width),
+    "w3": lambda draw: draw.weight(params_shape(draw.shape)[1], draw.width, 3),
+    "b3": lambda draw: draw.other(params_shape(draw.shape)[1]),
+}
+
+
+def _wide(draw: Draw, *shape: int) -> Tensor:
+    return draw.numbers(shape).to(draw.device, accumulator(draw.dtypes[0]))
+
+
+Terms = Callable[[int, int, int], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One direction of an operator.
+
+    Attributes:
+        name: of the operator, in both directions.
+        function: takes `inputs` by position and `options` by name.
+        reference: the same in plain torch, differentiable.
+        inputs: names in INPUTS.
+        results: names of the results, of which "y" is a state like x.
+        terms: number of products in the longest sum behind one element of each result and of the
+            gradient of each input, by name, from N, C and P.
+        options: of "scale" and "precision", those that it takes.
+        inverse: whether the row is the operator's inverse.
+        differentiable: False for operators that are themselves a part of a backward pass.
+        reads_half: whether the backward pass reads only the second half of x.
+        dtype: of states in benchmarks.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    terms: Terms
+    options: tuple[str, ...] = ()
+    inverse: bool = False
+    differentiable: bool = True
+    reads_half: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def id(self) -> str:
+        """The operator's name, or that of its inverse."""
+        return self.function.__name__ if self.inverse else self.name
+
+    @property
+    def maps_states(self) -> bool:
+        return self.inputs[0] == "x" and self.results[0] == "y"
+
+    def draw(self, draw: Draw) -> dict[str, Tensor]:
+        """Inputs by name. Floating-point tensors require gradients if the operator has them."""
+        made = {name: INPUTS[name](draw) for name in self.inputs}
+        return {
+            name: t.requires_grad_(self.differentiable and t.is_floating_point())
+            for name, t in made.items()
+        }
+
+    def call(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        """The results of the function, always as a tuple."""
+        return _as_tuple(self.function(*inputs, **options))
+
+    def expected(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        """The results of the reference, always as a tuple."""
+        return _as_tuple(self.reference(*inputs, **options))
+
+    def fewest_bytes(self, inputs: dict[str, Tensor], backward: bool = False) -> int:
+        """The fewest bytes that a call, or its backward pass, can read and write."""
+        with torch.no_grad():
+            results = self.call(*inputs.values())
+        moved = sum(map(_bytes, (*inputs.values(), *results)))
+        if backward:
+            moved += sum(_bytes(t) for t in inputs.values() if t.requires_grad)
+            moved -= _bytes(inputs["x"][:, : inputs["x"].shape[1] // 2]) if self.reads_half else 0
+        return moved
+
+
+def _as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+# References with the arguments and results of the public functions.
+
+
+def _actnorm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    logdet = pixels(x) * log_scale.sum()
+    return actnorm_ref(x, bias, log_scale, False), logdet.expand(x.shape[0])
+
+
+def _actnorm_inverse(y: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    logdet = -pixels(y) * log_scale.sum()
+    return actnorm_ref(y, bias, log_scale, True), logdet.expand(y.shape[0])
+
+
+def _conv1x1_inverse(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    inverse = torch.linalg.inv(weight)
+    return conv1x1_ref(y, inverse, -(inverse @ bias))
+
+
+def _coupling(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def reference(
+        x: Tensor,
+        params: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        scale: ScaleFunction = DEFAULT_SCALE,
+    ) -> tuple[Tensor, Tensor]:
+        y, log_s = affine_coupling_ref(x, params, scale, inverse)
+        y = y if weight is None else conv1x1_ref(y, weight, bias)
+        return y, log_s.flatten(1).sum(1)
+
+    return reference
+
+
+def _masked_penalty(x: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return masked_penalty_gaussian(x, target, mask=mask)
+
+
+def _masked_penalty_ref(x: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return masked_penalty_ref(x, target, mask, None, 1.0, "huber", 1.0)
+
+
+def _rebuild_coupling(
+    rebuild: Callable[..., Any],
+) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda z_b, dz_b, dlogdet, params: tuple(
+        rebuild(z_b, dz_b, dlogdet, params, DEFAULT_SCALE, False, False)
+    )
+
+
+def _rebuild_conv1x1(y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    c = len(bias)
+    splits = rebuild_splits(y[:, c // 2 :], c)
+    sums = bias.new_empty(splits, c, c), bias.new_empty(splits, c)
+    return _joined(rebuild_conv1x1(*_halves(y, dy, weight, bias), True, *sums))
+
+
+def _rebuild_conv1x1_ref(y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return _joined(rebuild_conv1x1_ref(*_halves(y, dy, weight, bias)))
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _halves(
+    y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Pair, Pair, None, Tensor, Tensor, Tensor, None, bool]:
+    """Arguments of rebuild_conv1x1 after a coupling, without a network input."""
+    cut = y.shape[1] // 2
+    inverse, last = weight.t().contiguous(), is_channels_last(y)
+    pairs = (y[:, :cut], y[:, cut:]), (dy[:, :cut], dy[:, cut:])
+    return (*pairs, None, weight, inverse, bias, None, last)
+
+
+def _joined(rebuilt: RebuiltConv1x1) -> tuple[Tensor, ...]:
+    """The halves of x and of dx, and the two partial sums, added up."""
+    x, dx, _, _, *partial_sums = rebuilt
+    assert x is not None
+    return (*x, *dx, *(sums.sum(0) for sums in partial_sums))
+
+
+def _network_ref(x: Tensor, *parameters: Tensor) -> Tensor:
+    return coupling_network_ref(x, *parameters)[0]
+
+
+def _elementwise(n: int, c: int, p: int) -> dict[str, int]:
+    own = dict.fromkeys(("y", "x", "params"), 1)
+    return own | {"logdet": c * p, "bias": n * p, "log_scale": n * p}
+
+
+def _product(n: int, c: int, p: int) -> dict[str, int]:
+    own = dict.fromkeys(("y", "x", "params"), c)
+    return own | {"logdet": c * p, "bias": n * p * c, "weight": n * p * c}
+
+
+def _sums(n: int, c: int, p: int) -> dict[str, int]:
+    sums = dict.fromkeys(("penalty", "gaussian"), c * p)
+    return sums | {"logdet": p + 1, "x": 1, "target": 1, "ledger": 1, "constant": n}
+
+
+def _network_terms(n: int, c: int, p: int) -> dict[str, int]:
+    names = ("params", "x_a", "w1", "b1", "w2", "b2", "w3", "b3")
+    return dict.fromkeys(names, 9 * 512 + n * p)
+
+
+def _rebuilt(n: int, c: int, p: int) -> dict[str, int]:
+    states = dict.fromkeys(("x_a", "x_b", "dx_a", "dx_b", "dparams"), c)
+    return states | dict.fromkeys(("dweight", "dbias"), n * p)
+
+
+STATE = ("y", "logdet")
+CHANNELWISE = ("x", "bias", "log_scale")
+COUPLED = ("x", "params", "weight", "bias")
+NETWORK = ("x_a", "w1", "b1", "w2", "b2", "w3", "b3")
+
+OPERATORS = (
+    Operator("actnorm", actnorm, _actnorm, CHANNELWISE, STATE, _elementwise),
+    Operator(
+        "actnorm", actnorm_inverse, _actnorm_inverse, CHANNELWISE, STATE, _elementwise, inverse=True
+    ),
+    Operator(
+        "conv1x1", conv1x1, conv1x1_ref, ("x", "weight", "bias"), ("y",), _product, ("precision",)
+    ),
+    Operator(
+        "conv1x1", conv1x1_inverse, _conv1x1_inverse, ("x", "weight", "bias"), ("y",), _product,
+        ("precision",), inverse=True,
+    ),
+    Operator(
+        "affine_coupling", affine_coupling, _coupling(False), ("x", "params"), STATE, _elementwise,
+        ("scale",), reads_half=True,
+    ),
+    Operator(
+        "affine_coupling", affine_coupling_inverse, _coupling(True), ("x", "params"), STATE,
+        _elementwise, ("scale",), inverse=True, reads_half=True,
+    ),
+    Operator(
+        "coupling_conv1x1", coupling_conv1x1, _coupling(False), COUPLED, STATE, _product,
+        ("scale", "precision"),
+    ),
+    Operator(
+        "coupling_conv1x1", coupling_inverse_conv1x1, _coupling(True), COUPLED, STATE, _product,
+        ("scale", "precision"), inverse=True,
+    ),
+    Operator(
+        "accumulate_logdet", accumulate_logdet, accumulate_logdet_ref, ("ledger", "constant"),
+        ("logdet",), _sums,
+    ),
+    Operator(
+        "masked_penalty", _masked_penalty, _masked_penalty_ref, ("x", "target", "mask"),
+        ("penalty", "gaussian"), _sums,
+    ),
+    Operator(
+        "coupling_network", coupling_network, _network_ref, NETWORK, ("params",), _network_terms,
+        dtype=torch.bfloat16,
+    ),
+    Operator(
+        "rebuild_coupling", _rebuild_coupling(rebuild_coupling),
+        _rebuild_coupling(rebuild_coupling_ref), ("z_b", "dz_b", "dlogdet", "params"),
+        ("x_b", "dx_b", "dparams"), _rebuilt, differentiable=False,
+    ),
+    Operator(
+        "rebuild_conv1x1", _rebuild_conv1x1, _rebuild_conv1x1_ref, ("x", "dx", "weight", "bias"),
+        ("x_a", "x_b", "dx_a", "dx_b", "dweight", "dbias"), _rebuilt, differentiable=False,
+    ),
+)  # fmt: skip

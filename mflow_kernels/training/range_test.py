@@ -1,0 +1,140 @@
+"""A range test of the learning rate of each stage (Smith, arXiv 1506.01186, section 3.3).
+
+Lightning's `Tuner.lr_find` does not fit here: it gives all stages one rate, and it stops when the
+loss exceeds four times the best loss, which means nothing for a loss that can be negative.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from mflow_kernels.data.progress import progress_bar
+from mflow_kernels.training.module import FlowTraining, resume_loops, singular_means_divergence
+from mflow_kernels.training.train import Loaded, new_trainer
+
+STEPS = 100  # of each stage, unless it diverges before
+LOWEST, HIGHEST = 1e-5, 1.0  # range of the rates
+_SMOOTHING = 0.9  # weight of the earlier losses in their running mean
+
+
+class RangeTest(NamedTuple):
+    """The loss of a stage at each of its growing learning rates, until it is not finite."""
+
+    losses: tuple[float, ...]
+
+    @property
+    def best_rate(self) -> float:
+        """The rate at which the running mean of the loss was lowest."""
+        means = _running_means(self.losses)
+        return rate_at(means.index(min(means)))
+
+    @property
+    def suggestion(self) -> float:
+        """A highest rate for training: a third of `best_rate`.
+
+        The running mean lags behind the loss by half an order of magnitude, and a rate that lowers
+        the loss for a few steps may be too high for many.
+        """
+        return self.best_rate / 3
+
+
+def describe_tests(tests: Sequence[RangeTest]) -> str:
+    """A table with one row for each stage, and the options that train with the suggested rates."""
+    lines = ["stage  loss lowest at rate  suggested rate"]
+    for number, test in enumerate(tests, start=1):
+        lines.append(f"{number:5}  {test.best_rate:19.2g}  {test.suggestion:14.2g}")
+    first, *further = (f"{test.suggestion:.2g}" for test in tests)
+    options = ["--learning-rate", first, *(["--stage-learning-rate", *further] if further else [])]
+    return "\n".join([*lines, f"To train with them: mflow train {' '.join(options)} ..."])
+
+
+def rate_at(step: int) -> float:
+    """The learning rate of a step of the test."""
+    return LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+
+
+def _running_means(losses: Sequence[float]) -> list[float]:
+    """The exponential running mean of the losses, without its bias towards 0."""
+    mean, means = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
+        means.append(mean / (1 - _SMOOTHING**count))
+    return means
+
+
+class _GrowingRate(FlowTraining):
+    """Training in which the rate of each stage grows exponentially."""
+
+    def _learning_rate(self, stage: int, done: int) -> float:
+        return rate_at(done)
+
+
+class _Recorder(Callback):
+    """Records the losses of one stage and its best weights; stops at a loss that is not finite."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self.losses: list[float] = []
+        self.weights: dict[str, Tensor] = {}
+        self._best = math.inf
+        self._show = show
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        training = cast(FlowTraining, pl_module)
+        loss = float(training.loss)  # of the weights before the step
+        if not math.isfinite(loss):
+            trainer.should_stop = True
+            return
+        self.losses.append(loss)
+        mean = _running_means(self.losses)[-1]
+        if mean < self._best:
+            self._best = mean
+            state = training.model.stages[training.trained_stage].state_dict()
+            self.weights = {name: value.clone() for name, value in state.items()}
+        self._show(trainer.global_step)
+
+
+def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
+    """Test the learning rates of each stage, after the stages before it.
+
+    A stage is tested on the weights with which the stage before had its lowest loss. Nothing is
+    written. The model's weights change.
+
+    Raises:
+        FloatingPointError: a stage has no finite loss.
+    """
+    config = dataclasses.replace(
+        loaded.config, max_steps=STEPS, stage_max_steps=[], stage_epochs=[], loss_spike=1e30
+    )
+    training = _GrowingRate(loaded.model, loaded.splits, config)
+    tests = []
+    with progress_bar(
+        "testing learning rates", training.schedule.total_steps, unit="steps"
+    ) as show:
+        for number, (stage, average) in enumerate(
+            zip(training.model.stages, training.averaged.stages, strict=True)
+        ):
+            recorder = _Recorder(show)
+            trainer = new_trainer(
+                loaded,
+                max_steps=training.schedule.ends[number],
+                callbacks=[recorder],
+                logger=False,
+                limit_val_batches=0,
+            )
+            resume_loops(trainer, training.schedule.begins[number], validates=False)
+            # It ends the test that the rate gets too high.
+            with contextlib.suppress(FloatingPointError), singular_means_divergence(training):
+                trainer.fit(training)
+            if not recorder.losses:
+                raise FloatingPointError(f"the loss of stage {number + 1} is not finite")
+            for each in (stage, average):
+                each.load_state_dict(recorder.weights)
+            tests.append(RangeTest(tuple(recorder.losses)))
+    return tests

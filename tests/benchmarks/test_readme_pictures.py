@@ -1,0 +1,41 @@
+"""The pictures of the README: bars from saved figures, and rows of images from a run."""
+
+import copy
+
+import pytest
+from PIL import Image
+
+from benchmarks import readme_pictures
+from benchmarks.harness.saved_runs import merged, runs
+from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run
+
+
+def test_bars_are_those_of_the_saved_figures():
+    saved = runs(merged([RESULTS]))
+    by_label = {label: (peak, time) for label, peak, time in bars(saved)}
+    assert len(by_label) == len(readme_pictures.LABELS)
+    rows = {row.variant: row for row in saved.rows}
+    peak, (middle, low, high) = by_label["mflow_kernels, reversible"]
+    assert peak == rows["ours, reversible"].extra["peak_bytes"] / 2**20
+    ratios = sorted(
+        a / b for a, b in zip(rows["ours, reversible"].rounds, rows["plain"].rounds, strict=True)
+    )
+    assert (middle, low, high) == (ratios[2], ratios[1], ratios[3])
+    assert by_label["plain PyTorch"][1] == (1, 1, 1)
+
+
+def test_a_missing_package_is_an_error():
+    saved = copy.copy(runs(merged([RESULTS])))
+    saved.rows = [row for row in saved.rows if row.variant != "nflows"]
+    with pytest.raises(ValueError, match="nflows"):
+        bars(saved)
+
+
+def test_pictures_are_written(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(readme_pictures, "SAMPLES", 2)
+    draw_comparison(runs(merged([RESULTS])), tmp_path / "comparison.png")
+    draw_run(trained, tmp_path / "digits.png")
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            assert picture.width > 600
+            assert len(picture.getcolors(100_000)) > 10

@@ -1,0 +1,127 @@
+"""Data-dependent initialization inside the caller's own bijections, and the warning without it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import normal, perturbed
+from torch import Tensor, nn
+
+from mflow_kernels import ActNorm, Bijection, FlowStep, Glow, ManifoldFlow, ReversibleChain
+
+WARNING = r"ActNorm was never initialized .* call initialize\(x\) of the model with a first batch"
+
+
+class Twice(Bijection):
+    """The caller's bijection: layers one after another, without an `initialize`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for layer in self.layers:
+            x, logdet = layer(x, *context)
+            total = total + logdet
+        return x, total
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(z), dtype=z.dtype)
+        for layer in reversed(self.layers):
+            z, logdet = layer.inverse(z, *context)
+            total = total + logdet
+        return z, total
+
+
+def step(**options):
+    return FlowStep(3, width=4, spatial_dims=0, **options)
+
+
+def actnorms(model):
+    return [m for m in model.modules() if isinstance(m, ActNorm)]
+
+
+def test_initialize_reaches_the_layers_of_a_bijection():
+    """The layers are set as if each had been initialized from the output of the one before it."""
+    own = perturbed(Twice(step(), Twice(ActNorm(3)), ReversibleChain([step(), step()])))
+    by_hand = copy.deepcopy(own)
+    x = 3 + 2 * normal(64, 3)
+    z, logdet = own.initialize(x)
+    state = by_hand.layers[0].initialize(x)[0]
+    state = by_hand.layers[1].layers[0].initialize(state)[0]
+    by_hand.layers[2].initialize(state)
+    assert len(actnorms(own)) == 4
+    for got, want in zip(actnorms(own), actnorms(by_hand), strict=True):
+        assert got.initialized
+        assert torch.equal(got.bias, want.bias)
+        assert torch.equal(got.log_scale, want.log_scale)
+    assert torch.equal(z, by_hand(x)[0])
+    assert torch.equal(logdet, by_hand(x)[1])
+    state = copy.deepcopy(own.state_dict())
+    own.initialize(10 * x)  # once only
+    assert all(torch.equal(value, state[name]) for name, value in own.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in own.modules())
+
+
+def test_initialize_passes_the_context():
+    own = Twice(step(context_channels=2), step(context_channels=2))
+    x, context = 3 + normal(16, 3), normal(16, 2)
+    own.initialize(x, context)
+    assert all(layer.initialized for layer in actnorms(own))
+
+
+def test_a_failed_initialization_leaves_no_hook():
+    own = Twice(step(), step())
+    with pytest.raises(ValueError, match="x: expected at least two values a channel"):
+        own.initialize(normal(1, 3))
+    assert not any(m._forward_pre_hooks for m in own.modules())
+    own.initialize(normal(8, 3))
+    assert all(layer.initialized for layer in actnorms(own))
+
+
+MODELS = {
+    "step": (step, (4, 3)),
+    "chain": (lambda: ReversibleChain([step(), step()]), (4, 3)),
+    "actnorm": (lambda: ActNorm(3), (4, 3)),
+    "image flow": (lambda: Glow((1, 4, 4), 1, 1, 4), (4, 1, 4, 4)),
+    "own bijection": (lambda: Twice(step()), (4, 3)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), MODELS.values(), ids=MODELS)
+def test_training_without_initialization_warns_once(make, shape):
+    model, x = make(), normal(*shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(x)  # no training
+        with torch.no_grad():
+            model.train()(x)
+    with pytest.warns(UserWarning, match=WARNING) as seen:
+        model(x)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+
+
+@pytest.mark.parametrize(("make", "shape"), MODELS.values(), ids=MODELS)
+def test_no_warning_after_initialization_or_loading(make, shape):
+    model, x = make(), normal(*shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.initialize(x)
+        model(x)
+        loaded = make()
+        loaded.load_state_dict(model.state_dict())
+        loaded(x)
+        frozen = make().requires_grad_(False)  # not trained
+        frozen(x)
+
+
+def test_a_missing_deviation_names_the_class():
+    flow = ManifoldFlow(Glow((1, 4, 4), 1, 1, 4), 2)
+    message = r"deviation: expected a number > 0, got none; ManifoldFlow.deviation\(training_data\)"
+    with pytest.raises(TypeError, match=message):
+        flow.ood_score(normal(2, 1, 4, 4))

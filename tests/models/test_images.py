@@ -1,0 +1,115 @@
+"""From images to a model's input: exactly what training does, and bits per dimension."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from cases import normal, perturbed
+from PIL import Image
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, bits_per_dimension
+from mflow_kernels.data.decoding import Format, decode
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.sources import find_images
+
+
+def model(channels=3, n_bits=5, crop=None) -> HierarchicalFlow:
+    flow = perturbed(HierarchicalFlow([ManifoldFlow(Glow((channels, 8, 8), 1, 1, 4), 5)])).eval()
+    flow.n_bits, flow.crop = n_bits, crop
+    return flow
+
+
+def photo(seed, size=(20, 14), mode="RGB"):
+    shape = (*reversed(size), 3) if mode == "RGB" else tuple(reversed(size))
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("crop", [None, 10])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_is_what_training_does(channels, crop, tmp_path):
+    """The same pixels as from files that were prepared, and the same noise."""
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    photo(0).save(tmp_path / "a.png")
+    photo(1, mode="L").save(tmp_path / "b.png")
+    photo(2).save(tmp_path / "c.jpg", exif=rotated)
+    stored = decode(find_images(tmp_path).entries, Format(8, channels, crop)).pixels
+    flow = model(channels, crop=crop)
+    opened = [Image.open(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
+    generator = torch.Generator().manual_seed(3)
+    x = flow.preprocess(opened, noise=True, generator=generator)
+    expected = dequantize(torch.from_numpy(stored), 5, torch.Generator().manual_seed(3))
+    assert torch.equal(x, expected)
+    levels = torch.from_numpy(stored // 8).float()
+    assert torch.equal(flow.preprocess(opened), (levels + 0.5) / 32 - 0.5)
+
+
+def test_arrays_and_single_images():
+    flow, image = model(), photo(0)
+    x = flow.preprocess(image)
+    assert x.shape == (1, 3, 8, 8)
+    assert torch.equal(flow.preprocess(np.asarray(image)), x)
+    assert torch.equal(flow.preprocess([image, np.asarray(image)]), torch.cat([x, x]))
+    grey = photo(1, mode="L")
+    assert torch.equal(flow.preprocess(np.asarray(grey)[..., None]), flow.preprocess(grey))
+    double = model().double()
+    assert double.preprocess(image).dtype == torch.float64
+
+
+def test_bits_per_dim_of_images():
+    flow, images = model(), [photo(0), photo(1)]
+    bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
+    x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
+    expected = bits_per_dimension(flow.log_prob(x), math.prod(flow.input_shape), 5)
+    assert torch.equal(bits, expected)
+    assert bits.shape == (2,)
+    assert not bits.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(3, 8, 8), TypeError, "images: expected an image, a uint8 array or a list"),
+        ([], TypeError, "images: expected an image, a uint8 array or a list"),
+        (np.zeros((8, 8)), TypeError, r"images: expected a uint8 array .* got float64 \(8, 8\)"),
+        (np.zeros((2, 8, 8), np.uint8), TypeError, r"images: expected a uint8 array .*\(2, 8, 8\)"),
+        ([photo(0), "a.png"], TypeError, r"images\[1\]: expected an image of Pillow .*, got str"),
+        (photo(0, (9, 30)), ValueError, "images: expected at least 10x10 pixels.* got 9x30"),
+    ],
+)
+def test_bad_images(images, error, message):
+    with pytest.raises(error, match=message):
+        model(crop=10).preprocess(images)
+
+
+def test_a_model_that_does_not_know_its_bits():
+    with pytest.raises(ValueError, match=r"n_bits: expected a number, .* got None; set it"):
+        model(n_bits=None).preprocess(photo(0))
+
+
+WARNING = r"x: expected images of a range of about 1, .* got values up to 255: .*x / 256 - 0.5"
+
+
+@pytest.mark.parametrize("method", ["initialize", "encode", "project", "log_prob"])
+def test_images_from_0_to_255_draw_a_warning_once(method):
+    flow = model().stages[0]
+    raw = torch.from_numpy(np.asarray(photo(0, (8, 8))).transpose(2, 0, 1).copy())[None].float()
+    raw[0, 0, 0, 0] = 255
+    with pytest.warns(UserWarning, match=WARNING) as seen:
+        getattr(flow, method)(raw)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(flow, method)(raw)  # once
+        fresh = model().stages[0]
+        getattr(fresh, method)(raw / 256 - 0.5)
+        getattr(fresh, method)(3 * normal(2, 3, 8, 8))
+
+
+def test_a_flow_warns_too():
+    raw = 255 * torch.rand(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="expected images of a range of about 1"):
+        Glow((3, 8, 8), 1, 1, 4).log_prob(raw)

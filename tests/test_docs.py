@@ -1,0 +1,94 @@
+"""The documentation's code runs and prints what its comments say, and its commands exist."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from interop.test_published import openai_variables, rosinality_weights
+from tiny_runs import TINY, write_images
+
+from mflow_kernels.training.cli import _parsers, main
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PRINTED = re.compile(r"^ *print\(.*\) *# (.+)$", re.MULTILINE)
+COMMAND = re.compile(r"^    (mflow .+)$", re.MULTILINE)
+PUBLIC = {
+    "models": ("mflow_kernels", "mflow_kernels.models"),
+    "layers": ("mflow_kernels.layers",),
+    "ops": ("mflow_kernels.ops",),
+    "interop": ("mflow_kernels.interop",),
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that pages read: prepared images, an exported model, weights."""
+    folder = tmp_path_factory.mktemp("files")
+    faces = write_images(folder / "faces")
+    prepared = str(folder / "celeba64.safetensors")
+    prepare = ["prepare", str(faces), "--out", prepared, "--image-size", "8", "--workers", "1"]
+    assert main(prepare) == 0
+    run = str(folder / "run")
+    assert main(["train", *TINY, "--data", prepared, "--run-dir", run]) == 0
+    assert main(["export", run, "--out", str(folder / "photos")]) == 0
+    variables = {name: a.astype(np.float32) for name, a in openai_variables().items()}
+    np.savez(folder / "glow.npz", **variables)
+    torch.save(rosinality_weights(), folder / "model.pt")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=name)
+def test_code_runs_and_prints_its_comments(
+    page: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of a page run in order, with the variables of the blocks before."""
+    monkeypatch.chdir(files)
+    variables: dict[str, object] = {}
+    for number, block in enumerate(BLOCK.findall(page.read_text()), start=1):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(block, f"{name(page)}, block {number}", "exec"), variables)
+        expected = PRINTED.findall(block)
+        assert not expected or output.getvalue().splitlines() == [e.strip() for e in expected]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
+def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `mflow` command of a page has options that exist, with values of the right type."""
+    monkeypatch.chdir(ROOT)
+    for command in COMMAND.findall(page.read_text()):
+        parser, _, _ = _parsers()
+        parser.parse_args(shlex.split(command, comments=True)[1:])
+
+
+@pytest.mark.parametrize("page", PUBLIC)
+def test_api_pages_have_every_public_name(page: str) -> None:
+    """Each name has its docstring on the page, and an example."""
+    text = (ROOT / "docs" / "api" / f"{page}.md").read_text()
+    layers = importlib.import_module("mflow_kernels.layers").__all__
+    code = " ".join(BLOCK.findall(text))
+    for module in PUBLIC[page]:
+        for public in importlib.import_module(module).__all__:
+            if module == "mflow_kernels" and public in layers:
+                continue  # on the page of layers
+            assert re.search(rf"^::: mflow_kernels[\w.]*\.{public}$", text, re.MULTILINE), public
+            assert re.search(rf"\b{public}\b", code), public
+
+
+def test_pictures_exist_and_are_small() -> None:
+    for page in (ROOT / "README.md", *PAGES):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / picture).stat().st_size < 80_000, picture

@@ -1,0 +1,44 @@
+"""The workflow files and CITATION.cff are valid, and agree with the rest of the repository."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mflow_kernels
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_has_jobs_with_steps(path: Path) -> None:
+    workflow = yaml.load(path.read_text(), yaml.BaseLoader)  # the safe loader reads `on` as True
+    assert workflow["on"]
+    for job in workflow["jobs"].values():
+        assert job["runs-on"]
+        assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+
+
+def test_workflow_runs_the_test_command_on_the_supported_versions() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())["jobs"]
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command in [step.get("run") for step in jobs["tests"]["steps"]]
+    script = (ROOT / "tests" / "versions").read_text()
+    (pairs,) = re.findall(r"set -- ([\d.: ]+)$", script, re.MULTILINE)
+    matrix = jobs["versions"]["strategy"]["matrix"]
+    listed = [f"{row['python']}:{row['torch']}" for row in matrix["include"]]
+    assert set(listed) <= set(pairs.split())
+    assert {pair.split(":")[0] for pair in pairs.split()} == set(
+        jobs["tests"]["strategy"]["matrix"]["python"]
+    )
+
+
+def test_citation_names_version_and_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert all(citation[key] for key in ("message", "title", "authors"))
+    assert citation["version"] == mflow_kernels.__version__
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2206.03293"

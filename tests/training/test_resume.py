@@ -1,0 +1,178 @@
+"""What may change when a run resumes, and runs that start from the weights of another."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from tiny_runs import check_refused, checkpoint, metrics, weights
+
+from mflow_kernels.runs.folder import read_config
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+
+
+def rates(folder):
+    return [float(row["learning_rate"]) for row in metrics(folder, "loss_bits_per_dim")]
+
+
+def stages(folder):
+    return [int(float(row["stage"])) for row in metrics(folder, "loss_bits_per_dim")]
+
+
+def train_until(step, command, monkeypatch):
+    """Run a command that ends before this step, as a signal would end it."""
+    original = FlowTraining.training_step
+
+    def training_step(self, *args):
+        if self.global_step == step:
+            raise SystemExit(143)
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowTraining, "training_step", training_step)
+        with pytest.raises(SystemExit):
+            main([*command, "--save-steps", "1"])
+
+
+class TestChanges:
+    def test_a_finished_run_is_lengthened(self, run, capsys):
+        resume = ["train", "--run-dir", str(run), "--resume"]
+        assert main([*resume, "--max-steps", "5"]) == 0
+        message = capsys.readouterr().err
+        assert "from step 6 on: --max-steps 3 -> 5" in message
+        assert "continuing from step 6 of 8, in stage 2" in message
+        assert checkpoint(run)["global_step"] == 8
+        assert stages(run) == [0, 0, 0, 1, 1, 1, 1, 1]
+        assert read_config(run).max_steps == 5
+        with (run / "changes.csv").open() as file:
+            assert [*csv.DictReader(file)] == [
+                {"step": "6", "option": "max_steps", "before": "3", "after": "5"}
+            ]
+        assert main(resume) == 0
+        assert "has taken all of its 8 steps; larger --stage-epochs" in capsys.readouterr().err
+        assert checkpoint(run)["global_step"] == 8
+
+    def test_rate_budget_and_batch_size_change_from_the_next_step_on(
+        self, command, trained, tmp_path, monkeypatch, capsys
+    ):
+        folder = tmp_path / "run"
+        train_until(4, command, monkeypatch)
+        seen = []
+        original = FlowTraining.training_step
+
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch))
+            return original(self, batch, batch_idx)
+
+        monkeypatch.setattr(FlowTraining, "training_step", training_step)
+        changes = ["--learning-rate", "1e-4", "--batch-size", "3", "--stage-max-steps", "4"]
+        assert main(["train", "--run-dir", str(folder), "--resume", *changes]) == 0
+        assert seen == [3, 3, 3]
+        assert stages(folder) == [0, 0, 0, 1, 1, 1, 1]
+        assert rates(folder)[:4] == rates(trained)[:4]
+        assert max(rates(folder)[4:]) <= 1e-4
+        message = capsys.readouterr().err
+        for line in ("--learning-rate 0.002 -> 0.0001", "--batch-size 4 -> 3"):
+            assert f"from step 4 on: {line}" in message
+        assert "--stage-max-steps [] -> [4]" in message
+
+    def test_a_changed_run_resumes_with_the_same_bits(self, run, tmp_path, monkeypatch):
+        """The change comes at step 6, in the middle of a pass; the interruption, at step 9."""
+        changes = ["--stage-max-steps", "9", "--batch-size", "3"]
+        other = shutil.copytree(run, tmp_path / "other")
+        train_until(9, ["train", "--run-dir", str(run), "--resume", *changes], monkeypatch)
+        assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+        assert main(["train", "--run-dir", str(other), "--resume", *changes]) == 0
+        assert checkpoint(run)["global_step"] == 12
+        for name in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
+            one, whole = checkpoint(run)[name], checkpoint(other)[name]
+            torch.testing.assert_close(one, whole, rtol=0, atol=0)
+        timed = {"images_per_second"}
+        one, whole = ([row | dict.fromkeys(timed) for row in metrics(f)] for f in (run, other))
+        assert one == whole
+
+    def test_the_refusal_lists_what_may_change(self, run, tmp_path, capsys):
+        resume = ["train", "--run-dir", str(run), "--resume", "--width", "16"]
+        message = "--width: cannot change on resume (the run has 8, got 16); --learning-rate, "
+        check_refused(resume, message, tmp_path, capsys)
+
+
+class TestInitFrom:
+    def test_training_starts_from_the_averaged_weights(
+        self, trained, command, tmp_path, monkeypatch
+    ):
+        """Actnorm's weights too: a stage that was initialized is not initialized again."""
+        first = []
+        original = FlowTraining.training_step
+
+        def training_step(self, *args):
+            if self._step_in_stage(self.stage) == 0:
+                state = self.model.stages[self.stage].flow.state_dict()
+                first.append({name: value.clone() for name, value in state.items()})
+            return original(self, *args)
+
+        monkeypatch.setattr(FlowTraining, "training_step", training_step)
+        assert (
+            main([*command, "--init-from", str(trained), "--seed", "1", "--weight", "variance"])
+            == 0
+        )
+        saved = weights(trained)
+        for stage, state in enumerate(first):
+            for name, value in state.items():
+                key = f"average.model.stages.{stage}.flow.{name}"
+                assert torch.equal(value, saved[key]), key
+        assert main(["sample", str(tmp_path / "run"), "--number", "1"]) == 0
+
+    def test_it_may_have_other_stages(self, trained, command, tmp_path, capsys):
+        more = ["--init-from", str(trained), "--stage-dims", "4", "3"]
+        assert main([*command, *more]) == 0
+        assert main([*command, "--overwrite", "--init-from", str(trained), "--stage-dims"]) == 0
+
+    def test_before_the_first_checkpoint_a_resumed_run_starts_there_again(
+        self, trained, command, tmp_path, monkeypatch
+    ):
+        command = [*command, "--init-from", str(trained)]
+        train_until(0, command, monkeypatch)
+        assert not (tmp_path / "run" / "last.ckpt").exists()
+        assert main(["train", "--run-dir", str(tmp_path / "run"), "--resume"]) == 0
+        whole = weights(tmp_path / "run")
+        assert main([*command, "--overwrite"]) == 0
+        torch.testing.assert_close(weights(tmp_path / "run"), whole, rtol=0, atol=0)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--width 16", "but stage 1 differs ("),
+            ("--stage-width 16", "but stage 2 differs ("),
+            ("--steps 2", "no such weight there)"),
+            ("--init-from nowhere", "--init-from: expected a folder of mflow train"),
+        ],
+    )
+    def test_another_architecture_is_refused_by_name(
+        self, options, message, trained, command, tmp_path, capsys
+    ):
+        command = [*command, "--init-from", str(trained), *options.split()]
+        check_refused(command, message, tmp_path, capsys)
+
+
+class TestPreset:
+    def test_the_configuration_of_a_run_is_a_preset(self, trained, tmp_path, capsys):
+        preset = ["--preset", str(trained / "config.yaml")]
+        assert main(["train", *preset, "--run-dir", str(tmp_path / "again")]) == 0
+        torch.testing.assert_close(weights(tmp_path / "again"), weights(trained), rtol=0, atol=0)
+        capsys.readouterr()
+        assert main(["plan", *preset, "--images", "10"]) == 0
+        assert "8x8" in capsys.readouterr().out
+
+    def test_stage_dimensions_that_were_not_typed_follow(self, tmp_path, command, capsys):
+        (tmp_path / "own.yaml").write_text("stage_dims: [5, 6]")
+        at = command.index("--stage-dims")
+        plain = [*command[:at], *command[at + 2 :], "--manifold-dim", "3", "--max-steps", "1"]
+        assert main(plain) == 0
+        assert read_config(tmp_path / "run").stage_dims == [3]
+        assert main([*plain, "--preset", str(tmp_path / "own.yaml"), "--overwrite"]) == 0
+        assert read_config(tmp_path / "run").stage_dims == [3, 3]
+        capsys.readouterr()
+        message = "--stage-dims: expected dimensions from 1 to the 3 of the stage before, got 4"
+        check_refused([*plain, "--overwrite", "--stage-dims", "4"], message, tmp_path, capsys)
