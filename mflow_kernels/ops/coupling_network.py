@@ -22,7 +22,7 @@ adds in a fixed order: the same bits on every run. A third launch adds the taps 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
 torch.nn.Conv2d and torch.nn.Linear have them.
 dtypes: the kernels take bfloat16 and float16. Products are summed in float32; the sums over rows of
-taps and the hidden tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory.
+taps and the hidden tensors have x's dtype.
 
 Other networks are computed layer by layer. On CUDA cuDNN adds the bias and applies ReLU inside the
 convolution (`has_epilogues`), and the backward pass masks a gradient in place by the sign of the
