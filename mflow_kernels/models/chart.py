@@ -214,9 +214,10 @@ class Chart(nn.Module):
     ) -> Tensor:
         """Fill in the missing pixels of x from the manifold.
 
-        u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2): it is the
-        most probable u, if x is a point on the manifold with noise of this deviation. Adam finds it,
-        from the u of x whose missing pixels are those of decode(0). Each sample is fitted alone.
+        u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
+        the most probable u, if x is a point on the manifold with noise of this deviation. Adam
+        starts from the u of x whose missing pixels are those of decode(0). Each sample is fitted
+        alone.
 
         Args:
             x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
