@@ -266,8 +266,9 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
 def initialize_from(model: HierarchicalFlow, folder: str) -> None:
     """Copy the averaged weights of another run into a model.
 
-    The flows of the stages that both have are copied, and their penalties are not. Further stages
-    keep their weights.
+    The flows of the stages that both have are copied, with their selection of manifold coordinates
+    where the dimension is the same. Their penalties are not copied. Further stages keep their
+    weights.
 
     Raises:
         ValueError: the folder is not a run folder, or a weight has another shape there.
@@ -289,6 +290,11 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> None:
                 )
     for flow, source in pairs:
         flow.load_state_dict(source.state_dict())
+    for stage, its_source in zip(model.stages, other.stages, strict=False):
+        if stage.manifold_dim == its_source.manifold_dim:
+            selection = dict(its_source.named_buffers(recurse=False))
+            for name, own in stage.named_buffers(recurse=False):
+                own.copy_(selection[name])
 
 
 def _flows(model: HierarchicalFlow) -> list[nn.Module]:
