@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.masked_penalty import Rho
+from mflow_kernels.ops.penalty_functions import Rho
 
 Domain = Literal["latent", "data"]
 HUBER_ITERATIONS = 12  # each reduces the relative error of w at least 4 times, to below 1e-7

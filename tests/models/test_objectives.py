@@ -15,7 +15,7 @@ from mflow_kernels import (
 )
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.models.penalty_weight import draw_errors
-from mflow_kernels.ops.masked_penalty import penalty_log_normalizer
+from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
 from mflow_kernels.testing import assert_close
 
 RHOS = ("l2", "l1", "huber")
