@@ -5,15 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mflow_kernels import __version__
 from mflow_kernels.evaluation.likelihood import PARTS_EXPLAINED
+from mflow_kernels.evaluation.metrics import ReportMetrics
 from mflow_kernels.evaluation.ood import SCORES
 from mflow_kernels.runs.config import RunConfig
-
-if TYPE_CHECKING:
-    from mflow_kernels.evaluation.report import ReportMetrics
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -38,7 +36,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Picture]) -> str:
+def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Picture]) -> str:
     """Make the page.
 
     Args:
@@ -82,7 +80,7 @@ def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Pic
     )
 
 
-def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
+def _likelihood(metrics: ReportMetrics) -> Iterable[str]:
     evaluation = metrics.evaluation
     yield "<h2>Likelihood and reconstruction</h2>"
     rows = [[label, *cells] for label, cells in evaluation.rows()]
@@ -108,7 +106,7 @@ def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
     )
 
 
-def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
+def _sample_quality(metrics: ReportMetrics) -> Iterable[str]:
     if not metrics.samples:
         return
     first = metrics.samples[0]
@@ -133,7 +131,7 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
     )
 
 
-def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _scores(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     yield "<h2>Out-of-distribution scores</h2>"
     shown = [name for name in SCORES if name in metrics.scores[0].medians]
     headings = ["", "images", *(SCORES[name][0] for name in shown)]
@@ -163,7 +161,7 @@ def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterab
     yield from _show(pictures, "scores")
 
 
-def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _spectrum(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     if metrics.spectrum is None:
         return
     total, found = len(metrics.spectrum.spectrum), metrics.spectrum.dimension
@@ -178,7 +176,7 @@ def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iter
     yield from _show(pictures, "spectrum")
 
 
-def _missing(metrics: "ReportMetrics") -> Iterable[str]:
+def _missing(metrics: ReportMetrics) -> Iterable[str]:
     if metrics.missing:
         yield "<h2>Not computed</h2>"
         yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in metrics.missing) + "</ul>"

@@ -1,9 +1,8 @@
 """The report of a run: its metrics and pictures on one HTML page."""
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -16,16 +15,16 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
-from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
+from mflow_kernels.evaluation.features import FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import (
     Evaluation,
     importance_weighted_bits,
 )
+from mflow_kernels.evaluation.metrics import ReportMetrics, SampleQuality
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
     SCORES,
-    SetScores,
     TrainingScores,
     compare_sets,
     density_images,
@@ -82,48 +81,6 @@ class ReportOptions:
     ambient: bool = False
 
 
-@dataclass(frozen=True)
-class SampleQuality:
-    """Distance between `images` samples at one temperature and as many held-out images. The samples
-    are on the manifold, or off it if `ambient`."""
-
-    temperature: float
-    network: str
-    images: int
-    distance: FeatureDistance
-    ambient: bool
-
-
-@dataclass(frozen=True)
-class ReportMetrics:
-    """All metrics of a report. A value is None if it was not computed; `missing` says why.
-
-    `deviation` is that of the training images (`Chart.deviation`). `manifold_log_prob` is the mean
-    over `density_images` held-out images, in nats.
-    """
-
-    run: str
-    evaluation: Evaluation
-    draws: int
-    importance_weighted_bits_per_dim: float | None
-    samples: tuple[SampleQuality, ...]
-    scores: tuple[SetScores, ...]
-    deviation: float | None
-    manifold_log_prob: float | None
-    density_images: int
-    density_method: str
-    spectrum: IntrinsicDimension | None
-    missing: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """Serialize as JSON. The spectrum becomes a list; numbers that are not finite, null."""
-        values = asdict(self)
-        if self.spectrum is not None:
-            values["spectrum"] = {**self.spectrum._asdict()}
-            values["spectrum"]["spectrum"] = self.spectrum.spectrum.tolist()
-        return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
-
-
 def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
     """What an evaluation will compute, with the number of passes that each part takes.
 
@@ -143,7 +100,7 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         compared = min(options.feature_images, count)
         samples = len(TEMPERATURES) * compared
         lines.append(_work(f"{samples:,} samples for FID and KID", samples))
-    lines.append(_work(f"OOD scores of {scored:,} images", 3 * scored))
+    lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
     lines.append(_work(f"{SCORED_IMAGES} training images to compare with", 3 * SCORED_IMAGES))
     dense = density_images(model)
     if dense and not options.quick:
@@ -443,12 +400,3 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
         points = to_image(points[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
-
-
-def _finite(value: object) -> object:
-    """Replace numbers that are not finite by None, because JSON cannot hold them."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

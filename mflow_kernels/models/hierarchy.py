@@ -164,12 +164,22 @@ class HierarchicalFlow(Chart):
         for model in (self, cast(ManifoldFlow, self.stages[0])):
             model.n_bits, model.crop, model.class_names = n_bits, crop, class_names
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a new folder, from which `from_pretrained` loads it.
+
+        Models of `Glow` and `VectorFlow` with built-in networks can be saved; others raise
+        TypeError. ValueError if the folder exists or cannot be made.
+        """
+        from mflow_kernels.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
-        """Load all stages from a folder that `mflow export` wrote.
+        """Load all stages from a folder of `mflow export` or `save_pretrained`.
 
-        The model is on the CPU and in evaluation mode. Raises ValueError if the files are torn or
-        do not come from `mflow export`.
+        The model is on the CPU and in evaluation mode, and knows `n_bits`, `crop` and
+        `class_names`. Raises ValueError if the files are torn or do not come from there.
         """
         from mflow_kernels.models.pretrained import load_pretrained
 

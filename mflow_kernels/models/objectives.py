@@ -142,7 +142,7 @@ class ManifoldObjective(nn.Module):
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)
         self._weight = check_weight(weight, domain)
         self._maps = 0
-        if isinstance(weight, tuple | Tensor):
+        if isinstance(weight, (tuple, Tensor)):
             maps = weight if isinstance(weight, tuple) else (weight,)
             self._maps = len(maps)
             for i, part in enumerate(maps):
@@ -281,13 +281,13 @@ class ManifoldObjective(nn.Module):
         if self.domain == "data":
             return "l2", (self.sigma**-2,) * latents
         weight = self.weight
-        assert isinstance(weight, float | tuple)  # the other forms are for the data domain only
+        assert isinstance(weight, (float, tuple))  # the other forms are for the data domain only
         return self.rho, weight if isinstance(weight, tuple) else (weight,) * latents
 
     def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
         """Return the sum of w rho(x - projection), (N,)."""
         weight = self.weight
-        if isinstance(weight, float | Tensor):
+        if isinstance(weight, (float, Tensor)):
             return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
         penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
         if self.training:

@@ -132,7 +132,7 @@ def draw_errors(
 
 def check_positive(name: str, value: object) -> None:
     """Check that `value` is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
@@ -149,14 +149,14 @@ def check_weight(weight: object, domain: Domain) -> Weight:
                 "stretching v would then lower the loss without bound"
             )
         return "variance"
-    if isinstance(weight, WeightSchedule | ErrorBound):
+    if isinstance(weight, (WeightSchedule, ErrorBound)):
         if domain == "latent":
             raise ValueError(
                 "weight: expected a number or a map in the latent domain, got "
                 f"{type(weight).__name__}: the weight is part of the density there"
             )
         return weight
-    if isinstance(weight, Tensor | tuple):
+    if isinstance(weight, (Tensor, tuple)):
         if isinstance(weight, tuple) != (domain == "latent"):
             kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"
             raise TypeError(

@@ -18,6 +18,7 @@ Domain = Literal["latent", "data"]
 Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 
+
 # Options that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, Any] = {
     "final_weight": None,
@@ -116,7 +117,8 @@ class HierarchyOptions:
         stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
         stage_domain: Domain of the penalty; by default that of --domain.
         stage_rho: Shape of the penalty; by default that of --rho.
-        stage_weight: Weight of the penalty; by default that of --weight.
+        stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
+            or "variance" if --weight is.
         stage_final_weight: Last weight of a schedule; by default the weight is constant.
         stage_weight_steps: Steps in which the weight reaches that value.
         stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
@@ -309,13 +311,14 @@ class TrainConfig(
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
         steps = None if self.stage_epochs else self.max_steps
+        weight = "variance" if self.weight == "variance" else 1.0
         columns = (
             self.stage_dims,
             _for_each("stage_steps", self.stage_steps, count, None),
             _for_each("stage_width", self.stage_width, count, None),
             _for_each("stage_domain", self.stage_domain, count, self.domain),
             _for_each("stage_rho", self.stage_rho, count, self.rho),
-            _for_each("stage_weight", self.stage_weight, count, self.weight),
+            _for_each("stage_weight", self.stage_weight, count, weight),
             _for_each("stage_final_weight", self.stage_final_weight, count, None),
             _for_each("stage_weight_steps", self.stage_weight_steps, count, None),
             _for_each("stage_error_bound", self.stage_error_bound, count, None),
@@ -394,6 +397,8 @@ class RunConfig(TrainConfig):
         add_options(parser)
         add_resolved_options(parser)
         values = parse_yaml(parser, text, source)
+        if "classes" not in values and values.get("stage_weight") == [] and "weight" in values:
+            values["stage_weight"] = [values["weight"]]  # the default of earlier versions
         for option in dataclasses.fields(cls):
             if option.name in _ADDED_LATER:
                 values.setdefault(option.name, _ADDED_LATER[option.name])
@@ -405,6 +410,8 @@ class RunConfig(TrainConfig):
         config = cls(**values)
         try:
             config.check()
+            if values["channels"] is None:  # the file is cut off before the number
+                raise ValueError("channels: expected a whole number, got none")
             _check_at_least("channels", config.channels, 1)
             _ = config.image_shape  # ValueError without an image_size
         except ValueError as error:

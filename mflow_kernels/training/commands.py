@@ -6,7 +6,6 @@ import torch and Lightning inside the functions, so that --help is fast.
 """
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ def train(options: dict[str, Any]) -> Work:
     with the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures and an evaluation.
     """
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.runs.folder import CONFIG
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
     run_dir, find_rate = options.pop("run_dir"), options.pop("find_learning_rate")
@@ -49,17 +47,8 @@ def train(options: dict[str, Any]) -> Work:
             _report_skipped(checked.splits.skipped)
             if checked.resumes:
                 print(describe_resume(checked), file=sys.stderr)
-        try:
-            with exit_on_signals():
-                pictures = train_and_evaluate(checked)
-        except (SystemExit, OSError):
-            if not checked.ranks.rank and (checked.folder / CONFIG).is_file():
-                name = shlex.quote(printable(str(checked.folder)))
-                print(
-                    f"interrupted; mflow train --resume --run-dir {name} continues the run",
-                    file=sys.stderr,
-                )
-            raise
+        with exit_on_signals():
+            pictures = train_and_evaluate(checked)
         if not pictures:  # only rank 0 draws
             return
         print(f"\nRun folder: {printable(str(folder))}\nPictures:")

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
+from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images, draw_residuals
@@ -101,7 +104,7 @@ class CheckedRun(Loaded):
     resumes: bool  # continue the run in an existing folder
     lock: FileLock | None  # held on an existing run folder, by rank 0
     checkpoint: Checkpoint | None  # checkpoint to resume from
-    changes: Sequence[Change]  # options that change on resume
+    changes: Sequence[Change] = ()  # options that change on resume
 
     @property
     def first_step(self) -> int:
@@ -268,7 +271,9 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
             last checkpoint remains.
         OSError: a file could not be written, for example because the disk is full. The last
             checkpoint remains.
-        SystemExit: SIGTERM or SIGINT arrived; a checkpoint was written first.
+        SystemExit: SIGTERM or SIGINT arrived. During a step a checkpoint was written first.
+
+    After an OSError or SystemExit, a line on stderr says how to continue.
     """
     if run.ranks.rank:
         _fit(run)
@@ -289,6 +294,13 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
             )
         evaluation.write(run.folder / EVALUATION)
         evaluation.print()
+    except (SystemExit, OSError):
+        name = shlex.quote(printable(str(run.folder)))
+        print(
+            f"interrupted; mflow train --resume --run-dir {name} continues the run",
+            file=sys.stderr,
+        )
+        raise
     finally:
         lock.release()
     return pictures

@@ -19,6 +19,7 @@ from mflow_kernels.evaluation.likelihood import (
     held_out_images,
     importance_weighted_bits,
 )
+from mflow_kernels.evaluation.metrics import _finite
 from mflow_kernels.evaluation.ood import SCORES, score_images
 from mflow_kernels.evaluation.report import ReportOptions, describe_work
 from mflow_kernels.models import volume
@@ -177,7 +178,7 @@ class TestMissingParts:
 
 
 def test_metrics_that_are_not_finite_are_null():
-    assert report._finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
+    assert _finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
         "a": [None, 1.0],
         "b": [None],
     }
@@ -213,7 +214,7 @@ class TestWork:
         passes[0] = 0
         batch = images.batch(range(2))
         score_images(run.model, batch, 8, None)
-        assert f"OOD scores of 6 images: {3 * passes[0]} passes" in text
+        assert f"scores of 6 images of all sets: {3 * passes[0]} passes" in text
         passes[0] = 0
         run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
         dim = run.model.manifold_dim
