@@ -248,8 +248,8 @@ def test_weights_of_an_export(export):
 
 
 def test_a_run_without_a_changing_weight_resumes(run):
-    """It lacks the options and the column of the penalty's weight, delta and sigma."""
-    later = ("final_weight", "weight_steps", "error_bound", "delta", "sigma")
+    """It lacks the options and the column of the penalty's weight and delta."""
+    later = ("final_weight", "weight_steps", "error_bound", "delta")
     config = run / "config.yaml"
     lines = config.read_text().splitlines()
     old = [line for line in lines if line.split(":")[0].removeprefix("stage_") not in later]
