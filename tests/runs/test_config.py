@@ -82,6 +82,14 @@ def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
         RunConfig.from_yaml(WHOLE[:end], "config.yaml")
 
 
+def test_a_file_of_an_earlier_version_has_the_scales_of_that_version():
+    lines = WHOLE.splitlines()
+    old = [line for line in lines if line.split(":")[0] not in ("delta", "sigma", "stage_sigma")]
+    assert len(old) == len(lines) - 3
+    config = RunConfig.from_yaml("\n".join(old), "config.yaml")
+    assert (config.delta, config.sigma, config.stage_sigma) == (1.0, 0.1, [])
+
+
 def test_max_steps_take_the_place_of_epochs():
     def budgets(**options):
         return [s.optimizer_steps(batches_per_pass=10) for s in TrainConfig(**options).stages]
