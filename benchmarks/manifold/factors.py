@@ -35,17 +35,16 @@ SPECTRUM_STEPS = 3  # training steps, as a multiple of those of a manifold flow
 OBJECTIVE = ManifoldObjective("data", "l2", weight=1000.0)
 
 
-def report(store: Store, quick: bool) -> str:
-    """Make the runs and the pictures, and return the tables."""
+def run(store: Store, quick: bool) -> None:
+    """Make the runs."""
     steps = 60 if quick else 500
     for factors in (2,) if quick else tuple(FACTORS):
         for dim in (*DIMENSIONS[factors], 0):
             arguments = (factors, dim, steps if dim else SPECTRUM_STEPS * steps)
-            store.row(f"factors-{factors}-dim{dim}", lambda arguments=arguments: run(*arguments))
-    return _tables(store.rows("factors-"), store.folder)
+            store.row(f"factors-{factors}-dim{dim}", lambda arguments=arguments: train(*arguments))
 
 
-def run(factors: int, dim: int, steps: int) -> Row:
+def train(factors: int, dim: int, steps: int) -> Row:
     """Train and measure a manifold flow of dimension dim, or a flow by plain likelihood if 0."""
     torch.manual_seed(SEED)  # for the weights
     generator = torch.Generator().manual_seed(SEED)
@@ -124,9 +123,11 @@ METRICS = {
 }
 
 
-def _tables(rows: Sequence[Row], folder: Path) -> str:
+def report(store: Store) -> str:
+    """Draw the pictures of the runs, and return their tables."""
+    everything, folder = store.rows("factors-"), store.folder
+    rows = everything
     spectra = {row["factors"]: row for row in rows if not row["dim"]}
-    everything = rows
     rows = sorted((row for row in rows if row["dim"]), key=lambda r: (r["factors"], r["dim"]))
     curves = {
         count: {row["dim"]: row["squared_error"] for row in rows if row["factors"] == count}

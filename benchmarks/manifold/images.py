@@ -193,9 +193,9 @@ def _scaled(images: Tensor) -> Tensor:
 
 def comparison(name: str, quick: bool) -> ImageComparison:
     rates, more_rates, weights = (6e-3, 1.6e-2), (2.5e-3, 4e-2), (100.0, 25.0, 400.0)
-    seconds = 2.5 if quick else {"digits": 12.0, "patches": 6.0}[name]
+    seconds = {"digits": 12.0, "patches": 6.0}[name]
     if quick:
-        rates, more_rates, weights = (1.6e-2,), (), (100.0,)
+        seconds, rates, more_rates, weights = 2.5, (1.6e-2,), (), (100.0,)
     return ImageComparison(name, seconds, 0.2, rates, weights, more_rates, set=name)
 
 
@@ -208,28 +208,23 @@ METRICS = {
     "frechet_off_0.7": ("v drawn, T = 0.7", ".1f"),
     "frechet_off_1.0": ("v drawn, T = 1", ".1f"),
 }
-LONGER = {  # methods that are trained for longer too, to see whether the budget is enough
-    "plain likelihood, prior flow", "penalized, hierarchy", "free-form injective flow",
-}  # fmt: skip
+# Methods that are trained for longer too, to see whether the budget is enough.
+LONGER = ("plain likelihood, prior flow", "penalized, hierarchy", "free-form injective flow")
 LONGER_SHARE = 2.0
 
 
-def digits(store: Store, quick: bool) -> str:
-    return report("digits", store, quick)
-
-
-def patches(store: Store, quick: bool) -> str:
-    return report("patches", store, quick)
-
-
-def report(name: str, store: Store, quick: bool) -> str:
-    """Make the runs and the pictures of a set, and return its tables."""
+def run(name: str, store: Store, quick: bool) -> None:
+    """Make the runs of a set. The sweep on the digits chooses the settings of both sets."""
     compared = comparison(name, quick)
-    chosen = compared.choose(store)
+    chosen = comparison("digits", quick).choose(store)
     compared.compare(store, chosen, range(1 if quick else 5))
     if name == "digits" and not quick:
         for method in LONGER:
             compared.train(store, method, chosen[method], 0, LONGER_SHARE, "longer")
+
+
+def report(name: str, store: Store) -> str:
+    """Draw the pictures of the runs of a set, and return their tables."""
     rows = finals(store, name)
     pictures.draw_samples(store.folder / f"{name}.png", name, rows, SETS[name]().test.images)
     pictures.draw_frontier(store.folder / "frontier.png", {n: finals(store, n) for n in SETS})
@@ -243,25 +238,28 @@ def report(name: str, store: Store, quick: bool) -> str:
         f"better. The classifier is right on {judged.accuracy:.1%} of the test images.\n",
         markdown(rows, {"method": "method"}, ABOUT),
         about_runs(rows),
-        sweep_table(store.rows(f"{name}-sweep-")),
+        sweep_table(store.rows(f"{name}-sweep-")) if name == "digits" else "",
         plateau_table(store.rows(f"{name}-longer-"), rows),
     ]
     return "\n".join(text)
 
 
 def sweep_table(rows: list[Row]) -> str:
-    """Return one line per method: the score of each setting, best first."""
-    lines = ["| method | Frechet distance on validation images at (learning rate, weight) |"]
-    lines.append("|---|---|")
-    for method in (m for m in RECIPES if any(row["method"] == m for row in rows)):
+    """Return one line per method: the result of each setting, best first."""
+    lines = ["| method | chosen by | result at (learning rate, weight) |", "|---|---|---|"]
+    for method, recipe in RECIPES.items():
         found = [row for row in rows if row["method"] == method]
-        found.sort(key=lambda row: math.inf if row["score"] is None else row["score"])
+        if not found:
+            continue
+        key = "bits" if recipe.by_likelihood else "score"
+        found.sort(key=lambda row, key=key: math.inf if row.get(key) is None else row[key])
         cells = []
         for row in found:
-            weight = f", {row['weight']:g}" if RECIPES[method].weighted else ""
-            score = "not finite" if row["score"] is None else f"{row['score']:.1f}"
-            cells.append(f"{score} at ({row['rate']:g}{weight})")
-        lines.append(f"| {method} | {'; '.join(cells)} |")
+            weight = f", {row['weight']:g}" if recipe.weighted else ""
+            value = "not finite" if row.get(key) is None else f"{row[key]:.3g}"
+            cells.append(f"{value} at ({row['rate']:g}{weight})")
+        by = "bits per dimension" if recipe.by_likelihood else "Frechet distance"
+        lines.append(f"| {method} | {by} | {'; '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -182,7 +182,7 @@ def _stepper(phase: Phase, batches: Batches, rate: float, count: int) -> Callabl
         falling = FINAL_RATE + (1 - FINAL_RATE) * cosine
         for group in optimizer.param_groups:
             group["lr"] = rate * min((i + 1) / WARM_UP, falling)
-        loss = phase.loss(next(batches), i / count).mean()
+        loss = phase.loss(next(batches), (i + 0.5) / count).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,6 +1,7 @@
 """Markdown tables, and files that are never half written."""
 
 import datetime
+import io
 import json
 import math
 import re
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mflow_kernels.data.files import write_atomically
 
 Row = dict[str, Any]
-DPI = 100
+DPI, COLOURS = 100, 256
 
 
 class Store:
@@ -68,7 +70,11 @@ def save_text(path: Path, text: str) -> None:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    """Write a PNG of few colours, which is several times smaller."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    image = Image.open(buffer).convert("RGB").quantize(COLOURS)
+    write_atomically(path, lambda temporary: image.save(temporary, format="png", optimize=True))
 
 
 def fill_in(document: Path, folder: Path) -> None:

@@ -21,22 +21,26 @@ HUBER_DELTA = 0.1  # twice the standard deviation of the noise
 STEPS, RATE = 400, 3e-3
 
 
-def report(store: Store, quick: bool) -> str:
-    """Make the runs and return the table."""
+def run(store: Store, quick: bool) -> None:
+    """Make the runs."""
     for seed in range(1 if quick else 3):
         for domain in DOMAINS:
             for rho in RHOS[: 1 if quick else None]:
                 for weight in WEIGHTS[:: 2 if quick else 1]:
                     key = f"penalties-{domain}-{rho}-weight{weight}-seed{seed}"
                     arguments = (domain, rho, weight, seed, 100 if quick else STEPS)
-                    store.row(key, lambda arguments=arguments: run(*arguments))
+                    store.row(key, lambda arguments=arguments: train(*arguments))
+
+
+def report(store: Store) -> str:
+    """Return the table of the runs."""
     rows = store.rows("penalties-")
     keys = {"domain": "domain", "rho": "rho", "weight": "w"}
     rows.sort(key=lambda row: (row["domain"], row["rho"], row["weight"], row["seed"]))
     return markdown(rows, keys, points.METRICS) + "\n" + about_runs(rows)
 
 
-def run(domain: Domain, rho: Rho, weight: float, seed: int, steps: int) -> Row:
+def train(domain: Domain, rho: Rho, weight: float, seed: int, steps: int) -> Row:
     """Train and measure one flow with one penalty."""
     torch.manual_seed(seed)  # for the weights
     flow = VectorFlow(3, points.STEPS, points.WIDTH, reversible=False)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
 
-# A method keeps its colour and marker in all pictures; baselines are grey, plain flows blue, other
-# papers' methods orange, and the penalized likelihood red.
+# A method keeps its colour and marker in all pictures. Baselines are grey, plain flows blue, and
+# the penalized likelihood is red.
 STYLES = {
     "principal components, Gaussian": ("0.6", "s"),
     "principal components, prior flow": ("0.4", "D"),
@@ -32,35 +34,53 @@ STYLES = {
 }
 
 
+SHORT = {  # names that fit beside a row of images
+    "principal components, Gaussian": "PCA",
+    "principal components, prior flow": "PCA, prior",
+    "autoencoder, prior flow": "autoencoder, prior",
+    "plain likelihood": "plain",
+    "plain likelihood, wider flow": "plain, wider",
+    "plain likelihood, prior flow": "plain, prior",
+    "free-form injective flow": "free-form",
+    "penalized, hierarchy": "pen., hierarchy",
+    "error bound, hierarchy": "bound, hierarchy",
+}
+
+
 def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> None:
-    """Draw samples and projections of every method's first seed."""
+    """Draw samples of every method's first seed."""
     shown = {"test images": test[:12]}
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
-            own = "samples, v drawn" if row["method"].startswith("plain") else "samples"
-            for kind in ("projections", own):
-                images = torch.tensor(row["picture"][kind], dtype=torch.uint8)
-                shown[f"{row['method']}: {kind}"] = images
-    draw_images(path, f"{name}: projections of test images, and samples at T = 0.7", shown)
+            kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
+            label = SHORT.get(row["method"], row["method"])
+            shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
+    draw_images(path, f"{name}: samples at T = 0.7", shown)
 
 
 def draw_frontier(path: Path, rows: Mapping[str, Sequence[Row]]) -> None:
     """Draw bits per dimension, and the Frechet distance, against the reconstruction error."""
     sets = [name for name, found in rows.items() if found]
-    figure = Figure(figsize=(4.6 * len(sets), 8.2), layout="constrained")
-    axes = figure.subplots(2, len(sets), squeeze=False)
-    for column, name in enumerate(sets):
-        top, bottom = axes[0, column], axes[1, column]
-        _points(top, rows[name], "bits")
-        _points(bottom, rows[name], "frechet")
-        top.set(title=name, ylabel="bits per dimension")
-        bottom.set(yscale="log", ylabel="Frechet distance of samples, T = 1")
-        for axis in (top, bottom):
-            axis.set(xscale="log", xlabel="reconstruction error (MSE)")
+    figure = Figure(figsize=(9, 3.4 * len(sets) + 1), layout="constrained")
+    for line, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
+        for axis, metric in zip(line, ("bits", "frechet"), strict=True):
+            _points(axis, rows[name], metric)
+            axis.set(xlabel="reconstruction error (MSE)", xscale="log")
             axis.grid(alpha=0.3)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+            _plain_ticks(axis.xaxis)
+        line[0].set(title=name, ylabel="bits per dimension")
+        line[1].set(title=name, ylabel="Frechet distance of samples, T = 1", yscale="log")
+        _plain_ticks(line[1].yaxis)
+    handles, labels = line[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(path, figure)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 times powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
@@ -86,7 +106,7 @@ def _value(row: Row, metric: str) -> float | None:
 
 def draw_plateau(path: Path, rows: Sequence[Row]) -> None:
     """Draw bits per dimension and reconstruction error on validation images during training."""
-    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, metric in zip(axes, ("bits", "squared_error"), strict=True):
         for method, (colour, _) in STYLES.items():
@@ -98,10 +118,13 @@ def draw_plateau(path: Path, rows: Sequence[Row]) -> None:
                 statistics.fmean(values)
                 for values in zip(*([p[metric] for p in curve] for curve in curves), strict=True)
             ]
-            axis.plot(times, values, color=colour, label=method, lw=1.2)
+            style = "--" if "wider" in method else "-"
+            axis.plot(times, values, style, color=colour, label=method, lw=1.4)
         axis.grid(alpha=0.3)
         axis.set(xlabel="part of the training done")
     axes[0].set(ylabel="bits per dimension, validation")
     axes[1].set(ylabel="reconstruction error, validation", yscale="log")
-    axes[1].legend(fontsize=6)
+    _plain_ticks(axes[1].yaxis)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(path, figure)

@@ -21,9 +21,6 @@ Weight = float | Literal["variance"]
 
 # Options that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, Any] = {
-    "classes": None,
-    "crop": None,
-    "class_names": [],
     "final_weight": None,
     "weight_steps": None,
     "error_bound": None,
@@ -35,6 +32,10 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_delta": [],
     "stage_sigma": [],
     "stage_learning_rate": [],
+    "init_from": None,
+    "classes": None,
+    "crop": None,
+    "class_names": [],
 }
 
 
@@ -175,7 +176,7 @@ class ObjectiveOptions:
     weight_steps: int | None = None
     error_bound: float | None = None
     delta: float = 0.1
-    sigma: float = 0.1
+    sigma: float = 1.0
 
 
 @dataclass
@@ -364,14 +365,14 @@ class RunConfig(TrainConfig):
     """A TrainConfig with what it takes from the data. A run's config.yaml holds one.
 
     Args:
-        channels: 1 (grey) or 3 (RGB).
         crop: side of the square that is cut out of each image first; None for the largest square.
         class_names: names of the classes, in the order of their numbers.
+        channels: 1 (grey) or 3 (RGB). It comes last, so that a file that is cut off lacks it.
     """
 
-    channels: int = 1
     crop: int | None = None
     class_names: list[str] = field(default_factory=list)
+    channels: int = 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

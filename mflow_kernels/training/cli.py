@@ -182,6 +182,13 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
         switches: set[str | int] = set()
+        if command in (sample, evaluate):  # jsonargparse would expect "--ambient true"
+            switches.add("ambient")
+            subparser.add_argument(
+                "--ambient",
+                action="store_true",
+                help="Draw the off-manifold coordinates of samples too, instead of zeros.",
+            )
         if command is evaluate:
             switches.add("quick")
             subparser.add_argument(

@@ -147,6 +147,7 @@ def sample(
     temperature: float = 0.7,
     seed: int = 0,
     stages: int | None = None,
+    ambient: bool = False,
     output: str | None = None,
     device: Device = "auto",
     class_name: str | None = None,
@@ -160,6 +161,7 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
+        ambient: Draw the off-manifold coordinates too, instead of zeros.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -182,17 +184,20 @@ def sample(
         raise ValueError(f"class: expected {known}, got {class_name}")
     if class_name is not None:
         suffix += f"-class{names.index(class_name)}"
+    suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
     def work() -> None:
-        model, title = loaded.model, f"{number} samples at T = {temperature:g}, seed {seed}"
+        model, how = loaded.model, f"at T = {temperature:g}, seed {seed}"
+        how = f"off the manifold {how}" if ambient else how
+        title = f"{number} samples {how}"
         if names and class_name is None:
             each = max(1, number // len(names))
-            rows = samples_by_class(model, each, temperature, seed, stages)
-            title = f"{each} samples of each class at T = {temperature:g}, seed {seed}"
+            rows = samples_by_class(model, each, temperature, seed, stages, ambient)
+            title = f"{each} samples of each class {how}"
         else:
             chosen = None if class_name is None else names.index(class_name)
-            images = draw_samples(model, number, temperature, seed, stages, chosen)
+            images = draw_samples(model, number, temperature, seed, stages, chosen, ambient)
             rows = {"" if class_name is None else class_name: images}
         draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
@@ -250,6 +255,7 @@ def evaluate(
     feature_images: int = 10_000,
     ood: str | None = None,
     quick: bool = False,
+    ambient: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -273,6 +279,7 @@ def evaluate(
         ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
             of a data set that mflow train --help lists.
         quick: Leave out the figures that need Jacobians.
+        ambient: Draw the off-manifold coordinates of samples too, instead of zeros.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -311,7 +318,7 @@ def evaluate(
         with folder_to_write(folder, "out"):
             _report_skipped(skipped)
             _warn(warning)
-            options = ReportOptions(draws, network, feature_images, tuple(others), quick)
+            options = ReportOptions(draws, network, feature_images, tuple(others), quick, ambient)
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(
                 loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device

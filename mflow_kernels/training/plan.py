@@ -9,7 +9,6 @@ from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.memory import (
     FLOAT,
     coupling_shapes,
-    evaluation_memory,
     largest_batch,
     peak_memory,
     readable,
@@ -71,8 +70,6 @@ def describe_training(config: RunConfig, images: int | None) -> str:
     checkpoint = checkpoint_bytes(config)
     lines += [
         "",
-        f"Memory of evaluation: {readable(evaluation_memory(config))} with --quick; its Jacobians "
-        "take up to 1.1 GB more",
         f"Disk: two checkpoints of {readable(checkpoint)} each, and a third while one is written",
     ]
     if images is not None and config.data not in NAMED_DATASETS:
