@@ -68,18 +68,15 @@ def _torch_lines(archs: list[str] | None, missing: list[str]) -> list[tuple[str,
     built_for = torch.version.cuda
     lines = [("torch", f"{torch.__version__} ({f'CUDA {built_for}' if built_for else 'CPU only'})")]
     lines.append(("triton", _version("triton") or "missing"))
-    without_triton = _version("triton") is None
-    if without_triton:
+    if _version("triton") is None:
         missing.append(
-            "triton: operators, layers and models do not import without it, even on a CPU: "
-            "pip install triton"
+            "triton: states on a GPU are computed by plain torch without it: pip install triton"
         )
     capability = torch.backends.cpu.get_cpu_capability()
     lines.append(("devices", f"CPU, {torch.get_num_threads()} threads, {capability}"))
     if not torch.cuda.is_available():
         why = "no GPU or driver seen" if built_for else "this torch is built for the CPU only"
-        runs = "" if without_triton else "; everything runs on the CPU, without Triton kernels"
-        missing.append(f"a GPU: {why}{runs}")
+        missing.append(f"a GPU: {why}; everything runs on the CPU, without Triton kernels")
         return lines
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

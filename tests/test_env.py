@@ -36,15 +36,43 @@ def test_report_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     assert re.search(r"^extension +CPU; no CUDA: left out by MFLOW_CUDA=0", env.report(), re.M)
 
 
-def test_report_says_that_nothing_runs_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_says_what_triton_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     version = env._version
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "everything runs on the CPU" in env.report()
     monkeypatch.setattr(env, "_version", lambda name: None if name == "triton" else version(name))
     text = env.report()
     assert re.search(r"^triton +missing$", text, re.MULTILINE)
-    assert "do not import without it" in text
-    assert "everything runs on the CPU" not in text
+    assert "triton: states on a GPU are computed by plain torch without it" in text
+    assert "everything runs on the CPU" in text
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises ModuleNotFoundError
+
+import torch
+from mflow_kernels import Glow
+from mflow_kernels.interop import accelerate
+from mflow_kernels.ops import coupling_conv1x1, masked_penalty, table
+from mflow_kernels.ops.coupling_network import coupling_network
+from mflow_kernels.testing import check_bijection
+
+glow = Glow((2, 4, 4), levels=2, steps=2, width=4)
+check_bijection(glow, (2, 2, 4, 4))
+z, logdet = glow(torch.randn(2, 2, 4, 4, requires_grad=True))
+(logdet.sum() + masked_penalty(z[0]).sum()).backward()
+for operator in table.OPERATORS:
+    inputs = operator.draw(table.Draw((2, 4, 3, 5)))
+    for got, wanted in zip(operator.call(*inputs.values()), operator.expected(*inputs.values())):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_report_says_what_the_command_line_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ under these rules:
   tensor that it returns or changes once. An expanded tensor has the bytes of its memory, not of its
   shape.
 - A convolution is one launch of cuDNN, and its bias another, which reads and writes the result. Its
-  backward is one launch each for the gradients of input, weight and bias.
+  backward is one launch each for the gradients of input, weight and bias. `cudnn_convolution_relu`
+  is one launch, bias and ReLU included.
 - cuDNN runs in channels_last where its input or its weight is in channels_last. A tensor in the
   other layout is converted first, one launch that reads and writes it.
 - `pixel_shuffle` and `pixel_unshuffle` are one copy, and their result is contiguous, as on CUDA.
@@ -18,7 +19,7 @@ under these rules:
 - A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
   bound.
 
-Convolutions, and operators on large tensors, compute nothing. They return memory that is never
+Convolutions, and operators on large states, compute nothing. They return memory that is never
 written, in the layout that CUDA gives, so that a count of a large model takes seconds and little
 memory. Values are therefore meaningless; shapes, dtypes and layouts are those of a GPU.
 """
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mflow_kernels.ops import coupling_network_kernels
+from mflow_kernels.ops import coupling_network, coupling_network_kernels
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
         "_local_scalar_dense", "_reshape_alias")  # fmt: skip
@@ -116,7 +117,9 @@ class _Counter(TorchDispatchMode):
         if not x.is_contiguous(memory_format=layout):
             self.add("layout conversion", [x], [x])
 
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, fused: bool = False
+    ) -> Tensor:
         last = _channels_last(x, weight)
         for t in (x, weight):
             self.convert(t, last)
@@ -125,6 +128,9 @@ class _Counter(TorchDispatchMode):
         ).shape
         layout = torch.channels_last if last else torch.contiguous_format
         y = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        if fused and bias is not None:
+            self.add("convolution, bias and ReLU", [x, weight, bias], [y], _flops(y, weight))
+            return y
         self.add("convolution", [x, weight], [y], _flops(y, weight))
         if bias is not None:
             self.add("convolution bias", [y, bias], [y])
@@ -156,14 +162,22 @@ class _Counter(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name == "convolution":
             return self.convolution(*args)
+        if name == "cudnn_convolution_relu":
+            x, weight, bias, stride, padding, dilation, groups = args
+            rest = (stride, padding, dilation, False, [0, 0], groups)
+            return self.convolution(x, weight, bias, *rest, fused=True)
         if name == "convolution_backward":
             return self.convolution_backward(*args)
-        out = _result(function, args, kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = list({id(t): t for t in given}.values())
+        if any(self.has_pixels(t) and nbytes(t) > LARGE for t in given) and not function.is_view:
+            out = _without_computing(function, args, kwargs, given)
+        else:
+            out = function(*args, **kwargs)
         if function.is_view or name.startswith(FREE):
             return out
         if name in ("pixel_shuffle", "pixel_unshuffle"):
             out = out.contiguous()
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
             given = given[1:]
@@ -171,20 +185,18 @@ class _Counter(TorchDispatchMode):
             written, given = args
         flops = 0
         if name in PRODUCTS:
-            flops = 2 * written[0].numel() * given[-1 if name in ("mm", "bmm") else -2].shape[-2]
+            flops = 2 * written[0].numel() * given[-1].shape[-2]
         self.add(name, given, written, flops)
         return out
 
 
-LARGE = 2**20  # bytes; smaller tensors are computed: they may be weights, whose values matter
+LARGE = 2**20  # bytes
 
 
-def _result(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The results of an operator. With large tensors it runs on the meta device, and its results
-    are memory that nothing writes."""
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    if function.is_view or not any(nbytes(t) > LARGE for t in given):
-        return function(*args, **kwargs)
+def _without_computing(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
+) -> Any:
+    """The results of an operator, in memory that nothing writes: it runs on the meta device."""
     metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
              for t in given}  # fmt: skip
     originals = {id(metas[id(t)]): t for t in given}
@@ -333,6 +345,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
     with (
         _marked_networks(module, counter),
         patch.object(coupling_network_kernels, "product_in_float32", product),
+        patch.object(coupling_network, "_has_cudnn", lambda device: True),
         counter,
         aot.noting(note),
     ):

@@ -28,6 +28,7 @@ from mflow_kernels.training.memory import resolve_config
 
 BATCH = 2
 FEW = 3  # steps of flow: a first, a middle and a last one make every kind of launch
+SOME = 16  # the same for chains that store every eighth state: each level stores two
 
 CHAINS: dict[str, dict[str, Any]] = {  # what a chain stores for its backward pass
     "stored": {"reversible": False},
@@ -114,11 +115,10 @@ class Model:
 
 
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
-    """A preset, shortened to few steps unless the positions of stored states matter."""
+    """A preset, shortened to as many steps as make every kind of launch."""
     config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
     dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
-    if chain != "checkpointed":
-        steps = tuple(min(FEW, k) for k in steps)
+    steps = tuple(min(SOME if chain == "checkpointed" else FEW, k) for k in steps)
     dtypes = (torch.float32, network)
     return Model(name, config.image_shape, config.levels, dims, steps, chain, dtypes)
 

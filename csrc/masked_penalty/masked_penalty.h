@@ -82,8 +82,8 @@ template <class R, bool SELECT, class A>
 MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
     if (SELECT) {
         const bool use_g = g != A(0), use_h = h != A(0);
-        const A penalized = (m != A(0)) & use_g ? e : A(0);
-        const A rest = (m == A(0)) & use_h ? e : A(0);
+        const A penalized = ((m != A(0)) & use_g) ? e : A(0);
+        const A rest = ((m == A(0)) & use_h) ? e : A(0);
         return g * w * R::slope(penalized, delta) - h * rest;
     }
     return g * m * w * R::slope(e, delta) - h * (A(1) - m) * e;

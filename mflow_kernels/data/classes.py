@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mflow_kernels.data.named import LABELS
 from mflow_kernels.data.sources import DataError
 
-LABELS = "labels"  # the value of --classes that stands for folders or a named data set's labels
 MOST_CLASSES = 1000
 
 

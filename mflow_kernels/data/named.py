@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+LABELS = "labels"  # names the classes of folders or of a named data set, as in --classes labels
 _DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 64  # of a folder or zip
 
 

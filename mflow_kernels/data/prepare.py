@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -255,7 +256,8 @@ def _decode_in_order(
     ahead: deque[Future[Decoded]] = deque()
     try:
         for block in blocks:
-            ahead.append(pool.submit(decode, block, form))
+            with _interrupts_held():
+                ahead.append(pool.submit(decode, block, form))
             if len(ahead) > 2 * workers:  # bounds the memory of decoded blocks
                 yield ahead.popleft().result()
         while ahead:
@@ -268,6 +270,17 @@ def _decode_in_order(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold SIGINT back. A process that starts meanwhile inherits this, and so Ctrl-C in a terminal,
+    which reaches every process, leaves it to the first one to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _complete(work: _Work, source: Source, file: BinaryIO) -> None:

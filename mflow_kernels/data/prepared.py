@@ -80,8 +80,7 @@ class Record:
         Raises:
             ValueError, TypeError, RecursionError: `encode` did not write the text.
         """
-        values = json.loads(text)
-        values.setdefault("attributes", {})  # earlier versions had none
+        values = {"attributes": {}, **json.loads(text)}  # earlier versions had no attributes
         if set(values) != {field.name for field in fields(cls)}:
             raise ValueError("its record has other fields")
         return cls(**values)

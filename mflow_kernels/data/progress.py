@@ -44,8 +44,8 @@ def progress_bar(
     first = done
 
     def speed(count: int) -> dict[str, str]:
-        seconds = max(1e-9, time.monotonic() - started)
-        return {f"{unit}/s": f"{(count - first) / seconds:,.0f}"}
+        rate = (count - first) / max(1e-9, time.monotonic() - started)
+        return {f"{unit}/s": f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"}
 
     if not console.is_terminal:
 

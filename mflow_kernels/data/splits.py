@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.cache import open_or_prepare
-from mflow_kernels.data.classes import LABELS, Classes, of_attributes, of_folders
+from mflow_kernels.data.classes import Classes, of_attributes, of_folders
 from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
-from mflow_kernels.data.named import NAMED_DATASETS, NamedDataset
+from mflow_kernels.data.named import LABELS, NAMED_DATASETS, NamedDataset
 from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED
 from mflow_kernels.data.prepared import PARTS, Prepared, is_prepared, open_prepared
 from mflow_kernels.data.sources import DataError
@@ -95,12 +95,14 @@ class Splits:
         manifest: the name, part and digest of each image.
         skipped: names of the files that could not be read as images.
         class_names: names of the classes, in the order of their numbers, if the images have any.
+        crop: side of the square that was cut out of each image; None for the largest square.
     """
 
     images: ImageSet
     manifest: Manifest
     skipped: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    crop: int | None = None
 
     @cached_property
     def train(self) -> ImageSet:
@@ -185,7 +187,8 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
     skipped = tuple(prepared.record.skipped)
     found = _prepared_classes(prepared, classes)
     images = ImageSet(prepared.images, classes=None if found is None else found.numbers)
-    return Splits(images, prepared.manifest, skipped, () if found is None else found.names)
+    names = () if found is None else found.names
+    return Splits(images, prepared.manifest, skipped, names, prepared.record.crop)
 
 
 def _prepared_classes(prepared: Prepared, classes: str | None) -> Classes | None:

@@ -249,7 +249,7 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
     warning = None
     if data is None or run.config.data in (data, str(Path(data).resolve())):
         name = run.config.data_name
-        splits = load_splits(run.config.data, run.config.image_size)
+        splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
         images, skipped = splits.test, splits.skipped
         different = splits.manifest.difference(recorded) if recorded else None
         if recorded is None:

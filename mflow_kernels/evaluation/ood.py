@@ -1,10 +1,13 @@
 """Out-of-distribution (OOD) scores: how well a model separates held-out images from others."""
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import dequantize
@@ -13,9 +16,19 @@ from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models import HierarchicalFlow
 from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.chart import normal_score, off_manifold_score
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # of each set
+# Every score, with its heading and the form of its median. Higher means farther from the data.
+SCORES = {
+    "bits_per_dim": ("bits per dimension", ".3f"),
+    "typicality": ("typicality", ".3f"),
+    "corrected_bits": ("bits less PNG's", ".3f"),
+    "distance": ("distance", ".3f"),
+    "latent_score": ("latent score", ".1f"),
+    "ood_score": ("OOD score", ".1f"),
+}
 DENSITY_BATCH = 8  # images between two updates of the progress bar; a batch may take minutes
 # Largest D x d float64 Jacobian, in bytes, for which the exact method is used.
 _JACOBIAN_BYTES = 2**30
@@ -28,18 +41,34 @@ class SetScores:
     """Medians of the scores over a set of images, and each score's AUROC against the held-out set.
 
     The AUROC is the probability that an image of this set scores above a held-out image: 0.5 means
-    that the score does not separate the sets, 1 that it separates them perfectly. A value is None
-    if its score was not computed; the held-out set itself has no AUROC.
+    that the score does not separate the sets, 1 that it separates them perfectly. Scores that were
+    not computed are absent, and the held-out set itself has no AUROC.
     """
 
     name: str
     images: int
+    medians: dict[str, float]
+    aurocs: dict[str, float]
+
+
+class TrainingScores(NamedTuple):
+    """What scores compare an image with: means over training images.
+
+    Attributes:
+        deviation: their deviation from the manifold, as `Chart.deviation`.
+        bits_per_dim: their bits per dimension.
+    """
+
+    deviation: float
     bits_per_dim: float
-    distance: float
-    ood_score: float | None
-    auroc_bits_per_dim: float | None
-    auroc_distance: float | None
-    auroc_ood_score: float | None
+
+
+def training_scores(model: HierarchicalFlow, images: Tensor, n_bits: int) -> TrainingScores:
+    """Compute TrainingScores from uint8 images (N, C, H, W) that the model was trained on."""
+    scores = score_images(model, images, n_bits, None)
+    off = math.prod(model.input_shape) - model.manifold_dim
+    deviation = math.sqrt(scores["distance"].square().mean().item() / off) if off else 0.0
+    return TrainingScores(deviation, scores["bits_per_dim"].mean().item())
 
 
 def density_images(model: HierarchicalFlow) -> int:
@@ -60,36 +89,56 @@ def score_images(
     model: HierarchicalFlow,
     images: Tensor,
     n_bits: int,
-    deviation: float | None,
-    progress: Callable[[int], None] = lambda count: None,
+    training: TrainingScores | None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Score uint8 images (N, C, H, W). A higher score means farther from the training data.
+
+        bits_per_dim    of the image under the model.
+        typicality      |bits_per_dim - its mean over training images|: images may also be too
+                        probable (Nalisnick et al., arXiv 1906.02994, for one image).
+        corrected_bits  bits_per_dim less those of the image as a PNG file, since simple images are
+                        probable under any flow (Serra et al., arXiv 1909.11480).
+        distance        to the projection on the manifold, on the [0, 1] scale.
+        latent_score    `Chart.ood_score` without its volume term, in nats.
+        ood_score       `Chart.ood_score` in nats, of the first `density_images` images.
+
+    All but the last take three passes through the flow.
 
     Args:
         model: model in evaluation mode.
         images: images on any device.
         n_bits: bits of each colour channel that the model was trained on.
-        deviation: deviation of the training data from the manifold (`Chart.deviation`); None
-            leaves ood_score out.
-        progress: called with the number of images whose ood_score is done.
+        training: scores of training images; None leaves out the scores that need them: typicality,
+            latent_score and ood_score.
+        progress: called with the number of images whose ood_score is done. None leaves ood_score
+            out.
 
     Returns:
-        float64 tensors on the CPU: bits_per_dim (N,); distance (N,), on the [0, 1] scale; and
-        ood_score, in nats, of the first `density_images` images.
+        float64 tensors (N,) on the CPU, by the names of SCORES.
     """
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.OOD_NOISE, device=device)
-    parts: dict[str, list[Tensor]] = {"bits_per_dim": [], "distance": [], "ood_score": []}
-    left = density_images(model) if deviation else 0
+    parts: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    # The deviation is 0 if the manifold is the whole space.
+    deviation = training.deviation if training else 0.0
+    off = math.prod(model.input_shape) - model.manifold_dim
+    left = density_images(model) if deviation and progress else 0
     for batch in images.split(evaluation_batch_size(images.shape[1:])):
         x = dequantize(batch.to(device), n_bits, generator)
         context = context_of(model, x)
         log_prob = model.log_prob(x, context=context)
-        bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits)
+        bits = bits_per_dimension(log_prob, math.prod(x.shape[1:]), n_bits).double()
+        u = model.encode(x, context=context)
+        distance = (x - model.decode(u, context=context)).flatten(1).norm(dim=1)
         parts["bits_per_dim"].append(bits)
-        parts["distance"].append(model.distance(x, context=context))
-        if not deviation or not left:
-            continue
+        parts["corrected_bits"].append(bits - png_bits(batch, n_bits).to(device))
+        parts["distance"].append(distance)
+        if training is not None:
+            parts["typicality"].append((bits - training.bits_per_dim).abs())
+        if deviation:
+            latent = off_manifold_score(distance, deviation, off) + normal_score(u)
+            parts["latent_score"].append(latent)
         count = min(left, len(x))
         for first in range(0, count, DENSITY_BATCH):
             rows = slice(first, min(first + DENSITY_BATCH, count))
@@ -99,8 +148,23 @@ def score_images(
             score = model.ood_score(part, deviation, context=own, method=method, generator=probes)
             parts["ood_score"].append(score)
             left -= len(part)
+            assert progress is not None
             progress(sum(map(len, parts["ood_score"])))
     return {name: torch.cat(part).double().cpu() for name, part in parts.items() if part}
+
+
+def png_bits(images: Tensor, n_bits: int) -> Tensor:
+    """Bits per dimension of uint8 images (N, C, H, W), reduced to n_bits, as PNG files; (N,)
+    float64."""
+    levels = (images.cpu() >> (8 - n_bits)).permute(0, 2, 3, 1).contiguous().numpy()
+    sizes = []
+    for pixels in levels:
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(
+            file, "png", optimize=True
+        )
+        sizes.append(8 * file.tell() / pixels.size)
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]:
@@ -113,13 +177,9 @@ def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores,
     rows = []
     for name, own in scores.items():
         medians = {key: values.nanmedian().item() for key, values in own.items()}
-        aurocs = {
-            f"auroc_{key}": None if own is reference else auroc(reference[key], values)
-            for key, values in own.items()
-        }
-        missing = {"ood_score": None, "auroc_ood_score": None}
-        count = len(own["bits_per_dim"])
-        rows.append(SetScores(name=name, images=count, **{**missing, **medians, **aurocs}))  # type: ignore[arg-type]
+        others = {} if own is reference else own
+        aurocs = {key: auroc(reference[key], values) for key, values in others.items()}
+        rows.append(SetScores(name, len(own["bits_per_dim"]), medians, aurocs))
     return tuple(rows)
 
 

@@ -5,14 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mflow_kernels import __version__
 from mflow_kernels.evaluation.likelihood import PARTS_EXPLAINED
+from mflow_kernels.evaluation.metrics import ReportMetrics
+from mflow_kernels.evaluation.ood import SCORES
 from mflow_kernels.runs.config import RunConfig
-
-if TYPE_CHECKING:
-    from mflow_kernels.evaluation.report import ReportMetrics
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem;
@@ -37,7 +36,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Picture]) -> str:
+def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Picture]) -> str:
     """Make the page.
 
     Args:
@@ -81,7 +80,7 @@ def page(metrics: "ReportMetrics", config: RunConfig, pictures: Mapping[str, Pic
     )
 
 
-def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
+def _likelihood(metrics: ReportMetrics) -> Iterable[str]:
     evaluation = metrics.evaluation
     yield "<h2>Likelihood and reconstruction</h2>"
     rows = [[label, *cells] for label, cells in evaluation.rows()]
@@ -107,10 +106,11 @@ def _likelihood(metrics: "ReportMetrics") -> Iterable[str]:
     )
 
 
-def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
+def _sample_quality(metrics: ReportMetrics) -> Iterable[str]:
     if not metrics.samples:
         return
     first = metrics.samples[0]
+    where = "off" if first.ambient else "on"
     yield _table(
         ["temperature", "FID", "KID x 1000", "standard deviation"],
         [
@@ -124,32 +124,36 @@ def _sample_quality(metrics: "ReportMetrics") -> Iterable[str]:
         ],
     )
     yield (
-        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples with "
-        f"{first.images:,} images that the model was not trained on, by features of the network "
-        f"{escape(first.network)}. Compare them only with values from the same network and the "
-        "same numbers of images.</p>"
+        f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples {where} the "
+        f"manifold with {first.images:,} images that the model was not trained on, by features of "
+        f"the network {escape(first.network)}. Compare them only with values "
+        "from the same network and the same numbers of images.</p>"
     )
 
 
-def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _scores(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     yield "<h2>Out-of-distribution scores</h2>"
-    names = ("bits_per_dim", "distance", "ood_score")
-    forms = (".3f", ".3f", ".1f")
-    rows = []
-    for row in metrics.scores:
-        cells = [row.name, f"{row.images:,}"]
-        for name, form in zip(names, forms, strict=True):
-            cells += [_number(getattr(row, name), form), _number(getattr(row, f"auroc_{name}"))]
-        rows.append(cells)
-    yield _table(
-        ["", "images", "bits per dimension", "AUROC", "distance", "AUROC", "OOD score", "AUROC"],
-        rows,
-    )
+    shown = [name for name in SCORES if name in metrics.scores[0].medians]
+    headings = ["", "images", *(SCORES[name][0] for name in shown)]
+    for title, forms in (("Median", [SCORES[name][1] for name in shown]), ("AUROC", None)):
+        rows = []
+        for row in metrics.scores:
+            values = row.medians if forms else row.aurocs
+            cells = [
+                _number(values.get(name), forms[i] if forms else ".3f")
+                for i, name in enumerate(shown)
+            ]
+            rows.append([row.name, f"{row.images:,}", *cells])
+        yield f"<h3>{title}</h3>"
+        yield _table(headings, rows)
     first = min(metrics.density_images, metrics.scores[0].images)
     yield (
-        "<p class=note>Scores are medians over each set. The distance is between an image and its "
-        "projection, with pixels on the [0, 1] scale. The OOD score combines it with the density "
-        f"on the manifold, in nats (arXiv 2308.13792), for the first {first} images of each set. "
+        "<p class=note>Typicality is how far an image's bits per dimension are from their mean "
+        "over training images. PNG's bits are those of the image as a PNG file. The distance is "
+        "between an image and its projection, with pixels on the [0, 1] scale. The latent score "
+        "combines it with the density of the manifold coordinates, and the OOD score with the "
+        f"density on the manifold (arXiv 2308.13792), for the first {first} images of each set; "
+        "both are in nats. "
         "The AUROC is the probability that an image of the set scores above a held-out image: 1 "
         "separates the sets perfectly and 0.5 not at all; below 0.5, the set scores lower than the "
         "held-out images.</p>"
@@ -157,7 +161,7 @@ def _scores(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterab
     yield from _show(pictures, "scores")
 
 
-def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iterable[str]:
+def _spectrum(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable[str]:
     if metrics.spectrum is None:
         return
     total, found = len(metrics.spectrum.spectrum), metrics.spectrum.dimension
@@ -172,7 +176,7 @@ def _spectrum(metrics: "ReportMetrics", pictures: Mapping[str, Picture]) -> Iter
     yield from _show(pictures, "spectrum")
 
 
-def _missing(metrics: "ReportMetrics") -> Iterable[str]:
+def _missing(metrics: ReportMetrics) -> Iterable[str]:
     if metrics.missing:
         yield "<h2>Not computed</h2>"
         yield "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in metrics.missing) + "</ul>"

@@ -1,9 +1,8 @@
 """The report of a run: its metrics and pictures on one HTML page."""
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -16,21 +15,23 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
-from mflow_kernels.evaluation.features import FeatureDistance, FeatureNetwork, feature_distance
+from mflow_kernels.evaluation.features import FeatureNetwork, feature_distance
 from mflow_kernels.evaluation.likelihood import (
     Evaluation,
-    evaluation_batch_size,
     importance_weighted_bits,
 )
+from mflow_kernels.evaluation.metrics import ReportMetrics, SampleQuality
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
-    SetScores,
+    SCORES,
+    TrainingScores,
     compare_sets,
     density_images,
     density_method,
     made_up_sets,
     score_images,
+    training_scores,
 )
 from mflow_kernels.evaluation.page import Picture, page
 from mflow_kernels.evaluation.pictures import (
@@ -69,6 +70,7 @@ class ReportOptions:
         others: further sets of images, by name, to compute OOD scores of.
         quick: leave out what needs Jacobians: the density on the manifold, the OOD score and the
             intrinsic dimension.
+        ambient: draw the off-manifold coordinates of samples too.
     """
 
     draws: int = 1
@@ -76,46 +78,7 @@ class ReportOptions:
     feature_images: int = 10_000
     others: tuple[tuple[str, ImageSet], ...] = ()
     quick: bool = False
-
-
-@dataclass(frozen=True)
-class SampleQuality:
-    """Distance between `images` samples at one temperature and as many held-out images."""
-
-    temperature: float
-    network: str
-    images: int
-    distance: FeatureDistance
-
-
-@dataclass(frozen=True)
-class ReportMetrics:
-    """All metrics of a report. A value is None if it was not computed; `missing` says why.
-
-    `deviation` is that of the training images (`Chart.deviation`). `manifold_log_prob` is the mean
-    over `density_images` held-out images, in nats.
-    """
-
-    run: str
-    evaluation: Evaluation
-    draws: int
-    importance_weighted_bits_per_dim: float | None
-    samples: tuple[SampleQuality, ...]
-    scores: tuple[SetScores, ...]
-    deviation: float | None
-    manifold_log_prob: float | None
-    density_images: int
-    density_method: str
-    spectrum: IntrinsicDimension | None
-    missing: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """Serialize as JSON. The spectrum becomes a list; numbers that are not finite, null."""
-        values = asdict(self)
-        if self.spectrum is not None:
-            values["spectrum"] = {**self.spectrum._asdict()}
-            values["spectrum"]["spectrum"] = self.spectrum.spectrum.tolist()
-        return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
+    ambient: bool = False
 
 
 def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
@@ -137,7 +100,8 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         compared = min(options.feature_images, count)
         samples = len(TEMPERATURES) * compared
         lines.append(_work(f"{samples:,} samples for FID and KID", samples))
-    lines.append(_work(f"OOD scores of {scored:,} images", 3 * scored))
+    lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
+    lines.append(_work(f"{SCORED_IMAGES} training images to compare with", 3 * SCORED_IMAGES))
     dense = density_images(model)
     if dense and not options.quick:
         method = density_method(model)
@@ -188,16 +152,18 @@ def write_report(
             "FID and KID: they need a file with a network's weights; give it to mflow evaluate as "
             "--feature-weights FILE"
         )
-    deviation = density = spectrum = None
+    density = spectrum = None
     if options.quick:
         missing.append(
             "OOD score, density on the manifold and intrinsic dimension: left out by --quick"
         )
     else:
-        deviation = _deviation(run, missing)
+        if not density_images(model):
+            missing.append("OOD score: it needs the density on the manifold")
         density = _manifold_log_prob(run, images, missing)
         spectrum = _spectrum(run, images, missing)
-    scores = _score_sets(run, images, options, deviation)
+    training = _training_scores(run, missing)
+    scores = _score_sets(run, images, options, training)
     metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
@@ -205,7 +171,7 @@ def write_report(
         importance_weighted_bits_per_dim=weighted,
         samples=samples,
         scores=compare_sets(scores),
-        deviation=deviation,
+        deviation=training.deviation if training else None,
         manifold_log_prob=density,
         density_images=min(density_images(model), len(images)),
         density_method=density_method(model),
@@ -213,7 +179,7 @@ def write_report(
         missing=tuple(missing),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(run, images, folder, scores, spectrum)
+    pictures = _draw(run, images, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
     html = page(metrics, run.config, pictures)
@@ -245,9 +211,9 @@ def _sample_quality(
 
         real = extract(_image_batches(images, count))
         for temperature in TEMPERATURES:
-            fake = extract(_sample_batches(run.model, count, temperature))
+            fake = extract(_sample_batches(run.model, count, temperature, options.ambient))
             distance = feature_distance(real, fake)
-            rows.append(SampleQuality(temperature, name, count, distance))
+            rows.append(SampleQuality(temperature, name, count, distance, options.ambient))
     return tuple(rows)
 
 
@@ -256,46 +222,41 @@ def _image_batches(images: ImageSet, count: int) -> Iterator[Tensor]:
         yield images.batch(range(begin, min(begin + _FEATURE_BATCH, count)))
 
 
-def _sample_batches(model: HierarchicalFlow, count: int, temperature: float) -> Iterator[Tensor]:
+def _sample_batches(
+    model: HierarchicalFlow, count: int, temperature: float, ambient: bool
+) -> Iterator[Tensor]:
     """Yield uint8 samples, as a file would hold them, from the same draws at each temperature."""
     device = next(model.parameters()).device
     generator = stream_generator(0, Stream.REPORT_SAMPLES, device=device)
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
         context = sampled_classes(model, number)
-        yield to_image(
-            model.sample(number, temperature=temperature, generator=generator, context=context)
-        )
+        x = model.sample(number, temperature, generator, context=context, off_manifold=ambient)
+        yield to_image(x)
 
 
-def _deviation(run: Run, missing: list[str]) -> float | None:
+def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
     try:
         train = load_splits(run.config.data, run.config.image_size).train
     except ValueError as error:
         missing.append(
-            f"OOD score: the images that the run was trained on cannot be read ({error})"
+            "typicality, latent score and OOD score: the images that the run was trained on cannot "
+            f"be read ({error})"
         )
         return None
-    if not density_images(run.model):
-        missing.append("OOD score: the density on the manifold is too expensive at this image size")
-        return None
-    parts = _dequantized(run, train, SCORED_IMAGES).split(evaluation_batch_size(train.image_shape))
-    squares = sum(
-        len(part) * run.model.deviation(part, context=context_of(run.model, part)) ** 2
-        for part in parts
-    )
-    return math.sqrt(squares / sum(map(len, parts)))
+    batch = train.batch(range(min(SCORED_IMAGES, len(train))))
+    return training_scores(run.model, batch, run.config.n_bits)
 
 
 def _score_sets(
-    run: Run, images: ImageSet, options: ReportOptions, deviation: float | None
+    run: Run, images: ImageSet, options: ReportOptions, training: TrainingScores | None
 ) -> dict[str, dict[str, Tensor]]:
     held_out = images.batch(range(min(SCORED_IMAGES, len(images))))
     sets = {"held out": held_out, **made_up_sets(held_out)}
     for name, other in options.others:
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
     scores, done = {}, 0
-    most = density_images(run.model) if deviation else 0
+    most = density_images(run.model) if training and not options.quick else 0
     counts = {name: min(most, len(batch)) for name, batch in sets.items()}
     with progress_bar("OOD scores", sum(counts.values())) as progress:
         for name, batch in sets.items():
@@ -303,7 +264,8 @@ def _score_sets(
             def add(count: int, before: int = done) -> None:
                 progress(before + count)
 
-            scores[name] = score_images(run.model, batch, run.config.n_bits, deviation, add)
+            how = None if options.quick else add
+            scores[name] = score_images(run.model, batch, run.config.n_bits, training, how)
             done += counts[name]
     return scores
 
@@ -334,7 +296,7 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
         return None
     if _has_spectrum(run):
         stage = cast(ManifoldFlow, run.model.stages[0])
-        return estimate_intrinsic_dimension(stage.flow, _dequantized(run, images, _SPECTRUM_IMAGES))
+        return estimate_intrinsic_dimension(stage, _dequantized(run, images, _SPECTRUM_IMAGES))
     if run.config.domain != "data":
         missing.append(
             "intrinsic dimension: it can only be estimated from flows trained with --domain data"
@@ -367,12 +329,13 @@ def _draw(
     folder: Path,
     scores: dict[str, dict[str, Tensor]],
     spectrum: IntrinsicDimension | None,
+    ambient: bool,
 ) -> dict[str, Picture]:
     """Draw the pictures of the page, by name."""
     pictures = {}
     model = run.model
     path = folder / "samples.png"
-    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed))
+    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed, ambient))
     pictures["samples"] = Picture(
         path, "Each column decodes one draw, scaled by the temperature T of the row."
     )
@@ -407,11 +370,9 @@ def _draw(
             "manifold, on a straight line in its coordinates u from one projection to the other.",
         )
     path = folder / "scores.png"
-    labels = {"bits_per_dim": "bits per dimension", "distance": "distance from the manifold"}
-    labels["ood_score"] = "OOD score (nats)"
     panels = {
         label: {name: own[key] for name, own in scores.items()}
-        for key, label in labels.items()
+        for key, (label, _) in SCORES.items()
         if key in next(iter(scores.values()))
     }
     draw_histograms(path, panels)
@@ -439,12 +400,3 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
         points = to_image(points[:, 0]).cpu()
         rows[f"pair {row + 1}"] = torch.cat([first, points, last])
     return rows
-
-
-def _finite(value: object) -> object:
-    """Replace numbers that are not finite by None, because JSON cannot hold them."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

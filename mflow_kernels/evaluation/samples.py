@@ -21,8 +21,10 @@ def draw_samples(
     seed: int,
     stages: int | None = None,
     class_number: int | None = None,
+    ambient: bool = False,
 ) -> Tensor:
-    """Draw `number` images on the manifold of the model's first `stages` stages (default: all).
+    """Draw `number` images on the manifold of the model's first `stages` stages (default: all), or
+    off it if `ambient`.
 
     Images of a class-conditional model are of the class `class_number`; by default they go through
     the classes in turn.
@@ -38,26 +40,39 @@ def draw_samples(
         generator=generator,
         stages=stages,
         context=sampled_classes(model, number, class_number),
+        off_manifold=ambient,
     )
     return to_image(x).cpu()
 
 
 def samples_by_temperature(
-    model: HierarchicalFlow, number: int, seed: int
+    model: HierarchicalFlow, number: int, seed: int, ambient: bool = False
 ) -> tuple[str, dict[str, Tensor]]:
     """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed.
 
     A class-conditional model has one row for each class, at CLASS_TEMPERATURE.
     """
-    names = model.class_names[:MOST_ROWS]
-    if names:
-        rows = {
-            name: draw_samples(model, number, CLASS_TEMPERATURE, seed, class_number=c)
-            for c, name in enumerate(names)
-        }
+    if model.class_names:
+        rows = samples_by_class(model, number, CLASS_TEMPERATURE, seed, ambient=ambient)
         return f"Samples of each class at T = {CLASS_TEMPERATURE}", rows
-    rows = {f"T = {t}": draw_samples(model, number, t, seed) for t in TEMPERATURES}
-    return "Samples on the manifold at several temperatures", rows
+    rows = {f"T = {t}": draw_samples(model, number, t, seed, ambient=ambient) for t in TEMPERATURES}
+    where = "off" if ambient else "on"
+    return f"Samples {where} the manifold at several temperatures", rows
+
+
+def samples_by_class(
+    model: HierarchicalFlow,
+    number: int,
+    temperature: float,
+    seed: int,
+    stages: int | None = None,
+    ambient: bool = False,
+) -> dict[str, Tensor]:
+    """For each class, by name, `number` samples from the same draws. At most MOST_ROWS classes."""
+    return {
+        name: draw_samples(model, number, temperature, seed, stages, class_number, ambient)
+        for class_number, name in enumerate(model.class_names[:MOST_ROWS])
+    }
 
 
 @torch.no_grad()

@@ -2,14 +2,12 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-from mflow_kernels.interop.sequence import Part
-
-if TYPE_CHECKING:
-    from mflow_kernels.interop.visitor import Visitor
+from mflow_kernels.interop.report import Left, Replaced
+from mflow_kernels.interop.sequence import FusedSequence, Part
 
 # Folder of each library's adapter, by the name under which the library is imported.
 LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
@@ -19,6 +17,35 @@ PartsOf = Callable[[Any], tuple[Part, ...] | str]
 
 Methods = Mapping[str, Callable[..., Any]]
 """Methods that replace those of a module's class, by name."""
+
+
+class Fuser(Protocol):
+    """What `Adapter.fuse` uses of the `Visitor` that goes through a model.
+
+    Attributes:
+        replaced, left: of the report; `fuse` adds to them.
+    """
+
+    replaced: list[Replaced]
+    left: list[Left]
+
+    def fuse_sequences(
+        self,
+        layers: Sequence[nn.Module],
+        names: Sequence[str],
+        conditions: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
+        """Cut a list of layers, data -> latent, into fused sequences and single layers.
+
+        Args:
+            names: of the layers, as in `model.named_modules()`.
+            conditions: for each layer, which of the container's conditions it takes.
+        """
+        ...
+
+    def accelerates(self, layer: nn.Module) -> bool:
+        """Whether a layer will be accelerated, alone if not in a sequence."""
+        ...
 
 
 class Adapter(Protocol):
@@ -60,12 +87,10 @@ class Adapter(Protocol):
         """Channels of a layer's states; None if the layer does not show it."""
         return None
 
-    def fuse(
-        self, container: nn.Module, name: str, kind: type[nn.Module], visitor: "Visitor"
-    ) -> None:
+    def fuse(self, container: nn.Module, name: str, kind: type[nn.Module], fuser: Fuser) -> None:
         """Make a container, an instance of `kind` in `containers`, run fused sequences.
 
-        `visitor.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
+        `fuser.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
         """
         ...
 

@@ -118,7 +118,7 @@ def glow_from_rosinality(
     Raises:
         ValueError: a weight is missing or has another shape.
     """
-    if isinstance(weights, str | PathLike):
+    if isinstance(weights, (str, PathLike)):
         loaded: Weights = torch.load(weights, map_location="cpu", weights_only=True)
         return _convert(_Rosinality(loaded), image_shape)
     return _convert(_Rosinality(weights), image_shape)
@@ -306,7 +306,7 @@ class _Rosinality(_Source):
 
 def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     """Variables by name, without the scope and output number that TensorFlow adds."""
-    if isinstance(weights, str | PathLike):
+    if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
     return {name.removesuffix(":0").removeprefix("model/"): a for name, a in weights.items()}
@@ -326,7 +326,7 @@ def _places(glow: Glow, kind: type) -> list[tuple[int, Any]]:
     """Each layer of a kind, with its level."""
     places, level = [], -1
     for layer in glow.chain.layers:
-        level += not isinstance(layer, FlowStep | Split)
+        level += not isinstance(layer, (FlowStep, Split))
         if isinstance(layer, kind):
             places.append((level, layer))
     return places

@@ -27,7 +27,8 @@ class Report:
 
     Attributes:
         library: "normflows", "nflows" or "FrEIA" with its version; "" if the model uses none.
-        replaced, left: the layers, named as in `model.named_modules()`.
+        replaced: the layers that these kernels now compute, named as in `model.named_modules()`.
+        left: the layers that run as before, named in the same way.
         notes: how the accelerated model differs from the original on purpose.
     """
 

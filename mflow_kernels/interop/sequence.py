@@ -83,8 +83,8 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
             unchanged = part.unchanged(channels)
             if channels < 2 or unchanged != channels // 2:
                 return (
-                    f"its coupling keeps {unchanged} of {channels} channels; "
-                    f"ours keep the first {channels // 2}"
+                    f"its coupling keeps {unchanged} of {channels} channels, "
+                    f"not the first {channels // 2}"
                 )
     return ""
 
@@ -104,7 +104,7 @@ def _schedule(
     group: LayerGroup | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
-        if isinstance(part, Linear | Reorder):
+        if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
         if row and all(p.permutes for p in row) and channels > widest and not one_program:

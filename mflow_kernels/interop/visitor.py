@@ -69,12 +69,6 @@ class Visitor:
         names: Sequence[str],
         conditions: Sequence[tuple[int, ...]] | None = None,
     ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
-        """Cut a list of layers, data -> latent, into fused sequences and single layers.
-
-        Args:
-            names: of the layers, as in `model.named_modules()`.
-            conditions: for each layer, which of the container's conditions it takes.
-        """
         pieces: list[tuple[list[nn.Module], FusedSequence | None]] = []
         members: list[nn.Module] = []
         parts: list[Part] = []
@@ -107,7 +101,6 @@ class Visitor:
         return pieces
 
     def accelerates(self, layer: nn.Module) -> bool:
-        """Whether a layer will be accelerated, alone if not in a sequence."""
         parts = self._parts(layer)
         return not isinstance(parts, str) and not _only_moves(parts)
 
@@ -131,7 +124,7 @@ class Visitor:
 
 def _given(part: Part, conditions: tuple[int, ...]) -> Part:
     """The part with a network that takes only these of the container's conditions."""
-    if isinstance(part, Coupling) and isinstance(part.net, Params | Pair):
+    if isinstance(part, Coupling) and isinstance(part.net, (Params, Pair)):
         return replace(part, net=part.net.given(conditions))
     return part
 
@@ -158,7 +151,7 @@ def describe(parts: Sequence[Part]) -> str:
 def _word(part: Part) -> str:
     if isinstance(part, SpaceToDepth):
         return "squeeze"
-    if isinstance(part, Linear | Reorder):
+    if isinstance(part, (Linear, Reorder)):
         return part.what
     additive = isinstance(part.net, Params) and part.net.raw is None
     return "additive coupling" if additive else f"affine {part.scale.kind} coupling"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_tensor
-from mflow_kernels.ops.coupling_network import coupling_network, prefers_fused, supports
+from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import autocasts
 
@@ -48,7 +48,7 @@ def coupling_net(
 class CouplingNetwork(nn.Sequential):
     """Glow's network, as `coupling_net` builds it.
 
-    On a GPU the fused operator `ops.coupling_network` computes it, if that fits and is faster.
+    On a GPU the operator `ops.coupling_network` computes it if that is faster.
 
     Args:
         layers: the layers, in order.
@@ -108,9 +108,9 @@ def fused_params(
         last: weight and bias that replace those of the last layer.
 
     Returns:
-        None if the operator does not fit the layers or x, or is slower.
+        None if the layers form another network, or if torch's own layers are faster.
     """
-    if not uses_triton(x) or not is_glow_network(layers):
+    if not (uses_triton(x) or has_epilogues(x)) or not is_glow_network(layers):
         return None
     products: Sequence[Any] = layers[::2]
     first, second, third = products
@@ -120,9 +120,10 @@ def fused_params(
         return None
     if autocasts(x.device):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if not supports(x, first.weight, weight) or not prefers_fused(x, parameters):
+    chosen = implementation(x, parameters)
+    if chosen == "torch":
         return None
-    return coupling_network(x, *parameters)
+    return coupling_network(x, *parameters, kernels=chosen == "kernels")
 
 
 def is_glow_network(layers: Sequence[nn.Module]) -> bool:

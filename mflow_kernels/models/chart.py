@@ -42,6 +42,17 @@ class Chart(nn.Module):
         """Return the point on the manifold with coordinates u (N, d)."""
         raise NotImplementedError
 
+    def decode_off_manifold(
+        self,
+        u: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Return points with coordinates u (N, d) and random coordinates off the manifold."""
+        raise NotImplementedError
+
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
@@ -115,8 +126,7 @@ class Chart(nn.Module):
             generator=generator,
             max_bytes=max_bytes,
         )
-        density = -(u.square() / 2 + HALF_LOG_2PI).sum(1)
-        return Estimate(density - volume.value, volume.error)
+        return Estimate(-normal_score(u) - volume.value, volume.error)
 
     def preprocess(
         self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
@@ -193,6 +203,66 @@ class Chart(nn.Module):
         repeated = None if context is None else torch.cat([context] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
+    def inpaint(
+        self,
+        x: Tensor,
+        known: Tensor,
+        deviation: float,
+        *,
+        steps: int = 200,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Fill in the missing pixels of x from the manifold.
+
+        u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
+        the most probable u, if x is a point on the manifold with noise of this deviation. Adam
+        finds it, from the u of x whose missing pixels are those of decode(0). Each sample is fitted
+        alone.
+
+        Args:
+            x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
+            known: bool, broadcasts to x: True where a pixel is known. Each sample may have its own.
+            deviation: standard deviation of the known pixels off the manifold, > 0; for example
+                `deviation(training_data)`.
+            steps: number of Adam's steps, each of one pass and its gradient.
+            context: one for each sample.
+
+        Returns:
+            x with the missing pixels of decode(u), without gradients.
+
+        Raises:
+            TypeError, ValueError: known is not bool or does not broadcast, deviation is not a
+                finite number > 0, or steps is not an integer >= 1.
+        """
+        check_count("steps", steps, 1)
+        if not 0 < deviation < math.inf:
+            raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
+        if known.dtype != torch.bool:
+            raise TypeError(f"known: expected dtype bool, got {known.dtype}")
+        try:
+            known = known.expand(x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"known: expected a shape that broadcasts to {tuple(x.shape)}, got "
+                f"{tuple(known.shape)}"
+            ) from None
+        x = torch.where(known, x, 0.0)
+        with torch.no_grad():
+            mode = self.decode(x.new_zeros(len(x), self.manifold_dim), context=context)
+            start = self.encode(torch.where(known, x, mode), context=context)
+        u = start.clone().requires_grad_()
+        adam = torch.optim.Adam([u], lr=0.1)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+        for _ in range(steps):
+            with torch.enable_grad():
+                error = torch.where(known, x - self.decode(u, context=context), 0.0)
+                loss = u.square().sum() / 2 + error.square().sum() / (2 * deviation**2)
+            (u.grad,) = torch.autograd.grad(loss, u)
+            adam.step()
+            falling.step()
+        with torch.no_grad():
+            return torch.where(known, x, self.decode(u, context=context))
+
     @torch.no_grad()
     def deviation(self, x: Tensor, *, context: Tensor | None = None) -> float:
         """Return the standard deviation of the data x off the manifold, per direction.
@@ -213,6 +283,7 @@ class Chart(nn.Module):
         deviation: float | None = None,
         *,
         context: Tensor | None = None,
+        volume: bool = True,
         **density: Any,
     ) -> Tensor:
         """Score how far each sample of x is out of distribution, (N,) in nats; larger is farther.
@@ -231,6 +302,9 @@ class Chart(nn.Module):
             deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
                 default.
             context: one for each sample.
+            volume: whether p is the density on the manifold. If False, p is the density of u,
+                N(u; 0, I), without the volume term 1/2 log det J^T J. The score then takes two
+                passes through the flow, for any number of dimensions.
             density: keyword arguments of `manifold_log_prob`.
         """
         if deviation is None:
@@ -241,10 +315,12 @@ class Chart(nn.Module):
             )
         if not 0 < deviation < math.inf:
             raise ValueError(f"deviation: expected a finite number > 0, got {deviation}")
-        off = math.prod(self.input_shape) - self.manifold_dim
-        squared = (self.distance(x, context=context) / deviation).square() / 2 if off else 0.0
-        constant = off * (HALF_LOG_2PI + math.log(deviation))
-        return squared + constant - self.manifold_log_prob(x, context=context, **density).value
+        u = self.encode(x, context=context)
+        distance = (x - self.decode(u, context=context)).flatten(1).norm(dim=1)
+        off = off_manifold_score(distance, deviation, math.prod(self.input_shape) - u.shape[1])
+        if not volume:
+            return off + normal_score(u)
+        return off - self.manifold_log_prob(x, context=context, **density).value
 
     @torch.no_grad()
     def sample(
@@ -254,10 +330,26 @@ class Chart(nn.Module):
         generator: torch.Generator | None = None,
         *,
         context: Tensor | None = None,
+        off_manifold: bool = False,
     ) -> Tensor:
         """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
 
-        `generator` must be on the model's device; `context` has one entry for each point.
+        With `off_manifold`, v is drawn from p_V and scaled by the temperature; at a temperature of
+        1 the points then have the density `log_prob`. `generator` must be on the model's device;
+        `context` has one entry for each point.
         """
         u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        if off_manifold:
+            return self.decode_off_manifold(u, temperature, generator, context=context)
         return self.decode(u, context=context)
+
+
+def off_manifold_score(distance: Tensor, deviation: float, dims: int) -> Tensor:
+    """Return -log N(distance; 0, deviation^2) in `dims` directions off the manifold, (N,)."""
+    squared = (distance / deviation).square() / 2 if dims else torch.zeros_like(distance)
+    return squared + dims * (HALF_LOG_2PI + math.log(deviation))
+
+
+def normal_score(u: Tensor) -> Tensor:
+    """Return -log N(u; 0, I), (N,)."""
+    return (u.square() / 2 + HALF_LOG_2PI).sum(1)

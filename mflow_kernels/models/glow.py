@@ -49,6 +49,7 @@ class _ChainFlow(Flow):
         return z if isinstance(z, tuple) else (z,), logdet
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return log p(x) (N,), or log p(x | context), in nats; x is (N, *input_shape)."""
         warn_of_raw_images(self, self._checked(x))
         return super().log_prob(x, context)
 
@@ -167,6 +168,8 @@ class Glow(_ChainFlow):
                 f"got {h}x{w}"
             )
         self.input_shape = (c, h, w)
+        self.levels, self.steps, self.width = levels, steps, width
+        self.scale = ScaleFunction.of(scale)
         self.context_channels = _own_context_channels(context_channels, network)
         layers: list[Bijection] = []
         for level in range(levels):
@@ -224,6 +227,7 @@ class VectorFlow(_ChainFlow):
         for name, value, least in (("dim", dim, 2), ("steps", steps, 1), ("width", width, 1)):
             check_count(name, value, least)
         self.input_shape = (dim,)
+        self.steps, self.width, self.scale = steps, width, ScaleFunction.of(scale)
         self.latent_shapes = ((dim,),)
         self.context_channels = _own_context_channels(context_channels, network)
         nets = (_net(dim, width, network, context_channels) for _ in range(steps))

@@ -141,21 +141,45 @@ class HierarchicalFlow(Chart):
         stages: int | None = None,
         *,
         context: Tensor | None = None,
+        off_manifold: bool = False,
     ) -> Tensor:
         """Draw n points on the manifold: u of the last stage ~ N(0, temperature^2), every v = 0.
 
-        `generator` must be on the model's device; `context` has one entry for each point.
+        With `off_manifold`, every v is drawn from its p_V and scaled by the temperature; at a
+        temperature of 1 the points then have the density `log_prob`. `generator` must be on the
+        model's device; `context` has one entry for each point.
         """
-        dim = self._until(stages, least=1)[-1].manifold_dim
-        u = sample_normal(self, (n, dim), temperature, generator)
-        return self.decode(u, stages, context=context)
+        flows = self._until(stages, least=1)
+        u = sample_normal(self, (n, flows[-1].manifold_dim), temperature, generator)
+        if not off_manifold:
+            return self.decode(u, stages, context=context)
+        for stage in reversed(flows):
+            u = stage.decode_off_manifold(u, temperature, generator, context=context)
+        return u
+
+    def describe_images(
+        self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
+    ) -> None:
+        """Set what the model and its first stage know of the images that they are trained on."""
+        for model in (self, cast(ManifoldFlow, self.stages[0])):
+            model.n_bits, model.crop, model.class_names = n_bits, crop, class_names
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a new folder, from which `from_pretrained` loads it.
+
+        Models of `Glow` and `VectorFlow` with built-in networks can be saved; others raise
+        TypeError. ValueError if the folder exists or cannot be made.
+        """
+        from mflow_kernels.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
-        """Load all stages from a folder that `mflow export` wrote.
+        """Load all stages from a folder of `mflow export` or `save_pretrained`.
 
-        The model is on the CPU and in evaluation mode. Raises ValueError if the files are torn or
-        do not come from `mflow export`.
+        The model is on the CPU and in evaluation mode, and knows `n_bits`, `crop` and
+        `class_names`. Raises ValueError if the files are torn or do not come from there.
         """
         from mflow_kernels.models.pretrained import load_pretrained
 

@@ -33,7 +33,7 @@ def prepare(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tens
     channels, size, width = image_shape
     if size != width:
         raise ValueError(f"images: expected a model of square images, got one of {size}x{width}")
-    given = [images] if isinstance(images, Image.Image | np.ndarray) else images
+    given = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
     if not isinstance(given, Sequence) or not given:
         raise TypeError(
             "images: expected an image, a uint8 array or a list of them, got "

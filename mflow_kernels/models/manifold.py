@@ -65,7 +65,7 @@ class ManifoldFlow(Chart):
             raise TypeError(
                 f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
             )
-        if not isinstance(objective, ManifoldObjective | None):
+        if not isinstance(objective, (ManifoldObjective, type(None))):
             came = type(objective).__name__
             raise TypeError(f"objective: expected a ManifoldObjective, got {came}")
         self.flow = flow
@@ -84,12 +84,21 @@ class ManifoldFlow(Chart):
             self.register_buffer(f"off_mask_{i}", off)
         self.register_buffer("manifold_index", flat.nonzero()[:, 0])
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a new folder, as `HierarchicalFlow.save_pretrained` does."""
+        from mflow_kernels.models.hierarchy import HierarchicalFlow
+
+        model = HierarchicalFlow([self])
+        model.describe_images(self.n_bits, self.crop, self.class_names)
+        model.save_pretrained(folder)
+
     @staticmethod
     def from_pretrained(folder: str | Path) -> "ManifoldFlow":
-        """Load the image flow, the first stage, from a folder that `mflow export` wrote.
+        """Load the image flow, the first stage, from a folder of `mflow export` or
+        `save_pretrained`.
 
-        The model is on the CPU and in evaluation mode. Raises ValueError if the files are torn or
-        do not come from `mflow export`.
+        The model is on the CPU and in evaluation mode, and knows `n_bits`, `crop` and
+        `class_names`. Raises ValueError if the files are torn or do not come from there.
         """
         from mflow_kernels.models.pretrained import load_pretrained
 
@@ -139,6 +148,20 @@ class ManifoldFlow(Chart):
     def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return f^-1(u, 0), the point on the manifold with coordinates u (N, d)."""
         return self.flow.inverse(self.scatter(u), *given(context))[0]
+
+    def decode_off_manifold(
+        self,
+        u: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Return f^-1(u, v) with v drawn from p_V and scaled by the temperature."""
+        latents = self.objective.draw_off_manifold(
+            self.scatter(u), self.off_masks(), temperature, generator
+        )
+        return self.flow.inverse(latents, *given(context))[0]
 
     def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""

@@ -35,6 +35,7 @@ from mflow_kernels.models.penalty_weight import (
     calibrated_weight,
     check_positive,
     check_weight,
+    draw_errors,
 )
 from mflow_kernels.ops.checks import (
     check_broadcast,
@@ -113,8 +114,9 @@ class ManifoldObjective(nn.Module):
               no gradient.
         delta: |e| at which "huber" turns from quadratic to linear, > 0. The default suits images
             with a range of 1, whose errors have a deviation of about 0.05.
-        sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v and
-            needs no tuning: scaling v and sigma together leaves the loss unchanged.
+        sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v:
+            scaling v and sigma together leaves the loss unchanged. 1 is the deviation that actnorm
+            starts with, so that training need not shrink v first.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -130,7 +132,7 @@ class ManifoldObjective(nn.Module):
         rho: Rho = "l2",
         weight: Weight = 1000.0,
         delta: float = 0.1,
-        sigma: float = 0.1,
+        sigma: float = 1.0,
     ) -> None:
         super().__init__()
         check_choice("domain", domain, ("latent", "data"))
@@ -140,7 +142,7 @@ class ManifoldObjective(nn.Module):
         self.domain, self.rho, self.delta, self.sigma = domain, rho, float(delta), float(sigma)
         self._weight = check_weight(weight, domain)
         self._maps = 0
-        if isinstance(weight, tuple | Tensor):
+        if isinstance(weight, (tuple, Tensor)):
             maps = weight if isinstance(weight, tuple) else (weight,)
             self._maps = len(maps)
             for i, part in enumerate(maps):
@@ -231,6 +233,29 @@ class ManifoldObjective(nn.Module):
         """Return log p_V(v), (N,), in nats, including the normalizer."""
         return self._densities(model, latents)[2]
 
+    def draw_off_manifold(
+        self,
+        u: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, ...]:
+        """Return the latents u with v drawn from p_V and scaled by the temperature.
+
+        Args:
+            u: all latents, with v = 0.
+            masks: `model.off_masks()`.
+            temperature: factor of v.
+            generator: generator on the latents' device.
+        """
+        rho, weights = self._off_density(len(u))
+        drawn = []
+        for z, mask, w in zip(u, masks, weights, strict=True):
+            each = torch.as_tensor(w, dtype=z.dtype, device=z.device).expand_as(z)
+            v = temperature * draw_errors(each, rho, self.delta, generator)
+            drawn.append(torch.where(mask, v, z))
+        return tuple(drawn)
+
     def extra_repr(self) -> str:
         shown = f"map of {self._maps} tensors" if self._maps else repr(self._weight)
         return (
@@ -242,25 +267,27 @@ class ManifoldObjective(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return -log p_V without its normalizer, log N(u), and log p_V, (N,) each."""
         masks = model.off_masks()
-        rho: Rho = self.rho
-        weight = self.weight
-        if self.domain == "data":
-            rho, weight = "l2", self.sigma**-2
-        weights = weight if isinstance(weight, tuple) else (weight,) * len(masks)
+        rho, weights = self._off_density(len(masks))
         parts, normalizers = [], []
         for z, mask, w in zip(latents, masks, weights, strict=True):
-            # The other forms are for the data domain only.
-            assert isinstance(w, float | Tensor)
             parts.append(masked_penalty_gaussian(z, mask=mask, weight=w, rho=rho, delta=self.delta))
             normalizers.append(_log_normalizer(mask, w, rho, self.delta))
         penalty = torch.stack([p for p, _ in parts]).sum(0)
         on = torch.stack([g for _, g in parts]).sum(0)
         return penalty, on, -penalty - torch.stack(normalizers).sum().to(penalty.dtype)
 
+    def _off_density(self, latents: int) -> tuple[Rho, tuple[Tensor | float, ...]]:
+        """Return rho and one weight for each latent, of p_V proportional to exp(-w rho)."""
+        if self.domain == "data":
+            return "l2", (self.sigma**-2,) * latents
+        weight = self.weight
+        assert isinstance(weight, (float, tuple))  # the other forms are for the data domain only
+        return self.rho, weight if isinstance(weight, tuple) else (weight,) * latents
+
     def _reconstruction(self, x: Tensor, projection: Tensor) -> Tensor:
         """Return the sum of w rho(x - projection), (N,)."""
         weight = self.weight
-        if isinstance(weight, float | Tensor):
+        if isinstance(weight, (float, Tensor)):
             return masked_penalty(x, projection, weight=weight, rho=self.rho, delta=self.delta)
         penalty = masked_penalty(x, projection, rho=self.rho, delta=self.delta)
         if self.training:

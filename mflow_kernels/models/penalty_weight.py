@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_count, check_tensor
@@ -85,15 +86,52 @@ def calibrated_weight(mean: Tensor, rho: Rho, delta: float) -> Tensor:
     w = 1 / (2 * mean)
     if rho == "huber":
         for _ in range(HUBER_ITERATIONS):
-            a = delta * (w / 2).sqrt()
-            tail = 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
-            w = (1 + tail) / (2 * mean)
+            w = (1 + _tail(w, delta)) / (2 * mean)
     return w
+
+
+def _tail(w: Tensor, delta: float) -> Tensor:
+    """Return the probability of |e| > delta under exp(-w rho(e)) / Z for huber."""
+    a = delta * (w / 2).sqrt()
+    return 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
+
+
+def draw_errors(
+    weight: Tensor, rho: Rho, delta: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw e of the density exp(-w rho(e)) / Z, one for each element of `weight`, all > 0.
+
+    This is the normal distribution of variance 1 / w for l2 and the Laplace distribution of scale
+    1 / w for l1. For huber, |e| is below delta, where it is normal, or above it, where |e| - delta
+    is exponential of rate w delta.
+    """
+
+    def uniform() -> Tensor:
+        return torch.rand(
+            weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
+        )
+
+    def exponential(rate: Tensor) -> Tensor:
+        return -torch.log1p(-uniform()) / rate
+
+    if rho == "l2":
+        normal = torch.randn(
+            weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
+        )
+        return normal * weight.rsqrt()
+    if rho == "l1":
+        size = exponential(weight)
+    else:
+        whole = (delta * (weight / 2).sqrt()).erf()
+        inside = (uniform() * whole).erfinv() * (2 / weight).sqrt()
+        outside = delta + exponential(weight * delta)
+        size = torch.where(uniform() < _tail(weight, delta), outside, inside)
+    return torch.where(uniform() < 0.5, -size, size)
 
 
 def check_positive(name: str, value: object) -> None:
     """Check that `value` is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
@@ -110,14 +148,14 @@ def check_weight(weight: object, domain: Domain) -> Weight:
                 "stretching v would then lower the loss without bound"
             )
         return "variance"
-    if isinstance(weight, WeightSchedule | ErrorBound):
+    if isinstance(weight, (WeightSchedule, ErrorBound)):
         if domain == "latent":
             raise ValueError(
                 "weight: expected a number or a map in the latent domain, got "
                 f"{type(weight).__name__}: the weight is part of the density there"
             )
         return weight
-    if isinstance(weight, Tensor | tuple):
+    if isinstance(weight, (Tensor, tuple)):
         if isinstance(weight, tuple) != (domain == "latent"):
             kind = "a tuple of one map per latent" if domain == "latent" else "one map of the image"
             raise TypeError(

@@ -6,6 +6,8 @@ both, and neither can carry code.
 
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import ManifoldObjective
 from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
+from mflow_kernels.ops.scale import ScaleFunction
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
@@ -39,7 +42,8 @@ def build(
             `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
             `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
             repeats those of the image flow. Optional entries are `final_weight` with
-            `weight_steps`, `error_bound`, `delta` and `sigma`.
+            `weight_steps`, `error_bound`, `delta` and `sigma`. A class-conditional model has the
+            number of its `classes` too.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -73,35 +77,124 @@ def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
     """Build the flow of each stage."""
     levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
+    how["context_channels"] = architecture.get("classes", 0)
     flows: list[Bijection] = [Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)]
     for outer, own in pairwise(architecture["stages"]):
         flows.append(VectorFlow(outer["manifold_dim"], own["steps"], own["width"], **how))
     return flows
 
 
-def save_pretrained(
-    model: HierarchicalFlow, architecture: Mapping[str, Any], folder: Path, **notes: Any
-) -> None:
-    """Write a model and its architecture into an existing folder.
+def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
+    """Describe a model as `build` takes it.
 
-    `notes` are further entries of the JSON file.
+    Raises:
+        TypeError: the model has parts that an architecture cannot describe: other flows than `Glow`
+            and `VectorFlow`, networks or scale functions of the caller, maps of weights, or another
+            dtype than float32.
     """
+    stages = cast(list[ManifoldFlow], list(model.stages))
+    for i, stage in enumerate(stages):
+        flow, expected = stage.flow, Glow if i == 0 else VectorFlow
+        found = {
+            "flow": type(flow) is expected or f"{expected.__name__}, got {type(flow).__name__}",
+            "network": getattr(flow, "context_channels", 0) is not None or "built-in networks",
+            "scale": getattr(flow, "scale", None) in (None, ScaleFunction())
+            or "the default scale function",
+            "weight": not isinstance(stage.objective.weight, Tensor | tuple)
+            or "a weight that is no map",
+        }
+        for name, right in found.items():
+            if right is not True:
+                raise TypeError(
+                    f"stages[{i}].{name}: expected {right}: a model with others can only be saved "
+                    "by its state_dict"
+                )
+    wrong = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), None)
+    if wrong is not None:
+        raise TypeError(f"model: expected parameters of dtype float32 to save, got {wrong}")
+    image = cast(Glow, stages[0].flow)
+    return {
+        "image_shape": list(image.input_shape),
+        **{name: getattr(image, name) for name in _IMAGE_FLOW_COUNTS},
+        **({"classes": image.context_channels} if image.context_channels else {}),
+        "stages": [_stage_of(stage) for stage in stages],
+    }
+
+
+def _stage_of(stage: ManifoldFlow) -> dict[str, Any]:
+    """The entries from which `_objective` and `_flows` build a stage."""
+    flow, objective = cast(Glow | VectorFlow, stage.flow), stage.objective
+    entries = {
+        "manifold_dim": stage.manifold_dim,
+        "steps": flow.steps,
+        "width": flow.width,
+        "domain": objective.domain,
+        "rho": objective.rho,
+        "weight": objective.weight,
+        "delta": objective.delta,
+        "sigma": objective.sigma,
+    }
+    if isinstance(objective.weight, WeightSchedule):
+        entries["weight"] = objective.weight.start
+        entries["final_weight"] = objective.weight.end
+        entries["weight_steps"] = objective.weight.steps
+    elif isinstance(objective.weight, ErrorBound):
+        entries["weight"] = objective.weight.start or 1 / objective.weight.error
+        entries["error_bound"] = objective.weight.error
+    return entries
+
+
+def save_pretrained(model: HierarchicalFlow, folder: str | Path) -> None:
+    """Write a model into a new folder, from which `load_pretrained` loads it.
+
+    The folder appears only once its files are complete.
+
+    Raises:
+        TypeError: see `architecture_of`.
+        ValueError: the folder exists, or cannot be made.
+    """
+    path = Path(folder)
+    if path.exists():
+        raise ValueError(f"folder: expected a new folder, but {path} exists")
+    architecture_of(model)  # before anything is written
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        try:
+            write_pretrained(model, temporary)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"folder: cannot write {path} ({error.strerror})") from None
+
+
+def write_pretrained(model: HierarchicalFlow, folder: Path) -> None:
+    """Write the two files of a model into an existing folder."""
     from safetensors.torch import save_file
 
+    content = {
+        "format": _FORMAT,
+        "architecture": architecture_of(model),
+        # A value of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
+        "n_bits": model.n_bits,
+        "crop": model.crop,
+        "class_names": list(model.class_names),
+    }
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": _FORMAT})
-    text = json.dumps({"format": _FORMAT, "architecture": dict(architecture), **notes}, indent=2)
-    (folder / ARCHITECTURE).write_text(text + "\n")
+    (folder / ARCHITECTURE).write_text(json.dumps(content, indent=2) + "\n")
     # safetensors ignores the umask and makes its files private.
     (folder / WEIGHTS).chmod((folder / ARCHITECTURE).stat().st_mode)
 
 
 def load_pretrained(folder: str | Path) -> HierarchicalFlow:
-    """Load the model from a folder that `mflow export` wrote, on the CPU and in evaluation mode.
+    """Load the model from a folder of `mflow export` or `save_pretrained`, on the CPU and in
+    evaluation mode.
 
     Raises:
-        ValueError: the folder or a file is missing, a file is torn or does not come from
-            `mflow export`, or the two files do not belong together.
+        ValueError: the folder or a file is missing, a file is torn or does not come from there, or
+            the two files do not belong together.
         ImportError: safetensors is not installed.
     """
     from safetensors import SafetensorError, safe_open
@@ -115,7 +208,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a valid {WEIGHTS} in {folder} ({error})") from None
-    architecture = _read(path / ARCHITECTURE, len(tensors))
+    architecture, images = _read(path / ARCHITECTURE, len(tensors))
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):  # compare shapes before allocating memory
@@ -144,6 +237,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
             f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
         ) from None
     model.load_state_dict(tensors)
+    model.describe_images(*images)
     return model.eval()
 
 
@@ -185,8 +279,11 @@ def _compare(
             )
 
 
-def _read(path: Path, tensors: int) -> dict[str, Any]:
-    """Read the architecture from a JSON file and check its names and types.
+def _read(
+    path: Path, tensors: int
+) -> tuple[dict[str, Any], tuple[int | None, int | None, tuple[str, ...]]]:
+    """Read the architecture from a JSON file, and n_bits, crop and class_names of the images that
+    the model was trained on. Check their names and types.
 
     `tensors` is the number of tensors in the weights file.
     """
@@ -215,4 +312,17 @@ def _read(path: Path, tensors: int) -> dict[str, Any]:
     depth = architecture["levels"] * architecture["steps"]
     if depth + sum(stage["steps"] for stage in stages[1:]) > tensors:
         raise ValueError(f"{expected} with no more steps than {WEIGHTS} has tensors")
-    return architecture
+    classes = architecture.get("classes", 0)
+    n_bits, crop = content.get("n_bits"), content.get("crop")
+    names = content.get("class_names", [])
+    if not (
+        (n_bits is None or (type(n_bits) is int and 1 <= n_bits <= 8))
+        and (crop is None or (type(crop) is int and crop > 0))
+        and type(classes) is int
+        and classes >= 0
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and len(names) in (0, classes)
+    ):
+        raise ValueError(f"{expected} with n_bits, crop, classes and class_names of an export")
+    return architecture, (n_bits, crop, tuple(names))

@@ -43,7 +43,7 @@ class IntrinsicDimension(NamedTuple):
 
 @torch.no_grad()
 def estimate_intrinsic_dimension(
-    flow: Bijection, x: Tensor, *, max_bytes: int = 2**30
+    flow: Bijection | ManifoldFlow, x: Tensor, *, max_bytes: int = 2**30
 ) -> IntrinsicDimension:
     """Estimate the dimension of the manifold near the data x, from the spectrum of a trained flow.
 
@@ -53,14 +53,23 @@ def estimate_intrinsic_dimension(
 
     Args:
         flow: a flow as for `ManifoldFlow`, trained by maximum likelihood on data with some noise,
-            such as dequantization. The noise bounds the spectrum from below.
+            such as dequantization. The noise bounds the spectrum from below. Of a `ManifoldFlow`
+            in the data domain, the latents off the manifold have the deviation sigma instead of 1;
+            their columns of J are multiplied by it.
         x: (N, *input_shape), N >= 1.
         max_bytes: memory that the Jacobian of one sample may use; it takes 8 D^2 bytes.
 
     Raises:
-        ValueError: x has no samples or one dimension only, or a Jacobian needs more than max_bytes
-            or is not finite.
+        ValueError: x has no samples or one dimension only, a Jacobian needs more than max_bytes or
+            is not finite, or a ManifoldFlow has its penalty in the latent domain.
     """
+    deviation = None
+    if isinstance(flow, ManifoldFlow):
+        if flow.objective.domain != "data":
+            raise ValueError("flow: expected a penalty in the data domain, got the latent domain")
+        off = torch.cat([mask.flatten() for mask in flow.off_masks()])
+        deviation = 1 + off.double() * (flow.objective.sigma - 1)
+        flow = flow.flow
     model = _all_on_manifold(flow, x)
     if model.manifold_dim < 2:
         raise ValueError(f"flow: expected two dimensions or more, got {model.manifold_dim}")
@@ -68,7 +77,8 @@ def estimate_intrinsic_dimension(
     parts = []
     for jacobian in jacobians(model.decode, u, u.shape[1], max_bytes):
         _check_finite(jacobian)
-        parts.append(torch.linalg.svdvals(jacobian))
+        columns = jacobian if deviation is None else jacobian * deviation
+        parts.append(torch.linalg.svdvals(columns))
     tiny = torch.finfo(torch.float64).tiny
     logs = torch.cat(parts).clamp(min=tiny).log().mean(0)
     drops = logs[:-1] - logs[1:]

@@ -111,7 +111,11 @@ def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
         return half[None, :] + column[:, None]
     else:
         at_a = at(a, a_strides, n, c, p, PIXELS_FIRST=True)
-        return tl.where(is_a[None, :], at_a, at(b, b_strides, n, c, p, PIXELS_FIRST=True))
+        at_b = at(b, b_strides, n, c, p, PIXELS_FIRST=True)
+        UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
+        SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
+        # The compiler gives a choice of pointers a smaller divisor than theirs.
+        return tl.multiple_of(tl.where(is_a[None, :], at_a, at_b), [SIZE, SIZE])
 
 
 @triton.jit

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     def _jit(function: Any = None, **options: Any) -> Any:
         return function or _jit
 
-    triton = SimpleNamespace(jit=_jit)
+    triton = SimpleNamespace(__version__="0", jit=_jit)
     tl = SimpleNamespace(constexpr=_Constant, float32=None, float64=None)
 else:
     TRITON_INSTALLED = True

@@ -22,16 +22,22 @@ adds in a fixed order: the same bits on every run. A third launch adds the taps 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
 torch.nn.Conv2d and torch.nn.Linear have them.
 dtypes: the kernels take bfloat16 and float16. Products are summed in float32; the sums over rows of
-taps and the hidden tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory:
-the reference computes those networks.
-Bytes at least, in hidden tensors H: forward none, or 2 H written if gradients will be needed;
-backward h2 read, d h2 written, d h2 and h1 read: 4 H, and 2 H more past DW2_WIDTH. cuDNN's
-convolutions, each with a pass for its bias and one for ReLU, take 12 H and 16 H.
+taps and the hidden tensors have x's dtype. Tiles of float32 numbers do not fit the shared memory.
+
+Other networks are computed layer by layer. On CUDA cuDNN adds the bias and applies ReLU inside the
+convolution (`has_epilogues`), and the backward pass masks a gradient in place by the sign of the
+stored h1 or h2.
+
+Bytes at least, in hidden tensors H, forward and backward:
+    kernels    none, or 2 H written if gradients will be needed; h2 read, d h2 written, d h2 and h1
+               read: 4 H, and 2 H more past DW2_WIDTH
+    layers     4 H and 16 H
+    torch.nn   12 H and 16 H: each bias is a pass of its own, and so is each ReLU
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +51,7 @@ from mflow_kernels.ops.coupling_network_kernels import (
     pack,
     rows,
 )
-from mflow_kernels.ops.fastest import fused_is_faster, requested
+from mflow_kernels.ops.fastest import fastest, requested
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import register
@@ -60,13 +66,23 @@ def coupling_network_ref(
     return _layer(h2, w3, b3), h1, h2
 
 
-def coupling_network_backward_ref(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor
-) -> tuple[Tensor, ...]:
-    """d x, d W1, d b1, d W2, d b2, d W3, d b3."""
-    dh2, dw3, db3 = _layer_backward(dparams, h2, w3)
-    dh1, dw2, db2 = _layer_backward(dh2.masked_fill_(h2 <= 0, 0), h1, w2)
-    dx, dw1, db1 = _layer_backward(dh1.masked_fill_(h1 <= 0, 0), x, w1)
+def network_by_layers(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """params, h1 and h2, by the fewest of torch's operators. Autograd cannot differentiate them."""
+    h1 = _layer_with_relu(x, w1, b1)
+    h2 = _layer_with_relu(h1, w2, b2)
+    return _layer(h2, w3, b3), h1, h2
+
+
+def network_by_layers_backward(
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *,
+    weights: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """d x, d W1, d b1, d W2, d b2, d W3, d b3; without `weights`, d x and None for the others."""
+    dh2, dw3, db3 = _layer_backward(dparams, h2, w3, weights)
+    dh1, dw2, db2 = _layer_backward(_relu_backward_(dh2, h2), h1, w2, weights)
+    dx, dw1, db1 = _layer_backward(_relu_backward_(dh1, h1), x, w1, weights)
     return dx, dw1, db1, dw2, db2, dw3, db3
 
 
@@ -74,21 +90,49 @@ def _layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, w, b) if x.dim() == 2 else F.conv2d(x, w, b, padding=w.shape[2] // 2)
 
 
-def _layer_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_with_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    if not has_epilogues(x):
+        return _layer(x, w, b).relu_()
     if x.dim() == 2:
-        return dy @ w, dy.t() @ x, dy.sum(0)
+        return torch._addmm_activation(b, x, w.t())
+    padding = [w.shape[2] // 2] * 2
+    return torch.cudnn_convolution_relu(x, w, b, [1, 1], padding, [1, 1], 1)
+
+
+def _layer_backward(
+    dy: Tensor, x: Tensor, w: Tensor, weights: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if x.dim() == 2:
+        return dy @ w, dy.t() @ x if weights else None, dy.sum(0) if weights else None
     padding = [w.shape[2] // 2] * 2
     return torch.ops.aten.convolution_backward(
-        dy, x, w, [len(w)], [1, 1], padding, [1, 1], False, [0, 0], 1, [True, True, True]
+        dy, x, w, [len(w)], [1, 1], padding, [1, 1], False, [0, 0], 1, [True, weights, weights]
     )
+
+
+def _relu_backward_(dh: Tensor, h: Tensor) -> Tensor:
+    """dh, set to zero in place where h is not positive."""
+    return torch.ops.aten.threshold_backward.grad_input(dh, h, 0.0, grad_input=dh)
+
+
+def has_epilogues(x: Tensor) -> bool:
+    """Whether bias and ReLU can be part of a convolution or product of x."""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and _has_cudnn(x.device) and not transformed()
+
+
+def _has_cudnn(device: torch.device) -> bool:
+    cudnn = torch.backends.cudnn
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and cudnn.is_available() and cudnn.enabled
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     """Whether the kernels compute this network on the input x: in 16 bits, with a width of 16 to
     1,024, for images with at most 56 channels."""
-    if not _by_kernels(x) or x.dim() not in (2, 4) or not x.numel():
+    if not uses_triton(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return fits(Shape.of(x, len(w1), len(w3)))
+    return bool(x.numel()) and x.dim() in (2, 4) and fits(Shape.of(x, len(w1), len(w3)))
 
 
 def fits(s: Shape) -> bool:
@@ -96,45 +140,53 @@ def fits(s: Shape) -> bool:
     return s.taps * s.c_out <= 512 and s.taps * s.c_in <= 256 and 16 <= s.width <= 1024
 
 
-def prefers_fused(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether to compute this network by `coupling_network` and not by torch's own layers.
+def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "kernels", "layers"]:
+    """How to compute this network: by torch's own layers, or by `coupling_network` with its kernels
+    or layer by layer.
 
-    By default the faster one in training on this card, measured at first use; $MFLOW_NETWORK, as
-    "torch" or "fused", decides otherwise. One choice serves all directions: a reversible chain runs
-    a network in its forward pass and again in its backward pass, and must get the same bits. A
-    compiler fuses torch's layers itself: it gets them unless $MFLOW_NETWORK is "fused".
+    By default the one that is fastest in training on this card, measured at first use. If
+    $MFLOW_NETWORK is "torch" or "fused", it decides. One choice serves all directions: a reversible
+    chain runs a network in its forward pass and again in its backward pass, and must get the same
+    bits. A compiler fuses torch's layers itself: it gets them unless $MFLOW_NETWORK is "fused".
     """
     choice = requested()
+    kernels = supports(x, weights[0], weights[4])
+    layers = x.dim() in (2, 4) and bool(x.numel()) and has_epilogues(x)
+    if choice == "torch" or not (kernels or layers):
+        return "torch"
     if torch.compiler.is_compiling():
-        return choice == "fused"
-    if choice != "auto" or not x.is_cuda:
-        return choice != "torch"
+        return "kernels" if kernels and choice == "fused" else "torch"
+    if choice == "fused" or not x.is_cuda:
+        return "kernels" if kernels else "layers"
     s = Shape.of(x, len(weights[0]), len(weights[4]))
     pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
+    given = _drawn(x, weights)
+    candidates = {"torch": partial(_train, lambda *given: coupling_network_ref(*given)[0], given)}
+    if layers:
+        candidates["layers"] = partial(_train, partial(coupling_network, kernels=False), given)
+    if kernels:
+        candidates["kernels"] = partial(_train, partial(coupling_network, kernels=True), given)
     key = f"{x.dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
-    return fused_is_faster(
-        key,
-        partial(_train, coupling_network, x, weights),
-        partial(_train, lambda *given: coupling_network_ref(*given)[0], x, weights),
-        x.device,
-    )
+    return cast(Any, fastest(key, candidates, x.device))
 
 
-def _train(run: Callable[..., Tensor], x: Tensor, weights: Sequence[Tensor]) -> None:
-    """What one network does in a reversible training step."""
-    x, *lowered = (t.detach().to(x.dtype).requires_grad_() for t in (x, *weights))
-    with without_autocast(x):
+def _drawn(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Normal numbers shaped as x and the weights, whose results are of order one. The weights of a
+    new network would not do: its last layer is zero, and so are most gradients."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    drawn = [torch.empty_like(t, dtype=x.dtype).normal_(generator=generator) for t in (x, *weights)]
+    return [t if i % 2 == 0 else t / t[0].numel() ** 0.5 for i, t in enumerate(drawn)]
+
+
+def _train(run: Callable[..., Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What one network does in a reversible training step: params and all gradients."""
+    given = [t.detach().requires_grad_() for t in given]
+    with without_autocast(given[0]):
         with torch.no_grad():
-            run(x, *lowered)
+            run(*given)
         with torch.enable_grad():
-            params = run(x, *lowered)
-            torch.autograd.grad(params, (x, *lowered), torch.ones_like(params))
-
-
-def _by_kernels(x: Tensor) -> bool:
-    """Whether kernels compute a network of x; else the reference does. Tiles of float32 numbers do
-    not fit the shared memory."""
-    return uses_triton(x) and x.dtype in (torch.bfloat16, torch.float16)
+            params = run(*given)
+            return params, *torch.autograd.grad(params, given, torch.ones_like(params))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -144,48 +196,60 @@ def _dense(x: Tensor) -> Tensor:
 
 def network_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    keep: bool,
+    keep: bool, kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """params; h1 and h2 where `keep`, else empty; and the weights as the kernels read them."""
+    """params; h1 and h2 if `keep`, else empty; and the weights as the kernels read them. Without
+    `kernels`, layer by layer."""
     x = _dense(x)
     packed = pack(x, w1, w2, w3)
-    if _by_kernels(x):
+    if kernels:
         params, h1, h2 = launch_network(x, packed, b1, b2, b3, keep)
     else:
         s = Shape.of(x, len(w1), len(w3))
         v1, v2, v3 = s.layers(s.unpack(packed))
         c1, c2, c3 = (b.to(x.dtype) for b in (b1, b2, b3))
-        params, h1, h2 = map(_dense, coupling_network_ref(x, v1, c1, v2, c2, v3, c3))
+        with without_autocast(x):
+            params, h1, h2 = map(_dense, network_by_layers(x, v1, c1, v2, c2, v3, c3))
     if h1 is None or h2 is None or not keep:
         h1, h2 = x.new_empty(0), x.new_empty(0)
     return params, h1, h2, packed
 
 
 def network_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, kernels: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d x; the gradients that `Shape.sums` lists, one after the other; and d W2, empty if it is
-    among those. Sums are in float32 (float64)."""
+    among those. Sums are in float32 (float64). Without `weights` d x alone is wanted, and the
+    others are empty."""
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
-    with without_autocast(x):
-        if _by_kernels(x):
-            return launch_network_backward(dparams, x, h1, h2, packed)
-        s = Shape.of(x, h1.shape[1], dparams.shape[1])
-        weights = s.layers(s.unpack(packed))
-        dx, dw1, db1, dw2, db2, dw3, db3 = coupling_network_backward_ref(
-            dparams, x, h1, h2, *weights
-        )
-        apart = x.new_empty(0)
-        if not s.sums[1]:
-            dw2, apart = apart, rows(dw2)
-        sums = [*(rows(dw).flatten() for dw in (dw1, dw2, dw3)), db1, db2, db3]
     wide = accumulator(x.dtype)
-    return _dense(dx), torch.cat(sums).to(wide), apart.to(wide, copy=True)
+    with without_autocast(x):
+        if kernels:
+            dx, sums, apart = launch_network_backward(dparams, x, h1, h2, packed)
+            return (dx, sums, apart) if weights else (dx, sums.new_empty(0), sums.new_empty(0))
+        s = Shape.of(x, h1.shape[1], dparams.shape[1])
+        layers = s.layers(s.unpack(packed))
+        dx, dw1, db1, dw2, db2, dw3, db3 = network_by_layers_backward(
+            dparams, x, h1, h2, *layers, weights=weights
+        )
+        nothing = x.new_empty(0, dtype=wide)
+        if not weights:
+            return _dense(dx), nothing, nothing.clone()
+        apart = nothing
+        if not s.sums[1]:
+            dw2, apart = x.new_empty(0), rows(dw2).to(wide, copy=True)
+        made = [
+            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2, dw3)),
+            db1,
+            db2,
+            db3,
+        ]
+    return _dense(dx), torch.cat(made).to(wide), apart
 
 
 def _fake(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    keep: bool,
+    keep: bool, kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     h1, h2 = (empty_images(x, len(w1)) if keep else x.new_empty(0) for _ in range(2))
     packed = x.new_empty(w1.numel() + w2.numel() + w3.numel())
@@ -193,16 +257,16 @@ def _fake(
 
 
 def _fake_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
+    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, kernels: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    apart = 0 if s.sums[1] else (s.width, s.width)
-    sums, dw2 = (x.new_empty(n, dtype=accumulator(x.dtype)) for n in (sum(s.sums), apart))
+    sizes = (sum(s.sums), 0 if s.sums[1] else (s.width, s.width)) if weights else (0, 0)
+    sums, dw2 = (x.new_empty(n, dtype=accumulator(x.dtype)) for n in sizes)
     return empty_images(x, s.c_in), sums, dw2
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *parameters, _ = inputs
+    x, *parameters, _, ctx.kernels = inputs
     _, *kept = output
     ctx.dtypes = [p.dtype for p in parameters]
     ctx.save_for_backward(x, *kept)
@@ -212,14 +276,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tensor | None, ...]:
     if dparams is None:
-        return (None,) * 8
+        return (None,) * 9
+    weights = any(ctx.needs_input_grad[1:7])
+    dx, sums, apart = run(dparams, *ctx.saved_tensors, ctx.kernels, weights)
+    if not weights:
+        return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dx, sums, apart = run(dparams, *ctx.saved_tensors)
     dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else apart, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
-    return dx, *(g.to(dtype) for g, dtype in gradients), None
+    return dx, *(g.to(dtype) for g, dtype in gradients), None, None
 
 
 coupling_network_op, network_eager = register(
@@ -234,17 +301,19 @@ coupling_network_op, network_eager = register(
 
 
 def coupling_network(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
-) -> Tensor:
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *,
+    kernels: bool | None = None,
+) -> Tensor:  # fmt: skip
     """Glow's coupling network (arXiv 1807.03039, section 4), forward and backward in few launches.
 
     Args:
-        x: (N, C_in, H, W), best in channels_last, or (N, C_in). Kernels compute it in bfloat16 and
-            float16, torch's layers in float32 and float64.
+        x: (N, C_in, H, W), best in channels_last, or (N, C_in), of a floating dtype.
         w1, b1: (width, C_in, 3, 3), or (width, C_in) for vectors, and (width,).
         w2, b2: (width, width, 1, 1) or (width, width), and (width,).
         w3, b3: (C_out, width, 3, 3) or (C_out, width), and (C_out,). Weights may be wider than x,
             as under autocast; they are rounded to its dtype, and their gradients are not.
+        kernels: whether the package's kernels compute it, or torch's operators layer by layer; by
+            default the kernels if they support it (`supports`).
 
     Returns:
         params (N, C_out, *spatial) in x's dtype.
@@ -252,9 +321,11 @@ def coupling_network(
     given = (x, w1, b1, w2, b2, w3, b3)
     if transformed():
         return coupling_network_ref(*given)[0]
+    if kernels is None:
+        kernels = supports(x, w1, w3)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if torch.compiler.is_compiling():
         run = coupling_network_op
     else:
         run = network_eager if keep else network_forward
-    return cast(Tensor, run(*given, keep)[0])
+    return cast(Tensor, run(*given, keep, kernels)[0])

@@ -342,14 +342,14 @@ DW2_WIDTH = 128
 
 def forward_tile(s: Shape) -> Tile:
     columns = _block(s.tap_rows * s.c_out, 256)
-    narrow = _block(s.width) if s.width <= 128 else None
-    if columns > 128:
-        return Tile(32, narrow or 64, 32, columns, 8)
+    if s.width <= 128:
+        block_d = _block(s.width)
+        if columns > 64:
+            return Tile(32 if columns > 128 else 64, block_d, 32, columns, 8)
+        return Tile(64, block_d, 64, columns, 8)
     if columns > 64:
-        return Tile(64, narrow or 64, 32, columns, 8)
-    if s.width <= 256:
-        return Tile(64, _block(s.width), 64, columns, 8)
-    return Tile(64, 128, 32, columns, 8)
+        return Tile(32, 64 if columns > 128 else 128, 32, columns, 8)
+    return Tile(64, 256, 64, columns, 8) if s.width <= 256 else Tile(64, 128, 32, columns, 8)
 
 
 def halo(s: Shape, block_p: int) -> int:

@@ -1,27 +1,30 @@
-"""Choose between two implementations of an operator by timing both, once for each card and shape.
+"""Choose between implementations of an operator by timing them, once for each card and shape.
 
-The choices are kept in a small JSON file beside Triton's compiled kernels, so that only the first
-run on a card measures.
+A candidate must agree with the first one, which torch computes. The choices are kept in a small
+JSON file beside Triton's compiled kernels, so that only the first run on a card measures.
 """
 
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 from mflow_kernels.ops.compiler import triton
 
 Choice = Literal["auto", "torch", "fused"]
+Candidate = Callable[[], Sequence[Tensor]]
 VARIABLE = "MFLOW_NETWORK"
 
 
 def requested() -> Choice:
-    """What $MFLOW_NETWORK asks for; "auto" where it is not set.
+    """The value of $MFLOW_NETWORK, by default "auto".
 
     Raises:
         ValueError: another value than auto, torch or fused.
@@ -32,29 +35,64 @@ def requested() -> Choice:
     return cast(Choice, value)
 
 
-def fused_is_faster(
-    key: str, fused: Callable[[], object], by_torch: Callable[[], object], device: torch.device
-) -> bool:
-    """Whether `fused` took less time than `by_torch` on this card when they were first compared.
+def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device) -> str:
+    """The name of the candidate that took the least time on this card when they were compared.
 
     Args:
         key: names what is computed: shapes, dtype and direction.
-        fused, by_torch: compute it; called only where the file of choices has no entry.
+        candidates: functions that return their results, by name. They are called only if the file
+            of choices has no entry. The first one computes by torch's own operators. A candidate
+            that raises, or whose results differ from the first one's, is left out with a warning.
         device: a CUDA device. While it records a CUDA graph nothing can be timed: an unknown
-            choice is then torch's.
+            choice is then the first candidate.
     """
-    choices = _choices()
+    choices, first = _choices(), next(iter(candidates))
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {key}"
-    if key not in choices:
+    if choices.get(key) not in candidates:
         if torch.cuda.is_current_stream_capturing():
-            return False
+            return first
         try:
-            choices[key] = seconds(fused) < seconds(by_torch)
+            right = [name for name in candidates if _agrees(key, name, candidates)]
+            times = {name: seconds(candidates[name]) for name in right}
+            choices[key] = min(times, key=lambda name: times[name])
         except torch.OutOfMemoryError:  # for this process, which must not change its mind
-            choices[key] = False
+            choices[key] = first
         else:
             _save(choices)
     return choices[key]
+
+
+def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:
+    """Whether a candidate computes what the first one does."""
+    first = next(iter(candidates))
+    if name == first:
+        return True
+    try:
+        found = max(map(_difference, candidates[name](), candidates[first]()))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    else:
+        if found <= DISAGREEMENT:
+            return True
+        fault = f"its results differ from torch's by {found:.2g} of their size"
+    warnings.warn(f"{key}: {name!r} is not used on this card. {fault}", stacklevel=3)
+    return False
+
+
+# A wrong result differs by about its own size. Rounding to bfloat16 moves at most 2^-8 of the
+# hidden units across zero. Each of them changes a gradient by its size, all of them together by the
+# root: 2^-4.
+DISAGREEMENT = 0.1
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The norm of a - b, over the norm of b; infinite if it is not a number."""
+    if a.shape != b.shape:
+        return float("inf")
+    size, error = (float(t.norm()) for t in (b.double(), a.double() - b.double()))
+    return 0.0 if error == 0 else error / size if error < float("inf") and size else float("inf")
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -67,17 +105,17 @@ def _file() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _choices() -> dict[str, bool]:
-    """Those of earlier runs; none where the file is missing or is no such file."""
+def _choices() -> dict[str, str]:
+    """Those of earlier runs; none if the file is missing or is no such file."""
     try:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
         return {}
     known = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in known if isinstance(value, bool)}
+    return {key: value for key, value in known if isinstance(value, str)}
 
 
-def _save(choices: dict[str, bool]) -> None:
+def _save(choices: dict[str, str]) -> None:
     """A cache: a folder that cannot be written costs the next run a measurement, and no more."""
     part = _file().with_suffix(f".{os.getpid()}.part")
     try:

@@ -21,19 +21,24 @@ more, and each block of 128 output channels reads its input again.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mflow_kernels.ops import cpu
-from mflow_kernels.ops.addresses import at, at_halves, store, strided, strided_halves
+from mflow_kernels.ops.addresses import strided, strided_halves
 from mflow_kernels.ops.channel_products import MULTIPROCESSORS, arithmetic, partial_sums
-from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.launch import launch, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator, without_autocast
-from mflow_kernels.ops.tiles import columns, tile_columns
+from mflow_kernels.ops.rebuild_conv1x1_kernels import (
+    _rebuild_conv1x1_kernel,
+    _rebuild_conv1x1_medium_kernel,
+    _rebuild_conv1x1_wide_kernel,
+)
+from mflow_kernels.ops.tiles import tile_columns
 
 Halves = tuple[Tensor, Tensor]
 
@@ -101,303 +106,41 @@ def rebuild_conv1x1_ref(
     return in_one_piece(x, dx, net, outer_sum, dbias)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
-def _rebuild_conv1x1_kernel(
-    y_a,
-    y_a_strides,
-    y_b,
-    y_b_strides,
-    dy_a,
-    dy_a_strides,
-    dy_b,
-    dy_b_strides,
-    dnet,
-    dnet_strides,
-    weight,
-    weight_inverse,
-    bias,
-    x_a,
-    x_a_strides,
-    x_b,
-    x_b_strides,
-    dx_a,
-    dx_a_strides,
-    dx_b,
-    dx_b_strides,
-    net,
-    net_strides,
-    outer_sum,
-    dbias,
-    N,
-    P,
-    TILES,
-    C: tl.constexpr,
-    HALF: tl.constexpr,
-    WARPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """All three products of every `programs`-th tile. The weights are loaded once.
-
-    A tile has HALF places for each half of the channels. No channel is in the last place: y - bias
-    is 1 there, so that d bias is the last column of outer_sum. Each warp has its own columns in
-    every product, and the warps' sums for outer_sum are added at the end.
-    """
-    BLOCK_P: tl.constexpr = COLUMNS.block
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    C_A: tl.constexpr = C // 2
-    LAST: tl.constexpr = 2 * HALF - 1
-    place = tl.arange(0, 2 * HALF)
-    is_a = place // HALF == 0
-    c = place % HALF
-    exists = c < tl.where(is_a, C_A, C - C_A)
-    channel = tl.where(is_a, c, c + C_A)
-    at_square = channel[:, None] * C + channel[None, :]
-    square = exists[:, None] & exists[None, :]
-    w_t = tl.load(weight + at_square, mask=square, other=0.0)
-    if x_a is not None:
-        at_inverse = weight_inverse + channel[None, :] * C + channel[:, None]
-        inverse_t = tl.load(at_inverse, mask=square, other=0.0)
-    bias_t = tl.load(bias + channel, mask=exists, other=0.0)
-    bias_t = tl.where(place == LAST, -1.0, bias_t)
-    outer_t = tl.zeros([WARPS, 2 * HALF, 2 * HALF], tl.float32)
-    for tile in range(program, TILES, programs):
-        n, p, valid = columns(tile, N, P, COLUMNS)
-        inside = valid[:, None] & exists[None, :]
-        at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
-        if dnet is None:
-            dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
-        else:
-            # dnet first: in the other order ptxas spills for sm_100.
-            at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
-            dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
-            dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
-        dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
-        tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
-        # Load y after the store of dx: both tiles together need too many registers at C = 24.
-        at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
-        y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
-        if x_a is not None:
-            x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
-            tl.store(at_halves(x_a, x_a_strides, x_b, x_b_strides, n, c, p, is_a), x_t, inside)
-            if net is not None:
-                at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
-                tl.store(at_net, x_t, inside & is_a[None, :])
-        # dy is zero in columns that do not exist, so they add nothing.
-        dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
-        y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
-        dy_of_warp = tl.permute(dy_of_warp, (0, 2, 1))
-        outer_t = tl.dot(dy_of_warp, y_of_warp, outer_t, input_precision="tf32x3")
-    total = tl.sum(outer_t, axis=0)
-    tl.store(outer_sum + program.to(tl.int64) * (C * C) + at_square, total, square)
-    dbias_t = tl.sum(tl.where(place[None, :] == LAST, total, 0.0), axis=1)
-    tl.store(dbias + program * C + channel, dbias_t, exists)
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def _rebuild_conv1x1_wide_kernel(
-    y_a,
-    y_a_strides,
-    y_b,
-    y_b_strides,
-    dy_a,
-    dy_a_strides,
-    dnet,
-    dnet_strides,
-    dy_b,
-    dy_b_strides,
-    weight,
-    weight_inverse,
-    bias,
-    x,
-    x_strides,
-    dx,
-    dx_strides,
-    net,
-    net_strides,
-    outer_sum,
-    dbias,
-    N,
-    P,
-    TILES,
-    SPLITS,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    STATE_BLOCKS: tl.constexpr,
-    OUTER_BLOCKS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """All three products, for channels that do not fit `_rebuild_conv1x1_kernel`.
-
-    If OUTER_BLOCKS is 0, each program sees all channels and computes all three products of every
-    SPLITS-th tile. Otherwise each of the first TILES * STATE_BLOCKS programs computes BLOCK_O
-    channels of x and dx of one tile, and the programs after them compute the blocks of SPLITS
-    partial outer sums. The programs of one tile are neighbours, so that all but the first find its
-    states in the L2 cache.
-    """
-    BLOCK_P: tl.constexpr = COLUMNS.block
-    program = tl.program_id(0)
-    state_programs = SPLITS if OUTER_BLOCKS == 0 else TILES * STATE_BLOCKS
-    if program < state_programs:
-        o = program % STATE_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
-        first = program // STATE_BLOCKS
-        if OUTER_BLOCKS == 0:
-            outer_t = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
-            dbias_t = tl.zeros([BLOCK_C], DTYPE)
-        for tile in range(first, TILES, state_programs // STATE_BLOCKS):
-            n, p, valid = columns(tile, N, P, COLUMNS)
-            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-            dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-            for start in range(0, C, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                at_w = weight + c[None, :] * C + o[:, None]
-                inside = (o[:, None] < C) & (c[None, :] < C)
-                w_t = tl.load(at_w, mask=inside, other=0.0)
-                dy_t = _load_gradient_halves(
-                    dy_a,
-                    dy_a_strides,
-                    dnet,
-                    dnet_strides,
-                    dy_b,
-                    dy_b_strides,
-                    n,
-                    c,
-                    p,
-                    valid,
-                    C,
-                    DTYPE,
-                )
-                dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-                if (x is not None) or (OUTER_BLOCKS == 0):
-                    y_t = _load_shifted_halves(
-                        y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
-                    )
-                if x is not None:
-                    at_w = weight_inverse + o[:, None] * C + c[None, :]
-                    w_t = tl.load(at_w, mask=inside, other=0.0)
-                    x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-                if OUTER_BLOCKS == 0:
-                    outer_t = tl.dot(
-                        dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
-                    )
-                    dbias_t += tl.sum(dy_t, axis=1)
-            inside = (o[:, None] < C) & valid[None, :]
-            tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
-            if x is not None:
-                tl.store(at(x, x_strides, n, o, p), x_t, inside)
-            if net is not None:
-                is_a = (o[:, None] < C // 2) & valid[None, :]
-                store(at(net, net_strides, n, o, p), x_t, mask=is_a)
-        if OUTER_BLOCKS == 0:
-            _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, program, o, o, C)
-    elif OUTER_BLOCKS != 0:
-        block = (program - state_programs) % (OUTER_BLOCKS * OUTER_BLOCKS)
-        split = (program - state_programs) // (OUTER_BLOCKS * OUTER_BLOCKS)
-        o = (block // OUTER_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        c = (block % OUTER_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        outer_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
-        dbias_t = tl.zeros([BLOCK_O], DTYPE)
-        for tile in range(split, TILES, SPLITS):
-            n, p, valid = columns(tile, N, P, COLUMNS)
-            dy_t = _load_gradient_halves(
-                dy_a, dy_a_strides, dnet, dnet_strides, dy_b, dy_b_strides, n, o, p, valid, C, DTYPE
-            )
-            y_t = _load_shifted_halves(
-                y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
-            )
-            outer_t = tl.dot(
-                dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
-            )
-            dbias_t += tl.sum(dy_t, axis=1)
-        # Programs of one block of rows sum the same dy, so they store the same d bias.
-        _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, split, o, c, C)
-
-
-@triton.jit
-def _load_gradient_halves(
-    dy_a,
-    dy_a_strides,
-    dnet,
-    dnet_strides,
-    dy_b,
-    dy_b_strides,
-    n,
-    c,
-    p,
-    valid,
-    C: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    dy_t = _load_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, valid, C, DTYPE)
-    if dnet is not None:
-        is_a = (c[:, None] < C // 2) & valid[None, :]
-        dy_t += tl.load(at(dnet, dnet_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
-    return dy_t
-
-
-@triton.jit
-def _load_shifted_halves(
-    y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr
-):
-    y_t = _load_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, DTYPE)
-    shift = tl.load(bias + c, mask=c < C, other=0.0)
-    return y_t - shift[:, None]  # dy is zero in columns that do not exist, so they add nothing
-
-
-@triton.jit
-def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of the state with halves `a` (channels below C // 2) and `b`."""
-    C_A: tl.constexpr = C // 2
-    chosen = tl.where(
-        (c < C_A)[:, None], at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
-    )
-    return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _store_outer_sum(outer_sum, dbias, outer_t, dbias_t, split, o, c, C: tl.constexpr):
-    at_outer = outer_sum + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-    tl.store(at_outer, outer_t, mask=(o[:, None] < C) & (c[None, :] < C))
-    tl.store(dbias + split * C + o, dbias_t, mask=o < C)
-
-
 class RebuildTile(NamedTuple):
     """Tile of a launch.
 
     Attributes:
-        half: places for a half of the channels; 0 selects `_rebuild_conv1x1_wide_kernel`.
+        kernel: one of `rebuild_conv1x1_kernels`.
+        blocks: the kernel's compile-time sizes of blocks of channels, by their names.
         block_o: output channels of a program.
-        block_c: input channels of one product.
         block_p: columns of a tile.
         warps: warps of a program.
-        stages: stages of software pipelining.
         programs: programs per multiprocessor that each store a partial sum.
     """
 
-    half: int
+    kernel: Any
+    blocks: dict[str, int]
     block_o: int
-    block_c: int
     block_p: int
     warps: int
-    stages: int
     programs: int
 
 
 def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100."""
-    if dtype == torch.float64:
-        block_o = 16 if c <= 16 else 32
-        return RebuildTile(0, block_o, 16, 16, 4, 1, 2)
-    half = max(8, triton.next_power_of_2(c - c // 2 + 1))  # one place stays empty
-    if half <= 16:
-        return RebuildTile(half, 2 * half, 2 * half, 64, 4, 1, 4 if half == 8 else 2)
-    if c <= 32:
-        return RebuildTile(0, 32, 32, 16, 2, 1, 2)
-    if c <= 64:
-        return RebuildTile(0, 64, 64, 16, 4, 2, 2)
-    return RebuildTile(0, 128, 64, 16, 8, 1, 2)
+    if dtype == torch.float64 or c > 64:
+        block_o, block_c = (16 if c <= 16 else 32, 16) if dtype == torch.float64 else (128, 64)
+        blocks = {"BLOCK_O": block_o, "BLOCK_C": block_c}
+        warps = 4 if dtype == torch.float64 else 8
+        return RebuildTile(_rebuild_conv1x1_wide_kernel, blocks, block_o, 16, warps, 2)
+    c_b = c - c // 2
+    if c_b < 16:
+        half = 8 if c_b < 8 else 16  # one place stays empty
+        blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
+        return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
+    half = triton.next_power_of_2(c_b)
+    warps = 2 * half // 16  # each warp takes 16 rows of a product
+    return RebuildTile(_rebuild_conv1x1_medium_kernel, {"HALF": half}, 2 * half, 16, warps, 2)
 
 
 def rebuild_splits(half: Tensor, c: int) -> int:
@@ -432,7 +175,8 @@ def launch_rebuild_conv1x1(
     n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), outer_sum.shape[0]
     tile = rebuild_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
-    if apart and tile.half:
+    narrow = tile.kernel is _rebuild_conv1x1_kernel
+    if apart and narrow:
         c_a = c // 2
         new = partial(empty_state, y_b, channels_last=channels_last)
         x = None if weight_inverse is None else (new(c_a), new(c - c_a))
@@ -451,40 +195,36 @@ def launch_rebuild_conv1x1(
     if n == 0:
         outer_sum.zero_()
         dbias.zero_()
-    elif tile.half:
-        launch(
-            _rebuild_conv1x1_kernel,
-            (splits,),
-            *(*strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b), *strided(dnet)),
-            *(weight, weight_inverse, bias, *strided_halves(*(made.x or (None, None)))),
-            *(*strided_halves(*made.dx), *strided(stored), outer_sum, dbias, n, p, tiles.programs),
-            C=c,
-            HALF=tile.half,
-            WARPS=tile.warps,
-            COLUMNS=tiles.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
     else:
-        assert made.whole is not None
-        state_blocks = triton.cdiv(c, tile.block_o)
-        outer_blocks = 0 if tile.block_c >= c else state_blocks
-        grid = tiles.programs * state_blocks + splits * outer_blocks**2 if outer_blocks else splits
+        wide = tile.kernel is _rebuild_conv1x1_wide_kernel
+        o_blocks = triton.cdiv(c, tile.block_o)
+        grid = tiles.programs * o_blocks + splits * o_blocks**2 if wide else splits
+        if narrow:
+            states = *strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b)
+            results = *strided_halves(*(made.x or (None, None))), *strided_halves(*made.dx)
+        else:
+            assert made.whole is not None
+            states = *strided(y_a), *strided(y_b), *strided(dy_a), *strided(dy_b)
+            results = *strided(made.whole[0]), *strided(made.whole[1])
         launch(
-            _rebuild_conv1x1_wide_kernel,
+            tile.kernel,
             (grid,),
-            *(*strided(y_a), *strided(y_b), *strided(dy_a), *strided(dnet), *strided(dy_b)),
-            *(weight, weight_inverse, bias, *strided(made.whole[0]), *strided(made.whole[1])),
-            *(*strided(stored), outer_sum, dbias, n, p, tiles.programs, splits),
+            *(*states, *strided(dnet), weight, weight_inverse, bias, *results),
+            *(
+                *strided(stored),
+                outer_sum,
+                dbias,
+                n,
+                p,
+                tiles.programs,
+                *([splits] if wide else []),
+            ),
             C=c,
-            **arithmetic(y_b, "tf32x3"),
-            STATE_BLOCKS=state_blocks,
-            OUTER_BLOCKS=outer_blocks,
-            BLOCK_O=tile.block_o,
-            BLOCK_C=tile.block_c,
+            **(arithmetic(y_b, "tf32x3") if wide else {}),
+            **tile.blocks,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=1,
         )
     return made
 

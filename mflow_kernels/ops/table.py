@@ -87,14 +87,13 @@ class Draw:
     def other(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (scale * self.numbers(shape)).to(self.device, self.dtypes[1])
 
-    def weight(self, rows: int, columns: int, taps: int) -> Tensor:
+    def weight(self, rows: int, columns: int, side: int) -> Tensor:
         """The weight of a layer of a coupling network, whose results are of order one."""
-        taps = taps if len(self.shape) == 4 else 1
-        kernel = (taps, taps) if len(self.shape) == 4 else ()
-        return self.other(rows, columns, *kernel, scale=(columns * taps**2) ** -0.5)
+        kernel = (side, side) if len(self.shape) == 4 else ()
+        return self.other(rows, columns, *kernel, scale=(columns * math.prod(kernel)) ** -0.5)
 
 
-# How to draw each input. Gradients are taken of all but bool tensors and those in CONSTANT.
+# How to draw each input. `Operator.draw` makes them require gradients.
 INPUTS: dict[str, Callable[[Draw], Tensor]] = {
     "x": lambda draw: draw.state(draw.c, draw.dtypes[0]),
     "dx": lambda draw: draw.state(draw.c, draw.dtypes[0]),

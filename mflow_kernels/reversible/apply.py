@@ -136,7 +136,7 @@ def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
     There the state is one tensor and no launch spans two instructions. Every segment contains a
     network or a linear map.
     """
-    starts, works = [0], [isinstance(i, Couple | ChannelLinear) for i in instructions]
+    starts, works = [0], [isinstance(i, (Couple, ChannelLinear)) for i in instructions]
     for i, instruction in enumerate(instructions):
         squeezes = isinstance(instruction, SpaceToDepth)
         if squeezes and any(works[starts[-1] : i]) and any(works[i:]):

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from mflow_kernels.data.named import NAMED_DATASETS
+from mflow_kernels.data.named import LABELS, NAMED_DATASETS
 from mflow_kernels.runs.parser import OptionParser, parse_yaml, with_docstring
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -32,6 +32,10 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_delta": [],
     "stage_sigma": [],
     "stage_learning_rate": [],
+    "init_from": None,
+    "classes": None,
+    "crop": None,
+    "class_names": [],
 }
 
 
@@ -70,12 +74,16 @@ class DataOptions:
             default that of the named data set or prepared file, else 64.
         n_bits: Bits per colour that the model sees, 1 to 8.
         flips: Mirror each image left to right with probability 1/2 in training.
+        classes: Train a density and a manifold for each class. Without a value, the classes are the
+            labels of a named data set, or the folders that contain the images. CelebA takes names
+            of attributes, separated by commas, as in "Smiling,Male".
     """
 
     data: str = "digits"
     image_size: int | None = None
     n_bits: int = 8
     flips: bool = False
+    classes: str | None = None
 
 
 @dataclass
@@ -109,7 +117,8 @@ class HierarchyOptions:
         stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
         stage_domain: Domain of the penalty; by default that of --domain.
         stage_rho: Shape of the penalty; by default that of --rho.
-        stage_weight: Weight of the penalty; by default that of --weight.
+        stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
+            or "variance" if --weight is.
         stage_final_weight: Last weight of a schedule; by default the weight is constant.
         stage_weight_steps: Steps in which the weight reaches that value.
         stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
@@ -167,7 +176,7 @@ class ObjectiveOptions:
     weight_steps: int | None = None
     error_bound: float | None = None
     delta: float = 0.1
-    sigma: float = 0.1
+    sigma: float = 1.0
 
 
 @dataclass
@@ -270,6 +279,8 @@ class TrainConfig(
         for rate in self.stage_learning_rate:
             if not 0 < rate < float("inf"):
                 raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
+        if self.classes is not None and self.cuda_graphs:
+            raise ValueError("cuda_graphs: expected none for a class-conditional model (--classes)")
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -300,13 +311,14 @@ class TrainConfig(
         count = len(self.stage_dims)
         # --max-steps does not override --stage-epochs.
         steps = None if self.stage_epochs else self.max_steps
+        weight = "variance" if self.weight == "variance" else 1.0
         columns = (
             self.stage_dims,
             _for_each("stage_steps", self.stage_steps, count, None),
             _for_each("stage_width", self.stage_width, count, None),
             _for_each("stage_domain", self.stage_domain, count, self.domain),
             _for_each("stage_rho", self.stage_rho, count, self.rho),
-            _for_each("stage_weight", self.stage_weight, count, self.weight),
+            _for_each("stage_weight", self.stage_weight, count, weight),
             _for_each("stage_final_weight", self.stage_final_weight, count, None),
             _for_each("stage_weight_steps", self.stage_weight_steps, count, None),
             _for_each("stage_error_bound", self.stage_error_bound, count, None),
@@ -327,23 +339,39 @@ class TrainConfig(
     def default_run_dir(self) -> str:
         """A readable folder name that depends only on the configuration."""
         size = f"-{self.image_size}px" if self.image_size else ""
-        return f"runs/{self.data_name}{size}-d{self.manifold_dim}-seed{self.seed}"
+        classes = "" if self.classes is None else f"-{self.classes.replace(',', '-')}"
+        return f"runs/{self.data_name}{size}{classes}-d{self.manifold_dim}-seed{self.seed}"
 
-    def resolve(self, image_shape: tuple[int, int, int]) -> "RunConfig":
-        """This configuration with the image size, channels and path of the data filled in."""
+    def resolve(
+        self,
+        image_shape: tuple[int, int, int],
+        crop: int | None = None,
+        class_names: tuple[str, ...] = (),
+    ) -> "RunConfig":
+        """This configuration with what it takes from the data, and absolute paths."""
         values = dataclasses.asdict(self)
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
         if self.init_from is not None:
             values["init_from"] = str(Path(self.init_from).resolve())
-        return RunConfig(**values, channels=image_shape[0])
+        return RunConfig(
+            **values, channels=image_shape[0], crop=crop, class_names=list(class_names)
+        )
 
 
 @dataclass
 class RunConfig(TrainConfig):
-    """A TrainConfig with known image size and channels. A run's config.yaml holds one."""
+    """A TrainConfig with what it takes from the data. A run's config.yaml holds one.
 
+    Args:
+        crop: side of the square that is cut out of each image first; None for the largest square.
+        class_names: names of the classes, in the order of their numbers.
+        channels: 1 (grey) or 3 (RGB). It comes last, so that a file that is cut off lacks it.
+    """
+
+    crop: int | None = None
+    class_names: list[str] = field(default_factory=list)
     channels: int = 1
 
     @property
@@ -367,8 +395,10 @@ class RunConfig(TrainConfig):
         """
         parser = OptionParser()
         add_options(parser)
-        parser.add_argument("--channels", type=int)
+        add_resolved_options(parser)
         values = parse_yaml(parser, text, source)
+        if "classes" not in values and values.get("stage_weight") == [] and "weight" in values:
+            values["stage_weight"] = [values["weight"]]  # the default of earlier versions
         for option in dataclasses.fields(cls):
             if option.name in _ADDED_LATER:
                 values.setdefault(option.name, _ADDED_LATER[option.name])
@@ -380,11 +410,20 @@ class RunConfig(TrainConfig):
         config = cls(**values)
         try:
             config.check()
+            if values["channels"] is None:  # the file is cut off before the number
+                raise ValueError("channels: expected a whole number, got none")
             _check_at_least("channels", config.channels, 1)
             _ = config.image_shape  # ValueError without an image_size
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         return config
+
+
+def add_resolved_options(parser: ArgumentParser) -> None:
+    """Add the options that RunConfig has beyond TrainConfig."""
+    parser.add_argument("--channels", type=int)
+    parser.add_argument("--crop", type=int | None)
+    parser.add_argument("--class_names", type=list[str])
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -402,7 +441,7 @@ def add_options(parser: ArgumentParser) -> None:
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
-            if isinstance(_default(option), bool | list)
+            if isinstance(_default(option), bool | list) or option.name == "classes"
         }
         parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
@@ -414,6 +453,8 @@ def add_options(parser: ArgumentParser) -> None:
             how: dict[str, Any]
             if types[name] is bool:
                 how = {"action": ActionYesNo(no_prefix="no-")}
+            elif name == "classes":
+                how = {"nargs": "?", "const": LABELS, "type": str, "metavar": "ATTRIBUTES"}
             else:
                 (kind,) = get_args(types[name])
                 how = {"nargs": "*", "type": kind, "metavar": name.split("_")[-1].upper()}

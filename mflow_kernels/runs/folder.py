@@ -4,13 +4,14 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import yaml
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import Tensor
 
 from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.data.files import (
@@ -21,7 +22,7 @@ from mflow_kernels.data.files import (
     write_atomically,
 )
 from mflow_kernels.data.manifest import MANIFEST, Manifest
-from mflow_kernels.models.pretrained import build, save_pretrained
+from mflow_kernels.models.pretrained import build, write_pretrained
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.parser import as_option
@@ -73,7 +74,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return build(
+            model = build(
                 architecture(config),
                 reversible=config.reversible,
                 checkpoint_every=config.checkpoint_every,
@@ -84,6 +85,8 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
             "width, stage_width, steps, stage_steps: expected a model that fits in memory "
             f"({reason[:120]})"
         ) from None
+    model.describe_images(config.n_bits, config.crop, tuple(config.class_names))
+    return model
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def architecture(config: RunConfig) -> dict[str, Any]:
         for stage in config.stages
     ]
     flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
+    if config.class_names:
+        flow["classes"] = len(config.class_names)
     return {"image_shape": list(config.image_shape), **flow, "stages": stages}
 
 
@@ -227,11 +232,7 @@ def load_run(folder: str, device: str = "auto") -> Run:
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
 
-    def fill(temporary: Path) -> None:
-        # A pixel of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        save_pretrained(run.model, architecture(run.config), temporary, n_bits=run.config.n_bits)
-
-    lock = make_folder(folder, fill, "out")
+    lock = make_folder(folder, partial(write_pretrained, run.model), "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 
@@ -260,8 +261,8 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
 def initialize_from(model: HierarchicalFlow, folder: str) -> None:
     """Copy the averaged weights of another run into a model.
 
-    The flows of the stages that both have are copied, and their penalties are not. Further stages
-    keep their weights.
+    For each stage that both have, the flow is copied and, if the manifold has the same dimension,
+    the selection of its latents. Penalties are not. Further stages keep their weights.
 
     Raises:
         ValueError: the folder is not a run folder, or a weight has another shape there.
@@ -270,9 +271,10 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> None:
         other = load_run(folder, "cpu").model
     except ValueError as error:
         raise ValueError(f"init_from: {str(error).removeprefix('run: ')}") from None
-    pairs = list(zip(_flows(model), _flows(other), strict=False))
-    for number, (flow, source) in enumerate(pairs, start=1):
-        wanted, found = flow.state_dict(), source.state_dict()
+    stages, sources = (cast(list[ManifoldFlow], list(m.stages)) for m in (model, other))
+    pairs = list(zip(stages, sources, strict=False))
+    for number, (stage, source) in enumerate(pairs, start=1):
+        wanted, found = stage.flow.state_dict(), source.flow.state_dict()
         for name in [*wanted, *(name for name in found if name not in wanted)]:
             shapes = [tuple(t[name].shape) if name in t else None for t in (wanted, found)]
             if shapes[0] != shapes[1]:
@@ -281,9 +283,9 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> None:
                     f"init_from: expected the image size, levels, steps, widths and dimensions of "
                     f"{folder}, but stage {number} differs ({name}: {expected} here, {came} there)"
                 )
-    for flow, source in pairs:
-        flow.load_state_dict(source.state_dict())
-
-
-def _flows(model: HierarchicalFlow) -> list[nn.Module]:
-    return [stage.flow for stage in cast(list[ManifoldFlow], list(model.stages))]
+    for stage, source in pairs:
+        stage.flow.load_state_dict(source.flow.state_dict())
+        if stage.manifold_dim == source.manifold_dim:
+            buffers = dict(stage.named_buffers(recurse=False))
+            for name, buffer in source.named_buffers(recurse=False):
+                buffers[name].copy_(buffer)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mflow_kernels.data.files import read_regular
-from mflow_kernels.runs.config import add_options
+from mflow_kernels.runs.config import add_options, add_resolved_options
 from mflow_kernels.runs.parser import OptionParser, parse_yaml
 
 PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
@@ -41,5 +41,7 @@ def preset_options(name: str) -> dict[str, Any]:
     """
     parser = OptionParser()
     add_options(parser)
-    parser.add_argument("--channels", type=int)
-    return parse_yaml(parser, preset_text(name), f"preset: {name}")
+    add_resolved_options(parser)
+    values = parse_yaml(parser, preset_text(name), f"preset: {name}")
+    # Of what a run took from its data, only the number of channels is an option of mflow plan.
+    return {name: value for name, value in values.items() if name not in ("crop", "class_names")}

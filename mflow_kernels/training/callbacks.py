@@ -5,11 +5,12 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
+from mflow_kernels import ManifoldFlow
 from mflow_kernels.data.files import read_regular, write_atomically
 from mflow_kernels.data.progress import ProgressCallback, progress_bar
 from mflow_kernels.training.module import FlowTraining
@@ -37,7 +38,7 @@ class TrainingProgress(Callback):
         step = trainer.global_step
         # Reading metrics waits for the device. The logged step before this one has waited already.
         if step % training.log_interval == 1 % training.log_interval:
-            self._read(trainer.callback_metrics)
+            self._read(trainer.callback_metrics, training)
         self._update(trainer, training, "")
 
     def _update(self, trainer: Trainer, training: FlowTraining, doing: str) -> None:
@@ -46,13 +47,16 @@ class TrainingProgress(Callback):
         stage = f"{training.trained_stage + 1} of {len(training.model.stages)}{doing}"
         self._show(trainer.global_step, {"stage": stage, **self._metrics, **self._held_out})
 
-    def _read(self, metrics: Mapping[str, Any]) -> None:
+    def _read(self, metrics: Mapping[str, Any], training: FlowTraining) -> None:
         if "images_per_second" not in metrics:  # logged after the first step
             return
         values = {name: float(metrics[name]) for name in _SHOWN if name in metrics}
         speed = values["images_per_second"]
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
         values["images_per_second"] = self._speed
+        objective = cast(ManifoldFlow, training.model.stages[training.trained_stage]).objective
+        if isinstance(objective.weight, float):  # it is not logged, and an earlier stage's may be
+            values["penalty_weight"] = objective.weight
         if not values["skipped"]:
             del values["skipped"]
         shown = {name: form for name, form in _SHOWN.items() if name in values}

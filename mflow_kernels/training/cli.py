@@ -125,7 +125,10 @@ def _check(argv: list[str]) -> Work:
         "presets": presets,
         "export": export,
     }
-    return commands[chosen.subcommand](**vars(chosen[chosen.subcommand]))
+    options = vars(chosen[chosen.subcommand])
+    if chosen.subcommand == "sample":
+        options["class_name"] = options.pop("class")
+    return commands[chosen.subcommand](**options)
 
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
@@ -179,6 +182,13 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     for command in (sample, reconstruct, evaluate):
         subparser = OptionParser(description=_text(command))
         switches: set[str | int] = set()
+        if command in (sample, evaluate):  # jsonargparse would expect "--ambient true"
+            switches.add("ambient")
+            subparser.add_argument(
+                "--ambient",
+                action="store_true",
+                help="Draw the off-manifold coordinates of samples too, instead of zeros.",
+            )
         if command is evaluate:
             switches.add("quick")
             subparser.add_argument(
@@ -186,6 +196,13 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
                 action="store_true",
                 help="Leave out the density on the manifold, the OOD score and the intrinsic "
                 "dimension, which take most of the time on a CPU.",
+            )
+        if command is sample:
+            switches.add("class_name")  # --class, which is no name in Python
+            subparser.add_argument(
+                "--class",
+                metavar="NAME",
+                help="Class to draw, by its name; by default a row for each class.",
             )
         subparser.add_function_arguments(command, as_group=False, as_positional=True, skip=switches)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
@@ -250,7 +267,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
         return message  # these two are positional
     if name == "image_shape":
         return "--levels" + colon + rest
-    options = _OF_TRAIN | {"number", "temperature", "stages", "output"}
+    options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"draws", "features", "feature_weights", "feature_images", "ood"}
     if name in options or name in {option.name for option in fields(TrainConfig)}:

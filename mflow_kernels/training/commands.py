@@ -6,7 +6,6 @@ import torch and Lightning inside the functions, so that --help is fast.
 """
 
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +28,6 @@ def train(options: dict[str, Any]) -> Work:
     with the configuration, metrics (CSV and TensorBoard), a checkpoint, pictures and an evaluation.
     """
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.runs.folder import CONFIG
 
     overwrite, resume = options.pop("overwrite"), options.pop("resume")
     run_dir, find_rate = options.pop("run_dir"), options.pop("find_learning_rate")
@@ -48,17 +46,8 @@ def train(options: dict[str, Any]) -> Work:
             _report_skipped(checked.splits.skipped)
             if checked.resumes:
                 print(describe_resume(checked), file=sys.stderr)
-        try:
-            with exit_on_signals():
-                pictures = train_and_evaluate(checked)
-        except (SystemExit, OSError):
-            if not checked.ranks.rank and (checked.folder / CONFIG).is_file():
-                name = shlex.quote(printable(str(checked.folder)))
-                print(
-                    f"interrupted; mflow train --resume --run-dir {name} continues the run",
-                    file=sys.stderr,
-                )
-            raise
+        with exit_on_signals():
+            pictures = train_and_evaluate(checked)
         if not pictures:  # only rank 0 draws
             return
         print(f"\nRun folder: {printable(str(folder))}\nPictures:")
@@ -158,10 +147,12 @@ def sample(
     temperature: float = 0.7,
     seed: int = 0,
     stages: int | None = None,
+    ambient: bool = False,
     output: str | None = None,
     device: Device = "auto",
+    class_name: str | None = None,
 ) -> Work:
-    """Draw images from a trained model.
+    """Draw images from a trained model. A class-conditional one draws a row for each class.
 
     Args:
         run: Folder that mflow train wrote.
@@ -170,11 +161,12 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
+        ambient: Draw the off-manifold coordinates too, instead of zeros.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
-    from mflow_kernels.evaluation.samples import draw_samples
+    from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
     from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
@@ -186,12 +178,28 @@ def sample(
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
     suffix = f"-stages{stages}" if stages else ""
+    names = loaded.model.class_names
+    if class_name is not None and class_name not in names:
+        known = f"one of {', '.join(names)}" if names else "none, because the model has no classes"
+        raise ValueError(f"class: expected {known}, got {class_name}")
+    if class_name is not None:
+        suffix += f"-class{names.index(class_name)}"
+    suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
     def work() -> None:
-        images = draw_samples(loaded.model, number, temperature, seed, stages)
-        title = f"{number} samples at T = {temperature:g}, seed {seed}"
-        draw_images(path, title, in_rows({"": images}))
+        model, how = loaded.model, f"at T = {temperature:g}, seed {seed}"
+        how = f"off the manifold {how}" if ambient else how
+        title = f"{number} samples {how}"
+        if names and class_name is None:
+            each = max(1, number // len(names))
+            rows = samples_by_class(model, each, temperature, seed, stages, ambient)
+            title = f"{each} samples of each class {how}"
+        else:
+            chosen = None if class_name is None else names.index(class_name)
+            images = draw_samples(model, number, temperature, seed, stages, chosen, ambient)
+            rows = {"" if class_name is None else class_name: images}
+        draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
 
     return work
@@ -229,7 +237,9 @@ def reconstruct(
         _warn(warning)
         originals = images.batch(range(min(number, len(images))))
         title = f"{printable(name)}: images and their projections on the manifold"
-        draw_residuals(path, title, originals, project_images(loaded.model, originals))
+        classes = None if images.classes is None else images.classes[: len(originals)]
+        projections = project_images(loaded.model, originals, classes=classes)
+        draw_residuals(path, title, originals, projections)
         print(printable(str(path)))
 
     return work
@@ -245,6 +255,7 @@ def evaluate(
     feature_images: int = 10_000,
     ood: str | None = None,
     quick: bool = False,
+    ambient: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -268,6 +279,7 @@ def evaluate(
         ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
             of a data set that mflow train --help lists.
         quick: Leave out the figures that need Jacobians.
+        ambient: Draw the off-manifold coordinates of samples too, instead of zeros.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -306,7 +318,7 @@ def evaluate(
         with folder_to_write(folder, "out"):
             _report_skipped(skipped)
             _warn(warning)
-            options = ReportOptions(draws, network, feature_images, tuple(others), quick)
+            options = ReportOptions(draws, network, feature_images, tuple(others), quick, ambient)
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(
                 loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device

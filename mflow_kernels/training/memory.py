@@ -27,7 +27,10 @@ holds its complete gradients while it computes those of the forward pass. At eac
                  the inverse pass.
     one step     the rebuilt state and its gradient, 2 S, and their new halves, 8 B C_b p; the
                  network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
-                 gradient before and after it); and the network's weights in low precision.
+                 gradient before and after it); and the network's weights in low precision. The
+                 fused kernels (`runs_fused`) hold 3 H, the taps of the input's gradient, and
+                 partial sums of the weights' gradients. Layers with bias and ReLU inside hold a
+                 packed copy of float32 weights too.
 
 At the end of the forward pass the gradients of the step before still exist, so the peak can be
 there. The fused optimizer and the average need no temporary memory. The prediction leaves out what
@@ -46,7 +49,11 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
+from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models.manifold import check_manifold_dim
+from mflow_kernels.ops.coupling_network import fits
+from mflow_kernels.ops.coupling_network_kernels import PROGRAMS, Shape, dh1_tile
+from mflow_kernels.ops.fastest import requested
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 
 FLOAT = 4
@@ -187,8 +194,31 @@ def peak_memory(config: RunConfig) -> Memory:
     return max(snapshots, key=lambda memory: memory.total)
 
 
+def evaluation_memory(config: RunConfig, batch: int) -> int:
+    """Predict the memory at the peak of evaluating a trained model in batches of `batch` images.
+
+    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the flow
+    on images. There are the weights of all stages; the images as they were read, as the flow's
+    input, and in three states or sets of latents; the folded 1x1 convolutions of all levels, and
+    for those of the widest one 6 C^2 numbers a step while they are folded and inverted; and the
+    network's input, its output and both hidden layers.
+    """
+    dims = config.channels * (config.image_size or 0) ** 2
+    one = dataclasses.replace(config, batch_size=batch, precision="float32")
+    folded, peak = 0, 0
+    for stage in range(len(config.stages)):
+        flow = _Flow(coupling_shapes(config, stage), 0, False)
+        squares = flow.squares.values()
+        folded = max(folded, sum(squares) + 6 * max(squares))
+        for n in flow.couplings:
+            network = n.channels // 2 + n.out_channels + 2 * n.width
+            peak = max(peak, FLOAT * batch * n.pixels * network)
+    return peak_memory(one).parameters + batch * dims * (1 + 4 * FLOAT) + folded + peak
+
+
 def describe_peak(config: RunConfig, gpu: bool) -> str:
     """The part of `mflow plan` on the configuration and its peak memory."""
+    config = config if gpu else dataclasses.replace(config, device="cpu")
     peak = peak_memory(config)
     states = (
         "stored" if not config.reversible
@@ -208,6 +238,12 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
+    batch = evaluation_batch_size(config.image_shape)
+    lines += [
+        "",
+        f"Evaluation, {batch} images at a time: {readable(evaluation_memory(config, batch))}; "
+        "without --quick, its Jacobians take up to 1.1 GB more",
+    ]
     if gpu:
         lines += [
             "",
@@ -315,7 +351,7 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
     if not config.reversible:
         stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
         weights = sum(n.parameters for flow in trained for n in flow.couplings)
-        stored += low * weights if low < FLOAT else 0
+        stored += low * weights if low < FLOAT or _by_operator(config) else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
     yield snapshot(0, gradients, stored, folded, 0)  # with the gradients of the step before
@@ -366,14 +402,49 @@ def _stored(config: RunConfig, n: CouplingShape) -> int:
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
     """Temporary bytes in the backward pass of one coupling."""
     b, p, low = config.batch_size, n.pixels, _network_bytes(config)
-    weights = low * n.parameters if low < FLOAT else 0
+    stored, gradients, sums = 2 * n.width, 2 * n.width, 0
+    if runs_fused(config, n):
+        s = network_shape(config, n)
+        blocks = -(-s.width // dh1_tile(s).block_d)
+        gradients = s.width + (1 + s.taps * blocks) * s.c_in
+        sums = partial_sums_bytes(s, low)
     if not config.reversible:
-        # Gradients: of the state, of Q, and of a hidden layer before and after its ReLU.
-        return 2 * _state(config, n) + low * b * p * (n.out_channels + 2 * n.width)
+        # Gradients: of the state, of Q, and of hidden layers.
+        return 2 * _state(config, n) + low * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
-    network = n.channels // 2 + 2 * n.out_channels + 4 * n.width
-    return FLOAT * b * p * state + low * b * p * network + weights
+    network = n.channels // 2 + 2 * n.out_channels + stored + gradients
+    weights = low * n.parameters if low < FLOAT or runs_layer_by_layer(config, n) else 0
+    return FLOAT * b * p * state + low * b * p * network + weights + sums
+
+
+def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
+    """The network of a coupling and the images of a batch, as the kernels see them."""
+    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
+    return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
+
+
+def runs_fused(config: RunConfig, n: CouplingShape) -> bool:
+    """Whether the fused kernels compute the network of a coupling in training on a GPU. (A
+    measurement on the card may choose otherwise.)"""
+    sixteen_bits = _network_bytes(config) == 2
+    return _by_operator(config) and sixteen_bits and fits(network_shape(config, n))
+
+
+def runs_layer_by_layer(config: RunConfig, n: CouplingShape) -> bool:
+    """Whether a GPU computes the network layer by layer, with bias and ReLU inside."""
+    return _by_operator(config) and not runs_fused(config, n)
+
+
+def _by_operator(config: RunConfig) -> bool:
+    """Whether `ops.coupling_network` computes the networks, and not torch's layers."""
+    return config.device != "cpu" and requested() != "torch"
+
+
+def partial_sums_bytes(s: Shape, low: int) -> int:
+    """Bytes of the partial sums of the weights' gradients in the fused kernels."""
+    sums = FLOAT * sum(s.sums)
+    return max(sums, min(PROGRAMS * sums, low * s.pixels * s.width // 4))
 
 
 def _network_bytes(config: RunConfig) -> int:

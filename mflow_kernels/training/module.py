@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from mflow_kernels.data.batches import BatchStream, OrderedBatches, flip_at_random
+from mflow_kernels.data.batches import (
+    Batch,
+    BatchStream,
+    OrderedBatches,
+    flip_at_random,
+    images_and_classes,
+)
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
@@ -162,22 +168,23 @@ class FlowTraining(LightningModule):
     def on_train_start(self) -> None:
         self._last_logged = time.perf_counter(), self.global_step
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         stage = self.stage
         if self._step_in_stage(stage) == 0:
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
-                self.model.initialize(self._dequantize(batch, Stream.TRAINING_NOISE), stage)
+                x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
+                self.model.initialize(x, stage, context=classes)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stage = self.stage
-        x = self._dequantize(batch, Stream.TRAINING_NOISE)
+        x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
         if self._graphs is None:
-            loss, *parts, log_likelihood = self._losses(stage, x)
+            loss, *parts, log_likelihood = self._losses(stage, x, classes)
         else:
             active = [self.model.stages[i] for i in self._active(stage)]
             loss, *parts, log_likelihood = self._graphs(
@@ -197,13 +204,13 @@ class FlowTraining(LightningModule):
                 self.log("penalty_weight", weight)
         return self._scaler.scale(loss)
 
-    def _losses(self, stage: int, x: Tensor) -> tuple[Tensor, ...]:
+    def _losses(self, stage: int, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the loss to minimize, then _PARTS and log p(x), (N,) each, without gradients."""
         for chain in self._trained_chains():
             chain.drift = None
         with self._autocast():
             terms, log_likelihood = self.model.terms_and_log_prob(
-                x, stage, release=self._config.release
+                x, stage, release=self._config.release, context=classes
             )
         loss = terms.loss.mean() / self._trained_dims(stage)
         parts = [getattr(terms, name).detach() for name in _PARTS]
@@ -290,7 +297,7 @@ class FlowTraining(LightningModule):
         self._last_logged = time.perf_counter(), self.global_step
         seconds = self._last_logged[0] - started
         rate = self.optimizers().param_groups[2 * self.trained_stage]["lr"]  # type: ignore[union-attr]
-        speed = len(batch) * (self.global_step - step) / seconds
+        speed = len(images_and_classes(batch)[0]) * (self.global_step - step) / seconds
         self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
 
     def on_validation_epoch_start(self) -> None:
@@ -305,13 +312,15 @@ class FlowTraining(LightningModule):
         values = {"condition": condition, "folded_condition": torch.stack(folded).max()}
         self.log_dict({name: value.float() for name, value in values.items()})
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = stream_generator(0, Stream.VALIDATION_NOISE, batch_idx, device=self.device)
-        x = self._rank_share(dequantize(batch, self._config.n_bits, generator))
+        images, classes = images_and_classes(batch)
+        x = self._rank_share(dequantize(images, self._config.n_bits, generator))
         if not len(x):  # the last batch can have fewer images than there are ranks
             return
         with self._autocast():
-            log_prob = self.averaged.log_prob(x, self.trained_stage + 1)
+            own = None if classes is None else self._rank_share(classes)
+            log_prob = self.averaged.log_prob(x, self.trained_stage + 1, context=own)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
         self._held_out[0] += bits.double().sum()
         self._held_out[1] += len(bits)
@@ -334,13 +343,16 @@ class FlowTraining(LightningModule):
         dtype = _DTYPES[self._config.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def _dequantize(self, batch: Tensor, stream: Stream) -> Tensor:
+    def _dequantize(self, batch: Batch, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """This rank's images of a batch as data, and their classes, if they have any."""
         generator = stream_generator(
             self._config.seed, stream, self.global_step, device=self.device
         )
+        images, classes = images_and_classes(batch)
         if self._config.flips:
-            batch = flip_at_random(batch, generator)
-        return self._rank_share(dequantize(batch, self._config.n_bits, generator))
+            images = flip_at_random(images, generator)
+        x = self._rank_share(dequantize(images, self._config.n_bits, generator))
+        return x, None if classes is None else self._rank_share(classes)
 
     def _rank_share(self, x: Tensor) -> Tensor:
         """The images of a batch that this rank computes."""

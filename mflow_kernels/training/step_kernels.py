@@ -8,13 +8,16 @@ tensor. In the bytes of the networks' precision it moves, beside its weights,
 
     by torch's layers    forward 12 H + A + 3 Q, backward 16 H + 2 A + 3 Q. Linear layers, whose
                          bias is part of the product, move 8 H + A + Q forward.
+    layer by layer       forward 4 H + A + 3 Q (Q for linear layers), with bias and ReLU inside
+                         the convolutions; backward as by torch's layers.
     by the fused kernels forward A + 7 Q, and 2 H more where the hidden tensors are stored;
                          backward 4 H (6 H past width 128), A, Q and the taps of the input's
                          gradient.
 
-The fused kernels compute it in 16 bits where `ops.coupling_network.fits` accepts it, unless
-$MFLOW_NETWORK is "torch". (A measurement on the card may choose torch's layers, which is not known
-here.) A reversible step runs each network once more. The states are in float32.
+The fused kernels compute it in 16 bits if `ops.coupling_network.fits` accepts it. Other networks
+run layer by layer. If $MFLOW_NETWORK is "torch", torch's layers compute all of them. (A measurement
+on the card may choose them too, which is not known here.) A reversible step runs each network once
+more. The states are in float32.
 
 Not listed: what is computed from a few numbers a sample, validation, and copies from the host.
 """
@@ -25,16 +28,17 @@ from typing import NamedTuple
 
 import torch
 
-from mflow_kernels.ops.coupling_network import fits
-from mflow_kernels.ops.coupling_network_kernels import (
-    PROGRAMS,
-    Shape,
-    dh1_tile,
-    forward_tile,
-)
+from mflow_kernels.ops.coupling_network_kernels import Shape, dh1_tile, forward_tile
 from mflow_kernels.ops.fastest import requested
 from mflow_kernels.runs.config import RunConfig
-from mflow_kernels.training.memory import FLOAT, CouplingShape, coupling_shapes
+from mflow_kernels.training.memory import (
+    FLOAT,
+    CouplingShape,
+    coupling_shapes,
+    network_shape,
+    partial_sums_bytes,
+    runs_fused,
+)
 
 
 class Launch(NamedTuple):
@@ -113,23 +117,15 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return dtype
 
 
-def _shape(config: RunConfig, n: CouplingShape) -> Shape:
-    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
-    return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
-
-
-def _fused(config: RunConfig, s: Shape) -> bool:
-    return _dtype(config).itemsize == 2 and fits(s) and requested() != "torch"
-
-
 def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterator[Launch]:
-    s, dtype = _shape(config, n), _dtype(config)
+    s, dtype = network_shape(config, n), _dtype(config)
     e, w1, w2, w3 = _weights(config, s)
     a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
-    if e < FLOAT:
-        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights rounded to 16 bits
-    if _fused(config, s):
+    by_torch = requested() == "torch"
+    if e < FLOAT or not by_torch:
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights packed, and rounded to 16 bits
+    if runs_fused(config, n):
         tile = forward_tile(s)
         columns, blocks = -(-s.tap_rows * s.c_out // tile.block_j), -(-s.width // tile.block_d)
         taps = s.tap_rows * q
@@ -140,21 +136,20 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
     apart = s.taps > 1  # convolutions add their biases in a pass of its own
     for before, after, w, f in ((a, h, w1, f1), (h, h, w2, f2), (h, q, w3, f3)):
         yield Launch(before + w + after, f, dtype)
-        if apart:
+        if apart and (by_torch or after is q):
             yield Launch(2 * after)
-        if after is h:
+        if after is h and by_torch:
             yield Launch(2 * h)  # ReLU
 
 
 def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    s, dtype = _shape(config, n), _dtype(config)
+    s, dtype = network_shape(config, n), _dtype(config)
     e, w1, w2, w3 = _weights(config, s)
     a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
-    if _fused(config, s):
+    if runs_fused(config, n):
         inside = bool(s.sums[1])  # d W2 is among the partial sums
-        sums = FLOAT * sum(s.sums)
-        partial = max(sums, min(PROGRAMS * sums, h // 4))
+        sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s, e)
         taps = s.taps * a * -(-s.width // dh1_tile(s).block_d)
         yield Launch(q + 2 * h + w3 + partial // 2, 2 * f3, dtype)
         yield Launch(
@@ -171,8 +166,10 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
         yield Launch(after)  # of the bias
         if before is h:
             yield Launch(3 * h)  # through ReLU
+    if requested() != "torch":
+        yield Launch(2 * (w1 + w2 + w3))  # gradients joined
     if e < FLOAT:
-        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # gradients widened
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # and widened
 
 
 def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
@@ -184,7 +181,7 @@ def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
 
 def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     """The coupling before and the 1x1 convolution in one launch; or the coupling of a split."""
-    s, state = _shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2
@@ -193,7 +190,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 
 def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    s, state = _shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0

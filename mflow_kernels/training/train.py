@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
+from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images, draw_residuals
@@ -101,7 +104,7 @@ class CheckedRun(Loaded):
     resumes: bool  # continue the run in an existing folder
     lock: FileLock | None  # held on an existing run folder, by rank 0
     checkpoint: Checkpoint | None  # checkpoint to resume from
-    changes: Sequence[Change]  # options that change on resume
+    changes: Sequence[Change] = ()  # options that change on resume
 
     @property
     def first_step(self) -> int:
@@ -181,8 +184,8 @@ def _check_options(config: TrainConfig) -> tuple[torch.device, Ranks]:
 
 
 def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
-    splits = load_splits(config.data, config.image_size)
-    resolved = config.resolve(splits.train.image_shape)
+    splits = load_splits(config.data, config.image_size, config.classes)
+    resolved = config.resolve(splits.train.image_shape, splits.crop, splits.class_names)
     model = build_model(resolved)
     _check_batches(resolved, model, splits)
     return Loaded(resolved, splits, model, device, ranks)
@@ -268,7 +271,9 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
             last checkpoint remains.
         OSError: a file could not be written, for example because the disk is full. The last
             checkpoint remains.
-        SystemExit: SIGTERM or SIGINT arrived; a checkpoint was written first.
+        SystemExit: SIGTERM or SIGINT arrived. During a step a checkpoint was written first.
+
+    After an OSError or SystemExit, a line on stderr says how to continue.
     """
     if run.ranks.rank:
         _fit(run)
@@ -289,6 +294,13 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
             )
         evaluation.write(run.folder / EVALUATION)
         evaluation.print()
+    except (SystemExit, OSError):
+        name = shlex.quote(printable(str(run.folder)))
+        print(
+            f"interrupted; mflow train --resume --run-dir {name} continues the run",
+            file=sys.stderr,
+        )
+        raise
     finally:
         lock.release()
     return pictures
@@ -358,14 +370,14 @@ def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:
     curves, samples, projections, hierarchy = paths
     draw_curves(curves, read_metrics(folder / METRICS))
     draw_images(samples, *samples_by_temperature(model, COLUMNS, run.config.seed))
-    test = run.splits.test
+    test, classes = run.splits.test, run.splits.test.classes
     originals = test.batch(range(min(COLUMNS, len(test))))
     draw_residuals(
         projections,
         f"Held-out images and their projections on the {run.config.manifold_dim}-dimensional "
         "manifold",
         originals,
-        project_images(model, originals, stages=1),
+        project_images(model, originals, 1, None if classes is None else classes[: len(originals)]),
     )
     if len(model.stages) == 1:
         return paths[:-1]

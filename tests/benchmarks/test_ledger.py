@@ -61,7 +61,7 @@ unshuffle = nn.functional.pixel_unshuffle
 ledger_counts.count(lambda: seen.append(unshuffle(plain.to(memory_format=last), 2)), net, plain)
 assert seen[0].is_contiguous()
 
-# Operators on large tensors compute nothing, in place or not, and keep layouts.
+# Operators on large states compute nothing, in place or not, and keep layouts.
 large = torch.ones(2, 64, 64, 64).to(memory_format=last)
 images = large[:, :4]
 def passes():
@@ -71,6 +71,9 @@ assert [m[0] for m in made] == ["relu", "mul_", "_to_copy", "clone"], made
 assert [m[2:4] for m in made[:3]] == [(2**21, 2**21), (2**21, 2**21), (2**21, 2**20)], made
 assert all(t.is_contiguous(memory_format=last) for t in seen[:3])
 assert seen[1] is large and large.eq(1.0).all()
+weight = torch.ones(512, 512)
+ledger_counts.count(lambda: seen.append(2.0 * weight), conv, images)
+assert seen[-1].eq(2.0).all()
 
 # Vectors have one pixel. The products of the package's own kernels are counted.
 from mflow_kernels.layers import FlowStep
@@ -79,7 +82,29 @@ with torch.no_grad():
     made = ledger_counts.count(lambda: step(vectors), step, vectors)
 (own,) = [k for k in made if k.name == "conv1x1_kernel"]
 assert (own.part, own.side, own.flops) == ("flow kernels", 1, 2 * 5 * 6 * 6), own
-assert {k.name for k in made if k.part == "networks"} >= {"addmm", "relu_"}, made
+found = [(k.name, k.flops) for k in made if k.part == "networks" and k.flops]
+products = [2 * 5 * pair for pair in (3 * 8, 8 * 8, 8 * 6)]
+assert found == list(zip(["_addmm_activation"] * 2 + ["addmm"], products)), found
+
+# A network layer by layer: bias and ReLU in the convolutions, 4 H forward; a gradient masked in
+# place, 16 H backward; and the weights packed, their gradients joined.
+from mflow_kernels.layers.networks import coupling_net
+net = coupling_net(4, 8, 64, 2).to(memory_format=last)
+x = torch.zeros(2, 4, 8, 8).to(memory_format=last).requires_grad_()
+dparams = torch.zeros(2, 8, 8, 8).to(memory_format=last)
+made = [m for m in names(lambda: net(x).backward(dparams), net, x) if m[1] == "networks"]
+forward = [m[0] for m in made[:5]]
+fused = "convolution, bias and ReLU"
+assert forward == ["_foreach_copy_", fused, fused, "convolution", "convolution bias"], forward
+hidden, inputs, params = (4 * 2 * 8 * 8 * c for c in (64, 4, 8))
+kernel = 4 * sum(p.numel() for p in net.parameters() if p.dim() > 1)
+biases = 4 * (64 + 64)
+moved = sum(m[2] + m[3] for m in made[1:5])
+assert moved == 4 * hidden + inputs + 3 * params + kernel + biases + 4 * 8, (moved, hidden)
+moved = sum(m[2] + m[3] for m in made[5:-1])
+assert [m[0] for m in made[5:]].count("threshold_backward") == 2, made
+assert made[-1][0] == "cat", made
+assert moved == 16 * hidden + 3 * params + 2 * inputs + 2 * kernel + biases + 4 * 8, (moved, hidden)
 """
 
 

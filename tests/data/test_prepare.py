@@ -55,6 +55,28 @@ def whole(tmp_path_factory, source):
         return path.read_bytes()
 
 
+def test_processes_that_decode_start_with_sigint_blocked(
+    source, small_blocks, whole, tmp_path, monkeypatch
+):
+    """Ctrl-C in a terminal reaches them too, even while they import modules."""
+
+    def blocked():
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    seen = []
+    original = preparing.ProcessPoolExecutor.submit
+
+    def submit(self, *args):
+        seen.append(blocked())
+        return original(self, *args)
+
+    monkeypatch.setattr(preparing.ProcessPoolExecutor, "submit", submit)
+    prepare(source, tmp_path / "a", 16, workers=2)
+    assert seen == [True] * 5
+    assert not blocked()
+    assert (tmp_path / "a").read_bytes() == whole
+
+
 class TestFile:
     def test_each_row_is_its_image(self, source, tmp_path):
         prepared = prepare(source, tmp_path / "a", 16)

@@ -117,7 +117,7 @@ class TestInception:
         (row,) = json.loads((run / "report" / "figures.json").read_text())["samples"]
         assert (row["network"], row["images"]) == ("inception", 2)
         held_out = load_splits(str(images), 8).test.batch([0, 1]).expand(-1, 3, -1, -1)
-        (samples,) = report._sample_batches(load_run(str(run), "cpu").model, 2, 0.7)
+        (samples,) = report._sample_batches(load_run(str(run), "cpu").model, 2, 0.7, ambient=False)
         path = {"feature_extractor_weights_path": str(inception)}
         fid = FrechetInceptionDistance(feature=2048, **path)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))

@@ -1,12 +1,16 @@
 """Likelihood of images under a model, and out-of-distribution scores of sets of images."""
 
+import io
 import math
 from contextlib import contextmanager
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from mflow_kernels.data.dequantization import dequantize
+from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set
 from mflow_kernels.evaluation import likelihood as evaluation
 from mflow_kernels.evaluation.likelihood import (
@@ -15,12 +19,16 @@ from mflow_kernels.evaluation.likelihood import (
     importance_weighted_bits,
 )
 from mflow_kernels.evaluation.ood import (
+    SCORES,
+    TrainingScores,
     auroc,
     compare_sets,
     density_images,
     density_method,
     made_up_sets,
+    png_bits,
     score_images,
+    training_scores,
 )
 from mflow_kernels.runs.folder import load_run
 
@@ -91,18 +99,53 @@ class TestImportanceWeighting:
 class TestScores:
     def test_scores_follow_the_formulas(self, loaded, faces):
         images = faces.batch(range(5))
-        found = score_images(loaded.model, images, 8, deviation=0.1)
-        assert {name: values.shape for name, values in found.items()} == dict.fromkeys(
-            ("bits_per_dim", "distance", "ood_score"), (5,)
-        )
-        # Without the OOD score, the same noise gives the same distances.
-        again = score_images(loaded.model, images, 8, deviation=None)
-        assert set(again) == {"bits_per_dim", "distance"}
+        done = []
+        found = score_images(loaded.model, images, 8, TrainingScores(0.1, 3.0), done.append)
+        assert {name: values.shape for name, values in found.items()} == dict.fromkeys(SCORES, (5,))
+        assert done == [5]
+        # Without training images, the same noise gives the same distances.
+        again = score_images(loaded.model, images, 8, None)
+        assert set(again) == {"bits_per_dim", "corrected_bits", "distance"}
         assert torch.equal(found["distance"], again["distance"])
+        assert torch.equal(found["typicality"], (found["bits_per_dim"] - 3.0).abs())
         off = 64 - loaded.model.manifold_dim
-        far = score_images(loaded.model, images, 8, deviation=0.2)["ood_score"]
+        far = score_images(loaded.model, images, 8, TrainingScores(0.2, 3.0), done.append)
         change = (0.2**-2 - 0.1**-2) / 2 * found["distance"].square() + off * math.log(2)
-        assert (far - found["ood_score"]).tolist() == pytest.approx(change.tolist(), rel=1e-4)
+        for name in ("latent_score", "ood_score"):
+            assert (far[name] - found[name]).tolist() == pytest.approx(change.tolist(), rel=1e-4)
+        # The two differ by the volume term.
+        x = dequantize(images, 8, stream_generator(0, Stream.OOD_NOISE))
+        u = loaded.model.encode(x)
+        log_prob = loaded.model.manifold_log_prob(x).value
+        volume = -(u.square() / 2 + math.log(2 * math.pi) / 2).sum(1) - log_prob
+        difference = (found["ood_score"] - found["latent_score"]).tolist()
+        assert difference == pytest.approx(volume.tolist(), rel=1e-4, abs=1e-3)
+        cheap = loaded.model.ood_score(x, 0.1, volume=False)
+        assert cheap.tolist() == pytest.approx(found["latent_score"].tolist(), rel=1e-5)
+
+    def test_a_score_of_all_images_computes_no_jacobian(self, loaded, faces, monkeypatch):
+        monkeypatch.setattr(type(loaded.model), "manifold_log_prob", None)
+        found = score_images(loaded.model, faces.batch(range(5)), 8, TrainingScores(0.1, 3.0))
+        assert set(found) == set(SCORES) - {"ood_score"}
+
+    def test_png_bits_are_those_of_the_file(self, faces):
+        images = faces.batch(range(3))
+        file = io.BytesIO()
+        Image.fromarray(images[1, 0].numpy()).save(file, "png", optimize=True)
+        assert png_bits(images, 8)[1] == 8 * len(file.getvalue()) / 64
+        assert png_bits(images // 32 * 32 + 7, 3)[1] <= png_bits(images, 8)[1]
+        colour = images.expand(-1, 3, -1, -1)
+        assert (png_bits(colour, 8) < png_bits(images, 8)).all()  # the same file, more values
+
+    def test_training_scores_are_means(self, loaded, faces):
+        images = faces.batch(range(5))
+        found, scores = (
+            training_scores(loaded.model, images, 8),
+            score_images(loaded.model, images, 8, None),
+        )
+        assert found.bits_per_dim == scores["bits_per_dim"].mean().item()
+        x = dequantize(images, 8, stream_generator(0, Stream.OOD_NOISE))
+        assert found.deviation == pytest.approx(loaded.model.deviation(x), rel=1e-5)
 
     def test_auroc_counts_pairs(self):
         inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1e9, math.nan])
@@ -118,11 +161,9 @@ class TestScores:
             {"in": {"bits_per_dim": low, "distance": high, "ood_score": low[:2]},
              "out": {"bits_per_dim": high, "distance": low, "ood_score": high[:2]}}
         )  # fmt: skip
-        assert (first.name, first.images, first.auroc_bits_per_dim) == ("in", 4, None)
-        aurocs = second.auroc_bits_per_dim, second.auroc_distance, second.auroc_ood_score
-        assert aurocs == (1.0, 0.0, 1.0)
-        (without,) = compare_sets({"in": {"bits_per_dim": low, "distance": high}})
-        assert without.ood_score is None
+        assert (first.name, first.images, first.aurocs) == ("in", 4, {})
+        assert second.aurocs == {"bits_per_dim": 1.0, "distance": 0.0, "ood_score": 1.0}
+        assert first.medians == {"bits_per_dim": 1.0, "distance": 11.0, "ood_score": 0.0}
 
     def test_made_up_sets(self, faces):
         images = faces.batch(range(3))

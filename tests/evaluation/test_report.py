@@ -19,7 +19,8 @@ from mflow_kernels.evaluation.likelihood import (
     held_out_images,
     importance_weighted_bits,
 )
-from mflow_kernels.evaluation.ood import score_images
+from mflow_kernels.evaluation.metrics import _finite
+from mflow_kernels.evaluation.ood import SCORES, score_images
 from mflow_kernels.evaluation.report import ReportOptions, describe_work
 from mflow_kernels.models import volume
 from mflow_kernels.runs.folder import load_run
@@ -90,7 +91,10 @@ class TestFull:
         shown.append(f"{metrics['importance_weighted_bits_per_dim']:.4f}")
         shown.append(f"{metrics['manifold_log_prob']:.1f}")
         shown += [f"{row['distance']['fid']:.2f}" for row in metrics["samples"]]
-        shown += [f"{row['ood_score']:.1f}" for row in metrics["scores"]]
+        for row in metrics["scores"]:
+            assert set(row["medians"]) == set(SCORES)
+            shown.append(f"{row['medians']['ood_score']:.1f}")
+            shown += [f"{value:.3f}" for value in row["aurocs"].values()]
         shown.append("others <b>")  # the name of a folder, not a tag
         assert all(text in page.text for text in shown)
         assert metrics["missing"] == []
@@ -118,8 +122,8 @@ class TestFull:
         )
         for name in ("evaluation", "deviation", "manifold_log_prob", "spectrum"):
             assert first[name] == again[name]
-        assert [row["distance"] for row in first["scores"][:3]] == [
-            row["distance"] for row in again["scores"]
+        assert [row["medians"] for row in first["scores"][:3]] == [
+            row["medians"] for row in again["scores"]
         ]
 
 
@@ -136,12 +140,17 @@ class TestMissingParts:
         metrics = json.loads((run / "report-faces" / "figures.json").read_text())
         page = Page((run / "report-faces" / "report.html").read_text())
         starts = ["FID and KID", "OOD score", "density on the manifold", "intrinsic dimension"]
+        starts.append("typicality, latent score and OOD score")
         assert [line.partition(":")[0] for line in metrics["missing"]] == starts
-        assert str(gone) in metrics["missing"][1]
+        assert str(gone) in metrics["missing"][-1]
         assert "--feature-weights FILE" in metrics["missing"][0]
         assert all(line in page.text for line in metrics["missing"])
         assert metrics["manifold_log_prob"] is metrics["spectrum"] is None
-        assert all(row["ood_score"] is None for row in metrics["scores"])
+        assert set(metrics["scores"][0]["medians"]) == {
+            "bits_per_dim",
+            "corrected_bits",
+            "distance",
+        }
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -169,7 +178,7 @@ class TestMissingParts:
 
 
 def test_metrics_that_are_not_finite_are_null():
-    assert report._finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
+    assert _finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
         "a": [None, 1.0],
         "b": [None],
     }
@@ -205,7 +214,7 @@ class TestWork:
         passes[0] = 0
         batch = images.batch(range(2))
         score_images(run.model, batch, 8, None)
-        assert f"OOD scores of 6 images: {3 * passes[0]} passes" in text
+        assert f"scores of 6 images of all sets: {3 * passes[0]} passes" in text
         passes[0] = 0
         run.model.manifold_log_prob(batch / 255 - 0.5, method="exact")
         dim = run.model.manifold_dim
@@ -218,7 +227,7 @@ class TestWork:
         def refuse(*_args, **_options):
             raise AssertionError("a Jacobian is computed")
 
-        monkeypatch.setattr(volume, "_push", refuse)
+        monkeypatch.setattr(volume, "push_forward", refuse)
         command = ["evaluate", str(trained), "--out", str(tmp_path / "report")]
         with pytest.raises(AssertionError, match="a Jacobian is computed"):
             main(command)
@@ -229,6 +238,6 @@ class TestWork:
         assert "left out by --quick: density on the manifold" in text
         figures = json.loads((tmp_path / "report" / "figures.json").read_text())
         assert figures["manifold_log_prob"] is figures["spectrum"] is None
-        assert figures["scores"][0]["bits_per_dim"] > 0
+        assert figures["scores"][0]["medians"]["latent_score"]
         page = (tmp_path / "report" / "report.html").read_text()
         assert "left out by --quick" in page

@@ -242,7 +242,7 @@ def test_checkpoints_and_copies():
         assert not torch.equal(copied.log_prob(x, y), fast.log_prob(x, y))
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
-    assert all("_mflow_plan" not in m.__dict__ for m in fast.modules())
+    assert all("_mflow_implementation" not in m.__dict__ for m in fast.modules())
     assert torch.equal(fast.log_prob(x, y), want)
 
 
@@ -261,8 +261,8 @@ def test_unsupported_layers_are_left():
     report = peers.assert_left_alone(model)
     assert [left.layer for left in report.left] == [type(flow).__name__ for flow in flows]
     assert str(report).startswith("Nothing was replaced; the model is as it was.")
-    assert "its mask keeps 2 of 3 features; ours keep 1" in str(report)
-    assert "its coupling keeps 2 of 3 channels; ours keep the first 1" in str(report)
+    assert "its mask keeps 2 of 3 features, not 1" in str(report)
+    assert "its coupling keeps 2 of 3 channels, not the first 1" in str(report)
     assert "checkerboard" in str(report)
 
 

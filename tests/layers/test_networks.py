@@ -20,9 +20,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = networks.coupling_network
 
-    def counted(*given: Tensor) -> Tensor:
+    def counted(*given: Tensor, kernels: bool) -> Tensor:
         calls.append(1)
-        return real(*given)
+        return real(*given, kernels=kernels)
 
     monkeypatch.setattr(networks, "coupling_network", counted)
     return calls

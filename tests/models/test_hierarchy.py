@@ -47,6 +47,26 @@ def test_sub_manifolds_nest():
     assert (model.project(x, 1) - small).abs().max() > 1e-3
 
 
+def test_ambient_samples_draw_v_in_every_stage():
+    """u is that of the samples on the manifold; v has the scale of its p_V and the temperature."""
+    a, b = stages(8, 3)
+    a.objective = ManifoldObjective("latent", "l1", weight=2.0)
+    b.objective = ManifoldObjective("data", sigma=0.3)
+    model = HierarchicalFlow([a, b])
+    how = {"n": 4000, "temperature": 0.5}
+    on = model.sample(**how, generator=torch.Generator().manual_seed(0))
+    x = model.sample(**how, generator=torch.Generator().manual_seed(0), off_manifold=True)
+    assert_close(model.encode(x), model.encode(on), terms=10_000)
+    z = torch.cat([part.flatten(1) for part in a.latents(x)[0]], 1)
+    v = z[:, torch.cat([mask.flatten() for mask in a.off_masks()])]
+    assert v.abs().mean().item() == pytest.approx(0.5 / 2.0, rel=4 / math.sqrt(v.numel()))
+    w = b.latents(a.encode(x))[0][0][:, b.off_masks()[0]]
+    assert w.std().item() == pytest.approx(0.5 * 0.3, rel=4 / math.sqrt(2 * w.numel()))
+    first = model.sample(**how, generator=torch.Generator().manual_seed(0), stages=1)
+    other = a.sample(**how, generator=torch.Generator().manual_seed(0), off_manifold=True)
+    assert_close(a.encode(other), a.encode(first), terms=10_000)
+
+
 def test_log_prob_composes():
     """p(x) = p_V(v) |det df/dx| p(u), where the next stage gives p(u)."""
     a, b = stages(6, 4)

@@ -14,7 +14,8 @@ from mflow_kernels import (
     WeightSchedule,
 )
 from mflow_kernels.models.objectives import Terms
-from mflow_kernels.ops.masked_penalty import penalty_log_normalizer
+from mflow_kernels.models.penalty_weight import draw_errors
+from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
 from mflow_kernels.testing import assert_close
 
 RHOS = ("l2", "l1", "huber")
@@ -340,6 +341,23 @@ def test_a_schedule_changes_the_weight_by_the_same_factor_in_each_batch():
     flow.eval()
     flow.terms(x)
     assert flow.objective.batches == 4  # evaluation is no training batch
+
+
+@pytest.mark.parametrize(
+    ("rho", "weight", "tail"), [("l2", 25.0, 0.0), ("l1", 4.0, 1.0), ("huber", 3.0, None)]
+)
+def test_draws_off_the_manifold_follow_p_v(rho, weight, tail):
+    """The score identity E[w rho(v)] = (1 + t) / 2, and the share t of draws beyond delta."""
+    e = draw_errors(torch.full((40_000,), weight), rho, 0.4, torch.Generator().manual_seed(0))
+    if tail is None:
+        a = 0.4 * math.sqrt(weight / 2)
+        tail = 1 / (1 + math.sqrt(math.pi) * a * math.exp(a**2) * math.erf(a))
+        beyond = (e.abs() > 0.4).double().mean().item()
+        assert beyond == pytest.approx(tail, abs=4 * math.sqrt(tail * (1 - tail) / len(e)))
+    penalty = weight * rho_of(rho, e, 0.4).double()
+    error = 4 * penalty.std().item() / math.sqrt(len(e))
+    assert penalty.mean().item() == pytest.approx((1 + tail) / 2, abs=error)
+    assert e.mean().item() == pytest.approx(0.0, abs=4 * e.std().item() / math.sqrt(len(e)))
 
 
 class OneParameter(nn.Module):

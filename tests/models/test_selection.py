@@ -8,6 +8,7 @@ from torch import nn
 from mflow_kernels import (
     Glow,
     ManifoldFlow,
+    ManifoldObjective,
     VectorFlow,
     estimate_intrinsic_dimension,
     latent_importance,
@@ -47,6 +48,22 @@ def test_the_spectrum_of_a_linear_flow_is_known():
     assert estimate.dimension == 2
     assert estimate.gap == pytest.approx(50)
     assert_close(estimate.spectrum, expected, terms=100)
+
+
+def test_the_spectrum_of_a_manifold_flow_does_not_depend_on_sigma():
+    """The flow maps data off the manifold to N(0, sigma^2), so that it stretches v more."""
+    mask = (torch.tensor([False, True, False, True, False]),)
+    stretched = [d if on else d / 0.1 for d, on in zip(DEVIATIONS, mask[0], strict=True)]
+    objective = ManifoldObjective("data", sigma=0.1)
+    model = ManifoldFlow(Scale(stretched), mask=mask, objective=objective)
+    x = normal(7, 5, dtype=torch.float64) * torch.tensor(DEVIATIONS, dtype=torch.float64)
+    estimate = estimate_intrinsic_dimension(model, x)
+    expected = torch.tensor([2.0, 1.0, 0.02, 0.015, 0.01], dtype=torch.float64)
+    assert_close(estimate.spectrum, expected, terms=100)
+    assert estimate.dimension == 2
+    model = ManifoldFlow(Scale(DEVIATIONS), 2, objective=ManifoldObjective("latent"))
+    with pytest.raises(ValueError, match="flow: expected a penalty in the data domain"):
+        estimate_intrinsic_dimension(model, x)
 
 
 def test_a_spectrum_without_a_step_gives_the_full_dimension():

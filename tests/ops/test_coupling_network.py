@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import LAYOUTS, normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops.coupling_network import (
@@ -160,7 +161,7 @@ def test_hidden_tensors_change_no_bit(
     assert h1 is not None
     assert h2 is not None
     dparams = normal(*params.shape, device=x.device).to(dtype)
-    runs = [network_backward(dparams, x, h1, h2, packed) for _ in range(2)]
+    runs = [network_backward(dparams, x, h1, h2, packed, True, True) for _ in range(2)]
     assert all(map(torch.equal, *runs))
 
 
@@ -185,10 +186,142 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
 def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = sample(shape, 16, 4, dtype, device)
-    torch.library.opcheck(coupling_network_op, (*given, True))
+    kernels = module.supports(given[0], given[1], given[5])
+    torch.library.opcheck(coupling_network_op, (*given, True, kernels))
     detached = [t.detach() for t in given]
-    params, h1, h2, packed = network_forward(*detached, True)
-    torch.library.opcheck(
-        torch.ops.mflow.coupling_network_backward.default,
-        (torch.ones_like(params), detached[0], h1, h2, packed),
-    )
+    params, h1, h2, packed = network_forward(*detached, True, kernels)
+    for weights in (True, False):
+        torch.library.opcheck(
+            torch.ops.mflow.coupling_network_backward.default,
+            (torch.ones_like(params), detached[0], h1, h2, packed, kernels, weights),
+        )
+
+
+@pytest.fixture
+def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine whose convolutions and products add biases and apply ReLU; the calls of these."""
+    calls: list[str] = []
+
+    def convolution(
+        x: Tensor, w: Tensor, b: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> Tensor:
+        calls.append("convolution")
+        return torch.conv2d(x, w, b, stride, padding, dilation, groups).relu_()
+
+    def product(b: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        calls.append("product")
+        return torch.addmm(b, x, w).relu_()
+
+    monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", convolution)
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    return calls
+
+
+LAYERED = [((5, 3), 6, 4), ((1, 2, 1, 1), 7, 2), ((2, 3, 5, 4), 130, 6), ((2, 49, 3, 3), 8, 98)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LAYERED, ids=str)
+def test_layer_by_layer(
+    case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, epilogues: list[str]
+) -> None:
+    """Networks that no kernel computes: values and gradients of torch's layers."""
+    given = sample(*case, dtype, torch.device("cpu"))
+    expected = coupling_network_ref(*given)[0]
+    dparams = normal(*expected.shape).to(dtype)
+    want = torch.autograd.grad(expected, given, dparams)
+    params = coupling_network(*given, kernels=False)
+    assert epilogues == ["product" if params.dim() == 2 else "convolution"] * 2
+    terms = given[1].shape[0] * 9
+    assert_close(params, expected, terms=terms)
+    for got, exact in zip(torch.autograd.grad(params, given, dparams), want, strict=True):
+        assert got.dtype == dtype
+        assert_close(got, exact, terms=terms + params.numel(), scale=1.0)
+    with torch.no_grad():
+        assert torch.equal(coupling_network(*given, kernels=False), params)
+
+
+def test_frozen_weights_cost_no_gradients(epilogues: list[str]) -> None:
+    given = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
+    for t in given[1:]:
+        t.requires_grad_(False)
+    expected = torch.autograd.grad(coupling_network_ref(*given)[0].sum(), given[0])
+    params = coupling_network(*given, kernels=False)
+    with Operators() as operators:
+        (dx,) = torch.autograd.grad(params.sum(), given[0])
+    assert torch.equal(dx, expected[0])
+    masks = [args[-1] for name, args in operators.calls if name == "convolution_backward"]
+    assert masks == [[True, False, False]] * 3
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators of torch that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func.overloadpacket.__name__, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cpu_has_no_epilogues() -> None:
+    """There a network stays with torch's layers, in the interpreter of kernels too."""
+    given = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
+    assert module.implementation(given[0], given[1:]) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "expected"),
+    [
+        (torch.float32, 12, ["torch", "layers"]),
+        (torch.float64, 12, []),
+        (torch.bfloat16, 12, ["torch", "layers", "kernels"]),
+        (torch.bfloat16, 96, ["torch", "layers"]),
+    ],
+    ids=str,
+)
+def test_candidates_on_a_card(
+    dtype: torch.dtype, channels: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a card compares: every implementation that fits, on numbers that show a difference."""
+    found: list[str] = []
+
+    class OnCard:
+        """A tensor that says that it is on a card."""
+
+        def __init__(self, x: Tensor) -> None:
+            self.__dict__["x"] = x
+
+        def __getattr__(self, name: str) -> Any:
+            return True if name == "is_cuda" else getattr(self.x, name)
+
+    def fastest(key: str, candidates: Any, device: torch.device) -> str:
+        found.extend(candidates)
+        return "layers"
+
+    monkeypatch.setattr(module, "fastest", fastest)
+    monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(module, "uses_triton", lambda x: True)
+    monkeypatch.setattr(module, "_drawn", lambda x, weights: [])
+    half = channels // 2
+    x, *weights = sample((2, half, 4, 4), 16, 2 * half, dtype, torch.device("cpu"))
+    chosen = module.implementation(OnCard(x), weights)  # type: ignore[arg-type]
+    assert found == expected
+    assert chosen == ("layers" if expected else "torch")
+    monkeypatch.setenv("MFLOW_NETWORK", "torch")
+    assert module.implementation(OnCard(x), weights) == "torch"  # type: ignore[arg-type]
+
+
+def test_what_a_card_compares_is_no_zero_network() -> None:
+    """A new network has a last layer of zeros, which hides errors of all the others."""
+    x, *weights = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
+    weights[4] = torch.zeros_like(weights[4])
+    state = torch.get_rng_state()
+    drawn = module._drawn(x, weights)
+    results = module._train(lambda *given: coupling_network_ref(*given)[0], drawn)
+    assert len(results) == 8
+    assert all(0.01 < t.detach().abs().max() < 1e4 for t in results)
+    assert torch.equal(torch.get_rng_state(), state)

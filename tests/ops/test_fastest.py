@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mflow_kernels.ops import fastest
 
@@ -17,7 +18,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of choices, on a machine with a card whose times are what functions return."""
     path = tmp_path / "cache" / "mflow_networks.json"
     monkeypatch.setattr(fastest, "_file", lambda: path)
-    monkeypatch.setattr(fastest, "seconds", lambda function: function())
+    monkeypatch.setattr(fastest, "seconds", lambda function: function().seconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     fastest._choices.cache_clear()
@@ -25,16 +26,25 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fastest._choices.cache_clear()
 
 
-def never() -> float:
+class Took(list[Tensor]):
+    """The results of a candidate, and the time that it took."""
+
+    def __init__(self, seconds: float, *results: Tensor) -> None:
+        super().__init__(results or (torch.ones(3),))
+        self.seconds = seconds
+
+
+def never() -> Took:
     raise AssertionError("measured again")
 
 
-def took(seconds: float) -> Callable[[], float]:
-    return lambda: seconds
+def took(seconds: float, *results: Tensor) -> Callable[[], Took]:
+    return lambda: Took(seconds, *results)
 
 
-def choose(key: str, fused: Callable[[], float], by_torch: Callable[[], float]) -> bool:
-    return fastest.fused_is_faster(key, fused, by_torch, CARD)
+def choose(key: str, fused: Callable[[], Took], by_torch: Callable[[], Took]) -> bool:
+    candidates = {"torch": by_torch, "kernels": fused}
+    return fastest.fastest(key, candidates, CARD) == "kernels"
 
 
 def test_the_faster_one_is_measured_once(file: Path) -> None:
@@ -46,18 +56,20 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert not choose("b", never, never)
     assert list(file.parent.iterdir()) == [file]
     key = f"a card, torch {torch.__version__}, a"
-    assert json.loads(file.read_text())[key] is True
+    assert json.loads(file.read_text())[key] == "kernels"
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"a card, t', "[1, 2]", "null", '{"%s": "yes"}', "\x00\xff"], ids=ascii
+    "content",
+    ["", '{"a card, t', "[1, 2]", "null", '{"%s": true}', '{"%s": "yes"}', "\x00\xff"],
+    ids=ascii,
 )
 def test_a_torn_file_is_no_file(file: Path, content: str) -> None:
     file.parent.mkdir()
     key = f"a card, torch {torch.__version__}, a"
     file.write_text(content.replace("%s", key), encoding="latin-1")
     assert not choose("a", took(2.0), took(1.0))
-    assert json.loads(file.read_text())[key] is False
+    assert json.loads(file.read_text())[key] == "torch"
 
 
 def test_a_folder_that_cannot_be_written(file: Path) -> None:
@@ -69,12 +81,44 @@ def test_a_folder_that_cannot_be_written(file: Path) -> None:
 def test_no_memory_to_measure_in(file: Path) -> None:
     """The process keeps to torch's layers; the next one measures."""
 
-    def too_large() -> float:
+    def too_large() -> Took:
         raise torch.OutOfMemoryError
 
     assert not choose("a", too_large, never)
     assert not choose("a", never, never)
     assert not file.exists()
+
+
+def broken() -> Took:
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        broken,
+        took(1.0, torch.tensor([1.0, 1.0, 1.3])),
+        took(1.0, torch.tensor([1.0, 1.0, float("nan")])),
+        took(1.0, torch.ones(4)),
+    ],
+    ids=["raises", "differs", "nan", "another shape"],
+)
+def test_a_candidate_that_is_wrong_is_left_out(file: Path, wrong: Callable[[], Took]) -> None:
+    """However fast it is; with one warning, and in later processes too."""
+    rounded = took(2.0, torch.tensor([1.0, 1.0, 1.01]))
+    candidates = {"torch": took(3.0), "layers": rounded, "kernels": wrong}
+    with pytest.warns(UserWarning, match="'kernels' is not used on this card") as warned:
+        assert fastest.fastest("a", candidates, CARD) == "layers"
+    assert len(warned) == 1
+    fastest._choices.cache_clear()
+    assert fastest.fastest("a", dict.fromkeys(candidates, never), CARD) == "layers"
+
+
+def test_results_of_zero_agree(file: Path) -> None:
+    zero, tiny = torch.zeros(2), torch.full((2,), 1e-9)
+    assert choose("a", took(1.0, zero), took(2.0, zero))
+    with pytest.warns(UserWarning, match="differ"):
+        assert not choose("b", took(1.0, tiny), took(2.0, zero))
 
 
 def test_nothing_is_measured_while_a_graph_is_recorded(

@@ -3,7 +3,7 @@ import importlib
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +18,12 @@ from mflow_kernels.ops.masked_penalty import (
 )
 from mflow_kernels.ops.penalty_functions import (
     RHOS,
-    Rho,
     penalty_function,
     penalty_log_normalizer,
 )
-from mflow_kernels.runs import config
 from mflow_kernels.testing import assert_close
 
 module = importlib.import_module("mflow_kernels.ops.masked_penalty")
-
-
-def test_the_command_line_offers_every_rho():
-    """`runs.config` repeats the names, because it does not import torch."""
-    assert RHOS == get_args(Rho) == get_args(config.Rho)
 
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

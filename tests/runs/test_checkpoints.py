@@ -12,6 +12,7 @@ import torch
 from tiny_runs import TINY
 
 from mflow_kernels.data import files
+from mflow_kernels.runs import checkpoints
 from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, _Sink
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
@@ -165,3 +166,21 @@ def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, traine
         file.write("3,0.1,2")
     assert main([*command, "--resume"]) == 0
     assert rows(run) == rows(trained)
+
+
+def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monkeypatch):
+    """After a power cut, the rows of all steps that a checkpoint has taken are there."""
+    events = []
+    save = torch.save
+    monkeypatch.setattr(
+        checkpoints, "sync", lambda path: events.append((path.name, len(rows(path.parent))))
+    )
+    monkeypatch.setattr(
+        torch, "save", lambda state, file: (events.append(state["global_step"]), save(state, file))
+    )
+    assert main([*command, "--save-steps", "1"]) == 0
+    steps = [event for event in events if isinstance(event, int)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    synced = events[::2]
+    assert [name for name, _ in synced] == ["metrics.csv"] * 6
+    assert all(count >= step for (_, count), step in zip(synced, steps, strict=True))

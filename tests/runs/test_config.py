@@ -1,6 +1,15 @@
+from typing import get_args
+
 import pytest
 
-from mflow_kernels.runs.config import RunConfig, TrainConfig
+from mflow_kernels.ops.penalty_functions import RHOS
+from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
+from mflow_kernels.runs.config import Rho, RunConfig, TrainConfig
+
+
+def test_the_command_line_offers_every_rho():
+    """`runs.config` repeats the names, because it does not import torch."""
+    assert RHOS == get_args(OperatorRho) == get_args(Rho)
 
 
 def test_a_resolved_configuration_survives_its_yaml():
@@ -8,6 +17,25 @@ def test_a_resolved_configuration_survives_its_yaml():
     resolved = config.resolve((1, 28, 28))
     assert resolved.image_shape == (1, 28, 28)
     assert RunConfig.from_yaml(resolved.to_yaml(), "config.yaml") == resolved
+
+
+def test_what_a_run_takes_from_its_data_survives_its_yaml():
+    config = TrainConfig(data="celeba", classes="Smiling,Male")
+    resolved = config.resolve((3, 64, 64), 148, ("not Smiling", "yes: no", "3"))
+    read = RunConfig.from_yaml(resolved.to_yaml(), "config.yaml")
+    assert read == resolved
+    assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
+    assert config.default_run_dir() == "runs/celeba-Smiling-Male-d64-seed0"
+
+
+def test_further_flows_of_earlier_versions_have_the_weight_of_images():
+    """Their files have no classes, and their default for --stage-weight was --weight."""
+    lines = TrainConfig(weight=50.0).resolve((1, 28, 28)).to_yaml().splitlines(keepends=True)
+    added = ("classes:", "crop:", "class_names:")
+    older = "".join(line for line in lines if not line.startswith(added))
+    assert [s.weight for s in RunConfig.from_yaml(older, "config.yaml").stages] == [50.0, 50.0]
+    newer = RunConfig.from_yaml("".join(lines), "config.yaml")
+    assert [s.weight for s in newer.stages] == [50.0, 1.0]
 
 
 def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
@@ -82,7 +110,10 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
     assert [s.learning_rate for s in config.stages] == [2e-3, 0.01, 0.001]
     assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
-    assert found == [(32, 3, 8, "l1", 7.0, "latent"), (16, 3, 9, "huber", 7.0, "latent")]
+    # u has unit variance, which the weight of images does not fit.
+    assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
+    assert TrainConfig(weight="variance").stages[1].weight == "variance"
+    assert TrainConfig(stage_weight=[3.0]).stages[1].weight == 3.0
 
 
 @pytest.mark.parametrize(

@@ -179,15 +179,20 @@ class TestSample:
         with Image.open(path) as image:
             image.load()
 
+    def test_ambient_samples_have_a_file_of_their_own(self, run, capsys):
+        assert main(["sample", str(run), "--ambient"]) == 0
+        assert capsys.readouterr().out == f"{run / 'samples-T0.7-seed0-ambient.png'}\n"
+
     def test_seed_stages_and_output_matter(self, run, tmp_path):
         pictures = []
-        for number, extra in enumerate(["--seed 1", "--seed 1", "--seed 2", "--seed 1 --stages 1"]):
+        options = ("--seed 1", "--seed 1", "--seed 2", "--seed 1 --stages 1", "--seed 1 --ambient")
+        for number, extra in enumerate(options):
             path = tmp_path / f"{number}.png"
             assert main(["sample", str(run), "--output", str(path), *extra.split()]) == 0
             with Image.open(path) as image:
                 pictures.append(image.tobytes())
         assert pictures[0] == pictures[1]
-        assert len(set(pictures)) == 3
+        assert len(set(pictures)) == 4
 
 
 class TestReconstructAndEvaluate:

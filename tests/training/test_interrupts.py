@@ -31,7 +31,7 @@ def in_a_terminal(command, owner, name, number):
             def interrupted(*args, **kwargs):
                 calls.append(1)
                 if len(calls) == number:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    os.killpg(0, signal.SIGINT)  # all processes of this terminal
                 return original(*args, **kwargs)
 
             setattr(owner, name, interrupted)

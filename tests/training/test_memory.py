@@ -5,8 +5,14 @@ building the model to the last step, including temporary tensors and Lightning's
 what oneDNN allocates for itself.
 """
 
+import dataclasses
 import gc
+import json
+import subprocess
+import sys
 import warnings
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +22,29 @@ from torch.profiler import ProfilerActivity, profile
 
 from mflow_kernels.data.manifest import Manifest
 from mflow_kernels.data.splits import ImageSet, Splits
+from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import coupling_shapes, largest_batch, parse_memory, peak_memory
+from mflow_kernels.training.memory import (
+    coupling_shapes,
+    evaluation_memory,
+    largest_batch,
+    parse_memory,
+    peak_memory,
+)
 
 # Two steps, because Adam's state exists from the second step on.
-BASE = {"data": "none", "image_size": 16, "batch_size": 16, "max_steps": 2, "manifold_dim": 32}
+BASE = {
+    "data": "none",
+    "device": "cpu",
+    "image_size": 16,
+    "batch_size": 16,
+    "max_steps": 2,
+    "manifold_dim": 32,
+}
 CASES = {
     "reversible": {"steps": 4, "width": 64},
     "deep": {"steps": 16, "width": 16, "levels": 3},
@@ -47,6 +67,37 @@ CASES = {
         "reversible": False,
     },
 }
+
+
+EVALUATED = {
+    "wide": {"width": 128},
+    "deep": {"width": 16, "steps": 8},
+    "another stage": {"width": 16, "stage_dims": [16], "stage_width": [256]},
+    "wide levels": {"width": 8, "levels": 4, "steps": 8, "manifold_dim": 768},
+}
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
+    options = {"levels": 2, "steps": 2, "stage_dims": [], **BASE, **EVALUATED[case]}
+    config = TrainConfig(**options).resolve((3, 16, 16))
+    images = ImageSet(torch.randint(256, (24, 3, 16, 16)).byte())
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = build_model(config).requires_grad_(False).eval()
+        evaluate_model(
+            model, images, 8, data="none", device=torch.device("cpu"), batch_size=len(images)
+        )
+    assert evaluation_memory(config, len(images)) == pytest.approx(peak(profiler), rel=0.1)
+
+
+def peak(profiler: profile) -> int:
+    """Bytes at the peak of what was allocated while the profiler ran."""
+    events = profiler.profiler.kineto_results.events()
+    allocations = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    return max(accumulate(size for _, size in allocations))
 
 
 def measured(config: TrainConfig, folder) -> int:
@@ -77,15 +128,7 @@ def measured(config: TrainConfig, folder) -> int:
                 checkpoint=None,
             )
         )
-    events = profiler.profiler.kineto_results.events()
-    allocations = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    peak = held = 0
-    for _, size in allocations:
-        held += size
-        peak = max(peak, held)
-    return peak
+    return peak(profiler)
 
 
 @pytest.mark.parametrize("domain", ["latent", "data"])
@@ -95,6 +138,74 @@ def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     predicted = peak_memory(config.resolve((3, 16, 16)))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
     assert predicted.stage == len(config.stage_dims)
+
+
+# In a process of its own, in which launches compute nothing. Everything that a GPU would allocate
+# is allocated, by torch's CPU allocator.
+FUSED = """
+import json
+from unittest.mock import patch
+from benchmarks.reports import aot
+import torch
+from torch.profiler import ProfilerActivity, profile
+from mflow_kernels.layers.networks import CouplingNetwork
+from mflow_kernels.ops import coupling_network_kernels
+from mflow_kernels.reversible.rerun import RerunNetwork
+from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.folder import build_model
+
+def product(a, b):  # one allocation on a GPU
+    return torch.empty(len(a), b.shape[1])
+
+def step(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.terms(x, 0).loss.mean()
+    loss.backward()
+
+for options in json.loads({cases!r}):
+    config = RunConfig(**options)
+    model = build_model(config).to(memory_format=torch.channels_last)
+    x = torch.rand(config.batch_size, *config.image_shape)
+    for module in model.modules():
+        if isinstance(module, CouplingNetwork):
+            RerunNetwork(module).remember(draws=False)
+    with aot.noting(lambda _: None), patch.object(
+        coupling_network_kernels, "product_in_float32", product
+    ):
+        step(model, x)
+        model.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(model, x)
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += size
+        peak = max(peak, held)
+    print(json.dumps(peak))
+"""
+FUSED_CASES = [
+    {"width": 128},
+    {"width": 256, "steps": 3},  # a product of its own for the gradient of W2
+    {"width": 32, "levels": 1},
+    {"width": 128, "reversible": False},
+    {"width": 160, "reversible": False},
+]
+
+
+def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
+    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stage_dims": []}
+    base |= {"precision": "bfloat16", "domain": "latent", "device": "cuda"}
+    configs = [TrainConfig(**{**base, **case}).resolve((3, 32, 32)) for case in FUSED_CASES]
+    cases = json.dumps([dataclasses.asdict(config) for config in configs])
+    done = subprocess.run(
+        [sys.executable, "-c", FUSED.format(cases=cases)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for config, found in zip(configs, done.stdout.split(), strict=True):
+        predicted = peak_memory(config)
+        outside = predicted.parameters + predicted.average + predicted.optimizer  # of the step
+        assert predicted.total - outside == pytest.approx(int(found), rel=0.1), config
 
 
 def test_parameters_and_buffers_are_those_of_the_model():

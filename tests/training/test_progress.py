@@ -11,13 +11,15 @@ from mflow_kernels.training.cli import main
 
 def test_without_a_terminal_lines_are_printed(command, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
-    assert main(command) == 0
+    assert main([*command, "--error-bound", "0.01", "--stage-weight", "7"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
     assert lines[0] == "training: 1 of 6 steps, stage 1 of 2"
     assert lines[1].startswith("training: 2 of 6 steps, stage 1 of 2, bits/dim ")
     assert "training: 2 of 6 steps, stage 1 of 2, validating, bits/dim " in "\n".join(lines)
+    first = next(line for line in lines if "weight" in line)
+    assert ", weight 1010, " in first  # 1000 exp(2 * 0.005), after two steps
     assert lines[-1].startswith("training: 6 of 6 steps, stage 2 of 2, bits/dim ")
-    for figure in (", penalty (bits/dim) ", ", images/s ", ", held-out bits/dim "):
+    for figure in (", penalty (bits/dim) ", ", weight 7, ", ", images/s ", ", held-out bits/dim "):
         assert figure in lines[-1]
 
 

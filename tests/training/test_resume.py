@@ -124,6 +124,26 @@ class TestInitFrom:
                 assert torch.equal(value, saved[key]), key
         assert main(["sample", str(tmp_path / "run"), "--number", "1"]) == 0
 
+    def test_the_selection_of_latents_is_copied(self, run, command, tmp_path):
+        """A run may have another one than this version would choose."""
+        saved = checkpoint(run)
+        state = saved["state_dict"]
+        for name in [name for name in state if name.endswith("stages.0.manifold_index")]:
+            mask = state[name.replace("manifold_index", "off_mask_0")]
+            assert state[name].tolist() != [0, 1, 2, 3, 4, 5]
+            state[name] = torch.arange(6)
+            mask.copy_((torch.arange(mask.numel()) >= 6).view_as(mask))
+        torch.save(saved, run / "last.ckpt")
+        other = ["--run-dir", str(tmp_path / "other"), "--init-from", str(run)]
+        assert main([*command, *other]) == 0
+        name = "average.model.stages.0.manifold_index"
+        assert weights(tmp_path / "other")[name].tolist() == [0, 1, 2, 3, 4, 5]
+        assert (
+            main([*command, *other, "--overwrite", "--manifold-dim", "5"]) == 2
+        )  # stage 2 differs
+        alone = ["--overwrite", "--manifold-dim", "5", "--stage-dims"]
+        assert main([*command, *other, *alone]) == 0
+
     def test_it_may_have_other_stages(self, trained, command, tmp_path, capsys):
         more = ["--init-from", str(trained), "--stage-dims", "4", "3"]
         assert main([*command, *more]) == 0

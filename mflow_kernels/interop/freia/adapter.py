@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.freia.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import FusedLayers, accelerate_module, implementation_of
-from mflow_kernels.interop.visitor import Visitor
 
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
@@ -251,7 +250,7 @@ class FreiaAdapter(Adapter):
         return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
 
     def why_left(self, layer: nn.Module) -> str:
-        if isinstance(layer, Fm.Split | Fm.Concat | Fm.Flatten | Fm.Reshape):
+        if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
         return super().why_left(layer)
 
@@ -261,25 +260,25 @@ class FreiaAdapter(Adapter):
     def channels_of(self, layer: Any) -> int | None:
         return channels_of(layer)
 
-    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+    def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container).forward is not kind.forward:
             why = (
                 f"it has a forward of its own in place of {kind.__name__}'s: modules run one by one"
             )
-            visitor.left.append(Left(name, type(container).__name__, why))
+            fuser.left.append(Left(name, type(container).__name__, why))
             return
         chains = _sequence_chains(container) if kind is Ff.SequenceINN else _graph_chains(container)
         modules: Any = container.module_list
         place = {id(m): i for i, m in enumerate(modules)}
         prefix = f"{name}.module_list" if name else "module_list"
         items = []
-        before = len(visitor.replaced)
+        before = len(fuser.replaced)
         for chain in chains:
             layers = [m for m, _, _ in chain]
             names = [f"{prefix}.{place[id(m)]}" for m in layers]
             start = 0
             conditions = [chosen or () for _, chosen, _ in chain]
-            for members, sequence in visitor.fuse_sequences(layers, names, conditions):
+            for members, sequence in fuser.fuse_sequences(layers, names, conditions):
                 end = start + len(members)
                 part, own = chain[start:end], conditions[start:end]
                 start = end
@@ -291,8 +290,8 @@ class FreiaAdapter(Adapter):
                 fused = FusedModule(members, sequence, own)
                 items.append((fused, needed, [n for _, _, nodes in part for n in nodes]))
         # Releasing outputs after their last use is worth it without sequences too.
-        releases = kind is Ff.GraphINN and any(map(visitor.accelerates, modules))
-        if len(visitor.replaced) > before or releases:
+        releases = kind is Ff.GraphINN and any(map(fuser.accelerates, modules))
+        if len(fuser.replaced) > before or releases:
             accelerate_module(container, self.folder, kind.__name__, _FusedNetwork(modules, items))
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:

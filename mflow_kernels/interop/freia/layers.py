@@ -270,7 +270,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 
 
 def channels_of(layer: Any) -> int | None:
-    if isinstance(layer, Fm.IRevNetDownsampling | Fm.HaarDownsampling):
+    if isinstance(layer, (Fm.IRevNetDownsampling, Fm.HaarDownsampling)):
         return None
     dims = layer.dims_in[0]  # an ActNorm has the dimensions of its one input only
     return int(dims if isinstance(dims, int) else dims[0])

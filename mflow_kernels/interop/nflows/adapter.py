@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import per_channel, standard_deviation
-from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
@@ -31,7 +31,6 @@ from mflow_kernels.interop.subclasses import (
     accelerate_module,
     implementation_of,
 )
-from mflow_kernels.interop.visitor import Visitor
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.program import SpaceToDepth
 
@@ -127,7 +126,7 @@ def _coupling(layer: Any) -> tuple[Part, ...] | str:
 
 def _squeeze(layer: Any) -> tuple[Part, ...] | str:
     if layer.factor != 2:
-        return f"it squeezes by {layer.factor}, ours by 2"
+        return f"it squeezes by {layer.factor}, not by 2"
     return (SpaceToDepth(inverse=False),)
 
 
@@ -261,20 +260,20 @@ class NflowsAdapter(Adapter):
     def channels_of(self, layer: Any) -> int | None:
         return _channels_of(layer)
 
-    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+    def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container) is not kind:
             why = "it is a subclass of CompositeTransform: transforms run one by one"
-            visitor.left.append(Left(name, type(container).__name__, why))
+            fuser.left.append(Left(name, type(container).__name__, why))
             return
         transforms: Any = container._transforms
         prefix = f"{name}._transforms" if name else "_transforms"
         names = [f"{prefix}.{i}" for i in range(len(transforms))]
-        before = len(visitor.replaced)
+        before = len(fuser.replaced)
         fused = nn.ModuleList(
             members[0] if sequence is None else FusedTransform(members, sequence)
-            for members, sequence in visitor.fuse_sequences(list(transforms), names)
+            for members, sequence in fuser.fuse_sequences(list(transforms), names)
         )
-        if len(visitor.replaced) > before:
+        if len(fuser.replaced) > before:
             implementation = FusedContainer(container, {"_transforms": fused})
             accelerate_module(container, self.folder, kind.__name__, implementation)
 

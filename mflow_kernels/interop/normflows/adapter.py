@@ -13,7 +13,7 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
-from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.normflows.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import FusedSequence
@@ -23,7 +23,6 @@ from mflow_kernels.interop.subclasses import (
     accelerate_module,
     implementation_of,
 )
-from mflow_kernels.interop.visitor import Visitor
 from mflow_kernels.ops.layouts import pixels
 
 # Releases 1.7.0 to 1.7.3 and the development branch at c6616b1, see `interop/fingerprints.py`.
@@ -139,9 +138,9 @@ _KINDS = {
 }
 
 
-def _fused(flows: Any, name: str, visitor: Visitor) -> nn.ModuleList:
+def _fused(flows: Any, name: str, fuser: Fuser) -> nn.ModuleList:
     names = [f"{name}.{i}" for i in range(len(flows))]
-    pieces = visitor.fuse_sequences(list(reversed(flows)), names[::-1])
+    pieces = fuser.fuse_sequences(list(reversed(flows)), names[::-1])
     fused = nn.ModuleList()
     for members, sequence in reversed(pieces):
         fused.append(members[0] if sequence is None else FusedFlow(members[::-1], sequence))
@@ -169,21 +168,21 @@ class NormflowsAdapter(Adapter):
     def channels_of(self, layer: Any) -> int | None:
         return channels_of(layer)
 
-    def fuse(self, container: nn.Module, name: str, kind: Any, visitor: Visitor) -> None:
+    def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         cls = type(container)
         if any(getattr(cls, n) is not getattr(kind, n) for n in METHODS[kind.__name__]):
             why = f"it has methods of its own in place of {kind.__name__}'s: flows run one by one"
-            visitor.left.append(Left(name, cls.__name__, why))
+            fuser.left.append(Left(name, cls.__name__, why))
             return
         flows: Any = container.flows
-        before = len(visitor.replaced)
+        before = len(fuser.replaced)
         prefix = f"{name}.flows" if name else "flows"
         if kind is nf.MultiscaleFlow:
-            levels = [_fused(level, f"{prefix}.{i}", visitor) for i, level in enumerate(flows)]
+            levels = [_fused(level, f"{prefix}.{i}", fuser) for i, level in enumerate(flows)]
             fused = nn.ModuleList(levels)
         else:
-            fused = _fused(flows, prefix, visitor)
-        if len(visitor.replaced) > before:
+            fused = _fused(flows, prefix, fuser)
+        if len(fuser.replaced) > before:
             implementation = FusedContainer(container, {"flows": fused})
             accelerate_module(container, self.folder, kind.__name__, implementation)
 

@@ -173,9 +173,7 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
     unchanged = [i for i, m in enumerate(mask.tolist()) if m]
     transformed = [i for i, m in enumerate(mask.tolist()) if not m]
     if len(unchanged) != len(mask) // 2:
-        return (
-            f"its mask keeps {len(unchanged)} of {len(mask)} features; ours keep {len(mask) // 2}"
-        )
+        return f"its mask keeps {len(unchanged)} of {len(mask)} features, not {len(mask) // 2}"
     nets = [layer._modules.get(name) for name in ("s", "t")]
     params = Masked(nets[0], nets[1], tuple(unchanged), tuple(transformed))
     order = (*unchanged, *transformed)
@@ -227,7 +225,7 @@ def channels_of(layer: Any) -> int | None:
     for m in layer.modules():
         if isinstance(m, AffineConstFlow):
             return int(m.s.shape[1])
-        if isinstance(m, nf.flows.Permute | nf.flows.Invertible1x1Conv | nf.flows.InvertibleAffine):
+        if isinstance(m, (nf.flows.Permute, nf.flows.Invertible1x1Conv, nf.flows.InvertibleAffine)):
             return int(m.num_channels)
         if isinstance(m, nf.flows.AffineCouplingBlock) and m is layer:
             net = m.flows[1].param_map

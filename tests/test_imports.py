@@ -1,0 +1,72 @@
+"""Modules of the package import only downwards, and never in a circle."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mflow_kernels
+
+ROOT = Path(mflow_kernels.__file__).parent
+# From the bottom up, as docs/architecture.md draws them.
+PACKAGES = ["ops", "reversible", "layers", "models", "interop", "data", "runs", "evaluation"]
+PACKAGES += ["training"]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the package that a module imports when it is loaded, or for type checkers."""
+    found = [ast.parse(path.read_text())]
+    while found:
+        node = found.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in MODULES else node.module for name in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef):  # a function imports when it is called
+            found += ast.iter_child_nodes(node)
+
+
+# The top level imports names of subpackages when they are first used.
+GRAPH = {
+    name: {other for other in imported(path) if other in MODULES and other != name}
+    for name, path in MODULES.items()
+    if name != "mflow_kernels"
+}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Otherwise this raises CycleError, which lists the modules of the circle."""
+    graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_packages_import_only_those_below_them() -> None:
+    height = {f"mflow_kernels.{package}": i for i, package in enumerate(PACKAGES)}
+    for name, others in GRAPH.items():
+        package = ".".join(name.split(".")[:2])
+        above = {
+            other
+            for other in others
+            if height.get(".".join(other.split(".")[:2]), -1) > height.get(package, len(PACKAGES))
+        }
+        assert not above, f"{name} imports {above}"
+
+
+@pytest.mark.parametrize("package", ["ops", "reversible", "layers", "models", "interop"])
+def test_torch_2_9_can_trace_every_isinstance(package: str) -> None:
+    """Its compiler takes a tuple of classes, but no union."""
+    for name, path in MODULES.items():
+        if name.startswith(f"mflow_kernels.{package}"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                    assert not isinstance(node.args[1], ast.BinOp), f"{path}:{node.lineno}"

@@ -1,0 +1,113 @@
+"""Class-conditional training from the command line, from classes in folders to samples by class."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import TINY, write_images
+
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.data.splits import load_splits
+from mflow_kernels.runs.folder import load_run
+from mflow_kernels.training.cli import main
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """Dark and bright images, in folders named after their classes."""
+    folder = tmp_path_factory.mktemp("data") / "pets"
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(folder / name, 12, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pets, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        run = tmp_path_factory.mktemp("runs") / "run"
+        command = ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(run)]
+        assert main(command) == 0
+        yield run
+
+
+def test_the_run_knows_its_classes(trained):
+    loaded = load_run(str(trained), "cpu")
+    assert loaded.config.classes == "labels"
+    assert loaded.config.class_names == ["cat", "dog"]
+    assert loaded.model.class_names == ("cat", "dog")
+    assert loaded.model.n_bits == 8
+    assert [stage.flow.context_channels for stage in loaded.model.stages] == [2, 2]
+    x = torch.rand(2, 1, 8, 8) - 0.5
+    one, other = (loaded.model.log_prob(x, context=torch.full((2,), c)) for c in range(2))
+    assert one.isfinite().all()
+    assert not torch.allclose(one, other)
+
+
+def test_training_passes_the_class_of_each_image(pets, tmp_path, monkeypatch):
+    """The context of each trained image is the class of its folder."""
+    monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "cache"))
+    splits = load_splits(str(pets), 8, "labels")
+    classes = splits.images.classes
+    known = splits.images.batch(range(len(classes))).float()
+    original, seen = HierarchicalFlow.terms_and_log_prob, []
+
+    def terms_and_log_prob(self, x, stage, *, release=False, context=None):
+        images = ((x + 0.5) * 256)[:, None]  # noise moves a pixel by less than 1
+        distances = (images - known).flatten(2).abs().amax(2)
+        assert (distances.amin(1) <= 1.001).all()
+        seen.extend(zip(classes[distances.argmin(1)].tolist(), context.tolist(), strict=True))
+        return original(self, x, stage, release=release, context=context)
+
+    monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)
+    run = tmp_path / "run"
+    command = ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(run)]
+    assert main(command) == 0
+    assert len(seen) == 4 * 6  # two stages of three steps
+    assert all(expected == given for expected, given in seen)
+    assert {c for c, _ in seen} == {0, 1}
+
+
+def test_the_accuracy_of_the_posterior(trained, capsys):
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert evaluation["class_accuracy"] in {i / 3 for i in range(4)}  # of three held-out images
+    assert main(["evaluate", str(trained), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "The class of the highest posterior is right for" in printed
+    assert "The class of the highest posterior" in (trained / "report" / "report.html").read_text()
+    assert json.loads((trained / "evaluation.json").read_text()) == evaluation
+
+
+def test_samples_by_class(trained, tmp_path, capsys):
+    rows, one = tmp_path / "rows.png", tmp_path / "one.png"
+    command = ["sample", str(trained), "--number", "6", "--device", "cpu", "--output"]
+    assert main([*command, str(rows)]) == 0
+    assert main([*command, str(one), "--class", "dog"]) == 0
+    assert rows.read_bytes() != one.read_bytes()
+    assert main([*command, str(one), "--class", "cow"]) == 2
+    assert "--class: expected one of cat, dog, got cow" in capsys.readouterr().err
+
+
+def test_it_resumes_and_exports(trained, tmp_path, capsys):
+    assert main(["train", "--resume", "--run-dir", str(trained), "--max-steps", "4"]) == 0
+    out = tmp_path / "exported"
+    assert main(["export", str(trained), "--out", str(out)]) == 0
+    model, expected = HierarchicalFlow.from_pretrained(out), load_run(str(trained), "cpu").model
+    assert (model.n_bits, model.crop, model.class_names) == (8, None, ("cat", "dog"))
+    x, classes = torch.rand(2, 1, 8, 8) - 0.5, torch.tensor([0, 1])
+    assert torch.equal(model.log_prob(x, context=classes), expected.log_prob(x, context=classes))
+
+
+def test_bad_classes(pets, tmp_path, capsys):
+    flat = write_images(tmp_path / "flat")
+    for options, message in (
+        (["--data", str(flat), "--classes"], "--classes: expected every image in a folder"),
+        (
+            ["--data", str(pets), "--classes", "Smiling"],
+            "--classes: expected 'labels', the folders",
+        ),
+        (["--data", "digits", "--classes", "Smiling"], "--classes: expected 'labels' for a named"),
+    ):
+        assert main(["train", *options, *TINY, "--run-dir", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
