@@ -100,7 +100,7 @@ def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
             "network": getattr(flow, "context_channels", 0) is not None or "built-in networks",
             "scale": getattr(flow, "scale", None) in (None, ScaleFunction())
             or "the default scale function",
-            "weight": not isinstance(stage.objective.weight, Tensor | tuple)
+            "weight": not isinstance(stage.objective.weight, (Tensor, tuple))
             or "a weight that is no map",
         }
         for name, right in found.items():
