@@ -18,6 +18,7 @@ class Stream(IntEnum):
     UNIFORM_IMAGES = 6
     REPORT_NOISE = 7
     REPORT_SAMPLES = 8
+    MISSING_PIXELS = 9
 
 
 def stream_generator(

@@ -1,5 +1,7 @@
 """Images that a trained model draws, and its projections of given images."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,41 @@ def project_images(
     """
     x = bin_centres(images, model)
     return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
+
+
+def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -> Tensor:
+    """Return a mask (N, 1, H, W) for images (N, C, H, W): True where a pixel is known.
+
+    The missing pixels are the right half, the square of half the side in the middle, or three in
+    four at random, others in each image.
+    """
+    number, _, height, width = images.shape
+    known = torch.ones(number, 1, height, width, dtype=torch.bool)
+    if missing == "half":
+        known[..., width // 2 :] = False
+    elif missing == "centre":
+        known[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+    else:
+        generator = stream_generator(0, Stream.MISSING_PIXELS)
+        known = torch.rand(known.shape, generator=generator) < 0.25
+    return known
+
+
+def inpaint_images(
+    model: HierarchicalFlow, images: Tensor, known: Tensor, classes: Tensor | None = None
+) -> Tensor:
+    """Fill in the missing pixels of uint8 images (N, C, H, W) from the manifold (`Chart.inpaint`).
+
+    The deviation off the manifold is that of the whole images. Without `classes`, a
+    class-conditional model takes the most probable ones of the whole images.
+
+    Returns:
+        uint8 images of the same shape on the CPU.
+    """
+    x = bin_centres(images, model)
+    context = context_of(model, x, classes)
+    deviation = model.deviation(x, context=context)
+    return to_image(model.inpaint(x, known.to(x.device), deviation, context=context)).cpu()
 
 
 def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:

@@ -216,7 +216,7 @@ class Chart(nn.Module):
 
         u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
-        finds it, from the u of x whose missing pixels are those of decode(0). Each sample is fitted
+        starts from the u of x whose missing pixels are those of decode(0). Each sample is fitted
         alone.
 
         Args:

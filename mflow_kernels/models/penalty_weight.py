@@ -1,4 +1,4 @@
-"""Types and checks for the penalty weight w of the manifold objective."""
+"""The penalty weight w of the manifold objective: its forms, and the density exp(-w rho) / Z."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.masked_penalty import Rho
+from mflow_kernels.ops.penalty_functions import Rho
 
 Domain = Literal["latent", "data"]
 HUBER_ITERATIONS = 12  # each reduces the relative error of w at least 4 times, to below 1e-7
@@ -45,9 +45,10 @@ class ErrorBound:
     the error is above the bound and falls while it is below. It stays within [1e-3, 1e8], so that a
     bound that cannot be reached does not overflow.
 
-    For "l2" the weight is a Lagrange multiplier of the bound; this update of its logarithm is that
-    of GECO (Rezende and Viola, *Taming VAEs*, arXiv 1810.00597, algorithm 1). The other penalties
-    are not the bounded error itself, but a larger weight lowers the error too.
+    For "l2" the weight is a Lagrange multiplier of the bound. As in GECO (Rezende and Viola,
+    *Taming VAEs*, arXiv 1810.00597, algorithm 1), a running mean of the violation changes its
+    logarithm; the violation here is the log of a ratio, which has no unit. The other penalties are
+    not the bounded error itself, but a larger weight lowers the error too.
 
     Args:
         error: largest mean of e^2 over samples and pixels, in squared units of the data.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mflow_kernels.runs.config import TrainConfig
 
 Device = Literal["auto", "cpu", "cuda"]
+Missing = Literal["half", "centre", "pixels"]
 Work = Callable[[], None]
 
 
@@ -209,6 +210,7 @@ def reconstruct(
     run: str,
     data: str | None = None,
     number: int = 24,
+    missing: Missing | None = None,
     output: str | None = None,
     device: Device = "auto",
 ) -> Work:
@@ -219,27 +221,38 @@ def reconstruct(
         data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
             by default the images that the run held out.
         number: Number of images.
+        missing: Hide the right half of each image, a square in its middle, or three in four pixels
+            at random, and draw the images filled in from the manifold instead.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.likelihood import held_out_images
-    from mflow_kernels.evaluation.pictures import draw_residuals
-    from mflow_kernels.evaluation.samples import project_images
+    from mflow_kernels.evaluation.pictures import draw_images, draw_residuals, in_rows
+    from mflow_kernels.evaluation.samples import inpaint_images, known_pixels, project_images
     from mflow_kernels.runs.folder import load_run
 
     _check_at_least("number", number, 1)
     loaded = load_run(run, device)
     images, name, skipped, warning = held_out_images(loaded, data)
-    path = _png(output, loaded.folder / f"reconstructions-{name}.png")
+    suffix = f"-missing-{missing}" if missing else ""
+    path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
 
     def work() -> None:
         _report_skipped(skipped)
         _warn(warning)
         originals = images.batch(range(min(number, len(images))))
-        title = f"{printable(name)}: images and their projections on the manifold"
         classes = None if images.classes is None else images.classes[: len(originals)]
-        projections = project_images(loaded.model, originals, classes=classes)
-        draw_residuals(path, title, originals, projections)
+        if missing is None:
+            title = f"{printable(name)}: images and their projections on the manifold"
+            projections = project_images(loaded.model, originals, classes=classes)
+            draw_residuals(path, title, originals, projections)
+        else:
+            title = f"{printable(name)}: images whose missing pixels the manifold fills in"
+            known = known_pixels(missing, originals)
+            filled = inpaint_images(loaded.model, originals, known, classes)
+            seen = originals.where(known, originals.new_full((), 128))
+            rows = {"original": originals, "known pixels": seen, "filled in": filled}
+            draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
 
     return work

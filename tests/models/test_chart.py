@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from cases import normal, perturbed
+from torch import nn
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.testing import assert_close
 
 
@@ -211,3 +213,59 @@ def test_objectives_differ_by_stage():
     v = model.stages[1].latents(model.encode(x, 1))[0][0][:, :2]
     assert_close(terms.penalty, 9 * v.abs().sum(1), terms=100)
     assert model.stages[0].objective.batches == 1
+
+
+class Plane(Chart):
+    """The plane {A u} with orthogonal columns A, whose most probable u has a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.basis = nn.Parameter(torch.linalg.qr(normal(6, 2, dtype=torch.float64))[0])
+        self.input_shape, self.manifold_dim = (6,), 2
+
+    def encode(self, x, *, context=None):
+        return x @ self.basis
+
+    def decode(self, u, *, context=None):
+        return u @ self.basis.T
+
+
+def test_inpainting_finds_the_most_probable_point():
+    """(A^T M A / s^2 + I) u = A^T M x / s^2, for the mask M of each sample."""
+    model, s = Plane(), 0.3
+    x = normal(4, 6, dtype=torch.float64)
+    known = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 0, 1, 0, 1], [0] * 6, [1] * 6]).bool()
+    a = model.basis.detach()
+    weighted = a * known[:, :, None] / s**2
+    left = a.T @ weighted + torch.eye(2, dtype=torch.float64)
+    u = torch.linalg.solve(left, (weighted * x[:, :, None]).sum(1))
+    hidden = x.where(known, math.nan)
+    filled = model.inpaint(hidden, known, s, steps=400)
+    assert torch.equal(filled[known], x[known])
+    assert (filled - u @ a.T)[~known].abs().max() < 1e-4
+    assert torch.equal(filled[:2], model.inpaint(hidden[:2], known[:2], s, steps=400))
+    assert not filled.requires_grad
+
+
+def test_inpainting_recovers_a_point_of_the_manifold():
+    model = hierarchy(6, 6)
+    x = model.sample(3, generator=torch.Generator().manual_seed(0))
+    known = torch.ones(1, 4, 4, dtype=torch.bool)
+    known[0, 0, 0] = False
+    filled = model.inpaint(x, known, 1e-3, steps=60)
+    mode = model.decode(torch.zeros_like(model.encode(x)))
+    missing = ~known.expand_as(x)
+    assert (filled - x)[missing].norm() < 0.1 * (mode - x)[missing].norm()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(4, 4), 0.1), TypeError, "known: expected dtype bool, got torch.float32"),
+        ((torch.ones(3).bool(), 0.1), ValueError, "known: expected a shape that broadcasts to"),
+        ((torch.ones(4).bool(), 0.0), ValueError, "deviation: expected a finite number > 0, got 0"),
+    ],
+)
+def test_bad_masks_of_missing_pixels(arguments, error, message):
+    with pytest.raises(error, match=message):
+        one_flow().inpaint(normal(*X, dtype=torch.float64), *arguments)

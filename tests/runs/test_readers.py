@@ -14,7 +14,13 @@ from tiny_runs import TINY, listing, metrics
 
 from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
-from mflow_kernels.runs.folder import build_model, checkpoint_tensors, load_run, read_config
+from mflow_kernels.runs.folder import (
+    build_model,
+    checkpoint_tensors,
+    initialize_from,
+    load_run,
+    read_config,
+)
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import parameter_groups
@@ -278,6 +284,11 @@ def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
     save_file(tensors, export / WEIGHTS)
     for model in (load_run(str(run)).model, load_pretrained(export)):
         assert model.stages[0].manifold_index.tolist() == list(range(6))
+    model = build_model(read_config(run))
+    assert model.stages[0].manifold_index.tolist() != list(range(6))
+    initialize_from(model, str(run))
+    assert model.stages[0].manifold_index.tolist() == list(range(6))
+    assert torch.equal(model.stages[0].off_mask_0, load_run(str(run)).model.stages[0].off_mask_0)
     tensors["stages.0.manifold_index"] = torch.arange(1, 7)
     save_file(tensors, export / WEIGHTS)
     with pytest.raises(ValueError, match="manifold_index differs from the masks"):

@@ -206,6 +206,22 @@ class TestReconstructAndEvaluate:
         assert out.strip() == str(run / "reconstructions-other.png")
         assert err.strip() == "skipped 1 file that cannot be read: notes.txt"
 
+    @pytest.mark.parametrize("missing", ["half", "centre", "pixels"])
+    def test_missing_pixels_are_filled_in(self, missing, run, images, monkeypatch, capsys):
+        masks = []
+
+        def inpaint(self, x, known, deviation, *, context=None):
+            masks.append(known)
+            return x
+
+        monkeypatch.setattr(HierarchicalFlow, "inpaint", inpaint)
+        assert main(["reconstruct", str(run), "--missing", missing]) == 0
+        path = run / f"reconstructions-faces-missing-{missing}.png"
+        assert capsys.readouterr().out.strip() == str(path)
+        (known,) = masks
+        expected = {"half": 0.5, "centre": 0.25, "pixels": 0.75}[missing]
+        assert (~known).float().mean().item() == pytest.approx(expected, abs=0.1)
+
     def test_evaluate_repeats_what_train_wrote(self, run, capsys):
         before = (run / "evaluation.json").read_text()
         (run / "evaluation.json").unlink()
