@@ -106,7 +106,7 @@ def draw_run(folder: Path, path: Path) -> None:
         "projection": project_images(run.model, images),
         f"sample, T = {TEMPERATURE}": draw_samples(run.model, SAMPLES, TEMPERATURE, seed=0),
     }
-    title = "The default run of mflow train: held-out digits, their projections, and samples"
+    title = f"A run of mflow train: held-out {run.config.data_name}, their projections, and samples"
     draw_images(path, title, rows)
 
 
