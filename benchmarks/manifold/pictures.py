@@ -121,7 +121,7 @@ def draw_plateau(path: Path, rows: Sequence[Row]) -> None:
             style = "--" if "wider" in method else "-"
             axis.plot(times, values, style, color=colour, label=method, lw=1.4)
         axis.grid(alpha=0.3)
-        axis.set(xlabel="part of the training done")
+        axis.set(xlabel="part of the steps done")
     axes[0].set(ylabel="bits per dimension, validation")
     axes[1].set(ylabel="reconstruction error, validation", yscale="log")
     _plain_ticks(axes[1].yaxis)
