@@ -61,7 +61,7 @@ def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypat
         with pytest.raises(RuntimeError, match="power cut"):
             main([*command, "--overwrite", "--save-steps", "1"])
     assert main([*command, "--resume"]) == 0
-    assert "continuing from step 4\n" in capsys.readouterr().err
+    assert "continuing from step 4 of 6, in stage 2\n" in capsys.readouterr().err
     assert_same(outcome(tmp_path / "run"), whole)
 
 
