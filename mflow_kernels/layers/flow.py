@@ -55,7 +55,7 @@ class Flow(Bijection):
             temperature: standard deviation of the latents, >= 0. Below 1, samples are more likely
                 and vary less (arXiv 1807.03039, section 6).
             generator: on the model's device.
-            context: one for each of the n samples, passed to the coupling networks.
+            context: a context for each of the n samples, passed to the coupling networks.
 
         Raises:
             ValueError: n or temperature is out of range, or the flow has no `input_shape`.
@@ -71,7 +71,7 @@ class Flow(Bijection):
 
 
 def given(context: Tensor | None) -> tuple[Tensor, ...]:
-    """The positional arguments that pass on an optional context."""
+    """The context as positional arguments: none or one."""
     return () if context is None else (context,)
 
 
