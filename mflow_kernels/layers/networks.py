@@ -196,7 +196,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     For fewer than 16 float32 images in channels_last, torch computes a matrix product at half the
     speed of oneDNN's convolution. This module reshapes the pixels to 16 images instead. The result
-    is the same, because a 1x1 convolution treats every pixel alone.
+    is the same, because a 1x1 convolution treats each pixel by itself.
     """
 
     def __init__(self, width: int) -> None:

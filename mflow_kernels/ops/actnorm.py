@@ -130,7 +130,7 @@ def _actnorm_bwd_kernel(
     tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
 
 
-PROGRAMS = 264  # programs of the backward launch: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs of the backward launch: two per multiprocessor (H100)
 
 
 def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:

@@ -1,8 +1,7 @@
 """The kernels of y = W x and of dW, for `conv1x1` and `coupling_conv1x1`.
 
 The fused step is a 1x1 convolution that passes its input through the coupling as it loads it, so
-both operators share these kernels. The operators' own files give the formulas and the least
-traffic.
+both operators share these kernels. The operators' files give the formulas and the least traffic.
 """
 
 from functools import partial
@@ -208,8 +207,9 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
 class WeightGradientTile(NamedTuple):
     """Blocks of dW and of columns, warps, and groups of warps that share out the columns.
 
-    With `groups`, even with one, the operands pass through shared memory with few bank conflicts.
-    Without, the loads are pipelined; there are enough registers for that above 64 channels.
+    If `groups` is a number, even 1, the operands pass through shared memory with few bank
+    conflicts. If it is None, the loads are pipelined; above 64 channels there are enough registers
+    for that.
     """
 
     block: int

@@ -8,8 +8,8 @@ with W^-1 and -W^-1 bias. The layer computes log |det W|, because it knows the f
 Gradients, with g = d loss / d y:
     dx_p = W^T g_p,   dW = sum over samples and pixels of g_p x_p^T,   d bias = sum of g_p
 
-The launch can also write the input of the next coupling network: a dense copy of y_a in the
-network's dtype. Its gradient arrives beside that of y, and the backward launch adds the two.
+The launch can also write the input of the next coupling network, a dense copy of y_a in the
+network's dtype. The backward launch adds the gradient of this copy to that of y.
 
 The kernels are in `channel_products.py`; the fused step (`coupling_conv1x1`) uses them too.
 

@@ -108,7 +108,7 @@ def coupling_backward_ref(
 
 @triton.jit
 def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
-    """Where raw and shift are, for channels c (rows) at columns (n, p).
+    """Locate raw and shift of channels c (rows) at columns (n, p).
 
     Returns the addresses of raw, the distance from raw to shift, the mask of x_b, whose channels
     have both, and whether raw and shift share memory sectors of 32 bytes. In channels_last they

@@ -8,8 +8,8 @@ place of 9 all three are linear layers on vectors (N, C).
 The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3,
 adds the three taps of each row from the pixel's neighbours in the tile, and writes these sums,
 (pixels, 3 * C_out). A second launch adds the three rows. A hidden tensor H has `width` numbers a
-pixel; at Glow's first levels, the sums have fewer. The backward pass needs h1 and h2, so the
-forward launch stores them if gradients will be needed.
+pixel, and at Glow's first levels the sums have fewer than that. The backward pass needs h1 and h2,
+so the forward launch stores them if gradients will be needed.
 
 Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1

@@ -428,7 +428,7 @@ def launch_sum_taps(
     return y
 
 
-PROGRAMS = 264  # programs of a launch that sums over pixels: two a multiprocessor of an H100
+PROGRAMS = 264  # programs of a launch that sums over pixels: two per multiprocessor (H100)
 
 
 def launch_network_backward(

@@ -40,12 +40,12 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
     """The name of the candidate that took the least time on this card when they were compared.
 
     Args:
-        key: names what is computed: shapes, dtype and direction.
+        key: identifies the computation by its shapes and dtype.
         candidates: functions that return their results, by name. They are called only if the file
             of choices has no entry. The first one computes by torch's own operators. A candidate
             that raises, or whose results differ from the first one's, is left out with a warning.
-        device: a CUDA device. Nothing can be timed while it records a CUDA graph; without a
-            known choice, the first candidate is then used.
+        device: a CUDA device. While it records a CUDA graph nothing can be timed, so the first
+            candidate is used if no choice is known.
     """
     choices, first = _choices(), next(iter(candidates))
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {key}"

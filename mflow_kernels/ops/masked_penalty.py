@@ -1,7 +1,6 @@
 r"""The masked penalty of joint manifold learning (arXiv 2206.03293), summed for each sample.
 
-Let e = input - target, m the mask (1: penalized) and w the weight. Sums run over all axes of a
-sample:
+Let e = input - target, m the mask (1: penalized) and w the weight. Each sum runs over one sample:
 
     penalty[n]  = sum m w rho(e)
     gaussian[n] = sum (1 - m) (-e^2/2 - log(2 pi)/2)      standard normal log-density of the rest
@@ -14,9 +13,8 @@ Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de
 Mask and weight are constants without a gradient.
 
 A bool mask, or no mask, selects: the penalty ignores elements outside the mask, and the density
-ignores those inside, even if e is NaN or infinite there. The gradients do the same, and also
-ignore a sum whose gradient is 0. A floating-point mask multiplies, and 0
-times NaN is NaN.
+ignores those inside, even if e is NaN or infinite there. The gradients do the same, and also ignore
+a sum whose gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
 
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed

@@ -9,9 +9,8 @@ dy = (dy_a + dnet, dy_b), the launch computes
 
 and the network input, a copy of x_a in the network's dtype. The caller computes
 dW = sum dy x^T = outer_sum W^-T in float64, for all steps at once; these are C x C products. If x
-was stored, it is not rebuilt, and outer_sum is the same. Swap W and W^-1 to go back through an
-inverse (sampling) chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns
-them.
+was stored, it is not rebuilt, and outer_sum is the same. Swap W and W^-1 for an inverse (sampling)
+chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.

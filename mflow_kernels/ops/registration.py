@@ -48,7 +48,7 @@ def eager_function(
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
-    """Make `forward` differentiable, at a quarter of the registered operator's time on the host.
+    """Return a differentiable `forward` that takes a quarter of the operator's time on the host.
 
     Compilers cannot trace the result, and its gradient cannot be differentiated again.
 
@@ -86,8 +86,8 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the registered operator, or its plain `forward` if it cannot be used.
+    """Return the registered operator, or its plain `forward` where the operator does not work.
 
-    It cannot be used under forward-mode differentiation and in transforms of torch.func.
+    It does not work under forward-mode differentiation and in transforms of torch.func.
     """
     return forward if transformed() else registered

@@ -5,8 +5,8 @@ r"""The scale functions of affine couplings: from a network's raw output to s > 
     tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
     atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
 
-Both log s and its derivative are computed without overflow and without taking the logarithm of a
-number that has underflowed: log sigmoid(-120) is -120.
+log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
+For example, log sigmoid(-120) is -120.
 """
 
 from collections.abc import Callable

@@ -136,7 +136,7 @@ class Operator:
         function: takes `inputs` by position and `options` by name.
         reference: the same function in plain torch, differentiable.
         inputs: names in INPUTS.
-        results: names of the results, of which "y" is a state like x.
+        results: names of the results. A result "y" is a state like x.
         terms: called with N, C and P. Returns, by name, the number of products in the longest sum
             behind one element of each result, and of the gradient of each input.
         options: the names of its options, out of "scale" and "precision".

@@ -135,8 +135,7 @@ def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
     """The indices at which segments begin: 0, and squeezes.
 
     At a squeeze the state is one tensor, and no launch spans the instructions before and after it.
-    A squeeze begins a segment only if networks or linear maps run both before it in the last
-    segment, and after it.
+    A squeeze begins no segment if a segment without networks and linear maps would result.
     """
     starts, works = [0], [isinstance(i, (Couple, ChannelLinear)) for i in instructions]
     for i, instruction in enumerate(instructions):
@@ -168,7 +167,7 @@ def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segme
 
 @dataclass
 class _ForwardRecord:
-    """Data other than saved tensors that a forward pass passes on to its backward pass.
+    """Data, apart from saved tensors, that a forward pass hands to its backward pass.
 
     `random` and `fingerprints` are arguments of `BackwardPass`. `backward` is the backward pass
     itself, which the nodes of all segments share.
