@@ -91,6 +91,7 @@ MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
 
 // A sample is summed in tiles of kTile elements, and the tiles' sums are added in order. This order
 // depends on the shape alone, not on the number of threads or the size of the GPU.
+
 constexpr int kMaxAxes = 4;  // inner axes after merging
 
 // How one tensor is laid out over the samples and the merged inner axes, innermost first. Strides

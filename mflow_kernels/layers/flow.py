@@ -62,7 +62,8 @@ class Flow(Bijection):
         """
         if self.latent_shapes is None:
             raise ValueError(
-                "input_shape: the shapes of the latents follow from it; give it to the constructor"
+                "input_shape: sampling derives the shapes of the latents from it; give it to the "
+                "constructor"
             )
         z = tuple(
             sample_normal(self, (n, *shape), temperature, generator) for shape in self.latent_shapes

@@ -129,15 +129,18 @@ def _has_cudnn(device: torch.device) -> bool:
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether the kernels compute this network on the input x: in 16 bits, with a width of 16 to
-    1,024, for images with at most 56 channels."""
+    """Whether the kernels can compute this network on the input x.
+
+    They take 16-bit dtypes and widths of 16 to 1,024. For images, C_in is at most 28 and C_out at
+    most 56; for vectors, C_in is at most 256 and C_out at most 512.
+    """
     if not uses_triton(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return bool(x.numel()) and x.dim() in (2, 4) and fits(Shape.of(x, len(w1), len(w3)))
 
 
 def fits(s: Shape) -> bool:
-    """Whether tiles of this network's weights fit the kernels."""
+    """Whether the kernels have tiles for a network of these sizes."""
     return s.taps * s.c_out <= 512 and s.taps * s.c_in <= 256 and 16 <= s.width <= 1024
 
 

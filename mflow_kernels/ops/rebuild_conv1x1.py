@@ -15,9 +15,10 @@ chain. The halves of y and dy are separate tensors, as `rebuild_coupling` return
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.
 Least traffic, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
-program computes all three products of its pixels. With more channels arithmetic limits the speed,
-and three products do not fit the registers: other programs compute outer_sum and read y and dy once
-more, and each block of 128 output channels reads its input again.
+program computes all three products of its pixels. With more channels, three products do not fit
+the registers. Other programs then compute outer_sum and read y and dy once more, and each block of
+128 output channels reads its input again; arithmetic limits the speed. Float64 states always use
+these other programs, with blocks of at most 32 channels.
 """
 
 from functools import partial

@@ -317,7 +317,7 @@ class _SegmentFunction(torch.autograd.Function):
             latents,
             dlatents,
             dict(zip(segment.groups, dlog_dets, strict=True)),
-            dledger[:, 0],
+            dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
             dict(zip(ctx.stored_at, stored, strict=True)),
         )
         known = {id(p) for part in record.segments for p in part.parameters}
