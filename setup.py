@@ -73,7 +73,7 @@ def find_nvcc() -> str | None:
 
 @dataclass
 class Cuda:
-    """The CUDA part of a build; without an nvcc, `note` says why there is none."""
+    """The CUDA part of a build. If nvcc is empty there is none, and `note` says why."""
 
     nvcc: str = ""
     archs: tuple[str, ...] = ()
@@ -87,12 +87,12 @@ class Cuda:
 
     @property
     def contents(self) -> str:
-        """The binary's contents: machine code for each architecture, PTX of the newest."""
+        """The binary's contents: machine code for each architecture, and PTX for the newest."""
         return " ".join([*(f"sm_{a}" for a in self.archs), f"compute_{self.archs[-1]}"])
 
 
 def choose_cuda() -> Cuda:
-    """Decides on the CUDA part from the environment, and says what is left out."""
+    """Choose the CUDA part of the build from the environment, and report what it leaves out."""
     wanted = os.environ.get("MFLOW_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"mflow_kernels: MFLOW_CUDA: expected 0 or 1, got {wanted!r}")
@@ -139,7 +139,7 @@ class NinjaBuildExt(build_ext):
                 f"mflow_kernels: no Python.h in {include}. Install Python's development files "
                 "(for example the package python3-dev)."
             )
-        compiler()  # exits if there is none, before anything else is tried
+        compiler()  # exits early if there is no compiler
         cuda = choose_cuda()
         if cuda.nvcc and not self.run_ninja(ext, cuda):
             if os.environ.get("MFLOW_CUDA") == "1":
@@ -192,7 +192,7 @@ class NinjaBuildExt(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             objects.append(f"{source.relative_to(CSRC)}.o")
             lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
-            if source.name in ("module.cpp", "bindings.cpp"):  # the others depend on no define
+            if source.name in ("module.cpp", "bindings.cpp"):  # no other file uses the defines
                 lines.append(f"  defines = {shlex.join(defines)}")
         lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -4,8 +4,8 @@
 
 #include "common/bindings.h"
 
-// The architectures in this build, separated by spaces, and if there are none the reason. setup.py
-// sets both.
+// setup.py sets these: the GPU architectures of this build, separated by spaces, and the reason if there
+// are none.
 #ifndef MFLOW_CUDA_ARCHS
 #define MFLOW_CUDA_ARCHS ""
 #endif

@@ -1,4 +1,4 @@
-// MFLOW_INLINE: always inlined, so that a loop over the function vectorizes; on the GPU too.
+// MFLOW_INLINE: the function is always inlined, on the GPU too, so that loops over it vectorize.
 #pragma once
 
 #if defined(__CUDACC__)

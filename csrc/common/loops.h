@@ -70,7 +70,7 @@ void share_out(int64_t tasks, int64_t elements, int threads, const Run& run) {
     try {
         for (; share < shares; ++share) workers.emplace_back(run_shares, share, share + 1);
     } catch (...) {
-        // No more threads can be started: this one does the rest.
+        // No more threads can be started, so this one does the rest.
     }
     run_shares(0, 1);
     if (share < shares) run_shares(share, shares);

@@ -1,4 +1,4 @@
-// A list of functions that are chosen by name: the scale functions, the penalty functions.
+// A list of functions that are chosen by name. There is one of scale functions and one of penalties.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-// Torch tensors as the loops read and write them. This file calls their Python methods, which is faster
-// than doing so in Python, and the extension does not depend on torch.
+// Torch tensors as the loops read and write them. They are read through their Python methods, so the
+// extension does not depend on torch. Calling these methods from C++ is faster than from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 enum class Use { read, write };
 
-// A tensor and its shape. A tensor of another dtype than `dtype` is read from a copy; a tensor that is
-// written must have that dtype.
+// A tensor, its shape, strides and address. A tensor that is written must have the dtype `dtype`. One that
+// is read may have another; it is then read from a converted copy.
 class Tensor {
 public:
     Tensor(py::object tensor, const py::object& dtype, Use use) : object_(std::move(tensor)) {
@@ -69,7 +69,7 @@ private:
     void* data_ = nullptr;
 };
 
-// A state (N, C, *spatial) whose pixels are reached by one stride. Other layouts are read from a copy.
+// A state (N, C, *spatial) with one stride for all its pixels. Other layouts are read from a copy.
 class State {
 public:
     State(py::object tensor, const py::object& dtype, Use use)

@@ -15,9 +15,9 @@ struct Tile {
     int size() const { return rows * width; }
 };
 
-// Cuts samples of `outer` rows with `inner` elements each into tiles of `rows` by `width` elements,
-// fewer at the ends. Tiles follow one another along a row, then down the rows, then through the
-// samples. The order depends on shapes alone, so sums that are added in it have the same bits with
+// Cuts samples of `outer` rows with `inner` elements each into tiles of `rows` by `width` elements. Tiles
+// at the ends may be smaller. Tiles follow one another along a row, then down the rows, then through the
+// samples. The order depends on shapes alone, so sums added in this order have the same bits with
 // any number of threads.
 class Tiling {
 public:

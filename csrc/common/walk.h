@@ -1,11 +1,11 @@
-// Where the elements of a state lie in memory.
+// How the CPU loops find the elements of a state in memory.
 #pragma once
 
 #include <cstdint>
 
 namespace mflow {
 
-// Where elements (sample, channel, pixel) lie. Strides count elements. Null: absent.
+// The address of a state and its strides, in elements. A null address means that the state is absent.
 struct Walk {
     void* data = nullptr;
     int64_t sample = 0, channel = 0, pixel = 0;

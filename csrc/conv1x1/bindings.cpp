@@ -1,4 +1,4 @@
-// The 1x1 convolutions in the Python module. The checks here keep the loops from reading or writing
+// Binds the 1x1 convolutions to Python. The checks here keep the loops from reading or writing
 // wrong memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ namespace {
 
 using Half = std::pair<py::object, py::object>;
 
-// The last two axes of a tensor (..., C, C); or the last one of (..., C), as a column.
+// A weight (C, C) or a bias (C), as a column: the last axes of a tensor, whose other axes are ignored.
 class Weights {
 public:
     Weights(const py::object& tensor, const py::object& dtype, int64_t channels, bool square) {
@@ -129,7 +129,7 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
 }
 
 // Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
-// x = M (y - bias) and net, x's first half.
+// computes x = M (y - bias) and net, a copy of x's first half.
 void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet,
                       const py::object& weight, const py::object& bias, const py::object& other,
                       const py::object& x, const py::object& net, const py::object& dx,

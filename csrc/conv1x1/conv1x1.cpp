@@ -1,6 +1,6 @@
 // 1x1 convolutions on the CPU. A tile of the state is copied into a panel, a small dense buffer. The
-// coupling and the matrix products run there, and the result is written once. The rows of a panel are
-// pixels if channels are neighbours in memory (PIXEL_ROWS), else channels.
+// coupling and the matrix products run there, and the result is written once. If channels are neighbours
+// in memory (PIXEL_ROWS), the rows of a panel are pixels; otherwise they are channels.
 
 #include "conv1x1.h"
 
@@ -17,10 +17,10 @@ namespace mflow {
 namespace {
 
 constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
-constexpr int64_t kMostParts = 64;  // partial outer sums
+constexpr int64_t kMostParts = 64;  // limit of partial outer sums
 
-// The tiles of a state: all channels of some pixels. Vectors have one pixel; here they count as the
-// pixels of one sample.
+// The tiles of a state. Each has all channels of some pixels. States without spatial axes (`vectors`)
+// have one pixel a sample, so the whole batch is treated as the pixels of one sample.
 template <bool PIXEL_ROWS, class A>
 struct Grid {
     bool vectors;
@@ -79,7 +79,7 @@ A at(const Matrix& m, int64_t row, int64_t column) {
     return static_cast<const A*>(m.data)[row * m.row + column * m.column];
 }
 
-// A matrix as `product` reads it: transposed and padded to whole vectors if rows are pixels.
+// A matrix as `product` reads it. If rows are pixels, it is transposed and padded to whole vectors.
 template <bool PIXEL_ROWS, class A>
 class PackedMatrix {
 public:
@@ -113,8 +113,8 @@ private:
     std::vector<A> packed_;
 };
 
-// z and y: the panels before and after a product. g: the gradient of y. turned: z with pixels as rows.
-// Padding takes part in the arithmetic although its results are dropped, so it is zero: denormals
+// z and y are the panels before and after a product, g is the gradient of y, and `turned` is z with pixels
+// as rows. Padding takes part in the arithmetic although its results are dropped, so it is zero: denormals
 // would be slow.
 template <class A>
 struct Panels {
@@ -129,7 +129,7 @@ struct Conv1x1Loop {
     Grid<PIXEL_ROWS, A> grid;
     PackedMatrix<PIXEL_ROWS, A> weight;
     std::vector<A> bias;
-    std::vector<double> sums;  // the sum of log s of each tile, or of each vector
+    std::vector<double> sums;  // of log s: one for each tile or, if `vectors`, for each sample
 
     explicit Conv1x1Loop(const Conv1x1& p)
         : p(p), grid(p), weight(p.weight, grid.channels), bias(whole_vectors<A>(grid.channels)) {
@@ -191,10 +191,10 @@ struct Conv1x1BackwardLoop {
     Grid<PIXEL_ROWS, A> grid;
     PackedMatrix<PIXEL_ROWS, A> back, other;
     int64_t parts, outer_row;
-    std::vector<A> outer_sums, dbiases;  // of each part
+    std::vector<A> outer_sums, dbiases;  // one for each part
 
-    // The number of parts depends on the shape alone, not on the number of threads, so the sums
-    // have one order.
+    // The number of parts depends on the shape alone, not on the number of threads, so the order of the
+    // sums is fixed.
     explicit Conv1x1BackwardLoop(const Conv1x1Backward& p)
         : p(p),
           grid(p),
@@ -215,7 +215,7 @@ struct Conv1x1BackwardLoop {
         }
     }
 
-    // Also fills the panels g with dy and z with z, which `add_to_sums` reads.
+    // Also fills the panels g and z with dy and z, which `add_to_sums` reads.
     MFLOW_INLINE void run(const Tile& t, Panels<A>& b) {
         using V = typename Vector<A>::type;
         const int first = grid.first, second = grid.channels - first;
@@ -339,8 +339,8 @@ MFLOW_RANGES(true, double)
 MFLOW_RANGES(false, double)
 #undef MFLOW_RANGES
 
-template <class A, class Walked>
-void run(Walked& m, int64_t tasks, int64_t elements, int threads) {
+template <class A, class Loop>
+void run(Loop& m, int64_t tasks, int64_t elements, int threads) {
     share_out(tasks, elements, threads, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<Panels<A>> panels(new Panels<A>);
         run_range(m, begin, end, *panels);

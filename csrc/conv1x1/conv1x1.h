@@ -1,11 +1,11 @@
-// Invertible 1x1 convolutions on the CPU: the description of a problem. Actnorm is folded in. The
+// Invertible 1x1 convolutions on the CPU: the structs that describe a problem. Actnorm is folded in. The
 // formulas are those of mflow_kernels/ops/conv1x1.py, coupling_conv1x1.py and rebuild_conv1x1.py.
 //
 //   conv1x1             y = W z + bias, where z is x or, with a coupling, couple(x).
 //   conv1x1_backward    dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. With a coupling, z is
-//                       couple(x), and the gradients of x and params are computed too. Without one,
-//                       z is the given state minus bias: x itself (bias absent), so that outer_sum
-//                       is dW; or y, and then x = M z is rebuilt if M is given.
+//                       couple(x), and the gradients of x and params are computed too. Without a
+//                       coupling, z is the given state minus bias. If the state is x and bias is
+//                       absent, outer_sum is dW. If the state is y and M is given, x = M z is rebuilt.
 #pragma once
 
 #include "../coupling/coupling.h"
@@ -27,7 +27,7 @@ struct Conv1x1 {
     int64_t first = 0;  // channels of its first half
     Matrix weight, bias;
     Walk x[2], y;
-    Walk net;                           // a second copy of y's first half, or absent
+    Walk net;                            // the network input, a copy of y's first half; or absent
     const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
 };
 
@@ -41,8 +41,8 @@ struct Conv1x1Backward {
     Walk dstate;          // the gradient of z; with a coupling, of x
     void *outer_sum, *dbias;   // (C, C) and (C), dense
     Matrix other;         // M
-    Walk rebuilt, net;    // M z, and a second copy of its first half
-    const Coupling* coupling = nullptr;  // also its dlogdet, draw and dshift
+    Walk rebuilt, net;    // M z, and the network input, a copy of its first half
+    const Coupling* coupling = nullptr;  // its dlogdet, draw and dshift are used too
 };
 
 void conv1x1_cpu(const Conv1x1& problem, int threads);

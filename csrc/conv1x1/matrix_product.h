@@ -8,7 +8,7 @@
 
 namespace mflow {
 
-// 64 bytes: one register of AVX-512, two of AVX2. May lie at any address that an A may.
+// A vector of 64 bytes: one register of AVX-512, two of AVX2. It needs only the alignment of an A.
 template <class A>
 struct Vector;
 template <>
@@ -28,14 +28,14 @@ constexpr int64_t whole_vectors(int64_t count) {
     return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// (row, k) -> data[row * row_stride + k * step].
+// A matrix whose element (i, k) is data[i * row + k * step].
 template <class A>
 struct Operand {
     const A* data;
     int64_t row, step;
 };
 
-// ROWS rows of `product`, kept in registers. AVX2 has room for 6.
+// Computes ROWS rows of `product` in registers. AVX2 has registers for 6 rows.
 template <int ROWS, class A, class Begin>
 MFLOW_INLINE void product_rows(int depth, const Operand<A>& a, const A* b, int64_t b_row, A* out,
                                int64_t out_row, const Begin& begin) {
@@ -50,9 +50,9 @@ MFLOW_INLINE void product_rows(int depth, const Operand<A>& a, const A* b, int64
     for (int i = 0; i < ROWS; ++i) *reinterpret_cast<V*>(out + i * out_row) = sums[i];
 }
 
-// out[row][column] = begin + sum over k < depth of a(row, k) * b[k][column], for all columns of
-// whole vectors, for which the rows of b and out must have room. begin(row, column, sum) sets the
-// vector that the sum starts from.
+// out[row][column] = begin + sum over k < depth of a(row, k) * b[k][column]. The number of columns is
+// rounded up to whole vectors, so the rows of b and out must have room for them. begin(row, column, sum)
+// sets the vector that the sum starts from.
 template <class A, class Begin>
 MFLOW_INLINE void product(int rows, int columns, int depth, const Operand<A>& a, const A* b,
                           int64_t b_row, A* out, int64_t out_row, const Begin& begin) {

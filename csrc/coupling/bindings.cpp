@@ -1,4 +1,4 @@
-// The couplings in the Python module. The checks here keep the loops from reading or writing wrong
+// Binds the couplings to Python. The checks here keep the loops from reading or writing wrong
 // memory. The caller (mflow_kernels/ops/cpu.py) has checked devices.
 
 #include <pybind11/pybind11.h>
@@ -36,8 +36,8 @@ void couple(int threads, int64_t stays, const py::object& x, const py::object& p
     couple_cpu(p, threads);
 }
 
-// `given` is the coupling's input if `kept`, otherwise its output; `other` receives the other one and
-// may be None if `kept`. These and the gradients are halves (stays = 0) or whole states.
+// `given` is the coupling's input if `kept`, otherwise its output. `other` receives the other one of the
+// two, and may be None if `kept`. All states and gradients are halves (stays = 0) or whole.
 void coupling_backward(int threads, int64_t stays, bool kept, const py::object& given,
                        const py::object& params, const py::object& dy, const py::object& dlogdet,
                        const py::object& other, const py::object& dx, const py::object& dparams,

@@ -15,8 +15,8 @@
 namespace mflow {
 namespace {
 
-// The tiles of a half. Their rows run along the axis that is contiguous in memory, pixels or
-// channels. Vectors have one pixel; their rows are samples.
+// The tiles of a half. Their rows run along the axis that is contiguous in memory, pixels or channels.
+// For states without spatial axes (`vectors`), the rows of a tile are samples.
 struct Grid {
     bool pixels_inside, vectors;
     Tiling tiling;
@@ -51,7 +51,7 @@ MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffe
     return buffer;
 }
 
-// Memory for results: the tile itself if it is dense; otherwise the buffer, from which `write` copies.
+// Memory for results: the tile itself if it is dense, otherwise the buffer, which `write` copies later.
 template <class A>
 MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
     const Part<A> to = part<A>(g, t, w);
@@ -63,7 +63,7 @@ MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) 
     if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
 }
 
-// Copies the tile's share of the half that passes through: the channels with the same numbers.
+// Copies the tile's share of the half that passes through: the channels with the tile's indices.
 template <class A>
 MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
@@ -149,7 +149,7 @@ MFLOW_RUN_TILES(run_tiles, double)
 template <class A>
 void run(const Coupling& p, const Grid& g, int threads, double* sums) {
     share_out(g.tiling.tiles(), p.shape.size(), threads, [&](int64_t first, int64_t last) {
-        // 44 to 88 KB: more than the caller's stack may have left.
+        // On the heap: 44 to 88 KB may be too much for the caller's stack.
         const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
         run_tiles(p, g, first, last, sums, *buffers);
     });

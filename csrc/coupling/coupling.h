@@ -1,5 +1,5 @@
-// Affine couplings on the CPU: the description of a problem. The formulas are those of
-// mflow_kernels/ops/scale.py and coupling.py; nothing here knows of torch.
+// Affine couplings on the CPU: the struct that describes a problem. The formulas are those of
+// mflow_kernels/ops/scale.py and coupling.py. This file does not depend on torch.
 //
 //   couple              y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
 //   coupling_backward   x_b from y_b (unless kept), and the gradients of x_b and params = (raw, shift)
@@ -35,9 +35,9 @@ struct Coupling {
     int64_t dlogdet_stride = 0;
     Walk dy, dx, draw, dshift;
 
-    // If `to` is given, the half that the coupling passes through is copied, of the state and of its
-    // gradient.
-    int64_t stays = 0;  // its channels, no more than those of the other half
+    // The half that the coupling passes through is copied from `from` to `to`, if `to` is given: entry 0
+    // for the state, entry 1 for its gradient.
+    int64_t stays = 0;  // channels of this half, no more than those of the other half
     Walk from[2], to[2];
 };
 

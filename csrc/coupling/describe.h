@@ -9,7 +9,7 @@
 
 namespace mflow {
 
-// From `ScaleFunction.args`: (kind, offset, eps, clamp, order).
+// Reads `ScaleFunction.args`: (kind, offset, eps, clamp, order).
 inline Scale parse_scale(const py::tuple& args, bool is_double) {
     Scale s;
     const std::string kind = py::cast<std::string>(args[0]), order = py::cast<std::string>(args[4]);
@@ -26,7 +26,7 @@ inline Scale parse_scale(const py::tuple& args, bool is_double) {
     return s;
 }
 
-// The coupling of a half of this shape with these params.
+// Describes the coupling of a half of this shape with these params.
 inline Coupling describe_coupling(bool is_double, const Shape& half, const State& params,
                                   const py::tuple& scale, bool inverse) {
     const Shape& given = params.shape();

@@ -1,6 +1,6 @@
 // The scale functions on the CPU: log s and its slope d log s / d raw, elementwise. float64 uses libm.
 // float32 uses polynomials without branches, so that loops over them vectorize; they are accurate to a
-// few units in the last place. exp and atan have Cephes's polynomials (expf, atanf), the logarithm the
+// few units in the last place. exp and atan use the polynomials of Cephes (expf, atanf), and log uses the
 // series of the inverse hyperbolic tangent. NaN and infinities pass through.
 #pragma once
 
@@ -14,8 +14,8 @@
 
 namespace mflow {
 
-// e^x = two * two2 * (1 + less): less = e^r - 1 for the remainder |r| <= log(2) / 2, and a power of
-// two in halves, so that subnormal results are reached with one rounding.
+// e^x = two * two2 * (1 + less), with less = e^r - 1 for the remainder |r| <= log(2) / 2. The power of two
+// is split into two factors, so that a subnormal result is rounded only once.
 struct ExpParts {
     float less, two, two2;
 };
@@ -23,11 +23,11 @@ struct ExpParts {
 MFLOW_INLINE ExpParts exp_parts(float x) {
     x = x < -104.0f ? -104.0f : x;  // e^-104 is 0
     x = x > 89.0f ? 89.0f : x;      // e^89 is infinite
-    // Adding 1.5 * 2^23 rounds to an integer, and leaves it in the low bits.
+    // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
     const float shifted = x * 1.44269504088896341f + 12582912.0f;
     const float whole = shifted - 12582912.0f;
     const int32_t n = static_cast<int32_t>(bit_cast<uint32_t>(shifted) - 0x4b400000u);
-    float r = x - whole * 0.693359375f;  // log 2 in two parts, the first exact in few bits
+    float r = x - whole * 0.693359375f;  // log 2 has two parts; the first is exact in few bits
     r = r + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -96,7 +96,7 @@ MFLOW_INLINE float atan_of(float x) {
 }
 MFLOW_INLINE double atan_of(double x) { return std::atan(x); }
 
-// tanh of x >= 0, and its derivative, which 1 - tanh^2 would round away.
+// tanh of x >= 0, and its derivative. 1 - tanh^2 would round small derivatives to 0.
 template <class A>
 struct Tanh {
     A value, slope;

@@ -15,8 +15,8 @@ namespace mflow {
 template <class A>
 struct Part {
     A* data;
-    int64_t row, step;  // strides
-    bool dense;
+    int64_t row, step;  // strides from row to row, and within a row
+    bool dense;         // whether its elements follow one another without gaps
 };
 
 template <class A>
@@ -61,6 +61,7 @@ struct Buffers {
     A y[kTile], dx[kTile], dy[kTile], draw[kTile], dshift[kTile];
 };
 
+// log s of `count` values and, if SLOPE, its slope d log s / d raw.
 template <bool SLOPE, class A>
 MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, A* slope) {
     const Constants<A> k = {A(s.offset), A(s.eps), A(s.clamp)};
@@ -76,8 +77,8 @@ MFLOW_INLINE void log_scales(const Scale& s, int count, const A* raw, A* log_s, 
     if (!known) throw std::invalid_argument("unknown scale function");
 }
 
-// y = s (x + t) if ADD_FIRST, else s x + t. For an inverse coupling `sign` is -1 and negates log s
-// and t.
+// y = s (x + t) if ADD_FIRST, otherwise y = s x + t. An inverse coupling has `sign` -1, which negates
+// log s and t.
 template <bool ADD_FIRST, class A>
 MFLOW_INLINE void scale_values(int count, A sign, const A* x, const A* log_s, const A* shift, A* y) {
 #pragma omp simd
@@ -95,8 +96,8 @@ MFLOW_INLINE A sum(int count, const A* values) {
     return total;
 }
 
-// If KEPT, `given` is x and `other` becomes y; otherwise `given` is y and `other` becomes x. u is the
-// value that the scale multiplies.
+// The gradients dx, draw and dshift from dy and dlogdet. If KEPT, `given` is x and `other` becomes y;
+// otherwise `given` is y and `other` becomes x. u is the value that the scale multiplies.
 template <bool ADD_FIRST, bool KEPT, class A>
 MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
                                  const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
@@ -119,7 +120,7 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
     }
 }
 
-// The two functions above, in the order in which this coupling scales and shifts.
+// `scale_values` and `unscale_values`, in the order in which this coupling scales and shifts.
 template <class A>
 MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* log_s, const A* shift,
                              A* y) {

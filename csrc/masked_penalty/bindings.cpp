@@ -1,4 +1,4 @@
-// The masked penalty in the Python module: describes the problem by addresses and strides. The checks
+// Binds the masked penalty to Python, and describes the problem by addresses and strides. The checks
 // here keep the loops from reading or writing wrong memory. The caller
 // (mflow_kernels/ops/masked_penalty.py) has checked devices.
 
@@ -116,8 +116,8 @@ void lay_out(Problem& p, const Sizes& shape, const std::vector<Source>& sources)
             view.dense = view.dense && (p.extent[a] == 1 || view.stride[a] == packed);
             packed *= p.extent[a];
         }
-        // A vector may start at every multiple of its length in a row: a row's end matters only
-        // where another row follows.
+        // Vectors start at the multiples of their length in a row. The length of a row matters only if
+        // another row follows.
         const int64_t alignment = std::min<int64_t>(16, vector * s.from->item_size);
         const auto keeps = [&](int64_t stride) { return stride * s.from->item_size % alignment == 0; };
         view.aligned = reinterpret_cast<uintptr_t>(view.data) % alignment == 0 && p.size > 1 && view.stride[0] == 1 &&
@@ -182,7 +182,7 @@ private:
     }
 };
 
-// `queue` is the number of threads on a CPU, the stream on a GPU.
+// `queue` is the number of threads on a CPU, and the stream on a GPU.
 template <class Cpu, class Cuda>
 void dispatch(const Problem& p, bool cuda, uintptr_t queue, Cpu on_cpu, Cuda on_cuda) {
     py::gil_scoped_release release;

@@ -34,8 +34,8 @@ template <class A>
 MFLOW_INLINE A widen(Half v) {
     const int32_t half = static_cast<int16_t>(v.bits);
     const uint32_t exponent = half & 0x7c00;
-    // Sign and mantissa in a float's places. The exponent's bias is 15 in a half and 127 in a float;
-    // the largest exponent, that of infinity and NaN, is 31 in a half and 255 in a float.
+    // Move sign and mantissa to their places in a float. The exponent's bias is 15 in a half and 127 in
+    // a float. The largest exponent, that of infinity and NaN, is 31 in a half and 255 in a float.
     const uint32_t placed = static_cast<uint32_t>(half) << 13 & 0x8fffe000u;
     const uint32_t raise = exponent == 0x7c00u ? 255u - 31u : 127u - 15u;
     // A subnormal half counts units of 2^-24, the last place of a float from 0.5 to 1.
@@ -64,8 +64,8 @@ struct Narrow<Half> {
     static MFLOW_INLINE Half from(float v) {
         const uint32_t bits = bit_cast<uint32_t>(v);
         const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
-        // From 2^16 on all is infinity in a half. Drop 13 bits of the mantissa, and lower the
-        // exponent's bias from 127 to 15.
+        // Magnitudes from 2^16 on become infinity in a half. Drop 13 bits of the mantissa, and lower
+        // the exponent's bias from 127 to 15.
         const int32_t finite = std::min(magnitude, 0x47800000);
         const int32_t odd = finite >> 13 & 1;
         const int32_t normal = (finite + (0xfff - ((127 - 15) << 23)) + odd) >> 13;
@@ -89,11 +89,11 @@ public:
     }
     MFLOW_INLINE int64_t offset() const { return offset_; }
     MFLOW_INLINE int left() const { return static_cast<int>(p_.extent[0] - at_[0]); }
-    // Number of whole rows that follow, at a distance of stride[1] from one another.
+    // Number of whole rows that follow at intervals of stride[1]; 0 within a row.
     MFLOW_INLINE int whole() const {
         return p_.axes > 1 && at_[0] == 0 ? static_cast<int>(p_.extent[1] - at_[1]) : 0;
     }
-    // Advances along `axis` by `count`, which must not pass its end.
+    // Advances along `axis` by `count`, which must not go past the end of the axis.
     MFLOW_INLINE void advance(int axis, int count) {
         at_[axis] += count;
         offset_ += count * view_.stride[axis];
@@ -111,10 +111,10 @@ private:
     int64_t offset_ = 0;
 };
 
-constexpr int kShortRow = 64;  // shorter rows are read across, many at a time
+constexpr int kShortRow = 64;  // rows up to this length are read column by column, many rows at a time
 constexpr int kSlack = 8;      // number of values that may be written past the end of a tile's buffer
 
-// Copies the `count` values from `rows` on, in any layout, to `buffer`.
+// Copies the next `count` values of `rows`, in any layout, to `buffer`.
 template <class S, class A>
 void gather(const Problem& p, const View& view, const S* base, Rows rows, int count, A* buffer) {
     const int64_t stride = view.stride[0], across = view.stride[1];
@@ -124,7 +124,7 @@ void gather(const Problem& p, const View& view, const S* base, Rows rows, int co
         A* out = buffer + done;
         if (const int many = std::min(rows.whole(), (count - done) / width);
             width <= kShortRow && many > 0) {
-            if (stride == 0) {  // in whole vectors; the next row overwrites the excess
+            if (stride == 0) {  // write whole vectors; the next row overwrites the excess
                 for (int r = 0; r < many; ++r) {
                     const A value = widen<A>(row[r * across]);
                     for (int c = 0; c < width; c += kSlack) {
@@ -155,6 +155,7 @@ void gather(const Problem& p, const View& view, const S* base, Rows rows, int co
     }
 }
 
+// Writes sign * values to `count` elements of a sample from `begin` on, in any layout.
 template <class T, class A>
 void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int count,
              const A* values, A sign) {
@@ -170,8 +171,8 @@ void scatter(const Problem& p, const View& view, T* base, uint32_t begin, int co
     }
 }
 
-// `count` values of a sample from `begin` on, in the accumulate type. Returns their own address if
-// they are contiguous and have that type, else copies them to `buffer`.
+// `count` values of a sample from `begin` on, in the accumulator's type. Returns their own address if
+// they are contiguous and have that type; otherwise copies them to `buffer`.
 template <class S, class A>
 MFLOW_INLINE const A* read(const Problem& p, const View& view, int64_t sample, uint32_t begin,
                            int count, A* buffer) {
@@ -326,7 +327,7 @@ MFLOW_RUN_TILES(run_bfloat16, BFloat16)
 
 template <class A>
 void run_range(const Problem& p, RunTiles run, bool backward, int64_t first, int64_t last) {
-    std::vector<Buffers<A>> buffers(1);  // 20 to 40 KB: more than the stack may have left
+    std::vector<Buffers<A>> buffers(1);  // on the heap: 20 to 40 KB may be too much for the stack
     std::fill_n(buffers[0].mask, kTile, A(1));
     std::fill_n(buffers[0].weight, kTile, A(1));
     run(p, first, last, backward, buffers.data());

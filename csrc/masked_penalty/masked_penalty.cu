@@ -16,8 +16,8 @@ namespace mflow {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kWarps = 8;   // a block
-constexpr int kBlocks = 4;  // on a multiprocessor, at least: allows 64 registers, without spills
+constexpr int kWarps = 8;   // per block
+constexpr int kBlocks = 4;  // per multiprocessor, at least; leaves 64 registers a thread, so none spill
 constexpr unsigned kAll = 0xffffffffu;
 
 template <class T>
@@ -47,7 +47,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float v) {
     return __float2bfloat16_rn(v);
 }
 
-// The widest machine word, of at most 16 bytes, that `bytes` bytes are moved in.
+// The machine word that moves `bytes` bytes: the widest one, but at most 16 bytes.
 template <int bytes>
 struct Word {
     using type = uint4;
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
     }
 }
 
-// One warp a sample and output.
+// Adds the tiles' sums. Each warp computes one output of one sample.
 template <class A>
 __global__ void __launch_bounds__(kLanes * kWarps) sum_kernel(const A* __restrict__ partial,
                                                               A* __restrict__ penalty,
@@ -302,8 +302,8 @@ unsigned blocks_for(int64_t warps) {
     return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// Launches kernel<T, V, indexed>: 16 bytes a lane if they always stay in one row of every view, else
-// one element a lane.
+// Launches kernel<T, V, indexed>. A lane takes 16 bytes at a time if these always lie in one row of every
+// view, otherwise one element.
 #define MFLOW_LAUNCH(kernel)                                                    \
     constexpr int vector = 16 / sizeof(T);                                      \
     const unsigned blocks = blocks_for(p.samples * p.tiles);                    \
@@ -362,7 +362,7 @@ std::string cuda_problem() {
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, false>);
     if (status == cudaSuccess) return "";
-    cudaGetLastError();  // clears it, so that no later launch reports it
+    cudaGetLastError();  // clears the error, so that no later launch reports it
     return cudaGetErrorString(status);
 }
 

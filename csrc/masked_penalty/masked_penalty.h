@@ -1,5 +1,5 @@
-// The masked per-pixel penalty: its formulas, written once for host and device, and the description of
-// a problem for the CPU loops and the CUDA kernels.
+// The masked per-pixel penalty: its formulas, which host and device share, and the struct that describes
+// a problem to the CPU loops and the CUDA kernels.
 //
 //   penalty[n]  = sum_i m w rho(e)                          e = input - target
 //   gaussian[n] = sum_i (1 - m) (-e^2/2 - log(2 pi)/2)
@@ -77,7 +77,7 @@ MFLOW_INLINE A gaussian_of(A e, A m) {
 }
 
 // d loss / d e, where g and h are the gradients of the sample's two sums. If SELECT, a sum whose
-// gradient is 0 adds nothing either.
+// gradient is 0 adds exactly 0, even for NaN and infinity.
 template <class R, bool SELECT, class A>
 MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
     if (SELECT) {
@@ -89,9 +89,10 @@ MFLOW_INLINE A gradient_of(A e, A m, A w, A delta, A g, A h) {
     return g * m * w * R::slope(e, delta) - h * (A(1) - m) * e;
 }
 
-// A sample is summed in tiles of kTile elements, and the tiles' sums are added in order: the order
-// depends on the shape alone, never on the number of threads or the size of the GPU.
-constexpr int kMaxAxes = 4;
+// A sample is summed in tiles of kTile elements, and the tiles' sums are added in order. This order
+// depends on the shape alone, not on the number of threads or the size of the GPU.
+
+constexpr int kMaxAxes = 4;  // inner axes after merging
 
 // How one tensor is laid out over the samples and the merged inner axes, innermost first. Strides
 // count elements; a broadcast axis has stride 0.
@@ -107,7 +108,7 @@ struct Problem {
     Dtype dtype = Dtype::float32;  // of input, target and their gradients
     int rho = -1;                  // its place in Rhos
     double delta = 1;
-    double scale = 1;  // multiplies weight; the weight itself if that is absent
+    double scale = 1;  // multiplies weight, or is the weight itself if that is absent
     bool mask_is_bool = false;
     MFLOW_INLINE bool selects() const { return mask_is_bool || !mask.data; }
 
@@ -120,14 +121,14 @@ struct Problem {
 
     View input, target, mask, weight;  // mask (unless bool) and weight are of the accumulate type
 
-    // Forward. `partial` holds 2 * samples * tiles values and is needed where tiles > 1.
+    // Forward. `partial` holds 2 * samples * tiles values and is needed only if tiles > 1.
     void* penalty = nullptr;
     void* gaussian = nullptr;
     void* partial = nullptr;
 
     // Backward.
     View grad_penalty, grad_gaussian;  // one value a sample
-    View dinput, dtarget;              // absent if not asked for
+    View dinput, dtarget;              // absent if not needed
 };
 
 void forward_cpu(const Problem& problem, int threads);
@@ -137,8 +138,8 @@ void backward_cpu(const Problem& problem, int threads);
 // the launch fails.
 void forward_cuda(const Problem& problem, void* stream);
 void backward_cuda(const Problem& problem, void* stream);
-// Why the current device cannot run the kernels, as for a driver older than this build's CUDA or an
-// architecture that it was not built for; empty if it can.
+// The reason why the current device cannot run the kernels; empty if it can. For example, the driver may
+// be older than this build's CUDA, or the build may lack the device's architecture.
 std::string cuda_problem();
 int cuda_runtime_version();
 

@@ -59,7 +59,7 @@ class ActNorm(Bijection):
         if self.initialized:
             return
         samples = x.transpose(0, 1).flatten(1).double()
-        # All ranks see the same sums and so raise together; no rank waits for another.
+        # All ranks see the same sums, so they raise together and none waits for another.
         count, total = (
             over_ranks(samples.new_tensor(samples.shape[1])),
             over_ranks(samples.sum(1)),
@@ -88,7 +88,7 @@ class ActNorm(Bijection):
 def warn_if_not_initialized(module: nn.Module) -> None:
     """Warn if training starts with an actnorm in `module` that was never initialized or loaded.
 
-    This looks once, in the first call in training mode with gradients.
+    Only the first call in training mode with gradients checks this.
     """
     if getattr(module, "actnorms_checked", False) or not module.training:
         return

@@ -25,7 +25,7 @@ class ChainLayer(Bijection):
         return None
 
     def instructions(self) -> Sequence[Instruction | ActNormConv]:
-        """What the layer does, data -> latent.
+        """The instructions that the layer consists of, in the direction data -> latent.
 
         An `ActNormConv` stands for the `ChannelLinear` instruction that the chain makes of it.
         """
@@ -33,12 +33,12 @@ class ChainLayer(Bijection):
 
 
 def assemble(layers: Mapping[str, ChainLayer]) -> Program:
-    """The program of layers in sequence, data -> latent.
+    """The program of these layers in sequence, in the direction data -> latent.
 
     Linear maps with only couplings in between form one group, whose weights are folded together.
 
     Args:
-        layers: by the prefix that names them in errors, as "layers.0.".
+        layers: keyed by the prefix that names each layer in errors, such as "layers.0.".
     """
     program = Program()
     group: StepGroup | None = None

@@ -23,7 +23,7 @@ from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
 class AffineCoupling(Bijection):
     """y_a = x_a, y_b = s * (x_b + shift) with (raw, shift) = net(x_a) (RealNVP, arXiv 1605.08803).
 
-    x_a is the first half of the channels (the smaller one where C is odd), x_b the rest.
+    x_a is the first half of the channels (the smaller one if C is odd), and x_b is the rest.
 
     Args:
         channels: C >= 2 of the states (N, C, *spatial).
@@ -39,9 +39,10 @@ class AffineCoupling(Bijection):
             see `CouplingNetwork`.
 
     Raises:
-        TypeError, ValueError: naming the argument. A call checks the state before any kernel runs:
-            its channels and, if the net starts with a convolution or linear layer of torch, its
-            axes, device and (outside autocast) dtype. It also checks the net's output.
+        TypeError, ValueError: naming the argument. A call checks the channels of the state before
+            any kernel runs. If the net starts with a convolution or linear layer of torch, it also
+            checks the state's axes, device and (outside autocast) dtype. It checks the net's output
+            too.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class AffineCoupling(Bijection):
         return ops.affine_coupling_inverse(z, self._params(z, context), self.scale)
 
     def checked(self, name: str, value: object) -> Tensor:
-        """`value` as a state for this layer; TypeError or ValueError if it is none."""
+        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
         x = flow_state(name, value)
         check_takes(self.net, name, x, self.channels)
         return x
@@ -129,8 +130,8 @@ class Split(ChainLayer):
 
     def _joined(self, z: object) -> Tensor:
         if not isinstance(z, tuple) or len(z) != 2:
-            came = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
-            raise TypeError(f"z: expected a tuple (kept, latent), got {came}")
+            actual = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
+            raise TypeError(f"z: expected a tuple (kept, latent), got {actual}")
         kept = check_state("z[0]", z[0])
         check_takes(self.coupling.net, "z[0]", kept, self.channels // 2)
         check_latent("z[1]", z[1], kept, self.channels - self.channels // 2, tuple(kept.shape[2:]))

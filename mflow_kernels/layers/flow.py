@@ -55,14 +55,15 @@ class Flow(Bijection):
             temperature: standard deviation of the latents, >= 0. Below 1, samples are more likely
                 and vary less (arXiv 1807.03039, section 6).
             generator: on the model's device.
-            context: one for each of the n samples, passed to the coupling networks.
+            context: a context for each of the n samples, passed to the coupling networks.
 
         Raises:
             ValueError: n or temperature is out of range, or the flow has no `input_shape`.
         """
         if self.latent_shapes is None:
             raise ValueError(
-                "input_shape: the shapes of the latents follow from it; give it to the constructor"
+                "input_shape: sampling derives the shapes of the latents from it; give it to the "
+                "constructor"
             )
         z = tuple(
             sample_normal(self, (n, *shape), temperature, generator) for shape in self.latent_shapes
@@ -71,7 +72,7 @@ class Flow(Bijection):
 
 
 def given(context: Tensor | None) -> tuple[Tensor, ...]:
-    """The positional arguments that pass on an optional context."""
+    """The context as positional arguments: none or one."""
     return () if context is None else (context,)
 
 

@@ -26,7 +26,7 @@ class ActNormConv(NamedTuple):
 class StepGroup(NamedTuple):
     """Consecutive linear maps of one width, or their inverses: a `LinearGroup`.
 
-    names identify their convolutions in errors.
+    `names` identify the convolutions in errors.
     """
 
     steps: list[ActNormConv]
@@ -117,21 +117,21 @@ class _Fold(torch.autograd.Function):
             upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
             left = permutation @ lower
             weight = (left @ upper).mul_(scale[:, None, :])
-            mixed_bias = (weight @ bias[:, :, None]).squeeze(2)
+            folded_bias = (weight @ bias[:, :, None]).squeeze(2)
         # If the steps have different dtypes, `stack` promotes them; autograd casts gradients back.
         ctx.k, ctx.dtypes = k, [stack.dtype for stack in stacks[2:]]
         ctx.save_for_backward(permutation, left, upper, diagonal, scale, bias, weight)
-        return weight, mixed_bias, log_diagonal.sum() + log_scale.sum()
+        return weight, folded_bias, log_diagonal.sum() + log_scale.sum()
 
     @staticmethod
     def backward(
-        ctx: Any, dweight: Tensor, dmixed_bias: Tensor, dlog_det: Tensor
+        ctx: Any, dweight: Tensor, dfolded_bias: Tensor, dlog_det: Tensor
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("fold")
         permutation, left, upper, diagonal, scale, bias, weight = ctx.saved_tensors
         with without_autocast(weight):
-            dweight = torch.baddbmm(dweight, dmixed_bias[:, :, None], bias[:, None, :])
-            dbias = (dmixed_bias[:, None, :] @ weight).squeeze(1)
+            dweight = torch.baddbmm(dweight, dfolded_bias[:, :, None], bias[:, None, :])
+            dbias = (dfolded_bias[:, None, :] @ weight).squeeze(1)
             dlog_scale = (dweight * weight).sum(1).add_(dlog_det)
             dproduct = dweight.mul_(scale[:, None, :])
             dupper = left.mT @ dproduct

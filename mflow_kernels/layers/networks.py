@@ -52,9 +52,9 @@ class CouplingNetwork(nn.Sequential):
 
     Args:
         layers: the layers, in order.
-        context_channels: K. If positive, the network is called with a context, a vector (N, K) or a
-            map (N, K, *sides), as further channels of x: a vector is the same at every pixel, and
-            a map whose sides are multiples of those of x is averaged to them.
+        context_channels: K. If positive, calls take a context, a vector (N, K) or a map
+            (N, K, *sides), which becomes further channels of x. A vector is repeated at every
+            pixel. The sides of a map must be multiples of those of x; it is averaged to x's size.
 
     Raises:
         TypeError, ValueError: in a call, a context that is missing, not expected, or does not fit.
@@ -74,7 +74,7 @@ class CouplingNetwork(nn.Sequential):
 def with_context(x: Tensor, context: object, channels: int) -> Tensor:
     """x (N, C, *spatial) with the context as further channels; see `CouplingNetwork`.
 
-    Images are returned in channels_last, the layout of the fused networks.
+    The result is in channels_last, the layout of the fused networks.
     """
     if not channels:
         raise TypeError("context: expected none, because the networks have no context_channels")
@@ -163,7 +163,7 @@ def has_hooks(*modules: nn.Module) -> bool:
     )
 
 
-# The spatial axes that layers of torch expect.
+# The spatial axes that torch's layers expect.
 SPATIAL = {nn.Linear: (), nn.Conv1d: ("L",), nn.Conv2d: ("H", "W"), nn.Conv3d: ("D", "H", "W")}
 
 # Containers that pass the state unchanged to their first layer.
@@ -173,8 +173,8 @@ SEQUENTIALS = (nn.Sequential, CouplingNetwork)
 def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     """Check that the state x has these channels and, as far as possible, that `net` accepts it.
 
-    If the network starts with a layer of torch, as the default one does, its spatial axes, device
-    and (outside autocast) dtype are checked too.
+    If the network starts with a layer of torch, as the default one does, x must also have the
+    spatial axes, device and (outside autocast) dtype of that layer.
 
     Raises:
         TypeError, ValueError: naming the argument `name`.
@@ -187,16 +187,16 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     weight = first.weight
     check_device(name, x, weight)
     if x.dtype != weight.dtype and not autocasts(x.device):
-        expected, came = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
-        raise TypeError(f"{name}: expected the network's dtype {expected}, got {came}")
+        expected, actual = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
+        raise TypeError(f"{name}: expected the network's dtype {expected}, got {actual}")
 
 
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution of (N, width, H, W), faster on a CPU for small batches.
 
     For fewer than 16 float32 images in channels_last, torch computes a matrix product at half the
-    speed of oneDNN's convolution. This module reshapes the pixels to 16 images instead, which a 1x1
-    convolution may do.
+    speed of oneDNN's convolution. This module reshapes the pixels to 16 images instead. The result
+    is the same, because a 1x1 convolution treats each pixel by itself.
     """
 
     def __init__(self, width: int) -> None:

@@ -53,7 +53,7 @@ class FlowStep(ChainLayer):
 
     @property
     def linear(self) -> ActNormConv:
-        """Its actnorm and 1x1 convolution, which fold into one linear map."""
+        """The actnorm and 1x1 convolution of this step, which fold into one linear map."""
         return ActNormConv(self.actnorm, self.conv)
 
     def instructions(self) -> list[Instruction | ActNormConv]:

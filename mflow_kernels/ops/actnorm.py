@@ -130,7 +130,7 @@ def _actnorm_bwd_kernel(
     tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
 
 
-PROGRAMS = 264  # of the backward pass: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs of the backward launch: two per multiprocessor (H100)
 
 
 def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
@@ -156,7 +156,7 @@ def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) ->
 def launch_actnorm_backward(
     dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch, and the sum of its partial sums: (dx, d bias, d log_scale)."""
+    """One launch and one reduction of its partial sums: (dx, d bias, d log_scale)."""
     dy, x = dense_pixels(dy), dense_pixels(x)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     dtype = accumulator(x.dtype)

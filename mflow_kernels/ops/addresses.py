@@ -2,7 +2,7 @@
 
 One compiled kernel serves every batch size, and every image size whose P and strides are multiples
 of the same power of two. Strides are therefore arguments at run time. For 16-byte accesses the
-compiler must also know which stride is 1, and a divisor of the others: `strided` states both, and
+compiler must also know which stride is 1, and a divisor of the others. `strided` states both, and
 `at` uses them.
 """
 
@@ -17,7 +17,7 @@ from mflow_kernels.ops.layouts import check_span, strides
 
 
 class _Unit(tl.constexpr):
-    # Triton hashes these at every launch. Each value has one object, so its identity will do.
+    # Triton hashes these at every launch. Each value has one object, so its identity is its hash.
     __hash__ = object.__hash__
 
 
@@ -30,11 +30,11 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     """`x` and its strides as a kernel takes them, for `at`: (sample, channel, pixel, unit).
 
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
-    of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. A plain
-    tuple: Triton binds it in half the time that a NamedTuple takes.
+    of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. They are a
+    plain tuple, because Triton takes twice as long to bind a NamedTuple.
 
     Raises:
-        ValueError: an offset within a sample does not fit the 32 bits that kernels hold it in.
+        ValueError: an offset within a sample does not fit the 32 bits that kernels use.
     """
     if x is None:
         return None, None
@@ -84,8 +84,8 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
         n, c, p = n[None, :], c[:, None], p[None, :]
     SIZE: tl.constexpr = UNIT * x.dtype.element_ty.primitive_bitwidth // 8
     x += step(n, strides[0], UNIT)
-    # A step of 1 is added last: before it each address is a multiple of UNIT elements. The compiler
-    # takes this hint only from the result of an operation, not from an argument.
+    # A step of 1 is added last, because each address before it is a multiple of UNIT elements. The
+    # compiler takes this hint only from the result of an operation, not from an argument.
     if strides[1] is None:
         x = tl.multiple_of(x + step(p, strides[2], UNIT), [SIZE, SIZE])
         return x + c
@@ -114,7 +114,7 @@ def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
         at_b = at(b, b_strides, n, c, p, PIXELS_FIRST=True)
         UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
         SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
-        # The compiler gives a choice of pointers a smaller divisor than theirs.
+        # `where` loses part of the divisor that the compiler knows of both, so state it again.
         return tl.multiple_of(tl.where(is_a[None, :], at_a, at_b), [SIZE, SIZE])
 
 

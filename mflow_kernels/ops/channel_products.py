@@ -1,7 +1,7 @@
 """The kernels of y = W x and of dW, for `conv1x1` and `coupling_conv1x1`.
 
 The fused step is a 1x1 convolution that passes its input through the coupling as it loads it, so
-both operators share these kernels. Their files have the formulas and the least traffic.
+both operators share these kernels. The operators' files give the formulas and the least traffic.
 """
 
 from functools import partial
@@ -87,8 +87,11 @@ def _conv1x1_kernel(
     BLOCK_C: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y = W x + bias for one tile of columns. With a SCALE, x passes through its coupling first. In
-    a backward pass x is a gradient, and dnet is added to its first half."""
+    """Compute y = W x + bias for one tile of columns.
+
+    With a SCALE, x passes through its coupling first. In a backward pass x is a gradient, and dnet
+    is added to its first half.
+    """
     BLOCK_P: tl.constexpr = COLUMNS.block
     tile, block = tile_and_block(C, BLOCK_O)
     n, p, valid = columns(tile, N, P, COLUMNS)
@@ -144,8 +147,8 @@ def _weight_gradient_kernel(
 ):
     """One partial sum of dW = sum dy x^T and d bias = sum dy, over every `splits`-th tile.
 
-    Each warp takes 16 output channels. With fewer channels than that, each of GROUPS groups of
-    warps takes a part of the columns, and their sums are added at the end.
+    Each warp takes 16 output channels. If there are too few channels for all warps, each of GROUPS
+    groups of warps takes a part of the columns, and the groups' sums are added at the end.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -159,8 +162,8 @@ def _weight_gradient_kernel(
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, COLUMNS)
         dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE, True)
-        # Load columns by channels, as the product needs them: for a transposed tile Triton loads
-        # single words.
+        # Load columns by channels, as the product needs them. Triton would load a transposed tile
+        # in single words.
         at_x = at(x, x_strides, n, c, p, PIXELS_FIRST=True)
         x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
         if SCALE is not None:
@@ -195,8 +198,8 @@ class Conv1x1Tile(NamedTuple):
 
 def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_o = min(128, max(16, triton.next_power_of_2(c)))
-    # In tf32x3 each warp takes 16 rows of a product; more warps than that would repeat rows. Up to
-    # C = 32 there are more columns than rows, and warps take columns.
+    # In tf32x3 each warp takes 16 rows of a product, and further warps would repeat rows. Up to
+    # C = 32 there are more columns than rows, and the warps share out the columns.
     block_c = 16 if c <= 16 or 32 < c <= 48 else 32
     return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4)
 
@@ -204,8 +207,9 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
 class WeightGradientTile(NamedTuple):
     """Blocks of dW and of columns, warps, and groups of warps that share out the columns.
 
-    With `groups` the operands pass through shared memory with few bank conflicts, even if there is
-    one group. Without, the loads are pipelined, which more than 64 channels have the registers for.
+    If `groups` is a number, even 1, the operands pass through shared memory with few bank
+    conflicts. If it is None, the loads are pipelined; above 64 channels there are enough registers
+    for that.
     """
 
     block: int
@@ -229,8 +233,10 @@ MULTIPROCESSORS = 132  # of an H100
 
 
 def partial_sums(columns: int, c: int, most: int) -> int:
-    """Number of partial sums of a C x C product over `columns` columns of C values: at most `most`,
-    and no more values than the state has."""
+    """Number of partial sums of a C x C product over `columns` columns of C values.
+
+    It is at most `most`, and the sums together have no more values than the state.
+    """
     return max(1, min(most, columns // c))
 
 
@@ -245,7 +251,7 @@ def weight_gradient_splits(x: Tensor) -> int:
     return partial_sums(n * p, c, min(tiles, programs))
 
 
-DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # of a dW launch
+DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that computes dW
 
 
 # Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
@@ -256,8 +262,8 @@ FENCES_COPIES = TorchVersion(triton.__version__) >= "3.7.1"
 def pipeline_stages(precision: str) -> int:
     """Pipelining stages of a loop that multiplies tiles as they were loaded.
 
-    A pipeline loads by asynchronous copies. Only "tf32" reads such a copy: in "tf32x3" operands are
-    split in registers and written back, with a fence.
+    A pipeline loads tiles by asynchronous copies. Only a "tf32" product reads such a copy directly.
+    For "tf32x3" the operands are split in registers and written back, with a fence.
     """
     return 3 if FENCES_COPIES or precision != "tf32" else 1
 
@@ -272,12 +278,12 @@ def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
 
 
 def shared_operand_stages(precision: str) -> int:
-    """Pipelining stages of a loop that multiplies a tile as loaded and also uses it otherwise.
+    """Pipelining stages of a loop that multiplies a tile as loaded and also uses it in another way.
 
     With "tf32", sm_90 multiplies asynchronously from the buffer that the tile was loaded to. Triton
-    3.9 frees that buffer after the other use, and the next load overwrites the operand of a product
-    that still runs. One stage holds one tile at a time. "tf32x3" and 16-bit states are multiplied
-    from registers.
+    3.9 frees that buffer after the other use, so the next load would overwrite the operand of a
+    product that still runs. One stage prevents this, since it holds one tile at a time. "tf32x3"
+    and 16-bit states are multiplied from registers.
     """
     return 1 if precision == "tf32" else 2
 
@@ -362,7 +368,7 @@ def launch_weight_gradient(
             GROUPS=tile.groups,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            # Groups read columns in an order that only 4-byte asynchronous copies could provide.
+            # No pipeline for groups: their order of columns would need 4-byte asynchronous copies.
             num_stages=shared_operand_stages(precision) if tile.groups is None else 1,
         )
     return dweight, dbias

@@ -12,18 +12,21 @@ STATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def check_tensor(
     name: str, value: object, dtypes: tuple[torch.dtype, ...] = STATE_DTYPES
 ) -> Tensor:
-    """`value` as a tensor of one of `dtypes`, or TypeError."""
+    """Return `value`. Raise TypeError unless it is a tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        came = str(value.dtype).removeprefix("torch.")
-        raise TypeError(f"{name}: expected dtype {names}, got {came}")
+        actual = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {names}, got {actual}")
     return value
 
 
 def check_state(name: str, value: object) -> Tensor:
-    """A flow state (N, C, *spatial): floating point, at least two axes, only N may be 0."""
+    """Return `value` as a flow state (N, C, *spatial), or raise TypeError or ValueError.
+
+    It must be floating point and have at least two axes. Only N may be 0.
+    """
     x = check_tensor(name, value)
     if x.dim() < 2:
         raise ValueError(f"{name}: expected shape (N, C, *spatial), got {tuple(x.shape)}")
@@ -35,14 +38,17 @@ def check_state(name: str, value: object) -> Tensor:
 def check_channels(
     name: str, x: Tensor, channels: int, spatial: tuple[str, ...] | None = None
 ) -> None:
-    """A state (N, channels, *spatial), with one axis for each name in `spatial`, if given."""
+    """Raise ValueError unless x is (N, channels, *spatial), with the axes that `spatial` names.
+
+    If `spatial` is None, any number of spatial axes will do.
+    """
     if x.shape[1] != channels or (spatial is not None and x.dim() != 2 + len(spatial)):
         axes = ", ".join(("N", str(channels), *(("*spatial",) if spatial is None else spatial)))
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(x.shape)}")
 
 
 def check_state_for(name: str, value: object, of_channels: Tensor) -> None:
-    """A flow state on the device of a layer's vector, with one channel for each of its elements."""
+    """Check the channels and device of a state against a layer's parameter `of_channels` (C,)."""
     x = check_state(name, value)
     check_channels(name, x, of_channels.shape[0])
     check_device(name, x, of_channels)

@@ -1,6 +1,7 @@
-"""Triton; or, if it is not installed, just enough of it to define kernels, which nothing launches.
+"""Triton, or a stand-in if Triton is not installed.
 
-The references and the C++ loops need no Triton. Every module of kernels imports it from here.
+The stand-in lets modules define kernels; nothing launches them, because the references and the C++
+loops do not need Triton. Every module of kernels imports Triton from here.
 """
 
 from types import SimpleNamespace

@@ -8,8 +8,8 @@ with W^-1 and -W^-1 bias. The layer computes log |det W|, because it knows the f
 Gradients, with g = d loss / d y:
     dx_p = W^T g_p,   dW = sum over samples and pixels of g_p x_p^T,   d bias = sum of g_p
 
-The launch can also write the input of the next coupling network: a dense copy of y_a in the
-network's dtype. Its gradient arrives beside that of y, and the backward launch adds the two.
+The launch can also write the input of the next coupling network, a dense copy of y_a in the
+network's dtype. The backward launch adds the gradient of this copy to that of y.
 
 The kernels are in `channel_products.py`; the fused step (`coupling_conv1x1`) uses them too.
 
@@ -65,7 +65,7 @@ def conv1x1_backward_ref(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
 
 
 def add_to_first_half(dy: Tensor, dnet: Tensor | None) -> Tensor:
-    """The gradient of y from that of y itself and that of the network input cut from it."""
+    """Add the gradient of the network input, which was cut from y, to the gradient of y."""
     if dnet is None:
         return dy
     dy = dy.clone(memory_format=torch.preserve_format)
@@ -74,7 +74,7 @@ def add_to_first_half(dy: Tensor, dnet: Tensor | None) -> Tensor:
 
 
 def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (..., C, C) and bias (..., C) with a further axis of `splits` entries, not copied.
+    """Expand weight (..., C, C) and bias (..., C) by an axis of `splits` entries, without a copy.
 
     The backward launch can then return its partial sums as the gradient of that axis. One reduction
     adds them for all steps that were spread together, in a fixed order.
@@ -90,7 +90,7 @@ def spread(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def conv1x1_forward(
     x: Tensor, weight: Tensor, bias: Tensor, precision: str, net_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """y and the network input cut from it, without autograd. `spread` made weight and bias."""
+    """y and the network input cut from it, without autograd. weight and bias come from `spread`."""
     if uses_triton(x):
         y, net, _ = launch_conv1x1(x, weight[0], bias[0], precision, net_dtype)
         return y, net
@@ -153,7 +153,7 @@ conv1x1_op, conv1x1_eager = register(
 
 
 def check_conv1x1(x: Tensor, weight: object, bias: object, precision: str) -> tuple[Tensor, Tensor]:
-    """weight (C, C) and bias (C,), checked against the state x; a bias of None becomes zeros."""
+    """Return weight (C, C) and bias (C,) after checks against x; a bias of None becomes zeros."""
     c = x.shape[1]
     weight = check_tensor("weight", weight)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else check_tensor("bias", bias)
@@ -226,8 +226,8 @@ def inverse_weight_and_bias(
 
     Args:
         names: names of the layers that the weights (K, C, C) belong to, for the error.
-        check: raise an error instead. The host then waits for the device, so training does not
-            check. Compiled and captured code, which cannot wait, never checks.
+        check: raise an error instead of returning NaN. The host then waits for the device, so
+            training does not check. Compiled and captured code cannot wait, so it never checks.
 
     Raises:
         ValueError: with `check`, a W that is singular or not finite.
@@ -239,9 +239,9 @@ def inverse_weight_and_bias(
     good = finite & inverted & (info == 0)
     if check and _readable(weight) and not good.all():
         first = int(good.flatten().int().argmin())
-        came = "singular" if finite.flatten()[first] else "not finite"
+        fault = "singular" if finite.flatten()[first] else "not finite"
         name = names[first] if names else "weight"
-        raise ValueError(f"{name}: expected an invertible matrix, got one that is {came}")
+        raise ValueError(f"{name}: expected an invertible matrix, got one that is {fault}")
     # LAPACK returns finite numbers for a singular W.
     missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
     inverse = inverse.masked_fill(missing, math.nan)

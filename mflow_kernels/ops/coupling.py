@@ -3,7 +3,7 @@ r"""Affine coupling: scale and shift one half of the channels by a function of t
     x = (x_a, x_b),  params = net(x_a) = (raw, shift),  s = scale(raw)
     y_a = x_a,  y_b = s * (x_b + shift)            logdet = sum over channels and pixels of log s
 
-and with the order "scale-shift" y_b = s * x_b + shift. The inverse has the same params, since the
+With the order "scale-shift", y_b = s * x_b + shift. The inverse has the same params, because the
 network reads the half that passes through.
 
 Gradients, with g = d loss / d y_b and l = d loss / d logdet (order "shift-scale"):
@@ -108,11 +108,12 @@ def coupling_backward_ref(
 
 @triton.jit
 def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
-    """Addresses of raw for channels c (rows) at columns (n, p), the distance from raw to shift, the
-    mask of x_b, which has both, and whether they share memory sectors of 32 bytes.
+    """Locate raw and shift of channels c (rows) at columns (n, p).
 
-    In a channels_last pixel they do unless each fills whole sectors. From 64 bytes on, only a small
-    part is shared.
+    Returns the addresses of raw, the distance from raw to shift, the mask of x_b, whose channels
+    have both, and whether raw and shift share memory sectors of 32 bytes. In channels_last they
+    share sectors unless each fills whole ones. If each has 64 bytes or more, so little is shared
+    that it does not count.
     """
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
@@ -386,7 +387,8 @@ affine_coupling_op, coupling_eager = register(
 
 
 def check_params(x: Tensor, params: object, name: str = "params") -> Tensor:
-    """params of a coupling on the state x: (N, 2 * C_b, *spatial), on the same device.
+    """Return the params of a coupling on x after checking them: (N, 2 * C_b, *spatial), on x's
+    device.
 
     Errors call them `name`.
     """
@@ -409,8 +411,8 @@ def affine_coupling(
     Args:
         x: state (N, C, *spatial) with C >= 2; float32, float64, float16 or bfloat16; contiguous,
             channels_last and views of halves are read in place.
-        params: (N, 2 * (C - C // 2), *spatial): the network's raw scales, then its shifts. Any
-            dtype no wider than x's accumulation (float32; float64 for float64 states).
+        params: (N, 2 * (C - C // 2), *spatial): the network's raw scales, then its shifts. Any of
+            these dtypes; float64 only if x is float64.
         scale: the scale function, or the name of one with its defaults.
 
     Returns:

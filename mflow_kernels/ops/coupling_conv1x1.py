@@ -185,8 +185,8 @@ def coupling_conv1x1_forward(
     order: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the network input cut from it, and the ledger, without autograd. `spread` made weight and
-    bias."""
+    """y, the network input cut from it, and the ledger, without autograd. weight and bias come from
+    `spread`."""
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         y, net, ledger = launch_conv1x1(
@@ -335,8 +335,8 @@ def coupling_inverse_conv1x1(
 ) -> tuple[Tensor, Tensor]:
     """`affine_coupling_inverse`, then `conv1x1`, in one pass: a step of a sampling chain.
 
-    Give the inverse weight W^-1 and -W^-1 bias of the 1x1 convolution that comes before the
-    coupling in the data -> latent direction. Arguments and results are those of
+    Pass W^-1 as weight and -W^-1 bias as bias, where W and bias belong to the 1x1 convolution
+    before the coupling in the data -> latent direction. Other arguments and results are those of
     `coupling_conv1x1`; logdet is that of the inverse coupling.
     """
     y = flow_state("y", y)

@@ -8,16 +8,17 @@ place of 9 all three are linear layers on vectors (N, C).
 The forward launch keeps h1 and h2 on the chip. It multiplies h2 of a pixel by all nine taps of W3,
 adds the three taps of each row from the pixel's neighbours in the tile, and writes these sums,
 (pixels, 3 * C_out). A second launch adds the three rows. A hidden tensor H has `width` numbers a
-pixel, and for the states of Glow's first levels the sums have fewer. The backward pass needs h1 and
-h2: the forward launch stores them if gradients will be needed.
+pixel, and at Glow's first levels the sums have fewer than that. The backward pass needs h1 and h2,
+so the forward launch stores them if gradients will be needed.
 
 Gradients, with g = d loss / d params:
     d h2 = [h2 > 0] (W3^T * g),   d h1 = [h1 > 0] (W2^T d h2),   d x = W1^T * d h1
     d W3, d W2, d W1, d b3, d b2, d b1: sums over pixels of products of the above
 
-One launch computes d h2, another d h1 and its product with the taps of W1; each also computes the
-gradients of the weights whose operands are on the chip then, as partial sums that one reduction
-adds in a fixed order: the same bits on every run. A third launch adds the taps of d x.
+One launch computes d h2, and another computes d h1 and its product with the taps of W1. Each also
+computes the gradients of those weights whose operands it holds on the chip, as partial sums. One
+reduction adds these in a fixed order, so the bits are the same on every run. A third launch adds
+the taps of d x.
 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
 torch.nn.Conv2d and torch.nn.Linear have them.
@@ -69,7 +70,7 @@ def coupling_network_ref(
 def network_by_layers(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """params, h1 and h2, by the fewest of torch's operators. Autograd cannot differentiate them."""
+    """params, h1 and h2 by as few of torch's operators as possible, without autograd."""
     h1 = _layer_with_relu(x, w1, b1)
     h2 = _layer_with_relu(h1, w2, b2)
     return _layer(h2, w3, b3), h1, h2
@@ -128,15 +129,18 @@ def _has_cudnn(device: torch.device) -> bool:
 
 
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
-    """Whether the kernels compute this network on the input x: in 16 bits, with a width of 16 to
-    1,024, for images with at most 56 channels."""
+    """Whether the kernels can compute this network on the input x.
+
+    They take 16-bit dtypes and widths of 16 to 1,024. For images, C_in is at most 28 and C_out at
+    most 56; for vectors, C_in is at most 256 and C_out at most 512.
+    """
     if not uses_triton(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     return bool(x.numel()) and x.dim() in (2, 4) and fits(Shape.of(x, len(w1), len(w3)))
 
 
 def fits(s: Shape) -> bool:
-    """Whether tiles of this network's weights fit the kernels."""
+    """Whether the kernels have tiles for a network of these sizes."""
     return s.taps * s.c_out <= 512 and s.taps * s.c_in <= 256 and 16 <= s.width <= 1024
 
 
@@ -144,10 +148,10 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
     """How to compute this network: by torch's own layers, or by `coupling_network` with its kernels
     or layer by layer.
 
-    By default the one that is fastest in training on this card, measured at first use. If
-    $MFLOW_NETWORK is "torch" or "fused", it decides. One choice serves all directions: a reversible
-    chain runs a network in its forward pass and again in its backward pass, and must get the same
-    bits. A compiler fuses torch's layers itself: it gets them unless $MFLOW_NETWORK is "fused".
+    By default, this is the implementation that trains fastest on this card, measured at first use.
+    If $MFLOW_NETWORK is "torch" or "fused", it decides. One choice serves both passes, because a
+    reversible chain runs a network again in its backward pass and must get the same bits. A
+    compiler fuses torch's layers itself, so it gets them unless $MFLOW_NETWORK is "fused".
     """
     choice = requested()
     kernels = supports(x, weights[0], weights[4])
@@ -171,15 +175,18 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
 
 
 def _drawn(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Normal numbers shaped as x and the weights, whose results are of order one. The weights of a
-    new network would not do: its last layer is zero, and so are most gradients."""
+    """Draw normal numbers in the shapes of x and the weights, scaled to give results of order one.
+
+    The weights of a new network would not do, because its last layer is zero, and so are most
+    gradients.
+    """
     generator = torch.Generator(x.device).manual_seed(0)
     drawn = [torch.empty_like(t, dtype=x.dtype).normal_(generator=generator) for t in (x, *weights)]
     return [t if i % 2 == 0 else t / t[0].numel() ** 0.5 for i, t in enumerate(drawn)]
 
 
 def _train(run: Callable[..., Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What one network does in a reversible training step: params and all gradients."""
+    """Do the work of one network in a reversible training step: params and all gradients."""
     given = [t.detach().requires_grad_() for t in given]
     with without_autocast(given[0]):
         with torch.no_grad():
@@ -198,8 +205,11 @@ def network_forward(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
     keep: bool, kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """params; h1 and h2 if `keep`, else empty; and the weights as the kernels read them. Without
-    `kernels`, layer by layer."""
+    """Compute params, by the kernels or, without `kernels`, layer by layer.
+
+    Returns params, h1, h2, and the weights as the kernels read them. Without `keep`, h1 and h2 are
+    empty.
+    """
     x = _dense(x)
     packed = pack(x, w1, w2, w3)
     if kernels:
@@ -218,9 +228,12 @@ def network_forward(
 def network_backward(
     dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor, kernels: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d x; the gradients that `Shape.sums` lists, one after the other; and d W2, empty if it is
-    among those. Sums are in float32 (float64). Without `weights` d x alone is wanted, and the
-    others are empty."""
+    """Compute the gradients of x, the weights and the biases.
+
+    Returns d x, the gradients that `Shape.sums` lists in one vector, and d W2, which is empty if
+    the vector contains it. Sums are in float32 (float64). Without `weights`, only d x is returned
+    and the others are empty.
+    """
     x, dparams = _dense(x), _dense(dparams.to(x.dtype))
     wide = accumulator(x.dtype)
     with without_autocast(x):
@@ -310,10 +323,11 @@ def coupling_network(
         x: (N, C_in, H, W), best in channels_last, or (N, C_in), of a floating dtype.
         w1, b1: (width, C_in, 3, 3), or (width, C_in) for vectors, and (width,).
         w2, b2: (width, width, 1, 1) or (width, width), and (width,).
-        w3, b3: (C_out, width, 3, 3) or (C_out, width), and (C_out,). Weights may be wider than x,
-            as under autocast; they are rounded to its dtype, and their gradients are not.
-        kernels: whether the package's kernels compute it, or torch's operators layer by layer; by
-            default the kernels if they support it (`supports`).
+        w3, b3: (C_out, width, 3, 3) or (C_out, width), and (C_out,). Weights may have a
+            higher precision than x, as under autocast. They are rounded to its dtype; their
+            gradients are not.
+        kernels: True to use the package's kernels, False to use torch's operators layer by layer.
+            By default the kernels are used if they support the network (`supports`).
 
     Returns:
         params (N, C_out, *spatial) in x's dtype.

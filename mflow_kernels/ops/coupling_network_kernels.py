@@ -4,8 +4,8 @@ Kernels see images in channels_last as rows of pixels, (pixels, C), all samples 
 They take weights as (out, taps, in) in the images' dtype, packed into one tensor. Tiles are chosen
 so that none spills on sm_80, sm_90 and sm_100; `benchmarks.reports.static` compiles them.
 
-A loop that uses an operand of a product again has `num_stages=1`: pipelined, Triton would copy the
-next tile over it too early.
+A loop that uses an operand of a product again has `num_stages=1`. With a pipeline, Triton would
+overwrite the operand with the next tile too early.
 """
 
 import math
@@ -24,8 +24,11 @@ RUN_TIME = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
 
 @triton.jit
 def neighbour(p, tap, H, W, SIGN: tl.constexpr, TAPS: tl.constexpr):
-    """The pixel that tap `tap` of a 3x3 convolution reads at pixel p (SIGN 1), or the pixel whose
-    result reads p by this tap (SIGN -1); and whether it lies in the same image."""
+    """The neighbour of pixel p by tap `tap` of a 3x3 convolution, and whether it is in the image.
+
+    With SIGN 1 it is the pixel that the tap reads for the result at p. With SIGN -1 it is the pixel
+    whose result reads p through this tap.
+    """
     if TAPS == 1:
         return p + 0 * tap, p + 0 * tap >= 0
     else:
@@ -39,7 +42,7 @@ def neighbour(p, tap, H, W, SIGN: tl.constexpr, TAPS: tl.constexpr):
 def load_taps(
     x, p, valid, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr, K: tl.constexpr
 ):
-    """The nine neighbours of the valid pixels p as rows: [P, K], column tap * C + c."""
+    """Rows [P, K] with the nine neighbours of each valid pixel p: column tap * C + c."""
     k = tl.arange(0, K)
     tap, c = k // C, k % C
     source, inside = neighbour(p[:, None], tap[None, :], H, W, SIGN, TAPS)
@@ -49,7 +52,7 @@ def load_taps(
 
 @triton.jit
 def relu(x):
-    """As torch's, which keeps NaN; tl.maximum would hide that a network has diverged."""
+    """Keeps NaN, as torch's ReLU does; tl.maximum would hide that a network has diverged."""
     return tl.where(x <= 0.0, 0.0, x)
 
 
@@ -75,8 +78,8 @@ def load_w3_rows(
 
 @triton.jit
 def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
-    """For each pixel p of a tile x [P, J], the numbers of the pixel STEP to its right; 0 where the
-    image ends."""
+    """For each pixel p of a tile x [P, J], the row of the pixel STEP to its right; 0 outside the
+    image."""
     if STEP == 0:
         return x
     else:
@@ -95,9 +98,12 @@ def _network_kernel(
     HALO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """For one tile of pixels and one block of columns, the sums over the three taps in each row of
-    W3; h1 and h2 too where they are given. With HALO, the first and the last pixel of a tile belong
-    to its neighbours: they are there for the taps alone."""
+    """Store the sums over the three taps in each row of W3, for one tile of pixels and one block of
+    columns. Store h1 and h2 too if they are given.
+
+    With HALO, the first and the last pixel of a tile belong to the neighbouring tiles; they are
+    computed here only for the taps.
+    """
     ROWS: tl.constexpr = 3 if TAPS == 9 else 1
     i = tl.arange(0, BLOCK_P)
     p = tl.program_id(0) * (BLOCK_P - 2 * HALO) - HALO + i
@@ -141,7 +147,9 @@ def _sum_taps_kernel(
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y[p] = bias + the sum over parts and taps of taps[neighbour of p by this tap, part, tap].
-    Three taps are those in the middle column of a 3x3 convolution."""
+
+    If TAPS is 3, the taps are the middle column of a 3x3 convolution.
+    """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < PIXELS)[:, None] & (c < C)[None, :]
@@ -163,8 +171,11 @@ def _dh2_kernel(
     WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """d h2 of a block of hidden channels, over every `splits`-th tile of pixels, and this program's
-    partial sums of d W3 (C_out, taps, width), d b3 and d b2, in its row of NUMBERS numbers."""
+    """Compute d h2 of a block of hidden channels, for every `splits`-th tile of pixels.
+
+    Each program also stores partial sums of d W3 (C_out, taps, width), d b3 and d b2, in its own
+    row of NUMBERS numbers.
+    """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     j = tl.arange(0, BLOCK_J)
@@ -190,7 +201,7 @@ def _dh2_kernel(
     tl.store(at_dw3, dw3_t, mask=(tap < TAPS)[:, None] & (d < WIDTH)[None, :])
     tl.store(db2 + row + d, db2_t, mask=d < WIDTH)
     if tl.program_id(1) == 0:
-        # The middle tap reads every pixel of params once; the others miss those at a border.
+        # The middle tap reads every pixel of params once; the others miss pixels at a border.
         tl.store(db3 + row + o, db3_t, mask=tap == TAPS // 2)
 
 
@@ -200,10 +211,12 @@ def _dh1_kernel(
     C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """d h1 of a block of hidden channels, over every `splits`-th tile of pixels; its products with
-    the taps of W1, which are this block's part of d x; and this program's partial sums of d W1
-    (width, taps, C_in), d b1 and, where one block of BLOCK_K holds all hidden channels of d h2,
-    d W2."""
+    """Compute d h1 of a block of hidden channels, for every `splits`-th tile of pixels.
+
+    Each program stores the products of d h1 with the taps of W1, which are this block's part of
+    d x, and partial sums of d W1 (width, taps, C_in) and d b1. If one block of BLOCK_K holds all
+    hidden channels of d h2, it also stores partial sums of d W2.
+    """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_X)
@@ -256,7 +269,7 @@ class Shape(NamedTuple):
     c_in: int
     c_out: int
     width: int  # hidden channels
-    taps: int  # 9 of a 3x3 convolution, 1 of a linear layer
+    taps: int  # 9 for a 3x3 convolution, 1 for a linear layer
 
     @classmethod
     def of(cls, x: Tensor, width: int, c_out: int) -> "Shape":
@@ -284,7 +297,8 @@ class Shape(NamedTuple):
 
     @property
     def sums(self) -> list[int]:
-        """Numbers in the sums over pixels: d W1, d W2 if in a kernel, d W3, d b1, d b2, d b3."""
+        """Sizes of the sums over pixels: d W1, d W2 (0 if no kernel computes it), d W3, d b1, d b2,
+        d b3."""
         w1, w2, w3 = map(math.prod, self.weights)
         return [w1, w2 if self.width <= DW2_WIDTH else 0, w3, self.width, self.width, self.c_out]
 
@@ -300,8 +314,10 @@ class Shape(NamedTuple):
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """The weights in x's dtype, as `Shape.unpack` finds them. One launch where those of
-    convolutions are in channels_last."""
+    """Pack the weights into one tensor of x's dtype, for `Shape.unpack`.
+
+    This takes one launch if the weights of convolutions are in channels_last.
+    """
     s = Shape.of(x, len(w1), len(w3))
     packed = x.new_empty(sum(w.numel() for w in (w1, w2, w3)))
     torch._foreach_copy_(s.layers(s.unpack(packed)), [w1, w2, w3])
@@ -309,7 +325,7 @@ def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
 
 
 def empty_images(x: Tensor, channels: int) -> Tensor:
-    """Empty, shaped as x but for its channels, in channels_last."""
+    """An empty tensor in channels_last, shaped like x except for the number of channels."""
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     shape = x.shape[0], channels, *x.shape[2:]
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -353,8 +369,10 @@ def forward_tile(s: Shape) -> Tile:
 
 
 def halo(s: Shape, block_p: int) -> int:
-    """Pixels at each end of a forward tile that belong to its neighbours: none if tiles consist of
-    whole rows of the image."""
+    """Number of pixels at each end of a forward tile that belong to the neighbouring tiles.
+
+    It is 0 if tiles consist of whole rows of the image.
+    """
     return int(s.taps > 1 and block_p % s.image_width > 0)
 
 
@@ -378,7 +396,7 @@ def dh1_tile(s: Shape) -> Tile:
 def launch_network(
     x: Tensor, packed: Tensor, b1: Tensor, b2: Tensor, b3: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Two launches: params, and h1 and h2 where `keep`."""
+    """Two launches: params and, if `keep`, h1 and h2."""
     s = Shape.of(x, len(b1), len(b3))
     w1, w2, w3 = s.unpack(packed)
     row_sums = empty_images(x, s.tap_rows * s.c_out)
@@ -399,7 +417,7 @@ def launch_sum_taps(
     taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, count: int, sign: int,
     parts: int,
 ) -> Tensor:  # fmt: skip
-    """One launch: the sum of each pixel's taps, shaped as x but for its channels."""
+    """One launch: the sum of each pixel's taps, (N, channels, *spatial)."""
     y = empty_images(x, channels)
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
@@ -410,13 +428,13 @@ def launch_sum_taps(
     return y
 
 
-PROGRAMS = 264  # of a launch that sums over pixels: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs of a launch that sums over pixels: two per multiprocessor (H100)
 
 
 def launch_network_backward(
     dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Three launches and one sum of the partial sums: see `network_backward`."""
+    """Three launches and one reduction of their partial sums; see `network_backward`."""
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     w1, w2, w3 = s.unpack(packed)
     sizes, numbers = s.sums, sum(s.sums)

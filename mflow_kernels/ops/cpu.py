@@ -29,8 +29,8 @@ _C = load_extension()
 def serves(x: Tensor) -> bool:
     """Whether the loops can run on the state x.
 
-    They need a plain tensor in memory: compilers, forward-mode differentiation, torch.func and fake
-    tensors do not have one.
+    They need a plain tensor with memory. Compilers, forward-mode differentiation and transforms of
+    torch.func pass other tensors, and a fake tensor has no memory.
     """
     return (
         _C is not None
@@ -47,12 +47,12 @@ CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 
 
 def serves_conv1x1(x: Tensor) -> bool:
-    """Whether the loops can run the 1x1 convolution of x. With more channels BLAS is as fast."""
+    """Whether the loops can run the 1x1 convolution of x. BLAS is as fast for more channels."""
     return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
 
 
 def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tuple[Tensor, Tensor]:
-    """`coupling.affine_coupling_ref`."""
+    """Compute `coupling.affine_coupling_ref`."""
     assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
@@ -72,8 +72,10 @@ def couple_backward(
     inverse: bool,
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`coupling.coupling_backward_ref`, with dlogdet (N,). If y is given, fills it with the
-    coupling's output, which adds little work."""
+    """Compute `coupling.coupling_backward_ref`, with dlogdet (N,).
+
+    If y is given, also fill it with the coupling's output, which adds little work.
+    """
     return _coupling_backward(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
 
 
@@ -86,7 +88,7 @@ def rebuild_coupling(
     inverse: bool,
     kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rebuild_coupling_ref`."""
+    """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
     dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
@@ -130,7 +132,7 @@ def conv1x1(
     scale: ScaleFunction | None = None,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
+    """Compute `conv1x1_ref`, or `coupling_conv1x1_ref` if params are given.
 
     One stride must reach the pixels of x (`dense_pixels`). Returns y, the network input cut from y,
     and the ledger (empty without params).
@@ -159,7 +161,8 @@ def coupling_conv1x1_backward(
     scale: ScaleFunction,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dparams, and one partial sum of dW and d bias, of `coupling_conv1x1_ref`.
+    """Compute the gradients of `coupling_conv1x1_ref`: dx, dparams, and one partial sum each of dW
+    and d bias.
 
     One stride must reach the pixels of x and params (`dense_pixels`). dledger is (N, 1).
     """
@@ -185,11 +188,10 @@ def conv1x1_backward(
     dbias: Tensor,
     net_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """`rebuild_conv1x1_ref`: fills dx, outer_sum (1, C, C) and dbias (1, C).
+    """Compute `rebuild_conv1x1_ref`: fill dx, outer_sum (1, C, C) and dbias (1, C).
 
-    Returns x, allocated like dx, and the network input cut from it.
-
-    Without weight_inverse, x is None and the network input is empty.
+    Returns x, allocated like dx, and the network input cut from it. Without weight_inverse, x is
+    None and the network input is empty.
     """
     assert _C is not None
     x = None if weight_inverse is None else torch.empty_like(dx)

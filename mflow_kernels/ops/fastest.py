@@ -1,7 +1,8 @@
 """Choose between implementations of an operator by timing them, once for each card and shape.
 
-A candidate must agree with the first one, which torch computes. The choices are kept in a small
-JSON file beside Triton's compiled kernels, so that only the first run on a card measures.
+The first candidate uses torch's own operators, and the others must agree with it. The choices are
+kept in a small JSON file beside Triton's compiled kernels, so that only the first run on a card
+measures.
 """
 
 import json
@@ -39,12 +40,12 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
     """The name of the candidate that took the least time on this card when they were compared.
 
     Args:
-        key: names what is computed: shapes, dtype and direction.
+        key: identifies the computation by its shapes and dtype.
         candidates: functions that return their results, by name. They are called only if the file
             of choices has no entry. The first one computes by torch's own operators. A candidate
             that raises, or whose results differ from the first one's, is left out with a warning.
-        device: a CUDA device. While it records a CUDA graph nothing can be timed: an unknown
-            choice is then the first candidate.
+        device: a CUDA device. While it records a CUDA graph nothing can be timed, so the first
+            candidate is used if no choice is known.
     """
     choices, first = _choices(), next(iter(candidates))
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {key}"
@@ -52,11 +53,11 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
         if torch.cuda.is_current_stream_capturing():
             return first
         try:
-            right = [name for name in candidates if _agrees(key, name, candidates)]
-            times = {name: seconds(candidates[name]) for name in right}
+            agreeing = [name for name in candidates if _agrees(key, name, candidates)]
+            times = {name: seconds(candidates[name]) for name in agreeing}
             choices[key] = min(times, key=lambda name: times[name])
-        except torch.OutOfMemoryError:  # for this process, which must not change its mind
-            choices[key] = first
+        except torch.OutOfMemoryError:
+            choices[key] = first  # not saved, but kept: this process must not choose again
         else:
             _save(choices)
     return choices[key]
@@ -81,14 +82,14 @@ def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:
     return False
 
 
-# A wrong result differs by about its own size. Rounding to bfloat16 moves at most 2^-8 of the
-# hidden units across zero. Each of them changes a gradient by its size, all of them together by the
-# root: 2^-4.
+# A wrong result differs by about its own norm. Rounding to bfloat16 changes the sign of at most
+# 2^-8 of the hidden units. Their errors are independent, so together they change a gradient by the
+# square root of that share of its norm, 2^-4.
 DISAGREEMENT = 0.1
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The norm of a - b, over the norm of b; infinite if it is not a number."""
+    """The norm of a - b divided by the norm of b; infinite instead of NaN."""
     if a.shape != b.shape:
         return float("inf")
     size, error = (float(t.norm()) for t in (b.double(), a.double() - b.double()))
@@ -106,7 +107,7 @@ def _file() -> Path:
 
 @lru_cache(maxsize=1)
 def _choices() -> dict[str, str]:
-    """Those of earlier runs; none if the file is missing or is no such file."""
+    """The choices of earlier runs; empty if the file is missing or malformed."""
     try:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
@@ -116,7 +117,7 @@ def _choices() -> dict[str, str]:
 
 
 def _save(choices: dict[str, str]) -> None:
-    """A cache: a folder that cannot be written costs the next run a measurement, and no more."""
+    """Write the choices. If the folder is not writable, the next run only has to measure again."""
     part = _file().with_suffix(f".{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

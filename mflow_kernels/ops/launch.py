@@ -1,4 +1,4 @@
-"""Which implementation an operator runs, and the launch of a kernel on its tensors' device."""
+"""Chooses an operator's implementation, and launches kernels on their tensors' device."""
 
 import os
 from typing import Any
@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 from mflow_kernels.ops.compiler import TRITON_INSTALLED
 
-# Whether kernels take CPU tensors: in Triton's interpreter, or compiled and run by tests/ptx.
+# Whether kernels run on CPU tensors, in Triton's interpreter or in the PTX machine of tests/ptx.
 KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Arguments that follow the batch size. Triton must not compile a kernel again for their values.
+# Arguments that depend on the batch size. Triton must not compile a kernel again for their values.
 RUN_TIME = ("N", "TILES", "SPLITS")
 
 

@@ -55,9 +55,9 @@ def dense_pixels(x: Tensor) -> Tensor:
 
 
 def flow_state(name: str, value: object) -> Tensor:
-    """`value` as a flow state for kernels, copied only if one stride does not reach its pixels.
+    """Return `value` as a flow state for kernels, copied only if one stride misses its pixels.
 
-    Call this before the operator: its registered output layout follows its input layout.
+    Call this before the operator. The operator's fake derives the output's layout from its input.
     """
     x = dense_pixels(check_state(name, value))
     if x.numel() >= 2**31 and x.device.type != "cpu":  # most states need no exact check
@@ -91,15 +91,17 @@ def channels_first(x: Tensor) -> bool:
 def is_channels_last(x: Tensor) -> bool:
     """Whether the strides of a state (N, C, *spatial) are in channels_last order.
 
-    A state of one channel or one pixel has the order that its strides state, as for torch's
-    convolutions. `Tensor.is_contiguous` would accept either order for it.
+    With one channel or one pixel, the strides alone decide, as in torch's convolutions.
+    `Tensor.is_contiguous` would accept such a state in either order.
     """
     return x.dim() > 2 and 0 < x.stride(1) * x.shape[1] <= x.stride(-1)
 
 
 def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor for the network input y_a, dense and in y's order of axes; (0,) without a
-    dtype."""
+    """An empty tensor for the network input y_a: dense, with y's order of axes.
+
+    Without a dtype its shape is (0,).
+    """
     return (
         y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
     )

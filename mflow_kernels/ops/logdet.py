@@ -42,7 +42,7 @@ def launch_accumulate(ledger: Tensor, constant: Tensor) -> Tensor:
     n, t = ledger.shape
     logdet = ledger.new_empty(n)
     if n:
-        # One block for every T: T depends on the image size, which must not compile again.
+        # BLOCK_T is the same for every T: another image size must not compile the kernel again.
         args = (ledger.contiguous(), constant, logdet, t)
         launch(_accumulate_kernel, (n,), *args, BLOCK_T=BLOCK_T)
     return logdet

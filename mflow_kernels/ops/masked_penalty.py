@@ -1,6 +1,6 @@
 r"""The masked penalty of joint manifold learning (arXiv 2206.03293), summed for each sample.
 
-With e = input - target, mask m (1: penalized), weight w, sums over everything but the sample axis:
+Let e = input - target, m the mask (1: penalized) and w the weight. Each sum runs over one sample:
 
     penalty[n]  = sum m w rho(e)
     gaussian[n] = sum (1 - m) (-e^2/2 - log(2 pi)/2)      standard normal log-density of the rest
@@ -10,11 +10,11 @@ With e = input - target, mask m (1: penalized), weight w, sums over everything b
             huber  e^2/2 where |e| <= delta, delta (|e| - delta/2) beyond
 
 Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de, d target = -de.
-Mask and weight are constants and carry none.
+Mask and weight are constants without a gradient.
 
-A bool mask, or none, selects: the penalty ignores elements that are not masked and the density
-ignores those that are, even if e is NaN or infinite there. The gradients do the same, and also
-ignore a sum whose gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
+A bool mask, or no mask, selects: the penalty ignores elements outside the mask, and the density
+ignores those inside, even if e is NaN or infinite there. The gradients do the same, and also ignore
+a sum whose gradient is 0. A floating-point mask multiplies, and 0 times NaN is NaN.
 
 Shapes: input and target (N, C, *spatial); mask and weight broadcast to it and are read through
 their own strides, never expanded; results (N,). dtypes: float32, float64, float16, bfloat16, summed
@@ -53,7 +53,7 @@ from mflow_kernels.ops.registration import operator, refuse_second_derivative, r
 def _terms(
     input: Tensor, target: Tensor | None, mask: Tensor | None, weight: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """e, m, w in the accumulate type."""
+    """e, m and w in the accumulator's dtype."""
     dtype = accumulator(input.dtype)
     e = input.to(dtype) if target is None else input.to(dtype) - target.to(dtype)
     m = 1.0 if mask is None else mask.to(dtype)
@@ -101,7 +101,7 @@ def masked_penalty_backward_ref(
     rho: str,
     delta: float,
 ) -> Tensor:
-    """d loss / d input, in the accumulate type."""
+    """d loss / d input, in the accumulator's dtype."""
     e, m, w = _terms(input, target, mask, weight, scale)
     g, h = (v.view(-1, *(1,) * (e.dim() - 1)) for v in (grad_penalty, grad_gaussian))
     penalized, rest = _split(e, mask, g != 0, h != 0)
@@ -267,7 +267,7 @@ masked_penalty_op, _ = register(
 
 
 def _check_constant(name: str, value: Tensor, like: Tensor) -> None:
-    """A mask or weight: broadcasts to `like`, same device, no gradient."""
+    """Check a mask or weight: it broadcasts to `like`, is on its device, and needs no gradient."""
     check_device(name, value, like)
     check_broadcast(name, value, tuple(like.shape))
     if value.requires_grad:
@@ -297,10 +297,11 @@ def masked_penalty_gaussian(
     Args:
         input: (N, C, *spatial), float32, float64, float16 or bfloat16, any layout.
         target: compared with input; same shape, dtype and device. Zero by default.
-        mask: where the penalty applies: bool, or floating point with 1 for penalized and fractions
-            for both. A bool mask keeps NaN and infinity in the rest out of the penalty, and those
-            in the penalized part out of the density. Any shape that broadcasts to input's by
-            torch's rules (per pixel (H, W), per channel (C, 1, 1), per sample (N, 1, 1, 1)).
+        mask: where the penalty applies: bool, or floating point from 0 (density) to 1 (penalty),
+            with fractions for a mix of both. A bool mask keeps NaN and infinity in the rest out of
+            the penalty, and those in the penalized part out of the density. Any shape that
+            broadcasts to input's by torch's rules (per pixel (H, W), per channel (C, 1, 1), per
+            sample (N, 1, 1, 1)).
             Everywhere by default.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, because reading them would stall a GPU.

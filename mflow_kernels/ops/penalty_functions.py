@@ -1,6 +1,6 @@
 """Penalty functions rho(e) of the masked penalty: values, slopes and normalizers, in plain torch.
 
-The kernels' copy of values and slopes is in csrc/masked_penalty/masked_penalty.h.
+The kernels have their own copy of values and slopes, in csrc/masked_penalty/masked_penalty.h.
 """
 
 import math
@@ -33,7 +33,7 @@ def _huber(e: Tensor, delta: float) -> Tensor:
 
 
 def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
-    # Both parts as logarithms, so that neither a tiny nor a huge weight overflows.
+    # Both parts are logarithms, so that neither a tiny nor a huge weight overflows.
     knee = delta * (w / 2).sqrt()
     body = HALF_LOG_2PI - 0.5 * w.log() + torch.erf(knee).log()
     tails = math.log(2 / delta) - w.log() - knee.square()

@@ -1,4 +1,4 @@
-"""The precision of an operator's arithmetic: its dtype, and autocast, which must not change it."""
+"""The dtype of an operator's arithmetic, which autocast must not change."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,6 +22,6 @@ def autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
-    """A context that turns autocast off: products of states always keep their precision."""
+    """A context that turns autocast off, so that products of states keep their precision."""
     device = on if isinstance(on, torch.device) else on.device
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

@@ -7,17 +7,18 @@ dy = (dy_a + dnet, dy_b), the launch computes
     x = W^-1 (y - bias),   dx = W^T dy
     outer_sum = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
 
-and a copy of x_a in the dtype of the network that reads it. The caller computes
-dW = sum dy x^T = outer_sum W^-T, which is C x C work, for all steps at once and in float64. If x
-was stored it is not rebuilt; outer_sum is the same. Swap W and W^-1 to go back through an inverse
-(sampling) chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
+and the network input, a copy of x_a in the network's dtype. The caller computes
+dW = sum dy x^T = outer_sum W^-T in float64, for all steps at once; these are C x C products. If x
+was stored, it is not rebuilt, and outer_sum is the same. Swap W and W^-1 for an inverse (sampling)
+chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
 
-Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`, always with
-three tf32 products for one of float32.
+Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
+float32 product is computed as three tf32 products.
 Least traffic, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
-program computes all three products of its pixels. With more channels arithmetic limits the speed,
-and three products do not fit the registers: other programs compute outer_sum and read y and dy once
-more, and each block of 128 output channels reads its input again.
+program computes all three products of its pixels. With more channels, three products do not fit
+the registers. Other programs then compute outer_sum and read y and dy once more, and each block of
+128 output channels reads its input again; arithmetic limits the speed. Float64 states always use
+these other programs, with blocks of at most 32 channels.
 """
 
 from functools import partial
@@ -115,7 +116,7 @@ class RebuildTile(NamedTuple):
         block_o: output channels of a program.
         block_p: columns of a tile.
         warps: warps of a program.
-        programs: programs per multiprocessor that each store a partial sum.
+        programs: programs per multiprocessor; each stores a partial sum.
     """
 
     kernel: Any
@@ -250,7 +251,7 @@ def rebuild_conv1x1(
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
-    """The second launch of a step's backward pass; on a CPU its loop or its reference.
+    """Run the second launch of a step's backward pass; on a CPU, its loop or its reference.
 
     Args:
         y: the halves (N, C_a, *spatial), (N, C_b, *spatial) of y = W x + bias.
@@ -259,8 +260,9 @@ def rebuild_conv1x1(
         weight, bias: (C, C) and (C,), float32 (float64).
         weight_inverse: W^-1, or None if x was stored and need not be rebuilt.
         net_dtype: dtype of the network input to cut from x, or None for none.
-        channels_last: memory format of the results. Pass that of the states: halves with few
-            channels do not show it, and a network may give other bits for another format.
+        channels_last: whether the results have this memory format. Pass the format of the states,
+            which halves with few channels do not show. In another format, a network may compute
+            other bits.
         apart: whether the halves of x and dx may be separate tensors. A kernel that reads one half
             of a channels_last state with few channels fetches much of the other half too.
         outer_sum, dbias: receive the partial sums, (splits, C, C) and (splits, C), contiguous, with

@@ -47,9 +47,9 @@ def _rebuild_conv1x1_kernel(
 ):
     """All three products of every `programs`-th tile. The weights are loaded once.
 
-    A tile has HALF places for each half of the channels. No channel is in the last place: y - bias
-    is 1 there, so that d bias is the last column of outer_sum. Each warp has its own columns in
-    every product, and the warps' sums for outer_sum are added at the end.
+    A tile has HALF places for each half of the channels. The last place holds no channel. y - bias
+    is set to 1 there, so that d bias is the last column of outer_sum. Each warp has its own columns
+    in every product, and the warps' sums for outer_sum are added at the end.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -76,7 +76,7 @@ def _rebuild_conv1x1_kernel(
         if dnet is None:
             dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         else:
-            # dnet first: in the other order ptxas spills for sm_100.
+            # Load dnet first; in the other order ptxas spills for sm_100.
             at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
             dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
             dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
@@ -334,6 +334,6 @@ def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DT
     at_a, at_b = at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
     UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
     SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
-    # The compiler gives a choice of pointers a smaller divisor than theirs.
+    # `where` loses part of the divisor that the compiler knows of both, so state it again.
     chosen = tl.multiple_of(tl.where((c < C_A)[:, None], at_a, at_b), [SIZE, SIZE])
     return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)

@@ -1,7 +1,7 @@
 r"""Backward through a coupling that stored nothing: the first launch of a step's backward pass.
 
 A chain of steps stores only its output z = couple(y, params), where y = W x + bias. Given the
-gradient dz and params = net(z_a), which is computed again, one launch computes
+gradient dz and params = net(z_a), which the caller computes again, one launch computes
 
     y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
 
@@ -112,7 +112,7 @@ def launch_rebuild_coupling(
     inverse: bool,
     kept: bool,
 ) -> RebuiltCoupling:
-    """One launch. z_b is the coupling's output, or its input if that was `kept`."""
+    """One launch. z_b is half of the coupling's output or, if `kept`, of its input."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
     n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
     y_b = None if kept else torch.empty_like(z_b)
@@ -144,7 +144,7 @@ def rebuild_coupling(
     inverse: bool,
     kept: bool,
 ) -> RebuiltCoupling:
-    """The first launch of a step's backward pass; on a CPU its loop or its reference.
+    """Run the first launch of a step's backward pass; on a CPU, its loop or its reference.
 
     Args:
         z_b: (N, C_b, *spatial), the half of the output that the coupling changed; if `kept`, the

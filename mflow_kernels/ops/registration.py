@@ -31,7 +31,7 @@ def register(
             input. `run` is the backward operator, `backward` itself, or None.
 
     Returns:
-        The registered operator, and the operator as `eager_function`.
+        The registered operator, and its eager form (see `eager_function`).
     """
     operator = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
     operator.register_fake(fake)
@@ -48,9 +48,9 @@ def eager_function(
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
-    """A differentiable `forward` that costs the host a quarter of the registered operator's time.
+    """Return a differentiable `forward` that takes a quarter of the operator's time on the host.
 
-    Compilers cannot trace it, and its gradient cannot be differentiated again.
+    Compilers cannot trace the result, and its gradient cannot be differentiated again.
 
     Args:
         forward: takes the operator's arguments.
@@ -86,6 +86,8 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The registered operator; or its plain `forward` under forward-mode differentiation or a
-    transform of torch.func, which the operator does not support."""
+    """Return the registered operator, or its plain `forward` where the operator does not work.
+
+    It does not work under forward-mode differentiation and in transforms of torch.func.
+    """
     return forward if transformed() else registered

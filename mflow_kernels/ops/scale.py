@@ -5,8 +5,8 @@ r"""The scale functions of affine couplings: from a network's raw output to s > 
     tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
     atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
 
-Both log s and its derivative are computed without overflow and without taking the logarithm of a
-number that has underflowed: log sigmoid(-120) is -120.
+log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
+For example, log sigmoid(-120) is -120.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ class ScaleFunction:
         kind: "sigmoid", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", > 0. With 2 a sample of a deep flow can
-            overflow float32; with 1 none was seen to (docs/results.md).
+        clamp: bound of |log s| with "tanh" and "atan", > 0. With a clamp of 2, samples of a deep
+            flow can overflow float32; with 1, none was seen to (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -135,8 +135,8 @@ def slope_ref(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
 
 @triton.jit
 def _atan(x):
-    # 1 / x beyond 1, then two halvings atan(a) = 2 atan(a / (1 + sqrt(1 + a^2))) bring the
-    # argument under 0.2, where twelve terms of the series reach float64.
+    # Use 1 / x above 1. Two halvings, atan(a) = 2 atan(a / (1 + sqrt(1 + a^2))), then bring the
+    # argument below 0.2, where twelve terms of the series reach the precision of float64.
     a = tl.abs(x)
     a = tl.where(a > 1, 1 / tl.maximum(a, 1), a)
     a = a / (1 + tl.sqrt(1 + a * a))
@@ -152,8 +152,11 @@ def _atan(x):
 
 @triton.jit
 def _tanh_of_positive(x, e):
-    """tanh x = -m / (2 + m) with m = e^-2x - 1, from x >= 0 and e = e^-2x. Near 0, where networks
-    start, e - 1 would cancel: m is the series of e^r - 1 there, to the dtype's precision."""
+    """tanh x = -m / (2 + m) with m = e^-2x - 1, from x >= 0 and e = e^-2x.
+
+    Networks start near x = 0, where e - 1 would cancel. There m is summed as the series of e^r - 1,
+    to the dtype's precision.
+    """
     TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 10
     r = tl.maximum(-2 * x, -1)
     series = tl.full(x.shape, 1.0, x.dtype)

@@ -64,9 +64,9 @@ class Draw:
         shape: of x, (N, C, *spatial).
         dtypes: of states, and of params, weights and biases.
         device: of all inputs.
-        layout: brings a state to its memory layout.
-        numbers: float64 numbers of a shape, from which all inputs are made.
-        width: of a coupling network.
+        layout: converts a state to its memory layout.
+        numbers: draws float64 numbers of a given shape; all inputs are made from them.
+        width: hidden channels of the coupling network.
     """
 
     shape: tuple[int, ...]
@@ -132,18 +132,18 @@ class Operator:
     """One direction of an operator.
 
     Attributes:
-        name: of the operator, in both directions.
+        name: the operator's name, the same for both directions.
         function: takes `inputs` by position and `options` by name.
-        reference: the same in plain torch, differentiable.
+        reference: the same function in plain torch, differentiable.
         inputs: names in INPUTS.
-        results: names of the results, of which "y" is a state like x.
-        terms: number of products in the longest sum behind one element of each result and of the
-            gradient of each input, by name, from N, C and P.
-        options: of "scale" and "precision", those that it takes.
+        results: names of the results. A result "y" is a state like x.
+        terms: called with N, C and P. Returns, by name, the number of products in the longest sum
+            behind one element of each result, and of the gradient of each input.
+        options: the names of its options, out of "scale" and "precision".
         inverse: whether the row is the operator's inverse.
         differentiable: False for operators that are themselves a part of a backward pass.
         reads_half: whether the backward pass reads only the second half of x.
-        dtype: of states in benchmarks.
+        dtype: dtype of states in benchmarks.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Operator:
 
     @property
     def id(self) -> str:
-        """The operator's name, or that of its inverse."""
+        """The name of the operator, or of its inverse if the row is the inverse."""
         return self.function.__name__ if self.inverse else self.name
 
     @property

@@ -35,7 +35,7 @@ class Columns(NamedTuple):
     """The compile-time constants of a kernel's tiles of columns.
 
     Attributes:
-        block: columns of a tile.
+        block: number of columns of a tile.
         flat: whether tiles run across samples.
         unit: a power of two that P is a multiple of, up to 8.
     """
@@ -73,7 +73,7 @@ def tile_columns(n: int, p: int, block: int) -> Tiles:
 
 
 def ledger_columns(x: Tensor, block: int) -> int:
-    """T of the ledger (N, T) that a launch on x with tiles of `block` columns writes."""
+    """T of the ledger (N, T) that a launch on x writes if its tiles have `block` columns."""
     if not uses_triton(x):
         return 1
     return tile_columns(x.shape[0], pixels(x), block).ledger

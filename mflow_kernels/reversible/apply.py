@@ -1,4 +1,4 @@
-"""Programs in autograd: with stored states, or with states that the backward pass rebuilds."""
+"""Runs programs under autograd, which stores the states, or lets the backward pass rebuild them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class ProgramOwner(Protocol):
     checkpoint_every: int | None
 
     def record_drift(self, drift: Tensor) -> None:
-        """Receive the largest |rebuilt - true| of the input of a backward pass, a scalar."""
+        """Receive the largest |rebuilt - true| of the program's input, a scalar tensor."""
 
 
 class Applied(NamedTuple):
@@ -91,7 +91,8 @@ def apply_stored(
     """`apply_program` with states that autograd stores.
 
     Raises:
-        ValueError: without gradients, a weight whose inverse is needed and does not exist.
+        ValueError: a weight has no inverse, and the program needs it. Only checked while no
+            gradients are recorded.
     """
     dtype, check = accumulator(x.dtype), not torch.is_grad_enabled()
     folded = {i: group.folded(dtype, check=check) for i, group in enumerate(program.groups)}
@@ -113,8 +114,8 @@ def _total(ledger: Tensor, group_pixels: list[int], log_dets: dict[int, Tensor])
 class _Segment:
     """A part of a program that is one node of autograd's graph.
 
-    The gradients of its parameters are complete before the part in front of it is undone, so that
-    DistributedDataParallel can already exchange them.
+    The gradients of its parameters are complete before the backward pass turns to the part in front
+    of it, so that DistributedDataParallel can exchange them early.
 
     Attributes:
         groups: the groups that its instructions name.
@@ -131,10 +132,10 @@ class _Segment:
 
 
 def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
-    """The indices at which segments begin: the squeezes.
+    """The indices at which segments begin: 0, and squeezes.
 
-    There the state is one tensor and no launch spans two instructions. Every segment contains a
-    network or a linear map.
+    At a squeeze the state is one tensor, and no launch spans the instructions before and after it.
+    A squeeze begins no segment if a segment without networks and linear maps would result.
     """
     starts, works = [0], [isinstance(i, (Couple, ChannelLinear)) for i in instructions]
     for i, instruction in enumerate(instructions):
@@ -166,10 +167,10 @@ def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segme
 
 @dataclass
 class _ForwardRecord:
-    """What a forward pass records for its backward pass, apart from tensors.
+    """Data, apart from saved tensors, that a forward pass hands to its backward pass.
 
-    random and fingerprints are those of `BackwardPass`; backward is the pass itself, which the
-    nodes of all segments share.
+    `random` and `fingerprints` are arguments of `BackwardPass`. `backward` is the backward pass
+    itself, which the nodes of all segments share.
     """
 
     owner: ProgramOwner
@@ -184,7 +185,7 @@ class _ForwardRecord:
 
 
 class _RecordingRunner:
-    """Runs networks; records the random states of those that draw, and stores every k-th state."""
+    """Runs networks, records the random state of each that draws, and stores every k-th state."""
 
     def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
         self.record, self.device = record, device
@@ -286,8 +287,8 @@ class _SegmentFunction(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "ReversibleChain: a reversible backward cannot be differentiated again; the "
-                "gradients of torch.func (grad, vjp, hessian), which store states, can"
+                "ReversibleChain: a reversible backward pass cannot be differentiated again; use "
+                "torch.func (grad, vjp, hessian), which stores the states"
             )
         record: _ForwardRecord = ctx.record
         segment: _Segment = ctx.segment
@@ -316,7 +317,7 @@ class _SegmentFunction(torch.autograd.Function):
             latents,
             dlatents,
             dict(zip(segment.groups, dlog_dets, strict=True)),
-            dledger[:, 0],
+            dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
             dict(zip(ctx.stored_at, stored, strict=True)),
         )
         known = {id(p) for part in record.segments for p in part.parameters}
@@ -332,6 +333,6 @@ class _SegmentFunction(torch.autograd.Function):
 
 
 def _split(tensors: Sequence[Tensor], *lengths: int) -> list[tuple[Tensor, ...]]:
-    """Consecutive pieces of these lengths, and one with the rest."""
+    """Split into consecutive pieces of these lengths, and a last piece with the rest."""
     rest = iter(tensors)
     return [*(tuple(islice(rest, length)) for length in lengths), tuple(rest)]

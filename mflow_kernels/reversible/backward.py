@@ -1,6 +1,6 @@
 """The backward pass of a program whose forward pass stored no activations.
 
-It undoes the program from its end, rebuilding each state beside its gradient.
+It undoes the instructions from last to first, and rebuilds each state together with its gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,8 @@ class BackwardPass:
         networks: the networks in the order in which they ran.
         random: for each network, the random state from which it started, or None if it drew no
             random numbers.
-        fingerprints: for each network, the fingerprints of its first run if the second is to be
-            compared with it.
+        fingerprints: for each network, the fingerprints of its first run, or None if the second
+            run need not be compared with the first.
         autocast: arguments of the `torch.autocast` that was active.
     """
 
@@ -94,7 +94,7 @@ class BackwardPass:
             latents, dlatents: the latents that these instructions split off, and their gradients.
             dlog_dets: for each group of these instructions, the gradient of its log_det.
             dlogdet: (N,), the gradient of the log-determinant of each sample.
-            stored: states before the networks of these ordinals, which need not be rebuilt.
+            stored: stored states, by the ordinal of the network after them. They are not rebuilt.
 
         Returns:
             The gradients of the latents that these instructions joined, the last one first.
@@ -102,8 +102,8 @@ class BackwardPass:
         Raises:
             RuntimeError: a network did not repeat its first run.
         """
-        # dlogdet is often one number that autograd expanded: it is copied here once, and not by
-        # each launch.
+        # dlogdet is often one number that autograd expanded. Copy it once here, so that no launch
+        # has to.
         self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet.contiguous(), stored
         self._differences: list[tuple[int, RerunNetwork, bool, Tensor]] = []
         split_off, joined = list(zip(latents, dlatents, strict=True)), []
@@ -203,7 +203,7 @@ class BackwardPass:
         params: Tensor,
         dparams: Tensor,
     ) -> Tensor | None:
-        """The gradient of the network's input; those of parameters and context are added up."""
+        """Return the gradient of the network's input; add those of parameters and context up."""
         if not params.requires_grad:
             return None
         context = [i for i, c in enumerate(self.context) if c.requires_grad]
@@ -251,7 +251,8 @@ class BackwardPass:
         if not self.gathered.remaining:
             self._add_gradients(*self.gathered.parameter_gradients())
             self.gathered = None
-        # If the state is stored, x is None, and dx takes its place until the state is read.
+        # If the state is stored, x is None, and dx takes its place until `_undo_couple` reads the
+        # stored state.
         self._set_halves(*(made.x or made.dx), *made.dx)
         if made.whole is not None:
             x, dx = made.whole
@@ -262,7 +263,7 @@ class BackwardPass:
         return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
 
 
-PARTIALS_BYTES = 2**26  # limit of the partial outer sums that are held before they are reduced
+PARTIALS_BYTES = 2**26  # most bytes of partial outer sums that wait for one reduction
 
 
 class _GroupGradients:
@@ -281,7 +282,7 @@ class _GroupGradients:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def row(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """weight, bias and the inverse weight of a step."""
+        """The weight, the bias and the inverse weight of a step."""
         weight, bias = (t.detach()[row] for t in self.folded[:2])
         return weight, bias, self.rounded_inverse[row]
 

@@ -1,4 +1,4 @@
-"""What a sequence of flow layers does to a state, as a program of instructions.
+"""Programs: the instructions that a sequence of flow layers executes on a state.
 
 Layers return the instructions that they consist of. `execute` runs a program with as few launches
 as possible (a coupling and the 1x1 convolution after it share one), and `BackwardPass` in
@@ -60,12 +60,12 @@ class SpaceToDepth:
     """(N, C, H, W) -> (N, 4C, H/2, W/2), or back if `inverse`, in `F.pixel_unshuffle`'s channel
     order.
 
-    It makes one copy and keeps the memory layout, in the gradient too. `F.pixel_unshuffle` keeps
-    channels_last on a CPU only; on CUDA it returns contiguous tensors.
+    It makes one copy. State and gradient keep their memory layout. `F.pixel_unshuffle` would keep
+    channels_last on a CPU only, and return contiguous tensors on CUDA.
 
     Raises:
-        ValueError: another number of axes, odd H or W, or (inverse) channels that 4 does not
-            divide.
+        ValueError: x has another number of axes, odd H or W, or (inverse) a number of channels
+            that 4 does not divide.
     """
 
     inverse: bool
@@ -92,7 +92,7 @@ class SpaceToDepth:
 
 
 def _computes_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"  # a function, so that the ledger can count a GPU's launches
+    return x.device.type == "cpu"  # a function, so that a report can count a GPU's launches
 
 
 class _SqueezeChannelsLast(torch.autograd.Function):
@@ -147,7 +147,7 @@ class LinearGroup(Protocol):
         """The weights that `ChannelLinear` instructions of this group refer to.
 
         Raises:
-            ValueError: with `check`, a weight whose inverse is needed and does not exist.
+            ValueError: with `check`, if an inverse is needed and does not exist.
         """
 
     def parameters(self) -> list[nn.Parameter]:
@@ -217,7 +217,7 @@ def output_channels(instructions: Iterable[object], channels: int) -> int:
 
 
 class NetworkRunner(Protocol):
-    """Runs the coupling networks of a program, and may record what a backward pass needs."""
+    """Runs the coupling networks of a program, and may record data for a backward pass."""
 
     def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
         """net(net_input, *context); x is the state before the coupling."""
@@ -324,8 +324,8 @@ def _split_off(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :c_a], x[:, c_a:].clone()
 
 
-# Autograd's own gradient of a slice is a whole contiguous state that is zero elsewhere. These keep
-# the layout.
+# Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. These
+# functions keep the layout of the state.
 
 
 def _setup_slices(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
@@ -352,9 +352,9 @@ _split_off_eager = eager_function(_split_off, _setup_slices, _split_off_backward
 def keep_layout(state: Tensor) -> None:
     """Convert the gradient of `state` to the memory layout of `state` when it arrives.
 
-    A loss may return a gradient of another layout. One copy here saves every later launch from
-    reading it against its strides. Compilers (which choose layouts themselves) and transforms are
-    left alone.
+    A loss may return a gradient in another layout, which every later launch would read slowly. One
+    copy here avoids that. It does nothing under compilers, which choose layouts themselves, and in
+    transforms of torch.func.
     """
     if not state.requires_grad or transformed() or torch.compiler.is_compiling():
         return
@@ -371,5 +371,5 @@ def _net_input_dtype(instructions: Sequence[Instruction], i: int, x: Tensor) -> 
 
 
 def network_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a coupling network computes: autocast's if it is on, else the state's."""
+    """The dtype in which a coupling network computes: autocast's if it is on, or the state's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype

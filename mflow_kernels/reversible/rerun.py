@@ -2,9 +2,9 @@
 
 A reversible backward pass runs each network again. The second run must draw the same random
 numbers, use the same modes and the same autocast, and leave running statistics alone. This module
-arranges that. A network with any other state, such as its own `torch.Generator` or a counter, would
-silently get wrong gradients. The first backward pass of every network therefore compares
-fingerprints of both runs and raises if they differ.
+arranges that. It cannot restore other state, such as a network's own `torch.Generator` or a
+counter, and the gradients would then be wrong without an error. The first backward pass of every
+network therefore compares fingerprints of both runs, and raises if they differ.
 """
 
 import math
@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.ops.precision import autocasts, without_autocast
 
-# For each network whose runs were compared, and for the modes in which it ran: whether it draws
-# random numbers from the default generators.
+# Whether a network draws random numbers from the default generators, by network and by the modes in
+# which it ran. Filled when the two runs of a network have been compared.
 _draws: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]] = WeakKeyDictionary()
 
 
@@ -50,7 +50,7 @@ class RerunNetwork:
 
     @contextmanager
     def as_in_forward(self) -> Iterator[None]:
-        """Put the modules in the modes (train, eval) of the first run, without running statistics.
+        """Put the modules in the modes (train, eval) of the first run, and hide running statistics.
 
         Raises:
             RuntimeError: a parameter was replaced by another tensor.
@@ -80,8 +80,8 @@ class RerunNetwork:
         """The network's params, and fingerprints of everything that its gradients depend on.
 
         These are its input, the tensors it saves for backward (random masks included), and params.
-        Params alone would not do, since they are zero while the last layer is. Gradients must be
-        enabled.
+        Params alone are not enough, because they are zero while the last layer is zero. Gradients
+        must be enabled.
         """
         known = {
             id(t) for m in self._modules for t in (*m._parameters.values(), *m._buffers.values())
@@ -145,8 +145,9 @@ def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     list, whichever is larger.
 
     Returns:
-        A scalar: inf if the lists differ in length; 0 if their first tensors, the network's inputs,
-        differ by more than rounding, since the rebuilt state is then wrong and not the network.
+        A scalar. It is inf if the lists differ in length. It is 0 if the network's inputs, the
+        first tensors, differ by more than rounding: the rebuilt state is then at fault, not the
+        network.
     """
     device = first[0].device
     if len(first) != len(again):
@@ -192,8 +193,10 @@ def raise_not_repeated(ordinal: int, network: RerunNetwork, what: str) -> NoRetu
 
 
 def check_capturable(network: RerunNetwork) -> None:
-    """Raise RuntimeError unless the network can run twice in a CUDA graph, where the random state
-    cannot be restored."""
+    """Raise RuntimeError unless the network can run twice in a CUDA graph.
+
+    A graph cannot restore the random state, so the network must not draw random numbers.
+    """
     if network.draws is None:
         raise RuntimeError(
             "ReversibleChain: before capturing a CUDA graph, run one forward and backward pass, "
@@ -208,8 +211,10 @@ def check_capturable(network: RerunNetwork) -> None:
 
 
 def autocast_state(device: torch.device) -> dict[str, Any]:
-    """Arguments of a `torch.autocast` like the active one, without its cache of cast weights: a
-    weight that the forward pass cast without gradients must not serve the backward pass."""
+    """Arguments of a `torch.autocast` like the active one, but without its cache of cast weights.
+
+    The backward pass must not use a weight that the forward pass cast without gradients.
+    """
     kind = "cpu" if device.type == "meta" else device.type  # torch.autocast does not know "meta"
     return {
         "device_type": kind,
@@ -219,7 +224,7 @@ def autocast_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-# The state of the CPU generator; index, seed and offset of the CUDA device's generator.
+# The state of the CPU generator, and index, seed and offset of the CUDA device's generator.
 RandomState = tuple[Tensor, tuple[int, int, int] | None]
 
 
