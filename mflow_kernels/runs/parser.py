@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Append the default to each help text, and no type, because the texts make it clear."""
+    """Appends the default to each help text, but not the type, which the texts make clear."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -86,7 +86,7 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
 def with_docstring(thing: Any) -> Any:
     """Restore the docstring of a class or function, from which its help is made.
 
-    Python removes docstrings under -OO and PYTHONOPTIMIZE=2. They are read from the source then.
+    Python removes docstrings under -OO and PYTHONOPTIMIZE=2; this reads them from the source.
     """
     if sys.flags.optimize >= 2:
         definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]

@@ -43,5 +43,5 @@ def preset_options(name: str) -> dict[str, Any]:
     add_options(parser)
     add_resolved_options(parser)
     values = parse_yaml(parser, preset_text(name), f"preset: {name}")
-    # Of what a run took from its data, only the number of channels is an option of mflow plan.
+    # A run's config.yaml also has values from its data. Among these, `mflow plan` takes `channels`.
     return {name: value for name, value in values.items() if name not in ("crop", "class_names")}

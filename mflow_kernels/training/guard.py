@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mflow_kernels.layers.actnorm import over_ranks
 
 _MEMORY = 100  # steps over which the mean and variance of the loss are averaged
-# Least standard deviation of the loss, as a fraction of its size. It keeps rounding in a loss that
-# has long been constant from counting as a spike.
+# Least standard deviation of the loss, as a fraction of its size. Without it, rounding in a
+# constant loss would count as a spike.
 _LEAST_SPREAD = 0.01
 
 

@@ -20,11 +20,11 @@ holds its complete gradients while it computes those of the forward pass. At eac
     kept         S for every `checkpoint_every`-th network of each pass that is not done.
     stored       only without reversible: for each network not done, S, its input, Q and 2 H; and
                  the weights of all networks in low precision.
-    folded       for the steps of one level, 9 C^2 numbers each: 6 for W' and for what its gradient
-                 needs, 3 for W^-1 (float64) and the partial sums of dW. 12 C^2 while these become
-                 gradients of W's factors. In the inverse pass W^-1 needs gradients too, so these
-                 are 12 C^2 and 20 C^2. Without reversible, all levels count: 6 C^2, and 5 more for
-                 the inverse pass.
+    folded       for each step of one level, 9 C^2 numbers: 6 for W' and the inputs of its gradient,
+                 3 for W^-1 (float64) and the partial sums of dW. They grow to 12 C^2 while the
+                 gradients of W's factors are computed. In the inverse pass W^-1 needs gradients
+                 too, so the numbers are 12 C^2 and 20 C^2. Without reversible, the steps of all
+                 levels count: 6 C^2 each, and 5 C^2 more for the inverse pass.
     one step     the rebuilt state and its gradient, 2 S, and their new halves, 8 B C_b p; the
                  network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
                  gradient before and after it); and the network's weights in low precision. The
@@ -197,11 +197,15 @@ def peak_memory(config: RunConfig) -> Memory:
 def evaluation_memory(config: RunConfig, batch: int) -> int:
     """Predict the memory at the peak of evaluating a trained model in batches of `batch` images.
 
-    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the flow
-    on images. There are the weights of all stages; the images as they were read, as the flow's
-    input, and in three states or sets of latents; the folded 1x1 convolutions of all levels, and
-    for those of the widest one 6 C^2 numbers a step while they are folded and inverted; and the
-    network's input, its output and both hidden layers.
+    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the
+    image flow. These are in memory then:
+
+    - the weights of all stages;
+    - the images as they were read, as the flow's input, and as three states or sets of latents;
+    - the folded 1x1 convolutions of all levels;
+    - 6 C^2 numbers for each step of the widest level, while its convolutions are folded and
+      inverted;
+    - the network's input, its output and both hidden layers.
     """
     dims = config.channels * (config.image_size or 0) ** 2
     one = dataclasses.replace(config, batch_size=batch, precision="float32")
@@ -254,7 +258,11 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes; ValueError for other texts."""
+    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes.
+
+    Raises:
+        ValueError: the text is not such a size.
+    """
     units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
@@ -263,7 +271,7 @@ def parse_memory(text: str) -> int:
 
 
 def readable(size: int) -> str:
-    """Bytes as a text such as "1.5 GB"."""
+    """Format a number of bytes as a text such as "1.5 GB"."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -409,7 +417,7 @@ def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
         gradients = s.width + (1 + s.taps * blocks) * s.c_in
         sums = partial_sums_bytes(s, low)
     if not config.reversible:
-        # Gradients: of the state, of Q, and of hidden layers.
+        # Gradients of the state, of Q and of the hidden layers.
         return 2 * _state(config, n) + low * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)

@@ -35,7 +35,7 @@ from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_rank
 from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
-_BOUND_EVERY = 100  # steps after which --max-condition is enforced
+_BOUND_EVERY = 100  # --max-condition is enforced at this interval, in steps
 _FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,10 +45,9 @@ class FlowTraining(LightningModule):
 
     The stage, the batch, its noise and the learning rate depend on the options and `global_step`
     only, and the checkpoint holds everything else. A run that resumes at any step with the same
-    options therefore computes the same bits as one that was never interrupted. A stage
-    is trained on the averaged weights of the stages
-    before it, which do not change unless they are released. A step that the guard skips changes no
-    weight but is counted.
+    options therefore computes the same bits as one that was never interrupted. A stage is trained
+    on the averaged weights of the stages before it, which do not change unless they are released.
+    A step that the guard skips changes no weight but is counted.
 
     Metrics are logged in bits per dimension. bits_per_dim is per dimension of the image, under all
     stages up to the trained one. The loss and its parts are per dimension of the data that the
@@ -379,8 +378,10 @@ class FlowTraining(LightningModule):
 
 @contextmanager
 def singular_means_divergence(model: nn.Module) -> Iterator[None]:
-    """Turn the ValueError of a 1x1 convolution that has no inverse into a FloatingPointError which
-    says that training diverged. Other ValueErrors pass through."""
+    """Report a 1x1 convolution without an inverse as divergence.
+
+    Its ValueError becomes a FloatingPointError. Other ValueErrors pass through.
+    """
     try:
         yield
     except ValueError as error:
@@ -403,8 +404,8 @@ def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
     networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
-    # Dynamo counts recompilations for code, which all networks share. Each network shape compiles
-    # twice, with and without gradients.
+    # Dynamo counts the recompilations of a piece of code, and all networks share theirs. Each
+    # network shape compiles twice, with and without gradients.
     torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
     for network in networks:
         network.compile(**options)

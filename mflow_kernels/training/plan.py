@@ -15,11 +15,11 @@ from mflow_kernels.training.memory import (
 )
 from mflow_kernels.training.step_kernels import training_step
 
-ROOFLINE_SHARE = 0.5  # assumed: what a step reaches of its lower bound of time
+ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its real time
 
 
 def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
-    """Optimizer steps of a stage; None where they depend on an unknown number of images."""
+    """Optimizer steps of a stage; None if they depend on an unknown number of images."""
     if images is None:
         return config.stages[stage].max_steps
     return config.stages[stage].optimizer_steps(images // min(config.batch_size, images))
@@ -41,7 +41,7 @@ def describe_training(config: RunConfig, images: int | None) -> str:
     Args:
         config: what to train.
         images: number of training images. By default that of a named data set or prepared file;
-            elsewhere the text says how to give it.
+            for other data, the text says how to give the number.
     """
     if images is None:
         images = count_training_images(config.data)

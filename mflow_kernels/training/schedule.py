@@ -15,7 +15,7 @@ class Schedule:
     """Assigns steps to stages and images to steps.
 
     Stages that have ended by `start` keep their steps. The stage in training ends after its epochs
-    or steps, counted from its beginning; it ends at once if it has had as many already.
+    or steps, counted from its beginning; it ends at once if it has already had that many.
 
     Args:
         config: options from `start` on.
@@ -58,7 +58,7 @@ class Schedule:
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
 
     def progress(self, step: int) -> Progress:
-        """The progress after `step` steps, of which some or none were taken since `start`."""
+        """Return the progress after `step` steps, counted from the start of the whole run."""
         start, taken = self._start, step - self._start.step
         begins = (0, *(begin for begin in self.begins[1:] if begin < step))
         passes = Fraction(step - max(begins[-1], start.step), self._per_pass)
