@@ -1,8 +1,8 @@
 """The list of a data set's images: name, part and digest of each.
 
 A run folder keeps the list of its data set, so that later commands know which images the run held
-out. The split itself cannot tell: it depends on the number of images, and changes when one is
-added.
+out. Splitting the data set again could give other parts: the split depends on the number of images,
+so it changes when one is added.
 """
 
 import csv
@@ -91,7 +91,7 @@ class Manifest:
         return Manifest(names, self.parts[rows], digests)
 
     def difference(self, recorded: "Manifest") -> str | None:
-        """How this list differs from a recorded one, in words; None if they are equal.
+        """Describe how this list differs from a recorded one; None if they are equal.
 
         For example "2 images added (y.png, z.png), 1 changed (c.png)".
         """
@@ -132,8 +132,11 @@ class Manifest:
         return np.array(rows, np.int64)
 
     def trained_on(self, recorded: "Manifest") -> np.ndarray:
-        """Whether each image has the pixels of an image, of any name, in a recorded list's training
-        part: bool (N,)."""
+        """Return bool (N,): whether each image was trained on, under any name.
+
+        An image was trained on if the training part of the recorded list has an image with the same
+        pixels.
+        """
         trained = {
             digest
             for digest, part in zip(recorded.digests, recorded.parts.tolist(), strict=True)

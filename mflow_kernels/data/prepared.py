@@ -7,7 +7,8 @@ programs can read it. It holds three uint8 tensors:
     part    (N,)          0 train, 1 valid, 2 test
     record  (bytes,)      JSON: the origin of the images and their processing (see Record)
 
-The images start at byte 4096, the size of a page. A file that is not yet whole has another name.
+The images start at byte 4096, the size of a page. A file that is still being written has another
+name.
 """
 
 import json

@@ -93,9 +93,9 @@ def find_images(data: str | Path) -> Source:
     """List a folder or zip of images.
 
     A folder img_align_celeba or a zip img_align_celeba.zip is CelebA, and so is a folder that
-    contains one at most two folders deep. list_eval_partition.txt is then expected in it, beside it
-    or in the folder Eval beside it, as in the authors' download, and list_attr_celeba.txt, if there
-    is one, in the same places or in the folder Anno.
+    contains one at most two folders deep. The file list_eval_partition.txt must then lie in it,
+    beside it or in a folder Eval beside it, as in the authors' download. The optional file
+    list_attr_celeba.txt may lie beside it or in a folder Anno beside it.
 
     Raises:
         DataError: `data` does not exist or holds no file, a zip is damaged, or CelebA's partition
@@ -164,7 +164,10 @@ def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
 
 
 def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> dict[str, int]:
-    """The part of each name in the partition, which is `inside` if it lies among the images."""
+    """Return the part of each name in the partition file.
+
+    `inside` is that file if it lies among the images, else None.
+    """
     path = Path(images, inside.name) if inside else _find_partition(images, folders)
     try:
         with inside.open() if inside else path.open("rb") as opened:
@@ -190,7 +193,10 @@ def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> 
 
 
 def _read_attributes(names: list[str], images: Path, folders: list[Path]) -> dict[str, list[bool]]:
-    """For each attribute, whether each image has it; empty if there is no file of attributes."""
+    """Return, for each attribute, whether each image has it.
+
+    The result is empty if there is no file of attributes.
+    """
     candidates = [f / below / CELEBA_ATTRIBUTES for f in folders for below in ("", "Anno")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -274,5 +280,5 @@ def _opened(path: str) -> zipfile.ZipFile:
 
 @lru_cache(maxsize=4)
 def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
-    # Keeps zips open: CelebA's table of contents has 200,000 lines, which each process reads once.
+    # CelebA's table of contents has 200,000 lines. The cache lets each process read it only once.
     return zipfile.ZipFile(path)
