@@ -1,4 +1,4 @@
-"""Weights of openai/glow and of rosinality/glow-pytorch, as a `Glow`.
+"""Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
 
 Two features that `Glow` lacks are kept: convolutions that see the border of the image, and a
 learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
@@ -53,7 +53,7 @@ class EdgeConv2d(nn.Conv2d):
 class PublishedGlow(Glow):
     """`Glow` with a learned mean and deviation for each element of the coarsest latent.
 
-    `top_mean`, `top_log_sd` (C, H, W): the latent returned is (z - mean) * exp(-log_sd).
+    The coarsest latent that it returns is (z - top_mean) * exp(-top_log_sd), (N, C, H, W).
     """
 
     def __init__(self, image_shape: tuple[int, int, int], levels: int, steps: int) -> None:
@@ -71,7 +71,7 @@ class PublishedGlow(Glow):
     def initialize(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """`forward`: the published actnorms are initialized already."""
+        """Return `forward(x, context)`: the published actnorms are initialized already."""
         return self(x, context)
 
     def inverse(  # type: ignore[override]
@@ -89,7 +89,7 @@ def glow_from_openai(
     *,
     label: int | None = None,
 ) -> PublishedGlow:
-    """A model with the weights of openai/glow.
+    """Return a model with the weights of openai/glow.
 
     Args:
         weights: an .npz of the checkpoint's variables under their names, or a mapping from names
@@ -109,7 +109,7 @@ def glow_from_openai(
 def glow_from_rosinality(
     weights: str | PathLike[str] | Weights, image_shape: tuple[int, int, int]
 ) -> PublishedGlow:
-    """A model with the weights of rosinality/glow-pytorch.
+    """Return a model with the weights of rosinality/glow-pytorch.
 
     Args:
         weights: a state dictionary or its file.
@@ -125,7 +125,7 @@ def glow_from_rosinality(
 
 
 def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
-    """A model with these weights, from either layout."""
+    """Return a model with these weights, from either layout."""
     levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
@@ -313,7 +313,7 @@ def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
 
 
 def _count(weights: Weights, pattern: str) -> int:
-    """The number of consecutive integers from 0 whose names are in `weights`."""
+    """Return how many integers, counted from 0, give names in `weights` before one is missing."""
     count = 0
     while pattern.format(count) in weights:
         count += 1
@@ -356,7 +356,7 @@ def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequent
 
 
 def _halves(channels: int, interleaved: bool) -> tuple[slice, slice]:
-    """The slices of the first and the second of two values a channel."""
+    """Return the slices of the first and of the second of two values for each channel."""
     if interleaved:
         return slice(0, None, 2), slice(1, None, 2)
     return slice(0, channels), slice(channels, None)
@@ -371,6 +371,6 @@ def _set_coupling(step: FlowStep, net: nn.Sequential, interleaved: bool) -> None
         coupling.net, coupling.scale = Params(net, None, slice(None)), _EXP
     elif out != channels:
         raise ValueError(f"weights: expected {channels} outputs of a coupling network, got {out}")
-    elif interleaved:  # else log s is the first half already
+    elif interleaved:  # otherwise the raw scales are in the first half already
         shift, raw = _halves(channels // 2, interleaved)
         coupling.net = Params(net, raw, shift)

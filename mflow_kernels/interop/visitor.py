@@ -17,7 +17,7 @@ from mflow_kernels.reversible.program import SpaceToDepth
 
 
 class Visitor:
-    """Accelerates the layers of one library in a model, from the outside to the inside."""
+    """Accelerates the layers of one library in a model, outer modules first."""
 
     def __init__(self, adapter: Adapter, reversible: bool) -> None:
         self.adapter, self.reversible = adapter, reversible

@@ -1,6 +1,6 @@
-"""FrEIA: how its networks and modules call our kernels.
+"""The adapter of FrEIA: how its networks and modules call our kernels.
 
-Its modules go data -> latent, and back with `rev=True`.
+FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 """
 
 from collections import Counter
@@ -234,7 +234,7 @@ def _graph_chains(module: Any) -> list[list[Item]]:
     return chains
 
 
-# FrEIA's own code runs, on a copy of the input.
+# For these, FrEIA's own code runs on a copy of the input.
 _REPAIRED = {"haar": "itself, which in reverse leaves its input alone"}
 
 
