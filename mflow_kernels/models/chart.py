@@ -151,7 +151,7 @@ class Chart(nn.Module):
         from mflow_kernels.data.dequantization import bin_centres, dequantize
 
         if self.n_bits is None:
-            raise ValueError("n_bits: expected a number, as loaded models have, got None; set it")
+            raise ValueError("n_bits: expected a number, which loading sets, got None; set it")
         like = next(self.parameters())
         levels = prepare(images, self.input_shape, self.crop).to(like.device)
         if noise:

@@ -247,8 +247,8 @@ def _own_context_channels(context_channels: int, network: Network | None) -> int
         return context_channels
     if context_channels:
         raise ValueError(
-            "context_channels: expected 0 with `network`, whose networks take any context, got "
-            f"{context_channels}"
+            "context_channels: expected 0 with `network`, because its modules take any context, "
+            f"got {context_channels}"
         )
     return None
 

@@ -134,12 +134,12 @@ def prepare(
             prepared = open_prepared(path)
             with progress_bar("checking", len(prepared.images)) as progress:
                 prepared.verify(progress)
-            print("prepared before; every image is intact")
+            print("the file is complete; every image is intact")
         else:
             try:
                 prepared = prepare_file(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
-                print("interrupted; the same command continues", file=sys.stderr)
+                print("interrupted; the same command continues the preparation", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
         print(prepared.summary())
 

@@ -354,12 +354,12 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
         )
         return Memory(0, 0, 0, gradients, ends, kept, stored, folded, one_step)
 
-    low = _network_bytes(config)
+    e = _network_bytes(config)
     stored = folded = 0
     if not config.reversible:
         stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
         weights = sum(n.parameters for flow in trained for n in flow.couplings)
-        stored += low * weights if low < FLOAT or _by_operator(config) else 0
+        stored += e * weights if e < FLOAT or _by_operator(config) else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
     yield snapshot(0, gradients, stored, folded, 0)  # with the gradients of the step before
@@ -402,28 +402,28 @@ def _state(config: RunConfig, n: CouplingShape) -> int:
 
 def _stored(config: RunConfig, n: CouplingShape) -> int:
     """Bytes that autograd stores for a coupling without reversible."""
-    low = _network_bytes(config)
+    e = _network_bytes(config)
     numbers = n.channels // 2 + n.out_channels + 2 * n.width
-    return _state(config, n) + low * config.batch_size * n.pixels * numbers
+    return _state(config, n) + e * config.batch_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
     """Temporary bytes in the backward pass of one coupling."""
-    b, p, low = config.batch_size, n.pixels, _network_bytes(config)
+    b, p, e = config.batch_size, n.pixels, _network_bytes(config)
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
         s = network_shape(config, n)
         blocks = -(-s.width // dh1_tile(s).block_d)
         gradients = s.width + (1 + s.taps * blocks) * s.c_in
-        sums = partial_sums_bytes(s, low)
+        sums = partial_sums_bytes(s, e)
     if not config.reversible:
         # Gradients of the state, of Q and of the hidden layers.
-        return 2 * _state(config, n) + low * b * p * (n.out_channels + gradients) + sums
+        return 2 * _state(config, n) + e * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
     network = n.channels // 2 + 2 * n.out_channels + stored + gradients
-    weights = low * n.parameters if low < FLOAT or runs_layer_by_layer(config, n) else 0
-    return FLOAT * b * p * state + low * b * p * network + weights + sums
+    weights = e * n.parameters if e < FLOAT or runs_layer_by_layer(config, n) else 0
+    return FLOAT * b * p * state + e * b * p * network + weights + sums
 
 
 def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
@@ -449,10 +449,10 @@ def _by_operator(config: RunConfig) -> bool:
     return config.device != "cpu" and requested() != "torch"
 
 
-def partial_sums_bytes(s: Shape, low: int) -> int:
+def partial_sums_bytes(s: Shape, e: int) -> int:
     """Bytes of the partial sums of the weights' gradients in the fused kernels."""
     sums = FLOAT * sum(s.sums)
-    return max(sums, min(PROGRAMS * sums, low * s.pixels * s.width // 4))
+    return max(sums, min(PROGRAMS * sums, e * s.pixels * s.width // 4))
 
 
 def _network_bytes(config: RunConfig) -> int:

@@ -310,8 +310,8 @@ class FreiaAdapter(Adapter):
             )
         if any(isinstance(m, Ff.GraphINN) for m in modules):
             notes.append(
-                "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
-                "asked for; FrEIA's keeps them all to the end."
+                "GraphINN releases a node's output after its last use, unless intermediate_outputs "
+                "is True; FrEIA's keeps all outputs to the end."
             )
         return notes
 

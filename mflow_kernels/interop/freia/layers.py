@@ -126,14 +126,14 @@ def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
     try:
         clamped = layer.f_clamp(_PROBE)
     except Exception:  # a user's function may raise anything; the layer is left and reported
-        return "its clamp activation is one of its own"
+        return "its clamp activation is a custom function"
     if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
         return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
     if torch.equal(clamped, _PROBE.tanh()):
         return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp
     if torch.equal(clamped, 2.0 * (torch.sigmoid(_PROBE) - 0.5)):
         return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp / 2
-    return "its clamp activation is one of its own"
+    return "its clamp activation is a custom function"
 
 
 def _passing(layer: Any) -> dict[str, Any]:
