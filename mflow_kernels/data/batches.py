@@ -25,7 +25,7 @@ Batch = Tensor | LabelledImages
 
 
 def images_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The two parts of a batch; the second is None if the set has no classes."""
+    """Return the two parts of a batch; the second is None if the set has no classes."""
     return (batch, None) if isinstance(batch, Tensor) else (batch.images, batch.classes)
 
 

@@ -87,7 +87,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
 
 
 def digest(pixels: np.ndarray) -> str:
-    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal.
+    """Return the first 64 bits of the SHA-256 of an image's bytes, in hexadecimal.
 
     They suffice to detect damage and to recognize an image among millions.
     """
@@ -138,7 +138,7 @@ def _opened(entry: Entry) -> Iterator[Image.Image]:
 
 
 def _read(entry: Entry) -> Image.Image | str:
-    """The decoded image of an entry (see `plain`), or the reason why it cannot be read."""
+    """Return the decoded image of an entry (see `plain`), or the reason why it cannot be read."""
     try:
         with _opened(entry) as image:
             return plain(image)

@@ -51,7 +51,11 @@ def write_atomically(
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises OSError for a pipe or device, which may never end."""
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: the file is a pipe or device, which may never end, or cannot be read.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()

@@ -86,7 +86,7 @@ class Manifest:
         return cls(names, parts, [row[2] for row in listed])
 
     def subset(self, rows: np.ndarray) -> "Manifest":
-        """The images of these rows."""
+        """Return the images of these rows."""
         names, digests = ([values[row] for row in rows] for values in (self.names, self.digests))
         return Manifest(names, self.parts[rows], digests)
 
@@ -117,7 +117,7 @@ class Manifest:
         return ", ".join(phrases)
 
     def held_out_by(self, recorded: "Manifest") -> np.ndarray:
-        """Rows (int64) of the images whose names are in the test part of a recorded list.
+        """Return rows (int64) of the images whose names are in the test part of a recorded list.
 
         An image that has changed since is left out if it now has the pixels of an image that was
         trained on, for example because two files were swapped.
@@ -145,7 +145,7 @@ class Manifest:
         return np.array([digest in trained for digest in self.digests], bool)
 
     def _by_name(self) -> dict[str, tuple[int, str]]:
-        """Part and digest of each name."""
+        """Return the part and digest of each name."""
         return dict(
             zip(self.names, zip(self.parts.tolist(), self.digests, strict=True), strict=True)
         )

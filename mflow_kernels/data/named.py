@@ -37,7 +37,7 @@ class NamedDataset(NamedTuple):
 
 
 def default_shape(data: str) -> tuple[int, int]:
-    """Channels and side in pixels that `data` has by default, without opening it."""
+    """Return the default channels and side in pixels of `data`, without opening it."""
     named = NAMED_DATASETS.get(data)
     return (named.channels, named.size) if named else (_DEFAULT_CHANNELS, DEFAULT_SIZE)
 

@@ -80,7 +80,7 @@ class Source:
         return self.parts is not None
 
     def listing_hash(self) -> str:
-        """A checksum of all names, stamps and parts, which changes with the images."""
+        """Return a checksum of all names, stamps and parts, which changes with the images."""
         digest = hashlib.sha256(repr((self.crop, self.parts)).encode())
         for name, values in self.attributes.items():
             digest.update(f"{name}\0".encode() + bytes(values))
@@ -112,7 +112,7 @@ def find_images(data: str | Path) -> Source:
 
 
 def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
-    """CelebA's images (a folder or zip), and the folders that may hold the partition."""
+    """Return CelebA's images (a folder or zip), and the folders that may hold the partition."""
     for folder in _and_below(Path(os.path.abspath(root)), depth=2):
         for path in (folder, folder / CELEBA_IMAGES, folder / f"{CELEBA_IMAGES}.zip"):
             if path.name == CELEBA_IMAGES and path.is_dir():
@@ -125,7 +125,7 @@ def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
 
 
 def _and_below(folder: Path, depth: int) -> Iterator[Path]:
-    """A folder (or file) and the folders inside it down to `depth`, sorted by name."""
+    """Yield a folder (or file) and the folders inside it down to `depth`, sorted by name."""
     yield folder
     if depth and folder.is_dir() and folder.name != CELEBA_IMAGES:
         with os.scandir(folder) as found:
@@ -234,7 +234,7 @@ def _find_partition(images: Path, folders: list[Path]) -> Path:
 
 
 def _list(root: Path) -> list[Entry]:
-    """All files of a folder or zip and of zips in it, except hidden files."""
+    """Return all files of a folder or zip and of zips in it, except hidden files."""
     if root.is_file():
         return _list_zip(root, "")
     entries: list[Entry] = []

@@ -70,11 +70,11 @@ class ImageSet:
         return channels, height, width
 
     def subset(self, rows: np.ndarray) -> "ImageSet":
-        """The images at these positions of the set, in the order of `rows`."""
+        """Return the images at these positions of the set, in the order of `rows`."""
         return ImageSet(self._images, self._rows[rows], self._classes)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images at these positions, uint8 (len(indices), C, H, W).
+        """Return the images at these positions, uint8 (len(indices), C, H, W).
 
         The batch lies in page-locked memory if there is a GPU, so that copying it there is fast.
         """
@@ -124,7 +124,7 @@ class Splits:
         return self._part(TEST)
 
     def held_out_by(self, recorded: Manifest) -> ImageSet:
-        """The images of this data set that a run held out, found by name.
+        """Return the images of this data set that a run held out, found by name.
 
         Args:
             recorded: the manifest that the run recorded.
@@ -216,7 +216,7 @@ def count_training_images(data: str) -> int | None:
 
 
 def _held_out(count: int) -> int:
-    """Number of images that a random split of `count` images holds out."""
+    """Return the number of images that a random split of `count` images holds out."""
     return math.ceil(count * HELD_OUT_FRACTION)
 
 

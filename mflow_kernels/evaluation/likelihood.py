@@ -102,7 +102,7 @@ class Evaluation:
             print(self.accuracy_explained())
 
     def accuracy_explained(self) -> str:
-        """A sentence about the accuracy of the class posterior."""
+        """Return a sentence about the accuracy of the class posterior."""
         return (
             f"The class of the highest posterior is right for {self.class_accuracy:.1%} of the "
             "images (Bayes' rule with equal priors, all stages)."

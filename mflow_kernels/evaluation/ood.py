@@ -81,7 +81,7 @@ def density_images(model: HierarchicalFlow) -> int:
 
 
 def density_method(model: HierarchicalFlow) -> Method:
-    """The method of `manifold_log_prob` to use: exact if the Jacobian is small enough."""
+    """Return the method of `manifold_log_prob` to use: exact if the Jacobian is small enough."""
     bytes_needed = 8 * math.prod(model.input_shape) * model.manifold_dim
     return "exact" if bytes_needed <= _JACOBIAN_BYTES else "hutchinson"
 

@@ -317,7 +317,7 @@ def _has_spectrum(run: Run) -> bool:
 
 
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
-    """The first `count` images, dequantized with a fixed seed."""
+    """Return the first `count` images, dequantized with a fixed seed."""
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.batch(range(min(count, len(images)))).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)

@@ -136,6 +136,6 @@ def inpaint_images(
 
 
 def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:
-    """The model's input for uint8 images without noise: the middle of each quantization bin."""
+    """Return a model's input for uint8 images: the middle of each of 256 bins, without noise."""
     device = next(model.parameters()).device
     return (images.to(device).float() + 0.5) / 256 - 0.5

@@ -76,11 +76,11 @@ class Adapter(Protocol):
         ...
 
     def why_left(self, layer: nn.Module) -> str:
-        """Why a layer whose class is not in `layers` is left."""
+        """Say why a layer whose class is not in `layers` is left."""
         return "our kernels have no such layer"
 
     def kind_of(self, layer: nn.Module) -> str:
-        """The key of the methods of an accelerated layer."""
+        """Return the key of the methods of an accelerated layer."""
         ...
 
     def channels_of(self, layer: Any) -> int | None:
@@ -95,7 +95,7 @@ class Adapter(Protocol):
         ...
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
-        """How these accelerated modules differ from the library's on purpose."""
+        """Say how these accelerated modules differ from the library's on purpose."""
         return []
 
 

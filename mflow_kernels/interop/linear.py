@@ -272,7 +272,7 @@ class LayerGroup:
         self.channels, self.device, self.inverse = channels, device, inverse
 
     def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
-        """The folded weights of all rows, or their inverses, outside autocast.
+        """Return the folded weights of all rows, or their inverses, outside autocast.
 
         Rows whose layers are of the same kinds are folded in one batch.
 
@@ -305,11 +305,11 @@ class LayerGroup:
         return FoldedWeights(weight, bias, log_det.sum())
 
     def inverted(self) -> "LayerGroup":
-        """The inverse maps."""
+        """Return the inverse maps."""
         return LayerGroup(self.steps, self.channels, self.device, not self.inverse)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the layers."""
+        """Return the trainable parameters of the layers."""
         modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
         own = [p for m in modules for p in m._parameters.values() if p is not None]
         return list({id(p): p for p in own if p.requires_grad}.values())

@@ -82,7 +82,7 @@ class Params(nn.Module):
         )  # fmt: skip
 
     def _layers(self) -> list[nn.Module] | None:
-        """The network's layers, if the output channels of the last one can be reordered."""
+        """Return the network's layers, if the output channels of the last one can be reordered."""
         if self.raw is None:
             return None
         layers = getattr(self.net, self.inner) if self.inner else self.net
@@ -133,7 +133,7 @@ class Pair(nn.Module):
         self.factors, self.conditions = factors, conditions
 
     def given(self, conditions: tuple[int, ...]) -> "Pair":
-        """As `Params.given`."""
+        """Return a copy that receives only these conditions of its sequence."""
         received = () if self.conditions == () else conditions
         return Pair(self.scale_net, self.shift_net, self.factors, received)
 

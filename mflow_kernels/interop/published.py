@@ -200,7 +200,7 @@ class _OpenAI(_Source):
         )
 
     def prior(self, level: int) -> EdgeConv2d:
-        """The network from the kept half of a split to mean and log-deviation of the latent."""
+        """Return a split's network, from the kept half to the latent's mean and log-deviation."""
         return self.last(f"pool{level}/conv")
 
     def vector(self, name: str) -> Tensor:
@@ -210,12 +210,12 @@ class _OpenAI(_Source):
         return FACTOR * self.vector(name)
 
     def convolution(self, name: str) -> nn.Conv2d:
-        """A convolution without bias, and the actnorm after it."""
+        """Return a convolution without bias, and the actnorm after it."""
         bias, log_scale = f"{name}/actnorm_center/b", f"{name}/actnorm_scale/logs"
         return self._scaled(name, self.vector(bias), self.log_scale(log_scale))
 
     def last(self, name: str) -> EdgeConv2d:
-        """A network's last convolution, whose scale applies after the bias."""
+        """Return a network's last convolution, whose scale applies after the bias."""
         conv = self._scaled(name, self.vector(f"{name}/b"), self.log_scale(f"{name}/logs"))
         assert isinstance(conv, EdgeConv2d)
         return conv
@@ -228,7 +228,7 @@ class _OpenAI(_Source):
         return EdgeConv2d(weight, bias * scale, marked=True)
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Mean and log-deviation (2C, H, W) of the coarsest latent."""
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
         channels, height, width = shape
         top = torch.zeros(2 * channels, height, width)
         if "prior/p/W" in self.arrays:
@@ -277,7 +277,7 @@ class _Rosinality(_Source):
         return self.last(f"blocks.{level}.prior")
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Mean and log-deviation (2C, H, W) of the coarsest latent."""
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
         levels = _count(self.arrays, self.counted[0])
         top: Tensor = self.prior(levels - 1)(torch.zeros(1, *shape))[0]
         return top
@@ -294,7 +294,7 @@ class _Rosinality(_Source):
         return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
 
     def conv1x1_weight(self, name: str) -> Tensor:
-        """W (C, C), stored plainly or as its factors."""
+        """Return W (C, C), which the file stores as it is or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
         p, lower, upper, log_s, sign = (
@@ -305,7 +305,7 @@ class _Rosinality(_Source):
 
 
 def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
-    """Variables by name, without the scope and output number that TensorFlow adds."""
+    """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
@@ -323,7 +323,7 @@ def _count(weights: Weights, pattern: str) -> int:
 
 
 def _places(glow: Glow, kind: type) -> list[tuple[int, Any]]:
-    """Each layer of a kind, with its level."""
+    """Return each layer of a kind, with its level."""
     places, level = [], -1
     for layer in glow.chain.layers:
         level += not isinstance(layer, (FlowStep, Split))

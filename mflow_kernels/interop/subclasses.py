@@ -59,7 +59,7 @@ def _accelerated_class(original: type, folder: str, kind: str) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copies and pickles refer to the original class, since the subclass has no importable name."""
+    """Let copies and pickles refer to the original class: the subclass cannot be imported."""
     return _rebuilt, (original_class(self), *self._mflow_kind), self.__dict__
 
 

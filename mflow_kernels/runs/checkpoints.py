@@ -114,7 +114,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that can be read; None if there is no checkpoint.
+    """Return the newest checkpoint of a run folder that can be read; None if there is none.
 
     If `last.ckpt` is refused, `previous.ckpt` is taken and a line on stderr says so.
 
@@ -166,7 +166,7 @@ def _items(values: object) -> list[tuple[Any, Any]]:
 
 
 def _form(value: object) -> str:
-    """Dtype and shape of a dense tensor on the CPU, or the type of any other value."""
+    """Return the dtype and shape of a dense tensor on the CPU, or the type of any other value."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return f"a {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

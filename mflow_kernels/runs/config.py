@@ -59,7 +59,7 @@ class Stage:
     max_steps: int | None
 
     def optimizer_steps(self, batches_per_pass: int) -> int:
-        """Number of optimizer steps, if a pass over the images has `batches_per_pass` batches."""
+        """Return the number of optimizer steps, given the number of batches in a pass."""
         return self.max_steps or self.epochs * batches_per_pass
 
 
@@ -339,7 +339,7 @@ class TrainConfig(
         return path.stem if path.is_file() else path.name
 
     def default_run_dir(self) -> str:
-        """A readable folder name that depends only on the configuration."""
+        """Return a readable folder name that depends only on the configuration."""
         size = f"-{self.image_size}px" if self.image_size else ""
         classes = "" if self.classes is None else f"-{self.classes.replace(',', '-')}"
         return f"runs/{self.data_name}{size}{classes}-d{self.manifold_dim}-seed{self.seed}"
@@ -384,7 +384,7 @@ class RunConfig(TrainConfig):
         return self.channels, self.image_size, self.image_size
 
     def to_yaml(self) -> str:
-        """All values as YAML, which `from_yaml` reads."""
+        """Return all values as YAML, which `from_yaml` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod

@@ -90,7 +90,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """The architecture of a configuration, as `pretrained.build` takes it."""
+    """Return the architecture of a configuration, as `pretrained.build` takes it."""
     objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
     names = ("steps", "width", *objective, "delta", "sigma")
     stages = [
@@ -202,8 +202,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def checkpoint_tensors(model: HierarchicalFlow) -> dict[str, Tensor]:
-    """Tensors with the names, shapes and dtypes of those in a checkpoint of this model's training:
-    weights, averaged weights and the guard's statistics."""
+    """Return tensors with the names, shapes and dtypes of those in this model's checkpoints.
+
+    They are the weights, the averaged weights and the guard's statistics.
+    """
     weights = model.state_dict()
     trained = {f"model.{name}": tensor for name, tensor in weights.items()}
     averaged = {f"{_AVERAGE}{name}": tensor for name, tensor in weights.items()}
@@ -241,7 +243,7 @@ def export_run(run: Run, folder: Path) -> None:
 
 
 def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
-    """The options whose values differ from the recorded ones.
+    """Return the options whose values differ from the recorded ones.
 
     Raises:
         ValueError: one of them may not change on resume. The message lists those that may.

@@ -101,6 +101,6 @@ class StepGuard(nn.Module):
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over all ranks; x itself without torch.distributed."""
+    """Return the mean of x over all ranks; x itself without torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return over_ranks(x) / torch.distributed.get_world_size() if distributed else x

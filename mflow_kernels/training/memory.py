@@ -145,7 +145,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 
 
 def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
-    """The couplings of one stage, in the order of its forward pass."""
+    """Return the couplings of one stage, in the order of its forward pass."""
     if stage:
         outer, inner = config.stages[stage - 1 : stage + 1]
         return [CouplingShape(outer.dim, 1, inner.width, 1, True)] * inner.steps
@@ -221,7 +221,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
 
 
 def describe_peak(config: RunConfig, gpu: bool) -> str:
-    """The part of `mflow plan` on the configuration and its peak memory."""
+    """Return the part of `mflow plan` on the configuration and its peak memory."""
     config = config if gpu else dataclasses.replace(config, device="cpu")
     peak = peak_memory(config)
     states = (
@@ -283,7 +283,7 @@ def _rows() -> list[dataclasses.Field]:
 
 
 def largest_batch(config: RunConfig, memory: int) -> int:
-    """The largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
+    """Return the largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
         return peak_memory(dataclasses.replace(config, batch_size=batch)).total <= memory
@@ -328,7 +328,7 @@ class _Pass(NamedTuple):
 
 
 def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
-    """The passes of a training step, in the order of the backward pass."""
+    """Return the passes of a training step, in the order of the backward pass."""
     every = config.checkpoint_every if config.reversible else None
     passes = []
     for flow in reversed(trained):
@@ -341,12 +341,14 @@ def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
 
 
 def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
-    """Memory at the end of the forward pass and at each coupling of the backward pass, for flows
-    that train together. Memory that is held through the whole step is left out."""
+    """Yield the memory at the end of the forward pass, and at each coupling of the backward pass.
+
+    The flows `trained` train together. Memory that is held through the whole step is left out.
+    """
     passes = _passes(config, trained)
 
     def snapshot(done: int, gradients: int, stored: int, folded: int, one_step: int) -> Memory:
-        """Memory when `done` passes are done."""
+        """Return the memory when `done` passes are done."""
         open_passes = passes[done:]
         ends = FLOAT * 3 * sum(each.flow.elements for each in open_passes)
         kept = sum(
@@ -396,19 +398,19 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
 
 
 def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes of the flow's state."""
+    """Return the bytes of the flow's state."""
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
 def _stored(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes that autograd stores for a coupling without reversible."""
+    """Return the bytes that autograd stores for a coupling without reversible."""
     e = _network_bytes(config)
     numbers = n.channels // 2 + n.out_channels + 2 * n.width
     return _state(config, n) + e * config.batch_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
-    """Temporary bytes in the backward pass of one coupling."""
+    """Return the temporary bytes in the backward pass of one coupling."""
     b, p, e = config.batch_size, n.pixels, _network_bytes(config)
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
@@ -427,7 +429,7 @@ def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
 
 
 def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
-    """The network of a coupling and the images of a batch, as the kernels see them."""
+    """Return the network of a coupling and the images of a batch, as the kernels see them."""
     pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
     return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
 
@@ -450,11 +452,11 @@ def _by_operator(config: RunConfig) -> bool:
 
 
 def partial_sums_bytes(s: Shape, e: int) -> int:
-    """Bytes of the partial sums of the weights' gradients in the fused kernels."""
+    """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
     sums = FLOAT * sum(s.sums)
     return max(sums, min(PROGRAMS * sums, e * s.pixels * s.width // 4))
 
 
 def _network_bytes(config: RunConfig) -> int:
-    """Bytes per element in the coupling networks."""
+    """Return the bytes per element in the coupling networks."""
     return FLOAT if config.precision == "float32" else 2

@@ -117,11 +117,11 @@ class FlowTraining(LightningModule):
         return cast(HierarchicalFlow, self.average.model)
 
     def _step_in_stage(self, stage: int) -> int:
-        """Number of steps that a stage has taken."""
+        """Return the number of steps that a stage has taken."""
         return self.global_step - self.schedule.begins[stage]
 
     def _active(self, stage: int) -> list[int]:
-        """The stages whose weights change while `stage` is trained."""
+        """Return the stages whose weights change while `stage` is trained."""
         return list(range(stage + 1)) if self._config.release else [stage]
 
     @property
@@ -216,7 +216,7 @@ class FlowTraining(LightningModule):
         return loss, *parts, log_likelihood.detach()
 
     def _trained_dims(self, stage: int) -> int:
-        """Dimensions of the data that `stage` is trained on."""
+        """Return the dimensions of the data that `stage` is trained on."""
         first = 0 if self._config.release else stage
         return math.prod(cast(ManifoldFlow, self.model.stages[first]).input_shape)
 
@@ -343,7 +343,7 @@ class FlowTraining(LightningModule):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _dequantize(self, batch: Batch, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """This rank's images of a batch as data, and their classes, if they have any."""
+        """Return this rank's images of a batch as data, and their classes, if they have any."""
         generator = stream_generator(
             self._config.seed, stream, self.global_step, device=self.device
         )
@@ -354,11 +354,11 @@ class FlowTraining(LightningModule):
         return x, None if classes is None else self._rank_share(classes)
 
     def _rank_share(self, x: Tensor) -> Tensor:
-        """The images of a batch that this rank computes."""
+        """Return the images of a batch that this rank computes."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
 
     def _rate_of_stage(self, stage: int) -> Callable[[int], float]:
-        """The learning rate of a stage's weights as a function of the step."""
+        """Return the learning rate of a stage's weights as a function of the step."""
 
         def rate(step: int) -> float:
             trained = self.schedule.stage_of(step)
@@ -369,7 +369,7 @@ class FlowTraining(LightningModule):
         return rate
 
     def _learning_rate(self, stage: int, done: int) -> float:
-        """The learning rate after `done` steps of a stage: a linear warm-up, then a cosine."""
+        """Return the learning rate after `done` steps of a stage: a linear warm-up and a cosine."""
         steps = self.schedule.steps(stage)
         warm_up = max(1, min(self._config.warm_up, steps // 5))
         falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
@@ -378,7 +378,7 @@ class FlowTraining(LightningModule):
 
 @contextmanager
 def singular_means_divergence(model: nn.Module) -> Iterator[None]:
-    """Report a 1x1 convolution without an inverse as divergence.
+    """Report a 1x1 convolution that has no inverse as divergence.
 
     Its ValueError becomes a FloatingPointError. Other ValueErrors pass through.
     """

@@ -45,7 +45,7 @@ class RangeTest(NamedTuple):
 
 
 def describe_tests(tests: Sequence[RangeTest]) -> str:
-    """A table with one row for each stage, and the options that train with the suggested rates."""
+    """Return a table with one row per stage, and the options for training at the rates found."""
     lines = ["stage  loss lowest at rate  suggested rate"]
     for number, test in enumerate(tests, start=1):
         lines.append(f"{number:5}  {test.best_rate:19.2g}  {test.suggestion:14.2g}")
@@ -55,12 +55,12 @@ def describe_tests(tests: Sequence[RangeTest]) -> str:
 
 
 def rate_at(step: int) -> float:
-    """The learning rate of a step of the test."""
+    """Return the learning rate of a step of the test."""
     return LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
 
 
 def _running_means(losses: Sequence[float]) -> list[float]:
-    """The exponential running mean of the losses, without its bias towards 0."""
+    """Return the exponential running mean of the losses, without its bias towards 0."""
     mean, means = 0.0, []
     for count, loss in enumerate(losses, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss

@@ -50,11 +50,11 @@ class Schedule:
         return self.ends[-1]
 
     def steps(self, stage: int) -> int:
-        """Number of steps of a stage."""
+        """Return the number of steps of a stage."""
         return self.ends[stage] - self.begins[stage]
 
     def stage_of(self, step: int) -> int:
-        """The stage that a step trains; the last one for steps after the end."""
+        """Return the stage that a step trains; the last one for steps after the end."""
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
 
     def progress(self, step: int) -> Progress:

@@ -51,7 +51,7 @@ class Launch(NamedTuple):
 
 
 def training_step(config: RunConfig, stage: int) -> list[Launch]:
-    """The kernels of one optimizer step while `stage` (from 0) trains.
+    """Return the kernels of one optimizer step while `stage` (from 0) trains.
 
     The earlier stages compute that stage's data, without gradients unless they are released. A
     penalty in the data domain takes a second pass, through the inverse.
@@ -74,7 +74,7 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
 
 
 def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
-    """One pass through a flow and back, without the optimizer."""
+    """Return the kernels of one pass through a flow and back, without the optimizer."""
     launches = list(_forward(config, found, keep=not config.reversible))
     if config.reversible:
         launches += _run_networks(config, found, keep=True)
@@ -89,7 +89,7 @@ def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
 
 
 def _numbers(found: list[CouplingShape]) -> int:
-    """Numbers in one sample of the flow's data."""
+    """Return how many numbers one sample of the flow's data has."""
     return found[0].channels * found[0].pixels
 
 
@@ -109,7 +109,7 @@ def _run_networks(config: RunConfig, found: list[CouplingShape], keep: bool) -> 
 
 
 def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes of a state."""
+    """Return the bytes of a state."""
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
@@ -174,14 +174,17 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 
 def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
-    """Bytes of a number and of each weight of a network, in its precision."""
+    """Return the bytes of a number and of each weight of a network, in its precision."""
     e = _dtype(config).itemsize
     w1, w2, w3 = (e * out * taps * inner for out, taps, inner in s.weights)
     return e, w1, w2, w3
 
 
 def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    """One launch for the previous coupling and the 1x1 convolution, or for a split's coupling."""
+    """Yield the launch of the previous coupling and the 1x1 convolution, or of a split's coupling.
+
+    A second launch folds the weights.
+    """
     s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
@@ -208,14 +211,17 @@ def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 
 def _fold(config: RunConfig, n: CouplingShape) -> Launch:
-    """W' from its factors and actnorm, or their gradients: about 25 passes over C x C numbers, and
-    as many more for the inverse of a reversible step."""
+    """Return the launch that computes W' from its factors and actnorm, or their gradients.
+
+    It takes about 25 passes over C x C numbers, and as many more for the inverse of a reversible
+    step.
+    """
     passes = 50 if config.reversible else 25
     return Launch(passes * FLOAT * n.channels**2 if n.has_conv1x1 else 0)
 
 
 def _update(found: list[CouplingShape]) -> Iterator[Launch]:
-    """Clipping (12 bytes a parameter), AdamW (28) and the running average (12)."""
+    """Yield clipping (12 bytes per parameter), AdamW (28) and the running average (12)."""
     yield from (Launch(size * _parameters(found)) for size in (12, 28, 12))
 
 

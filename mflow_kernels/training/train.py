@@ -192,7 +192,7 @@ def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
 
 
 def describe_resume(run: CheckedRun) -> str:
-    """One line for each change of an option, and one with the steps that are left."""
+    """Return one line for each change of an option, and one with the steps that are left."""
     step = run.first_step
     lines = [f"from step {step:,} on: {change}" for change in run.changes]
     start = run.checkpoint.progress if run.checkpoint else None
@@ -344,7 +344,7 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
 
 
 def new_trainer(loaded: Loaded, **options: Any) -> Trainer:
-    """A Trainer for the device and ranks of a run, without Lightning's own output and files."""
+    """Return a Trainer for a run's device and ranks, without Lightning's own output and files."""
     _silence_lightning()
     ranks = loaded.ranks
     return Trainer(

@@ -127,7 +127,7 @@ def _graph_forward(
     held: dict[Any, Tensor] = {(node, 0): t for node, t in zip(starts, given, strict=True)}
 
     def take(key: Any) -> Tensor:
-        """An output of a node, released after its last use."""
+        """Return an output of a node, released after its last use."""
         uses[key] -= 1
         return held[key] if uses[key] else held.pop(key)
 
@@ -215,7 +215,7 @@ def _sequence_chains(module: Any) -> list[list[Item]]:
 
 
 def _graph_chains(module: Any) -> list[list[Item]]:
-    """Chains of nodes in which each node is the only consumer of the one before it."""
+    """Return chains of nodes in which each node is the only consumer of the one before it."""
     special = {*module.in_nodes, *module.out_nodes, *module.condition_nodes}
     index = {node: i for i, node in enumerate(module.condition_nodes)}
     chains: list[list[Item]] = []
