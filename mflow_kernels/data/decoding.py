@@ -52,7 +52,7 @@ class Decoded(NamedTuple):
     """The images of some entries."""
 
     pixels: np.ndarray  # uint8 (N, C, H, W)
-    digests: list[str]  # of each image, see `digest`
+    digests: list[str]  # digest of each image, see `digest`
     skipped: dict[int, str]  # the reason why an entry could not be read, by its position
     enlarged: int  # number of images that were smaller than the result
 
@@ -175,7 +175,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     For unsigned values of up to 16 bits, white is the largest value in every format. For floats,
     signed integers and 32-bit integers, the value of white is not agreed on, so they are refused.
     """
-    bits, inverted = 16, False  # also PGM: Pillow scales its values to 16 bits
+    bits, inverted = 16, False  # this holds for PGM too: Pillow scales its values to 16 bits
     if image.format == "TIFF":
         tags = cast(TiffImageFile, image).tag_v2
         bits = tags[BITSPERSAMPLE][0]

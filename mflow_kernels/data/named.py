@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LABELS = "labels"  # names the classes of folders or of a named data set, as in --classes labels
-_DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 64  # of a folder or zip
+_DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 64  # defaults for a folder or zip
 
 
 class NamedDataset(NamedTuple):

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-CELEBA_CROP = 148  # of 178x218 pixels: the usual crop to the face
+CELEBA_CROP = 148  # images have 178x218 pixels; this is the usual crop to the face
 CELEBA_IMAGES = "img_align_celeba"
 CELEBA_PARTITION = "list_eval_partition.txt"
 CELEBA_ATTRIBUTES = "list_attr_celeba.txt"

@@ -147,7 +147,7 @@ class EvaluationSet(NamedTuple):
 
     images: ImageSet
     skipped: tuple[str, ...]  # names of the files that could not be read as images
-    manifest: Manifest  # of `images`, in their order
+    manifest: Manifest  # lists `images`, in their order
 
 
 def load_splits(data: str, image_size: int | None = None, classes: str | None = None) -> Splits:

@@ -20,7 +20,7 @@ KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # or the number of images, if that is smaller
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 _INCEPTION_SIZE, _OTHER_SIZE = 299, 224
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of ImageNet
 
 
 class FeatureNetwork(nn.Module):

@@ -57,7 +57,7 @@ class Evaluation:
     images: int
     manifold_dims: tuple[int, ...]
     stages: tuple[StageMetrics, ...]
-    class_accuracy: float | None = None  # of a class-conditional model on images with classes
+    class_accuracy: float | None = None  # None without a class-conditional model or known classes
 
     def write(self, path: Path) -> None:
         """Write a JSON file."""

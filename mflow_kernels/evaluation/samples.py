@@ -1,4 +1,4 @@
-"""Images that a trained model draws, and its projections of given images."""
+"""Draw images from a trained model, project images, and fill in missing pixels."""
 
 from typing import Literal
 

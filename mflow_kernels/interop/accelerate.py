@@ -24,8 +24,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
             storing them. Memory does not grow with the number of steps; networks run twice.
 
     Returns:
-        What was replaced, what was left and why, and how the accelerated model differs from the
-        original on purpose.
+        A report: the replaced layers, the other layers with the reasons, and the intended
+        differences from the original model.
 
     Raises:
         TypeError: `model` is not a module.

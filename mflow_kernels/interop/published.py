@@ -261,7 +261,7 @@ class _Rosinality(_Source):
 
     def step(self, level: int, step: int) -> _Step:
         at = f"blocks.{level}.flows.{step}"
-        scale = self[f"{at}.actnorm.scale"].flatten()  # of either sign
+        scale = self[f"{at}.actnorm.scale"].flatten()  # it may be negative
         return _Step(
             self.conv1x1_weight(f"{at}.invconv") * scale.sign(),
             self[f"{at}.actnorm.loc"].flatten(),

@@ -52,7 +52,7 @@ class Coupling:
 
 
 Part = Linear | Reorder | Coupling | SpaceToDepth
-"""What a layer does, in terms that our kernels know."""
+"""A part of what a layer does; the kernels have an operation for each of these types."""
 
 
 def smaller_half(channels: int) -> int:

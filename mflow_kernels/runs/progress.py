@@ -13,7 +13,7 @@ class Progress(NamedTuple):
     step: int = 0
     begins: tuple[int, ...] = (0,)  # first step of each stage that has begun
     passes: Fraction = Fraction(0)  # passes over the images in the last of these stages
-    position: Position = Position()  # of the next batch
+    position: Position = Position()  # position of the next batch
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for a checkpoint."""

@@ -1,4 +1,4 @@
-"""What a training run will take beside memory: steps, disk, and an estimate of the hours."""
+"""Predicts the steps and the disk space of a training run, and estimates its hours."""
 
 import dataclasses
 

@@ -87,7 +87,7 @@ class Ranks(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What training starts from: options that passed every check, images and a model."""
+    """The start of training: options that passed every check, images and a model."""
 
     config: RunConfig
     splits: Splits
