@@ -49,8 +49,9 @@ def assert_close(
         actual: the result under test, of any floating dtype.
         expected: the reference, of the same shape and usually float64.
         terms: number of products in the longest sum behind one element.
-        scale: magnitude of the summed terms, finite. Pass it if cancellation makes the result
-            smaller than its terms. The largest magnitude in `expected` is used if it is larger.
+        scale: finite magnitude of the summed terms. Pass it if cancellation makes the result
+            smaller than its terms. The bound uses the larger of `scale` and the largest magnitude
+            in `expected`.
         name: name of the tensor in the error message.
 
     Raises:

@@ -25,7 +25,7 @@ Batch = Tensor | LabelledImages
 
 
 def images_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The two parts of a batch; the second is None if the set has no classes."""
+    """Return the two parts of a batch; the second is None if the set has no classes."""
     return (batch, None) if isinstance(batch, Tensor) else (batch.images, batch.classes)
 
 
@@ -39,7 +39,7 @@ class Position(NamedTuple):
     used: int = 0
 
     def after(self, batches: int, batch_size: int, images: int) -> "Position":
-        """The position after that many batches, if a pass has that many images."""
+        """Return the position after `batches` more batches, if a pass has `images` images."""
         left = (images - self.used) // batch_size
         if batches < left:
             return Position(self.number, self.used + batches * batch_size)
@@ -98,14 +98,17 @@ class OrderedBatches:
 
 
 def flip_at_random(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image (N, C, H, W), of any dtype, mirrored left to right with probability 1/2."""
+    """Mirror each image (N, C, H, W), of any dtype, left to right with probability 1/2."""
     flips = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
     return torch.where(flips, images.flip(-1), images)
 
 
 def _read_ahead(images: ImageSet, orders: Iterable[Tensor]) -> Iterator[Batch]:
-    """The batch of each order; threads read the next ones meanwhile. (A DataLoader's processes
-    would send through pipes what a thread finds in the page cache.)"""
+    """Yield the batch of each order, while threads read the next ones.
+
+    A DataLoader's processes would send batches through pipes; a thread finds the images in the page
+    cache.
+    """
     pool = ThreadPoolExecutor(_READERS)
     ahead: deque[Future[Batch]] = deque()
 

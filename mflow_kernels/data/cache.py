@@ -11,7 +11,7 @@ from mflow_kernels.data.prepared import Prepared, is_prepared, open_prepared
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.sources import DataError, find_images
 
-_ANNOUNCED_MEGABYTES = 100  # stderr names a larger file before it is written
+_ANNOUNCED_MEGABYTES = 100  # a line on stderr announces a larger file before it is written
 
 
 def open_or_prepare(data: str, image_size: int | None) -> Prepared:
@@ -59,8 +59,10 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
 
 
 def _cached_file(path: Path, size: int) -> Path:
-    """The name of a folder's or zip's prepared file in the cache: $MFLOW_CACHE, or mflow_kernels in
-    the user's cache folder."""
+    """Return the name of a folder's or zip's prepared file in the cache.
+
+    The cache is $MFLOW_CACHE, or the folder mflow_kernels in the user's cache folder.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("MFLOW_CACHE") or Path(base, "mflow_kernels"))
     real = Path(os.path.realpath(path))

@@ -17,7 +17,7 @@ class Classes(NamedTuple):
     """The classes of N images.
 
     Attributes:
-        names: of each class, in the order of their numbers.
+        names: name of each class, in the order of their numbers.
         numbers: int64 (N,), the class of each image.
     """
 
@@ -26,7 +26,7 @@ class Classes(NamedTuple):
 
 
 def of_folders(names: Sequence[str]) -> Classes:
-    """The folder that directly contains each image is its class, in alphabetical order.
+    """Return classes that are the folders directly containing the images, in alphabetical order.
 
     Args:
         names: file name of each image, relative to the root, with slashes.
@@ -49,10 +49,10 @@ def of_folders(names: Sequence[str]) -> Classes:
 
 
 def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
-    """Each combination of the chosen attributes is a class.
+    """Return one class for each combination of the chosen attributes.
 
     Args:
-        chosen: names of attributes, separated by commas, as "Smiling,Male".
+        chosen: names of attributes, separated by commas, such as "Smiling,Male".
         attributes: for each name, bool (N,): the images that have it.
 
     Raises:
@@ -72,7 +72,7 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
         raise DataError(f"classes: expected up to 6 different attributes, got {chosen!r}")
     numbers = np.zeros(len(attributes[names[0]]), np.int64)
     labels = [""]
-    for name in names:  # the first attribute is the slowest
+    for name in names:  # the first attribute changes slowest
         numbers = 2 * numbers + attributes[name]
         labels = [f"{before}{sign}{name} " for before in labels for sign in ("not ", "")]
     return Classes(tuple(label.strip() for label in labels), numbers)

@@ -52,7 +52,7 @@ class Decoded(NamedTuple):
     """The images of some entries."""
 
     pixels: np.ndarray  # uint8 (N, C, H, W)
-    digests: list[str]  # of each image, see `digest`
+    digests: list[str]  # digest of each image, see `digest`
     skipped: dict[int, str]  # the reason why an entry could not be read, by its position
     enlarged: int  # number of images that were smaller than the result
 
@@ -87,7 +87,7 @@ def decode(entries: Sequence[Entry], form: Format) -> Decoded:
 
 
 def digest(pixels: np.ndarray) -> str:
-    """The first 64 bits of the SHA-256 of an image's bytes, in hexadecimal.
+    """Return the first 64 bits of the SHA-256 of an image's bytes, in hexadecimal.
 
     They suffice to detect damage and to recognize an image among millions.
     """
@@ -116,7 +116,7 @@ def any_in_colour(entries: Sequence[Entry]) -> bool:
 
 
 def start_worker() -> None:
-    """Make this process ignore Ctrl-C and end when its parent ends, even if that is killed."""
+    """Make this process ignore Ctrl-C and end when its parent ends or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -138,7 +138,7 @@ def _opened(entry: Entry) -> Iterator[Image.Image]:
 
 
 def _read(entry: Entry) -> Image.Image | str:
-    """The decoded image of an entry (see `plain`), or the reason why it cannot be read."""
+    """Return the decoded image of an entry (see `plain`), or the reason why it cannot be read."""
     try:
         with _opened(entry) as image:
             return plain(image)
@@ -157,10 +157,12 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """The image upright (by its EXIF tag) and with 8 bits per channel: mode L if grey, else RGB.
+    """Return the image with 8 bits per channel, in mode L if it is grey, else in mode RGB.
+
+    Its EXIF tag is used to turn it upright.
 
     Raises:
-        ValueError: the grey values have no agreed white.
+        ValueError: the file format does not define which grey value is white.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image)
@@ -168,12 +170,12 @@ def plain(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper 8 bits of grey values with more bits, as Pillow converts 16-bit colours.
+    """Return the upper 8 bits of grey values with more bits, as Pillow converts 16-bit colours.
 
-    Unsigned values of up to 16 bits fill their range in every format. Floats, signed integers and
-    32-bit integers have no agreed white and are refused.
+    For unsigned values of up to 16 bits, white is the largest value in every format. For floats,
+    signed integers and 32-bit integers, the value of white is not agreed on, so they are refused.
     """
-    bits, inverted = 16, False  # also PGM: Pillow scales its values to 16 bits
+    bits, inverted = 16, False  # this holds for PGM too: Pillow scales its values to 16 bits
     if image.format == "TIFF":
         tags = cast(TiffImageFile, image).tag_v2
         bits = tags[BITSPERSAMPLE][0]

@@ -1,18 +1,19 @@
-"""Between uint8 images and the continuous data that flows model."""
+"""Convert between uint8 images and the continuous data that flows model."""
 
 import torch
 from torch import Tensor
 
 
 def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
+    """Convert uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
 
-    x = (floor(image / 2^(8 - n_bits)) + u) / 2^n_bits - 0.5 with u uniform on [0, 1): a density of
-    x bounds the probability of the image from below (Theis et al., arXiv 1511.01844).
+    The result is x = (floor(image / 2^(8 - n_bits)) + u) / 2^n_bits - 0.5, with u uniform on
+    [0, 1). A density of x bounds the probability of the image from below (Theis et al., arXiv
+    1511.01844).
 
     Raises:
-        TypeError: images that are not uint8.
-        ValueError: n_bits outside 1..8.
+        TypeError: the images are not uint8.
+        ValueError: n_bits is not from 1 to 8.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
@@ -23,14 +24,17 @@ def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = 
 
 
 def bin_centres(images: Tensor, n_bits: int) -> Tensor:
-    """`dequantize` with u = 1/2 in place of noise: the middle of each quantization bin."""
+    """Return `dequantize` with u = 1/2 in place of noise: the middle of each quantization bin."""
     check_n_bits(n_bits)
     levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
     return (levels + 0.5) / 2**n_bits - 0.5
 
 
 def to_image(x: Tensor) -> Tensor:
-    """Centred data of any float dtype to uint8 of the same shape, values outside clipped."""
+    """Convert centred data of any float dtype to uint8 images of the same shape.
+
+    Values outside [-0.5, 0.5) are clipped.
+    """
     return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)
 
 

@@ -51,7 +51,11 @@ def write_atomically(
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file. Raises OSError for a pipe or device, which may never end."""
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: the file is a pipe or device, which may never end, or cannot be read.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
@@ -128,7 +132,7 @@ def check_can_be_written(folder: Path, argument: str) -> None:
 
 
 def _exists(path: Path) -> bool:
-    # Path.exists would take some errors, such as a missing permission, for an answer.
+    # Path.exists may return False for an error such as a missing permission.
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -155,7 +159,7 @@ def make_folder(
         FolderError: see `lock_folder`; also if the folder exists and `replaced` is None.
         OSError: no disk space or memory is left. In both cases nothing has changed.
     """
-    # Only the first 100 characters, because a file name with the additions has at most 255 bytes.
+    # Use the first 100 characters only: a file name, with these additions, may have 255 bytes.
     temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
     old = temporary.with_suffix(".old")
     try:

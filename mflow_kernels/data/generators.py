@@ -24,16 +24,16 @@ class Stream(IntEnum):
 def stream_generator(
     seed: int, stream: Stream, *key: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A random generator that is a function of (seed, stream, key) alone.
+    """Return a random generator that is a function of (seed, stream, key) alone.
 
     Training keys its streams by the pass or the step. A resumed run therefore draws what an
     uninterrupted run draws, and no generator state has to be restored.
 
     Args:
-        seed: of the run; 0 for draws that are the same in every run.
+        seed: seed of the run; 0 for draws that are the same in every run.
         stream: the use of the numbers.
         key: for example the step. Trailing zeros count as absent: () and (0,) draw the same.
-        device: of the generator.
+        device: device of the generator.
     """
     state = np.random.SeedSequence([seed, stream, *key]).generate_state(1, np.uint64)[0]
     generator = torch.Generator(device=device)

@@ -1,8 +1,8 @@
 """The list of a data set's images: name, part and digest of each.
 
 A run folder keeps the list of its data set, so that later commands know which images the run held
-out. The split itself cannot tell: it depends on the number of images, and changes when one is
-added.
+out. Splitting the data set again could give other parts: the split depends on the number of images,
+so it changes when one is added.
 """
 
 import csv
@@ -86,12 +86,12 @@ class Manifest:
         return cls(names, parts, [row[2] for row in listed])
 
     def subset(self, rows: np.ndarray) -> "Manifest":
-        """The images of these rows."""
+        """Return the images of these rows."""
         names, digests = ([values[row] for row in rows] for values in (self.names, self.digests))
         return Manifest(names, self.parts[rows], digests)
 
     def difference(self, recorded: "Manifest") -> str | None:
-        """How this list differs from a recorded one, in words; None if they are equal.
+        """Describe how this list differs from a recorded one; None if they are equal.
 
         For example "2 images added (y.png, z.png), 1 changed (c.png)".
         """
@@ -117,7 +117,7 @@ class Manifest:
         return ", ".join(phrases)
 
     def held_out_by(self, recorded: "Manifest") -> np.ndarray:
-        """Rows (int64) of the images whose names are in the test part of a recorded list.
+        """Return rows (int64) of the images whose names are in the test part of a recorded list.
 
         An image that has changed since is left out if it now has the pixels of an image that was
         trained on, for example because two files were swapped.
@@ -132,8 +132,11 @@ class Manifest:
         return np.array(rows, np.int64)
 
     def trained_on(self, recorded: "Manifest") -> np.ndarray:
-        """Whether each image has the pixels of an image, of any name, in a recorded list's training
-        part: bool (N,)."""
+        """Return bool (N,): whether each image was trained on, under any name.
+
+        An image was trained on if the training part of the recorded list has an image with the same
+        pixels.
+        """
         trained = {
             digest
             for digest, part in zip(recorded.digests, recorded.parts.tolist(), strict=True)
@@ -142,7 +145,7 @@ class Manifest:
         return np.array([digest in trained for digest in self.digests], bool)
 
     def _by_name(self) -> dict[str, tuple[int, str]]:
-        """Part and digest of each name."""
+        """Return the part and digest of each name."""
         return dict(
             zip(self.names, zip(self.parts.tolist(), self.digests, strict=True), strict=True)
         )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LABELS = "labels"  # names the classes of folders or of a named data set, as in --classes labels
-_DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 64  # of a folder or zip
+_DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 64  # defaults for a folder or zip
 
 
 class NamedDataset(NamedTuple):
@@ -37,7 +37,7 @@ class NamedDataset(NamedTuple):
 
 
 def default_shape(data: str) -> tuple[int, int]:
-    """Channels and side in pixels that `data` has by default, without opening it."""
+    """Return the default channels and side in pixels of `data`, without opening it."""
     named = NAMED_DATASETS.get(data)
     return (named.channels, named.size) if named else (_DEFAULT_CHANNELS, DEFAULT_SIZE)
 

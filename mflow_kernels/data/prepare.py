@@ -79,8 +79,8 @@ def prepare(
     Raises:
         DataError: no image can be read, an image is smaller than the crop, or `out` exists and may
             not be replaced.
-        OSError: ENOSPC if the disk is full, at once if the images cannot fit; finished blocks are
-            kept for the next call. ENOMEM if a decoding process was killed.
+        OSError: ENOSPC if the disk is full, or before decoding if the images will not fit. ENOMEM
+            if a decoding process was killed. Finished blocks are kept for the next call.
     """
     identity = _identity(source, image_size)
     partial, journal = (out.with_name(f".{out.name}.{end}") for end in ("partial", "journal"))
@@ -274,8 +274,11 @@ def _decode_in_order(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back. A process that starts meanwhile inherits this, and so Ctrl-C in a terminal,
-    which reaches every process, leaves it to the first one to end."""
+    """Block SIGINT in this process and in processes that start meanwhile.
+
+    Ctrl-C in a terminal reaches every process. It must only end the main one, which then ends the
+    others in order.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -325,7 +328,10 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
 
 
 def _random_parts(count: int) -> np.ndarray:
-    """Draw a tenth of the images as test part, independent of the run's seed; train on the rest."""
+    """Draw a tenth of the images as the test part; the rest is for training.
+
+    The run's seed does not change the draw.
+    """
     part = np.zeros(count, np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
     part[order[: math.ceil(count * HELD_OUT_FRACTION)]] = 2
@@ -341,7 +347,7 @@ def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None
 
 @contextmanager
 def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """Open and lock the journal. Also yields whether another process had to be waited for."""
+    """Open and lock the journal. Yield it, and whether this process waited for another one."""
     waited = False
     while True:
         with _open_own(journal, buffering=0) as lines:
@@ -352,7 +358,7 @@ def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 print(printable(message), file=sys.stderr)
                 waited = True
                 fcntl.flock(lines, fcntl.LOCK_EX)
-            # A process that finishes removes its journal: what was locked may be the removed file.
+            # A process that finishes removes its journal, so the locked file may be a removed one.
             if journal.exists() and journal.stat().st_ino == os.fstat(lines.fileno()).st_ino:
                 yield lines, waited
                 return

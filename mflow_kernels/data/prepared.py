@@ -7,7 +7,8 @@ programs can read it. It holds three uint8 tensors:
     part    (N,)          0 train, 1 valid, 2 test
     record  (bytes,)      JSON: the origin of the images and their processing (see Record)
 
-The images start at byte 4096, the size of a page. A file that is not yet whole has another name.
+The images start at byte 4096, the size of a page. A file that is still being written has another
+name.
 """
 
 import json
@@ -70,7 +71,7 @@ class Record:
         return Format(self.size, self.channels, self.crop)
 
     def encode(self) -> bytes:
-        """The record as JSON."""
+        """Return the record as JSON."""
         return json.dumps(asdict(self), ensure_ascii=True).encode()
 
     @classmethod
@@ -159,7 +160,7 @@ class Prepared:
         return {name: np.unpackbits(bits)[:count] > 0 for name, bits in packed.items()}
 
     def summary(self) -> str:
-        """A description of the file in a few lines."""
+        """Return a description of the file in a few lines."""
         record, (count, *shape) = self.record, self.images.shape
         parts = ", ".join(
             f"{number:,} {name}" for name, number in zip(PARTS, record.count, strict=True) if number
@@ -198,7 +199,7 @@ class Prepared:
 
 
 def header(form: Format, count: int, record_bytes: int) -> bytes:
-    """The first HEADER_BYTES bytes of a prepared file of `count` images."""
+    """Return the first HEADER_BYTES bytes of a prepared file of `count` images."""
     shapes = {"images": (count, *form.shape), "part": (count,), "record": (record_bytes,)}
     entries: dict[str, object] = {"__metadata__": {"kind": _KIND}}
     end = 0

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-CELEBA_CROP = 148  # of 178x218 pixels: the usual crop to the face
+CELEBA_CROP = 148  # images have 178x218 pixels; this is the usual crop to the face
 CELEBA_IMAGES = "img_align_celeba"
 CELEBA_PARTITION = "list_eval_partition.txt"
 CELEBA_ATTRIBUTES = "list_attr_celeba.txt"
@@ -80,7 +80,7 @@ class Source:
         return self.parts is not None
 
     def listing_hash(self) -> str:
-        """A checksum of all names, stamps and parts, which changes with the images."""
+        """Return a checksum of all names, stamps and parts, which changes with the images."""
         digest = hashlib.sha256(repr((self.crop, self.parts)).encode())
         for name, values in self.attributes.items():
             digest.update(f"{name}\0".encode() + bytes(values))
@@ -93,9 +93,9 @@ def find_images(data: str | Path) -> Source:
     """List a folder or zip of images.
 
     A folder img_align_celeba or a zip img_align_celeba.zip is CelebA, and so is a folder that
-    contains one at most two folders deep. list_eval_partition.txt is then expected in it, beside it
-    or in the folder Eval beside it, as in the authors' download, and list_attr_celeba.txt, if there
-    is one, in the same places or in the folder Anno.
+    contains one at most two folders deep. The file list_eval_partition.txt must then lie in it,
+    beside it or in a folder Eval beside it, as in the authors' download. The optional file
+    list_attr_celeba.txt may lie beside it or in a folder Anno beside it.
 
     Raises:
         DataError: `data` does not exist or holds no file, a zip is damaged, or CelebA's partition
@@ -112,7 +112,7 @@ def find_images(data: str | Path) -> Source:
 
 
 def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
-    """CelebA's images (a folder or zip), and the folders that may hold the partition."""
+    """Return CelebA's images (a folder or zip), and the folders that may hold the partition."""
     for folder in _and_below(Path(os.path.abspath(root)), depth=2):
         for path in (folder, folder / CELEBA_IMAGES, folder / f"{CELEBA_IMAGES}.zip"):
             if path.name == CELEBA_IMAGES and path.is_dir():
@@ -125,7 +125,7 @@ def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
 
 
 def _and_below(folder: Path, depth: int) -> Iterator[Path]:
-    """A folder (or file) and the folders inside it down to `depth`, sorted by name."""
+    """Yield a folder (or file) and the folders inside it down to `depth`, sorted by name."""
     yield folder
     if depth and folder.is_dir() and folder.name != CELEBA_IMAGES:
         with os.scandir(folder) as found:
@@ -164,7 +164,10 @@ def _read_celeba(root: Path, images: Path, folders: list[Path]) -> Source:
 
 
 def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> dict[str, int]:
-    """The part of each name in the partition, which is `inside` if it lies among the images."""
+    """Return the part of each name in the partition file.
+
+    `inside` is that file if it lies among the images, else None.
+    """
     path = Path(images, inside.name) if inside else _find_partition(images, folders)
     try:
         with inside.open() if inside else path.open("rb") as opened:
@@ -190,7 +193,10 @@ def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> 
 
 
 def _read_attributes(names: list[str], images: Path, folders: list[Path]) -> dict[str, list[bool]]:
-    """For each attribute, whether each image has it; empty if there is no file of attributes."""
+    """Return, for each attribute, whether each image has it.
+
+    The result is empty if there is no file of attributes.
+    """
     candidates = [f / below / CELEBA_ATTRIBUTES for f in folders for below in ("", "Anno")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -228,7 +234,7 @@ def _find_partition(images: Path, folders: list[Path]) -> Path:
 
 
 def _list(root: Path) -> list[Entry]:
-    """All files of a folder or zip and of zips in it, except hidden files."""
+    """Return all files of a folder or zip and of zips in it, except hidden files."""
     if root.is_file():
         return _list_zip(root, "")
     entries: list[Entry] = []
@@ -274,5 +280,5 @@ def _opened(path: str) -> zipfile.ZipFile:
 
 @lru_cache(maxsize=4)
 def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
-    # Keeps zips open: CelebA's table of contents has 200,000 lines, which each process reads once.
+    # CelebA's table of contents has 200,000 lines. The cache lets each process read it only once.
     return zipfile.ZipFile(path)

@@ -32,8 +32,8 @@ class ImageSet:
     """uint8 images of shape (C, H, W), in memory or in a memory-mapped file.
 
     Args:
-        images: uint8 (N, C, H, W), a tensor or an array. A memory-mapped array is read only where
-            it is indexed.
+        images: uint8 (N, C, H, W), a tensor or an array. Only the indexed rows of a memory-mapped
+            array are read.
         rows: rows of `images` that belong to the set, in this order; all by default.
         classes: class of each of the N images, if they have classes.
 
@@ -70,11 +70,11 @@ class ImageSet:
         return channels, height, width
 
     def subset(self, rows: np.ndarray) -> "ImageSet":
-        """The images at these positions of the set, in the order of `rows`."""
+        """Return the images at these positions of the set, in the order of `rows`."""
         return ImageSet(self._images, self._rows[rows], self._classes)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The images at these positions, uint8 (len(indices), C, H, W).
+        """Return the images at these positions, uint8 (len(indices), C, H, W).
 
         The batch lies in page-locked memory if there is a GPU, so that copying it there is fast.
         """
@@ -113,8 +113,8 @@ class Splits:
     def valid(self) -> ImageSet:
         """The images for validation during training.
 
-        A random split has no validation part, and this is `test`. Training selects nothing by these
-        images.
+        A random split has no validation part, so these are the images of `test`. Training selects
+        nothing by them.
         """
         return self._part(VALID) if VALID in self.manifest.parts else self.test
 
@@ -124,7 +124,7 @@ class Splits:
         return self._part(TEST)
 
     def held_out_by(self, recorded: Manifest) -> ImageSet:
-        """The images of this data set that a run held out, found by name.
+        """Return the images of this data set that a run held out, found by name.
 
         Args:
             recorded: the manifest that the run recorded.
@@ -147,7 +147,7 @@ class EvaluationSet(NamedTuple):
 
     images: ImageSet
     skipped: tuple[str, ...]  # names of the files that could not be read as images
-    manifest: Manifest  # of `images`, in their order
+    manifest: Manifest  # lists `images`, in their order
 
 
 def load_splits(data: str, image_size: int | None = None, classes: str | None = None) -> Splits:
@@ -158,8 +158,9 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
             images (see `find_images`), which is prepared in a cache first.
         image_size: side of the images in pixels. The default is that of the named data set or
             prepared file, and 64 for a folder or zip.
-        classes: "labels" for the labels of a named data set, else the names of the images' folders;
-            or names of CelebA's attributes, separated by commas. By default there are no classes.
+        classes: "labels" for the labels of a named data set, or for the folders that contain the
+            images of any other; or names of CelebA's attributes, separated by commas. By default
+            there are no classes.
 
     Raises:
         ValueError: `data` does not exist, holds no readable image or leaves a part empty, it is a
@@ -200,8 +201,9 @@ def _prepared_classes(prepared: Prepared, classes: str | None) -> Classes | None
 
 
 def count_training_images(data: str) -> int | None:
-    """Number of training images of a named data set or a prepared file, without reading an image;
-    None for anything else.
+    """Return the number of training images of a named data set or a prepared file.
+
+    No image is read. The number is None for other data.
 
     Raises:
         DataError: a prepared file is damaged or of another version.
@@ -214,7 +216,7 @@ def count_training_images(data: str) -> int | None:
 
 
 def _held_out(count: int) -> int:
-    """Number of images that a random split of `count` images holds out."""
+    """Return the number of images that a random split of `count` images holds out."""
     return math.ceil(count * HELD_OUT_FRACTION)
 
 

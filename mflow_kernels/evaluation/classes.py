@@ -8,7 +8,7 @@ from mflow_kernels.models import HierarchicalFlow
 
 @torch.no_grad()
 def class_log_probs(model: HierarchicalFlow, x: Tensor) -> Tensor:
-    """log p(x | class) (N, K) in nats for each of the K classes, x (N, C, H, W).
+    """Return log p(x | class) (N, K) in nats for each of the K classes; x is (N, C, H, W).
 
     With a uniform prior, the softmax over K is the posterior of the class (Bayes' rule).
     """
@@ -17,9 +17,9 @@ def class_log_probs(model: HierarchicalFlow, x: Tensor) -> Tensor:
 
 
 def context_of(model: HierarchicalFlow, x: Tensor, classes: Tensor | None = None) -> Tensor | None:
-    """The context for images x: their classes or, if these are unknown, the most probable ones.
+    """Return the context for images x: their classes or, if unknown, the most probable ones.
 
-    None if the model has no context.
+    It is None if the model has no classes.
     """
     if not model.class_names:
         return None
@@ -29,7 +29,7 @@ def context_of(model: HierarchicalFlow, x: Tensor, classes: Tensor | None = None
 def sampled_classes(
     model: HierarchicalFlow, number: int, class_number: int | None = None
 ) -> Tensor | None:
-    """The context of `number` samples: all of one class, or by default of all classes in turn."""
+    """Return the context of `number` samples: one class or, by default, all classes in turn."""
     if not model.class_names:
         return None
     device = next(model.parameters()).device

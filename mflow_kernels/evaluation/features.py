@@ -20,7 +20,7 @@ KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000  # or the number of images, if that is smaller
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 _INCEPTION_SIZE, _OTHER_SIZE = 299, 224
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those of ImageNet
 
 
 class FeatureNetwork(nn.Module):
@@ -50,8 +50,8 @@ def load_feature_network(name: str, weights: Path) -> FeatureNetwork:
     Args:
         name: "inception", the network that FID was defined with. Its weights are those that
             torch-fidelity and pytorch-fid publish (pt_inception-2015-12-05-*.pth), and images are
-            prepared as torchmetrics does by default. Otherwise the name of an image classifier of
-            torchvision, such as "resnet50", which gets 224x224 images normalized as for ImageNet.
+            prepared as torchmetrics does by default. Any other name is that of an image classifier
+            of torchvision, such as "resnet50"; it gets 224x224 images normalized as for ImageNet.
         weights: file with a state dict, written as .safetensors or by torch.save.
 
     Raises:
@@ -128,8 +128,10 @@ def feature_distance(real: Tensor, fake: Tensor) -> FeatureDistance:
 
 
 class _Features(nn.Module):
-    """Passes features through where torchmetrics expects a network, so that FID and KID share one
-    pass of the real network."""
+    """Stands in for the network that torchmetrics expects, and returns its input.
+
+    FID and KID can then share the features from one pass of the real network.
+    """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -153,8 +155,10 @@ class _Pooled(nn.Module):
 
 
 def _pool_as_in_fid(inception: nn.Module) -> None:
-    """Replace the pooling by that of TensorFlow's network of 2015, which FID was defined with: its
-    averages exclude the padding, and its last block takes maxima."""
+    """Replace the pooling by that of TensorFlow's network of 2015, which FID was defined with.
+
+    There, averages exclude the padding, and the last block takes maxima.
+    """
     average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
         name = f"Mixed_{name}"

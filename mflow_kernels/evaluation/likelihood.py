@@ -57,7 +57,7 @@ class Evaluation:
     images: int
     manifold_dims: tuple[int, ...]
     stages: tuple[StageMetrics, ...]
-    class_accuracy: float | None = None  # of a class-conditional model on images with classes
+    class_accuracy: float | None = None  # None without a class-conditional model or known classes
 
     def write(self, path: Path) -> None:
         """Write a JSON file."""
@@ -65,7 +65,7 @@ class Evaluation:
         write_atomically(path, lambda temporary: temporary.write_text(text))
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """A label and one formatted number a stage, for each metric."""
+        """Return, for each metric, a label and one formatted number per stage."""
         formats = {
             "bits per dimension (bits/dim)": ("bits_per_dim", ".4f"),
             "  log-density on the manifold, bits/dim": ("on_manifold", "+.4f"),
@@ -80,7 +80,7 @@ class Evaluation:
         ]
 
     def headings(self) -> list[str]:
-        """A heading for each stage: the stages that it covers and the manifold's dimension."""
+        """Return a heading for each stage: the stages it covers and the manifold's dimension."""
         return [
             f"{'stage 1' if number == 1 else f'stages 1-{number}'}\n{dim} dimensions"
             for number, dim in enumerate(self.manifold_dims, start=1)
@@ -102,7 +102,7 @@ class Evaluation:
             print(self.accuracy_explained())
 
     def accuracy_explained(self) -> str:
-        """A sentence about the accuracy of the class posterior."""
+        """Return a sentence about the accuracy of the class posterior."""
         return (
             f"The class of the highest posterior is right for {self.class_accuracy:.1%} of the "
             "images (Bayes' rule with equal priors, all stages)."
@@ -169,8 +169,10 @@ def evaluate_model(
 
 
 def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
-    """Images in a batch: 100, or fewer large ones, so that the hidden channels of the widest
-    networks take no more than a few GB."""
+    """Return the number of images in a batch: 100, or fewer if the images are large.
+
+    The hidden channels of the widest networks then take at most a few GB.
+    """
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
@@ -196,10 +198,10 @@ def importance_weighted_bits(
     device: torch.device,
     batch_size: int | None = None,
 ) -> float:
-    """Bits per dimension from several dequantizations of each image, averaged over the images.
+    """Return the bits per dimension from several dequantizations of each image.
 
-    Computes -log2 of (1 / K) sum_k p(x + u_k) for K draws of the noise u. This bounds the
-    probability of the image more tightly than the mean of the log-densities, which
+    This averages -log2 of (1 / K) sum_k p(x + u_k) over the images, for K draws of the noise u. It
+    bounds the probability of an image more tightly than the mean of the log-densities, which
     `evaluate_model` reports (Burda et al., arXiv 1509.00519; Ho et al., arXiv 1902.00275, section
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
 

@@ -46,7 +46,7 @@ class ReportMetrics:
     missing: tuple[str, ...]
 
     def to_json(self) -> str:
-        """Serialize as JSON. The spectrum becomes a list; numbers that are not finite, null."""
+        """Serialize as JSON: the spectrum as a list, and numbers that are not finite as null."""
         values = asdict(self)
         if self.spectrum is not None:
             values["spectrum"] = {**self.spectrum._asdict()}

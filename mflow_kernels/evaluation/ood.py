@@ -19,7 +19,7 @@ from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.chart import normal_score, off_manifold_score
 from mflow_kernels.models.volume import Method
 
-SCORED_IMAGES = 256  # of each set
+SCORED_IMAGES = 256  # largest number of scored images of each set
 # Every score, with its heading and the form of its median. Higher means farther from the data.
 SCORES = {
     "bits_per_dim": ("bits per dimension", ".3f"),
@@ -52,10 +52,10 @@ class SetScores:
 
 
 class TrainingScores(NamedTuple):
-    """What scores compare an image with: means over training images.
+    """Means over training images, with which the scores compare an image.
 
     Attributes:
-        deviation: their deviation from the manifold, as `Chart.deviation`.
+        deviation: their deviation from the manifold, as `Chart.deviation` computes it.
         bits_per_dim: their bits per dimension.
     """
 
@@ -72,14 +72,16 @@ def training_scores(model: HierarchicalFlow, images: Tensor, n_bits: int) -> Tra
 
 
 def density_images(model: HierarchicalFlow) -> int:
-    """Number of images of a set for which the density on the manifold is computed. It depends on
-    the model's dimensions only; 0 if one image costs too much."""
+    """Return the number of images of a set for which the density on the manifold is computed.
+
+    It depends on the model's dimensions only, and is 0 if one image costs too much.
+    """
     work = math.prod(model.input_shape) * model.manifold_dim
     return min(_DENSITY_IMAGES, _DENSITY_WORK // work)
 
 
 def density_method(model: HierarchicalFlow) -> Method:
-    """The method of `manifold_log_prob` to use: exact if the Jacobian is small enough."""
+    """Return the method of `manifold_log_prob` to use: exact if the Jacobian is small enough."""
     bytes_needed = 8 * math.prod(model.input_shape) * model.manifold_dim
     return "exact" if bytes_needed <= _JACOBIAN_BYTES else "hutchinson"
 
@@ -103,7 +105,7 @@ def score_images(
         latent_score    `Chart.ood_score` without its volume term, in nats.
         ood_score       `Chart.ood_score` in nats, of the first `density_images` images.
 
-    All but the last take three passes through the flow.
+    All scores but the last take three passes through the flow together.
 
     Args:
         model: model in evaluation mode.
@@ -154,8 +156,10 @@ def score_images(
 
 
 def png_bits(images: Tensor, n_bits: int) -> Tensor:
-    """Bits per dimension of uint8 images (N, C, H, W), reduced to n_bits, as PNG files; (N,)
-    float64."""
+    """Return the bits per dimension (N,), float64, of images as PNG files.
+
+    The images are uint8 (N, C, H, W) and are reduced to n_bits first.
+    """
     levels = (images.cpu() >> (8 - n_bits)).permute(0, 2, 3, 1).contiguous().numpy()
     sizes = []
     for pixels in levels:
@@ -184,9 +188,9 @@ def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores,
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that a score of `outside` is above a score of `inside`; ties count as half.
+    """Return the probability that a score of `outside` is above a score of `inside`.
 
-    NaN, which a density that overflowed gives, counts as the highest score.
+    Ties count as half. NaN counts as the highest score: it means that a density overflowed.
     """
     from torchmetrics.functional.classification import binary_auroc
 
@@ -198,8 +202,10 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def made_up_sets(images: Tensor) -> dict[str, Tensor]:
-    """Two sets made without other data, as many images and of the same shape as the uint8 images
-    given: their negatives, and uniform noise."""
+    """Make two sets of the same size and shape as these uint8 images, without other data.
+
+    They are the negatives of the images, and uniform noise.
+    """
     generator = stream_generator(0, Stream.UNIFORM_IMAGES)
     noise = torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
     return {"negatives (255 - image)": 255 - images, "uniform noise": noise}

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn as PNG files at one screen pixel for each pixel."""
+"""The pictures of a run, as PNG files in which each image pixel is a whole number of pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
-    """Draw the spectrum that the intrinsic dimension was estimated from, and where it was cut."""
+    """Draw the spectrum behind an estimated intrinsic dimension, and mark its largest drop."""
     figure = Figure(figsize=(7, 4), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     values, d = estimate.spectrum.cpu().numpy(), estimate.dimension

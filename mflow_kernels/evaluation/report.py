@@ -60,17 +60,17 @@ _PROBES, _ITERATIONS = 16, 64  # defaults of `manifold_log_prob`, by Hutchinson'
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Parts of a report that are computed on request only.
+    """Options of a report.
 
     Args:
-        draws: dequantizations of each image for the importance-weighted bits per dimension, which
-            1 leaves out.
+        draws: dequantizations of each image for the importance-weighted bits per dimension; 1
+            leaves these out.
         features: name of a network and the network, for FID and KID; None leaves them out.
-        feature_images: most images and samples that FID and KID compare.
-        others: further sets of images, by name, to compute OOD scores of.
-        quick: leave out what needs Jacobians: the density on the manifold, the OOD score and the
-            intrinsic dimension.
-        ambient: draw the off-manifold coordinates of samples too.
+        feature_images: largest number of images, and of samples, that FID and KID compare.
+        others: further sets of images, by name, that get OOD scores.
+        quick: leave out the parts that need Jacobians: the density on the manifold, the OOD score
+            and the intrinsic dimension.
+        ambient: also draw the off-manifold coordinates of samples.
     """
 
     draws: int = 1
@@ -82,7 +82,7 @@ class ReportOptions:
 
 
 def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
-    """What an evaluation will compute, with the number of passes that each part takes.
+    """Describe what an evaluation will compute, with the number of passes that each part takes.
 
     In a pass, one image, or its derivative in one direction, goes once through the image flow.
     """
@@ -92,7 +92,8 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         min(SCORED_IMAGES, number)
         for number in (count, count, count, *(len(other) for _, other in options.others))
     )
-    # Each stage projects; its terms take a pass, its encoding another, and its penalty a third.
+    # The projection of each stage takes two passes. Terms, encoding and penalty of stage 1 take
+    # one each.
     lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (2 * stages + 3))]
     if options.draws > 1:
         lines.append(_work(f"{options.draws} dequantizations of each", count * options.draws))
@@ -316,7 +317,7 @@ def _has_spectrum(run: Run) -> bool:
 
 
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
-    """The first `count` images, dequantized with a fixed seed."""
+    """Return the first `count` images, dequantized with a fixed seed."""
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.batch(range(min(count, len(images)))).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)

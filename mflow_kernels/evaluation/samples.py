@@ -1,4 +1,4 @@
-"""Images that a trained model draws, and its projections of given images."""
+"""Draw images from a trained model, project images, and fill in missing pixels."""
 
 from typing import Literal
 
@@ -11,8 +11,8 @@ from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
-CLASS_TEMPERATURE = 0.7  # of the samples of each class
-MOST_ROWS = 20  # of samples by class
+CLASS_TEMPERATURE = 0.7  # temperature of the samples of each class
+MOST_ROWS = 20  # largest number of rows of samples by class
 
 
 @torch.no_grad()
@@ -50,9 +50,10 @@ def draw_samples(
 def samples_by_temperature(
     model: HierarchicalFlow, number: int, seed: int, ambient: bool = False
 ) -> tuple[str, dict[str, Tensor]]:
-    """A title, and one named row of `number` samples for each of TEMPERATURES, from one seed.
+    """Return a title, and one named row of `number` samples for each of TEMPERATURES.
 
-    A class-conditional model has one row for each class, at CLASS_TEMPERATURE.
+    All rows use one seed. A class-conditional model has one row for each class instead, at
+    CLASS_TEMPERATURE.
     """
     if model.class_names:
         rows = samples_by_class(model, number, CLASS_TEMPERATURE, seed, ambient=ambient)
@@ -70,7 +71,10 @@ def samples_by_class(
     stages: int | None = None,
     ambient: bool = False,
 ) -> dict[str, Tensor]:
-    """For each class, by name, `number` samples from the same draws. At most MOST_ROWS classes."""
+    """Return `number` samples of each class, by its name, for at most MOST_ROWS classes.
+
+    All classes use the same draws.
+    """
     return {
         name: draw_samples(model, number, temperature, seed, stages, class_number, ambient)
         for class_number, name in enumerate(model.class_names[:MOST_ROWS])
@@ -100,7 +104,7 @@ def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -
     """Return a mask (N, 1, H, W) for images (N, C, H, W): True where a pixel is known.
 
     The missing pixels are the right half, the square of half the side in the middle, or three in
-    four at random, others in each image.
+    four pixels at random, chosen separately for each image.
     """
     number, _, height, width = images.shape
     known = torch.ones(number, 1, height, width, dtype=torch.bool)
@@ -132,6 +136,6 @@ def inpaint_images(
 
 
 def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:
-    """The model's input for uint8 images without noise: the middle of each quantization bin."""
+    """Return a model's input for uint8 images: the middle of each of 256 bins, without noise."""
     device = next(model.parameters()).device
     return (images.to(device).float() + 0.5) / 256 - 0.5

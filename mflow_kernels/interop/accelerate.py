@@ -24,8 +24,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
             storing them. Memory does not grow with the number of steps; networks run twice.
 
     Returns:
-        What was replaced, what was left and why, and how the accelerated model differs from the
-        original on purpose.
+        A report: the replaced layers, the other layers with the reasons, and the intended
+        differences from the original model.
 
     Raises:
         TypeError: `model` is not a module.
@@ -56,7 +56,7 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
 
 
 def decelerate(model: nn.Module) -> None:
-    """Return every accelerated layer to its own computation, with its current weights.
+    """Restore the original computation of every accelerated layer. Weights do not change.
 
     Raises:
         TypeError: `model` is not a module.
@@ -77,4 +77,4 @@ def _version(library: str) -> str:
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        return "of no version"
+        return "of unknown version"

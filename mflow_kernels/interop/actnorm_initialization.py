@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """(N, C, *spatial) as (C, N * P)."""
+    """Reshape x (N, C, *spatial) to (C, N * P), where P is the number of pixels."""
     return x.transpose(0, 1).flatten(1)
 
 
 def standard_deviation(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
-    """The standard deviation of each channel, and which channels are constant up to rounding."""
+    """Return the standard deviation of each channel, and whether it is constant up to rounding."""
     samples = per_channel(x)
     std = samples.std(1, correction=correction)
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))

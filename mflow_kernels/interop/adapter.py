@@ -1,4 +1,4 @@
-"""What `accelerate` asks about a library: one `Adapter` for each, in a folder of its own."""
+"""The interface between `accelerate` and a library: each has an `Adapter` in its own folder."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ Methods = Mapping[str, Callable[..., Any]]
 
 
 class Fuser(Protocol):
-    """What `Adapter.fuse` uses of the `Visitor` that goes through a model.
+    """The part of `Visitor` that `Adapter.fuse` uses.
 
     Attributes:
-        replaced, left: of the report; `fuse` adds to them.
+        replaced, left: the lists of the report; `fuse` adds to them.
     """
 
     replaced: list[Replaced]
@@ -38,13 +38,13 @@ class Fuser(Protocol):
         """Cut a list of layers, data -> latent, into fused sequences and single layers.
 
         Args:
-            names: of the layers, as in `model.named_modules()`.
+            names: names of the layers, as in `model.named_modules()`.
             conditions: for each layer, which of the container's conditions it takes.
         """
         ...
 
     def accelerates(self, layer: nn.Module) -> bool:
-        """Whether a layer will be accelerated, alone if not in a sequence."""
+        """Whether a layer will be accelerated, in a sequence or alone."""
         ...
 
 
@@ -60,8 +60,8 @@ class Adapter(Protocol):
             with `implementation_of(self)`.
         fingerprints: for each module of the library, the fingerprints of the versions that the
             tests ran against (see `fingerprints.py`).
-        repaired: for kinds of layers that still compute as before when they stand alone, except
-            that a bug is fixed: what the report says of them.
+        repaired: the report's text for some kinds of layers. When such a layer stands alone, the
+            library's code still computes it, with a bug fixed.
     """
 
     folder: str
@@ -76,15 +76,15 @@ class Adapter(Protocol):
         ...
 
     def why_left(self, layer: nn.Module) -> str:
-        """Why a layer whose class is not in `layers` is left."""
+        """Say why a layer whose class is not in `layers` is left."""
         return "our kernels have no such layer"
 
     def kind_of(self, layer: nn.Module) -> str:
-        """The key of the methods of an accelerated layer."""
+        """Return the key of the methods of an accelerated layer."""
         ...
 
     def channels_of(self, layer: Any) -> int | None:
-        """Channels of a layer's states; None if the layer does not show it."""
+        """Return the number of channels of a layer's states; None if it is unknown."""
         return None
 
     def fuse(self, container: nn.Module, name: str, kind: type[nn.Module], fuser: Fuser) -> None:
@@ -95,11 +95,11 @@ class Adapter(Protocol):
         ...
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
-        """How these accelerated modules differ from the library's on purpose."""
+        """Say how these accelerated modules differ from the library's on purpose."""
         return []
 
 
 def load_adapter(folder: str) -> Adapter:
-    """The adapter in this folder, which imports its library."""
+    """Import and return the adapter in this folder. It imports its library."""
     adapter: Adapter = importlib.import_module(f"mflow_kernels.interop.{folder}.adapter").ADAPTER
     return adapter

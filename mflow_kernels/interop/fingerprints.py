@@ -1,8 +1,8 @@
-"""Which versions of a library's code the adapters were tested with.
+"""Check whether the adapters were tested with the installed version of a library's code.
 
 Version numbers are not enough: FrEIA's development branch calls itself 0.2, as the release does,
-but clamps differently. A layer is therefore left alone if the source of its module is none of those
-that the tests ran against.
+but clamps differently. A layer is therefore left alone if the tests did not run against the source
+of its module.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import nn
 def why_untested(
     tested: Mapping[str, set[str]], kind: type, modules: Iterable[nn.Module] = ()
 ) -> str:
-    """Which code of a class and of the modules in a layer was not tested; "" if all of it was.
+    """Say which code of a class and of the modules in a layer was not tested; "" if all was.
 
     Networks run as they are, so their code does not matter.
 
@@ -34,7 +34,7 @@ def why_untested(
 
 @cache
 def source_fingerprint(name: str) -> str:
-    """The first 12 digits of SHA-256 of an imported module's source without white space."""
+    """Return 12 digits of the SHA-256 of an imported module's source without white space."""
     try:
         text = inspect.getsource(sys.modules[name])
     except OSError:  # the library was installed without its source

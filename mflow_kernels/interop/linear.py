@@ -27,7 +27,7 @@ class Affine(NamedTuple):
             is channel weight[k, i] of x.
         bias: (K, C).
         log_det: (K,), log |det W| for one pixel; None stands for 0.
-        inverse: (K, C, C), the library's own W^-1 if it does not compute that from W.
+        inverse: (K, C, C), W^-1 if it is known without inverting W.
     """
 
     weight: Tensor
@@ -38,11 +38,12 @@ class Affine(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DataInit:
-    """Data-dependent initialization of a layer, as of actnorm.
+    """Data-dependent initialization of a layer, such as actnorm.
 
     Attributes:
-        is_pending: whether the layer waits for its first batch.
-        initialize: set scale and shift from this batch; True if it arrives from the latent side.
+        is_pending: returns whether the layer waits for its first batch.
+        initialize: sets the layer's scale and shift from a batch. The last argument is True if the
+            batch arrives from the latent side.
         state: the tensor that `is_pending` reads, if it reads nothing else. While this tensor is
             unchanged, `is_pending` is not called again.
     """
@@ -84,9 +85,9 @@ class Reorder:
 
 @dataclass(frozen=True)
 class Rotated:
-    """The last C - a channels, then the first a, with a = C // 2 (`larger`: (C + 1) // 2).
+    """A permutation that moves the first a channels behind the others.
 
-    `back` is the inverse permutation.
+    a is C // 2, or (C + 1) // 2 if `larger`. With `back`, this is the inverse permutation.
     """
 
     larger: bool
@@ -120,7 +121,7 @@ _constants: dict[tuple[Numbers, torch.device, torch.dtype], Tensor] = {}
 
 
 def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these values, copied to each device once."""
+    """Return a tensor of these values, which is copied to each device once."""
     key = values, device, dtype
     # Tensors made under a compiler, a transform or a fake mode must not outlive it.
     temporary = torch.compiler.is_compiling() or transformed()
@@ -134,7 +135,7 @@ def constant(values: Numbers, device: torch.device, dtype: torch.dtype = torch.i
 
 
 def lu_linears(modules: Sequence[Any]) -> Affine:
-    """`LULinear` of nflows and normflows: W = L U.
+    """Read `LULinear` of nflows and normflows: W = L U.
 
     L has a unit diagonal and U the diagonal softplus(u) + eps; the other entries are stored row by
     row.
@@ -157,15 +158,17 @@ def lu_linears(modules: Sequence[Any]) -> Affine:
 
 
 def select_channels(x: Tensor, order: Tensor) -> Tensor:
-    """x[:, order] in the layout of x, as is its gradient; `index_select` returns contiguous
-    tensors."""
+    """Return x[:, order] in the layout of x, and its gradient in that layout too.
+
+    `index_select` along the channels would return contiguous tensors.
+    """
     if transformed() or not is_channels_last(x):
         return x.index_select(1, order)
     return x.movedim(1, -1).index_select(-1, order).movedim(-1, 1)
 
 
 def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
-    """The order (C,) that is the composition of these permutations."""
+    """Return the order (C,) that is the composition of these permutations."""
     order = torch.arange(x.shape[1], device=x.device)
     for part in parts:
         order = order[_read([part], x.shape[1], x.device).weight[0]]
@@ -189,7 +192,10 @@ class Folded(NamedTuple):
 
 
 def _inverted(step: Affine, check: bool) -> Affine:
-    """The inverse maps x = W^-1 (y - b) in float64; `check` as for `inverse_weight_and_bias`."""
+    """Return the inverse maps x = W^-1 (y - b) in float64.
+
+    `check` is that of `inverse_weight_and_bias`.
+    """
     weight, bias, log_det, inverse = step
     bias = None if bias is None else bias.double()
     log_det = None if log_det is None else -log_det
@@ -214,7 +220,7 @@ def _fold_alike(
     inverse: bool,
     check: bool,
 ) -> Folded:
-    """Fold rows whose layers are of the same kinds, one column of K layers after the other."""
+    """Fold K rows whose layers are of the same kinds, one column of K layers after the other."""
     k = len(rows)
     dtype = torch.float64 if inverse else dtype
     weight: Tensor | None = None  # None stands for the identity
@@ -266,7 +272,7 @@ class LayerGroup:
         self.channels, self.device, self.inverse = channels, device, inverse
 
     def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
-        """The folded weights of all rows, or their inverses, outside autocast.
+        """Return the folded weights of all rows, or their inverses, outside autocast.
 
         Rows whose layers are of the same kinds are folded in one batch.
 
@@ -299,11 +305,11 @@ class LayerGroup:
         return FoldedWeights(weight, bias, log_det.sum())
 
     def inverted(self) -> "LayerGroup":
-        """The inverse maps."""
+        """Return the inverse maps."""
         return LayerGroup(self.steps, self.channels, self.device, not self.inverse)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the layers."""
+        """Return the trainable parameters of the layers."""
         modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
         own = [p for m in modules for p in m._parameters.values() if p is not None]
         return list({id(p): p for p in own if p.requires_grad}.values())

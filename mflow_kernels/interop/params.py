@@ -21,8 +21,8 @@ Passing = Literal["none", "channels", "argument"]
 class Params(nn.Module):
     """One network whose output channels are scales and shifts in another order.
 
-    If its last layer is a convolution or linear layer, the weights of that layer are reordered, as
-    they are smaller than the activations. A network like Glow's runs as one operator on a GPU.
+    If its last layer is a convolution or linear layer, that layer's weights are reordered instead
+    of its output, because they are smaller. A network like Glow's runs as one operator on a GPU.
 
     Args:
         net: the network, which keeps its parameters.
@@ -74,7 +74,7 @@ class Params(nn.Module):
         return last._conv_forward(x, weight, bias)
 
     def given(self, conditions: tuple[int, ...]) -> "Params":
-        """The same, receiving only these of the conditions of its sequence."""
+        """Return a copy that receives only these conditions of its sequence."""
         received = () if self.passing == "none" else conditions
         return Params(
             self.net, self.raw, self.shift, self.factors,
@@ -82,7 +82,7 @@ class Params(nn.Module):
         )  # fmt: skip
 
     def _layers(self) -> list[nn.Module] | None:
-        """The network's layers, if the output channels of the last one can be reordered."""
+        """Return the network's layers, if the output channels of the last one can be reordered."""
         if self.raw is None:
             return None
         layers = getattr(self.net, self.inner) if self.inner else self.net
@@ -116,7 +116,10 @@ class Params(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two networks, one for the raw scales and one for the shifts; arguments as `Params`."""
+    """Two networks, one for the raw scales and one for the shifts.
+
+    The arguments are those of `Params`.
+    """
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class Pair(nn.Module):
         self.factors, self.conditions = factors, conditions
 
     def given(self, conditions: tuple[int, ...]) -> "Pair":
-        """As `Params.given`."""
+        """Return a copy that receives only these conditions of its sequence."""
         received = () if self.conditions == () else conditions
         return Pair(self.scale_net, self.shift_net, self.factors, received)
 
@@ -143,10 +146,10 @@ class Pair(nn.Module):
 
 
 class Masked(nn.Module):
-    """Two networks of the whole state, in which the features to transform are set to 0.
+    """Two networks that get the whole state, with the features to transform set to 0.
 
-    They return a scale and a shift for every feature; a missing network stands for 0. Values that
-    are not finite become NaN, as in normflows.
+    One returns a scale and the other a shift for every feature. A missing network stands for one
+    that returns 0. Values that are not finite become NaN, as in normflows.
 
     Args:
         unchanged, transformed: the indices of the features that the coupling reads and changes.

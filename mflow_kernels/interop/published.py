@@ -1,4 +1,4 @@
-"""Weights of openai/glow and of rosinality/glow-pytorch, as a `Glow`.
+"""Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
 
 Two features that `Glow` lacks are kept: convolutions that see the border of the image, and a
 learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
@@ -53,7 +53,7 @@ class EdgeConv2d(nn.Conv2d):
 class PublishedGlow(Glow):
     """`Glow` with a learned mean and deviation for each element of the coarsest latent.
 
-    `top_mean`, `top_log_sd` (C, H, W): the latent returned is (z - mean) * exp(-log_sd).
+    The coarsest latent that it returns is (z - top_mean) * exp(-top_log_sd), (N, C, H, W).
     """
 
     def __init__(self, image_shape: tuple[int, int, int], levels: int, steps: int) -> None:
@@ -71,7 +71,7 @@ class PublishedGlow(Glow):
     def initialize(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """`forward`: the published actnorms are initialized already."""
+        """Return `forward(x, context)`: the published actnorms are initialized already."""
         return self(x, context)
 
     def inverse(  # type: ignore[override]
@@ -89,7 +89,7 @@ def glow_from_openai(
     *,
     label: int | None = None,
 ) -> PublishedGlow:
-    """A model with the weights of openai/glow.
+    """Return a model with the weights of openai/glow.
 
     Args:
         weights: an .npz of the checkpoint's variables under their names, or a mapping from names
@@ -109,7 +109,7 @@ def glow_from_openai(
 def glow_from_rosinality(
     weights: str | PathLike[str] | Weights, image_shape: tuple[int, int, int]
 ) -> PublishedGlow:
-    """A model with the weights of rosinality/glow-pytorch.
+    """Return a model with the weights of rosinality/glow-pytorch.
 
     Args:
         weights: a state dictionary or its file.
@@ -125,7 +125,7 @@ def glow_from_rosinality(
 
 
 def _convert(w: "_OpenAI | _Rosinality", image_shape: tuple[int, int, int]) -> PublishedGlow:
-    """A model with these weights, from either layout."""
+    """Return a model with these weights, from either layout."""
     levels, steps = (_count(w.arrays, pattern) for pattern in w.counted)
     glow = PublishedGlow(image_shape, levels, steps)
     for i, (level, step) in enumerate(_places(glow, FlowStep)):
@@ -200,7 +200,7 @@ class _OpenAI(_Source):
         )
 
     def prior(self, level: int) -> EdgeConv2d:
-        """The network from the kept half of a split to mean and log-deviation of the latent."""
+        """Return a split's network, from the kept half to the latent's mean and log-deviation."""
         return self.last(f"pool{level}/conv")
 
     def vector(self, name: str) -> Tensor:
@@ -210,12 +210,12 @@ class _OpenAI(_Source):
         return FACTOR * self.vector(name)
 
     def convolution(self, name: str) -> nn.Conv2d:
-        """A convolution without bias, and the actnorm after it."""
+        """Return a convolution without bias, and the actnorm after it."""
         bias, log_scale = f"{name}/actnorm_center/b", f"{name}/actnorm_scale/logs"
         return self._scaled(name, self.vector(bias), self.log_scale(log_scale))
 
     def last(self, name: str) -> EdgeConv2d:
-        """A network's last convolution, whose scale applies after the bias."""
+        """Return a network's last convolution, whose scale applies after the bias."""
         conv = self._scaled(name, self.vector(f"{name}/b"), self.log_scale(f"{name}/logs"))
         assert isinstance(conv, EdgeConv2d)
         return conv
@@ -228,7 +228,7 @@ class _OpenAI(_Source):
         return EdgeConv2d(weight, bias * scale, marked=True)
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Mean and log-deviation (2C, H, W) of the coarsest latent."""
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
         channels, height, width = shape
         top = torch.zeros(2 * channels, height, width)
         if "prior/p/W" in self.arrays:
@@ -261,7 +261,7 @@ class _Rosinality(_Source):
 
     def step(self, level: int, step: int) -> _Step:
         at = f"blocks.{level}.flows.{step}"
-        scale = self[f"{at}.actnorm.scale"].flatten()  # of either sign
+        scale = self[f"{at}.actnorm.scale"].flatten()  # it may be negative
         return _Step(
             self.conv1x1_weight(f"{at}.invconv") * scale.sign(),
             self[f"{at}.actnorm.loc"].flatten(),
@@ -277,7 +277,7 @@ class _Rosinality(_Source):
         return self.last(f"blocks.{level}.prior")
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
-        """Mean and log-deviation (2C, H, W) of the coarsest latent."""
+        """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
         levels = _count(self.arrays, self.counted[0])
         top: Tensor = self.prior(levels - 1)(torch.zeros(1, *shape))[0]
         return top
@@ -294,7 +294,7 @@ class _Rosinality(_Source):
         return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
 
     def conv1x1_weight(self, name: str) -> Tensor:
-        """W (C, C), stored plainly or as its factors."""
+        """Return W (C, C), which the file stores as it is or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
         p, lower, upper, log_s, sign = (
@@ -305,7 +305,7 @@ class _Rosinality(_Source):
 
 
 def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
-    """Variables by name, without the scope and output number that TensorFlow adds."""
+    """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
@@ -313,7 +313,7 @@ def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
 
 
 def _count(weights: Weights, pattern: str) -> int:
-    """The number of consecutive integers from 0 whose names are in `weights`."""
+    """Return how many integers, counted from 0, give names in `weights` before one is missing."""
     count = 0
     while pattern.format(count) in weights:
         count += 1
@@ -323,7 +323,7 @@ def _count(weights: Weights, pattern: str) -> int:
 
 
 def _places(glow: Glow, kind: type) -> list[tuple[int, Any]]:
-    """Each layer of a kind, with its level."""
+    """Return each layer of a kind, with its level."""
     places, level = [], -1
     for layer in glow.chain.layers:
         level += not isinstance(layer, (FlowStep, Split))
@@ -356,7 +356,7 @@ def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequent
 
 
 def _halves(channels: int, interleaved: bool) -> tuple[slice, slice]:
-    """The slices of the first and the second of two values a channel."""
+    """Return the slices of the first and of the second of two values for each channel."""
     if interleaved:
         return slice(0, None, 2), slice(1, None, 2)
     return slice(0, channels), slice(channels, None)
@@ -371,6 +371,6 @@ def _set_coupling(step: FlowStep, net: nn.Sequential, interleaved: bool) -> None
         coupling.net, coupling.scale = Params(net, None, slice(None)), _EXP
     elif out != channels:
         raise ValueError(f"weights: expected {channels} outputs of a coupling network, got {out}")
-    elif interleaved:  # else log s is the first half already
+    elif interleaved:  # otherwise the raw scales are in the first half already
         shift, raw = _halves(channels // 2, interleaved)
         coupling.net = Params(net, raw, shift)

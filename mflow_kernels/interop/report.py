@@ -23,7 +23,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """`print(report)` shows it.
+    """The result of `accelerate`, which `print(report)` shows.
 
     Attributes:
         library: "normflows", "nflows" or "FrEIA" with its version; "" if the model uses none.

@@ -40,9 +40,9 @@ class Coupling:
     """An affine coupling that changes the last channels, given the first ones.
 
     Attributes:
-        net: from the unchanged channels to params, raw scales first.
+        net: maps the unchanged channels to params, raw scales first.
         inverse: whether data -> latent is the inverse of `affine_coupling`.
-        unchanged: from the number of channels to the number of unchanged ones.
+        unchanged: maps the number of channels to the number of unchanged channels.
     """
 
     net: nn.Module
@@ -52,7 +52,7 @@ class Coupling:
 
 
 Part = Linear | Reorder | Coupling | SpaceToDepth
-"""What a layer does, in terms that our kernels know."""
+"""A part of what a layer does; the kernels have an operation for each of these types."""
 
 
 def smaller_half(channels: int) -> int:
@@ -74,8 +74,10 @@ class Exactly:
 
 
 def why_not(parts: Sequence[Part], channels: int) -> str:
-    """Why our kernels cannot compute these parts on states of `channels` channels; "" if they
-    can."""
+    """Say why our kernels cannot compute these parts on states of `channels` channels.
+
+    The result is "" if they can.
+    """
     for part in parts:
         if isinstance(part, SpaceToDepth):
             channels *= 4
@@ -96,7 +98,7 @@ Schedule = list[Program | tuple[Linear | Reorder, ...]]
 def _schedule(
     parts: Sequence[Part], channels: int, device: torch.device, one_program: bool
 ) -> Schedule:
-    """The schedule data -> latent. With `one_program`, permutations run as matrices."""
+    """Return the schedule data -> latent. With `one_program`, permutations run as matrices."""
     schedule: Schedule = []
     program = Program()
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
@@ -138,7 +140,7 @@ class FusedSequence:
         reversible: rebuild the states in the backward pass instead of storing them.
 
     Attributes:
-        drift: as `ReversibleChain.drift`, of each of its programs.
+        drift: largest drift of its programs, as `ReversibleChain.drift`.
     """
 
     checkpoint_every: int | None = 8
@@ -168,7 +170,7 @@ class FusedSequence:
     def __call__(
         self, x: Tensor, context: tuple[Tensor, ...] = (), *, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        """The state and its log-determinant: (N,), or () if it is the same for all samples."""
+        """Return the state and the log-determinant: (N,), or () if all samples have the same."""
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         log_det = x.new_zeros((), dtype=accumulator(x.dtype))

@@ -59,7 +59,7 @@ def _accelerated_class(original: type, folder: str, kind: str) -> type:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copies and pickles refer to the original class, since the subclass has no importable name."""
+    """Let copies and pickles refer to the original class: the subclass cannot be imported."""
     return _rebuilt, (original_class(self), *self._mflow_kind), self.__dict__
 
 
@@ -101,9 +101,9 @@ class FusedContainer:
         return [m for name in self.fused for m in flat(container._modules[name])]
 
     def view(self, container: nn.Module) -> Any:
-        """The container with its sequences, on which its own methods run.
+        """Return a view of the container with the fused sequences, to run its methods on.
 
-        If its layers have been exchanged since, the container itself.
+        If its layers have been replaced since, this returns the container itself.
         """
         layers = self._layers(container)
         same = len(layers) == len(self._sources)
@@ -116,7 +116,7 @@ class FusedContainer:
 
 
 def flat(layers: nn.Module | None) -> list[nn.Module]:
-    """The layers of a list of layers, or of a list of such lists."""
+    """Return the layers of a list of layers, or of a list of such lists."""
     if type(layers) is not nn.ModuleList:
         return [] if layers is None else [layers]
     return [layer for child in layers for layer in flat(child)]

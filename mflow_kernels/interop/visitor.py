@@ -17,7 +17,7 @@ from mflow_kernels.reversible.program import SpaceToDepth
 
 
 class Visitor:
-    """Accelerates the layers of one library in a model, from the outside to the inside."""
+    """Accelerates the layers of one library in a model, outer modules first."""
 
     def __init__(self, adapter: Adapter, reversible: bool) -> None:
         self.adapter, self.reversible = adapter, reversible
@@ -105,7 +105,7 @@ class Visitor:
         return not isinstance(parts, str) and not _only_moves(parts)
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
-        """The parts of a layer, or the reason why it is left."""
+        """Return the parts of a layer, or the reason why it is left."""
         adapter = self.adapter
         if type(layer) not in adapter.layers:
             return adapter.why_left(layer)
@@ -123,14 +123,14 @@ class Visitor:
 
 
 def _given(part: Part, conditions: tuple[int, ...]) -> Part:
-    """The part with a network that takes only these of the container's conditions."""
+    """Return the part with a network that takes only these of the container's conditions."""
     if isinstance(part, Coupling) and isinstance(part.net, (Params, Pair)):
         return replace(part, net=part.net.given(conditions))
     return part
 
 
 def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
-    """The modules of a layer that are no longer called: all but its networks."""
+    """Return the modules of a layer that are no longer called: all but its networks."""
     networks = {id(m) for p in parts if isinstance(p, Coupling) for m in p.net.modules()}
     return [m for m in layer.modules() if id(m) not in networks]
 
@@ -143,7 +143,7 @@ def _only_moves(parts: Sequence[Part]) -> bool:
 
 
 def describe(parts: Sequence[Part]) -> str:
-    """The number of parts of each type, in words."""
+    """Return the number of parts of each type, in words."""
     counts = Counter(map(_word, parts))
     return ", ".join(f"{k} {n}s" if k > 1 else n for n, k in counts.items())
 

@@ -17,12 +17,12 @@ class Chart(nn.Module):
     """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
 
     `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode` and `log_prob`; the other
-    methods are built on these three. Given a `context`, the manifold and the density on it are
-    those of the context, one for each sample; it is passed to the flows.
+    methods are built on these three. A `context` has one entry for each sample and is passed to the
+    flows. Each context has its own manifold and its own density.
 
     Attributes:
-        n_bits: bits per value of the images that it was trained on. A loaded model knows it; set it
-            on a model that you train yourself, so that `preprocess` and `bits_per_dim` work.
+        n_bits: bits per value of the training images. Loading a model sets it. Set it on a model
+            that you train yourself, so that `preprocess` and `bits_per_dim` work.
         crop: side of the square that was cut out of these images first, as for CelebA; None stands
             for the largest square.
         class_names: names of the classes, if the context is a class, in the order of their numbers.
@@ -82,9 +82,9 @@ class Chart(nn.Module):
         log p(u) - 1/2 log det J^T J with u = encode(x) and J = d decode(u) / du, D x d, as for
         M-flows (arXiv 2003.13913, section 2).
 
-        The result is differentiable in x and the parameters. If you need no gradient, call it under
-        `torch.no_grad()`: both methods store activations as plain torch does, d or `probes` times
-        those of `decode`, even in a reversible flow.
+        The result is differentiable in x and the parameters. Even in a reversible flow, both
+        methods store activations as plain torch does: d or `probes` times those of `decode`. If you
+        need no gradient, call this method under `torch.no_grad()`.
 
         Args:
             x: (N, *input_shape).
@@ -131,7 +131,7 @@ class Chart(nn.Module):
     def preprocess(
         self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return images as x (N, C, H, W), prepared as in the training of a loaded model.
+        """Return images as x (N, C, H, W), prepared like the model's training images.
 
         The images are turned upright, converted to grey or RGB, cropped, resized, reduced to
         `n_bits` and scaled: x = (level + 1/2) / 2^n_bits - 1/2.
@@ -139,7 +139,7 @@ class Chart(nn.Module):
         Args:
             images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
             noise: add dequantization noise, uniform on [0, 1), in place of 1/2, as training does.
-            generator: for the noise, on the model's device.
+            generator: generator for the noise, on the model's device.
 
         Returns:
             x with the model's device and dtype.
@@ -151,7 +151,7 @@ class Chart(nn.Module):
         from mflow_kernels.data.dequantization import bin_centres, dequantize
 
         if self.n_bits is None:
-            raise ValueError("n_bits: expected a number, as loaded models have, got None; set it")
+            raise ValueError("n_bits: expected a number, which loading sets, got None; set it")
         like = next(self.parameters())
         levels = prepare(images, self.input_shape, self.crop).to(like.device)
         if noise:
@@ -216,15 +216,16 @@ class Chart(nn.Module):
 
         u minimizes |u|^2 / 2 + sum over known pixels of (x - decode(u))^2 / (2 deviation^2). It is
         the most probable u, if x is a point on the manifold with noise of this deviation. Adam
-        starts from the u of x whose missing pixels are those of decode(0). Each sample is fitted
-        alone.
+        starts from encode(x), after decode(0) has filled in the missing pixels of x. Each sample is
+        fitted alone.
 
         Args:
             x: (N, *input_shape). The values of missing pixels do not matter, NaN included.
-            known: bool, broadcasts to x: True where a pixel is known. Each sample may have its own.
+            known: bool mask that broadcasts to x: True for known pixels. Each sample may have its
+                own.
             deviation: standard deviation of the known pixels off the manifold, > 0; for example
                 `deviation(training_data)`.
-            steps: number of Adam's steps, each of one pass and its gradient.
+            steps: number of steps of Adam; each takes one forward and one backward pass.
             context: one for each sample.
 
         Returns:
@@ -294,13 +295,13 @@ class Chart(nn.Module):
             -log p(projection) + distance^2 / (2 deviation^2) + (D - d) / 2 log(2 pi deviation^2)
 
         p is the density on the manifold, `manifold_log_prob`. The abstract of arXiv 2308.13792 (v1)
-        says that neither this density nor the distance is sufficient alone. Adding them, and so
+        says that neither this density nor the distance is sufficient alone. Their sum, and with it
         their relative weight, is this package's choice.
 
         Args:
             x: (N, *input_shape).
-            deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It has no
-                default.
+            deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It is
+                required.
             context: one for each sample.
             volume: whether p is the density on the manifold. If False, p is the density of u,
                 N(u; 0, I), without the volume term 1/2 log det J^T J. The score then takes two

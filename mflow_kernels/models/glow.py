@@ -28,7 +28,7 @@ class _ChainFlow(Flow):
     input_shape: tuple[int, ...]
     latent_shapes: tuple[tuple[int, ...], ...]
     chain: ReversibleChain
-    context_channels: int | None  # None if the networks are the caller's
+    context_channels: int | None  # None if the caller supplies the networks
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Tensor | None = None
@@ -75,7 +75,7 @@ class _ChainFlow(Flow):
         return _channels_last(x)
 
     def _for_networks(self, context: Tensor | None, n: int) -> tuple[Tensor, ...]:
-        """The context as the networks' further arguments: classes (N,) become one-hot vectors."""
+        """Return the networks' extra arguments: classes (N,) become one-hot vectors."""
         if not self.context_channels or not isinstance(context, Tensor):
             return given(context)  # the networks check it
         if context.dim() != 1 or context.is_floating_point():
@@ -123,13 +123,14 @@ class Glow(_ChainFlow):
         steps: K, the number of steps of flow in each level.
         width: number of hidden channels of the built-in coupling networks, `coupling_net`.
         scale: scale function of the couplings, as for `AffineCoupling`.
-        context_channels: K. If positive, the flow is conditional, and the context is one of three:
-            classes from 0 to K - 1, integers (N,); vectors (N, K); or maps (N, K, H, W), which are
-            averaged to the size of each level.
+        context_channels: M. If positive, the flow is conditional, and the context is one of three:
+            integers (N,), the classes from 0 to M - 1; vectors (N, M); or maps (N, M, H, W), which
+            are averaged to the size of each level.
         network: makes the network of each coupling, instead of the built-in ones:
             `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
-            (N, out_channels, *spatial). It is called with the context as second argument, if one is
-            given, and may take any. With dropout, the flow is no bijection in training mode.
+            (N, out_channels, *spatial). If a context is given, the module gets it as second
+            argument; it may have any form. With dropout, the flow is not a bijection in training
+            mode.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -202,7 +203,7 @@ class VectorFlow(_ChainFlow):
         steps: K, the number of steps of flow.
         width: number of hidden units of the built-in coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
-        context_channels, network: as for `Glow`; there are no maps.
+        context_channels, network: as for `Glow`, but a context cannot be a map.
         reversible, checkpoint_every: as for `ReversibleChain`. A small flow trains faster with
             reversible=False.
 
@@ -240,14 +241,14 @@ class VectorFlow(_ChainFlow):
 
 
 def _own_context_channels(context_channels: int, network: Network | None) -> int | None:
-    """The context channels of the built-in networks; None if the networks are the caller's."""
+    """Return the context channels of the built-in networks; None if the caller supplies others."""
     check_count("context_channels", context_channels, 0)
     if network is None:
         return context_channels
     if context_channels:
         raise ValueError(
-            "context_channels: expected 0 with `network`, whose networks take any context, got "
-            f"{context_channels}"
+            "context_channels: expected 0 with `network`, because its modules take any context, "
+            f"got {context_channels}"
         )
     return None
 
@@ -255,7 +256,7 @@ def _own_context_channels(context_channels: int, network: Network | None) -> int
 def _net(
     channels: int, width: int, network: Network | None, context_channels: int
 ) -> dict[str, Any]:
-    """The arguments of `FlowStep` and `Split` that determine their network."""
+    """Return the arguments of `FlowStep` and `Split` that determine their network."""
     if network is None:
         return {"width": width, "context_channels": context_channels}
     return {"net": network(channels // 2, 2 * (channels - channels // 2))}

@@ -17,10 +17,10 @@ from mflow_kernels.ops.checks import check_count
 class HierarchicalFlow(Chart):
     """Manifold flows in stages: stage i is a flow on the u of stage i - 1 (arXiv 2206.03293).
 
-    The u of stage 0 is not exactly Gaussian. Each further stage learns the density of the u before
-    it and has a mask of its own, so its manifold lies inside the manifold of the stage before.
-    Encoding, decoding, density and sampling compose all stages. A `context` is passed to every
-    stage.
+    Stage 0 does not make its u exactly Gaussian. Each further stage learns the density of the
+    previous stage's u. It has its own mask, so its manifold lies inside the previous stage's
+    manifold. Encoding, decoding, density and sampling compose all stages. A `context` is passed to
+    every stage.
 
     Args:
         stages: at least one ManifoldFlow. The input of each stage after the first is a vector
@@ -60,9 +60,8 @@ class HierarchicalFlow(Chart):
             release: whether to train the earlier stages too. If False, they are frozen, and the
                 terms are those of this stage on its input u. If True, the terms cover all stages
                 up to this one: the loss is the penalized likelihood of x, in which the terms of the
-                next stage replace -log N(u) of each earlier stage. The terms of this stage alone
-                would reward shrinking u to a point, because they lack the earlier
-                log-determinants.
+                next stage replace -log N(u) of each earlier stage. (The terms of this stage alone
+                lack the earlier log-determinants, so training on them would shrink u to a point.)
         """
         return self.terms_and_log_prob(x, stage, release=release, context=context)[0]
 
@@ -160,15 +159,15 @@ class HierarchicalFlow(Chart):
     def describe_images(
         self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
     ) -> None:
-        """Set what the model and its first stage know of the images that they are trained on."""
+        """Set `n_bits`, `crop` and `class_names` of the model and of its first stage."""
         for model in (self, cast(ManifoldFlow, self.stages[0])):
             model.n_bits, model.crop, model.class_names = n_bits, crop, class_names
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model into a new folder, from which `from_pretrained` loads it.
 
-        Models of `Glow` and `VectorFlow` with built-in networks can be saved; others raise
-        TypeError. ValueError if the folder exists or cannot be made.
+        Raises TypeError unless all flows are `Glow` or `VectorFlow` with built-in networks, and
+        ValueError if the folder exists or cannot be created.
         """
         from mflow_kernels.models.pretrained import save_pretrained
 
@@ -176,10 +175,10 @@ class HierarchicalFlow(Chart):
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
-        """Load all stages from a folder of `mflow export` or `save_pretrained`.
+        """Load all stages from a folder that `mflow export` or `save_pretrained` wrote.
 
-        The model is on the CPU and in evaluation mode, and knows `n_bits`, `crop` and
-        `class_names`. Raises ValueError if the files are torn or do not come from there.
+        The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
+        set. Raises ValueError if a file is damaged or was written by something else.
         """
         from mflow_kernels.models.pretrained import load_pretrained
 

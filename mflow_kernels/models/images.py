@@ -11,7 +11,7 @@ from mflow_kernels.ops.launch import capturing, transformed
 
 
 def prepare(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tensor:
-    """Images as mflow prepare stores them.
+    """Convert images to the form in which `mflow prepare` stores them.
 
     Args:
         images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
@@ -24,7 +24,7 @@ def prepare(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tens
     Raises:
         TypeError, ValueError: an image has another type, or is smaller than the crop.
     """
-    # Here, because models need Pillow only for this.
+    # Imported here, because models need Pillow only for this function.
     import numpy as np
     from PIL import Image
 

@@ -28,10 +28,10 @@ class ManifoldFlow(Chart):
         flow: `Glow`, `VectorFlow`, `ReversibleChain` with an `input_shape`, or any bijection from
             x to latents (a tensor or a tuple) with the attributes `input_shape` and
             `latent_shapes`. Its `inverse` takes a tuple.
-        manifold_dim: d, from 1 to the dimension of the data. u then takes d latent pixels: the
-            coarsest latents first, in each latent the last channels first, and in a channel that is
-            not taken whole, pixels that are spread evenly. The pixels of a smaller d are among
-            those of a larger one.
+        manifold_dim: d, from 1 to the dimension of the data. The d latent pixels of u come from
+            the coarsest latents first, and from the last channels of each latent first. If only
+            part of a channel is needed, its pixels are spread evenly. A larger d keeps all pixels
+            of a smaller one.
         mask: one bool tensor per latent, True where a pixel belongs to u. Each must broadcast to
             the latent's shape without N. If all are True, the manifold is the whole space and the
             objective is the plain likelihood. If all are False, d is 0, the manifold is the point
@@ -39,12 +39,12 @@ class ManifoldFlow(Chart):
         objective: the training loss; it also defines p_V, the density of v. The model keeps a copy.
             The default for images, `ManifoldObjective()`, suits images with a range of 1. The
             default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
-            as u of another flow: the penalty is then the standard normal's, so that a coordinate
-            costs as much off the manifold as on it.
+            as u of another flow: its penalty is that of a standard normal, so a coordinate costs as
+            much off the manifold as on it.
 
     Raises:
-        TypeError: the mask is not a tuple of bool tensors, one of the flow's two attributes is
-            missing or None, or the objective is not a ManifoldObjective.
+        TypeError: the mask is not a tuple of bool tensors, the flow's `input_shape` or
+            `latent_shapes` is missing or None, or the objective is not a ManifoldObjective.
         ValueError: manifold_dim and mask are both missing or disagree, the dimension is out of
             range, or a mask or a map of weights does not broadcast.
     """
@@ -79,7 +79,7 @@ class ManifoldFlow(Chart):
         flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
         for i, part in enumerate(self.unflatten((~flat)[None])):
-            # Image flows return latents in channels_last; the penalty reads both together.
+            # The penalty reads mask and latent together, and latents of images are channels_last.
             off = part[0].movedim(0, -1).contiguous().movedim(-1, 0)
             self.register_buffer(f"off_mask_{i}", off)
         self.register_buffer("manifold_index", flat.nonzero()[:, 0])
@@ -94,11 +94,11 @@ class ManifoldFlow(Chart):
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "ManifoldFlow":
-        """Load the image flow, the first stage, from a folder of `mflow export` or
-        `save_pretrained`.
+        """Load the first stage, the image flow, from a folder that `mflow export` or
+        `save_pretrained` wrote.
 
-        The model is on the CPU and in evaluation mode, and knows `n_bits`, `crop` and
-        `class_names`. Raises ValueError if the files are torn or do not come from there.
+        The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
+        set. Raises ValueError if a file is damaged or was written by something else.
         """
         from mflow_kernels.models.pretrained import load_pretrained
 
@@ -112,7 +112,7 @@ class ManifoldFlow(Chart):
         return z if isinstance(z, tuple) else (z,), logdet
 
     def off_masks(self) -> tuple[Tensor, ...]:
-        """Return one bool tensor per latent, of its shape without N: True where a pixel is v."""
+        """Return one bool tensor per latent, with its shape without N: True if a pixel is v."""
         return tuple(getattr(self, f"off_mask_{i}") for i in range(len(self.latent_shapes)))
 
     def gather(self, latents: tuple[Tensor, ...]) -> Tensor:
@@ -184,7 +184,7 @@ def _on_mask(
     mask: tuple[Tensor, ...] | None,
     shapes: tuple[tuple[int, ...], ...],
 ) -> Tensor:
-    """Return a bool vector (D,) over all latents: True where a pixel is u."""
+    """Return a bool vector (D,) over all latents: True if a pixel is u."""
     total = sum(math.prod(shape) for shape in shapes)
     if mask is not None:
         flat = _flat_mask(mask, shapes)
@@ -242,7 +242,7 @@ def _evenly(height: int, width: int) -> Tensor:
 
 
 def _golden_step(n: int) -> int:
-    """Return the number coprime to n that is nearest to its golden section."""
+    """Return the number coprime to n that is nearest to the golden section of n."""
     section = n * (3 - math.sqrt(5)) / 2
     steps = (step for step in range(1, n + 1) if math.gcd(step, n) == 1)
     return min(steps, key=lambda step: abs(step - section))

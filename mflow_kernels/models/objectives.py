@@ -46,12 +46,12 @@ from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaus
 from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
-BOUND_WINDOW = 10  # the same for an ErrorBound, which must follow its weight's effect
+BOUND_WINDOW = 10  # the same for an ErrorBound; short, so that the mean follows changes of w
 LEAST_VARIANCE = 1e-8  # keeps w finite if reconstructions are exact
 # log w changes by this rate times log(error / bound) in a batch. The error follows w over tens of
 # batches, and is large in the first hundred batches with any w. A faster rate would overshoot.
 BOUND_RATE = 0.005
-LEAST_WEIGHT, LARGEST_WEIGHT = 1e-3, 1e8  # of an ErrorBound
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-3, 1e8  # limits of an ErrorBound's weight
 
 
 class Terms(NamedTuple):
@@ -93,7 +93,7 @@ class ManifoldObjective(nn.Module):
     """The penalized log-likelihood of joint manifold learning (arXiv 2206.03293).
 
     Args:
-        domain: "latent" or "data": which pixels the penalty is on.
+        domain: "latent" or "data": the pixels that the penalty applies to.
         rho: "l2", "l1" or "huber".
         weight: w, the weight of each penalty term, in one of these forms:
 
@@ -103,20 +103,20 @@ class ManifoldObjective(nn.Module):
               numbers > 0 per latent, each broadcasting to its latent; p_V needs them positive.
             - "variance", in the data domain only: the w with which exp(-w rho) fits the errors
               best. This is 1 / variance for "l2", where variance is the mean of e^2 over samples
-              and pixels, and 1 / mean |e| for "l1" (`calibrated_weight`). The mean of rho is
-              tracked in training mode, as the mean over all batches so far and from the 100th
-              batch on as a running mean. It is part of the state dict and gets no gradient. A
-              decoder with calibrated noise is that of Rybkin et al. (arXiv 2006.13202); the summary
-              of arXiv 2308.13792 mentions a variance-derived factor. In the latent domain,
-              stretching v would lower w and raise the log-determinant without bound.
+              and pixels, and 1 / mean |e| for "l1" (`calibrated_weight`). In training mode, the
+              mean of rho is tracked: over all batches at first, and from the 100th batch on as a
+              running mean. It is part of the state dict and gets no gradient. Rybkin et al. (arXiv
+              2006.13202) calibrate a decoder's noise in this way; the summary of arXiv 2308.13792
+              mentions a variance-derived factor. In the latent domain, stretching v would lower w
+              and raise the log-determinant without bound.
             - A `WeightSchedule` or an `ErrorBound`, in the data domain only: w changes in training
               mode, once per batch, before it is used. Its state is part of the state dict and gets
               no gradient.
         delta: |e| at which "huber" turns from quadratic to linear, > 0. The default suits images
             with a range of 1, whose errors have a deviation of about 0.05.
         sigma: standard deviation of p_V in the data domain, > 0. It only sets the scale of v:
-            scaling v and sigma together leaves the loss unchanged. 1 is the deviation that actnorm
-            starts with, so that training need not shrink v first.
+            scaling v and sigma together leaves the loss unchanged. Actnorm starts with a deviation
+            of 1, so with sigma = 1 training need not shrink v first.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it.
@@ -157,7 +157,7 @@ class ManifoldObjective(nn.Module):
 
     @property
     def weight(self) -> Weight:
-        """w as it was given; a map is on the module's device."""
+        """The weight that was passed to the constructor; a map is on the module's device."""
         if not self._maps:
             return self._weight
         maps = tuple(getattr(self, f"weight_{i}") for i in range(self._maps))
@@ -165,7 +165,7 @@ class ManifoldObjective(nn.Module):
 
     @property
     def trained_weight(self) -> Tensor | None:
-        """The present w, a scalar on the module's device; None if training does not change w."""
+        """The current w, a scalar on the module's device; None if training does not change w."""
         weight = self._weight
         if weight == "variance":
             mean = self.variance.clamp(min=LEAST_VARIANCE) / 2
@@ -190,7 +190,7 @@ class ManifoldObjective(nn.Module):
                 check_broadcast(f"weight[{i}]", part, shape)
 
     def forward(self, model: Manifold, x: Tensor, context: Tensor | None = None) -> Terms:
-        """Return the terms for a batch x; in training mode, update the tracked variance.
+        """Return the terms for a batch x; in training mode, update the trained weight.
 
         Raises:
             TypeError: x does not have a floating dtype.
@@ -210,7 +210,7 @@ class ManifoldObjective(nn.Module):
         logdet: Tensor,
         context: Tensor | None = None,
     ) -> Terms:
-        """As `forward`, given `latents, logdet = model.latents(x, context=context)`."""
+        """Compute `forward` from `latents, logdet = model.latents(x, context=context)`."""
         off_loss, on, off = self._densities(model, latents)
         likelihood = on + off + logdet
         if self.domain == "latent":
@@ -277,7 +277,7 @@ class ManifoldObjective(nn.Module):
         return penalty, on, -penalty - torch.stack(normalizers).sum().to(penalty.dtype)
 
     def _off_density(self, latents: int) -> tuple[Rho, tuple[Tensor | float, ...]]:
-        """Return rho and one weight for each latent, of p_V proportional to exp(-w rho)."""
+        """Return rho, and for each latent the weight w of p_V, proportional to exp(-w rho)."""
         if self.domain == "data":
             return "l2", (self.sigma**-2,) * latents
         weight = self.weight

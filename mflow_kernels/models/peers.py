@@ -14,8 +14,8 @@ rectangular flow          Caterini et al., arXiv 2106.01413   rectangular_loss
 free-form injective flow  Sorrenson et al., arXiv 2306.01843  free_form_loss
 
 Each loss is (N,), one number per sample, in nats up to a constant. The reconstruction error of a
-sample is |x - g(f(x))|^2, with f the encoder and g the decoder. Where a loss weighs it, the term is
-weight / 2 |x - g(f(x))|^2, the `l2` penalty of `ManifoldObjective`.
+sample is |x - g(f(x))|^2, with f the encoder and g the decoder. A loss with a `weight` contains it
+as weight / 2 |x - g(f(x))|^2, the `l2` penalty of `ManifoldObjective`.
 """
 
 import math
@@ -36,8 +36,8 @@ from mflow_kernels.ops.checks import check_count
 class Autoencoder(Chart):
     """A pair of free networks as a chart, with an optional prior flow on the code.
 
-    It has no density in the space of x, so `log_prob` raises NotImplementedError. Like those of
-    `HierarchicalFlow`, its methods take `stages=1` to leave out the prior.
+    It has no density in the space of x, so `log_prob` raises NotImplementedError. As in
+    `HierarchicalFlow`, `stages=1` leaves out the prior.
 
     Args:
         encoder: maps x (N, *input_shape) to the code (N, d).
@@ -244,7 +244,8 @@ def free_form_loss(
 def warm_up(progress: float, start: float, end: float) -> float:
     """Return 0 up to `start`, 1 from `end` on, and a straight line between.
 
-    Rectangular flows multiply their likelihood by it; `progress` is the part of training done.
+    Rectangular flows multiply their likelihood by this factor. `progress` is the fraction of
+    training that is done.
     """
     return min(1.0, max(0.0, (progress - start) / (end - start)))
 

@@ -39,16 +39,16 @@ class ErrorBound:
     """A weight that keeps the mean squared error of the projection at or below `error`.
 
     Training then minimizes -log p(x) subject to that bound. The weight starts at `start`, or at
-    1 / error, the weight that fits a Gaussian with just that error. Each training batch multiplies
-    it by (average / error)^0.005, where `average` is the mean squared error of the last batches (a
-    running mean of 10) and the ratio counts as at most e and at least 1 / e. The weight rises while
-    the error is above the bound and falls while it is below. It stays within [1e-3, 1e8], so that a
-    bound that cannot be reached does not overflow.
+    1 / error, the weight that fits a Gaussian with exactly that error. Each training batch
+    multiplies the weight by (average / error)^0.005. Here `average` is a running mean of the
+    squared error over 10 batches, and the ratio is clamped to [1 / e, e]. The weight rises while
+    the error is above the bound and falls while it is below. It stays within [1e-3, 1e8], so that
+    it does not overflow if the bound cannot be reached.
 
     For "l2" the weight is a Lagrange multiplier of the bound. As in GECO (Rezende and Viola,
     *Taming VAEs*, arXiv 1810.00597, algorithm 1), a running mean of the violation changes its
-    logarithm; the violation here is the log of a ratio, which has no unit. The other penalties are
-    not the bounded error itself, but a larger weight lowers the error too.
+    logarithm; the violation here is the log of a ratio, which has no unit. Penalties other than
+    "l2" differ from the bounded error, but a larger weight still lowers that error.
 
     Args:
         error: largest mean of e^2 over samples and pixels, in squared units of the data.
@@ -100,11 +100,11 @@ def _tail(w: Tensor, delta: float) -> Tensor:
 def draw_errors(
     weight: Tensor, rho: Rho, delta: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw e of the density exp(-w rho(e)) / Z, one for each element of `weight`, all > 0.
+    """Draw an error e from the density exp(-w rho(e)) / Z for each element w > 0 of `weight`.
 
     This is the normal distribution of variance 1 / w for l2 and the Laplace distribution of scale
-    1 / w for l1. For huber, |e| is below delta, where it is normal, or above it, where |e| - delta
-    is exponential of rate w delta.
+    1 / w for l1. For huber, e is normal within |e| <= delta, and beyond it |e| - delta is
+    exponential with rate w delta.
     """
 
     def uniform() -> Tensor:
@@ -123,8 +123,8 @@ def draw_errors(
     if rho == "l1":
         size = exponential(weight)
     else:
-        whole = (delta * (weight / 2).sqrt()).erf()
-        inside = (uniform() * whole).erfinv() * (2 / weight).sqrt()
+        erf_at_delta = (delta * (weight / 2).sqrt()).erf()
+        inside = (uniform() * erf_at_delta).erfinv() * (2 / weight).sqrt()
         outside = delta + exponential(weight * delta)
         size = torch.where(uniform() < _tail(weight, delta), outside, inside)
     return torch.where(uniform() < 0.5, -size, size)

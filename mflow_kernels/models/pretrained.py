@@ -42,8 +42,8 @@ def build(
             `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
             `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
             repeats those of the image flow. Optional entries are `final_weight` with
-            `weight_steps`, `error_bound`, `delta` and `sigma`. A class-conditional model has the
-            number of its `classes` too.
+            `weight_steps`, `error_bound`, `delta` and `sigma`. A class-conditional model also has
+            `classes`, the number of its classes.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -85,12 +85,12 @@ def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
 
 
 def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
-    """Describe a model as `build` takes it.
+    """Return the architecture of a model, in the form that `build` takes.
 
     Raises:
-        TypeError: the model has parts that an architecture cannot describe: other flows than `Glow`
-            and `VectorFlow`, networks or scale functions of the caller, maps of weights, or another
-            dtype than float32.
+        TypeError: the model has parts that an architecture cannot describe: flows other than `Glow`
+            and `VectorFlow`, custom networks or scale functions, maps of weights, or a dtype other
+            than float32.
     """
     stages = cast(list[ManifoldFlow], list(model.stages))
     for i, stage in enumerate(stages):
@@ -122,7 +122,7 @@ def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
 
 
 def _stage_of(stage: ManifoldFlow) -> dict[str, Any]:
-    """The entries from which `_objective` and `_flows` build a stage."""
+    """Return the entries from which `_objective` and `_flows` build a stage."""
     flow, objective = cast(Glow | VectorFlow, stage.flow), stage.objective
     entries = {
         "manifold_dim": stage.manifold_dim,
@@ -151,7 +151,7 @@ def save_pretrained(model: HierarchicalFlow, folder: str | Path) -> None:
 
     Raises:
         TypeError: see `architecture_of`.
-        ValueError: the folder exists, or cannot be made.
+        ValueError: the folder exists, or cannot be created.
     """
     path = Path(folder)
     if path.exists():
@@ -189,12 +189,13 @@ def write_pretrained(model: HierarchicalFlow, folder: Path) -> None:
 
 
 def load_pretrained(folder: str | Path) -> HierarchicalFlow:
-    """Load the model from a folder of `mflow export` or `save_pretrained`, on the CPU and in
-    evaluation mode.
+    """Load the model from a folder that `mflow export` or `save_pretrained` wrote.
+
+    The model is on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: the folder or a file is missing, a file is torn or does not come from there, or
-            the two files do not belong together.
+        ValueError: the folder or a file is missing, a file is damaged or was written by something
+            else, or the two files do not belong together.
         ImportError: safetensors is not installed.
     """
     from safetensors import SafetensorError, safe_open
@@ -242,10 +243,10 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
 
 
 def check_selection(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the index of a stage's u does not belong to its masks of v.
+    """Raise ValueError if the indices of a stage's u do not agree with its masks of v.
 
-    A file holds the latent pixels that its model selected. They need not be those that this version
-    would select.
+    Any selection of latent pixels is accepted, because this version may select other pixels than
+    the version that wrote the file.
     """
     for name, index in tensors.items():
         prefix, found, _ = name.partition("manifold_index")

@@ -53,9 +53,9 @@ def estimate_intrinsic_dimension(
 
     Args:
         flow: a flow as for `ManifoldFlow`, trained by maximum likelihood on data with some noise,
-            such as dequantization. The noise bounds the spectrum from below. Of a `ManifoldFlow`
-            in the data domain, the latents off the manifold have the deviation sigma instead of 1;
-            their columns of J are multiplied by it.
+            such as dequantization. The noise bounds the spectrum from below. If the flow is a
+            `ManifoldFlow`, its latents off the manifold have the standard deviation sigma instead
+            of 1, so their columns of J are multiplied by sigma.
         x: (N, *input_shape), N >= 1.
         max_bytes: memory that the Jacobian of one sample may use; it takes 8 D^2 bytes.
 
@@ -103,7 +103,7 @@ def latent_importance(
         generator: generator for the probes, on the device of x.
 
     Returns:
-        One tensor per latent, of its shape without N.
+        One tensor per latent, with the latent's shape without N.
 
     Raises:
         ValueError: x has no samples, probes is too small, or an importance is not finite.
@@ -142,7 +142,7 @@ def manifold_mask_from_data(
     `latent_importance`. Ties go to the coarser latent and the later pixel.
 
     Returns:
-        One bool tensor per latent, of its shape without N: True where the pixel is u.
+        One bool tensor per latent, with the latent's shape without N: True if the pixel is u.
     """
     check_manifold_dim(manifold_dim, flow.latent_shapes)  # type: ignore[arg-type]
     importance = latent_importance(flow, x, probes=probes, generator=generator)

@@ -62,7 +62,7 @@ def log_volume(
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
     if context is not None:
-        # Both methods decode each sample many times; one sample at a time has one context.
+        # Both methods decode each sample many times, so treat one sample and its context at a time.
         rows = []
         for row, own in zip(u.split(1), context.split(1), strict=True):
 
@@ -192,7 +192,7 @@ def _lanczos(
         basis.append(q)
         w = multiply(q)
         diagonal = (w * q).sum(1).double()
-        # A row whose Krylov space is exhausted continues decoupled, with log 1 = 0.
+        # If a row's Krylov space is exhausted, append a decoupled 1: it adds log 1 = 0.
         t = _extended(t, torch.where(active, diagonal, 1.0), off_diagonal)
         value, error = _quadrature(t, d, probes)
         values.append(value)

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written whole or not at all, and read without running code from them.
 
 A run folder holds the last two checkpoints, `last.ckpt` and `previous.ckpt`. A new checkpoint is
-written to a temporary name and synced. Then the last one is renamed to the previous one, and the
-new one to the last one.
+written to a temporary name and synced. Then `last.ckpt` is renamed to `previous.ckpt`, and the new
+file to `last.ckpt`.
 """
 
 import io
@@ -51,7 +51,7 @@ class Expected(NamedTuple):
     """The content that a checkpoint of a run must have."""
 
     tensors: Mapping[str, Tensor]  # the names, shapes and dtypes
-    # What training needs to resume; without parameters only the weights are expected.
+    # Needed to resume. If `parameters` is None, the optimizer and the progress are not checked.
     parameters: Sequence[Tensor] | None = None  # in AdamW's order
     stages: int = 0  # number of stages
     images: int = 0  # number of training images
@@ -114,7 +114,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that can be read; None if there is no checkpoint.
+    """Return the newest checkpoint of a run folder that can be read; None if there is none.
 
     If `last.ckpt` is refused, `previous.ckpt` is taken and a line on stderr says so.
 
@@ -141,7 +141,11 @@ def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
 def _moments(
     states: object, parameters: Sequence[Tensor], step: int
 ) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state; ValueError if a moment has not the dtype and shape of its parameter."""
+    """Return AdamW's state.
+
+    Raises:
+        ValueError: a moment does not have the dtype and shape of its parameter.
+    """
     one = isinstance(states, list) and len(states) == 1 and isinstance(states[0], dict)
     _check(one, "optimizer_states", type(states).__name__)
     moments = states[0].get("state")  # type: ignore[index]
@@ -162,7 +166,7 @@ def _items(values: object) -> list[tuple[Any, Any]]:
 
 
 def _form(value: object) -> str:
-    """Dtype and shape of a dense tensor on the CPU, or the type of any other value."""
+    """Return the dtype and shape of a dense tensor on the CPU, or the type of any other value."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return f"a {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
@@ -229,7 +233,7 @@ class Checkpoints(Callback):
     Args:
         folder: the run folder.
         minutes: longest time between two checkpoints.
-        steps: largest number of steps between two checkpoints; None leaves it to the validations.
+        steps: largest number of steps between two checkpoints; None sets no limit.
         resumed: the checkpoint that training resumes from.
     """
 
@@ -244,7 +248,7 @@ class Checkpoints(Callback):
         self._signal: int | None = None
         self._interrupts = 0
         self._writing = False
-        self._handlers: dict[int, Any] = {}  # from before training
+        self._handlers: dict[int, Any] = {}  # signal handlers to restore after training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # All ranks have read the checkpoint that training resumes from: rename it to last.ckpt. The
@@ -266,7 +270,7 @@ class Checkpoints(Callback):
         if self._interrupts > 2 and not self._writing:
             self._leave()
 
-    # Between two steps, when metrics.csv has all values of the step before.
+    # This hook runs between two steps, when metrics.csv has all values of the previous step.
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         passed = time.monotonic() - self._written > 60 * self._minutes
         leaves = self._signal is not None

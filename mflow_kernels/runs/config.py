@@ -59,7 +59,7 @@ class Stage:
     max_steps: int | None
 
     def optimizer_steps(self, batches_per_pass: int) -> int:
-        """Number of optimizer steps, if a pass over the images has `batches_per_pass` batches."""
+        """Return the number of optimizer steps, given the number of batches in a pass."""
         return self.max_steps or self.epochs * batches_per_pass
 
 
@@ -94,8 +94,8 @@ class ModelOptions:
         levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
-        manifold_dim: Dimensions of the manifold. They are the coarsest latents;
-            whole channels of these give each part of the image the same number of dimensions.
+        manifold_dim: Dimensions of the manifold, taken from the coarsest latents first. A number
+            that fills whole channels gives each part of the image the same number of dimensions.
     """
 
     levels: int = 2
@@ -109,8 +109,8 @@ class HierarchyOptions:
     """Hierarchy: further flows, each trained on the manifold coordinates of the flow before it.
 
     Args:
-        stage_dims: Manifold dimensions of each further flow; without a value there is none. The
-            other stage options take one value for all further flows, or one for each.
+        stage_dims: Manifold dimensions of each further flow; without a value, there are no further
+            flows. The other stage options take one value for all further flows, or one for each.
         stage_steps: Flow steps.
         stage_width: Hidden units of the coupling networks.
         stage_epochs: Passes over the training images; by default those of --epochs.
@@ -126,8 +126,8 @@ class HierarchyOptions:
         stage_delta: Threshold of huber; by default that of --delta.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
         stage_learning_rate: Highest learning rate; by default that of --learning-rate.
-        release: Keep training the earlier flows together with each further one, on the joint
-            likelihood and their own penalties and at its learning rate; by default they are frozen.
+        release: Train each further flow together with the earlier flows, at its learning rate, on
+            the joint likelihood and all penalties; by default the earlier flows are frozen.
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
@@ -155,9 +155,9 @@ class ObjectiveOptions:
         domain: Domain of the penalty: latent penalizes the off-manifold latents, data the
             difference between an image and its projection on the manifold.
         rho: Shape of the penalty.
-        weight: Weight of the penalty: a number, or "variance" in the data domain: the weight that
-            fits the penalized differences, tracked during training. With l2 it is the inverse of
-            their variance.
+        weight: Weight of the penalty: a number, or "variance", which tracks the weight that fits
+            the penalized differences best. With l2 it is the inverse of their variance. Only in
+            the data domain.
         final_weight: Last weight of a schedule: the weight starts at --weight and changes by the
             same factor in each of --weight-steps steps. Only in the data domain.
         weight_steps: Steps in which the weight reaches --final-weight.
@@ -219,8 +219,8 @@ class TrainingOptions:
         max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
         ema_decay: Decay of the running average of the weights, which samples and evaluations use.
             The decay ramps up over the first steps of a stage; 0 disables averaging.
-        init_from: Folder of another run, from whose averaged weights the model starts. Its flows
-            must have the same shapes; it may have fewer stages, or more.
+        init_from: Folder of another run; the model starts from its averaged weights. Its flows
+            must have the same shapes, but it may have fewer or more stages.
         seed: Seed of weights, data order and noise.
         device: Device to train on; auto takes a GPU if there is one.
         precision: Data type of the coupling networks; the state of the flow is always float32.
@@ -280,7 +280,9 @@ class TrainConfig(
             if not 0 < rate < float("inf"):
                 raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
         if self.classes is not None and self.cuda_graphs:
-            raise ValueError("cuda_graphs: expected none for a class-conditional model (--classes)")
+            raise ValueError(
+                "cuda_graphs: expected False for a class-conditional model (--classes), got True"
+            )
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -337,7 +339,7 @@ class TrainConfig(
         return path.stem if path.is_file() else path.name
 
     def default_run_dir(self) -> str:
-        """A readable folder name that depends only on the configuration."""
+        """Return a readable folder name that depends only on the configuration."""
         size = f"-{self.image_size}px" if self.image_size else ""
         classes = "" if self.classes is None else f"-{self.classes.replace(',', '-')}"
         return f"runs/{self.data_name}{size}{classes}-d{self.manifold_dim}-seed{self.seed}"
@@ -348,7 +350,7 @@ class TrainConfig(
         crop: int | None = None,
         class_names: tuple[str, ...] = (),
     ) -> "RunConfig":
-        """This configuration with what it takes from the data, and absolute paths."""
+        """Return a RunConfig with the values that come from the data, and absolute paths."""
         values = dataclasses.asdict(self)
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
@@ -362,12 +364,12 @@ class TrainConfig(
 
 @dataclass
 class RunConfig(TrainConfig):
-    """A TrainConfig with what it takes from the data. A run's config.yaml holds one.
+    """A TrainConfig with the values that come from the data, as a run's config.yaml stores it.
 
     Args:
         crop: side of the square that is cut out of each image first; None for the largest square.
         class_names: names of the classes, in the order of their numbers.
-        channels: 1 (grey) or 3 (RGB). It comes last, so that a file that is cut off lacks it.
+        channels: 1 (grey) or 3 (RGB). It is the last field, so a file that is cut off lacks it.
     """
 
     crop: int | None = None
@@ -382,12 +384,12 @@ class RunConfig(TrainConfig):
         return self.channels, self.image_size, self.image_size
 
     def to_yaml(self) -> str:
-        """All values as YAML, which `from_yaml` reads."""
+        """Return all values as YAML, which `from_yaml` reads."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str | bytes, source: str) -> "RunConfig":
-        """Read a configuration of `to_yaml`. Errors call the file `source`.
+        """Read what `to_yaml` wrote. `source` is the name of the file in error messages.
 
         Raises:
             ValueError: a name is unknown or missing, or a value has the wrong type or is out of
@@ -402,7 +404,7 @@ class RunConfig(TrainConfig):
         for option in dataclasses.fields(cls):
             if option.name in _ADDED_LATER:
                 values.setdefault(option.name, _ADDED_LATER[option.name])
-            elif option.name not in values:  # its default might describe another model
+            elif option.name not in values:  # the default may not fit the run's model
                 raise ValueError(
                     f"{source}: expected every option of the run, found no {option.name}; is the "
                     "file cut off?"
@@ -484,14 +486,14 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
 
 
 def _argument_texts(options: type) -> dict[str, str]:
-    """The text for each argument in the docstring of a class."""
+    """Return the text for each argument in the docstring of a class."""
     lines = (options.__doc__ or "").partition("Args:")[2]
     texts = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", lines, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}
 
 
 def _for_each(name: str, values: list[Any], count: int, default: Any) -> list[Any]:
-    """One value per further flow, from no value (the default), one value or all values."""
+    """Return one value per further flow. `values` holds none (the default is used), one or all."""
     if not values and default is None and name in ("stage_steps", "stage_width"):
         raise ValueError(f"{name}: expected at least one value, got none")
     if len(values) > 1 and len(values) != count:

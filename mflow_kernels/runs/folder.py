@@ -29,8 +29,8 @@ from mflow_kernels.runs.parser import as_option
 
 CONFIG = "config.yaml"
 CHANGES = "changes.csv"
-# Options that may change when a run resumes. The first ones change what it computes, from the next
-# step on; the others change only how.
+# Options that may change when a run resumes. Those up to `batch_size` set how it trains from the
+# next step on. The others are about the machine, memory, safety limits and checkpoints.
 CHANGEABLE_OPTIONS = (
     "learning_rate",
     "stage_learning_rate",
@@ -90,7 +90,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """The architecture of a configuration, as `pretrained.build` takes it."""
+    """Return the architecture of a configuration, as `pretrained.build` takes it."""
     objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
     names = ("steps", "width", *objective, "delta", "sigma")
     stages = [
@@ -104,7 +104,11 @@ def architecture(config: RunConfig) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda"; ValueError for "cuda" without a GPU."""
+    """Return the device for "auto", "cpu" or "cuda".
+
+    Raises:
+        ValueError: the name is "cuda" and there is no GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA GPU for 'cuda', found none")
     if name == "auto":
@@ -140,8 +144,8 @@ class Change(NamedTuple):
 def record_changes(folder: Path, config: RunConfig, changes: Sequence[Change], step: int) -> None:
     """Replace the recorded options with those given on resume, and add the changes to CHANGES.
 
-    Each of its rows has the step from which the new value holds, the option, and its values before
-    and after.
+    A row of CHANGES has the first step with the new value, the option, and its values before and
+    after.
     """
     if not changes:
         return
@@ -198,8 +202,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def checkpoint_tensors(model: HierarchicalFlow) -> dict[str, Tensor]:
-    """Tensors with the names, shapes and dtypes of those in a checkpoint of this model's training:
-    weights, averaged weights and the guard's statistics."""
+    """Return tensors with the names, shapes and dtypes of those in this model's checkpoints.
+
+    They are the weights, the averaged weights and the guard's statistics.
+    """
     weights = model.state_dict()
     trained = {f"model.{name}": tensor for name, tensor in weights.items()}
     averaged = {f"{_AVERAGE}{name}": tensor for name, tensor in weights.items()}
@@ -231,14 +237,13 @@ def load_run(folder: str, device: str = "auto") -> Run:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
-
     lock = make_folder(folder, partial(write_pretrained, run.model), "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 
 
 def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
-    """The options whose values differ from the recorded ones.
+    """Return the options whose values differ from the recorded ones.
 
     Raises:
         ValueError: one of them may not change on resume. The message lists those that may.
@@ -261,8 +266,9 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
 def initialize_from(model: HierarchicalFlow, folder: str) -> None:
     """Copy the averaged weights of another run into a model.
 
-    For each stage that both have, the flow is copied and, if the manifold has the same dimension,
-    the selection of its latents. Penalties are not. Further stages keep their weights.
+    For each stage that both models have, the flow is copied. The selection of latents is copied
+    too, if the manifold has the same dimension. Penalties are not copied, and further stages keep
+    their weights.
 
     Raises:
         ValueError: the folder is not a run folder, or a weight has another shape there.

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Append the default to each help text, and no type, because the texts make it clear."""
+    """Appends the default to each help text, but not the type, which the texts make clear."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -32,7 +32,7 @@ class _Formatter(DefaultHelpFormatter):
 
 
 def as_option(name: str) -> str:
-    """The spelling of an argument on the command line."""
+    """Return the spelling of an argument on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -53,7 +53,7 @@ def _hyphens(name: str) -> str:
 
 
 def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
-    """The options that a YAML file sets, checked by `parser`. Other options are left out.
+    """Return the options that a YAML file sets, checked by `parser`. Other options are left out.
 
     Args:
         parser: has the options and their types.
@@ -86,7 +86,7 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
 def with_docstring(thing: Any) -> Any:
     """Restore the docstring of a class or function, from which its help is made.
 
-    Python removes docstrings under -OO and PYTHONOPTIMIZE=2. They are read from the source then.
+    Python removes docstrings under -OO and PYTHONOPTIMIZE=2; this reads them from the source.
     """
     if sys.flags.optimize >= 2:
         definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
@@ -97,7 +97,7 @@ def with_docstring(thing: Any) -> Any:
 
 
 def explain(error: Exception) -> str:
-    """One line for a parsing error: the argument, what was expected, and what was given."""
+    """Return one line for a parsing error: the argument, what was expected, and what was given."""
     text = str(error)
     if '"subcommand" to be one of' in text:
         return "expected a command (mflow --help lists them)"

@@ -12,7 +12,7 @@ PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
 
 
 def preset_text(name: str) -> str:
-    """The YAML text of a preset or of a user's file.
+    """Return the YAML text of a preset or of a user's file.
 
     Raises:
         ValueError: `name` is neither a preset nor a file that can be read.
@@ -32,8 +32,9 @@ def preset_text(name: str) -> str:
 
 
 def preset_options(name: str) -> dict[str, Any]:
-    """The options that a preset sets, by their names in RunConfig: the config.yaml of a run is a
-    preset too.
+    """Return the options that a preset sets, by their names in RunConfig.
+
+    The config.yaml of a run is a preset too.
 
     Raises:
         ValueError: `name` is not a preset or file, or it has unknown options or values of the
@@ -43,5 +44,5 @@ def preset_options(name: str) -> dict[str, Any]:
     add_options(parser)
     add_resolved_options(parser)
     values = parse_yaml(parser, preset_text(name), f"preset: {name}")
-    # Of what a run took from its data, only the number of channels is an option of mflow plan.
+    # A run's config.yaml also has values from its data. Among these, `mflow plan` takes `channels`.
     return {name: value for name, value in values.items() if name not in ("crop", "class_names")}

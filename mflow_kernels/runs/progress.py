@@ -12,11 +12,11 @@ class Progress(NamedTuple):
 
     step: int = 0
     begins: tuple[int, ...] = (0,)  # first step of each stage that has begun
-    passes: Fraction = Fraction(0)  # over the images, that the last of these stages has made
-    position: Position = Position()  # of the next batch
+    passes: Fraction = Fraction(0)  # passes over the images in the last of these stages
+    position: Position = Position()  # position of the next batch
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a checkpoint."""
+        """Return plain numbers for a checkpoint."""
         return {
             "step": self.step,
             "begins": [*self.begins],

@@ -11,8 +11,8 @@ class WeightAverage(nn.Module):
     """The exponential moving average of a model's parameters. Buffers are copied, not averaged.
 
     Lightning's WeightAveraging does not fit here: it copies the data set with the module,
-    synchronizes with the device in every step, averages permutations, and cannot start the average
-    of each stage afresh when that stage's training begins.
+    synchronizes with the device in every step, averages permutations, and cannot restart the
+    average of a stage when that stage begins.
 
     Args:
         model: model to copy.

@@ -55,7 +55,7 @@ class TrainingProgress(Callback):
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
         values["images_per_second"] = self._speed
         objective = cast(ManifoldFlow, training.model.stages[training.trained_stage]).objective
-        if isinstance(objective.weight, float):  # it is not logged, and an earlier stage's may be
+        if isinstance(objective.weight, float):  # not logged; `values` may hold an earlier stage's
             values["penalty_weight"] = objective.weight
         if not values["skipped"]:
             del values["skipped"]
@@ -99,7 +99,7 @@ class MetricsCsv(Logger):
     Args:
         path: the file. Rows that the run will write again are removed from it.
         first_step: the step at which this run starts or resumes.
-        validates: whether the run starts with the validation after the step before.
+        validates: whether the run starts with the validation that follows the previous step.
     """
 
     columns = (

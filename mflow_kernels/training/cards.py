@@ -11,7 +11,7 @@ import torch
 
 
 class Kernel(Protocol):
-    """What a launch asks of a card."""
+    """The work of one kernel launch."""
 
     @property
     def moved(self) -> int:
@@ -23,7 +23,7 @@ class Kernel(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products' factors."""
+        """Dtype of the products' factors."""
 
 
 class Card(NamedTuple):
@@ -33,7 +33,7 @@ class Card(NamedTuple):
     throughput: dict[torch.dtype, float]
 
     def lower_bound(self, kernels: Iterable[Kernel]) -> float:
-        """Seconds that these kernels take at least, one after the other."""
+        """Return the least time in seconds that these kernels take, one after the other."""
         return sum(
             max(k.moved / self.bandwidth, k.flops / self.throughput.get(k.dtype, float("inf")))
             for k in kernels

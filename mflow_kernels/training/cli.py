@@ -86,7 +86,11 @@ def _run(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> Work:
-    """Check the arguments and return the work; ArgumentError, ValueError or TypeError if bad."""
+    """Check the arguments and return the work.
+
+    Raises:
+        ArgumentError, ValueError, TypeError: an argument is bad.
+    """
     parser, trainer, planner = _parsers()
     chosen = parser.parse_args(argv)
     preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
@@ -132,7 +136,7 @@ def _check(argv: list[str]) -> Work:
 
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
-    """The parser of the command line, and its parsers of `mflow train` and `mflow plan`."""
+    """Return the parser of the command line, and its parsers of `mflow train` and `mflow plan`."""
     from mflow_kernels.runs.config import add_options
     from mflow_kernels.runs.parser import OptionParser, with_docstring
 
@@ -168,8 +172,8 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     trainer.add_argument(
         "--find-learning-rate",
         action="store_true",
-        help="Do not train: test growing learning rates in 100 steps of each stage, and print the "
-        "suggested one.",
+        help="Do not train. Test increasing learning rates over 100 steps of each stage, and print "
+        "a suggested rate for each.",
     )
     preset = {
         "metavar": "NAME",
@@ -187,7 +191,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
             subparser.add_argument(
                 "--ambient",
                 action="store_true",
-                help="Draw the off-manifold coordinates of samples too, instead of zeros.",
+                help="Also draw the off-manifold coordinates of samples, which otherwise are zero.",
             )
         if command is evaluate:
             switches.add("quick")
@@ -198,11 +202,11 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
                 "dimension, which take most of the time on a CPU.",
             )
         if command is sample:
-            switches.add("class_name")  # --class, which is no name in Python
+            switches.add("class_name")  # the option is --class, but `class` is a Python keyword
             subparser.add_argument(
                 "--class",
                 metavar="NAME",
-                help="Class to draw, by its name; by default a row for each class.",
+                help="Name of the class to draw; by default a row for each class is drawn.",
             )
         subparser.add_function_arguments(command, as_group=False, as_positional=True, skip=switches)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
@@ -250,7 +254,7 @@ def _recorded(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(command: Callable[..., Work], lines: int | None = None) -> str:
-    """The help text of a command: its docstring up to the arguments, or its first lines."""
+    """Return the help text of a command: its docstring up to Args, or its first `lines` lines."""
     text = (command.__doc__ or "").split("Args:")[0]
     return " ".join(" ".join(text.strip().split("\n")[:lines]).split())
 

@@ -134,12 +134,12 @@ def prepare(
             prepared = open_prepared(path)
             with progress_bar("checking", len(prepared.images)) as progress:
                 prepared.verify(progress)
-            print("prepared before; every image is intact")
+            print("the file is complete; every image is intact")
         else:
             try:
                 prepared = prepare_file(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
-                print("interrupted; the same command continues", file=sys.stderr)
+                print("interrupted; the same command continues the preparation", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
         print(prepared.summary())
 
@@ -157,7 +157,7 @@ def sample(
     device: Device = "auto",
     class_name: str | None = None,
 ) -> Work:
-    """Draw images from a trained model. A class-conditional one draws a row for each class.
+    """Draw images from a trained model. A class-conditional model draws a row for each class.
 
     Args:
         run: Folder that mflow train wrote.
@@ -166,7 +166,7 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
-        ambient: Draw the off-manifold coordinates too, instead of zeros.
+        ambient: Also draw the off-manifold coordinates, which otherwise are zero.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -225,8 +225,9 @@ def reconstruct(
         data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
             by default the images that the run held out.
         number: Number of images.
-        missing: Hide the right half of each image, a square in its middle, or three in four pixels
-            at random, and draw the images filled in from the manifold instead.
+        missing: Hide a part of each image and draw it filled in from the manifold instead: half
+            hides the right half, centre a square in the middle, and pixels three in four pixels at
+            random.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -293,10 +294,10 @@ def evaluate(
         features: Network for FID and KID: inception, which FID is defined with, or the name of an
             image classifier of torchvision.
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
-        ood: Other images to compute out-of-distribution scores of: what --data takes, or the name
+        ood: Other images that get out-of-distribution scores too: any value of --data, or the name
             of a data set that mflow train --help lists.
         quick: Leave out the figures that need Jacobians.
-        ambient: Draw the off-manifold coordinates of samples too, instead of zeros.
+        ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -352,8 +353,8 @@ def evaluate(
 def plan(options: dict[str, Any]) -> Work:
     """Predict the memory, steps, disk and hours that training needs.
 
-    Takes the options of mflow train, allocates nothing and reads no image: give a file of mflow
-    prepare or the name of a data set as --data, or else --images, --image-size and --channels.
+    Takes the options of mflow train, allocates nothing and reads no image. Give a file of mflow
+    prepare or the name of a data set as --data, or else give --images, --image-size and --channels.
     """
     import torch
 

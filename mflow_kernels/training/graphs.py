@@ -1,8 +1,8 @@
 """The forward and backward pass as two CUDA graphs: two launches for any depth and width.
 
-torch.cuda.make_graphed_callables cannot be used before torch 2.14. It captures in the global mode,
-in which another thread that pins memory, such as one that reads the next batches, fails and makes
-the capture fail.
+torch.cuda.make_graphed_callables cannot be used before torch 2.14, because it captures in the
+global mode. In that mode, a thread that pins memory, such as one that reads the next batches, fails
+and makes the capture fail too.
 """
 
 import sys
@@ -154,7 +154,7 @@ class _Graphed:
     """The captured losses and gradients for batches of one shape."""
 
     def __init__(self, x: Tensor, losses: Losses, modules: nn.Module) -> None:
-        # Keep the strides, which order the sums on a CPU: a rank's share of a batch is not dense.
+        # A rank's share of a batch is not dense. Keep its strides: sums on a CPU follow them.
         self.x = x.new_empty_strided(x.shape, x.stride()).copy_(x)
         dloss = x.new_ones(())
         parameters = [p for p in modules.parameters() if p.requires_grad]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mflow_kernels.layers.actnorm import over_ranks
 
 _MEMORY = 100  # steps over which the mean and variance of the loss are averaged
-# Least standard deviation of the loss, as a fraction of its size. It keeps rounding in a loss that
-# has long been constant from counting as a spike.
+# Least standard deviation of the loss, as a fraction of its size. Without it, rounding in a
+# constant loss would count as a spike.
 _LEAST_SPREAD = 0.01
 
 
@@ -101,6 +101,6 @@ class StepGuard(nn.Module):
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over all ranks; x itself without torch.distributed."""
+    """Return the mean of x over all ranks; x itself without torch.distributed."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return over_ranks(x) / torch.distributed.get_world_size() if distributed else x

@@ -20,11 +20,11 @@ holds its complete gradients while it computes those of the forward pass. At eac
     kept         S for every `checkpoint_every`-th network of each pass that is not done.
     stored       only without reversible: for each network not done, S, its input, Q and 2 H; and
                  the weights of all networks in low precision.
-    folded       for the steps of one level, 9 C^2 numbers each: 6 for W' and for what its gradient
-                 needs, 3 for W^-1 (float64) and the partial sums of dW. 12 C^2 while these become
-                 gradients of W's factors. In the inverse pass W^-1 needs gradients too, so these
-                 are 12 C^2 and 20 C^2. Without reversible, all levels count: 6 C^2, and 5 more for
-                 the inverse pass.
+    folded       for each step of one level, 9 C^2 numbers: 6 for W' and the inputs of its gradient,
+                 3 for W^-1 (float64) and the partial sums of dW. They grow to 12 C^2 while the
+                 gradients of W's factors are computed. In the inverse pass W^-1 needs gradients
+                 too, so the numbers are 12 C^2 and 20 C^2. Without reversible, the steps of all
+                 levels count: 6 C^2 each, and 5 C^2 more for the inverse pass.
     one step     the rebuilt state and its gradient, 2 S, and their new halves, 8 B C_b p; the
                  network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
                  gradient before and after it); and the network's weights in low precision. The
@@ -145,7 +145,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 
 
 def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
-    """The couplings of one stage, in the order of its forward pass."""
+    """Return the couplings of one stage, in the order of its forward pass."""
     if stage:
         outer, inner = config.stages[stage - 1 : stage + 1]
         return [CouplingShape(outer.dim, 1, inner.width, 1, True)] * inner.steps
@@ -197,11 +197,15 @@ def peak_memory(config: RunConfig) -> Memory:
 def evaluation_memory(config: RunConfig, batch: int) -> int:
     """Predict the memory at the peak of evaluating a trained model in batches of `batch` images.
 
-    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the flow
-    on images. There are the weights of all stages; the images as they were read, as the flow's
-    input, and in three states or sets of latents; the folded 1x1 convolutions of all levels, and
-    for those of the widest one 6 C^2 numbers a step while they are folded and inverted; and the
-    network's input, its output and both hidden layers.
+    Networks compute in float32 and nothing is differentiated. The peak is at a coupling of the
+    image flow. These are in memory then:
+
+    - the weights of all stages;
+    - the images as they were read, as the flow's input, and as three states or sets of latents;
+    - the folded 1x1 convolutions of all levels;
+    - 6 C^2 numbers for each step of the widest level, while its convolutions are folded and
+      inverted;
+    - the network's input, its output and both hidden layers.
     """
     dims = config.channels * (config.image_size or 0) ** 2
     one = dataclasses.replace(config, batch_size=batch, precision="float32")
@@ -217,7 +221,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
 
 
 def describe_peak(config: RunConfig, gpu: bool) -> str:
-    """The part of `mflow plan` on the configuration and its peak memory."""
+    """Return the part of `mflow plan` on the configuration and its peak memory."""
     config = config if gpu else dataclasses.replace(config, device="cpu")
     peak = peak_memory(config)
     states = (
@@ -254,7 +258,11 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes; ValueError for other texts."""
+    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes.
+
+    Raises:
+        ValueError: the text is not such a size.
+    """
     units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
@@ -263,7 +271,7 @@ def parse_memory(text: str) -> int:
 
 
 def readable(size: int) -> str:
-    """Bytes as a text such as "1.5 GB"."""
+    """Format a number of bytes as a text such as "1.5 GB"."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -275,7 +283,7 @@ def _rows() -> list[dataclasses.Field]:
 
 
 def largest_batch(config: RunConfig, memory: int) -> int:
-    """The largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
+    """Return the largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
         return peak_memory(dataclasses.replace(config, batch_size=batch)).total <= memory
@@ -320,7 +328,7 @@ class _Pass(NamedTuple):
 
 
 def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
-    """The passes of a training step, in the order of the backward pass."""
+    """Return the passes of a training step, in the order of the backward pass."""
     every = config.checkpoint_every if config.reversible else None
     passes = []
     for flow in reversed(trained):
@@ -333,12 +341,14 @@ def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
 
 
 def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
-    """Memory at the end of the forward pass and at each coupling of the backward pass, for flows
-    that train together. Memory that is held through the whole step is left out."""
+    """Yield the memory at the end of the forward pass, and at each coupling of the backward pass.
+
+    The flows `trained` train together. Memory that is held through the whole step is left out.
+    """
     passes = _passes(config, trained)
 
     def snapshot(done: int, gradients: int, stored: int, folded: int, one_step: int) -> Memory:
-        """Memory when `done` passes are done."""
+        """Return the memory when `done` passes are done."""
         open_passes = passes[done:]
         ends = FLOAT * 3 * sum(each.flow.elements for each in open_passes)
         kept = sum(
@@ -346,12 +356,12 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
         )
         return Memory(0, 0, 0, gradients, ends, kept, stored, folded, one_step)
 
-    low = _network_bytes(config)
+    e = _network_bytes(config)
     stored = folded = 0
     if not config.reversible:
         stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
         weights = sum(n.parameters for flow in trained for n in flow.couplings)
-        stored += low * weights if low < FLOAT or _by_operator(config) else 0
+        stored += e * weights if e < FLOAT or _by_operator(config) else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
     yield snapshot(0, gradients, stored, folded, 0)  # with the gradients of the step before
@@ -388,38 +398,38 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
 
 
 def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes of the flow's state."""
+    """Return the bytes of the flow's state."""
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
 def _stored(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes that autograd stores for a coupling without reversible."""
-    low = _network_bytes(config)
+    """Return the bytes that autograd stores for a coupling without reversible."""
+    e = _network_bytes(config)
     numbers = n.channels // 2 + n.out_channels + 2 * n.width
-    return _state(config, n) + low * config.batch_size * n.pixels * numbers
+    return _state(config, n) + e * config.batch_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
-    """Temporary bytes in the backward pass of one coupling."""
-    b, p, low = config.batch_size, n.pixels, _network_bytes(config)
+    """Return the temporary bytes in the backward pass of one coupling."""
+    b, p, e = config.batch_size, n.pixels, _network_bytes(config)
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
         s = network_shape(config, n)
         blocks = -(-s.width // dh1_tile(s).block_d)
         gradients = s.width + (1 + s.taps * blocks) * s.c_in
-        sums = partial_sums_bytes(s, low)
+        sums = partial_sums_bytes(s, e)
     if not config.reversible:
-        # Gradients: of the state, of Q, and of hidden layers.
-        return 2 * _state(config, n) + low * b * p * (n.out_channels + gradients) + sums
+        # Gradients of the state, of Q and of the hidden layers.
+        return 2 * _state(config, n) + e * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
     network = n.channels // 2 + 2 * n.out_channels + stored + gradients
-    weights = low * n.parameters if low < FLOAT or runs_layer_by_layer(config, n) else 0
-    return FLOAT * b * p * state + low * b * p * network + weights + sums
+    weights = e * n.parameters if e < FLOAT or runs_layer_by_layer(config, n) else 0
+    return FLOAT * b * p * state + e * b * p * network + weights + sums
 
 
 def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
-    """The network of a coupling and the images of a batch, as the kernels see them."""
+    """Return the network of a coupling and the images of a batch, as the kernels see them."""
     pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
     return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
 
@@ -441,12 +451,12 @@ def _by_operator(config: RunConfig) -> bool:
     return config.device != "cpu" and requested() != "torch"
 
 
-def partial_sums_bytes(s: Shape, low: int) -> int:
-    """Bytes of the partial sums of the weights' gradients in the fused kernels."""
+def partial_sums_bytes(s: Shape, e: int) -> int:
+    """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
     sums = FLOAT * sum(s.sums)
-    return max(sums, min(PROGRAMS * sums, low * s.pixels * s.width // 4))
+    return max(sums, min(PROGRAMS * sums, e * s.pixels * s.width // 4))
 
 
 def _network_bytes(config: RunConfig) -> int:
-    """Bytes per element in the coupling networks."""
+    """Return the bytes per element in the coupling networks."""
     return FLOAT if config.precision == "float32" else 2

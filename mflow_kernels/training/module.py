@@ -35,7 +35,7 @@ from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_rank
 from mflow_kernels.training.schedule import Schedule
 
 _PARTS = ("loss", "on_manifold", "off_manifold", "logdet", "penalty")  # logged fields of Terms
-_BOUND_EVERY = 100  # steps after which --max-condition is enforced
+_BOUND_EVERY = 100  # --max-condition is enforced at this interval, in steps
 _FINAL_RATE = 0.02  # learning rate at the end of a stage, as a fraction of the highest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,10 +45,9 @@ class FlowTraining(LightningModule):
 
     The stage, the batch, its noise and the learning rate depend on the options and `global_step`
     only, and the checkpoint holds everything else. A run that resumes at any step with the same
-    options therefore computes the same bits as one that was never interrupted. A stage
-    is trained on the averaged weights of the stages
-    before it, which do not change unless they are released. A step that the guard skips changes no
-    weight but is counted.
+    options therefore computes the same bits as one that was never interrupted. A stage is trained
+    on the averaged weights of the stages before it, which do not change unless they are released.
+    A step that the guard skips changes no weight but is counted.
 
     Metrics are logged in bits per dimension. bits_per_dim is per dimension of the image, under all
     stages up to the trained one. The loss and its parts are per dimension of the data that the
@@ -118,11 +117,11 @@ class FlowTraining(LightningModule):
         return cast(HierarchicalFlow, self.average.model)
 
     def _step_in_stage(self, stage: int) -> int:
-        """Number of steps that a stage has taken."""
+        """Return the number of steps that a stage has taken."""
         return self.global_step - self.schedule.begins[stage]
 
     def _active(self, stage: int) -> list[int]:
-        """The stages whose weights change while `stage` is trained."""
+        """Return the stages whose weights change while `stage` is trained."""
         return list(range(stage + 1)) if self._config.release else [stage]
 
     @property
@@ -217,7 +216,7 @@ class FlowTraining(LightningModule):
         return loss, *parts, log_likelihood.detach()
 
     def _trained_dims(self, stage: int) -> int:
-        """Dimensions of the data that `stage` is trained on."""
+        """Return the dimensions of the data that `stage` is trained on."""
         first = 0 if self._config.release else stage
         return math.prod(cast(ManifoldFlow, self.model.stages[first]).input_shape)
 
@@ -344,7 +343,7 @@ class FlowTraining(LightningModule):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _dequantize(self, batch: Batch, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """This rank's images of a batch as data, and their classes, if they have any."""
+        """Return this rank's images of a batch as data, and their classes, if they have any."""
         generator = stream_generator(
             self._config.seed, stream, self.global_step, device=self.device
         )
@@ -355,11 +354,11 @@ class FlowTraining(LightningModule):
         return x, None if classes is None else self._rank_share(classes)
 
     def _rank_share(self, x: Tensor) -> Tensor:
-        """The images of a batch that this rank computes."""
+        """Return the images of a batch that this rank computes."""
         return x[self.trainer.global_rank :: self.trainer.world_size]
 
     def _rate_of_stage(self, stage: int) -> Callable[[int], float]:
-        """The learning rate of a stage's weights as a function of the step."""
+        """Return the learning rate of a stage's weights as a function of the step."""
 
         def rate(step: int) -> float:
             trained = self.schedule.stage_of(step)
@@ -370,7 +369,7 @@ class FlowTraining(LightningModule):
         return rate
 
     def _learning_rate(self, stage: int, done: int) -> float:
-        """The learning rate after `done` steps of a stage: a linear warm-up, then a cosine."""
+        """Return the learning rate after `done` steps of a stage: a linear warm-up and a cosine."""
         steps = self.schedule.steps(stage)
         warm_up = max(1, min(self._config.warm_up, steps // 5))
         falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
@@ -379,8 +378,10 @@ class FlowTraining(LightningModule):
 
 @contextmanager
 def singular_means_divergence(model: nn.Module) -> Iterator[None]:
-    """Turn the ValueError of a 1x1 convolution that has no inverse into a FloatingPointError which
-    says that training diverged. Other ValueErrors pass through."""
+    """Report a 1x1 convolution that has no inverse as divergence.
+
+    Its ValueError becomes a FloatingPointError. Other ValueErrors pass through.
+    """
     try:
         yield
     except ValueError as error:
@@ -403,8 +404,8 @@ def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
     networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
-    # Dynamo counts recompilations for code, which all networks share. Each network shape compiles
-    # twice, with and without gradients.
+    # Dynamo counts the recompilations of a piece of code, and all networks share theirs. Each
+    # network shape compiles twice, with and without gradients.
     torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
     for network in networks:
         network.compile(**options)

@@ -1,4 +1,4 @@
-"""What a training run will take beside memory: steps, disk, and an estimate of the hours."""
+"""Predicts the steps and the disk space of a training run, and estimates its hours."""
 
 import dataclasses
 
@@ -15,33 +15,33 @@ from mflow_kernels.training.memory import (
 )
 from mflow_kernels.training.step_kernels import training_step
 
-ROOFLINE_SHARE = 0.5  # assumed: what a step reaches of its lower bound of time
+ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its real time
 
 
 def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
-    """Optimizer steps of a stage; None where they depend on an unknown number of images."""
+    """Return a stage's optimizer steps; None if they depend on an unknown number of images."""
     if images is None:
         return config.stages[stage].max_steps
     return config.stages[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
 def least_step_seconds(config: RunConfig, stage: int, card: str) -> float:
-    """Lower bound of the time of one optimizer step of a stage on a card of `CARDS`."""
+    """Return the lower bound of the time of one optimizer step of a stage on a card of `CARDS`."""
     return CARDS[card].lower_bound(training_step(config, stage))
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Size of the last checkpoint: weights and buffers, their average, and AdamW's moments."""
+    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments."""
     return 2 * peak_memory(config).parameters + 2 * FLOAT * sum(_parameters(config))
 
 
 def describe_training(config: RunConfig, images: int | None) -> str:
-    """The part of `mflow plan` on parameters, steps, disk and hours.
+    """Return the part of `mflow plan` on parameters, steps, disk and hours.
 
     Args:
         config: what to train.
         images: number of training images. By default that of a named data set or prepared file;
-            elsewhere the text says how to give it.
+            for other data, the text says how to give the number.
     """
     if images is None:
         images = count_training_images(config.data)
@@ -79,7 +79,7 @@ def describe_training(config: RunConfig, images: int | None) -> str:
 
 
 def describe_fit(config: RunConfig, gpu_memory: int) -> str:
-    """The lines of `mflow plan` that say what fits in the given memory, and what to do about it."""
+    """Return the lines of `mflow plan` that say what fits in the memory, and which options help."""
     batch, room = largest_batch(config, gpu_memory), readable(gpu_memory)
     fits = config.batch_size <= batch
     largest = f"{batch:,}" if batch else "none fits"
@@ -106,7 +106,7 @@ def describe_fit(config: RunConfig, gpu_memory: int) -> str:
 
 
 def _parameters(config: RunConfig) -> list[int]:
-    """Number of parameters of each stage."""
+    """Return the number of parameters of each stage."""
     return [
         sum(n.parameters + n.conv1x1_parameters for n in coupling_shapes(config, stage))
         for stage in range(len(config.stages))

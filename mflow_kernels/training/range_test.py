@@ -17,7 +17,7 @@ from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.training.module import FlowTraining, resume_loops, singular_means_divergence
 from mflow_kernels.training.train import Loaded, new_trainer
 
-STEPS = 100  # of each stage, unless it diverges before
+STEPS = 100  # steps of each stage, unless it diverges earlier
 LOWEST, HIGHEST = 1e-5, 1.0  # range of the rates
 _SMOOTHING = 0.9  # weight of the earlier losses in their running mean
 
@@ -35,16 +35,17 @@ class RangeTest(NamedTuple):
 
     @property
     def suggestion(self) -> float:
-        """A highest rate for training: a third of `best_rate`.
+        """The suggested highest learning rate: a third of `best_rate`.
 
-        The running mean lags behind the loss by half an order of magnitude, and a rate that lowers
-        the loss for a few steps may be too high for many.
+        It is lower than `best_rate` for two reasons. The running mean lags behind the loss by half
+        an order of magnitude of the rate. A rate that lowers the loss for a few steps may be too
+        high for many.
         """
         return self.best_rate / 3
 
 
 def describe_tests(tests: Sequence[RangeTest]) -> str:
-    """A table with one row for each stage, and the options that train with the suggested rates."""
+    """Return a table with one row per stage, and the options for training at the rates found."""
     lines = ["stage  loss lowest at rate  suggested rate"]
     for number, test in enumerate(tests, start=1):
         lines.append(f"{number:5}  {test.best_rate:19.2g}  {test.suggestion:14.2g}")
@@ -54,12 +55,12 @@ def describe_tests(tests: Sequence[RangeTest]) -> str:
 
 
 def rate_at(step: int) -> float:
-    """The learning rate of a step of the test."""
+    """Return the learning rate of a step of the test."""
     return LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
 
 
 def _running_means(losses: Sequence[float]) -> list[float]:
-    """The exponential running mean of the losses, without its bias towards 0."""
+    """Return the exponential running mean of the losses, without its bias towards 0."""
     mean, means = 0.0, []
     for count, loss in enumerate(losses, start=1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
@@ -87,7 +88,7 @@ class _Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = cast(FlowTraining, pl_module)
-        loss = float(training.loss)  # of the weights before the step
+        loss = float(training.loss)  # computed with the weights before this step
         if not math.isfinite(loss):
             trainer.should_stop = True
             return
@@ -101,10 +102,10 @@ class _Recorder(Callback):
 
 
 def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
-    """Test the learning rates of each stage, after the stages before it.
+    """Test learning rates for each stage in turn.
 
-    A stage is tested on the weights with which the stage before had its lowest loss. Nothing is
-    written. The model's weights change.
+    After its test, a stage keeps the weights of its lowest loss, and the next stage is tested on
+    them. Nothing is written. The model's weights change.
 
     Raises:
         FloatingPointError: a stage has no finite loss.
@@ -129,7 +130,7 @@ def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
                 limit_val_batches=0,
             )
             resume_loops(trainer, training.schedule.begins[number], validates=False)
-            # It ends the test that the rate gets too high.
+            # Divergence at a high rate is the expected end of a test.
             with contextlib.suppress(FloatingPointError), singular_means_divergence(training):
                 trainer.fit(training)
             if not recorder.losses:

@@ -15,7 +15,7 @@ class Schedule:
     """Assigns steps to stages and images to steps.
 
     Stages that have ended by `start` keep their steps. The stage in training ends after its epochs
-    or steps, counted from its beginning; it ends at once if it has had as many already.
+    or steps, counted from its beginning; it ends at once if it has already had that many.
 
     Args:
         config: options from `start` on.
@@ -50,15 +50,15 @@ class Schedule:
         return self.ends[-1]
 
     def steps(self, stage: int) -> int:
-        """Number of steps of a stage."""
+        """Return the number of steps of a stage."""
         return self.ends[stage] - self.begins[stage]
 
     def stage_of(self, step: int) -> int:
-        """The stage that a step trains; the last one for steps after the end."""
+        """Return the stage that a step trains; the last one for steps after the end."""
         return next((i for i, end in enumerate(self.ends) if step < end), len(self.ends) - 1)
 
     def progress(self, step: int) -> Progress:
-        """The progress after `step` steps, of which some or none were taken since `start`."""
+        """Return the progress after `step` steps, counted from the start of the whole run."""
         start, taken = self._start, step - self._start.step
         begins = (0, *(begin for begin in self.begins[1:] if begin < step))
         passes = Fraction(step - max(begins[-1], start.step), self._per_pass)

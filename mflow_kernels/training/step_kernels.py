@@ -1,10 +1,11 @@
 """Bytes and floating point operations of a training step on a GPU, by arithmetic.
 
-`training_step` lists the kernels that a step asks of a GPU. Nothing runs and nothing was measured.
-`benchmarks.reports.ledger` counts the kernels of real steps; a test holds the two to each other.
+`training_step` lists the kernels that a step runs on a GPU. Nothing runs and nothing was measured.
+`benchmarks.reports.ledger` counts the kernels of real steps; a test compares the two.
 
-A coupling network at one pixel has A numbers of input, Q of output and H = width in a hidden
-tensor. In the bytes of the networks' precision it moves, beside its weights,
+At one pixel, a coupling network reads A numbers, returns Q numbers, and has H = width numbers in
+each hidden tensor. In addition to its weights, it moves this many numbers, in the networks'
+precision:
 
     by torch's layers    forward 12 H + A + 3 Q, backward 16 H + 2 A + 3 Q. Linear layers, whose
                          bias is part of the product, move 8 H + A + Q forward.
@@ -16,10 +17,10 @@ tensor. In the bytes of the networks' precision it moves, beside its weights,
 
 The fused kernels compute it in 16 bits if `ops.coupling_network.fits` accepts it. Other networks
 run layer by layer. If $MFLOW_NETWORK is "torch", torch's layers compute all of them. (A measurement
-on the card may choose them too, which is not known here.) A reversible step runs each network once
-more. The states are in float32.
+on the card may also choose them; this module cannot know that.) A reversible step runs each network
+once more. The states are in float32.
 
-Not listed: what is computed from a few numbers a sample, validation, and copies from the host.
+The list leaves out kernels on a few numbers per sample, validation, and copies from the host.
 """
 
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Launch(NamedTuple):
 
 
 def training_step(config: RunConfig, stage: int) -> list[Launch]:
-    """The kernels of one optimizer step while `stage` (from 0) trains.
+    """Return the kernels of one optimizer step while `stage` (from 0) trains.
 
     The earlier stages compute that stage's data, without gradients unless they are released. A
     penalty in the data domain takes a second pass, through the inverse.
@@ -73,7 +74,7 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
 
 
 def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
-    """One pass through a flow and back, without the optimizer."""
+    """Return the kernels of one pass through a flow and back, without the optimizer."""
     launches = list(_forward(config, found, keep=not config.reversible))
     if config.reversible:
         launches += _run_networks(config, found, keep=True)
@@ -81,14 +82,14 @@ def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
         launches += _network_backward(config, n)
         launches += _state_backward(config, n)
     data = FLOAT * config.batch_size * _numbers(found)
-    # The likelihood of the latents and its gradient; where states are rebuilt, the copy of the
-    # latents to start from and the comparison of the rebuilt data with the original.
+    # The likelihood of the latents and its gradient. A reversible step also copies the latents to
+    # start from, and compares the rebuilt data with the original.
     launches += [Launch(data)] * (18 if config.reversible else 10)
     return launches
 
 
 def _numbers(found: list[CouplingShape]) -> int:
-    """Numbers in one sample of the flow's data."""
+    """Return how many numbers one sample of the flow's data has."""
     return found[0].channels * found[0].pixels
 
 
@@ -108,7 +109,7 @@ def _run_networks(config: RunConfig, found: list[CouplingShape], keep: bool) -> 
 
 
 def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Bytes of a state."""
+    """Return the bytes of a state."""
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
@@ -124,7 +125,7 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
     by_torch = requested() == "torch"
     if e < FLOAT or not by_torch:
-        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # weights packed, and rounded to 16 bits
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # packs the weights; rounds to 16 bits
     if runs_fused(config, n):
         tile = forward_tile(s)
         columns, blocks = -(-s.tap_rows * s.c_out // tile.block_j), -(-s.width // tile.block_d)
@@ -133,7 +134,7 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
         yield Launch(a + w1 + w2 + w3 + taps + (2 * h if keep else 0), flops, dtype)
         yield Launch(taps + q)
         return
-    apart = s.taps > 1  # convolutions add their biases in a pass of its own
+    apart = s.taps > 1  # a convolution adds its bias in a separate pass
     for before, after, w, f in ((a, h, w1, f1), (h, h, w2, f2), (h, q, w3, f3)):
         yield Launch(before + w + after, f, dtype)
         if apart and (by_torch or after is q):
@@ -161,26 +162,29 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
             yield Launch(2 * h + w2 * FLOAT // e, f2, dtype)
         return
     for before, after, w, f in ((h, q, w3, f3), (h, h, w2, f2), (a, h, w1, f1)):
-        yield Launch(after + w + before, f, dtype)  # of the input
-        yield Launch(after + w + before, f, dtype)  # of the weight
-        yield Launch(after)  # of the bias
+        yield Launch(after + w + before, f, dtype)  # gradient of the input
+        yield Launch(after + w + before, f, dtype)  # gradient of the weight
+        yield Launch(after)  # gradient of the bias
         if before is h:
-            yield Launch(3 * h)  # through ReLU
+            yield Launch(3 * h)  # gradient of ReLU
     if requested() != "torch":
-        yield Launch(2 * (w1 + w2 + w3))  # gradients joined
+        yield Launch(2 * (w1 + w2 + w3))  # joins the gradients of the weights
     if e < FLOAT:
-        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # and widened
+        yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # converts them to float32
 
 
 def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
-    """Bytes of a number and of each weight of a network, in its precision."""
+    """Return the bytes of a number and of each weight of a network, in its precision."""
     e = _dtype(config).itemsize
     w1, w2, w3 = (e * out * taps * inner for out, taps, inner in s.weights)
     return e, w1, w2, w3
 
 
 def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    """The coupling before and the 1x1 convolution in one launch; or the coupling of a split."""
+    """Yield the launch of the previous coupling and the 1x1 convolution, or of a split's coupling.
+
+    A second launch folds the weights.
+    """
     s, state = network_shape(config, n), _state(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
@@ -195,26 +199,29 @@ def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0
     if config.reversible:
-        # The coupling is undone, then the convolution; the network's input is copied.
+        # These invert the coupling, invert the convolution, and copy the network's input.
         yield Launch(2 * state + 2 * params)
         yield Launch(3 * state + net, 3 * products)
         yield Launch(state // 2 + net)
     else:
-        # The coupling and convolution walked back, then the gradient of W.
+        # The gradient of the state through the coupling and the convolution, and that of W.
         yield Launch(3 * state + 2 * params + net, products)
         yield Launch(2 * state + net, products)
     yield _fold(config, n)
 
 
 def _fold(config: RunConfig, n: CouplingShape) -> Launch:
-    """W' from its factors and actnorm, or their gradients: about 25 passes over C x C numbers, and
-    as many more for the inverse of a reversible step."""
+    """Return the launch that computes W' from its factors and actnorm, or their gradients.
+
+    It takes about 25 passes over C x C numbers, and as many more for the inverse of a reversible
+    step.
+    """
     passes = 50 if config.reversible else 25
     return Launch(passes * FLOAT * n.channels**2 if n.has_conv1x1 else 0)
 
 
 def _update(found: list[CouplingShape]) -> Iterator[Launch]:
-    """Clipping (12 bytes a parameter), AdamW (28) and the running average (12)."""
+    """Yield clipping (12 bytes per parameter), AdamW (28) and the running average (12)."""
     yield from (Launch(size * _parameters(found)) for size in (12, 28, 12))
 
 

@@ -87,7 +87,7 @@ class Ranks(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What training starts from: options that passed every check, images and a model."""
+    """The start of training: options that passed every check, images and a model."""
 
     config: RunConfig
     splits: Splits
@@ -131,9 +131,9 @@ def check_run(
 
     Raises:
         ValueError: a value is bad; the data cannot be read; the run folder exists (or, to resume,
-            does not exist), cannot be written or is in use by another process; or, to resume, an
-            option changes that may not, the checkpoint does not fit the run or the images differ
-            from those it was trained on.
+            does not exist), cannot be written or is in use by another process. On resume also: an
+            option differs that may not change, the checkpoint does not fit the run, or the images
+            differ from those that the run was trained on.
     """
     if overwrite and resume:
         raise ValueError("resume: expected either --resume or --overwrite, got both")
@@ -192,7 +192,7 @@ def _load(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loaded:
 
 
 def describe_resume(run: CheckedRun) -> str:
-    """One line for each change of an option, and one with the steps that are left."""
+    """Return one line for each change of an option, and one with the steps that are left."""
     step = run.first_step
     lines = [f"from step {step:,} on: {change}" for change in run.changes]
     start = run.checkpoint.progress if run.checkpoint else None
@@ -262,8 +262,8 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
     """Train all stages, or continue training them; then draw pictures and evaluate the model.
 
     Returns:
-        The paths of the pictures. They and the evaluation are made by rank 0; other ranks return
-        an empty list.
+        The paths of the pictures. Only rank 0 draws and evaluates; other ranks return an empty
+        list.
 
     Raises:
         FolderError: the run folder could not be created.
@@ -271,7 +271,8 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
             last checkpoint remains.
         OSError: a file could not be written, for example because the disk is full. The last
             checkpoint remains.
-        SystemExit: SIGTERM or SIGINT arrived. During a step a checkpoint was written first.
+        SystemExit: SIGTERM or SIGINT arrived. If steps were being trained, a checkpoint was
+            written first.
 
     After an OSError or SystemExit, a line on stderr says how to continue.
     """
@@ -343,7 +344,7 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
 
 
 def new_trainer(loaded: Loaded, **options: Any) -> Trainer:
-    """A Trainer for the device and ranks of a run, without Lightning's own output and files."""
+    """Return a Trainer for a run's device and ranks, without Lightning's own output and files."""
     _silence_lightning()
     ranks = loaded.ranks
     return Trainer(

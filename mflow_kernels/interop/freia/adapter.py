@@ -1,6 +1,6 @@
-"""FrEIA: how its networks and modules call our kernels.
+"""The adapter of FrEIA: how its networks and modules call our kernels.
 
-Its modules go data -> latent, and back with `rev=True`.
+FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 """
 
 from collections import Counter
@@ -127,7 +127,7 @@ def _graph_forward(
     held: dict[Any, Tensor] = {(node, 0): t for node, t in zip(starts, given, strict=True)}
 
     def take(key: Any) -> Tensor:
-        """An output of a node, released after its last use."""
+        """Return an output of a node, released after its last use."""
         uses[key] -= 1
         return held[key] if uses[key] else held.pop(key)
 
@@ -215,7 +215,7 @@ def _sequence_chains(module: Any) -> list[list[Item]]:
 
 
 def _graph_chains(module: Any) -> list[list[Item]]:
-    """Chains of nodes in which each node is the only consumer of the one before it."""
+    """Return chains of nodes in which each node is the only consumer of the one before it."""
     special = {*module.in_nodes, *module.out_nodes, *module.condition_nodes}
     index = {node: i for i, node in enumerate(module.condition_nodes)}
     chains: list[list[Item]] = []
@@ -234,7 +234,7 @@ def _graph_chains(module: Any) -> list[list[Item]]:
     return chains
 
 
-# FrEIA's own code runs, on a copy of the input.
+# For these, FrEIA's own code runs on a copy of the input.
 _REPAIRED = {"haar": "itself, which in reverse leaves its input alone"}
 
 
@@ -310,8 +310,8 @@ class FreiaAdapter(Adapter):
             )
         if any(isinstance(m, Ff.GraphINN) for m in modules):
             notes.append(
-                "GraphINN forgets a node's output once it was used, unless intermediate_outputs is "
-                "asked for; FrEIA's keeps them all to the end."
+                "GraphINN releases a node's output after its last use, unless intermediate_outputs "
+                "is True; FrEIA's keeps all outputs to the end."
             )
         return notes
 

@@ -1,6 +1,6 @@
-"""FrEIA: the parts of each of its modules.
+"""The parts of each FrEIA module.
 
-Its modules go data -> latent, and back with `rev=True`.
+FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def _orthogonal(weight: Tensor) -> Affine:
 
 
 def _haars(modules: Sequence[Any]) -> Affine:
-    """After the squeeze: a 4x4 block for each channel."""
+    """Return the maps that follow the squeeze: a 4x4 block for each channel."""
     weights, log_dets = [], []
     for m in modules:
         blocks = m.haar_weights.reshape(m.in_channels, 4, 4) * m.fac_fwd
@@ -77,7 +77,7 @@ def _global_affines(blocks: Sequence[Any]) -> Affine:
 
 
 def _global_offsets(blocks: Sequence[Any]) -> Affine:
-    """For blocks that preserve volume."""
+    """Return the offsets of blocks that preserve volume, with scales of 1."""
     offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
     return Affine(torch.ones_like(offset), offset)
 
@@ -102,7 +102,7 @@ def _is_pending(layer: Any) -> bool:
 
 
 def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
-    """As FrEIA does, except that a constant channel keeps its scale."""
+    """Initialize an actnorm as FrEIA does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "FrEIA"):
         return
     std, constant = standard_deviation(x, 1)
@@ -120,20 +120,20 @@ _PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
 
 
 def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
-    """The scale function and the factor of its raw scale."""
+    """Return the scale function and the factor of its raw scale, or why there is none."""
     if not layer.clamp > 0:
         return f"its clamp of {layer.clamp} is no bound"
     try:
         clamped = layer.f_clamp(_PROBE)
     except Exception:  # a user's function may raise anything; the layer is left and reported
-        return "its clamp activation is one of its own"
+        return "its clamp activation is a custom function"
     if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
         return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
     if torch.equal(clamped, _PROBE.tanh()):
         return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp
     if torch.equal(clamped, 2.0 * (torch.sigmoid(_PROBE) - 0.5)):
         return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp / 2
-    return "its clamp activation is one of its own"
+    return "its clamp activation is a custom function"
 
 
 def _passing(layer: Any) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _passing(layer: Any) -> dict[str, Any]:
 
 
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
-    """Couplings of the first half given the second, then of the second given the first."""
+    """Return two couplings: the second half changes the first, then the first the second."""
     first, second = nets
     return (
         Reorder(Rotated(larger=False)),

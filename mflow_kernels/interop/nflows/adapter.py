@@ -1,6 +1,6 @@
-"""nflows: the parts of each of its transforms, and how its composites call our kernels.
+"""The adapter of nflows: the parts of its transforms, and how its composites call our kernels.
 
-Its transforms go data -> latent in `forward` and latent -> data in `inverse`.
+nflows' transforms go data -> latent in `forward` and latent -> data in `inverse`.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,10 @@ def _is_pending(layer: Any) -> bool:
 
 
 def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
-    """As nflows, which never sets it from samples; but a constant channel keeps its scale."""
+    """Initialize an actnorm as nflows does, which never initializes it from samples.
+
+    Unlike in nflows, a constant channel keeps its scale.
+    """
     if from_latent:
         return
     std, constant = standard_deviation(x, 1)
@@ -79,7 +82,8 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     layer.initialized.fill_(True)
 
 
-_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)  # no `state`: it also depends on the mode
+# There is no `state` here, because `_is_pending` also depends on the training mode.
+_DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
 
 # The parts of each transform.
 
@@ -199,8 +203,10 @@ def _apply(
 
 
 def _transform_method(name: str, inverse: bool) -> Callable[..., Any]:
-    """`forward` or `inverse` of a transform, whose own code runs if our kernels do not support the
-    number of channels."""
+    """Return `forward` or `inverse` of a transform.
+
+    The transform's own code runs if our kernels do not support the number of channels.
+    """
 
     def call(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
         sequence: FusedSequence = implementation_of(self)

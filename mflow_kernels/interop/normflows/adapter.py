@@ -1,6 +1,6 @@
-"""normflows: how its models and layers call our kernels.
+"""The adapter of normflows: how its models and layers call our kernels.
 
-Its flows go latent -> data in `forward` and data -> latent in `inverse`.
+normflows' flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ class FusedFlow(FusedLayers):
 
 
 def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Callable[..., Any]]:
-    """`forward` and `inverse` of a layer; `shape` expands log-determinants as the layer does.
+    """Return `forward` and `inverse` of a layer; `shape` expands log-determinants as it does.
 
     The layer's own code runs if our kernels do not support the number of channels.
     """
@@ -97,7 +97,7 @@ def _actnorm_methods() -> dict[str, Callable[..., Any]]:
 
 
 def _model_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a model, applied to the model with fused flows."""
+    """Return a model's method that runs on the model with fused flows."""
 
     @wraps(method)
     def through(self: Any, *args: Any, **named: Any) -> Any:

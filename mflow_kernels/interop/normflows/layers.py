@@ -1,6 +1,6 @@
-"""normflows: the parts of each of its layers.
+"""The parts of each normflows layer.
 
-Its flows go latent -> data in `forward` and data -> latent in `inverse`.
+normflows' flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ def _is_pending(layer: Any) -> bool:
 
 
 def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
-    """As normflows does, except that a constant channel keeps its scale."""
+    """Initialize an actnorm as normflows does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "normflows"):
         return
     std, constant = standard_deviation(x, 1)
@@ -138,7 +138,8 @@ def _lu_permute(layer: Any) -> tuple[Part, ...]:
     )
 
 
-# For data -> latent: the scale function, whether it is our inverse, the factor of the shift.
+# Data -> latent: the scale function, whether the map is the inverse of `ops.affine_coupling`, and
+# the factor of the shift.
 _SCALES = {
     "exp": (ScaleFunction("exp", order="scale-shift"), True, 1.0),
     "sigmoid": (ScaleFunction("sigmoid"), False, -1.0),
@@ -214,14 +215,14 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
 
 
 def parts_of(layer: nn.Module) -> tuple[Part, ...] | str:
-    """The parts of a layer, data -> latent, or the reason why our kernels have none."""
+    """Return the parts of a layer, data -> latent, or the reason why our kernels have none."""
     if type(layer) not in LAYERS:
         return "our kernels have no such layer"
     return LAYERS[type(layer)](layer)
 
 
 def channels_of(layer: Any) -> int | None:
-    """Channels of a layer's states; None if the layer does not show it."""
+    """Return the number of channels of a layer's states; None if the layer does not show it."""
     for m in layer.modules():
         if isinstance(m, AffineConstFlow):
             return int(m.s.shape[1])
