@@ -102,7 +102,7 @@ class Backwards(nn.Module):
 
 
 def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
-    """Reorder the outputs (raw, shift) to (-shift, raw), interleaved: normflows subtracts it."""
+    """Interleave the outputs (raw, shift) as (-shift, raw); normflows subtracts the shift."""
     half = channels // 2
     index = torch.arange(half)
     order = torch.stack([half + index, index], dim=1).flatten()

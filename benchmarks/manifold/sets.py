@@ -15,7 +15,7 @@ SIDE = 16
 IMAGES, VALIDATION, TEST = 5000, 500, 1000
 PATCH_STRIDE, BLOCK = 4, 32
 SPLIT_SEED = 20220606
-# Of the photographs in scikit-image and scikit-learn, those that are natural images in colour.
+# The photographs in scikit-image and scikit-learn that are natural images in colour.
 PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
     "astronaut": skimage.data.astronaut,
     "cat": skimage.data.chelsea,
