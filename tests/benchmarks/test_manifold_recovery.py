@@ -99,7 +99,7 @@ def points_of(target: str) -> PointComparison:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_method_trains_and_samples(name):
-    """Two steps of each phase, then every figure is a finite number or known to be missing."""
+    """After two steps of each phase, every figure is finite."""
     compared = points_of("sphere")
     networks = compared.networks()
     data = torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 4)

@@ -197,7 +197,8 @@ class SharedMemory:
         valid = self.read_epoch[grains] == now
         low = np.where(valid, np.minimum(self.first_reader[grains], tid), tid)
         high = np.where(valid, np.maximum(self.last_reader[grains], tid), tid)
-        # Threads rise along the axis: of those that read one grain, the first is stored last.
+        # Numpy keeps the last value for a repeated index, and threads ascend along the axis. The
+        # reversed order therefore keeps the first reader of a grain.
         self.first_reader[grains[::-1]] = low[::-1]
         self.last_reader[grains] = high
         self.read_epoch[grains] = now

@@ -18,7 +18,7 @@ from mflow_kernels.training.module import FlowTraining
 def in_a_terminal(command, owner, name, number):
     """Run `mflow` in a child process with a terminal; return its exit code and what it shows.
 
-    The child gets SIGINT, as from Ctrl-C, at the beginning of the call `number` of `owner.name`.
+    The child gets SIGINT, as from Ctrl-C, when the `number`-th call of `owner.name` begins.
     """
     child, terminal = pty.fork()
     if child == 0:
