@@ -25,7 +25,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = DOCS / "pictures"
 RESULTS = PICTURES / "training_step.json"
 BASE = "plain"
-LABELS = {  # the variants that are drawn, and what a reader calls them
+LABELS = {  # the variants that are drawn, and their names in the picture
     "ours, reversible": "mflow_kernels, reversible",
     "ours, stored": "mflow_kernels, stored",
     "memcnn": "memcnn",

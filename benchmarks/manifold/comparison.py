@@ -29,7 +29,7 @@ COST_ROUNDS = 3  # rounds of timing; the smallest cost counts, as other processe
 
 
 class Settings(NamedTuple):
-    """What a sweep chooses: learning rate, and weight of the reconstruction error."""
+    """The choice of a sweep: learning rate, and weight of the reconstruction error."""
 
     rate: float
     weight: float
@@ -70,7 +70,7 @@ class Comparison(ABC):
         """Return the distance of samples from validation data."""
 
     def rank(self, row: Row) -> float | None:
-        """Return what the sweep minimizes: the score."""
+        """Return the value that the sweep minimizes: the score."""
         return row["score"]
 
     @abstractmethod

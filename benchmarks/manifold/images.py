@@ -23,7 +23,8 @@ from mflow_kernels.models.bits import bits_per_dimension
 SHAPE, DIM = (1, SIDE, SIDE), 32
 LEVELS, STEPS, WIDTH, WIDE = 2, 2, 32, 55
 PRIOR_STEPS, PRIOR_WIDTH = 4, 32
-CHANNELS, MORE_CHANNELS = 7, 12  # of the autoencoder without and with the parameters of the prior
+# Channels of the autoencoder: with the parameters of the flow, and with the prior's as well.
+CHANNELS, MORE_CHANNELS = 7, 12
 DEVIATION = 0.1  # standard deviation of v in PIE and denoising flows
 BATCH = 64
 CURVE_IMAGES = 200

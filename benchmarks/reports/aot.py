@@ -149,7 +149,7 @@ class Compiled:
     spilled: int = 0  # bytes of a lane's stack; Triton's kernels use it only to spill
     shared: int = 0
     warps: int = 0
-    access: dict[str, list[int]] = field(default_factory=dict)  # bytes a lane, by argument
+    access: dict[str, list[int]] = field(default_factory=dict)  # bytes per lane, by argument
     error: str = ""
 
 

@@ -41,7 +41,7 @@ from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
-RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others in training alone
+RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others only in training
 VARIANTS = ("ours, stored", "ours, reversible", "plain", "plain, channels_last", "checkpointing",
             "normflows", "nflows", "FrEIA")  # fmt: skip
 
@@ -72,7 +72,7 @@ def count(spec: Spec, variant: str, task: str) -> Row:
     model = Model(spec, variant, torch.device("cpu"))
     for module in model.module.modules():
         if type(module) is PointwiseConv2d:
-            module.__class__ = nn.Conv2d  # what a GPU runs
+            module.__class__ = nn.Conv2d  # a GPU runs torch's convolution
     # Sampling starts from latents of the model. Making them is not part of the task.
     made: list[Call] = []
     ledger_counts.count(lambda: made.append(model.task(task)), model.module, model.x)

@@ -1,4 +1,4 @@
-"""Count every kernel that a GPU would be asked for, without a GPU.
+"""Count every kernel that a GPU would run, without a GPU.
 
 `count(function)` runs a function on CPU tensors and returns one `Kernel` for each launch that the
 same code would make on CUDA. The package's own kernels are counted from the launches that they
@@ -179,7 +179,7 @@ class _Counter(TorchDispatchMode):
         if name in ("pixel_shuffle", "pixel_unshuffle"):
             out = out.contiguous()
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
+        if name in ("copy_", "fill_", "zero_"):  # their target is not read
             given = given[1:]
         elif name == "_foreach_copy_":
             written, given = args
@@ -196,7 +196,7 @@ LARGE = 2**20  # bytes
 def _without_computing(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> Any:
-    """The results of an operator, in memory that nothing writes: it runs on the meta device."""
+    """Run an operator on the meta device, and return results in memory that nothing writes."""
     metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
              for t in given}  # fmt: skip
     originals = {id(metas[id(t)]): t for t in given}
@@ -255,7 +255,7 @@ OUTPUTS = {
 }
 
 
-# How many C x C products a kernel makes at each pixel.
+# Number of C x C products that a kernel makes at each pixel.
 PRODUCTS_WITH_W = {
     "_conv1x1_kernel": 1,
     "_weight_gradient_kernel": 1,

@@ -20,8 +20,9 @@ _SIZE = re.compile(r"\.[bfsu](\d+)$")
 
 
 def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
-    """Bytes a lane moves in each global access, by argument; `arguments` are those that the
-    compiled kernel still takes, in order.
+    """Return the bytes that a lane moves in each global access, by argument.
+
+    `arguments` are those that the compiled kernel still takes, in order.
 
     Raises:
         ValueError: if no argument's pointer went into the address of an access.

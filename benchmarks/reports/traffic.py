@@ -193,7 +193,7 @@ PRODUCTS = {
 }
 # Tiles are powers of two, so 12 channels take 16 places and 16^2 / 12^2 = 1.78 of the products.
 MOST_PRODUCTS = 1.8
-# The gradient of a coupling reads 24 of every 48 bytes of x in two accesses, which makes it 1.13.
+# The gradient of a coupling reads 24 of every 48 bytes of x in two accesses: a ratio of 1.13.
 MOST_SECTORS = 1.15
 
 # Above this C the kernel reads its states once for each of two products, because three products of
