@@ -38,7 +38,7 @@ TILED = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounds to a dtype on the way forward, and gradients on the way back."""
+    """Rounds values to a dtype in the forward pass, and gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,13 +95,14 @@ def compare(given: list[Tensor]) -> None:
     want = gradients(lambda *t: reference(list(t), x.dtype), doubled, dparams.double())
     pixels = x.numel() // x.shape[1]
     width, taps = given[1].shape[0], given[1][0, 0].numel()
-    # Hidden gradients are sums over taps and width; those of weights, of terms of one over pixels.
+    # Hidden gradients are sums over taps and width. Gradients of weights are sums over pixels, of
+    # terms of order one.
     forward, backward = taps * width, taps * width + pixels
     names = ("params", "dx", "dw1", "db1", "dw2", "db2", "dw3", "db3")
     for name, a, b in zip(names, got, want, strict=True):
         assert a.dtype == (x.dtype if name in ("params", "dx") else given[1].dtype), name
         if a.dtype == torch.float32 and x.dtype != torch.float32:
-            # Rounded factors of a product in float32: as exact as x's dtype allows.
+            # A float32 product of rounded factors is only as exact as the dtype of x.
             a = a.to(x.dtype)
         terms = forward if name == "params" else backward
         size = (pixels**0.5) if name.startswith("d") and name != "dx" else 0.0

@@ -51,7 +51,7 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert choose("a", took(1.0), took(2.0))
     assert not choose("b", took(2.0), took(1.0))
     assert choose("a", never, never)
-    fastest._choices.cache_clear()  # another process
+    fastest._choices.cache_clear()  # as in another process
     assert choose("a", never, never)
     assert not choose("b", never, never)
     assert list(file.parent.iterdir()) == [file]

@@ -44,7 +44,7 @@ def in_a_terminal(command, owner, name, number):
     try:
         while part := os.read(terminal, 4096):
             shown += part
-    except OSError:  # the child has closed the terminal
+    except OSError:  # raised when the child has closed the terminal
         pass
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()

@@ -1,4 +1,4 @@
-"""The parts of `mflow plan` beside memory: steps, disk, the arithmetic of a step, and advice."""
+"""The parts of `mflow plan` other than memory: steps, disk, arithmetic of a step, and advice."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ class TestTrainingStep:
 
     def test_a_penalty_in_the_data_domain_takes_a_second_pass(self):
         assert self.flops(0, domain="data") == 2 * self.flops(0)
-        whole = {"manifold_dim": 3 * 32 * 32}  # nothing off the manifold: nothing to decode
+        whole = {"manifold_dim": 3 * 32 * 32}  # without v, nothing is decoded
         assert self.flops(0, domain="data", **whole) == self.flops(0, **whole)
 
     def test_a_later_stage_computes_its_data_by_the_earlier_ones(self):
