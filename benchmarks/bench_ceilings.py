@@ -2,7 +2,8 @@
 
 The models are Glows on large images with bfloat16 networks: this package's, plain eager PyTorch and
 gradient checkpointing, each in a process of its own. Peak memory grows linearly with the batch, so
-two small batches predict the largest one. If that does not fit, it shrinks by 4% until it does.
+two small batches predict the largest one. If that does not fit, the batch shrinks by 4% until one
+fits.
 Each model is first compared with its reference at a small batch, except on images larger than
 256x256, where the reference does not fit.
 """
@@ -96,7 +97,7 @@ def _work(job: tuple[Ceiling, str, str, int, bool]) -> tuple[int, int, float]:
     torch.set_num_threads(threads)
     model = Model(ceiling.spec, variant, torch.device(device_name))
     if ceiling.search:
-        # The peers' states are bfloat16, and gradients through 192 such steps have few digits.
+        # The peers' states are bfloat16, so gradients through 192 steps are too inexact to check.
         model.check("train" if variant.startswith("ours") else "forward")
         shared_results.cache_clear()
     else:

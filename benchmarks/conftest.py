@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks/ --benchmark-only`, and entries of its JSON beside the rows."""
+"""Options of `pytest benchmarks/ --benchmark-only`, and further entries of its JSON."""
 
 import shlex
 import signal

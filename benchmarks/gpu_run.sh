@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Run everything that needs a GPU, with one command, in at most nine minutes:
+# Run the tests and benchmarks that need a GPU, with one command, in at most nine minutes:
 #
 #     benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]
 #
-# This builds csrc in place and runs the tests that need a CUDA device, the benchmarks at GPU sizes,
-# the memory ceilings and a short bfloat16 training run. It writes results.json, report.md with plots
-# and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
-# stop the parts after it; the last lines then name the failures, and the exit code is 1. Each part
-# saves its results in OUT_FOLDER/parts when it ends or is stopped, so a run that was killed still
+# This builds csrc in place and runs the GPU tests of operators, layers and models, the benchmarks
+# at GPU sizes, the memory ceilings and a short bfloat16 training run. It writes results.json,
+# report.md with plots and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs
+# out of time does not stop later parts; the last lines name the failures, and the exit code is 1.
+# Each part saves its results in OUT_FOLDER/parts when it ends or is stopped, so a killed run still
 # has a report: `python -m benchmarks.report OUT_FOLDER/parts/*.json --out OUT_FOLDER`.
 #
 # --rehearse runs the same parts on a CPU at the smallest sizes, in under a minute. Its parts share

@@ -25,7 +25,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = DOCS / "pictures"
 RESULTS = PICTURES / "training_step.json"
 BASE = "plain"
-LABELS = {  # the variants that are drawn, and what a reader calls them
+LABELS = {  # the variants that are drawn, and their names in the picture
     "ours, reversible": "mflow_kernels, reversible",
     "ours, stored": "mflow_kernels, stored",
     "memcnn": "memcnn",
@@ -40,7 +40,7 @@ MIB = 2**20
 
 
 def bars(saved: Runs) -> list[tuple[str, float, tuple[float, float, float]]]:
-    """Label, peak MiB, and time relative to plain PyTorch (median and quartiles) of each variant.
+    """Return each variant's label, peak MiB, and time over plain's (median and quartiles).
 
     Raises:
         ValueError: a variant was not measured, or the rows are of more than one model.

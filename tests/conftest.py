@@ -33,7 +33,7 @@ _create_dot = interpreter.InterpreterBuilder.create_dot
 
 
 def _wide(handle):
-    """bfloat16, which the interpreter keeps as integers and multiplies as such, as float32."""
+    """Convert bfloat16 to float32; the interpreter would multiply the integers that store it."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     bits = handle.data.astype(np.uint32) << 16

@@ -10,7 +10,7 @@ import pytest
 import mflow_kernels
 
 ROOT = Path(mflow_kernels.__file__).parent
-# From the bottom up, as docs/architecture.md draws them.
+# The packages from the bottom up, as in docs/architecture.md.
 PACKAGES = ["ops", "reversible", "layers", "models", "interop", "data", "runs", "evaluation"]
 PACKAGES += ["training"]
 
@@ -46,7 +46,7 @@ GRAPH = {
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    """Otherwise this raises CycleError, which lists the modules of the circle."""
+    """A circle raises CycleError, which lists its modules."""
     graphlib.TopologicalSorter(GRAPH).prepare()
 
 
@@ -64,7 +64,7 @@ def test_packages_import_only_those_below_them() -> None:
 
 @pytest.mark.parametrize("package", ["ops", "reversible", "layers", "models", "interop"])
 def test_torch_2_9_can_trace_every_isinstance(package: str) -> None:
-    """Its compiler takes a tuple of classes, but no union."""
+    """The compiler of torch 2.9 accepts a tuple of classes, but no union."""
     for name, path in MODULES.items():
         if name.startswith(f"mflow_kernels.{package}"):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -29,12 +29,12 @@ def executed(path: Path, folder: str) -> Any:
         resources={"metadata": {"path": folder}},
     )
     client.execute()
-    notebook.metadata = stored.metadata  # not the version of this Python
+    notebook.metadata = stored.metadata  # without the version of this Python
     return notebook
 
 
 def shown(cell: Any) -> list[str]:
-    """What a cell shows: text without its numbers, or the kind of output."""
+    """The outputs of a cell: text without its numbers, or the kind of output."""
     texts = [
         output.get("text")
         or (output["data"].get("image/png") and "picture")

@@ -1,4 +1,4 @@
-"""Options and images so small that a test can train, and what tests read from runs."""
+"""Options and images small enough for tests that train, and helpers that read runs."""
 
 import csv
 import os

@@ -1,11 +1,11 @@
 """Measure how many images per second the loader alone reads.
 
-The loader reads batches as training does, in a global shuffle, from the prepared FILE, or without
-one from a file of noise for each of four image sizes. The columns:
+The loader reads batches as training does, in a global shuffle. It reads the prepared FILE or, if
+none is given, a file of noise for each of four image sizes. The columns:
 
     disk    the first pass, after the page cache of the file was dropped
     memory  the fastest of three more passes, which read from the page cache
-    core    as memory, but per second of processor time: what reading takes from a training step
+    core    the best of these three passes per second of processor time, not of wall-clock time
     device  a pass that also sends each batch to the GPU (the CPU if there is none), flips it and
             dequantizes it with 5 bits
 

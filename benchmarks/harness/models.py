@@ -196,7 +196,7 @@ class Model:
             if self.peer.reference
             else shared_results(self.spec, self.device)
         )
-        # The images of a training step require no gradient; if these did, it would compile again.
+        # In training the images require no gradient. If they did here, it would compile again.
         compiled = self.variant == "plain, compiled"
         x = self.x.clone().requires_grad_(not compiled)
         with torch.set_grad_enabled(task == "train"):

@@ -50,7 +50,7 @@ class Operation:
     """An operator in one direction: forward, inverse or backward.
 
     Attributes:
-        function: from the inputs to a tuple of tensors.
+        function: maps the inputs to a tuple of tensors.
         inputs: by name, on the device.
         differentiated: whether to measure the backward pass of `function`.
     """

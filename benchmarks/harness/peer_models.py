@@ -38,9 +38,9 @@ NOTES = {
     "memcnn": "plain, each step in an InvertibleModuleWrapper(keep_input=False)",
     "normflows": "GlowBlock; scale sigmoid(raw + 2) and AffineCoupling splits; parameters as ours",
     "nflows": "ActNorm, OneByOneConvolution, AffineCouplingTransform; scale sigmoid(raw + 2) + "
-    "1e-3; half as many LU numbers (triangles alone), a bias more",
+    "1e-3; stores only the triangles of L and U (half as many numbers), and adds a bias",
     "FrEIA": "AllInOneBlock, global affine exp, clamp 2, coupling first; its 1x1 convolution is a "
-    "fixed rotation (W is not trained: C^2 parameters and their gradient less); plain splits",
+    "fixed rotation, so it lacks the C^2 parameters of W and their gradient; plain splits",
 }
 
 
@@ -102,7 +102,7 @@ class Backwards(nn.Module):
 
 
 def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
-    """Reorder the outputs (raw, shift) to (-shift, raw), interleaved: normflows subtracts it."""
+    """Interleave the outputs (raw, shift) as (-shift, raw); normflows subtracts the shift."""
     half = channels // 2
     index = torch.arange(half)
     order = torch.stack([half + index, index], dim=1).flatten()

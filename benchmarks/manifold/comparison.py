@@ -25,11 +25,11 @@ from benchmarks.manifold import methods
 from benchmarks.manifold.methods import RECIPES, Method, Networks
 from benchmarks.manifold.output import Row, Store
 
-COST_ROUNDS = 3  # the smallest cost of so many rounds counts, as other processes disturb
+COST_ROUNDS = 3  # rounds of timing; the smallest cost counts, as other processes only add time
 
 
 class Settings(NamedTuple):
-    """What a sweep chooses: learning rate, and weight of the reconstruction error."""
+    """The choice of a sweep: learning rate, and weight of the reconstruction error."""
 
     rate: float
     weight: float
@@ -46,7 +46,8 @@ class Comparison(ABC):
         rates: learning rates of the sweep; methods without a weight get `more_rates` too.
         weights: weights of the sweep. The first one is used while rates are compared, and the other
             ones are then compared at the best rate.
-        more_rates: as many as there are other weights, so that all methods have as many settings.
+        more_rates: one rate for each weight after the first, so that all methods try equally many
+            settings.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Comparison(ABC):
         """Return the distance of samples from validation data."""
 
     def rank(self, row: Row) -> float | None:
-        """Return what the sweep minimizes: the score."""
+        """Return the value that the sweep minimizes: the score."""
         return row["score"]
 
     @abstractmethod

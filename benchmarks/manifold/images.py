@@ -23,8 +23,9 @@ from mflow_kernels.models.bits import bits_per_dimension
 SHAPE, DIM = (1, SIDE, SIDE), 32
 LEVELS, STEPS, WIDTH, WIDE = 2, 2, 32, 55
 PRIOR_STEPS, PRIOR_WIDTH = 4, 32
-CHANNELS, MORE_CHANNELS = 7, 12  # of the autoencoder without and with the parameters of the prior
-DEVIATION = 0.1  # of v in PIE and denoising flows
+# Channels of the autoencoder: with the parameters of the flow, and with the prior's as well.
+CHANNELS, MORE_CHANNELS = 7, 12
+DEVIATION = 0.1  # standard deviation of v in PIE and denoising flows
 BATCH = 64
 CURVE_IMAGES = 200
 FEATURES, CLASSIFIER_PASSES = 32, 8
@@ -60,16 +61,17 @@ class ImageComparison(Comparison):
             yield dequantize(batch, 8, generator)
 
     def rank(self, row: Row) -> float | None:
-        """Return bits per dimension for methods by likelihood alone, for others the score.
+        """Return bits per dimension for methods that maximize only the likelihood, else the score.
 
-        Plain likelihood is the reference for bits per dimension, so it is chosen by them.
+        Plain likelihood is the reference for bits per dimension, so they choose its settings.
         """
         return row["bits"] if RECIPES[row["method"]].by_likelihood else row["score"]
 
     def score(self, method: Method) -> float:
         """Return the Frechet distance of samples to the validation images, at temperature 1.
 
-        It is the smaller one of samples on the manifold and samples with v drawn.
+        The result is the smaller of two distances: that of samples on the manifold, and that of
+        samples with v drawn.
         """
         found = self._frechet_of_samples(method, self.images.validation, (1.0,))
         return min(value for value in found.values() if value is not None)
@@ -127,7 +129,7 @@ class ImageComparison(Comparison):
 
 
 def autoencoder(channels: int) -> tuple[nn.Module, nn.Module]:
-    """Build a convolutional encoder and decoder of smooth functions, as a volume needs them."""
+    """Build a convolutional encoder and decoder, smooth because the volume needs derivatives."""
     c = channels
     encoder = nn.Sequential(
         nn.Conv2d(1, c, 4, 2, 1), nn.SiLU(), nn.Conv2d(c, 2 * c, 4, 2, 1), nn.SiLU(),
@@ -208,7 +210,7 @@ METRICS = {
     "frechet_off_0.7": ("v drawn, T = 0.7", ".1f"),
     "frechet_off_1.0": ("v drawn, T = 1", ".1f"),
 }
-# Methods that are trained for longer too, to see whether the budget is enough.
+# Methods that are also trained for longer, to see whether the budget is enough.
 LONGER = ("plain likelihood, prior flow", "penalized, hierarchy", "free-form injective flow")
 LONGER_SHARE = 2.0
 
@@ -264,7 +266,7 @@ def sweep_table(rows: list[Row]) -> str:
 
 
 def plateau_table(longer: list[Row], rows: list[Row]) -> str:
-    """Return what the longer runs gain over the runs of the comparison, on the same seed."""
+    """Return a table of the longer runs beside the runs of the comparison with the same seed."""
     if not longer:
         return ""
     both = []

@@ -31,7 +31,7 @@ from mflow_kernels.models.peers import (
 Batches = Iterator[Tensor]
 WARM_UP = 50  # steps in which the learning rate rises
 FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
-TIMED_STEPS = 5  # steps that measure the cost of a step, after as many that do not count
+TIMED_STEPS = 5  # steps that measure the cost of a step, after equally many to warm up
 CURVE_POINTS = 6
 
 
@@ -42,12 +42,12 @@ class Networks:
     Attributes:
         input_shape, dim: shape of x without N; dimension of the manifolds.
         flow, wide_flow: build an invertible flow on x, and one with as many parameters as `flow`
-            and `prior` together (None: there is no such method).
+            and `prior` together (None leaves out the method that needs it).
         prior: builds a flow on the coordinates.
-        autoencoder: builds an encoder and a decoder with about the parameters of `flow`; given
-            True, with about those of `flow` and `prior` together.
-        training_data: draws data (M, *input_shape) to fit principal components (None: there is no
-            such method).
+        autoencoder: builds an encoder and a decoder with about as many parameters as `flow` or, if
+            given True, as `flow` and `prior` together.
+        training_data: draws data (M, *input_shape) to fit principal components (None leaves out
+            the methods that need it).
         deviation: standard deviation of v in PIE and in denoising flows.
         volume: keyword arguments of `rectangular_loss` for the volume.
     """
@@ -86,7 +86,8 @@ class Method:
     Attributes:
         off_deviation: standard deviation of v under the model; None if the method does not learn
             the density of v, and so has no likelihood in the space of x.
-        ambient: whether the method fills the space of x, so that its own samples have v drawn.
+        ambient: whether the model has a density in the space of x, so that its samples have v
+            drawn.
     """
 
     model: HierarchicalFlow | Autoencoder
@@ -315,7 +316,7 @@ class Recipe:
 
     Attributes:
         weighted: whether it has a weight to choose.
-        by_likelihood: whether it maximizes the likelihood in the space of x alone.
+        by_likelihood: whether it maximizes only the likelihood in the space of x.
     """
 
     build: Callable[[Networks, float, torch.Generator], Method]
@@ -409,7 +410,7 @@ def _hierarchy(networks: Networks, objective: ManifoldObjective) -> Method:
 
 
 def _deviation(objective: ManifoldObjective) -> float:
-    """Return the standard deviation of v; for rho other than l2, of the Gaussian with that w."""
+    """Return the standard deviation of v; if rho is not l2, of the Gaussian with the same w."""
     if objective.domain == "data":
         return objective.sigma
     assert isinstance(objective.weight, float)

@@ -1,4 +1,4 @@
-"""Images that are no handwritten digits, for out-of-distribution scores. Nothing is downloaded.
+"""Images that are not handwritten digits, for out-of-distribution scores. Nothing is downloaded.
 
 Each set has grey images of one size, uint8 (N, 1, size, size). Letters are white on black, as
 digits are.
@@ -19,13 +19,14 @@ from torch.nn.functional import interpolate
 from mflow_kernels.evaluation.ood import made_up_sets
 
 _FONTS = ("DejaVu Sans", "DejaVu Serif", "DejaVu Sans Mono")
-# Digits in disguise: O, I, l and Z, S look like 0, 1, 2 and 5.
+# Without letters that look like digits (O, I, l, Z, S), and without small letters that look like
+# their capitals.
 _LETTERS = "ABCDEFGHJKLMNPQRTUVWXY" + "abdefghjkmnpqrtwy"
 _PHOTOGRAPHS = ("camera", "coins", "moon", "brick", "grass", "gravel")
 
 
 def other_images(held_out: Tensor, count: int) -> dict[str, Tensor]:
-    """Return sets of `count` images by name (faces: at most 200), of the size of the digits."""
+    """Return sets of `count` images by name (100 for faces), of the size of the digits."""
     size = held_out.shape[-1]
     draw = np.random.default_rng(0)
     digits = held_out[:count]

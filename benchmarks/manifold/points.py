@@ -22,10 +22,11 @@ from mflow_kernels.layers import Bijection
 NOISE = 0.05
 BATCH = 256
 STEPS, WIDTH = 4, 64  # size of every flow
-HIDDEN, MORE_HIDDEN = 96, 128  # of the autoencoder without and with the prior's parameters
+# Width of the autoencoder: with the parameters of the flow, and with the prior's as well.
+HIDDEN, MORE_HIDDEN = 96, 128
 TEST_POINTS, SAMPLES, CELLS = 2000, 10_000, 100
 VALIDATION_POINTS = 1000
-SWEPT = "sphere"  # the settings that are best on it are used on all targets
+SWEPT = "sphere"  # all targets use the settings that are best on this one
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def batches(target: Target, noise: float, generator: torch.Generator) -> Iterato
 
 
 def autoencoder(dim: int, width: int) -> tuple[nn.Module, nn.Module]:
-    """Build an encoder and a decoder of smooth functions, as a volume needs them."""
+    """Build an encoder and a decoder, smooth because the volume needs derivatives."""
     encoder = nn.Sequential(
         nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
     )

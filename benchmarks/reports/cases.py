@@ -35,7 +35,7 @@ CHAINS: dict[str, dict[str, Any]] = {  # what a chain stores for its backward pa
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of state, and the dtype of the coupling networks beside it."""
+    """One kind of state, and the dtype of its coupling networks."""
 
     c: int
     n: int = 2
@@ -97,7 +97,7 @@ class Operation(NamedTuple):
     """
 
     name: str
-    direction: str  # forward or inverse, or either's backward
+    direction: str  # "forward", "inverse", "forward backward" or "inverse backward"
     prepare: Callable[[], Callable[[], object]]
 
 

@@ -1,5 +1,6 @@
-"""Count what a GPU is asked for in a step: launches, bytes and floating point operations of every
-kernel, coupling networks included, beside the same model in other packages. No GPU is needed.
+"""Count the launches, bytes and floating point operations of a model's kernels, with no GPU.
+
+The count includes the coupling networks. The same model in other packages is counted beside it.
 
     python -m benchmarks.reports.ledger --width 128 512
 
@@ -8,12 +9,13 @@ evaluation (the forward pass without gradients) of one Glow in every package, wi
 The docstring of `ledger_counts.py` has the rules of the count. "over plain" is the ratio of bytes
 to those of plain eager PyTorch in the same dtypes.
 
-The lower bound of a card is a sum over kernels: each takes at least the time of its bytes at the
-card's published bandwidth and of its products at the card's published tensor throughput. No kernel
-reaches it, and it says nothing of the time between launches. It is no measured speed.
+The lower bound of a card is a sum over kernels. Each kernel takes at least the time that its bytes
+take at the card's published bandwidth, and at least the time that its products take at the card's
+published tensor throughput. Real kernels take longer, and the time between launches is left out. It
+is not a measured speed.
 
-With --check FILE the exit code is 1 where a variant of this package moves more bytes, or makes more
-launches, than FILE says; --record FILE writes such a file.
+With --check FILE the exit code is 1 if a variant moves more bytes, or makes more launches, than
+FILE records; --record FILE writes such a file.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
-RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others in training alone
+RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others only in training
 VARIANTS = ("ours, stored", "ours, reversible", "plain", "plain, channels_last", "checkpointing",
             "normflows", "nflows", "FrEIA")  # fmt: skip
 
@@ -66,18 +68,17 @@ class Row:
 
 
 def count(spec: Spec, variant: str, task: str) -> Row:
-    """Count one task. Raises `Missing` where the variant's package is not installed."""
+    """Count one task. Raises `Missing` if the variant's package is not installed."""
     model = Model(spec, variant, torch.device("cpu"))
     for module in model.module.modules():
         if type(module) is PointwiseConv2d:
-            module.__class__ = nn.Conv2d  # what a GPU runs
-    made: list[
-        Call
-    ] = []  # the latents to sample from are the model's own: they need not be computed
+            module.__class__ = nn.Conv2d  # a GPU runs torch's convolution
+    # Sampling starts from latents of the model. Making them is not part of the task.
+    made: list[Call] = []
     ledger_counts.count(lambda: made.append(model.task(task)), model.module, model.x)
     (run,) = made
     for net in ledger_counts.networks(model.module):
-        # The first step finds this out; later steps know it.
+        # Later steps know from the first one that the network draws no random numbers.
         RerunNetwork(net).remember(draws=False)
     kernels = ledger_counts.count(run, model.module, model.x)
     parts, levels = dict.fromkeys(PARTS, 0), defaultdict[str, int](int)
@@ -189,9 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=list(TASKS))
     parser.add_argument("--variant", choices=VARIANTS, nargs="+", default=list(VARIANTS))
     parser.add_argument("--summary", action="store_true",
-                        help="print bytes over those of plain, and launches, alone")  # fmt: skip
+                        help="print only bytes over those of plain, and launches")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all rows as JSON")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="fail where FILE has less")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail if a count exceeds FILE's")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write what --check reads")
     options = parser.parse_args(arguments)
     specs = [

@@ -1,4 +1,4 @@
-"""Count every kernel that a GPU would be asked for, without a GPU.
+"""Count every kernel that a GPU would run, without a GPU.
 
 `count(function)` runs a function on CPU tensors and returns one `Kernel` for each launch that the
 same code would make on CUDA. The package's own kernels are counted from the launches that they
@@ -12,10 +12,10 @@ under these rules:
 - A convolution is one launch of cuDNN, and its bias another, which reads and writes the result. Its
   backward is one launch each for the gradients of input, weight and bias. `cudnn_convolution_relu`
   is one launch, bias and ReLU included.
-- cuDNN runs in channels_last where its input or its weight is in channels_last. A tensor in the
+- cuDNN runs in channels_last if its input or its weight is in channels_last. A tensor in the
   other layout is converted first, one launch that reads and writes it.
 - `pixel_shuffle` and `pixel_unshuffle` are one copy, and their result is contiguous, as on CUDA.
-- The state of the host's random generator, bytes in uint8, is no work of a GPU.
+- Operators on uint8 alone handle the state of the host's random generator; they do not count.
 - A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
   bound.
 
@@ -60,7 +60,7 @@ class Kernel:
         read, written: bytes.
         flops: floating point operations of products and convolutions, two for a multiplication and
             its addition.
-        dtype: of its largest tensor, which says how fast a GPU multiplies.
+        dtype: of its largest tensor, which determines how fast a GPU multiplies.
     """
 
     name: str
@@ -104,8 +104,7 @@ class _Counter(TorchDispatchMode):
         )  # fmt: skip
 
     def has_pixels(self, x: Tensor) -> bool:
-        """Whether x is a state (or params, or a hidden tensor) and no weight. A vector has one
-        pixel."""
+        """Whether x is a state, params or a hidden tensor, not a weight. A vector has one pixel."""
         if x.dim() != self.images.dim() or len(x) != len(self.images):
             return False
         return x.dim() == 2 or (
@@ -113,7 +112,7 @@ class _Counter(TorchDispatchMode):
         )
 
     def convert(self, x: Tensor, channels_last: bool) -> None:
-        """A copy, if x is not in the layout that the convolution runs in."""
+        """Count a copy if x is not in the layout that the convolution runs in."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         if not x.is_contiguous(memory_format=layout):
             self.add("layout conversion", [x], [x])
@@ -180,7 +179,7 @@ class _Counter(TorchDispatchMode):
         if name in ("pixel_shuffle", "pixel_unshuffle"):
             out = out.contiguous()
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if name in ("copy_", "fill_", "zero_"):  # what they overwrite is not read
+        if name in ("copy_", "fill_", "zero_"):  # their target is not read
             given = given[1:]
         elif name == "_foreach_copy_":
             written, given = args
@@ -197,7 +196,7 @@ LARGE = 2**20  # bytes
 def _without_computing(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> Any:
-    """The results of an operator, in memory that nothing writes: it runs on the meta device."""
+    """Run an operator on the meta device, and return results in memory that nothing writes."""
     metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
              for t in given}  # fmt: skip
     originals = {id(metas[id(t)]): t for t in given}
@@ -256,7 +255,7 @@ OUTPUTS = {
 }
 
 
-# How many C x C products a kernel makes at each pixel.
+# Number of C x C products that a kernel makes at each pixel.
 PRODUCTS_WITH_W = {
     "_conv1x1_kernel": 1,
     "_weight_gradient_kernel": 1,
@@ -269,8 +268,8 @@ PRODUCTS_WITH_W = {
 
 @contextmanager
 def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
-    """While open, kernels of the coupling networks of a model count as such, also in the backward
-    pass: each node of a network's graph says so while it runs."""
+    """While open, kernels of a model's coupling networks count as such, also in the backward pass,
+    where hooks on each node of a network's graph mark it while it runs."""
     handles = []
 
     def enter(*_: Any) -> None:
@@ -320,7 +319,7 @@ def _graph(node: Any, ends: set[Any]) -> Iterator[Any]:
 
 
 def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> list[Kernel]:
-    """Every kernel that `function` would ask of a GPU, in order.
+    """Return every kernel that `function` would launch on a GPU, in order.
 
     Args:
         function: runs on CPU tensors; its results are meaningless.
@@ -340,7 +339,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
             _own_flops(launch),
         )
 
-    def product(a: Tensor, b: Tensor) -> Tensor:  # on CUDA one launch, which no CPU has
+    def product(a: Tensor, b: Tensor) -> Tensor:  # one launch on CUDA; CPUs lack the operator
         out = torch.empty(len(a), b.shape[1])
         counter.add("mm", [a, b], [out], 2 * out.numel() * len(b))
         return out
@@ -358,7 +357,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
 
 def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Those of the kernels of coupling networks, with what they compute several times."""
+    """Floating point operations of a network's kernel, repeated ones included."""
     width, taps = int(given["WIDTH"]), int(given["TAPS"])
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
@@ -375,7 +374,7 @@ def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
 
 
 def _own_flops(launch: aot.Launch) -> int:
-    """Those of the products of the package's kernels."""
+    """Floating point operations of the products that one of the package's kernels makes."""
     if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
         return _network_flops(launch.kernel.__name__, launch.bound)
     products = PRODUCTS_WITH_W.get(launch.kernel.__name__, 0)

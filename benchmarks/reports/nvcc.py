@@ -1,4 +1,4 @@
-"""The csrc kernels as nvcc and ptxas see them."""
+"""Compile the csrc kernels with nvcc, and read ptxas's report of their resources."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from benchmarks.reports.aot import Compiled
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 NATIVE = sorted(str(path) for path in CSRC.rglob("*.cu"))
-WARPS = 8  # a block of every csrc kernel: kWarps there
+WARPS = 8  # in a block of every csrc kernel (kWarps)
 
 _ENTRY = re.compile(
     r"Compiling entry function '(\w+)'.*?"

@@ -1,7 +1,7 @@
 """How wide a kernel's accesses to global memory are, for each of its pointer arguments.
 
-Read from PTX, where the compiler has chosen vector widths and names still exist: every 64-bit
-address is followed back to the argument that it was computed from.
+The widths are read from PTX, because there the compiler has chosen them and arguments still have
+names. Every 64-bit address is followed back to the argument that it was computed from.
 """
 
 import re
@@ -20,8 +20,9 @@ _SIZE = re.compile(r"\.[bfsu](\d+)$")
 
 
 def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
-    """Bytes a lane moves in each global access, by argument; `arguments` are those that the
-    compiled kernel still takes, in order.
+    """Return the bytes that a lane moves in each global access, by argument.
+
+    `arguments` are those that the compiled kernel still takes, in order.
 
     Raises:
         ValueError: if no argument's pointer went into the address of an access.
@@ -40,7 +41,7 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
         owners = roots[address[1]] if address else set()
         if not owners:
             raise ValueError(f"no argument owns the access {line.strip()!r}")
-        for owner in owners:  # several where lanes choose between the halves of a state
+        for owner in owners:  # several if lanes choose between the halves of a state
             if owner < len(arguments):
                 found[arguments[owner]].append(_bytes(access))
     return dict(found)

@@ -115,7 +115,7 @@ class Model:
 
 
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
-    """A preset, shortened to as many steps as make every kind of launch."""
+    """A preset with just enough steps to make every kind of launch."""
     config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
     dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
     steps = tuple(min(SOME if chain == "checkpointed" else FEW, k) for k in steps)

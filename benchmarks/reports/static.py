@@ -70,14 +70,14 @@ def launches_of(size: str) -> Iterator[Recorded]:
 
 
 def network_shapes() -> Iterator[tuple[int, int, torch.dtype]]:
-    """States' channels, width and dtype of networks, one for each choice of tiles: a network of
-    other channels has the blocks of one of these."""
+    """Yield (channels of the state, width, dtype) of networks, one for each choice of tiles.
+    A network with other channels uses the tiles of one of these."""
     yield from product(NETWORK_CHANNELS, NETWORK_WIDTHS, (BF16, FP16))
 
 
 def run_network(c: int, width: int, dtype: torch.dtype) -> None:
-    """Every launch of a coupling network: with hidden tensors kept and without, and backward; on
-    images whose rows fill tiles, and on others."""
+    """Make every launch of a coupling network: forward with and without stored hidden tensors, and
+    backward, on images whose rows fill tiles and on others."""
     last = torch.channels_last
     network = coupling_net(c // 2, 2 * (c - c // 2), width, 2).to(memory_format=last)
     for side in (16, 20):
@@ -225,7 +225,7 @@ class Row:
     shared: int
     warps: int
     blocks: int
-    share16: float | None  # of the accesses to states
+    share16: float | None  # share of the accesses to states that move 16 bytes
     faults: list[str]
 
     HEAD = (
@@ -382,14 +382,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_const",
         const="quick",
         dest="size",
-        help="one level of a model, seconds",
+        help="one level of a model; takes seconds",
     )
     size.add_argument(
         "--full",
         action="store_const",
         const="full",
         dest="size",
-        help="also the operators alone, on states of every width, layout and dtype, many minutes",
+        help="also each operator alone, at every width, layout and dtype; takes many minutes",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")

@@ -6,10 +6,10 @@ These ratios describe the tensors with pixels (states, params, network inputs, g
               operation needs is read once, each result is written once. The operation needs the
               elements that it touches, except those in `NEEDLESS`.
     sectors   32-byte sectors that each warp's request touches, divided by the sectors that hold the
-              touched elements. Memory moves whole sectors, and the sectors above 1 are moved again,
-              at best from a cache.
+              touched elements. Memory moves whole sectors; a ratio above 1 means that some are
+              moved again, at best from a cache.
 
-and these the whole launch:
+These describe the whole launch:
 
     products  multiplications of the tensor cores, divided by those of the formulas. In tf32x3 each
               multiplication takes three.
@@ -123,7 +123,7 @@ def product_ratio(case: Case, launch: traffic_counts.Launch) -> float:
     products = PRODUCTS.get(launch.kernel, 0)
     if launch.kernel.startswith("_rebuild_conv1x1"):
         names = {name for memory in launch.memories for name in memory.names}
-        products -= names.isdisjoint({"x", "x_a"})  # if x was stored it is not rebuilt
+        products -= names.isdisjoint({"x", "x_a"})  # a stored x is not rebuilt
     times = 3 if case.precision == "tf32x3" else 1
     needed = times * products * case.c**2 * case.n * case.p
     return launch.multiplications / needed if needed else 0.0
@@ -191,9 +191,9 @@ PRODUCTS = {
     "_rebuild_conv1x1_medium_kernel": 3,
     "_rebuild_conv1x1_wide_kernel": 3,
 }
-# Tiles of a power of two: 16 places for 12 channels take 16^2 / 12^2 = 1.78 of the products.
+# Tiles are powers of two, so 12 channels take 16 places and 16^2 / 12^2 = 1.78 of the products.
 MOST_PRODUCTS = 1.8
-# 1.13 of the sectors: the gradient of a coupling reads 24 of each 48 bytes of x in two accesses.
+# The gradient of a coupling reads 24 of every 48 bytes of x in two accesses: a ratio of 1.13.
 MOST_SECTORS = 1.15
 
 # Above this C the kernel reads its states once for each of two products, because three products of
@@ -280,8 +280,8 @@ class Launches:
     chain: str
     direction: str
     steps: int
-    states: int  # our launches over tensors with pixels
-    others: int  # our other launches: the ledger's sum
+    states: int  # the package's launches over tensors with pixels
+    others: int  # its other launches: the sum of the logdets
     bound: int
     torch: float  # torch operators per step, each a launch on a GPU; from chains of K and 2 K steps
     fault: str

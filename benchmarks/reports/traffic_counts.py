@@ -1,8 +1,9 @@
-"""Count the requests of compiled launches to global memory, run on the machine of tests/ptx.
+"""Count the requests of compiled launches to global memory, on the simulated GPU of tests/ptx.
 
 Import this before anything that imports mflow_kernels: launches then take CPU tensors. The counts
 are of the compiled kernel's instructions, so an element that several threads load counts several
-times. A launch that leaves its tensors, or that races, raises `ptx.launch.Violation`.
+times. A launch that accesses memory outside its tensors, or that races, raises
+`ptx.launch.Violation`.
 """
 
 import math

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# In a process of its own, as the module turns the launchers to CPU tensors for good.
+# This runs in its own process: importing the module makes launchers take CPU tensors for good.
 RULES = """
 from benchmarks.reports import ledger_counts
 import torch
@@ -21,7 +21,7 @@ last = torch.channels_last
 x = torch.zeros(2, 4, 8, 8, requires_grad=True)
 image = x.numel() * 4
 
-# A convolution's bias is a pass of its own; cuDNN converts what is in the other layout.
+# A convolution's bias is a pass of its own. cuDNN first converts tensors in the other layout.
 conv = nn.Conv2d(4, 4, 3, padding=1)
 weights = conv.weight.numel() * 4
 made = names(lambda: conv(x), conv, x)
@@ -41,7 +41,8 @@ made = names(lambda: y.backward(torch.ones_like(y)), conv, x)
 backward = {m[0] for m in made}
 assert {"convolution dx", "convolution dw", "convolution db"} <= backward, made
 
-# Views are free, an expanded tensor has its memory's bytes, in place reads and writes.
+# Views are free. An expanded tensor counts the bytes of its memory. An operator in place reads and
+# writes its tensor.
 plain = x.detach()
 assert names(lambda: plain.transpose(2, 3)[:, :2].view_as(plain[:, :2]), conv, plain) == []
 (made,) = names(lambda: plain + torch.zeros(()).expand(2, 4, 8, 8), conv, plain)[-1:]
@@ -121,8 +122,8 @@ def test_rules() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_no_step_moves_more_than_recorded(precision: str) -> None:
-    """The counts of the package's own variants, at the size of the recorded file. Where fewer are
-    right, record them: --record in place of --check."""
+    """This counts the package's own variants, at the size of the recorded file. If lower counts are
+    right, save them with --record in place of --check."""
     done = run(
         "-W", "ignore", "-m", "benchmarks.reports.ledger", "--steps", "2", "--precision", precision,
         "--variant", "ours, stored", "ours, reversible",

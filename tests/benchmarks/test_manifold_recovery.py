@@ -99,7 +99,7 @@ def points_of(target: str) -> PointComparison:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_method_trains_and_samples(name):
-    """Two steps of each phase, then every figure is a finite number or known to be missing."""
+    """After two steps of each phase, every figure is finite."""
     compared = points_of("sphere")
     networks = compared.networks()
     data = torch.randn(500, 3, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 4)
@@ -122,7 +122,7 @@ def test_every_method_trains_and_samples(name):
 
 
 def test_principal_components_are_the_gaussian_of_probabilistic_pca():
-    """Its covariance replaces the smallest variances by their mean (Tipping and Bishop 1999)."""
+    """Its smallest variances are replaced by their mean (Tipping and Bishop 1999)."""
     torch.manual_seed(0)
     x = torch.randn(400, 5) * torch.tensor([3.0, 0.1, 1.0, 0.2, 2.0]) @ torch.randn(5, 5) + 1
     networks = dataclasses.replace(

@@ -38,7 +38,7 @@ def test_quick_set_counts_bytes_and_its_exit_code_follows_its_rows(tmp_path: Pat
     state = 12 * 64 * 4
     assert (fused["loaded"], fused["stored"], fused["fewest"]) == (2 * state, state, 3 * state)
     narrow = [row for row in rows if row["c"] <= 48]
-    # Each sector is requested once, but for the half of x that a coupling's gradient reads.
+    # Only a coupling's gradient, which reads half of x, requests some sectors more than once.
     assert {row["kernel"] for row in narrow if row["sectors"] > 1} == {
         "coupling_conv1x1_bwd_kernel"
     }

@@ -2,7 +2,7 @@ from mflow_kernels.data.generators import Stream, stream_generator
 
 
 def test_numbers_of_streams_never_change():
-    """A resumed run must draw what it drew before an update of the package."""
+    """After an update of the package, a resumed run must still draw the same numbers."""
     names = [
         *("DATA_ORDER", "TRAINING_NOISE", "VALIDATION_NOISE", "EVALUATION_NOISE", "SAMPLES"),
         *("OOD_NOISE", "UNIFORM_IMAGES", "REPORT_NOISE", "REPORT_SAMPLES"),

@@ -256,7 +256,7 @@ def tiff(folder, name, pixels, **tags):
 
 
 def twelve_bit_tiff(value):
-    """A grey 8x8 TIFF of 12 bits a pixel, which Pillow reads and does not write."""
+    """A grey 8x8 TIFF of 12 bits a pixel, which Pillow can read but not write."""
     packed = struct.pack(">I", value << 20 | value << 8)[:3] * 32
     tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: len(packed)}
     fields = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags.items())
@@ -352,7 +352,7 @@ class TestImages:
 
 
 def patch(data, name, local=(), central=()):
-    """Overwrite bytes of a zip's two headers of a member: pairs of offset and bytes."""
+    """Overwrite bytes in both headers of a zip's member, given as pairs of offset and bytes."""
     data = bytearray(data)
     for signature, length, edits in ((b"PK\3\4", 30, local), (b"PK\1\2", 46, central)):
         begin = -1
@@ -457,7 +457,7 @@ class TestZip:
         assert listing(tmp_path) == ["a"]
 
     def test_one_whose_beginning_is_missing(self, archive, tmp_path):
-        """Its table of contents is whole: the members that are gone are skipped."""
+        """Its table of contents is whole, and the members that are missing are skipped."""
         (tmp_path / "a.zip").write_bytes(archive.read_bytes()[600:])
         prepared = prepare(find_images(tmp_path / "a.zip"), tmp_path / "a", 8)
         assert "method99.png" in prepared.record.skipped
@@ -532,7 +532,7 @@ class TestPartition:
 
 class TestFolders:
     def test_one_that_cannot_be_listed_is_not_left_out(self, faces, tmp_path, monkeypatch, capsys):
-        """Tests may run as root, who may list every folder."""
+        """The listing is simulated, because tests may run as root, who may list every folder."""
         write_images(tmp_path / "f", 2)
         closed = tmp_path / "f" / "closed"
         closed.mkdir()
@@ -565,6 +565,6 @@ class TestFolders:
         assert main(["prepare", str(folder), "--out", str(out)]) == 0
         assert "\\udc81.png: not an image" in capsys.readouterr().out
         assert os.fsdecode(b"\x80.png") in open_prepared(out).record.names
-        # A run could not record that path so that it can be read back.
+        # A run could not record that path in a form that can be read back.
         command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
         check_refused(command, "--data: expected a path that is valid UTF-8", tmp_path, capsys)

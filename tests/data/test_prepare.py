@@ -162,7 +162,7 @@ class TestInterrupted:
             assert listing(out.parent) == ["a"]
 
     def test_between_the_rename_and_the_end(self, source, small_blocks, whole, tmp_path):
-        (tmp_path / ".a.journal").write_text("")  # a process died before it removed it
+        (tmp_path / ".a.journal").write_text("")  # a process died before it removed the journal
         prepare(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
@@ -361,11 +361,11 @@ class TestCommand:
 
     def test_the_same_training_from_the_folder_and_the_file(self, celeba, tmp_path):
         prepare(find_images(celeba), tmp_path / "a", 8)
-        weights = []
+        pixels = []
         for data in (celeba, tmp_path / "a"):
             splits = load_splits(str(data), 8)
-            weights.append([bytes(p.batch(range(len(p))).numpy()) for p in (splits.train,)])
-        assert weights[0] == weights[1]
+            pixels.append(bytes(splits.train.batch(range(len(splits.train))).numpy()))
+        assert pixels[0] == pixels[1]
 
     def test_a_link_stays_and_leads_to_the_new_file(self, tmp_path):
         write_images(tmp_path / "images", 2)

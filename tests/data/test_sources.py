@@ -28,7 +28,7 @@ def as_zip(tmp_path_factory):
 
 
 def rearranged(layout, celeba, as_zip, folder):
-    """CelebA as people have it; what to give to --data."""
+    """Arrange CelebA in a layout that people have, and return what to give to --data."""
     images, partition = celeba / "img_align_celeba", celeba / "list_eval_partition.txt"
     archive = as_zip / "img_align_celeba.zip"
     if layout == "as downloaded":  # the authors' folders
@@ -163,7 +163,7 @@ class TestZip:
         write_images(tmp_path / "f", 1)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
         data = bytearray(archive.read_bytes())
-        data[data.index(b"PK\x01\x02") + 8] |= 1  # the bit that says so, in the table of contents
+        data[data.index(b"PK\x01\x02") + 8] |= 1  # the bit for encryption, in the table of contents
         archive.write_bytes(data)
         with pytest.raises(DataError, match=r"found 1 files that are none \(.*password required"):
             load_splits(str(archive), 8)

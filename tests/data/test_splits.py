@@ -47,7 +47,7 @@ class TestDigits:
         train = {bytes(i.numpy()) for i in splits.train.batch(range(4500))}
         held = [bytes(i.numpy()) for i in splits.test.batch(range(500))]
         assert not train.intersection(held)
-        # Sorted by class, the first tenth would be zeros alone: dark in the middle.
+        # If they were sorted by class, these would all be zeros, which are dark in the middle.
         centres = splits.test.batch(range(500))[:, 0, 13:15, 13:15].float().mean((1, 2))
         assert (centres > 128).float().mean() > 0.3
 
@@ -105,7 +105,7 @@ class TestFolder:
 
     def test_the_crop_is_central_and_resizing_antialiased(self, tmp_path):
         wide = np.full((32, 64), 255, np.uint8)
-        wide[:, 16:48:2] = 0  # black and white columns fill the central square alone
+        wide[:, 16:48:2] = 0  # only the central square has black and white columns
         wide[:, 17:48:2] = 200
         Image.fromarray(wide).save(tmp_path / "a.png")
         images = load_evaluation_set(str(tmp_path), 8).images
@@ -262,7 +262,7 @@ class TestFlips:
 
 
 class TestCache:
-    # The tests share one cache: folders have names of their own.
+    # The tests share one cache, so each of their folders has its own name.
     def test_decodes_once(self, tmp_path, cache, monkeypatch):
         write_image(tmp_path / "once" / "a.png")
         write_image(tmp_path / "once" / "b.png", seed=1)
@@ -279,7 +279,7 @@ class TestCache:
             if seed:
                 images = load_evaluation_set(str(tmp_path / "faces2"), 8).images
                 assert len(images) == seed + 1
-        assert len(list(cache.glob("faces2-8px-*"))) == 1  # in place of the former
+        assert len(list(cache.glob("faces2-8px-*"))) == 1  # it replaced the previous file
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
         write_image(tmp_path / "faces" / "a.png")

@@ -4,7 +4,7 @@ import pytest
 
 
 def wait_until(holds):
-    """Return when `holds()` is true. It fails after ten minutes, which no machine needs."""
+    """Wait until `holds()` is true. Fail after ten minutes, more than any machine needs."""
     for _ in range(60_000):
         if holds():
             return

@@ -185,7 +185,7 @@ def test_metrics_that_are_not_finite_are_null():
 
 
 class TestWork:
-    """What `mflow evaluate` says before its slow parts."""
+    """The work that `mflow evaluate` announces before its slow parts."""
 
     @pytest.fixture
     def passes(self, monkeypatch):

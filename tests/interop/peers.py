@@ -35,8 +35,8 @@ def compare(
 ) -> tuple[nn.Module, Report]:
     """Assert that an accelerated copy has the values and gradients of the model.
 
-    Both run in their own dtype: a float32 result is held to the rounding of a float32 sum of so
-    many terms, a float64 result to 1e-10.
+    Both run in their own dtype. Float32 results may differ by the rounding of a float32 sum of
+    `terms` terms, float64 results by 1e-10.
     """
     fast = copy.deepcopy(model)
     report = accelerate(fast, reversible=reversible)
@@ -52,7 +52,7 @@ def compare(
 def gradients_agree(
     fast: nn.Module, model: nn.Module, results: Callable[[nn.Module], Results], terms: int
 ) -> int:
-    """Assert equal gradients of a fixed combination of all results; return how many."""
+    """Assert equal gradients of a fixed combination of all results; return their number."""
     for m in (fast, model):
         m.zero_grad()
         generator = torch.Generator().manual_seed(2)

@@ -59,8 +59,8 @@ def conditional(dim=4):
 
 
 def image_graph():
-    """The tutorial's image network: downsampling, couplings with fixed 1x1 convolutions, a split of
-    which one part is an output, and a condition."""
+    """The tutorial's image network: downsampling, couplings with fixed 1x1 convolutions, a split
+    with one part as an output, and a condition."""
     nodes = [Ff.InputNode(3, 8, 8, name="input")]
     condition = Ff.ConditionNode(2, 4, 4, name="condition")
 
@@ -242,12 +242,12 @@ def test_pickles_where_the_original_does():
     inn = Ff.SequenceINN(4)
     inn.append(Fm.AllInOneBlock, subnet_constructor=fully_connected)
     accelerate(inn)
-    with pytest.raises(Exception, match="lambda"):  # FrEIA's own: the scale's activation
+    with pytest.raises(Exception, match="lambda"):  # the activation of FrEIA's scale is a lambda
         pickle.dumps(inn)
 
 
 def test_round_trips():
-    """As FrEIA's tests check each module."""
+    """FrEIA's own tests check each module in this way."""
     torch.manual_seed(0)
     for make in MODELS.values():
         model = initialized(make)
@@ -260,7 +260,8 @@ def test_round_trips():
 
 
 def test_exports(monkeypatch):
-    monkeypatch.setattr(linear, "_constants", {})  # no constant that an export makes may be kept
+    # Start without cached constants, because those that an export makes must not be kept.
+    monkeypatch.setattr(linear, "_constants", {})
     model = initialized(MODELS["graph"])
     accelerate(model)
     x, c = inputs_of(model, torch.float32)

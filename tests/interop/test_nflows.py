@@ -156,7 +156,7 @@ def test_training_equals_the_original(make, reversible):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trips(name):
-    """As tests/transforms/transform_test.py checks them; here NaiveLinear has an inverse too."""
+    """nflows' transform_test.py checks the same; here NaiveLinear has an inverse too."""
     model = initialized(MODELS[name])
     assert accelerate(model).replaced
     x, c = inputs_of(model, torch.float32)

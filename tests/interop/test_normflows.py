@@ -59,7 +59,7 @@ def real_nvp(layers=4, size=2):
 
 
 def mixed(size=4):
-    """Every linear layer that normflows has between couplings."""
+    """Couplings, each followed by another of normflows' linear layers."""
     flows = []
     for mix in (
         nf.flows.LULinearPermute(size, identity_init=False),
@@ -157,8 +157,8 @@ def loss_of(model, step):
     ids=["glow", "real nvp"],
 )
 def test_training_equals_the_original(make, reversible):
-    """50 steps from the same start, with actnorms that are not initialized yet. A copy with the
-    trained weights then equals its original."""
+    """Both train for 50 steps from the same start, with actnorms not yet initialized. A copy with
+    the trained weights then equals its original."""
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)
     with peers.default_dtype(torch.float64):
@@ -170,7 +170,7 @@ THEIR_TESTS = [glow_test.GlowTest, coupling_test.CouplingTest, mixing_test.Mixin
 
 @pytest.mark.parametrize("case", THEIR_TESTS, ids=lambda c: c.__name__)
 def test_round_trips(case, monkeypatch):
-    """normflows' own tests of its layers, each layer accelerated before it runs."""
+    """Run normflows' own tests of its layers, with each layer accelerated first."""
     seen = []
 
     def check(self, flow, inputs, *args, **named):
@@ -185,7 +185,7 @@ def test_round_trips(case, monkeypatch):
 
 
 def test_a_model_round_trips():
-    """core_test.py's checks of a multi-scale flow, whose first call is to sample."""
+    """core_test.py checks a multi-scale flow in this way; its first call samples."""
     torch.manual_seed(0)
     model = glow(levels=3, shape=(1, 16, 16), classes=5)
     accelerate(model)

@@ -210,9 +210,6 @@ def rosinality_log_prob(v, x, affine=True):
     return total
 
 
-# The tests.
-
-
 def images():
     return torch.rand(3, *SHAPE, dtype=torch.float64) - 0.5
 

@@ -122,7 +122,7 @@ def test_state_dicts_name_what_they_hold():
 
 
 class Sampling(nn.Module):
-    """From latents to data."""
+    """Map latents to data."""
 
     def __init__(self, flow):
         super().__init__()

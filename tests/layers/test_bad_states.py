@@ -16,7 +16,7 @@ from mflow_kernels import (
 
 
 def levels() -> ReversibleChain:
-    """(N, 1, H, W) to latents (N, 2, H/2, W/2) and (N, 8, H/4, W/4)."""
+    """A chain from (N, 1, H, W) to latents (N, 2, H/2, W/2) and (N, 8, H/4, W/4)."""
     layers = [Squeeze(), FlowStep(4, width=4), Split(4, width=4)]
     return ReversibleChain([*layers, FlowStep(2, width=4), Squeeze()])
 

@@ -1,4 +1,4 @@
-"""Reversible chains: gradients of stored activations, and the caller's tensors left alone."""
+"""Reversible chains have the gradients of stored ones and leave the caller's tensors alone."""
 
 import copy
 from collections.abc import Callable

@@ -40,7 +40,7 @@ def test_a_map_is_averaged_to_the_state(device):
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 4)], ids=str)
 def test_gradients_reach_the_context(shape, reversible):
-    """They are the gradients of the same states, with the context as a leaf."""
+    """All gradients, that of the context included, equal those of stored activations."""
 
     def make(reversible: bool) -> nn.Module:
         how = {"context_channels": 2, "reversible": reversible}

@@ -89,7 +89,7 @@ def test_a_singular_weight_gives_nan_with_gradients(reversible):
 
 
 def ill_conditioned(channels):
-    """Singular values from 0.01 to 100."""
+    """A layer with singular values from 0.01 to 100."""
     layer, other = (InvertibleConv1x1(channels) for _ in range(2))
     u, v = layer.weight().detach().double(), other.weight().detach().double()
     with torch.no_grad():

@@ -129,7 +129,7 @@ def test_a_reshaped_pointwise_convolution_is_the_same(shape):
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y, want, terms=64, name="y")
     dy = normal(*want.shape)
-    # The ReLU after it works in place on its output.
+    # In a network, the ReLU after the convolution works in place on its output.
     grads = torch.autograd.grad(y.mul_(2), (x, *conv.parameters()), dy)
     wants = torch.autograd.grad(2 * want, (wide, *plain.parameters()), dy.double())
     pixels = shape[0] * shape[2] * shape[3]

@@ -18,7 +18,7 @@ RANKS = 2
 
 
 def glow() -> Glow:
-    """Perturbed, since new couplings are the identity."""
+    """A perturbed Glow, since new couplings are the identity."""
     torch.manual_seed(0)
     flow = Glow((3, 8, 8), levels=2, steps=3, width=8, checkpoint_every=2).double()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def glow() -> Glow:
 
 
 def batch() -> Tensor:
-    """The two halves have different statistics."""
+    """A batch whose two halves have different statistics."""
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return x * torch.tensor([0.2, 0.2, 3.0, 3.0], dtype=torch.float64).view(4, 1, 1, 1)
 

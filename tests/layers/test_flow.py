@@ -74,7 +74,7 @@ def test_samples_are_the_inverse_of_normal_latents(make, device):
 
 
 def test_a_density_integrates_to_one():
-    """The density of a flow on the line pairs sums to 1 over a grid that covers it."""
+    """The density of a flow on pairs of numbers sums to 1 over a grid that covers it."""
     flow = perturbed(VectorFlow(2, 2, 4)).double()
     side = torch.linspace(-12, 12, 241, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)

@@ -42,7 +42,7 @@ def cuda_shuffle(x: Tensor, factor: int) -> Tensor:
 
 
 class CudaConv2d(torch.autograd.Function):
-    """As cuDNN: everything is channels_last if the input or the weight is, after conversion."""
+    """Like cuDNN, convert everything to channels_last if the input or the weight is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -158,8 +158,8 @@ CHAINS: dict[str, dict[str, Any]] = {
 def test_a_model_runs_in_channels_last(
     seen: Seen, shape: tuple[int, int, int], chain: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """A training step, the likelihood and sampling stay in channels_last, from contiguous images,
-    latents and gradients of the latents."""
+    """A training step, the likelihood and sampling run in channels_last, although the images, the
+    latents and the gradients of the latents are contiguous."""
     glow = perturbed(Glow(shape, 3, 2, 4, **chain))
     x = normal(2, *shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -183,7 +183,7 @@ def test_a_model_runs_in_channels_last(
 def test_gradients_of_one_latent_only(seen: Seen) -> None:
     glow = perturbed(Glow((3, 8, 8), 3, 1, 4, reversible=False))
     (_, middle, _), _ = glow(normal(2, 3, 8, 8))
-    middle.sum().backward()  # of strides 0
+    middle.sum().backward()  # its gradient has strides of 0
     assert not seen.others
 
 

@@ -35,7 +35,7 @@ def test_inverse_needs_channels_divisible_by_four(shape):
 @pytest.mark.parametrize("shape", [(2, 4, 6, 4), (2, 4, 2, 2), (1, 1, 4, 6)], ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_copy_and_the_kernel_of_torch_agree(monkeypatch, shape, inverse):
-    """On a CPU torch's kernel runs where it keeps channels_last, as a GPU's does not."""
+    """Torch's kernel keeps channels_last on a CPU. On a GPU it does not, and a copy follows."""
     n, c, h, w = shape
     x = torch.randn((n, 4 * c, h, w) if inverse else shape).to(memory_format=torch.channels_last)
     squeeze = SpaceToDepth(inverse)

@@ -95,7 +95,8 @@ def test_weight_that_cannot_be_inverted():
         ),
     ):
         step.inverse(z)
-    assert step.inverse(z)[0].isnan().all()  # training does not check, which would synchronize
+    # With gradients there is no check, because a check would wait for the device.
+    assert step.inverse(z)[0].isnan().all()
 
 
 def test_compiles_with_inductor(device):

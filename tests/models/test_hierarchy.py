@@ -48,7 +48,7 @@ def test_sub_manifolds_nest():
 
 
 def test_ambient_samples_draw_v_in_every_stage():
-    """u is that of the samples on the manifold; v has the scale of its p_V and the temperature."""
+    """u equals that of samples on the manifold; v has the scale of p_V times the temperature."""
     a, b = stages(8, 3)
     a.objective = ManifoldObjective("latent", "l1", weight=2.0)
     b.objective = ManifoldObjective("data", sigma=0.3)

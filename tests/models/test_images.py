@@ -1,4 +1,4 @@
-"""From images to a model's input: exactly what training does, and bits per dimension."""
+"""Preprocessing of images, which is exactly that of training, and bits per dimension."""
 
 import math
 import warnings
@@ -30,7 +30,7 @@ def photo(seed, size=(20, 14), mode="RGB"):
 @pytest.mark.parametrize("crop", [None, 10])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_it_is_what_training_does(channels, crop, tmp_path):
-    """The same pixels as from files that were prepared, and the same noise."""
+    """The pixels equal those of prepared files, and the noise is the same."""
     rotated = Image.Exif()
     rotated[0x0112] = 6
     photo(0).save(tmp_path / "a.png")

@@ -26,7 +26,7 @@ def test_default_mask_takes_the_coarsest_pixels_last_channels_first():
 
 
 def test_the_default_mask_covers_the_image_evenly():
-    """As in the two-level flow on 28x28 images, whose coarsest latent has 8 channels of 7x7."""
+    """The shapes are those of a two-level flow on 28x28 images."""
 
     class Shapes(VectorFlow):
         def __init__(self):
@@ -244,8 +244,8 @@ def test_the_default_weight_fits_the_scale_of_the_data():
     image, vector = image_flow(), ManifoldFlow(VectorFlow(3, 1, 4), 2)
     assert image.objective.weight == 1000
     assert vector.objective.weight == 1
-    # A flow that is the identity drops N(0, 1): its penalty is the loss of keeping it, but for the
-    # constant of the normal density.
+    # The identity drops one normal number. The penalty equals that number's negative log-density,
+    # except for the constant of the normal density.
     x = normal(2, 3)
     flow = ManifoldFlow(Identity(), 2)
     terms = flow.terms(x)

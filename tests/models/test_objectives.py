@@ -398,9 +398,9 @@ def trained(objective, steps):
 
 
 def test_a_bound_finds_the_lagrange_multiplier():
-    """min (theta - 3)^2 / 2 subject to theta^2 <= 1: theta = 1, and 2 = 2 w theta gives w = 1.
+    """Minimize (theta - 3)^2 / 2 subject to theta^2 <= 1: theta = 1, and 2 = 2 w theta, so w = 1.
 
-    Near there log w decays by 0.005 * 4 / 3 in a step: by e^-4.7 = 0.01 in 700 steps.
+    Near the optimum log w decays by 0.005 * 4 / 3 of itself in a step, to e^-4.7 = 0.01 in 700.
     """
     theta, weight = trained(ManifoldObjective(weight=ErrorBound(1.0, 2.0), sigma=1.0), 700)
     assert theta == pytest.approx(1.0, abs=0.01)

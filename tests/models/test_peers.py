@@ -1,4 +1,4 @@
-"""Losses of other manifold flows: each against its formula."""
+"""Losses of other manifold flows, each compared with its formula."""
 
 import copy
 

@@ -99,7 +99,7 @@ def train(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 
 def start(scale: str, reversible: bool, first: Tensor) -> Glow:
-    """Return a Glow none of whose gradients is zero up to rounding.
+    """Return a Glow without gradients that are zero up to rounding.
 
     Adam's first step is lr times the sign of the gradient. If that sign came from rounding, the
     curves would differ by 1e-4. The networks' last layers are therefore not zero, and actnorm is

@@ -77,7 +77,7 @@ def test_passes_of_few_columns_and_samples_change_nothing(monkeypatch):
     with torch.no_grad():
         whole = model.manifold_log_prob(x)
         estimated = model.manifold_log_prob(x, method="hutchinson", generator=seeded())
-        # Four samples or columns of 16 pixels.
+        # A pass now takes four samples or columns of 16 pixels.
         monkeypatch.setattr("mflow_kernels.models.volume.PASS_ELEMENTS", 64)
         assert_close(model.manifold_log_prob(x).value, whole.value, terms=100)
         parts = model.manifold_log_prob(x, method="hutchinson", generator=seeded())

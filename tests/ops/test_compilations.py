@@ -1,4 +1,4 @@
-"""Triton's own launch path, without a GPU: which launches compile, and on which device they run."""
+"""Launches through Triton's own path, without a GPU: what they compile, and on which device."""
 
 import os
 import subprocess

@@ -122,7 +122,7 @@ def test_no_hidden_copy(op, layout, kernel_device):
 
     outputs, cost = allocated(lambda: op.call(*inputs.values(), **options(op)))
     assert cost < size(outputs) + slack
-    # A cotangent in the layout of its output, as the next operator's backward gives it.
+    # The cotangents have the layouts of their outputs, like those from a next operator's backward.
     cotangents = [torch.randn_like(y) for y in outputs]
     grads, cost = allocated(lambda: torch.autograd.grad(outputs, learned(inputs), cotangents))
     assert cost < size(grads) + slack
@@ -137,7 +137,7 @@ def test_a_copy_would_be_seen():
 @pytest.mark.parametrize("dtypes", [torch.float32, torch.bfloat16], ids=str)
 @every_exact
 def test_autocast_changes_no_bit(op, dtypes, device):
-    """Under autocast networks compute in bfloat16, operators in the precision of the state."""
+    """Under autocast, only networks compute in bfloat16; operators keep the state's precision."""
     inputs = sample(op, (2, 6, 4, 3), (torch.float32, dtypes), device)
     expected = run(op, inputs)
     with torch.autocast(device.type, dtype=torch.bfloat16):

@@ -69,7 +69,7 @@ def test_inverse_undoes(scale, device):
     x, params = normal(*shape, device=device), normal(*params_shape(shape), device=device)
     y, logdet = ops.affine_coupling(x, params, scale)
     back, negative = ops.affine_coupling_inverse(y, params, scale)
-    # x comes back through 1 / s of y's rounding, and y is s times larger than x.
+    # The inverse multiplies the rounding of y by 1 / s, and y is s times larger than x.
     raw = params.double()[:, :4]
     growth = torch.exp(torch.maximum(raw.abs(), -torch.nn.functional.logsigmoid(raw + 2))).max()
     assert_close(back, x.double(), scale=growth.item() * y.abs().max().item())
@@ -80,14 +80,14 @@ def test_inverse_undoes(scale, device):
 @pytest.mark.parametrize("raw", [-1e4, -120.0, 120.0, 1e4])
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
 def test_extreme_params(op, scale, raw, device):
-    """logdet is exact even if s under- or overflows; gradients are if s is in range."""
+    """logdet is exact even if s under- or overflows. Gradients are exact if s is in range."""
     inputs = sample(op, (2, 3, 2, 2), device=device)
     with torch.no_grad():
         inputs["params"][:, :2] = raw
     y, logdet = op.call(*inputs.values(), scale=scale)
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}
     expected = op.expected(*exact.values(), scale=scale)
-    # s near 1 rounds by eps, however near 0 its logarithm is: hence magnitude 1.
+    # s near 1 rounds by eps even if its logarithm is near 0, so the scale of errors is 1.
     assert_close(logdet, expected[1], terms=8, scale=1.0)
     log_s = (expected[1] / 8).max().item()
     if log_s < 88:  # e^88 is the largest float32

@@ -21,8 +21,8 @@ from mflow_kernels.ops.coupling_network_kernels import launch_network, pack
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
-# x's shape, width and C_out. Vectors; one pixel; one row; odd channels and sizes with several tiles
-# of pixels; d W2 apart from the kernels; taps in several blocks of columns; wide states.
+# x's shape, width and C_out. The cases: vectors; one pixel; one row; odd channels and sizes with
+# several tiles of pixels; dW2 outside the kernels; taps in several blocks of columns; wide states.
 CASES = [
     ((37, 9), 40, 10),
     ((1, 1, 1, 1), 16, 2),
@@ -32,12 +32,13 @@ CASES = [
     ((1, 9, 4, 4), 136, 30),
     ((1, 22, 3, 3), 40, 44),
 ]
-# Tiles of 64 pixels: several that begin and end within a row, two in one row, and whole rows.
+# Tiles of 64 pixels. The cases: tiles that begin and end within a row; two tiles in one row; tiles
+# of whole rows.
 TILED = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounds to a dtype on the way forward, and gradients on the way back."""
+    """Rounds values to a dtype in the forward pass, and gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,13 +95,14 @@ def compare(given: list[Tensor]) -> None:
     want = gradients(lambda *t: reference(list(t), x.dtype), doubled, dparams.double())
     pixels = x.numel() // x.shape[1]
     width, taps = given[1].shape[0], given[1][0, 0].numel()
-    # Hidden gradients are sums over taps and width; those of weights, of terms of one over pixels.
+    # Hidden gradients are sums over taps and width. Gradients of weights are sums over pixels, of
+    # terms of order one.
     forward, backward = taps * width, taps * width + pixels
     names = ("params", "dx", "dw1", "db1", "dw2", "db2", "dw3", "db3")
     for name, a, b in zip(names, got, want, strict=True):
         assert a.dtype == (x.dtype if name in ("params", "dx") else given[1].dtype), name
         if a.dtype == torch.float32 and x.dtype != torch.float32:
-            # Rounded factors of a product in float32: as exact as x's dtype allows.
+            # A float32 product of rounded factors is only as exact as the dtype of x.
             a = a.to(x.dtype)
         terms = forward if name == "params" else backward
         size = (pixels**0.5) if name.startswith("d") and name != "dx" else 0.0
@@ -140,7 +142,7 @@ def test_layouts(kernel_device: torch.device, layout: str) -> None:
 
 
 def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
-    """As under autocast: weights in float32, gradients too."""
+    """Weights and their gradients are in float32, as under autocast."""
     given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
     compare(given)
 
@@ -150,7 +152,7 @@ def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
 def test_hidden_tensors_change_no_bit(
     kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
 ) -> None:
-    """A reversible chain runs a network without them, and again with them."""
+    """A reversible chain runs a network twice: without stored hidden tensors, then with them."""
     given = [t.detach() for t in sample(*case, dtype, kernel_device)]
     x, w1, b1, w2, b2, w3, b3 = given
     packed = pack(x, w1, w2, w3)
@@ -166,7 +168,7 @@ def test_hidden_tensors_change_no_bit(
 
 
 def test_relu_keeps_nan(kernel_device: torch.device) -> None:
-    """Or a network that has diverged would look healthy."""
+    """Otherwise a network that has diverged would look healthy."""
     given = sample((1, 2, 3, 3), 16, 4, torch.bfloat16, kernel_device)
     with torch.no_grad():
         given[3][0] = float("nan")
@@ -178,7 +180,7 @@ def test_relu_keeps_nan(kernel_device: torch.device) -> None:
 @pytest.mark.parametrize("shape", [(3, 2), (2, 2, 2, 3)], ids=str)
 def test_gradcheck(shape: tuple[int, ...]) -> None:
     given = sample(shape, 3, 4, torch.float64, torch.device("cpu"))
-    assert torch.autograd.gradcheck(coupling_network_ref, given)  # of all: params, h1 and h2
+    assert torch.autograd.gradcheck(coupling_network_ref, given)  # checks params, h1 and h2
     assert torch.autograd.gradcheck(coupling_network, given)
 
 
@@ -199,7 +201,7 @@ def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtyp
 
 @pytest.fixture
 def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine whose convolutions and products add biases and apply ReLU; the calls of these."""
+    """The calls of convolutions and products that also add a bias and apply ReLU, as on a GPU."""
     calls: list[str] = []
 
     def convolution(
@@ -226,7 +228,7 @@ LAYERED = [((5, 3), 6, 4), ((1, 2, 1, 1), 7, 2), ((2, 3, 5, 4), 130, 6), ((2, 49
 def test_layer_by_layer(
     case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, epilogues: list[str]
 ) -> None:
-    """Networks that no kernel computes: values and gradients of torch's layers."""
+    """Networks without a kernel have the values and gradients of torch's layers."""
     given = sample(*case, dtype, torch.device("cpu"))
     expected = coupling_network_ref(*given)[0]
     dparams = normal(*expected.shape).to(dtype)
@@ -268,7 +270,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_cpu_has_no_epilogues() -> None:
-    """There a network stays with torch's layers, in the interpreter of kernels too."""
+    """A network on a CPU runs torch's layers, under the interpreter of kernels too."""
     given = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
     assert module.implementation(given[0], given[1:]) == "torch"
 
@@ -286,11 +288,11 @@ def test_a_cpu_has_no_epilogues() -> None:
 def test_candidates_on_a_card(
     dtype: torch.dtype, channels: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a card compares: every implementation that fits, on numbers that show a difference."""
+    """A card compares every implementation that supports the network."""
     found: list[str] = []
 
     class OnCard:
-        """A tensor that says that it is on a card."""
+        """A CPU tensor whose `is_cuda` is true."""
 
         def __init__(self, x: Tensor) -> None:
             self.__dict__["x"] = x

@@ -37,10 +37,10 @@ if cpu._C is None:
     pytest.skip("csrc is not built", allow_module_level=True)
 
 FLOATS = [torch.float32, torch.float64]
-# Beside those of the operators: a batch of vectors and a row past one tile of 1,024 elements, with
-# no multiple of it; rows of few channels; more channels than a tile.
+# Further shapes: vectors and rows longer than a tile of 1,024 elements and not a multiple of it;
+# rows of few channels; more channels than a tile.
 MORE = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2), (0, 4, 2)]
-# With the default scale, s and 1 / s are at most e^2, by which a rounding error may grow.
+# The default scale bounds s and 1 / s by e^2, so a rounding error grows at most by this factor.
 GROWTH = 7.4
 
 
@@ -58,7 +58,7 @@ def exact(*tensors: Tensor) -> list[Tensor]:
 def sample(
     shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """A state, its params, a gradient of the state, and one of each log-determinant."""
+    """A state, its params, a gradient of the state and a gradient of the log-determinants."""
     state, dstate = (normal(*shape, dtype=dtype, layout=layout) for _ in range(2))
     params = normal(*params_shape(shape), dtype=dtype, layout=layout)
     return state, params, dstate, normal(shape[0], dtype=dtype)
@@ -118,12 +118,13 @@ def test_every_scale(scale, inverse, kept, dtype):
 
 
 def log_scale_and_slope(raw: Tensor, scale: ScaleFunction) -> tuple[Tensor, Tensor]:
-    """Both by the loops: one channel a sample, so that the ledger is log s; and dlogdet = 1."""
+    """Compute both by the loops. Each sample has one scaled channel, so the ledger is log s; with
+    dlogdet = 1, the gradient of raw is the slope."""
     x, params = raw.new_zeros(len(raw), 2), torch.stack([raw, torch.zeros_like(raw)], dim=1)
     ledger = cpu.couple(x, params, scale, False)[1]
     ones = raw.new_ones(len(raw))
     slope = cpu.couple_backward(x, ones, x, params, scale, False)[1][:, 0]
-    if scale.kind == "exp":  # s = e^raw overflows, and is multiplied by a gradient of 0
+    if scale.kind == "exp":  # s = e^raw overflows, and infinity times a gradient of 0 is NaN
         slope = slope.where(log_scale_ref(raw, scale).exp().isfinite(), 1.0)
     return ledger[:, 0], slope
 
@@ -137,15 +138,15 @@ def test_accurate_to_the_last_places(scale, dtype):
     raw = raw[raw.abs() <= 300]
     got = log_scale_and_slope(raw, scale)
     log_s = log_scale_ref(raw.double(), scale)
-    if scale.kind == "tanh":  # 1 - tanh^2 in float64 has lost its digits far out
+    if scale.kind == "tanh":  # for large raw, 1 - tanh^2 has no correct digits even in float64
         wants = log_s, 1 / torch.cosh(raw.double() / scale.clamp).square()
     else:
         wants = log_s, slope_ref(raw.double(), log_s, scale)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    # A slope that vanishes as e^-|raw| feels the rounding of raw / clamp and raw + offset.
+    # A slope that falls as e^-|raw| amplifies the rounding of raw / clamp and raw + offset.
     growth = 1 + 2 * raw.double().abs()
     for name, a, b, grown in zip(("log s", "slope"), got, wants, (1, growth), strict=True):
-        # If s is near 1, its logarithm has lost digits that s still has.
+        # If s is near 1, its rounding error is large relative to its logarithm.
         absolute = 4 * eps if scale.kind == "sigmoid" else 4 * tiny
         error = (a.double() - b).abs()
         assert (error <= 8 * eps * grown * b.abs() + absolute).all(), name
@@ -244,7 +245,7 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
     c_a = c // 2
     y, _, dy, _ = sample(shape, layout, dtype)
     dnet = None if bare else normal(n, c_a, *spatial, dtype=dtype)
-    # One half a view, the other a tensor of its own, as the reversible backward pass has them.
+    # One half is a view and the other its own tensor, as in the reversible backward pass.
     halves = (y[:, :c_a], y[:, c_a:].clone()), (dy[:, :c_a], dy[:, c_a:].clone())
     weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
     inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
@@ -389,7 +390,7 @@ ODD_SHAPES = [(2, 1, 16, 7), (2, 4, 3, 5), (1, 3, 1, 6), (3, 2, 1, 1), (0, 3, 4,
 @pytest.mark.parametrize("of_gradient", ODD_VIEWS)
 @pytest.mark.parametrize("of_state", ODD_VIEWS)
 def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkeypatch):
-    """Called without the dispatcher, as layers do, so that nothing resolves the view first."""
+    """The calls bypass the dispatcher, as layers do, so that nothing resolves the view first."""
     monkeypatch.setattr(import_module("mflow_kernels.ops.launch"), "KERNELS_ON_CPU", False)
     c = shape[1]
     x = dense_pixels(ODD_VIEWS[of_state](normal(*shape))).requires_grad_()
@@ -415,8 +416,8 @@ def test_any_layout_of_states_and_gradients(of_state, of_gradient, shape, monkey
 
 
 def test_an_error_in_a_worker_is_an_error_of_the_call(tmp_path):
-    """An error in one share of the work or in several, as of a failed allocation, reaches the
-    caller after all shares have ended, because they write to the caller's memory."""
+    """An error in any share of the work, such as a failed allocation, reaches the caller after all
+    shares have ended, because they write to the caller's memory."""
     source = tmp_path / "main.cpp"
     source.write_text(r"""
         #include <atomic>

@@ -15,7 +15,7 @@ CARD = torch.device("cuda", 0)
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file of choices, on a machine with a card whose times are what functions return."""
+    """The file of choices, on a machine with a simulated card; functions return their times."""
     path = tmp_path / "cache" / "mflow_networks.json"
     monkeypatch.setattr(fastest, "_file", lambda: path)
     monkeypatch.setattr(fastest, "seconds", lambda function: function().seconds)
@@ -51,7 +51,7 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert choose("a", took(1.0), took(2.0))
     assert not choose("b", took(2.0), took(1.0))
     assert choose("a", never, never)
-    fastest._choices.cache_clear()  # another process
+    fastest._choices.cache_clear()  # as in another process
     assert choose("a", never, never)
     assert not choose("b", never, never)
     assert list(file.parent.iterdir()) == [file]
@@ -104,7 +104,7 @@ def broken() -> Took:
     ids=["raises", "differs", "nan", "another shape"],
 )
 def test_a_candidate_that_is_wrong_is_left_out(file: Path, wrong: Callable[[], Took]) -> None:
-    """However fast it is; with one warning, and in later processes too."""
+    """It is left out however fast it is, with one warning, and in later processes too."""
     rounded = took(2.0, torch.tensor([1.0, 1.0, 1.01]))
     candidates = {"torch": took(3.0), "layers": rounded, "kernels": wrong}
     with pytest.warns(UserWarning, match="'kernels' is not used on this card") as warned:

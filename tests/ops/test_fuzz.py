@@ -1,6 +1,6 @@
-"""Every public operator on random shapes, dtypes and memory layouts, with its values and gradients
-against the float64 formula. Case i depends on i alone (and on TRITON_INTERPRET, under which states
-are smaller): MFLOW_FUZZ=10000 runs cases 0 to 9,999, and MFLOW_FUZZ=4321:4322 runs one again."""
+"""Every public operator on random shapes, dtypes and memory layouts. Values and gradients are
+compared with the formula in float64. Case i depends only on i, and on TRITON_INTERPRET, which makes
+states smaller. MFLOW_FUZZ=10000 runs cases 0 to 9,999, and MFLOW_FUZZ=4321:4322 runs one again."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def shape_of_a_state(rng: random.Random, channels: int) -> tuple[int, ...]:
             return shape
 
 
-# Each makes a tensor of x's shape and dtype that lies in memory in another way.
+# Each function returns a tensor of x's shape and dtype with another memory layout.
 
 
 def _permuted(x: Tensor, rng: random.Random) -> Tensor:
@@ -78,7 +78,7 @@ def _negated_lazily(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def _odd_strides(x: Tensor, rng: random.Random) -> Tensor:
-    """Change strides that nothing uses: of axes of length 1, and all those of an empty tensor."""
+    """Change strides that nothing uses: those of axes of length 1, and all in an empty tensor."""
     lengths = zip(x.shape, x.stride(), strict=True)
     strides = [s if n > 1 and x.numel() else rng.randrange(2000) for n, s in lengths]
     return x.as_strided(x.shape, strides)
@@ -125,8 +125,8 @@ def compare(
 ) -> None:
     """Compare values and gradients with `reference` in float64.
 
-    `magnitude` is the reference of absolute values: a sum that cancels has the rounding errors of
-    its terms.
+    `magnitude` is the reference with absolute values: the rounding errors of a sum depend on the
+    size of its terms, which may cancel.
     """
     exact, positive = ([t.detach().double().requires_grad_() for t in leaves] for _ in range(2))
     want, sizes = reference(*exact), magnitude(*positive)
@@ -239,7 +239,7 @@ def run_masked_penalty(case: Case) -> None:
 
     def magnitude(*tensors: Tensor) -> tuple[Tensor, ...]:
         penalty, gaussian = reference(*tensors)
-        return penalty, -gaussian  # then the gradients of both have e's sign
+        return penalty, -gaussian  # so that the gradients of both have the sign of e
 
     compare(case, names, leaves, got, reference, magnitude, terms)
 

@@ -132,7 +132,7 @@ def test_the_number_of_a_column_fits_in_32_bits():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
-    """Fake tensors give the shape and layout of every result, also for a GPU that is not there."""
+    """Operators on fake tensors give the shape and layout of every result, even without a GPU."""
     asked = (torch.cuda, "current_device"), (torch.cuda, "is_current_stream_capturing")
     for module, name in asked:
         monkeypatch.setattr(module, name, lambda: pytest.fail("asked CUDA"))

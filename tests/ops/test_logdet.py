@@ -6,7 +6,7 @@ from mflow_kernels import ops
 from mflow_kernels.testing import assert_close
 
 
-# T of 0, of one column, of a whole block (1,024) and of one more.
+# T is 0, one column, a few, a whole block (1,024) and one more than a block.
 @pytest.mark.parametrize("shape", [(3, 0), (1, 1), (2, 3), (4, 1024), (2, 1025)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sums_each_sample(shape, dtype, device):
@@ -15,7 +15,7 @@ def test_sums_each_sample(shape, dtype, device):
     total = ops.accumulate_logdet(ledger, constant)
     terms = max(1, shape[1])
     assert total.dtype == dtype
-    # Random signs cancel: a partial sum is as large as the root of how many terms it has.
+    # Random signs cancel, so a sum of T terms is about sqrt(T) in size.
     exact = ledger.double().sum(1) + constant.double()
     assert_close(total, exact, terms=terms, scale=terms**0.5)
     g = torch.randn_like(total)

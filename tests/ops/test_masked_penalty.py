@@ -98,7 +98,7 @@ def check(
     expected = torch.autograd.grad(want, exact, [s.double() for s in seeds])
     for name, leaf, a, b in zip(("dinput", "dtarget"), leaves, grads, expected, strict=False):
         assert a.dtype == leaf.dtype
-        if x.dim() <= 5:  # beyond, a flattened copy may stand in
+        if x.dim() <= 5:  # with more axes, the gradient may be that of a flattened copy
             assert a.stride() == torch.empty_like(leaf).stride()
         assert_close(a, b, terms=4, name=name)
 
@@ -233,7 +233,7 @@ def test_bool_masks_leave_nan_and_infinity_out(
     mask = random(shape, torch.float32, device, 2) > 0
     for bad in (math.nan, math.inf, -math.inf):
         for penalized in (True, False):
-            # Bad where the sum under test does not look.
+            # The bad values are outside the part that the tested sum covers.
             x = clean.masked_fill(~mask if penalized else mask, bad)
             results = []
             for values in (clean, x):
@@ -244,7 +244,7 @@ def test_bool_masks_leave_nan_and_infinity_out(
             for a, b in zip(*results, strict=True):
                 assert torch.equal(a, b)
                 assert a.isfinite().all()
-    # In the part that is summed they count, and without a mask that is all.
+    # Bad values inside the part that is summed do count; without a mask, everything is summed.
     x = clean.masked_fill(mask, math.nan)
     assert masked_penalty_gaussian(x, rho=rho)[0].isnan().all()
     assert masked_penalty_gaussian(x, rho=rho)[1].eq(0).all()

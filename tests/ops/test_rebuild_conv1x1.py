@@ -50,7 +50,7 @@ def test_rebuilt_conv1x1_matches_the_reference(
 
     def halves() -> Halves:
         state = normal(*shape, device=kernel_device, layout=layout)
-        # One half a view, the other a tensor of its own, as the reversible backward pass has them.
+        # One half is a view and the other its own tensor, as in the reversible backward pass.
         return state[:, :c_a], state[:, c_a:].clone()
 
     y, dy = halves(), halves()
@@ -114,14 +114,15 @@ def results(made: RebuiltConv1x1) -> list[Tensor]:
 def test_partial_sums_are_no_larger_than_the_state(
     monkeypatch: pytest.MonkeyPatch, splits: Callable[[Tensor, int], int], c: int, side: int
 ) -> None:
-    """Of 16 samples. There is at least one partial sum, and not more values than in the state."""
+    """There is at least one partial sum. If there are more, together they have at most as many
+    values as the state."""
     for module in ("rebuild_conv1x1", "channel_products"):
         monkeypatch.setattr(f"mflow_kernels.ops.{module}.uses_triton", lambda x: True)
     state = torch.empty(16, c, side, side, device="meta")
     count = splits(state, c)
     assert count >= 1
     assert count == 1 or count * c * c <= state.numel()
-    assert count > 1 or 2 * c * c > state.numel()  # nor fewer than need be
+    assert count > 1 or 2 * c * c > state.numel()  # one only if two do not fit
 
 
 def test_outer_sum_recovers_the_gradient_of_the_weight() -> None:

@@ -1,4 +1,4 @@
-"""`rebuild_coupling`, values and gradients, against its reference in float64."""
+"""Values and gradients of `rebuild_coupling`, compared with its float64 reference."""
 
 import math
 
@@ -11,7 +11,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.table import params_shape
 from mflow_kernels.testing import assert_close
 
-# The growth of a rounding error in y = z / s - shift, dy and dparams: s and 1 / s are at most e^2.
+# s and 1 / s are at most e^2, so rounding errors of y = z / s - shift, dy and dparams grow by this.
 REBUILT_SCALE = math.e**2
 
 

@@ -32,7 +32,7 @@ def test_operators_carry_tangents(name, device):
 @pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_flows_carry_tangents(reversible, grad, device):
-    """Against the inner product with a gradient: w . (J v) = (J^T w) . v."""
+    """Tangents agree with gradients: w . (J v) = (J^T w) . v."""
     flow = Glow((2, 4, 4), 2, 2, 4, reversible=reversible).double().to(device)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -61,7 +61,7 @@ def test_flows_carry_tangents(reversible, grad, device):
 def test_a_split_carries_tangents():
     split = Split(4, width=4).double()
     x, v = normal(2, 4, 2, 2, dtype=torch.float64), normal(2, 4, 2, 2, dtype=torch.float64)
-    # Fresh, its network is 0: it scales by a constant, shifts by none.
+    # The network of a new split returns 0, so the split scales by a constant and shifts by 0.
     (kept, left) = tangents(lambda x: split(x)[0], [x], [v])
     assert torch.equal(kept, v[:, :2])
     (_, latent), logdet = split(x)

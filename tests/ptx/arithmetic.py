@@ -84,7 +84,7 @@ def _binary(t: Translator, i: Instruction) -> None:
 
 
 def _pair_of_integers(t: Translator, i: Instruction) -> None:
-    """The sum of the lower halves and that of the upper ones: no carry in between."""
+    """Add the lower halves and the upper halves, without a carry between them."""
     if i.name != "add":
         raise Unsupported(i.op)
     a, b = (t.read(x, "b32") for x in i.args[1:])
@@ -223,7 +223,7 @@ def _setp(t: Translator, i: Instruction) -> None:
 
 
 def _setp_of_a_pair(t: Translator, i: Instruction) -> None:
-    """p|q: what the lower halves of the operands say, and what the upper ones say."""
+    """p|q: the comparison of the lower halves, and that of the upper halves."""
     comparison, kind = i.parts[1], i.type.removesuffix("x2")
     both = str(i.args[0]).split("|")
     if comparison not in COMPARISONS or comparison == "ne" or len(i.parts) > 3 or len(both) != 2:

@@ -12,8 +12,8 @@ from ptx.report import Report
 from ptx.translator import Translator
 
 # Registers on entry. %a0, %a1, ...: addresses of the arrays; %n0, ...: the integers; %r0: index of
-# the thread in its block; %r3: in the grid; %d1, %d0: 4 times these; %r5: address of shared memory;
-# %r6: address of the thread's word there.
+# the thread in its block; %r3: index of the thread in the grid; %d1: 4 * %r0; %d0: 4 * %r3;
+# %r5: address of shared memory; %r6: address of the thread's word there.
 _HEAD = """
 .version 8.0
 .target sm_80

@@ -47,7 +47,7 @@ class Lanes:
         self.report.fault(kind, at, len(who), example)
 
     def whole(self, mask: Array | None, at: int, what: str, size: int = 32) -> None:
-        """Report a warp, or a group of `size` threads, of which only some threads are active."""
+        """Report a warp, or a group of `size` threads, in which only some threads are active."""
         if mask is None:
             return
         active = mask.reshape(-1, size).sum(1)

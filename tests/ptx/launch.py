@@ -51,8 +51,8 @@ class Launched:
 class Device:
     """The part of a Triton driver that compiling and launching need.
 
-    With `raises`, a launch with a fault raises `Violation`. `late` is that of `TensorCores`. Tests
-    of the checks set `edit`, which changes the PTX before it runs.
+    With `raises`, a launch with a fault raises `Violation`. `TensorCores` gets `late`. Tests of the
+    checks set `edit`, which changes the PTX before it runs.
     """
 
     def __init__(self, arch: str, late: bool = False, raises: bool = True) -> None:
@@ -124,7 +124,7 @@ class Device:
         return self.programs[ptx]
 
     def forget(self) -> None:
-        """Drop the records of the test before."""
+        """Drop the records of all launches so far."""
         self.launches.clear()
         self.blank.clear()
 

@@ -1,8 +1,8 @@
 """Runs a kernel over a grid: program counters, warps and barriers.
 
-Each thread has a program counter. Of the basic blocks that threads have reached, the first one in
-the program runs next, for all threads that are there. The machine runs as many blocks of the grid
-at once as have `AT_ONCE` threads.
+Each thread has a program counter. Among the basic blocks that threads have reached, the first one
+in the program runs next, for all threads that have reached it. The machine runs several blocks of
+the grid at once, with up to `AT_ONCE` threads in all.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ptx.translator import Translator
 
 AT_ONCE = 16384
 STEPS = 2_000_000  # basic blocks of a batch; a kernel that runs more counts as endless
-# How many blocks of a grid have their shared memory searched for races: the first and last ones.
+# Number of blocks, the first and last of the grid, whose shared memory is searched for races.
 CHECKED_BLOCKS = 8
 
 
@@ -33,7 +33,7 @@ class Program:
 
 
 class Machine:
-    """One launch. `shared`: its dynamic shared memory in bytes; `late`: that of `TensorCores`."""
+    """One launch. `shared` is its dynamic shared memory in bytes; `TensorCores` gets `late`."""
 
     def __init__(
         self,

@@ -153,7 +153,7 @@ def _cp(t: Translator, i: Instruction) -> None:
         t.write(f"M.shared.commit({t.mask()})")
         return t.write(f"M.shared.wait(0, {t.mask()})")
     size = int(str(i.args[2]), 0)
-    # The rest of `size` bytes becomes zero.
+    # The copy reads `taken` bytes and sets the rest of `size` to zero.
     taken = t.read(i.args[3], "u32") if len(i.args) > 3 else f"u4({size})"
     t.write(
         f"M.shared.copy_async(M.memory, {t.address(i.args[0], 'shared')},"

@@ -169,7 +169,7 @@ def _blocks(kernel: Kernel) -> list[tuple[int, int]]:
 
 
 def _statements(body: str) -> Iterator[str]:
-    """The statements of a kernel's body; a brace of a scope and a label are statements too."""
+    """The statements of a kernel's body. Braces of scopes and labels count as statements."""
     at, current = 0, ""
     while at < len(body):
         ch = body[at]

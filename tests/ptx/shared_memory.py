@@ -37,16 +37,16 @@ class SharedMemory:
         self.data = np.full(lanes.blocks * self.pitch, 0xFF, u1)
         grains = len(self.data) // grain
         self.written = np.zeros(grains, bool)
-        # For each grain: the last writer, with its counts of barriers, warp barriers and fences
-        # when it wrote;
+        # The last writer of each grain, with its counts of barriers, warp barriers and fences when
+        # it wrote.
         self.writer, self.write_epoch = np.full(grains, NEVER, i4), np.full(grains, NEVER, i4)
         self.write_warp_epoch, self.write_fences = np.zeros(grains, i4), np.zeros(grains, i4)
-        # the first and last thread among the readers since the last barrier;
+        # The first and last thread among a grain's readers since the last barrier.
         self.read_epoch, self.read_warp_epoch = np.full(grains, NEVER, i4), np.zeros(grains, i4)
         self.first_reader, self.last_reader = np.zeros(grains, i4), np.zeros(grains, i4)
-        # and whether an asynchronous copy to it, or a product that reads it, is in flight.
+        # Whether an asynchronous copy to a grain, or a product that reads it, is in flight.
         self.arriving, self.in_product = np.zeros(grains, bool), np.zeros(grains, bool)
-        self.fences = np.zeros(lanes.count, i4)  # between a thread's stores and tensor cores
+        self.fences = np.zeros(lanes.count, i4)  # fences between a thread's stores and tensor cores
         self.copies: list[Copy] = []
         self.committed = np.zeros(lanes.count, i4)
 
@@ -197,7 +197,8 @@ class SharedMemory:
         valid = self.read_epoch[grains] == now
         low = np.where(valid, np.minimum(self.first_reader[grains], tid), tid)
         high = np.where(valid, np.maximum(self.last_reader[grains], tid), tid)
-        # Threads rise along the axis: of those that read one grain, the first is stored last.
+        # Numpy keeps the last value for a repeated index, and threads ascend along the axis. The
+        # reversed order therefore keeps the first reader of a grain.
         self.first_reader[grains[::-1]] = low[::-1]
         self.last_reader[grains] = high
         self.read_epoch[grains] = now

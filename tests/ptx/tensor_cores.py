@@ -98,10 +98,10 @@ class TensorCores:
         self, n: int, kind: str, c: list[Array], a: Array | list[Array], b: Array,
         a_transposed: bool, b_transposed: bool, keep: Array, mask: Array | None, at: int,
     ) -> list[Array]:  # fmt: skip
-        """D = A B (+ D). B lies in shared memory behind a descriptor; A does too, or in registers.
+        """D = A B (+ D). B is in shared memory, given by a descriptor; A is too, or in registers.
 
-        The hardware may read the operands of the whole group for any thread, and so the checks
-        treat them.
+        The hardware may read the whole group's operands for any thread, so the checks count every
+        thread of the group as a reader.
         """
         self.lanes.whole(mask, at, "wgmma", 128)
         every = self.lanes.count // 128

@@ -1,4 +1,4 @@
-"""Compiled Triton kernels on the machine: right numbers, and bugs planted in their PTX."""
+"""Compiled Triton kernels on the machine: their results, and bugs planted in their PTX."""
 
 import os
 import re
@@ -119,9 +119,9 @@ def test_products_of_tensor_cores_are_exact(
 
 
 def test_a_race_that_triton_compiles(device: Device) -> None:
-    """tf32 on sm_90 with an operand that is also added up: the next tile's copy lands in the one
-    buffer while the product may still read it, and it reads the wrong tile if it reads late. The
-    machine must see the first without the second."""
+    """A tf32 product on sm_90 whose operand is also summed has a single buffer. The next tile is
+    copied there while the product may still read it, and a late product reads the wrong tile. The
+    machine must report the race even if the result is right."""
     device.arch = "sm_90"
     exact, report = dot(device, torch.float32, 64, 64, stages=2, total=True)
     if not report.faults:
@@ -138,7 +138,7 @@ def test_a_race_that_triton_compiles(device: Device) -> None:
 
 
 def conv1x1(channels: int, side: int) -> Callable[[], Tensor]:
-    """A launch's error."""
+    """Return a function that launches the convolution and returns its error."""
     x, w = torch.randn(2, channels, side, side), torch.randn(channels, channels)
     want = torch.einsum("oc,nchw->nohw", w.double(), x.double())
     return lambda: ops.conv1x1(x, w).double() - want

@@ -1,5 +1,5 @@
-"""The machine on kernels written by hand: right numbers, and each kind of fault where one is
-planted."""
+"""The machine on kernels written by hand: it computes the right numbers, and reports each kind of
+fault that is planted."""
 
 import numpy as np
 import pytest

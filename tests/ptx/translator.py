@@ -74,7 +74,7 @@ class Translator:
         for at in range(start, end):
             now = self.kernel.instructions[at]
             if now.jumps or now.waits:
-                continue  # the machine's part
+                continue  # the machine handles these
             self.at, self.now = at, now
             try:
                 INSTRUCTIONS[now.name](self, now)

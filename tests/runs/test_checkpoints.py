@@ -38,8 +38,8 @@ def assert_same(folder, whole):
 def train_in_a_fork(command, dies_before=None):
     """Run `mflow` in a child process and return its exit code.
 
-    With `dies_before`, four values (owner, name, which, number), the child kills itself with
-    SIGKILL before the `number`-th call of `owner.name` for whose arguments `which` holds.
+    With `dies_before`, a tuple (owner, name, which, number), the child kills itself with SIGKILL
+    before the `number`-th call of `owner.name` whose arguments satisfy `which`.
     """
     child = os.fork()
     if child:
@@ -144,7 +144,7 @@ def test_damaged_checkpoints_are_refused(command, run, capsys):
 def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, tmp_path, trained, capsys):
     folder = tmp_path / "run"
     assert main(command) == 0
-    (folder / LAST).unlink()  # go on from the one of step 4
+    (folder / LAST).unlink()  # continue from the checkpoint of step 4
     before = (folder / PREVIOUS).read_bytes()
     full = folder / f".{LAST}.{os.getpid()}.tmp"
 
@@ -169,7 +169,7 @@ def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, traine
 
 
 def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monkeypatch):
-    """After a power cut, the rows of all steps that a checkpoint has taken are there."""
+    """Otherwise a power cut could lose rows of steps that a checkpoint includes."""
     events = []
     save = torch.save
     monkeypatch.setattr(

@@ -53,7 +53,7 @@ class TestPresets:
         assert (config.rho, config.epochs) == ("l1", 9)
         assert (config.width, config.stage_dims) == (8, [4])
         capsys.readouterr()
-        # A run that resumes has its options: a preset would be ignored.
+        # A resumed run keeps its options, so a preset would be ignored.
         assert main([*command, "--resume"]) == 2
         assert "--preset: expected none with --resume" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ class TestExport:
         assert all(p.requires_grad for p in model.parameters())
         assert {f.name for f in exported.iterdir()} == {"model.safetensors", "model.json"}
         weights, description = (exported / name for name in ("model.safetensors", "model.json"))
-        assert weights.stat().st_mode == description.stat().st_mode  # as the umask has it
+        assert weights.stat().st_mode == description.stat().st_mode  # both as the umask allows
 
     def test_reading_needs_neither_lightning_nor_the_command_line(self, exported):
         code = f"""

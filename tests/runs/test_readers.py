@@ -1,5 +1,5 @@
-"""Each file that a command reads, torn, lying or hostile: one line on stderr, exit code 2, and
-nothing is written."""
+"""Files that commands read, when torn, inconsistent or hostile. Each gives one line on stderr and
+exit code 2, and nothing is written."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ BYTES = {
 
 
 def refused(command, folder, capsys):
-    """The one line that the command ends with, nothing being written."""
+    """Assert that a command fails with one line and writes nothing; return the line."""
     before = {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)}
     capsys.readouterr()
     assert main(command) == 2
@@ -63,14 +63,14 @@ def whole(trained):
 
 @pytest.mark.parametrize("kind", BYTES)
 def test_files_of_a_run(kind, run, capsys):
-    """Read by --resume, which reads all of them."""
+    """--resume reads all of these files."""
     (run / "previous.ckpt").unlink()
     resume = ["train", "--run-dir", str(run), "--resume"]
     for name in ("config.yaml", "metrics.csv", "images.csv", "last.ckpt"):
         path = run / name
         before = path.read_bytes()
         path.write_bytes(BYTES[kind](before))
-        # A crash may cut off the metrics: the whole rows are read.
+        # A crash may cut off the metrics, so their whole rows are still read.
         if not (name == "metrics.csv" and kind in ("empty", "half", "zeros")):
             assert name in refused(resume, run, capsys)
         path.unlink()
@@ -173,7 +173,7 @@ def test_weights_that_are_not_finite_reach_no_picture(whole, run, capsys):
     name = next(n for n in whole["state_dict"] if n.startswith("average.") and "weight" in n)
     broken = whole["state_dict"] | {name: whole["state_dict"][name] * math.nan}
     torch.save(whole | {"state_dict": broken}, run / "last.ckpt")
-    assert main(["sample", str(run), "--number", "1"]) == 0  # of the checkpoint before
+    assert main(["sample", str(run), "--number", "1"]) == 0  # from the checkpoint before
     assert "values that are not finite); taking previous.ckpt" in capsys.readouterr().err
     (run / "previous.ckpt").unlink()
     assert "values that are not finite" in refused(["sample", str(run)], run, capsys)
@@ -248,7 +248,7 @@ def test_weights_of_an_export(export):
 
 
 def test_a_run_without_a_changing_weight_resumes(run):
-    """It lacks the options and the column of the penalty's weight and delta."""
+    """Its files lack the options for a changing weight and for delta, and the weight's column."""
     later = ("final_weight", "weight_steps", "error_bound", "delta")
     config = run / "config.yaml"
     lines = config.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Run folders: which images a run knows, who writes them, and what a broken-off run repeats."""
+"""Run folders: the images that a run records, locks, and what an interrupted run repeats."""
 
 import csv
 import os
@@ -28,7 +28,7 @@ def command(images, tmp_path):
 
 
 def refused(command, capsys, code=2):
-    """The one line that a command ends with."""
+    """Assert that a command fails with one line; return the line."""
     capsys.readouterr()
     assert main(command) == code
     out, err = capsys.readouterr()
@@ -220,7 +220,7 @@ class TestTwoProcesses:
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(run), option]
         assert "--run-dir: another process is writing to" in refused(command, capsys)
         assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-        assert main(["sample", str(run), "--number", "1"]) == 0  # while it trains
+        assert main(["sample", str(run), "--number", "1"]) == 0  # needs no lock
         lock.release()
 
     def test_two_that_start_at_once(self, command):
@@ -269,7 +269,7 @@ class TestTwoProcesses:
 
 
 class TestResume:
-    # Validation comes after steps 2, 4 and 6, the last.
+    # Validation follows steps 2, 4 and 6, and 6 is the last step.
     @pytest.mark.parametrize(
         ("hook", "step"),
         [("training_step", 5), ("validation_step", 2), ("validation_step", 6)],

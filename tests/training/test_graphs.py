@@ -59,7 +59,7 @@ def test_a_stage_frees_the_memory_of_the_stage_before(fake_capture):
     loss, _ = step(0, x, losses_of(first), [first])
     loss.backward()
     step(1, x, losses_of(second), [second])
-    assert all(p.grad is None for p in first.parameters())  # they lay in that memory
+    assert all(p.grad is None for p in first.parameters())  # the gradients were in that memory
 
 
 def test_gradients_are_not_copied_out_of_the_graph(fake_capture, monkeypatch):
@@ -104,7 +104,7 @@ def test_networks_that_draw_random_numbers_train_without_graphs(monkeypatch, cap
 
 
 class Transfers(TorchDispatchMode):
-    """Refuses what a capture refuses: numbers read from the device, and numbers sent to it."""
+    """Refuses numbers that are read from the device or sent to it, as a capture does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func not in (
@@ -255,7 +255,7 @@ def test_a_capture_that_fails_on_a_gpu_leaves_nothing(capfd):
     assert "previous error" not in printed
     assert_close(loss.detach(), losses_of(plain)(x)[0], terms=32)
     loss.backward()
-    torch.testing.assert_close(graphed.state_dict(), plain.state_dict())  # the warm-up undone
+    torch.testing.assert_close(graphed.state_dict(), plain.state_dict())  # the warm-up was undone
     # Both raise if torch is still in a capture.
     torch.cuda.empty_cache()
     torch.randn(2, device="cuda")

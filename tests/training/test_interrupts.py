@@ -18,7 +18,7 @@ from mflow_kernels.training.module import FlowTraining
 def in_a_terminal(command, owner, name, number):
     """Run `mflow` in a child process with a terminal; return its exit code and what it shows.
 
-    The child gets SIGINT, as from Ctrl-C, at the beginning of the call `number` of `owner.name`.
+    The child gets SIGINT, as from Ctrl-C, when the `number`-th call of `owner.name` begins.
     """
     child, terminal = pty.fork()
     if child == 0:
@@ -46,7 +46,7 @@ def in_a_terminal(command, owner, name, number):
     try:
         while part := os.read(terminal, 4096):
             shown += part
-    except OSError:  # the child has closed the terminal
+    except OSError:  # raised when the child has closed the terminal
         pass
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()

@@ -140,8 +140,8 @@ def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     assert predicted.stage == len(config.stage_dims)
 
 
-# In a process of its own, in which launches compute nothing. Everything that a GPU would allocate
-# is allocated, by torch's CPU allocator.
+# This runs in its own process, where launches compute nothing. Torch's CPU allocator allocates
+# everything that a GPU would.
 FUSED = """
 import json
 from unittest.mock import patch
@@ -185,7 +185,7 @@ for options in json.loads({cases!r}):
 """
 FUSED_CASES = [
     {"width": 128},
-    {"width": 256, "steps": 3},  # a product of its own for the gradient of W2
+    {"width": 256, "steps": 3},  # the gradient of W2 is a separate product
     {"width": 32, "levels": 1},
     {"width": 128, "reversible": False},
     {"width": 160, "reversible": False},
@@ -204,7 +204,8 @@ def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
     assert done.returncode == 0, done.stderr
     for config, found in zip(configs, done.stdout.split(), strict=True):
         predicted = peak_memory(config)
-        outside = predicted.parameters + predicted.average + predicted.optimizer  # of the step
+        # Memory that the measured step does not allocate.
+        outside = predicted.parameters + predicted.average + predicted.optimizer
         assert predicted.total - outside == pytest.approx(int(found), rel=0.1), config
 
 

@@ -1,4 +1,4 @@
-"""The parts of `mflow plan` beside memory: steps, disk, the arithmetic of a step, and advice."""
+"""The parts of `mflow plan` other than memory: steps, disk, arithmetic of a step, and advice."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from mflow_kernels.training.step_kernels import flow_step, training_step
 
 ROOT = Path(__file__).parents[2]
 
-# In a process of its own, as the ledger turns the launchers to CPU tensors for good. The last count
-# is of the loss in the data domain, through the flow and its inverse.
+# This runs in its own process: importing the ledger makes launchers take CPU tensors for good. The
+# last count is that of a loss in the data domain, through the flow and its inverse.
 COUNT = """
 import json
 from benchmarks.reports import ledger, ledger_counts
@@ -64,16 +64,16 @@ DECODING = TrainConfig(
 CASES = [
     ("bfloat16", "ours, reversible", 128),
     ("bfloat16", "ours, stored", 128),
-    ("bfloat16", "ours, reversible", 256),  # a product of its own for the gradient of W2
+    ("bfloat16", "ours, reversible", 256),  # the gradient of W2 is a separate product
     ("float32", "ours, reversible", 128),
     ("float32", "ours, stored", 128),
 ]
 
 
 def test_the_arithmetic_of_a_step_is_the_ledgers_count():
-    """Within 8% for bytes and bounds of time, which leave small kernels out, and within 1% for
-    operations. The likelihood is trained, without the optimizer, as in the ledger; the last count
-    is of a penalty in the data domain."""
+    """Operations agree within 1%. Bytes and lower bounds of time agree within 8%, because the
+    arithmetic leaves small kernels out. As in the ledger, the likelihood is trained, without the
+    optimizer. The last count is that of a penalty in the data domain."""
     decoding = json.dumps(dataclasses.asdict(DECODING))
     done = subprocess.run(
         [sys.executable, "-c", COUNT.format(cases=json.dumps(CASES), decoding=decoding)],
@@ -115,12 +115,13 @@ class TestTrainingStep:
 
     def test_a_penalty_in_the_data_domain_takes_a_second_pass(self):
         assert self.flops(0, domain="data") == 2 * self.flops(0)
-        whole = {"manifold_dim": 3 * 32 * 32}  # nothing off the manifold: nothing to decode
+        whole = {"manifold_dim": 3 * 32 * 32}  # without v, nothing is decoded
         assert self.flops(0, domain="data", **whole) == self.flops(0, **whole)
 
     def test_a_later_stage_computes_its_data_by_the_earlier_ones(self):
         kept, released = self.flops(1), self.flops(1, release=True)
-        # Forward alone against forward, once more, and twice the products backward.
+        # Kept, the first stage runs forward once. Released, it runs forward twice, and backward
+        # with twice the products.
         assert 0.2 < kept / released < 0.4
         assert released > self.flops(0)
 
@@ -146,7 +147,7 @@ def test_the_images_of_named_data_sets_are_counted():
 
 def test_a_checkpoint_has_the_predicted_size(tmp_path):
     images, run = write_images(tmp_path / "images"), tmp_path / "run"
-    # Wide, so that its tensors and not the names in it take the file.
+    # The networks are wide, so that tensors and not their names take most of the file.
     options = [*TINY, "--width", "256", "--stage-width", "256"]
     assert main(["train", *options, "--data", str(images), "--run-dir", str(run)]) == 0
     size = (run / "last.ckpt").stat().st_size

@@ -1,4 +1,4 @@
-"""What may change when a run resumes, and runs that start from the weights of another."""
+"""Options that may change when a run resumes, and runs that start from another run's weights."""
 
 import csv
 import shutil
@@ -102,7 +102,7 @@ class TestInitFrom:
     def test_training_starts_from_the_averaged_weights(
         self, trained, command, tmp_path, monkeypatch
     ):
-        """Actnorm's weights too: a stage that was initialized is not initialized again."""
+        """Actnorm's weights are copied too: an initialized stage is not initialized again."""
         first = []
         original = FlowTraining.training_step
 
@@ -125,7 +125,7 @@ class TestInitFrom:
         assert main(["sample", str(tmp_path / "run"), "--number", "1"]) == 0
 
     def test_the_selection_of_latents_is_copied(self, run, command, tmp_path):
-        """A run may have another one than this version would choose."""
+        """A run may have another selection than this version would choose."""
         saved = checkpoint(run)
         state = saved["state_dict"]
         for name in [name for name in state if name.endswith("stages.0.manifold_index")]:

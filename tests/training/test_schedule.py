@@ -57,7 +57,7 @@ def test_a_budget_below_the_steps_taken_ends_the_stage():
 
 
 def test_passes_are_counted_if_the_batch_size_changes():
-    """7 of 5 steps a pass are 1.4 passes; 1.6 are left, which takes 4 steps of 2 a pass."""
+    """Seven steps at 5 a pass are 1.4 passes. At 2 steps a pass, the other 1.6 take 4 steps."""
     before = Schedule(config(), IMAGES)
     progress = before.progress(7)
     assert progress == Progress(7, (0,), Fraction(7, 5), Position(1, 4))
