@@ -122,7 +122,7 @@ else
   sizes=(--device cuda)
   cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys OMP_NUM_THREADS
   # test_plain_glow.py reads digits from a package that a GPU machine may lack.
-  tests=(tests/ops tests/layers tests/models --ignore tests/models/test_plain_glow.py)
+  tests=(tests/ops tests/layers tests/reversible tests/models --ignore tests/models/test_plain_glow.py)
   # If the CUDA build fails, build the CPU part for the tests after it, and report the failure.
   build=(bash -c 'MFLOW_CUDA=1 python3 setup.py build_ext --inplace ||
     { python3 setup.py build_ext --inplace; exit 1; }')

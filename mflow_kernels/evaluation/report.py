@@ -43,7 +43,7 @@ from mflow_kernels.evaluation.pictures import (
 )
 from mflow_kernels.evaluation.samples import (
     TEMPERATURES,
-    bin_centres,
+    model_input,
     project_images,
     samples_by_temperature,
 )
@@ -395,7 +395,7 @@ def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
     rows = {}
     for row in range(count):
         first, last = images.batch([row]), images.batch([count + row])
-        x0, x1 = bin_centres(first, run.model), bin_centres(last, run.model)
+        x0, x1 = model_input(first, run.model), model_input(last, run.model)
         context = context_of(run.model, x0)  # the class of the first image
         points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
         points = to_image(points[:, 0]).cpu()

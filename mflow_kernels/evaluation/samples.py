@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mflow_kernels.data.dequantization import to_image
+from mflow_kernels.data.dequantization import bin_centres, to_image
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.models import HierarchicalFlow
@@ -96,7 +96,7 @@ def project_images(
     Returns:
         uint8 images of the same shape on the CPU.
     """
-    x = bin_centres(images, model)
+    x = model_input(images, model)
     return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
 
 
@@ -111,7 +111,8 @@ def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -
     if missing == "half":
         known[..., width // 2 :] = False
     elif missing == "centre":
-        known[:, :, height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
+        top, left = height // 4, width // 4
+        known[:, :, top : height - top, left : width - left] = False
     else:
         generator = stream_generator(0, Stream.MISSING_PIXELS)
         known = torch.rand(known.shape, generator=generator) < 0.25
@@ -129,13 +130,13 @@ def inpaint_images(
     Returns:
         uint8 images of the same shape on the CPU.
     """
-    x = bin_centres(images, model)
+    x = model_input(images, model)
     context = context_of(model, x, classes)
     deviation = model.deviation(x, context=context)
     return to_image(model.inpaint(x, known.to(x.device), deviation, context=context)).cpu()
 
 
-def bin_centres(images: Tensor, model: HierarchicalFlow) -> Tensor:
-    """Return a model's input for uint8 images: the middle of each of 256 bins, without noise."""
+def model_input(images: Tensor, model: HierarchicalFlow) -> Tensor:
+    """Return a model's input for uint8 images: the middle of each of its bins, without noise."""
     device = next(model.parameters()).device
-    return (images.to(device).float() + 0.5) / 256 - 0.5
+    return bin_centres(images.to(device), 8 if model.n_bits is None else model.n_bits)

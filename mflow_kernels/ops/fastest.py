@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
@@ -48,7 +49,7 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
             candidate is used if no choice is known.
     """
     choices, first = _choices(), next(iter(candidates))
-    key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {key}"
+    key = _on_this_card(key, device)
     if choices.get(key) not in candidates:
         if torch.cuda.is_current_stream_capturing():
             return first
@@ -61,6 +62,17 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
         else:
             _save(choices)
     return choices[key]
+
+
+def _on_this_card(key: str, device: torch.device) -> str:
+    """`key` with the card and the versions of all software whose change may change the choice."""
+    versions = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "mflow_kernels": version("mflow_kernels"),
+    }
+    software = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"{torch.cuda.get_device_name(device)}, {software}, {key}"
 
 
 def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:

@@ -99,7 +99,7 @@ def test_split_is_a_coupling_cut_in_two():
     (kept, latent), logdet = split(x)
     y, coupling_logdet = split.coupling(x)
     assert torch.equal(torch.cat([kept, latent], 1), y)
-    assert kept.shape[1], latent.shape[1] == (2, 3)
+    assert (kept.shape[1], latent.shape[1]) == (2, 3)
     assert torch.equal(kept, x[:, :2])
     assert torch.equal(logdet, coupling_logdet)
 

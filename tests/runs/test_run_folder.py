@@ -242,7 +242,7 @@ class TestTwoProcesses:
         (run / "report").mkdir()
         lock = lock_folder(run / "report", "")
         assert "--out: another process is writing to" in refused(["evaluate", str(run)], capsys)
-        assert not (run / "evaluation-report.json").exists()
+        assert not (run / "report" / "report.html").exists()
         lock.release()
 
     def test_a_folder_that_appears_meanwhile(self, tmp_path):
