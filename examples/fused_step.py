@@ -1,4 +1,4 @@
-"""Fused steps of flow in your own model, with a condition, and a check that it is a bijection.
+"""Use fused steps of flow in your own model, with a condition, and check that it is a bijection.
 
 python examples/fused_step.py
 """
@@ -11,7 +11,7 @@ from mflow_kernels.testing import check_bijection
 
 
 class Conditioner(nn.Module):
-    """From the unchanged half and an optional condition (N, 4) to scales and shifts."""
+    """Computes scales and shifts from the unchanged half and an optional condition (N, 4)."""
 
     def __init__(self, channels: int, width: int = 32) -> None:
         super().__init__()
