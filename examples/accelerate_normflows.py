@@ -46,7 +46,7 @@ def main() -> None:
         print(f"step {step}: {loss.item():.1f} nats")
 
     original.load_state_dict(model.state_dict())  # both have the same checkpoints
-    decelerate(model)  # normflows' own code again, with the trained weights
+    decelerate(model)  # restores normflows' own classes, with the trained weights
     assert torch.equal(model.log_prob(x, y), original.log_prob(x, y))
 
 

@@ -14,7 +14,7 @@ from mflow_kernels import Glow
 
 
 class Sampler(nn.Module):
-    """From latents, finest first, to images."""
+    """Turns latents, finest first, into images."""
 
     def __init__(self, glow: Glow) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def main(path: Path) -> None:
         torch.export.save(torch.export.export(Sampler(glow), latents), path)
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
 
-    # Only the file is used from here. `import mflow_kernels.ops` registers its operators.
+    # From here on only the file is used. `import mflow_kernels.ops` registers its operators.
     sampler = torch.export.load(path).module()
     images = sampler(*normal(glow, 4, temperature=0.7, seed=2))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fused steps of flow in your own model, with a condition, and a check that it is a bijection.
+"""Use fused steps of flow in your own model, with a condition, and check that it is a bijection.
 
 python examples/fused_step.py
 """
@@ -11,7 +11,7 @@ from mflow_kernels.testing import check_bijection
 
 
 class Conditioner(nn.Module):
-    """From the unchanged half and an optional condition (N, 4) to scales and shifts."""
+    """Computes scales and shifts from the unchanged half and an optional condition (N, 4)."""
 
     def __init__(self, channels: int, width: int = 32) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class MyFlow(Bijection):
         self.steps = nn.ModuleList(FlowStep(channels, Conditioner(channels)) for _ in range(depth))
 
     def forward(self, x: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x), dtype=x.dtype)
+        total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for step in self.steps:
             x, logdet = step(x, *condition)
             total = total + logdet

@@ -1,4 +1,4 @@
-"""Hierarchical training by hand: a manifold flow on images, then one on its coordinates u.
+"""Train a hierarchy by hand: a manifold flow on images, then one on its coordinates u.
 
 python examples/hierarchy.py
 """
@@ -9,7 +9,7 @@ from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 
 
 def images(n: int) -> torch.Tensor:
-    """(N, 1, 4, 4): non-Gaussian mixtures of three patterns, with a little noise."""
+    """Return images (N, 1, 4, 4): random mixtures of three patterns, with a little noise."""
     patterns = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) / 4
     weights = torch.rand(n, 3).square()
     return (weights @ patterns + 0.01 * torch.randn(n, 16)).view(n, 1, 4, 4)

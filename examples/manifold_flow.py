@@ -1,4 +1,4 @@
-"""A manifold flow on your own data tensor: 8x8 images with two degrees of freedom.
+"""Train a manifold flow on your own data tensor: 8x8 images with two degrees of freedom.
 
 python examples/manifold_flow.py
 """
@@ -11,7 +11,7 @@ from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective
 
 
 def data(n: int) -> torch.Tensor:
-    """(N, 1, 8, 8) images in [-0.5, 0.5]: a spot of varying size on a circle."""
+    """Return images (N, 1, 8, 8) of a spot of random size, at a random place on a circle."""
     angle, size = 2 * math.pi * torch.rand(n, 1, 1), 0.15 + 0.2 * torch.rand(n, 1, 1)
     grid = torch.linspace(-1, 1, 8)
     y, x = torch.meshgrid(grid, grid, indexing="ij")
