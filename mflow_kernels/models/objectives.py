@@ -130,7 +130,7 @@ class ManifoldObjective(nn.Module):
         self,
         domain: Domain = "data",
         rho: Rho = "l2",
-        weight: Weight = 1000.0,
+        weight: Weight = 400.0,
         delta: float = 0.1,
         sigma: float = 1.0,
     ) -> None:

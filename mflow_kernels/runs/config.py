@@ -171,7 +171,7 @@ class ObjectiveOptions:
 
     domain: Domain = "data"
     rho: Rho = "l2"
-    weight: Weight = 1000.0
+    weight: Weight = 400.0
     final_weight: float | None = None
     weight_steps: int | None = None
     error_bound: float | None = None
@@ -234,9 +234,9 @@ class TrainingOptions:
     """
 
     batch_size: int = 64
-    epochs: int = 7
+    epochs: int = 10
     max_steps: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     warm_up: int = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0
