@@ -242,7 +242,7 @@ def test_training_in_the_data_domain_never_waits_for_the_device(reversible, monk
 def test_the_default_weight_fits_the_scale_of_the_data():
     """Images have a range of 1; vectors, such as u of another flow, have unit variance."""
     image, vector = image_flow(), ManifoldFlow(VectorFlow(3, 1, 4), 2)
-    assert image.objective.weight == 1000
+    assert image.objective.weight == 400
     assert vector.objective.weight == 1
     # The identity drops one normal number. The penalty equals that number's negative log-density,
     # except for the constant of the normal density.

@@ -190,7 +190,7 @@ class TestStages:
         assert stages == [0, 0, 0, 1, 1, 2, 2, 2, 2]
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
         assert [o.domain for o in objectives] == ["data", "latent", "data"]
-        assert [o.weight for o in objectives] == [400.0, 9.0, "variance"]
+        assert [o.weight for o in objectives] == [1000.0, 9.0, "variance"]
         assert int(objectives[2].batches) == 4  # the tracked variance is in the checkpoint
 
     def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
