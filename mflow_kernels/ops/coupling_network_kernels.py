@@ -362,6 +362,8 @@ def forward_tile(s: Shape) -> Tile:
         block_d = _block(s.width)
         if columns > 64:
             return Tile(32 if columns > 128 else 64, block_d, 32, columns, 8)
+        if columns > 32:  # 8 warps spill on sm_100
+            return Tile(64, block_d, 32, columns, 4)
         return Tile(64, block_d, 64, columns, 8)
     if columns > 64:
         return Tile(32, 64 if columns > 128 else 128, 32, columns, 8)

@@ -31,7 +31,7 @@ from mflow_kernels.ops.coupling import (
     store_params,
 )
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
-from mflow_kernels.ops.layouts import dense_pixels, pixels
+from mflow_kernels.ops.layouts import channels_first, dense_pixels, pixels
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
@@ -118,6 +118,8 @@ def launch_rebuild_coupling(
     y_b = None if kept else torch.empty_like(z_b)
     dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
     block_c, block_p = elementwise_tile(z_b)
+    if block_c <= 8 and not channels_first(z_b):
+        block_p //= 2  # with whole tiles, narrow pixels spill
     tiles = tile_columns(n, p, block_p)
     if n:
         launch(
