@@ -1,7 +1,7 @@
-"""Images of other things than a model was trained on, for out-of-distribution scores. Nothing is downloaded.
+"""Images unlike those that a model was trained on, for out-of-distribution scores.
 
-Each set has grey images of one size, uint8 (N, 1, size, size). Letters are white on black, as
-digits are.
+Nothing is downloaded. Each set has grey images of one size, uint8 (N, 1, size, size). Letters are
+white on black, as digits are.
 """
 
 import itertools
