@@ -12,6 +12,7 @@ not scored again if the file exists.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,15 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=500, help="images of each set (500)")
     parser.add_argument("--quick", action="store_true", help="leave out the score with Jacobians")
     parser.add_argument("--no-faces", action="store_true", help="train no models of faces")
-    parser.add_argument("--out", type=Path, default=Path("runs/ood"), help="folder for the tables")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/tables"), help="folder for the tables"
+    )
     parser.add_argument("--docs", type=Path, help="Markdown file that takes the tables")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out)
     for run in options.runs:
-        store.row(f"digits-{run.name}", lambda run=run: of_run(run, options.images, options.quick))
+        store.row(f"digits-{run.name}", partial(of_run, run, options.images, options.quick))
     for seed in () if options.no_faces else FACE_SEEDS:
-        store.row(f"faces-seed{seed}", lambda seed=seed: of_faces(seed, options.quick))
+        store.row(f"faces-seed{seed}", partial(of_faces, seed, options.quick))
     for part in ("digits", "faces"):
         if rows := store.rows(f"{part}-"):
             save_text(store.folder / f"ood-{part}.md", table(rows))
@@ -80,7 +83,7 @@ def of_faces(seed: int, quick: bool) -> Row:
     images = faces()[torch.randperm(len(faces()), generator=generator)]
     held_out, train = images[:HELD_OUT_FACES], images[HELD_OUT_FACES:]
     torch.manual_seed(seed)  # for the weights
-    flow = Glow(tuple(images.shape[1:]), levels=2, steps=2, width=32, reversible=False)
+    flow = Glow((1, *images.shape[2:]), levels=2, steps=2, width=32, reversible=False)
     method = methods.one_stage(flow, 72, ManifoldObjective())  # two channels of 6x6 latents
     seconds = methods.train(method, _batches(train, generator), [FACE_STEPS], FACE_RATE)
     assert isinstance(method.model, HierarchicalFlow)
