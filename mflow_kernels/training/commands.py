@@ -102,8 +102,7 @@ def prepare(
         workers: Number of processes that decode; by default one for each core.
     """
     from mflow_kernels.data.files import follow_links
-    from mflow_kernels.data.prepare import is_prepared_from
-    from mflow_kernels.data.prepare import prepare as prepare_file
+    from mflow_kernels.data.prepare import is_prepared_from, prepare_images
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.progress import progress_bar
     from mflow_kernels.data.sources import find_images
@@ -137,7 +136,7 @@ def prepare(
             print("the file is complete; every image is intact")
         else:
             try:
-                prepared = prepare_file(source, path, image_size, workers, overwrite)
+                prepared = prepare_images(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
                 print("interrupted; the same command continues the preparation", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None

@@ -220,7 +220,7 @@ def _resumable(
     different = splits.manifest.difference(manifest) if manifest else None
     if different:
         raise ValueError(
-            f"data: expected the images that the run was trained on, but since then {different}"
+            f"data: expected the images that the run was trained on, but these differ: {different}"
         )
     read_metrics(folder / METRICS)
     groups = [group for stage in model.stages for group in parameter_groups(stage)]
