@@ -19,6 +19,9 @@ Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
 
 
+# In units of u, whose coordinates have unit variance: twice the deviation of a coordinate that is
+# dropped, as the 0.1 of images is about twice the deviation of their errors.
+_STAGE_DELTA = 2.0
 # Options that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, Any] = {
     "final_weight": None,
@@ -29,7 +32,7 @@ _ADDED_LATER: dict[str, Any] = {
     "stage_final_weight": [],
     "stage_weight_steps": [],
     "stage_error_bound": [],
-    "stage_delta": [],
+    "stage_delta": [1.0],
     "stage_sigma": [],
     "stage_learning_rate": [],
     "init_from": None,
@@ -123,7 +126,8 @@ class HierarchyOptions:
         stage_weight_steps: Steps in which the weight reaches that value.
         stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
             there is none.
-        stage_delta: Threshold of huber; by default that of --delta.
+        stage_delta: Threshold of huber, in units of the coordinates; by default 2, two standard
+            deviations.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
         stage_learning_rate: Highest learning rate; by default that of --learning-rate.
         release: Train each further flow together with the earlier flows, at its learning rate, on
@@ -324,7 +328,7 @@ class TrainConfig(
             _for_each("stage_final_weight", self.stage_final_weight, count, None),
             _for_each("stage_weight_steps", self.stage_weight_steps, count, None),
             _for_each("stage_error_bound", self.stage_error_bound, count, None),
-            _for_each("stage_delta", self.stage_delta, count, self.delta),
+            _for_each("stage_delta", self.stage_delta, count, _STAGE_DELTA),
             _for_each("stage_sigma", self.stage_sigma, count, self.sigma),
             _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
             _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
