@@ -59,11 +59,11 @@ from mflow_kernels.runs.folder import (
     record_changes,
 )
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
+from mflow_kernels.training.loops import resume_loops
 from mflow_kernels.training.module import (
     FlowTraining,
     compile_networks,
     parameter_groups,
-    resume_loops,
     singular_means_divergence,
 )
 from mflow_kernels.training.schedule import Schedule
