@@ -81,7 +81,7 @@ class HierarchyOptions:
     """
 
     stage_dims: list[int] = field(default_factory=lambda: [64])
-    stage_steps: list[int] = field(default_factory=lambda: [8])
+    stage_steps: list[int] = field(default_factory=lambda: [12])
     stage_width: list[int] = field(default_factory=lambda: [128])
     stage_epochs: list[int] = field(default_factory=list)
     stage_max_steps: list[int] = field(default_factory=list)
@@ -183,10 +183,10 @@ class TrainingOptions:
             before each validation.
     """
 
-    batch_size: int = 64
-    epochs: int = 10
+    batch_size: int = 32
+    epochs: int = 8
     max_steps: int | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     warm_up: int = 100
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import readme_pictures
 from benchmarks.harness.saved_runs import merged, runs
-from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run
+from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run, draw_uses
 
 
 def test_bars_are_those_of_the_saved_figures():
@@ -33,8 +33,10 @@ def test_a_missing_package_is_an_error():
 
 def test_pictures_are_written(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(readme_pictures, "SAMPLES", 2)
+    monkeypatch.setattr(readme_pictures, "MISSING", ("half",))
     draw_comparison(runs(merged([RESULTS])), tmp_path / "comparison.png")
     draw_run(trained, tmp_path / "digits.png")
+    draw_uses(trained, tmp_path / "uses.png")
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.width > 600
