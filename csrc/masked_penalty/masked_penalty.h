@@ -55,7 +55,7 @@ struct Huber {
 using Rhos = Table<L2, L1, Huber>;
 
 inline void check_rho(int rho) {
-    if (!Rhos::visit(rho, [](auto) {})) throw std::invalid_argument("masked_penalty: unknown rho");
+    if (!Rhos::has(rho)) throw std::invalid_argument("masked_penalty: unknown rho");
 }
 
 template <class A>

@@ -4,9 +4,6 @@ import torch.nn.functional as F
 from cases import (
     DTYPES,
     FLOW_OPERATORS,
-    IMAGES,
-    LAYOUTS,
-    SHAPES,
     compare,
     normal,
     on_tensor_cores,
@@ -35,22 +32,6 @@ def test_blocks_of_one_tile_run_next_to_each_other(kernel_device):
     places = torch.empty(3 * 2, 2, dtype=torch.int32, device=kernel_device)
     _places_kernel[(6,)](places, C=200, BLOCK_O=channel_products.conv1x1_tile(200).block_o)
     assert places.tolist() == [[tile, block] for tile in range(3) for block in range(2)]
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)], ids=str)
-def test_shapes(shape, device):
-    compare(CONV, sample(CONV, shape, device=device))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_layouts(shape, layout, device):
-    compare(CONV, sample(CONV, shape, device=device, layout=layout))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_dtypes(dtypes, device):
-    compare(CONV, sample(CONV, (2, 5, 3, 4), dtypes, device))
 
 
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)

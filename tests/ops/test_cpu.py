@@ -341,7 +341,7 @@ def test_loops_refuse_what_they_would_misread():
     with pytest.raises(ValueError, match="one shape"):
         cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
     halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
-    with pytest.raises(ValueError, match="one stride walks"):
+    with pytest.raises(ValueError, match="one stride for all pixels"):
         cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3), *cpu.sums(x))
     with pytest.raises(ValueError, match="one shape, and halves"):
         cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x), *cpu.sums(x))
