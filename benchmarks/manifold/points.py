@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals
-from benchmarks.manifold.methods import Method, Networks
+from benchmarks.manifold.methods import Networks
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
+from benchmarks.manifold.training import Method
 from mflow_kernels import VectorFlow
 from mflow_kernels.layers import Bijection
 
@@ -49,13 +50,10 @@ class PointComparison(Comparison):
     def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
         return batches(TARGETS[self.target], NOISE, generator)
 
-    def score(self, method: Method) -> float:
+    def validate(self, method: Method) -> dict[str, float | None]:
         """Return the energy distance of samples to true points."""
         true = TARGETS[self.target].sample(VALIDATION_POINTS, torch.Generator().manual_seed(10**5))
-        return energy_distance(_samples(method, VALIDATION_POINTS, 10**5 + 1), true)
-
-    def point(self, method: Method) -> dict[str, float | None]:
-        return {"energy": self.score(method)}
+        return {"score": energy_distance(_samples(method, VALIDATION_POINTS, 10**5 + 1), true)}
 
     @torch.no_grad()
     def measure(self, method: Method) -> dict[str, Any]:
@@ -176,18 +174,19 @@ METRICS = {
 
 def run(store: Store, quick: bool) -> None:
     """Make the runs. The sweep on SWEPT chooses the settings of all targets."""
-    seconds, rates, more, weights = 2.0, (3e-3, 1e-2), (3e-2,), (1000.0, 100.0)
+    seconds, rates, weights, extensions = 4.0, (4e-3, 1e-2, 2.5e-2), (100.0, 400.0, 1600.0), 3
     if quick:
-        seconds, rates, more, weights = 1.5, (3e-3,), (), (1000.0,)
+        seconds, rates, weights, extensions = 1.5, (4e-3,), (400.0,), 0
 
     def comparison(target: str) -> PointComparison:
         return PointComparison(
-            f"points-{target}", seconds, 1.0, rates, weights, more, target=target
+            f"points-{target}", seconds, 0.5, rates, weights, extensions, target=target
         )
 
     chosen = comparison(SWEPT).choose(store)
-    for target in (SWEPT,) if quick else TARGETS:
-        comparison(target).compare(store, chosen, range(1 if quick else 5))
+    for seed in range(1 if quick else 5):
+        for target in (SWEPT,) if quick else TARGETS:
+            comparison(target).compare(store, chosen, [seed])
 
 
 def report(store: Store) -> str:
