@@ -137,10 +137,8 @@ def markdown(
     for values, group in groups.items():
         made = [row for row in group if "failed" not in row]
         cells = [mean_and_deviation(made, name, form) for name, (_, form) in metrics.items()]
-        first = (
-            f"{values[0]}"
-            if made == group
-            else (f"{values[0]} ({len(group) - len(made)} of {len(group)} failed)")
-        )
-        lines.append("| " + " | ".join([first, *map(str, values[1:]), *cells]) + " |")
+        failed = len(group) - len(made)
+        note = f" ({failed} of {len(group)} failed)" if failed else ""
+        shown = [f"{values[0]}{note}", *map(str, values[1:]), *cells]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
