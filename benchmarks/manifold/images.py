@@ -205,7 +205,7 @@ def report(name: str, store: Store) -> str:
         about_runs(rows),
     ]
     if sweep := store.rows(f"{name}-sweep-"):
-        text += [tables.sweep(sweep)]
+        text += [tables.sweep(sweep, "Frechet distance", by_bits=True)]
     if budgets := store.rows(f"{name}-budget"):
         budgets = in_order([*budgets, *(row for row in rows if row["seed"] == 0 and row["steps"])])
         pictures.draw_budgets(store.folder / "plateau.png", budgets)

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from benchmarks.manifold import tables
 from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals
 from benchmarks.manifold.methods import Networks
 from benchmarks.manifold.mixture_flow import MixtureFlow
@@ -161,6 +162,7 @@ def _prior(dim: int) -> Bijection:
     return MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
 
 
+REFERENCE = "penalized, hierarchy"  # the method that the others are compared with, seed by seed
 METRICS = {
     "energy": ("energy distance of samples", ".4f"),
     "sample_distance": ("distance of samples", ".4f"),
@@ -201,8 +203,16 @@ def report(store: Store) -> str:
     return "\n".join([
         markdown(rows, {"target": "target", "method": "method"}, METRICS | ABOUT),
         f"\nThe KL and the energy distance of as many true samples: {', '.join(floors)}.\n",
+        *(_differences(rows, target) for target in targets),
         about_runs(rows),
+        tables.sweep(store.rows(f"points-{SWEPT}-sweep-"), "energy distance", by_bits=False),
     ])  # fmt: skip
+
+
+def _differences(rows: Sequence[Row], target: str) -> str:
+    found = [row for row in rows if row["target"] == target]
+    table = tables.differences(found, REFERENCE, METRICS)
+    return f"On the {target}:\n\n{table}" if table else ""
 
 
 def _floor(name: str) -> str:

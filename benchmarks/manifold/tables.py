@@ -1,4 +1,4 @@
-"""Tables of the image comparisons: settings of the sweep, and differences seed by seed."""
+"""Tables of the comparisons: settings of the sweep, and differences seed by seed."""
 
 import math
 import statistics
@@ -10,21 +10,29 @@ from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row
 
 
-def sweep(rows: Sequence[Row]) -> str:
-    """Return one line per method: the result of each setting, best first."""
+def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
+    """Return one line per method: the result of each setting, best first.
+
+    Args:
+        rows: runs of the sweep.
+        score: name of the score.
+        by_bits: whether bits per dimension replace the score for methods that maximize only the
+            likelihood.
+    """
     lines = ["| method | chosen by | result at (learning rate, weight) |", "|---|---|---|"]
     for method, recipe in RECIPES.items():
         found = [row for row in rows if row["method"] == method]
         if not found:
             continue
-        key = "bits" if recipe.by_likelihood else "score"
+        likelihood = by_bits and recipe.by_likelihood
+        key = "bits" if likelihood else "score"
         found.sort(key=lambda row, key=key: math.inf if row.get(key) is None else row[key])
         cells = []
         for row in found:
             weight = f", {row['weight']:g}" if recipe.weighted else ""
             value = "not finite" if row.get(key) is None else f"{row[key]:.3g}"
             cells.append(f"{value} at ({row['rate']:g}{weight})")
-        by = "bits per dimension" if recipe.by_likelihood else "Frechet distance"
+        by = "bits per dimension" if likelihood else score
         lines.append(f"| {method} | {by} | {'; '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -61,5 +69,7 @@ def differences(rows: Sequence[Row], reference: str, metrics: Mapping[str, tuple
 def _interval(values: Sequence[float], form: str) -> str:
     if len(values) < 2:
         return ""
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):+{form}} ± {half:{form}}"
