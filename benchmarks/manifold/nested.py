@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.methods import PrincipalComponents
+from benchmarks.manifold.principal_components import PrincipalComponents
 from benchmarks.manifold.output import Row, Store, fill_in, markdown, save_text
 from mflow_kernels import ManifoldFlow, manifold_mask_from_data
 from mflow_kernels.data.dequantization import dequantize
