@@ -165,13 +165,13 @@ def assert_trained_together(
             model = make().to(dtype)
             fast, nudged = copy.deepcopy(model), copy.deepcopy(model)
             assert accelerate(fast, reversible=reversible).replaced
-            plain, ours = (train(m, loss, 50) for m in (model, fast))
+            plain, accelerated = (train(m, loss, 50) for m in (model, fast))
             assert abs(plain[48] - plain[0]) > 1e-3  # the loss does fall
             bound = 1e-7
             if dtype == torch.float32:
                 nudged = train(perturbed(nudged, torch.finfo(dtype).eps), loss, 50)
                 bound = 1e-6 + 10 * _apart(plain, nudged)
-            assert _apart(plain, ours) < bound
+            assert _apart(plain, accelerated) < bound
     return fast
 
 
