@@ -298,7 +298,7 @@ def launches(steps: int = 4) -> list[Launches]:
     case = Case(12, n=1, side=4, channels_last=True)
     for name, options in CHAINS.items():
         for direction in ("forward", "inverse", "forward backward", "inverse backward"):
-            ours, torchs = [], []
+            counted, eager = [], []
             for k in (steps, 2 * steps):
                 flow = chain(case, k, **options)
                 x = case.tensor(case.c, case.dtype)
@@ -311,9 +311,9 @@ def launches(steps: int = 4) -> list[Launches]:
                     prepare = partial(torch.no_grad(), partial(run, x))
                     bound = steps + 1
                 operators = _Operators()
-                ours.append(traffic_counts.count(partial(_watched, operators, prepare)))
-                torchs.append(operators.count)
-            over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
+                counted.append(traffic_counts.count(partial(_watched, operators, prepare)))
+                eager.append(operators.count)
+            over = [launch for launch in counted[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"
             made.append(
                 Launches(
@@ -321,9 +321,9 @@ def launches(steps: int = 4) -> list[Launches]:
                     direction,
                     steps,
                     len(over),
-                    len(ours[0]) - len(over),
+                    len(counted[0]) - len(over),
                     bound,
-                    (torchs[1] - torchs[0]) / steps,
+                    (eager[1] - eager[0]) / steps,
                     fault,
                 )
             )

@@ -20,15 +20,6 @@ constexpr int kWarps = 8;   // per block
 constexpr int kBlocks = 4;  // per multiprocessor, at least; leaves 64 registers a thread, so none spill
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class T>
-struct Types {
-    using Acc = float;
-};
-template <>
-struct Types<double> {
-    using Acc = double;
-};
-
 template <class A, class S>
 __device__ __forceinline__ A widen(S v) { return static_cast<A>(v); }
 template <>
@@ -218,7 +209,7 @@ __device__ __forceinline__ void for_each_run(const Problem& p, int64_t sample, u
 template <class T, int V, bool indexed>
 __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
     forward_kernel(const __grid_constant__ Problem p) {
-    using A = typename Types<T>::Acc;
+    using A = typename Accumulator<T>::type;
     const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
     if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
@@ -267,7 +258,7 @@ __global__ void __launch_bounds__(kLanes * kWarps) sum_kernel(const A* __restric
 template <class T, int V, bool indexed>
 __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
     backward_kernel(const __grid_constant__ Problem p) {
-    using A = typename Types<T>::Acc;
+    using A = typename Accumulator<T>::type;
     const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
     if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
@@ -317,7 +308,7 @@ void launch(const Problem& p, cudaStream_t stream, Kernel dense, Kernel rows, Ke
 
 template <class T>
 void forward(const Problem& p, cudaStream_t stream) {
-    using A = typename Types<T>::Acc;
+    using A = typename Accumulator<T>::type;
     launch<T>(p, stream, forward_kernel<T, kVector<T>, false>, forward_kernel<T, kVector<T>, true>,
               forward_kernel<T, 1, true>);
     if (p.tiles > 1) {
@@ -336,28 +327,26 @@ void backward(const Problem& p, cudaStream_t stream) {
     check(cudaGetLastError(), "backward launch");
 }
 
-}  // namespace
-
-void forward_cuda(const Problem& p, void* stream) {
+// Calls use(T(0)) for the input's type T.
+template <class Use>
+void with_type(const Problem& p, const Use& use) {
     check_rho(p.rho);
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
     switch (p.dtype) {
-        case Dtype::float32: return forward<float>(p, queue);
-        case Dtype::float64: return forward<double>(p, queue);
-        case Dtype::float16: return forward<__half>(p, queue);
-        case Dtype::bfloat16: return forward<__nv_bfloat16>(p, queue);
+        case Dtype::float32: return use(float(0));
+        case Dtype::float64: return use(double(0));
+        case Dtype::float16: return use(__half(0));
+        case Dtype::bfloat16: return use(__nv_bfloat16(0));
     }
 }
 
+}  // namespace
+
+void forward_cuda(const Problem& p, void* stream) {
+    with_type(p, [&](auto zero) { forward<decltype(zero)>(p, static_cast<cudaStream_t>(stream)); });
+}
+
 void backward_cuda(const Problem& p, void* stream) {
-    check_rho(p.rho);
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    switch (p.dtype) {
-        case Dtype::float32: return backward<float>(p, queue);
-        case Dtype::float64: return backward<double>(p, queue);
-        case Dtype::float16: return backward<__half>(p, queue);
-        case Dtype::bfloat16: return backward<__nv_bfloat16>(p, queue);
-    }
+    with_type(p, [&](auto zero) { backward<decltype(zero)>(p, static_cast<cudaStream_t>(stream)); });
 }
 
 std::string cuda_problem() {

@@ -48,8 +48,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
         notes += adapter.notes([m for m in model.modules() if is_accelerated(m)])
     if replaced:
         notes.append(
-            "Gradients cannot be differentiated again (create_graph=True says so); those that "
-            "torch.func takes can."
+            "Gradients cannot be differentiated again (create_graph=True raises an error), unless "
+            "torch.func computed them."
         )
     versions = ", ".join(f"{library} {_version(library)}" for library in sorted(libraries))
     return Report(versions, tuple(replaced), tuple(left), tuple(notes))
