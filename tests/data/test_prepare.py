@@ -394,7 +394,10 @@ class TestCommand:
                 "--out: expected a file of mflow prepare to overwrite",
             ),
             ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
-            ("images --out circle", "--out: symbolic links lead in a circle: circle"),
+            (
+                "images --out circle",
+                "--out: expected a path that can exist, got circle (symbolic links",
+            ),
             ("images", "--out: expected a value, got none"),
             (
                 "text --out a",

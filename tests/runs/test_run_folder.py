@@ -133,10 +133,14 @@ class TestFolders:
     def test_a_disk_that_refuses(self, error, command, tmp_path, monkeypatch, capsys):
         number = getattr(__import__("errno"), error)
 
-        def mkdir(self, *args, **kwargs):
-            raise OSError(number, os.strerror(number), str(self))
+        mkdir = Path.mkdir
 
-        monkeypatch.setattr(Path, "mkdir", mkdir)
+        def refuse(self, *args, **kwargs):
+            if self.is_relative_to(tmp_path):  # the cache is on another disk
+                raise OSError(number, os.strerror(number), str(self))
+            mkdir(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
         message = refused(command, tmp_path, capsys, code=1 if error == "ENOSPC" else 2)
         assert os.strerror(number) in message
         assert not (tmp_path / "run").exists()
