@@ -4,7 +4,6 @@ The fused step is a 1x1 convolution that passes its input through the coupling a
 both operators share these kernels. The operators' files give the formulas and the least traffic.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
+from mflow_kernels.ops.partial_sums import MULTIPROCESSORS, count_partial_sums, empty_partial_sums
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import columns, tile_columns, write_ledger
@@ -229,17 +229,6 @@ def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1 if c <= 64 else None)
 
 
-MULTIPROCESSORS = 132  # of an H100
-
-
-def partial_sums(columns: int, c: int, most: int) -> int:
-    """Number of partial sums of a C x C product over `columns` columns of C values.
-
-    It is at most `most`, and the sums together have no more values than the state.
-    """
-    return max(1, min(most, columns // c))
-
-
 def weight_gradient_splits(x: Tensor) -> int:
     """Number of partial sums of dW that a backward launch on the state x stores."""
     if not uses_triton(x):
@@ -248,7 +237,7 @@ def weight_gradient_splits(x: Tensor) -> int:
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
     programs = DWEIGHT_PROGRAMS // triton.cdiv(c, tile.block) ** 2
-    return partial_sums(n * p, c, min(tiles, programs))
+    return count_partial_sums(n * p, c, min(tiles, programs))
 
 
 DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that computes dW
@@ -338,25 +327,28 @@ def launch_weight_gradient(
     dy: Tensor,
     dnet: Tensor | None,
     x: Tensor,
-    splits: int,
+    weight: Tensor,
     precision: str,
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One launch: partial sums (splits, C, C) of dW and (splits, C) of d bias."""
+    """One launch: partial sums of dW, shaped as weight (splits, C, C), and d bias (splits, C)."""
     dy, x = dense_pixels(dy), dense_pixels(x)
     dnet = None if dnet is None else dense_pixels(dnet)
     params = None if params is None else dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p)
-    new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
-    dweight, dbias = new((splits, c, c)), new((splits, c))
-    if n:
+    dweight = empty_partial_sums(weight)
+    dbias = dweight.new_empty(dweight.shape[:2])
+    if n == 0:
+        dweight.zero_()
+        dbias.zero_()
+    else:
         launch(
             _weight_gradient_kernel,
-            (splits, triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
+            (len(dweight), triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
             *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
             *(dweight, dbias, n, p, tiles.programs),
             C=c,

@@ -163,12 +163,8 @@ def launch_coupling_conv1x1_backward(
             num_warps=tile.warps,
             num_stages=pipeline_stages(precision),
         )
-    splits = weight.shape[0]
-    return (
-        dx,
-        dparams,
-        *launch_weight_gradient(dy, dnet, x, splits, precision, params, scale, inverse),
-    )
+    sums = launch_weight_gradient(dy, dnet, x, weight, precision, params, scale, inverse)
+    return dx, dparams, *sums
 
 
 def coupling_conv1x1_forward(
