@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import HALF_LOG_2PI, sample_normal
+from mflow_kernels.layers.flow import sample_normal
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.images import crop_to_model
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
+from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Chart(nn.Module):

@@ -15,10 +15,10 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
-from mflow_kernels.ops.partial_sums import MULTIPROCESSORS, count_partial_sums, empty_partial_sums
+from mflow_kernels.ops.partial_sums import PROGRAMS, count_partial_sums, empty_partial_sums
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.tiles import columns, tile_columns, write_ledger
+from mflow_kernels.ops.tiles import columns, ledger_columns, tile_columns, write_ledger
 
 
 @triton.jit
@@ -236,11 +236,8 @@ def weight_gradient_splits(x: Tensor) -> int:
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
-    programs = DWEIGHT_PROGRAMS // triton.cdiv(c, tile.block) ** 2
+    programs = PROGRAMS // triton.cdiv(c, tile.block) ** 2
     return count_partial_sums(n * p, c, min(tiles, programs))
-
-
-DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that computes dW
 
 
 # Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
@@ -295,21 +292,39 @@ def launch_conv1x1(
     x = dense_pixels(x)
     params = None if params is None else dense_pixels(params)
     dnet = None if dnet is None else dense_pixels(dnet)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     net_or_none = None if net_dtype is None else net
-    tile = conv1x1_tile(c)
-    tiles = tile_columns(n, p, tile.block_p)
     ledger = None
     if params is not None:
-        ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
+        entries = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
+        ledger = x.new_empty((len(x), entries), dtype=accumulator(x.dtype))
+    tensors = (
+        *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
+        *(*strided(y), *strided(net_or_none), ledger),
+    )
+    launch_product(_conv1x1_kernel, tensors, x, precision, scale, inverse)
+    return y, net, ledger
+
+
+def launch_product(
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    x: Tensor,
+    precision: str,
+    scale: ScaleFunction | None,
+    inverse: bool,
+) -> None:
+    """Launch a kernel that multiplies W with a state like x: one program for each block of output
+    channels of each tile of columns."""
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    tile = conv1x1_tile(c)
+    tiles = tile_columns(n, p, tile.block_p)
     if n:
         launch(
-            _conv1x1_kernel,
+            kernel,
             (tiles.programs * triton.cdiv(c, tile.block_o),),
-            *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
-            *(*strided(y), *strided(net_or_none), ledger, n, p),
+            *(*tensors, n, p),
             C=c,
             SCALE=scale,
             INVERSE=inverse,
@@ -320,7 +335,6 @@ def launch_conv1x1(
             num_warps=tile.warps,
             num_stages=pipeline_stages(precision),
         )
-    return y, net, ledger
 
 
 def launch_weight_gradient(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mflow_kernels.ops.launch import transformed
 
 MULTIPROCESSORS = 132  # of an H100
+PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that sums over pixels
 
 
 def count_partial_sums(columns: int, c: int, most: int) -> int:
