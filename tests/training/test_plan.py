@@ -80,7 +80,6 @@ def test_the_arithmetic_of_a_step_is_the_count_of_whole_steps():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
