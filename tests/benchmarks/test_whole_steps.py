@@ -110,7 +110,7 @@ import re
 from pathlib import Path
 source = "".join(p.read_text() for p in Path("mflow_kernels/ops").glob("*.py"))
 kernels = set(re.findall(r"def (_\\w+_kernel)\\(", source))
-named = {*step_counts.OUTPUTS, *step_counts.PRODUCTS_WITH_W}
+named = {*step_counts.OUTPUTS, *step_counts.CHANNEL_PRODUCTS}
 assert named <= kernels, named - kernels
 """
 
