@@ -253,7 +253,7 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
     weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
     inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
     dx = empty_state(y, c, "channels_last" in layout)
-    sums = cpu.sums(dx)
+    sums = cpu.sums(dx, weight[None])
     x, net = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, *sums, dtype)
     want = rebuild_conv1x1_ref(
         tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
@@ -283,6 +283,7 @@ def test_same_bits_with_any_number_of_threads(layout):
             torch.set_num_threads(n)
             out = empty_state(x, 6, layout == "channels_last")
             halves = (x[:, :3], x[:, 3:]), (dy[:, :3], dy[:, 3:])
+            sums = cpu.sums(out, weight)
             results.append([
                 *cpu.couple(x, params, scale, False),
                 *cpu.couple_backward(dy, dlogdet, x, params, scale, False),
@@ -294,7 +295,7 @@ def test_same_bits_with_any_number_of_threads(layout):
                     dy, None, dlogdet[:, None], x, params, weight, scale, False
                 ),
                 *cpu.conv1x1_backward(
-                    *halves, None, weight[0], weight[0], weight[0, 0], out, *(sums := cpu.sums(out))
+                    *halves, None, weight[0], weight[0], weight[0, 0], out, *sums
                 ),
                 *(out, *sums),
             ])  # fmt: skip
@@ -342,10 +343,11 @@ def test_loops_refuse_what_they_would_misread():
     with pytest.raises(ValueError, match="one shape"):
         cpu.couple_backward(dy[:1], dlogdet, x, params, scale, False)
     halves, weight = ((x[:, :3], x[:, 3:]),) * 2, rotation(6)
-    with pytest.raises(ValueError, match="one stride walks"):
-        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3), *cpu.sums(x))
+    sums = cpu.sums(x, weight[None])
+    with pytest.raises(ValueError, match="one stride for all pixels"):
+        cpu.conv1x1_backward(*halves, None, weight, None, None, x.transpose(2, 3), *sums)
     with pytest.raises(ValueError, match="one shape, and halves"):
-        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x), *cpu.sums(x))
+        cpu.conv1x1_backward(*halves, x, weight, None, None, torch.empty_like(x), *sums)
     with pytest.raises(ValueError, match="weights of the state's channels"):
         cpu.conv1x1(x, weight[None, 1:], normal(1, 6), None)
     with pytest.raises(ValueError, match="weights of the state's dtype"):

@@ -44,6 +44,7 @@ BASE = {
     "batch_size": 16,
     "max_steps": 2,
     "manifold_dim": 32,
+    "learning_rate": 0.002,  # at a high rate, states of this noise drift
 }
 CASES = {
     "reversible": {"steps": 4, "width": 64},
