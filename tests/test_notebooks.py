@@ -26,6 +26,7 @@ def executed(path: Path, folder: str) -> Any:
         timeout=300,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # a print may arrive in several messages
         resources={"metadata": {"path": folder}},
     )
     client.execute()
