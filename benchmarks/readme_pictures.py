@@ -27,8 +27,8 @@ PICTURES = DOCS / "pictures"
 RESULTS = PICTURES / "training_step.json"
 BASE = "plain"
 LABELS = {  # the variants that are drawn, and their names in the picture
-    "ours, reversible": "mflow_kernels, reversible",
-    "ours, stored": "mflow_kernels, stored",
+    "mflow_kernels, reversible": "mflow_kernels, reversible",
+    "mflow_kernels, stored": "mflow_kernels, stored",
     "memcnn": "memcnn",
     "checkpointing": "gradient checkpointing",
     "FrEIA": "FrEIA",

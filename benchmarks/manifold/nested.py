@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.methods import PrincipalComponents
 from benchmarks.manifold.output import Row, Store, fill_in, markdown, save_text
+from benchmarks.manifold.principal_components import PrincipalComponents
 from mflow_kernels import ManifoldFlow, manifold_mask_from_data
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.splits import load_splits

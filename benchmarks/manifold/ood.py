@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.manifold import methods
+from benchmarks.manifold import methods, training
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.other_images import beside_digits, beside_faces, faces
 from benchmarks.manifold.output import Row, Store, fill_in, markdown, save_text
@@ -85,7 +85,7 @@ def of_faces(seed: int, quick: bool) -> Row:
     torch.manual_seed(seed)  # for the weights
     flow = Glow((1, *images.shape[2:]), levels=2, steps=2, width=32, reversible=False)
     method = methods.one_stage(flow, 72, ManifoldObjective())  # two channels of 6x6 latents
-    seconds = methods.train(method, _batches(train, generator), [FACE_STEPS], FACE_RATE)
+    seconds = training.train(method, _batches(train, generator), [FACE_STEPS], FACE_RATE)
     assert isinstance(method.model, HierarchicalFlow)
     scored = _scored(method.model, train, held_out, beside_faces(held_out), quick)
     return {"seed": seed, "seconds": seconds} | scored

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.manifold import methods, points
+from benchmarks.manifold import methods, points, training
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.output import Row, Store, markdown
 from benchmarks.manifold.points import NOISE
@@ -51,6 +51,6 @@ def train(
     objective = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
     method = methods.one_stage(flow, TARGET.dim, objective)
     data = points.batches(TARGET, NOISE, torch.Generator().manual_seed(seed))
-    seconds = methods.train(method, data, [steps], RATE)
+    seconds = training.train(method, data, [steps], RATE)
     about: dict[str, Any] = {"domain": domain, "rho": rho, "weight": weight, "seed": seed}
     return about | {"seconds": seconds} | points.measure(method, TARGET, NOISE)

@@ -4,11 +4,12 @@ import pytest
 
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
-from mflow_kernels.runs.config import Rho, RunConfig, TrainConfig
+from mflow_kernels.runs.config import RunConfig, TrainConfig
+from mflow_kernels.runs.options import Rho
 
 
 def test_the_command_line_offers_every_rho():
-    """`runs.config` repeats the names, because it does not import torch."""
+    """`runs.options` repeats the names, because it does not import torch."""
     assert RHOS == get_args(OperatorRho) == get_args(Rho)
 
 
