@@ -28,8 +28,8 @@ from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
+from mflow_kernels.training.coupling_shapes import coupling_shapes
 from mflow_kernels.training.memory import (
-    coupling_shapes,
     evaluation_memory,
     largest_batch,
     parse_memory,
@@ -149,7 +149,7 @@ from benchmarks.reports import aot
 import torch
 from torch.profiler import ProfilerActivity, profile
 from mflow_kernels.layers.networks import CouplingNetwork
-from mflow_kernels.ops import coupling_network_kernels
+from mflow_kernels.ops import coupling_network_launches
 from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.folder import build_model
@@ -170,7 +170,7 @@ for options in json.loads({cases!r}):
         if isinstance(module, CouplingNetwork):
             RerunNetwork(module).remember(draws=False)
     with aot.noting(lambda _: None), patch.object(
-        coupling_network_kernels, "product_in_float32", product
+        coupling_network_launches, "product_in_float32", product
     ):
         step(model, x)
         model.zero_grad()
