@@ -15,7 +15,8 @@ from mflow_kernels.runs.folder import read_config
 from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.memory import coupling_shapes, parse_memory
+from mflow_kernels.training.coupling_shapes import coupling_shapes
+from mflow_kernels.training.memory import parse_memory
 from mflow_kernels.training.plan import (
     ROOFLINE_SHARE,
     checkpoint_bytes,
