@@ -20,7 +20,7 @@ from benchmarks.harness.models import Model, Spec, shared_results
 from benchmarks.harness.processes import Died, in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, size_of, slug
 
-VARIANTS = ("ours, reversible", "plain", "checkpointing")
+VARIANTS = ("mflow_kernels, reversible", "plain", "checkpointing")
 SECONDS_PER_VARIANT = 60  # time limit of a variant's process
 # Share of the free memory to use; fragmentation and libraries take the rest.
 MEMORY_SHARE = 0.97
@@ -98,7 +98,7 @@ def _work(job: tuple[Ceiling, str, str, int, bool]) -> tuple[int, int, float]:
     model = Model(ceiling.spec, variant, torch.device(device_name))
     if ceiling.search:
         # The peers' states are bfloat16, so gradients through 192 steps are too inexact to check.
-        model.check("train" if variant.startswith("ours") else "forward")
+        model.check("train" if variant.startswith("mflow_kernels") else "forward")
         shared_results.cache_clear()
     else:
         _step(model, ceiling.spec.batch)  # compile kernels and load libraries

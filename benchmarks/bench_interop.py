@@ -23,7 +23,7 @@ from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
 SECONDS_PER_PEAK = 120  # time limit of a process that measures peak memory
-VARIANTS = ("original", "ours, accelerated", "ours, accelerated reversibly")
+VARIANTS = ("original", "mflow_kernels, accelerated", "mflow_kernels, accelerated reversibly")
 
 
 def spec_of(size: str, gpu: bool) -> Spec:

@@ -55,7 +55,7 @@ def chosen(spec: Spec, task: str, size: str) -> list[str]:
     compiled = size == "full" or (size == "default" and spec == Spec())
     left_out = set() if compiled else {"plain, compiled"}
     if size == "default" and spec.width == 2 * Spec().width:
-        left_out |= {"ours, nothing kept", "checkpointing", "memcnn"}
+        left_out |= {"mflow_kernels, nothing stored", "checkpointing", "memcnn"}
     return [name for name in variants(task) if name not in left_out]
 
 

@@ -17,7 +17,7 @@ from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
 from mflow_kernels.ops.table import OPERATORS
 
 ROUNDS = 7
-VARIANTS = ("ours", "eager", "compiled")
+VARIANTS = ("mflow_kernels", "eager", "compiled")
 OPERATIONS = [(row.name, direction) for row in OPERATORS for direction in directions(row)]
 
 
@@ -74,7 +74,7 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
                     raise Missing("torch.compile runs at the first shape only, without --full")
                 function = _compiled(op.operator.expected, bench.device)
             else:
-                function = op.function if variant == "ours" else op.operator.expected
+                function = op.function if variant == "mflow_kernels" else op.operator.expected
             op.check(function, exact)
             functions[variant] = function
         except Exception as error:

@@ -129,7 +129,7 @@ else
   # Compile the kernels of the benchmarks on all cores. K = 32 uses the same kernels as other K.
   checks=$(shards "$check ${sizes[*]} --ignore benchmarks/bench_ceilings.py -k 'not K32'"
     for side in 256 512 1024; do
-      echo "python3 -m pytest $check ${sizes[*]} -k '3x${side}x$side-L6 and ours'"
+      echo "python3 -m pytest $check ${sizes[*]} -k '3x${side}x$side-L6 and mflow_kernels'"
     done)
 fi
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and of the tutorial.
+"""Draw the pictures of the README, of docs/method.md and of the tutorial.
 
     mflow train --run-dir runs/default
     pytest benchmarks/bench_models.py --benchmark-only --clock process \\
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.figure import Figure
 
@@ -26,8 +27,8 @@ PICTURES = DOCS / "pictures"
 RESULTS = PICTURES / "training_step.json"
 BASE = "plain"
 LABELS = {  # the variants that are drawn, and their names in the picture
-    "ours, reversible": "mflow_kernels, reversible",
-    "ours, stored": "mflow_kernels, stored",
+    "mflow_kernels, reversible": "mflow_kernels, reversible",
+    "mflow_kernels, stored": "mflow_kernels, stored",
     "memcnn": "memcnn",
     "checkpointing": "gradient checkpointing",
     "FrEIA": "FrEIA",
@@ -36,6 +37,7 @@ LABELS = {  # the variants that are drawn, and their names in the picture
     "nflows": "nflows",
 }
 SAMPLES, TEMPERATURE = 12, 0.7
+MISSING: tuple[Literal["half", "centre", "pixels"], ...] = ("half", "centre", "pixels")
 MIB = 2**20
 
 
@@ -110,6 +112,26 @@ def draw_run(folder: Path, path: Path) -> None:
     draw_images(path, title, rows)
 
 
+def draw_uses(folder: Path, path: Path) -> None:
+    """Draw what a run can do beyond digits.png: fill in missing pixels, and draw v as well."""
+    from mflow_kernels.evaluation.likelihood import held_out_images
+    from mflow_kernels.evaluation.pictures import draw_images
+    from mflow_kernels.evaluation.samples import draw_samples, inpaint_images, known_pixels
+    from mflow_kernels.runs.folder import load_run
+
+    run = load_run(str(folder), "cpu")
+    images = held_out_images(run, None)[0].batch(range(SAMPLES))
+    rows = {"held out": images}
+    for missing in MISSING:
+        known = known_pixels(missing, images)
+        rows[f"known: {missing}"] = images.where(known, images.new_full((), 128))
+        rows[f"{missing} filled in"] = inpaint_images(run.model, images, known)
+    for name, ambient in (("v = 0", False), ("v drawn", True)):
+        drawn = draw_samples(run.model, SAMPLES, TEMPERATURE, seed=1, ambient=ambient)
+        rows[f"sample, {name}"] = drawn
+    draw_images(path, "Missing pixels filled in from the manifold, and samples on and off it", rows)
+
+
 def draw_moons(folder: Path) -> None:
     """Run the first page of the tutorial, which draws moons.png into the current folder."""
     page = (DOCS / "tutorial" / "density.md").read_text()
@@ -128,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     draw_comparison(runs(merged([RESULTS])), options.out / "comparison.png")
     draw_run(options.run, options.out / "digits.png")
+    draw_uses(options.run, options.out / "uses.png")
     draw_moons(options.out)
 
 

@@ -21,7 +21,8 @@ from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs, spread
 
 MIB = 2**20
 KINDS = ("ops", "layers", "models", "interop", "ceilings", "training")
-OURS = "ours, stored"  # stores activations, as the peers do
+PACKAGE = "mflow_kernels"
+STORED = f"{PACKAGE}, stored"  # stores activations, as the peers do
 TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
 Tables = Callable[[Sequence[Row]], Iterator[str]]
 
@@ -60,9 +61,9 @@ def operators(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a table for each shape."""
     for shape in dict.fromkeys(row.extra["shape"] for row in rows):
         groups = _groups([r for r in rows if r.extra["shape"] == shape]).values()
-        names = [name for name in ("ours", "eager", "compiled") if any(name in g for g in groups)]
+        names = [name for name in (PACKAGE, "eager", "compiled") if any(name in g for g in groups)]
         launched = any(row.extra["launches"] is not None for g in groups for row in g.values())
-        head = ["", "fewest MiB", *names, *(f"ours / {name}" for name in names if name != "ours"),
+        head = ["", "fewest MiB", *names, *(f"{PACKAGE} / {n}" for n in names if n != PACKAGE),
                 f"peak MiB: {', '.join(names)}"]  # fmt: skip
         lines = [_operator(mine, names, launched) for mine in groups]
         head += [f"launches: {', '.join(names)}"] if launched else []
@@ -80,10 +81,10 @@ def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> lis
         return f"{_time(row.median)} ({bytes_per_second / 1e9:.1f}, {share:.0%})"
 
     first = next(iter(mine.values())).extra
-    ours = mine.get("ours")
+    own = mine.get(PACKAGE)
     cells = [f"{first['operator']} {first['direction']}", f"{first['bytes'] / MIB:.2f}"]
     cells += each(rate)
-    cells += [_against(ours, mine.get(name)) for name in names if name != "ours"]
+    cells += [_against(own, mine.get(name)) for name in names if name != PACKAGE]
     cells.append(", ".join(each(lambda row: f"{row.extra['peak_bytes'] / MIB:.2f}")))
     if launched:
         cells.append(", ".join(each(lambda row: str(row.extra["launches"]))))
@@ -119,11 +120,11 @@ def _columns(family: Sequence[Row]) -> tuple[list[dict[str, Row]], list[str], st
 
 
 def speedups(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a table for each task and width: the time of each peer divided by ours."""
+    """Yield a table for each task and width: each peer's time divided by that of mflow_kernels."""
     for title, family in _families(rows):
         groups, heads, same = _columns(family)
-        names = dict.fromkeys(row.variant for row in family if not row.variant.startswith("ours"))
-        lines = [[name, *(_against(mine.get(name), mine.get(OURS)) for mine in groups)]
+        names = dict.fromkeys(row.variant for row in family if not row.variant.startswith(PACKAGE))
+        lines = [[name, *(_against(mine.get(name), mine.get(STORED)) for mine in groups)]
                  for name in names]  # fmt: skip
         yield f"#### {title}\n\n{same}\n\n{_markdown(['', *heads], lines)}"
 
@@ -190,7 +191,10 @@ def accelerated(rows: Sequence[Row]) -> Iterator[str]:
     yield _markdown(head, lines)
 
 
-FASTER = "Time of each peer divided by ours with stored activations. Above 1, ours is faster."
+FASTER = (
+    f"Time of each peer divided by that of {PACKAGE} with stored activations. Above 1, {PACKAGE} "
+    "is faster."
+)
 SHARES = "The row of plain eager gives its time; other rows give their time divided by plain's."
 BYTES = "Time (GB/s of the fewest bytes that the operator must move, share of copy bandwidth)."
 

@@ -4,11 +4,13 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction
@@ -16,6 +18,10 @@ from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# Marks tests of compilers, which see operators and not their kernels. `test_opcheck` compares what
+# operators declare with what their kernels return.
+compiles = pytest.mark.skipif(KERNELS_ON_CPU, reason="compilers do not see the kernels")
 
 # Vectors; odd numbers of channels and pixels; N = 1; P = 1; more channels than a block of a kernel
 # has; P larger than a tile and not a multiple of it (tiles have 16 to 256 columns).

@@ -23,9 +23,9 @@ def executed(path: Path, folder: str) -> Any:
     notebook = nbformat.from_dict(stored)
     client = NotebookClient(
         notebook,
-        timeout=300,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # a print may arrive in several messages
         resources={"metadata": {"path": folder}},
     )
     client.execute()

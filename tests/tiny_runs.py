@@ -59,18 +59,22 @@ def metrics(folder, column=None):
         return [row for row in csv.DictReader(file) if column is None or row[column]]
 
 
-def check_refused(arguments, message, folder, capsys):
-    """Assert that a command fails with one line that contains `message`, and writes nothing."""
+def refused(arguments, folder, capsys, code=2):
+    """Assert that a command fails with one line and writes nothing in a folder; return the line."""
     from mflow_kernels.training.cli import main
 
-    before = listing(folder)
-    assert main(arguments) == 2
+    def times():
+        return {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)}
+
+    before = times()
+    capsys.readouterr()
+    assert main(arguments) == code
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("mflow: error: ")
-    assert message in err
-    assert listing(folder) == before
+    assert times() == before
+    return err
 
 
 def torchrun(command, states):

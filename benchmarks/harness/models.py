@@ -19,9 +19,10 @@ from benchmarks.reports.cases import Constant
 from mflow_kernels import FlowStep, Glow
 from mflow_kernels.testing import assert_close, tolerance
 
-INVERTIBLE = ("ours, stored", "plain", "plain, channels_last", "plain, compiled", "normflows",
-              "nflows", "FrEIA")  # fmt: skip
-RECOMPUTING = ("ours, reversible", "ours, nothing kept", "checkpointing", "memcnn")
+INVERTIBLE = ("mflow_kernels, stored", "plain", "plain, channels_last", "plain, compiled",
+              "normflows", "nflows", "FrEIA")  # fmt: skip
+RECOMPUTING = ("mflow_kernels, reversible", "mflow_kernels, nothing stored", "checkpointing",
+               "memcnn")  # fmt: skip
 SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
 
 
@@ -150,7 +151,7 @@ class Model:
     def __init__(self, spec: Spec, variant: str, device: torch.device) -> None:
         self.spec, self.variant, self.device = spec, variant, device
         glow = spec.glow()
-        if not variant.startswith("ours"):  # this package's Glow is in channels_last
+        if not variant.startswith("mflow_kernels"):  # this package's Glow is in channels_last
             glow.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             with_torch_convolutions(glow)
         self.peer: Peer = BUILDERS[variant](glow)

@@ -28,15 +28,15 @@ from mflow_kernels import FlowStep, Glow, Split
 from mflow_kernels.ops import ScaleFunction
 
 NOTES = {
-    "ours, stored": "reversible=False: activations are stored, as in the peers",
-    "ours, reversible": "the default: every 8th state is stored, the others are rebuilt",
-    "ours, nothing kept": "checkpoint_every=None: every state is rebuilt",
-    "plain": "eager PyTorch, contiguous; same parameters and scale function as ours",
-    "plain, channels_last": "as plain, but states and networks in channels_last, as in ours",
+    "mflow_kernels, stored": "reversible=False: activations are stored, as in the peers",
+    "mflow_kernels, reversible": "the default: every 8th state is stored, the others are rebuilt",
+    "mflow_kernels, nothing stored": "checkpoint_every=None: every state is rebuilt",
+    "plain": "eager PyTorch, contiguous; same parameters and scale function as mflow_kernels",
+    "plain, channels_last": "as plain, but states and networks are in channels_last",
     "plain, compiled": "as plain, with the whole model under torch.compile",
     "checkpointing": "plain, each step under torch.utils.checkpoint (use_reentrant=False)",
     "memcnn": "plain, each step in an InvertibleModuleWrapper(keep_input=False)",
-    "normflows": "GlowBlock; scale sigmoid(raw + 2) and AffineCoupling splits; parameters as ours",
+    "normflows": "GlowBlock; scale sigmoid(raw + 2); AffineCoupling splits; the same parameters",
     "nflows": "ActNorm, OneByOneConvolution, AffineCouplingTransform; scale sigmoid(raw + 2) + "
     "1e-3; stores only the triangles of L and U (half as many numbers), and adds a bias",
     "FrEIA": "AllInOneBlock, global affine exp, clamp 2, coupling first; its 1x1 convolution is a "
@@ -260,7 +260,7 @@ def _freia(glow: Glow) -> Peer:
     return Peer(made, reference)
 
 
-def _ours(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
+def _glow_of_this_package(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
     made = copy.deepcopy(glow)
     made.chain.reversible, made.chain.checkpoint_every = reversible, checkpoint_every
     return Peer(made)
@@ -320,9 +320,11 @@ class Inverted(nn.Module):
 
 
 BUILDERS: dict[str, Callable[[Glow], Peer]] = {
-    "ours, stored": partial(_ours, reversible=False),
-    "ours, reversible": partial(_ours, reversible=True),
-    "ours, nothing kept": partial(_ours, reversible=True, checkpoint_every=None),
+    "mflow_kernels, stored": partial(_glow_of_this_package, reversible=False),
+    "mflow_kernels, reversible": partial(_glow_of_this_package, reversible=True),
+    "mflow_kernels, nothing stored": partial(
+        _glow_of_this_package, reversible=True, checkpoint_every=None
+    ),
     "plain": _plain,
     "plain, channels_last": partial(_plain, channels_last=True),
     "plain, compiled": partial(_plain, compiled=True),

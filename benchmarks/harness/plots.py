@@ -60,9 +60,9 @@ def largest_series(rows: Sequence[Row], axis: str) -> list[Row]:
 
 def _style(variant: str, order: Sequence[str]) -> dict[str, Any]:
     colour = COLOURS[list(order).index(variant) % len(COLOURS)]
-    ours = variant.startswith("ours")
-    return {"color": colour, "linewidth": 2.2 if ours else 1.2, "marker": "o" if ours else "s",
-            "markersize": 5, "linestyle": "-" if ours else "--", "label": variant}  # fmt: skip
+    own = variant.startswith("mflow_kernels")
+    return {"color": colour, "linewidth": 2.2 if own else 1.2, "marker": "o" if own else "s",
+            "markersize": 5, "linestyle": "-" if own else "--", "label": variant}  # fmt: skip
 
 
 def _against(series: Sequence[Row], axis: str, label: str) -> Any:
@@ -135,7 +135,7 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
 
 
 def _speedup(rows: Sequence[Row]) -> Any:
-    """Draw the peers' time divided by ours, for each task."""
+    """Draw the peers' time divided by that of mflow_kernels, for each task."""
     groups = list(dict.fromkeys(row.group for row in rows))
     tasks = list(dict.fromkeys(row.extra["task"] for row in rows))
     by_task = {t: [g for g in groups if g.startswith(f"{t},")] for t in tasks}
@@ -143,7 +143,7 @@ def _speedup(rows: Sequence[Row]) -> Any:
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(5.2 * len(tasks), 0.75 * longest + 1.5), squeeze=False
     )
-    peers = [v for v in dict.fromkeys(r.variant for r in rows) if not v.startswith("ours")]
+    peers = [v for v in dict.fromkeys(r.variant for r in rows) if not v.startswith("mflow_kernels")]
     height = 0.85 / max(1, len(peers))
     for panel, task in zip(panels[0], tasks, strict=True):
         labels = []
@@ -152,18 +152,18 @@ def _speedup(rows: Sequence[Row]) -> Any:
             labels.append(
                 group.split(", ", 1)[1].replace(" constant networks", "\nnetworks constant")
             )
-            if "ours, stored" not in mine:
+            if "mflow_kernels, stored" not in mine:
                 continue
             for i, peer in enumerate(peers):
                 if peer in mine:
-                    middle, low, high = ratio(mine[peer], mine["ours, stored"])
+                    middle, low, high = ratio(mine[peer], mine["mflow_kernels, stored"])
                     panel.barh(j + i * height, middle, height, color=COLOURS[i],
                                xerr=[[middle - low], [high - middle]],
                                error_kw={"linewidth": 0.7})  # fmt: skip
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_yticks([j + 0.4 for j in range(len(labels))], labels, fontsize=7)
         panel.invert_yaxis()
-        panel.set_title(f"{task}: time over ours with stored activations", fontsize=9)
+        panel.set_title(f"{task}: time over mflow_kernels with stored activations", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.legend(_marks(len(peers)), peers, ncols=len(peers), fontsize=8, frameon=False,

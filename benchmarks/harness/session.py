@@ -47,7 +47,9 @@ class Measured:
         Wrong results, and any error of this package, fail the row. Any other error of a peer is a
         limit of that peer (such as memcnn under autocast), and the row is skipped.
         """
-        if not variant.startswith("ours") and not isinstance(error, AssertionError | Missing):
+        if not variant.startswith("mflow_kernels") and not isinstance(
+            error, AssertionError | Missing
+        ):
             lines = str(error).splitlines() or [""]
             error = Missing(f"{variant}: {type(error).__name__}: {lines[0]}")
         traceback.clear_frames(error.__traceback__)  # the frames hold models
@@ -117,7 +119,7 @@ class Bench:
 
 
 def slug(*names: str) -> str:
-    """Join names to a row's id that pytest's -k accepts, such as "K8-train-ours_stored"."""
+    """Join names to a row's id that pytest's -k accepts, such as "K8-train-plain_channels_last"."""
     return "-".join(re.sub(r"[,\s]+", "_", name.replace("=", "")) for name in names)
 
 

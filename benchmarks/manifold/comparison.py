@@ -4,8 +4,9 @@ Every run is one JSON file in the output folder. A run whose file exists is not 
 comparison that was stopped continues where it was.
 
 1. Cost: the CPU seconds of one step of each method give the number of its steps.
-2. Sweep: each method is trained with the same number of settings, on seed 0 and with a part of the
-   CPU time, and judged by its samples on validation data.
+2. Sweep: each method is trained with settings of one grid, on seed 0 and with a part of the CPU
+   time, and judged on validation data. While the best setting lies at an end of the grid, the grid
+   is extended there.
 3. Comparison: each method is trained with its best setting and all seeds, and measured on test
    data.
 """
@@ -14,16 +15,17 @@ import math
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.manifold import methods
-from benchmarks.manifold.methods import RECIPES, Method, Networks
+from benchmarks.manifold import training
+from benchmarks.manifold.methods import RECIPES, Networks, names
 from benchmarks.manifold.output import Row, Store
+from benchmarks.manifold.training import Method
 
 COST_ROUNDS = 3  # rounds of timing; the smallest cost counts, as other processes only add time
 
@@ -43,11 +45,10 @@ class Comparison(ABC):
         name: name of the set, in file names.
         seconds: CPU seconds of a training.
         sweep_share: share of these seconds that a training of the sweep gets.
-        rates: learning rates of the sweep; methods without a weight get `more_rates` too.
-        weights: weights of the sweep. The first one is used while rates are compared, and the other
-            ones are then compared at the best rate.
-        more_rates: one rate for each weight after the first, so that all methods try equally many
-            settings.
+        rates: learning rates of the sweep, a geometric sequence that rises.
+        weights: weights of the sweep, of the same kind. The middle one is used while rates are
+            compared, and the other ones are then compared at the best rate.
+        extensions: how often each grid is extended at most.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Comparison(ABC):
     sweep_share: float
     rates: tuple[float, ...]
     weights: tuple[float, ...]
-    more_rates: tuple[float, ...]
+    extensions: int
 
     @abstractmethod
     def networks(self) -> Networks:
@@ -66,16 +67,12 @@ class Comparison(ABC):
         """Yield batches of training data without end."""
 
     @abstractmethod
-    def score(self, method: Method) -> float:
-        """Return the distance of samples from validation data."""
+    def validate(self, method: Method) -> dict[str, float | None]:
+        """Return figures on validation data, among them "score", the distance of samples."""
 
     def rank(self, row: Row) -> float | None:
         """Return the value that the sweep minimizes: the score."""
         return row["score"]
-
-    @abstractmethod
-    def point(self, method: Method) -> dict[str, float | None]:
-        """Return a point of the validation curve."""
 
     @abstractmethod
     def measure(self, method: Method) -> dict[str, Any]:
@@ -83,10 +80,10 @@ class Comparison(ABC):
 
     def choose(self, store: Store) -> dict[str, Settings]:
         """Make the runs of the sweep that the store lacks; return the best settings by method."""
-        names = methods.names(self.networks())
-        self._measure_costs(store, names)
+        found = names(self.networks())
+        self._measure_costs(store, found)
         chosen = {}
-        for name in names:
+        for name in found:
             rows = self._sweep(store, name)
             best = min(rows, key=self._order, default={})
             chosen[name] = Settings(best.get("rate", 0.0), best.get("weight", 1.0))
@@ -103,7 +100,13 @@ class Comparison(ABC):
         self, store: Store, name: str, settings: Settings, seed: int, share: float = 1.0,
         stage: str = "final",
     ) -> Row:  # fmt: skip
-        """Return the row of one training, from the store or made now."""
+        """Return the row of one training, from the store or made now.
+
+        Args:
+            share: CPU time of the training, as a share of `seconds`.
+            stage: part of the comparison that the row belongs to. Trainings of the stage "sweep"
+                are measured on validation data, those of other stages on test data.
+        """
         steps = [
             max(2, round(share * self.seconds * phase_share / cost))
             for phase_share, cost in self._costs(store, name)
@@ -117,20 +120,12 @@ class Comparison(ABC):
         self, name: str, settings: Settings, seed: int, steps: Sequence[int], stage: str
     ) -> dict[str, Any]:
         method, batches = self._start(name, settings, seed)
-        curve: list[dict[str, float | None]] = []
-
-        def watch(progress: float) -> None:
-            if stage != "sweep":
-                curve.append({"progress": progress} | self.point(method))
-
         try:
-            seconds = methods.train(method, batches, steps, settings.rate, watch)
+            seconds = training.train(method, batches, steps, settings.rate)
         except FloatingPointError as error:
-            return {"score": None, "failed": str(error)}
+            return {"failed": str(error)}
         about = {"seconds": seconds, "parameters": method.parameters()}
-        if stage == "sweep":
-            return about | {"score": self.score(method)} | self.point(method)
-        return about | {"curve": curve} | self.measure(method)
+        return about | (self.validate if stage == "sweep" else self.measure)(method)
 
     def _start(self, name: str, settings: Settings, seed: int) -> tuple[Method, Iterator[Tensor]]:
         """Build a method with new networks, and its data."""
@@ -140,35 +135,46 @@ class Comparison(ABC):
         return method, self.batches(seed, torch.Generator().manual_seed(seed + 1))
 
     def _sweep(self, store: Store, name: str) -> list[Row]:
-        """Train with the rates of the sweep and then, at the best one, with the other weights."""
+        """Search the best rate and then, at this rate, the best weight."""
         if not self._costs(store, name):
             return []  # nothing to train
 
-        def swept(settings: Settings) -> Row:
-            return self.train(store, name, settings, 0, self.sweep_share, "sweep")
+        def swept(rate: float, weight: float) -> Row:
+            return self.train(store, name, Settings(rate, weight), 0, self.sweep_share, "sweep")
 
-        first, *others = self.weights
-        weighted = RECIPES[name].weighted
-        rates = self.rates if weighted else (*self.rates, *self.more_rates)
-        rows = [swept(Settings(rate, first)) for rate in rates]
-        if weighted:
+        middle = self.weights[len(self.weights) // 2]
+        rows = self._search(self.rates, lambda rate: swept(rate, middle))
+        if RECIPES[name].weighted:
             best = min(rows, key=self._order)["rate"]
-            rows += [swept(Settings(best, weight)) for weight in others]
+            rows += self._search(self.weights, lambda weight: swept(best, weight))
         return rows
+
+    def _search(self, grid: Sequence[float], result: Callable[[float], Row]) -> list[Row]:
+        """Return the results for a grid, extended while the best one is at an end of it."""
+        rows = {value: result(value) for value in grid}
+        for _ in range(self.extensions):
+            tried = sorted(rows)
+            best = min(tried, key=lambda value: self._order(rows[value]))
+            if best not in (tried[0], tried[-1]):
+                break
+            inner = tried[1] if best == tried[0] else tried[-2]
+            beyond = float(f"{best * best / inner:.3g}")
+            rows[beyond] = result(beyond)
+        return list(rows.values())
 
     def _order(self, row: Row) -> float:
         rank = None if "failed" in row else self.rank(row)
         return math.inf if rank is None or not math.isfinite(rank) else rank
 
-    def _measure_costs(self, store: Store, names: Sequence[str]) -> None:
+    def _measure_costs(self, store: Store, found: Sequence[str]) -> None:
         """Time a few steps of all methods in turn, so that a busy machine disturbs all alike."""
-        todo = [name for name in names if not store.has(self._cost_key(name))]
+        todo = [name for name in found if not store.has(self._cost_key(name))]
         costs: dict[str, list[list[float]]] = {name: [] for name in todo}
         settings = Settings(1e-4, self.weights[0])
         for _ in range(COST_ROUNDS):
             for name in todo:
                 method, batches = self._start(name, settings, 0)
-                costs[name].append(methods.step_seconds(method, batches, settings.rate))
+                costs[name].append(training.step_seconds(method, batches, settings.rate))
         for name in todo:
             shares = [phase.share for phase in self._start(name, settings, 0)[0].phases]
             least = [min(column) for column in zip(*costs[name], strict=True)]
@@ -185,10 +191,17 @@ class Comparison(ABC):
 
 
 def finals(store: Store, name: str) -> list[Row]:
-    """Return the rows of a comparison, in the order of the methods, with the columns of ABOUT."""
+    """Return the rows of a comparison, as `in_order` does."""
+    return in_order(store.rows(f"{name}-final-"))
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Return rows in the order of the methods, with the columns of ABOUT."""
     order = list(RECIPES)
-    rows = store.rows(f"{name}-final-")
-    rows.sort(key=lambda row: (order.index(row["method"]), row["seed"]))
+
+    def place(row: Row) -> tuple[int, float, float, int]:
+        return order.index(row["method"]), row["share"], row["weight"], row["seed"]
+
     return [
         row
         | {
@@ -196,7 +209,7 @@ def finals(store: Store, name: str) -> list[Row]:
             "weight_shown": row["weight"] if RECIPES[row["method"]].weighted else "-",
             "steps_shown": " + ".join(map(str, row["steps"])) or "-",
         }
-        for row in rows
+        for row in sorted(rows, key=place)
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.manifold import methods
+from benchmarks.manifold import methods, training
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from mflow_kernels import ManifoldObjective, VectorFlow, estimate_intrinsic_dimension
@@ -50,7 +50,7 @@ def train(factors: int, dim: int, steps: int) -> Row:
     generator = torch.Generator().manual_seed(SEED)
     flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
     method = methods.one_stage(flow, dim or 1, OBJECTIVE if dim else methods.NORMAL)
-    seconds = methods.train(method, batches(factors, generator), [steps], RATE)
+    seconds = training.train(method, batches(factors, generator), [steps], RATE)
     row: Row = {"factors": factors, "dim": dim, "seed": SEED, "steps": steps, "seconds": seconds}
     if not dim:
         x = next(batches(factors, torch.Generator().manual_seed(10**6)))[:SPECTRUM_IMAGES]

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.manifold import pictures
-from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals
-from benchmarks.manifold.methods import RECIPES, Method, Networks
+from benchmarks.manifold import pictures, tables
+from benchmarks.manifold.comparison import ABOUT, Comparison, about_runs, finals, in_order
+from benchmarks.manifold.judge import judge
+from benchmarks.manifold.methods import RECIPES, Networks, components
 from benchmarks.manifold.output import Row, Store, markdown
 from benchmarks.manifold.sets import SETS, SIDE, Images, Part
+from benchmarks.manifold.training import Method
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.batches import BatchStream
 from mflow_kernels.data.dequantization import dequantize, to_image
@@ -27,9 +28,18 @@ PRIOR_STEPS, PRIOR_WIDTH = 4, 32
 CHANNELS, MORE_CHANNELS = 7, 12
 DEVIATION = 0.1  # standard deviation of v in PIE and denoising flows
 BATCH = 64
-CURVE_IMAGES = 200
-FEATURES, CLASSIFIER_PASSES = 32, 8
+VALIDATION_IMAGES = 200  # number of images for the likelihood and the error in the sweep
 SHOWN = 12  # images of each kind in a picture
+METRICS = {
+    "bits": ("bits per dimension", ".3f"),
+    "squared_error": ("reconstruction error (MSE)", ".5f"),
+    "frechet_projections": ("Frechet distance of projections", ".2f"),
+    "frechet_on_0.7": ("of samples, v = 0, T = 0.7", ".1f"),
+    "frechet_on_1.0": ("v = 0, T = 1", ".1f"),
+    "frechet_off_0.7": ("v drawn, T = 0.7", ".1f"),
+    "frechet_off_1.0": ("v drawn, T = 1", ".1f"),
+}
+REFERENCE = "penalized, hierarchy"  # the method that the others are compared with, seed by seed
 
 
 @dataclass(frozen=True)
@@ -67,21 +77,19 @@ class ImageComparison(Comparison):
         """
         return row["bits"] if RECIPES[row["method"]].by_likelihood else row["score"]
 
-    def score(self, method: Method) -> float:
-        """Return the Frechet distance of samples to the validation images, at temperature 1.
-
-        The result is the smaller of two distances: that of samples on the manifold, and that of
-        samples with v drawn.
-        """
-        found = self._frechet_of_samples(method, self.images.validation, (1.0,))
-        return min(value for value in found.values() if value is not None)
-
     @torch.no_grad()
-    def point(self, method: Method) -> dict[str, float | None]:
-        """Measure bits per dimension and reconstruction error on a few validation images."""
+    def validate(self, method: Method) -> dict[str, float | None]:
+        """Measure a method on validation images.
+
+        The score is the Frechet distance of samples at temperature 1, either on the manifold or
+        with v drawn, whichever is smaller. Bits per dimension and reconstruction error are those
+        of the first VALIDATION_IMAGES images.
+        """
         generator = torch.Generator().manual_seed(10**6)
-        images = self.images.validation.images[:CURVE_IMAGES]
-        return self._likelihood_and_error(method, dequantize(images, 8, generator))[0]
+        x = dequantize(self.images.validation.images[:VALIDATION_IMAGES], 8, generator)
+        found = self._frechet_of_samples(method, self.images.validation, (1.0,))
+        score = min(value for value in found.values() if value is not None)
+        return {"score": score} | self._likelihood_and_error(method, x)[0]
 
     @torch.no_grad()
     def measure(self, method: Method) -> dict[str, Any]:
@@ -142,77 +150,23 @@ def autoencoder(channels: int) -> tuple[nn.Module, nn.Module]:
     return encoder, decoder
 
 
-class Judge:
-    """A small classifier whose features give Frechet distances."""
-
-    def __init__(self, images: Images) -> None:
-        train = images.train
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(32 * 16, FEATURES),
-        )  # fmt: skip
-        classes = nn.Linear(FEATURES, int(train.labels.max()) + 1)
-        net = nn.Sequential(self.features, nn.ReLU(), classes)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for _ in range(CLASSIFIER_PASSES):
-            for index in torch.randperm(len(train.images)).split(64):
-                optimizer.zero_grad()
-                out = net(_scaled(train.images[index]))
-                nn.functional.cross_entropy(out, train.labels[index]).backward()
-                optimizer.step()
-        with torch.no_grad():
-            right = net(_scaled(images.test.images)).argmax(1) == images.test.labels
-            self.accuracy = right.float().mean().item()
-
-    @torch.no_grad()
-    def frechet(self, images: Tensor, reference: Part) -> float:
-        """Return the Frechet distance between two sets of images (Heusel et al., arXiv 1706.08500).
-
-        It fits Gaussians to the classifier's features of both sets:
-        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-        """
-        means, covariances = [], []
-        for part in (images, reference.images):
-            features = self.features(_scaled(part)).double()
-            means.append(features.mean(0))
-            covariances.append(features.T.cov())
-        root = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
-        trace = covariances[0].trace() + covariances[1].trace() - 2 * root
-        return ((means[0] - means[1]).square().sum() + trace).item()
-
-
-@cache
-def judge(name: str) -> Judge:
-    """Train the classifier of a set from a fixed seed."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        return Judge(SETS[name]())
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.float() / 128 - 1
-
-
 def comparison(name: str, quick: bool) -> ImageComparison:
-    rates, more_rates, weights = (6e-3, 1.6e-2), (2.5e-3, 4e-2), (100.0, 25.0, 400.0)
-    seconds = {"digits": 12.0, "patches": 6.0}[name]
+    rates, weights, extensions = (6.4e-3, 1.6e-2, 4e-2), (25.0, 100.0, 400.0), 3
+    seconds = {"digits": 20.0, "patches": 8.0}[name]
     if quick:
-        seconds, rates, more_rates, weights = 2.5, (1.6e-2,), (), (100.0,)
-    return ImageComparison(name, seconds, 0.2, rates, weights, more_rates, set=name)
+        seconds, rates, weights, extensions = 2.5, (1.6e-2,), (100.0,), 0
+    return ImageComparison(name, seconds, 0.3, rates, weights, extensions, set=name)
 
 
-METRICS = {
-    "bits": ("bits per dimension", ".3f"),
-    "squared_error": ("reconstruction error (MSE)", ".5f"),
-    "frechet_projections": ("Frechet distance of projections", ".2f"),
-    "frechet_on_0.7": ("of samples, v = 0, T = 0.7", ".1f"),
-    "frechet_on_1.0": ("v = 0, T = 1", ".1f"),
-    "frechet_off_0.7": ("v drawn, T = 0.7", ".1f"),
-    "frechet_off_1.0": ("v drawn, T = 1", ".1f"),
-}
-# Methods that are also trained for longer, to see whether the budget is enough.
-LONGER = ("plain likelihood, prior flow", "penalized, hierarchy", "free-form injective flow")
-LONGER_SHARE = 2.0
+# Methods that are also trained with other weights, for the frontier of likelihood against error.
+FRONTIER = (
+    "denoising flow",
+    "penalized, hierarchy",
+    "falling weight, hierarchy",
+    "error bound, hierarchy",
+)
+FRONTIER_FACTORS = (1 / 16, 1 / 4, 4.0)
+BUDGETS = (0.5, 2.0, 4.0)  # CPU time of further trainings, to find a plateau; 1 is `seconds`
 
 
 def run(name: str, store: Store, quick: bool) -> None:
@@ -220,57 +174,47 @@ def run(name: str, store: Store, quick: bool) -> None:
     compared = comparison(name, quick)
     chosen = comparison("digits", quick).choose(store)
     compared.compare(store, chosen, range(1 if quick else 5))
-    if name == "digits" and not quick:
-        for method in LONGER:
-            compared.train(store, method, chosen[method], 0, LONGER_SHARE, "longer")
+    if name != "digits" or quick:
+        return
+    for method in FRONTIER:
+        for factor in FRONTIER_FACTORS:
+            settings = chosen[method]._replace(weight=factor * chosen[method].weight)
+            compared.train(store, method, settings, 0, stage="frontier")
+    for share in BUDGETS:
+        for method, settings in chosen.items():
+            if RECIPES[method].build is not components:
+                compared.train(store, method, settings, 0, share, f"budget{share:g}")
 
 
 def report(name: str, store: Store) -> str:
     """Draw the pictures of the runs of a set, and return their tables."""
     rows = finals(store, name)
-    pictures.draw_samples(store.folder / f"{name}.png", name, rows, SETS[name]().test.images)
-    pictures.draw_frontier(store.folder / "frontier.png", {n: finals(store, n) for n in SETS})
-    pictures.draw_plateau(store.folder / "plateau.png", finals(store, "digits"))
     images, judged = SETS[name](), judge(name)
+    pictures.draw_samples(store.folder / f"{name}.png", name, rows, images.test.images)
+    found = {n: finals(store, n) for n in SETS}
+    frontiers = {n: in_order(store.rows(f"{n}-frontier-")) for n in SETS}
+    pictures.draw_frontier(store.folder / "frontier.png", found, frontiers)
     n = len(images.test.images)
     floor = judged.frechet(images.train.images[:n], images.test)
     text = [
         markdown(rows, {"method": "method"}, METRICS),
         f"\nThe Frechet distance of {n} training images is {floor:.2f}; no method can do much "
         f"better. The classifier is right on {judged.accuracy:.1%} of the test images.\n",
+        tables.differences(rows, REFERENCE, METRICS),
         markdown(rows, {"method": "method"}, ABOUT),
         about_runs(rows),
-        sweep_table(store.rows(f"{name}-sweep-")) if name == "digits" else "",
-        plateau_table(store.rows(f"{name}-longer-"), rows),
     ]
-    return "\n".join(text)
-
-
-def sweep_table(rows: list[Row]) -> str:
-    """Return one line per method: the result of each setting, best first."""
-    lines = ["| method | chosen by | result at (learning rate, weight) |", "|---|---|---|"]
-    for method, recipe in RECIPES.items():
-        found = [row for row in rows if row["method"] == method]
-        if not found:
-            continue
-        key = "bits" if recipe.by_likelihood else "score"
-        found.sort(key=lambda row, key=key: math.inf if row.get(key) is None else row[key])
-        cells = []
-        for row in found:
-            weight = f", {row['weight']:g}" if recipe.weighted else ""
-            value = "not finite" if row.get(key) is None else f"{row[key]:.3g}"
-            cells.append(f"{value} at ({row['rate']:g}{weight})")
-        by = "bits per dimension" if recipe.by_likelihood else "Frechet distance"
-        lines.append(f"| {method} | {by} | {'; '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def plateau_table(longer: list[Row], rows: list[Row]) -> str:
-    """Return a table of the longer runs beside the runs of the comparison with the same seed."""
-    if not longer:
-        return ""
-    both = []
-    for row in longer:
-        same = [r for r in rows if (r["method"], r["seed"]) == (row["method"], row["seed"])]
-        both += [r | {"budget": f"{r['share']:g}"} for r in (*same, row)]
-    return "\n" + markdown(both, {"method": "method", "budget": "budget"}, METRICS) + "\n"
+    if sweep := store.rows(f"{name}-sweep-"):
+        text += [tables.sweep(sweep, "Frechet distance", by_bits=True)]
+    if budgets := store.rows(f"{name}-budget"):
+        budgets = in_order([*budgets, *(row for row in rows if row["seed"] == 0 and row["steps"])])
+        pictures.draw_budgets(store.folder / "plateau.png", budgets)
+        shown = [row | {"budget": f"{row['share']:g}"} for row in budgets]
+        keys = {"method": "method", "budget": "budget"}
+        text += [markdown(shown, keys, {"steps_shown": ("steps", "")} | METRICS), about_runs(shown)]
+    if frontiers[name]:
+        seed = [row for row in rows if row["seed"] == 0 and row["method"] in FRONTIER]
+        shown = in_order([*frontiers[name], *seed])
+        shown = [row | {"weight": f"{row['weight']:g}"} for row in shown]
+        text += [markdown(shown, {"method": "method", "weight": "weight"}, METRICS)]
+    return "\n".join(text) + "\n"

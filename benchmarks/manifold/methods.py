@@ -5,16 +5,15 @@ methods have. All methods of a comparison use the same flow, the same prior flow
 and batches of the same size.
 """
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.manifold.principal_components import PrincipalComponents
+from benchmarks.manifold.training import Method, Phase
 from mflow_kernels import ErrorBound, HierarchicalFlow, ManifoldFlow, ManifoldObjective
 from mflow_kernels.layers import Bijection
 from mflow_kernels.models.peers import (
@@ -27,12 +26,6 @@ from mflow_kernels.models.peers import (
     rectangular_loss,
     warm_up,
 )
-
-Batches = Iterator[Tensor]
-WARM_UP = 50  # steps in which the learning rate rises
-FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
-TIMED_STEPS = 5  # steps that measure the cost of a step, after equally many to warm up
-CURVE_POINTS = 6
 
 
 @dataclass(frozen=True)
@@ -63,142 +56,13 @@ class Networks:
     volume: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Minimize `loss(x, progress)` (N,) over the parameters of `trained`.
-
-    Attributes:
-        share: share of the method's CPU time.
-        initialize: sets the actnorms from the first batch.
-        loss: progress rises from 0 to 1 during the phase.
-    """
-
-    share: float
-    trained: nn.Module
-    initialize: Callable[[Tensor], None]
-    loss: Callable[[Tensor, float], Tensor]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A model and its training phases.
-
-    Attributes:
-        off_deviation: standard deviation of v under the model; None if the method does not learn
-            the density of v, and so has no likelihood in the space of x.
-        ambient: whether the model has a density in the space of x, so that its samples have v
-            drawn.
-    """
-
-    model: HierarchicalFlow | Autoencoder
-    phases: Sequence[Phase]
-    off_deviation: float | None
-    ambient: bool = False
-
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @torch.no_grad()
-    def sample(
-        self, n: int, temperature: float, generator: torch.Generator, off: bool = False
-    ) -> Tensor:
-        """Draw n samples: on the manifold, or with v drawn as well if `off`."""
-        if not off:
-            return self.model.sample(n, temperature, generator)
-        assert self.off_deviation is not None
-        assert isinstance(self.model, HierarchicalFlow)
-        first = self.model.stages[0]
-        assert isinstance(first, ManifoldFlow)
-        u = temperature * torch.randn(n, self.model.manifold_dim, generator=generator)
-        for stage in reversed(list(self.model.stages)[1:]):
-            u = stage.decode(u)  # type: ignore[operator]
-        scale = temperature * self.off_deviation
-        latents = tuple(
-            z + scale * mask * torch.randn(z.shape, generator=generator)
-            for z, mask in zip(first.scatter(u), first.off_masks(), strict=True)
-        )
-        return first.flow.inverse(latents)[0]
-
-
-def train(
-    method: Method,
-    batches: Batches,
-    steps: Sequence[int],
-    rate: float,
-    watch: Callable[[float], None] = lambda progress: None,
-) -> float:
-    """Train all phases with Adam, gradients clipped to norm 1; return the CPU seconds.
-
-    In each phase the rate rises for WARM_UP steps and falls along a cosine. `watch(progress)` is
-    called CURVE_POINTS times per training, and its time does not count.
-
-    Args:
-        steps: number of steps of each phase.
-        rate: highest learning rate.
-
-    Raises:
-        FloatingPointError: the loss or the gradient is not finite.
-    """
-    seconds, done, watched = 0.0, 0, 0
-    for phase, count in zip(method.phases, steps, strict=True):
-        step = _stepper(phase, batches, rate, count)
-        for i in range(count):
-            started = time.process_time()
-            step(i)
-            seconds += time.process_time() - started
-            done += 1
-            if done * CURVE_POINTS >= (watched + 1) * sum(steps):
-                watched += 1
-                method.model.eval()
-                with torch.no_grad():
-                    watch(done / sum(steps))
-                method.model.train()
-    method.model.eval()
-    return seconds
-
-
-def step_seconds(method: Method, batches: Batches, rate: float) -> list[float]:
-    """Return the CPU seconds of one step in each phase, as a mean over the phase."""
-    costs = []
-    for phase in method.phases:
-        step = _stepper(phase, batches, rate, TIMED_STEPS)
-        times = []
-        for i in [*range(TIMED_STEPS), *range(TIMED_STEPS)]:
-            started = time.process_time()
-            step(i)
-            times.append(time.process_time() - started)
-        costs.append(statistics.fmean(times[TIMED_STEPS:]))
-    return costs
-
-
-def _stepper(phase: Phase, batches: Batches, rate: float, count: int) -> Callable[[int], None]:
-    """Start a phase of `count` steps; return the function that makes step i."""
-    phase.initialize(next(batches))
-    # Gradients of other stages' parameters, if there are any, are ignored.
-    parameters = list(phase.trained.parameters())
-    optimizer = torch.optim.Adam(parameters, rate, fused=True)
-
-    def step(i: int) -> None:
-        cosine = 0.5 * (1 + math.cos(math.pi * i / count))
-        falling = FINAL_RATE + (1 - FINAL_RATE) * cosine
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((i + 1) / WARM_UP, falling)
-        loss = phase.loss(next(batches), (i + 0.5) / count).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if i % 50 == 0 and not math.isfinite(loss.item() + norm.item()):
-            raise FloatingPointError(f"loss {loss.item()} at step {i} of {count}")
-        optimizer.step()
-
-    return step
-
-
 # Each builder takes the networks, the weight of the reconstruction error, and a generator for the
 # noise and the probes of the loss.
 
 
 NORMAL = ManifoldObjective("latent", weight=1.0)  # v is standard normal, like u
+CHART_SHARE = 0.85  # CPU time of the first flow of a hierarchy; the prior has the rest
+FALL, FALL_SHARE = 10.0, 0.6  # a falling weight starts at FALL times its last value
 
 
 def one_stage(flow: Bijection, dim: int, objective: ManifoldObjective) -> Method:
@@ -302,6 +166,29 @@ def hierarchical(networks: Networks, weight: float, generator: torch.Generator) 
     return _hierarchy(networks, ManifoldObjective("data", "l2", weight=weight))
 
 
+def calibrated(networks: Networks, weight: float, generator: torch.Generator) -> Method:
+    """The penalized likelihood with w = 1 / variance of the errors, then a prior flow on u."""
+    return _hierarchy(networks, ManifoldObjective("data", "l2", weight="variance"))
+
+
+def falling(networks: Networks, weight: float, generator: torch.Generator) -> Method:
+    """The penalized likelihood with a weight that falls to the given one, then a prior flow on u.
+
+    As with `WeightSchedule`, every step multiplies the weight by the same factor, from FALL times
+    the given weight at the start to the given weight after FALL_SHARE of the steps. The schedule
+    follows the progress of the phase, because a method is built before its steps are known.
+    """
+    model = _two_stages(networks, ManifoldObjective("data", "l2", weight=1.0))
+
+    def loss(x: Tensor, progress: float) -> Tensor:
+        w = weight * FALL ** max(0.0, 1 - progress / FALL_SHARE)
+        terms = model.terms(x, stage=0)
+        return w * terms.penalty - terms.log_likelihood
+
+    first = Phase(CHART_SHARE, model.stages[0], lambda x: model.initialize(x, 0), loss)
+    return Method(model, [first, _prior_phase(model, 1 - CHART_SHARE)], 1.0)
+
+
 def bounded(networks: Networks, weight: float, generator: torch.Generator) -> Method:
     """The likelihood with a bound of 1 / weight on the mean squared error, then a prior flow.
 
@@ -338,6 +225,8 @@ RECIPES = {
     "free-form injective flow": Recipe(free_form, weighted=True),
     "penalized": Recipe(penalized, weighted=True),
     "penalized, hierarchy": Recipe(hierarchical, weighted=True),
+    "calibrated weight, hierarchy": Recipe(calibrated),
+    "falling weight, hierarchy": Recipe(falling, weighted=True),
     "error bound, hierarchy": Recipe(bounded, weighted=True),
 }
 
@@ -350,42 +239,6 @@ def names(networks: Networks) -> list[str]:
     if networks.training_data is None:
         missing += [components, components_with_prior]
     return [name for name, recipe in RECIPES.items() if recipe.build not in missing]
-
-
-class PrincipalComponents(Bijection):
-    """The linear flow to whitened principal components, in one latent (D,), largest last.
-
-    The smallest D - d components share one variance, their mean, as in probabilistic principal
-    component analysis.
-
-    Args:
-        x: data (M, *input_shape) to fit.
-        dim: d.
-    """
-
-    def __init__(self, x: Tensor, dim: int) -> None:
-        super().__init__()
-        self.input_shape: tuple[int, ...] = tuple(x.shape[1:])
-        self.latent_shapes: tuple[tuple[int, ...], ...] = ((x[0].numel(),),)
-        flat = x.flatten(1).double()
-        variances, axes = torch.linalg.eigh(flat.T.cov())  # in ascending order
-        off = len(variances) - dim
-        variances[:off] = variances[:off].mean()
-        scale = variances.sqrt()
-        self.register_buffer("mean", flat.mean(0).float())
-        self.register_buffer("inward", (axes / scale).float())  # x to latents
-        self.register_buffer("rest", (axes * scale)[:, :off].float())
-        self.components = nn.Parameter((axes * scale)[:, off:].float(), requires_grad=False)
-        self.logdet = -scale.log().sum().item()
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z = (x.flatten(1) - self.mean) @ self.inward  # type: ignore[operator]
-        return (z,), torch.full_like(z[:, 0], self.logdet)
-
-    def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        outward = torch.cat([self.rest, self.components], 1)  # type: ignore[list-item]
-        x = (z[0] @ outward.T + self.mean).unflatten(1, self.input_shape)  # type: ignore[operator]
-        return x, torch.full_like(z[0][:, 0], -self.logdet)
 
 
 def _components(networks: Networks) -> ManifoldFlow:
@@ -405,7 +258,7 @@ def _two_stages(networks: Networks, objective: ManifoldObjective) -> Hierarchica
 
 def _hierarchy(networks: Networks, objective: ManifoldObjective) -> Method:
     model = _two_stages(networks, objective)
-    phases = [_objective_phase(model, 0.85), _prior_phase(model, 0.15)]
+    phases = [_objective_phase(model, CHART_SHARE), _prior_phase(model, 1 - CHART_SHARE)]
     return Method(model, phases, _deviation(objective), ambient=objective is NORMAL)
 
 

@@ -1,7 +1,7 @@
-"""Images that are not handwritten digits, for out-of-distribution scores. Nothing is downloaded.
+"""Images unlike those that a model was trained on, for out-of-distribution scores.
 
-Each set has grey images of one size, uint8 (N, 1, size, size). Letters are white on black, as
-digits are.
+Nothing is downloaded. Each set has grey images of one size, uint8 (N, 1, size, size). Letters are
+white on black, as digits are.
 """
 
 import itertools
@@ -25,21 +25,42 @@ _LETTERS = "ABCDEFGHJKLMNPQRTUVWXY" + "abdefghjkmnpqrtwy"
 _PHOTOGRAPHS = ("camera", "coins", "moon", "brick", "grass", "gravel")
 
 
-def other_images(held_out: Tensor, count: int) -> dict[str, Tensor]:
+def beside_digits(held_out: Tensor, count: int) -> dict[str, Tensor]:
     """Return sets of `count` images by name (100 for faces), of the size of the digits."""
     size = held_out.shape[-1]
-    draw = np.random.default_rng(0)
-    digits = held_out[:count]
-    shuffled = torch.from_numpy(draw.permutation(size * size))
     return {
         "digits of another data set": _resized(load_digits().images[:count] * (255 / 16), size),
+        "faces": faces(size),
+        **_beside(held_out[:count], count),
+    }
+
+
+def beside_faces(held_out: Tensor) -> dict[str, Tensor]:
+    """Return sets of 100 images by name (of as many as `held_out`, if made of these faces)."""
+    size = held_out.shape[-1]
+    return {
+        "patches without a face": _resized(data.lfw_subset()[100:] * 255.0, size),
+        "digits": _resized(load_digits().images[:100] * (255 / 16), size),
+        **_beside(held_out, 100),
+    }
+
+
+def faces(size: int = 24) -> Tensor:
+    """Return the 100 faces of scikit-image, uint8 (100, 1, size, size), reduced from 25x25."""
+    return _resized(data.lfw_subset()[:100] * 255.0, size)
+
+
+def _beside(held_out: Tensor, count: int) -> dict[str, Tensor]:
+    draw = np.random.default_rng(0)
+    size = held_out.shape[-1]
+    shuffled = torch.from_numpy(draw.permutation(size * size))
+    return {
         "letters": _letters(count, size, draw),
-        "faces": _resized(data.lfw_subset()[:100] * 255.0, size),
         "photographs": _patches(count, size, draw),
-        "digits upside down": digits.flip(2),
-        "digits with shuffled pixels": digits.flatten(1)[:, shuffled].view_as(digits),
-        "blank": torch.zeros_like(digits),
-        **made_up_sets(digits),
+        "upside down": held_out.flip(2),
+        "shuffled pixels": held_out.flatten(1)[:, shuffled].view_as(held_out),
+        "blank": torch.zeros_like(held_out),
+        **made_up_sets(held_out),
     }
 
 

@@ -99,9 +99,12 @@ def fill_in(document: Path, folder: Path) -> None:
 
 
 def mean_and_deviation(rows: Sequence[Row], name: str, form: str) -> str:
-    """Format mean ± standard deviation of a metric over rows (seeds); a dash if any is None."""
+    """Format mean ± standard deviation of a metric over rows (seeds).
+
+    The result is a dash if there are no rows, or if a value is None.
+    """
     values = [row.get(name) for row in rows]
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return "-"
     if isinstance(values[0], str):
         return ", ".join(dict.fromkeys(values))
@@ -118,6 +121,8 @@ def markdown(
 ) -> str:
     """Format a Markdown table with one line per combination of keys, in order of appearance.
 
+    Rows with the column "failed" are left out of the means, and the line says how many they are.
+
     Args:
         rows: one row per run, of all seeds.
         keys: names of the columns that identify a line, with their headings.
@@ -130,6 +135,10 @@ def markdown(
     lines = ["| " + " | ".join(heads) + " |"]
     lines.append("|" + "---|" * len(keys) + "---:|" * len(metrics))
     for values, group in groups.items():
-        cells = [mean_and_deviation(group, name, form) for name, (_, form) in metrics.items()]
-        lines.append("| " + " | ".join([*map(str, values), *cells]) + " |")
+        made = [row for row in group if "failed" not in row]
+        cells = [mean_and_deviation(made, name, form) for name, (_, form) in metrics.items()]
+        failed = len(group) - len(made)
+        note = f" ({failed} of {len(group)} failed)" if failed else ""
+        shown = [f"{values[0]}{note}", *map(str, values[1:]), *cells]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)

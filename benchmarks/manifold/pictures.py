@@ -30,9 +30,10 @@ STYLES = {
     "free-form injective flow": ("tab:purple", "P"),
     "penalized": ("tab:pink", "X"),
     "penalized, hierarchy": ("tab:red", "*"),
+    "calibrated weight, hierarchy": ("lightcoral", "h"),
+    "falling weight, hierarchy": ("orangered", "d"),
     "error bound, hierarchy": ("darkred", "p"),
 }
-
 
 SHORT = {  # names that fit beside a row of images
     "principal components, Gaussian": "PCA",
@@ -43,6 +44,8 @@ SHORT = {  # names that fit beside a row of images
     "plain likelihood, prior flow": "plain, prior",
     "free-form injective flow": "free-form",
     "penalized, hierarchy": "pen., hierarchy",
+    "calibrated weight, hierarchy": "calibrated, hierarchy",
+    "falling weight, hierarchy": "falling, hierarchy",
     "error bound, hierarchy": "bound, hierarchy",
 }
 
@@ -58,13 +61,21 @@ def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> No
     draw_images(path, f"{name}: samples at T = 0.7", shown)
 
 
-def draw_frontier(path: Path, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Draw bits per dimension, and the Frechet distance, against the reconstruction error."""
+def draw_frontier(
+    path: Path, rows: Mapping[str, Sequence[Row]], others: Mapping[str, Sequence[Row]]
+) -> None:
+    """Draw bits per dimension, and the Frechet distance, against the reconstruction error.
+
+    Args:
+        rows: runs of each set of images, with a point for each and a marker for their mean.
+        others: runs with other weights; a line joins them with the first seed of their method.
+    """
     sets = [name for name, found in rows.items() if found]
     figure = Figure(figsize=(9, 3.4 * len(sets) + 1), layout="constrained")
     for line, name in zip(figure.subplots(len(sets), 2, squeeze=False), sets, strict=True):
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
+            _lines(axis, rows[name], others[name], metric)
             axis.set(xlabel="reconstruction error (MSE)", xscale="log")
             axis.grid(alpha=0.3)
             _plain_ticks(axis.xaxis)
@@ -97,6 +108,15 @@ def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
         )  # fmt: skip
 
 
+def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) -> None:
+    for method in dict.fromkeys(row["method"] for row in others):
+        first = [row for row in rows if row["seed"] == 0]
+        found = [row for row in (*first, *others) if row["method"] == method]
+        found = sorted((row for row in found if "failed" not in row), key=lambda row: row["weight"])
+        xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
+        axis.plot(xs, ys, "-", color=STYLES[method][0], lw=1, alpha=0.7, marker=".", ms=4)
+
+
 def _value(row: Row, metric: str) -> float | None:
     """Return a figure; the Frechet distance is that of the better kind of samples at T = 1."""
     if metric != "frechet":
@@ -104,27 +124,31 @@ def _value(row: Row, metric: str) -> float | None:
     return min(row[key] for key in ("frechet_on_1.0", "frechet_off_1.0") if row[key] is not None)
 
 
-def draw_plateau(path: Path, rows: Sequence[Row]) -> None:
-    """Draw bits per dimension and reconstruction error on validation images during training."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, metric in zip(axes, ("bits", "squared_error"), strict=True):
-        for method, (colour, _) in STYLES.items():
-            curves = [row["curve"] for row in rows if row["method"] == method and row.get("curve")]
-            if not curves or curves[0][0][metric] is None:
+def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
+    """Draw bits per dimension, reconstruction error and Frechet distance against CPU time."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    panels = zip(figure.subplots(1, 3), ("bits", "squared_error", "frechet"), strict=True)
+    names = {
+        "bits": "bits per dimension",
+        "squared_error": "reconstruction error (MSE)",
+        "frechet": "Frechet distance of samples, T = 1",
+    }
+    for axis, metric in panels:
+        for method, (colour, marker) in STYLES.items():
+            found = [row for row in rows if row["method"] == method and "failed" not in row]
+            found = sorted(found, key=lambda row: row["share"])
+            values = [_value(row, metric) for row in found]
+            if not found or None in values:
                 continue
-            times = [point["progress"] for point in curves[0]]
-            values = [
-                statistics.fmean(values)
-                for values in zip(*([p[metric] for p in curve] for curve in curves), strict=True)
-            ]
-            style = "--" if "wider" in method else "-"
-            axis.plot(times, values, style, color=colour, label=method, lw=1.4)
+            times = [row["seconds"] for row in found]
+            axis.plot(times, values, marker + "-", color=colour, label=method, lw=1.2, ms=5)
         axis.grid(alpha=0.3)
-        axis.set(xlabel="part of the steps done")
-    axes[0].set(ylabel="bits per dimension, validation")
-    axes[1].set(ylabel="reconstruction error, validation", yscale="log")
-    _plain_ticks(axes[1].yaxis)
-    handles, labels = axes[1].get_legend_handles_labels()
+        axis.set(xlabel="CPU seconds", xscale="log", ylabel=names[metric])
+        _plain_ticks(axis.xaxis)
+        if metric != "bits":
+            axis.set_yscale("log")
+            _plain_ticks(axis.yaxis)
+        last = axis
+    handles, labels = last.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(path, figure)

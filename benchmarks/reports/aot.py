@@ -130,17 +130,24 @@ def capture(function: Callable[[], object]) -> list[Launch]:
     return launches
 
 
+_room = torch.empty(2**28, dtype=torch.uint8)  # its pages are never written and take no memory
+
+
 def _untouched(argument: Any) -> Any:
-    """A tensor of the same shape, strides and alignment that is never written, so that it takes
-    address space but no memory."""
+    """A tensor of the same shape, strides and alignment. All such tensors lie in `_room`, because
+    memory of their own may be some that the allocator reuses, and then it is real."""
+    global _room
     if not isinstance(argument, Tensor) or not argument.numel():
         return argument
     steps = (
         (size - 1) * step for size, step in zip(argument.shape, argument.stride(), strict=True)
     )
     offset = argument.data_ptr() % 16 // argument.element_size()
-    room = torch.empty(offset + sum(steps) + 1, dtype=argument.dtype)
-    return room.as_strided(argument.shape, argument.stride(), offset)
+    needed = (offset + sum(steps) + 1) * argument.element_size()
+    if needed > len(_room):
+        _room = torch.empty(2 * needed, dtype=torch.uint8)
+    room = torch.empty(0, dtype=argument.dtype)
+    return room.set_(_room.untyped_storage(), offset, argument.shape, argument.stride())
 
 
 @dataclass

@@ -26,6 +26,16 @@ SHORT = {
 }
 
 
+# Number of products of C x C matrices that a kernel computes at each pixel.
+CHANNEL_PRODUCTS = {
+    "_conv1x1_kernel": 1,
+    "_weight_gradient_kernel": 1,
+    "_coupling_conv1x1_bwd_kernel": 1,
+    "_rebuild_conv1x1_kernel": 3,
+    "_rebuild_conv1x1_medium_kernel": 3,
+    "_rebuild_conv1x1_wide_kernel": 3,
+}
+
 CHAINS: dict[str, dict[str, Any]] = {  # what a chain stores for its backward pass
     "stored chain": {"reversible": False},
     "reversible chain": {"checkpoint_every": None},

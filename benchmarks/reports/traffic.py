@@ -47,7 +47,7 @@ import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness.output import save_json, text_table
-from benchmarks.reports.cases import CHAINS, Case, backward_of, chain, operations
+from benchmarks.reports.cases import CHAINS, CHANNEL_PRODUCTS, Case, backward_of, chain, operations
 
 CHANNELS = (12, 24, 48, 96, 192, 384)
 # Arguments that are whole states although the kernel needs only the second half of the channels: a
@@ -120,7 +120,7 @@ def sector_bytes_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
 
 def product_ratio(case: Case, launch: traffic_counts.Launch) -> float:
     """Multiplications of the tensor cores, divided by those of the formulas."""
-    products = PRODUCTS.get(launch.kernel, 0)
+    products = CHANNEL_PRODUCTS.get(launch.kernel, 0)
     if launch.kernel.startswith("_rebuild_conv1x1"):
         names = {name for memory in launch.memories for name in memory.names}
         products -= names.isdisjoint({"x", "x_a"})  # a stored x is not rebuilt
@@ -182,15 +182,6 @@ def row(
     )
 
 
-# The products of C x C matrices and states that a kernel computes.
-PRODUCTS = {
-    "_conv1x1_kernel": 1,
-    "_weight_gradient_kernel": 1,
-    "_coupling_conv1x1_bwd_kernel": 1,
-    "_rebuild_conv1x1_kernel": 3,
-    "_rebuild_conv1x1_medium_kernel": 3,
-    "_rebuild_conv1x1_wide_kernel": 3,
-}
 # Tiles are powers of two, so 12 channels take 16 places and 16^2 / 12^2 = 1.78 of the products.
 MOST_PRODUCTS = 1.8
 # The gradient of a coupling reads 24 of every 48 bytes of x in two accesses: a ratio of 1.13.
@@ -298,7 +289,7 @@ def launches(steps: int = 4) -> list[Launches]:
     case = Case(12, n=1, side=4, channels_last=True)
     for name, options in CHAINS.items():
         for direction in ("forward", "inverse", "forward backward", "inverse backward"):
-            ours, torchs = [], []
+            counted, eager = [], []
             for k in (steps, 2 * steps):
                 flow = chain(case, k, **options)
                 x = case.tensor(case.c, case.dtype)
@@ -311,9 +302,9 @@ def launches(steps: int = 4) -> list[Launches]:
                     prepare = partial(torch.no_grad(), partial(run, x))
                     bound = steps + 1
                 operators = _Operators()
-                ours.append(traffic_counts.count(partial(_watched, operators, prepare)))
-                torchs.append(operators.count)
-            over = [launch for launch in ours[0] if any(m.pixels for m in launch.memories)]
+                counted.append(traffic_counts.count(partial(_watched, operators, prepare)))
+                eager.append(operators.count)
+            over = [launch for launch in counted[0] if any(m.pixels for m in launch.memories)]
             fault = "" if len(over) <= bound else "too many"
             made.append(
                 Launches(
@@ -321,9 +312,9 @@ def launches(steps: int = 4) -> list[Launches]:
                     direction,
                     steps,
                     len(over),
-                    len(ours[0]) - len(over),
+                    len(counted[0]) - len(over),
                     bound,
-                    (torchs[1] - torchs[0]) / steps,
+                    (eager[1] - eager[0]) / steps,
                     fault,
                 )
             )

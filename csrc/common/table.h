@@ -17,6 +17,8 @@ struct Table {
         return found;
     }
 
+    static bool has(int index) { return index >= 0 && index < static_cast<int>(sizeof...(Rows)); }
+
     // Calls use(row) with the row of this index. Returns false, and calls nothing, if there is none.
     template <class Use>
     static MFLOW_INLINE bool visit(int index, const Use& use) {

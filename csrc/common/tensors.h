@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "bindings.h"
-#include "walk.h"
+#include "state_view.h"
 
 namespace mflow {
 
@@ -75,17 +75,18 @@ public:
     State(py::object tensor, const py::object& dtype, Use use)
         : tensor_(std::move(tensor), dtype, use) {
         if (tensor_.axes() < 2) fail("expected (N, C, *spatial)");
-        if (walks()) return;
-        if (use == Use::write) fail("expected results whose pixels one stride walks");
+        if (find_strides()) return;
+        if (use == Use::write) fail("expected results with one stride for all pixels");
         tensor_.make_contiguous();
-        if (!walks()) fail("expected a contiguous copy");
+        if (!find_strides()) fail("expected a contiguous copy");
     }
 
     const Shape& shape() const { return shape_; }
-    const Walk& walk() const { return walk_; }
+    const StateView& view() const { return view_; }
 
 private:
-    bool walks() {
+    // False if the pixels have no common stride.
+    bool find_strides() {
         int64_t pixels = 1, step = 1;
         bool one_stride = true;
         for (size_t axis = tensor_.axes(); axis-- > 2;) {
@@ -98,13 +99,13 @@ private:
         shape_ = {tensor_.length(0), tensor_.length(1), pixels};
         // The strides of an empty tensor do not matter, and a contiguous copy would keep them.
         if (!one_stride && shape_.size() > 0) return false;
-        walk_ = {tensor_.data(), tensor_.stride(0), tensor_.stride(1), step};
+        view_ = {tensor_.data(), tensor_.stride(0), tensor_.stride(1), step};
         return true;
     }
 
     Tensor tensor_;
     Shape shape_;
-    Walk walk_;
+    StateView view_;
 };
 
 // One value a sample: a log-determinant or its gradient, (N,) or (N, 1).
@@ -131,9 +132,9 @@ inline bool computes_in_double(const py::object& dtype) {
 }
 
 // The same state, beginning with a later channel.
-inline Walk from_channel(Walk w, int64_t channel, bool is_double) {
-    w.data = static_cast<char*>(w.data) + channel * w.channel * (is_double ? 8 : 4);
-    return w;
+inline StateView from_channel(StateView view, int64_t channel, bool is_double) {
+    view.data = static_cast<char*>(view.data) + channel * view.channel * (is_double ? 8 : 4);
+    return view;
 }
 
 inline void expect_shape(const State& state, const Shape& shape, int64_t channels) {

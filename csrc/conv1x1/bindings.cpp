@@ -48,7 +48,7 @@ public:
         state_.emplace(tensor, dtype, use);
         expect_shape(*state_, shape, channels);
     }
-    Walk walk() const { return state_ ? state_->walk() : Walk(); }
+    StateView view() const { return state_ ? state_->view() : StateView(); }
 
 private:
     std::optional<State> state_;
@@ -99,11 +99,11 @@ void conv1x1(int threads, const py::object& x, const py::object& params, const p
     p.weight = weight_values;
     const Weights bias_values(bias, dtype, p.shape.channels, false);
     p.bias = bias_values;
-    p.x[0] = from.walk();
-    p.x[1] = from_channel(from.walk(), p.first, is_double);
-    p.y = to.walk();
+    p.x[0] = from.view();
+    p.x[1] = from_channel(from.view(), p.first, is_double);
+    p.y = to.view();
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
-    p.net = first_half.walk();
+    p.net = first_half.view();
     std::optional<State> raw;
     std::optional<SampleValues> sums;
     Coupling coupling;
@@ -124,7 +124,7 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
     p.shape = dstate.shape();
     expect_channels(p.shape);
     p.first = p.shape.channels / 2;
-    p.dstate = dstate.walk();
+    p.dstate = dstate.view();
     return p;
 }
 
@@ -142,12 +142,12 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
     Conv1x1Backward p = describe_backward(is_double, result);
     for (const State* half : {&y_a, &dy_a}) expect_shape(*half, p.shape, p.first);
     for (const State* half : {&y_b, &dy_b}) expect_shape(*half, p.shape, p.shape.channels - p.first);
-    p.state[0] = y_a.walk();
-    p.state[1] = y_b.walk();
-    p.dy[0] = dy_a.walk();
-    p.dy[1] = dy_b.walk();
+    p.state[0] = y_a.view();
+    p.state[1] = y_b.view();
+    p.dy[0] = dy_a.view();
+    p.dy[1] = dy_b.view();
     const Optional added(dnet, dtype, Use::read, p.shape, p.first);
-    p.dnet = added.walk();
+    p.dnet = added.view();
     const Weights weight_values(weight, dtype, p.shape.channels, true);
     p.weight = weight_values;
     const Weights bias_values(bias, dtype, p.shape.channels, false);
@@ -157,8 +157,8 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
     if (other.is_none() != x.is_none()) fail("expected both x and the matrix that rebuilds it, or neither");
     const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
     const Optional first_half(net, dtype, Use::write, p.shape, p.first);
-    p.rebuilt = rebuilt.walk();
-    p.net = first_half.walk();
+    p.rebuilt = rebuilt.view();
+    p.net = first_half.view();
     const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
     p.outer_sum = sums.outer_sum();
     p.dbias = sums.dbias();
@@ -182,12 +182,12 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
     expect_like(raw, draw);
     Conv1x1Backward p = describe_backward(is_double, result);
     const int64_t first = p.first;
-    p.dy[0] = gradient.walk();
-    p.dy[1] = from_channel(gradient.walk(), first, is_double);
+    p.dy[0] = gradient.view();
+    p.dy[1] = from_channel(gradient.view(), first, is_double);
     const Optional added(dnet, dtype, Use::read, p.shape, first);
-    p.dnet = added.walk();
-    p.state[0] = state.walk();
-    p.state[1] = from_channel(state.walk(), first, is_double);
+    p.dnet = added.view();
+    p.state[0] = state.view();
+    p.state[1] = from_channel(state.view(), first, is_double);
     const Weights weight_values(weight, dtype, p.shape.channels, true);
     p.weight = weight_values;
     const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
@@ -195,7 +195,7 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
     p.dbias = sums.dbias();
     const Shape half = second_half(p.shape, first);
     Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);
-    coupling.draw = draw.walk();
+    coupling.draw = draw.view();
     coupling.dshift = from_channel(coupling.draw, half.channels, is_double);
     const SampleValues dsums(dlogdet, dtype, Use::read, p.shape.samples);
     coupling.dlogdet = dsums.data();

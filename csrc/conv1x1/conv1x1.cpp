@@ -48,13 +48,13 @@ struct Grid {
     static int pixels(const Tile& t) { return PIXEL_ROWS ? t.rows : t.width; }
 
     // The part of a tile that begins with `channel`, in memory and in a panel.
-    MFLOW_INLINE Part<A> in_memory(const Walk& w, const Tile& t, int channel) const {
-        const int64_t pixel = vectors ? w.sample : w.pixel;
-        const int64_t sample = vectors ? 0 : w.sample;
-        A* data = static_cast<A*>(w.data);
-        data += t.sample * sample + channel * w.channel + first_pixel(t) * pixel;
-        return PIXEL_ROWS ? Part<A>{data, pixel, w.channel, false}
-                          : Part<A>{data, w.channel, pixel, false};
+    MFLOW_INLINE Part<A> in_memory(const StateView& view, const Tile& t, int channel) const {
+        const int64_t pixel = vectors ? view.sample : view.pixel;
+        const int64_t sample = vectors ? 0 : view.sample;
+        A* data = static_cast<A*>(view.data);
+        data += t.sample * sample + channel * view.channel + first_pixel(t) * pixel;
+        return PIXEL_ROWS ? Part<A>{data, pixel, view.channel, false}
+                          : Part<A>{data, view.channel, pixel, false};
     }
     MFLOW_INLINE Part<A> in_panel(A* panel, int channel) const {
         return {panel + (PIXEL_ROWS ? channel : channel * stride), stride, 1, false};
@@ -361,8 +361,8 @@ void conv1x1_backward(const Conv1x1Backward& p, int threads) {
     m.write_sums();
 }
 
-bool channels_are_neighbours(const Shape& shape, const Walk& w) {
-    return shape.pixels == 1 || w.pixel != 1;
+bool channels_are_neighbours(const Shape& shape, const StateView& view) {
+    return shape.pixels == 1 || view.pixel != 1;
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct Conv1x1 {
     Shape shape;        // of the state
     int64_t first = 0;  // channels of its first half
     Matrix weight, bias;
-    Walk x[2], y;
-    Walk net;                            // the network input, a copy of y's first half; or absent
+    StateView x[2], y;
+    StateView net;                            // the network input, a copy of y's first half; or absent
     const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
 };
 
@@ -36,12 +36,12 @@ struct Conv1x1Backward {
     Shape shape;
     int64_t first = 0;
     Matrix weight, bias;
-    Walk dy[2], dnet;     // dnet is added to the first half's gradient
-    Walk state[2];        // the halves of y; with a coupling, of x
-    Walk dstate;          // the gradient of z; with a coupling, of x
+    StateView dy[2], dnet;     // dnet is added to the first half's gradient
+    StateView state[2];        // the halves of y; with a coupling, of x
+    StateView dstate;          // the gradient of z; with a coupling, of x
     void *outer_sum, *dbias;   // (C, C) and (C), dense
     Matrix other;         // M
-    Walk rebuilt, net;    // M z, and the network input, a copy of its first half
+    StateView rebuilt, net;    // M z, and the network input, a copy of its first half
     const Coupling* coupling = nullptr;  // its dlogdet, draw and dshift are used too
 };
 

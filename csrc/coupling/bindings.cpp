@@ -10,35 +10,35 @@
 namespace mflow {
 namespace {
 
-// The half of a state that is scaled. The first `stays` channels pass through.
-Shape scaled_half(const State& state, int64_t stays) {
+// The half of a state that is scaled. The first channels pass through.
+Shape scaled_half(const State& state, int64_t identity_channels) {
     Shape half = state.shape();
-    half.channels -= stays;
-    if (stays > half.channels) fail("expected the half that passes through to be no larger than the other");
+    half.channels -= identity_channels;
+    if (identity_channels > half.channels) fail("expected the identity half to be no larger than the other");
     return half;
 }
 
-void couple(int threads, int64_t stays, const py::object& x, const py::object& params,
+void couple(int threads, int64_t identity_channels, const py::object& x, const py::object& params,
             const py::object& y, const py::object& ledger, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), raw(params, dtype, Use::read), to(y, dtype, Use::write);
     expect_like(from, to);
     const SampleValues sums(ledger, dtype, Use::write, from.shape().samples);
-    Coupling p = describe_coupling(is_double, scaled_half(from, stays), raw, scale, inverse);
-    p.stays = stays;
-    p.from[0] = from.walk();
-    p.to[0] = to.walk();
-    p.x = from_channel(from.walk(), stays, is_double);
-    p.y = from_channel(to.walk(), stays, is_double);
+    Coupling p = describe_coupling(is_double, scaled_half(from, identity_channels), raw, scale, inverse);
+    p.identity_channels = identity_channels;
+    p.from[0] = from.view();
+    p.to[0] = to.view();
+    p.x = from_channel(from.view(), identity_channels, is_double);
+    p.y = from_channel(to.view(), identity_channels, is_double);
     p.ledger = sums.data();
     py::gil_scoped_release release;
     couple_cpu(p, threads);
 }
 
-// `given` is the coupling's input if `kept`, otherwise its output. `other` receives the other one of the
-// two, and may be None if `kept`. All states and gradients are halves (stays = 0) or whole.
-void coupling_backward(int threads, int64_t stays, bool kept, const py::object& given,
+// `given` is the coupling's input if `x_given`, otherwise its output. `other` receives the other one of the
+// two, and may be None if `x_given`. All states and gradients are halves (identity_channels = 0) or whole.
+void coupling_backward(int threads, int64_t identity_channels, bool x_given, const py::object& given,
                        const py::object& params, const py::object& dy, const py::object& dlogdet,
                        const py::object& other, const py::object& dx, const py::object& dparams,
                        const py::tuple& scale, bool inverse) {
@@ -53,21 +53,21 @@ void coupling_backward(int threads, int64_t stays, bool kept, const py::object& 
     std::optional<State> filled;
     if (!other.is_none()) filled.emplace(other, dtype, Use::write);
     if (filled) expect_like(state, *filled);
-    if (!kept && !filled) fail("expected a tensor for the coupling's input, got None");
-    Coupling p = describe_coupling(is_double, scaled_half(state, stays), raw, scale, inverse);
-    p.kept = kept;
-    (kept ? p.x : p.y) = from_channel(state.walk(), stays, is_double);
-    if (filled) (kept ? p.y : p.x) = from_channel(filled->walk(), stays, is_double);
-    p.dy = from_channel(gradient.walk(), stays, is_double);
-    p.dx = from_channel(result.walk(), stays, is_double);
-    p.stays = stays;
-    if (stays > 0) {
-        p.from[0] = state.walk();
-        if (filled) p.to[0] = filled->walk();
-        p.from[1] = gradient.walk();
-        p.to[1] = result.walk();
+    if (!x_given && !filled) fail("expected a tensor for the coupling's input, got None");
+    Coupling p = describe_coupling(is_double, scaled_half(state, identity_channels), raw, scale, inverse);
+    p.x_given = x_given;
+    (x_given ? p.x : p.y) = from_channel(state.view(), identity_channels, is_double);
+    if (filled) (x_given ? p.y : p.x) = from_channel(filled->view(), identity_channels, is_double);
+    p.dy = from_channel(gradient.view(), identity_channels, is_double);
+    p.dx = from_channel(result.view(), identity_channels, is_double);
+    p.identity_channels = identity_channels;
+    if (identity_channels > 0) {
+        p.from[0] = state.view();
+        if (filled) p.to[0] = filled->view();
+        p.from[1] = gradient.view();
+        p.to[1] = result.view();
     }
-    p.draw = draw.walk();
+    p.draw = draw.view();
     p.dshift = from_channel(p.draw, p.shape.channels, is_double);
     p.dlogdet = dsums.data();
     p.dlogdet_stride = dsums.stride();

@@ -24,7 +24,7 @@ struct Grid {
     explicit Grid(const Coupling& p) {
         const Shape& s = p.shape;
         vectors = s.pixels == 1;
-        pixels_inside = !vectors && (p.kept || !p.dy.data ? p.x : p.y).pixel == 1;
+        pixels_inside = !vectors && (p.x_given || !p.dy.data ? p.x : p.y).pixel == 1;
         const int64_t outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
         const int64_t inner = pixels_inside ? s.pixels : s.channels;
         const int64_t width = std::min<int64_t>(inner, kTile);
@@ -36,16 +36,16 @@ struct Grid {
 };
 
 template <class A>
-MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const Walk& w) {
-    const int64_t row = g.vectors ? w.sample : g.pixels_inside ? w.channel : w.pixel;
-    const int64_t step = g.pixels_inside ? w.pixel : w.channel;
-    A* data = static_cast<A*>(w.data) + t.sample * w.sample + t.outer * row + t.inner * step;
+MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const StateView& view) {
+    const int64_t row = g.vectors ? view.sample : g.pixels_inside ? view.channel : view.pixel;
+    const int64_t step = g.pixels_inside ? view.pixel : view.channel;
+    A* data = static_cast<A*>(view.data) + t.sample * view.sample + t.outer * row + t.inner * step;
     return {data, row, step, step == 1 && (row == t.width || t.rows == 1)};
 }
 
 template <class A>
-MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
-    const Part<A> from = part<A>(g, t, w);
+MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const StateView& view, A* buffer) {
+    const Part<A> from = part<A>(g, t, view);
     if (from.dense) return from.data;
     copy<A>(t.rows, t.width, from, {buffer, t.width, 1, true});
     return buffer;
@@ -53,21 +53,21 @@ MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const Walk& w, A* buffe
 
 // Memory for results: the tile itself if it is dense, otherwise the buffer, which `write` copies later.
 template <class A>
-MFLOW_INLINE A* room(const Grid& g, const Tile& t, const Walk& w, A* buffer) {
-    const Part<A> to = part<A>(g, t, w);
+MFLOW_INLINE A* room(const Grid& g, const Tile& t, const StateView& view, A* buffer) {
+    const Part<A> to = part<A>(g, t, view);
     return to.dense ? to.data : buffer;
 }
 template <class A>
-MFLOW_INLINE void write(const Grid& g, const Tile& t, const Walk& w, A* values) {
-    const Part<A> to = part<A>(g, t, w);
+MFLOW_INLINE void write(const Grid& g, const Tile& t, const StateView& view, A* values) {
+    const Part<A> to = part<A>(g, t, view);
     if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
 }
 
-// Copies the tile's share of the half that passes through: the channels with the tile's indices.
+// Copies the tile's share of the identity half: the channels with the tile's indices.
 template <class A>
-MFLOW_INLINE void copy_what_stays(const Coupling& p, const Grid& g, const Tile& t) {
+MFLOW_INLINE void copy_identity_half(const Coupling& p, const Grid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
-    const int64_t left = p.stays - first;
+    const int64_t left = p.identity_channels - first;
     const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
     const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
     if (left <= 0) return;
@@ -88,7 +88,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
     A* y = room<A>(g, t, p.y, b.y);
     log_scales<false, A>(p.scale, t.size(), raw, b.log_s, b.slope);
     scale_half<A>(p, t.size(), x, b.log_s, shift, y);
-    copy_what_stays<A>(p, g, t);
+    copy_identity_half<A>(p, g, t);
     write<A>(g, t, p.y, y);
     if (!g.vectors) {
         sums[index] = sign * sum(t.size(), b.log_s);
@@ -103,7 +103,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
 template <class A>
 MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
     const Tile t = g.tiling.tile(index);
-    const A* given = read<A>(g, t, p.kept ? p.x : p.y, b.x);
+    const A* given = read<A>(g, t, p.x_given ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
     const A* shift = read<A>(g, t, p.shift, b.shift);
     const A* dy = read<A>(g, t, p.dy, b.dy);
@@ -112,18 +112,18 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index,
         const int64_t n = g.vectors ? t.outer + r : t.sample;
         std::fill_n(b.dlogdet + r * t.width, t.width, dlogdet[n * p.dlogdet_stride]);
     }
-    const Walk& result = p.kept ? p.y : p.x;
+    const StateView& result = p.x_given ? p.y : p.x;
     A* other = result.data ? room<A>(g, t, result, b.y) : b.y;
     A* dx = room<A>(g, t, p.dx, b.dx);
     A* draw = room<A>(g, t, p.draw, b.draw);
     A* dshift = room<A>(g, t, p.dshift, b.dshift);
     log_scales<true, A>(p.scale, t.size(), raw, b.log_s, b.slope);
-    const auto run = [&](auto kept) __attribute__((always_inline)) {
-        unscale_half<kept.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
+    const auto run = [&](auto x_given) __attribute__((always_inline)) {
+        unscale_half<x_given.value, A>(p, t.size(), given, b.log_s, b.slope, shift, dy, b.dlogdet, other, dx,
                                     draw, dshift);
     };
-    p.kept ? run(std::true_type{}) : run(std::false_type{});
-    copy_what_stays<A>(p, g, t);
+    p.x_given ? run(std::true_type{}) : run(std::false_type{});
+    copy_identity_half<A>(p, g, t);
     if (result.data) write<A>(g, t, result, other);
     write<A>(g, t, p.dx, dx);
     write<A>(g, t, p.draw, draw);

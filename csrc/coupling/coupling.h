@@ -2,12 +2,12 @@
 // mflow_kernels/ops/scale.py and coupling.py. This file does not depend on torch.
 //
 //   couple              y_b = s (x_b + shift) or s x_b + shift, and the sum of log s of each sample
-//   coupling_backward   x_b from y_b (unless kept), and the gradients of x_b and params = (raw, shift)
+//   coupling_backward   x_b from y_b (unless x_given), and the gradients of x_b and params = (raw, shift)
 #pragma once
 
 #include <cstdint>
 
-#include "../common/walk.h"
+#include "../common/state_view.h"
 
 namespace mflow {
 
@@ -21,24 +21,24 @@ struct Coupling {
     bool is_double = false;
     Scale scale;
     bool inverse = false;  // whether the forward pass ran the inverse coupling
-    bool kept = false;     // coupling_backward: x_b is given, y_b is not
+    bool x_given = false;  // coupling_backward: x_b is given, y_b is not
     Shape shape;           // of the half that is scaled
-    Walk raw, shift;
+    StateView raw, shift;
 
-    // couple reads x and writes y. coupling_backward reads y and writes x; if `kept` it reads x and
+    // couple reads x and writes y. coupling_backward reads y and writes x; if `x_given` it reads x and
     // writes y, which may be absent.
-    Walk x, y;
+    StateView x, y;
     void* ledger = nullptr;  // couple: one sum a sample
 
     // coupling_backward reads dy and one dlogdet a sample, and writes dx, draw and dshift.
     const void* dlogdet = nullptr;
     int64_t dlogdet_stride = 0;
-    Walk dy, dx, draw, dshift;
+    StateView dy, dx, draw, dshift;
 
-    // The half that the coupling passes through is copied from `from` to `to`, if `to` is given: entry 0
-    // for the state, entry 1 for its gradient.
-    int64_t stays = 0;  // channels of this half, no more than those of the other half
-    Walk from[2], to[2];
+    // The identity half, which the coupling passes through, is copied from `from` to `to`, if `to` is
+    // given: entry 0 for the state, entry 1 for its gradient.
+    int64_t identity_channels = 0;  // no more than the channels of the other half
+    StateView from[2], to[2];
 };
 
 void couple_cpu(const Coupling& problem, int threads);

@@ -39,7 +39,7 @@ inline Coupling describe_coupling(bool is_double, const Shape& half, const State
     p.shape = half;
     p.scale = parse_scale(scale, is_double);
     p.inverse = inverse;
-    p.raw = params.walk();
+    p.raw = params.view();
     p.shift = from_channel(p.raw, half.channels, is_double);
     return p;
 }

@@ -96,9 +96,9 @@ MFLOW_INLINE A sum(int count, const A* values) {
     return total;
 }
 
-// The gradients dx, draw and dshift from dy and dlogdet. If KEPT, `given` is x and `other` becomes y;
+// The gradients dx, draw and dshift from dy and dlogdet. If X_GIVEN, `given` is x and `other` becomes y;
 // otherwise `given` is y and `other` becomes x. u is the value that the scale multiplies.
-template <bool ADD_FIRST, bool KEPT, class A>
+template <bool ADD_FIRST, bool X_GIVEN, class A>
 MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log_s, const A* slope,
                                  const A* shift, const A* dy, const A* dlogdet, A* other, A* dx, A* draw,
                                  A* dshift) {
@@ -106,7 +106,7 @@ MFLOW_INLINE void unscale_values(int count, A sign, const A* given, const A* log
     for (int i = 0; i < count; ++i) {
         const A s = exp_of(sign * log_s[i]), t = sign * shift[i];
         A u;
-        if (KEPT) {
+        if (X_GIVEN) {
             u = ADD_FIRST ? given[i] + t : given[i];
             other[i] = ADD_FIRST ? s * u : s * u + t;
         } else {
@@ -131,16 +131,16 @@ MFLOW_INLINE void scale_half(const Coupling& p, int count, const A* x, const A* 
         scale_values<false, A>(count, sign, x, log_s, shift, y);
     }
 }
-template <bool KEPT, class A>
+template <bool X_GIVEN, class A>
 MFLOW_INLINE void unscale_half(const Coupling& p, int count, const A* given, const A* log_s,
                                const A* slope, const A* shift, const A* dy, const A* dlogdet, A* other,
                                A* dx, A* draw, A* dshift) {
     const A sign = p.inverse ? A(-1) : A(1);
     if (p.scale.shift_first != p.inverse) {
-        unscale_values<true, KEPT, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+        unscale_values<true, X_GIVEN, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
                                       draw, dshift);
     } else {
-        unscale_values<false, KEPT, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
+        unscale_values<false, X_GIVEN, A>(count, sign, given, log_s, slope, shift, dy, dlogdet, other, dx,
                                        draw, dshift);
     }
 }

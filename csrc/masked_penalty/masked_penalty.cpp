@@ -204,15 +204,6 @@ MFLOW_INLINE void write(const Problem& p, const View& view, int64_t sample, uint
     for (int i = 0; i < count; ++i) base[i] = Narrow<T>::from(sign * values[i]);
 }
 
-template <class T>
-struct Types {
-    using Acc = float;
-};
-template <>
-struct Types<double> {
-    using Acc = double;
-};
-
 template <class A>
 struct Buffers {
     A input[kTile + kSlack], target[kTile + kSlack], mask[kTile + kSlack], weight[kTile + kSlack];
@@ -305,7 +296,7 @@ using RunTiles = void (*)(const Problem&, int64_t, int64_t, bool, void*);
 #define MFLOW_RUN_TILES(name, T)                                                           \
     MFLOW_CLONES void name(const Problem& p, int64_t first, int64_t last, bool backward,   \
                            void* scratch) {                                                \
-        using A = Types<T>::Acc;                                                           \
+        using A = Accumulator<T>::type;                                                           \
         Buffers<A>& buffers = *static_cast<Buffers<A>*>(scratch);                          \
         const Tiling tiling(p.samples, 1, p.size, 1, kTile);                               \
         for (int64_t i = first; i < last; ++i) {                                           \

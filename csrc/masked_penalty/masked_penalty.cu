@@ -18,16 +18,7 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;   // per block
 constexpr int kBlocks = 4;  // per multiprocessor, at least; leaves 64 registers a thread, so none spill
-constexpr unsigned kAll = 0xffffffffu;
-
-template <class T>
-struct Types {
-    using Acc = float;
-};
-template <>
-struct Types<double> {
-    using Acc = double;
-};
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class A, class S>
 __device__ __forceinline__ A widen(S v) { return static_cast<A>(v); }
@@ -189,32 +180,41 @@ __device__ __forceinline__ void read(const Problem& p, Run& run, Terms<A, V>& te
 template <class A>
 __device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
-    for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_down_sync(kAll, value, lane);
+    for (int lane = kLanes / 2; lane > 0; lane /= 2) value += __shfl_down_sync(kAllLanes, value, lane);
     return value;
 }
+
+__device__ __forceinline__ uint32_t lane() { return threadIdx.x % kLanes; }
 
 __device__ __forceinline__ uint32_t warp_index() {
     return blockIdx.x * kWarps + threadIdx.x / kLanes;
 }
 
-template <class T, int V, bool indexed>
-__global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
-    forward_kernel(const __grid_constant__ Problem p) {
-    using A = typename Types<T>::Acc;
-    const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
-    if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
-    const uint32_t lane = threadIdx.x % kLanes;
-    const uint32_t begin = index % tiles * kTile;
-    const uint32_t end = min(begin + kTile, p.size);
-    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
-    A penalty = 0, gaussian = 0;
+// Calls body(run, terms) for each run of this lane in a tile.
+template <class T, int V, bool indexed, class A, class Body>
+__device__ __forceinline__ void for_each_run(const Problem& p, int64_t sample, uint32_t tile,
+                                             const Body& body) {
+    const uint32_t begin = tile * kTile, end = min(begin + kTile, p.size);
     Run run;
-    run.sample = index / tiles;
-    for (uint32_t at = begin + lane * V; at < end; at += kLanes * V) {
+    run.sample = sample;
+    for (uint32_t at = begin + lane() * V; at < end; at += kLanes * V) {
         run.at = at;
         run.count = min(static_cast<uint32_t>(V), end - at);
         Terms<A, V> terms;
         read<T, indexed>(p, run, terms);
+        body(run, terms);
+    }
+}
+
+template <class T, int V, bool indexed>
+__global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
+    forward_kernel(const __grid_constant__ Problem p) {
+    using A = typename Accumulator<T>::type;
+    const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
+    if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
+    const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
+    A penalty = 0, gaussian = 0;
+    const auto add = [&](const Run& run, const Terms<A, V>& terms) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (j < run.count) {
@@ -227,10 +227,11 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
                 gaussian += p.selects() ? gaussian_of<true>(e, m) : gaussian_of<false>(e, m);
             }
         }
-    }
+    };
+    for_each_run<T, V, indexed, A>(p, index / tiles, index % tiles, add);
     penalty = warp_sum(penalty);
     gaussian = warp_sum(gaussian);
-    if (lane == 0) {
+    if (lane() == 0) {
         const bool whole = tiles == 1;
         A* to = static_cast<A*>(whole ? p.penalty : p.partial) + index;
         *to = penalty;
@@ -247,35 +248,24 @@ __global__ void __launch_bounds__(kLanes * kWarps) sum_kernel(const A* __restric
                                                               uint32_t tiles) {
     const uint32_t index = warp_index();
     if (index >= 2 * samples) return;
-    const uint32_t lane = threadIdx.x % kLanes;
     partial += static_cast<int64_t>(index) * tiles;
     A sum = 0;
-    for (uint32_t t = lane; t < tiles; t += kLanes) sum += partial[t];
+    for (uint32_t t = lane(); t < tiles; t += kLanes) sum += partial[t];
     sum = warp_sum(sum);
-    if (lane == 0) *(index < samples ? penalty + index : gaussian + (index - samples)) = sum;
+    if (lane() == 0) *(index < samples ? penalty + index : gaussian + (index - samples)) = sum;
 }
 
 template <class T, int V, bool indexed>
 __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
     backward_kernel(const __grid_constant__ Problem p) {
-    using A = typename Types<T>::Acc;
+    using A = typename Accumulator<T>::type;
     const uint32_t index = warp_index(), tiles = static_cast<uint32_t>(p.tiles);
     if (index >= static_cast<uint32_t>(p.samples) * tiles) return;
-    const uint32_t lane = threadIdx.x % kLanes;
-    const uint32_t begin = index % tiles * kTile;
-    const uint32_t end = min(begin + kTile, p.size);
     const A scale = static_cast<A>(p.scale), delta = static_cast<A>(p.delta);
-    Run run;
-    run.sample = index / tiles;
-    const A g = __ldg(static_cast<const A*>(p.grad_penalty.data) +
-                      run.sample * p.grad_penalty.sample_stride);
-    const A h = __ldg(static_cast<const A*>(p.grad_gaussian.data) +
-                      run.sample * p.grad_gaussian.sample_stride);
-    for (uint32_t at = begin + lane * V; at < end; at += kLanes * V) {
-        run.at = at;
-        run.count = min(static_cast<uint32_t>(V), end - at);
-        Terms<A, V> terms;
-        read<T, indexed>(p, run, terms);
+    const int64_t sample = index / tiles;
+    const A g = __ldg(static_cast<const A*>(p.grad_penalty.data) + sample * p.grad_penalty.sample_stride);
+    const A h = __ldg(static_cast<const A*>(p.grad_gaussian.data) + sample * p.grad_gaussian.sample_stride);
+    const auto differentiate = [&](const Run& run, const Terms<A, V>& terms) {
         A grad[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -288,7 +278,8 @@ __global__ void __launch_bounds__(kLanes * kWarps, kBlocks)
         }
         if (p.dinput.data) store<T, indexed>(p.dinput, run, grad, A(1));
         if (p.dtarget.data) store<T, indexed>(p.dtarget, run, grad, A(-1));
-    }
+    };
+    for_each_run<T, V, indexed, A>(p, sample, index % tiles, differentiate);
 }
 
 void check(cudaError_t status, const char* what) {
@@ -302,23 +293,24 @@ unsigned blocks_for(int64_t warps) {
     return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
 
-// Launches kernel<T, V, indexed>. A lane takes 16 bytes at a time if these always lie in one row of every
-// view, otherwise one element.
-#define MFLOW_LAUNCH(kernel)                                                    \
-    constexpr int vector = 16 / sizeof(T);                                      \
-    const unsigned blocks = blocks_for(p.samples * p.tiles);                    \
-    if (!p.indexed) {                                                           \
-        kernel<T, vector, false><<<blocks, kLanes * kWarps, 0, stream>>>(p);    \
-    } else if (p.extent[0] % vector == 0) {                                     \
-        kernel<T, vector, true><<<blocks, kLanes * kWarps, 0, stream>>>(p);     \
-    } else {                                                                    \
-        kernel<T, 1, true><<<blocks, kLanes * kWarps, 0, stream>>>(p);          \
-    }
+using Kernel = void (*)(Problem);
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements in 16 bytes
+
+// Launches `dense` if the views have no gaps. Otherwise launches `rows`, which moves 16 bytes at a time
+// within a row, or `elements`, which moves one element, if the rows are not a whole number of vectors.
+template <class T>
+void launch(const Problem& p, cudaStream_t stream, Kernel dense, Kernel rows, Kernel elements) {
+    const Kernel kernel = !p.indexed ? dense : p.extent[0] % kVector<T> == 0 ? rows : elements;
+    kernel<<<blocks_for(p.samples * p.tiles), kLanes * kWarps, 0, stream>>>(p);
+}
 
 template <class T>
 void forward(const Problem& p, cudaStream_t stream) {
-    using A = typename Types<T>::Acc;
-    MFLOW_LAUNCH(forward_kernel)
+    using A = typename Accumulator<T>::type;
+    launch<T>(p, stream, forward_kernel<T, kVector<T>, false>, forward_kernel<T, kVector<T>, true>,
+              forward_kernel<T, 1, true>);
     if (p.tiles > 1) {
         sum_kernel<A><<<blocks_for(2 * p.samples), kLanes * kWarps, 0, stream>>>(
             static_cast<const A*>(p.partial), static_cast<A*>(p.penalty),
@@ -330,32 +322,31 @@ void forward(const Problem& p, cudaStream_t stream) {
 
 template <class T>
 void backward(const Problem& p, cudaStream_t stream) {
-    MFLOW_LAUNCH(backward_kernel)
+    launch<T>(p, stream, backward_kernel<T, kVector<T>, false>, backward_kernel<T, kVector<T>, true>,
+              backward_kernel<T, 1, true>);
     check(cudaGetLastError(), "backward launch");
+}
+
+// Calls use(T(0)) for the input's type T.
+template <class Use>
+void with_type(const Problem& p, const Use& use) {
+    check_rho(p.rho);
+    switch (p.dtype) {
+        case Dtype::float32: return use(float(0));
+        case Dtype::float64: return use(double(0));
+        case Dtype::float16: return use(__half(0));
+        case Dtype::bfloat16: return use(__nv_bfloat16(0));
+    }
 }
 
 }  // namespace
 
 void forward_cuda(const Problem& p, void* stream) {
-    check_rho(p.rho);
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    switch (p.dtype) {
-        case Dtype::float32: return forward<float>(p, queue);
-        case Dtype::float64: return forward<double>(p, queue);
-        case Dtype::float16: return forward<__half>(p, queue);
-        case Dtype::bfloat16: return forward<__nv_bfloat16>(p, queue);
-    }
+    with_type(p, [&](auto zero) { forward<decltype(zero)>(p, static_cast<cudaStream_t>(stream)); });
 }
 
 void backward_cuda(const Problem& p, void* stream) {
-    check_rho(p.rho);
-    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-    switch (p.dtype) {
-        case Dtype::float32: return backward<float>(p, queue);
-        case Dtype::float64: return backward<double>(p, queue);
-        case Dtype::float16: return backward<__half>(p, queue);
-        case Dtype::bfloat16: return backward<__nv_bfloat16>(p, queue);
-    }
+    with_type(p, [&](auto zero) { backward<decltype(zero)>(p, static_cast<cudaStream_t>(stream)); });
 }
 
 std::string cuda_problem() {

@@ -20,6 +20,16 @@ namespace mflow {
 
 enum class Dtype : int { float32, float64, float16, bfloat16 };
 
+// The type in which values of type T are summed.
+template <class T>
+struct Accumulator {
+    using type = float;
+};
+template <>
+struct Accumulator<double> {
+    using type = double;
+};
+
 // The penalty functions rho and their derivatives. A new one is a struct here and its name in `Rhos`.
 struct L2 {
     static constexpr const char* name = "l2";
@@ -55,7 +65,7 @@ struct Huber {
 using Rhos = Table<L2, L1, Huber>;
 
 inline void check_rho(int rho) {
-    if (!Rhos::visit(rho, [](auto) {})) throw std::invalid_argument("masked_penalty: unknown rho");
+    if (!Rhos::has(rho)) throw std::invalid_argument("masked_penalty: unknown rho");
 }
 
 template <class A>

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mflow_kernels.data.named import DEFAULT_SIZE, NAMED_DATASETS
-from mflow_kernels.data.prepare import is_prepared_from, prepare
+from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import Prepared, is_prepared, open_prepared
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.sources import DataError, find_images
@@ -55,7 +55,7 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
             f"data: cannot write prepared images to {cached.parent} ({error.strerror}); set "
             "MFLOW_CACHE to another folder, or give a file of mflow prepare"
         ) from None
-    return prepare(source, cached, size)
+    return prepare_images(source, cached, size)
 
 
 def _cached_file(path: Path, size: int) -> Path:

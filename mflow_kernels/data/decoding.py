@@ -172,8 +172,8 @@ def plain(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Return the upper 8 bits of grey values with more bits, as Pillow converts 16-bit colours.
 
-    For unsigned values of up to 16 bits, white is the largest value in every format. For floats,
-    signed integers and 32-bit integers, the value of white is not agreed on, so they are refused.
+    For unsigned values of up to 16 bits, white is the largest value in every format. No standard
+    defines white for floats, signed integers and 32-bit integers, so they are refused.
     """
     bits, inverted = 16, False  # this holds for PGM too: Pillow scales its values to 16 bits
     if image.format == "TIFF":
@@ -181,9 +181,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         bits = tags[BITSPERSAMPLE][0]
         inverted = tags[PHOTOMETRIC_INTERPRETATION] == 0
         if tags.get(SAMPLEFORMAT, (1,))[0] != 1 or bits > 16:
-            raise ValueError("grey values that are signed, 32-bit or floats have no agreed white")
+            raise ValueError(
+                "no standard defines white for grey values that are signed, 32-bit or floats"
+            )
     elif image.mode == "F":
-        raise ValueError("grey values that are floats have no agreed white")
+        raise ValueError("no standard defines white for grey values that are floats")
     values = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
     grey = values.clip(0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey)

@@ -67,11 +67,19 @@ def follow_links(path: Path, argument: str) -> Path:
     The target need not exist yet.
 
     Raises:
-        ValueError: the links lead in a circle. The message names `argument`.
+        ValueError: the links lead in a circle, or no file can have this name. The message names
+            `argument`.
     """
-    real = Path(os.path.realpath(path))
-    if real.is_symlink():
-        raise ValueError(f"{argument}: symbolic links lead in a circle: {path}")
+    try:
+        real = Path(os.path.realpath(path))
+        if real.is_symlink():
+            raise ValueError("symbolic links lead in a circle")
+        _exists(real)
+    except (OSError, ValueError) as error:  # ValueError: also a NUL character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{argument}: expected a path that can exist, got {path} ({reason})"
+        ) from None
     return real
 
 

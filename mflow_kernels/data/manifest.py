@@ -60,7 +60,8 @@ class Manifest:
         """Read a file of `write`.
 
         Raises:
-            ValueError: the file does not exist or `write` did not write it. The message names it.
+            ValueError: the file does not exist, or `write` did not write it. The message names the
+                file.
         """
         try:
             with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -72,7 +73,7 @@ class Manifest:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"{path}: not a list of a run's images ({error})") from None
+            raise ValueError(f"{path}: expected the list of a run's images ({error})") from None
         for number, row in enumerate(listed, start=2):
             if len(row) != 3 or row[1] not in ("0", "1", "2") or not is_digest(row[2]):
                 raise ValueError(
@@ -81,7 +82,7 @@ class Manifest:
                 )
         names = [row[0] for row in listed]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"{path}: expected at least one image and no name twice")
+            raise ValueError(f"{path}: expected at least one image and different names")
         parts = np.array([int(row[1]) for row in listed], np.uint8)
         return cls(names, parts, [row[2] for row in listed])
 
@@ -105,9 +106,7 @@ class Manifest:
         }
         kinds = [(kind, names) for kind, names in found.items() if names]
         if not kinds:
-            return (
-                None if list(self.names) == list(recorded.names) else "the images in another order"
-            )
+            return None if list(self.names) == list(recorded.names) else "the order of the images"
         phrases: list[str] = []
         for kind, names in kinds:
             more = ", ..." if len(names) > _NAMED else ""

@@ -36,6 +36,7 @@ from mflow_kernels.data.decoding import (
     digest,
     start_worker,
 )
+from mflow_kernels.data.files import sync
 from mflow_kernels.data.manifest import is_digest
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
 from mflow_kernels.data.printable import printable
@@ -57,7 +58,7 @@ def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
         return False
 
 
-def prepare(
+def prepare_images(
     source: Source,
     out: Path,
     image_size: int,
@@ -70,7 +71,7 @@ def prepare(
         source: the images, from `find_images`.
         out: the file to write.
         image_size: side of the square results in pixels.
-        workers: number of decoding processes; by default one per core, fewer for few images.
+        workers: number of decoding processes; by default one per core, or fewer for few images.
         overwrite: replace an existing file of that name.
 
     Returns:
@@ -90,7 +91,7 @@ def prepare(
             return open_prepared(out)
         if out.exists() and not overwrite:
             journal.unlink()
-            raise DataError(f"out: another process has written {out} meanwhile")
+            raise DataError(f"out: another process wrote {out} while this one waited")
         try:
             with _open_own(partial) as file:
                 work = _resume(lines, file, source, image_size, identity)
@@ -115,7 +116,7 @@ def prepare(
                 ) from None
             raise
         os.replace(partial, out)
-        _sync_folder(out.parent)
+        sync(out.parent)
         journal.unlink()
     return open_prepared(out)
 
@@ -162,10 +163,10 @@ class _Work:
             and all(isinstance(why, str) for why in skipped.values())
             and all(map(is_digest, digests))
         ):
-            raise ValueError("a line of another journal")
+            raise ValueError("the line does not continue the journal")
         for expected in digests:
             if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
-                raise ValueError("images other than those listed")
+                raise ValueError("the images are not those that the journal lists")
 
     def add(self, line: dict) -> None:
         self.skipped |= {int(position): why for position, why in line["skipped"].items()}
@@ -256,7 +257,7 @@ def _decode_in_order(
     ahead: deque[Future[Decoded]] = deque()
     try:
         for block in blocks:
-            with _interrupts_held():
+            with _interrupts_blocked():
                 ahead.append(pool.submit(decode, block, form))
             if len(ahead) > 2 * workers:  # bounds the memory of decoded blocks
                 yield ahead.popleft().result()
@@ -273,11 +274,11 @@ def _decode_in_order(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     """Block SIGINT in this process and in processes that start meanwhile.
 
-    Ctrl-C in a terminal reaches every process. It must only end the main one, which then ends the
-    others in order.
+    Ctrl-C in a terminal reaches every process. Only the main process may end by it; it then
+    ends the others.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -292,20 +293,20 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     if not names:
         first, why = next(iter(work.skipped.items()))
         raise DataError(
-            f"data: expected images in {source.root}, found {len(work.skipped)} files that are none"
-            f" ({source.entries[first].name}: {why})"
+            f"data: expected images in {source.root}, but no file there can be read as an image "
+            f"({source.entries[first].name}: {why})"
         )
     if source.parts is None:
         part = _random_parts(len(names))
     else:
-        kept = [part for i, part in enumerate(source.parts) if i not in work.skipped]
-        part = np.array(kept, np.uint8)
+        read = [part for i, part in enumerate(source.parts) if i not in work.skipped]
+        part = np.array(read, np.uint8)
     skipped = {name: "listed in the partition, but missing" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
     attributes = {}
     for name, values in source.attributes.items():
-        own = [value for i, value in enumerate(values) if i not in work.skipped]
-        attributes[name] = np.packbits(np.array(own, np.uint8)).tobytes().hex()
+        read = [value for i, value in enumerate(values) if i not in work.skipped]
+        attributes[name] = np.packbits(np.array(read, np.uint8)).tobytes().hex()
     record = Record(
         source=os.path.realpath(source.root),
         listing=work.identity,
@@ -385,11 +386,3 @@ def _append(lines: BinaryIO, values: dict) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

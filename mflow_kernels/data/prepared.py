@@ -83,7 +83,7 @@ class Record:
         """
         values = {"attributes": {}, **json.loads(text)}  # earlier versions had no attributes
         if set(values) != {field.name for field in fields(cls)}:
-            raise ValueError("its record has other fields")
+            raise ValueError("its record has missing or unknown fields")
         return cls(**values)
 
     def check(self, form: Format, part: np.ndarray) -> None:
@@ -105,14 +105,14 @@ class Record:
             "channels": type(self.channels) is int and self.channels == form.channels,
             "crop": self.crop is None or (type(self.crop) is int and self.crop > 0),
             "partition": self.partition in ("official", "random"),
-            "count": _are(self.count, len(PARTS), lambda value: type(value) is int)
+            "count": _is_list(self.count, len(PARTS), lambda value: type(value) is int)
             and self.count == np.bincount(part, minlength=len(PARTS)).tolist()
             and (self.partition == "official" or not self.count[VALID]),
-            "names": _are(self.names, images, _is_name) and len(set(self.names)) == images,
+            "names": _is_list(self.names, images, _is_name) and len(set(self.names)) == images,
             "skipped": isinstance(self.skipped, dict)
             and all(isinstance(why, str) for why in self.skipped.values()),
             "enlarged": type(self.enlarged) is int and 0 <= self.enlarged <= images,
-            "digests": _are(self.digests, images, is_digest),
+            "digests": _is_list(self.digests, images, is_digest),
             "attributes": isinstance(self.attributes, dict)
             and all(
                 isinstance(bits, str) and re.fullmatch("[0-9a-f]*", bits) and len(bits) == packed
@@ -120,10 +120,10 @@ class Record:
             ),
         }.items():
             if not right:
-                raise ValueError(f"its record is wrong: {name}")
+                raise ValueError(f"its record has the wrong {name}")
 
 
-def _are(values: object, count: int, right: Callable[[object], bool]) -> bool:
+def _is_list(values: object, count: int, right: Callable[[object], bool]) -> bool:
     return isinstance(values, list) and len(values) == count and all(map(right, values))
 
 
@@ -191,8 +191,8 @@ class Prepared:
         for row, (image, expected) in enumerate(zip(self.images, self.record.digests, strict=True)):
             if digest(image) != expected:
                 raise DataError(
-                    f"data: {self.path} is damaged: image {row} ({self.record.names[row]}) is not "
-                    "as it was written; prepare it again with --overwrite"
+                    f"data: {self.path} is damaged: image {row} ({self.record.names[row]}) does "
+                    "not match its digest; prepare it again with --overwrite"
                 )
             if progress is not None and (row + 1) % _VERIFIED_AT_A_TIME == 0:
                 progress(row + 1)
@@ -262,7 +262,7 @@ def _read_header(head: bytes, file_bytes: int) -> tuple[int, Format, int]:
     (record_bytes,) = entries["record"]["shape"]
     numbers = (count, channels, height, width, record_bytes)
     if not all(type(number) is int and number > 0 for number in numbers):
-        raise ValueError(f"its header has the shapes {numbers}")
+        raise ValueError(f"its header lists the shapes {numbers}")
     form = Format(height, channels)
     # These values determine the header, so making it again checks every dtype and offset.
     if channels not in (1, 3) or head != header(form, count, record_bytes):

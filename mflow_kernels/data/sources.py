@@ -43,7 +43,7 @@ class Entry(NamedTuple):
         if self.member is None:
             return open(self.file, "rb")
         content = io.BytesIO()
-        with _opened(self.file).open(self.member) as member:
+        with _cached_zip(self.file).open(self.member) as member:
             # Small pieces bound the memory: bz2 and LZMA inflate each piece as a whole.
             while piece := member.read(_PIECE_BYTES):
                 if content.write(piece) and content.tell() > _LARGEST_MEMBER:
@@ -113,28 +113,28 @@ def find_images(data: str | Path) -> Source:
 
 def _find_celeba(root: Path) -> tuple[Path, list[Path]] | None:
     """Return CelebA's images (a folder or zip), and the folders that may hold the partition."""
-    for folder in _and_below(Path(os.path.abspath(root)), depth=2):
+    for folder in _with_subfolders(Path(os.path.abspath(root)), depth=2):
         for path in (folder, folder / CELEBA_IMAGES, folder / f"{CELEBA_IMAGES}.zip"):
             if path.name == CELEBA_IMAGES and path.is_dir():
                 return path, [folder, path.parent, path.parent.parent]
             if path.suffix == ".zip" and path.is_file():
                 named = path.stem == CELEBA_IMAGES
-                if named or any(_below_celeba(e.member or "") for e in _list(path)):
+                if named or any(_is_inside_celeba(e.member or "") for e in _list(path)):
                     return path, [path.parent, path.parent.parent]
     return None
 
 
-def _and_below(folder: Path, depth: int) -> Iterator[Path]:
+def _with_subfolders(folder: Path, depth: int) -> Iterator[Path]:
     """Yield a folder (or file) and the folders inside it down to `depth`, sorted by name."""
     yield folder
     if depth and folder.is_dir() and folder.name != CELEBA_IMAGES:
         with os.scandir(folder) as found:
             inner = sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
         for name in inner:
-            yield from _and_below(folder / name, depth - 1)
+            yield from _with_subfolders(folder / name, depth - 1)
 
 
-def _below_celeba(name: str) -> bool:
+def _is_inside_celeba(name: str) -> bool:
     return CELEBA_IMAGES in PurePosixPath(name).parts[:-1]
 
 
@@ -261,7 +261,9 @@ def _refuse_unlisted(error: OSError) -> None:
 def _list_zip(path: Path, prefix: str) -> list[Entry]:
     entries = []
     # If members share a name, the last one counts, as it does when a zip is unpacked.
-    for member in {member.filename: member for member in _opened(str(path)).infolist()}.values():
+    for member in {
+        member.filename: member for member in _cached_zip(str(path)).infolist()
+    }.values():
         parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
         folder = not member.filename or member.is_dir()
         if folder or "__MACOSX" in parts or any(part.startswith(".") for part in parts):
@@ -271,14 +273,16 @@ def _list_zip(path: Path, prefix: str) -> list[Entry]:
     return sorted(entries)
 
 
-def _opened(path: str) -> zipfile.ZipFile:
+def _cached_zip(path: str) -> zipfile.ZipFile:
     try:
-        return _kept_open(path, os.stat(path).st_mtime_ns)
+        return _open_zip(path, os.stat(path).st_mtime_ns)
     except Exception as error:  # zipfile raises many types for a bad table of contents
-        raise DataError(f"data: expected a folder or a whole zip, got {path} ({error})") from None
+        raise DataError(
+            f"data: expected a folder or a complete zip, got {path} ({error})"
+        ) from None
 
 
 @lru_cache(maxsize=4)
-def _kept_open(path: str, changed: int) -> zipfile.ZipFile:
+def _open_zip(path: str, changed: int) -> zipfile.ZipFile:
     # CelebA's table of contents has 200,000 lines. The cache lets each process read it only once.
     return zipfile.ZipFile(path)

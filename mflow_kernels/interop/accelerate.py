@@ -14,9 +14,9 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     """Make the layers of a normflows, nflows or FrEIA model compute with our kernels, in place.
 
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
-    dictionaries, optimizers and copies do too; only the computation changes. A layer that our
-    kernels cannot compute exactly stays as it is, and so does a layer of an untested version of
-    its library. Calling it again accelerates the model again.
+    dictionaries, optimizers and copies do too; only the computation changes. A layer is left
+    unchanged if our kernels cannot compute it exactly, or if its library's version was not tested.
+    A second call accelerates the model again.
 
     Args:
         model: a model of one of these libraries, or any module that contains such models or layers.
@@ -48,8 +48,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
         notes += adapter.notes([m for m in model.modules() if is_accelerated(m)])
     if replaced:
         notes.append(
-            "Gradients cannot be differentiated again (create_graph=True says so); those that "
-            "torch.func takes can."
+            "Gradients cannot be differentiated again (create_graph=True raises an error), unless "
+            "torch.func computed them."
         )
     versions = ", ".join(f"{library} {_version(library)}" for library in sorted(libraries))
     return Report(versions, tuple(replaced), tuple(left), tuple(notes))

@@ -29,7 +29,7 @@ def why_untested(
     untested = sorted(
         name for name in names if source_fingerprint(name) not in tested.get(name, ())
     )
-    return f"{untested[0]} is not as in any version that this was tested with" if untested else ""
+    return f"the source of {untested[0]} is not that of a tested version" if untested else ""
 
 
 @cache

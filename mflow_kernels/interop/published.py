@@ -294,7 +294,7 @@ class _Rosinality(_Source):
         return EdgeConv2d(weight, self[f"{name}.conv.bias"] * scale, marked=False)
 
     def conv1x1_weight(self, name: str) -> Tensor:
-        """Return W (C, C), which the file stores as it is or as its factors."""
+        """Return W (C, C), which the file stores whole or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
         p, lower, upper, log_s, sign = (

@@ -39,7 +39,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.replaced:
-            lines = ["Nothing was replaced; the model is as it was."]
+            lines = ["Nothing was replaced; the model is unchanged."]
         else:
             lines = [f"Accelerated a model of {self.library}."]
         if self.replaced:

@@ -50,8 +50,8 @@ class Visitor:
         parts = self._parts(layer)
         class_name = type(layer).__name__
         in_sequence = id(layer) in self._in_sequences
-        if not isinstance(parts, str) and not in_sequence and _only_moves(parts):
-            parts = "alone it only moves the state"
+        if not isinstance(parts, str) and not in_sequence and _only_permutes(parts):
+            parts = "on its own it only permutes the state"
         if isinstance(parts, str):
             if not reported:
                 self.left.append(Left(name, class_name, parts))
@@ -75,7 +75,7 @@ class Visitor:
         first_name = ""
 
         def end_sequence() -> None:
-            if len(members) > 1 and not _only_moves(parts):
+            if len(members) > 1 and not _only_permutes(parts):
                 pieces.append((list(members), FusedSequence(parts, self.reversible)))
                 self._in_sequences.update(map(id, members))
                 counts = Counter(type(m).__name__ for m in members)
@@ -102,7 +102,7 @@ class Visitor:
 
     def accelerates(self, layer: nn.Module) -> bool:
         parts = self._parts(layer)
-        return not isinstance(parts, str) and not _only_moves(parts)
+        return not isinstance(parts, str) and not _only_permutes(parts)
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
         """Return the parts of a layer, or the reason why it is left."""
@@ -135,7 +135,7 @@ def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
     return [m for m in layer.modules() if id(m) not in networks]
 
 
-def _only_moves(parts: Sequence[Part]) -> bool:
+def _only_permutes(parts: Sequence[Part]) -> bool:
     """Whether the parts only permute values, so that a launch would gain nothing."""
     return all(
         isinstance(p, SpaceToDepth) or (not isinstance(p, Coupling) and p.permutes) for p in parts

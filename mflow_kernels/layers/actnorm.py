@@ -60,10 +60,8 @@ class ActNorm(Bijection):
             return
         samples = x.transpose(0, 1).flatten(1).double()
         # All ranks see the same sums, so they raise together and none waits for another.
-        count, total = (
-            over_ranks(samples.new_tensor(samples.shape[1])),
-            over_ranks(samples.sum(1)),
-        )
+        count = over_ranks(samples.new_tensor(samples.shape[1]))
+        total = over_ranks(samples.sum(1))
         if count < 2:
             raise ValueError(f"x: expected at least two values a channel, got {tuple(x.shape)}")
         if not total.isfinite().all():

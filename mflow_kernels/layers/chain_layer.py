@@ -14,7 +14,7 @@ from mflow_kernels.reversible.program import (
 
 
 class ChainLayer(Bijection):
-    """A layer that states its instructions, so that a chain can fuse and rebuild it.
+    """A layer that lists its instructions, so that a chain can fuse and rebuild it.
 
     `initialize` returns the state first; a layer with a `SplitOff` returns `((kept, latent), _)`.
     """

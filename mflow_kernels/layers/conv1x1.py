@@ -59,7 +59,7 @@ class InvertibleConv1x1(Bijection):
         mean m. W is then factored again, which also changes its permutation and signs.
 
         Returns:
-            Whether W was changed. W stays as it is if its condition number is within the limit.
+            Whether W was changed. W stays unchanged if its condition number is within the limit.
 
         Raises:
             ValueError: a limit below 1, a W that is not finite.

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.ops.checks import check_count
-
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Flow(Bijection):

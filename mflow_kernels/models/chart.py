@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import HALF_LOG_2PI, sample_normal
+from mflow_kernels.layers.flow import sample_normal
 from mflow_kernels.models.bits import bits_per_dimension
-from mflow_kernels.models.images import prepare
+from mflow_kernels.models.images import crop_to_model
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
+from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Chart(nn.Module):
@@ -153,7 +154,7 @@ class Chart(nn.Module):
         if self.n_bits is None:
             raise ValueError("n_bits: expected a number, which loading sets, got None; set it")
         like = next(self.parameters())
-        levels = prepare(images, self.input_shape, self.crop).to(like.device)
+        levels = crop_to_model(images, self.input_shape, self.crop).to(like.device)
         if noise:
             return dequantize(levels, self.n_bits, generator).to(like.dtype)
         return bin_centres(levels, self.n_bits).to(like.dtype)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mflow_kernels.ops.launch import capturing, transformed
 
 
-def prepare(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tensor:
-    """Convert images to the form in which `mflow prepare` stores them.
+def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -> Tensor:
+    """Crop and resize images to a model's input shape, as `mflow prepare` does.
 
     Args:
         images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.flow import given
-from mflow_kernels.models.chart import HALF_LOG_2PI, Chart
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.penalty_weight import check_positive
 from mflow_kernels.models.volume import Method, log_volume, push_forward
 from mflow_kernels.ops.checks import check_count
+from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Autoencoder(Chart):

@@ -22,6 +22,7 @@ from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
+from mflow_kernels.ops.partial_sums import PROGRAMS
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
@@ -128,9 +129,6 @@ def _actnorm_bwd_kernel(
     row = partials + program * (2 * C)
     tl.store(row + c, tl.sum(sum_dx, axis=1), mask=c < C)
     tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
-
-
-PROGRAMS = 264  # programs of the backward launch: two per multiprocessor (H100)
 
 
 def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:

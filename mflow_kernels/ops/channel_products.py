@@ -4,7 +4,6 @@ The fused step is a 1x1 convolution that passes its input through the coupling a
 both operators share these kernels. The operators' files give the formulas and the least traffic.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
+from mflow_kernels.ops.partial_sums import PROGRAMS, count_partial_sums, empty_partial_sums
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.tiles import columns, tile_columns, write_ledger
+from mflow_kernels.ops.tiles import columns, ledger_columns, tile_columns, write_ledger
 
 
 @triton.jit
@@ -229,17 +229,6 @@ def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1 if c <= 64 else None)
 
 
-MULTIPROCESSORS = 132  # of an H100
-
-
-def partial_sums(columns: int, c: int, most: int) -> int:
-    """Number of partial sums of a C x C product over `columns` columns of C values.
-
-    It is at most `most`, and the sums together have no more values than the state.
-    """
-    return max(1, min(most, columns // c))
-
-
 def weight_gradient_splits(x: Tensor) -> int:
     """Number of partial sums of dW that a backward launch on the state x stores."""
     if not uses_triton(x):
@@ -247,11 +236,8 @@ def weight_gradient_splits(x: Tensor) -> int:
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
-    programs = DWEIGHT_PROGRAMS // triton.cdiv(c, tile.block) ** 2
-    return partial_sums(n * p, c, min(tiles, programs))
-
-
-DWEIGHT_PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that computes dW
+    programs = PROGRAMS // triton.cdiv(c, tile.block) ** 2
+    return count_partial_sums(n * p, c, min(tiles, programs))
 
 
 # Triton before 3.7.1 sets no proxy fence between an asynchronous copy to shared memory and a tensor
@@ -306,21 +292,39 @@ def launch_conv1x1(
     x = dense_pixels(x)
     params = None if params is None else dense_pixels(params)
     dnet = None if dnet is None else dense_pixels(dnet)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     net_or_none = None if net_dtype is None else net
-    tile = conv1x1_tile(c)
-    tiles = tile_columns(n, p, tile.block_p)
     ledger = None
     if params is not None:
-        ledger = x.new_empty((n, tiles.ledger), dtype=accumulator(x.dtype))
+        entries = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
+        ledger = x.new_empty((len(x), entries), dtype=accumulator(x.dtype))
+    tensors = (
+        *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
+        *(*strided(y), *strided(net_or_none), ledger),
+    )
+    launch_product(_conv1x1_kernel, tensors, x, precision, scale, inverse)
+    return y, net, ledger
+
+
+def launch_product(
+    kernel: Any,
+    tensors: tuple[Any, ...],
+    x: Tensor,
+    precision: str,
+    scale: ScaleFunction | None,
+    inverse: bool,
+) -> None:
+    """Launch a kernel that multiplies W with a state like x: one program for each block of output
+    channels of each tile of columns."""
+    n, c, p = x.shape[0], x.shape[1], pixels(x)
+    tile = conv1x1_tile(c)
+    tiles = tile_columns(n, p, tile.block_p)
     if n:
         launch(
-            _conv1x1_kernel,
+            kernel,
             (tiles.programs * triton.cdiv(c, tile.block_o),),
-            *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
-            *(*strided(y), *strided(net_or_none), ledger, n, p),
+            *(*tensors, n, p),
             C=c,
             SCALE=scale,
             INVERSE=inverse,
@@ -331,32 +335,34 @@ def launch_conv1x1(
             num_warps=tile.warps,
             num_stages=pipeline_stages(precision),
         )
-    return y, net, ledger
 
 
 def launch_weight_gradient(
     dy: Tensor,
     dnet: Tensor | None,
     x: Tensor,
-    splits: int,
+    weight: Tensor,
     precision: str,
     params: Tensor | None = None,
     scale: ScaleFunction | None = None,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One launch: partial sums (splits, C, C) of dW and (splits, C) of d bias."""
+    """One launch: partial sums of dW, shaped as weight (splits, C, C), and d bias (splits, C)."""
     dy, x = dense_pixels(dy), dense_pixels(x)
     dnet = None if dnet is None else dense_pixels(dnet)
     params = None if params is None else dense_pixels(params)
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p)
-    new = partial(x.new_empty if n else x.new_zeros, dtype=accumulator(x.dtype))
-    dweight, dbias = new((splits, c, c)), new((splits, c))
-    if n:
+    dweight = empty_partial_sums(weight)
+    dbias = dweight.new_empty(dweight.shape[:2])
+    if n == 0:
+        dweight.zero_()
+        dbias.zero_()
+    else:
         launch(
             _weight_gradient_kernel,
-            (splits, triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
+            (len(dweight), triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
             *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
             *(dweight, dbias, n, p, tiles.programs),
             C=c,

@@ -106,11 +106,11 @@ def conv1x1_backward(
     """dx, and partial sums of dW and d bias."""
     if uses_triton(x):
         dx, _, _ = launch_conv1x1(dy, weight[0].t(), None, precision, dnet=dnet)
-        return in_layout_of(x, dx), *launch_weight_gradient(dy, dnet, x, weight.shape[0], precision)
+        return in_layout_of(x, dx), *launch_weight_gradient(dy, dnet, x, weight, precision)
     if cpu.serves_conv1x1(x):
         c_a, dx = x.shape[1] // 2, torch.empty_like(x)
         halves = (x[:, :c_a], x[:, c_a:]), (dy[:, :c_a], dy[:, c_a:])
-        dweight, dbias = cpu.sums(x)
+        dweight, dbias = cpu.sums(x, weight)
         cpu.conv1x1_backward(*halves, dnet, weight, None, None, dx, dweight, dbias)
         return dx, dweight, dbias
     dx, dweight, dbias = conv1x1_backward_ref(add_to_first_half(dy, dnet), x, weight[0])

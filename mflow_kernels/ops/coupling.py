@@ -355,8 +355,8 @@ def coupling_backward(
 
 
 def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    columns = ledger_columns(x, elementwise_tile(x)[1])
-    return torch.empty_like(x), x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
+    entries = ledger_columns(x, elementwise_tile(x)[1])
+    return torch.empty_like(x), x.new_empty((x.shape[0], entries), dtype=accumulator(x.dtype))
 
 
 def _fake_backward(

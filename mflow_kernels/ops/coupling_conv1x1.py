@@ -25,12 +25,11 @@ from torch import Tensor
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.channel_products import (
-    arithmetic,
     conv1x1_tile,
     launch_conv1x1,
+    launch_product,
     launch_weight_gradient,
     load_gradient,
-    pipeline_stages,
     tile_and_block,
 )
 from mflow_kernels.ops.compiler import tl, triton
@@ -50,20 +49,19 @@ from mflow_kernels.ops.coupling import (
     load_params,
     store_params,
 )
-from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
+from mflow_kernels.ops.launch import RUN_TIME, uses_triton
 from mflow_kernels.ops.layouts import (
     cut_net_input,
     dense_pixels,
     flow_state,
     in_layout_of,
     net_input,
-    pixels,
 )
 from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import Kind, ScaleFunction, scale_of
-from mflow_kernels.ops.tiles import columns, ledger_columns, read_ledger, tile_columns
+from mflow_kernels.ops.tiles import columns, ledger_columns, read_ledger
 
 
 def coupling_conv1x1_ref(
@@ -142,33 +140,15 @@ def launch_coupling_conv1x1_backward(
     """Two launches: dx and dparams; partial sums of dW and d bias."""
     dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
     dnet = None if dnet is None else dense_pixels(dnet)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
-    tile = conv1x1_tile(c)
-    tiles = tile_columns(n, p, tile.block_p)
-    if n:
-        launch(
-            _coupling_conv1x1_bwd_kernel,
-            (tiles.programs * triton.cdiv(c, tile.block_o),),
-            *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
-            *(weight, weight.stride()[1:], dledger, dledger.stride()),
-            *(*strided(dx), *strided(dparams), n, p),
-            C=c,
-            SCALE=scale,
-            INVERSE=inverse,
-            **arithmetic(x, precision),
-            BLOCK_O=tile.block_o,
-            BLOCK_C=tile.block_c,
-            COLUMNS=tiles.columns,
-            num_warps=tile.warps,
-            num_stages=pipeline_stages(precision),
-        )
-    splits = weight.shape[0]
-    return (
-        dx,
-        dparams,
-        *launch_weight_gradient(dy, dnet, x, splits, precision, params, scale, inverse),
+    tensors = (
+        *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+        *(weight, weight.stride()[1:], dledger, dledger.stride()),
+        *(*strided(dx), *strided(dparams)),
     )
+    launch_product(_coupling_conv1x1_bwd_kernel, tensors, x, precision, scale, inverse)
+    sums = launch_weight_gradient(dy, dnet, x, weight, precision, params, scale, inverse)
+    return dx, dparams, *sums
 
 
 def coupling_conv1x1_forward(
@@ -241,8 +221,8 @@ def _fake(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x)
-    columns = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
-    ledger = x.new_empty((x.shape[0], columns), dtype=accumulator(x.dtype))
+    entries = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
+    ledger = x.new_empty((x.shape[0], entries), dtype=accumulator(x.dtype))
     return y, net_input(y, net_dtype), ledger
 
 
@@ -315,13 +295,7 @@ def coupling_conv1x1(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    x = flow_state("x", x)
-    params = check_params(x, params)
-    spread_weights = spread(*check_conv1x1(x, weight, bias, precision), x)
-    args = ScaleFunction.of(scale).args
-    run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
-    y, _, ledger = run(x, params, *spread_weights, precision, None, *args, False)
-    return y, sum_ledger(ledger)
+    return _fused_step(flow_state("x", x), params, weight, bias, scale, precision, inverse=False)
 
 
 def coupling_inverse_conv1x1(
@@ -339,10 +313,22 @@ def coupling_inverse_conv1x1(
     before the coupling in the data -> latent direction. Other arguments and results are those of
     `coupling_conv1x1`; logdet is that of the inverse coupling.
     """
-    y = flow_state("y", y)
-    params = check_params(y, params)
-    spread_weights = spread(*check_conv1x1(y, weight, bias, precision), y)
+    return _fused_step(flow_state("y", y), params, weight, bias, scale, precision, inverse=True)
+
+
+def _fused_step(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: ScaleFunction | Kind,
+    precision: str,
+    *,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    params = check_params(x, params)
+    spread_weights = spread(*check_conv1x1(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
     run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)
-    x, _, ledger = run(y, params, *spread_weights, precision, None, *args, True)
-    return x, sum_ledger(ledger)
+    y, _, ledger = run(x, params, *spread_weights, precision, None, *args, inverse)
+    return y, sum_ledger(ledger)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import dense_pixels, net_input
+from mflow_kernels.ops.partial_sums import empty_partial_sums
 from mflow_kernels.ops.scale import ScaleFunction
 
 
@@ -168,7 +169,7 @@ def coupling_conv1x1_backward(
     """
     assert _C is not None
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
-    outer_sum, dbias = sums(x)
+    outer_sum, dbias = sums(x, weight)
     _C.coupling_conv1x1_backward(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
         weight, dx, dparams, outer_sum, dbias, scale.args, inverse,
@@ -209,8 +210,9 @@ def conv1x1_backward(
     return x, net
 
 
-def sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors for one partial sum of outer_sum and d bias; zeros for an empty batch."""
-    c = x.shape[1]
-    new = x.new_empty if x.numel() else x.new_zeros
-    return new((1, c, c)), new((1, c))
+def sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty tensors for one partial sum of dW, shaped as weight, and of d bias; zeros for an empty
+    batch."""
+    dweight = empty_partial_sums(weight)
+    dbias = dweight.new_empty(dweight.shape[:2])
+    return (dweight, dbias) if x.numel() else (dweight.zero_(), dbias.zero_())

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import strided, strided_halves
-from mflow_kernels.ops.channel_products import MULTIPROCESSORS, arithmetic, partial_sums
+from mflow_kernels.ops.channel_products import arithmetic
 from mflow_kernels.ops.compiler import triton
 from mflow_kernels.ops.launch import launch, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
+from mflow_kernels.ops.partial_sums import MULTIPROCESSORS, count_partial_sums
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
@@ -152,7 +153,7 @@ def rebuild_splits(half: Tensor, c: int) -> int:
     blocks = triton.cdiv(c, tile.block_o) ** 2
     n, p = half.shape[0], pixels(half)
     programs = tile.programs * MULTIPROCESSORS // blocks
-    return partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
+    return count_partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
 
 
 def launch_rebuild_conv1x1(

@@ -33,14 +33,14 @@ def register(
     Returns:
         The registered operator, and its eager form (see `eager_function`).
     """
-    operator = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
-    operator.register_fake(fake)
+    registered = torch.library.custom_op(f"mflow::{name}", forward, mutates_args=())
+    registered.register_fake(fake)
     run = None
     if backward is not None and fake_backward is not None:
         run = torch.library.custom_op(f"mflow::{name}_backward", backward, mutates_args=())
         run.register_fake(fake_backward)
-    operator.register_autograd(partial(gradient, run=run), setup_context=setup)
-    return operator, eager_function(forward, setup, partial(gradient, run=backward))
+    registered.register_autograd(partial(gradient, run=run), setup_context=setup)
+    return registered, eager_function(forward, setup, partial(gradient, run=backward))
 
 
 def eager_function(

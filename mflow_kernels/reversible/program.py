@@ -33,6 +33,7 @@ from mflow_kernels.ops.coupling_conv1x1 import (
 )
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last, pixels
+from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.ops.precision import accumulator, autocasts
 from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.ops.scale import ScaleFunction
@@ -259,7 +260,7 @@ def execute(
             check_device("weight", folded[group].weight, x)
             # `unbind` makes one gradient of the group; indexing would make and add one per row.
             weight, bias = spread(folded[group].weight, folded[group].bias, x)
-            rows[group] = list(zip(weight.unbind(), bias.unbind(), strict=True))
+            rows[group] = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
         return rows[group][instruction.row]
 
     net_input = None  # input of the next network, if the last launch has written it

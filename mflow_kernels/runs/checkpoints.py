@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and read without running code from them.
+"""Checkpoints of a run. They are written atomically, and reading one runs no code from it.
 
 A run folder holds the last two checkpoints, `last.ckpt` and `previous.ckpt`. A new checkpoint is
 written to a temporary name and synced. Then `last.ckpt` is renamed to `previous.ckpt`, and the new
@@ -75,11 +75,12 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
     except Exception as error:  # for crafted files, zipfile and pickle raise errors of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"checkpoint: expected a whole one of mflow train, got {path} ({reason[:120]})"
+            f"checkpoint: expected a complete checkpoint of mflow train, got {path} "
+            f"({reason[:120]})"
         ) from None
     if not isinstance(state, dict) or not {"state_dict", "global_step"} <= state.keys():
         raise ValueError(
-            f"checkpoint: expected one of mflow train, got another kind of file: {path}"
+            f"checkpoint: expected a checkpoint of mflow train, got another kind of file: {path}"
         )
     tensors = state["state_dict"]
     came = {name: _form(value) for name, value in _items(tensors)}
@@ -88,9 +89,9 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         names = sorted({*wanted, *came}, key=str)
         different = next(name for name in names if wanted.get(name) != came.get(name))
         raise ValueError(
-            f"checkpoint: expected the architecture of config.yaml, got another in {path} "
-            f"({different}: expected {wanted.get(different, 'nothing of that name')}, "
-            f"got {came.get(different, 'nothing of that name')})"
+            f"checkpoint: expected the architecture of config.yaml, got another one in {path} "
+            f"({different}: expected {wanted.get(different, 'no such tensor')}, "
+            f"got {came.get(different, 'no such tensor')})"
         )
     try:
         _check_finite(tensors)
@@ -108,7 +109,7 @@ def read_checkpoint(path: Path, expected: Expected) -> Checkpoint:
         _check(fits and all(map(_is_count, scaler.values())), "grad_scaler", scaler)
     except ValueError as error:
         raise ValueError(
-            f"checkpoint: expected one that mflow train wrote, got {path} ({error})"
+            f"checkpoint: expected a checkpoint that mflow train wrote, got {path} ({error})"
         ) from None
     return Checkpoint(path, step, tensors, moments, scaler, progress)
 
@@ -131,7 +132,7 @@ def newest_checkpoint(folder: Path, expected: Expected) -> Checkpoint | None:
             refusals.append(error)
             continue
         for refusal in refusals:
-            print(f"{refusal}; taking {path.name}, of step {found.step}", file=sys.stderr)
+            print(f"{refusal}; using {path.name} of step {found.step}", file=sys.stderr)
         return found
     if refusals:
         raise refusals[0]

@@ -29,7 +29,7 @@ from mflow_kernels.runs.parser import as_option
 
 CONFIG = "config.yaml"
 CHANGES = "changes.csv"
-# Options that may change when a run resumes. Those up to `batch_size` set how it trains from the
+# Options that may change when a run resumes. Those up to `max_condition` set how it trains from the
 # next step on. The others are about the machine, memory, safety limits and checkpoints.
 CHANGEABLE_OPTIONS = (
     "learning_rate",
@@ -39,11 +39,11 @@ CHANGEABLE_OPTIONS = (
     "max_steps",
     "stage_max_steps",
     "batch_size",
+    "max_condition",
     "device",
     "reversible",
     "checkpoint_every",
     "max_drift",
-    "max_condition",
     "save_minutes",
     "save_steps",
     "max_skipped",

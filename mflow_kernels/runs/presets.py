@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mflow_kernels.data.files import read_regular
-from mflow_kernels.runs.config import add_options, add_resolved_options
+from mflow_kernels.runs.arguments import add_options, add_resolved_options
 from mflow_kernels.runs.parser import OptionParser, parse_yaml
 
-PRESETS = ("digits", "celeba64", "celeba128", "celeba256", "celebahq1024")
+PRESETS = ("digits", "digits_nested", "celeba64", "celeba128", "celeba256", "celebahq1024")
 
 
 def preset_text(name: str) -> str:

@@ -11,17 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.printable import printable
-from mflow_kernels.training.commands import (
-    Work,
-    evaluate,
-    export,
-    plan,
-    prepare,
-    presets,
-    reconstruct,
-    sample,
-    train,
-)
+from mflow_kernels.training.commands import Work, plan, prepare, presets, train
+from mflow_kernels.training.run_commands import evaluate, export, reconstruct, sample
 
 if TYPE_CHECKING:
     from mflow_kernels.runs.parser import OptionParser
@@ -137,7 +128,7 @@ def _check(argv: list[str]) -> Work:
 
 def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     """Return the parser of the command line, and its parsers of `mflow train` and `mflow plan`."""
-    from mflow_kernels.runs.config import add_options
+    from mflow_kernels.runs.arguments import add_options
     from mflow_kernels.runs.parser import OptionParser, with_docstring
 
     for command in (prepare, train, sample, reconstruct, evaluate, presets, plan, export):

@@ -1,8 +1,9 @@
-"""The commands of `mflow`. Their docstrings are the help texts.
+"""The commands of `mflow` that prepare images and train. Docstrings are the help texts.
 
 A command checks its input and returns a function that does the work. Bad input therefore stops it
 before anything is written, and an error during the work is not mistaken for bad input. Commands
-import torch and Lightning inside the functions, so that --help is fast.
+import torch and Lightning inside the functions, so that --help is fast. `run_commands` has the
+commands that read a trained run.
 """
 
 import os
@@ -10,15 +11,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.printable import printable
 
 if TYPE_CHECKING:
     from mflow_kernels.runs.config import TrainConfig
 
-Device = Literal["auto", "cpu", "cuda"]
-Missing = Literal["half", "centre", "pixels"]
 Work = Callable[[], None]
 
 
@@ -44,7 +43,7 @@ def train(options: dict[str, Any]) -> Work:
 
     def work() -> None:
         if not checked.ranks.rank:
-            _report_skipped(checked.splits.skipped)
+            report_skipped(checked.splits.skipped)
             if checked.resumes:
                 print(describe_resume(checked), file=sys.stderr)
         with exit_on_signals():
@@ -102,16 +101,15 @@ def prepare(
         workers: Number of processes that decode; by default one for each core.
     """
     from mflow_kernels.data.files import follow_links
-    from mflow_kernels.data.prepare import is_prepared_from
-    from mflow_kernels.data.prepare import prepare as prepare_file
+    from mflow_kernels.data.prepare import is_prepared_from, prepare_images
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.progress import progress_bar
     from mflow_kernels.data.sources import find_images
 
     path = follow_links(Path(out), "out")
-    _check_at_least("image_size", image_size, 1)
+    check_at_least("image_size", image_size, 1)
     if workers is not None:
-        _check_at_least("workers", workers, 1)
+        check_at_least("workers", workers, 1)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"out: expected a folder that can be written, got {Path(out).parent}")
     images = Path(os.path.realpath(data))
@@ -137,215 +135,11 @@ def prepare(
             print("the file is complete; every image is intact")
         else:
             try:
-                prepared = prepare_file(source, path, image_size, workers, overwrite)
+                prepared = prepare_images(source, path, image_size, workers, overwrite)
             except KeyboardInterrupt:
                 print("interrupted; the same command continues the preparation", file=sys.stderr)
                 raise SystemExit(128 + signal.SIGINT) from None
         print(prepared.summary())
-
-    return work
-
-
-def sample(
-    run: str,
-    number: int = 60,
-    temperature: float = 0.7,
-    seed: int = 0,
-    stages: int | None = None,
-    ambient: bool = False,
-    output: str | None = None,
-    device: Device = "auto",
-    class_name: str | None = None,
-) -> Work:
-    """Draw images from a trained model. A class-conditional model draws a row for each class.
-
-    Args:
-        run: Folder that mflow train wrote.
-        number: Number of images.
-        temperature: Standard deviation of the manifold coordinates; less than 1 gives more typical
-            images.
-        seed: Seed of the random numbers.
-        stages: Number of stages to use, from the first; all by default.
-        ambient: Also draw the off-manifold coordinates, which otherwise are zero.
-        output: PNG file to write; by default a file in the run folder.
-        device: Device to compute on; auto uses a GPU if there is one.
-    """
-    from mflow_kernels.evaluation.pictures import draw_images, in_rows
-    from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
-    from mflow_kernels.runs.folder import load_run
-
-    _check_at_least("number", number, 1)
-    _check_at_least("seed", seed, 0)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    loaded = load_run(run, device)
-    count = len(loaded.model.stages)
-    if stages is not None and not 1 <= stages <= count:
-        raise ValueError(f"stages: expected 1 to {count}, got {stages}")
-    suffix = f"-stages{stages}" if stages else ""
-    names = loaded.model.class_names
-    if class_name is not None and class_name not in names:
-        known = f"one of {', '.join(names)}" if names else "none, because the model has no classes"
-        raise ValueError(f"class: expected {known}, got {class_name}")
-    if class_name is not None:
-        suffix += f"-class{names.index(class_name)}"
-    suffix += "-ambient" if ambient else ""
-    path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
-
-    def work() -> None:
-        model, how = loaded.model, f"at T = {temperature:g}, seed {seed}"
-        how = f"off the manifold {how}" if ambient else how
-        title = f"{number} samples {how}"
-        if names and class_name is None:
-            each = max(1, number // len(names))
-            rows = samples_by_class(model, each, temperature, seed, stages, ambient)
-            title = f"{each} samples of each class {how}"
-        else:
-            chosen = None if class_name is None else names.index(class_name)
-            images = draw_samples(model, number, temperature, seed, stages, chosen, ambient)
-            rows = {"" if class_name is None else class_name: images}
-        draw_images(path, title, in_rows(rows))
-        print(printable(str(path)))
-
-    return work
-
-
-def reconstruct(
-    run: str,
-    data: str | None = None,
-    number: int = 24,
-    missing: Missing | None = None,
-    output: str | None = None,
-    device: Device = "auto",
-) -> Work:
-    """Draw images, their projections on the manifold and the differences.
-
-    Args:
-        run: Folder that mflow train wrote.
-        data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
-            by default the images that the run held out.
-        number: Number of images.
-        missing: Hide a part of each image and draw it filled in from the manifold instead: half
-            hides the right half, centre a square in the middle, and pixels three in four pixels at
-            random.
-        output: PNG file to write; by default a file in the run folder.
-        device: Device to compute on; auto uses a GPU if there is one.
-    """
-    from mflow_kernels.evaluation.likelihood import held_out_images
-    from mflow_kernels.evaluation.pictures import draw_images, draw_residuals, in_rows
-    from mflow_kernels.evaluation.samples import inpaint_images, known_pixels, project_images
-    from mflow_kernels.runs.folder import load_run
-
-    _check_at_least("number", number, 1)
-    loaded = load_run(run, device)
-    images, name, skipped, warning = held_out_images(loaded, data)
-    suffix = f"-missing-{missing}" if missing else ""
-    path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
-
-    def work() -> None:
-        _report_skipped(skipped)
-        _warn(warning)
-        originals = images.batch(range(min(number, len(images))))
-        classes = None if images.classes is None else images.classes[: len(originals)]
-        if missing is None:
-            title = f"{printable(name)}: images and their projections on the manifold"
-            projections = project_images(loaded.model, originals, classes=classes)
-            draw_residuals(path, title, originals, projections)
-        else:
-            title = f"{printable(name)}: images whose missing pixels the manifold fills in"
-            known = known_pixels(missing, originals)
-            filled = inpaint_images(loaded.model, originals, known, classes)
-            seen = originals.where(known, originals.new_full((), 128))
-            rows = {"original": originals, "known pixels": seen, "filled in": filled}
-            draw_images(path, title, in_rows(rows))
-        print(printable(str(path)))
-
-    return work
-
-
-def evaluate(
-    run: str,
-    data: str | None = None,
-    out: str | None = None,
-    draws: int = 1,
-    feature_weights: str | None = None,
-    features: str = "inception",
-    feature_images: int = 10_000,
-    ood: str | None = None,
-    quick: bool = False,
-    ambient: bool = False,
-    device: Device = "auto",
-) -> Work:
-    """Evaluate a trained model on held-out images.
-
-    Prints likelihood and reconstruction error and writes them to evaluation.json in the run folder.
-    Then writes a report with all metrics and pictures as a web page, report.html.
-
-    Args:
-        run: Folder that mflow train wrote.
-        data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
-            by default the images that the run held out. With this option the metrics go to
-            evaluation-NAME.json.
-        out: Folder for the report; by default report (with --data, report-NAME) in the run folder.
-        draws: Dequantizations of each image; more than 1 adds importance-weighted bits per
-            dimension.
-        feature_weights: File with the weights of the network for FID and KID (docs/evaluation.md
-            says where to get it). Without it, FID and KID are left out. Nothing is downloaded.
-        features: Network for FID and KID: inception, which FID is defined with, or the name of an
-            image classifier of torchvision.
-        feature_images: Largest number of samples and of held-out images that FID and KID compare.
-        ood: Other images that get out-of-distribution scores too: any value of --data, or the name
-            of a data set that mflow train --help lists.
-        quick: Leave out the figures that need Jacobians.
-        ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
-        device: Device to compute on; auto uses a GPU if there is one.
-    """
-    from mflow_kernels.data.files import check_can_be_written, folder_to_write
-    from mflow_kernels.data.splits import load_evaluation_set
-    from mflow_kernels.evaluation.features import load_feature_network
-    from mflow_kernels.evaluation.likelihood import (
-        check_image_shape,
-        evaluate_model,
-        held_out_images,
-    )
-    from mflow_kernels.evaluation.report import ReportOptions, describe_work, write_report
-    from mflow_kernels.runs.folder import EVALUATION, load_run
-
-    _check_at_least("draws", draws, 1)
-    _check_at_least("feature_images", feature_images, 2)
-    loaded = load_run(run, device)
-    images, name, skipped, warning = held_out_images(loaded, data)
-    path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
-    folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
-    check_can_be_written(folder, "out")
-    network = None
-    if feature_weights is None and features != "inception":
-        raise ValueError(f"feature_weights: expected a file of weights of {features!r}, got none")
-    if feature_weights is not None:
-        network = features, load_feature_network(features, Path(feature_weights))
-    others = []
-    if ood is not None:
-        try:
-            other = load_evaluation_set(ood, loaded.config.image_shape[1]).images
-        except ValueError as error:
-            raise ValueError(str(error).replace("data:", "ood:", 1)) from None
-        others.append((Path(ood).resolve().name, other))
-        check_image_shape(others[0][1], loaded.model, "ood")
-
-    def work() -> None:
-        with folder_to_write(folder, "out"):
-            _report_skipped(skipped)
-            _warn(warning)
-            options = ReportOptions(draws, network, feature_images, tuple(others), quick, ambient)
-            print(describe_work(loaded, images, options), file=sys.stderr)
-            evaluation = evaluate_model(
-                loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
-            )
-            evaluation.write(path)
-            evaluation.print()
-            print(printable(str(path)))
-            report = write_report(loaded, images, evaluation, folder, options)
-            print(printable(str(report)))
 
     return work
 
@@ -366,7 +160,7 @@ def plan(options: dict[str, Any]) -> Work:
     channels, text = options.pop("channels"), options.pop("gpu_memory")
     images = options.pop("images")
     if images is not None:
-        _check_at_least("images", images, 1)
+        check_at_least("images", images, 1)
     gpu_memory = None if text is None else parse_memory(text)
     if options["data"] and is_prepared(path := Path(options["data"])):
         form = open_prepared(path).record.format
@@ -394,50 +188,14 @@ def presets(name: str | None = None) -> Work:
     return lambda: print(text)
 
 
-def export(run: str, out: str) -> Work:
-    """Write a trained model as safetensors and JSON.
-
-    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained load the folder, using plain
-    PyTorch.
-
-    Args:
-        run: Folder that mflow train wrote; its averaged weights are exported.
-        out: New folder to write.
-    """
-    from mflow_kernels.runs.folder import export_run, load_run
-
-    path = Path(out)
-    if path.exists():
-        raise ValueError(f"out: expected a new folder, but {path} exists")
-    loaded = load_run(run, "cpu")
-
-    def work() -> None:
-        export_run(loaded, path)
-        print(printable(str(path)))
-
-    return work
-
-
-def _png(output: str | None, default: Path) -> Path:
-    path = Path(output) if output else default
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"output: expected a name ending in .png, got {output!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"output: expected an existing folder, got {path.parent}")
-    return path
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError if an option is below `least`."""
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def _warn(text: str | None) -> None:
-    if text is not None:
-        print(f"warning: {text}", file=sys.stderr)
-
-
-def _report_skipped(skipped: Sequence[str]) -> None:
+def report_skipped(skipped: Sequence[str]) -> None:
+    """Print the names of files that could not be read as images, if there are any."""
     if skipped:
         names = ", ".join(map(printable, skipped[:5]))
         more = ", ..." if len(skipped) > 5 else ""

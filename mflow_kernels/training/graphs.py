@@ -126,7 +126,7 @@ class StepGraphs:
         if stage != self._stage:
             if self._graphed is not None:  # free its memory before the next capture
                 for parameter in self._graphed.parameters:
-                    parameter.grad = None  # it lies in the graph's memory
+                    parameter.grad = None  # it is in the graph's memory
             self._stage, self._graphed = stage, None
             if not self._failed:
                 self._capture(x, losses, modules)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from mflow_kernels.data.batches import (
@@ -61,7 +61,7 @@ class FlowTraining(LightningModule):
         model: flow to train; Lightning moves it to the device.
         splits: images to train on (`train`) and to validate on (`valid`).
         config: configuration of the run.
-        checkpoint: checkpoint to resume from. The trainer needs `resume_loops` too.
+        checkpoint: checkpoint to resume from. The trainer needs `loops.resume_loops` too.
     """
 
     def __init__(
@@ -420,30 +420,3 @@ def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return [p for p in parameters if id(p) in weights], [
         p for p in parameters if id(p) not in weights
     ]
-
-
-def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
-    """Set the counters of a new trainer to their values after `step` steps.
-
-    The counters that Lightning saves in a checkpoint depend on the hook that wrote it; with them,
-    validation and the step numbers of logged metrics would be off by one.
-
-    Args:
-        trainer: the trainer, before `fit`.
-        step: optimizer steps taken.
-        validates: whether to validate first.
-    """
-    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    epochs.epoch_progress.increment_ready()
-    epochs.epoch_progress.increment_started()
-    batches.batch_progress.increment_by(step)
-    batches.scheduler_progress.increment_by(step)
-    optimizer = batches.automatic_optimization.optim_progress.optimizer
-    optimizer.step.increment_by(step)
-    optimizer.zero_grad.increment_by(step)
-    batches._batches_that_stepped = step
-    if validates:  # set the counters as if validation had been interrupted
-        batches.val_loop.batch_progress.increment_ready()
-        batches.val_loop.batch_progress.increment_started()
-        batches._batches_that_stepped = step - 1
-    epochs.restarting = True

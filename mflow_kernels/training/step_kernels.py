@@ -1,7 +1,7 @@
 """Bytes and floating point operations of a training step on a GPU, by arithmetic.
 
 `training_step` lists the kernels that a step runs on a GPU. Nothing runs and nothing was measured.
-`benchmarks.reports.ledger` counts the kernels of real steps; a test compares the two.
+`benchmarks.reports.whole_steps` counts the kernels of real steps; a test compares the two.
 
 At one pixel, a coupling network reads A numbers, returns Q numbers, and has H = width numbers in
 each hidden tensor. In addition to its weights, it moves this many numbers, in the networks'

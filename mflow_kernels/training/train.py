@@ -59,11 +59,11 @@ from mflow_kernels.runs.folder import (
     record_changes,
 )
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
+from mflow_kernels.training.loops import resume_loops
 from mflow_kernels.training.module import (
     FlowTraining,
     compile_networks,
     parameter_groups,
-    resume_loops,
     singular_means_divergence,
 )
 from mflow_kernels.training.schedule import Schedule
@@ -220,7 +220,7 @@ def _resumable(
     different = splits.manifest.difference(manifest) if manifest else None
     if different:
         raise ValueError(
-            f"data: expected the images that the run was trained on, but since then {different}"
+            f"data: expected the images that the run was trained on, but these differ: {different}"
         )
     read_metrics(folder / METRICS)
     groups = [group for stage in model.stages for group in parameter_groups(stage)]

@@ -37,7 +37,7 @@ def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
         assert min(row["stats"]["data"]) > 0
         assert {"device", "torch", "triton", "mflow_kernels"} <= row["extra_info"].keys()
     trained = [r["extra_info"] for r in rows if r["extra_info"].get("task") == "train"]
-    assert {"ours, stored", "ours, reversible", "plain", "checkpointing"} <= {
+    assert {"mflow_kernels, stored", "mflow_kernels, reversible", "plain", "checkpointing"} <= {
         extra["variant"] for extra in trained
     }
     assert all(e["peak_bytes"] > 4 * e["parameters"] for e in trained if "peak_bytes" in e)

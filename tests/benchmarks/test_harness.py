@@ -52,7 +52,7 @@ def test_a_wrong_operator_is_not_timed() -> None:
     measured = measure(bench(), wrong, SHAPE, compiles=False)
     assert measured.seconds.keys() == {"eager"}
     with pytest.raises(AssertionError, match="affine_coupling, x: largest error"):
-        raise measured.faults["ours"]
+        raise measured.faults["mflow_kernels"]
     assert measured.extra["eager"]["bytes"] == right.fewest
 
 
@@ -65,20 +65,24 @@ def test_a_wrong_model_fails_its_check() -> None:
         model.check("train")
 
 
-def test_errors_skip_peers_and_fail_ours() -> None:
+def test_errors_skip_peers_and_fail_this_package() -> None:
     measured = Measured()
-    for name in ("ours, stored", "memcnn"):
+    for name in ("mflow_kernels, stored", "memcnn"):
         measured.fault(name, RuntimeError("no such operator"))
     measured.fault("nflows", AssertionError("off"))
     kinds = {name: type(fault) for name, fault in measured.faults.items()}
-    assert kinds == {"ours, stored": RuntimeError, "memcnn": Missing, "nflows": AssertionError}
+    assert kinds == {
+        "mflow_kernels, stored": RuntimeError,
+        "memcnn": Missing,
+        "nflows": AssertionError,
+    }
     assert str(measured.faults["memcnn"]) == "memcnn: RuntimeError: no such operator"
 
 
 def test_row_ids_are_words_for_the_k_option() -> None:
     spec = str(Spec(constant=True, precision="bfloat16")).split()
-    row = slug(*spec, "train", "ours, nothing kept")
-    assert row == "B8-3x32x32-L3-K8-constant-networks-bf16-train-ours_nothing_kept"
+    row = slug(*spec, "train", "mflow_kernels, nothing stored")
+    assert row == "B8-3x32x32-L3-K8-constant-networks-bf16-train-mflow_kernels_nothing_stored"
 
 
 def test_check_does_not_measure() -> None:

@@ -6,16 +6,18 @@ import math
 import pytest
 import torch
 
-from benchmarks.manifold import methods, points
+from benchmarks.manifold import points, tables, training
 from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.factors import elbow
-from benchmarks.manifold.images import Judge
+from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Store, fill_in, markdown
+from benchmarks.manifold.pictures import STYLES
 from benchmarks.manifold.points import NOISE, PointComparison, divergence
 from benchmarks.manifold.sets import SETS, Part
 from benchmarks.manifold.targets import TARGETS
+from mflow_kernels import ManifoldObjective, WeightSchedule
 from mflow_kernels.testing import assert_close, check_bijection
 
 targets = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -84,7 +86,7 @@ def test_a_circle_is_recovered():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     method = RECIPES["penalized, hierarchy"].build(compared.networks(), 1000.0, generator)
-    methods.train(method, compared.batches(0, generator), (420, 180), 3e-3)
+    training.train(method, compared.batches(0, generator), (420, 180), 3e-3)
     figures = compared.measure(method)
     assert figures["sample_distance"] < NOISE
     assert figures["projection_distance"] < NOISE / 2
@@ -94,7 +96,8 @@ def test_a_circle_is_recovered():
 
 
 def points_of(target: str) -> PointComparison:
-    return PointComparison(target, 1.0, 0.5, (1e-3, 2e-3), (10.0, 5.0), (3e-3,), target=target)
+    grids = ((1e-3, 2e-3, 4e-3), (5.0, 10.0, 20.0))
+    return PointComparison(target, 1.0, 0.5, *grids, extensions=3, target=target)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -107,10 +110,8 @@ def test_every_method_trains_and_samples(name):
     generator = torch.Generator().manual_seed(0)
     method = RECIPES[name].build(networks, 10.0, generator)
     before = [p.clone() for p in method.model.parameters()]
-    seen = []
     steps = [2] * len(method.phases)
-    methods.train(method, compared.batches(0, generator), steps, 1e-3, seen.append)
-    assert not steps or seen[-1] == 1.0
+    training.train(method, compared.batches(0, generator), steps, 1e-3)
     trained = [
         not torch.equal(a, b) for a, b in zip(before, method.model.parameters(), strict=True)
     ]
@@ -154,21 +155,29 @@ def test_the_energy_distance_tells_distributions_apart():
     assert points.energy_distance(x * math.nan, y) == math.inf
 
 
-def test_all_methods_get_equal_sweeps_and_the_best_setting_wins(tmp_path, monkeypatch):
-    """Trainings are replaced by a score with its minimum at the second rate and weight."""
+@pytest.mark.parametrize("best", [(2e-3, 10.0), (1.6e-2, 2.5), (2.5e-4, 80.0)])
+def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_path, monkeypatch):
+    """Trainings are replaced by a score with a known minimum. One rate has no finite score."""
     compared = points_of("sphere")
 
     def score(self, name, settings, seed, steps, stage):
-        return {"bits": 0.0, "score": abs(settings.rate - 2e-3) + abs(settings.weight - 5) / 10**4}
+        if settings.rate > 0.03:
+            return {"failed": "loss nan"}
+        distances = [abs(math.log(a / b)) for a, b in zip(settings, best, strict=True)]
+        return {"score": sum(distances)}
 
     monkeypatch.setattr(PointComparison, "_train", score)
-    monkeypatch.setattr(methods, "step_seconds", lambda method, *_: [0.01] * len(method.phases))
+    monkeypatch.setattr(training, "step_seconds", lambda method, *_: [0.01] * len(method.phases))
     store = Store(tmp_path)
     chosen = compared.choose(store)
     rows = store.rows("sphere-sweep-")
-    assert {sum(row["method"] == name for row in rows) for name in chosen} == {3}
-    assert chosen["plain likelihood"] == (2e-3, 10.0)
-    assert chosen["rectangular flow"] == (2e-3, 5.0)
+    assert chosen["plain likelihood"] == (best[0], 10.0)  # it has no weight
+    assert chosen["rectangular flow"] == best
+    for name in chosen:
+        for key in ("rate", "weight") if RECIPES[name].weighted else ("rate",):
+            tried = {row[key] for row in rows if row["method"] == name}
+            assert min(tried) < getattr(chosen[name], key) < max(tried)
+            assert len(tried) <= 6
     # One second, half of it for the sweep, at 0.01 s a step, in the shares of the phases.
     steps = {row["method"]: row["steps"] for row in rows}
     assert steps["plain likelihood"] == [50]
@@ -245,6 +254,44 @@ def test_tables_show_a_dash_for_missing_values():
     rows = [{"m": "a", "x": 1.0}, {"m": "a", "x": 3.0}, {"m": "b", "x": None}]
     lines = markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()
     assert lines[2:] == ["| a | 2.0 ± 1.4 |", "| b | - |"]
+
+
+def test_every_method_has_a_place_in_the_pictures():
+    assert STYLES.keys() == RECIPES.keys()
+
+
+def test_tables_count_failed_runs():
+    rows = [{"m": "a", "x": 1.0}, {"m": "a", "failed": "loss nan"}]
+    assert markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()[2:] == [
+        "| a (1 of 2 failed) | 1.0 |"
+    ]
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Two differences of 1 and 3 have the mean 2 and the interval 12.706 / sqrt(2) sqrt(2)."""
+    columns = {"reference": [10.0, 20.0], "other": [11.0, 23.0], "none": [None, None]}
+    rows = [
+        {"method": name, "seed": seed, "x": x}
+        for name, values in columns.items()
+        for seed, x in enumerate(values)
+    ]
+    table = tables.differences(rows, "reference", {"x": ("x", ".1f")}).splitlines()
+    assert table[2:] == ["| other | +2.0 ± 12.7 |", "| none | - |"]
+    assert tables.differences(rows[::2], "reference", {"x": ("x", ".1f")}) == ""
+
+
+def test_the_falling_weight_is_that_of_a_schedule():
+    """The loss equals that of `ManifoldObjective` with a `WeightSchedule` at the same step."""
+    networks = points_of("sphere").networks()
+    method = RECIPES["falling weight, hierarchy"].build(networks, 50.0, torch.Generator())
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    first = method.model.stages[0]
+    method.model.initialize(x, 0)
+    objective = ManifoldObjective("data", "l2", weight=WeightSchedule(500.0, 50.0, 60))
+    for step in range(100):
+        expected = objective(first, x).loss
+        if step in (0, 31, 99):
+            assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
 
 
 def test_unknown_parts_are_refused(tmp_path, capsys):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import readme_pictures
 from benchmarks.harness.saved_runs import merged, runs
-from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run
+from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run, draw_uses
 
 
 def test_bars_are_those_of_the_saved_figures():
@@ -16,9 +16,10 @@ def test_bars_are_those_of_the_saved_figures():
     assert len(by_label) == len(readme_pictures.LABELS)
     rows = {row.variant: row for row in saved.rows}
     peak, (middle, low, high) = by_label["mflow_kernels, reversible"]
-    assert peak == rows["ours, reversible"].extra["peak_bytes"] / 2**20
+    assert peak == rows["mflow_kernels, reversible"].extra["peak_bytes"] / 2**20
     ratios = sorted(
-        a / b for a, b in zip(rows["ours, reversible"].rounds, rows["plain"].rounds, strict=True)
+        a / b
+        for a, b in zip(rows["mflow_kernels, reversible"].rounds, rows["plain"].rounds, strict=True)
     )
     assert (middle, low, high) == (ratios[2], ratios[1], ratios[3])
     assert by_label["plain PyTorch"][1] == (1, 1, 1)
@@ -33,8 +34,10 @@ def test_a_missing_package_is_an_error():
 
 def test_pictures_are_written(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(readme_pictures, "SAMPLES", 2)
+    monkeypatch.setattr(readme_pictures, "MISSING", ("half",))
     draw_comparison(runs(merged([RESULTS])), tmp_path / "comparison.png")
     draw_run(trained, tmp_path / "digits.png")
+    draw_uses(trained, tmp_path / "uses.png")
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             assert picture.width > 600

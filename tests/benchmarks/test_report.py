@@ -29,23 +29,23 @@ def saved(path: Path, *rows: dict[str, Any], missing: tuple[dict[str, str], ...]
 
 
 def test_ratios_are_medians_of_interleaved_rounds(tmp_path, capsys) -> None:
-    plain, ours = [1.0, 2.0, 4.0], [0.5, 1.6, 1.0]  # ratios of 0.5, 0.8 and 0.25
+    plain, own = [1.0, 2.0, 4.0], [0.5, 1.6, 1.0]  # ratios of 0.5, 0.8 and 0.25
     skipped = {"name": "x::y", "outcome": "skipped", "reason": "nflows is not installed"}
-    rows = [row("plain", plain), row("ours, stored", ours, peak_bytes=2**21)]
+    rows = [row("plain", plain), row("mflow_kernels, stored", own, peak_bytes=2**21)]
     file = saved(tmp_path / "a.json", *rows, missing=(skipped,))
     assert report.main([file]) == 0
     page = capsys.readouterr().out
-    assert "| ours, stored | 0.50 [0.38, 0.65] |" in page
-    assert "| ours, stored | 2.0 |" in page
+    assert "| mflow_kernels, stored | 0.50 [0.38, 0.65] |" in page
+    assert "| mflow_kernels, stored | 2.0 |" in page
     faster, shares = page.split("### Models")
-    assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time divided by ours
+    assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time divided by this package's
     assert "| plain |" in shares
     assert "skipped: nflows is not installed (1 rows" in page
 
 
 def test_plots_and_page_are_written(tmp_path) -> None:
     rows = [row(v, [1.0 * k, 1.1 * k], steps=k, peak_bytes=2**20 * k)
-            for k in (4, 8) for v in ("plain", "ours, stored")]  # fmt: skip
+            for k in (4, 8) for v in ("plain", "mflow_kernels, stored")]  # fmt: skip
     file = saved(tmp_path / "a.json", *rows)
     assert report.main([file, "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -64,7 +64,7 @@ def test_time_or_memory_above_the_threshold_fails(tmp_path, capsys, new, extra, 
 
 
 def test_a_row_that_fails_now_is_a_regression(tmp_path, capsys) -> None:
-    gone, kept = row("ours, stored", [1.0]), row("plain", [1.0])
+    gone, kept = row("mflow_kernels, stored", [1.0]), row("plain", [1.0])
     old = saved(tmp_path / "old.json", gone, kept)
     failed = {"name": gone["fullname"], "outcome": "failed", "reason": "AssertionError: off"}
     assert report.main([saved(tmp_path / "n.json", kept, missing=(failed,)), "--against", old]) == 1

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,13 +18,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
-def test_quick_set_counts_bytes_and_its_exit_code_follows_its_rows(tmp_path: Path) -> None:
+def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
     saved = tmp_path / "traffic.json"
     done = run("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
+    assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(saved.read_text())
     rows, launches = content["bytes"], content["launches"]
-    faults = any(row["fault"] for row in [*rows, *launches])
-    assert done.returncode == int(faults), done.stdout + done.stderr
+    assert not [row for row in [*rows, *launches] if row["fault"]]
     assert list(tmp_path.iterdir()) == [saved]
     assert all(row["ratio"] >= 1 for row in rows)
     # C = 12, P = 64, float32: the fused step reads the state and its params, writes a state.
@@ -56,13 +54,13 @@ def test_quick_set_counts_bytes_and_its_exit_code_follows_its_rows(tmp_path: Pat
 
 
 PLANTED = """
-import sys
 import torch
 import triton
 import triton.language as tl
 from benchmarks.reports import traffic_counts as _traffic
 from benchmarks.reports import traffic as traffic_report
 from benchmarks.reports.cases import Case
+from ptx.launch import Violation
 
 @triton.jit
 def _plain_kernel(x, y, SIZE: tl.constexpr):
@@ -87,11 +85,14 @@ def _strided_kernel(x, y, SIZE: tl.constexpr):
 
 case = Case(12, n=1, side=16)
 x, y = (case.tensor(12, torch.float32).detach() for _ in range(2))
-kernel = globals()[sys.argv[1]]
-(launch,) = _traffic.count(lambda: lambda: kernel[(4,)](x, y, SIZE=x.numel()))
-row = traffic_report.row("planted", "forward", case, True, launch)
-print(row.loaded, row.stored, row.fewest, row.fault or row.sectors)
-sys.exit(int(bool(row.fault)))
+for kernel in (_plain_kernel, _twice_kernel, _strided_kernel, _outside_kernel):
+    try:
+        (launch,) = _traffic.count(lambda: lambda: kernel[(4,)](x, y, SIZE=x.numel()))
+    except Violation as violation:
+        print(*str(violation).split())
+        continue
+    row = traffic_report.row("planted", "forward", case, True, launch)
+    print(row.loaded, row.stored, row.fewest, row.fault or row.sectors)
 """
 
 
@@ -119,18 +120,13 @@ def test_warps_that_repeat_a_product_fail(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["none", "over 1.8 of the products"], done.stderr
 
 
-@pytest.mark.parametrize(
-    ("kernel", "code", "expected"),
-    [
-        ("_plain_kernel", 0, "12288 12288 24576 1.0"),  # the fourth program is wholly masked off
-        ("_twice_kernel", 1, "24576 12288 24576 over 1.05"),
-        ("_strided_kernel", 1, "6144 6144 12288 over 1.15 of the sectors"),
-        ("_outside_kernel", 1, "past the 12288 bytes of y"),
-    ],
-)
-def test_planted_kernels(tmp_path: Path, kernel: str, code: int, expected: str) -> None:
+def test_planted_kernels(tmp_path: Path) -> None:
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
-    done = run(str(script), kernel)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert expected in done.stdout + done.stderr
+    done = run(str(script))
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, twice, strided, outside = done.stdout.splitlines()
+    assert plain == "12288 12288 24576 1.0"  # the fourth program is wholly masked off
+    assert twice.startswith("24576 12288 24576 over 1.05")
+    assert strided.startswith("6144 6144 12288 over 1.15 of the sectors")
+    assert "past the 12288 bytes of y" in outside

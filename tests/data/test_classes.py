@@ -13,7 +13,7 @@ from mflow_kernels.data.batches import (
     OrderedBatches,
     images_and_classes,
 )
-from mflow_kernels.data.prepare import is_prepared_from, prepare
+from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError, find_images
 from mflow_kernels.data.splits import load_evaluation_set, load_splits
@@ -95,7 +95,7 @@ def test_attributes_are_classes(faces, tmp_path):
     )  # fmt: skip
     assert both.images.classes.tolist() == [2, 0, 3, 1]
     assert both.test.classes.tolist() == [1]
-    prepare(find_images(faces), tmp_path / "faces.safetensors", 8)
+    prepare_images(find_images(faces), tmp_path / "faces.safetensors", 8)
     shutil.rmtree(faces)  # the prepared file suffices
     splits = load_splits(str(tmp_path / "faces.safetensors"), classes="Male")
     assert splits.images.classes.tolist() == [0, 0, 1, 1]
@@ -103,7 +103,7 @@ def test_attributes_are_classes(faces, tmp_path):
 
 def test_other_attributes_are_noticed(faces, tmp_path):
     out = tmp_path / "faces.safetensors"
-    prepare(find_images(faces), out, 8)
+    prepare_images(find_images(faces), out, 8)
     assert is_prepared_from(out, find_images(faces), 8)
     assert set(open_prepared(out).attributes) == {"Smiling", "Male"}
     path = faces / "Anno" / "list_attr_celeba.txt"
@@ -148,10 +148,12 @@ def test_classes_that_the_data_lacks(pets, faces, tmp_path):
 
 def test_a_record_with_wrong_attributes_is_refused(faces, tmp_path):
     out = tmp_path / "faces.safetensors"
-    prepare(find_images(faces), out, 8)
+    prepare_images(find_images(faces), out, 8)
     content = out.read_bytes()
     bits = np.packbits([True, False, True, False]).tobytes().hex().encode()
     assert bits in content
     out.write_bytes(content.replace(b'"' + bits + b'"', b'"zz"', 1))
-    with pytest.raises(DataError, match="damaged or cut short: its record is wrong: attributes"):
+    with pytest.raises(
+        DataError, match="damaged or cut short: its record has the wrong attributes"
+    ):
         open_prepared(out)

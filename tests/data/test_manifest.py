@@ -29,7 +29,7 @@ class TestDifference:
             (manifest("a 0 1", "b 2 2", "c 0 3", "d 2 4", "e 0 5"), "1 image added (e)"),
             (manifest("b 2 2", "d 2 4"), "2 images missing (a, c)"),
             (manifest("a 0 9", "b 2 2", "c 0 3", "d 2 4"), "1 image changed (a)"),
-            (manifest("b 2 2", "a 0 1", "c 0 3", "d 2 4"), "the images in another order"),
+            (manifest("b 2 2", "a 0 1", "c 0 3", "d 2 4"), "the order of the images"),
             (
                 manifest("a 2 1", "b 0 2", "c 0 3", "x\x1b[2J 0 4"),
                 "1 image added (x\\x1b[2J), 1 missing (d), 2 in another part (a, b)",
@@ -74,16 +74,16 @@ class TestFile:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "not a list of a run's images"),
-            ("a,b\n1,2\n", "not a list of a run's images"),
+            ("", "expected the list of a run's images"),
+            ("a,b\n1,2\n", "expected the list of a run's images"),
             ("name,part,digest\n", "expected at least one image"),
             ("name,part,digest\na,0,0123456789abcdef\nb,2,01234", "row 3: expected a name, a part"),
             ("name,part,digest\na,3,0123456789abcdef\n", "row 2: expected a name, a part"),
             ("name,part,digest\na,0,0123456789ABCDEF\n", "row 2: expected a name, a part"),
             ("name,part,digest\n\na,0,0123456789abcdef\n", "row 2: expected a name, a part"),
-            ('name,part,digest\n"a,0,0123456789abcdef\n', "not a list of a run's images"),
-            ("name,part,digest\n" + 2 * "a,0,0123456789abcdef\n", "no name twice"),
-            ("x" * 200_000, "not a list of a run's images"),
+            ('name,part,digest\n"a,0,0123456789abcdef\n', "expected the list of a run's images"),
+            ("name,part,digest\n" + 2 * "a,0,0123456789abcdef\n", "different names"),
+            ("x" * 200_000, "expected the list of a run's images"),
         ],
     )
     def test_torn_or_foreign(self, text, message, tmp_path):

@@ -16,7 +16,7 @@ from benchmarks.celeba.fake_celeba import make_celeba
 from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
 from mflow_kernels.data.decoding import Format, decode
-from mflow_kernels.data.prepare import is_prepared_from, prepare
+from mflow_kernels.data.prepare import is_prepared_from, prepare_images
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError, find_images
 from mflow_kernels.data.splits import load_splits
@@ -51,7 +51,7 @@ def whole(tmp_path_factory, source):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing, "_BLOCK_IMAGES", 4)
         path = tmp_path_factory.mktemp("whole") / "a.safetensors"
-        prepare(source, path, 16, workers=1)
+        prepare_images(source, path, 16, workers=1)
         return path.read_bytes()
 
 
@@ -71,7 +71,7 @@ def test_processes_that_decode_start_with_sigint_blocked(
         return original(self, *args)
 
     monkeypatch.setattr(preparing.ProcessPoolExecutor, "submit", submit)
-    prepare(source, tmp_path / "a", 16, workers=2)
+    prepare_images(source, tmp_path / "a", 16, workers=2)
     assert seen == [True] * 5
     assert not blocked()
     assert (tmp_path / "a").read_bytes() == whole
@@ -79,7 +79,7 @@ def test_processes_that_decode_start_with_sigint_blocked(
 
 class TestFile:
     def test_each_row_is_its_image(self, source, tmp_path):
-        prepared = prepare(source, tmp_path / "a", 16)
+        prepared = prepare_images(source, tmp_path / "a", 16)
         names = [entry.name for entry in source.entries if entry.name != "000005.jpg"]
         assert prepared.record.names == names
         by_name = {entry.name: entry for entry in source.entries}
@@ -90,7 +90,7 @@ class TestFile:
         assert not prepared.images.flags.writeable
 
     def test_the_record(self, source, celeba, tmp_path):
-        record = prepare(source, tmp_path / "a", 16).record
+        record = prepare_images(source, tmp_path / "a", 16).record
         assert (record.partition, record.count, record.crop) == ("official", [15, 2, 2], 148)
         assert list(record.skipped) == ["000005.jpg"]
         assert record.enlarged == 0
@@ -98,23 +98,23 @@ class TestFile:
 
     def test_other_programs_can_read_it(self, source, tmp_path):
         safetensors = pytest.importorskip("safetensors.numpy")
-        prepared = prepare(source, tmp_path / "a", 16)
+        prepared = prepare_images(source, tmp_path / "a", 16)
         loaded = safetensors.load_file(tmp_path / "a")
         assert np.array_equal(loaded["images"], prepared.images)
         assert np.array_equal(loaded["part"], prepared.part)
         assert json.loads(loaded["record"].tobytes())["size"] == 16
 
     def test_enlarged_images_are_counted(self, source, tmp_path):
-        assert prepare(source, tmp_path / "a", 150).record.enlarged == COUNT - 1
+        assert prepare_images(source, tmp_path / "a", 150).record.enlarged == COUNT - 1
 
     def test_processes_write_the_same_bytes(self, source, small_blocks, whole, tmp_path):
-        prepare(source, tmp_path / "a", 16, workers=2)
+        prepare_images(source, tmp_path / "a", 16, workers=2)
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
 
     def test_other_images_or_another_size_are_recognized(self, celeba, tmp_path):
         folder = shutil.copytree(celeba, tmp_path / "celeba")
-        prepare(find_images(folder), tmp_path / "a", 16)
+        prepare_images(find_images(folder), tmp_path / "a", 16)
         assert is_prepared_from(tmp_path / "a", find_images(folder), 16)
         assert not is_prepared_from(tmp_path / "a", find_images(folder), 8)
         image = folder / "img_align_celeba" / "000001.jpg"
@@ -154,16 +154,16 @@ class TestInterrupted:
 
             monkeypatch.setattr(preparing, "_sync", stopping)
             with pytest.raises(Killed):
-                prepare(source, out, 16, workers=1)
+                prepare_images(source, out, 16, workers=1)
             assert not out.exists()
             monkeypatch.setattr(preparing, "_sync", sync)
-            prepare(source, out, 16, workers=1)
+            prepare_images(source, out, 16, workers=1)
             assert out.read_bytes() == whole
             assert listing(out.parent) == ["a"]
 
     def test_between_the_rename_and_the_end(self, source, small_blocks, whole, tmp_path):
         (tmp_path / ".a.journal").write_text("")  # a process died before it removed the journal
-        prepare(source, tmp_path / "a", 16, workers=1)
+        prepare_images(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
         assert listing(tmp_path) == ["a"]
 
@@ -187,7 +187,7 @@ class TestInterrupted:
             partial.write_bytes(images)
         else:
             partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
-        prepare(source, tmp_path / "a", 16, workers=1)
+        prepare_images(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
     def test_what_was_done_is_not_done_again(self, source, small_blocks, tmp_path, monkeypatch):
@@ -202,13 +202,13 @@ class TestInterrupted:
             return decode(entries, form)
 
         monkeypatch.setattr(preparing, "decode", counting)
-        prepare(source, tmp_path / "a", 16, workers=1)
+        prepare_images(source, tmp_path / "a", 16, workers=1)
         assert decoded == source.entries[16:]
 
     def test_another_set_starts_again(self, source, small_blocks, tmp_path, monkeypatch):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         other = find_images(write_images(tmp_path / "other", 6, channels=3))
-        assert prepare(other, tmp_path / "a", 16).record.count == [5, 0, 1]
+        assert prepare_images(other, tmp_path / "a", 16).record.count == [5, 0, 1]
 
     @staticmethod
     def stop_after_two_blocks(source, out, monkeypatch):
@@ -222,7 +222,7 @@ class TestInterrupted:
         with monkeypatch.context() as patch:
             patch.setattr(preparing, "_sync", stopping)
             with pytest.raises(Killed):
-                prepare(source, out, 16, workers=1)
+                prepare_images(source, out, 16, workers=1)
 
     def test_kill_9_with_processes(self, celeba, source, whole, tmp_path):
         program = (
@@ -246,7 +246,7 @@ class TestInterrupted:
         victim.wait()
         wait_until(lambda: not group_exists(victim.pid))  # they end by themselves
         assert listing(tmp_path) == [".a.journal", ".a.partial", "script.py"]
-        prepare(source, out, 16, workers=1)
+        prepare_images(source, out, 16, workers=1)
         assert out.read_bytes() == whole
 
     def test_a_second_process_waits_for_the_first(
@@ -255,7 +255,7 @@ class TestInterrupted:
         out, journal = tmp_path / "a", tmp_path / ".a.journal"
         with journal.open("a+b") as first:
             fcntl.flock(first, fcntl.LOCK_EX)
-            second = threading.Thread(target=prepare, args=(source, out, 16, 1))
+            second = threading.Thread(target=prepare_images, args=(source, out, 16, 1))
             second.start()
             wait_until(lambda: "waiting for another process" in capsys.readouterr().err)
             out.write_bytes(whole)  # the first one is done now
@@ -317,7 +317,7 @@ class TestDamage:
         file.write_bytes(data)
         command = ["prepare", str(celeba), "--out", str(file), "--image-size", "16"]
         assert main(command) == 2
-        assert "image 9 (000011.jpg) is not as it was written" in capsys.readouterr().err
+        assert "image 9 (000011.jpg) does not match its digest" in capsys.readouterr().err
         assert main([*command, "--overwrite"]) == 0
         assert main(command) == 0
         assert "every image is intact" in capsys.readouterr().out
@@ -334,7 +334,7 @@ class TestDamage:
         with pytest.raises(DataError, match="damaged or cut short"):
             load_splits(str(file))
         file.write_bytes(b"something else")
-        with pytest.raises(DataError, match="expected a folder or a whole zip"):
+        with pytest.raises(DataError, match="expected a folder or a complete zip"):
             load_splits(str(file))
 
 
@@ -360,7 +360,7 @@ class TestCommand:
         assert "--image-size: expected 8 as in tiny.safetensors, got 16" in capsys.readouterr().err
 
     def test_the_same_training_from_the_folder_and_the_file(self, celeba, tmp_path):
-        prepare(find_images(celeba), tmp_path / "a", 8)
+        prepare_images(find_images(celeba), tmp_path / "a", 8)
         pixels = []
         for data in (celeba, tmp_path / "a"):
             splits = load_splits(str(data), 8)
@@ -394,9 +394,15 @@ class TestCommand:
                 "--out: expected a file of mflow prepare to overwrite",
             ),
             ("images.zip --out images.zip --overwrite", "--out: expected a file outside of the"),
-            ("images --out circle", "--out: symbolic links lead in a circle: circle"),
+            (
+                "images --out circle",
+                "--out: expected a path that can exist, got circle (symbolic links",
+            ),
             ("images", "--out: expected a value, got none"),
-            ("text --out a", ": data: expected images in text, found 1 files that are none"),
+            (
+                "text --out a",
+                ": data: expected images in text, but no file there can be read as an image",
+            ),
         ],
     )
     def test_bad_input_writes_nothing(self, arguments, message, tmp_path, monkeypatch, capsys):

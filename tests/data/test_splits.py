@@ -144,7 +144,7 @@ class TestFolder:
         with pytest.raises(ValueError, match="found none"):
             load_splits(str(tmp_path), 8)
         (tmp_path / "a.png").write_text("no image")
-        with pytest.raises(ValueError, match="1 files that are none"):
+        with pytest.raises(ValueError, match="no file there can be read as an image"):
             load_splits(str(tmp_path), 8)
         with pytest.raises(ValueError, match=r"a folder or zip of images, .* got '.*absent'"):
             load_splits(str(tmp_path / "absent"), 8)

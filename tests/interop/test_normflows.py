@@ -260,7 +260,7 @@ def test_unsupported_layers_are_left():
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(3), flows)
     report = peers.assert_left_alone(model)
     assert [left.layer for left in report.left] == [type(flow).__name__ for flow in flows]
-    assert str(report).startswith("Nothing was replaced; the model is as it was.")
+    assert str(report).startswith("Nothing was replaced; the model is unchanged.")
     assert "its mask keeps 2 of 3 features, not 1" in str(report)
     assert "its coupling keeps 2 of 3 channels, not the first 1" in str(report)
     assert "checkerboard" in str(report)

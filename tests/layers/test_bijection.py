@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from cases import normal, perturbed
+from cases import compiles, normal, perturbed
 from torch import Tensor
 
 from mflow_kernels import (
@@ -129,6 +129,7 @@ def test_initialize_returns_the_result_of_forward(make, shape, device):
         assert torch.equal(got, want)
 
 
+@compiles
 @pytest.mark.parametrize(
     "name", ["actnorm, images", "conv1x1, vectors", "coupling, images", "step"]
 )

@@ -7,6 +7,7 @@ from itertools import groupby
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.chains import assert_all_close, chain_of, gradients, loss_of, shaken
 from mflow_kernels import (
@@ -21,7 +22,9 @@ from mflow_kernels import (
 )
 from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.folding import ActNormConv
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.reversible.apply import segment_starts
 from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
@@ -44,6 +47,59 @@ def test_partial_sums_in_smaller_buffers_change_no_bit(
         monkeypatch.setattr("mflow_kernels.reversible.backward.PARTIALS_BYTES", steps * 6 * 6 * 8)
         for got, wanted in zip(gradients(chain, x, call=chain), want, strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_stored_states_need_no_copy_of_the_partial_sums() -> None:
+    """The backward launches of a group write dW into one buffer. `Tensor.unbind` would instead copy
+    all of their results into another one."""
+    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)], reversible=False))
+    z, logdet = chain(torch.randn(2, 6, 4, 4))
+
+    class Stacks(TorchDispatchMode):
+        shapes: list[torch.Size] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.stack, torch.ops.aten.cat):
+                self.shapes.append(out.shape)
+            return out
+
+    with Stacks() as stacks:
+        (logdet.sum() + z.square().sum()).backward()
+    assert [shape for shape in stacks.shapes if shape[-2:] == (6, 6)] == []
+
+
+def test_gradients_of_weights_add_up_over_backward_passes() -> None:
+    """Each pass over a graph, or over a part of it, gives the gradient of that pass alone."""
+    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(3)], reversible=False))
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    parameters = [p for p in chain.parameters() if p.requires_grad]
+    z, logdet = chain(x)
+    loss = logdet.sum() + z.square().sum()
+    want = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.autograd.grad(loss, x, retain_graph=True)  # computes dW and does not ask for it
+    for _ in range(2):
+        for got, wanted in zip(
+            torch.autograd.grad(loss, parameters, retain_graph=True), want, strict=True
+        ):
+            assert torch.equal(got, wanted)
+
+
+def test_a_weight_that_two_launches_use_gets_the_sum_of_both_gradients() -> None:
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    weight = torch.randn(3, 6, 6, dtype=torch.float64, requires_grad=True)
+    spread_weight, spread_bias = spread(weight, torch.zeros(3, 6), x)
+    first, _, last = unbind_weights(spread_weight)
+    y = x
+    for row in (first, last, first):  # the second row gets no gradient
+        y, _ = conv1x1_eager(y, row, spread_bias[0], "tf32x3", None)
+    y.square().sum().backward()
+    reference = weight.detach().clone().requires_grad_()
+    w_0, _, w_2 = reference.unbind()
+    torch.einsum("ij,njhw->nihw", w_0 @ w_2 @ w_0, x).square().sum().backward()
+    assert weight.grad is not None
+    assert reference.grad is not None
+    assert_close(weight.grad, reference.grad, terms=3 * 6 * 2 * 16)  # three maps, two images
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

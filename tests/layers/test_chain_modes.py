@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import compiles
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, chain_of, gradients, loss_of, shaken
@@ -146,6 +147,7 @@ def test_float16_networks_train_under_a_gradient_scaler() -> None:
     assert not all(map(torch.equal, before, rebuilt.parameters()))
 
 
+@compiles
 def test_networks_may_be_compiled() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
     stored = shaken(ReversibleChain([FlowStep(4, net)], reversible=False))
@@ -163,6 +165,7 @@ def stored_levels() -> ReversibleChain:
     return shaken(ReversibleChain([*layers, FlowStep(2, width=4)], reversible=False))  # type: ignore[return-value]
 
 
+@compiles
 def test_stored_chain_compiles_whole_both_ways() -> None:
     chain, x = stored_levels(), torch.randn(2, 1, 4, 4)
     z = tuple(part.detach() for part in chain(x)[0])
@@ -172,6 +175,7 @@ def test_stored_chain_compiles_whole_both_ways() -> None:
         assert_all_close(gradients(chain, *inputs, call=compiled), want, terms=3 * 32)
 
 
+@compiles
 def test_sampling_of_stored_levels_is_exported() -> None:
     class Sampling(nn.Module):
         def __init__(self) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import normal
+from cases import compiles, normal
 from torch import nn
 
 from mflow_kernels import FlowStep, ReversibleChain
@@ -99,6 +99,7 @@ def test_weight_that_cannot_be_inverted():
     assert step.inverse(z)[0].isnan().all()
 
 
+@compiles
 def test_compiles_with_inductor(device):
     """A vector step with the real backend; other tests use aot_eager."""
     torch.compiler.reset()

@@ -122,7 +122,7 @@ def test_one_loss_curve(scale, reversible, batches, device):
     curves = {
         (name, dtype): train(copy.deepcopy(model).to(device, dtype), rest)
         for dtype in (torch.float64, torch.float32)
-        for name, model in (("ours", glow), ("plain", plain))
+        for name, model in (("mflow_kernels", glow), ("plain", plain))
     }
     exact = curves.pop(("plain", torch.float64))
     assert exact[-1] < exact[0] - 0.2  # training works

@@ -1,10 +1,21 @@
 """Properties that every operator has, independent of its formula."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, FLOW_OPERATORS, IN_PLACE, SCALES, learned, normal, options, sample
+from cases import (
+    DIFFERENTIABLE,
+    FLOW_OPERATORS,
+    IN_PLACE,
+    SCALES,
+    compiles,
+    learned,
+    normal,
+    options,
+    sample,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -55,6 +66,7 @@ def test_gradcheck_of_every_scale(name, scale, device):
     )
 
 
+@compiles
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @every
 def test_compiles_whole(op, layout, device):
@@ -172,6 +184,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@cache
 def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
     """Calls of every operator, as the public functions and a flow make them."""
     with Recorder() as recorder:

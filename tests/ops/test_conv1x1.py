@@ -4,9 +4,6 @@ import torch.nn.functional as F
 from cases import (
     DTYPES,
     FLOW_OPERATORS,
-    IMAGES,
-    LAYOUTS,
-    SHAPES,
     compare,
     normal,
     on_tensor_cores,
@@ -35,22 +32,6 @@ def test_blocks_of_one_tile_run_next_to_each_other(kernel_device):
     places = torch.empty(3 * 2, 2, dtype=torch.int32, device=kernel_device)
     _places_kernel[(6,)](places, C=200, BLOCK_O=channel_products.conv1x1_tile(200).block_o)
     assert places.tolist() == [[tile, block] for tile in range(3) for block in range(2)]
-
-
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)], ids=str)
-def test_shapes(shape, device):
-    compare(CONV, sample(CONV, shape, device=device))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
-def test_layouts(shape, layout, device):
-    compare(CONV, sample(CONV, shape, device=device, layout=layout))
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_dtypes(dtypes, device):
-    compare(CONV, sample(CONV, (2, 5, 3, 4), dtypes, device))
 
 
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
@@ -137,5 +118,5 @@ def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch,
     seen = []
     monkeypatch.setattr(channel_products, "launch", lambda *_, **options: seen.append(options))
     x = torch.ones(2, 96, 4, 4)
-    channel_products.launch_weight_gradient(x, None, x, 1, precision)
+    channel_products.launch_weight_gradient(x, None, x, x.new_empty(1, 96, 96), precision)
     assert [options["num_stages"] for options in seen] == [stages]

@@ -1,6 +1,5 @@
 """Killed runs, damaged checkpoints and full disks."""
 
-import csv
 import itertools
 import os
 import signal
@@ -9,18 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY
+from tiny_runs import metrics
 
 from mflow_kernels.data import files
 from mflow_kernels.runs import checkpoints
 from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, _Sink
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
-
-
-@pytest.fixture
-def command(images, tmp_path):
-    return ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
 
 
 def load(path):
@@ -84,13 +78,8 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tm
     assert train_in_a_fork([*command, "--save-steps", "1", "--resume"]) == 0
     assert_same(folder, trained)
     assert not list(folder.glob(".*.tmp"))
-    steps = [int(row["step"]) for row in rows(folder) if row["loss_bits_per_dim"]]
+    steps = [int(row["step"]) for row in metrics(folder) if row["loss_bits_per_dim"]]
     assert steps == list(range(6))
-
-
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def torn(path):
@@ -124,7 +113,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(damage, command, run, trai
     message = capsys.readouterr().err
     if damage is not Path.unlink:
         assert f"{run / LAST}" in message
-        assert f"taking previous.ckpt, of step {step}" in message
+        assert f"using previous.ckpt of step {step}" in message
     assert_same(run, trained)
     assert load(run / PREVIOUS)["global_step"] == step
 
@@ -137,7 +126,7 @@ def test_damaged_checkpoints_are_refused(command, run, capsys):
     assert main([*command, "--resume"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "checkpoint: expected a whole one of mflow train" in message
+    assert "checkpoint: expected a complete checkpoint of mflow train" in message
     assert {path: path.read_bytes() for path in damaged.values()} == before
 
 
@@ -165,7 +154,7 @@ def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, traine
     with (run / "metrics.csv").open("a") as file:
         file.write("3,0.1,2")
     assert main([*command, "--resume"]) == 0
-    assert rows(run) == rows(trained)
+    assert metrics(run) == metrics(trained)
 
 
 def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monkeypatch):
@@ -173,7 +162,7 @@ def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monke
     events = []
     save = torch.save
     monkeypatch.setattr(
-        checkpoints, "sync", lambda path: events.append((path.name, len(rows(path.parent))))
+        checkpoints, "sync", lambda path: events.append((path.name, len(metrics(path.parent))))
     )
     monkeypatch.setattr(
         torch, "save", lambda state, file: (events.append(state["global_step"]), save(state, file))

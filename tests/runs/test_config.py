@@ -4,11 +4,12 @@ import pytest
 
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
-from mflow_kernels.runs.config import Rho, RunConfig, TrainConfig
+from mflow_kernels.runs.config import RunConfig, TrainConfig
+from mflow_kernels.runs.options import Rho
 
 
 def test_the_command_line_offers_every_rho():
-    """`runs.config` repeats the names, because it does not import torch."""
+    """`runs.options` repeats the names, because it does not import torch."""
     assert RHOS == get_args(OperatorRho) == get_args(Rho)
 
 
@@ -84,10 +85,11 @@ def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
 
 def test_a_file_of_an_earlier_version_has_the_scales_of_that_version():
     lines = WHOLE.splitlines()
-    old = [line for line in lines if line.split(":")[0] not in ("delta", "sigma", "stage_sigma")]
-    assert len(old) == len(lines) - 3
+    added = ("delta", "sigma", "stage_delta", "stage_sigma")
+    old = [line for line in lines if line.split(":")[0] not in added]
+    assert len(old) == len(lines) - len(added)
     config = RunConfig.from_yaml("\n".join(old), "config.yaml")
-    assert (config.delta, config.sigma, config.stage_sigma) == (1.0, 0.1, [])
+    assert [(s.delta, s.sigma) for s in config.stages] == [(1.0, 0.1), (1.0, 0.1)]
 
 
 def test_max_steps_take_the_place_of_epochs():
@@ -116,10 +118,11 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     image, *further = config.stages
     assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
-    assert [s.learning_rate for s in config.stages] == [1e-2, 0.03, 0.001]
+    assert [s.learning_rate for s in config.stages] == [2e-2, 0.03, 0.001]
     assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
     # u has unit variance, which the weight of images does not fit.
     assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
+    assert [s.delta for s in config.stages] == [0.1, 2.0, 2.0]  # nor do deltas of images
     assert TrainConfig(weight="variance").stages[1].weight == "variance"
     assert TrainConfig(stage_weight=[3.0]).stages[1].weight == 3.0
 

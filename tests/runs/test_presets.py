@@ -60,7 +60,7 @@ class TestPresets:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (None, "--preset: expected digits, celeba64"),
+            (None, "--preset: expected digits, digits_nested, celeba64"),
             ("levels: two", "--preset: own.yaml: levels: expected a whole number, got two"),
             ("colour: red", "colour"),
             ("[", "--preset: own.yaml"),

@@ -10,7 +10,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY, listing, metrics
+from tiny_runs import TINY, metrics, refused
 
 from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
@@ -41,19 +41,6 @@ BYTES = {
     ),
     "other columns": lambda whole: b"a,b\r\n1,2\r\n",
 }  # fmt: skip
-
-
-def refused(command, folder, capsys):
-    """Assert that a command fails with one line and writes nothing; return the line."""
-    before = {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)}
-    capsys.readouterr()
-    assert main(command) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("mflow: error: ")
-    assert {name: (folder / name).lstat().st_mtime_ns for name in listing(folder)} == before
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +153,7 @@ def test_crafted_checkpoints(kind, whole, expected, run, capsys):
     assert "\n" not in str(caught.value)
     found = newest_checkpoint(run, expected)
     assert (found.path.name, found.step) == ("previous.ckpt", 4)
-    assert "taking previous.ckpt, of step 4" in capsys.readouterr().err
+    assert "using previous.ckpt of step 4" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_reach_no_picture(whole, run, capsys):
@@ -174,7 +161,7 @@ def test_weights_that_are_not_finite_reach_no_picture(whole, run, capsys):
     broken = whole["state_dict"] | {name: whole["state_dict"][name] * math.nan}
     torch.save(whole | {"state_dict": broken}, run / "last.ckpt")
     assert main(["sample", str(run), "--number", "1"]) == 0  # from the checkpoint before
-    assert "values that are not finite); taking previous.ckpt" in capsys.readouterr().err
+    assert "values that are not finite); using previous.ckpt" in capsys.readouterr().err
     (run / "previous.ckpt").unlink()
     assert "values that are not finite" in refused(["sample", str(run)], run, capsys)
 

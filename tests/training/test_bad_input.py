@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import TINY, check_refused, write_images
+from tiny_runs import TINY, refused, write_images
 
 
 class TestBadInput:
@@ -40,29 +40,32 @@ class TestBadInput:
     def test_train(self, arguments, message, images, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         base = ["train", *TINY, "--data", str(images), "--run-dir", "run"]
-        check_refused([*base, *arguments.split()], message, tmp_path, capsys)
+        assert message in refused([*base, *arguments.split()], tmp_path, capsys)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
     def test_cuda_without_a_gpu(self, images, trained, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         message = "--device: expected a CUDA GPU for 'cuda', found none"
-        check_refused(
-            ["train", *TINY, "--data", str(images), "--device", "cuda"], message, tmp_path, capsys
+        assert message in refused(
+            ["train", *TINY, "--data", str(images), "--device", "cuda"], tmp_path, capsys
         )
-        check_refused(["evaluate", str(trained), "--device", "cuda"], message, tmp_path, capsys)
+        assert message in refused(["evaluate", str(trained), "--device", "cuda"], tmp_path, capsys)
 
     def test_folders_without_images(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()
         (tmp_path / "text").mkdir()
         (tmp_path / "text" / "a.png").write_text("no image")
-        for data, detail in (("empty", "found none"), ("text", "found 1 files that are none")):
+        for data, detail in (
+            ("empty", "found none"),
+            ("text", "but no file there can be read as an image"),
+        ):
             message = f"--data: expected images in {data}, {detail}"
-            check_refused(["train", *TINY, "--data", data], message, tmp_path, capsys)
+            assert message in refused(["train", *TINY, "--data", data], tmp_path, capsys)
 
     def test_an_existing_run_folder(self, run, images, capsys):
         command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
-        check_refused(command, "(--resume continues it, --overwrite replaces it)", run, capsys)
+        assert "(--resume continues it, --overwrite replaces it)" in refused(command, run, capsys)
 
     def test_overwrite_spares_folders_that_are_no_runs(self, images, tmp_path, capsys):
         (tmp_path / "home").mkdir()
@@ -70,25 +73,25 @@ class TestBadInput:
         command = ["train", *TINY, "--data", str(images), "--overwrite"]
         command += ["--run-dir", str(tmp_path / "home")]
         message = "--run-dir: --overwrite expected a folder of mflow train with config.yaml"
-        check_refused(command, message, tmp_path, capsys)
+        assert message in refused(command, tmp_path, capsys)
 
     @pytest.mark.parametrize("command", ["sample", "reconstruct", "evaluate"])
     def test_broken_runs(self, command, run, tmp_path, capsys):
         message = "run: expected a folder of mflow train with config.yaml"
-        check_refused([command, str(tmp_path)], message, tmp_path, capsys)
+        assert message in refused([command, str(tmp_path)], tmp_path, capsys)
         checkpoint = run / "last.ckpt"
         (run / "previous.ckpt").unlink()
         whole = checkpoint.read_bytes()
         checkpoint.write_bytes(whole[: len(whole) // 2])
-        message = "checkpoint: expected a whole one of mflow train"
-        check_refused([command, str(run)], message, tmp_path, capsys)
+        message = "checkpoint: expected a complete checkpoint of mflow train"
+        assert message in refused([command, str(run)], tmp_path, capsys)
         torch.save({"weights": torch.zeros(2)}, checkpoint)
-        check_refused([command, str(run)], "got another kind of file", tmp_path, capsys)
+        assert "got another kind of file" in refused([command, str(run)], tmp_path, capsys)
         checkpoint.unlink()
-        check_refused([command, str(run)], "last.ckpt, found none", tmp_path, capsys)
+        assert "last.ckpt, found none" in refused([command, str(run)], tmp_path, capsys)
         (run / "config.yaml").write_text("levels: two")
         message = "config.yaml: levels: expected a whole number, got two"
-        check_refused([command, str(run)], message, tmp_path, capsys)
+        assert message in refused([command, str(run)], tmp_path, capsys)
 
     @pytest.mark.parametrize(
         "command", ["sample RUN", "evaluate RUN", "train --resume --run-dir RUN"]
@@ -97,7 +100,7 @@ class TestBadInput:
         config = run / "config.yaml"
         config.write_text(config.read_text().replace("\nwidth: 8", "\nwidth: 16"))
         message = "checkpoint: expected the architecture of config.yaml, got another"
-        check_refused(command.replace("RUN", str(run)).split(), message, tmp_path, capsys)
+        assert message in refused(command.replace("RUN", str(run)).split(), tmp_path, capsys)
 
     def test_a_checkpoint_that_carries_code(self, run, tmp_path, capsys):
         class Trap:
@@ -106,14 +109,16 @@ class TestBadInput:
 
         (run / "previous.ckpt").unlink()
         torch.save({"state_dict": {}, "trap": Trap()}, run / "last.ckpt")
-        message = "checkpoint: expected a whole one of mflow train"
-        check_refused(["evaluate", str(run)], message, tmp_path, capsys)
+        message = "checkpoint: expected a complete checkpoint of mflow train"
+        assert message in refused(["evaluate", str(run)], tmp_path, capsys)
 
     def test_channels_that_do_not_match(self, run, tmp_path, capsys):
         coloured = write_images(tmp_path / "coloured", channels=3)
         for command in ("reconstruct", "evaluate"):
             message = "--data: expected grey images, got 3 colour channels"
-            check_refused([command, str(run), "--data", str(coloured)], message, tmp_path, capsys)
+            assert message in refused(
+                [command, str(run), "--data", str(coloured)], tmp_path, capsys
+            )
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -127,7 +132,7 @@ class TestBadInput:
     )
     def test_sample(self, arguments, message, run, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        check_refused(["sample", str(run), *arguments.split()], message, tmp_path, capsys)
+        assert message in refused(["sample", str(run), *arguments.split()], tmp_path, capsys)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -143,4 +148,4 @@ class TestBadInput:
     )
     def test_commands(self, arguments, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        check_refused(arguments, message, tmp_path, capsys)
+        assert message in refused(arguments, tmp_path, capsys)

@@ -45,6 +45,7 @@ BASE = {
     "batch_size": 16,
     "max_steps": 2,
     "manifold_dim": 32,
+    "learning_rate": 0.002,  # at a high rate, states of this noise drift
 }
 CASES = {
     "reversible": {"steps": 4, "width": 64},
@@ -200,7 +201,7 @@ def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
     cases = json.dumps([dataclasses.asdict(config) for config in configs])
     done = subprocess.run(
         [sys.executable, "-c", FUSED.format(cases=cases)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for config, found in zip(configs, done.stdout.split(), strict=True):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_runs import check_refused, listing
+from tiny_runs import listing, refused
 
 from mflow_kernels.training import range_test
 from mflow_kernels.training.cli import main
@@ -66,6 +66,6 @@ def test_each_stage_is_tested_on_the_best_weights_of_the_one_before(
 
 def test_it_is_refused_on_resume(run, command, tmp_path, capsys):
     command = [*command, "--resume", "--find-learning-rate"]
-    check_refused(
-        command, "--find-learning-rate: expected a new run, got --resume", tmp_path, capsys
+    assert "--find-learning-rate: expected a new run, got --resume" in refused(
+        command, tmp_path, capsys
     )

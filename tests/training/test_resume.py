@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import check_refused, checkpoint, metrics, weights
+from tiny_runs import checkpoint, metrics, refused, weights
 
 from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
@@ -95,7 +95,7 @@ class TestChanges:
     def test_the_refusal_lists_what_may_change(self, run, tmp_path, capsys):
         resume = ["train", "--run-dir", str(run), "--resume", "--width", "16"]
         message = "--width: cannot change on resume (the run has 8, got 16); --learning-rate, "
-        check_refused(resume, message, tmp_path, capsys)
+        assert message in refused(resume, tmp_path, capsys)
 
 
 class TestInitFrom:
@@ -173,7 +173,7 @@ class TestInitFrom:
         self, options, message, trained, command, tmp_path, capsys
     ):
         command = [*command, "--init-from", str(trained), *options.split()]
-        check_refused(command, message, tmp_path, capsys)
+        assert message in refused(command, tmp_path, capsys)
 
 
 class TestPreset:
@@ -195,4 +195,4 @@ class TestPreset:
         assert read_config(tmp_path / "run").stage_dims == [3, 3]
         capsys.readouterr()
         message = "--stage-dims: expected dimensions from 1 to the 3 of the stage before, got 4"
-        check_refused([*plain, "--overwrite", "--stage-dims", "4"], message, tmp_path, capsys)
+        assert message in refused([*plain, "--overwrite", "--stage-dims", "4"], tmp_path, capsys)

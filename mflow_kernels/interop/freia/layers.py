@@ -76,12 +76,6 @@ def _global_affines(blocks: Sequence[Any]) -> Affine:
     return Affine(scale, offset, scale.log().sum(1))
 
 
-def _global_offsets(blocks: Sequence[Any]) -> Affine:
-    """Return the offsets of blocks that preserve volume, with scales of 1."""
-    offset = torch.stack([b.global_offset for b in blocks]).flatten(1)
-    return Affine(torch.ones_like(offset), offset)
-
-
 def _block_permutation(blocks: Sequence[Any]) -> Tensor:
     matrices = [
         b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks

@@ -2,11 +2,11 @@
 
 The count includes the coupling networks. The same model in other packages is counted beside it.
 
-    python -m benchmarks.reports.ledger --width 128 512
+    python -m benchmarks.reports.whole_steps --width 128 512
 
 counts a training step after the first (forward and backward, the optimizer left out), sampling, and
 evaluation (the forward pass without gradients) of one Glow in every package, with the same weights.
-The docstring of `ledger_counts.py` has the rules of the count. "over plain" is the ratio of bytes
+The docstring of `step_counts.py` has the rules of the count. "over plain" is the ratio of bytes
 to those of plain eager PyTorch in the same dtypes.
 
 The lower bound of a card is a sum over kernels. Each kernel takes at least the time that its bytes
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.reports import ledger_counts  # before anything of mflow_kernels
+from benchmarks.reports import step_counts  # before anything of mflow_kernels
 
 import torch  # isort: skip
 from torch import nn  # isort: skip
@@ -35,15 +35,16 @@ from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
 from benchmarks.harness.output import save_json, text_table
 from benchmarks.harness.session import Missing
-from benchmarks.reports.ledger_counts import PARTS
+from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
 from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
-RECOMPUTING = ("ours, reversible", "checkpointing")  # differ from the others only in training
-VARIANTS = ("ours, stored", "ours, reversible", "plain", "plain, channels_last", "checkpointing",
-            "normflows", "nflows", "FrEIA")  # fmt: skip
+# They differ from the others only in training.
+RECOMPUTING = ("mflow_kernels, reversible", "checkpointing")
+VARIANTS = ("mflow_kernels, stored", "mflow_kernels, reversible", "plain", "plain, channels_last",
+            "checkpointing", "normflows", "nflows", "FrEIA")  # fmt: skip
 
 
 @dataclass
@@ -75,12 +76,12 @@ def count(spec: Spec, variant: str, task: str) -> Row:
             module.__class__ = nn.Conv2d  # a GPU runs torch's convolution
     # Sampling starts from latents of the model. Making them is not part of the task.
     made: list[Call] = []
-    ledger_counts.count(lambda: made.append(model.task(task)), model.module, model.x)
+    step_counts.count(lambda: made.append(model.task(task)), model.module, model.x)
     (run,) = made
-    for net in ledger_counts.networks(model.module):
+    for net in step_counts.networks(model.module):
         # Later steps know from the first one that the network draws no random numbers.
         RerunNetwork(net).remember(draws=False)
-    kernels = ledger_counts.count(run, model.module, model.x)
+    kernels = step_counts.count(run, model.module, model.x)
     parts, levels = dict.fromkeys(PARTS, 0), defaultdict[str, int](int)
     for k in kernels:
         parts[k.part] += k.moved
@@ -176,7 +177,7 @@ def record(made: Sequence[Row]) -> list[dict[str, object]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reports.ledger",
+        prog="python -m benchmarks.reports.whole_steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,7 @@
 namespace mflow {
 
 // The address of a state and its strides, in elements. A null address means that the state is absent.
-struct Walk {
+struct StateView {
     void* data = nullptr;
     int64_t sample = 0, channel = 0, pixel = 0;
 };

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.reports.cases import CHANNEL_PRODUCTS
 from mflow_kernels.ops import coupling_network, coupling_network_launches
 from mflow_kernels.reversible import program
 
@@ -255,17 +256,6 @@ OUTPUTS = {
 }
 
 
-# Number of C x C products that a kernel makes at each pixel.
-PRODUCTS_WITH_W = {
-    "_conv1x1_kernel": 1,
-    "_weight_gradient_kernel": 1,
-    "_coupling_conv1x1_bwd_kernel": 1,
-    "_rebuild_conv1x1_kernel": 3,
-    "_rebuild_conv1x1_medium_kernel": 3,
-    "_rebuild_conv1x1_wide_kernel": 3,
-}
-
-
 @contextmanager
 def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
     """While open, kernels of a model's coupling networks count as such, also in the backward pass,
@@ -377,7 +367,7 @@ def _own_flops(launch: aot.Launch) -> int:
     """Floating point operations of the products that one of the package's kernels makes."""
     if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
         return _network_flops(launch.kernel.__name__, launch.bound)
-    products = PRODUCTS_WITH_W.get(launch.kernel.__name__, 0)
+    products = CHANNEL_PRODUCTS.get(launch.kernel.__name__, 0)
     if not products:
         return 0
     given = launch.bound

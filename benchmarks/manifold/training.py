@@ -1,0 +1,134 @@
+"""Training of a method: its phases, each with Adam and a share of the CPU time."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels import HierarchicalFlow, ManifoldFlow
+from mflow_kernels.models.peers import Autoencoder
+
+Batches = Iterator[Tensor]
+WARM_UP = 50  # steps in which the learning rate rises, or a tenth of the phase if that is less
+FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
+TIMED_STEPS = 5  # steps that measure the cost of a step, after equally many to warm up
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Minimize `loss(x, progress)` (N,) over the parameters of `trained`.
+
+    Attributes:
+        share: share of the method's CPU time.
+        initialize: sets the actnorms from the first batch.
+        loss: progress rises from 0 to 1 during the phase.
+    """
+
+    share: float
+    trained: nn.Module
+    initialize: Callable[[Tensor], None]
+    loss: Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A model and its training phases.
+
+    Attributes:
+        off_deviation: standard deviation of v under the model; None if the method does not learn
+            the density of v, and so has no likelihood in the space of x.
+        ambient: whether the model has a density in the space of x, so that its samples have v
+            drawn.
+    """
+
+    model: HierarchicalFlow | Autoencoder
+    phases: Sequence[Phase]
+    off_deviation: float | None
+    ambient: bool = False
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, temperature: float, generator: torch.Generator, off: bool = False
+    ) -> Tensor:
+        """Draw n samples: on the manifold, or with v drawn as well if `off`."""
+        if not off:
+            return self.model.sample(n, temperature, generator)
+        assert self.off_deviation is not None
+        assert isinstance(self.model, HierarchicalFlow)
+        first = self.model.stages[0]
+        assert isinstance(first, ManifoldFlow)
+        u = temperature * torch.randn(n, self.model.manifold_dim, generator=generator)
+        for stage in reversed(list(self.model.stages)[1:]):
+            u = stage.decode(u)  # type: ignore[operator]
+        scale = temperature * self.off_deviation
+        latents = tuple(
+            z + scale * mask * torch.randn(z.shape, generator=generator)
+            for z, mask in zip(first.scatter(u), first.off_masks(), strict=True)
+        )
+        return first.flow.inverse(latents)[0]
+
+
+def train(method: Method, batches: Batches, steps: Sequence[int], rate: float) -> float:
+    """Train all phases with Adam, gradients clipped to norm 1; return the CPU seconds.
+
+    In each phase the rate rises linearly and then falls along a cosine.
+
+    Args:
+        steps: number of steps of each phase.
+        rate: highest learning rate.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite.
+    """
+    started = time.process_time()
+    for phase, count in zip(method.phases, steps, strict=True):
+        step = _stepper(phase, batches, rate, count)
+        for i in range(count):
+            step(i)
+    method.model.eval()
+    return time.process_time() - started
+
+
+def step_seconds(method: Method, batches: Batches, rate: float) -> list[float]:
+    """Return the CPU seconds of one step in each phase, as a mean over the phase."""
+    costs = []
+    for phase in method.phases:
+        step = _stepper(phase, batches, rate, TIMED_STEPS)
+        times = []
+        for i in [*range(TIMED_STEPS), *range(TIMED_STEPS)]:
+            started = time.process_time()
+            step(i)
+            times.append(time.process_time() - started)
+        costs.append(statistics.fmean(times[TIMED_STEPS:]))
+    return costs
+
+
+def _stepper(phase: Phase, batches: Batches, rate: float, count: int) -> Callable[[int], None]:
+    """Start a phase of `count` steps; return the function that makes step i."""
+    phase.initialize(next(batches))
+    # Gradients of other stages' parameters, if there are any, are ignored.
+    parameters = list(phase.trained.parameters())
+    optimizer = torch.optim.Adam(parameters, rate, fused=True)
+    warm_up = min(WARM_UP, math.ceil(count / 10))
+
+    def step(i: int) -> None:
+        cosine = 0.5 * (1 + math.cos(math.pi * i / count))
+        falling = FINAL_RATE + (1 - FINAL_RATE) * cosine
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((i + 1) / warm_up, falling)
+        loss = phase.loss(next(batches), (i + 0.5) / count).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if i % 50 == 0 and not math.isfinite(loss.item() + norm.item()):
+            raise FloatingPointError(f"loss {loss.item()} at step {i} of {count}")
+        optimizer.step()
+
+    return step

@@ -1,0 +1,203 @@
+"""The options of a training run in groups, as `mflow train --help` shows them.
+
+The docstrings are the help texts. Nothing here imports torch, so that --help is fast.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["float32", "bfloat16", "float16"]
+Domain = Literal["latent", "data"]
+Rho = Literal["l2", "l1", "huber"]
+Weight = float | Literal["variance"]
+
+
+@dataclass
+class DataOptions:
+    """Images.
+
+    Args:
+        data: {named_datasets}, a file of mflow prepare, or a folder or zip of images (CelebA as
+            downloaded is one), which is prepared in a cache first.
+        image_size: Side of the square images in pixels; other images are cropped and resized. By
+            default that of the named data set or prepared file, else 64.
+        n_bits: Bits per colour that the model sees, 1 to 8.
+        flips: Mirror each image left to right with probability 1/2 in training.
+        classes: Train a density and a manifold for each class. Without a value, the classes are the
+            labels of a named data set, or the folders that contain the images. CelebA takes names
+            of attributes, separated by commas, as in "Smiling,Male".
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    n_bits: int = 8
+    flips: bool = False
+    classes: str | None = None
+
+
+@dataclass
+class ModelOptions:
+    """Model.
+
+    Args:
+        levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
+        steps: Flow steps in each level.
+        width: Hidden channels of the image flow's coupling networks.
+        manifold_dim: Dimensions of the manifold, taken from the coarsest latents first. A number
+            that fills whole channels gives each part of the image the same number of dimensions.
+    """
+
+    levels: int = 2
+    steps: int = 4
+    width: int = 64
+    manifold_dim: int = 64
+
+
+@dataclass
+class HierarchyOptions:
+    """Hierarchy: further flows, each trained on the manifold coordinates of the flow before it.
+
+    Args:
+        stage_dims: Manifold dimensions of each further flow; without a value, there are no further
+            flows. The other stage options take one value for all further flows, or one for each.
+        stage_steps: Flow steps.
+        stage_width: Hidden units of the coupling networks.
+        stage_epochs: Passes over the training images; by default those of --epochs.
+        stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
+        stage_domain: Domain of the penalty; by default that of --domain.
+        stage_rho: Shape of the penalty; by default that of --rho.
+        stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
+            or "variance" if --weight is.
+        stage_final_weight: Last weight of a schedule; by default the weight is constant.
+        stage_weight_steps: Steps in which the weight reaches that value.
+        stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
+            there is none.
+        stage_delta: Threshold of huber, in units of the coordinates; by default 2, two standard
+            deviations.
+        stage_sigma: Standard deviation off the manifold; by default that of --sigma.
+        stage_learning_rate: Highest learning rate; by default that of --learning-rate.
+        release: Train each further flow together with the earlier flows, at its learning rate, on
+            the joint likelihood and all penalties; by default the earlier flows are frozen.
+    """
+
+    stage_dims: list[int] = field(default_factory=lambda: [64])
+    stage_steps: list[int] = field(default_factory=lambda: [12])
+    stage_width: list[int] = field(default_factory=lambda: [128])
+    stage_epochs: list[int] = field(default_factory=list)
+    stage_max_steps: list[int] = field(default_factory=list)
+    stage_domain: list[Domain] = field(default_factory=list)
+    stage_rho: list[Rho] = field(default_factory=list)
+    stage_weight: list[Weight] = field(default_factory=list)
+    stage_final_weight: list[float] = field(default_factory=list)
+    stage_weight_steps: list[int] = field(default_factory=list)
+    stage_error_bound: list[float] = field(default_factory=list)
+    stage_delta: list[float] = field(default_factory=list)
+    stage_sigma: list[float] = field(default_factory=list)
+    stage_learning_rate: list[float] = field(default_factory=list)
+    release: bool = False
+
+
+@dataclass
+class ObjectiveOptions:
+    """Objective.
+
+    Args:
+        domain: Domain of the penalty: latent penalizes the off-manifold latents, data the
+            difference between an image and its projection on the manifold.
+        rho: Shape of the penalty.
+        weight: Weight of the penalty: a number, or "variance", which tracks the weight that fits
+            the penalized differences best. With l2 it is the inverse of their variance. Only in
+            the data domain.
+        final_weight: Last weight of a schedule: the weight starts at --weight and changes by the
+            same factor in each of --weight-steps steps. Only in the data domain.
+        weight_steps: Steps in which the weight reaches --final-weight.
+        error_bound: Largest mean squared error of the projection. The weight then starts at
+            --weight and changes during training, so that the error stays at or below the bound.
+            Pixels have a range of 1. Only in the data domain.
+        delta: Difference at which the penalty huber turns from quadratic to linear.
+        sigma: Standard deviation of the off-manifold latents in the data domain. It only sets
+            their scale.
+    """
+
+    domain: Domain = "data"
+    rho: Rho = "l2"
+    weight: Weight = 400.0
+    final_weight: float | None = None
+    weight_steps: int | None = None
+    error_bound: float | None = None
+    delta: float = 0.1
+    sigma: float = 1.0
+
+
+@dataclass
+class MemoryOptions:
+    """Memory and exactness: how the backward pass obtains the states of the forward pass.
+
+    Args:
+        reversible: Rebuild states instead of storing them, so that memory does not grow with the
+            number of steps.
+        checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
+            more exact; null stores none.
+        max_drift: Largest error of a rebuilt image (whose range is 1) or vector; training stops
+            above it, before the gradients of that step are used.
+        max_condition: Largest condition number of the weights of the 1x1 convolutions, enforced
+            every 100 steps; by default there is no limit.
+    """
+
+    reversible: bool = True
+    checkpoint_every: int | None = 8
+    max_drift: float = 0.01
+    max_condition: float | None = None
+
+
+@dataclass
+class TrainingOptions:
+    """Training.
+
+    Args:
+        batch_size: Images per step.
+        epochs: Passes over the training images in each stage: first the image flow, then each
+            further flow.
+        max_steps: Optimizer steps in each stage, instead of epochs.
+        learning_rate: Highest learning rate of AdamW, after warm-up; it then falls along a cosine.
+        warm_up: Steps at the start of each stage in which the learning rate rises; at most a fifth
+            of the stage.
+        weight_decay: Weight decay of AdamW on the weights of the coupling networks.
+        clip_norm: Largest norm of the gradient; longer gradients are scaled down to it.
+        loss_spike: Skip a step whose loss exceeds the mean of the last hundred by more than this
+            many standard deviations. Steps whose loss or gradient is not finite are skipped too.
+        max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
+        ema_decay: Decay of the running average of the weights, which samples and evaluations use.
+            The decay ramps up over the first steps of a stage; 0 disables averaging.
+        init_from: Folder of another run; the model starts from its averaged weights. Its flows
+            must have the same shapes, but it may have fewer or more stages.
+        seed: Seed of weights, data order and noise.
+        device: Device to train on; auto takes a GPU if there is one.
+        precision: Data type of the coupling networks; the state of the flow is always float32.
+        compile: Compile the coupling networks with torch.compile; the first step takes minutes.
+        cuda_graphs: Capture the forward and backward pass of each stage once and replay them, so
+            that a small model does not wait for kernel launches. Their memory stays allocated
+            between steps. No GPU has run this yet.
+        save_minutes: Longest time between two checkpoints, in minutes.
+        save_steps: Largest number of steps between two checkpoints. A checkpoint is also written
+            before each validation.
+    """
+
+    batch_size: int = 32
+    epochs: int = 8
+    max_steps: int | None = None
+    learning_rate: float = 2e-2
+    warm_up: int = 100
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    loss_spike: float = 10.0
+    max_skipped: int = 20
+    ema_decay: float = 0.999
+    init_from: str | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "float32"
+    compile: bool = False
+    cuda_graphs: bool = False
+    save_minutes: float = 10.0
+    save_steps: int | None = None

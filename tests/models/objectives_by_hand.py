@@ -1,0 +1,35 @@
+"""A small flow, and the formulas of objectives as the papers write them."""
+
+import math
+
+import torch
+from cases import perturbed
+
+from mflow_kernels import Glow, ManifoldFlow
+
+RHOS = ("l2", "l1", "huber")
+X = (4, 1, 4, 4)
+
+
+def image_flow(objective, manifold_dim=5) -> ManifoldFlow:
+    glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
+    return ManifoldFlow(glow, manifold_dim, objective=objective).double()
+
+
+def split_latents(flow, x):
+    z, logdet = flow.latents(x)
+    v = torch.cat([part[:, m] for part, m in zip(z, flow.off_masks(), strict=True)], 1)
+    return flow.gather(z), v, logdet
+
+
+def log_normal(e, sigma):
+    """Return log N(e; 0, sigma^2 I); torch.distributions would round sigma to float32."""
+    return (-(e / sigma).square() / 2 - math.log(sigma) - math.log(2 * math.pi) / 2).sum(1)
+
+
+def rho_of(rho, e, delta):
+    return {
+        "l2": e.square() / 2,
+        "l1": e.abs(),
+        "huber": torch.where(e.abs() <= delta, e.square() / 2, delta * (e.abs() - delta / 2)),
+    }[rho]

@@ -1,0 +1,49 @@
+"""Values, gradients, dtypes and layouts of every operator that maps a state, against its reference.
+
+`test_conv1x1.py` tests the inverse of a 1x1 convolution: its error depends on the inverted matrix.
+"""
+
+import pytest
+import torch
+from cases import DTYPES, FLOW_OPERATORS, IMAGES, LAYOUTS, SCALES, SHAPES, compare, sample
+
+TESTED = [op for name, op in FLOW_OPERATORS.items() if name != "conv1x1_inverse"]
+every = pytest.mark.parametrize("op", TESTED, ids=lambda op: op.id)
+every_coupling = pytest.mark.parametrize(
+    "op", [op for op in TESTED if "scale" in op.options], ids=lambda op: op.id
+)
+every_other = pytest.mark.parametrize(
+    "op", [op for op in TESTED if "scale" not in op.options], ids=lambda op: op.id
+)
+
+
+@every
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(op, shape, device):
+    compare(op, sample(op, shape, device=device))
+
+
+@every_other
+def test_one_channel(op, device):
+    compare(op, sample(op, (2, 1, 3), device=device))
+
+
+@every
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def test_layouts(op, shape, layout, device):
+    compare(op, sample(op, shape, device=device, layout=layout))
+
+
+@every
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(op, dtypes, device):
+    compare(op, sample(op, (2, 5, 3, 4), dtypes, device))
+
+
+@every_coupling
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
+def test_scales(op, scale, device):
+    compare(op, sample(op, (2, 5, 3, 4), device=device), scale)
+    double = (torch.float64, torch.float64)
+    compare(op, sample(op, (2, 5, 3, 4), double, device), scale)
