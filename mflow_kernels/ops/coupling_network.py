@@ -144,8 +144,9 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
 def uses_tf32(images: bool) -> bool:
     """Whether torch's settings let float32 convolutions of images, or products of vectors, round
     their factors to TF32. By default it is so for convolutions only."""
-    layers = torch.backends.cudnn.conv if images else torch.backends.cuda.matmul
-    return layers.fp32_precision == "tf32"
+    if images:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def fits(s: Shape) -> bool:

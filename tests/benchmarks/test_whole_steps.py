@@ -176,16 +176,10 @@ def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path)
     for row in lean:
         row["moved"] -= 1
     (tmp_path / "lean.json").write_text(json.dumps(lean))
-    variants = ["--steps", "2", "--variant", "mflow_kernels, stored", "mflow_kernels, reversible"]
+    both = ["--steps", "2", "--variant", "mflow_kernels, stored", "mflow_kernels, reversible"]
     arguments = [
-        [
-            *variants,
-            "--precision",
-            precision,
-            "--check",
-            str(recorded / f"whole_steps_{precision}.json"),
-        ]
-        for precision in ("float32", "bfloat16")
+        [*both, "--precision", name, "--check", str(recorded / f"whole_steps_{name}.json")]
+        for name in ("float32", "bfloat16")
     ]
     stored = ["--steps", "2", "--variant", "mflow_kernels, stored", "--task", "forward"]
     arguments.append([*stored, "--check", str(tmp_path / "lean.json")])
