@@ -1,6 +1,7 @@
 """Points on curves and surfaces of known density: how well does each method find both?"""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -162,6 +163,7 @@ def _prior(dim: int) -> Bijection:
     return MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
 
 
+MEDIAN = {"density_median": ("median abs. error of log p", ".3f")}  # finite if few points are not
 REFERENCE = "penalized, hierarchy"  # the method that the others are compared with, seed by seed
 METRICS = {
     "energy": ("energy distance of samples", ".4f"),
@@ -195,13 +197,17 @@ def report(store: Store) -> str:
     """Draw the pictures of the runs, and return their tables."""
     found = {target: finals(store, f"points-{target}") for target in TARGETS}
     targets = [target for target, rows in found.items() if rows]
-    rows = [row | {"target": target} for target in targets for row in found[target]]
+    rows = [
+        row | {"target": target, "density_median": _median_error(row)}
+        for target in targets
+        for row in found[target]
+    ]
     first = [row for row in rows if row["seed"] == 0]
     _draw_samples(store.folder / "points_samples.png", first)
     _draw_densities(store.folder / "points_densities.png", first)
     floors = [f"{name} {_floor(name)}" for name in targets]
     return "\n".join([
-        markdown(rows, {"target": "target", "method": "method"}, METRICS | ABOUT),
+        markdown(rows, {"target": "target", "method": "method"}, METRICS | MEDIAN | ABOUT),
         f"\nThe KL and the energy distance of as many true samples: {', '.join(floors)}.\n",
         *(_differences(rows, target) for target in targets),
         about_runs(rows),
@@ -209,9 +215,17 @@ def report(store: Store) -> str:
     ])  # fmt: skip
 
 
+def _median_error(row: Row) -> float | None:
+    """Return the median absolute error of log p, over the points whose densities are drawn."""
+    if "failed" in row:
+        return None
+    truth, model = row["picture"]["density"]
+    return statistics.median(abs(a - b) for a, b in zip(truth, model, strict=True))
+
+
 def _differences(rows: Sequence[Row], target: str) -> str:
     found = [row for row in rows if row["target"] == target]
-    table = tables.differences(found, REFERENCE, METRICS)
+    table = tables.differences(found, REFERENCE, METRICS | MEDIAN)
     return f"On the {target}:\n\n{table}" if table else ""
 
 

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.reports.cases import CHANNEL_PRODUCTS
-from mflow_kernels.ops import coupling_network, coupling_network_kernels
+from mflow_kernels.ops import coupling_network, coupling_network_launches
 from mflow_kernels.reversible import program
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
@@ -336,7 +336,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
     with (
         _marked_networks(module, counter),
-        patch.object(coupling_network_kernels, "product_in_float32", product),
+        patch.object(coupling_network_launches, "product_in_float32", product),
         patch.object(coupling_network, "_has_cudnn", lambda device: True),
         patch.object(program, "_computes_on_cpu", lambda x: False),
         counter,

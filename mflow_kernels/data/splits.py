@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -213,6 +213,27 @@ def count_training_images(data: str) -> int | None:
         return count - _held_out(count)
     path = Path(data)
     return open_prepared(path).record.count[TRAIN] if is_prepared(path) else None
+
+
+def count_classes(data: str, classes: str) -> int:
+    """Return the number of classes of a named data set, a prepared file, or attributes of CelebA.
+
+    No image of a prepared file is read.
+
+    Raises:
+        DataError: as for `load_splits`, or the classes are the folders of images that are not
+            prepared.
+    """
+    if data in NAMED_DATASETS:
+        return len(_load_named(NAMED_DATASETS[data], None, classes).class_names)
+    if is_prepared(path := Path(data)):
+        return len(cast(Classes, _prepared_classes(open_prepared(path), classes)).names)
+    if classes == LABELS:
+        raise DataError(
+            "classes: expected a named data set or a file of mflow prepare as --data, to count "
+            f"its classes, got {data or 'none'}"
+        )
+    return 2 ** len(classes.split(","))
 
 
 def _held_out(count: int) -> int:

@@ -22,8 +22,9 @@ the taps of d x.
 
 Shapes: x (N, C_in, H, W) and params (N, C_out, H, W) in channels_last, or (N, C); weights as
 torch.nn.Conv2d and torch.nn.Linear have them.
-dtypes: the kernels take bfloat16 and float16. Products are summed in float32; the sums over rows of
-taps and the hidden tensors have x's dtype.
+dtypes: the kernels take bfloat16 and float16, and float32 if torch's settings let its layers round
+factors to TF32 (`uses_tf32`). Products are summed in float32; the sums over rows of taps and the
+hidden tensors have x's dtype.
 
 Other networks are computed layer by layer. On CUDA cuDNN adds the bias and applies ReLU inside the
 convolution (`has_epilogues`), and the backward pass masks a gradient in place by the sign of the
@@ -44,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mflow_kernels.ops.coupling_network_kernels import (
+from mflow_kernels.ops.coupling_network_launches import (
     Shape,
     empty_images,
     launch_network,
@@ -131,12 +132,21 @@ def _has_cudnn(device: torch.device) -> bool:
 def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     """Whether the kernels can compute this network on the input x.
 
-    They take 16-bit dtypes and widths of 16 to 1,024. For images, C_in is at most 28 and C_out at
-    most 56; for vectors, C_in is at most 256 and C_out at most 512.
+    They take 16-bit dtypes, float32 if `uses_tf32`, and widths of 16 to 1,024. For images, C_in is
+    at most 28 and C_out at most 56; for vectors, C_in is at most 256 and C_out at most 512.
     """
-    if not uses_triton(x) or x.dtype not in (torch.bfloat16, torch.float16):
+    if not (uses_triton(x) and x.numel() and x.dim() in (2, 4)):
         return False
-    return bool(x.numel()) and x.dim() in (2, 4) and fits(Shape.of(x, len(w1), len(w3)))
+    known = (torch.bfloat16, torch.float16, *([torch.float32] if uses_tf32(x.dim() == 4) else []))
+    return x.dtype in known and fits(Shape.of(x, len(w1), len(w3)))
+
+
+def uses_tf32(images: bool) -> bool:
+    """Whether torch's settings let float32 convolutions of images, or products of vectors, round
+    their factors to TF32. By default it is so for convolutions only."""
+    if images:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def fits(s: Shape) -> bool:
@@ -154,12 +164,13 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
     compiler fuses torch's layers itself, so it gets them unless $MFLOW_NETWORK is "fused".
     """
     choice = requested()
+    compiles = torch.compiler.is_compiling()
+    if choice == "torch" or (compiles and choice != "fused"):
+        return "torch"
     kernels = supports(x, weights[0], weights[4])
     layers = x.dim() in (2, 4) and bool(x.numel()) and has_epilogues(x)
-    if choice == "torch" or not (kernels or layers):
+    if not kernels and (compiles or not layers):
         return "torch"
-    if torch.compiler.is_compiling():
-        return "kernels" if kernels and choice == "fused" else "torch"
     if choice == "fused" or not x.is_cuda:
         return "kernels" if kernels else "layers"
     s = Shape.of(x, len(weights[0]), len(weights[4]))
@@ -170,7 +181,8 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
         candidates["layers"] = partial(_train, partial(coupling_network, kernels=False), given)
     if kernels:
         candidates["kernels"] = partial(_train, partial(coupling_network, kernels=True), given)
-    key = f"{x.dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
+    dtype = "tf32" if x.dtype == torch.float32 and uses_tf32(x.dim() == 4) else x.dtype
+    key = f"{dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
     return cast(Any, fastest(key, candidates, x.device))
 
 
@@ -238,8 +250,7 @@ def network_backward(
     wide = accumulator(x.dtype)
     with without_autocast(x):
         if kernels:
-            dx, sums, apart = launch_network_backward(dparams, x, h1, h2, packed)
-            return (dx, sums, apart) if weights else (dx, sums.new_empty(0), sums.new_empty(0))
+            return launch_network_backward(dparams, x, h1, h2, packed, weights)
         s = Shape.of(x, h1.shape[1], dparams.shape[1])
         layers = s.layers(s.unpack(packed))
         dx, dw1, db1, dw2, db2, dw3, db3 = network_by_layers_backward(

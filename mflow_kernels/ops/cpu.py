@@ -87,12 +87,12 @@ def rebuild_coupling(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    kept: bool,
+    y_given: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
-    y_b = None if kept else torch.empty_like(z_b)
-    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, kept, 0)
+    y_b = None if y_given else torch.empty_like(z_b)
+    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, y_given, 0)
     return z_b if y_b is None else y_b, dy_b, dparams
 
 
@@ -104,22 +104,23 @@ def _coupling_backward(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    kept: bool,
-    stays: int,
+    y_given: bool,
+    identity_channels: int,
 ) -> tuple[Tensor, Tensor]:
     """dy and dparams of a coupling y -> z.
 
     Args:
-        given: y if `kept`, otherwise z.
-        other: receives z if `kept`, otherwise y; may be None if `kept`.
-        stays: number of channels that the coupling passes through; 0 if the tensors are halves.
+        given: y if `y_given`, otherwise z.
+        other: receives z if `y_given`, otherwise y; may be None if `y_given`.
+        identity_channels: number of channels that the coupling passes through; 0 if the tensors are
+            halves.
     """
     assert _C is not None
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.coupling_backward(
-        torch.get_num_threads(), stays, kept, given, params, dz, dlogdet, other, dy, dparams,
-        scale.args, inverse,
+        torch.get_num_threads(), identity_channels, y_given, given, params, dz, dlogdet, other, dy,
+        dparams, scale.args, inverse,
     )  # fmt: skip
     return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
 

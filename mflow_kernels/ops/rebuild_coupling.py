@@ -52,10 +52,10 @@ def rebuild_coupling_ref(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    kept: bool,
+    y_given: bool,
 ) -> RebuiltCoupling:
     y_b, log_s = z_b, None
-    if not kept:
+    if not y_given:
         y_b, log_s = couple_ref(z_b, params, scale, not inverse)
         log_s = log_s if inverse else -log_s
     dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
@@ -110,12 +110,12 @@ def launch_rebuild_coupling(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    kept: bool,
+    y_given: bool,
 ) -> RebuiltCoupling:
-    """One launch. z_b is half of the coupling's output or, if `kept`, of its input."""
+    """One launch. z_b is half of the coupling's output or, if `y_given`, of its input."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
     n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
-    y_b = None if kept else torch.empty_like(z_b)
+    y_b = None if y_given else torch.empty_like(z_b)
     dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
     block_c, block_p = elementwise_tile(z_b)
     if block_c <= 8 and not channels_first(z_b):
@@ -144,13 +144,13 @@ def rebuild_coupling(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    kept: bool,
+    y_given: bool,
 ) -> RebuiltCoupling:
     """Run the first launch of a step's backward pass; on a CPU, its loop or its reference.
 
     Args:
-        z_b: (N, C_b, *spatial), the half of the output that the coupling changed; if `kept`, the
-            same half of the input.
+        z_b: (N, C_b, *spatial), the half of the output that the coupling changed; if `y_given`,
+            this half of the input y, which the forward pass stored.
         dz_b: gradient of that half of the output.
         dlogdet: (N,).
         params: (N, 2 * C_b, *spatial), the network's output.
@@ -158,7 +158,7 @@ def rebuild_coupling(
     """
     if not uses_triton(z_b) and cpu.serves(z_b):
         return RebuiltCoupling(
-            *cpu.rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+            *cpu.rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, y_given)
         )
     run = launch_rebuild_coupling if uses_triton(z_b) else rebuild_coupling_ref
-    return run(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+    return run(z_b, dz_b, dlogdet, params, scale, inverse, y_given)

@@ -185,18 +185,22 @@ class _ForwardRecord:
 
 
 class _RecordingRunner:
-    """Runs networks, records the random state of each that draws, and stores every k-th state."""
+    """Runs networks, records the random state of each that draws, and stores every k-th state.
+
+    `stored` maps the ordinal of a network to the state before it and the network's input, which the
+    launch that made the state wrote too.
+    """
 
     def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
         self.record, self.device = record, device
-        self.stored: dict[int, Tensor] = {}
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.state = random_state(device)
 
     def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
         record, ordinal = self.record, len(self.record.random)
         every, network = record.owner.checkpoint_every, record.networks[ordinal]
         if every is not None and ordinal % every == 0:
-            self.stored[ordinal] = x
+            self.stored[ordinal] = x, net_input
         if capturing(self.device):
             check_capturable(network)
         fingerprints = None
@@ -279,7 +283,8 @@ class _SegmentFunction(torch.autograd.Function):
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[2]
         ends = (*((done.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
         # Saving the parameters lets autograd detect changes in place before the backward pass.
-        ctx.save_for_backward(*ends, *done.latents, *runner.stored.values(), *context, *parameters)
+        stored = (t for pair in runner.stored.values() for t in pair)
+        ctx.save_for_backward(*ends, *done.latents, *stored, *context, *parameters)
         log_dets = (weights.log_det for weights in folded.values())
         return done.x, *others, done.ledger, *log_dets, *done.latents
 
@@ -300,7 +305,7 @@ class _SegmentFunction(torch.autograd.Function):
             int(ctx.starts),
             int(ctx.ends),
             segment.split_off,
-            len(ctx.stored_at),
+            2 * len(ctx.stored_at),
             record.context_length,
         )
         dlatents = tuple(in_layout_of(*pair) for pair in zip(latents, dlatents, strict=True))
@@ -318,7 +323,7 @@ class _SegmentFunction(torch.autograd.Function):
             dlatents,
             dict(zip(segment.groups, dlog_dets, strict=True)),
             dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
-            dict(zip(ctx.stored_at, stored, strict=True)),
+            dict(zip(ctx.stored_at, zip(stored[::2], stored[1::2], strict=True), strict=True)),
         )
         known = {id(p) for part in record.segments for p in part.parameters}
         if not backward.parameter_gradients.keys() <= known:

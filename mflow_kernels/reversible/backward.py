@@ -72,7 +72,7 @@ class BackwardPass:
         self.context_gradients: list[Tensor | None] = [None] * len(context)
         self.parameter_gradients: dict[int, Tensor] = {}
         self.gathered: _GroupGradients | None = None
-        self.stored: dict[int, Tensor] = {}
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._ordinal = len(networks)  # networks that are not yet undone
         self._set(x, dx)
 
@@ -83,7 +83,7 @@ class BackwardPass:
         dlatents: Sequence[Tensor],
         dlog_dets: Mapping[int, Tensor],
         dlogdet: Tensor,
-        stored: dict[int, Tensor],
+        stored: dict[int, tuple[Tensor, Tensor]],
     ) -> list[Tensor]:
         """Undo these instructions; `x` and `dx` are then the state before them and its gradient.
 
@@ -94,7 +94,8 @@ class BackwardPass:
             latents, dlatents: the latents that these instructions split off, and their gradients.
             dlog_dets: for each group of these instructions, the gradient of its log_det.
             dlogdet: (N,), the gradient of the log-determinant of each sample.
-            stored: stored states, by the ordinal of the network after them. They are not rebuilt.
+            stored: stored states and the inputs of the networks after them, by the ordinal of that
+                network. They are not rebuilt.
 
         Returns:
             The gradients of the latents that these instructions joined, the last one first.
@@ -155,8 +156,9 @@ class BackwardPass:
     def _undo_couple(self, instruction: Couple, ordinal: int) -> None:
         stored = self.stored.get(ordinal)
         if stored is not None:
-            c_a = stored.shape[1] // 2
-            self.a, self.b, self.net_input = stored[:, :c_a], stored[:, c_a:], None
+            state, self.net_input = stored
+            c_a = state.shape[1] // 2
+            self.a, self.b = state[:, :c_a], state[:, c_a:]
         net_input = self.net_input
         if net_input is None:
             net_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)

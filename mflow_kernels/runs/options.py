@@ -75,7 +75,7 @@ class HierarchyOptions:
         stage_delta: Threshold of huber, in units of the coordinates; by default 2, two standard
             deviations.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
-        stage_learning_rate: Highest learning rate; by default that of --learning-rate.
+        stage_learning_rate: Highest learning rate; without a value, that of --learning-rate.
         release: Train each further flow together with the earlier flows, at its learning rate, on
             the joint likelihood and all penalties; by default the earlier flows are frozen.
     """
@@ -93,7 +93,7 @@ class HierarchyOptions:
     stage_error_bound: list[float] = field(default_factory=list)
     stage_delta: list[float] = field(default_factory=list)
     stage_sigma: list[float] = field(default_factory=list)
-    stage_learning_rate: list[float] = field(default_factory=list)
+    stage_learning_rate: list[float] = field(default_factory=lambda: [1e-2])
     release: bool = False
 
 

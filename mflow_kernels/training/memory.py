@@ -17,7 +17,8 @@ holds its complete gradients while it computes those of the forward pass. At eac
     gradients    of the networks that are done.
     ends         the images; and for each pass that is not done, its input, the latents and their
                  gradients: 3 times the state. A reversible pass needs this at any depth.
-    kept         S for every `checkpoint_every`-th network of each pass that is not done.
+    kept         S and the network's input for every `checkpoint_every`-th network of each level
+                 that is not done.
     stored       only without reversible: for each network not done, S, its input, Q and 2 H; and
                  the weights of all networks in low precision.
     folded       for each step of one level, 9 C^2 numbers: 6 for W' and the inputs of its gradient,
@@ -29,8 +30,8 @@ holds its complete gradients while it computes those of the forward pass. At eac
                  network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
                  gradient before and after it); and the network's weights in low precision. The
                  fused kernels (`runs_fused`) hold 3 H, the taps of the input's gradient, and
-                 partial sums of the weights' gradients. Layers with bias and ReLU inside hold a
-                 packed copy of float32 weights too.
+                 partial sums of the weights' gradients. They, and layers with bias and ReLU inside,
+                 hold a packed copy of float32 weights too.
 
 At the end of the forward pass the gradients of the step before still exist, so the peak can be
 there. The fused optimizer and the average need no temporary memory. The prediction leaves out what
@@ -49,49 +50,21 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
+from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models.manifold import check_manifold_dim
-from mflow_kernels.ops.coupling_network import fits
-from mflow_kernels.ops.coupling_network_kernels import PROGRAMS, Shape, dh1_tile
-from mflow_kernels.ops.fastest import requested
+from mflow_kernels.ops.coupling_network_launches import dh1_tile
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
-
-FLOAT = 4
-
-
-@dataclass(frozen=True)
-class CouplingShape:
-    """Sizes of a coupling and its network. In a step of flow, actnorm and a 1x1 convolution come
-    before the coupling (`has_conv1x1`); in a split they do not."""
-
-    channels: int
-    pixels: int
-    width: int
-    taps: int  # weights between two channels in the first and last layer: 9 (3x3), or 1 for vectors
-    has_conv1x1: bool
-
-    @property
-    def out_channels(self) -> int:
-        """Outputs of the network: a raw scale and a shift for each channel of the changed half."""
-        return 2 * (self.channels - self.channels // 2)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the network."""
-        c, w, t = self.channels // 2, self.width, self.taps
-        return (t * c + 1) * w + (w + 1) * w + (t * w + 1) * self.out_channels
-
-    @property
-    def conv1x1_parameters(self) -> int:
-        """Parameters of the step's actnorm (2 C) and 1x1 convolution (lower, upper, diagonal)."""
-        c = self.channels
-        return 2 * c + 2 * c * c + c if self.has_conv1x1 else 0
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the permutation, the signs and actnorm's flag."""
-        c = self.channels
-        return FLOAT * (c * c + c) + 1 if self.has_conv1x1 else 0
+from mflow_kernels.training.coupling_shapes import (
+    FLOAT,
+    CouplingShape,
+    by_operator,
+    coupling_shapes,
+    network_bytes,
+    network_shape,
+    partial_sums_bytes,
+    runs_fused,
+)
 
 
 def _row(label: str) -> int:
@@ -126,7 +99,8 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         channels: channels of the images; by default 3, or those of the named data set.
 
     Raises:
-        ValueError: a value is out of range; the message names the first one.
+        ValueError: a value is out of range (the message names the first one), or the number of
+            classes cannot be known without reading the images.
     """
     config.check()
     check_precision(config.precision, "cuda" if gpu else "cpu")
@@ -136,28 +110,15 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         raise ValueError(f"channels: expected at least 1, got {channels}")
     size = config.image_size or default_size
     resolved = config.resolve((channels, size, size))
+    if config.classes is not None:
+        classes = range(count_classes(config.data, config.classes))
+        resolved = dataclasses.replace(resolved, class_names=list(map(str, classes)))
     with torch.device("meta"):  # run the models' own checks without allocating their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
         check_manifold_dim(config.manifold_dim, shapes)
         for outer in config.stages[:-1]:
             VectorFlow(outer.dim, steps=1, width=1)
     return resolved
-
-
-def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
-    """Return the couplings of one stage, in the order of its forward pass."""
-    if stage:
-        outer, inner = config.stages[stage - 1 : stage + 1]
-        return [CouplingShape(outer.dim, 1, inner.width, 1, True)] * inner.steps
-    couplings = []
-    c, side = config.channels, config.image_size or 0
-    for level in range(config.levels):
-        c, side = 4 * c, side // 2
-        couplings += [CouplingShape(c, side * side, config.width, 9, True)] * config.steps
-        if level + 1 < config.levels:
-            couplings.append(CouplingShape(c, side * side, config.width, 9, False))
-            c //= 2
-    return couplings
 
 
 def peak_memory(config: RunConfig) -> Memory:
@@ -215,7 +176,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
         squares = flow.squares.values()
         folded = max(folded, sum(squares) + 6 * max(squares))
         for n in flow.couplings:
-            network = n.channels // 2 + n.out_channels + 2 * n.width
+            network = n.in_channels + n.out_channels + 2 * n.width
             peak = max(peak, FLOAT * batch * n.pixels * network)
     return peak_memory(one).parameters + batch * dims * (1 + 4 * FLOAT) + folded + peak
 
@@ -347,24 +308,28 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
     """
     passes = _passes(config, trained)
 
-    def snapshot(done: int, gradients: int, stored: int, folded: int, one_step: int) -> Memory:
-        """Return the memory when `done` passes are done."""
-        open_passes = passes[done:]
-        ends = FLOAT * 3 * sum(each.flow.elements for each in open_passes)
-        kept = sum(
-            _state(config, each.flow.couplings[i]) for each in open_passes for i in each.kept
-        )
+    def snapshot(
+        done: int, i: int, gradients: int, stored: int, folded: int, one_step: int
+    ) -> Memory:
+        """Return the memory when `done` passes are done and the next one is at coupling i."""
+        current, *others = passes[done:]
+        ends = FLOAT * 3 * sum(each.flow.elements for each in (current, *others))
+        held = [each.flow.couplings[j] for each in others for j in each.kept]
+        held += _kept_at(current, i)
+        kept = sum(_state(config, n) + _network_input(config, n) for n in held)
         return Memory(0, 0, 0, gradients, ends, kept, stored, folded, one_step)
 
-    e = _network_bytes(config)
+    e = network_bytes(config)
     stored = folded = 0
     if not config.reversible:
         stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
         weights = sum(n.parameters for flow in trained for n in flow.couplings)
-        stored += e * weights if e < FLOAT or _by_operator(config) else 0
+        stored += e * weights if e < FLOAT or by_operator(config) else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
-    yield snapshot(0, gradients, stored, folded, 0)  # with the gradients of the step before
+    yield snapshot(
+        0, passes[0].order[0], gradients, stored, folded, 0
+    )  # with the gradients of the step before
     gradients = 0
     for done, (flow, inverse, order, kept) in enumerate(passes):
         couplings, squares = flow.couplings, flow.squares
@@ -385,16 +350,25 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
             one_step = _one_step(config, n, i in kept)
             if inverse:
                 gradients += conv1x1s
-            yield snapshot(done, gradients, stored, folded, one_step)
+            yield snapshot(done, i, gradients, stored, folded, one_step)
             gradients += FLOAT * n.parameters
             stored -= 0 if config.reversible else _stored(config, n)
             if not inverse:
                 gradients += conv1x1s
             if leaves_level and config.reversible:
                 folded = leaving * squares[n.channels]
-                yield snapshot(done, gradients, stored, folded, 2 * _state(config, n))
+                yield snapshot(done, i, gradients, stored, folded, 2 * _state(config, n))
         if flow.decodes and not inverse:
             gradients -= flow.gradients  # the gradients of both passes are summed
+
+
+def _kept_at(each: _Pass, i: int) -> list[CouplingShape]:
+    """Return the couplings whose states are kept when a pass has come to coupling i. A level frees
+    its states when it is done."""
+    couplings = each.flow.couplings
+    done = {couplings[j].channels for j in each.order[: each.order.index(i)]}
+    done.discard(couplings[i].channels)
+    return [couplings[j] for j in each.kept if couplings[j].channels not in done]
 
 
 def _state(config: RunConfig, n: CouplingShape) -> int:
@@ -402,61 +376,34 @@ def _state(config: RunConfig, n: CouplingShape) -> int:
     return FLOAT * config.batch_size * n.channels * n.pixels
 
 
+def _network_input(config: RunConfig, n: CouplingShape) -> int:
+    """Return the bytes of the input of a coupling's network."""
+    return network_bytes(config) * config.batch_size * (n.channels // 2) * n.pixels
+
+
 def _stored(config: RunConfig, n: CouplingShape) -> int:
     """Return the bytes that autograd stores for a coupling without reversible."""
-    e = _network_bytes(config)
-    numbers = n.channels // 2 + n.out_channels + 2 * n.width
+    e = network_bytes(config)
+    numbers = n.in_channels + n.out_channels + 2 * n.width
     return _state(config, n) + e * config.batch_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
     """Return the temporary bytes in the backward pass of one coupling."""
-    b, p, e = config.batch_size, n.pixels, _network_bytes(config)
+    b, p, e = config.batch_size, n.pixels, network_bytes(config)
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
         s = network_shape(config, n)
         blocks = -(-s.width // dh1_tile(s).block_d)
         gradients = s.width + (1 + s.taps * blocks) * s.c_in
-        sums = partial_sums_bytes(s, e)
+        sums = partial_sums_bytes(s)
     if not config.reversible:
         # Gradients of the state, of Q and of the hidden layers.
         return 2 * _state(config, n) + e * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
-    network = n.channels // 2 + 2 * n.out_channels + stored + gradients
-    weights = e * n.parameters if e < FLOAT or runs_layer_by_layer(config, n) else 0
+    # The network's input, and a copy with the context.
+    made = (0 if kept else n.channels // 2) + (n.in_channels if n.context else 0)
+    network = made + 2 * n.out_channels + stored + gradients
+    weights = e * n.parameters if e < FLOAT or by_operator(config) else 0
     return FLOAT * b * p * state + e * b * p * network + weights + sums
-
-
-def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
-    """Return the network of a coupling and the images of a batch, as the kernels see them."""
-    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
-    return Shape(pixels, side, side, n.channels // 2, n.out_channels, n.width, n.taps)
-
-
-def runs_fused(config: RunConfig, n: CouplingShape) -> bool:
-    """Whether the fused kernels compute the network of a coupling in training on a GPU. (A
-    measurement on the card may choose otherwise.)"""
-    sixteen_bits = _network_bytes(config) == 2
-    return _by_operator(config) and sixteen_bits and fits(network_shape(config, n))
-
-
-def runs_layer_by_layer(config: RunConfig, n: CouplingShape) -> bool:
-    """Whether a GPU computes the network layer by layer, with bias and ReLU inside."""
-    return _by_operator(config) and not runs_fused(config, n)
-
-
-def _by_operator(config: RunConfig) -> bool:
-    """Whether `ops.coupling_network` computes the networks, and not torch's layers."""
-    return config.device != "cpu" and requested() != "torch"
-
-
-def partial_sums_bytes(s: Shape, e: int) -> int:
-    """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
-    sums = FLOAT * sum(s.sums)
-    return max(sums, min(PROGRAMS * sums, e * s.pixels * s.width // 4))
-
-
-def _network_bytes(config: RunConfig) -> int:
-    """Return the bytes per element in the coupling networks."""
-    return FLOAT if config.precision == "float32" else 2

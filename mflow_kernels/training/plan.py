@@ -6,13 +6,8 @@ from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import count_training_images
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.cards import CARDS
-from mflow_kernels.training.memory import (
-    FLOAT,
-    coupling_shapes,
-    largest_batch,
-    peak_memory,
-    readable,
-)
+from mflow_kernels.training.coupling_shapes import FLOAT, coupling_shapes
+from mflow_kernels.training.memory import largest_batch, peak_memory, readable
 from mflow_kernels.training.step_kernels import training_step
 
 ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its real time

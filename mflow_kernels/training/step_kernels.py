@@ -15,10 +15,10 @@ precision:
                          backward 4 H (6 H past width 128), A, Q and the taps of the input's
                          gradient.
 
-The fused kernels compute it in 16 bits if `ops.coupling_network.fits` accepts it. Other networks
-run layer by layer. If $MFLOW_NETWORK is "torch", torch's layers compute all of them. (A measurement
-on the card may also choose them; this module cannot know that.) A reversible step runs each network
-once more. The states are in float32.
+The fused kernels compute it in 16 bits, or in TF32 if torch's settings allow that, if
+`ops.coupling_network.fits` accepts it. Other networks run layer by layer. If $MFLOW_NETWORK is
+"torch", torch's layers compute all of them. (A measurement on the card may also choose them; this
+module cannot know that.) A reversible step runs each network once more. The states are in float32.
 
 The list leaves out kernels on a few numbers per sample, validation, and copies from the host.
 """
@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 import torch
 
-from mflow_kernels.ops.coupling_network_kernels import Shape, dh1_tile, forward_tile
+from mflow_kernels.ops.coupling_network_launches import Shape, dh1_tile, forward_tile
 from mflow_kernels.ops.fastest import requested
 from mflow_kernels.runs.config import RunConfig
-from mflow_kernels.training.memory import (
+from mflow_kernels.training.coupling_shapes import (
     FLOAT,
     CouplingShape,
     coupling_shapes,
@@ -150,7 +150,7 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
     if runs_fused(config, n):
         inside = bool(s.sums[1])  # d W2 is among the partial sums
-        sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s, e)
+        sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s)
         taps = s.taps * a * -(-s.width // dh1_tile(s).block_d)
         yield Launch(q + 2 * h + w3 + partial // 2, 2 * f3, dtype)
         yield Launch(

@@ -64,7 +64,8 @@ def test_a_steps_gradients_are_not_rounded_to_its_neighbours_dtype():
 
 def test_one_step_is_a_chain_of_one(device):
     (step,) = perturbed_steps(4)
-    x = normal(2, 4, 3, 2, dtype=torch.float64, device=device)
+    # Without csrc, torch 2.9 rounds products of a contiguous state and of its copy in another way.
+    x = normal(2, 4, 3, 2, dtype=torch.float64, device=device, layout="channels_last")
     for one, other in zip(step.to(device)(x), ReversibleChain([step])(x), strict=True):
         assert torch.equal(one, other)
 

@@ -1,15 +1,16 @@
 """The coupling network as one operator, against float64 that rounds where the kernels round."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, normal
+from cases import LAYOUTS, normal, on_tensor_cores
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops import coupling_network as module
+from mflow_kernels.ops import coupling_network_launches as launches
 from mflow_kernels.ops.coupling_network import (
     coupling_network,
     coupling_network_op,
@@ -17,7 +18,7 @@ from mflow_kernels.ops.coupling_network import (
     network_backward,
     network_forward,
 )
-from mflow_kernels.ops.coupling_network_kernels import launch_network, pack
+from mflow_kernels.ops.coupling_network_launches import launch_network, pack
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -165,6 +166,84 @@ def test_hidden_tensors_change_no_bit(
     dparams = normal(*params.shape, device=x.device).to(dtype)
     runs = [network_backward(dparams, x, h1, h2, packed, True, True) for _ in range(2)]
     assert all(map(torch.equal, *runs))
+
+
+def test_the_kernels_skip_gradients_of_frozen_weights(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass of a frozen network is three launches: without partial sums to reduce, and
+    without the product that computes a wide network's d W2."""
+    kernels: list[str] = []
+    launch = launches.launch
+
+    def noted(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        kernels.append(kernel.__name__)
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(launches, "launch", noted)
+    for case in (((2, 3, 5, 7), 20, 8), ((2, 6, 5, 3), 160, 6)):
+        given = sample(*case, torch.bfloat16, kernel_device)
+        expected = gradients(coupling_network, given, torch.ones(2, case[2], *case[0][2:]))[1]
+        for t in given[1:]:
+            t.requires_grad_(False)
+        params = coupling_network(*given)
+        kernels.clear()
+        with Operators() as operators:
+            (dx,) = torch.autograd.grad(params, given[0], torch.ones_like(params))
+        assert torch.equal(dx, expected)
+        assert kernels == ["_dh2_kernel", "_dh1_kernel", "_sum_taps_kernel"]
+        assert not {"sum", "mm"} & {name for name, _ in operators.calls}
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Torch's default on CUDA: float32 convolutions may round their factors to TF32."""
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("case", CASES[1:] + TILED[:2], ids=str)
+def test_tf32(kernel_device: torch.device, case: tuple[tuple[int, ...], int, int]) -> None:
+    """float32 networks, whose factors tensor cores round to TF32.
+
+    TF32 keeps 10 bits: rounded or cut off, a factor is off by at most 2^-10 of itself, and a
+    product of two by 2^-9. The interpreter multiplies in float32. Hidden tensors have float32, so
+    the reference of the gradients starts from those of the kernels, and ReLU cuts the same numbers.
+    """
+    given = [t.detach() for t in sample(*case, torch.float32, kernel_device)]
+    x, w1, b1, w2, b2, w3, b3 = given
+    assert module.supports(x, w1, w3)
+    params, h1, h2, packed = network_forward(*given, True, True)
+    dparams = normal(*params.shape, device=x.device)
+    dx, sums, apart = network_backward(dparams, x, h1, h2, packed, True, True)
+    s = launches.Shape.of(x, len(w1), len(w3))
+    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    got = [params, dx, dw1, db1, dw2 if s.sums[1] else apart, db2, dw3, db3]
+    doubled = [t.double() for t in (x, w1, b1, w2, b2, w3, b3)]
+    expected = coupling_network_ref(*doubled)[0]
+    dx, *others = module.network_by_layers_backward(
+        dparams.double(), doubled[0], h1.double(), h2.double(), *doubled[1::2], weights=True
+    )
+    want = [dx, *(launches.rows(t) if t.dim() == 4 else t for t in others)]
+    names = ("params", "dx", "dw1", "db1", "dw2", "db2", "dw3", "db3")
+    for name, a, b in zip(names, got, [expected, *want], strict=True):
+        assert a.dtype == torch.float32, name
+        # Three products follow each other, and errors of a sum's terms are independent.
+        bound = 8 * (3 * 2**-9 if on_tensor_cores(x.device) else 2**-23 * (9 * len(w1)) ** 0.5)
+        assert (a.flatten() - b.flatten()).norm() <= bound * b.norm(), name
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_is_used_where_torch_allows_it(kernel_device: torch.device) -> None:
+    x, w1, _, _, _, w3, _ = sample((1, 2, 3, 3), 16, 4, torch.float32, kernel_device)
+    assert module.supports(x, w1, w3)
+    assert not module.supports(x.double(), w1, w3)
+    vector = sample((3, 2), 16, 4, torch.float32, kernel_device)
+    assert not module.supports(vector[0], vector[1], vector[5])  # of products, it is off by default
+    torch.backends.cudnn.allow_tf32 = False
+    assert not module.supports(x, w1, w3)
 
 
 def test_relu_keeps_nan(kernel_device: torch.device) -> None:

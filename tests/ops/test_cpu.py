@@ -84,16 +84,16 @@ def test_couple(shape, layout, inverse, dtype):
         assert_close(a, b, scale=GROWTH, name=name)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("y_given", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_rebuild_coupling(shape, layout, inverse, kept):
+def test_rebuild_coupling(shape, layout, inverse, y_given):
     scale = ScaleFunction("tanh")
     z, params, dz, dlogdet = sample(shape, layout)
     c_a = shape[1] // 2
     given = z[:, c_a:], dz[:, c_a:], dlogdet, params
-    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
-    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, y_given)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, y_given)
     for name, a, b in zip(want._fields, got, want, strict=True):
         size = b.abs().max().item() if b.numel() else 1.0
         assert_close(a, b, scale=GROWTH * size, name=name)
@@ -101,15 +101,15 @@ def test_rebuild_coupling(shape, layout, inverse, kept):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("y_given", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
-def test_every_scale(scale, inverse, kept, dtype):
+def test_every_scale(scale, inverse, y_given, dtype):
     shape = (2, 7, 5, 6)
     z, params, dz, dlogdet = sample(shape, "channels_last", dtype)
     given = z[:, 3:], dz[:, 3:], dlogdet, params
-    got = cpu.rebuild_coupling(*given, scale, inverse, kept)
-    want = rebuild_coupling_ref(*exact(*given), scale, inverse, kept)
+    got = cpu.rebuild_coupling(*given, scale, inverse, y_given)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, y_given)
     log_s = log_scale_ref(params.double()[:, :4], scale)
     growth = log_s.abs().max().exp().item()
     for name, a, b in zip(want._fields, got, want, strict=True):

@@ -15,20 +15,20 @@ from mflow_kernels.testing import assert_close
 REBUILT_SCALE = math.e**2
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("y_given", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 def test_rebuild_coupling(
-    kernel_device: torch.device, scale: ScaleFunction, inverse: bool, kept: bool
+    kernel_device: torch.device, scale: ScaleFunction, inverse: bool, y_given: bool
 ) -> None:
     shape = (2, 7, 5, 6)
     z, dz = (normal(*shape, device=kernel_device, layout="channels_last") for _ in range(2))
     params = normal(*params_shape(shape), device=kernel_device)
     dlogdet = normal(2, device=kernel_device)
     z_b, dz_b = z[:, 3:], dz[:, 3:]
-    got = launch_rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, kept)
+    got = launch_rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, y_given)
     want = rebuild_coupling_ref(
-        *(t.double() for t in (z_b, dz_b, dlogdet, params)), scale, inverse, kept
+        *(t.double() for t in (z_b, dz_b, dlogdet, params)), scale, inverse, y_given
     )
     for name, a, b in zip(want._fields, got, want, strict=True):
         assert_close(a, b, scale=REBUILT_SCALE * b.abs().max().item(), name=name)

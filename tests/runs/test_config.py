@@ -119,7 +119,8 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
     assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
     found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
     assert [s.learning_rate for s in config.stages] == [2e-2, 0.03, 0.001]
-    assert [s.learning_rate for s in TrainConfig(learning_rate=0.5).stages] == [0.5, 0.5]
+    own = TrainConfig(learning_rate=0.5, stage_learning_rate=[])
+    assert [s.learning_rate for s in own.stages] == [0.5, 0.5]
     # u has unit variance, which the weight of images does not fit.
     assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
     assert [s.delta for s in config.stages] == [0.1, 2.0, 2.0]  # nor do deltas of images

@@ -28,12 +28,13 @@ from mflow_kernels.runs.folder import build_model
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
+from mflow_kernels.training.coupling_shapes import coupling_shapes
 from mflow_kernels.training.memory import (
-    coupling_shapes,
     evaluation_memory,
     largest_batch,
     parse_memory,
     peak_memory,
+    resolve_config,
 )
 
 # Two steps, because Adam's state exists from the second step on.
@@ -150,7 +151,7 @@ from benchmarks.reports import aot
 import torch
 from torch.profiler import ProfilerActivity, profile
 from mflow_kernels.layers.networks import CouplingNetwork
-from mflow_kernels.ops import coupling_network_kernels
+from mflow_kernels.ops import coupling_network_launches
 from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.folder import build_model
@@ -171,7 +172,7 @@ for options in json.loads({cases!r}):
         if isinstance(module, CouplingNetwork):
             RerunNetwork(module).remember(draws=False)
     with aot.noting(lambda _: None), patch.object(
-        coupling_network_kernels, "product_in_float32", product
+        coupling_network_launches, "product_in_float32", product
     ):
         step(model, x)
         model.zero_grad()
@@ -210,8 +211,11 @@ def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
         assert predicted.total - outside == pytest.approx(int(found), rel=0.1), config
 
 
-def test_parameters_and_buffers_are_those_of_the_model():
-    config = TrainConfig(steps=3, levels=3, stage_dims=[7, 5]).resolve((3, 24, 24))
+@pytest.mark.parametrize("classes", [None, "Smiling,Male"])
+def test_parameters_and_buffers_are_those_of_the_model(classes):
+    options = TrainConfig(image_size=24, steps=3, levels=3, stage_dims=[7, 5], classes=classes)
+    config = resolve_config(dataclasses.replace(options, data=""), 3, gpu=False)
+    assert len(config.class_names) == (0 if classes is None else 4)
     model = build_model(config)
     for stage, flow in enumerate(model.stages):
         found = coupling_shapes(config, stage)
@@ -297,6 +301,7 @@ class TestCommand:
             ("--gpu-memory 80", "--gpu-memory: expected a size such as 80GB or 16GiB, got 80"),
             ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
             ("--channels 0", "--channels: expected at least 1, got 0"),
+            ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
             ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
             ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
             ("--stage-dims 65", "--stage-dims: expected dimensions from 1 to the 64"),
