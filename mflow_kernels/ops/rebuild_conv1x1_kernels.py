@@ -278,11 +278,13 @@ def _rebuild_conv1x1_wide_kernel(
         split = (program - state_programs) // (BLOCKS * BLOCKS)
         o = (block // BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
         c = (block % BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_C)
-        # One product of BLOCK_O x BLOCK_O would need more registers than sm_80 has.
+        # One product of BLOCK_O x BLOCK_O would need more registers than sm_80 has. Kernels have no
+        # starred tuples, so the parts are added one by one.
         PARTS: tl.constexpr = BLOCK_O // BLOCK_C
         outer_t = ()
         for _ in tl.static_range(PARTS):
-            outer_t = outer_t + (tl.zeros([BLOCK_O, BLOCK_C], DTYPE),)  # noqa: RUF005
+            zeros = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
+            outer_t = outer_t + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
         dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
@@ -298,7 +300,7 @@ def _rebuild_conv1x1_wide_kernel(
                 product = tl.dot(
                     dy_t, tl.trans(y_t), outer_t[part], input_precision=PRECISION, out_dtype=DTYPE
                 )
-                sums = sums + (product,)  # noqa: RUF005 - kernels have no starred tuples
+                sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
             outer_t = sums
             dbias_t += tl.sum(dy_t, axis=1)
         at_sum = outer_sum + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
