@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
 from mflow_kernels.data.files import write_atomically
@@ -130,6 +131,8 @@ def draw_uses(folder: Path, path: Path) -> None:
         drawn = draw_samples(run.model, SAMPLES, TEMPERATURE, seed=1, ambient=ambient)
         rows[f"sample, {name}"] = drawn
     draw_images(path, "Missing pixels filled in from the manifold, and samples on and off it", rows)
+    small = Image.open(path).convert("L").quantize(64)  # all images are grey
+    write_atomically(path, lambda temporary: small.save(temporary, format="png", optimize=True))
 
 
 def draw_moons(folder: Path) -> None:

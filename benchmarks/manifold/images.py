@@ -166,16 +166,7 @@ FRONTIER = (
     "error bound, hierarchy",
 )
 FRONTIER_FACTORS = (1 / 16, 1 / 4, 4.0)
-# All methods are also trained for a half of the time, and these for twice the time.
-SHORTER, LONGER = 0.5, 2.0
-LONGER_METHODS = (
-    "autoencoder, prior flow",
-    "plain likelihood",
-    "plain likelihood, prior flow",
-    "M-flow",
-    "free-form injective flow",
-    "penalized, hierarchy",
-)
+BUDGETS = (0.5, 2.0)  # CPU time of further trainings, to find a plateau; 1 is `seconds`
 
 
 def run(name: str, store: Store, quick: bool) -> None:
@@ -190,8 +181,8 @@ def run(name: str, store: Store, quick: bool) -> None:
             settings = chosen[method]._replace(weight=factor * chosen[method].weight)
             compared.train(store, method, settings, 0, stage="frontier")
     trained = [method for method in chosen if RECIPES[method].build is not components]
-    for share, found in ((SHORTER, trained), (LONGER, LONGER_METHODS)):
-        for method in found:
+    for share in BUDGETS:
+        for method in trained:
             compared.train(store, method, chosen[method], 0, share, f"budget{share:g}")
 
 
@@ -209,21 +200,24 @@ def report(name: str, store: Store) -> str:
         markdown(rows, {"method": "method"}, METRICS),
         f"\nThe Frechet distance of {n} training images is {floor:.2f}; no method can do much "
         f"better. The classifier is right on {judged.accuracy:.1%} of the test images.\n",
-        tables.differences(rows, REFERENCE, METRICS),
-        markdown(rows, {"method": "method"}, ABOUT),
-        about_runs(rows),
     ]
+    if differences := tables.differences(rows, REFERENCE, METRICS):
+        text += [f"{tables.DIFFERENCES.capitalize()}:\n", differences]
+    text += [markdown(rows, {"method": "method"}, ABOUT), about_runs(rows)]
     if sweep := store.rows(f"{name}-sweep-"):
+        text += ["The sweep, on seed 0:\n"]
         text += [tables.sweep(sweep, "Frechet distance", by_bits=True)]
     if budgets := store.rows(f"{name}-budget"):
         budgets = in_order([*budgets, *(row for row in rows if row["seed"] == 0 and row["steps"])])
         pictures.draw_budgets(store.folder / "plateau.png", budgets)
         shown = [row | {"budget": f"{row['share']:g}"} for row in budgets]
         keys = {"method": "method", "budget": "budget"}
+        text += ["Other budgets on seed 0; 1 is the budget of the tables above:\n"]
         text += [markdown(shown, keys, {"steps_shown": ("steps", "")} | METRICS), about_runs(shown)]
     if frontiers[name]:
         seed = [row for row in rows if row["seed"] == 0 and row["method"] in FRONTIER]
         shown = in_order([*frontiers[name], *seed])
         shown = [row | {"weight": f"{row['weight']:g}"} for row in shown]
+        text += ["Other weights on seed 0:\n"]
         text += [markdown(shown, {"method": "method", "weight": "weight"}, METRICS)]
     return "\n".join(text) + "\n"

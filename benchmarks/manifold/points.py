@@ -211,6 +211,7 @@ def report(store: Store) -> str:
         f"\nThe KL and the energy distance of as many true samples: {', '.join(floors)}.\n",
         *(_differences(rows, target) for target in targets),
         about_runs(rows),
+        f"The sweep, on seed 0 of the {SWEPT}:\n",
         tables.sweep(store.rows(f"points-{SWEPT}-sweep-"), "energy distance", by_bits=False),
     ])  # fmt: skip
 
@@ -226,7 +227,7 @@ def _median_error(row: Row) -> float | None:
 def _differences(rows: Sequence[Row], target: str) -> str:
     found = [row for row in rows if row["target"] == target]
     table = tables.differences(found, REFERENCE, METRICS | MEDIAN)
-    return f"On the {target}:\n\n{table}" if table else ""
+    return f"On the {target}, {tables.DIFFERENCES}:\n\n{table}" if table else ""
 
 
 def _floor(name: str) -> str:

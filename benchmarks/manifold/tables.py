@@ -9,6 +9,8 @@ from scipy.stats import t
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row
 
+DIFFERENCES = "differences on the same seed, with 95% confidence intervals of their means"
+
 
 def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
     """Return one line per method: the result of each setting, best first.

@@ -199,12 +199,3 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {usage!r}")
     return int(found[1]), int(found[2])
-
-
-def pixel_tensors(launch: Launch) -> dict[str, Tensor]:
-    """The arguments with pixels: those of four axes (see `cases`)."""
-    return {
-        name: value
-        for name, value in launch.bound.items()
-        if isinstance(value, Tensor) and value.dim() == 4
-    }

@@ -9,7 +9,8 @@ The exit code is 1 if a launch does not compile, spills, does not fit on a multi
 accesses a state in smaller pieces than its layout allows. A layout allows the largest power of two
 up to 16 bytes that divides its address and the bytes between the starts of its contiguous runs: P
 elements (contiguous), or C and C // 2 elements (channels_last). Halves of 12 float32 channels start
-every 24 bytes and allow 8.
+every 24 bytes and allow 8. A 16-bit gradient that a kernel adds to a float32 one is read in pieces
+of half the bytes, because a thread has as many elements of both.
 
 A second run finds the compiled kernels in Triton's cache.
 """
@@ -186,6 +187,15 @@ def channels(launch: aot.Launch) -> int:
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
+def widest(name: str, launch: aot.Launch) -> int:
+    """Bytes of the widest access to an argument. A thread adds dnet to dy element by element, so 16
+    bytes of a float32 dy go with 8 of a 16-bit dnet."""
+    dy = launch.bound.get("dy", launch.bound.get("dy_a"))
+    if name != "dnet" or dy is None:
+        return 16
+    return min(16, 16 * launch.bound[name].element_size() // dy.element_size())
+
+
 def widths(launch: aot.Launch) -> dict[str, int]:
     """Bytes of the widest accesses, at most 16, that the layouts of the states allow."""
     allowed, c = {}, channels(launch)
@@ -196,7 +206,7 @@ def widths(launch: aot.Launch) -> dict[str, int]:
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
         run = math.gcd(*steps) * t.element_size()
-        allowed[name] = math.gcd(16, run, t.data_ptr() % 16)
+        allowed[name] = math.gcd(widest(name, launch), run, t.data_ptr() % 16)
     return allowed
 
 

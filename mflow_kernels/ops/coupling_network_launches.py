@@ -165,7 +165,9 @@ def dh1_tile(s: Shape) -> Tile:
             block_d *= 2
         return Tile(16, _block(s.width, block_d), block_k, 0, 8)
     if s.width > DW2_WIDTH:
-        return Tile(32, 128 if block_x <= 128 else 64, block_k, 0, 8)
+        # Addresses of rows that start at an odd multiple of 4 bytes take more registers.
+        fits_128 = block_x <= 64 or (block_x <= 128 and s.c_in % 4 == 0)
+        return Tile(32, 128 if fits_128 else 64, block_k, 0, 8)
     # Addresses of rows that start at a multiple of 16 bytes take fewer registers.
     fits_64 = block_x <= 128 or s.c_in % 8 == 0
     block_d = 128 if block_x <= 64 else 64 if fits_64 else 32

@@ -249,7 +249,7 @@ def _rebuild_conv1x1_wide_kernel(
     if program < state_programs:
         o = program % BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
         n, p, valid = columns(program // BLOCKS, N, P, COLUMNS)
-        x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+        inside = (o[:, None] < C) & valid[None, :]
         dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
@@ -258,40 +258,55 @@ def _rebuild_conv1x1_wide_kernel(
                 dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE
             )
             dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-            if x is not None:
+        tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
+        # A second loop, because both products in one loop need more registers than sm_80 has.
+        if x is not None:
+            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
+            for start in range(0, C, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
                 y_t = _load_shifted_halves(
                     y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
                 )
-                w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
                 x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-        inside = (o[:, None] < C) & valid[None, :]
-        tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
-        if x is not None:
             tl.store(at(x, x_strides, n, o, p), x_t, inside)
-        if net is not None:
-            is_a = (o[:, None] < C // 2) & valid[None, :]
-            store(at(net, net_strides, n, o, p), x_t, mask=is_a)
+            if net is not None:
+                is_a = (o[:, None] < C // 2) & valid[None, :]
+                store(at(net, net_strides, n, o, p), x_t, mask=is_a)
     else:
         block = (program - state_programs) % (BLOCKS * BLOCKS)
         split = (program - state_programs) // (BLOCKS * BLOCKS)
         o = (block // BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        c = (block % BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
-        outer_t = tl.zeros([BLOCK_O, BLOCK_O], DTYPE)
+        c = (block % BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_C)
+        # One product of BLOCK_O x BLOCK_O would need more registers than sm_80 has. Kernels have no
+        # starred tuples, so the parts are added one by one.
+        PARTS: tl.constexpr = BLOCK_O // BLOCK_C
+        outer_t = ()
+        for _ in tl.static_range(PARTS):
+            zeros = tl.zeros([BLOCK_O, BLOCK_C], DTYPE)
+            outer_t = outer_t + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
         dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
             dy_t = _load_gradient_halves(
                 dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE
             )
-            y_t = _load_shifted_halves(
-                y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
-            )
-            outer_t = tl.dot(
-                dy_t, tl.trans(y_t), outer_t, input_precision=PRECISION, out_dtype=DTYPE
-            )
+            sums = ()
+            for part in tl.static_range(PARTS):
+                c_part = c + part * BLOCK_C
+                y_t = _load_shifted_halves(
+                    y_a, y_a_strides, y_b, y_b_strides, bias, n, c_part, p, valid, C, DTYPE
+                )
+                product = tl.dot(
+                    dy_t, tl.trans(y_t), outer_t[part], input_precision=PRECISION, out_dtype=DTYPE
+                )
+                sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
+            outer_t = sums
             dbias_t += tl.sum(dy_t, axis=1)
         at_sum = outer_sum + split.to(tl.int64) * (C * C) + o[:, None] * C + c[None, :]
-        tl.store(at_sum, outer_t, mask=(o[:, None] < C) & (c[None, :] < C))
+        for part in tl.static_range(PARTS):
+            square = (o[:, None] < C) & (c[None, :] + part * BLOCK_C < C)
+            tl.store(at_sum + part * BLOCK_C, outer_t[part], mask=square)
         # Programs of one block of rows sum the same dy, so they store the same d bias.
         tl.store(dbias + split * C + o, dbias_t, mask=o < C)
 

@@ -404,8 +404,8 @@ def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
     networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
-    # Dynamo counts the recompilations of a piece of code, and all networks share theirs. Each
-    # network shape compiles twice, with and without gradients.
+    # Dynamo limits the recompilations of a function, and all networks share one forward function.
+    # Each network shape compiles twice, with and without gradients.
     torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
     for network in networks:
         network.compile(**options)

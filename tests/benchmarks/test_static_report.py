@@ -144,6 +144,44 @@ def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     assert done.stdout.split() == ["0", "1", "1", "1"], done.stdout + done.stderr
 
 
+WIDE = """
+from benchmarks.reports import aot, static
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.rebuild_conv1x1 import launch_rebuild_conv1x1
+
+
+def state(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(2, channels, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+half, square, bfloat16 = state(48), torch.empty(96, 96), torch.bfloat16
+(launch,) = aot.capture(
+    lambda: launch_rebuild_conv1x1(
+        (half, half), (half, half), state(48, bfloat16), square, square, square[0], bfloat16,
+        True, True, square[None], square[:1],
+    )
+)
+made = aot.compile_for(launch, "sm_80")
+narrow = {
+    name: (made.access[name], width)
+    for name, width in static.widths(launch).items()
+    if made.access.get(name) and min(made.access[name]) < width
+}
+print(repr(made.error), made.spilled, narrow)
+"""
+
+
+def test_rebuilding_a_wide_state_does_not_spill_on_sm_80(tmp_path: Path) -> None:
+    """The quick set's states have too few channels for this kernel."""
+    script = tmp_path / "wide.py"
+    script.write_text(WIDE)
+    done = run(str(script))
+    assert done.stdout == "'' 0 {}\n", done.stdout + done.stderr
+
+
 PTX = """
     .param .u64 .ptr .global .align 1 k_param_0,
     .param .u64 .ptr .global .align 1 k_param_1,
