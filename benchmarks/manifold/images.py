@@ -198,8 +198,9 @@ def report(name: str, store: Store) -> str:
     floor = judged.frechet(images.train.images[:n], images.test)
     text = [
         markdown(rows, {"method": "method"}, METRICS),
-        f"\nThe Frechet distance of {n} training images is {floor:.2f}; no method can do much "
-        f"better. The classifier is right on {judged.accuracy:.1%} of the test images.\n",
+        f"\nThe Frechet distance of {n} training images is {floor:.2f}; samples of a perfect "
+        f"model would have about as much. The classifier is right on {judged.accuracy:.1%} of the "
+        "test images.\n",
     ]
     if differences := tables.differences(rows, REFERENCE, METRICS):
         text += [f"{tables.DIFFERENCES.capitalize()}:\n", differences]
