@@ -141,7 +141,7 @@ def test_memory_holds_only_the_first_and_last_state() -> None:
             chain(x)
         # Four-dimensional tensors: the input, the last state, the latent, and stored states.
         states_saved = [t for t in saved if t.dim() == 4 and not isinstance(t, nn.Parameter)]
-        assert len(states_saved) == 3 + states
+        assert len(states_saved) == 3 + 2 * states
 
 
 class Conditional(nn.Module):
