@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 enum class Use { read, write };
 
-// A tensor, its shape, strides and address. A tensor that is written must have the dtype `dtype`. One that
-// is read may have another; it is then read from a converted copy.
+// A tensor, its shape, strides and address. A tensor that is written must have the dtype `dtype`. A
+// tensor of another dtype is read from a converted copy.
 class Tensor {
 public:
     Tensor(py::object tensor, const py::object& dtype, Use use) : object_(std::move(tensor)) {
