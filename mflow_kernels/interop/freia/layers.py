@@ -116,7 +116,7 @@ _PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
 def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
     """Return the scale function and the factor of its raw scale, or why there is none."""
     if not layer.clamp > 0:
-        return f"its clamp of {layer.clamp} is no bound"
+        return f"its clamp of {layer.clamp} does not bound the scale"
     try:
         clamped = layer.f_clamp(_PROBE)
     except Exception:  # a user's function may raise anything; the layer is left and reported
@@ -186,7 +186,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     if layer.GIN:
         return "its scales are centred over the whole sample, to preserve volume"
     if not layer.clamp > 0:
-        return f"its clamp of {layer.clamp} is no bound"
+        return f"its clamp of {layer.clamp} does not bound the scale"
     unchanged, n = layer.splits
     net = Params(
         layer.subnet,
