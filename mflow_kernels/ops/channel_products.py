@@ -1,7 +1,7 @@
 """The kernels of y = W x and of dW, for `conv1x1` and `coupling_conv1x1`.
 
 The fused step is a 1x1 convolution that passes its input through the coupling as it loads it, so
-both operators share these kernels. The operators' files give the formulas and the least traffic.
+both operators share these kernels. The operators' files give the formulas and the fewest bytes.
 """
 
 from typing import Any, NamedTuple
