@@ -108,7 +108,7 @@ private:
     StateView view_;
 };
 
-// One value a sample: a log-determinant or its gradient, (N,) or (N, 1).
+// One value for each sample: a log-determinant or its gradient, (N,) or (N, 1).
 class SampleValues {
 public:
     SampleValues(py::object tensor, const py::object& dtype, Use use, int64_t samples)

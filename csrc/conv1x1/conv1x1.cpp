@@ -20,7 +20,7 @@ constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vector
 constexpr int64_t kMostParts = 64;  // the largest number of partial outer sums
 
 // The tiles of a state. Each has all channels of some pixels. States without spatial axes (`vectors`)
-// have one pixel a sample, so the whole batch is treated as the pixels of one sample.
+// have one pixel in each sample, so the whole batch is treated as the pixels of one sample.
 template <bool PIXEL_ROWS, class A>
 struct Grid {
     bool vectors;

@@ -36,7 +36,7 @@ class ReversibleChain(Flow):
     """Flow layers in sequence, trained in the memory of one of them.
 
     `z, logdet = chain(x)`. With splits, z is the tuple of latents, finest first, followed by the
-    last state. K steps need K + 1 launches plus the networks' own, and two a step backward.
+    last state. K steps need K + 1 launches forward and 2 K backward, plus the networks' own.
     `chain.log_prob(x)` is the density of x if the latents are standard normal.
 
     Args:

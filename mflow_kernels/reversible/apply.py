@@ -188,8 +188,8 @@ class _ForwardRecord:
 class _RecordingRunner:
     """Runs networks, records the random state of each that draws, and stores every k-th state.
 
-    `stored` maps the ordinal of a network to the state before it and the network's input. The
-    launch that computed the state also wrote this input.
+    `stored` maps the ordinal of a network to the state before it and the network's input,
+    which the backward pass would otherwise copy from the state.
     """
 
     def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
