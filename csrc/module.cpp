@@ -14,7 +14,7 @@
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "CPU loops of couplings, 1x1 convolutions and the masked penalty, and its CUDA kernels.";
+    m.doc() = "CPU loops of couplings, 1x1 convolutions and the masked penalty; CUDA kernels of the latter.";
     mflow::bind_coupling(m);
     mflow::bind_conv1x1(m);
     mflow::bind_masked_penalty(m);

@@ -12,7 +12,7 @@ namespace mflow {
     throw std::invalid_argument("mflow_kernels._C: " + what);
 }
 
-// Arguments are passed by position, because their names would cost as much time as the arguments.
+// Arguments have no names in Python: matching names would take as long as converting the values.
 void bind_coupling(pybind11::module_& m);
 void bind_conv1x1(pybind11::module_& m);
 void bind_masked_penalty(pybind11::module_& m);

@@ -49,9 +49,9 @@ MFLOW_INLINE void in_blocks(int64_t count, const Run& run) {
 // Starting a thread takes about as long as processing this many elements, so no thread gets fewer.
 constexpr int64_t kElementsPerThread = 1 << 16;
 
-// Calls run(first, last) for consecutive ranges of `tasks`, one a thread. The result of a task must
-// not depend on its range. If a call throws, for example because an allocation failed, the exception
-// is thrown here after all threads have ended.
+// Calls run(first, last) for consecutive ranges of `tasks`, one range for each thread. The result of
+// a task must not depend on its range. If a call throws, for example because an allocation failed,
+// the exception is thrown here after all threads have ended.
 template <class Run>
 void share_out(int64_t tasks, int64_t elements, int threads, const Run& run) {
     const int64_t useful = elements / kElementsPerThread;

@@ -1,4 +1,4 @@
-// A list of functions that are chosen by name. There is one of scale functions and one of penalties.
+// A list of functions that are chosen by name, for scale functions and for penalties.
 #pragma once
 
 #include <string>

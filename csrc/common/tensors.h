@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 enum class Use { read, write };
 
-// A tensor, its shape, strides and address. A tensor that is written must have the dtype `dtype`. One that
-// is read may have another; it is then read from a converted copy.
+// A tensor, its shape, strides and address. A tensor that is written must have the dtype `dtype`. A
+// tensor of another dtype is read from a converted copy.
 class Tensor {
 public:
     Tensor(py::object tensor, const py::object& dtype, Use use) : object_(std::move(tensor)) {
@@ -108,7 +108,7 @@ private:
     StateView view_;
 };
 
-// One value a sample: a log-determinant or its gradient, (N,) or (N, 1).
+// One value for each sample: a log-determinant or its gradient, (N,) or (N, 1).
 class SampleValues {
 public:
     SampleValues(py::object tensor, const py::object& dtype, Use use, int64_t samples)

@@ -8,7 +8,8 @@ namespace mflow {
 
 constexpr int kTile = 1024;  // elements of a full tile
 
-// `rows` rows of a sample from row `outer` on, and of each row `width` elements from `inner` on.
+// A tile of one sample: `rows` rows that begin with row `outer`. Each has `width` elements and begins
+// with element `inner`.
 struct Tile {
     int64_t sample, outer, inner;
     int rows, width;

@@ -17,10 +17,10 @@ namespace mflow {
 namespace {
 
 constexpr int kPanel = 4 * kTile;  // elements, with rows padded to whole vectors
-constexpr int64_t kMostParts = 64;  // limit of partial outer sums
+constexpr int64_t kMostParts = 64;  // the largest number of partial outer sums
 
 // The tiles of a state. Each has all channels of some pixels. States without spatial axes (`vectors`)
-// have one pixel a sample, so the whole batch is treated as the pixels of one sample.
+// have one pixel in each sample, so the whole batch is treated as the pixels of one sample.
 template <bool PIXEL_ROWS, class A>
 struct Grid {
     bool vectors;

@@ -5,7 +5,8 @@
 //   conv1x1_backward    dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. With a coupling, z is
 //                       couple(x), and the gradients of x and params are computed too. Without a
 //                       coupling, z is the given state minus bias. If the state is x and bias is
-//                       absent, outer_sum is dW. If the state is y and M is given, x = M z is rebuilt.
+//                       absent, outer_sum is dW. If the state is y and M = W^-1 is given, x = M z is
+//                       rebuilt.
 #pragma once
 
 #include "../coupling/coupling.h"
@@ -27,7 +28,7 @@ struct Conv1x1 {
     int64_t first = 0;  // channels of its first half
     Matrix weight, bias;
     StateView x[2], y;
-    StateView net;                            // the network input, a copy of y's first half; or absent
+    StateView net;  // the network input, a copy of y's first half; or absent
     const Coupling* coupling = nullptr;  // its scale, inverse, raw, shift and ledger are used
 };
 
@@ -40,7 +41,7 @@ struct Conv1x1Backward {
     StateView state[2];        // the halves of y; with a coupling, of x
     StateView dstate;          // the gradient of z; with a coupling, of x
     void *outer_sum, *dbias;   // (C, C) and (C), dense
-    Matrix other;         // M
+    Matrix other;              // M
     StateView rebuilt, net;    // M z, and the network input, a copy of its first half
     const Coupling* coupling = nullptr;  // its dlogdet, draw and dshift are used too
 };

@@ -12,7 +12,7 @@
 namespace mflow {
 
 struct Scale {
-    int function = -1;  // its place in ScaleFunctions (scale.h)
+    int function = -1;  // its index in ScaleFunctions (scale.h)
     double offset = 0, eps = 0, clamp = 1;
     bool shift_first = true;
 };
@@ -28,9 +28,9 @@ struct Coupling {
     // couple reads x and writes y. coupling_backward reads y and writes x; if `x_given` it reads x and
     // writes y, which may be absent.
     StateView x, y;
-    void* ledger = nullptr;  // couple: one sum a sample
+    void* ledger = nullptr;  // couple: one sum for each sample
 
-    // coupling_backward reads dy and one dlogdet a sample, and writes dx, draw and dshift.
+    // coupling_backward reads dy and one dlogdet for each sample, and writes dx, draw and dshift.
     const void* dlogdet = nullptr;
     int64_t dlogdet_stride = 0;
     StateView dy, dx, draw, dshift;

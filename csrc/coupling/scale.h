@@ -82,7 +82,8 @@ MFLOW_INLINE double log_of(double x) { return std::log(x); }
 
 MFLOW_INLINE float atan_of(float x) {
     const float a = x < 0.0f ? -x : x;
-    const bool large = a > 2.414213562373095f, middle = a > 0.4142135623730950f;  // tan 3/8, 1/8 pi
+    // The bounds are tan(3 pi / 8) and tan(pi / 8).
+    const bool large = a > 2.414213562373095f, middle = a > 0.4142135623730950f;
     const float above = large ? -1.0f : middle ? a - 1.0f : a;
     const float below = large ? a : middle ? a + 1.0f : 1.0f;
     const float base = large ? 1.5707963267948966f : middle ? 0.7853981633974483f : 0.0f;

@@ -116,7 +116,7 @@ struct View {
 
 struct Problem {
     Dtype dtype = Dtype::float32;  // of input, target and their gradients
-    int rho = -1;                  // its place in Rhos
+    int rho = -1;                  // its index in Rhos
     double delta = 1;
     double scale = 1;  // multiplies weight, or is the weight itself if that is absent
     bool mask_is_bool = false;
@@ -129,7 +129,7 @@ struct Problem {
     uint32_t extent[kMaxAxes] = {1, 1, 1, 1};
     bool indexed = false;  // some view is not dense
 
-    View input, target, mask, weight;  // mask (unless bool) and weight are of the accumulate type
+    View input, target, mask, weight;  // mask (unless bool) and weight have the accumulator's type
 
     // Forward. `partial` holds 2 * samples * tiles values and is needed only if tiles > 1.
     void* penalty = nullptr;
@@ -137,7 +137,7 @@ struct Problem {
     void* partial = nullptr;
 
     // Backward.
-    View grad_penalty, grad_gaussian;  // one value a sample
+    View grad_penalty, grad_gaussian;  // one value for each sample
     View dinput, dtarget;              // absent if not needed
 };
 

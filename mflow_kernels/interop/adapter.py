@@ -53,7 +53,7 @@ class Adapter(Protocol):
 
     Attributes:
         folder: the adapter's folder.
-        layers: the classes that can be accelerated. Subclasses of them are left alone.
+        layers: the classes that can be accelerated. Subclasses of them are not accelerated.
         containers: the classes of models and composites whose layers can run as one sequence.
         methods: for each kind of layer (see `kind_of`) and for the name of each container class,
             the methods of the accelerated module. They find its `FusedSequence` or fused container

@@ -118,7 +118,8 @@ class Params(nn.Module):
 class Pair(nn.Module):
     """Two networks, one for the raw scales and one for the shifts.
 
-    The arguments are those of `Params`.
+    Both receive conditions as channels after those of the state. `factors` and `conditions` are as
+    for `Params`.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
 
-Two features that `Glow` lacks are kept: convolutions that see the border of the image, and a
+The model has two features that `Glow` lacks: convolutions that see the border of the image, and a
 learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
 standard normal. Scales of convolutions (actnorms inside networks, exp(3 * logs)) are folded into
 the weights.
@@ -57,7 +57,7 @@ class PublishedGlow(Glow):
     """
 
     def __init__(self, image_shape: tuple[int, int, int], levels: int, steps: int) -> None:
-        super().__init__(image_shape, levels, steps, width=1)
+        super().__init__(image_shape, levels, steps, width=1)  # `_convert` replaces the networks
         self.top_mean = nn.Parameter(torch.zeros(self.latent_shapes[-1]))
         self.top_log_sd = nn.Parameter(torch.zeros(self.latent_shapes[-1]))
 
@@ -200,7 +200,7 @@ class _OpenAI(_Source):
         )
 
     def prior(self, level: int) -> EdgeConv2d:
-        """Return a split's network, from the kept half to the latent's mean and log-deviation."""
+        """Return a split's network, from the half that remains to the latent's mean and log sd."""
         return self.last(f"pool{level}/conv")
 
     def vector(self, name: str) -> Tensor:
@@ -313,7 +313,7 @@ def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
 
 
 def _count(weights: Weights, pattern: str) -> int:
-    """Return how many integers, counted from 0, give names in `weights` before one is missing."""
+    """Return the smallest n for which `pattern.format(n)` is not a name in `weights`."""
     count = 0
     while pattern.format(count) in weights:
         count += 1

@@ -15,9 +15,8 @@ from torch import nn
 from mflow_kernels.interop.adapter import load_adapter
 from mflow_kernels.interop.sequence import FusedSequence
 
-IMPLEMENTATION = (
-    "_mflow_implementation"  # key in a module's __dict__, which state dictionaries do not see
-)
+# The key in a module's __dict__, which state dictionaries do not see.
+IMPLEMENTATION = "_mflow_implementation"
 
 
 def accelerate_module(module: nn.Module, folder: str, kind: str, implementation: Any) -> None:

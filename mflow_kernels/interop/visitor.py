@@ -9,10 +9,11 @@ from torch import nn
 from mflow_kernels.interop.adapter import Adapter
 from mflow_kernels.interop.fingerprints import why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
-from mflow_kernels.interop.params import Pair, Params, has_hooks
+from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import Coupling, FusedSequence, Part, why_not
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
+from mflow_kernels.layers.networks import has_hooks
 from mflow_kernels.reversible.program import SpaceToDepth
 
 

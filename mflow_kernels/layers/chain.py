@@ -1,7 +1,7 @@
 """Chains of flow layers whose memory does not grow with depth.
 
 The forward pass stores the output of the chain. The backward pass rebuilds each state from the one
-after it and runs each network again; apart from the networks it needs two launches a step. Inverse
+after it and runs each network again. It needs two launches a step, plus the networks' own. Inverse
 weights are computed in float64. Networks run again under the same autocast and with the same random
 numbers, and update running statistics only once.
 """
@@ -36,7 +36,7 @@ class ReversibleChain(Flow):
     """Flow layers in sequence, trained in the memory of one of them.
 
     `z, logdet = chain(x)`. With splits, z is the tuple of latents, finest first, followed by the
-    last state. K steps need K + 1 launches plus the networks' own, and two a step backward.
+    last state. K steps need K + 1 launches forward and 2 K backward, plus the networks' own.
     `chain.log_prob(x)` is the density of x if the latents are standard normal.
 
     Args:
@@ -47,11 +47,13 @@ class ReversibleChain(Flow):
             longer exist in the backward pass.)
             Transforms of `torch.func` always store them. Choose False if memory does not matter:
             rebuilding states takes time, which small flows notice most. A training step of a flow
-            on two-dimensional points took 21.7 ms with True, and 13.5 ms with False (CPU).
-        checkpoint_every: store the state before every k-th network and rebuild only the states in
-            between, so that the rounding of at most k inversions adds up. None stores no state.
-            Memory then stays flat, but gradients drift during training from those with stored
-            states (see docs/memory.md). The networks' activations are never stored.
+            on two-dimensional points took 21.7 ms with True and 13.5 ms with False on a CPU
+            (docs/memory.md).
+        checkpoint_every: store the state before every k-th network, and the network's input, and
+            rebuild only the states in between, so that the rounding of at most k inversions adds
+            up. None stores no state. Memory then stays flat, but gradients drift during training
+            from those with stored states (see docs/memory.md). The networks' activations are never
+            stored.
         input_shape: shape of x without N, which determines `latent_shapes`. `sample` and a
             `ManifoldFlow` around the chain need it.
 

@@ -65,6 +65,7 @@ def multiple(value, UNIT: tl.constexpr):
 
 @triton.jit
 def step(index, stride, UNIT: tl.constexpr):
+    """Distance in elements to entry `index` along an axis. A stride of None is 1."""
     if stride is None:
         return index
     else:

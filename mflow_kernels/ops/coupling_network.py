@@ -32,7 +32,7 @@ stored h1 or h2.
 
 Bytes at least, in hidden tensors H, forward and backward:
     kernels    none, or 2 H written if gradients will be needed; h2 read, d h2 written, d h2 and h1
-               read: 4 H, and 2 H more past DW2_WIDTH
+               read: 4 H, and 2 H more if wider than DW2_WIDTH
     layers     4 H and 16 H
     torch.nn   12 H and 16 H: each bias is a pass of its own, and so is each ReLU
 """
@@ -259,16 +259,16 @@ def network_backward(
         nothing = x.new_empty(0, dtype=wide)
         if not weights:
             return _dense(dx), nothing, nothing.clone()
-        apart = nothing
+        separate_dw2 = nothing
         if not s.sums[1]:
-            dw2, apart = x.new_empty(0), rows(dw2).to(wide, copy=True)
-        made = [
+            dw2, separate_dw2 = x.new_empty(0), rows(dw2).to(wide, copy=True)
+        sums = [
             *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2, dw3)),
             db1,
             db2,
             db3,
         ]
-    return _dense(dx), torch.cat(made).to(wide), apart
+    return _dense(dx), torch.cat(sums).to(wide), separate_dw2
 
 
 def _fake(
@@ -291,10 +291,10 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *parameters, _, ctx.kernels = inputs
-    _, *kept = output
+    _, *for_backward = output
     ctx.dtypes = [p.dtype for p in parameters]
-    ctx.save_for_backward(x, *kept)
-    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, *for_backward)
+    ctx.mark_non_differentiable(*for_backward)
     ctx.set_materialize_grads(False)  # or autograd fills gradients of h1 and h2 with zeros
 
 
@@ -302,13 +302,13 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
     if dparams is None:
         return (None,) * 9
     weights = any(ctx.needs_input_grad[1:7])
-    dx, sums, apart = run(dparams, *ctx.saved_tensors, ctx.kernels, weights)
+    dx, sums, separate_dw2 = run(dparams, *ctx.saved_tensors, ctx.kernels, weights)
     if not weights:
         return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
     dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
-    dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else apart, dw3]))
+    dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None
 

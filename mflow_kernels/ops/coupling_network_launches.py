@@ -22,6 +22,7 @@ from mflow_kernels.ops.coupling_network_kernels import (
     _sum_taps_kernel,
 )
 from mflow_kernels.ops.launch import launch
+from mflow_kernels.ops.partial_sums import PROGRAMS
 
 
 class Shape(NamedTuple):
@@ -198,7 +199,10 @@ def launch_sum_taps(
     taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, count: int, sign: int,
     parts: int,
 ) -> Tensor:  # fmt: skip
-    """One launch: the sum of each pixel's taps, (N, channels, *spatial)."""
+    """One launch: the sum of each pixel's taps, (N, channels, *spatial).
+
+    `taps` holds `parts` groups of `count` taps at each pixel. `sign` is that of `neighbour`.
+    """
     y = empty_images(x, channels)
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
@@ -207,9 +211,6 @@ def launch_sum_taps(
         PARTS=parts, BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return y
-
-
-PROGRAMS = 264  # programs of a launch that sums over pixels: two per multiprocessor (H100)
 
 
 def launch_network_backward(
@@ -249,7 +250,7 @@ def launch_network_backward(
     dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, s.taps, -1, blocks1)
     nothing = x.new_empty(0, dtype=torch.float32)
     if not weights:
-        return dx, nothing, nothing.clone()
+        return dx, nothing, nothing.clone()  # an operator's outputs must not share memory
     return dx, partial.sum(0), nothing if s.sums[1] else w2_gradient(dh2, h1)
 
 

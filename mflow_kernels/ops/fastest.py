@@ -1,7 +1,7 @@
 """Choose between implementations of an operator by timing them, once for each card and shape.
 
 The first candidate uses torch's own operators, and the others must agree with it. The choices are
-kept in a small JSON file beside Triton's compiled kernels, so that only the first run on a card
+saved in a small JSON file beside Triton's compiled kernels, so that only the first run on a card
 measures.
 """
 
@@ -58,7 +58,7 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
             times = {name: seconds(candidates[name]) for name in agreeing}
             choices[key] = min(times, key=lambda name: times[name])
         except torch.OutOfMemoryError:
-            choices[key] = first  # not saved, but kept: this process must not choose again
+            choices[key] = first  # for this process, which must not choose again; not saved
         else:
             _save(choices)
     return choices[key]

@@ -61,16 +61,16 @@ def _terms(
 
 
 def _split(
-    e: Tensor, mask: Tensor | None, penalize: Tensor | bool, keep: Tensor | bool
+    e: Tensor, mask: Tensor | None, in_penalty: Tensor | bool, in_density: Tensor | bool
 ) -> tuple[Tensor, Tensor]:
-    """e of the penalized part where `penalize`, and of the rest where `keep`; zero elsewhere.
+    """e of the penalized part where `in_penalty`, and of the rest where `in_density`; 0 elsewhere.
 
     With a floating-point mask both are e, because the sums multiply by the mask.
     """
     if mask is not None and mask.dtype != torch.bool:
         return e, e
     on = e.new_ones((), dtype=torch.bool) if mask is None else mask
-    return torch.where(on & penalize, e, 0.0), torch.where(~on & keep, e, 0.0)
+    return torch.where(on & in_penalty, e, 0.0), torch.where(~on & in_density, e, 0.0)
 
 
 def masked_penalty_ref(
@@ -301,8 +301,7 @@ def masked_penalty_gaussian(
             with fractions for a mix of both. A bool mask keeps NaN and infinity in the rest out of
             the penalty, and those in the penalized part out of the density. Any shape that
             broadcasts to input's by torch's rules (per pixel (H, W), per channel (C, 1, 1), per
-            sample (N, 1, 1, 1)).
-            Everywhere by default.
+            sample (N, 1, 1, 1)). By default the penalty applies everywhere.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, because reading them would stall a GPU.
         rho: "l2", "l1" or "huber".

@@ -14,7 +14,7 @@ chain. The halves of y and dy are separate tensors, as `rebuild_coupling` return
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.
-Least traffic, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
+Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
 program computes all three products of its pixels. With more channels, three products do not fit
 the registers. Other programs then compute outer_sum and read y and dy once more, and each block of
 128 output channels reads its input again; arithmetic limits the speed. Float64 states always use
@@ -137,7 +137,7 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         return RebuildTile(_rebuild_conv1x1_wide_kernel, blocks, block_o, 16, warps, 2)
     c_b = c - c // 2
     if c_b < 16:
-        half = 8 if c_b < 8 else 16  # one place stays empty
+        half = 8 if c_b < 8 else 16  # more than c_b: the last place sums d bias
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
         return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
     half = triton.next_power_of_2(c_b)
@@ -165,7 +165,7 @@ def launch_rebuild_conv1x1(
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
-    apart: bool,
+    separate_halves: bool,
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
@@ -178,7 +178,7 @@ def launch_rebuild_conv1x1(
     tile = rebuild_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
     narrow = tile.kernel is _rebuild_conv1x1_kernel
-    if apart and narrow:
+    if separate_halves and narrow:
         c_a = c // 2
         new = partial(empty_state, y_b, channels_last=channels_last)
         x = None if weight_inverse is None else (new(c_a), new(c - c_a))
@@ -248,7 +248,7 @@ def rebuild_conv1x1(
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
-    apart: bool,
+    separate_halves: bool,
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
@@ -264,8 +264,8 @@ def rebuild_conv1x1(
         channels_last: whether the results have this memory format. Pass the format of the states,
             which halves with few channels do not show. In another format, a network may compute
             other bits.
-        apart: whether the halves of x and dx may be separate tensors. A kernel that reads one half
-            of a channels_last state with few channels fetches much of the other half too.
+        separate_halves: whether the halves of x and dx may be separate tensors. A kernel that reads
+            one half of a channels_last state with few channels fetches much of the other half too.
         outer_sum, dbias: receive the partial sums, (splits, C, C) and (splits, C), contiguous, with
             `rebuild_splits` splits.
     """
@@ -279,7 +279,7 @@ def rebuild_conv1x1(
             bias,
             net_dtype,
             channels_last,
-            apart,
+            separate_halves,
             outer_sum,
             dbias,
         )

@@ -190,17 +190,17 @@ def _load_half(y, strides, n, c, p, valid, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_block(weight, rows, columns, rows_exist, columns_exist, C: tl.constexpr):
-    """A block of the rows and columns of a (C, C) matrix."""
-    at_w = weight + rows[:, None] * C + columns[None, :]
-    return tl.load(at_w, mask=rows_exist[:, None] & columns_exist[None, :], other=0.0)
+def _load_block(weight, o, c, o_exists, c_exists, C: tl.constexpr):
+    """Rows o and columns c of a (C, C) matrix."""
+    at_w = weight + o[:, None] * C + c[None, :]
+    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
 
 
 @triton.jit
-def _load_transposed(weight, rows, columns, rows_exist, columns_exist, C: tl.constexpr):
-    """A block of the rows and columns of a (C, C) matrix's transpose."""
-    at_w = weight + columns[None, :] * C + rows[:, None]
-    return tl.load(at_w, mask=rows_exist[:, None] & columns_exist[None, :], other=0.0)
+def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
+    """Rows o and columns c of the transpose of a (C, C) matrix."""
+    at_w = weight + c[None, :] * C + o[:, None]
+    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

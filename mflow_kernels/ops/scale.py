@@ -24,7 +24,7 @@ from mflow_kernels.ops.compiler import tl, triton
 Kind = Literal["sigmoid", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
 
-ATAN = 0.636  # FrEIA's rounding of 2 / pi, kept to reproduce its couplings exactly
+ATAN = 0.636  # FrEIA's rounding of 2 / pi, so that its couplings are reproduced exactly
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ def log_scale(raw, SCALE: tl.constexpr):
         slope = 4 * e / ((1 + e) * (1 + e))
     else:
         tl.static_assert(SCALE.kind == "atan", "log_scale: unknown scale function")
+        FACTOR: tl.constexpr = 0.636  # ATAN, a plain float, which kernels cannot read
         r = raw / SCALE.clamp
-        log_s = (SCALE.clamp * 0.636) * _atan(r)
-        slope = 0.636 / (1 + r * r)
+        log_s = (SCALE.clamp * FACTOR) * _atan(r)
+        slope = FACTOR / (1 + r * r)
     return log_s, slope

@@ -26,6 +26,7 @@ from mflow_kernels.ops.logdet import accumulate_logdet, accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_gaussian, masked_penalty_ref
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rebuild_conv1x1 import (
+    Halves,
     RebuiltConv1x1,
     rebuild_conv1x1,
     rebuild_conv1x1_ref,
@@ -263,17 +264,14 @@ def _rebuild_conv1x1_ref(y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) ->
     return _joined(rebuild_conv1x1_ref(*_halves(y, dy, weight, bias)))
 
 
-Pair = tuple[Tensor, Tensor]
-
-
 def _halves(
     y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Pair, Pair, None, Tensor, Tensor, Tensor, None, bool]:
+) -> tuple[Halves, Halves, None, Tensor, Tensor, Tensor, None, bool]:
     """Arguments of rebuild_conv1x1 after a coupling, without a network input."""
     cut = y.shape[1] // 2
     inverse, last = weight.t().contiguous(), is_channels_last(y)
-    pairs = (y[:, :cut], y[:, cut:]), (dy[:, :cut], dy[:, cut:])
-    return (*pairs, None, weight, inverse, bias, None, last)
+    halves = (y[:, :cut], y[:, cut:]), (dy[:, :cut], dy[:, cut:])
+    return (*halves, None, weight, inverse, bias, None, last)
 
 
 def _joined(rebuilt: RebuiltConv1x1) -> tuple[Tensor, ...]:

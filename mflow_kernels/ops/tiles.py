@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
 
     Attributes:
         programs: number of tiles, one program each.
-        ledger: columns of a sample's row in the ledger.
+        ledger: entries of a sample's row in the ledger.
         columns: the compile-time constants.
     """
 

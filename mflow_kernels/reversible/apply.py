@@ -1,4 +1,4 @@
-"""Runs programs under autograd, which stores the states, or lets the backward pass rebuild them."""
+"""Runs programs under autograd. Their states are stored, or rebuilt in the backward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +39,8 @@ class ProgramOwner(Protocol):
     """The object whose program runs.
 
     Attributes:
-        checkpoint_every: store the state before every k-th network; None stores none.
+        checkpoint_every: store the state before every k-th network, and the network's input; None
+            stores none.
     """
 
     checkpoint_every: int | None
@@ -167,7 +168,7 @@ def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segme
 
 @dataclass
 class _ForwardRecord:
-    """Data, apart from saved tensors, that a forward pass hands to its backward pass.
+    """Data that a forward pass hands to its backward pass, besides saved tensors.
 
     `random` and `fingerprints` are arguments of `BackwardPass`. `backward` is the backward pass
     itself, which the nodes of all segments share.
@@ -187,8 +188,8 @@ class _ForwardRecord:
 class _RecordingRunner:
     """Runs networks, records the random state of each that draws, and stores every k-th state.
 
-    `stored` maps the ordinal of a network to the state before it and the network's input, which the
-    launch that made the state wrote too.
+    `stored` maps the ordinal of a network to the state before it and the network's input,
+    which the backward pass would otherwise copy from the state.
     """
 
     def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
@@ -281,10 +282,10 @@ class _SegmentFunction(torch.autograd.Function):
         # The backward pass starts from the last state, and ends where no more gradient is needed.
         ctx.starts = segment is record.segments[-1]
         ctx.ends = segment is record.segments[0] or not ctx.needs_input_grad[2]
-        ends = (*((done.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
+        first_and_last = (*((done.x,) if ctx.starts else ()), *((x,) if ctx.ends else ()))
         # Saving the parameters lets autograd detect changes in place before the backward pass.
         stored = (t for pair in runner.stored.values() for t in pair)
-        ctx.save_for_backward(*ends, *done.latents, *stored, *context, *parameters)
+        ctx.save_for_backward(*first_and_last, *done.latents, *stored, *context, *parameters)
         log_dets = (weights.log_det for weights in folded.values())
         return done.x, *others, done.ledger, *log_dets, *done.latents
 

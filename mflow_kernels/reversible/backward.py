@@ -205,7 +205,7 @@ class BackwardPass:
         params: Tensor,
         dparams: Tensor,
     ) -> Tensor | None:
-        """Return the gradient of the network's input; add those of parameters and context up."""
+        """Return the gradient of the network's input; add the others to the running sums."""
         if not params.requires_grad:
             return None
         context = [i for i, c in enumerate(self.context) if c.requires_grad]

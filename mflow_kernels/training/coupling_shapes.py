@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from mflow_kernels.ops.coupling_network import fits, uses_tf32
-from mflow_kernels.ops.coupling_network_launches import PROGRAMS, Shape
+from mflow_kernels.ops.coupling_network_launches import Shape
 from mflow_kernels.ops.fastest import requested
+from mflow_kernels.ops.partial_sums import PROGRAMS
 from mflow_kernels.runs.config import RunConfig
 
 FLOAT = 4

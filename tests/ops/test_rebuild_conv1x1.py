@@ -36,12 +36,16 @@ def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("separate_halves", [True, False])
 @pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rebuilt_conv1x1_matches_the_reference(
-    kernel_device: torch.device, shape: tuple[int, ...], layout: str, rebuild: bool, apart: bool
+    kernel_device: torch.device,
+    shape: tuple[int, ...],
+    layout: str,
+    rebuild: bool,
+    separate_halves: bool,
 ) -> None:
     n, c, *spatial = shape
     if layout == "channels_last" and len(spatial) != 2:
@@ -62,11 +66,13 @@ def test_rebuilt_conv1x1_matches_the_reference(
     last = layout == "channels_last"
     splits = rebuild_splits(y[1], c)
 
-    def run(apart: bool) -> RebuiltConv1x1:
+    def run(separate_halves: bool) -> RebuiltConv1x1:
         sums = [y[1].new_full(size, torch.nan) for size in ((splits, c, c), (splits, c))]
-        return launch_rebuild_conv1x1(y, dy, dnet, weight, inverse, bias, dtype, last, apart, *sums)
+        return launch_rebuild_conv1x1(
+            y, dy, dnet, weight, inverse, bias, dtype, last, separate_halves, *sums
+        )
 
-    got = run(apart)
+    got = run(separate_halves)
     want = rebuild_conv1x1_ref(
         tuple(doubled(*y)),
         tuple(doubled(*dy)),
@@ -99,7 +105,7 @@ def test_rebuilt_conv1x1_matches_the_reference(
     else:
         assert got.whole[1].is_contiguous(memory_format=form)
         assert got.dx[1].data_ptr() == got.whole[1][:, c_a:].data_ptr()
-    again = run(apart)
+    again = run(separate_halves)
     for a, b in zip(results(got), results(again), strict=True):
         assert torch.equal(a, b)
 

@@ -118,9 +118,12 @@ def _graph_forward(
     given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
     c = () if c is None else (c,) if torch.is_tensor(c) else tuple(c)
     starts, ends = (self.out_nodes, self.in_nodes) if rev else (self.in_nodes, self.out_nodes)
-    for came, nodes, what in ((given, starts, "inputs"), (c, self.condition_nodes, "conditions")):
-        if len(came) != len(nodes):
-            raise ValueError(f"Got {len(came)} {what}, but expected {len(nodes)}.")
+    for tensors, nodes, what in (
+        (given, starts, "inputs"),
+        (c, self.condition_nodes, "conditions"),
+    ):
+        if len(tensors) != len(nodes):
+            raise ValueError(f"Got {len(tensors)} {what}, but expected {len(nodes)}.")
     items = fused.items[::-1] if rev else fused.items
     sources = [_sources(nodes, rev) for _, _, nodes in items] + [_sources([n], rev) for n in ends]
     uses = Counter(key for keys in sources for key in keys)

@@ -18,7 +18,7 @@ from mflow_kernels.interop.actnorm_initialization import (
 from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
-from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.scale import ATAN, ScaleFunction
 from mflow_kernels.reversible.program import SpaceToDepth
 
 # Linear modules, data -> latent.
@@ -116,12 +116,12 @@ _PROBE = torch.linspace(-6, 6, 97, dtype=torch.float64)
 def _scale_of(layer: Any) -> tuple[ScaleFunction, float] | str:
     """Return the scale function and the factor of its raw scale, or why there is none."""
     if not layer.clamp > 0:
-        return f"its clamp of {layer.clamp} is no bound"
+        return f"its clamp of {layer.clamp} does not bound the scale"
     try:
         clamped = layer.f_clamp(_PROBE)
     except Exception:  # a user's function may raise anything; the layer is left and reported
         return "its clamp activation is a custom function"
-    if torch.equal(clamped, 0.636 * torch.atan(_PROBE)):
+    if torch.equal(clamped, ATAN * torch.atan(_PROBE)):
         return ScaleFunction("atan", clamp=layer.clamp, order="scale-shift"), layer.clamp
     if torch.equal(clamped, _PROBE.tanh()):
         return ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift"), layer.clamp
@@ -186,8 +186,8 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     if layer.GIN:
         return "its scales are centred over the whole sample, to preserve volume"
     if not layer.clamp > 0:
-        return f"its clamp of {layer.clamp} is no bound"
-    stays, n = layer.splits
+        return f"its clamp of {layer.clamp} does not bound the scale"
+    unchanged, n = layer.splits
     net = Params(
         layer.subnet,
         slice(0, n),
@@ -201,7 +201,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
         before = (Linear(layer, _block_permutations_back, "rotation"),)
     return (
         *before,
-        Coupling(net, scale, False, Exactly(stays)),
+        Coupling(net, scale, False, Exactly(unchanged)),
         Linear(layer, _global_affines, "actnorm"),
         Linear(layer, _block_permutations, "rotation"),
     )

@@ -172,7 +172,7 @@ def _channels_of(layer: Any) -> int | None:
     return features if isinstance(features, int) else None
 
 
-# Methods of its composites and transforms.
+# Methods of nflows' composites and transforms.
 
 
 class FusedTransform(FusedLayers):
