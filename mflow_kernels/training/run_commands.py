@@ -159,9 +159,9 @@ def evaluate(
         features: Network for FID and KID: inception, which FID is defined with, or the name of an
             image classifier of torchvision.
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
-        ood: Other images that get out-of-distribution scores too: any value of --data, or the name
-            of a data set that mflow train --help lists.
-        quick: Leave out the figures that need Jacobians.
+        ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
+            of mflow prepare, or the name of a data set, such as digits.
+        quick: Leave out the metrics that need Jacobians.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -201,7 +201,9 @@ def evaluate(
         with folder_to_write(folder, "out"):
             report_skipped(skipped)
             _warn(warning)
-            options = ReportOptions(draws, network, feature_images, tuple(others), quick, ambient)
+            options = ReportOptions(
+                draws, network, feature_images, tuple(others), quick, ambient, warning
+            )
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(
                 loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
@@ -250,4 +252,4 @@ def _png(output: str | None, default: Path) -> Path:
 
 def _warn(text: str | None) -> None:
     if text is not None:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
