@@ -1,5 +1,6 @@
 """The commands of `mflow` that read a trained run; see `commands`."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -103,6 +104,12 @@ def reconstruct(
 
     check_at_least("number", number, 1)
     loaded = load_run(run, device)
+    model = loaded.model
+    if missing and model.manifold_dim == math.prod(model.input_shape):
+        raise ValueError(
+            "missing: expected a model whose manifold has fewer dimensions than its images, got "
+            f"{model.manifold_dim} of {model.manifold_dim}"
+        )
     images, name, skipped, warning = held_out_images(loaded, data)
     suffix = f"-missing-{missing}" if missing else ""
     path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
@@ -114,12 +121,12 @@ def reconstruct(
         classes = None if images.classes is None else images.classes[: len(originals)]
         if missing is None:
             title = f"{printable(name)}: images and their projections on the manifold"
-            projections = project_images(loaded.model, originals, classes=classes)
+            projections = project_images(model, originals, classes=classes)
             draw_residuals(path, title, originals, projections)
         else:
             title = f"{printable(name)}: images whose missing pixels the manifold fills in"
             known = known_pixels(missing, originals)
-            filled = inpaint_images(loaded.model, originals, known, classes)
+            filled = inpaint_images(model, originals, known, classes)
             seen = originals.where(known, originals.new_full((), 128))
             rows = {"original": originals, "known pixels": seen, "filled in": filled}
             draw_images(path, title, in_rows(rows))

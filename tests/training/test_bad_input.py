@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_runs import TINY, refused, write_images
 
+from mflow_kernels.training.cli import main
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -139,6 +141,14 @@ class TestBadInput:
         message = "--missing: expected one of half, centre, pixels, got left"
         command = ["reconstruct", str(run), "--missing", "left"]
         assert message in refused(command, tmp_path, capsys)
+
+    def test_missing_pixels_without_a_manifold(self, images, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        train = ["train", *TINY, "--data", str(images), "--manifold-dim", "64", "--stage-dims"]
+        assert main([*train, "--run-dir", "whole"]) == 0
+        capsys.readouterr()
+        message = "--missing: expected a model whose manifold has fewer dimensions than its images"
+        assert message in refused(["reconstruct", "whole", "--missing", "half"], tmp_path, capsys)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
