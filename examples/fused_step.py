@@ -39,7 +39,7 @@ class MyFlow(Bijection):
         return x, total
 
     def inverse(self, z: Tensor, *condition: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(z), dtype=z.dtype)
+        total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         for step in reversed(self.steps):
             z, logdet = step.inverse(z, *condition)
             total = total + logdet

@@ -43,7 +43,8 @@ def main(steps: int = 60) -> None:
         u, projected = flow.encode(test), flow.project(test)
         error = (projected - test).square().mean().sqrt()
         samples = flow.sample(4, temperature=0.7)
-    print(f"u {tuple(u.shape)}, off the manifold by {error:.3f} a pixel, images {samples.shape}")
+    print(f"u {tuple(u.shape)}, samples {tuple(samples.shape)}")
+    print(f"off the manifold by {error:.3f} per pixel")
 
 
 if __name__ == "__main__":

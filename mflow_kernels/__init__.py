@@ -62,7 +62,7 @@ __all__ = [
 # Submodules that define the public names.
 _SOURCES = ("layers", "models")
 
-if not TYPE_CHECKING:  # a type checker would take every misspelt name for an attribute
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import submodules and public names on first use.

@@ -54,7 +54,7 @@ def test_manifold_flow(capsys, monkeypatch):
     out = printed("manifold_flow", capsys, monkeypatch)
     losses = numbers("loss # nats", out)
     assert losses == sorted(losses, reverse=True)
-    assert numbers("off the manifold by # a pixel", out)[0] < 0.2
+    assert numbers("off the manifold by # per pixel", out)[0] < 0.2
 
 
 def test_hierarchy(capsys, monkeypatch):

@@ -32,7 +32,7 @@ def of_folders(names: Sequence[str]) -> Classes:
         names: file name of each image, relative to the root, with slashes.
 
     Raises:
-        DataError: an image lies in no folder, or there are fewer than 2 or more than MOST_CLASSES.
+        DataError: an image lies in no folder, or there are not 2 to MOST_CLASSES folders.
     """
     folders = [PurePosixPath(name).parent.name for name in names]
     outside = [name for name, folder in zip(names, folders, strict=True) if not folder]
@@ -56,7 +56,7 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
         attributes: for each name, bool (N,): the images that have it.
 
     Raises:
-        DataError: there are no attributes, or none of that name, or more than 6 are chosen.
+        DataError: there are no attributes, a name is unknown or given twice, or more than 6 are.
     """
     names = [name.strip() for name in chosen.split(",")]
     if not attributes:
@@ -67,7 +67,7 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
     for name in names:
         if name not in attributes:
             known = ", ".join(attributes)
-            raise DataError(f"classes: expected attributes out of {known}, got {name!r}")
+            raise DataError(f"classes: expected attributes among {known}, got {name!r}")
     if len(names) > 6 or len(set(names)) != len(names):
         raise DataError(f"classes: expected up to 6 different attributes, got {chosen!r}")
     numbers = np.zeros(len(attributes[names[0]]), np.int64)

@@ -8,8 +8,8 @@ def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = 
     """Convert uint8 images to centred continuous data of the same shape, float32 in [-0.5, 0.5).
 
     The result is x = (floor(image / 2^(8 - n_bits)) + u) / 2^n_bits - 0.5, with u uniform on
-    [0, 1). A density of x bounds the probability of the image from below (Theis et al., arXiv
-    1511.01844).
+    [0, 1). The mean over u of log2 p(x), less n_bits per dimension, is a lower bound of the image's
+    log2-probability (Theis et al., arXiv 1511.01844).
 
     Raises:
         TypeError: the images are not uint8.

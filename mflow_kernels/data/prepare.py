@@ -37,13 +37,13 @@ from mflow_kernels.data.decoding import (
     start_worker,
 )
 from mflow_kernels.data.files import sync
-from mflow_kernels.data.manifest import is_digest
+from mflow_kernels.data.manifest import TEST, TRAIN, is_digest
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.sources import DataError, Entry, Source
 
-HELD_OUT_FRACTION = 0.1
+_HELD_OUT_FRACTION = 0.1
 SPLIT_SEED = 20220606  # fixed, so that runs of different seeds hold out the same images
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
@@ -333,10 +333,15 @@ def _random_parts(count: int) -> np.ndarray:
 
     The run's seed does not change the draw.
     """
-    part = np.zeros(count, np.uint8)
+    part = np.full(count, TRAIN, np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
-    part[order[: math.ceil(count * HELD_OUT_FRACTION)]] = 2
+    part[order[: held_out_count(count)]] = TEST
     return part
+
+
+def held_out_count(count: int) -> int:
+    """Return the number of images that a random split of `count` images holds out: a tenth."""
+    return math.ceil(count * _HELD_OUT_FRACTION)
 
 
 def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None:

@@ -17,7 +17,7 @@ _NO_FIGURES: Mapping[str, str] = MappingProxyType({})
 
 
 class ProgressCallback(Protocol):
-    """Takes the number of items done so far, and figures to show in place of the speed."""
+    """Takes the number of items done so far, and figures to show instead of the speed."""
 
     def __call__(self, done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None: ...
 

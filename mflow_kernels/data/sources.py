@@ -71,7 +71,7 @@ class Source:
     root: Path
     entries: list[Entry]
     parts: list[int] | None = None
-    missing: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = ()
     crop: int | None = None
     attributes: dict[str, list[bool]] = field(default_factory=dict)
 

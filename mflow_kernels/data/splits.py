@@ -5,7 +5,6 @@ which `mflow prepare` or the first use writes. docs/data.md states how images ar
 and split, so that results can be compared.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from mflow_kernels.data.classes import Classes, of_attributes, of_folders
 from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import LABELS, NAMED_DATASETS, NamedDataset
-from mflow_kernels.data.prepare import HELD_OUT_FRACTION, SPLIT_SEED
+from mflow_kernels.data.prepare import SPLIT_SEED, held_out_count
 from mflow_kernels.data.prepared import PARTS, Prepared, is_prepared, open_prepared
 from mflow_kernels.data.sources import DataError
 
@@ -210,7 +209,7 @@ def count_training_images(data: str) -> int | None:
     """
     if data in NAMED_DATASETS:
         count = NAMED_DATASETS[data].images
-        return count - _held_out(count)
+        return count - held_out_count(count)
     path = Path(data)
     return open_prepared(path).record.count[TRAIN] if is_prepared(path) else None
 
@@ -234,11 +233,6 @@ def count_classes(data: str, classes: str) -> int:
             f"its classes, got {data or 'none'}"
         )
     return 2 ** len(classes.split(","))
-
-
-def _held_out(count: int) -> int:
-    """Return the number of images that a random split of `count` images holds out."""
-    return math.ceil(count * HELD_OUT_FRACTION)
 
 
 def load_evaluation_set(
@@ -277,7 +271,7 @@ def _load_named(
     shuffled = images[order].reshape(*images.shape[:3], dataset.channels)
     images = np.ascontiguousarray(shuffled.transpose(0, 3, 1, 2))
     parts = np.full(len(order), TRAIN, np.uint8)
-    parts[: _held_out(len(order))] = TEST
+    parts[: held_out_count(len(order))] = TEST
     manifest = Manifest([str(row) for row in order], parts, [digest(image) for image in images])
     if classes is None:
         return Splits(ImageSet(images), manifest)

@@ -26,7 +26,7 @@ from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
 
 PARTS_EXPLAINED = (
-    "Bits per dimension are the bits of a pixel minus the two log-densities and the "
+    "Bits per dimension are the bits of a colour value minus the two log-densities and the "
     "log-determinant."
 )
 

@@ -29,7 +29,7 @@ class ReportMetrics:
     """All metrics of a report. A value is None if it was not computed; `missing` says why.
 
     `deviation` is that of the training images (`Chart.deviation`). `manifold_log_prob` is the mean
-    over `density_images` held-out images, in nats.
+    over `density_images` held-out images, in nats. `warning` is that of ReportOptions.
     """
 
     run: str
@@ -44,6 +44,7 @@ class ReportMetrics:
     density_method: str
     spectrum: IntrinsicDimension | None
     missing: tuple[str, ...]
+    warning: str | None
 
     def to_json(self) -> str:
         """Serialize as JSON: the spectrum as a list, and numbers that are not finite as null."""

@@ -20,7 +20,7 @@ from mflow_kernels.models.chart import normal_score, off_manifold_score
 from mflow_kernels.models.volume import Method
 
 SCORED_IMAGES = 256  # largest number of scored images of each set
-# Every score, with its heading and the form of its median. Higher means farther from the data.
+# Every score, with its heading and the format of its median. Higher means farther from the data.
 SCORES = {
     "bits_per_dim": ("bits per dimension", ".3f"),
     "typicality": ("typicality", ".3f"),

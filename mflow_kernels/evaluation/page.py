@@ -50,10 +50,12 @@ def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Pictu
     dims = ", ".join(
         f"{dim} (stage {number})" for number, dim in enumerate(evaluation.manifold_dims, start=1)
     )
+    unseen = " that it was not trained on" if metrics.warning is None else ""
+    warning = f" Warning: {escape(metrics.warning)}." if metrics.warning else ""
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>The model was evaluated on {evaluation.images:,} images of {escape(evaluation.data)} "
-        f"({shape}) that it was not trained on. Images have {_dimensions(config):,} dimensions; "
+        f"({shape}){unseen}.{warning} Images have {_dimensions(config):,} dimensions; "
         f"the manifold has {dims}. All numbers are for the averaged weights.</p>",
         *_likelihood(metrics),
         *_show(pictures, "projections"),
@@ -125,9 +127,9 @@ def _sample_quality(metrics: ReportMetrics) -> Iterable[str]:
     )
     yield (
         f"<p class=note>Lower is better. FID and KID compare {first.images:,} samples {where} the "
-        f"manifold with {first.images:,} images that the model was not trained on, by features of "
-        f"the network {escape(first.network)}. Compare them only with values "
-        "from the same network and the same numbers of images.</p>"
+        f"manifold with {first.images:,} of the images, by features of the network "
+        f"{escape(first.network)}. Compare them only with values from the same network and the "
+        "same numbers of images.</p>"
     )
 
 

@@ -16,10 +16,7 @@ from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
 from mflow_kernels.evaluation.features import FeatureNetwork, feature_distance
-from mflow_kernels.evaluation.likelihood import (
-    Evaluation,
-    importance_weighted_bits,
-)
+from mflow_kernels.evaluation.likelihood import Evaluation, importance_weighted_bits
 from mflow_kernels.evaluation.metrics import ReportMetrics, SampleQuality
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
@@ -71,6 +68,7 @@ class ReportOptions:
         quick: leave out the parts that need Jacobians: the density on the manifold, the OOD score
             and the intrinsic dimension.
         ambient: also draw the off-manifold coordinates of samples.
+        warning: why the model may have been trained on some of the images; None if it was not.
     """
 
     draws: int = 1
@@ -79,6 +77,7 @@ class ReportOptions:
     others: tuple[tuple[str, ImageSet], ...] = ()
     quick: bool = False
     ambient: bool = False
+    warning: str | None = None
 
 
 def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
@@ -102,7 +101,8 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         samples = len(TEMPERATURES) * compared
         lines.append(_work(f"{samples:,} samples for FID and KID", samples))
     lines.append(_work(f"scores of {scored:,} images of all sets", 3 * scored))
-    lines.append(_work(f"{SCORED_IMAGES} training images to compare with", 3 * SCORED_IMAGES))
+    what = f"up to {SCORED_IMAGES} training images to compare with"
+    lines.append(_work(what, 3 * SCORED_IMAGES, "at most "))
     dense = density_images(model)
     if dense and not options.quick:
         method = density_method(model)
@@ -116,7 +116,9 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
         dims = math.prod(model.input_shape)
         lines.append(_work("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims))
     if options.quick:
-        lines.append("  left out by --quick: density on the manifold, intrinsic dimension")
+        lines.append(
+            "  left out by --quick: density on the manifold, OOD score, intrinsic dimension"
+        )
     return "\n".join(["evaluation, with the passes of an image through the image flow:", *lines])
 
 
@@ -178,6 +180,7 @@ def write_report(
         density_method=density_method(model),
         spectrum=spectrum,
         missing=tuple(missing),
+        warning=options.warning,
     )
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _draw(run, images, folder, scores, spectrum, options.ambient)
@@ -348,11 +351,7 @@ def _draw(
         path,
         f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
         originals,
-        project_images(
-            model,
-            originals,
-            classes=classes,
-        ),
+        project_images(model, originals, classes=classes),
     )
     pictures["projections"] = Picture(
         path, "The projection is what the manifold coordinates preserve of an image."

@@ -17,9 +17,9 @@ from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 class Chart(nn.Module):
     """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
 
-    `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode` and `log_prob`; the other
-    methods are built on these three. A `context` has one entry for each sample and is passed to the
-    flows. Each context has its own manifold and its own density.
+    `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode`, `decode_off_manifold` and
+    `log_prob`; the other methods are built on these. A `context` has one entry for each sample and
+    is passed to the flows. Each context has its own manifold and its own density.
 
     Attributes:
         n_bits: bits per value of the training images. Loading a model sets it. Set it on a model
@@ -138,7 +138,7 @@ class Chart(nn.Module):
         `n_bits` and scaled: x = (level + 1/2) / 2^n_bits - 1/2.
 
         Args:
-            images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
+            images: a Pillow image, a uint8 array (H, W) or (H, W, C), or a sequence of these.
             noise: add dequantization noise, uniform on [0, 1), in place of 1/2, as training does.
             generator: generator for the noise, on the model's device.
 
@@ -152,7 +152,10 @@ class Chart(nn.Module):
         from mflow_kernels.data.dequantization import bin_centres, dequantize
 
         if self.n_bits is None:
-            raise ValueError("n_bits: expected a number, which loading sets, got None; set it")
+            raise ValueError(
+                "n_bits: expected a number from 1 to 8, got None; set it on a model that was not "
+                "loaded"
+            )
         like = next(self.parameters())
         levels = crop_to_model(images, self.input_shape, self.crop).to(like.device)
         if noise:

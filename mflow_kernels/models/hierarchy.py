@@ -109,7 +109,7 @@ class HierarchicalFlow(Chart):
     def decode(
         self, u: Tensor, stages: int | None = None, *, context: Tensor | None = None
     ) -> Tensor:
-        """Return the point on the manifold with coordinates u; the inverse of `encode`."""
+        """Return the point on the manifold with coordinates u; `encode` maps it back to u."""
         for stage in reversed(self._until(stages)):
             u = stage.decode(u, context=context)
         return u

@@ -14,7 +14,7 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
     """Crop and resize images to a model's input shape, as `mflow prepare` does.
 
     Args:
-        images: an image of Pillow, a uint8 array (H, W) or (H, W, C), or a sequence of these.
+        images: a Pillow image, a uint8 array (H, W) or (H, W, C), or a sequence of these.
         image_shape: (C, S, S).
         crop: side of the central square that is cut out first; None stands for the largest square.
 
@@ -51,7 +51,7 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
             image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         if not isinstance(image, Image.Image):
             raise TypeError(
-                f"{name}: expected an image of Pillow or a uint8 array, got {type(image).__name__}"
+                f"{name}: expected a Pillow image or a uint8 array, got {type(image).__name__}"
             )
         if crop is not None and min(image.size) < crop:
             raise ValueError(

@@ -37,11 +37,7 @@ from mflow_kernels.models.penalty_weight import (
     check_weight,
     draw_errors,
 )
-from mflow_kernels.ops.checks import (
-    check_broadcast,
-    check_choice,
-    check_state,
-)
+from mflow_kernels.ops.checks import check_broadcast, check_choice, check_state
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
 from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
 

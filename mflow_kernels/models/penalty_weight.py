@@ -11,7 +11,7 @@ from mflow_kernels.ops.checks import check_count, check_tensor
 from mflow_kernels.ops.penalty_functions import Rho
 
 Domain = Literal["latent", "data"]
-HUBER_ITERATIONS = 12  # each reduces the relative error of w at least 4 times, to below 1e-7
+HUBER_ITERATIONS = 12  # each divides the relative error of w by 4 or more, to below 1e-7
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mflow_kernels.layers import Bijection
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
-from mflow_kernels.models.manifold import ManifoldFlow
+from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
 from mflow_kernels.models.objectives import ManifoldObjective
 from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
 from mflow_kernels.ops.scale import ScaleFunction
@@ -75,11 +75,16 @@ def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
 
 
 def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
-    """Build the flow of each stage."""
+    """Build the flow of each stage.
+
+    A manifold dimension is checked before the next flow, whose size it sets, is built.
+    """
     levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
     how["context_channels"] = architecture.get("classes", 0)
     flows: list[Bijection] = [Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)]
     for outer, own in pairwise(architecture["stages"]):
+        shapes = cast(tuple[tuple[int, ...], ...], flows[-1].latent_shapes)
+        check_manifold_dim(outer["manifold_dim"], shapes)
         flows.append(VectorFlow(outer["manifold_dim"], own["steps"], own["width"], **how))
     return flows
 
@@ -106,8 +111,7 @@ def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
         for name, right in found.items():
             if right is not True:
                 raise TypeError(
-                    f"stages[{i}].{name}: expected {right}: a model with others can only be saved "
-                    "by its state_dict"
+                    f"stages[{i}].{name}: expected {right}; save the state_dict of other models"
                 )
     wrong = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), None)
     if wrong is not None:
@@ -230,7 +234,9 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
                 f"folder: expected {name} in {path / WEIGHTS} to be {own.dtype}, got {tensor.dtype}"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"folder: expected weights of a model in {path / WEIGHTS}: {name}")
+            raise ValueError(
+                f"folder: expected finite numbers in {path / WEIGHTS}, but {name} has others"
+            )
     try:
         check_selection(tensors)
     except ValueError as error:

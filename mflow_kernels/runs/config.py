@@ -93,10 +93,10 @@ class TrainConfig(
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
         for rate in self.stage_learning_rate:
             if not 0 < rate < float("inf"):
-                raise ValueError(f"stage_learning_rate: expected more than 0, got {rate}")
+                raise ValueError(f"stage_learning_rate: expected a finite number > 0, got {rate}")
         if self.classes is not None and self.cuda_graphs:
             raise ValueError(
                 "cuda_graphs: expected False for a class-conditional model (--classes), got True"
@@ -256,7 +256,8 @@ def _for_each(name: str, values: list[Any], count: int, default: Any) -> list[An
     if not values and default is None and name in ("stage_steps", "stage_width"):
         raise ValueError(f"{name}: expected at least one value, got none")
     if len(values) > 1 and len(values) != count:
-        raise ValueError(f"{name}: expected one value or {count}, as stage_dims, got {len(values)}")
+        expected = "one value" if count < 2 else f"one value, or {count} as in stage_dims"
+        raise ValueError(f"{name}: expected {expected}, got {len(values)}")
     if len(values) == count:
         return values
     return (values or [default]) * count
@@ -278,16 +279,17 @@ def _check_objective(prefix: str, stage: Stage) -> None:
     for name in ("weight", "final_weight", "error_bound", "delta", "sigma"):
         value = getattr(stage, name)
         if value not in (None, "variance") and not 0 < value < float("inf"):
-            raise ValueError(f"{prefix}{name}: expected more than 0, got {value}")
+            raise ValueError(f"{prefix}{name}: expected a finite number > 0, got {value}")
     if varying and stage.domain == "latent":
         name = "error_bound" if stage.final_weight is None else "final_weight"
         raise ValueError(f"{prefix}{name}: expected none in the latent domain")
     if stage.final_weight is not None and stage.error_bound is not None:
         raise ValueError(f"{prefix}error_bound: expected none together with {prefix}final_weight")
     if (stage.final_weight is None) != (stage.weight_steps is None):
-        raise ValueError(
-            f"{prefix}weight_steps: expected both or none of it and {prefix}final_weight"
-        )
+        there, lacks = "final_weight", "weight_steps"
+        if stage.final_weight is None:
+            there, lacks = lacks, there
+        raise ValueError(f"{prefix}{there}: expected {prefix}{lacks} too, got none")
     if stage.weight_steps is not None:
         _check_at_least(f"{prefix}weight_steps", stage.weight_steps, 1)
 

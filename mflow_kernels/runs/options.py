@@ -68,12 +68,13 @@ class HierarchyOptions:
         stage_rho: Shape of the penalty; by default that of --rho.
         stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
             or "variance" if --weight is.
-        stage_final_weight: Last weight of a schedule; by default the weight is constant.
-        stage_weight_steps: Steps in which the weight reaches that value.
+        stage_final_weight: Last weight of a schedule, as for --final-weight; by default the weight
+            is constant.
+        stage_weight_steps: Steps in which the weight reaches --stage-final-weight.
         stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
             there is none.
-        stage_delta: Threshold of huber, in units of the coordinates; by default 2, two standard
-            deviations.
+        stage_delta: Difference at which the penalty huber turns from quadratic to linear, in units
+            of the coordinates; by default 2, two standard deviations.
         stage_sigma: Standard deviation off the manifold; by default that of --sigma.
         stage_learning_rate: Highest learning rate; without a value, that of --learning-rate.
         release: Train each further flow together with the earlier flows, at its learning rate, on

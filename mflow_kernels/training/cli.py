@@ -264,7 +264,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
         return "--levels" + colon + rest
     options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
-    options |= {"draws", "features", "feature_weights", "feature_images", "ood"}
+    options |= {"draws", "features", "feature_weights", "feature_images", "missing", "ood"}
     if name in options or name in {option.name for option in fields(TrainConfig)}:
         return as_option(name) + colon + rest
     return message

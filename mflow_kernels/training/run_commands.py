@@ -1,5 +1,6 @@
 """The commands of `mflow` that read a trained run; see `commands`."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Literal
@@ -103,6 +104,12 @@ def reconstruct(
 
     check_at_least("number", number, 1)
     loaded = load_run(run, device)
+    model = loaded.model
+    if missing and model.manifold_dim == math.prod(model.input_shape):
+        raise ValueError(
+            "missing: expected a model whose manifold has fewer dimensions than its images, got "
+            f"{model.manifold_dim} of {model.manifold_dim}"
+        )
     images, name, skipped, warning = held_out_images(loaded, data)
     suffix = f"-missing-{missing}" if missing else ""
     path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
@@ -114,12 +121,12 @@ def reconstruct(
         classes = None if images.classes is None else images.classes[: len(originals)]
         if missing is None:
             title = f"{printable(name)}: images and their projections on the manifold"
-            projections = project_images(loaded.model, originals, classes=classes)
+            projections = project_images(model, originals, classes=classes)
             draw_residuals(path, title, originals, projections)
         else:
             title = f"{printable(name)}: images whose missing pixels the manifold fills in"
             known = known_pixels(missing, originals)
-            filled = inpaint_images(loaded.model, originals, known, classes)
+            filled = inpaint_images(model, originals, known, classes)
             seen = originals.where(known, originals.new_full((), 128))
             rows = {"original": originals, "known pixels": seen, "filled in": filled}
             draw_images(path, title, in_rows(rows))
@@ -159,9 +166,9 @@ def evaluate(
         features: Network for FID and KID: inception, which FID is defined with, or the name of an
             image classifier of torchvision.
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
-        ood: Other images that get out-of-distribution scores too: any value of --data, or the name
-            of a data set that mflow train --help lists.
-        quick: Leave out the figures that need Jacobians.
+        ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
+            of mflow prepare, or the name of a data set, such as digits.
+        quick: Leave out the metrics that need Jacobians.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -201,7 +208,9 @@ def evaluate(
         with folder_to_write(folder, "out"):
             report_skipped(skipped)
             _warn(warning)
-            options = ReportOptions(draws, network, feature_images, tuple(others), quick, ambient)
+            options = ReportOptions(
+                draws, network, feature_images, tuple(others), quick, ambient, warning
+            )
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(
                 loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
@@ -250,4 +259,4 @@ def _png(output: str | None, default: Path) -> Path:
 
 def _warn(text: str | None) -> None:
     if text is not None:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)

@@ -15,8 +15,8 @@ precision:
                          backward 4 H (6 H past width 128), A, Q and the taps of the input's
                          gradient.
 
-The fused kernels compute it in 16 bits, or in TF32 if torch's settings allow that, if
-`ops.coupling_network.fits` accepts it. Other networks run layer by layer. If $MFLOW_NETWORK is
+The fused kernels compute the networks that `ops.coupling_network.fits` accepts, in 16 bits, or in
+TF32 if torch's settings allow that. Other networks run layer by layer. If $MFLOW_NETWORK is
 "torch", torch's layers compute all of them. (A measurement on the card may also choose them; this
 module cannot know that.) A reversible step runs each network once more. The states are in float32.
 

@@ -132,7 +132,7 @@ def test_damaged_attributes(faces, text, message):
 def test_classes_that_the_data_lacks(pets, faces, tmp_path):
     for data, classes, message in (
         (pets, "Smiling", "classes: expected 'labels', the folders of these images, got 'Smiling'"),
-        (faces, "Smilng", "classes: expected attributes out of Smiling, Male, got 'Smilng'"),
+        (faces, "Smilng", "classes: expected attributes among Smiling, Male, got 'Smilng'"),
         (faces, "Male,Male", "classes: expected up to 6 different attributes, got 'Male,Male'"),
         (pets / "all" / "cat", "labels", "expected every image in a folder named after its class"),
         (faces, "labels", "classes: expected every image in a folder|classes: expected 2 to 1000"),

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -241,3 +242,14 @@ class TestWork:
         assert figures["scores"][0]["medians"]["latent_score"]
         page = (tmp_path / "report" / "report.html").read_text()
         assert "left out by --quick" in page
+
+    def test_images_that_were_trained_on(self, run, images, tmp_path):
+        command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
+        shutil.copytree(images, tmp_path / "copy")
+        pages = []
+        for data in ([], ["--data", str(tmp_path / "copy")]):
+            assert main([*command, *data]) == 0
+            pages.append(Page((tmp_path / "report" / "report.html").read_text()).text)
+        assert "images of faces (1x8x8) that it was not trained on." in pages[0]
+        assert "not trained on" not in pages[1]
+        assert "Warning: the run was trained on 10 of the 12 images." in pages[1]

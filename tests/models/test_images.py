@@ -76,7 +76,7 @@ def test_bits_per_dim_of_images():
         ([], TypeError, "images: expected an image, a uint8 array or a list"),
         (np.zeros((8, 8)), TypeError, r"images: expected a uint8 array .* got float64 \(8, 8\)"),
         (np.zeros((2, 8, 8), np.uint8), TypeError, r"images: expected a uint8 array .*\(2, 8, 8\)"),
-        ([photo(0), "a.png"], TypeError, r"images\[1\]: expected an image of Pillow .*, got str"),
+        ([photo(0), "a.png"], TypeError, r"images\[1\]: expected a Pillow image .*, got str"),
         (photo(0, (9, 30)), ValueError, "images: expected at least 10x10 pixels.* got 9x30"),
     ],
 )
@@ -86,7 +86,7 @@ def test_bad_images(images, error, message):
 
 
 def test_a_model_that_does_not_know_its_bits():
-    with pytest.raises(ValueError, match=r"n_bits: expected a number, .* got None; set it"):
+    with pytest.raises(ValueError, match=r"n_bits: expected a number from 1 to 8, got None"):
         model(n_bits=None).preprocess(photo(0))
 
 

@@ -131,29 +131,33 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage_width": [1, 2, 3]}, "stage_width: expected one value or 2, as stage_dims, got 3"),
+        (
+            {"stage_width": [1, 2, 3]},
+            "stage_width: expected one value, or 2 as in stage_dims, got 3",
+        ),
         ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
         ({"stage_epochs": [0]}, "stage_epochs: expected at least 1, got 0"),
-        ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected more than 0, got -1"),
-        ({"stage_learning_rate": [0.1, 0.0]}, "stage_learning_rate: expected more than 0, got 0"),
+        ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected a finite number > 0, got -1"),
+        ({"stage_learning_rate": [0.1, 0.0]}, "stage_learning_rate: expected a finite number"),
         ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
         ({"weight": "variance", "error_bound": 0.1}, "weight: expected a number with a final weig"),
-        ({"error_bound": 0.0}, "error_bound: expected more than 0, got 0"),
+        ({"error_bound": 0.0}, "error_bound: expected a finite number > 0, got 0"),
         ({"error_bound": 0.1, "domain": "latent"}, "error_bound: expected none in the latent dom"),
         (
             {"error_bound": 0.1, "final_weight": 2.0, "weight_steps": 3},
             "error_bound: expected none together with final_weight",
         ),
-        ({"final_weight": 2.0}, "weight_steps: expected both or none of it and final_weight"),
+        ({"final_weight": 2.0}, "final_weight: expected weight_steps too, got none"),
         (
             {"stage_weight_steps": [2]},
-            "stage_weight_steps: expected both or none of it and stage_f",
+            "stage_weight_steps: expected stage_final_weight too, got none",
         ),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number > 0, got inf"),
         ({"final_weight": 2.0, "weight_steps": 0}, "weight_steps: expected at least 1, got 0"),
-        ({"stage_delta": [0.0]}, "stage_delta: expected more than 0, got 0"),
+        ({"stage_delta": [0.0]}, "stage_delta: expected a finite number > 0, got 0"),
         ({"weight": "variance", "domain": "latent"}, "weight: expected a number in the latent"),
         ({"ema_decay": 1.0}, "ema_decay: expected 0 to less than 1, got 1.0"),
-        ({"clip_norm": 0.0}, "clip_norm: expected more than 0, got 0"),
+        ({"clip_norm": 0.0}, "clip_norm: expected a finite number > 0, got 0"),
     ],
 )
 def test_bad_values(options, message):

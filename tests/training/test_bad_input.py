@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_runs import TINY, refused, write_images
 
+from mflow_kernels.training.cli import main
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -14,6 +16,7 @@ class TestBadInput:
             ("--levels two", "--levels: expected a whole number, got two"),
             ("--manifold-dim 0", "--manifold-dim: expected at least 1, got 0"),
             ("--manifold-dim 65", "--manifold-dim: expected 1 to 64"),
+            ("--manifold-dim 1000000", "--manifold-dim: expected 1 to 64"),
             ("--stage-dims 7", "--stage-dims: expected dimensions from 1 to the 6"),
             ("--stage-dims x", "--stage-dims: expected a whole number, got x"),
             ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
@@ -21,8 +24,8 @@ class TestBadInput:
             ("--max-steps 1.5", "--max-steps: expected a whole number, got 1.5"),
             ("--image-size 0", "--image-size: expected at least 1, got 0"),
             ("--n-bits 9", "--n-bits: expected 1 to 8, got 9"),
-            ("--learning-rate 0", "--learning-rate: expected more than 0, got 0"),
-            ("--weight -1", "--weight: expected more than 0, got -1"),
+            ("--learning-rate 0", "--learning-rate: expected a finite number > 0, got 0"),
+            ("--weight -1", "--weight: expected a finite number > 0, got -1"),
             ("--rho l3", "--rho: expected one of l2, l1, huber, got l3"),
             ("--seed -1", "--seed: expected at least 0, got -1"),
             ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
@@ -133,6 +136,19 @@ class TestBadInput:
     def test_sample(self, arguments, message, run, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert message in refused(["sample", str(run), *arguments.split()], tmp_path, capsys)
+
+    def test_reconstruct(self, run, tmp_path, capsys):
+        message = "--missing: expected one of half, centre, pixels, got left"
+        command = ["reconstruct", str(run), "--missing", "left"]
+        assert message in refused(command, tmp_path, capsys)
+
+    def test_missing_pixels_without_a_manifold(self, images, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        train = ["train", *TINY, "--data", str(images), "--manifold-dim", "64", "--stage-dims"]
+        assert main([*train, "--run-dir", "whole"]) == 0
+        capsys.readouterr()
+        message = "--missing: expected a model whose manifold has fewer dimensions than its images"
+        assert message in refused(["reconstruct", "whole", "--missing", "half"], tmp_path, capsys)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

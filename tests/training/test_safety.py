@@ -139,7 +139,7 @@ def test_the_condition_is_bounded(command, trained, tmp_path, monkeypatch):
     [
         ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
         ("--checkpoint-every x", "--checkpoint-every: expected a whole number, got x"),
-        ("--max-drift 0", "--max-drift: expected more than 0, got 0"),
+        ("--max-drift 0", "--max-drift: expected a finite number > 0, got 0"),
         ("--max-drift nan", "--max-drift: expected a number, got nan"),
         ("--max-condition 0.5", "--max-condition: expected at least 1, got 0.5"),
         ("--reversible maybe", "maybe"),
