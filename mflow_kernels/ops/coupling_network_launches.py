@@ -171,7 +171,8 @@ def dh1_tile(s: Shape) -> Tile:
         return Tile(32, 128 if fits_128 else 64, block_k, 0, 8)
     # Addresses of rows that start at a multiple of 16 bytes take fewer registers.
     fits_64 = block_x <= 128 or s.c_in % 8 == 0
-    block_d = 128 if block_x <= 64 else 64 if fits_64 else 32
+    fits_32 = block_k != 64  # with 64, and these addresses, 32 hidden channels spill on sm_100
+    block_d = 128 if block_x <= 64 else 64 if fits_64 else 32 if fits_32 else 16
     return Tile(16, _block(s.width, block_d), block_k, 0, 8)
 
 
