@@ -21,7 +21,8 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     Args:
         model: a model of one of these libraries, or any module that contains such models or layers.
         reversible: in the backward pass, rebuild the states inside sequences of layers instead of
-            storing them. Memory does not grow with the number of steps; networks run twice.
+            storing them, except every eighth one. Networks run twice, and their activations are not
+            stored.
 
     Returns:
         A report: the replaced layers, the other layers with the reasons, and the intended

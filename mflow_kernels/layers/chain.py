@@ -1,9 +1,9 @@
-"""Chains of flow layers whose memory does not grow with depth.
+"""Chains of flow layers that rebuild their states in the backward pass.
 
-The forward pass stores the output of the chain. The backward pass rebuilds each state from the one
-after it and runs each network again. It needs two launches a step, plus the networks' own. Inverse
-weights are computed in float64. Networks run again under the same autocast and with the same random
-numbers, and update running statistics only once.
+The forward pass stores the output of the chain and every k-th state. The backward pass rebuilds
+the others, each from the one after it, and runs each network again. It needs two launches a step,
+plus the networks' own. Inverse weights are computed in float64. Networks run again under the same
+autocast and with the same random numbers, and update running statistics only once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ from mflow_kernels.reversible.program import (
 
 
 class ReversibleChain(Flow):
-    """Flow layers in sequence, trained in the memory of one of them.
+    """Flow layers in sequence. Training stores few of their states, and no activations of networks.
 
     `z, logdet = chain(x)`. With splits, z is the tuple of latents, finest first, followed by the
     last state. K steps need K + 1 launches forward and 2 K backward, plus the networks' own.

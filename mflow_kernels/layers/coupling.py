@@ -33,7 +33,7 @@ class AffineCoupling(Bijection):
             in training mode the layer is then no bijection, and `inverse(forward(x))` is not x.
         width: hidden channels of the default net.
         scale: the scale function, or the name of one with its defaults. The default, "tanh", keeps
-            |log s| < 1, so that samples stay bounded.
+            |log s| < 1; `ScaleFunction` says why.
         spatial_dims: 0 to 3, the number of spatial axes of the default net.
         context_channels: K. If positive, the default net takes a context (N, K) or (N, K, *sides);
             see `CouplingNetwork`.

@@ -301,6 +301,7 @@ def _sums(n: int, c: int, p: int) -> dict[str, int]:
 
 
 def _network_terms(n: int, c: int, p: int) -> dict[str, int]:
+    """For up to 512 hidden channels, which the benchmarks draw on a GPU."""
     names = ("params", "x_a", "w1", "b1", "w2", "b2", "w3", "b3")
     return dict.fromkeys(names, 9 * 512 + n * p)
 

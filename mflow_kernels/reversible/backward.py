@@ -1,4 +1,4 @@
-"""The backward pass of a program whose forward pass stored no activations.
+"""The backward pass of a program whose forward pass stored few states and no activations.
 
 It undoes the instructions from last to first, and rebuilds each state together with its gradient.
 """
