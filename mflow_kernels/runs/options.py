@@ -165,8 +165,9 @@ class TrainingOptions:
             of the stage.
         weight_decay: Weight decay of AdamW on the weights of the coupling networks.
         clip_norm: Largest norm of the gradient; longer gradients are scaled down to it.
-        loss_spike: Skip a step whose loss exceeds the mean of the last hundred by more than this
-            many standard deviations. Steps whose loss or gradient is not finite are skipped too.
+        loss_spike: Skip a step whose loss exceeds the mean of the last hundred losses by more than
+            this many standard deviations. Steps whose loss or gradient is not finite are skipped
+            too.
         max_skipped: Stop after this many skipped steps in a row; the last checkpoint stays.
         ema_decay: Decay of the running average of the weights, which samples and evaluations use.
             The decay ramps up over the first steps of a stage; 0 disables averaging.

@@ -88,7 +88,7 @@ def _find_learning_rate(config: "TrainConfig", resume: bool) -> Work:
 def prepare(
     data: str, out: str, overwrite: bool, image_size: int = 64, workers: int | None = None
 ) -> Work:
-    """Decode and resize a data set into one file that training reads at memory speed.
+    """Decode and resize a data set into one file that training reads without decoding.
 
     Give that file to --data of the other commands. If preparation is interrupted, the same command
     continues it. If the file is complete, the command verifies it.

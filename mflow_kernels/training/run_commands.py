@@ -92,8 +92,8 @@ def reconstruct(
             by default the images that the run held out.
         number: Number of images.
         missing: Hide a part of each image and draw it filled in from the manifold instead: half
-            hides the right half, centre a square in the middle, and pixels three in four pixels at
-            random.
+            hides the right half, centre a square in the middle, and pixels hides three in four
+            pixels, chosen at random.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
@@ -227,8 +227,7 @@ def evaluate(
 def export(run: str, out: str) -> Work:
     """Write a trained model as safetensors and JSON.
 
-    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained load the folder, using plain
-    PyTorch.
+    ManifoldFlow.from_pretrained and HierarchicalFlow.from_pretrained load the folder.
 
     Args:
         run: Folder that mflow train wrote; its averaged weights are exported.
