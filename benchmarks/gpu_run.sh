@@ -3,10 +3,10 @@
 #
 #     benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]
 #
-# This builds csrc in place and runs the GPU tests of operators, layers and models, the benchmarks
-# at GPU sizes, the memory ceilings and a short bfloat16 training run. It writes results.json,
-# report.md with plots and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs
-# out of time does not stop later parts; the last lines name the failures, and the exit code is 1.
+# This builds csrc in place and runs every test that needs a GPU, the benchmarks at GPU sizes, the
+# memory ceilings and a short bfloat16 training run. It writes results.json, report.md with plots
+# and log.txt into OUT_FOLDER. It needs no network. A part that fails or runs out of time does not
+# stop later parts; the last lines name the failures, and the exit code is 1.
 # Each part saves its results in OUT_FOLDER/parts when it ends or is stopped, so a killed run still
 # has a report: `python -m benchmarks.report OUT_FOLDER/parts/*.json --out OUT_FOLDER`.
 #
@@ -121,8 +121,14 @@ if [ -n "$rehearse" ]; then
 else
   sizes=(--device cuda)
   cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys OMP_NUM_THREADS
-  # test_plain_glow.py reads digits from a package that a GPU machine may lack.
-  tests=(tests/ops tests/layers tests/reversible tests/models --ignore tests/models/test_plain_glow.py)
+  tests=(tests/ops tests/layers tests/reversible tests/models tests/interop/test_params.py)
+  # The others need packages of the extra `train`, which a GPU machine may lack.
+  if python3 -c 'import lightning, mlxtend' 2>>"$log"; then
+    tests+=(tests/training/test_graphs.py tests/training/test_graph_runs.py)
+  else
+    say "no packages of mflow_kernels[train]: test_plain_glow.py and the tests of CUDA graphs are left out"
+    tests+=(--ignore tests/models/test_plain_glow.py)
+  fi
   # If the CUDA build fails, build the CPU part for the tests after it, and report the failure.
   build=(bash -c 'MFLOW_CUDA=1 python3 setup.py build_ext --inplace ||
     { python3 setup.py build_ext --inplace; exit 1; }')

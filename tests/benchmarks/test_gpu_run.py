@@ -90,6 +90,33 @@ def test_tests_run_on_all_cores_at_once(tmp_path: Path) -> None:
         assert len(re.findall(rf"^args: -m pytest -m gpu .*--shard {i}/3$", log, re.M)) == 1
 
 
+def test_every_test_that_needs_a_gpu_runs(tmp_path: Path) -> None:
+    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", 'echo "args: $*"'))
+    assert done.returncode == 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    command = re.search(r"^args: -m pytest -m gpu (.*) -p ", log, re.M)
+    assert command
+    assert "--ignore" not in command[1]
+    given = [ROOT / path for path in command[1].split()]
+    # A mark, or a fixture of conftest.py with a GPU among its devices. Device is of tests/ptx.
+    mark, fixture = r"^@pytest\.mark\.gpu$", r"^def test_\w+\([^)]*\b(kernel_)?device\b(?!: Device)"
+    on_gpu = re.compile(f"{mark}|{fixture}", re.M)
+    files = [p for p in (ROOT / "tests").rglob("test_*.py") if on_gpu.search(p.read_text())]
+    assert len(files) > 20
+    for path in files:
+        assert any(path.is_relative_to(folder) for folder in given), path
+
+
+def test_tests_that_need_missing_packages_are_left_out(tmp_path: Path) -> None:
+    python = 'case "$*" in *lightning*) exit 1 ;; esac; echo "args: $*"'
+    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", python))
+    assert done.returncode == 0
+    assert "no packages of mflow_kernels[train]" in done.stdout
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert re.search(r"^args: .* --ignore tests/models/test_plain_glow.py -p ", log, re.M)
+    assert "test_graphs.py" not in log
+
+
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
     done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", ""), MFLOW_SECONDS="31")
     assert done.returncode == 1

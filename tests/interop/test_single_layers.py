@@ -70,10 +70,9 @@ def test_conditions(dims):
     back, logdet_back = flow.inverse(z, one)
     assert_close(back, x, terms=100)
     assert_close(logdet_back, -logdet, terms=100, scale=10.0)
-    (one.requires_grad_() * 1).sum().backward()
-    flow(x, one)[1].sum().backward()
+    flow(x, one.requires_grad_())[1].sum().backward()
     assert one.grad is not None
-    assert (one.grad != 1).any()
+    assert one.grad.any()
 
 
 def test_moves_between_dtypes_and_devices():

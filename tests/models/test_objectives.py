@@ -7,12 +7,7 @@ import torch
 from cases import normal
 from torch import nn
 
-from mflow_kernels import (
-    Glow,
-    ManifoldFlow,
-    ManifoldObjective,
-    VectorFlow,
-)
+from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.testing import assert_close
 from models.objectives_by_hand import RHOS, X, image_flow, log_normal, rho_of, split_latents

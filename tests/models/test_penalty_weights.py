@@ -7,11 +7,7 @@ import torch
 from cases import normal
 from torch import nn
 
-from mflow_kernels import (
-    ErrorBound,
-    ManifoldObjective,
-    WeightSchedule,
-)
+from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
 from mflow_kernels.models.penalty_weight import draw_errors
 from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
 from mflow_kernels.testing import assert_close

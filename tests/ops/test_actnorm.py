@@ -1,11 +1,7 @@
-import pytest
 import torch
-from cases import FLOW_OPERATORS, normal
+from cases import normal
 
 from mflow_kernels import ops
-
-DIRECTIONS = [FLOW_OPERATORS["actnorm"], FLOW_OPERATORS["actnorm_inverse"]]
-both = pytest.mark.parametrize("op", DIRECTIONS, ids=lambda op: op.id)
 
 
 def test_by_hand(device):

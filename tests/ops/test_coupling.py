@@ -78,12 +78,6 @@ def test_log_sigmoid_of_minus_120_is_minus_120(device):
     assert logdet.item() == -120.0
 
 
-def test_one_channel_has_no_half_to_read(device):
-    x = normal(2, 1, 3, device=device)
-    with pytest.raises(ValueError, match=r"x: expected at least 2 channels.*\(2, 1, 3\)"):
-        ops.affine_coupling(x, normal(2, 2, 3, device=device))
-
-
 def test_params_wider_than_the_state(device):
     x, params = normal(2, 2, device=device), normal(2, 2, dtype=torch.float64, device=device)
     with pytest.raises(

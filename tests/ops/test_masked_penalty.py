@@ -14,9 +14,7 @@ from mflow_kernels.ops.masked_penalty import (
     masked_penalty_gaussian,
     masked_penalty_ref,
 )
-from mflow_kernels.ops.penalty_functions import (
-    RHOS,
-)
+from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.testing import assert_close
 
 if KERNELS_ON_CPU:

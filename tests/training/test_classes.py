@@ -1,6 +1,7 @@
 """Class-conditional training from the command line, from classes in folders to samples by class."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,10 +90,11 @@ def test_samples_by_class(trained, tmp_path, capsys):
 
 
 def test_it_resumes_and_exports(trained, tmp_path, capsys):
-    assert main(["train", "--resume", "--run-dir", str(trained), "--max-steps", "4"]) == 0
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert main(["train", "--resume", "--run-dir", str(run), "--max-steps", "4"]) == 0
     out = tmp_path / "exported"
-    assert main(["export", str(trained), "--out", str(out)]) == 0
-    model, expected = HierarchicalFlow.from_pretrained(out), load_run(str(trained), "cpu").model
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    model, expected = HierarchicalFlow.from_pretrained(out), load_run(str(run), "cpu").model
     assert (model.n_bits, model.crop, model.class_names) == (8, None, ("cat", "dog"))
     x, classes = torch.rand(2, 1, 8, 8) - 0.5, torch.tensor([0, 1])
     assert torch.equal(model.log_prob(x, context=classes), expected.log_prob(x, context=classes))
