@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_tensor
 from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
 from mflow_kernels.ops.launch import transformed, uses_triton
-from mflow_kernels.ops.precision import autocasts
+from mflow_kernels.ops.precision import autocast_dtype
 
 
 def coupling_net(
@@ -118,8 +118,7 @@ def fused_params(
     parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
     if any(p is None for p in parameters):
         return None
-    if autocasts(x.device):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(autocast_dtype(x))
     chosen = implementation(x, parameters)
     if chosen == "torch":
         return None
@@ -186,7 +185,7 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
         return
     weight = first.weight
     check_device(name, x, weight)
-    if x.dtype != weight.dtype and not autocasts(x.device):
+    if autocast_dtype(x) != autocast_dtype(weight):
         expected, actual = (str(t.dtype).removeprefix("torch.") for t in (weight, x))
         raise TypeError(f"{name}: expected the network's dtype {expected}, got {actual}")
 

@@ -21,6 +21,16 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x has as an input of a network: autocast's if it is on, or its own.
+
+    Autocast does not cast float64.
+    """
+    if x.dtype == torch.float64 or not autocasts(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def without_autocast(on: Tensor | torch.device) -> AbstractContextManager[Any]:
     """A context that turns autocast off, so that products of states keep their precision."""
     device = on if isinstance(on, torch.device) else on.device

@@ -262,7 +262,9 @@ class BackwardPass:
         self.net_input = made.net
 
     def _network_dtype(self) -> torch.dtype:
-        return self.autocast["dtype"] if self.autocast["enabled"] else self.db.dtype
+        """`autocast_dtype` of the state in the forward pass."""
+        casts = self.autocast["enabled"] and self.db.dtype != torch.float64
+        return self.autocast["dtype"] if casts else self.db.dtype
 
 
 PARTIALS_BYTES = 2**26  # most bytes of partial outer sums that wait for one reduction

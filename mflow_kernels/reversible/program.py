@@ -34,7 +34,7 @@ from mflow_kernels.ops.coupling_conv1x1 import (
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last, pixels
 from mflow_kernels.ops.partial_sums import unbind_weights
-from mflow_kernels.ops.precision import accumulator, autocasts
+from mflow_kernels.ops.precision import accumulator, autocast_dtype
 from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -273,7 +273,7 @@ def execute(
             )
         elif isinstance(instruction, Couple):
             if net_input is None:
-                net_input = cut(x, network_dtype(x))
+                net_input = cut(x, autocast_dtype(x))
             if runner is None:
                 params = instruction.net(net_input, *context)
             else:
@@ -367,10 +367,5 @@ def _net_input_dtype(instructions: Sequence[Instruction], i: int, x: Tensor) -> 
     """The dtype of the network input that the launch before instruction i also writes; None if
     instruction i has no network."""
     return (
-        network_dtype(x) if i < len(instructions) and isinstance(instructions[i], Couple) else None
+        autocast_dtype(x) if i < len(instructions) and isinstance(instructions[i], Couple) else None
     )
-
-
-def network_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a coupling network computes: autocast's if it is on, or the state's."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else x.dtype

@@ -77,6 +77,8 @@ def test_custom_networks_and_autocast_accept_other_dtypes():
     assert z.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         z, _ = FlowStep(4, width=4)(x.bfloat16())
+        with pytest.raises(TypeError, match=r"x: .*dtype float32, got float64"):
+            FlowStep(4, width=4)(x.double())  # which autocast does not cast
     assert z.dtype == torch.bfloat16
 
 

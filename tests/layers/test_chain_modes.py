@@ -240,3 +240,20 @@ def test_a_captured_step_equals_an_eager_one() -> None:
     graph.replay()
     for got, expected in zip(captured, want, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_autocast_leaves_float64_alone(reversible: bool) -> None:
+    """As torch does: autocast casts neither float64 states nor float64 weights."""
+    model = shaken(Glow((3, 8, 8), 2, 2, 8, reversible=reversible)).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def run(low: bool) -> list[Tensor]:
+        def call(x: Tensor) -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                return model(x)
+
+        return gradients(model, x, call=call)
+
+    for got, want in zip(run(True), run(False), strict=True):
+        assert torch.equal(got, want)
