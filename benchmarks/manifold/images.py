@@ -26,7 +26,7 @@ LEVELS, STEPS, WIDTH, WIDE = 2, 2, 32, 55
 PRIOR_STEPS, PRIOR_WIDTH = 4, 32
 # Channels of the autoencoder: with the parameters of the flow, and with the prior's as well.
 CHANNELS, MORE_CHANNELS = 7, 12
-DEVIATION = 0.1  # standard deviation of v in PIE and denoising flows
+DEVIATION, LESS_NOISE = 0.1, 0.02  # standard deviations of v in PIE and denoising flows
 BATCH = 64
 VALIDATION_IMAGES = 200  # number of images for the likelihood and the error in the sweep
 SHOWN = 12  # images of each kind in a picture
@@ -63,6 +63,7 @@ class ImageComparison(Comparison):
                 self.images.train.images, 8, torch.Generator().manual_seed(0)
             ),
             deviation=DEVIATION,
+            less_noise=LESS_NOISE,
             volume={"volume_samples": 8, "probes": 2, "iterations": 8},
         )  # fmt: skip
 
@@ -161,6 +162,7 @@ def comparison(name: str, quick: bool) -> ImageComparison:
 # Methods that are also trained with other weights, for the frontier of likelihood against error.
 FRONTIER = (
     "denoising flow",
+    "denoising flow, less noise",
     "penalized, hierarchy",
     "falling weight, hierarchy",
     "error bound, hierarchy",

@@ -6,7 +6,7 @@ and batches of the same size.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Networks:
         training_data: draws data (M, *input_shape) to fit principal components (None leaves out
             the methods that need it).
         deviation: standard deviation of v in PIE and in denoising flows.
+        less_noise: another, smaller standard deviation of v in denoising flows (None leaves out the
+            method that needs it).
         volume: keyword arguments of `rectangular_loss` for the volume.
     """
 
@@ -51,6 +53,7 @@ class Networks:
     prior: Callable[[], Bijection]
     autoencoder: Callable[[bool], tuple[nn.Module, nn.Module]]
     deviation: float
+    less_noise: float | None = None
     wide_flow: Callable[[], Bijection] | None = None
     training_data: Callable[[], Tensor] | None = None
     volume: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +116,12 @@ def denoising(networks: Networks, weight: float, generator: torch.Generator) -> 
     return _joint(
         model, lambda x, _: denoising_loss(model, x, weight, generator), networks.deviation
     )
+
+
+def denoising_less(networks: Networks, weight: float, generator: torch.Generator) -> Method:
+    """The same with less noise, which lowers the least bits that its density can have."""
+    assert networks.less_noise is not None
+    return denoising(replace(networks, deviation=networks.less_noise), weight, generator)
 
 
 def rectangular(networks: Networks, weight: float, generator: torch.Generator) -> Method:
@@ -221,6 +230,7 @@ RECIPES = {
     "PIE": Recipe(pie),
     "M-flow": Recipe(two_phases),
     "denoising flow": Recipe(denoising, weighted=True),
+    "denoising flow, less noise": Recipe(denoising_less, weighted=True),
     "rectangular flow": Recipe(rectangular, weighted=True),
     "free-form injective flow": Recipe(free_form, weighted=True),
     "penalized": Recipe(penalized, weighted=True),
@@ -238,6 +248,8 @@ def names(networks: Networks) -> list[str]:
         missing += [plain_wide]
     if networks.training_data is None:
         missing += [components, components_with_prior]
+    if networks.less_noise is None:
+        missing += [denoising_less]
     return [name for name, recipe in RECIPES.items() if recipe.build not in missing]
 
 

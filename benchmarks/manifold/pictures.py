@@ -26,6 +26,7 @@ STYLES = {
     "PIE": ("tab:olive", "v"),
     "M-flow": ("tab:orange", "^"),
     "denoising flow": ("tab:green", "<"),
+    "denoising flow, less noise": ("limegreen", "<"),
     "rectangular flow": ("tab:brown", ">"),
     "free-form injective flow": ("tab:purple", "P"),
     "penalized": ("tab:pink", "X"),
