@@ -61,7 +61,8 @@ public:
         : outer_sum_(outer_sum, dtype, Use::write), dbias_(dbias, dtype, Use::write) {
         const bool fits = outer_sum_.axes() == 3 && outer_sum_.length(1) == channels &&
                           outer_sum_.length(2) == channels && outer_sum_.stride(1) == channels &&
-                          dbias_.axes() == 2 && dbias_.length(1) == channels;
+                          outer_sum_.stride(2) == 1 && dbias_.axes() == 2 &&
+                          dbias_.length(1) == channels && dbias_.stride(1) == 1;
         if (!fits) fail("expected dense sums (1, C, C) and (1, C)");
     }
     void* outer_sum() const { return outer_sum_.data(); }

@@ -39,6 +39,9 @@ def assemble(layers: Mapping[str, ChainLayer]) -> Program:
 
     Args:
         layers: keyed by the prefix that names each layer in errors, such as "layers.0.".
+
+    Raises:
+        ValueError: a layer makes fewer channels of more pixels.
     """
     program = Program()
     group: StepGroup | None = None
@@ -56,6 +59,12 @@ def assemble(layers: Mapping[str, ChainLayer]) -> Program:
                 instruction = ChannelLinear(len(program.groups) - 1, row)
             elif not isinstance(instruction, Couple):
                 group = None
-                squeezes += isinstance(instruction, SpaceToDepth)
+                if isinstance(instruction, SpaceToDepth):
+                    if instruction.inverse:
+                        raise ValueError(
+                            f"{prefix.rstrip('.')}: expected SpaceToDepth(inverse=False), "
+                            "got inverse=True"
+                        )
+                    squeezes += 1
             program.instructions.append(instruction)
     return program

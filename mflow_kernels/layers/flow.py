@@ -85,6 +85,6 @@ def sample_normal(
     check_count("n", shape[0], 1)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.empty(0))
     normal = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
     return temperature * normal

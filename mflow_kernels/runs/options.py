@@ -135,7 +135,7 @@ class MemoryOptions:
     """Memory and exactness: how the backward pass obtains the states of the forward pass.
 
     Args:
-        reversible: Rebuild states instead of storing them, so that memory does not grow with the
+        reversible: Rebuild states instead of storing them, so that memory hardly grows with the
             number of steps.
         checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
             more exact; null stores none.

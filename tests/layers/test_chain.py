@@ -27,6 +27,7 @@ from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.reversible.apply import segment_starts
 from mflow_kernels.reversible.backward import BackwardPass
+from mflow_kernels.reversible.program import SpaceToDepth
 from mflow_kernels.testing import assert_close
 
 FLOWS = {
@@ -205,6 +206,18 @@ def test_a_layer_of_the_user_in_a_chain() -> None:
         ValueError, match=r"layers\[1\]: expected a layer of 4 channels, got one of"
     ):
         ReversibleChain([linear[0], LinearStep(5)])
+
+
+class Unsqueeze(ChainLayer):
+    """A user's layer that a chain does not support."""
+
+    def instructions(self) -> list[SpaceToDepth]:
+        return [SpaceToDepth(inverse=True)]
+
+
+def test_a_layer_that_undoes_a_squeeze_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SpaceToDepth\(inverse=False\), got inverse=True"):
+        ReversibleChain([Squeeze(), Unsqueeze()])(torch.zeros(1, 4, 4, 4))
 
 
 def test_shared_and_frozen_parameters() -> None:
