@@ -126,9 +126,9 @@ METRICS = {
 def report(store: Store) -> str:
     """Draw the pictures of the runs, and return their tables."""
     everything, folder = store.rows("factors-"), store.folder
-    rows = everything
-    spectra = {row["factors"]: row for row in rows if not row["dim"]}
-    rows = sorted((row for row in rows if row["dim"]), key=lambda r: (r["factors"], r["dim"]))
+    spectra = {row["factors"]: row for row in everything if not row["dim"]}
+    trained = (row for row in everything if row["dim"])
+    rows = sorted(trained, key=lambda row: (row["factors"], row["dim"]))
     curves = {
         count: {row["dim"]: row["squared_error"] for row in rows if row["factors"] == count}
         for count in spectra

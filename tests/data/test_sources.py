@@ -151,7 +151,7 @@ class TestZip:
         with pytest.raises(DataError, match="expected a folder or a complete zip"):
             find_images(tmp_path)
 
-    def test_one_that_is_gone_is_not_so_many_unreadable_images(self, tmp_path):
+    def test_a_zip_that_is_gone_is_one_error(self, tmp_path):
         write_images(tmp_path / "f", 3)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
         source = find_images(archive)

@@ -81,7 +81,7 @@ def test_inverse_undoes_an_ill_conditioned_weight(device):
     ],
     ids=["rank one", "zero", "nan", "infinite"],
 )
-def test_inverse_of_what_has_none(weight, device):
+def test_a_weight_without_an_inverse(weight, device):
     x = normal(2, 3, 4, device=device)
     with (
         torch.no_grad(),

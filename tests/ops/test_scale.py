@@ -59,6 +59,6 @@ def test_bad_input(arguments, message):
 
 
 @pytest.mark.parametrize("scale", ["relu", None, 3])
-def test_of_no_scale(scale):
+def test_other_scales_are_refused(scale):
     with pytest.raises(ValueError, match=f"scale: expected one of {KINDS}, got"):
         ScaleFunction.of(scale)

@@ -164,9 +164,8 @@ class Arena:
     def __init__(self, report: Report, named: list[tuple[str, Tensor]], device: Device) -> None:
         self.memory = GlobalMemory(report)
         self.tensors: dict[str, list[tuple[str, Tensor]]] = {}
-        self.regions: dict[
-            int, tuple[Region, int]
-        ] = {}  # by real address, with the machine's address
+        # By real address, with the machine's address.
+        self.regions: dict[int, tuple[Region, int]] = {}
         groups: dict[int, list[tuple[str, Tensor]]] = {}
         for name, t in named:
             if t.numel():
