@@ -4,7 +4,8 @@ Tiles are chosen so that none spills on sm_80, sm_90 and sm_100. `benchmarks.rep
 compiles them.
 
 A loop that uses an operand of a product again has `num_stages=1`. With a pipeline, Triton would
-overwrite the operand with the next tile too early.
+overwrite the operand with the next tile too early. So has the forward launch with a Triton that
+sets no fence between a copy and the product that reads it (`FENCES_COPIES`).
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mflow_kernels.ops.channel_products import FENCES_COPIES
 from mflow_kernels.ops.compiler import triton
 from mflow_kernels.ops.coupling_network_kernels import (
     _dh1_kernel,
@@ -192,6 +194,7 @@ def launch_network(
         C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, HALO=edge,
         BLOCK_P=tile.block_p, BLOCK_X=_block(s.taps * s.c_in), BLOCK_D=tile.block_d,
         BLOCK_K=tile.block_k, BLOCK_J=tile.block_j, num_warps=tile.warps,
+        num_stages=3 if FENCES_COPIES else 1,
     )  # fmt: skip
     return launch_sum_taps(row_sums, b3, x, s, s.c_out, s.tap_rows, 1, 1), h1, h2
 

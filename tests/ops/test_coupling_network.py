@@ -111,6 +111,25 @@ def compare(given: list[Tensor]) -> None:
     assert x.dim() == 2 or got[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_unfenced_copies_are_not_pipelined(monkeypatch) -> None:
+    """Before Triton 3.7.1 a product may read an asynchronous copy before it has arrived."""
+    monkeypatch.setattr(launches, "FENCES_COPIES", False)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        launches, "launch", lambda kernel, *_, **options: seen.update({kernel.__name__: options})
+    )
+    x, w1, w2, w3 = (
+        normal(1, 2, 3, 3),
+        normal(16, 2, 3, 3),
+        normal(16, 16, 1, 1),
+        normal(4, 16, 3, 3),
+    )
+    x, w1, w2, w3 = (t.bfloat16() for t in (x, w1, w2, w3))
+    biases = torch.zeros(16), torch.zeros(16), torch.zeros(4)
+    launch_network(x, pack(x, w1, w2, w3), *biases, True)
+    assert seen["_network_kernel"]["num_stages"] == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(
