@@ -141,6 +141,7 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
     return x.dtype in known and fits(Shape.of(x, len(w1), len(w3)))
 
 
+@torch.compiler.assume_constant_result  # Dynamo does not trace these settings
 def uses_tf32(images: bool) -> bool:
     """Whether torch's settings let float32 convolutions of images, or products of vectors, round
     their factors to TF32. By default it is so for convolutions only."""
