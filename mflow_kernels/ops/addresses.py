@@ -25,6 +25,10 @@ _UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
 
 KernelStrides = tuple[int, int | None, int | None, tl.constexpr]
 
+# The strides of a second half that has those of the first. Not None: kernels of Triton 3.5 and 3.6
+# cannot compare a tuple that holds None with None.
+_SAME = (None,)
+
 
 def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
     """`x` and its strides as a kernel takes them, for `at`: (sample, channel, pixel, unit).
@@ -54,7 +58,7 @@ def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
     if a_strides[:3] != b_strides[:3]:
         return a, a_strides, b, b_strides
     unit = min(a_strides[3], b_strides[3], key=lambda unit: unit.value)
-    return a, (*a_strides[:3], unit), b, None
+    return a, (*a_strides[:3], unit), b, _SAME
 
 
 @triton.jit
@@ -101,9 +105,9 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
 def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
     """Addresses, columns by channels, of channels c of a half: in `a` where `is_a`, else in `b`.
 
-    b_strides is None if b has the strides of a, which saves half of the arithmetic.
+    b_strides[0] is None if b has the strides of a, which saves half of the arithmetic.
     """
-    if b_strides is None:
+    if b_strides[0] is None:
         UNIT: tl.constexpr = a_strides[3]
         half = tl.where(is_a, a, b)
         half = tl.multiple_of(half, UNIT * half.dtype.element_ty.primitive_bitwidth // 8)
