@@ -38,12 +38,13 @@ Bytes at least, in hidden tensors H, forward and backward:
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops.coupling_network_launches import (
     Shape,
@@ -174,9 +175,11 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
         return "torch"
     if choice == "fused" or not x.is_cuda:
         return "kernels" if kernels else "layers"
+    if isinstance(x, FakeTensor):  # there is nothing to measure
+        return "torch"
     s = Shape.of(x, len(weights[0]), len(weights[4]))
     pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
-    given = _drawn(x, weights)
+    given = cache(partial(_drawn, x, weights))  # drawn only if the card has no choice yet
     candidates = {"torch": partial(_train, lambda *given: coupling_network_ref(*given)[0], given)}
     if layers:
         candidates["layers"] = partial(_train, partial(coupling_network, kernels=False), given)
@@ -198,9 +201,9 @@ def _drawn(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [t if i % 2 == 0 else t / t[0].numel() ** 0.5 for i, t in enumerate(drawn)]
 
 
-def _train(run: Callable[..., Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+def _train(run: Callable[..., Tensor], draw: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
     """Do the work of one network in a reversible training step: params and all gradients."""
-    given = [t.detach().requires_grad_() for t in given]
+    given = [t.detach().requires_grad_() for t in draw()]
     with without_autocast(given[0]):
         with torch.no_grad():
             run(*given)

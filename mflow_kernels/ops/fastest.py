@@ -8,15 +8,16 @@ measures.
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from mflow_kernels.ops.compiler import triton
 
@@ -54,8 +55,9 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
         if torch.cuda.is_current_stream_capturing():
             return first
         try:
-            agreeing = [name for name in candidates if _agrees(key, name, candidates)]
-            times = {name: seconds(candidates[name]) for name in agreeing}
+            with _undisturbed(device):
+                agreeing = [name for name in candidates if _agrees(key, name, candidates)]
+                times = {name: seconds(candidates[name]) for name in agreeing}
             choices[key] = min(times, key=lambda name: times[name])
         except torch.OutOfMemoryError:
             choices[key] = first  # for this process, which must not choose again; not saved
@@ -64,15 +66,35 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
     return choices[key]
 
 
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Let candidates run and be timed on `device`, whatever state the caller is in.
+
+    The caller may be in inference mode, where no gradient can be computed. It may also have hooks
+    on saved tensors, as a chain has when it compares its networks' two runs.
+    """
+    with (
+        torch.cuda.device(device),  # events record the current device's stream
+        torch.inference_mode(False),
+        saved_tensors_hooks(Tensor.detach, lambda saved: saved),
+    ):
+        yield
+
+
 def _on_this_card(key: str, device: torch.device) -> str:
-    """`key` with the card and the versions of all software whose change may change the choice."""
+    return f"{_card(device)}, {key}"
+
+
+@cache  # every call of a network asks, and reading a package's version takes 0.3 ms
+def _card(device: torch.device) -> str:
+    """The card and the versions of all software whose change may change the choice."""
     versions = {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "mflow_kernels": version("mflow_kernels"),
     }
     software = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{torch.cuda.get_device_name(device)}, {software}, {key}"
+    return f"{torch.cuda.get_device_name(device)}, {software}"
 
 
 def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:

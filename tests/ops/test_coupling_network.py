@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import LAYOUTS, normal, on_tensor_cores
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops import coupling_network as module
@@ -405,7 +406,8 @@ def test_candidates_on_a_card(
     monkeypatch.setattr(module, "fastest", fastest)
     monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
     monkeypatch.setattr(module, "uses_triton", lambda x: True)
-    monkeypatch.setattr(module, "_drawn", lambda x, weights: [])
+    # A choice that is known must launch nothing, and drawing cannot be captured in a graph.
+    monkeypatch.setattr(module, "_drawn", lambda *given: pytest.fail("drawn without a measurement"))
     half = channels // 2
     x, *weights = sample((2, half, 4, 4), 16, 2 * half, dtype, torch.device("cpu"))
     chosen = module.implementation(OnCard(x), weights)  # type: ignore[arg-type]
@@ -415,13 +417,23 @@ def test_candidates_on_a_card(
     assert module.implementation(OnCard(x), weights) == "torch"  # type: ignore[arg-type]
 
 
+def test_nothing_is_measured_with_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(module, "fastest", lambda *given: pytest.fail("measured"))
+    with FakeTensorMode():
+        x, *weights = sample((2, 3, 4, 4), 16, 6, torch.bfloat16, torch.device("cpu"))
+        x, *weights = (torch.empty_like(t, device="cuda") for t in (x, *weights))
+        assert module.implementation(x, weights) == "torch"
+
+
 def test_what_a_card_compares_is_no_zero_network() -> None:
     """A new network has a last layer of zeros, which hides errors of all the others."""
     x, *weights = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
     weights[4] = torch.zeros_like(weights[4])
     state = torch.get_rng_state()
-    drawn = module._drawn(x, weights)
-    results = module._train(lambda *given: coupling_network_ref(*given)[0], drawn)
+    results = module._train(
+        lambda *given: coupling_network_ref(*given)[0], lambda: module._drawn(x, weights)
+    )
     assert len(results) == 8
     assert all(0.01 < t.detach().abs().max() < 1e4 for t in results)
     assert torch.equal(torch.get_rng_state(), state)

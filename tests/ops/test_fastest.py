@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from mflow_kernels.ops import fastest
 
-CARD = torch.device("cuda", 0)
+CARD = torch.device("cuda", 1)
+ENTERED: list[torch.device] = []  # devices that were made current
 
 
 @pytest.fixture
@@ -21,9 +24,13 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(fastest, "seconds", lambda function: function().seconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    fastest._choices.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(ENTERED.append(device)))
+    ENTERED.clear()
+    for known in (fastest._choices, fastest._card):
+        known.cache_clear()
     yield path
-    fastest._choices.cache_clear()
+    for known in (fastest._choices, fastest._card):
+        known.cache_clear()
 
 
 class Took(list[Tensor]):
@@ -58,6 +65,41 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     key = fastest._on_this_card("a", CARD)
     assert key.startswith(f"a card, torch {torch.__version__}, triton ")
     assert json.loads(file.read_text())[key] == "kernels"
+
+
+def test_a_known_choice_costs_little(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of a network asks for it."""
+    assert choose("a", took(1.0), took(2.0))
+    monkeypatch.setattr(fastest, "version", lambda name: pytest.fail("read from the disk again"))
+    assert choose("a", never, never)
+
+
+def test_candidates_are_timed_on_their_own_device(file: Path) -> None:
+    """Triton's timer records events on the current device, which may be another one."""
+
+    def on_card() -> Took:
+        assert ENTERED[-1:] == [CARD]
+        return Took(1.0)
+
+    assert choose("a", on_card, on_card) is False
+    assert choose("a", never, never) is False
+    assert ENTERED == [CARD]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_caller_disturbs_no_candidate(file: Path, inference: bool) -> None:
+    """Its hooks see no tensor that a candidate saves, and its inference mode ends."""
+
+    def trains() -> Took:
+        x = torch.ones(3, requires_grad=True)
+        with torch.enable_grad():
+            return Took(1.0, *torch.autograd.grad(x.square().sum(), x))
+
+    def saved(tensor: Tensor) -> Tensor:
+        raise AssertionError("a hook of the caller saw a candidate's tensor")
+
+    with torch.inference_mode(inference), saved_tensors_hooks(saved, lambda tensor: tensor):
+        assert choose("a", trains, took(2.0, torch.full((3,), 2.0)))
 
 
 @pytest.mark.parametrize(
