@@ -22,6 +22,7 @@ output channels of its pixels up to C = 128; above that each block of 128 reads 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from mflow_kernels.ops.checks import (
     check_shape,
     check_tensor,
 )
-from mflow_kernels.ops.launch import capturing, uses_triton
+from mflow_kernels.ops.launch import capturing, cusolver, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.registration import operator, register
@@ -217,6 +218,13 @@ def _readable(x: Tensor) -> bool:
     return not capturing(x.device)
 
 
+def invert(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W^-1 and LAPACK's info, which is 0 unless W is singular. The host never waits for them."""
+    real = not (torch.compiler.is_compiling() or isinstance(weight, FakeTensor))
+    with cusolver() if weight.is_cuda and real else nullcontext():
+        return torch.linalg.inv_ex(weight)
+
+
 def inverse_weight_and_bias(
     weight: Tensor, bias: Tensor, names: Sequence[str] | None = None, *, check: bool
 ) -> tuple[Tensor, Tensor]:
@@ -233,7 +241,7 @@ def inverse_weight_and_bias(
         ValueError: with `check`, a W that is singular or not finite.
     """
     weight = weight.double()
-    inverse, info = torch.linalg.inv_ex(weight)
+    inverse, info = invert(weight)
     # An infinite W may have a finite inverse.
     finite, inverted = (t.isfinite().flatten(-2).all(-1) for t in (weight, inverse))
     good = finite & inverted & (info == 0)

@@ -1,6 +1,9 @@
 """Chooses an operator's implementation, and launches kernels on their tensors' device."""
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +40,31 @@ def uses_triton(x: Tensor) -> bool:
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured; nothing may be read from the device then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def cusolver() -> Iterator[None]:
+    """Decompose matrices on CUDA by cuSOLVER and cuBLAS.
+
+    For batches of matrices, torch 2.9 prefers MAGMA, and then the host waits for the device. That
+    is slow, and not allowed while a CUDA graph is captured.
+    """
+    global _cusolver_warned
+    before = torch.backends.cuda.preferred_linalg_library()
+    if _cusolver_warned:
+        torch.backends.cuda.preferred_linalg_library("cusolver")
+    else:  # torch warns once in a process that this setting is experimental
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.cuda.preferred_linalg_library("cusolver")
+        _cusolver_warned = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_linalg_library(before)
+
+
+_cusolver_warned = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

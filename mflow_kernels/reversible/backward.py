@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mflow_kernels.ops.conv1x1 import invert
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1, rebuild_splits
@@ -277,7 +278,7 @@ class _GroupGradients:
         self.group, self.dlog_det = group, dlog_det
         with torch.enable_grad():
             self.folded = group.folded(dtype)
-        self.inverse = torch.linalg.inv_ex(self.folded.weight.detach().double())[0]
+        self.inverse = invert(self.folded.weight.detach().double())[0]
         # LAPACK and cuSOLVER return contiguous columns, and the kernels read rows.
         self.rounded_inverse = self.inverse.to(self.folded.weight.dtype).contiguous()
         self.remaining = len(group.steps)

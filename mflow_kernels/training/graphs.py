@@ -6,9 +6,7 @@ and makes the capture fail too.
 """
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mflow_kernels.layers import ReversibleChain
+from mflow_kernels.ops.launch import cusolver
 
 _WARM_UP = 3  # passes before the capture, in which libraries, compilers and autotuners initialize
 
@@ -48,7 +47,7 @@ def capture(
     how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     try:
         # If the end of a capture fails, torch.cuda.graph does not restore the stream; this does.
-        with _cusolver(), torch.cuda.stream(stream):
+        with cusolver(), torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 backward(forward())
             with torch.cuda.graph(graphs[0], **how):
@@ -60,20 +59,6 @@ def capture(
         raise
     torch.cuda.current_stream().wait_stream(stream)
     return Captured(graphs[0], tuple(loss.detach() for loss in losses), graphs[1], gradients)
-
-
-@contextmanager
-def _cusolver() -> Iterator[None]:
-    """Use cuSOLVER: some torch versions use MAGMA for batches of matrices, and MAGMA waits for the
-    device, which a capture does not allow."""
-    before = torch.backends.cuda.preferred_linalg_library()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*preferred_linalg_library is an experimental")
-        torch.backends.cuda.preferred_linalg_library("cusolver")
-        try:
-            yield
-        finally:
-            torch.backends.cuda.preferred_linalg_library(before)
 
 
 def _abandon(graphs: Sequence[torch.cuda.CUDAGraph], pool: Any) -> None:

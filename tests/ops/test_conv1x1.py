@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from cases import (
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
 from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.conv1x1 import invert
 from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
@@ -91,6 +94,33 @@ def test_a_weight_without_an_inverse(weight, device):
     # If gradients are recorded, a check would make training wait for the device.
     weight = weight.to(device).requires_grad_()
     assert ops.conv1x1_inverse(x, weight).isnan().all()
+
+
+def test_no_inverse_makes_training_wait(monkeypatch):
+    """By default, torch 2.9 inverts a batch of 32 matrices by MAGMA, which waits for the device."""
+    library, used = ["default"], []
+
+    def prefer(name=None):
+        library.append(name or library[-1])
+        return library[-1]
+
+    def inv_ex(weight):
+        used.append(library[-1])
+        return weight, weight
+
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_linalg_library", prefer)
+    monkeypatch.setattr(torch.linalg, "inv_ex", inv_ex)
+    invert(torch.eye(2).as_subclass(OnCard))
+    assert used == ["cusolver"]
+    assert library[-1] == "default"
+    invert(torch.eye(2))
+    assert used == ["cusolver", "default"]
+    package = Path(ops.__file__).parents[1]
+    inverting = [p.name for p in package.rglob("*.py") if "linalg.inv_ex" in p.read_text()]
+    assert inverting == ["conv1x1.py"]
 
 
 @pytest.mark.parametrize("channels", [16, 48])
