@@ -118,6 +118,10 @@ def fused_params(
     parameters = [first.weight, first.bias, second.weight, second.bias, weight, bias]
     if any(p is None for p in parameters):
         return None
+    if any(p.device != x.device for p in parameters):
+        return (
+            None  # torch's layers raise a clear error; a kernel would read another device's memory
+        )
     x = x.to(autocast_dtype(x))
     chosen = implementation(x, parameters)
     if chosen == "torch":

@@ -1,5 +1,7 @@
 """Coupling networks that run as one operator: the choice, the values and the training."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from cases import normal
@@ -51,6 +53,15 @@ def test_runs_as_one_operator_under_autocast(
     assert (params - expected).abs().max() <= 3 * tolerance(BF16) * expected.abs().max()
     net(x)  # float32 stays with torch's layers
     assert len(fused) == 1
+
+
+def test_a_network_on_another_device(kernel_device: torch.device, fused: list[int]) -> None:
+    """A kernel would take the addresses of its weights for addresses on the state's device. Torch's
+    layers raise an error, but accept the meta device beside the CPU."""
+    net = trained_net(3, 6, 16, 2, device=torch.device("meta")).to(BF16)
+    with suppress(RuntimeError):
+        net(normal(2, 3, 3, 4, device=kernel_device).to(BF16))
+    assert not fused
 
 
 def test_torchs_layers_on_request(
