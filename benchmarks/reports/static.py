@@ -3,7 +3,8 @@ shared memory, resident blocks, and the width of its memory accesses.
 
 The launches are recorded from the models themselves (`recorded`): training steps, evaluation and
 sampling at every level, for each kind of chain and dtype of networks; and a few more models that
-users may choose. Launches that Triton compiles to one kernel are compiled once.
+users may choose. The presets' coupling networks are recorded apart from their models. Launches that
+Triton compiles to one kernel are compiled once.
 
 The exit code is 1 if a launch does not compile, spills, does not fit on a multiprocessor, or
 accesses a state in smaller pieces than its layout allows. A layout allows the largest power of two
@@ -39,6 +40,10 @@ from mflow_kernels.layers.networks import coupling_net, fused_params
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.tiles import Columns
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.presets import PRESETS, preset_options
+from mflow_kernels.training.coupling_shapes import coupling_shapes, runs_fused
+from mflow_kernels.training.memory import resolve_config
 
 CHANNELS = (2, 12, 24, 48, 96, 192, 384, 512)
 NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
@@ -58,10 +63,14 @@ def launches_of(size: str) -> Iterator[Recorded]:
     models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
         yield from recorded.record(model)
-    shapes = network_shapes() if size == "full" else [(12, 128, BF16)]
-    for c, width, dtype in shapes:
-        for launch in aot.capture(lambda case=(c, width, dtype): run_network(*case)):
-            yield Recorded(f"network of width {width}", launch)
+    networks = [(12, 128, BF16, (16, 16)), (12, 128, BF16, (20, 20))]
+    if size != "quick":
+        networks += preset_networks()
+    if size == "full":
+        networks += network_shapes()
+    for network in networks:
+        for launch in aot.capture(lambda network=network: run_network(*network)):
+            yield Recorded(f"network of width {network[1]}", launch)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
@@ -70,25 +79,48 @@ def launches_of(size: str) -> Iterator[Recorded]:
                     yield Recorded(name, launch)
 
 
-def network_shapes() -> Iterator[tuple[int, int, torch.dtype]]:
-    """Yield (channels of the state, width, dtype) of networks, one for each choice of tiles.
-    A network with other channels uses the tiles of one of these."""
-    yield from product(NETWORK_CHANNELS, NETWORK_WIDTHS, (BF16, FP16))
+# Channels of the state, hidden channels, dtype, and sides of the images (none for vectors).
+Network = tuple[int, int, torch.dtype, tuple[int, ...]]
 
 
-def run_network(c: int, width: int, dtype: torch.dtype) -> None:
+def preset_networks() -> list[Network]:
+    """The presets' networks that the kernels compute, in bfloat16 and in TF32."""
+    found = set()
+    for name, precision in product(PRESETS, ("bfloat16", "float32")):
+        options = preset_options(name) | {"precision": precision}
+        config = resolve_config(TrainConfig(**options), None, gpu=True)
+        for stage in range(len(config.stages)):
+            for n in coupling_shapes(config, stage):
+                width = math.isqrt(n.pixels)
+                # The number of rows of the images changes no kernel.
+                sides = (2, width) if n.taps > 1 else ()
+                if runs_fused(config, n):
+                    found.add((n.channels, n.width, getattr(torch, precision), sides))
+    return sorted(found, key=str)
+
+
+def network_shapes() -> Iterator[Network]:
+    """One network for each choice of tiles, on images whose rows fill tiles and on others. A
+    network with other channels uses the tiles of one of these."""
+    for c, width, dtype in product(NETWORK_CHANNELS, NETWORK_WIDTHS, (BF16, FP16)):
+        for side in (16, 20):
+            yield c, width, dtype, (side, side)
+
+
+def run_network(c: int, width: int, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
     """Make every launch of a coupling network: forward with and without stored hidden tensors, and
-    backward, on images whose rows fill tiles and on others."""
-    last = torch.channels_last
-    network = coupling_net(c // 2, 2 * (c - c // 2), width, 2).to(memory_format=last)
-    for side in (16, 20):
-        x = torch.zeros(2, c // 2, side, side, dtype=dtype).to(memory_format=last).requires_grad_()
-        with torch.no_grad():
-            fused_params(list(network), x)
-        params = fused_params(list(network), x)
-        if params is None:
-            raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
-        params.backward(torch.zeros_like(params))
+    backward."""
+    network = coupling_net(c // 2, 2 * (c - c // 2), width, len(sides))
+    x = torch.zeros(2, c // 2, *sides, dtype=dtype)
+    if sides:
+        network, x = (t.to(memory_format=torch.channels_last) for t in (network, x))
+    x.requires_grad_()
+    with torch.no_grad():
+        fused_params(list(network), x)
+    params = fused_params(list(network), x)
+    if params is None:
+        raise AssertionError(f"no kernels compute a network of {c} channels and width {width}")
+    params.backward(torch.zeros_like(params))
 
 
 def full_cases() -> Iterator[Case]:
@@ -205,6 +237,8 @@ def widths(launch: aot.Launch) -> dict[str, int]:
             steps = (c, c // 2, t.shape[1], t.stride(0), t.stride(-1) if t.dim() == 4 else 0)
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
+        if name == "dx_taps":  # a program writes the taps of its own block of hidden channels
+            steps += (launch.bound["TAPS"] * launch.bound["C_IN"],)
         run = math.gcd(*steps) * t.element_size()
         allowed[name] = math.gcd(widest(name, launch), run, t.data_ptr() % 16)
     return allowed

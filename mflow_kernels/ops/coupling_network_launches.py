@@ -126,7 +126,8 @@ DW2_WIDTH = 128
 
 
 def forward_tile(s: Shape) -> Tile:
-    columns = _block(s.tap_rows * s.c_out, 256)
+    # 256 columns of a network of vectors spill on sm_90.
+    columns = _block(s.tap_rows * s.c_out, 256 if s.taps > 1 else 128)
     if s.itemsize == 4:
         block_d = 128 if s.width <= 128 and columns <= 64 else 64
         return Tile(32 if columns <= 128 else 16, _block(s.width, block_d), 32, columns, 8)
