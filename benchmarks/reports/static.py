@@ -50,10 +50,8 @@ NETWORK_CHANNELS = (6, 12, 21, 24, 48, 56)
 NETWORK_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
 SCALES = (
-    ScaleFunction("sigmoid"),
+    *map(ScaleFunction, recorded.OTHER_SCALES),
     ScaleFunction("sigmoid", eps=1e-3),
-    ScaleFunction("exp"),
-    ScaleFunction("atan"),
     ScaleFunction("tanh", order="scale-shift"),
 )
 

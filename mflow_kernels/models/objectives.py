@@ -4,11 +4,7 @@ A mask divides the latent pixels into u, coordinates on the manifold, and v, whi
 
     L(x) = -log N(u; 0, I) - log p_V(v) - log |det df/dx| + sum_i w_i rho(e_i)
 
-rho is one of three functions:
-
-    "l2"     e^2 / 2
-    "l1"     |e|
-    "huber"  e^2 / 2 for |e| <= delta, delta (|e| - delta / 2) otherwise
+rho is "l2", e^2 / 2, or another function of `ops/penalty_functions.py`.
 
 The paper's abstract does not say which pixels e are. There are two domains:
 
@@ -32,14 +28,17 @@ from mflow_kernels.models.penalty_weight import (
     ErrorBound,
     Weight,
     WeightSchedule,
-    calibrated_weight,
     check_positive,
     check_weight,
-    draw_errors,
 )
 from mflow_kernels.ops.checks import check_broadcast, check_choice, check_state
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
-from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_log_normalizer
+from mflow_kernels.ops.penalty_functions import (
+    RHOS,
+    Rho,
+    penalty_function,
+    penalty_log_normalizer,
+)
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
 BOUND_WINDOW = 10  # the same for an ErrorBound; short, so that the mean follows changes of w
@@ -90,7 +89,7 @@ class ManifoldObjective(nn.Module):
 
     Args:
         domain: "latent" or "data": the pixels that the penalty applies to.
-        rho: "l2", "l1" or "huber".
+        rho: name of a penalty function (`ops/penalty_functions.py`), such as "l2".
         weight: w, the weight of each penalty term, in one of these forms:
 
             - A number > 0.
@@ -99,12 +98,12 @@ class ManifoldObjective(nn.Module):
               numbers > 0 per latent, each broadcasting to its latent; p_V needs them positive.
             - "variance", in the data domain only: the w with which exp(-w rho) fits the errors
               best. This is 1 / variance for "l2", where variance is the mean of e^2 over samples
-              and pixels, and 1 / mean |e| for "l1" (`calibrated_weight`). In training mode, the
-              mean of rho is tracked: over all batches at first, and from the 100th batch on as a
-              running mean. It is part of the state dict and gets no gradient. Rybkin et al. (arXiv
-              2006.13202) calibrate a decoder's noise in this way; the summary of arXiv 2308.13792
-              mentions a variance-derived factor. In the latent domain, stretching v would lower w
-              and raise the log-determinant without bound.
+              and pixels, and 1 / mean |e| for "l1". In training mode, the mean of rho is tracked:
+              over all batches at first, and from the 100th batch on as a running mean. It is part
+              of the state dict and gets no gradient. Rybkin et al. (arXiv 2006.13202) calibrate a
+              decoder's noise in this way; the summary of arXiv 2308.13792 mentions a
+              variance-derived factor. In the latent domain, stretching v would lower w and raise
+              the log-determinant without bound.
             - A `WeightSchedule` or an `ErrorBound`, in the data domain only: w changes in training
               mode, once per batch, before it is used. Its state is part of the state dict and gets
               no gradient.
@@ -165,7 +164,7 @@ class ManifoldObjective(nn.Module):
         weight = self._weight
         if weight == "variance":
             mean = self.variance.clamp(min=LEAST_VARIANCE) / 2
-            return calibrated_weight(mean, self.rho, self.delta)
+            return penalty_function(self.rho).fitted_weight(mean, self.delta)
         if isinstance(weight, WeightSchedule):
             share = (self.batches / weight.steps).clamp(max=1.0)
             return weight.start * (share * math.log(weight.end / weight.start)).exp()
@@ -248,7 +247,7 @@ class ManifoldObjective(nn.Module):
         drawn = []
         for z, mask, w in zip(u, masks, weights, strict=True):
             each = torch.as_tensor(w, dtype=z.dtype, device=z.device).expand_as(z)
-            v = temperature * draw_errors(each, rho, self.delta, generator)
+            v = temperature * penalty_function(rho).draw(each, self.delta, generator)
             drawn.append(torch.where(mask, v, z))
         return tuple(drawn)
 

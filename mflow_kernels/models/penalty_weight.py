@@ -1,17 +1,14 @@
-"""The penalty weight w of the manifold objective: its forms, and the density exp(-w rho) / Z."""
+"""The forms of the penalty weight w of the manifold objective."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mflow_kernels.ops.checks import check_count, check_tensor
-from mflow_kernels.ops.penalty_functions import Rho
 
 Domain = Literal["latent", "data"]
-HUBER_ITERATIONS = 12  # each divides the relative error of w by 4 or more, to below 1e-7
 
 
 @dataclass(frozen=True)
@@ -68,66 +65,6 @@ class ErrorBound:
 
 
 Weight = float | Tensor | tuple[Tensor, ...] | Literal["variance"] | WeightSchedule | ErrorBound
-
-
-def calibrated_weight(mean: Tensor, rho: Rho, delta: float) -> Tensor:
-    """Return the w that maximizes the likelihood of errors e under the density exp(-w rho(e)) / Z.
-
-    `mean` is the mean of rho(e), a scalar > 0. Setting the derivative of w mean + log Z(w) to zero
-    gives w = (1 + t) / (2 mean), where t is the probability of the linear part of rho under that
-    density. t = 0 for l2, so that w is 1 / variance. t = 1 for l1, so that w is 1 / mean |e|. For
-    huber, with a = delta sqrt(w / 2),
-
-        t = 1 / (1 + sqrt(pi) a exp(a^2) erf(a)),
-
-    and the equation is solved by iteration.
-    """
-    if rho == "l1":
-        return 1 / mean
-    w = 1 / (2 * mean)
-    if rho == "huber":
-        for _ in range(HUBER_ITERATIONS):
-            w = (1 + _tail(w, delta)) / (2 * mean)
-    return w
-
-
-def _tail(w: Tensor, delta: float) -> Tensor:
-    """Return the probability of |e| > delta under exp(-w rho(e)) / Z for huber."""
-    a = delta * (w / 2).sqrt()
-    return 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
-
-
-def draw_errors(
-    weight: Tensor, rho: Rho, delta: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw an error e from the density exp(-w rho(e)) / Z for each element w > 0 of `weight`.
-
-    This is the normal distribution of variance 1 / w for l2 and the Laplace distribution of scale
-    1 / w for l1. For huber, e is normal within |e| <= delta, and beyond it |e| - delta is
-    exponential with rate w delta.
-    """
-
-    def uniform() -> Tensor:
-        return torch.rand(
-            weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
-        )
-
-    def exponential(rate: Tensor) -> Tensor:
-        return -torch.log1p(-uniform()) / rate
-
-    if rho == "l2":
-        normal = torch.randn(
-            weight.shape, generator=generator, dtype=weight.dtype, device=weight.device
-        )
-        return normal * weight.rsqrt()
-    if rho == "l1":
-        size = exponential(weight)
-    else:
-        erf_at_delta = (delta * (weight / 2).sqrt()).erf()
-        inside = (uniform() * erf_at_delta).erfinv() * (2 / weight).sqrt()
-        outside = delta + exponential(weight * delta)
-        size = torch.where(uniform() < _tail(weight, delta), outside, inside)
-    return torch.where(uniform() < 0.5, -size, size)
 
 
 def check_positive(name: str, value: object) -> None:

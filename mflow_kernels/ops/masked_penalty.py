@@ -5,9 +5,7 @@ Let e = input - target, m the mask (1: penalized) and w the weight. Each sum run
     penalty[n]  = sum m w rho(e)
     gaussian[n] = sum (1 - m) (-e^2/2 - log(2 pi)/2)      standard normal log-density of the rest
 
-    rho(e): l2     e^2/2
-            l1     |e|
-            huber  e^2/2 where |e| <= delta, delta (|e| - delta/2) beyond
+rho is "l2", e^2 / 2, or another function of `ops/penalty_functions.py`.
 
 Gradients: de = g_penalty[n] m w rho'(e) - g_gaussian[n] (1 - m) e; d input = de, d target = -de.
 Mask and weight are constants without a gradient.
@@ -304,7 +302,7 @@ def masked_penalty_gaussian(
             sample (N, 1, 1, 1)). By default the penalty applies everywhere.
         weight: w, at least 0 and finite: a number, or a floating-point tensor that broadcasts. A
             tensor's values are checked on a CPU only, because reading them would stall a GPU.
-        rho: "l2", "l1" or "huber".
+        rho: name of a penalty function (`ops/penalty_functions.py`), such as "l2".
         delta: |e| at which huber turns from quadratic to linear; l2 and l1 ignore it.
 
     Returns:

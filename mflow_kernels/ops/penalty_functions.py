@@ -1,6 +1,11 @@
-"""Penalty functions rho(e) of the masked penalty: values, slopes and normalizers, in plain torch.
+"""Penalty functions rho(e) of the masked penalty, and the densities exp(-w rho(e)) / Z they define.
 
-The kernels have their own copy of values and slopes, in csrc/masked_penalty/masked_penalty.h.
+    l2     e^2 / 2                                                   normal, variance 1 / w
+    l1     |e|                                                       Laplace, scale 1 / w
+    huber  e^2 / 2 where |e| <= delta, delta (|e| - delta / 2) beyond
+
+All is plain torch. The kernels have their own copy of values and slopes, in
+csrc/masked_penalty/masked_penalty.h.
 """
 
 import math
@@ -16,15 +21,48 @@ from mflow_kernels.ops.precision import accumulator
 
 Rho = Literal["l2", "l1", "huber"]
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+HUBER_ITERATIONS = 12  # each divides the relative error of w by 4 or more, to below 1e-7
+Generator = torch.Generator | None
 
 
 @dataclass(frozen=True)
-class _PenaltyFunction:
-    """rho(e) and rho'(e), elementwise, and log of the integral of exp(-w rho(e)) over e."""
+class PenaltyFunction:
+    """One rho. The last argument of each function but `draw` is delta.
+
+    Attributes:
+        value, slope: rho(e) and rho'(e), elementwise.
+        log_normalizer: log Z, the log of the integral of exp(-w rho(e)) over e, elementwise in w.
+        fitted_weight: from the mean of rho(e) over errors, a scalar > 0, the w with which the
+            density makes these errors most likely. It solves mean + d log Z / dw = 0.
+        draw: called with w > 0, delta and a generator. Returns an e of the density for each w.
+    """
 
     value: Callable[[Tensor, float], Tensor]
     slope: Callable[[Tensor, float], Tensor]
     log_normalizer: Callable[[Tensor, float], Tensor]
+    fitted_weight: Callable[[Tensor, float], Tensor]
+    draw: Callable[[Tensor, float, Generator], Tensor]
+
+
+def _uniform(like: Tensor, generator: Generator) -> Tensor:
+    return torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _exponential(rate: Tensor, generator: Generator) -> Tensor:
+    return -torch.log1p(-_uniform(rate, generator)) / rate
+
+
+def _with_random_sign(size: Tensor, generator: Generator) -> Tensor:
+    return torch.where(_uniform(size, generator) < 0.5, -size, size)
+
+
+def _draw_l2(w: Tensor, delta: float, generator: Generator) -> Tensor:
+    normal = torch.randn(w.shape, generator=generator, dtype=w.dtype, device=w.device)
+    return normal * w.rsqrt()
+
+
+def _draw_l1(w: Tensor, delta: float, generator: Generator) -> Tensor:
+    return _with_random_sign(_exponential(w, generator), generator)
 
 
 def _huber(e: Tensor, delta: float) -> Tensor:
@@ -40,28 +78,60 @@ def _huber_log_normalizer(w: Tensor, delta: float) -> Tensor:
     return torch.where(w > 0, torch.logaddexp(body, tails), math.inf)
 
 
+def _huber_tail(w: Tensor, delta: float) -> Tensor:
+    """Return t = 1 / (1 + sqrt(pi) a exp(a^2) erf(a)), the probability of |e| > delta.
+
+    Here a = delta sqrt(w / 2).
+    """
+    a = delta * (w / 2).sqrt()
+    return 1 / (1 + math.sqrt(math.pi) * a * a.square().exp() * a.erf())
+
+
+def _huber_fitted_weight(mean: Tensor, delta: float) -> Tensor:
+    """Solve w = (1 + t) / (2 mean), with t of `_huber_tail`, by iteration."""
+    w = 1 / (2 * mean)
+    for _ in range(HUBER_ITERATIONS):
+        w = (1 + _huber_tail(w, delta)) / (2 * mean)
+    return w
+
+
+def _draw_huber(w: Tensor, delta: float, generator: Generator) -> Tensor:
+    """Within delta, e is normal. Beyond it, |e| - delta is exponential with rate w delta."""
+    erf_at_delta = (delta * (w / 2).sqrt()).erf()
+    inside = (_uniform(w, generator) * erf_at_delta).erfinv() * (2 / w).sqrt()
+    outside = delta + _exponential(w * delta, generator)
+    size = torch.where(_uniform(w, generator) < _huber_tail(w, delta), outside, inside)
+    return _with_random_sign(size, generator)
+
+
 # A new function: its name in `Rho`, a row here, and one in csrc/masked_penalty/masked_penalty.h.
 _PENALTY_FUNCTIONS = {
-    "l2": _PenaltyFunction(
+    "l2": PenaltyFunction(
         value=lambda e, delta: e.square() / 2,
         slope=lambda e, delta: e,
         log_normalizer=lambda w, delta: HALF_LOG_2PI - 0.5 * w.log(),
+        fitted_weight=lambda mean, delta: 1 / (2 * mean),
+        draw=_draw_l2,
     ),
-    "l1": _PenaltyFunction(
+    "l1": PenaltyFunction(
         value=lambda e, delta: e.abs(),
         slope=lambda e, delta: e.sign(),
         log_normalizer=lambda w, delta: math.log(2) - w.log(),
+        fitted_weight=lambda mean, delta: 1 / mean,
+        draw=_draw_l1,
     ),
-    "huber": _PenaltyFunction(
+    "huber": PenaltyFunction(
         value=_huber,
         slope=lambda e, delta: e.clamp(-delta, delta),
         log_normalizer=_huber_log_normalizer,
+        fitted_weight=_huber_fitted_weight,
+        draw=_draw_huber,
     ),
 }
 RHOS = tuple(_PENALTY_FUNCTIONS)
 
 
-def penalty_function(rho: str) -> _PenaltyFunction:
+def penalty_function(rho: str) -> PenaltyFunction:
     check_choice("rho", rho, RHOS)
     return _PENALTY_FUNCTIONS[rho]
 
@@ -91,7 +161,7 @@ def penalty_log_normalizer(rho: Rho, weight: Tensor | float, delta: float = 1.0)
         huber  log (sqrt(2 pi / w) erf(delta sqrt(w / 2)) + 2 / (w delta) exp(-w delta^2 / 2))
 
     Args:
-        rho: "l2", "l1" or "huber".
+        rho: name of a penalty function (`ops/penalty_functions.py`), such as "l2".
         weight: w, a number above 0 or a tensor of such numbers. A tensor may contain 0, for which
             no density exists; the result there is infinite.
         delta: the threshold of huber, in units of e.

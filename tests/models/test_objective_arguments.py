@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
+from mflow_kernels.ops.penalty_functions import RHOS
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"domain": "pixel"}, ValueError, "domain: expected one of latent, data, got 'pixel'"),
-        ({"rho": "l3"}, ValueError, "rho: expected one of l2, l1, huber, got 'l3'"),
+        ({"rho": "l3"}, ValueError, f"rho: expected one of {', '.join(RHOS)}, got 'l3'"),
         ({"weight": 0.0}, ValueError, "weight: expected a finite number > 0, got 0.0"),
         ({"weight": -2}, ValueError, "weight: expected a finite number > 0, got -2"),
         ({"weight": math.inf}, ValueError, "weight: expected a finite number > 0, got inf"),

@@ -8,10 +8,9 @@ from cases import normal
 from torch import nn
 
 from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
-from mflow_kernels.models.penalty_weight import draw_errors
-from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
+from mflow_kernels.ops.penalty_functions import RHOS, penalty_function, penalty_log_normalizer
 from mflow_kernels.testing import assert_close
-from models.objectives_by_hand import RHOS, X, image_flow, log_normal, rho_of, split_latents
+from models.objectives_by_hand import X, image_flow, log_normal, rho_of, split_latents
 
 
 def latent_maps(flow):
@@ -172,21 +171,28 @@ def test_a_schedule_changes_the_weight_by_the_same_factor_in_each_batch():
     assert flow.objective.batches == 4  # evaluation is no training batch
 
 
-@pytest.mark.parametrize(
-    ("rho", "weight", "tail"), [("l2", 25.0, 0.0), ("l1", 4.0, 1.0), ("huber", 3.0, None)]
-)
-def test_draws_off_the_manifold_follow_p_v(rho, weight, tail):
-    """The score identity E[w rho(v)] = (1 + t) / 2, and the share t of draws beyond delta."""
-    e = draw_errors(torch.full((40_000,), weight), rho, 0.4, torch.Generator().manual_seed(0))
-    if tail is None:
-        a = 0.4 * math.sqrt(weight / 2)
-        tail = 1 / (1 + math.sqrt(math.pi) * a * math.exp(a**2) * math.erf(a))
-        beyond = (e.abs() > 0.4).double().mean().item()
-        assert beyond == pytest.approx(tail, abs=4 * math.sqrt(tail * (1 - tail) / len(e)))
+@pytest.mark.parametrize("weight", [3.0, 25.0])
+@pytest.mark.parametrize("rho", RHOS)
+def test_draws_off_the_manifold_follow_p_v(rho, weight):
+    """The means of w rho(v) and of v: -w d log Z / dw, and 0 by symmetry."""
+    w = torch.full((40_000,), weight)
+    e = penalty_function(rho).draw(w, 0.4, torch.Generator().manual_seed(0))
+    exact = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(penalty_log_normalizer(rho, exact, 0.4), exact)
     penalty = weight * rho_of(rho, e, 0.4).double()
     error = 4 * penalty.std().item() / math.sqrt(len(e))
-    assert penalty.mean().item() == pytest.approx((1 + tail) / 2, abs=error)
+    assert penalty.mean().item() == pytest.approx(-weight * slope.item(), abs=error)
     assert e.mean().item() == pytest.approx(0.0, abs=4 * e.std().item() / math.sqrt(len(e)))
+
+
+def test_draws_of_huber_are_as_often_beyond_delta_as_in_the_density():
+    e = penalty_function("huber").draw(
+        torch.full((40_000,), 3.0), 0.4, torch.Generator().manual_seed(0)
+    )
+    a = 0.4 * math.sqrt(3.0 / 2)
+    tail = 1 / (1 + math.sqrt(math.pi) * a * math.exp(a**2) * math.erf(a))
+    beyond = (e.abs() > 0.4).double().mean().item()
+    assert beyond == pytest.approx(tail, abs=4 * math.sqrt(tail * (1 - tail) / len(e)))
 
 
 class OneParameter(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mflow_kernels.ops.masked_penalty import masked_penalty
+from mflow_kernels.ops.penalty_functions import RHOS
 
 module = importlib.import_module("mflow_kernels.ops.masked_penalty")
 
@@ -75,7 +76,7 @@ BAD = {
     "weights sign": (ValueError, r"weight: .*from -1.0 to -1.0", {"weight": -ONES}),
     "weights nan": (ValueError, r"weight: .*from nan", {"weight": ONES * math.nan}),
     "weights inf": (ValueError, r"weight: .*to inf", {"weight": ONES * math.inf}),
-    "rho": (ValueError, r"rho: expected one of l2, l1, huber, got 'l3'", {"rho": "l3"}),
+    "rho": (ValueError, rf"rho: expected one of {', '.join(RHOS)}, got 'l3'", {"rho": "l3"}),
     "delta type": (TypeError, r"delta: expected a number, got str", {"delta": "1"}),
     "delta 0": (ValueError, r"delta: .*got 0", {"delta": 0}),
     "delta nan": (ValueError, r"delta: .*got nan", {"delta": math.nan}),

@@ -58,7 +58,7 @@ WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
             "image_size: expected a whole number",
         ),
         ("stage_dims: [a]", "stage_dims: expected a whole number, got a"),
-        ("rho: l3", "rho: expected one of l2, l1, huber, got l3"),
+        ("rho: l3", f"rho: expected one of {', '.join(RHOS)}, got l3"),
         ("colour: red", "colour"),
         ("[1, 2]", "expected options and their values, got a list"),
         ("a: [", "flow node"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_runs import TINY, refused, write_images
 
+from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.training.cli import main
 
 
@@ -26,7 +27,7 @@ class TestBadInput:
             ("--n-bits 9", "--n-bits: expected 1 to 8, got 9"),
             ("--learning-rate 0", "--learning-rate: expected a finite number > 0, got 0"),
             ("--weight -1", "--weight: expected a finite number > 0, got -1"),
-            ("--rho l3", "--rho: expected one of l2, l1, huber, got l3"),
+            ("--rho l3", f"--rho: expected one of {', '.join(RHOS)}, got l3"),
             ("--seed -1", "--seed: expected at least 0, got -1"),
             ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
             ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
