@@ -155,7 +155,14 @@ class NinjaBuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.ninja_file(ext, cuda, output))
+        # pybind11's headers take longer to compile than the bindings, so those are one source.
+        sources = [ROOT / source for source in ext.sources]
+        bindings = [path for path in sources if path.name in ("module.cpp", "bindings.cpp")]
+        loops = [path for path in sources if path not in bindings]
+        python, text = folder / "python.cpp", "".join(f'#include "{path}"\n' for path in bindings)
+        if not python.exists() or python.read_text() != text:  # ninja compiles newer files again
+            python.write_text(text)
+        (folder / "build.ninja").write_text(self.ninja_file([*loops, python], cuda, output))
         have_module = subprocess.run([sys.executable, "-c", "import ninja"], capture_output=True)
         ninja = ["ninja"] if have_module.returncode else [sys.executable, "-m", "ninja"]
         try:
@@ -163,17 +170,16 @@ class NinjaBuildExt(build_ext):
         except FileNotFoundError:
             raise SystemExit("mflow_kernels: ninja is missing: pip install ninja") from None
 
-    def ninja_file(self, ext: Extension, cuda: Cuda, output: Path) -> str:
+    def ninja_file(self, sources: list[Path], cuda: Cuda, output: Path) -> str:
         import pybind11
 
         include = [sysconfig.get_path("include"), pybind11.get_include()]
         defines = [f'-DMFLOW_CUDA_NOTE="{cuda.note}"']
-        sources = [ROOT / source for source in ext.sources]
         nvcc = ""
         link = f"{compiler()} -pthread"
         if cuda.nvcc:
             defines = ["-DMFLOW_WITH_CUDA", f'-DMFLOW_CUDA_ARCHS="{cuda.contents}"']
-            sources += sorted(CSRC.rglob("*.cu"))
+            sources = [*sources, *sorted(CSRC.rglob("*.cu"))]
             nvcc = shlex.quote(cuda.nvcc)
             if os.environ.get("CXX"):
                 nvcc += f" -ccbin {shlex.quote(compiler())}"
@@ -190,9 +196,9 @@ class NinjaBuildExt(build_ext):
         objects = []
         for source in sources:
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            objects.append(f"{source.relative_to(CSRC)}.o")
+            objects.append(f"{source.parent.name}/{source.name}.o")
             lines.append(f"build {objects[-1]}: {rule} {ninja_escape(source)}")
-            if source.name in ("module.cpp", "bindings.cpp"):  # no other file uses the defines
+            if source.name == "python.cpp":  # no other source uses the defines
                 lines.append(f"  defines = {shlex.join(defines)}")
         lines.append(f"build {ninja_escape(output)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"

@@ -9,9 +9,16 @@ times. A launch that accesses memory outside its tensors, or that races, raises
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
@@ -94,3 +101,15 @@ def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> l
         device.launches.clear()
         function()
         return [_launch_of(launched) for launched in device.launches]
+
+
+@contextmanager
+def noting() -> Iterator[list[list[Tensor]]]:
+    """A context in which no kernel runs. Yields a list of the tensors of each launch."""
+    noted: list[list[Tensor]] = []
+
+    def run(_: JITFunction, *args: Any, **kwargs: Any) -> None:
+        noted.append([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield noted
