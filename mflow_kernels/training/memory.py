@@ -52,7 +52,7 @@ from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
-from mflow_kernels.models.manifold import check_manifold_dim
+from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.ops.coupling_network_launches import dh1_tile
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.training.coupling_shapes import (
