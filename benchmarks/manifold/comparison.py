@@ -12,8 +12,6 @@ comparison that was stopped continues where it was.
 """
 
 import math
-import os
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,12 +222,16 @@ ABOUT = {
 
 
 def about_runs(rows: Sequence[Row]) -> str:
-    """Return a line with seeds, dates and versions of these runs."""
+    """Return a line with seeds, dates, versions and machines of these runs.
+
+    Rows of earlier versions did not record their machine.
+    """
     found = {
         "seeds": sorted({row["seed"] for row in rows}),
         "commits": sorted({row["made"]["commit"] for row in rows}),
         "dates": sorted({row["made"]["date"] for row in rows}),
         "torch": sorted({row["made"]["torch"] for row in rows}),
+        "CPU": sorted({row["made"]["cpu"] for row in rows if "cpu" in row["made"]}),
     }
-    parts = [f"{name} {', '.join(map(str, values))}" for name, values in found.items()]
-    return f"\nRuns: {'; '.join(parts)}; {os.cpu_count()} CPU cores ({platform.machine()}).\n"
+    parts = [f"{name} {', '.join(map(str, values))}" for name, values in found.items() if values]
+    return f"\nRuns: {'; '.join(parts)}.\n"

@@ -4,6 +4,8 @@ import datetime
 import io
 import json
 import math
+import os
+import platform
 import re
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ class Store:
         if not self.has(key):
             made = {"commit": commit(), "date": datetime.date.today().isoformat()}
             made["torch"] = torch.__version__
+            made["cpu"] = f"{os.cpu_count()} CPU cores ({platform.machine()})"
             row = make() | {"made": made}
             save_text(self._path(key), json.dumps(row) + "\n")
             score = {k: v for k, v in row.items() if isinstance(v, int | float)}

@@ -34,12 +34,7 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
                 f"image_size: expected {prepared.record.size} as in {data}, got {image_size}"
             )
         return prepared
-    if not path.exists():
-        names = ", ".join(map(repr, NAMED_DATASETS))
-        raise DataError(
-            f"data: expected {names}, a folder or zip of images, or a file of mflow prepare, "
-            f"got {data!r}"
-        )
+    check_exists(data)
     size = image_size or DEFAULT_SIZE
     source = find_images(path)
     cached = _cached_file(path, size)
@@ -56,6 +51,16 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
             "MFLOW_CACHE to another folder, or give a file of mflow prepare"
         ) from None
     return prepare_images(source, cached, size)
+
+
+def check_exists(data: str) -> None:
+    """Raise DataError unless `data` names a data set, or a file or folder that exists."""
+    if data not in NAMED_DATASETS and not Path(data).exists():
+        names = ", ".join(map(repr, NAMED_DATASETS))
+        raise DataError(
+            f"data: expected {names}, a folder or zip of images, or a file of mflow prepare, "
+            f"got {data!r}"
+        )
 
 
 def _cached_file(path: Path, size: int) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mflow_kernels.data.decoding import DIGEST_LENGTH
 from mflow_kernels.data.files import write_atomically
-from mflow_kernels.data.printable import printable
+from mflow_kernels.data.printable import counted, printable
 
 MANIFEST = "images.csv"  # file name in a run folder
 TRAIN, VALID, TEST = range(3)  # numbers of the parts
@@ -111,8 +111,8 @@ class Manifest:
         for kind, names in kinds:
             more = ", ..." if len(names) > _NAMED else ""
             listed = ", ".join(map(printable, names[:_NAMED])) + more
-            noun = "" if phrases else " image" if len(names) == 1 else " images"
-            phrases.append(f"{len(names):,}{noun} {kind} ({listed})")
+            count = f"{len(names):,}" if phrases else counted(len(names), "image")
+            phrases.append(f"{count} {kind} ({listed})")
         return ", ".join(phrases)
 
     def held_out_by(self, recorded: "Manifest") -> np.ndarray:
@@ -128,6 +128,16 @@ class Manifest:
             # An unchanged image stays even if the training part has a duplicate: it was held out.
             if part == TEST and (digest == recorded_digest or not trained_on[row]):
                 rows.append(row)
+        return np.array(rows, np.int64)
+
+    def training_rows(self, recorded: "Manifest") -> np.ndarray:
+        """Return rows (int64) of the images in the training part of a recorded list.
+
+        They are found by name. An image that has changed since is left out.
+        """
+        before = recorded._by_name()
+        pairs = enumerate(zip(self.names, self.digests, strict=True))
+        rows = [row for row, (name, digest) in pairs if before.get(name) == (TRAIN, digest)]
         return np.array(rows, np.int64)
 
     def trained_on(self, recorded: "Manifest") -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Escape characters that a terminal would obey or hide."""
+"""Text for people: numbers with their nouns, and characters that a terminal would obey or hide."""
 
 import unicodedata
 
@@ -6,6 +6,11 @@ import unicodedata
 # reverse the direction of text; surrogates, which stand for bytes that are not UTF-8; private and
 # unassigned characters; line and paragraph separators.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 image", "1,000 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def printable(text: str) -> str:

@@ -131,10 +131,20 @@ class Splits:
         Raises:
             DataError: none of these images is left.
         """
-        rows = self.manifest.held_out_by(recorded)
+        return self._recorded(self.manifest.held_out_by(recorded), recorded, TEST, "held out")
+
+    def trained_on_by(self, recorded: Manifest) -> ImageSet:
+        """Return the images of this data set that a run was trained on, found by name.
+
+        Arguments and errors are those of `held_out_by`.
+        """
+        rows = self.manifest.training_rows(recorded)
+        return self._recorded(rows, recorded, TRAIN, "was trained on")
+
+    def _recorded(self, rows: np.ndarray, recorded: Manifest, part: int, did: str) -> ImageSet:
         if not len(rows):
-            count = int((recorded.parts == TEST).sum())
-            raise DataError(f"data: expected the {count} images that the run held out, found none")
+            count = int((recorded.parts == part).sum())
+            raise DataError(f"data: expected the {count} images that the run {did}, found none")
         return self.images.subset(rows)
 
     def _part(self, part: int) -> ImageSet:

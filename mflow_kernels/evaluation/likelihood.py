@@ -225,16 +225,17 @@ def importance_weighted_bits(
     return bits_per_dimension(total / len(images), dims, n_bits).item()
 
 
-class HeldOut(NamedTuple):
+class EvaluatedImages(NamedTuple):
     """Images to evaluate a run on."""
 
     images: ImageSet
     name: str  # shown with the results
     skipped: tuple[str, ...]  # names of files that could not be read as images
     warning: str | None  # why the run may have been trained on some of these images
+    held_out: bool  # whether they are of the run's own data, and not other images
 
 
-def held_out_images(run: Run, data: str | None) -> HeldOut:
+def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
     """Find the images to evaluate a run on.
 
     Args:
@@ -249,7 +250,8 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
     """
     recorded = read_manifest(run.folder)
     warning = None
-    if data is None or run.config.data in (data, str(Path(data).resolve())):
+    held_out = data is None or run.config.data in (data, str(Path(data).resolve()))
+    if data is None or held_out:
         name = run.config.data_name
         splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
         images, skipped = splits.test, splits.skipped
@@ -272,7 +274,7 @@ def held_out_images(run: Run, data: str | None) -> HeldOut:
         if trained_on:
             warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
-    return HeldOut(images, name, skipped, warning)
+    return EvaluatedImages(images, name, skipped, warning, held_out)
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

@@ -12,7 +12,7 @@ from mflow_kernels.models.selection import IntrinsicDimension
 
 @dataclass(frozen=True)
 class SampleQuality:
-    """Distance between `images` samples at one temperature and as many held-out images.
+    """Distance between `images` samples at one temperature and as many evaluated images.
 
     The samples are on the manifold, or off it if `ambient`.
     """
@@ -29,7 +29,7 @@ class ReportMetrics:
     """All metrics of a report. A value is None if it was not computed; `missing` says why.
 
     `deviation` is that of the training images (`Chart.deviation`). `manifold_log_prob` is the mean
-    over `density_images` held-out images, in nats. `warning` is that of ReportOptions.
+    over `density_images` of the evaluated images, in nats. `warning` is that of ReportOptions.
     """
 
     run: str

@@ -38,11 +38,11 @@ _DENSITY_WORK = 2**31  # most elements in all Jacobians of a set together
 
 @dataclass(frozen=True)
 class SetScores:
-    """Medians of the scores over a set of images, and each score's AUROC against the held-out set.
+    """Medians of the scores over a set of images, and each score's AUROC against the first set.
 
-    The AUROC is the probability that an image of this set scores above a held-out image: 0.5 means
-    that the score does not separate the sets, 1 that it separates them perfectly. Scores that were
-    not computed are absent, and the held-out set itself has no AUROC.
+    The AUROC is the probability that an image of this set scores above an image of the first set,
+    the evaluated images: 0.5 means that the score does not separate the sets, 1 that it separates
+    them perfectly. Scores that were not computed are absent, and the first set has no AUROC.
     """
 
     name: str
@@ -172,7 +172,7 @@ def png_bits(images: Tensor, n_bits: int) -> Tensor:
 
 
 def compare_sets(scores: Mapping[str, Mapping[str, Tensor]]) -> tuple[SetScores, ...]:
-    """Summarize the scores of each set and compare them with the first set, the held-out images.
+    """Summarize the scores of each set and compare them with the first set, the evaluated images.
 
     Args:
         scores: for each set, by name, the result of `score_images`.

@@ -156,9 +156,9 @@ def _scores(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable
         "combines it with the density of the manifold coordinates, and the OOD score with the "
         f"density on the manifold (arXiv 2308.13792), for the first {first} images of each set; "
         "both are in nats. "
-        "The AUROC is the probability that an image of the set scores above a held-out image: 1 "
-        "separates the sets perfectly and 0.5 not at all; below 0.5, the set scores lower than the "
-        "held-out images.</p>"
+        "The AUROC is the probability that an image of the set scores above one of the first set: "
+        "1 separates the two perfectly and 0.5 not at all; below 0.5, the set scores lower than "
+        "the first.</p>"
     )
     yield from _show(pictures, "scores")
 

@@ -46,7 +46,7 @@ from mflow_kernels.evaluation.samples import (
 )
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.selection import IntrinsicDimension, estimate_intrinsic_dimension
-from mflow_kernels.runs.folder import Run
+from mflow_kernels.runs.folder import Run, read_manifest
 
 REPORT, FIGURES = "report.html", "figures.json"
 _SPECTRUM_IMAGES = 4
@@ -68,6 +68,7 @@ class ReportOptions:
         quick: leave out the parts that need Jacobians: the density on the manifold, the OOD score
             and the intrinsic dimension.
         ambient: also draw the off-manifold coordinates of samples.
+        held_out: whether the evaluated images are those that the run held out.
         warning: why the model may have been trained on some of the images; None if it was not.
     """
 
@@ -77,6 +78,7 @@ class ReportOptions:
     others: tuple[tuple[str, ImageSet], ...] = ()
     quick: bool = False
     ambient: bool = False
+    held_out: bool = True
     warning: str | None = None
 
 
@@ -166,7 +168,7 @@ def write_report(
         density = _manifold_log_prob(run, images, missing)
         spectrum = _spectrum(run, images, missing)
     training = _training_scores(run, missing)
-    scores = _score_sets(run, images, options, training)
+    scores = _score_sets(run, images, evaluation.data, options, training)
     metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
@@ -183,7 +185,8 @@ def write_report(
         warning=options.warning,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = _draw(run, images, folder, scores, spectrum, options.ambient)
+    kind = "held-out images" if options.held_out else f"images of {evaluation.data}"
+    pictures = _draw(run, images, kind, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
     html = page(metrics, run.config, pictures)
@@ -241,7 +244,9 @@ def _sample_batches(
 
 def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
     try:
-        train = load_splits(run.config.data, run.config.image_size).train
+        splits = load_splits(run.config.data, run.config.image_size)
+        recorded = read_manifest(run.folder)
+        train = splits.train if recorded is None else splits.trained_on_by(recorded)
     except ValueError as error:
         missing.append(
             "typicality, latent score and OOD score: the images that the run was trained on cannot "
@@ -253,10 +258,14 @@ def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
 
 
 def _score_sets(
-    run: Run, images: ImageSet, options: ReportOptions, training: TrainingScores | None
+    run: Run,
+    images: ImageSet,
+    name: str,
+    options: ReportOptions,
+    training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
-    held_out = images.batch(range(min(SCORED_IMAGES, len(images))))
-    sets = {"held out": held_out, **made_up_sets(held_out)}
+    batch = images.batch(range(min(SCORED_IMAGES, len(images))))
+    sets = {"held out" if options.held_out else name: batch, **made_up_sets(batch)}
     for name, other in options.others:
         sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
     scores, done = {}, 0
@@ -330,12 +339,13 @@ def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
 def _draw(
     run: Run,
     images: ImageSet,
+    kind: str,
     folder: Path,
     scores: dict[str, dict[str, Tensor]],
     spectrum: IntrinsicDimension | None,
     ambient: bool,
 ) -> dict[str, Picture]:
-    """Draw the pictures of the page, by name."""
+    """Draw the pictures of the page, by name. `kind` says in the captions what `images` are."""
     pictures = {}
     model = run.model
     path = folder / "samples.png"
@@ -349,7 +359,8 @@ def _draw(
     path = folder / "projections.png"
     draw_residuals(
         path,
-        f"Held-out images and their projections on the {model.manifold_dim}-dimensional manifold",
+        f"{kind[0].upper()}{kind[1:]} and their projections on the "
+        f"{model.manifold_dim}-dimensional manifold",
         originals,
         project_images(model, originals, classes=classes),
     )
@@ -361,12 +372,12 @@ def _draw(
         path = folder / "interpolations.png"
         draw_images(
             path,
-            "Interpolations on the manifold between held-out images",
+            f"Interpolations on the manifold between {kind}",
             _interpolations(run, images),
         )
         pictures["interpolations"] = Picture(
             path,
-            "Each row starts and ends with a held-out image. The images between them lie on the "
+            f"Each row starts and ends with one of the {kind}. The images between them lie on the "
             "manifold, on a straight line in its coordinates u from one projection to the other.",
         )
     path = folder / "scores.png"

@@ -58,6 +58,12 @@ class Chart(nn.Module):
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
 
+    def describe_images(
+        self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
+    ) -> None:
+        """Set `n_bits`, `crop` and `class_names`."""
+        self.n_bits, self.crop, self.class_names = n_bits, crop, class_names
+
     def project(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Project x onto the manifold: decode(encode(x))."""
         return self.decode(self.encode(x, context=context), context=context)
@@ -347,6 +353,12 @@ class Chart(nn.Module):
         if off_manifold:
             return self.decode_off_manifold(u, temperature, generator, context=context)
         return self.decode(u, context=context)
+
+
+def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Check that manifold_dim is an integer from 1 to the number of latent pixels."""
+    total = sum(math.prod(shape) for shape in latent_shapes)
+    check_count("manifold_dim", manifold_dim, 1, total)
 
 
 def off_manifold_score(distance: Tensor, deviation: float, dims: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Hierarchical training: further flows on the coordinates of a manifold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,12 @@ from mflow_kernels.layers.flow import sample_normal
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import Terms
+from mflow_kernels.models.pretrained import (
+    ImageFormat,
+    build_stages,
+    read_pretrained,
+    save_pretrained,
+)
 from mflow_kernels.ops.checks import check_count
 
 
@@ -160,8 +166,8 @@ class HierarchicalFlow(Chart):
         self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
     ) -> None:
         """Set `n_bits`, `crop` and `class_names` of the model and of its first stage."""
-        for model in (self, cast(ManifoldFlow, self.stages[0])):
-            model.n_bits, model.crop, model.class_names = n_bits, crop, class_names
+        super().describe_images(n_bits, crop, class_names)
+        cast(ManifoldFlow, self.stages[0]).describe_images(n_bits, crop, class_names)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model into a new folder, from which `from_pretrained` loads it.
@@ -169,9 +175,8 @@ class HierarchicalFlow(Chart):
         Raises TypeError unless all flows are `Glow` or `VectorFlow` with built-in networks, and
         ValueError if the folder exists or cannot be created.
         """
-        from mflow_kernels.models.pretrained import save_pretrained
-
-        save_pretrained(self, folder)
+        images = ImageFormat(self.n_bits, self.crop, self.class_names)
+        save_pretrained(self._until(None), images, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
@@ -180,9 +185,11 @@ class HierarchicalFlow(Chart):
         The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
         set. Raises ValueError if a file is damaged or was written by something else.
         """
-        from mflow_kernels.models.pretrained import load_pretrained
-
-        return load_pretrained(folder)
+        stored = read_pretrained(folder)
+        model = build(stored.architecture)
+        model.load_state_dict(stored.tensors)
+        model.describe_images(*stored.images)
+        return model.eval()
 
     def _until(self, stages: int | None, least: int = 0) -> list[ManifoldFlow]:
         if stages is not None:
@@ -194,6 +201,14 @@ class HierarchicalFlow(Chart):
         check_count("stage", stage, 0, len(self.stages) - 1)
         *earlier, trained = self._until(stage + 1)
         return earlier, trained
+
+
+def build(architecture: Mapping[str, Any], **options: Any) -> HierarchicalFlow:
+    """Build the untrained model of an architecture; arguments and errors are `build_stages`'s."""
+    parts = build_stages(architecture, **options)
+    return HierarchicalFlow(
+        [ManifoldFlow(flow, dim, objective=objective) for flow, dim, objective in parts]
+    )
 
 
 def _pass_through(

@@ -4,17 +4,23 @@ import copy
 import math
 import warnings
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from mflow_kernels.layers import Bijection, ReversibleChain
 from mflow_kernels.layers.flow import given
-from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.chart import Chart, check_manifold_dim
 from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
-from mflow_kernels.ops.checks import check_count, check_tensor
+from mflow_kernels.models.pretrained import (
+    STAGE,
+    ImageFormat,
+    build_stages,
+    read_pretrained,
+    save_pretrained,
+)
+from mflow_kernels.ops.checks import check_tensor
 
 
 class ManifoldFlow(Chart):
@@ -86,11 +92,8 @@ class ManifoldFlow(Chart):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model into a new folder, as `HierarchicalFlow.save_pretrained` does."""
-        from mflow_kernels.models.hierarchy import HierarchicalFlow
-
-        model = HierarchicalFlow([self])
-        model.describe_images(self.n_bits, self.crop, self.class_names)
-        model.save_pretrained(folder)
+        images = ImageFormat(self.n_bits, self.crop, self.class_names)
+        save_pretrained([self], images, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "ManifoldFlow":
@@ -100,9 +103,14 @@ class ManifoldFlow(Chart):
         The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
         set. Raises ValueError if a file is damaged or was written by something else.
         """
-        from mflow_kernels.models.pretrained import load_pretrained
-
-        return cast(ManifoldFlow, load_pretrained(folder).stages[0])
+        stored = read_pretrained(folder)
+        flow, manifold_dim, objective = build_stages(stored.architecture)[0]
+        model = ManifoldFlow(flow, manifold_dim, objective=objective)
+        first = STAGE.format(0)
+        own = {n.removeprefix(first): t for n, t in stored.tensors.items() if n.startswith(first)}
+        model.load_state_dict(own)
+        model.describe_images(*stored.images)
+        return model.eval()
 
     def latents(
         self, x: Tensor, *, context: Tensor | None = None
@@ -171,12 +179,6 @@ class ManifoldFlow(Chart):
     def initialize(self, x: Tensor, *, context: Tensor | None = None) -> None:
         """Initialize the flow's actnorms from a first batch x; see `ActNorm`."""
         self.flow.initialize(x, *given(context))
-
-
-def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:
-    """Check that manifold_dim is an integer from 1 to the number of latent pixels."""
-    total = sum(math.prod(shape) for shape in latent_shapes)
-    check_count("manifold_dim", manifold_dim, 1, total)
 
 
 def _on_mask(

@@ -1,41 +1,68 @@
 """Save and load trained models as two files, `model.safetensors` and `model.json`.
 
 The JSON file describes the architecture, the other one holds every tensor. Any program can read
-both, and neither can carry code.
+both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
+`HierarchicalFlow` make a model of them.
 """
 
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection
+from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.models.glow import Glow, VectorFlow
-from mflow_kernels.models.hierarchy import HierarchicalFlow
-from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
 from mflow_kernels.models.objectives import ManifoldObjective
 from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
 from mflow_kernels.ops.scale import ScaleFunction
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
+STAGE = "stages.{}."  # prefix of a stage's tensors
 _FORMAT = "mflow_kernels 1"
 _IMAGE_FLOW_COUNTS = ("levels", "steps", "width")
 _STAGE_COUNTS = ("manifold_dim", "steps", "width")
 _STAGE = (*_STAGE_COUNTS, "domain", "rho", "weight")
 
 
-def build(
+class StageParts(NamedTuple):
+    """The parts of one ManifoldFlow."""
+
+    flow: Bijection
+    manifold_dim: int
+    objective: ManifoldObjective
+
+
+class SavedStage(Protocol):
+    """The part of `ManifoldFlow` that is saved."""
+
+    flow: Bijection
+    manifold_dim: int
+    objective: ManifoldObjective
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class ImageFormat(NamedTuple):
+    """The format of the images that a model was trained on: attributes of `Chart`."""
+
+    n_bits: int | None
+    crop: int | None
+    class_names: tuple[str, ...]
+
+
+def build_stages(
     architecture: Mapping[str, Any], *, reversible: bool = True, checkpoint_every: int | None = 8
-) -> HierarchicalFlow:
-    """Build the untrained model of an architecture.
+) -> list[StageParts]:
+    """Build the parts of the untrained stages of an architecture.
 
     Args:
         architecture: `image_shape` (C, H, W); `levels`, `steps` and `width` of the image flow; and
@@ -49,18 +76,18 @@ def build(
     Raises:
         ValueError, TypeError: a model or an objective does not accept a value.
     """
-    flows = _flows(architecture, reversible=reversible, checkpoint_every=checkpoint_every)
-    stages = architecture["stages"]
-    return HierarchicalFlow(
-        [
-            ManifoldFlow(
-                flow,
-                manifold_dim=stage["manifold_dim"],
-                objective=_objective(stage),
-            )
-            for flow, stage in zip(flows, stages, strict=True)
-        ]
-    )
+    levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
+    how: dict[str, Any] = {"reversible": reversible, "checkpoint_every": checkpoint_every}
+    how["context_channels"] = architecture.get("classes", 0)
+    flow: Glow | VectorFlow = Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)
+    parts: list[StageParts] = []
+    for stage in architecture["stages"]:
+        if parts:
+            flow = VectorFlow(parts[-1].manifold_dim, stage["steps"], stage["width"], **how)
+        # Checked before the next flow, whose size it sets, is built.
+        check_manifold_dim(stage["manifold_dim"], flow.latent_shapes)
+        parts.append(StageParts(flow, stage["manifold_dim"], _objective(stage)))
+    return parts
 
 
 def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
@@ -74,30 +101,14 @@ def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
     return ManifoldObjective(stage["domain"], stage["rho"], weight, delta, sigma)
 
 
-def _flows(architecture: Mapping[str, Any], **how: Any) -> list[Bijection]:
-    """Build the flow of each stage.
-
-    A manifold dimension is checked before the next flow, whose size it sets, is built.
-    """
-    levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
-    how["context_channels"] = architecture.get("classes", 0)
-    flows: list[Bijection] = [Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)]
-    for outer, own in pairwise(architecture["stages"]):
-        shapes = cast(tuple[tuple[int, ...], ...], flows[-1].latent_shapes)
-        check_manifold_dim(outer["manifold_dim"], shapes)
-        flows.append(VectorFlow(outer["manifold_dim"], own["steps"], own["width"], **how))
-    return flows
-
-
-def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
-    """Return the architecture of a model, in the form that `build` takes.
+def architecture_of(stages: Sequence[SavedStage]) -> dict[str, Any]:
+    """Return the architecture of a model's stages, in the form that `build_stages` takes.
 
     Raises:
         TypeError: the model has parts that an architecture cannot describe: flows other than `Glow`
             and `VectorFlow`, custom networks or scale functions, maps of weights, or a dtype other
             than float32.
     """
-    stages = cast(list[ManifoldFlow], list(model.stages))
     for i, stage in enumerate(stages):
         flow, expected = stage.flow, Glow if i == 0 else VectorFlow
         found = {
@@ -113,7 +124,8 @@ def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
                 raise TypeError(
                     f"stages[{i}].{name}: expected {right}; save the state_dict of other models"
                 )
-    wrong = next((p.dtype for p in model.parameters() if p.dtype != torch.float32), None)
+    parameters = (p for stage in stages for p in stage.parameters())
+    wrong = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
     if wrong is not None:
         raise TypeError(f"model: expected parameters of dtype float32 to save, got {wrong}")
     image = cast(Glow, stages[0].flow)
@@ -125,8 +137,8 @@ def architecture_of(model: HierarchicalFlow) -> dict[str, Any]:
     }
 
 
-def _stage_of(stage: ManifoldFlow) -> dict[str, Any]:
-    """Return the entries from which `_objective` and `_flows` build a stage."""
+def _stage_of(stage: SavedStage) -> dict[str, Any]:
+    """Return the entries from which `build_stages` builds a stage."""
     flow, objective = cast(Glow | VectorFlow, stage.flow), stage.objective
     entries = {
         "manifold_dim": stage.manifold_dim,
@@ -148,8 +160,8 @@ def _stage_of(stage: ManifoldFlow) -> dict[str, Any]:
     return entries
 
 
-def save_pretrained(model: HierarchicalFlow, folder: str | Path) -> None:
-    """Write a model into a new folder, from which `load_pretrained` loads it.
+def save_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: str | Path) -> None:
+    """Write a model into a new folder, from which `read_pretrained` reads it.
 
     The folder appears only once its files are complete.
 
@@ -160,12 +172,12 @@ def save_pretrained(model: HierarchicalFlow, folder: str | Path) -> None:
     path = Path(folder)
     if path.exists():
         raise ValueError(f"folder: expected a new folder, but {path} exists")
-    architecture_of(model)  # before anything is written
+    architecture_of(stages)  # before anything is written
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
         try:
-            write_pretrained(model, temporary)
+            write_pretrained(stages, images, temporary)
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -173,29 +185,40 @@ def save_pretrained(model: HierarchicalFlow, folder: str | Path) -> None:
         raise ValueError(f"folder: cannot write {path} ({error.strerror})") from None
 
 
-def write_pretrained(model: HierarchicalFlow, folder: Path) -> None:
+def write_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: Path) -> None:
     """Write the two files of a model into an existing folder."""
     from safetensors.torch import save_file
 
     content = {
         "format": _FORMAT,
-        "architecture": architecture_of(model),
+        "architecture": architecture_of(stages),
         # A value of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        "n_bits": model.n_bits,
-        "crop": model.crop,
-        "class_names": list(model.class_names),
+        **images._asdict(),
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {
+        f"{STAGE.format(i)}{name}": tensor.detach().cpu().contiguous()
+        for i, stage in enumerate(stages)
+        for name, tensor in stage.state_dict().items()
+    }
     save_file(tensors, folder / WEIGHTS, metadata={"format": _FORMAT})
     (folder / ARCHITECTURE).write_text(json.dumps(content, indent=2) + "\n")
     # safetensors ignores the umask and makes its files private.
     (folder / WEIGHTS).chmod((folder / ARCHITECTURE).stat().st_mode)
 
 
-def load_pretrained(folder: str | Path) -> HierarchicalFlow:
-    """Load the model from a folder that `mflow export` or `save_pretrained` wrote.
+class Pretrained(NamedTuple):
+    """The checked content of a folder that `mflow export` or `save_pretrained` wrote.
 
-    The model is on the CPU and in evaluation mode.
+    `tensors` is the state dictionary of a HierarchicalFlow.
+    """
+
+    architecture: dict[str, Any]
+    tensors: dict[str, Tensor]
+    images: ImageFormat
+
+
+def read_pretrained(folder: str | Path) -> Pretrained:
+    """Read a folder that `mflow export` or `save_pretrained` wrote.
 
     Raises:
         ValueError: the folder or a file is missing, a file is damaged or was written by something
@@ -214,24 +237,25 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a valid {WEIGHTS} in {folder} ({error})") from None
     architecture, images = _read(path / ARCHITECTURE, len(tensors))
-    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         with torch.device("meta"):  # compare shapes before allocating memory
-            flows = _flows(architecture)
-        _compare(_flow_shapes(flows), stored, path)
-        model = build(architecture)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        _compare(shapes, stored, path)
-        _compare(stored, shapes, path)
+            expected = _tensors_of(build_stages(architecture))
+        for name in expected.keys() | tensors.keys():
+            own, stored = expected.get(name), tensors.get(name)
+            if own is None or stored is None or own.shape != stored.shape:
+                raise ValueError(
+                    f"{name} is only in one of the two files, or its shape differs in "
+                    f"{path / WEIGHTS}"
+                )
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         # RuntimeError, OverflowError: a tensor has more elements than torch can count.
         reason = str(error).splitlines()[0]
         raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason}") from None
-    for name, own in model.state_dict().items():
-        tensor = tensors[name]
-        if tensor.dtype != own.dtype:
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name].dtype:
             raise ValueError(
-                f"folder: expected {name} in {path / WEIGHTS} to be {own.dtype}, got {tensor.dtype}"
+                f"folder: expected {name} in {path / WEIGHTS} to be {expected[name].dtype}, "
+                f"got {tensor.dtype}"
             )
         if not tensor.isfinite().all():
             raise ValueError(
@@ -243,9 +267,7 @@ def load_pretrained(folder: str | Path) -> HierarchicalFlow:
         raise ValueError(
             f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
         ) from None
-    model.load_state_dict(tensors)
-    model.describe_images(*images)
-    return model.eval()
+    return Pretrained(architecture, tensors, images)
 
 
 def check_selection(tensors: Mapping[str, Tensor]) -> None:
@@ -264,33 +286,22 @@ def check_selection(tensors: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"{name} differs from the masks")
 
 
-def _flow_shapes(flows: list[Bijection]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a HierarchicalFlow's large tensors: those of its flows and masks."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, flow in enumerate(flows):
-        for name, tensor in flow.state_dict().items():
-            shapes[f"stages.{i}.flow.{name}"] = tuple(tensor.shape)
+def _tensors_of(stages: Sequence[StageParts]) -> dict[str, Tensor]:
+    """Return tensors with the names, shapes and dtypes of a HierarchicalFlow of these parts."""
+    tensors: dict[str, Tensor] = {}
+    for i, (flow, manifold_dim, objective) in enumerate(stages):
+        own = {f"flow.{name}": tensor for name, tensor in flow.state_dict().items()}
+        own |= {f"objective.{name}": tensor for name, tensor in objective.state_dict().items()}
         latents = cast(tuple[tuple[int, ...], ...], flow.latent_shapes)
-        shapes |= {f"stages.{i}.off_mask_{j}": shape for j, shape in enumerate(latents)}
-    return shapes
+        for j, shape in enumerate(latents):
+            own[f"off_mask_{j}"] = torch.empty(shape, dtype=torch.bool)
+        own["manifold_index"] = torch.empty(manifold_dim, dtype=torch.int64)
+        tensors |= {f"{STAGE.format(i)}{name}": tensor for name, tensor in own.items()}
+    return tensors
 
 
-def _compare(
-    shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
-    """Raise ValueError if a name in `shapes` is missing in `others` or has another shape there."""
-    for name, shape in shapes.items():
-        if others.get(name) != shape:
-            raise ValueError(
-                f"{name} is only in one of the two files, or its shape differs in {path / WEIGHTS}"
-            )
-
-
-def _read(
-    path: Path, tensors: int
-) -> tuple[dict[str, Any], tuple[int | None, int | None, tuple[str, ...]]]:
-    """Read the architecture from a JSON file, and n_bits, crop and class_names of the images that
-    the model was trained on. Check their names and types.
+def _read(path: Path, tensors: int) -> tuple[dict[str, Any], ImageFormat]:
+    """Read the architecture and the format of the images from a JSON file, and check them.
 
     `tensors` is the number of tensors in the weights file.
     """
@@ -332,4 +343,4 @@ def _read(
         and len(names) in (0, classes)
     ):
         raise ValueError(f"{expected} with n_bits, crop, classes and class_names of an export")
-    return architecture, (n_bits, crop, tuple(names))
+    return architecture, ImageFormat(n_bits, crop, tuple(names))

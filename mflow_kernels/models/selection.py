@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.models.manifold import ManifoldFlow, check_manifold_dim
+from mflow_kernels.models.chart import check_manifold_dim
+from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.volume import PASS_ELEMENTS, jacobians
 from mflow_kernels.ops.checks import check_count
 

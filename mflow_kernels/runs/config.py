@@ -97,10 +97,6 @@ class TrainConfig(
         for rate in self.stage_learning_rate:
             if not 0 < rate < float("inf"):
                 raise ValueError(f"stage_learning_rate: expected a finite number > 0, got {rate}")
-        if self.classes is not None and self.cuda_graphs:
-            raise ValueError(
-                "cuda_graphs: expected False for a class-conditional model (--classes), got True"
-            )
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):

@@ -22,7 +22,8 @@ from mflow_kernels.data.files import (
     write_atomically,
 )
 from mflow_kernels.data.manifest import MANIFEST, Manifest
-from mflow_kernels.models.pretrained import build, write_pretrained
+from mflow_kernels.models.hierarchy import build
+from mflow_kernels.models.pretrained import ImageFormat, write_pretrained
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.parser import as_option
@@ -90,7 +91,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """Return the architecture of a configuration, as `pretrained.build` takes it."""
+    """Return the architecture of a configuration, as `pretrained.build_stages` takes it."""
     objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
     names = ("steps", "width", *objective, "delta", "sigma")
     stages = [
@@ -237,7 +238,10 @@ def load_run(folder: str, device: str = "auto") -> Run:
 
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
-    lock = make_folder(folder, partial(write_pretrained, run.model), "out")
+    model = run.model
+    stages = cast(list[ManifoldFlow], list(model.stages))
+    images = ImageFormat(model.n_bits, model.crop, model.class_names)
+    lock = make_folder(folder, partial(write_pretrained, stages, images), "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 

@@ -111,6 +111,10 @@ def _check(argv: list[str]) -> Work:
             dims = accumulate([options["manifold_dim"], *options["stage_dims"]], min)
             options["stage_dims"] = [*dims][1:]
         options.pop("preset")
+        if chosen.subcommand == "plan" and given.get("data") is not None:
+            from mflow_kernels.data.cache import check_exists
+
+            check_exists(options["data"])  # a preset may name data that this machine does not have
         return train(options) if chosen.subcommand == "train" else plan(options)
     commands: dict[str, Callable[..., Work]] = {
         "prepare": prepare,
@@ -251,23 +255,35 @@ def _text(command: Callable[..., Work], lines: int | None = None) -> str:
 
 
 def _as_typed(message: str, argv: list[str]) -> str:
-    """Replace the name of a Python argument at the start of a message by its option."""
+    """Replace the names of Python arguments in a message by their options.
+
+    A message starts with one name or with several. Later in the message, a word is taken for a name
+    only if it has an underscore and is not quoted or part of a path.
+    """
+    import re
     from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.runs.parser import as_option
 
-    name, colon, rest = message.partition(":")
-    if (*argv[:1], name) in {("prepare", "data"), ("presets", "preset")}:
+    start, colon, rest = message.partition(":")
+    if (*argv[:1], start) in {("prepare", "data"), ("presets", "preset")}:
         return message  # these two are positional
-    if name == "image_shape":
+    if start == "image_shape":
         return "--levels" + colon + rest
     options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"draws", "features", "feature_weights", "feature_images", "missing", "ood"}
-    if name in options or name in {option.name for option in fields(TrainConfig)}:
-        return as_option(name) + colon + rest
-    return message
+    options |= {option.name for option in fields(TrainConfig)}
+    names = start.split(", ")
+    if not options.issuperset(names):
+        return message
+    if start != "preset":  # its message quotes a file, which spells options as Python does
+        known = "|".join(sorted(name for name in options if "_" in name))
+        rest = re.sub(
+            rf"(?<!got )(?<![\w/.'-])({known})(?![\w/'-])", lambda m: as_option(m[0]), rest
+        )
+    return ", ".join(map(as_option, names)) + colon + rest
 
 
 def _is_out_of_memory(error: Exception) -> bool:

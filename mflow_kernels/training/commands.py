@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mflow_kernels.data.printable import printable
+from mflow_kernels.data.printable import counted, printable
 
 if TYPE_CHECKING:
     from mflow_kernels.runs.config import TrainConfig
@@ -199,5 +199,5 @@ def report_skipped(skipped: Sequence[str]) -> None:
     if skipped:
         names = ", ".join(map(printable, skipped[:5]))
         more = ", ..." if len(skipped) > 5 else ""
-        files = "file" if len(skipped) == 1 else "files"
-        print(f"skipped {len(skipped)} {files} that cannot be read: {names}{more}", file=sys.stderr)
+        files = counted(len(skipped), "file")
+        print(f"skipped {files} that cannot be read: {names}{more}", file=sys.stderr)

@@ -18,7 +18,7 @@ from mflow_kernels.ops.launch import cusolver
 
 _WARM_UP = 3  # passes before the capture, in which libraries, compilers and autotuners initialize
 
-Losses = Callable[[Tensor], tuple[Tensor, ...]]
+Losses = Callable[..., tuple[Tensor, ...]]
 
 
 class Captured(NamedTuple):
@@ -95,15 +95,15 @@ class StepGraphs:
         self._failed = False
 
     def __call__(
-        self, stage: int, x: Tensor, losses: Losses, modules: Sequence[nn.Module]
+        self, stage: int, batch: Sequence[Tensor], losses: Losses, modules: Sequence[nn.Module]
     ) -> tuple[Tensor, ...]:
-        """Return losses(x): the loss, then tensors without gradients.
+        """Return losses(*batch): the loss, then tensors without gradients.
 
         With graphs, the next call overwrites these tensors.
 
         Args:
             stage: number of the stage. When it changes, the graphs are captured again.
-            x: a batch.
+            batch: the data and, for a class-conditional model, its classes.
             losses: function to compute. It must not read from the device or draw random numbers.
                 It may change buffers of `modules` in place.
             modules: modules with all parameters that the loss depends on; these get gradients.
@@ -114,16 +114,18 @@ class StepGraphs:
                     parameter.grad = None  # it is in the graph's memory
             self._stage, self._graphed = stage, None
             if not self._failed:
-                self._capture(x, losses, modules)
-        if self._graphed is None or self._graphed.x.shape != x.shape:
-            return losses(x)
-        return self._graphed(x)
+                self._capture(batch, losses, modules)
+        if self._graphed is None or not self._graphed.takes(batch):
+            return losses(*batch)
+        return self._graphed(batch)
 
-    def _capture(self, x: Tensor, losses: Losses, modules: Sequence[nn.Module]) -> None:
+    def _capture(
+        self, batch: Sequence[Tensor], losses: Losses, modules: Sequence[nn.Module]
+    ) -> None:
         buffers = [buffer for module in modules for buffer in module.buffers()]
         before = [buffer.clone() for buffer in buffers]
         try:
-            self._graphed = _Graphed(x, losses, nn.ModuleList(modules))
+            self._graphed = _Graphed(batch, losses, nn.ModuleList(modules))
         except RuntimeError as error:
             self._failed = True  # the next stage could not be captured either
             # After an operator fails, the end of the capture fails too; report the first error.
@@ -138,10 +140,10 @@ class StepGraphs:
 class _Graphed:
     """The captured losses and gradients for batches of one shape."""
 
-    def __init__(self, x: Tensor, losses: Losses, modules: nn.Module) -> None:
+    def __init__(self, batch: Sequence[Tensor], losses: Losses, modules: nn.Module) -> None:
         # A rank's share of a batch is not dense. Keep its strides: sums on a CPU follow them.
-        self.x = x.new_empty_strided(x.shape, x.stride()).copy_(x)
-        dloss = x.new_ones(())
+        self._batch = [x.new_empty_strided(x.shape, x.stride()).copy_(x) for x in batch]
+        dloss = batch[0].new_ones(())
         parameters = [p for p in modules.parameters() if p.requires_grad]
         chains = [m for m in modules.modules() if isinstance(m, ReversibleChain)]
 
@@ -149,12 +151,17 @@ class _Graphed:
             gradients = torch.autograd.grad(results[0], parameters, dloss)
             return *gradients, *(c.drift for c in chains if c.drift is not None)
 
-        self.captured = capture(lambda: losses(self.x), backward)
+        self.captured = capture(lambda: losses(*self._batch), backward)
         self.dloss, self.parameters = dloss, parameters
         self._drifting = [chain for chain in chains if chain.drift is not None]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        self.x.copy_(x)
+    def takes(self, batch: Sequence[Tensor]) -> bool:
+        """Whether the batch has the shapes and dtypes of the captured one."""
+        return [(x.shape, x.dtype) for x in batch] == [(x.shape, x.dtype) for x in self._batch]
+
+    def __call__(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        for own, x in zip(self._batch, batch, strict=True):
+            own.copy_(x)
         return _Replay.apply(self, *self.parameters)
 
     def gradients(self) -> list[Tensor]:

@@ -50,9 +50,10 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
+from mflow_kernels.data.printable import counted
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
-from mflow_kernels.models.manifold import check_manifold_dim
+from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.ops.coupling_network_launches import dh1_tile
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.training.coupling_shapes import (
@@ -192,7 +193,7 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     )  # fmt: skip
     size = config.image_size
     lines = [
-        f"Batches of {config.batch_size} images of {config.channels}x{size}x{size}; "
+        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}; "
         f"{config.levels} levels of {config.steps} steps, width {config.width}",
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
@@ -204,9 +205,10 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
     batch = evaluation_batch_size(config.image_shape)
+    evaluated = readable(evaluation_memory(config, batch))
     lines += [
         "",
-        f"Evaluation, {batch} images at a time: {readable(evaluation_memory(config, batch))}; "
+        f"Evaluation, {counted(batch, 'image')} at a time: {evaluated}; "
         "without --quick, its Jacobians take up to 1.1 GB more",
     ]
     if gpu:

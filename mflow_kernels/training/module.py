@@ -23,6 +23,7 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
 from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
 from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers.flow import given
 from mflow_kernels.layers.folding import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
@@ -182,13 +183,12 @@ class FlowTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stage = self.stage
         x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
+        losses, inputs = partial(self._losses, stage), (x, *given(classes))
         if self._graphs is None:
-            loss, *parts, log_likelihood = self._losses(stage, x, classes)
+            loss, *parts, log_likelihood = losses(*inputs)
         else:
             active = [self.model.stages[i] for i in self._active(stage)]
-            loss, *parts, log_likelihood = self._graphs(
-                stage, x, partial(self._losses, stage), active
-            )
+            loss, *parts, log_likelihood = self._graphs(stage, inputs, losses, active)
         self._loss = loss.detach()
         if self._is_logged:
             scale = 1 / (self._trained_dims(stage) * math.log(2.0))

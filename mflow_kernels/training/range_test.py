@@ -35,24 +35,39 @@ class RangeTest(NamedTuple):
         return rate_at(means.index(min(means)))
 
     @property
-    def suggestion(self) -> float:
+    def suggestion(self) -> float | None:
         """The suggested highest learning rate: a third of `best_rate`.
 
         It is lower than `best_rate` for two reasons. The running mean lags behind the loss by half
         an order of magnitude of the rate. A rate that lowers the loss for a few steps may be too
-        high for many.
+        high for many. It is None if a third of `best_rate` is below every rate that was tested: the
+        loss then did not fall.
         """
-        return self.best_rate / 3
+        return self.best_rate / 3 if self.best_rate >= 3 * LOWEST else None
 
 
 def describe_tests(tests: Sequence[RangeTest]) -> str:
-    """Return a table with one row per stage, and the options for training at the rates found."""
+    """Return a table with one row per stage, and the options for training at the rates found.
+
+    For a stage without a suggested rate, the text says what to try instead of the options.
+    """
+    rates = ["none" if t.suggestion is None else f"{t.suggestion:.2g}" for t in tests]
     lines = ["stage  loss lowest at rate  suggested rate"]
-    for number, test in enumerate(tests, start=1):
-        lines.append(f"{number:5}  {test.best_rate:19.2g}  {test.suggestion:14.2g}")
-    first, *further = (f"{test.suggestion:.2g}" for test in tests)
-    options = ["--learning-rate", first, *(["--stage-learning-rate", *further] if further else [])]
-    return "\n".join([*lines, f"To train with them: mflow train {' '.join(options)} ..."])
+    for number, (test, rate) in enumerate(zip(tests, rates, strict=True), start=1):
+        lines.append(f"{number:5}  {test.best_rate:19.2g}  {rate:>14}")
+    for number, rate in enumerate(rates, start=1):
+        if rate == "none":
+            lines.append(
+                f"The loss of stage {number} did not fall at any tested rate ({LOWEST:g} to "
+                f"{HIGHEST:g}), so no rate can be suggested. A larger --batch-size makes its loss "
+                "less noisy. Weights of --init-from that are fully trained cannot improve."
+            )
+    if "none" not in rates:
+        first, *further = rates
+        stages = ["--stage-learning-rate", *further] if further else []
+        options = " ".join(["--learning-rate", first, *stages])
+        lines.append(f"To train with them: mflow train {options} ...")
+    return "\n".join(lines)
 
 
 def rate_at(step: int) -> float:

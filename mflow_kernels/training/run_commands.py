@@ -110,7 +110,7 @@ def reconstruct(
             "missing: expected a model whose manifold has fewer dimensions than its images, got "
             f"{model.manifold_dim} of {model.manifold_dim}"
         )
-    images, name, skipped, warning = held_out_images(loaded, data)
+    images, name, skipped, warning, _ = held_out_images(loaded, data)
     suffix = f"-missing-{missing}" if missing else ""
     path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
 
@@ -186,7 +186,7 @@ def evaluate(
     check_at_least("draws", draws, 1)
     check_at_least("feature_images", feature_images, 2)
     loaded = load_run(run, device)
-    images, name, skipped, warning = held_out_images(loaded, data)
+    images, name, skipped, warning, held_out = held_out_images(loaded, data)
     path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
     folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
     check_can_be_written(folder, "out")
@@ -209,7 +209,7 @@ def evaluate(
             report_skipped(skipped)
             _warn(warning)
             options = ReportOptions(
-                draws, network, feature_images, tuple(others), quick, ambient, warning
+                draws, network, feature_images, tuple(others), quick, ambient, held_out, warning
             )
             print(describe_work(loaded, images, options), file=sys.stderr)
             evaluation = evaluate_model(

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 import torch
 
 from benchmarks.manifold import points, tables, training
 from benchmarks.manifold.__main__ import main
+from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.factors import elbow
 from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
@@ -186,12 +188,23 @@ def test_the_sweep_extends_its_grids_until_the_best_setting_is_inside(best, tmp_
     assert steps["M-flow"] == [30, 20]
 
 
+def test_the_machine_of_a_run_is_the_one_that_recorded_it():
+    """Not the machine that writes the tables; rows of earlier versions recorded none."""
+    made = {"commit": "c", "date": "2026-11-27", "torch": "2"}
+    recorded = {**made, "cpu": "4096 CPU cores (z80)"}
+    text = "\nRuns: seeds 0; commits c; dates 2026-11-27; torch 2"
+    assert about_runs([{"seed": 0, "made": made}]) == f"{text}.\n"
+    rows = [{"seed": 0, "made": made}, {"seed": 0, "made": recorded}]
+    assert about_runs(rows) == f"{text}; CPU 4096 CPU cores (z80).\n"
+
+
 def test_finished_runs_are_not_repeated(tmp_path):
     made = []
     for _ in range(2):
         row = Store(tmp_path).row("a, b-rate0.1", lambda: made.append(1) or {"seed": 0, "x": 1.5})
         assert row["x"] == 1.5
         assert row["made"]["torch"] == torch.__version__
+        assert row["made"]["cpu"].startswith(f"{os.cpu_count()} CPU cores (")
     assert len(made) == 1
 
     def stopped():

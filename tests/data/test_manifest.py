@@ -119,11 +119,28 @@ class TestData:
             os.utime(path, (1, 1))
         assert load_splits(str(tmp_path / "f"), 8).manifest.difference(before) is None
 
+    def test_a_file_added_does_not_change_the_images_trained_on(self, tmp_path):
+        write_images(tmp_path / "f", 30)
+        before = load_splits(str(tmp_path / "f"), 8)
+        assert torch.equal(
+            before.trained_on_by(before.manifest).batch(range(27)), before.train.batch(range(27))
+        )
+        first = str(before.manifest.names[np.flatnonzero(before.manifest.parts == 0)[0]])
+        other = write_images(tmp_path / "more", 1, seed=1) / "000.png"
+        other.rename(tmp_path / "f" / "aaa.png")
+        (tmp_path / "f" / first).write_bytes((tmp_path / "f" / "aaa.png").read_bytes())
+        now = load_splits(str(tmp_path / "f"), 8)
+        found = now.trained_on_by(before.manifest)  # not `first`, which has other pixels now
+        assert torch.equal(found.batch(range(26)), before.train.batch(range(1, 27)))
+        assert len(found) == 26
+
     def test_none_of_them_left(self, tmp_path):
         splits = load_splits(str(write_images(tmp_path / "f", 5)), 8)
         then = manifest("x 0 1", "y 2 2", "z 2 3")
         with pytest.raises(DataError, match="the 2 images that the run held out, found none"):
             splits.held_out_by(then)
+        with pytest.raises(DataError, match="the 1 images that the run was trained on, found none"):
+            splits.trained_on_by(then)
 
     def test_training_images_in_another_folder(self, tmp_path):
         splits = load_splits(str(write_images(tmp_path / "f", 10)), 8)

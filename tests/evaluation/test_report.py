@@ -14,6 +14,7 @@ from tiny_runs import listing, write_images
 from torchvision.models import resnet18
 
 from mflow_kernels import Glow
+from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation import report
 from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
@@ -242,6 +243,60 @@ class TestWork:
         assert figures["scores"][0]["medians"]["latent_score"]
         page = (tmp_path / "report" / "report.html").read_text()
         assert "left out by --quick" in page
+
+    def test_the_scores_compare_with_the_images_that_the_run_trained_on(
+        self, run, images, tmp_path, monkeypatch, capsys
+    ):
+        """A file that is added later draws another split, whose training images differ."""
+        seen = []
+        monkeypatch.setattr(
+            report, "training_scores", lambda model, batch, n_bits: seen.append(batch)
+        )
+        data = tmp_path / "faces"
+        shutil.copytree(images, data)
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace(str(images), str(data)))
+        before = load_splits(str(data), 8).train
+        write_images(tmp_path / "more", count=1, seed=5).joinpath("000.png").rename(
+            data / "aaa.png"
+        )
+        assert not torch.equal(
+            load_splits(str(data), 8).train.batch(range(10)), before.batch(range(10))
+        )
+        assert main(["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]) == 0
+        assert torch.equal(seen[0], before.batch(range(10)))
+
+    def test_other_images_are_not_called_held_out(self, run, tmp_path, monkeypatch, capsys):
+        titles = []
+        monkeypatch.setattr(report, "draw_images", lambda path, title, rows: titles.append(title))
+        monkeypatch.setattr(
+            report, "draw_residuals", lambda path, title, *images: titles.append(title)
+        )
+        monkeypatch.setattr(report, "page", lambda metrics, config, pictures: "\n".join(
+            [p.caption for p in pictures.values()] + [row.name for row in metrics.scores]
+        ))  # fmt: skip
+        other, texts = write_images(tmp_path / "others", count=4, seed=7), []
+        for data in ([], ["--data", str(other)]):
+            command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
+            assert main([*command, *data]) == 0
+            texts.append("\n".join([*titles, (tmp_path / "report" / "report.html").read_text()]))
+            titles.clear()
+        for expected in (
+            "Held-out images and their projections",
+            "between held-out images",
+            "ends with one of the held-out images",
+            "\nheld out\n",
+        ):
+            assert expected in texts[0]
+        assert "eld-out" not in texts[1]
+        assert "held out" not in texts[1]
+        for expected in (
+            "Images of others and their projections",
+            "between images of others",
+            "ends with one of the images of others",
+            "\nothers\n",
+        ):
+            assert expected in texts[1]
 
     def test_images_that_were_trained_on(self, run, images, tmp_path):
         command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, metrics, refused
 
-from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS, load_pretrained
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.models.pretrained import ARCHITECTURE, WEIGHTS
 from mflow_kernels.runs.checkpoints import Expected, newest_checkpoint, read_checkpoint
 from mflow_kernels.runs.folder import (
     build_model,
@@ -183,7 +184,7 @@ def export(exported):
 
 def refuses(export):
     with pytest.raises(ValueError, match=r"^folder: ") as caught:
-        load_pretrained(export)
+        HierarchicalFlow.from_pretrained(export)
     assert "\n" not in str(caught.value)
 
 
@@ -269,7 +270,7 @@ def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
     tensors = load_file(export / WEIGHTS)
     earlier(tensors)
     save_file(tensors, export / WEIGHTS)
-    for model in (load_run(str(run)).model, load_pretrained(export)):
+    for model in (load_run(str(run)).model, HierarchicalFlow.from_pretrained(export)):
         assert model.stages[0].manifold_index.tolist() == list(range(6))
     model = build_model(read_config(run))
     assert model.stages[0].manifold_index.tolist() != list(range(6))
@@ -279,7 +280,7 @@ def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
     tensors["stages.0.manifold_index"] = torch.arange(1, 7)
     save_file(tensors, export / WEIGHTS)
     with pytest.raises(ValueError, match="manifold_index differs from the masks"):
-        load_pretrained(export)
+        HierarchicalFlow.from_pretrained(export)
 
 
 def test_a_run_of_an_earlier_version_resumes(run, trained):

@@ -38,6 +38,19 @@ class TestBadInput:
             ),
             ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
             ("--resume --overwrite", "--resume: expected either --resume or --overwrite, got both"),
+            ("--final-weight 2", "--final-weight: expected --weight-steps too, got none"),
+            (
+                "--error-bound 1 --final-weight 2 --weight-steps 3",
+                "--error-bound: expected none together with --final-weight",
+            ),
+            (
+                "--stage-dims 4 4 4 --stage-steps 1 2",
+                "--stage-steps: expected one value, or 3 as in --stage-dims, got 2",
+            ),
+            (
+                "--width 100000000",
+                "--width, --stage-width, --steps, --stage-steps: expected a model that fits in",
+            ),
             ("--colour red", "unrecognized arguments: --colour red"),
         ],
     )

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import TINY, write_images
+from tiny_runs import TINY, weights, write_images
 
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.splits import load_splits
@@ -67,6 +67,15 @@ def test_training_passes_the_class_of_each_image(pets, tmp_path, monkeypatch):
     assert len(seen) == 4 * 6  # two stages of three steps
     assert all(expected == given for expected, given in seen)
     assert {c for c, _ in seen} == {0, 1}
+
+
+def test_cuda_graphs_train_the_same_model(trained, pets, tmp_path, fake_capture, monkeypatch):
+    monkeypatch.setenv("MFLOW_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    command = ["train", "--data", str(pets), "--classes", *TINY, "--run-dir", str(run)]
+    assert main([*command, "--cuda-graphs"]) == 0
+    assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (2, 6, 6)
+    torch.testing.assert_close(weights(run), weights(trained), rtol=0, atol=0)
 
 
 def test_the_accuracy_of_the_posterior(trained, capsys):

@@ -41,7 +41,7 @@ def test_a_batch_of_another_shape_is_computed_without(fake_capture):
     for size in (4, 3, 4, 4):
         x = torch.randn(size, 6)
         expected = losses_of(plain)(x)
-        given = step(0, x, losses_of(graphed), [graphed])
+        given = step(0, (x,), losses_of(graphed), [graphed])
         torch.testing.assert_close(given, expected, rtol=0, atol=0)
         (3 * expected[0]).backward()
         (3 * given[0]).backward()
@@ -53,12 +53,33 @@ def test_a_batch_of_another_shape_is_computed_without(fake_capture):
     assert (fake_capture.captures, fake_capture.forwards, fake_capture.backwards) == (1, 3, 3)
 
 
+def test_classes_are_copied_into_the_graph(fake_capture):
+    """A replay reads the classes of its own batch, and classes of another shape are no replay."""
+    torch.manual_seed(0)
+    model = ManifoldFlow(VectorFlow(6, steps=2, width=8, context_channels=3), 3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+
+    def losses(x, classes):
+        return (model.terms(x, context=classes).loss.mean(),)
+
+    step, x = StepGraphs(), torch.randn(4, 6)
+    for classes in (torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 0, 1])):
+        (given,) = step(0, (x, classes), losses, [model])
+        given.backward()
+        assert torch.equal(given, losses(x, classes)[0])
+    assert fake_capture.forwards == 2
+    maps = torch.nn.functional.one_hot(classes, 3).float()
+    assert torch.equal(step(0, (x, maps), losses, [model])[0], given)
+    assert (fake_capture.captures, fake_capture.forwards) == (1, 2)
+
+
 def test_a_stage_frees_the_memory_of_the_stage_before(fake_capture):
     first, second = small_flow(), small_flow()
     step, x = StepGraphs(), torch.randn(4, 6)
-    loss, _ = step(0, x, losses_of(first), [first])
+    loss, _ = step(0, (x,), losses_of(first), [first])
     loss.backward()
-    step(1, x, losses_of(second), [second])
+    step(1, (x,), losses_of(second), [second])
     assert all(p.grad is None for p in first.parameters())  # the gradients were in that memory
 
 
@@ -71,7 +92,7 @@ def test_gradients_are_not_copied_out_of_the_graph(fake_capture, monkeypatch):
 
     monkeypatch.setattr(graphs, "capture", capture)
     model = small_flow()
-    loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
+    loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
     loss.backward()
     parameters = list(model.parameters())
     where = [gradient.data_ptr() for gradient in captures[0].gradients[: len(parameters)]]
@@ -96,7 +117,7 @@ def test_networks_that_draw_random_numbers_train_without_graphs(monkeypatch, cap
     model = small_flow()
     for layer in model.flow.chain.layers:
         layer.coupling.net.append(torch.nn.Dropout(0.5))
-    loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
+    loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
     loss.backward()
     printed = capsys.readouterr().err
     assert "without CUDA graphs: ReversibleChain: a network (CouplingNetwork) draws" in printed
@@ -127,7 +148,7 @@ def test_captured_passes_do_not_wait_for_the_device(
     flow = VectorFlow(6, steps=3, width=8, reversible=reversible, checkpoint_every=2)
     model = ManifoldFlow(flow, 3, objective=ManifoldObjective(domain, weight=weight))
     with Transfers():
-        loss, _ = StepGraphs()(0, torch.randn(4, 6), losses_of(model), [model])
+        loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
         loss.backward()
     assert fake_capture.backwards == 1
 
@@ -227,7 +248,7 @@ def test_replays_on_a_gpu_are_the_passes(capfd):
     step = StepGraphs()
     for size in (4, 3, 4, 4):
         x = torch.randn(size, 6, device="cuda")
-        expected, given = losses_of(plain)(x), step(0, x, losses_of(graphed), [graphed])
+        expected, given = losses_of(plain)(x), step(0, (x,), losses_of(graphed), [graphed])
         assert_close(given[0].detach(), expected[0], terms=size * 8)
         for loss, model in ((expected[0], plain), (given[0], graphed)):
             model.zero_grad()
@@ -249,7 +270,7 @@ def test_a_capture_that_fails_on_a_gpu_leaves_nothing(capfd):
         losses[0].item()
         return losses
 
-    loss, _ = StepGraphs()(0, x, reads, [graphed])
+    loss, _ = StepGraphs()(0, (x,), reads, [graphed])
     printed = capfd.readouterr().err
     assert "without CUDA graphs" in printed
     assert "previous error" not in printed

@@ -284,8 +284,9 @@ class TestCommand:
         assert sum(sizes[:-1]) == pytest.approx(sizes[-1], rel=0.01)
 
     def test_it_takes_the_options_of_train(self, capsys, tmp_path):
-        unread = str(tmp_path / "not read")
-        assert main(["plan", *TINY, "--data", unread, "--checkpoint-every", "null"]) == 0
+        unread = tmp_path / "not read.zip"
+        unread.write_text("no zip")
+        assert main(["plan", *TINY, "--data", str(unread), "--checkpoint-every", "null"]) == 0
         out = capsys.readouterr().out
         assert main(["plan", *TINY, "--no-reversible"]) == 0
         assert main(["plan", *TINY, "--checkpoint-every", "2"]) == 0

@@ -197,6 +197,22 @@ class TestCommand:
     def test_no_hours_on_a_cpu(self, capsys):
         assert "H100" not in self.plan(capsys, "--data", "digits", "--device", "cpu")
 
+    def test_data_that_does_not_exist(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert main(["plan", "--data", "nowhere"]) == 2
+        assert capsys.readouterr().err == (
+            "mflow: error: --data: expected 'digits', a folder or zip of images, or a file of "
+            "mflow prepare, got 'nowhere'\n"
+        )
+        # A preset names data that this machine may not have. It says the size of the images too.
+        assert "of 3x64x64" in self.plan(capsys, "--preset", "celeba64")
+
+    def test_one_image_is_not_plural(self, capsys):
+        options = ["--image-size", "2048", "--levels", "1", "--batch-size", "1"]
+        out = self.plan(capsys, *options, "--max-steps", "1")
+        assert "Batches of 1 image of 3x2048x2048" in out
+        assert "Evaluation, 1 image at a time" in out
+
     def test_bad_number_of_images(self, capsys):
         assert main(["plan", "--images", "0"]) == 2
         assert "--images: expected at least 1, got 0" in capsys.readouterr().err

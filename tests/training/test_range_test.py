@@ -25,10 +25,26 @@ def test_the_suggestion_is_below_the_rate_of_the_lowest_loss():
     test = RangeTest(tuple(abs(step - 60) / 60 for step in range(100)))
     assert rate_at(60) < test.best_rate < rate_at(70)
     assert test.suggestion == test.best_rate / 3
-    text = describe_tests([test, RangeTest((3.0, 2.0, 1.0))])
+    falling = RangeTest(tuple(float(-step) for step in range(20)))
+    text = describe_tests([test, falling])
     assert f"1  {test.best_rate:19.2g}  {test.suggestion:14.2g}" in text
-    rates = f"--learning-rate {test.suggestion:.2g} --stage-learning-rate {rate_at(2) / 3:.2g}"
+    rates = f"--learning-rate {test.suggestion:.2g} --stage-learning-rate {rate_at(19) / 3:.2g}"
     assert text.endswith(f"mflow train {rates} ...")
+
+
+@pytest.mark.parametrize("fall", [1, 5])
+def test_no_rate_is_suggested_for_a_loss_that_does_not_fall(fall):
+    """A third of the best rate would be below every rate that was tested."""
+    rising = RangeTest(tuple(abs(step - fall) + 1.0 for step in range(100)))
+    assert rising.best_rate / 3 < rate_at(0)
+    assert rising.suggestion is None
+    falling = RangeTest(tuple(float(-step) for step in range(20)))
+    text = describe_tests([falling, rising])
+    assert f"1  {falling.best_rate:19.2g}  {falling.suggestion:14.2g}\n" in text
+    assert f"2  {rising.best_rate:19.2g}            none\n" in text
+    assert "The loss of stage 2 did not fall" in text
+    assert "--batch-size" in text
+    assert "To train with them" not in text
 
 
 def test_each_stage_is_tested_on_the_best_weights_of_the_one_before(
