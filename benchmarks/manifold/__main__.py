@@ -4,7 +4,7 @@ The parts are digits and patches (small real images), points (curves and surface
 penalties (shapes and weights of the penalty) and factors (images with a known number of factors).
 Each run is a JSON file in the output folder, and a run whose file exists is not repeated. Each part
 writes tables (Markdown) and pictures (PNG). All parts take about two hours of CPU time in one
-process, and `--quick` takes at most ten minutes.
+process, and with `--quick` about five minutes.
 """
 
 import argparse
