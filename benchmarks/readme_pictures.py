@@ -9,7 +9,6 @@ The first command trains the default run. The second one measures a training ste
 it is only needed for new figures. The third one draws docs/pictures/*.png from both.
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Literal
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.harness.output import command_parser
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
 from mflow_kernels.data.files import write_atomically
 
@@ -114,7 +114,7 @@ def draw_run(folder: Path, path: Path) -> None:
 
 
 def draw_uses(folder: Path, path: Path) -> None:
-    """Draw what a run can do beyond digits.png: fill in missing pixels, and draw v as well."""
+    """Draw digits with missing pixels filled in, and samples with and without v."""
     from mflow_kernels.evaluation.likelihood import held_out_images
     from mflow_kernels.evaluation.pictures import draw_images
     from mflow_kernels.evaluation.samples import draw_samples, inpaint_images, known_pixels
@@ -143,11 +143,7 @@ def draw_moons(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme_pictures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.readme_pictures", __doc__)
     parser.add_argument("run", type=Path, help="run folder of mflow train")
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder for the PNG files")
     options = parser.parse_args(arguments)

@@ -12,7 +12,6 @@ none is given, a file of noise for each of four image sizes. The columns:
 --run adds the images per second that training in a run folder reached.
 """
 
-import argparse
 import math
 import os
 import statistics
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.output import text_table
+from benchmarks.harness.output import command_parser, text_table
 from mflow_kernels.data.batches import BatchStream, flip_at_random
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
@@ -43,11 +42,7 @@ PASS_BYTES = 10**9  # a pass reads at most this much of a file
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.celeba.loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.celeba.loader", __doc__)
     parser.add_argument("file", nargs="?", type=Path, help="file made by mflow prepare")
     parser.add_argument("--run", type=Path, help="run folder of a trained model to compare with")
     arguments = parser.parse_args()

@@ -7,7 +7,6 @@ evaluate and export. The model is the preset celeba64 with fewer steps, channels
 dimensions, so it learns little about faces.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.celeba.fake_celeba import make_celeba
+from benchmarks.harness.output import command_parser
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.training.callbacks import read_metrics
@@ -35,11 +35,7 @@ SCALED = shlex.split(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.celeba.rehearsal",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.celeba.rehearsal", __doc__)
     parser.add_argument(
         "folder",
         nargs="?",

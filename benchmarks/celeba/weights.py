@@ -5,7 +5,7 @@
 A weight w fits a mean squared error of 1 / w. The error of a trained flow is unknown before the
 training; this command estimates it by that of a simple projection with as many numbers: the lowest
 frequencies of the discrete cosine transform. The images are six photographs and the face of the
-astronaut, which scikit-image and scikit-learn contain; an image smaller than the preset's is left
+astronaut, which scikit-image and scikit-learn contain. An image smaller than the preset's is left
 at its own size, and keeps the same number of frequencies.
 """
 

@@ -1,9 +1,20 @@
-"""Text tables and JSON files."""
+"""Parsers of commands, text tables, and files that are never half written."""
 
+import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from mflow_kernels.data.files import write_atomically
+
+
+def command_parser(module: str, documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser for `python -m module`, whose help shows the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=documentation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -21,8 +32,9 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, cells)])
 
 
+def save_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
 def save_json(path: Path, content: object) -> None:
-    """Write JSON to a temporary file beside `path` and rename it, so no file is half written."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    save_text(path, json.dumps(content, indent=1) + "\n")

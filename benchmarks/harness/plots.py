@@ -1,6 +1,7 @@
 """Figures of saved benchmark runs."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.harness.saved_runs import Row, ratio
+from mflow_kernels.data.files import write_atomically
 
 MIB = 2**20
 COLOURS = [*mpl.color_sequences["tab10"], "black"]
@@ -20,10 +22,9 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     made = []
     for name, figure in _figures(rows):
         path = out / f"{name}.png"
-        part = out / f".{name}.part.png"
-        figure.savefig(part, dpi=130, bbox_inches="tight")
+        save = partial(figure.savefig, format="png", dpi=130, bbox_inches="tight")
+        write_atomically(path, save)
         plt.close(figure)
-        part.replace(path)
         made.append(path)
     return made
 

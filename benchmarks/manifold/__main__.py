@@ -4,7 +4,7 @@ The parts are digits and patches (small real images), points (curves and surface
 penalties (shapes and weights of the penalty) and factors (images with a known number of factors).
 Each run is a JSON file in the output folder, and a run whose file exists is not repeated. Each part
 writes tables (Markdown) and pictures (PNG). All parts take about two hours of CPU time in one
-process, and `--quick` takes at most ten minutes.
+process, and with `--quick` about five minutes.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold import factors, images, penalties, points
-from benchmarks.manifold.output import Store, fill_in, save_text
+from benchmarks.manifold.output import Store, fill_in
 
 RUNS: dict[str, Callable[[Store, bool], None]] = {
     "digits": partial(images.run, "digits"),
@@ -24,7 +25,7 @@ RUNS: dict[str, Callable[[Store, bool], None]] = {
     "penalties": penalties.run,
     "factors": factors.run,
 }
-REPORTS: dict[str, Callable[[Store], str]] = {
+REPORTS: dict[str, Callable[[Store], dict[str, str]]] = {
     "digits": partial(images.report, "digits"),
     "patches": partial(images.report, "patches"),
     "points": points.report,
@@ -40,20 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.only or RUNS:
         if not options.tables:
             RUNS[name](store, options.quick)
-        text = REPORTS[name](store)
-        save_text(store.folder / f"{name}.md", text)
-        print(f"\n{text}")
-    if options.docs:
-        fill_in(options.docs, store.folder)
+        for table, text in REPORTS[name](store).items():
+            save_text(store.folder / f"{table}.md", text)
+            print(f"\n{text}")
+    for document in options.docs:
+        fill_in(document, store.folder)
     print(f"runs, tables and pictures are in {store.folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.manifold",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.manifold", __doc__)
     parser.add_argument(
         "--quick", action="store_true", help="one seed, little time and a smaller sweep"
     )
@@ -68,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tables", action="store_true", help="make no runs; draw the tables of those that exist"
     )
     parser.add_argument(
-        "--docs", type=Path, metavar="FILE",
-        help="Markdown file whose marked tables are replaced by the new ones; pictures go into "
-        "the folder pictures beside it",
+        "--docs", type=Path, nargs="+", default=[], metavar="FILE",
+        help="Markdown files whose marked tables are replaced by the new ones; pictures go into "
+        "the folder pictures beside each",
     )  # fmt: skip
     return parser
 

@@ -123,8 +123,8 @@ METRICS = {
 }
 
 
-def report(store: Store) -> str:
-    """Draw the pictures of the runs, and return their tables."""
+def report(store: Store) -> dict[str, str]:
+    """Draw the pictures of the runs, and return their tables by name."""
     everything, folder = store.rows("factors-"), store.folder
     spectra = {row["factors"]: row for row in everything if not row["dim"]}
     trained = (row for row in everything if row["dim"])
@@ -159,7 +159,7 @@ def report(store: Store) -> str:
         f"spectrum without a step gives {SIDE**2}.\n",
         about_runs(everything),
     ]
-    return "\n".join(text)
+    return {"factors": "\n".join(text)}
 
 
 def _draw_spectra(path: Path, spectra: dict[int, Row]) -> None:

@@ -188,8 +188,8 @@ def run(name: str, store: Store, quick: bool) -> None:
             compared.train(store, method, chosen[method], 0, share, f"budget{share:g}")
 
 
-def report(name: str, store: Store) -> str:
-    """Draw the pictures of the runs of a set, and return their tables."""
+def report(name: str, store: Store) -> dict[str, str]:
+    """Draw the pictures of the runs of a set, and return their tables by name."""
     rows = finals(store, name)
     images, judged = SETS[name](), judge(name)
     pictures.draw_samples(store.folder / f"{name}.png", name, rows, images.test.images)
@@ -198,29 +198,34 @@ def report(name: str, store: Store) -> str:
     pictures.draw_frontier(store.folder / "frontier.png", found, frontiers)
     n = len(images.test.images)
     floor = judged.frechet(images.train.images[:n], images.test)
-    text = [
+    main = [
         markdown(rows, {"method": "method"}, METRICS),
         f"\nThe Frechet distance of {n} training images is {floor:.2f}; samples of a perfect "
         f"model would have about as much. The classifier is right on {judged.accuracy:.1%} of the "
-        "test images.\n",
+        "test images.",
+        about_runs(rows),
     ]
+    details = []
     if differences := tables.differences(rows, REFERENCE, METRICS):
-        text += [f"{tables.DIFFERENCES.capitalize()}:\n", differences]
-    text += [markdown(rows, {"method": "method"}, ABOUT), about_runs(rows)]
+        details += [f"{tables.DIFFERENCES.capitalize()}:\n", differences]
+    details += ["Settings and costs:\n", markdown(rows, {"method": "method"}, ABOUT), ""]
     if sweep := store.rows(f"{name}-sweep-"):
-        text += ["The sweep, on seed 0:\n"]
-        text += [tables.sweep(sweep, "Frechet distance", by_bits=True)]
+        details += ["The sweep, on seed 0:\n"]
+        details += [tables.sweep(sweep, "Frechet distance", by_bits=True)]
     if budgets := store.rows(f"{name}-budget"):
         budgets = in_order([*budgets, *(row for row in rows if row["seed"] == 0 and row["steps"])])
         pictures.draw_budgets(store.folder / "plateau.png", budgets)
         shown = [row | {"budget": f"{row['share']:g}"} for row in budgets]
         keys = {"method": "method", "budget": "budget"}
-        text += ["Other budgets on seed 0; 1 is the budget of the tables above:\n"]
-        text += [markdown(shown, keys, {"steps_shown": ("steps", "")} | METRICS), about_runs(shown)]
+        details += ["Other budgets on seed 0; 1 is the budget of all other tables:\n"]
+        details += [
+            markdown(shown, keys, {"steps_shown": ("steps", "")} | METRICS),
+            about_runs(shown),
+        ]
     if frontiers[name]:
         seed = [row for row in rows if row["seed"] == 0 and row["method"] in FRONTIER]
         shown = in_order([*frontiers[name], *seed])
         shown = [row | {"weight": f"{row['weight']:g}"} for row in shown]
-        text += ["Other weights on seed 0:\n"]
-        text += [markdown(shown, {"method": "method", "weight": "weight"}, METRICS)]
-    return "\n".join(text) + "\n"
+        details += ["Other weights on seed 0:\n"]
+        details += [markdown(shown, {"method": "method", "weight": "weight"}, METRICS)]
+    return {name: "\n".join(main), f"{name}-details": "\n".join(details) + "\n"}

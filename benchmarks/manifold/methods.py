@@ -119,7 +119,7 @@ def denoising(networks: Networks, weight: float, generator: torch.Generator) -> 
 
 
 def denoising_less(networks: Networks, weight: float, generator: torch.Generator) -> Method:
-    """The same with less noise, which lowers the least bits that its density can have."""
+    """The same with less noise, which lowers the bound on its bits per dimension."""
     assert networks.less_noise is not None
     return denoising(replace(networks, deviation=networks.less_noise), weight, generator)
 

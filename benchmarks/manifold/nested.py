@@ -4,10 +4,11 @@
     python -m benchmarks.manifold.nested runs/nested --docs docs/method.md
 
 The stages of a hierarchy are manifolds that nest, and so are the selections of d latents of one
-image flow. For every d of the run's stages, the table compares them with principal components.
+image flow. For every d of the runs' stages, the table compares them with principal components. Each
+run has a JSON file in the output folder, named after its options and weights, and is not measured
+again if the file exists.
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.output import Row, Store, fill_in, markdown, save_text
+from benchmarks.manifold.output import Row, Store, fill_in, markdown, run_key
 from benchmarks.manifold.principal_components import PrincipalComponents
 from mflow_kernels import ManifoldFlow, manifold_mask_from_data
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.models.chart import Chart
-from mflow_kernels.runs.folder import load_run
+from mflow_kernels.runs.folder import Run, load_run
 
 IMPORTANCE_IMAGES = 250  # training images that choose the most important latents
 COLUMNS = {
@@ -34,20 +36,16 @@ COLUMNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.manifold.nested",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.manifold.nested", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of mflow train")
     parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of the table")
     parser.add_argument("--docs", type=Path, help="Markdown file that takes the table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out)
-    for run in options.runs:
-        store.row(f"nested-{run.name}", partial(measure, run))
-    text = table(store.rows("nested-"))
+    runs = [load_run(str(folder)) for folder in options.runs]
+    rows = [store.row(f"nested-{run_key(run)}", partial(measure, run)) for run in runs]
+    text = table(rows)
     save_text(store.folder / "nested.md", text)
     print(text)
     if options.docs:
@@ -55,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def measure(folder: Path) -> Row:
+def measure(run: Run) -> Row:
     """Return the errors of a run's manifolds, and those of others of the same dimensions."""
-    run = load_run(str(folder))
     splits = load_splits(run.config.data, run.config.image_size)
     generator = torch.Generator().manual_seed(0)
     train, held_out = (

@@ -6,11 +6,10 @@
 
 Every number is the probability that an image of the row's set scores above a held-out image: mean
 and standard deviation over the runs. The command also trains three small models of the faces that
-scikit-image contains, in about a minute. Every model has a JSON file in the output folder, and is
-not scored again if the file exists.
+scikit-image contains, in about a minute. Every model has a JSON file in the output folder, named
+after a run's options and weights, and is not scored again if the file exists.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold import methods, training
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.other_images import beside_digits, beside_faces, faces
-from benchmarks.manifold.output import Row, Store, fill_in, markdown, save_text
+from benchmarks.manifold.output import Row, Store, fill_in, markdown, run_key
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldObjective
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation.ood import SCORES, compare_sets, score_images, training_scores
-from mflow_kernels.runs.folder import load_run
+from mflow_kernels.runs.folder import Run, load_run
 
 FACE_SEEDS = (0, 1, 2)
 HELD_OUT_FACES = 30  # of 100
@@ -35,11 +35,7 @@ TRAINING_IMAGES = 1000  # at most; they give the deviation and the mean bits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.manifold.ood",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.manifold.ood", __doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="folders of mflow train on digits")
     parser.add_argument("--images", type=int, default=500, help="images of each set (500)")
     parser.add_argument("--quick", action="store_true", help="leave out the score with Jacobians")
@@ -51,21 +47,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out)
-    for run in options.runs:
-        store.row(f"digits-{run.name}", partial(of_run, run, options.images, options.quick))
+    quick = "-quick" if options.quick else ""
+    rows: dict[str, list[Row]] = {"digits": [], "faces": []}
+    for run in [load_run(str(folder)) for folder in options.runs]:
+        key = f"digits-{run_key(run)}-images{options.images}{quick}"
+        score = partial(of_run, run, options.images, options.quick)
+        rows["digits"].append(store.row(key, score))
     for seed in () if options.no_faces else FACE_SEEDS:
-        store.row(f"faces-seed{seed}", partial(of_faces, seed, options.quick))
-    for part in ("digits", "faces"):
-        if rows := store.rows(f"{part}-"):
-            save_text(store.folder / f"ood-{part}.md", table(rows))
-            print(f"{part}\n\n{table(rows)}")
+        score = partial(of_faces, seed, options.quick)
+        rows["faces"].append(store.row(f"faces-seed{seed}{quick}", score))
+    for part, scored in rows.items():
+        if scored:
+            save_text(store.folder / f"ood-{part}.md", table(scored))
+            print(f"{part}\n\n{table(scored)}")
     if options.docs:
         fill_in(options.docs, store.folder)
 
 
-def of_run(folder: Path, number: int, quick: bool) -> Row:
+def of_run(run: Run, number: int, quick: bool) -> Row:
     """Score a run of digits."""
-    run = load_run(str(folder))
     if run.config.image_shape != (1, 28, 28):
         raise ValueError(f"run: expected 28x28 grey images, got {run.config.image_shape}")
     splits = load_splits(run.config.data, run.config.image_size)

@@ -1,6 +1,7 @@
-"""Markdown tables, and files that are never half written."""
+"""The store of finished runs, Markdown tables, and pictures."""
 
 import datetime
+import hashlib
 import io
 import json
 import math
@@ -18,7 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.harness.output import save_text
 from mflow_kernels.data.files import write_atomically
+from mflow_kernels.runs.folder import Run
 
 Row = dict[str, Any]
 DPI, COLOURS = 100, 256
@@ -59,6 +62,18 @@ class Store:
         return self.folder / (re.sub(r"[^\w.-]+", "_", key) + ".json")
 
 
+def run_key(run: Run) -> str:
+    """Return 12 digits of the SHA-256 of a run's options and weights, for the keys of its rows.
+
+    The folder's name would not do: another run may get the name, and the same run may be trained
+    further.
+    """
+    digest = hashlib.sha256(run.config.to_yaml().encode())
+    for name, tensor in run.model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 @cache
 def commit() -> str:
     described = subprocess.run(
@@ -66,10 +81,6 @@ def commit() -> str:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return described.stdout.strip() or "not in a git checkout"
-
-
-def save_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def save_figure(path: Path, figure: Figure) -> None:

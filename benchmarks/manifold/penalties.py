@@ -34,12 +34,12 @@ def run(store: Store, quick: bool) -> None:
                     store.row(key, lambda arguments=arguments: train(*arguments))
 
 
-def report(store: Store) -> str:
-    """Return the table of the runs."""
+def report(store: Store) -> dict[str, str]:
+    """Return the table of the runs, by name."""
     rows = store.rows("penalties-")
     keys = {"domain": "domain", "rho": "rho", "weight": "w"}
     rows.sort(key=lambda row: (row["domain"], row["rho"], WEIGHTS.index(row["weight"])))
-    return markdown(rows, keys, points.METRICS) + "\n" + about_runs(rows)
+    return {"penalties": markdown(rows, keys, points.METRICS) + "\n" + about_runs(rows)}
 
 
 def train(

@@ -134,8 +134,8 @@ _room = torch.empty(2**28, dtype=torch.uint8)  # its pages are never written and
 
 
 def _untouched(argument: Any) -> Any:
-    """A tensor of the same shape, strides and alignment. All such tensors lie in `_room`, because
-    memory of their own may be some that the allocator reuses, and then it is real."""
+    """A tensor in `_room` of the same shape, strides and alignment. A new allocation could reuse a
+    freed block, whose pages take memory."""
     global _room
     if not isinstance(argument, Tensor) or not argument.numel():
         return argument

@@ -1,7 +1,7 @@
 """How wide a kernel's accesses to global memory are, for each of its pointer arguments.
 
-The widths are read from PTX, because there the compiler has chosen them and arguments still have
-names. Every 64-bit address is followed back to the argument that it was computed from.
+The widths are read from PTX: the compiler has chosen them there, and arguments still have names.
+Every 64-bit address is followed back to the argument that it was computed from.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 _PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
-# A choice between two pointer arguments may become a load from a chosen place among the parameters.
+# A choice between two pointer arguments may become a load at a chosen offset of the parameters.
 _PLACE = re.compile(r"mov\.b32\s+(%r\d+), \w+_param_(\d+);")
 _CHOSEN = re.compile(r"(?:selp\.b32|ld\.param\.[bu]64)\s+(%rd?\d+), \[?(%r\d+.*);")
 _MOVE = re.compile(r"^\s*(?:@!?%p\d+ )?[\w.:]+\s+(%rd\d+), (.*);")
@@ -37,7 +37,7 @@ def access_bytes(ptx: str, arguments: Sequence[str]) -> dict[str, list[int]]:
         # The source of cp.async is its second address, in 64 bits; the first is in shared memory.
         address = _ADDRESS.search(access["operands"])
         if address and address[1] not in roots:
-            continue  # an address that nothing computes: code that can never run
+            continue  # no instruction computes the address, so this code never runs
         owners = roots[address[1]] if address else set()
         if not owners:
             raise ValueError(f"no argument owns the access {line.strip()!r}")

@@ -27,7 +27,7 @@ memory. Values are therefore meaningless; shapes, dtypes and layouts are those o
 from benchmarks.reports import aot  # isort: skip - before anything of mflow_kernels
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.reports.cases import CHANNEL_PRODUCTS
+from benchmarks.reports.package_launches import flops_of, results_of
 from mflow_kernels.ops import coupling_network, coupling_network_launches
 from mflow_kernels.reversible import program
 
@@ -231,31 +231,6 @@ def _flops(y: Tensor, weight: Tensor) -> int:
     return 2 * y.numel() * math.prod(weight.shape[1:])
 
 
-def _written_by(launch: aot.Launch) -> set[str]:
-    """Arguments that one of the package's kernels writes, as its source names them."""
-    name = launch.kernel.__name__
-    written = {n for n in launch.bound if n in OUTPUTS.get(name, DEFAULT_OUTPUTS)}
-    if not written:
-        raise AssertionError(f"{name}: no argument is known to hold a result")
-    return written
-
-
-# Arguments that hold results, by name. A kernel that breaks the rule is listed by itself.
-DEFAULT_OUTPUTS = {
-    "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
-}  # fmt: skip
-OUTPUTS = {
-    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
-    "_rebuild_conv1x1_medium_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
-    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
-    "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
-    "_network_kernel": {"row_sums", "h1", "h2"},
-    "_sum_taps_kernel": {"y"},
-    "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
-    "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
-}
-
-
 @contextmanager
 def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
     """While open, kernels of a model's coupling networks count as such, also in the backward pass,
@@ -288,9 +263,9 @@ def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
 def networks(module: nn.Module) -> Iterator[nn.Module]:
     """The coupling networks of a model of any library: chains of modules from a convolution or a
     linear layer to another one."""
-    for part in module.modules():
-        if isinstance(part, nn.Sequential) and len(part) > 1 and _ends(part[0], part[-1]):
-            yield part
+    for child in module.modules():
+        if isinstance(child, nn.Sequential) and len(child) > 1 and _ends(child[0], child[-1]):
+            yield child
 
 
 def _ends(*layers: nn.Module) -> bool:
@@ -313,7 +288,8 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
     Args:
         function: runs on CPU tensors; its results are meaningless.
-        module: the model that it runs; kernels of its coupling networks are counted apart.
+        module: the model that it runs; kernels of its coupling networks are counted
+            separately.
         images: a batch of its data, images (N, C, H, W) or vectors (N, C). Images whose side is 3
             would be taken for weights.
     """
@@ -321,12 +297,12 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
 
     def note(launch: aot.Launch) -> None:
         tensors = {n: t for n, t in launch.bound.items() if isinstance(t, Tensor)}
-        written = _written_by(launch)
+        written = results_of(launch)
         counter.add(
             launch.kernel.__name__.strip("_"),
             [t for n, t in tensors.items() if n not in written],
             [t for n, t in tensors.items() if n in written],
-            _own_flops(launch),
+            flops_of(launch),
         )
 
     def product(a: Tensor, b: Tensor) -> Tensor:  # one launch on CUDA; CPUs lack the operator
@@ -344,31 +320,3 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
     ):
         function()
     return counter.kernels
-
-
-def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Floating point operations of a network's kernel, repeated ones included."""
-    width, taps = int(given["WIDTH"]), int(given["TAPS"])
-    inner = width * taps * int(given.get("C_IN", 0))
-    outer = width * taps * int(given.get("C_OUT", 0))
-    if kernel == "_network_kernel":
-        rows = 3 if taps == 9 else 1
-        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"]))
-        blocks = -(-width // int(given["BLOCK_D"]))
-        products = columns * (blocks * inner + width**2) + outer
-    elif kernel == "_dh2_kernel":
-        products = 2 * outer
-    else:
-        products = 2 * inner + width**2 * (1 if given["dw2"] is None else 2)
-    return 2 * int(given["PIXELS"]) * products
-
-
-def _own_flops(launch: aot.Launch) -> int:
-    """Floating point operations of the products that one of the package's kernels makes."""
-    if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
-        return _network_flops(launch.kernel.__name__, launch.bound)
-    products = CHANNEL_PRODUCTS.get(launch.kernel.__name__, 0)
-    if not products:
-        return 0
-    given = launch.bound
-    return products * 2 * int(given["N"]) * int(given["P"]) * int(given["C"]) ** 2

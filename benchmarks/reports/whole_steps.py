@@ -4,8 +4,9 @@ The count includes the coupling networks. The same model in other packages is co
 
     python -m benchmarks.reports.whole_steps --width 128 512
 
-counts a training step after the first (forward and backward, the optimizer left out), sampling, and
-evaluation (the forward pass without gradients) of one Glow in every package, with the same weights.
+counts three tasks of one Glow in every package, with the same weights: the second training step
+(forward and backward, without the optimizer), sampling, and evaluation (the forward pass without
+gradients).
 The docstring of `step_counts.py` has the rules of the count. "over plain" is the ratio of bytes
 to those of plain eager PyTorch in the same dtypes.
 
@@ -18,7 +19,6 @@ With --check FILE the exit code is 1 if a variant moves more bytes, or makes mor
 FILE records; --record FILE writes such a file.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
@@ -33,7 +33,7 @@ from torch import nn  # isort: skip
 
 from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
-from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.output import command_parser, save_json, text_table
 from benchmarks.harness.session import Missing
 from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
@@ -176,11 +176,7 @@ def record(made: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reports.whole_steps",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.reports.whole_steps", __doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[128], help="hidden channels")
     parser.add_argument("--side", type=int, default=32, help="height and width of the images")
     parser.add_argument("--levels", type=int, default=3)

@@ -209,7 +209,7 @@ def _resume(
             break
         end += len(line)
     if work is None:
-        colour = source.is_celeba or any_in_colour(source.entries)
+        colour = any_in_colour(source.entries)
         work, end = _Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
     lines.truncate(end)
     lines.seek(end)
@@ -313,7 +313,7 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
         size=work.form.size,
         channels=work.form.channels,
         crop=work.form.crop,
-        partition="official" if source.is_celeba else "random",
+        partition="random" if source.parts is None else "official",
         count=np.bincount(part, minlength=3).tolist(),
         names=names,
         skipped=skipped,

@@ -75,10 +75,6 @@ class Source:
     crop: int | None = None
     attributes: dict[str, list[bool]] = field(default_factory=dict)
 
-    @property
-    def is_celeba(self) -> bool:
-        return self.parts is not None
-
     def listing_hash(self) -> str:
         """Return a checksum of all names, stamps and parts, which changes with the images."""
         digest = hashlib.sha256(repr((self.crop, self.parts)).encode())

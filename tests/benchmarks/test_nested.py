@@ -1,18 +1,20 @@
 """The table of `benchmarks.manifold.nested`."""
 
-import pytest
+import json
+import shutil
 
+import pytest
+import torch
+
+from benchmarks.manifold import nested
 from benchmarks.manifold.nested import measure, table
 from mflow_kernels.runs.folder import load_run
 
 
 def test_a_run_has_errors_of_its_stages_and_of_selections_of_the_same_size(trained):
-    row = measure(trained)
-    assert (
-        [int(d) for d in row["errors"]]
-        == [6, 4]
-        == [s.dim for s in load_run(trained).config.stages]
-    )
+    run = load_run(trained)
+    row = measure(run)
+    assert [int(d) for d in row["errors"]] == [6, 4] == [stage.dim for stage in run.config.stages]
     assert row["seed"] == 0
     # The first stage takes the coarsest latents, and 4 of these are among its 6.
     first, second = row["errors"].values()
@@ -23,3 +25,30 @@ def test_a_run_has_errors_of_its_stages_and_of_selections_of_the_same_size(train
     lines = table([row | {"made": made}]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| 6", "| 4"]
     assert f"{second['stages']:.5f}" in lines[3]
+
+
+def test_a_second_run_of_the_same_name_is_measured(trained, tmp_path, monkeypatch, capsys):
+    """Rows are stored by a run's weights, so a name that returns takes no row of another run."""
+    measured = []
+
+    def measure(run):
+        measured.append(run.model)
+        return {"seed": len(measured), "errors": {"6": dict.fromkeys(nested.COLUMNS, 0.5)}}
+
+    def other_weights(folder):
+        run = load_run(folder)
+        if "other" in folder:
+            with torch.no_grad():
+                next(run.model.parameters()).add_(1)
+        return run
+
+    monkeypatch.setattr(nested, "measure", measure)
+    monkeypatch.setattr(nested, "load_run", other_weights)
+    folders = [tmp_path / parent / "name" for parent in ("one", "other", "copy")]
+    for folder in folders:
+        shutil.copytree(trained, folder)
+        nested.main([str(folder), "--out", str(tmp_path / "tables")])
+    assert len(measured) == 2
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "tables").glob("*.json")]
+    assert sorted(row["seed"] for row in stored) == [1, 2]
+    assert "Runs: seeds 1;" in capsys.readouterr().out.split("| d |")[-1]  # the copy's own row

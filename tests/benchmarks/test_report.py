@@ -37,7 +37,7 @@ def test_ratios_are_medians_of_interleaved_rounds(tmp_path, capsys) -> None:
     page = capsys.readouterr().out
     assert "| mflow_kernels, stored | 0.50 [0.38, 0.65] |" in page
     assert "| mflow_kernels, stored | 2.0 |" in page
-    faster, shares = page.split("### Models")
+    faster, shares = page.split("## Models")
     assert "| plain | 2.00 [1.62, 3.00] |" in faster  # the peer's time divided by this package's
     assert "| plain |" in shares
     assert "skipped: nflows is not installed (1 rows" in page

@@ -50,7 +50,7 @@ assert made[2:4] == (image, image), made
 (made,) = names(lambda: plain[:, :2].copy_(plain[:, 2:]), conv, plain)
 assert made[2:4] == (image // 2, image // 2), made
 
-# Coupling networks are counted apart, backward included; pixel_unshuffle leaves channels_last.
+# Coupling networks are counted separately, backward included; pixel_unshuffle leaves channels_last.
 net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
 made = names(lambda: net(x).backward(torch.ones(2, 4, 8, 8)), net, x)
 parts = {m[0]: m[1] for m in made}
@@ -111,7 +111,9 @@ import re
 from pathlib import Path
 source = "".join(p.read_text() for p in Path("mflow_kernels/ops").glob("*.py"))
 kernels = set(re.findall(r"def (_\\w+_kernel)\\(", source))
-named = {*step_counts.OUTPUTS, *step_counts.CHANNEL_PRODUCTS}
+from benchmarks.reports.cases import CHANNEL_PRODUCTS
+from benchmarks.reports.package_launches import OUTPUTS
+named = {*OUTPUTS, *CHANNEL_PRODUCTS}
 assert named <= kernels, named - kernels
 """
 

@@ -14,6 +14,7 @@ from tiny_runs import listing, write_images
 from torchvision.models import resnet18
 
 from mflow_kernels import Glow
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation import report
 from mflow_kernels.evaluation.likelihood import (
@@ -27,6 +28,8 @@ from mflow_kernels.evaluation.report import ReportOptions, describe_work
 from mflow_kernels.models import volume
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training.cli import main
+
+NAMES = ", ".join(map(repr, NAMED_DATASETS))
 
 PICTURES = {"interpolations.png", "projections.png", "samples.png", "scores.png", "spectrum.png"}
 
@@ -162,7 +165,7 @@ class TestMissingParts:
             ("--draws 0", "--draws: expected at least 1, got 0"),
             ("--feature-images 1", "--feature-images: expected at least 2, got 1"),
             ("--out RUN/config.yaml", "--out: expected a folder, but"),
-            ("--ood none", "--ood: expected 'digits', a folder or zip of images, or a file"),
+            ("--ood none", f"--ood: expected {NAMES}, a folder or zip of images, or a file"),
             ("--ood COLOURED", "--ood: expected grey images, got 3 colour channels"),
         ],
     )

@@ -4,8 +4,11 @@ import pytest
 import torch
 from tiny_runs import TINY, refused, write_images
 
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.training.cli import main
+
+NAMES = ", ".join(map(repr, NAMED_DATASETS))
 
 
 class TestBadInput:
@@ -33,7 +36,7 @@ class TestBadInput:
             ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
             (
                 "--data /nowhere",
-                "--data: expected 'digits', a folder or zip of images, or a file of mflow "
+                f"--data: expected {NAMES}, a folder or zip of images, or a file of mflow "
                 "prepare, got '/nowhere'",
             ),
             ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),

@@ -1,0 +1,59 @@
+"""Results and floating point operations of the package's own launches, for `step_counts`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.reports import aot
+from benchmarks.reports.cases import CHANNEL_PRODUCTS
+
+# Arguments that hold results, by name. A kernel that breaks the rule is listed by itself.
+DEFAULT_OUTPUTS = {
+    "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
+}  # fmt: skip
+OUTPUTS = {
+    "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
+    "_rebuild_conv1x1_medium_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
+    "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
+    "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
+    "_network_kernel": {"row_sums", "h1", "h2"},
+    "_sum_taps_kernel": {"y"},
+    "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
+    "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
+}
+
+
+def results_of(launch: aot.Launch) -> set[str]:
+    """Names of the arguments that a launch writes, as the kernel's source has them."""
+    name = launch.kernel.__name__
+    written = {n for n in launch.bound if n in OUTPUTS.get(name, DEFAULT_OUTPUTS)}
+    if not written:
+        raise AssertionError(f"{name}: no argument is known to hold a result")
+    return written
+
+
+def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
+    """Floating point operations of a network's kernel, repeated ones included."""
+    width, taps = int(given["WIDTH"]), int(given["TAPS"])
+    inner = width * taps * int(given.get("C_IN", 0))
+    outer = width * taps * int(given.get("C_OUT", 0))
+    if kernel == "_network_kernel":
+        rows = 3 if taps == 9 else 1
+        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"]))
+        blocks = -(-width // int(given["BLOCK_D"]))
+        products = columns * (blocks * inner + width**2) + outer
+    elif kernel == "_dh2_kernel":
+        products = 2 * outer
+    else:
+        products = 2 * inner + width**2 * (1 if given["dw2"] is None else 2)
+    return 2 * int(given["PIXELS"]) * products
+
+
+def flops_of(launch: aot.Launch) -> int:
+    """Floating point operations of the products of a launch."""
+    if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
+        return _network_flops(launch.kernel.__name__, launch.bound)
+    products = CHANNEL_PRODUCTS.get(launch.kernel.__name__, 0)
+    if not products:
+        return 0
+    given = launch.bound
+    return products * 2 * int(given["N"]) * int(given["P"]) * int(given["C"]) ** 2
