@@ -69,3 +69,18 @@ def test_a_run_of_other_images_is_refused():
     other = SimpleNamespace(config=SimpleNamespace(image_shape=(3, 8, 8)))
     with pytest.raises(ValueError, match="run: expected 28x28 grey images"):
         ood.of_run(other, 5, quick=True)
+
+
+def test_a_run_is_scored_again_with_other_images_or_scores_only(trained, tmp_path, monkeypatch):
+    scored = []
+
+    def of_run(run, number, quick):
+        scored.append((number, quick))
+        return {"seed": run.config.seed, "auroc": {"blank": {"distance": 0.5}}}
+
+    monkeypatch.setattr(ood, "of_run", of_run)
+    options = [str(trained), "--no-faces", "--out", str(tmp_path)]
+    for further in ([], [], ["--images", "7"], ["--quick"], ["--quick"]):
+        ood.main(options + further)
+    assert scored == [(500, False), (7, False), (500, True)]
+    assert "| blank | 0.500 |" in (tmp_path / "ood-digits.md").read_text()
