@@ -123,21 +123,36 @@ def test_kernels_are_launched_in_one_place():
     assert set(found) == {"launch.py"}
 
 
+def kernel_code():
+    """The syntax trees of all functions that Triton compiles."""
+    folder = Path(__file__).parents[2] / "mflow_kernels"
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                decorators = map(ast.unparse, node.decorator_list)
+                if any("triton.jit" in decorator for decorator in decorators):
+                    yield from ast.walk(node)
+
+
 def test_no_kernel_compares_strides_with_none():
     """Triton 3.5 and 3.6 do not compile that: a tuple that holds None has no type there."""
-    folder = Path(__file__).parents[2] / "mflow_kernels"
-    functions = [
-        node
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-    ]
     compared = [
-        ast.unparse(test.left)
-        for function in functions
-        for test in ast.walk(function)
-        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is | ast.IsNot)
+        ast.unparse(node.left)
+        for node in kernel_code()
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot))
     ]
     assert "strides[1]" in compared
     assert not [name for name in compared if name.endswith("strides")]
+
+
+def test_no_constant_of_a_kernel_is_the_result_of_a_call():
+    """In Triton 3.5 and 3.6, `min` and `tl.cdiv` of constants make tensors, and arithmetic with
+    them does not compile."""
+    constants = [node for node in kernel_code() if isinstance(node, ast.AnnAssign)]
+    assert {ast.unparse(node.annotation) for node in constants} == {"tl.constexpr"}
+    values = [node.value for node in constants]
+    assert not [
+        ast.unparse(value)
+        for value in values
+        if any(isinstance(node, ast.Call) for node in ast.walk(value))
+    ]
