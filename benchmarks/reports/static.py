@@ -217,13 +217,32 @@ def channels(launch: aot.Launch) -> int:
     return given or max((t.shape[1] for t in states(launch).values()), default=0)
 
 
+# The columns of a network's tiles, whose rows are BLOCK_P pixels.
+TILE_COLUMNS = {
+    "_network_kernel": {
+        "x": "BLOCK_X",
+        "h1": "BLOCK_K",
+        "h2": "BLOCK_D",
+        "row_sums": "BLOCK_J",
+    },
+    "_dh2_kernel": {"dparams": "BLOCK_J", "h2": "BLOCK_D", "dh2": "BLOCK_D"},
+    "_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_X"},
+}
+
+
 def widest(name: str, launch: aot.Launch) -> int:
     """Bytes of the widest access to an argument. A thread adds dnet to dy element by element, so 16
-    bytes of a float32 dy go with 8 of a 16-bit dnet."""
-    dy = launch.bound.get("dy", launch.bound.get("dy_a"))
+    bytes of a float32 dy go with 8 of a 16-bit dnet. A thread has no more of a network's tile than
+    its share."""
+    bound = launch.bound
+    columns = TILE_COLUMNS.get(launch.kernel.__name__, {}).get(name)
+    if columns is not None:
+        elements = bound["BLOCK_P"] * bound[columns] // (32 * bound["num_warps"])
+        return min(16, elements * bound[name].element_size())
+    dy = bound.get("dy", bound.get("dy_a"))
     if name != "dnet" or dy is None:
         return 16
-    return min(16, 16 * launch.bound[name].element_size() // dy.element_size())
+    return min(16, 16 * bound[name].element_size() // dy.element_size())
 
 
 def widths(launch: aot.Launch) -> dict[str, int]:

@@ -117,7 +117,7 @@ def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
     else:
         at_a = at(a, a_strides, n, c, p, PIXELS_FIRST=True)
         at_b = at(b, b_strides, n, c, p, PIXELS_FIRST=True)
-        UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
+        UNIT: tl.constexpr = a_strides[3] if a_strides[3] < b_strides[3] else b_strides[3]
         SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
         # `where` loses part of the divisor that the compiler knows of both, so state it again.
         return tl.multiple_of(tl.where(is_a[None, :], at_a, at_b), [SIZE, SIZE])

@@ -56,7 +56,7 @@ def tile_and_block(C: tl.constexpr, BLOCK_O: tl.constexpr):
     The blocks of a tile are neighbours in the grid, so that all but the first find the tile in the
     L2 cache.
     """
-    BLOCKS: tl.constexpr = tl.cdiv(C, BLOCK_O)
+    BLOCKS: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
     return tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
 
 
@@ -204,6 +204,11 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
     return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4)
 
 
+# A batch of one product. Triton before 3.9 keeps its operands in local memory: up to 8 KB a thread
+# at C = 48 (static report with Triton 3.6.0, 3.7.0 and 3.7.1).
+ONE_GROUP = 1 if TorchVersion(triton.__version__) >= "3.9" else None
+
+
 class WeightGradientTile(NamedTuple):
     """Blocks of dW and of columns, warps, and groups of warps that share out the columns.
 
@@ -225,8 +230,10 @@ def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
         return WeightGradientTile(block, 32 if c <= 64 else 16, max(4, block // 16), None)
     if block <= 32:
         return WeightGradientTile(block, 64, 4, 4)
-    # Above C = 64, 32 columns spill on sm_90 and do not fit the shared memory of sm_80.
-    return WeightGradientTile(block, 32 if c <= 64 else 16, block // 16, 1 if c <= 64 else None)
+    if c <= 64:
+        return WeightGradientTile(block, 32, block // 16, ONE_GROUP)
+    # Here 32 columns spill on sm_90 and do not fit the shared memory of sm_80.
+    return WeightGradientTile(block, 16, block // 16, None)
 
 
 def weight_gradient_splits(x: Tensor) -> int:

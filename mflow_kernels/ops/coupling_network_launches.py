@@ -138,8 +138,10 @@ def forward_tile(s: Shape) -> Tile:
         if columns > 32:  # 8 warps spill on sm_100
             return Tile(64, block_d, 32, columns, 4)
         return Tile(64, block_d, 64, columns, 8)
-    if columns > 64:
-        return Tile(32, 64 if columns > 128 else 128, 32, columns, 8)
+    if columns > 128:
+        return Tile(32, 64, 32, columns, 8)
+    if columns > 64:  # on sm_90, images spill with blocks of 32, and vectors with blocks of 64
+        return Tile(32, 128, 64 if s.taps > 1 else 32, columns, 8)
     return Tile(64, 256, 64, columns, 8) if s.width <= 256 else Tile(64, 128, 32, columns, 8)
 
 
@@ -176,6 +178,8 @@ def dh1_tile(s: Shape) -> Tile:
     fits_64 = block_x <= 128 or s.c_in % 8 == 0
     fits_32 = block_k != 64  # with 64, and these addresses, 32 hidden channels spill on sm_100
     block_d = 128 if block_x <= 64 else 64 if fits_64 else 32 if fits_32 else 16
+    if block_x == 16:  # 128 hidden channels spill
+        block_d = 64
     return Tile(16, _block(s.width, block_d), block_k, 0, 8)
 
 

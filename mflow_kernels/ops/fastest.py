@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, cast
 
@@ -85,13 +84,15 @@ def _on_this_card(key: str, device: torch.device) -> str:
     return f"{_card(device)}, {key}"
 
 
-@cache  # every call of a network asks, and reading a package's version takes 0.3 ms
+@cache  # every call of a network asks
 def _card(device: torch.device) -> str:
     """The card and the versions of all software whose change may change the choice."""
+    from mflow_kernels import __version__  # the package imports this module
+
     versions = {
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "mflow_kernels": version("mflow_kernels"),
+        "mflow_kernels": __version__,
     }
     software = ", ".join(f"{name} {number}" for name, number in versions.items())
     return f"{torch.cuda.get_device_name(device)}, {software}"

@@ -244,7 +244,7 @@ def _rebuild_conv1x1_wide_kernel(
     neighbours, so that all but the first find its states in the L2 cache.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
-    BLOCKS: tl.constexpr = tl.cdiv(C, BLOCK_O)
+    BLOCKS: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
     program, state_programs = tl.program_id(0), TILES * BLOCKS
     if program < state_programs:
         o = program % BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -347,7 +347,7 @@ def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DT
     """A tile of the state with halves `a` (channels below C // 2) and `b`."""
     C_A: tl.constexpr = C // 2
     at_a, at_b = at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
-    UNIT: tl.constexpr = min(a_strides[3], b_strides[3])
+    UNIT: tl.constexpr = a_strides[3] if a_strides[3] < b_strides[3] else b_strides[3]
     SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
     # `where` loses part of the divisor that the compiler knows of both, so state it again.
     chosen = tl.multiple_of(tl.where((c < C_A)[:, None], at_a, at_b), [SIZE, SIZE])

@@ -11,6 +11,7 @@ from cases import (
     on_tensor_cores,
     sample,
 )
+from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
@@ -140,6 +141,12 @@ def test_precision(precision, channels, device):
             assert (a - b).abs().max() < 2**-10 * b.abs().max() * 4
         else:
             assert_close(a, b, terms=terms)
+
+
+def test_no_product_is_a_batch_of_one_before_triton_3_9():
+    """It would spill up to 8 KB a thread."""
+    tile = channel_products.weight_gradient_tile(48, torch.float32)
+    assert (tile.groups is None) == (TorchVersion(triton.__version__) < "3.9")
 
 
 @pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 2)])
