@@ -159,6 +159,15 @@ class Configuration:
         return " and ".join(sorted(layouts)) or "vectors"
 
     @property
+    def absent(self) -> list[str]:
+        """The tensors that the kernel can take and this launch leaves out."""
+        return [
+            name
+            for name, value in self.launch.bound.items()
+            if value is None and name.islower() and not name.endswith("_strides")
+        ]
+
+    @property
     def variant(self) -> str:
         """The compile-time choices other than sizes."""
         words = []
@@ -172,12 +181,7 @@ class Configuration:
                 words += [f"p{value.block}", *(["flat"] if value.flat else [])]
             elif name.startswith("BLOCK") and isinstance(value, int):
                 words.append(f"{name[6:].lower()}{value}")
-        absent = [
-            name
-            for name, value in self.launch.bound.items()
-            if value is None and name.islower() and not name.endswith("_strides")
-        ]
-        return " ".join([*words, *(f"-{name}" for name in absent)])
+        return " ".join([*words, *(f"-{name}" for name in self.absent)])
 
     @property
     def dtypes(self) -> str:
@@ -262,12 +266,16 @@ def widths(launch: aot.Launch) -> dict[str, int]:
 
 
 def configurations(size: str) -> list[Configuration]:
-    """One configuration for all launches that Triton compiles to one kernel."""
+    """One configuration for all launches that Triton compiles to one kernel. The quick set has one
+    for each kernel: that with the most tensors."""
     found: dict[str, Configuration] = {}
     for model, launch in launches_of(size):
         allowed = widths(launch)
         same = found.setdefault(launch.key, Configuration(launch, model, allowed))
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
+    if size == "quick":
+        fullest = sorted(found.values(), key=lambda made: -len(made.absent))
+        found = {made.launch.kernel.__name__: made for made in fullest}
     return list(found.values())
 
 
@@ -443,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_const",
         const="quick",
         dest="size",
-        help="one level of a model; takes seconds",
+        help="one launch of each kernel; takes seconds",
     )
     size.add_argument(
         "--full",

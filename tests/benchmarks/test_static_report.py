@@ -24,7 +24,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
-    """This takes a minute of CPU time, because it compiles 56 kernels for each architecture."""
+    """This takes 40 s of CPU time, because it compiles every kernel for three architectures."""
     saved = tmp_path / "static.json"
     done = run("-m", "benchmarks.reports.static", "--quick", "--json", str(saved))
     rows = json.loads(saved.read_text())
@@ -60,6 +60,8 @@ def real_network(channels):
 
 few = dict(image_shape=(3, 8, 24), manifold_dims=(64,), steps=(3,))
 models = [replace(m, **few) for m in _recorded.models() if m.name == "odd sizes"]
+# Each kind of chain, and one of them with float32 networks.
+models = [m for m in models if m.dtypes[1] != torch.float32 or m.chain == "reversible"]
 empty = [keys(model) for model in models]
 assert len({frozenset(found) for found in empty}) == len(models)
 _recorded._NoAlgebra, _recorded.EmptyNetwork = contextlib.nullcontext, real_network

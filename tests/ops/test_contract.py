@@ -9,7 +9,7 @@ from cases import (
     DIFFERENTIABLE,
     FLOW_OPERATORS,
     IN_PLACE,
-    SCALES,
+    OPCHECKS,
     compiles,
     learned,
     normal,
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mflow_kernels import Glow
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 
 every = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=lambda op: op.id)
 every_flow = pytest.mark.parametrize("op", FLOW_OPERATORS.values(), ids=lambda op: op.id)
@@ -46,23 +47,11 @@ def run(op, inputs):
     return [*outputs, *torch.autograd.grad(outputs, learned(inputs), cotangents)]
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 1, 2), (2, 3, 2, 2)], ids=str)
 @every
-def test_gradcheck(op, shape, device):
-    inputs = sample(op, shape, (torch.float64, torch.float64), device)
+def test_gradcheck(op, device):
+    inputs = sample(op, (2, 3, 2, 2), (torch.float64, torch.float64), device)
     assert torch.autograd.gradcheck(
         lambda *tensors: op.call(*tensors, **options(op)), tuple(inputs.values()), fast_mode=True
-    )
-
-
-# The fused operators compute a scale by the same code.
-@pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{s.kind} {s.order}")
-@pytest.mark.parametrize("name", ["affine_coupling", "affine_coupling_inverse"])
-def test_gradcheck_of_every_scale(name, scale, device):
-    op = FLOW_OPERATORS[name]
-    inputs = sample(op, (2, 3, 2), (torch.float64, torch.float64), device)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: op.call(*tensors, scale=scale), list(inputs.values()), fast_mode=True
     )
 
 
@@ -83,6 +72,7 @@ def test_compiles_whole(op, layout, device):
         assert got.stride() == expected.stride()
 
 
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="interpreters run one program after another")
 @every
 def test_same_bits_twice(op, device):
     inputs = sample(op, (2, 6, 17, 16), device=device)
@@ -220,4 +210,4 @@ def test_opcheck(name, device):
             a.detach().requires_grad_("_backward" not in name) if isinstance(a, Tensor) else a
             for a in args
         ]
-        torch.library.opcheck(func, leaves)
+        torch.library.opcheck(func, leaves, **OPCHECKS)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, normal, on_tensor_cores
+from cases import LAYOUTS, OPCHECKS, normal, on_tensor_cores
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,13 +288,14 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 def test_opcheck(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = sample(shape, 16, 4, dtype, device)
     kernels = module.supports(given[0], given[1], given[5])
-    torch.library.opcheck(coupling_network_op, (*given, True, kernels))
+    torch.library.opcheck(coupling_network_op, (*given, True, kernels), **OPCHECKS)
     detached = [t.detach() for t in given]
     params, h1, h2, packed = network_forward(*detached, True, kernels)
     for weights in (True, False):
         torch.library.opcheck(
             torch.ops.mflow.coupling_network_backward.default,
             (torch.ones_like(params), detached[0], h1, h2, packed, kernels, weights),
+            **OPCHECKS,
         )
 
 

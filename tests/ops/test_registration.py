@@ -33,7 +33,7 @@ def test_operators_carry_tangents(name, device):
 @pytest.mark.parametrize("grad", [True, False])
 def test_flows_carry_tangents(reversible, grad, device):
     """Tangents agree with gradients: w . (J v) = (J^T w) . v."""
-    flow = Glow((2, 4, 4), 2, 2, 4, reversible=reversible).double().to(device)
+    flow = Glow((2, 4, 4), 2, 1, 4, reversible=reversible).double().to(device)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
