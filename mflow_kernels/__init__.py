@@ -1,37 +1,15 @@
 """Fused kernels for normalizing flows on images, and manifold flows built on them."""
 
+# ruff: noqa: F405
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # at run time, __getattr__ below finds these names
     from mflow_kernels import layers as layers
     from mflow_kernels import models as models
     from mflow_kernels import ops as ops
-    from mflow_kernels.layers import (
-        ActNorm,
-        AffineCoupling,
-        Bijection,
-        FlowStep,
-        InvertibleConv1x1,
-        ReversibleChain,
-        Split,
-        Squeeze,
-    )
-    from mflow_kernels.models import (
-        ErrorBound,
-        Glow,
-        HierarchicalFlow,
-        IntrinsicDimension,
-        ManifoldFlow,
-        ManifoldObjective,
-        Terms,
-        VectorFlow,
-        WeightSchedule,
-        bits_per_dimension,
-        estimate_intrinsic_dimension,
-        latent_importance,
-        manifold_mask_from_data,
-    )
+    from mflow_kernels.layers import *  # noqa: F403
+    from mflow_kernels.models import *  # noqa: F403
 
 __version__ = "0.1.0"
 

@@ -70,7 +70,7 @@ def of_run(run: Run, number: int, quick: bool) -> Row:
         raise ValueError(f"run: expected 28x28 grey images, got {run.config.image_shape}")
     splits = load_splits(run.config.data, run.config.image_size)
     train, held_out = (
-        part.batch(range(min(count, len(part))))
+        part.first(count)
         for part, count in ((splits.train, TRAINING_IMAGES), (splits.test, number))
     )
     sets = beside_digits(held_out, len(held_out))

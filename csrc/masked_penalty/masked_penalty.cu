@@ -20,24 +20,6 @@ constexpr int kWarps = 8;   // per block
 constexpr int kBlocks = 4;  // per multiprocessor, at least; leaves 64 registers a thread, so none spill
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-template <class A, class S>
-__device__ __forceinline__ A widen(S v) { return static_cast<A>(v); }
-template <>
-__device__ __forceinline__ float widen<float, __half>(__half v) { return __half2float(v); }
-template <>
-__device__ __forceinline__ float widen<float, __nv_bfloat16>(__nv_bfloat16 v) {
-    return __bfloat162float(v);
-}
-
-template <class T, class A>
-__device__ __forceinline__ T narrow(A v) { return static_cast<T>(v); }
-template <>
-__device__ __forceinline__ __half narrow<__half, float>(float v) { return __float2half_rn(v); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float v) {
-    return __float2bfloat16_rn(v);
-}
-
 // The machine word that moves `bytes` bytes: the widest one, but at most 16 bytes.
 template <int bytes>
 struct Word {
@@ -114,12 +96,12 @@ __device__ __forceinline__ void load(const View& view, const Run& run, A (&out)[
             pack.word[i] = __ldg(reinterpret_cast<const typename P::Machine*>(from) + i);
         }
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = widen<A, S>(pack.value[j]);
+        for (int j = 0; j < V; ++j) out[j] = static_cast<A>(pack.value[j]);
     } else {
         const int64_t stride = indexed ? view.stride[0] : 1;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            out[j] = j < run.count ? widen<A, S>(__ldg(from + j * stride)) : A(0);
+            out[j] = j < run.count ? static_cast<A>(__ldg(from + j * stride)) : A(0);
         }
     }
 }
@@ -132,7 +114,7 @@ __device__ __forceinline__ void store(const View& view, const Run& run, const A 
         using P = Pack<T, V>;
         P pack;
 #pragma unroll
-        for (int j = 0; j < V; ++j) pack.value[j] = narrow<T, A>(sign * values[j]);
+        for (int j = 0; j < V; ++j) pack.value[j] = static_cast<T>(sign * values[j]);
 #pragma unroll
         for (int i = 0; i < P::words; ++i) {
             reinterpret_cast<typename P::Machine*>(to)[i] = pack.word[i];
@@ -141,7 +123,7 @@ __device__ __forceinline__ void store(const View& view, const Run& run, const A 
         const int64_t stride = indexed ? view.stride[0] : 1;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            if (j < run.count) to[j * stride] = narrow<T, A>(sign * values[j]);
+            if (j < run.count) to[j * stride] = static_cast<T>(sign * values[j]);
         }
     }
 }

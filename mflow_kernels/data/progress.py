@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 15.0
-_NO_FIGURES: Mapping[str, str] = MappingProxyType({})
+_NO_VALUES: Mapping[str, str] = MappingProxyType({})
 
 
 class ProgressCallback(Protocol):
-    """Takes the number of items done so far, and figures to show instead of the speed."""
+    """Takes the number of items done so far, and values to show instead of the speed."""
 
-    def __call__(self, done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None: ...
+    def __call__(self, done: int, values: Mapping[str, str] = _NO_VALUES) -> None: ...
 
 
 @contextmanager
 def progress_bar(
     what: str, total: int, done: int = 0, unit: str = "images"
 ) -> Iterator[ProgressCallback]:
-    """Show a progress bar, the time left and figures below it, which change in place.
+    """Show a progress bar, the time left and values below it, which change in place.
 
     If stderr is not a terminal, print a line every 15 seconds instead.
 
@@ -49,12 +49,12 @@ def progress_bar(
 
     if not console.is_terminal:
 
-        def print_line(done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None:
+        def print_line(done: int, values: Mapping[str, str] = _NO_VALUES) -> None:
             nonlocal last_line
             if time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
                 last_line = time.monotonic()
                 shown = ", ".join(
-                    f"{name} {value}" for name, value in (figures or speed(done)).items()
+                    f"{name} {value}" for name, value in (values or speed(done)).items()
                 )
                 line = f"{what}: {done:,} of {total:,} {unit}, {shown}"
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -74,10 +74,10 @@ def progress_bar(
     task = bar.add_task(what, total=total, completed=done)
     with Live(bar, console=console, refresh_per_second=4) as live:
 
-        def update(done: int, figures: Mapping[str, str] = _NO_FIGURES) -> None:
+        def update(done: int, values: Mapping[str, str] = _NO_VALUES) -> None:
             bar.update(task, completed=done)
-            # In a narrow terminal the figures take more lines.
-            items = (figures or speed(done)).items()
+            # In a narrow terminal the values take more lines.
+            items = (values or speed(done)).items()
             texts = [Text.assemble((name, "dim"), " ", value) for name, value in items]
             live.update(Group(bar, Columns(texts, padding=(0, 3))))
 

@@ -72,6 +72,10 @@ class ImageSet:
         """Return the images at these positions of the set, in the order of `rows`."""
         return ImageSet(self._images, self._rows[rows], self._classes)
 
+    def first(self, count: int) -> Tensor:
+        """Return the first `count` images, or all of them if there are fewer; see `batch`."""
+        return self.batch(range(min(count, len(self))))
+
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return the images at these positions, uint8 (len(indices), C, H, W).
 

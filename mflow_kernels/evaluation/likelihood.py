@@ -117,7 +117,6 @@ def evaluate_model(
     *,
     data: str,
     device: torch.device,
-    batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
     give the same metrics.
@@ -128,7 +127,6 @@ def evaluate_model(
         n_bits: bits of each colour channel that the model was trained on.
         data: name of the images, shown with the results.
         device: device to compute on.
-        batch_size: images in a batch; by default `evaluation_batch_size` of their shape.
 
     Raises:
         ValueError: the images have another shape.
@@ -138,7 +136,7 @@ def evaluate_model(
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
     right = None  # number of images whose class the posterior finds
-    for number, batch in enumerate(_batches("evaluating", images, batch_size)):
+    for number, batch in enumerate(_batches("evaluating", images)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         levels, classes = images_and_classes(batch)
         x = dequantize(levels.to(device), n_bits, generator)
@@ -176,13 +174,11 @@ def evaluation_batch_size(image_shape: tuple[int, ...]) -> int:
     return max(1, min(100, 2**22 // math.prod(image_shape)))
 
 
-def _batches(what: str, images: ImageSet, batch_size: int | None) -> Iterator[Batch]:
+def _batches(what: str, images: ImageSet) -> Iterator[Batch]:
     """Yield all images in order, in batches, under a progress bar."""
     done = 0
     with progress_bar(what, len(images)) as progress:
-        for batch in OrderedBatches(
-            images, batch_size or evaluation_batch_size(images.image_shape)
-        ):
+        for batch in OrderedBatches(images, evaluation_batch_size(images.image_shape)):
             yield batch
             done += len(images_and_classes(batch)[0])
             progress(done)
@@ -196,7 +192,6 @@ def importance_weighted_bits(
     draws: int,
     *,
     device: torch.device,
-    batch_size: int | None = None,
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 
@@ -206,12 +201,12 @@ def importance_weighted_bits(
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
 
     Args:
-        model, images, n_bits, device, batch_size: see `evaluate_model`.
+        model, images, n_bits, device: see `evaluate_model`.
         draws: K, at least 1.
     """
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
-    for number, batch in enumerate(_batches("importance weights", images, batch_size)):
+    for number, batch in enumerate(_batches("importance weights", images)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
         levels, classes = (t if t is None else t.to(device) for t in images_and_classes(batch))
         assert levels is not None

@@ -35,13 +35,12 @@ from mflow_kernels.evaluation.pictures import (
     COLUMNS,
     draw_histograms,
     draw_images,
-    draw_residuals,
     draw_spectrum,
 )
 from mflow_kernels.evaluation.samples import (
     TEMPERATURES,
+    draw_projections,
     model_input,
-    project_images,
     samples_by_temperature,
 )
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
@@ -253,7 +252,7 @@ def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
             f"be read ({error})"
         )
         return None
-    batch = train.batch(range(min(SCORED_IMAGES, len(train))))
+    batch = train.first(SCORED_IMAGES)
     return training_scores(run.model, batch, run.config.n_bits)
 
 
@@ -264,10 +263,10 @@ def _score_sets(
     options: ReportOptions,
     training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
-    batch = images.batch(range(min(SCORED_IMAGES, len(images))))
+    batch = images.first(SCORED_IMAGES)
     sets = {"held out" if options.held_out else name: batch, **made_up_sets(batch)}
     for name, other in options.others:
-        sets[name] = other.batch(range(min(SCORED_IMAGES, len(other))))
+        sets[name] = other.first(SCORED_IMAGES)
     scores, done = {}, 0
     most = density_images(run.model) if training and not options.quick else 0
     counts = {name: min(most, len(batch)) for name, batch in sets.items()}
@@ -331,7 +330,7 @@ def _has_spectrum(run: Run) -> bool:
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
     """Return the first `count` images, dequantized with a fixed seed."""
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
-    batch = images.batch(range(min(count, len(images)))).to(run.device)
+    batch = images.first(count).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)
 
 
@@ -354,16 +353,12 @@ def _draw(
         path, "Each column decodes one draw, scaled by the temperature T of the row."
     )
 
-    originals = images.batch(range(min(COLUMNS, len(images))))
-    classes = None if images.classes is None else images.classes[: len(originals)]
     path = folder / "projections.png"
-    draw_residuals(
-        path,
+    title = (
         f"{kind[0].upper()}{kind[1:]} and their projections on the "
-        f"{model.manifold_dim}-dimensional manifold",
-        originals,
-        project_images(model, originals, classes=classes),
+        f"{model.manifold_dim}-dimensional manifold"
     )
+    draw_projections(path, title, model, images)
     pictures["projections"] = Picture(
         path, "The projection is what the manifold coordinates preserve of an image."
     )

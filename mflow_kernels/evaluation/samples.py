@@ -1,5 +1,6 @@
 """Draw images from a trained model, project images, and fill in missing pixels."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor
 
 from mflow_kernels.data.dequantization import bin_centres, to_image
 from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_residuals
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
@@ -98,6 +101,23 @@ def project_images(
     """
     x = model_input(images, model)
     return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
+
+
+def draw_projections(
+    path: Path,
+    title: str,
+    model: HierarchicalFlow,
+    images: ImageSet,
+    number: int = COLUMNS,
+    stages: int | None = None,
+) -> None:
+    """Draw the first `number` images, their projections (see `project_images`) and the differences.
+
+    The images' own classes are used, if they have any.
+    """
+    originals = images.first(number)
+    classes = None if images.classes is None else images.classes[:number]
+    draw_residuals(path, title, originals, project_images(model, originals, stages, classes))
 
 
 def known_pixels(missing: Literal["half", "centre", "pixels"], images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from mflow_kernels.ops.precision import autocasts
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 
 # Makes a coupling network from its numbers of input and output channels.
-Network = Callable[[int, int], nn.Module]
+NetworkFactory = Callable[[int, int], nn.Module]
 
 
 class _ChainFlow(Flow):
@@ -148,7 +148,7 @@ class Glow(_ChainFlow):
         *,
         scale: ScaleFunction | Kind = "tanh",
         context_channels: int = 0,
-        network: Network | None = None,
+        network: NetworkFactory | None = None,
         reversible: bool = True,
         checkpoint_every: int | None = 8,
     ) -> None:
@@ -220,7 +220,7 @@ class VectorFlow(_ChainFlow):
         *,
         scale: ScaleFunction | Kind = "tanh",
         context_channels: int = 0,
-        network: Network | None = None,
+        network: NetworkFactory | None = None,
         reversible: bool = True,
         checkpoint_every: int | None = 8,
     ) -> None:
@@ -240,7 +240,7 @@ class VectorFlow(_ChainFlow):
         )
 
 
-def _own_context_channels(context_channels: int, network: Network | None) -> int | None:
+def _own_context_channels(context_channels: int, network: NetworkFactory | None) -> int | None:
     """Return the context channels of the built-in networks; None if the caller supplies others."""
     check_count("context_channels", context_channels, 0)
     if network is None:
@@ -254,7 +254,7 @@ def _own_context_channels(context_channels: int, network: Network | None) -> int
 
 
 def _net(
-    channels: int, width: int, network: Network | None, context_channels: int
+    channels: int, width: int, network: NetworkFactory | None, context_channels: int
 ) -> dict[str, Any]:
     """Return the arguments of `FlowStep` and `Split` that determine their network."""
     if network is None:

@@ -120,6 +120,20 @@ class HierarchicalFlow(Chart):
             u = stage.decode(u, context=context)
         return u
 
+    def decode_off_manifold(
+        self,
+        u: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        stages: int | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Return points with coordinates u, and v of every stage drawn from its p_V."""
+        for stage in reversed(self._until(stages)):
+            u = stage.decode_off_manifold(u, temperature, generator, context=context)
+        return u
+
     def project(
         self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
     ) -> Tensor:
@@ -154,13 +168,11 @@ class HierarchicalFlow(Chart):
         temperature of 1 the points then have the density `log_prob`. `generator` must be on the
         model's device; `context` has one entry for each point.
         """
-        flows = self._until(stages, least=1)
-        u = sample_normal(self, (n, flows[-1].manifold_dim), temperature, generator)
-        if not off_manifold:
-            return self.decode(u, stages, context=context)
-        for stage in reversed(flows):
-            u = stage.decode_off_manifold(u, temperature, generator, context=context)
-        return u
+        dim = self._until(stages, least=1)[-1].manifold_dim
+        u = sample_normal(self, (n, dim), temperature, generator)
+        if off_manifold:
+            return self.decode_off_manifold(u, temperature, generator, stages, context=context)
+        return self.decode(u, stages, context=context)
 
     def describe_images(
         self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.flow import given
-from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.chart import Chart, normal_score
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.penalty_weight import check_positive
 from mflow_kernels.models.volume import Method, log_volume, push_forward
 from mflow_kernels.ops.checks import check_count
-from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
 class Autoencoder(Chart):
@@ -262,7 +261,7 @@ def _log_prior(model: Model, code: Tensor) -> Tensor:
     else:
         priors = cast(list[ManifoldFlow], list(model.stages)[1:])
     if not priors:
-        return -(code.square() / 2 + HALF_LOG_2PI).sum(1)
+        return -normal_score(code)
     return HierarchicalFlow(priors).log_prob(code)
 
 

@@ -21,6 +21,7 @@ from mflow_kernels.runs.options import (
     Rho,
     TrainingOptions,
     Weight,
+    check_at_least,
 )
 from mflow_kernels.runs.parser import OptionParser, parse_yaml
 
@@ -83,12 +84,12 @@ class TrainConfig(
         The models check what depends on the images' shape, such as the number of levels.
         """
         for name in ("levels", "steps", "width", "manifold_dim", "warm_up", "max_skipped"):
-            _check_at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         whole = ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every")
         for name in (*whole, "save_steps"):
             if getattr(self, name) is not None:
-                _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("seed", self.seed, 0)
+                check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
@@ -105,7 +106,7 @@ class TrainConfig(
             raise ValueError(f"ema_decay: expected 0 to less than 1, got {self.ema_decay}")
         for name in ("stage_steps", "stage_width", "stage_epochs", "stage_max_steps"):
             for value in getattr(self, name):
-                _check_at_least(name, value, 1)
+                check_at_least(name, value, 1)
         stages = self.stages
         for number, stage in enumerate(stages):
             _check_objective("stage_" if number else "", stage)
@@ -119,32 +120,30 @@ class TrainConfig(
     @property
     def stages(self) -> "list[Stage]":
         """The image flow, then each further flow."""
-        first = Stage(
-            self.manifold_dim, self.steps, self.width, self.domain, self.rho, self.weight,
-            self.final_weight, self.weight_steps, self.error_bound, self.delta, self.sigma,
-            self.learning_rate, self.epochs, self.max_steps,
-        )  # fmt: skip
         count = len(self.stage_dims)
-        # --max-steps does not override --stage-epochs.
-        steps = None if self.stage_epochs else self.max_steps
-        weight = "variance" if self.weight == "variance" else 1.0
-        columns = (
-            self.stage_dims,
-            _for_each("stage_steps", self.stage_steps, count, None),
-            _for_each("stage_width", self.stage_width, count, None),
-            _for_each("stage_domain", self.stage_domain, count, self.domain),
-            _for_each("stage_rho", self.stage_rho, count, self.rho),
-            _for_each("stage_weight", self.stage_weight, count, weight),
-            _for_each("stage_final_weight", self.stage_final_weight, count, None),
-            _for_each("stage_weight_steps", self.stage_weight_steps, count, None),
-            _for_each("stage_error_bound", self.stage_error_bound, count, None),
-            _for_each("stage_delta", self.stage_delta, count, _STAGE_DELTA),
-            _for_each("stage_sigma", self.stage_sigma, count, self.sigma),
-            _for_each("stage_learning_rate", self.stage_learning_rate, count, self.learning_rate),
-            _for_each("stage_epochs", self.stage_epochs, count, self.epochs),
-            _for_each("stage_max_steps", self.stage_max_steps, count, steps),
-        )
-        return [first, *(Stage(*values) for values in zip(*columns, strict=True))]
+        defaults = {
+            "steps": None,
+            "width": None,
+            "domain": self.domain,
+            "rho": self.rho,
+            "weight": "variance" if self.weight == "variance" else 1.0,
+            "final_weight": None,
+            "weight_steps": None,
+            "error_bound": None,
+            "delta": _STAGE_DELTA,
+            "sigma": self.sigma,
+            "learning_rate": self.learning_rate,
+            "epochs": self.epochs,
+            # --max-steps does not override --stage-epochs.
+            "max_steps": None if self.stage_epochs else self.max_steps,
+        }
+        first = Stage(self.manifold_dim, *(getattr(self, name) for name in defaults))
+        columns = [
+            _for_each(f"stage_{name}", getattr(self, f"stage_{name}"), count, default)
+            for name, default in defaults.items()
+        ]
+        further = zip(self.stage_dims, *columns, strict=True)
+        return [first, *(Stage(*values) for values in further)]
 
     @property
     def data_name(self) -> str:
@@ -228,7 +227,7 @@ class RunConfig(TrainConfig):
             config.check()
             if values["channels"] is None:  # the file is cut off before the number
                 raise ValueError("channels: expected a whole number, got none")
-            _check_at_least("channels", config.channels, 1)
+            check_at_least("channels", config.channels, 1)
             _ = config.image_shape  # ValueError without an image_size
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -287,9 +286,4 @@ def _check_objective(prefix: str, stage: Stage) -> None:
             there, lacks = lacks, there
         raise ValueError(f"{prefix}{there}: expected {prefix}{lacks} too, got none")
     if stage.weight_steps is not None:
-        _check_at_least(f"{prefix}weight_steps", stage.weight_steps, 1)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_at_least(f"{prefix}weight_steps", stage.weight_steps, 1)

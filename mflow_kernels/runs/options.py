@@ -203,3 +203,9 @@ class TrainingOptions:
     cuda_graphs: bool = False
     save_minutes: float = 10.0
     save_steps: int | None = None
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError if an option is below `least`."""
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.printable import counted, printable
+from mflow_kernels.runs.options import check_at_least
 
 if TYPE_CHECKING:
     from mflow_kernels.runs.config import TrainConfig
@@ -186,12 +187,6 @@ def presets(name: str | None = None) -> Work:
 
     text = "\n".join(PRESETS) if name is None else preset_text(name).rstrip()
     return lambda: print(text)
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError if an option is below `least`."""
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def report_skipped(skipped: Sequence[str]) -> None:

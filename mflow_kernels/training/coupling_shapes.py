@@ -1,5 +1,6 @@
 """Sizes of the couplings of a configured model, and how a GPU computes their networks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mflow_kernels.ops.coupling_network import fits, uses_tf32
@@ -67,6 +68,16 @@ def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
             couplings.append(CouplingShape(c, side * side, config.width, 9, False, classes))
             c //= 2
     return couplings
+
+
+def parameter_count(couplings: Iterable[CouplingShape]) -> int:
+    """Return the number of parameters of these couplings and of the layers before them."""
+    return sum(n.parameters + n.conv1x1_parameters for n in couplings)
+
+
+def state_bytes(config: RunConfig, n: CouplingShape) -> int:
+    """Return the bytes of the flow's state at a coupling, for a batch."""
+    return FLOAT * config.batch_size * n.channels * n.pixels
 
 
 def network_shape(config: RunConfig, n: CouplingShape) -> Shape:

@@ -63,8 +63,10 @@ from mflow_kernels.training.coupling_shapes import (
     coupling_shapes,
     network_bytes,
     network_shape,
+    parameter_count,
     partial_sums_bytes,
     runs_fused,
+    state_bytes,
 )
 
 
@@ -128,7 +130,7 @@ def peak_memory(config: RunConfig) -> Memory:
     dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
     dims += config.stage_dims
     masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
-    counts = [sum(n.parameters + n.conv1x1_parameters for n in stage) for stage in stages]
+    counts = [parameter_count(stage) for stage in stages]
     buffers = sum(n.buffer_bytes for stage in stages for n in stage) + masks
     weights = FLOAT * sum(counts) + buffers
     flows = [
@@ -270,7 +272,7 @@ class _Flow(NamedTuple):
     @property
     def gradients(self) -> int:
         """Bytes of the gradients of all parameters."""
-        return FLOAT * sum(n.parameters + n.conv1x1_parameters for n in self.couplings)
+        return FLOAT * parameter_count(self.couplings)
 
     @property
     def squares(self) -> dict[int, int]:
@@ -318,7 +320,7 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
         ends = FLOAT * 3 * sum(each.flow.elements for each in (current, *others))
         held = [each.flow.couplings[j] for each in others for j in each.kept]
         held += _kept_at(current, i)
-        kept = sum(_state(config, n) + _network_input(config, n) for n in held)
+        kept = sum(state_bytes(config, n) + _network_input(config, n) for n in held)
         return Memory(0, 0, 0, gradients, ends, kept, stored, folded, one_step)
 
     e = network_bytes(config)
@@ -359,7 +361,7 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
                 gradients += conv1x1s
             if leaves_level and config.reversible:
                 folded = leaving * squares[n.channels]
-                yield snapshot(done, i, gradients, stored, folded, 2 * _state(config, n))
+                yield snapshot(done, i, gradients, stored, folded, 2 * state_bytes(config, n))
         if flow.decodes and not inverse:
             gradients -= flow.gradients  # the gradients of both passes are summed
 
@@ -373,11 +375,6 @@ def _kept_at(each: _Pass, i: int) -> list[CouplingShape]:
     return [couplings[j] for j in each.kept if couplings[j].channels not in done]
 
 
-def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Return the bytes of the flow's state."""
-    return FLOAT * config.batch_size * n.channels * n.pixels
-
-
 def _network_input(config: RunConfig, n: CouplingShape) -> int:
     """Return the bytes of the input of a coupling's network."""
     return network_bytes(config) * config.batch_size * (n.channels // 2) * n.pixels
@@ -387,7 +384,7 @@ def _stored(config: RunConfig, n: CouplingShape) -> int:
     """Return the bytes that autograd stores for a coupling without reversible."""
     e = network_bytes(config)
     numbers = n.in_channels + n.out_channels + 2 * n.width
-    return _state(config, n) + e * config.batch_size * n.pixels * numbers
+    return state_bytes(config, n) + e * config.batch_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
@@ -401,7 +398,7 @@ def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
         sums = partial_sums_bytes(s)
     if not config.reversible:
         # Gradients of the state, of Q and of the hidden layers.
-        return 2 * _state(config, n) + e * b * p * (n.out_channels + gradients) + sums
+        return 2 * state_bytes(config, n) + e * b * p * (n.out_channels + gradients) + sums
     halves = n.out_channels // 2
     state = (n.channels + halves) if kept else 2 * (n.channels + halves)
     # The network's input, and a copy with the context.

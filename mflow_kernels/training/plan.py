@@ -6,7 +6,7 @@ from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import count_training_images
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.cards import CARDS
-from mflow_kernels.training.coupling_shapes import FLOAT, coupling_shapes
+from mflow_kernels.training.coupling_shapes import FLOAT, coupling_shapes, parameter_count
 from mflow_kernels.training.memory import largest_batch, peak_memory, readable
 from mflow_kernels.training.step_kernels import training_step
 
@@ -102,7 +102,4 @@ def describe_fit(config: RunConfig, gpu_memory: int) -> str:
 
 def _parameters(config: RunConfig) -> list[int]:
     """Return the number of parameters of each stage."""
-    return [
-        sum(n.parameters + n.conv1x1_parameters for n in coupling_shapes(config, stage))
-        for stage in range(len(config.stages))
-    ]
+    return [parameter_count(coupling_shapes(config, i)) for i in range(len(config.stages))]

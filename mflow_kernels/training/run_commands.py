@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from mflow_kernels.data.printable import printable
-from mflow_kernels.training.commands import Work, check_at_least, report_skipped
+from mflow_kernels.runs.options import check_at_least
+from mflow_kernels.training.commands import Work, report_skipped
 
 Device = Literal["auto", "cpu", "cuda"]
 Missing = Literal["half", "centre", "pixels"]
@@ -98,8 +99,8 @@ def reconstruct(
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.evaluation.likelihood import held_out_images
-    from mflow_kernels.evaluation.pictures import draw_images, draw_residuals, in_rows
-    from mflow_kernels.evaluation.samples import inpaint_images, known_pixels, project_images
+    from mflow_kernels.evaluation.pictures import draw_images, in_rows
+    from mflow_kernels.evaluation.samples import draw_projections, inpaint_images, known_pixels
     from mflow_kernels.runs.folder import load_run
 
     check_at_least("number", number, 1)
@@ -117,13 +118,12 @@ def reconstruct(
     def work() -> None:
         report_skipped(skipped)
         _warn(warning)
-        originals = images.batch(range(min(number, len(images))))
-        classes = None if images.classes is None else images.classes[: len(originals)]
         if missing is None:
             title = f"{printable(name)}: images and their projections on the manifold"
-            projections = project_images(model, originals, classes=classes)
-            draw_residuals(path, title, originals, projections)
+            draw_projections(path, title, model, images, number)
         else:
+            originals = images.first(number)
+            classes = None if images.classes is None else images.classes[:number]
             title = f"{printable(name)}: images whose missing pixels the manifold fills in"
             known = known_pixels(missing, originals)
             filled = inpaint_images(model, originals, known, classes)

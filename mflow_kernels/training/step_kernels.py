@@ -37,8 +37,10 @@ from mflow_kernels.training.coupling_shapes import (
     CouplingShape,
     coupling_shapes,
     network_shape,
+    parameter_count,
     partial_sums_bytes,
     runs_fused,
+    state_bytes,
 )
 
 
@@ -68,7 +70,7 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
         launches += flow_step(config, found)
         if decodes:
             launches += flow_step(config, found)
-            launches.append(Launch(12 * _parameters(found)))  # the gradients of both are added
+            launches.append(Launch(12 * parameter_count(found)))  # the gradients of both are added
         launches += _update(found)
     return launches
 
@@ -100,17 +102,12 @@ def _forward(config: RunConfig, found: list[CouplingShape], keep: bool) -> Itera
     groups = {n.channels: n for n in found}
     for n in groups.values():
         # The coupling after a level's last convolution, and the copy of the squeeze.
-        yield from [Launch(2 * _state(config, n))] * 2
+        yield from [Launch(2 * state_bytes(config, n))] * 2
 
 
 def _run_networks(config: RunConfig, found: list[CouplingShape], keep: bool) -> Iterator[Launch]:
     for n in found:
         yield from _network_forward(config, n, keep)
-
-
-def _state(config: RunConfig, n: CouplingShape) -> int:
-    """Return the bytes of a state."""
-    return FLOAT * config.batch_size * n.channels * n.pixels
 
 
 def _dtype(config: RunConfig) -> torch.dtype:
@@ -134,10 +131,10 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
         yield Launch(a + w1 + w2 + w3 + taps + (2 * h if keep else 0), flops, dtype)
         yield Launch(taps + q)
         return
-    apart = s.taps > 1  # a convolution adds its bias in a separate pass
+    bias_pass = s.taps > 1  # a convolution adds its bias in a pass of its own
     for before, after, w, f in ((a, h, w1, f1), (h, h, w2, f2), (h, q, w3, f3)):
         yield Launch(before + w + after, f, dtype)
-        if apart and (by_torch or after is q):
+        if bias_pass and (by_torch or after is q):
             yield Launch(2 * after)
         if after is h and by_torch:
             yield Launch(2 * h)  # ReLU
@@ -185,7 +182,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
     A second launch folds the weights.
     """
-    s, state = network_shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), state_bytes(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2
@@ -194,7 +191,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 
 def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
-    s, state = network_shape(config, n), _state(config, n)
+    s, state = network_shape(config, n), state_bytes(config, n)
     e = _dtype(config).itemsize
     params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
     products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0
@@ -222,8 +219,4 @@ def _fold(config: RunConfig, n: CouplingShape) -> Launch:
 
 def _update(found: list[CouplingShape]) -> Iterator[Launch]:
     """Yield clipping (12 bytes per parameter), AdamW (28) and the running average (12)."""
-    yield from (Launch(size * _parameters(found)) for size in (12, 28, 12))
-
-
-def _parameters(found: list[CouplingShape]) -> int:
-    return sum(n.parameters + n.conv1x1_parameters for n in found)
+    yield from (Launch(size * parameter_count(found)) for size in (12, 28, 12))

@@ -23,10 +23,10 @@ from mflow_kernels.data.files import follow_links, lock_folder, remove_temporary
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
-from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images, draw_residuals
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images
 from mflow_kernels.evaluation.samples import (
+    draw_projections,
     draw_samples,
-    project_images,
     samples_by_temperature,
 )
 from mflow_kernels.runs.checkpoints import (
@@ -371,15 +371,11 @@ def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:
     curves, samples, projections, hierarchy = paths
     draw_curves(curves, read_metrics(folder / METRICS))
     draw_images(samples, *samples_by_temperature(model, COLUMNS, run.config.seed))
-    test, classes = run.splits.test, run.splits.test.classes
-    originals = test.batch(range(min(COLUMNS, len(test))))
-    draw_residuals(
-        projections,
+    title = (
         f"Held-out images and their projections on the {run.config.manifold_dim}-dimensional "
-        "manifold",
-        originals,
-        project_images(model, originals, 1, None if classes is None else classes[: len(originals)]),
+        "manifold"
     )
+    draw_projections(projections, title, model, run.splits.test, stages=1)
     if len(model.stages) == 1:
         return paths[:-1]
     rows = {}

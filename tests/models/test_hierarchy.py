@@ -62,6 +62,8 @@ def test_ambient_samples_draw_v_in_every_stage():
     assert v.abs().mean().item() == pytest.approx(0.5 / 2.0, rel=4 / math.sqrt(v.numel()))
     w = b.latents(a.encode(x))[0][0][:, b.off_masks()[0]]
     assert w.std().item() == pytest.approx(0.5 * 0.3, rel=4 / math.sqrt(2 * w.numel()))
+    u = model.encode(on)
+    assert_close(model.encode(model.decode_off_manifold(u, 0.5)), u, terms=10_000)
     first = model.sample(**how, generator=torch.Generator().manual_seed(0), stages=1)
     other = a.sample(**how, generator=torch.Generator().manual_seed(0), off_manifold=True)
     assert_close(a.encode(other), a.encode(first), terms=10_000)

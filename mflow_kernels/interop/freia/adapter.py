@@ -247,6 +247,7 @@ class FreiaAdapter(Adapter):
     containers = CONTAINERS
     methods = METHODS
     fingerprints = FINGERPRINTS
+    channels_of = staticmethod(channels_of)
     repaired = _REPAIRED
 
     def is_layer(self, module: nn.Module) -> bool:
@@ -259,9 +260,6 @@ class FreiaAdapter(Adapter):
 
     def kind_of(self, layer: nn.Module) -> str:
         return _KINDS.get(type(layer), "module")
-
-    def channels_of(self, layer: Any) -> int | None:
-        return channels_of(layer)
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container).forward is not kind.forward:

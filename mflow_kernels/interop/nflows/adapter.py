@@ -252,6 +252,7 @@ class NflowsAdapter(Adapter):
     containers = (nt.CompositeTransform,)
     methods = METHODS
     fingerprints = FINGERPRINTS
+    channels_of = staticmethod(_channels_of)
 
     def is_layer(self, module: nn.Module) -> bool:
         """A composite counts as a layer if our kernels have all of its transforms."""
@@ -262,9 +263,6 @@ class NflowsAdapter(Adapter):
 
     def kind_of(self, layer: nn.Module) -> str:
         return "actnorm" if type(layer) is nt.ActNorm else "transform"
-
-    def channels_of(self, layer: Any) -> int | None:
-        return _channels_of(layer)
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container) is not kind:

@@ -153,6 +153,7 @@ class NormflowsAdapter(Adapter):
     containers = CONTAINERS
     methods = METHODS
     fingerprints = FINGERPRINTS
+    channels_of = staticmethod(channels_of)
 
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, nf.flows.Flow)
@@ -164,9 +165,6 @@ class NormflowsAdapter(Adapter):
 
     def kind_of(self, layer: nn.Module) -> str:
         return _KINDS.get(type(layer), "per sample")
-
-    def channels_of(self, layer: Any) -> int | None:
-        return channels_of(layer)
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         cls = type(container)
