@@ -166,6 +166,8 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel = _run(launch.kernel, *launch.args, grid=(1,), warmup=True, **launch.kwargs)
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
+    if "st.global" not in kernel.asm["ptx"]:  # Triton 3.6 compiles some kernels to a trap
+        return Compiled(error="stores nothing")
     arguments = list(_runtime(kernel.src.signature))
     registers, spilled = _resources(kernel.asm["cubin"])
     return Compiled(

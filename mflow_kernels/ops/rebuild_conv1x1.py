@@ -16,7 +16,7 @@ Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x
 float32 product is computed as three tf32 products.
 Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 96 one
 program computes all three products of its pixels; above C = 64 it reads y and dy twice on cards
-before sm_90. With more channels, three products do not fit the registers. Other programs then
+before sm_90. (Before Triton 3.9, up to C = 64.) With more channels, three products do not fit the registers. Other programs then
 compute outer_sum and read y and dy once more, and each block of 128 output channels reads its input
 again; arithmetic limits the speed. Float64 states always use these other programs, with blocks of
 at most 32 channels.
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import strided, strided_halves
@@ -129,9 +130,14 @@ class RebuildTile(NamedTuple):
     programs: int
 
 
+# Channels whose three products one program computes. At 96 channels, Triton 3.6 compiles a program
+# for sm_100 that only traps, and spills on sm_90.
+MOST_SLICED = 96 if TorchVersion(triton.__version__) >= "3.9" else 64
+
+
 def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100."""
-    if dtype == torch.float64 or c > 96:
+    if dtype == torch.float64 or c > MOST_SLICED:
         block_o, block_c = (16 if c <= 16 else 32, 16) if dtype == torch.float64 else (128, 64)
         blocks = {"BLOCK_O": block_o, "BLOCK_C": block_c}
         warps = 4 if dtype == torch.float64 else 8
