@@ -171,6 +171,7 @@ class TestResume:
         assert losses(run) == losses(trained)
 
 
+@pytest.mark.pictures
 class TestSample:
     def test_writes_a_picture(self, run, capsys):
         assert main(["sample", str(run), "--number", "5", "--temperature", "0.5"]) == 0
