@@ -208,12 +208,12 @@ def wanted(operation: Operation, case: Case, fills: bool, quick: bool) -> bool:
     """Whether to run an operation on a case.
 
     Chains repeat the operators, with a network input added, so one layout is enough for them, and
-    one width for the chains that store states. Above C = 128, where an operation takes longest, the
+    one width for the chains that store states. Above C = 64, where an operation takes longest, the
     quick set has one direction.
     """
     name = operation.name
     if quick:
-        return name in QUICK and (case.c <= 128 or operation.direction == QUICK[name])
+        return name in QUICK and (case.c <= 64 or operation.direction == QUICK[name])
     if "chain" not in name:
         return True
     return fills and case.channels_last and (name == "reversible chain" or case.c == 48)
