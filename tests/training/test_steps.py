@@ -7,9 +7,8 @@ import torch
 from cases import HostReads
 from tiny_runs import checkpoint, metrics, weights
 
-from mflow_kernels import AffineCoupling, HierarchicalFlow
+from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.folder import load_run
-from mflow_kernels.testing import tolerance
 from mflow_kernels.training import train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
@@ -289,7 +288,7 @@ def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch)
     first = next(step for step, norm in enumerate(norms) if math.isfinite(norm))
     whole = rows(trained)[first]
     # Only the networks round to float16; 9 * 8 products are the longest sum in them.
-    rounding = tolerance(torch.float16, terms=72)
+    rounding = testing.tolerance(torch.float16, terms=72)
     assert norms[first] == pytest.approx(float(whole["gradient_norm"]), rel=rounding)
 
 
