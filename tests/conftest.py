@@ -87,6 +87,14 @@ def kernel_device(request: pytest.FixtureRequest) -> torch.device:
     return _device(request.param)
 
 
+LONG = ("test_notebooks.py", "test_build.py", "test_gpu_run.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that none runs alone while other processes have ended."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Seed torch, so that a test draws the same numbers alone and in the suite."""

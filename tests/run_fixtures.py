@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 from tiny_runs import TINY, write_images
 
 
@@ -13,6 +15,17 @@ def cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("MFLOW_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Save pictures of one pixel, because drawing takes two thirds of the time of a tiny run.
+
+    Tests with the mark `pictures` draw, and so does the fixture `trained`, which is set up earlier.
+    """
+    if "pictures" not in request.keywords:
+        blank = Image.new("L", (1, 1))
+        monkeypatch.setattr(Figure, "savefig", lambda _, to, format: blank.save(to, format))
 
 
 @pytest.fixture(scope="session")

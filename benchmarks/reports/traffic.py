@@ -66,8 +66,7 @@ NEEDLESS = {("_coupling_bwd_kernel", "x"), ("_coupling_conv1x1_bwd_kernel", "x")
 def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
     """States, and whether their pixels fill tiles."""
     if quick:
-        # One for each of the kernels that rebuild a 1x1 convolution, and the widest of one.
-        for c in (12, 48, 96, 136):
+        for c in (12, 24, 48, 96, 136):
             yield Case(c, n=1, side=8, channels_last=True), True
         return
     for c in CHANNELS:
@@ -209,12 +208,12 @@ def wanted(operation: Operation, case: Case, fills: bool, quick: bool) -> bool:
     """Whether to run an operation on a case.
 
     Chains repeat the operators, with a network input added, so one layout is enough for them, and
-    one width for the chains that store states. Above C = 128, where an operation takes longest, the
+    one width for the chains that store states. Above C = 64, where an operation takes longest, the
     quick set has one direction.
     """
     name = operation.name
     if quick:
-        return name in QUICK and (case.c <= 128 or operation.direction == QUICK[name])
+        return name in QUICK and (case.c <= 64 or operation.direction == QUICK[name])
     if "chain" not in name:
         return True
     return fills and case.channels_last and (name == "reversible chain" or case.c == 48)
@@ -341,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="four widths only, in seconds")
+    parser.add_argument("--quick", action="store_true", help="five widths only, in seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -6,6 +6,8 @@ from mflow_kernels.data.files import write_atomically
 from mflow_kernels.evaluation.pictures import draw_histograms, draw_images, draw_spectrum, in_rows
 from mflow_kernels.models.selection import IntrinsicDimension
 
+pytestmark = pytest.mark.pictures
+
 
 def test_images_are_drawn_at_whole_pixels(tmp_path):
     # Red and blue tiles of 16 pixels, enlarged 4 times with no blur between them.

@@ -1,33 +1,24 @@
 """Reversible chains have the gradients of stored ones and leave the caller's tensors alone."""
 
 import copy
-from collections.abc import Callable
 from itertools import groupby
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.chains import assert_all_close, chain_of, gradients, loss_of, shaken
 from mflow_kernels import (
-    ActNorm,
     FlowStep,
     Glow,
-    InvertibleConv1x1,
     ReversibleChain,
     Split,
     Squeeze,
     VectorFlow,
 )
-from mflow_kernels.layers.chain_layer import ChainLayer
-from mflow_kernels.layers.folding import ActNormConv
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
-from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.reversible.apply import segment_starts
 from mflow_kernels.reversible.backward import BackwardPass
-from mflow_kernels.reversible.program import SpaceToDepth
 from mflow_kernels.testing import assert_close
 
 FLOWS = {
@@ -35,72 +26,6 @@ FLOWS = {
     "one level": (lambda **o: Glow((1, 4, 4), 1, 2, 8, **o), (3, 1, 4, 4)),
     "vector": (lambda **o: VectorFlow(5, 3, 8, **o), (4, 5)),
 }
-
-
-def test_partial_sums_in_smaller_buffers_change_no_bit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A buffer for the partial sums of one or two steps gives the same bits as one for all."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
-    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
-    want = gradients(chain, x, call=chain)
-    for steps in (1, 2):
-        monkeypatch.setattr("mflow_kernels.reversible.backward.PARTIALS_BYTES", steps * 6 * 6 * 8)
-        for got, wanted in zip(gradients(chain, x, call=chain), want, strict=True):
-            assert torch.equal(got, wanted)
-
-
-def test_stored_states_need_no_copy_of_the_partial_sums() -> None:
-    """The backward launches of a group write dW into one buffer. `Tensor.unbind` would instead copy
-    all of their results into another one."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)], reversible=False))
-    z, logdet = chain(torch.randn(2, 6, 4, 4))
-
-    class Stacks(TorchDispatchMode):
-        shapes: list[torch.Size] = []  # noqa: RUF012
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = function(*args, **(kwargs or {}))
-            if function.overloadpacket in (torch.ops.aten.stack, torch.ops.aten.cat):
-                self.shapes.append(out.shape)
-            return out
-
-    with Stacks() as stacks:
-        (logdet.sum() + z.square().sum()).backward()
-    assert [shape for shape in stacks.shapes if shape[-2:] == (6, 6)] == []
-
-
-def test_gradients_of_weights_add_up_over_backward_passes() -> None:
-    """Each pass over a graph, or over a part of it, gives the gradient of that pass alone."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(3)], reversible=False))
-    x = torch.randn(2, 6, 4, 4, requires_grad=True)
-    parameters = [p for p in chain.parameters() if p.requires_grad]
-    z, logdet = chain(x)
-    loss = logdet.sum() + z.square().sum()
-    want = torch.autograd.grad(loss, parameters, retain_graph=True)
-    torch.autograd.grad(loss, x, retain_graph=True)  # computes dW and does not ask for it
-    for _ in range(2):
-        for got, wanted in zip(
-            torch.autograd.grad(loss, parameters, retain_graph=True), want, strict=True
-        ):
-            assert torch.equal(got, wanted)
-
-
-def test_a_weight_that_two_launches_use_gets_the_sum_of_both_gradients() -> None:
-    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
-    weight = torch.randn(3, 6, 6, dtype=torch.float64, requires_grad=True)
-    spread_weight, spread_bias = spread(weight, torch.zeros(3, 6), x)
-    first, _, last = unbind_weights(spread_weight)
-    y = x
-    for row in (first, last, first):  # the second row gets no gradient
-        y, _ = conv1x1_eager(y, row, spread_bias[0], "tf32x3", None)
-    y.square().sum().backward()
-    reference = weight.detach().clone().requires_grad_()
-    w_0, _, w_2 = reference.unbind()
-    torch.einsum("ij,njhw->nihw", w_0 @ w_2 @ w_0, x).square().sum().backward()
-    assert weight.grad is not None
-    assert reference.grad is not None
-    assert_close(weight.grad, reference.grad, terms=3 * 6 * 2 * 16)  # three maps, two images
 
 
 # In float32, the rounding grows with the number of steps between two kept states.
@@ -168,108 +93,6 @@ def test_conditional_inputs_have_gradients(backwards: bool) -> None:
     ]
     assert len(results[0]) == 3 + sum(1 for _ in stored.parameters())
     assert_all_close(*results, terms=2 * 3 * 18)
-
-
-class LinearStep(ChainLayer):
-    """A user's layer: actnorm and 1x1 convolution without a coupling."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.actnorm, self.conv = ActNorm(channels), InvertibleConv1x1(channels)
-
-    @property
-    def channels(self) -> int:
-        return len(self.actnorm.bias)
-
-    def instructions(self) -> list[ActNormConv]:
-        return [ActNormConv(self.actnorm, self.conv)]
-
-    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        y, logdet = self.actnorm(x)
-        z, added = self.conv(y)
-        return z, logdet + added
-
-
-def test_a_layer_of_the_user_in_a_chain() -> None:
-    """A `ChainLayer` runs at the start, in the middle and at the end, and has gradients."""
-    linear = [LinearStep(c) for c in (4, 4, 16, 8)]
-    layers = [linear[0], FlowStep(4, width=4), linear[1], Squeeze()]
-    layers += [linear[2], Split(16, width=4), linear[3]]
-    stored = shaken(ReversibleChain(layers, reversible=False)).double()
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
-    assert_close(linear[0](x)[0], ReversibleChain(linear[:1])(x)[0], terms=16)
-    got, want = (gradients(chain, x, call=chain) for chain in (rebuilt, stored))
-    assert len(got) == 2 + len(list(stored.parameters()))
-    assert_all_close(got, want, terms=2 * 7 * 32)
-    z, _ = rebuilt(x)
-    assert_close(rebuilt.inverse(z)[0], x, terms=2 * 7 * 16)
-    with pytest.raises(
-        ValueError, match=r"layers\[1\]: expected a layer of 4 channels, got one of"
-    ):
-        ReversibleChain([linear[0], LinearStep(5)])
-
-
-class Unsqueeze(ChainLayer):
-    """A user's layer that a chain does not support."""
-
-    def instructions(self) -> list[SpaceToDepth]:
-        return [SpaceToDepth(inverse=True)]
-
-
-def test_a_layer_that_undoes_a_squeeze_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"SpaceToDepth\(inverse=False\), got inverse=True"):
-        ReversibleChain([Squeeze(), Unsqueeze()])(torch.zeros(1, 4, 4, 4))
-
-
-def test_shared_and_frozen_parameters() -> None:
-    shared = nn.Conv2d(2, 4, 3, padding=1)
-    stored = shaken(ReversibleChain([FlowStep(4, shared) for _ in range(3)], reversible=False))
-    stored.double()
-    stored.layers[1].actnorm.bias.requires_grad_(False)
-    shared.weight.requires_grad_(False)
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(2, 4, 3, 3).double()
-    assert_all_close(
-        gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored), terms=2 * 3 * 18
-    )
-    assert rebuilt.layers[0].coupling.net.weight.grad is None
-
-
-@pytest.mark.parametrize("between", [0, 1], ids=["adjacent", "apart"])
-def test_the_same_step_twice(between: int) -> None:
-    step = FlowStep(4, width=4)
-    others = [FlowStep(4, width=4) for _ in range(between)]
-    stored = shaken(ReversibleChain([step, *others, step], reversible=False)).double()
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(2, 4, 3, 3).double()
-    assert_all_close(
-        gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored), terms=2 * 3 * 18
-    )
-
-
-@pytest.mark.parametrize("part", ["actnorm", "conv", "coupling"])
-def test_parts_with_another_dtype_or_frozen(part: str) -> None:
-    """Actnorm and convolution compute in the precision of the state, not of their parameters."""
-    stored = shaken(ReversibleChain([FlowStep(4, width=4) for _ in range(3)], reversible=False))
-    if part == "coupling":
-        stored.layers[1].coupling.requires_grad_(False)
-    else:
-        stored.layers[0].get_submodule(part).requires_grad_(False)
-        stored.layers[1].get_submodule(part).double()
-        stored.layers[2].get_submodule(part).bfloat16()
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
-    x = torch.randn(2, 4, 3, 3)
-    got, want = gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored)
-    assert [g.dtype for g in got] == [w.dtype for w in want]
-    assert len(got) == 2 + sum(p.requires_grad for p in stored.parameters())
-    # A gradient in float64 is no more exact than the float32 state.
-    got = [g.float() if g.dtype == torch.float64 else g for g in got]
-    assert_all_close(got, want, terms=2 * 3 * 18)
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
@@ -472,24 +295,3 @@ def test_trains_like_stored_activations_for_200_steps() -> None:
     x = smooth_images(8, torch.Generator().manual_seed(2)).float()
     flat = [torch.cat([g.flatten() for g in gradients(m, x, call=m)]) for m in (rebuilt, stored)]
     assert (flat[0] - flat[1]).norm() < 1e-5 * flat[1].norm()
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "words"),
-    [
-        (lambda: ReversibleChain([]), ValueError, "layers: expected at least one"),
-        (lambda: ReversibleChain([nn.ReLU()]), TypeError, r"layers\[0\].*got ReLU"),  # type: ignore[list-item]
-        (lambda: ReversibleChain([Squeeze()], checkpoint_every=0), ValueError, "got 0"),
-        (lambda: ReversibleChain([Split(4)]).inverse((torch.zeros(1, 2, 2, 2),)), ValueError,
-         "expected 2 latents, got 1"),
-        (lambda: ReversibleChain([Squeeze()], checkpoint_every=1.5), TypeError,
-         "checkpoint_every: expected a whole number, got float"),
-        (lambda: ReversibleChain([FlowStep(4), Split(4), FlowStep(4)]), ValueError,
-         r"layers\[2\]: expected a layer of 2 channels, got one of 4"),
-        (lambda: ReversibleChain([Squeeze(), FlowStep(6)]), ValueError,
-         r"layers\[1\]: expected a multiple of 4 channels, got one of 6"),
-    ],
-)  # fmt: skip
-def test_bad_input(make: Callable[[], object], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        make()

@@ -12,7 +12,8 @@ NARROW = ("bf16", "f16", "bf16x2", "f16x2")
 
 
 def _computed(sign: str, operands: list[str]) -> str:
-    """a + b, a - b, a * b or a * b + c, exact enough to round to 16 or 32 bits."""
+    """An expression for a + b, a - b, a * b or a * b + c. In float64, the result for 16-bit
+    operands is exact enough to be rounded afterwards."""
     if sign == "fma":
         return f"{operands[0]} * {operands[1]} + {operands[2]}"
     return f"{operands[0]} {SIGNS[sign]} {operands[1]}"
@@ -52,7 +53,7 @@ def _pair_of_floats(t: Translator, i: Instruction) -> None:
 
 
 def _other_float(t: Translator, i: Instruction) -> bool:
-    """Translate an instruction of one of the forms above; return whether it is one."""
+    """Translate an instruction on 16-bit floats or pairs of floats; return whether it is one."""
     if i.type == "f32x2":
         _pair_of_floats(t, i)
     elif i.type in ("bf16", "f16") and i.parts[-2] == "f32":

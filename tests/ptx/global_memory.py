@@ -10,7 +10,7 @@ from ptx.report import Report, Touched, Traffic
 
 SHIFT = 40  # an address is (region + 1) << SHIFT | offset
 SECTOR = 32
-UNKNOWN = 0xCDCDCDCDCDCDCDCD  # result of a faulty load
+UNKNOWN = 0xCDCDCDCDCDCDCDCD  # the result of a load with a fault
 
 
 class Region:
@@ -81,7 +81,7 @@ class GlobalMemory:
             blank = region.unwritten[grains].any(1)
             if blank.any():
                 what = f"of {region.name}, which is uninitialized"
-                self.lanes.fault("uninitialised", at, who[blank], off[blank], width, what)
+                self.lanes.fault("uninitialized", at, who[blank], off[blank], width, what)
             me = self.lanes.in_grid[who][:, None]
             writer = region.writer[grains]
             bad = ((writer != -1) & (writer != me)).any(1)
@@ -145,22 +145,22 @@ class GlobalMemory:
         address = address[lanes]
         number = (address >> u8(SHIFT)).astype(i8)
         offset = (address & u8((1 << SHIFT) - 1)).astype(i8)
-        for one in np.unique(number):
-            mine = number == one
+        for region_number in np.unique(number):
+            mine = number == region_number
             off, who = offset[mine], lanes[mine]
-            if not 0 < one <= len(self.regions):
+            if not 0 < region_number <= len(self.regions):
                 self.lanes.fault("out of bounds", at, who, address[mine], width, "in no tensor")
                 continue
-            region = self.regions[one - 1]
+            region = self.regions[region_number - 1]
             good = off + width <= region.nbytes
             if not good.all():
                 what = f"past the {region.nbytes} bytes of {region.name}"
                 self.lanes.fault("out of bounds", at, who[~good], off[~good], width, what)
-            crooked = off % width != 0
-            if crooked.any():
+            misaligned = off % width != 0
+            if misaligned.any():
                 what = f"in {region.name}"
-                self.lanes.fault("misaligned", at, who[crooked], off[crooked], width, what)
-            off, who = off[good & ~crooked], who[good & ~crooked]
+                self.lanes.fault("misaligned", at, who[misaligned], off[misaligned], width, what)
+            off, who = off[good & ~misaligned], who[good & ~misaligned]
             if not len(off):
                 continue
             if region.legal_before is not None:
@@ -175,14 +175,14 @@ class GlobalMemory:
         sector = np.full(self.lanes.count, -1, i8)
         sector[who] = off // SECTOR
         by_warp = np.sort(sector.reshape(-1, 32), axis=1)
-        there = by_warp >= 0
-        another = np.ones_like(there)
+        requested = by_warp >= 0
+        another = np.ones_like(requested)
         another[:, 1:] = by_warp[:, 1:] != by_warp[:, :-1]
-        asked = there.sum(1)
+        asked = requested.sum(1)
         self.report.traffic[region.name, kind] += Traffic(
             requests=int((asked > 0).sum()),
             bytes=len(who) * width,
-            sectors=int((there & another).sum()),
+            sectors=int((requested & another).sum()),
             fewest=int((-(-asked * width // SECTOR)).sum()),
         )
         region.sectors[kind][off // SECTOR] = True

@@ -19,7 +19,7 @@ from ptx.tensor_cores import TensorCores
 from ptx.translator import Translator
 
 AT_ONCE = 16384
-STEPS = 2_000_000  # basic blocks of a batch; a kernel that runs more counts as endless
+STEPS = 2_000_000  # basic blocks that a batch may run before the kernel counts as endless
 # Number of blocks, the first and last of the grid, whose shared memory is searched for races.
 CHECKED_BLOCKS = 8
 
@@ -165,12 +165,12 @@ class Machine:
         lanes = self.lanes.of(mask)
         out = np.zeros(self.lanes.count, kind)
         where = address[lanes].astype(i8) + offset
-        for one in np.unique(where):  # several only if threads index an array
-            who = lanes[where == one]
-            if one < 0 or one + size > len(self.parameters) or one % size:
+        for place in np.unique(where):  # several only if threads index an array
+            who = lanes[where == place]
+            if place < 0 or place + size > len(self.parameters) or place % size:
                 self.lanes.fault("out of bounds", None, who, where, size, "in the parameters")
                 continue
-            out[who] = np.frombuffer(self.parameters, kind, 1, int(one))[0]
+            out[who] = np.frombuffer(self.parameters, kind, 1, int(place))[0]
         return out
 
     def tid(self, axis: int) -> Array:
@@ -195,5 +195,5 @@ class Machine:
         low = lane & segment
         high, b = low | (clamp & ~segment), b.astype(i8) & 31
         source = {"bfly": lane ^ b, "down": lane + b, "up": lane - b, "idx": low | (b & ~segment)}
-        there = source[mode] >= high if mode == "up" else source[mode] <= high
-        return a[(self.lanes.everyone & ~31) + np.where(there, source[mode], lane)], there
+        exists = source[mode] >= high if mode == "up" else source[mode] <= high
+        return a[(self.lanes.everyone & ~31) + np.where(exists, source[mode], lane)], exists

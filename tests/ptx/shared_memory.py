@@ -113,9 +113,9 @@ class SharedMemory:
 
     def _check_rows(self, address: Array, n: int, lanes: Array, at: int) -> None:
         first = lanes[self.lanes.laneid[lanes] < 8 * n]
-        crooked = address[first] % u4(16) != 0
-        if crooked.any():
-            who, where = first[crooked], address[first][crooked]
+        misaligned = address[first] % u4(16) != 0
+        if misaligned.any():
+            who, where = first[misaligned], address[first][misaligned]
             self.lanes.fault("misaligned", at, who, where, 16, "as a row of a matrix")
         if at not in self.report.banks and len(first):
             warp = first[self.lanes.warp[first] == self.lanes.warp[first[0]]]
@@ -129,10 +129,10 @@ class SharedMemory:
         if not good.all():
             what = f"past its {self.nbytes} bytes"
             self.lanes.fault("shared out of bounds", at, lanes[~good], off[~good], width, what)
-        crooked = off % width != 0
-        if crooked.any():
-            self.fault("misaligned", at, lanes[crooked], off[crooked], width, "")
-        good &= ~crooked
+        misaligned = off % width != 0
+        if misaligned.any():
+            self.fault("misaligned", at, lanes[misaligned], off[misaligned], width, "")
+        good &= ~misaligned
         off, lanes = off[good], lanes[good]
         return off + self.lanes.block[lanes].astype(i8) * self.pitch, lanes
 
@@ -143,7 +143,7 @@ class SharedMemory:
         blank = ~self.written[self.grains(off, width)].all(1)
         if blank.any():
             what = ", which is uninitialized"
-            self.fault("uninitialised", at, lanes[blank], off[blank], width, what)
+            self.fault("uninitialized", at, lanes[blank], off[blank], width, what)
         words = self.data.view(UNSIGNED[size])
         return [words[off // size + j] for j in range(vector)]
 
@@ -189,10 +189,10 @@ class SharedMemory:
         grains, tid = self.grains(off, width), self.lanes.tid[lanes].astype(i4)[:, None]
         bad = self._since_barrier(grains, tid, lanes)
         self._race_with_writer(bad, grains, off, width, lanes, at)
-        flying = self.arriving[grains].any(1)
-        if flying.any():
+        in_flight = self.arriving[grains].any(1)
+        if in_flight.any():
             what = ", where an asynchronous copy may still arrive"
-            self.fault("race", at, lanes[flying], off[flying], width, what)
+            self.fault("race", at, lanes[in_flight], off[in_flight], width, what)
         now = self.lanes.epoch[self.lanes.block[lanes]][:, None]
         valid = self.read_epoch[grains] == now
         low = np.where(valid, np.minimum(self.first_reader[grains], tid), tid)

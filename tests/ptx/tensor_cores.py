@@ -187,7 +187,7 @@ class TensorCores:
         fault("race", checked & recent, "thread {} wrote since the last barrier")
         fault("race", checked & arriving, "an asynchronous copy may still write")
         fault("race", checked & bare, "thread {} wrote with no proxy fence since")
-        fault("uninitialised", ~shared.written[grains], "is uninitialized")
+        fault("uninitialized", ~shared.written[grains], "is uninitialized")
         if checked.any():
             self.reading.append(Reading(grains, first, self.committed[first].copy()))
             shared.in_product[grains] = True

@@ -24,7 +24,7 @@ ARCHS = ["sm_80", "sm_90"]
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A machine that notes faults and raises nothing."""
+    """A machine that records faults instead of raising them."""
     monkeypatch.setattr(launch, "KERNELS_ON_CPU", True)
     with installed(Device(getattr(request, "param", "sm_80"), raises=False)) as device:
         yield device
@@ -147,8 +147,8 @@ def conv1x1(channels: int, side: int) -> Callable[[], Tensor]:
 def planted(
     device: Device, run: Callable[[], Tensor], pattern: str, new: str
 ) -> list[Report | None]:
-    """For each match of `pattern`, the machine's answer after replacing it by `new`: a report, or
-    None if it reports nothing and the result is right."""
+    """For each match of `pattern`, the report of a launch in which `new` replaces it, or None if
+    that launch has no fault and the right result."""
     assert run().abs().max() < 1e-4
     assert not last(device).faults
     text = device.ptx
@@ -168,7 +168,7 @@ def raced(reports: list[Report | None]) -> float:
     return sum(report is not None and "race" in report.kinds for report in reports) / len(reports)
 
 
-def test_a_barrier_less_is_a_race(device: Device) -> None:
+def test_a_missing_barrier_is_a_race(device: Device) -> None:
     assert raced(planted(device, conv1x1(12, 10), r"bar\.sync", "membar.cta; //")) == 1
 
 
@@ -188,7 +188,7 @@ def test_a_store_without_its_mask_leaves_the_tensor(device: Device) -> None:
 @pytest.mark.parametrize(
     "pattern", [r"fence\.proxy\.async[\w.:]*", r"wgmma\.wait_group[\w.:]* 0"], ids=["fence", "wait"]
 )
-def test_what_orders_an_asynchronous_product_left_out(device: Device, pattern: str) -> None:
+def test_a_missing_fence_or_wait_is_a_race(device: Device, pattern: str) -> None:
     assert raced(planted(device, conv1x1(48, 8), pattern, "membar.cta")) > 0
 
 
@@ -211,13 +211,13 @@ def test_a_violation_names_kernel_argument_and_thread(device: Device) -> None:
     assert re.search(r"st\.global\.b32 .* at test_kernels\.py:\d+", reports)
 
 
-def test_a_result_that_is_never_written_is_uninitialised(device: Device) -> None:
+def test_a_result_that_is_never_written_is_uninitialized(device: Device) -> None:
     x, z = torch.empty(256), torch.zeros(256)
     _add_kernel[(1,)](x, z, z, 256, BLOCK=256)
-    assert "uninitialised" in last(device).kinds
+    assert "uninitialized" in last(device).kinds
 
 
-def test_a_view_may_not_be_left(device: Device) -> None:
+def test_an_access_outside_a_view_is_a_fault(device: Device) -> None:
     whole = torch.randn(2, 128)
     x, z = whole[0], torch.zeros(256)
     _add_kernel[(1,)](x, z, z, 256, BLOCK=256)

@@ -40,7 +40,7 @@ def test_accesses_past_the_end() -> None:
     assert "block 4 thread 44: 4 bytes at 0x4b0 past the 1200 bytes of a0" in str(report.faults[0])
 
 
-def test_null_is_in_no_tensor() -> None:
+def test_a_null_pointer_is_in_no_tensor() -> None:
     _, report = run("mov.u64 %d2, 0; ld.global.f32 %f0, [%d2];", words())
     assert "in no tensor" in str(report.faults[0])
 
@@ -57,8 +57,8 @@ def test_a_misaligned_vector() -> None:
     assert report.kinds == {"misaligned"}
 
 
-def test_memory_that_nothing_has_written() -> None:
-    assert run(LOAD, words(64, "f4"), blank=[0])[1].kinds == {"uninitialised"}
+def test_uninitialized_memory() -> None:
+    assert run(LOAD, words(64, "f4"), blank=[0])[1].kinds == {"uninitialized"}
     assert not run(LOAD, words(64, "f4"))[1].faults
 
 
@@ -120,8 +120,8 @@ def test_part_of_a_warp_at_a_shuffle() -> None:
     assert run(body)[1].kinds == {"divergence"}
 
 
-def test_shared_memory_that_nothing_has_written_or_that_is_not_there() -> None:
-    assert run("ld.shared.u32 %r8, [%r6];", shared=256)[1].kinds == {"uninitialised"}
+def test_shared_memory_that_is_uninitialized_or_out_of_bounds() -> None:
+    assert run("ld.shared.u32 %r8, [%r6];", shared=256)[1].kinds == {"uninitialized"}
     assert run("st.shared.u32 [%r6], %r0;", shared=128)[1].kinds == {"shared out of bounds"}
 
 
@@ -212,7 +212,7 @@ def test_integers(instruction: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "one"), [("bf16x2", 0x3F80), ("f16x2", 0x3C00)])
-def test_a_comparison_of_pairs_says_both_halves(kind: str, one: int) -> None:
+def test_a_comparison_of_pairs_compares_both_halves(kind: str, one: int) -> None:
     body = f"""
     mov.b32 %r7, {one << 16 | one | 0x8000}; mov.b32 %r8, 0;
     setp.le.{kind} %p0|%p1, %r7, %r8;
@@ -224,7 +224,7 @@ def test_a_comparison_of_pairs_says_both_halves(kind: str, one: int) -> None:
     assert (out == 1).all()  # the lower half is -1, the upper one 1
 
 
-def test_a_sum_of_pairs_carries_nothing() -> None:
+def test_a_sum_of_pairs_has_no_carry_between_halves() -> None:
     body = """
     mov.b32 %r7, 0x0001ffff; mov.b32 %r8, 0xffff0001; add.s16x2 %r8, %r7, %r8;
     add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY
 
 from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.runs.config import TrainConfig
@@ -43,10 +42,9 @@ class TestPresets:
     def test_digits_are_the_defaults(self):
         assert TrainConfig(**preset_options("digits")) == TrainConfig()
 
-    def test_what_is_typed_overrules_them(self, images, tmp_path, capsys):
+    def test_what_is_typed_overrules_them(self, command, tmp_path, capsys):
         own = tmp_path / "own.yaml"
         own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
         command += ["--preset", str(own)]
         assert main(command) == 0
         config = read_config(tmp_path / "run")

@@ -88,6 +88,7 @@ def test_the_accuracy_of_the_posterior(trained, capsys):
     assert json.loads((trained / "evaluation.json").read_text()) == evaluation
 
 
+@pytest.mark.pictures
 def test_samples_by_class(trained, tmp_path, capsys):
     rows, one = tmp_path / "rows.png", tmp_path / "one.png"
     command = ["sample", str(trained), "--number", "6", "--device", "cpu", "--output"]

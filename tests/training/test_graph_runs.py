@@ -5,7 +5,7 @@ Without a GPU, the fixture `fake_capture` replaces the capture itself.
 
 import pytest
 import torch
-from tiny_runs import TINY, checkpoint, metrics, torchrun
+from tiny_runs import checkpoint, metrics, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.testing import assert_close
@@ -65,11 +65,10 @@ def test_a_run_resumes_inside_a_stage(command, tmp_path, fake_capture, monkeypat
     assert_same(outcome(tmp_path / "run"), whole)
 
 
-def test_two_ranks_train_as_without(images, tmp_path, fake_capture):
+def test_two_ranks_train_as_without(command, tmp_path, fake_capture):
     """Ranks exchange gradients outside of the graphs, and only those of the stage in training."""
     states = []
     for options in ([], ["--overwrite", "--cuda-graphs"]):
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(tmp_path / "run")]
         torchrun([*command, *options], tmp_path)
         states += [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for state in states[1:]:

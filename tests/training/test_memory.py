@@ -50,16 +50,22 @@ BASE = {
 CASES = {
     "reversible": {"steps": 4, "width": 64},
     "deep": {"steps": 16, "width": 16, "levels": 3},
-    "keeps all": {"steps": 16, "width": 16, "checkpoint_every": 1},
+    "keeps all": {"steps": 8, "width": 16, "checkpoint_every": 1},
     "keeps some": {"steps": 4, "width": 32, "checkpoint_every": 4},
     "stored": {"steps": 4, "width": 16, "reversible": False},
-    "stored, deep": {"steps": 16, "width": 64, "reversible": False},
+    "stored, deep": {"steps": 8, "width": 64, "reversible": False},
     "low precision": {"steps": 4, "width": 64, "precision": "bfloat16"},
     "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
     "wide levels": {"steps": 4, "width": 8, "levels": 4},
     "another stage": {"steps": 1, "width": 8, "stage_dims": [16], "stage_width": [256]},
     "whole stage": {"steps": 1, "width": 8, "stage_dims": [32], "stage_width": [256]},
-    "released": {"width": 32, "stage_dims": [16, 8], "stage_width": [128], "release": True},
+    "released": {
+        "steps": 4,
+        "width": 32,
+        "stage_dims": [16, 8],
+        "stage_width": [128],
+        "release": True,
+    },
     "released, stored": {
         "steps": 2,
         "width": 16,
@@ -131,8 +137,14 @@ def measured(config: TrainConfig, folder) -> int:
     return peak(profiler)
 
 
-@pytest.mark.parametrize("domain", ["latent", "data"])
-@pytest.mark.parametrize("case", CASES)
+# Memory for one pass through the networks; a penalty in the data domain takes a second one.
+LATENT = ("reversible", "deep", "keeps all", "stored", "released")
+
+
+@pytest.mark.parametrize(
+    ("case", "domain"),
+    [*((case, "data") for case in CASES), *((case, "latent") for case in LATENT)],
+)
 def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
     config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case], "domain": domain})
     predicted = peak_memory(config.resolve((3, 16, 16)))

@@ -7,7 +7,7 @@ import torch
 from cases import HostReads
 from tiny_runs import checkpoint, metrics, weights
 
-from mflow_kernels import AffineCoupling, HierarchicalFlow
+from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import train
 from mflow_kernels.training.averaging import WeightAverage
@@ -287,7 +287,9 @@ def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch)
     # Up to the first step that is not skipped, the weights are those of the run in float32.
     first = next(step for step, norm in enumerate(norms) if math.isfinite(norm))
     whole = rows(trained)[first]
-    assert norms[first] == pytest.approx(float(whole["gradient_norm"]), rel=0.5)
+    # Only the networks round to float16; 9 * 8 products are the longest sum in them.
+    rounding = testing.tolerance(torch.float16, terms=72)
+    assert norms[first] == pytest.approx(float(whole["gradient_norm"]), rel=rounding)
 
 
 def test_networks_are_compiled_in_place_and_compute_the_same(
