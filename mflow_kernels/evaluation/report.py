@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
@@ -156,7 +157,9 @@ def write_report(
         density = _manifold_log_prob(run, images, missing)
         spectrum = _spectrum(run, images, missing)
     training = _training_scores(run, missing)
-    scores = _score_sets(run, images, evaluation.data, options, training)
+    others = f"images of {printable(evaluation.data)}"
+    name, kind = ("held out", "held-out images") if options.held_out else (others, others)
+    scores = _score_sets(run, images, name, options, training)
     metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
@@ -173,7 +176,6 @@ def write_report(
         warning=options.warning,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    kind = "held-out images" if options.held_out else f"images of {evaluation.data}"
     pictures = draw_report(run, images, kind, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
@@ -253,7 +255,7 @@ def _score_sets(
     training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
-    sets = {"held out" if options.held_out else name: batch, **made_up_sets(batch)}
+    sets = {name: batch, **made_up_sets(batch)}
     for name, other in options.others:
         sets[name] = other.first(SCORED_IMAGES)
     scores, done = {}, 0

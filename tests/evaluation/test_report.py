@@ -296,7 +296,7 @@ class TestWork:
             "Images of others and their projections",
             "between images of others",
             "ends with one of the images of others",
-            "\nothers\n",
+            "\nimages of others\n",
         ):
             assert expected in texts[1]
 
