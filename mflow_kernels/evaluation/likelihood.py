@@ -246,7 +246,7 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
     recorded = read_manifest(run.folder)
     warning = None
     held_out = data is None or run.config.data in (data, str(Path(data).resolve()))
-    if data is None or held_out:
+    if data is None or held_out:  # the first half narrows the type of data
         name = run.config.data_name
         splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
         images, skipped = splits.test, splits.skipped

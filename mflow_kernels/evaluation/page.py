@@ -1,6 +1,7 @@
 """The report as one self-contained HTML page: it needs no network, script or other file."""
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
@@ -55,7 +56,7 @@ def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Pictu
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>The model was evaluated on {evaluation.images:,} images of {escape(evaluation.data)} "
-        f"({shape}){unseen}.{warning} Images have {_dimensions(config):,} dimensions; "
+        f"({shape}){unseen}.{warning} Images have {math.prod(config.image_shape):,} dimensions; "
         f"the manifold has {dims}. All numbers are for the averaged weights.</p>",
         *_likelihood(metrics),
         *_show(pictures, "projections"),
@@ -206,8 +207,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
-
-
-def _dimensions(config: RunConfig) -> int:
-    channels, height, width = config.image_shape
-    return channels * height * width

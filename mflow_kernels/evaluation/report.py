@@ -12,6 +12,7 @@ from torch import Tensor
 from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.data.generators import Stream, stream_generator
+from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.splits import ImageSet, load_splits
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
@@ -21,7 +22,6 @@ from mflow_kernels.evaluation.metrics import ReportMetrics, SampleQuality
 from mflow_kernels.evaluation.ood import (
     DENSITY_BATCH,
     SCORED_IMAGES,
-    SCORES,
     TrainingScores,
     compare_sets,
     density_images,
@@ -30,19 +30,9 @@ from mflow_kernels.evaluation.ood import (
     score_images,
     training_scores,
 )
-from mflow_kernels.evaluation.page import Picture, page
-from mflow_kernels.evaluation.pictures import (
-    COLUMNS,
-    draw_histograms,
-    draw_images,
-    draw_spectrum,
-)
-from mflow_kernels.evaluation.samples import (
-    TEMPERATURES,
-    draw_projections,
-    model_input,
-    samples_by_temperature,
-)
+from mflow_kernels.evaluation.page import page
+from mflow_kernels.evaluation.report_pictures import draw_report
+from mflow_kernels.evaluation.samples import TEMPERATURES
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.selection import IntrinsicDimension, estimate_intrinsic_dimension
 from mflow_kernels.runs.folder import Run, read_manifest
@@ -167,7 +157,9 @@ def write_report(
         density = _manifold_log_prob(run, images, missing)
         spectrum = _spectrum(run, images, missing)
     training = _training_scores(run, missing)
-    scores = _score_sets(run, images, evaluation.data, options, training)
+    others = f"images of {printable(evaluation.data)}"
+    name, kind = ("held out", "held-out images") if options.held_out else (others, others)
+    scores = _score_sets(run, images, name, options, training)
     metrics = ReportMetrics(
         run=run.folder.resolve().name,
         evaluation=evaluation,
@@ -184,8 +176,7 @@ def write_report(
         warning=options.warning,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    kind = "held-out images" if options.held_out else f"images of {evaluation.data}"
-    pictures = _draw(run, images, kind, folder, scores, spectrum, options.ambient)
+    pictures = draw_report(run, images, kind, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
     html = page(metrics, run.config, pictures)
@@ -264,7 +255,7 @@ def _score_sets(
     training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
-    sets = {"held out" if options.held_out else name: batch, **made_up_sets(batch)}
+    sets = {name: batch, **made_up_sets(batch)}
     for name, other in options.others:
         sets[name] = other.first(SCORED_IMAGES)
     scores, done = {}, 0
@@ -332,77 +323,3 @@ def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.first(count).to(run.device)
     return dequantize(batch, run.config.n_bits, generator)
-
-
-@torch.no_grad()
-def _draw(
-    run: Run,
-    images: ImageSet,
-    kind: str,
-    folder: Path,
-    scores: dict[str, dict[str, Tensor]],
-    spectrum: IntrinsicDimension | None,
-    ambient: bool,
-) -> dict[str, Picture]:
-    """Draw the pictures of the page, by name. `kind` says in the captions what `images` are."""
-    pictures = {}
-    model = run.model
-    path = folder / "samples.png"
-    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed, ambient))
-    pictures["samples"] = Picture(
-        path, "Each column decodes one draw, scaled by the temperature T of the row."
-    )
-
-    path = folder / "projections.png"
-    title = (
-        f"{kind[0].upper()}{kind[1:]} and their projections on the "
-        f"{model.manifold_dim}-dimensional manifold"
-    )
-    draw_projections(path, title, model, images)
-    pictures["projections"] = Picture(
-        path, "The projection is what the manifold coordinates preserve of an image."
-    )
-
-    if len(images) > 1:
-        path = folder / "interpolations.png"
-        draw_images(
-            path,
-            f"Interpolations on the manifold between {kind}",
-            _interpolations(run, images),
-        )
-        pictures["interpolations"] = Picture(
-            path,
-            f"Each row starts and ends with one of the {kind}. The images between them lie on the "
-            "manifold, on a straight line in its coordinates u from one projection to the other.",
-        )
-    path = folder / "scores.png"
-    panels = {
-        label: {name: own[key] for name, own in scores.items()}
-        for key, (label, _) in SCORES.items()
-        if key in next(iter(scores.values()))
-    }
-    draw_histograms(path, panels)
-    pictures["scores"] = Picture(path, "Number of images of each set by score.")
-    if spectrum is not None:
-        path = folder / "spectrum.png"
-        draw_spectrum(path, spectrum)
-        pictures["spectrum"] = Picture(
-            path, "Local standard deviations: singular values of the decoder's Jacobian."
-        )
-    curves = run.folder / "curves.png"
-    if curves.is_file():
-        pictures["curves"] = Picture(curves, "Drawn by mflow train at the end of training.")
-    return pictures
-
-
-def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
-    count = min(6, len(images) // 2)
-    rows = {}
-    for row in range(count):
-        first, last = images.batch([row]), images.batch([count + row])
-        x0, x1 = model_input(first, run.model), model_input(last, run.model)
-        context = context_of(run.model, x0)  # the class of the first image
-        points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
-        points = to_image(points[:, 0]).cpu()
-        rows[f"pair {row + 1}"] = torch.cat([first, points, last])
-    return rows

@@ -70,6 +70,15 @@ class Linear:
         return self.read
 
 
+def one_linear(
+    read: Callable[[Sequence[Any]], Affine],
+    what: str = "1x1 convolution",
+    data_init: DataInit | None = None,
+) -> Callable[[Any], tuple[Linear]]:
+    """Return a function from a layer to its parts, for layers that are one linear map."""
+    return lambda layer: (Linear(layer, read, what, data_init),)
+
+
 @dataclass(frozen=True, eq=False)
 class Reorder:
     """A fixed permutation: channel i of y is channel order(C)[i] of x."""

@@ -14,12 +14,12 @@ chain. The halves of y and dy are separate tensors, as `rebuild_coupling` return
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.
-Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 96 one
-program computes all three products of its pixels; above C = 64 it reads y and dy twice on cards
-before sm_90. (Before Triton 3.9, up to C = 64.) With more channels, three products do not fit the registers. Other programs then
-compute outer_sum and read y and dy once more, and each block of 128 output channels reads its input
-again; arithmetic limits the speed. Float64 states always use these other programs, with blocks of
-at most 32 channels.
+Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 96 (64
+before Triton 3.9) one program computes all three products of its pixels; above C = 64 it reads y
+and dy twice on cards before sm_90. With more channels, three products do not fit the registers.
+Other programs then compute outer_sum and read y and dy once more, and each block of 128 output
+channels reads its input again; arithmetic limits the speed. Float64 states always use these other
+programs, with blocks of at most 32 channels.
 """
 
 from functools import partial

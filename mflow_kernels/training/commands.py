@@ -37,8 +37,9 @@ def train(options: dict[str, Any]) -> Work:
     if find_rate:
         return _find_learning_rate(config, resume=resume)
 
+    from mflow_kernels.training.checks import check_run, describe_resume
     from mflow_kernels.training.interrupts import exit_on_signals
-    from mflow_kernels.training.train import check_run, describe_resume, train_and_evaluate
+    from mflow_kernels.training.train import train_and_evaluate
 
     checked = check_run(config, folder, overwrite=overwrite, resume=resume)
 
@@ -59,9 +60,9 @@ def train(options: dict[str, Any]) -> Work:
 
 
 def _find_learning_rate(config: "TrainConfig", resume: bool) -> Work:
+    from mflow_kernels.training.checks import load
     from mflow_kernels.training.interrupts import exit_on_signals
     from mflow_kernels.training.range_test import describe_tests, find_learning_rates
-    from mflow_kernels.training.train import load
 
     if resume:
         raise ValueError(
@@ -155,8 +156,13 @@ def plan(options: dict[str, Any]) -> Work:
 
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.memory import describe_peak, parse_memory, resolve_config
-    from mflow_kernels.training.plan import describe_fit, describe_training
+    from mflow_kernels.training.memory import resolve_config
+    from mflow_kernels.training.plan import (
+        describe_fit,
+        describe_peak,
+        describe_training,
+        parse_memory,
+    )
 
     channels, text = options.pop("channels"), options.pop("gpu_memory")
     images = options.pop("images")

@@ -40,7 +40,6 @@ in the caching allocator.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,9 +49,7 @@ import torch
 
 from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
-from mflow_kernels.data.printable import counted
 from mflow_kernels.data.splits import count_classes
-from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.ops.coupling_network_launches import dh1_tile
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
@@ -91,7 +88,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, f.name) for f in _rows())
+        return sum(self.by_label().values())
+
+    def by_label(self) -> dict[str, int]:
+        """Return the bytes by their labels for people."""
+        rows = [f for f in dataclasses.fields(self) if f.metadata]
+        return {f.metadata["label"]: getattr(self, f.name) for f in rows}
 
 
 def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> RunConfig:
@@ -182,69 +184,6 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
             network = n.in_channels + n.out_channels + 2 * n.width
             peak = max(peak, FLOAT * batch * n.pixels * network)
     return peak_memory(one).parameters + batch * dims * (1 + 4 * FLOAT) + folded + peak
-
-
-def describe_peak(config: RunConfig, gpu: bool) -> str:
-    """Return the part of `mflow plan` on the configuration and its peak memory."""
-    config = config if gpu else dataclasses.replace(config, device="cpu")
-    peak = peak_memory(config)
-    states = (
-        "stored" if not config.reversible
-        else "rebuilt" if config.checkpoint_every is None
-        else f"rebuilt, one in {config.checkpoint_every} kept"
-    )  # fmt: skip
-    size = config.image_size
-    lines = [
-        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}; "
-        f"{config.levels} levels of {config.steps} steps, width {config.width}",
-        f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
-        "",
-        f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f", while stage {peak.stage + 1} trains" if config.stage_dims else ""),
-    ]
-    labels = {f.metadata["label"]: getattr(peak, f.name) for f in _rows()}
-    rows = {label: value for label, value in labels.items() if value} | {"total": peak.total}
-    width = max(map(len, rows)) + 2
-    lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
-    batch = evaluation_batch_size(config.image_shape)
-    evaluated = readable(evaluation_memory(config, batch))
-    lines += [
-        "",
-        f"Evaluation, {counted(batch, 'image')} at a time: {evaluated}; "
-        "without --quick, its Jacobians take up to 1.1 GB more",
-    ]
-    if gpu:
-        lines += [
-            "",
-            "The prediction is within 10% of peaks measured on a CPU. It is not verified on a GPU.",
-            "Leave room for the CUDA context (about 0.5 GB), cuDNN and the caching allocator.",
-        ]
-    return "\n".join(lines)
-
-
-def parse_memory(text: str) -> int:
-    """Convert a size such as "80GB", "16GiB" or "900MB" to bytes.
-
-    Raises:
-        ValueError: the text is not such a size.
-    """
-    units = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG]i?B)", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ValueError(f"gpu_memory: expected a size such as 80GB or 16GiB, got {text}")
-    return int(float(found[1]) * units[found[2].upper()])
-
-
-def readable(size: int) -> str:
-    """Format a number of bytes as a text such as "1.5 GB"."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.1f} kB"
-
-
-def _rows() -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(Memory) if f.metadata]
 
 
 def largest_batch(config: RunConfig, memory: int) -> int:

@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 from mflow_kernels import Glow
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import load_splits
-from mflow_kernels.evaluation import report
+from mflow_kernels.evaluation import report, report_pictures
 from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     held_out_images,
@@ -271,9 +271,11 @@ class TestWork:
 
     def test_other_images_are_not_called_held_out(self, run, tmp_path, monkeypatch, capsys):
         titles = []
-        monkeypatch.setattr(report, "draw_images", lambda path, title, rows: titles.append(title))
         monkeypatch.setattr(
-            report, "draw_residuals", lambda path, title, *images: titles.append(title)
+            report_pictures, "draw_images", lambda path, title, rows: titles.append(title)
+        )
+        monkeypatch.setattr(
+            report_pictures, "draw_projections", lambda path, title, *_: titles.append(title)
         )
         monkeypatch.setattr(report, "page", lambda metrics, config, pictures: "\n".join(
             [p.caption for p in pictures.values()] + [row.name for row in metrics.scores]
@@ -297,7 +299,7 @@ class TestWork:
             "Images of others and their projections",
             "between images of others",
             "ends with one of the images of others",
-            "\nothers\n",
+            "\nimages of others\n",
         ):
             assert expected in texts[1]
 

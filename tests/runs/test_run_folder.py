@@ -14,10 +14,10 @@ from tiny_runs import TINY, listing, metrics, refused, write_images
 
 from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
+from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation.likelihood import held_out_images
 from mflow_kernels.runs.checkpoints import CheckpointFiles
 from mflow_kernels.runs.folder import load_run
-from mflow_kernels.training import train as train_module
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
@@ -46,7 +46,7 @@ class TestData:
         assert "its data has changed: 1 image added (000a.png)" in message
         assert "using 30 of the 30 images that the run held out" in message
         found = held_out_images(load_run(str(run)), None).images
-        before = train_module.load_splits(str(data), 8)
+        before = load_splits(str(data), 8)
         names = {n for n, part in zip(then.names, then.parts, strict=True) if part == TEST}
         wanted = [row for row, name in enumerate(before.manifest.names) if name in names]
         assert torch.equal(found.batch(range(30)), before.images.batch(wanted))

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import checkpoint, metrics, weights
 
 from mflow_kernels.evaluation import likelihood
-from mflow_kernels.training import train
+from mflow_kernels.training import checks, train
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
 
@@ -53,7 +53,7 @@ def in_a_terminal(command, owner, name, number):
 
 
 MOMENTS = {
-    "reading the images": (train, "load_splits", 1),
+    "reading the images": (checks, "load_splits", 1),
     "setting up": (FlowTraining, "configure_optimizers", 1),
     "a step": (FlowTraining, "training_step", 2),
     "validating": (FlowTraining, "validation_step", 1),

@@ -25,17 +25,17 @@ from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
+from mflow_kernels.training import checks, train
 from mflow_kernels.training import memory as memory_module
-from mflow_kernels.training import train
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.coupling_shapes import coupling_shapes
 from mflow_kernels.training.memory import (
     evaluation_memory,
     largest_batch,
-    parse_memory,
     peak_memory,
     resolve_config,
 )
+from mflow_kernels.training.plan import parse_memory
 
 # Two steps, because Adam's state exists from the second step on.
 BASE = {
@@ -122,13 +122,13 @@ def measured(config: TrainConfig, folder) -> int:
         warnings.simplefilter("ignore")
         model = build_model(resolved)
         train._fit(
-            train.CheckedRun(
+            checks.CheckedRun(
                 folder=folder,
                 config=resolved,
                 splits=splits,
                 model=model,
                 device=torch.device("cpu"),
-                ranks=train.Ranks(),
+                ranks=checks.Ranks(),
                 resumes=False,
                 lock=None,
                 checkpoint=None,

@@ -17,13 +17,13 @@ from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.coupling_shapes import coupling_shapes
-from mflow_kernels.training.memory import parse_memory
 from mflow_kernels.training.plan import (
     ROOFLINE_SHARE,
     checkpoint_bytes,
     describe_fit,
     least_step_seconds,
     optimizer_steps,
+    parse_memory,
 )
 from mflow_kernels.training.step_kernels import flow_step, training_step
 

@@ -9,7 +9,7 @@ from tiny_runs import checkpoint, metrics, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
 from mflow_kernels.runs.folder import load_run
-from mflow_kernels.training import train
+from mflow_kernels.training import checks, train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
@@ -275,7 +275,7 @@ class TestStages:
 
 def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch):
     """Runs on a CPU, although the command refuses float16 there."""
-    monkeypatch.setattr(train, "check_precision", lambda *_: None)
+    monkeypatch.setattr(checks, "check_precision", lambda *_: None)
     assert main([*command, "--precision", "float16"]) == 0
     found = rows(tmp_path / "run")
     assert all(math.isfinite(float(row["loss_bits_per_dim"])) for row in found)

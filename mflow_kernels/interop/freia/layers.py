@@ -15,7 +15,14 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated
+from mflow_kernels.interop.linear import (
+    Affine,
+    DataInit,
+    Linear,
+    Reorder,
+    Rotated,
+    one_linear,
+)
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
@@ -207,22 +214,6 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
     )
 
 
-def _actnorm(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _actnorms, "actnorm", _DATA_INIT),)
-
-
-def _permute(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _permutations, "permutation"),)
-
-
-def _fixed_conv(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _fixed_convs),)
-
-
-def _fixed_linear(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _fixed_linears),)
-
-
 def _householder(layer: Any) -> tuple[Part, ...] | str:
     if layer.conditional:
         return "its reflections depend on the condition: one matrix a sample"
@@ -248,15 +239,15 @@ def _haar(layer: Any) -> tuple[Part, ...] | str:
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
-    Fm.ActNorm: _actnorm,
+    Fm.ActNorm: one_linear(_actnorms, "actnorm", _DATA_INIT),
     Fm.AllInOneBlock: _all_in_one,
     Fm.GLOWCouplingBlock: _glow_coupling,
     Fm.RNVPCouplingBlock: _rnvp_coupling,
     Fm.NICECouplingBlock: _nice_coupling,
     Fm.AffineCouplingOneSided: _one_sided,
-    Fm.PermuteRandom: _permute,
-    Fm.Fixed1x1Conv: _fixed_conv,
-    Fm.FixedLinearTransform: _fixed_linear,
+    Fm.PermuteRandom: one_linear(_permutations, "permutation"),
+    Fm.Fixed1x1Conv: one_linear(_fixed_convs),
+    Fm.FixedLinearTransform: one_linear(_fixed_linears),
     Fm.HouseholderPerm: _householder,
     Fm.IRevNetDownsampling: _downsampling,
     Fm.HaarDownsampling: _haar,

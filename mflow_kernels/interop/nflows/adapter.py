@@ -21,6 +21,7 @@ from mflow_kernels.interop.linear import (
     Reorder,
     inverse_of,
     lu_linears,
+    one_linear,
 )
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.report import Left
@@ -88,18 +89,6 @@ _DATA_INIT = DataInit(_is_pending, _initialize_actnorm)
 # The parts of each transform.
 
 
-def _actnorm(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _actnorms, "actnorm", _DATA_INIT),)
-
-
-def _lu_linear(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, lu_linears),)
-
-
-def _naive_linear(layer: Any) -> tuple[Part, ...]:
-    return (Linear(layer, _naive_linears),)
-
-
 def _conv(layer: Any) -> tuple[Part, ...]:
     return (Linear(layer.permutation, _permutations, "permutation"), Linear(layer, lu_linears))
 
@@ -149,9 +138,9 @@ def _composite(layer: Any) -> tuple[Part, ...] | str:
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
-    nt.ActNorm: _actnorm,
-    nt.LULinear: _lu_linear,
-    nt.NaiveLinear: _naive_linear,
+    nt.ActNorm: one_linear(_actnorms, "actnorm", _DATA_INIT),
+    nt.LULinear: one_linear(lu_linears),
+    nt.NaiveLinear: one_linear(_naive_linears),
     nt.OneByOneConvolution: _conv,
     nt.Permutation: _permute,
     nt.RandomPermutation: _permute,

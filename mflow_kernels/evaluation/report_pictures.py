@@ -1,0 +1,105 @@
+"""The pictures of a report, with their captions."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.data.dequantization import to_image
+from mflow_kernels.data.splits import ImageSet
+from mflow_kernels.evaluation.classes import context_of
+from mflow_kernels.evaluation.ood import SCORES
+from mflow_kernels.evaluation.page import Picture
+from mflow_kernels.evaluation.pictures import (
+    COLUMNS,
+    draw_histograms,
+    draw_images,
+    draw_spectrum,
+)
+from mflow_kernels.evaluation.samples import draw_projections, model_input, samples_by_temperature
+from mflow_kernels.models.selection import IntrinsicDimension
+from mflow_kernels.runs.folder import Run
+
+
+@torch.no_grad()
+def draw_report(
+    run: Run,
+    images: ImageSet,
+    kind: str,
+    folder: Path,
+    scores: dict[str, dict[str, Tensor]],
+    spectrum: IntrinsicDimension | None,
+    ambient: bool,
+) -> dict[str, Picture]:
+    """Draw the pictures of a report's page, by name.
+
+    Args:
+        run: a trained run.
+        images: the evaluated images.
+        kind: says in the captions what `images` are, such as "held-out images".
+        folder: folder to write the PNG files to.
+        scores: for each set of images, by name, the result of `score_images`.
+        spectrum: None leaves its picture out.
+        ambient: also draw the off-manifold coordinates of samples.
+    """
+    pictures = {}
+    model = run.model
+    path = folder / "samples.png"
+    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed, ambient))
+    pictures["samples"] = Picture(
+        path, "Each column decodes one draw, scaled by the temperature T of the row."
+    )
+
+    path = folder / "projections.png"
+    title = (
+        f"{kind[0].upper()}{kind[1:]} and their projections on the "
+        f"{model.manifold_dim}-dimensional manifold"
+    )
+    draw_projections(path, title, model, images)
+    pictures["projections"] = Picture(
+        path, "The projection is what the manifold coordinates preserve of an image."
+    )
+
+    if len(images) > 1:
+        path = folder / "interpolations.png"
+        draw_images(
+            path,
+            f"Interpolations on the manifold between {kind}",
+            _interpolations(run, images),
+        )
+        pictures["interpolations"] = Picture(
+            path,
+            f"Each row starts and ends with one of the {kind}. The images between them lie on the "
+            "manifold, on a straight line in its coordinates u from one projection to the other.",
+        )
+    path = folder / "scores.png"
+    panels = {
+        label: {name: own[key] for name, own in scores.items()}
+        for key, (label, _) in SCORES.items()
+        if key in next(iter(scores.values()))
+    }
+    draw_histograms(path, panels)
+    pictures["scores"] = Picture(path, "Number of images of each set by score.")
+    if spectrum is not None:
+        path = folder / "spectrum.png"
+        draw_spectrum(path, spectrum)
+        pictures["spectrum"] = Picture(
+            path, "Local standard deviations: singular values of the decoder's Jacobian."
+        )
+    curves = run.folder / "curves.png"
+    if curves.is_file():
+        pictures["curves"] = Picture(curves, "Drawn by mflow train at the end of training.")
+    return pictures
+
+
+def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
+    count = min(6, len(images) // 2)
+    rows = {}
+    for row in range(count):
+        first, last = images.batch([row]), images.batch([count + row])
+        x0, x1 = model_input(first, run.model), model_input(last, run.model)
+        context = context_of(run.model, x0)  # the class of the first image
+        points = run.model.interpolate(x0, x1, COLUMNS - 2, context=context)
+        points = to_image(points[:, 0]).cpu()
+        rows[f"pair {row + 1}"] = torch.cat([first, points, last])
+    return rows
