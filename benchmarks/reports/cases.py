@@ -32,7 +32,7 @@ CHANNEL_PRODUCTS = {
     "_weight_gradient_kernel": 1,
     "_coupling_conv1x1_bwd_kernel": 1,
     "_rebuild_conv1x1_kernel": 3,
-    "_rebuild_conv1x1_medium_kernel": 3,
+    "_rebuild_conv1x1_sliced_kernel": 3,
     "_rebuild_conv1x1_wide_kernel": 3,
 }
 

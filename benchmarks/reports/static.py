@@ -11,7 +11,8 @@ accesses a state in smaller pieces than its layout allows. A layout allows the l
 up to 16 bytes that divides its address and the bytes between the starts of its contiguous runs: P
 elements (contiguous), or C and C // 2 elements (channels_last). Halves of 12 float32 channels start
 every 24 bytes and allow 8. A 16-bit gradient that a kernel adds to a float32 one is read in pieces
-of half the bytes, because a thread has as many elements of both.
+of half the bytes, because a thread has as many elements of both. A tile of 16 channels and 32
+columns leaves each of 128 threads 4 elements, which are 8 bytes in 16 bits.
 
 A second run finds the compiled kernels in Triton's cache.
 """
@@ -231,20 +232,31 @@ TILE_COLUMNS = {
     "_dh1_kernel": {"x": "BLOCK_X", "h1": "BLOCK_D", "dh2": "BLOCK_K", "dx_taps": "BLOCK_X"},
 }
 
+# Arguments that a kernel loads in tiles of BLOCK_C channels.
+TILES_OF_BLOCK_C = {
+    "_conv1x1_kernel": {"x", "dnet", "coupling_params"},
+    "_coupling_conv1x1_bwd_kernel": {"dy", "dnet"},
+}
+
 
 def widest(name: str, launch: aot.Launch) -> int:
-    """Bytes of the widest access to an argument. A thread adds dnet to dy element by element, so 16
-    bytes of a float32 dy go with 8 of a 16-bit dnet. A thread has no more of a network's tile than
-    its share."""
-    bound = launch.bound
-    columns = TILE_COLUMNS.get(launch.kernel.__name__, {}).get(name)
-    if columns is not None:
-        elements = bound["BLOCK_P"] * bound[columns] // (32 * bound["num_warps"])
-        return min(16, elements * bound[name].element_size())
-    dy = bound.get("dy", bound.get("dy_a"))
-    if name != "dnet" or dy is None:
-        return 16
-    return min(16, 16 * bound[name].element_size() // dy.element_size())
+    """Bytes of the widest access to an argument.
+
+    A thread adds dnet to dy element by element, so 16 bytes of a float32 dy go with 8 of a 16-bit
+    dnet. No access is wider than a thread's part of the tile.
+    """
+    itemsize, width, given = launch.bound[name].element_size(), 16, launch.kwargs
+    dy = launch.bound.get("dy", launch.bound.get("dy_a"))
+    if name == "dnet" and dy is not None:
+        width = min(width, 16 * itemsize // dy.element_size())
+    kernel, tile = launch.kernel.__name__, 0
+    if name in TILES_OF_BLOCK_C.get(kernel, ()):
+        tile = given["BLOCK_C"] * given["COLUMNS"].block
+    elif name in TILE_COLUMNS.get(kernel, ()):
+        tile = given["BLOCK_P"] * given[TILE_COLUMNS[kernel][name]]
+    if tile:
+        width = min(width, tile // (32 * given["num_warps"]) * itemsize)
+    return width
 
 
 def widths(launch: aot.Launch) -> dict[str, int]:

@@ -246,7 +246,7 @@ DEFAULT_OUTPUTS = {
 }  # fmt: skip
 OUTPUTS = {
     "_rebuild_conv1x1_kernel": {"x_a", "x_b", "dx_a", "dx_b", "net", "outer_sum", "dbias"},
-    "_rebuild_conv1x1_medium_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
+    "_rebuild_conv1x1_sliced_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
     "_rebuild_conv1x1_wide_kernel": {"x", "dx", "net", "outer_sum", "dbias"},
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"row_sums", "h1", "h2"},

@@ -321,9 +321,10 @@ def launch_product(
     precision: str,
     scale: ScaleFunction | None,
     inverse: bool,
+    warps: int | None = None,
 ) -> None:
     """Launch a kernel that multiplies W with a state like x: one program for each block of output
-    channels of each tile of columns."""
+    channels of each tile of columns. Without `warps`, it has those of `conv1x1_tile`."""
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = conv1x1_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
@@ -339,8 +340,9 @@ def launch_product(
             BLOCK_O=tile.block_o,
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
-            num_warps=tile.warps,
-            num_stages=pipeline_stages(precision),
+            num_warps=warps or tile.warps,
+            # More stages than turns of the loop would only take shared memory and registers.
+            num_stages=min(pipeline_stages(precision), triton.cdiv(c, tile.block_c)),
         )
 
 

@@ -146,7 +146,9 @@ def launch_coupling_conv1x1_backward(
         *(weight, weight.stride()[1:], dledger, dledger.stride()),
         *(*strided(dx), *strided(dparams)),
     )
-    launch_product(_coupling_conv1x1_bwd_kernel, tensors, x, precision, scale, inverse)
+    # With 4 warps, 128 channels of dz and of the coupling's gradient spill on sm_80.
+    warps = 8 if x.shape[1] > 64 else 4
+    launch_product(_coupling_conv1x1_bwd_kernel, tensors, x, precision, scale, inverse, warps)
     sums = launch_weight_gradient(dy, dnet, x, weight, precision, params, scale, inverse)
     return dx, dparams, *sums
 

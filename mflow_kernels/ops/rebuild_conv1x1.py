@@ -14,11 +14,12 @@ chain. The halves of y and dy are separate tensors, as `rebuild_coupling` return
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.
-Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 64 one
-program computes all three products of its pixels. With more channels, three products do not fit
-the registers. Other programs then compute outer_sum and read y and dy once more, and each block of
-128 output channels reads its input again; arithmetic limits the speed. Float64 states always use
-these other programs, with blocks of at most 32 channels.
+Bytes at least, in states: 2 (and dnet) read, 2 (and the network input) written. Up to C = 96 one
+program computes all three products of its pixels; above C = 64 it reads y and dy twice on cards
+before sm_90. With more channels, three products do not fit the registers. Other programs then
+compute outer_sum and read y and dy once more, and each block of 128 output channels reads its input
+again; arithmetic limits the speed. Float64 states always use these other programs, with blocks of
+at most 32 channels.
 """
 
 from functools import partial
@@ -37,7 +38,7 @@ from mflow_kernels.ops.partial_sums import MULTIPROCESSORS, count_partial_sums
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
-    _rebuild_conv1x1_medium_kernel,
+    _rebuild_conv1x1_sliced_kernel,
     _rebuild_conv1x1_wide_kernel,
 )
 from mflow_kernels.ops.tiles import tile_columns
@@ -130,7 +131,7 @@ class RebuildTile(NamedTuple):
 
 def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     """Tiles that compile without spills for sm_80, sm_90 and sm_100."""
-    if dtype == torch.float64 or c > 64:
+    if dtype == torch.float64 or c > 96:
         block_o, block_c = (16 if c <= 16 else 32, 16) if dtype == torch.float64 else (128, 64)
         blocks = {"BLOCK_O": block_o, "BLOCK_C": block_c}
         warps = 4 if dtype == torch.float64 else 8
@@ -140,9 +141,11 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         half = 8 if c_b < 8 else 16  # more than c_b: the last place sums d bias
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
         return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
-    half = triton.next_power_of_2(c_b)
-    warps = 2 * half // 16  # each warp takes 16 rows of a product
-    return RebuildTile(_rebuild_conv1x1_medium_kernel, {"HALF": half}, 2 * half, 16, warps, 2)
+    if c <= 64:
+        half = triton.next_power_of_2(c_b)
+        warps = 2 * half // 16  # each warp takes 16 rows of a product
+        return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": half}, 2 * half, 16, warps, 2)
+    return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": 32}, 128, 32, 8, 1)
 
 
 def rebuild_splits(half: Tensor, c: int) -> int:

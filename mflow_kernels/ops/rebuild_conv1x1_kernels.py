@@ -103,7 +103,7 @@ def _rebuild_conv1x1_kernel(
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def _rebuild_conv1x1_medium_kernel(
+def _rebuild_conv1x1_sliced_kernel(
     y_a,
     y_a_strides,
     y_b,
@@ -129,78 +129,190 @@ def _rebuild_conv1x1_medium_kernel(
     P,
     TILES,
     C: tl.constexpr,
-    HALF: tl.constexpr,
+    SLICE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """All three products of every `programs`-th tile, for channels whose weights do not fit the
-    registers. Each tile loads the weights again, half by half.
+    registers. Each tile loads the weights again, in slices of at most SLICE input channels.
 
-    Rows are places for channels, HALF for each half of the channels.
+    Two slices are the halves of the channels; three slices are consecutive. From sm_90 on, tensor
+    cores take operands from shared memory. Before, operands take registers too, and three slices of
+    y and dy do not fit beside them. The program then reads both tiles again for outer_sum.
     """
     BLOCK_P: tl.constexpr = COLUMNS.block
+    # Slice i starts at channel i * STEP.
+    SLICES: tl.constexpr = 2 if C <= 2 * SLICE else 3
+    STEP: tl.constexpr = C // 2 if SLICES == 2 else SLICE
+    ROWS: tl.constexpr = 2 * SLICE if SLICES == 2 else 4 * SLICE
+    READS_ONCE: tl.constexpr = SLICES == 2 or tl.target_info.cuda_capability_geq(9, 0)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    C_A: tl.constexpr = C // 2
-    C_B: tl.constexpr = C - C_A
-    place, c = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
-    is_a = place // HALF == 0
-    channel = tl.where(is_a, place, place - HALF + C_A)
-    exists = place % HALF < tl.where(is_a, C_A, C_B)
-    outer_a = tl.zeros([2 * HALF, HALF], tl.float32)
-    outer_b = tl.zeros([2 * HALF, HALF], tl.float32)
-    dbias_t = tl.zeros([2 * HALF, BLOCK_P], tl.float32)
+    o, c = tl.arange(0, ROWS), tl.arange(0, SLICE)
+    outer_t = ()
+    for _ in tl.static_range(SLICES):
+        zeros = tl.zeros([ROWS, SLICE], tl.float32)
+        outer_t = outer_t + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
+    dbias_t = tl.zeros([ROWS], tl.float32)
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
-        dy_a_t = _load_half(dy_a, dy_a_strides, n, c, p, valid, C_A)
-        if dnet is not None:
-            dy_a_t += _load_half(dnet, dnet_strides, n, c, p, valid, C_A)
-        dy_b_t = _load_half(dy_b, dy_b_strides, n, c, p, valid, C_B)
-        w_t = _load_transposed(weight, channel, c, exists, c < C_A, C)
-        dx_t = tl.dot(w_t, dy_a_t, input_precision="tf32x3")
-        w_t = _load_transposed(weight, channel, C_A + c, exists, c < C_B, C)
-        dx_t = tl.dot(w_t, dy_b_t, dx_t, input_precision="tf32x3")
-        inside = exists[:, None] & valid[None, :]
-        tl.store(at(dx, dx_strides, n, channel, p), dx_t, inside)
+        inside = (o[:, None] < C) & valid[None, :]
+        y_t = ()
+        if READS_ONCE:
+            dy_t = ()
+            dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
+            for i in tl.static_range(SLICES):
+                dy_slice = _load_slice(
+                    dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, valid, C, SLICES, STEP, i
+                )
+                if dnet is not None and i * STEP < C // 2:
+                    is_a = (c[:, None] < C // 2 - i * STEP) & valid[None, :]
+                    at_dnet = at(dnet, dnet_strides, n, i * STEP + c, p)
+                    dy_slice += tl.load(at_dnet, mask=is_a, other=0.0).to(tl.float32)
+                dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
+                exists = _in_slice(c, C, SLICES, STEP, i)
+                w_t = _load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
+                dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
+            tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
+            x_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
+            for i in tl.static_range(SLICES):
+                y_slice = _load_slice(
+                    y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, SLICES, STEP, i
+                )
+                exists = _in_slice(c, C, SLICES, STEP, i)
+                y_slice -= tl.load(bias + i * STEP + c, mask=exists, other=0.0)[:, None]
+                y_t = y_t + (y_slice,)  # type: ignore[assignment]  # noqa: RUF005
+                if x is not None:
+                    w_t = _load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
+                    x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
+            if x is not None:
+                tl.store(at(x, x_strides, n, o, p), x_t, inside)
+                if net is not None:
+                    is_a = (o[:, None] < C // 2) & valid[None, :]
+                    tl.store(at(net, net_strides, n, o, p), x_t, is_a)
+            dy_rows = tl.join(dy_t[0], dy_t[1])
+            if SLICES == 2:
+                dy_rows = tl.permute(dy_rows, (2, 0, 1))
+            else:
+                dy_rows = tl.join(dy_rows, tl.join(dy_t[2], tl.zeros_like(dy_t[2])))
+                dy_rows = tl.permute(dy_rows, (3, 2, 0, 1))
+            dy_rows = dy_rows.reshape(ROWS, BLOCK_P)
+        else:
+            _store_products(
+                y_a,
+                y_a_strides,
+                y_b,
+                y_b_strides,
+                dy_a,
+                dy_a_strides,
+                dy_b,
+                dy_b_strides,
+                dnet,
+                dnet_strides,
+                weight,
+                weight_inverse,
+                bias,
+                x,
+                x_strides,
+                dx,
+                dx_strides,
+                net,
+                net_strides,
+                n,
+                o,
+                p,
+                valid,
+                C,
+                "tf32x3",
+                tl.float32,
+                SLICE,
+            )
+            dy_rows = _load_gradient_halves(
+                dy_a,
+                dy_a_strides,
+                dy_b,
+                dy_b_strides,
+                dnet,
+                dnet_strides,
+                n,
+                o,
+                p,
+                valid,
+                C,
+                tl.float32,
+            )
+        dbias_t += tl.sum(dy_rows, axis=1)  # before the products, which leave few registers
         # dy is zero in columns that do not exist, so y - bias adds nothing to the sums there.
-        y_a_t = _load_half(y_a, y_a_strides, n, c, p, valid, C_A)
-        y_a_t -= tl.load(bias + c, mask=c < C_A, other=0.0)[:, None]
-        y_b_t = _load_half(y_b, y_b_strides, n, c, p, valid, C_B)
-        y_b_t -= tl.load(bias + C_A + c, mask=c < C_B, other=0.0)[:, None]
-        if x is not None:
-            w_t = _load_block(weight_inverse, channel, c, exists, c < C_A, C)
-            x_t = tl.dot(w_t, y_a_t, input_precision="tf32x3")
-            w_t = _load_block(weight_inverse, channel, C_A + c, exists, c < C_B, C)
-            x_t = tl.dot(w_t, y_b_t, x_t, input_precision="tf32x3")
-            tl.store(at(x, x_strides, n, channel, p), x_t, inside)
-            if net is not None:
-                tl.store(at(net, net_strides, n, channel, p), x_t, inside & is_a[:, None])
-        dy_t = tl.permute(tl.join(dy_a_t, dy_b_t), (2, 0, 1)).reshape(2 * HALF, BLOCK_P)
-        outer_a = tl.dot(dy_t, tl.trans(y_a_t), outer_a, input_precision="tf32x3")
-        outer_b = tl.dot(dy_t, tl.trans(y_b_t), outer_b, input_precision="tf32x3")
-        dbias_t += dy_t
-    at_sum = outer_sum + program.to(tl.int64) * (C * C) + channel[:, None] * C + c[None, :]
-    tl.store(at_sum, outer_a, mask=exists[:, None] & (c < C_A)[None, :])
-    tl.store(at_sum + C_A, outer_b, mask=exists[:, None] & (c < C_B)[None, :])
-    tl.store(dbias + program * C + channel, tl.sum(dbias_t, axis=1), mask=exists)
+        sums = ()
+        for i in tl.static_range(SLICES):
+            if READS_ONCE:
+                y_slice = y_t[i]
+            else:
+                y_slice = _load_shifted_halves(
+                    y_a,
+                    y_a_strides,
+                    y_b,
+                    y_b_strides,
+                    bias,
+                    n,
+                    i * STEP + c,
+                    p,
+                    valid,
+                    C,
+                    tl.float32,
+                )
+            product = tl.dot(dy_rows, tl.trans(y_slice), outer_t[i], input_precision="tf32x3")
+            sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
+        outer_t = sums
+    if SLICES == 2:
+        is_a = o < SLICE
+        row = tl.where(is_a, o, o - SLICE + STEP)
+        row_exists = row < tl.where(is_a, STEP, C)
+    else:
+        row = o
+        row_exists = o < C
+    at_sum = outer_sum + program.to(tl.int64) * (C * C) + row[:, None] * C + c[None, :]
+    for i in tl.static_range(SLICES):
+        exists = _in_slice(c, C, SLICES, STEP, i)
+        tl.store(at_sum + i * STEP, outer_t[i], mask=row_exists[:, None] & exists[None, :])
+    tl.store(dbias + program * C + row, dbias_t, mask=row_exists)
 
 
 @triton.jit
-def _load_half(y, strides, n, c, p, valid, CHANNELS: tl.constexpr):
-    inside = (c[:, None] < CHANNELS) & valid[None, :]
-    return tl.load(at(y, strides, n, c, p), mask=inside, other=0.0).to(tl.float32)
+def _in_slice(c, C: tl.constexpr, SLICES: tl.constexpr, STEP: tl.constexpr, INDEX: tl.constexpr):
+    """Whether slice INDEX has a channel at each place c."""
+    WIDTH: tl.constexpr = STEP if INDEX < SLICES - 1 else C - INDEX * STEP
+    return c < WIDTH
 
 
 @triton.jit
-def _load_block(weight, o, c, o_exists, c_exists, C: tl.constexpr):
-    """Rows o and columns c of a (C, C) matrix."""
-    at_w = weight + o[:, None] * C + c[None, :]
-    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
+def _load_slice(
+    a,
+    a_strides,
+    b,
+    b_strides,
+    n,
+    c,
+    p,
+    valid,
+    C: tl.constexpr,
+    SLICES: tl.constexpr,
+    STEP: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Slice INDEX of the state with halves `a` (channels below C // 2) and `b`.
 
-
-@triton.jit
-def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
-    """Rows o and columns c of the transpose of a (C, C) matrix."""
-    at_w = weight + c[None, :] * C + o[:, None]
-    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
+    The first slice lies in `a`. A slice in one half needs no choice of pointers.
+    """
+    C_A: tl.constexpr = C // 2
+    inside = _in_slice(c, C, SLICES, STEP, INDEX)[:, None] & valid[None, :]
+    if INDEX == 0:
+        return tl.load(at(a, a_strides, n, c, p), mask=inside, other=0.0).to(tl.float32)
+    elif INDEX * STEP >= C_A:
+        at_b = at(b, b_strides, n, INDEX * STEP - C_A + c, p)
+        return tl.load(at_b, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return _load_halves(
+            a, a_strides, b, b_strides, n, INDEX * STEP + c, p, valid, C, tl.float32
+        )
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -243,36 +355,40 @@ def _rebuild_conv1x1_wide_kernel(
     after them compute the blocks of SPLITS partial outer sums. The programs of one tile are
     neighbours, so that all but the first find its states in the L2 cache.
     """
-    BLOCK_P: tl.constexpr = COLUMNS.block
     BLOCKS: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
     program, state_programs = tl.program_id(0), TILES * BLOCKS
     if program < state_programs:
         o = program % BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
         n, p, valid = columns(program // BLOCKS, N, P, COLUMNS)
-        inside = (o[:, None] < C) & valid[None, :]
-        dx_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            w_t = _load_transposed(weight, o, c, o < C, c < C, C)
-            dy_t = _load_gradient_halves(
-                dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE
-            )
-            dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-        tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
-        # A second loop, because both products in one loop need more registers than sm_80 has.
-        if x is not None:
-            x_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
-            for start in range(0, C, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
-                y_t = _load_shifted_halves(
-                    y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
-                )
-                x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-            tl.store(at(x, x_strides, n, o, p), x_t, inside)
-            if net is not None:
-                is_a = (o[:, None] < C // 2) & valid[None, :]
-                store(at(net, net_strides, n, o, p), x_t, mask=is_a)
+        _store_products(
+            y_a,
+            y_a_strides,
+            y_b,
+            y_b_strides,
+            dy_a,
+            dy_a_strides,
+            dy_b,
+            dy_b_strides,
+            dnet,
+            dnet_strides,
+            weight,
+            weight_inverse,
+            bias,
+            x,
+            x_strides,
+            dx,
+            dx_strides,
+            net,
+            net_strides,
+            n,
+            o,
+            p,
+            valid,
+            C,
+            PRECISION,
+            DTYPE,
+            BLOCK_C,
+        )
     else:
         block = (program - state_programs) % (BLOCKS * BLOCKS)
         split = (program - state_programs) // (BLOCKS * BLOCKS)
@@ -309,6 +425,77 @@ def _rebuild_conv1x1_wide_kernel(
             tl.store(at_sum + part * BLOCK_C, outer_t[part], mask=square)
         # Programs of one block of rows sum the same dy, so they store the same d bias.
         tl.store(dbias + split * C + o, dbias_t, mask=o < C)
+
+
+@triton.jit
+def _store_products(
+    y_a,
+    y_a_strides,
+    y_b,
+    y_b_strides,
+    dy_a,
+    dy_a_strides,
+    dy_b,
+    dy_b_strides,
+    dnet,
+    dnet_strides,
+    weight,
+    weight_inverse,
+    bias,
+    x,
+    x_strides,
+    dx,
+    dx_strides,
+    net,
+    net_strides,
+    n,
+    o,
+    p,
+    valid,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute and store channels o of dx and x, in blocks of BLOCK_C input channels."""
+    inside = (o[:, None] < C) & valid[None, :]
+    dx_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        w_t = _load_transposed(weight, o, c, o < C, c < C, C)
+        dy_t = _load_gradient_halves(
+            dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE
+        )
+        dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
+    tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
+    # A second loop, because both products in one loop need more registers than sm_80 has.
+    if x is not None:
+        x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
+            y_t = _load_shifted_halves(
+                y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
+            )
+            x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
+        tl.store(at(x, x_strides, n, o, p), x_t, inside)
+        if net is not None:
+            is_a = (o[:, None] < C // 2) & valid[None, :]
+            store(at(net, net_strides, n, o, p), x_t, mask=is_a)
+
+
+@triton.jit
+def _load_block(weight, o, c, o_exists, c_exists, C: tl.constexpr):
+    """Rows o and columns c of a (C, C) matrix."""
+    at_w = weight + o[:, None] * C + c[None, :]
+    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
+
+
+@triton.jit
+def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
+    """Rows o and columns c of the transpose of a (C, C) matrix."""
+    at_w = weight + c[None, :] * C + o[:, None]
+    return tl.load(at_w, mask=o_exists[:, None] & c_exists[None, :], other=0.0)
 
 
 @triton.jit

@@ -68,7 +68,8 @@ def test_unfenced_copies_are_not_pipelined(monkeypatch, precision, stages):
         "launch",
         lambda kernel, *_, **options: seen.update({kernel.__name__: options}),
     )
-    x, weight, scale = torch.ones(2, 4, 4, 4), torch.ones(1, 4, 4), ScaleFunction("tanh")
+    # 128 channels take four turns of the loop, so that a pipeline has all its stages.
+    x, weight, scale = torch.ones(2, 128, 2, 2), torch.ones(1, 128, 128), ScaleFunction("tanh")
     channel_products.launch_conv1x1(x, weight[0], None, precision)
     fused.launch_coupling_conv1x1_backward(
         x, None, x[:, :1, 0, 0], x, x, weight, precision, scale, False
