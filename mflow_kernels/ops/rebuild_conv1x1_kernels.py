@@ -188,11 +188,11 @@ def _rebuild_conv1x1_sliced_kernel(
                 if net is not None:
                     is_a = (o[:, None] < C // 2) & valid[None, :]
                     tl.store(at(net, net_strides, n, o, p), x_t, is_a)
-            dy_rows = tl.join(dy_t[0], dy_t[1])
+            dy_rows = tl.join(dy_t[0], dy_t[1])  # type: ignore[misc]
             if SLICES == 2:
                 dy_rows = tl.permute(dy_rows, (2, 0, 1))
             else:
-                dy_rows = tl.join(dy_rows, tl.join(dy_t[2], tl.zeros_like(dy_t[2])))
+                dy_rows = tl.join(dy_rows, tl.join(dy_t[2], tl.zeros_like(dy_t[2])))  # type: ignore[misc]
                 dy_rows = tl.permute(dy_rows, (3, 2, 0, 1))
             dy_rows = dy_rows.reshape(ROWS, BLOCK_P)
         else:
