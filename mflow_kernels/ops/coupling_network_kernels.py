@@ -8,7 +8,7 @@ summed in float32. Tensor cores round float32 factors to TF32, Triton's default 
 from mflow_kernels.ops.compiler import tl, triton
 
 # Arguments that depend on the size and number of the images. Triton must not specialize on them.
-RUN_TIME = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
+RUN_TIME_SIZES = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
         return tl.where(inside[:, None], moved, 0.0)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _network_kernel(
     x, w1, b1, w2, b2, w3, row_sums, h1, h2, PIXELS, H, W,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
@@ -130,7 +130,7 @@ def _network_kernel(
     tl.store(at_sums, sums_t, mask=own & (j < ROWS * C_OUT)[None, :])
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _sum_taps_kernel(
     taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -154,7 +154,7 @@ def _sum_taps_kernel(
     tl.store(y + p.to(tl.int64)[:, None] * C + c[None, :], y_t, mask=inside)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _dh2_kernel(
     dparams, h2, w3, dh2, dw3, db3, db2, NUMBERS, PIXELS, H, W, TILES,
     WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
@@ -197,7 +197,7 @@ def _dh2_kernel(
             tl.store(db3 + row + o, db3_t, mask=tap == TAPS // 2)
 
 
-@triton.jit(do_not_specialize=RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _dh1_kernel(
     dh2, h1, x, w1, w2, dx_taps, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
     C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,

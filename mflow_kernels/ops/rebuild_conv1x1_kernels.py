@@ -72,6 +72,15 @@ def _rebuild_conv1x1_kernel(
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = valid[:, None] & exists[None, :]
+        at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
+        y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
+        if x_a is not None:
+            x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
+            tl.store(at_halves(x_a, x_a_strides, x_b, x_b_strides, n, c, p, is_a), x_t, inside)
+            if net is not None:
+                at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
+                tl.store(at_net, x_t, inside & is_a[None, :])
+        # Load dy after the store of x: both tiles together need too many registers at C = 24.
         at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
         if dnet is None:
             dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
@@ -82,15 +91,6 @@ def _rebuild_conv1x1_kernel(
             dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
         tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
-        # Load y after the store of dx: both tiles together need too many registers at C = 24.
-        at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
-        y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
-        if x_a is not None:
-            x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
-            tl.store(at_halves(x_a, x_a_strides, x_b, x_b_strides, n, c, p, is_a), x_t, inside)
-            if net is not None:
-                at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
-                tl.store(at_net, x_t, inside & is_a[None, :])
         # dy is zero in columns that do not exist, so they add nothing.
         dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
@@ -192,7 +192,8 @@ def _rebuild_conv1x1_sliced_kernel(
             if SLICES == 2:
                 dy_rows = tl.permute(dy_rows, (2, 0, 1))
             else:
-                dy_rows = tl.join(dy_rows, tl.join(dy_t[2], tl.zeros_like(dy_t[2])))  # type: ignore[misc]
+                last = dy_t[2]  # type: ignore[misc]
+                dy_rows = tl.join(dy_rows, tl.join(last, tl.zeros_like(last)))
                 dy_rows = tl.permute(dy_rows, (3, 2, 0, 1))
             dy_rows = dy_rows.reshape(ROWS, BLOCK_P)
         else:

@@ -61,9 +61,9 @@ def test_progress_is_reported(loaded, faces, monkeypatch):
         yield lambda count: reported.append((what, count, total))
 
     monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
-    how = {"device": loaded.device, "batch_size": len(faces) - 1}
-    evaluate_model(loaded.model, faces, 8, data="faces", **how)
-    importance_weighted_bits(loaded.model, faces, 8, 2, **how)
+    monkeypatch.setattr(evaluation, "evaluation_batch_size", lambda shape: len(faces) - 1)
+    evaluate_model(loaded.model, faces, 8, loaded.device, data="faces")
+    importance_weighted_bits(loaded.model, faces, 8, 2, loaded.device, batch_size=len(faces) - 1)
     counts = len(faces) - 1, len(faces)
     names = "evaluating", "importance weights"
     assert reported == [(name, count, len(faces)) for name in names for count in counts]
