@@ -62,8 +62,8 @@ def test_progress_is_reported(loaded, faces, monkeypatch):
 
     monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
     monkeypatch.setattr(evaluation, "evaluation_batch_size", lambda shape: len(faces) - 1)
-    evaluate_model(loaded.model, faces, 8, loaded.device, data="faces")
-    importance_weighted_bits(loaded.model, faces, 8, 2, loaded.device, batch_size=len(faces) - 1)
+    evaluate_model(loaded.model, faces, 8, data="faces", device=loaded.device)
+    importance_weighted_bits(loaded.model, faces, 8, 2, device=loaded.device)
     counts = len(faces) - 1, len(faces)
     names = "evaluating", "importance weights"
     assert reported == [(name, count, len(faces)) for name in names for count in counts]
