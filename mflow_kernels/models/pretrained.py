@@ -240,7 +240,7 @@ def read_pretrained(folder: str | Path) -> Pretrained:
     try:
         with torch.device("meta"):  # compare shapes before allocating memory
             expected = _tensors_of(build_stages(architecture))
-        for name in expected.keys() | tensors.keys():
+        for name in expected | tensors:
             own, stored = expected.get(name), tensors.get(name)
             if own is None or stored is None or own.shape != stored.shape:
                 raise ValueError(

@@ -235,6 +235,15 @@ def test_weights_of_an_export(export):
         refuses(export)
 
 
+def test_the_first_tensor_that_does_not_fit_is_named(export):
+    whole = load_file(export / WEIGHTS)
+    state = HierarchicalFlow.from_pretrained(export).state_dict()
+    first = next(name for name in state if ".flow." in name)
+    save_file({name: tensor[None].clone() for name, tensor in whole.items()}, export / WEIGHTS)
+    with pytest.raises(ValueError, match=f": {first} is only in one of the two files"):
+        HierarchicalFlow.from_pretrained(export)
+
+
 def test_a_run_without_a_changing_weight_resumes(run):
     """Its files lack the options for a changing weight and for delta, and the weight's column."""
     later = ("final_weight", "weight_steps", "error_bound", "delta")
