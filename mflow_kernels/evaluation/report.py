@@ -250,12 +250,12 @@ def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
 def _score_sets(
     run: Run,
     images: ImageSet,
-    name: str,
+    title: str,
     options: ReportOptions,
     training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
-    sets = {name: batch, **made_up_sets(batch)}
+    sets = {title: batch, **made_up_sets(batch)}
     for name, other in options.others:
         sets[name] = other.first(SCORED_IMAGES)
     scores, done = {}, 0

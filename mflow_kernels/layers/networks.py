@@ -119,9 +119,8 @@ def fused_params(
     if any(p is None for p in parameters):
         return None
     if any(p.device != x.device for p in parameters):
-        return (
-            None  # torch's layers raise a clear error; a kernel would read another device's memory
-        )
+        # Torch's layers raise a clear error. A kernel would read another device's memory.
+        return None
     x = x.to(autocast_dtype(x))
     chosen = implementation(x, parameters)
     if chosen == "torch":
