@@ -56,6 +56,7 @@ from benchmarks.reports.cases import (
     chain,
     operations,
 )
+from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
 
 CHANNELS = (12, 24, 48, 96, 192, 384)
 # Arguments that are whole states although the kernel needs only the second half of the channels: a
@@ -198,7 +199,7 @@ MOST_SECTORS = 1.15
 # Above this C the kernel reads its states once for each of two products, because three products of
 # a tile do not fit the registers. Such wide states have few pixels, so reading twice costs a step
 # less than a third launch would.
-TWICE = {"_rebuild_conv1x1_wide_kernel": 96}
+TWICE = {"_rebuild_conv1x1_wide_kernel": MOST_SLICED}
 
 
 QUICK = {"coupling_conv1x1": "forward", "reversible chain": "forward backward"}

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -50,9 +52,11 @@ def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
         if (row["operation"], row["direction"], row["c"]) == ("coupling_conv1x1", "forward", 136)
     ]
     assert wide["reads"] == 2
-    # Up to C = 96, the launch that rebuilds a 1x1 convolution reads its states once.
+    # Up to this C, the launch that rebuilds a 1x1 convolution reads its states once.
     rebuilt = [row for row in rows if row["kernel"].startswith("rebuild_conv1x1")]
-    assert {row["c"] for row in rebuilt if row["reads"] == 1} == {12, 24, 48, 96}
+    assert {row["c"] for row in rebuilt if row["reads"] == 1} == {
+        c for c in (12, 24, 48, 96) if c <= MOST_SLICED
+    }
     assert {row["states"] for row in launches if row["direction"] == "forward"} == {5}
 
 
