@@ -1,6 +1,7 @@
 """The workflow files and CITATION.cff are valid, and agree with the rest of the repository."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,30 @@ def test_workflow_runs_the_test_command_on_the_supported_versions() -> None:
     assert {pair.split(":")[0] for pair in pairs.split()} == set(
         jobs["tests"]["strategy"]["matrix"]["python"]
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("sm_90 8 spills", True),
+        ("sm_90 not compiled: OutOfResources: registers", False),
+        ("sm_90 not compiled: the program stores nothing", False),
+        ("sm_90 does not fit", False),
+    ],
+)
+def test_a_version_fails_if_a_launch_has_no_program(
+    line: str, passes: bool, tmp_path: Path
+) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\necho '{line}'\necho 'worst: 1 of 2 configurations fail; more'\n")
+    python.chmod(0o755)
+    script = (ROOT / "tests" / "versions").read_text()
+    (function,) = re.findall(r"^launches\(\) .*?^}$", script, re.MULTILINE | re.DOTALL)
+    command = f"here={tmp_path} log={tmp_path}/log\n{function}\nlaunches"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "1 of 2 configurations fail\n"
+    assert (done.returncode == 0) == passes
 
 
 def test_citation_names_version_and_paper() -> None:

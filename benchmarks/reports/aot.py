@@ -167,7 +167,7 @@ def compile_for(launch: Launch, target: str) -> Compiled:
     except Exception as error:
         return Compiled(error=f"{type(error).__name__}: {error}".splitlines()[0])
     if "st.global" not in kernel.asm["ptx"]:  # Triton 3.6 compiles some kernels to a trap
-        return Compiled(error="stores nothing")
+        return Compiled(error="the program stores nothing")
     arguments = list(_runtime(kernel.src.signature))
     registers, spilled = _resources(kernel.asm["cubin"])
     return Compiled(

@@ -336,7 +336,7 @@ def _compile(job: tuple[int, str]) -> Row:
     blocks = (
         0 if made.error else aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     )
-    faults = [made.error] if made.error else []
+    faults = [f"not compiled: {made.error}"] if made.error else []
     if made.spilled:
         faults.append("spills")
     if not made.error and not blocks:

@@ -141,7 +141,7 @@ def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     assert "x by 4 B" in faults["narrow_kernel"]
     assert "spills" in faults["spilling_kernel"]
     # Triton's launcher has a local variable `params`, so this kernel cannot launch.
-    assert "TypeError" in faults["unlaunchable_kernel"]
+    assert "not compiled: TypeError" in faults["unlaunchable_kernel"]
     # The exit codes of the report on each kernel.
     assert done.stdout.split() == ["0", "1", "1", "1"], done.stdout + done.stderr
 
