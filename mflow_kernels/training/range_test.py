@@ -42,7 +42,7 @@ class RangeTest(NamedTuple):
         It is lower than `best_rate` for two reasons. The running mean lags behind the loss by half
         an order of magnitude of the rate. A rate that lowers the loss for a few steps may be too
         high for many. It is None if a third of `best_rate` is below every rate that was tested: the
-        loss then did not fall.
+        loss then rose from the lowest rates on.
         """
         return self.best_rate / 3 if self.best_rate >= 3 * LOWEST else None
 
@@ -59,8 +59,8 @@ def describe_tests(tests: Sequence[RangeTest]) -> str:
     for number, rate in enumerate(rates, start=1):
         if rate == "none":
             lines.append(
-                f"The loss of stage {number} did not fall at any tested rate ({LOWEST:g} to "
-                f"{HIGHEST:g}), so no rate can be suggested. A larger --batch-size makes its loss "
+                f"The loss of stage {number} rose from the lowest tested rates on (from "
+                f"{LOWEST:g}), so no rate can be suggested. A larger --batch-size makes its loss "
                 "less noisy. Weights of --init-from that are fully trained cannot improve."
             )
     if "none" not in rates:

@@ -33,7 +33,7 @@ def test_the_suggestion_is_below_the_rate_of_the_lowest_loss():
 
 
 @pytest.mark.parametrize("fall", [1, 5])
-def test_no_rate_is_suggested_for_a_loss_that_does_not_fall(fall):
+def test_no_rate_is_suggested_for_a_loss_that_rises_from_the_start(fall):
     """A third of the best rate would be below every rate that was tested."""
     rising = RangeTest(tuple(abs(step - fall) + 1.0 for step in range(100)))
     assert rising.best_rate / 3 < rate_at(0)
@@ -42,7 +42,7 @@ def test_no_rate_is_suggested_for_a_loss_that_does_not_fall(fall):
     text = describe_tests([falling, rising])
     assert f"1  {falling.best_rate:19.2g}  {falling.suggestion:14.2g}\n" in text
     assert f"2  {rising.best_rate:19.2g}            none\n" in text
-    assert "The loss of stage 2 did not fall" in text
+    assert "The loss of stage 2 rose from the lowest tested rates on (from 1e-05)" in text
     assert "--batch-size" in text
     assert "To train with them" not in text
 
