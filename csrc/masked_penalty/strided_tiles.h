@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../common/loops.h"
-#include "half_floats.h"
+#include "bfloat16.h"
 #include "masked_penalty.h"
 
 namespace mflow {

@@ -19,9 +19,10 @@ their own strides, never expanded; results (N,). dtypes: float32, float64, float
 in float32 (float64 for float64), which is also the dtype of the results.
 Bytes at least: forward input (and target, mask, weight) read; backward the same, gradients written.
 
-The kernels are in csrc. They make one pass and no copy, in any layout. The shape alone decides the
-order of the sums, so the bits are the same at every run and with any number of threads. A mask or
-weight is read fastest in the memory format of the input.
+The kernels are in csrc. They make one pass and no copy, in any layout. On a CPU they have no
+float16, so torch widens it to float32 in a copy and rounds the gradients once. The shape alone
+decides the order of the sums, so the bits are the same at every run and with any number of threads.
+A mask or weight is read fastest in the memory format of the input.
 """
 
 import math
@@ -136,6 +137,11 @@ def _native(device: torch.device) -> ModuleType | None:
     return _C if device.type in ("cpu", "cuda") else None
 
 
+def _must_widen(input: Tensor) -> bool:
+    """Whether torch must widen to float32. The loops on a CPU have no float16; C++17 has none."""
+    return input.device.type == "cpu" and input.dtype == torch.float16
+
+
 def _launch(kernel: Any, problem: tuple[Any, ...], *rest: Tensor | None) -> None:
     input, target, mask, weight, scale, rho, delta = problem
     dtype = accumulator(input.dtype)
@@ -175,6 +181,8 @@ def _forward(
     native = _native(input.device)
     if native is None:
         return masked_penalty_ref(input, target, mask, weight, scale, rho, delta)
+    if _must_widen(input):
+        input, target = input.float(), None if target is None else target.float()
     samples = input.shape[0]
     penalty = input.new_empty(samples, dtype=accumulator(input.dtype))
     gaussian = torch.empty_like(penalty)
@@ -223,6 +231,13 @@ def _backward(
         if for_target:
             dtarget.copy_(-de)
         return dinput, dtarget
+    if _must_widen(input):
+        target = None if target is None else target.float()
+        wide = _backward(
+            *(grad_penalty, grad_gaussian, input.float(), target, mask, weight),
+            *(scale, rho, delta, for_input, for_target),
+        )
+        return dinput.copy_(wide[0]), dtarget.copy_(wide[1])
     problem = input, target, mask, weight, scale, rho, delta
     results = dinput if for_input else None, dtarget if for_target else None
     _launch(native.masked_penalty_backward, problem, grad_penalty, grad_gaussian, *results)

@@ -185,17 +185,16 @@ def all_of(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_is_widened_as_by_torch(dtype: torch.dtype) -> None:
-    every = all_of(dtype)
+def test_every_bfloat16_is_widened_as_by_torch() -> None:
+    every = all_of(torch.bfloat16)
     penalty = masked_penalty(every[:, None], rho="l1")
     assert torch.equal(penalty.nan_to_num(), every.float().abs().nan_to_num())
     assert torch.equal(penalty.isnan(), every.isnan())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_floats_are_rounded_to_halves_as_by_torch(dtype: torch.dtype) -> None:
-    """Every 16-bit number, every midpoint of two, and the float32 neighbours of these."""
+def test_floats_are_rounded_to_bfloat16_as_by_torch() -> None:
+    """Every bfloat16, every midpoint of two, and the float32 neighbours of these."""
+    dtype = torch.bfloat16
     finite = all_of(dtype)
     finite = finite[finite.isfinite()].float().sort()[0]
     midpoints = (finite[1:].double() + finite[:-1]).div(2).float()
@@ -318,7 +317,7 @@ class _Fresh(TorchDispatchMode):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_hidden_copies(device: torch.device, layout: str) -> None:
     shape = (4, 6, 32, 32)
-    x, target = (LAYOUTS[layout](random(shape, torch.float16, device, i)) for i in range(2))
+    x, target = (LAYOUTS[layout](random(shape, torch.bfloat16, device, i)) for i in range(2))
     mask, weight = (broadcast(b, shape, device, 0) for b in ("pixel", "shared"))
     assert mask is not None
     problem = (x, target, mask > 0.5, weight, 1.0, "huber", 1.0)
@@ -329,6 +328,35 @@ def test_no_hidden_copies(device: torch.device, layout: str) -> None:
     with _Fresh() as fresh:
         module._backward(penalty, gaussian, *problem, True, True)
     assert fresh.elements == 2 * x.numel()
+
+
+@pytest.mark.skipif(module._C is None, reason="csrc is not built")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float16_on_a_cpu_is_computed_in_float32(layout: str) -> None:
+    """Bits as of a float32 call whose gradients are rounded once; saved tensors stay float16."""
+    shape, cpu = (3, 5, 16, 17), torch.device("cpu")
+    x, target = (
+        LAYOUTS[layout](random(shape, torch.float16, cpu, i)).requires_grad_() for i in range(2)
+    )
+    mask, weight = broadcast("pixel", shape, cpu, 2), broadcast("channel", shape, cpu, 3)
+    wide = [t.detach().float().requires_grad_() for t in (x, target)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        got = masked_penalty_gaussian(x, target, mask=mask, weight=weight)
+    want = masked_penalty_gaussian(*wide, mask=mask, weight=weight)
+    assert [t.dtype for t in saved if t.shape == shape] == [torch.float16] * 2
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    grads = torch.autograd.grad(got, (x, target), [torch.ones_like(v) for v in got])
+    expected = torch.autograd.grad(want, wide, [torch.ones_like(v) for v in want])
+    assert all(torch.equal(a, b.half()) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.skipif(module._C is None, reason="csrc is not built")
+def test_the_loops_refuse_float16() -> None:
+    sums = torch.empty(2)
+    problem = (torch.ones(2, 3, dtype=torch.float16), None, None, None, 1.0, "l2", 1.0)
+    with pytest.raises(ValueError, match="float16"):
+        module._C.masked_penalty(False, 1, *problem, sums, sums.clone(), torch.empty(0))
 
 
 def test_gradcheck(device: torch.device) -> None:
