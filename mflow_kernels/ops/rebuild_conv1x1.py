@@ -120,6 +120,7 @@ class RebuildTile(NamedTuple):
         block_p: columns of a tile.
         warps: warps of a program.
         programs: programs per multiprocessor; each stores a partial sum.
+        registers: most registers of a thread if x is stored; None leaves the limit to ptxas.
     """
 
     kernel: Any
@@ -128,6 +129,7 @@ class RebuildTile(NamedTuple):
     block_p: int
     warps: int
     programs: int
+    registers: int | None = None
 
 
 # Channels whose three products one program computes. At 96 channels, Triton 3.6 compiles a program
@@ -146,7 +148,10 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     if c_b < 16:
         half = 8 if c_b < 8 else 16  # more than c_b: the last place sums d bias
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
-        return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
+        # Four programs fit 128 registers. Without this limit, if x is stored, ptxas spills to fit a
+        # fifth one.
+        registers = 128 if half == 8 else None
+        return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs, registers)
     if c <= 64:
         half = triton.next_power_of_2(c_b)
         warps = 2 * half // 16  # each warp takes 16 rows of a product
@@ -235,6 +240,7 @@ def launch_rebuild_conv1x1(
             **tile.blocks,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
+            maxnreg=tile.registers if weight_inverse is None else None,
             num_stages=1,
         )
     return made
