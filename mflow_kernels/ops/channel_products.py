@@ -188,12 +188,14 @@ def _weight_gradient_kernel(
 
 
 class Conv1x1Tile(NamedTuple):
-    """Blocks of a product: output channels, input channels, columns; and its warps."""
+    """Blocks of a product: output channels, input channels, columns; its warps; and the most
+    registers of a thread (None leaves the limit to ptxas)."""
 
     block_o: int
     block_c: int
     block_p: int
     warps: int
+    registers: int | None = None
 
 
 def conv1x1_tile(c: int) -> Conv1x1Tile:
@@ -201,7 +203,9 @@ def conv1x1_tile(c: int) -> Conv1x1Tile:
     block_c = 16 if c <= 16 or 32 < c <= 48 else 32  # three blocks of 16 hold 48 channels
     # In tf32x3 each warp takes 16 rows of a product, and further warps would repeat rows. Up to
     # C = 32 there are more columns than rows, and the warps share out the columns.
-    return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4)
+    # With fewer registers, ptxas spills at C = 24 to fit one more program on a multiprocessor.
+    registers = 255 if 16 < c <= 32 else None
+    return Conv1x1Tile(block_o, block_c, 64 if c <= 32 else 32, 4, registers)
 
 
 # A batch of one product. Triton before 3.9 keeps its operands in local memory: up to 8 KB a thread
@@ -210,7 +214,8 @@ ONE_GROUP = 1 if TorchVersion(triton.__version__) >= "3.9" else None
 
 
 class WeightGradientTile(NamedTuple):
-    """Blocks of dW and of columns, warps, and groups of warps that share out the columns.
+    """Blocks of dW and of columns, warps, groups of warps that share out the columns, and the most
+    registers of a thread (None leaves the limit to ptxas).
 
     If `groups` is a number, even 1, the operands pass through shared memory with few bank
     conflicts. If it is None, the loads are pipelined; above 64 channels there are enough registers
@@ -221,6 +226,7 @@ class WeightGradientTile(NamedTuple):
     block_p: int
     warps: int
     groups: int | None
+    registers: int | None = None
 
 
 def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
@@ -229,7 +235,9 @@ def weight_gradient_tile(c: int, dtype: torch.dtype) -> WeightGradientTile:
     if dtype == torch.float64:
         return WeightGradientTile(block, 32 if c <= 64 else 16, max(4, block // 16), None)
     if block <= 32:
-        return WeightGradientTile(block, 64, 4, 4)
+        # Two programs of a multiprocessor fit 255 registers. Without this limit, ptxas spills at
+        # C = 24 to fit a third one.
+        return WeightGradientTile(block, 64, 4, 4, 255 if block == 32 else None)
     if c <= 64:
         return WeightGradientTile(block, 32, block // 16, ONE_GROUP)
     # Here 32 columns spill on sm_90 and do not fit the shared memory of sm_80.
@@ -341,6 +349,7 @@ def launch_product(
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
             num_warps=warps or tile.warps,
+            maxnreg=tile.registers,
             # More stages than turns of the loop would only take shared memory and registers.
             num_stages=min(pipeline_stages(precision), triton.cdiv(c, tile.block_c)),
         )
@@ -383,6 +392,7 @@ def launch_weight_gradient(
             GROUPS=tile.groups,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
             # No pipeline for groups: their order of columns would need 4-byte asynchronous copies.
             num_stages=shared_operand_stages(precision) if tile.groups is None else 1,
         )
