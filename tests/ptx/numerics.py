@@ -21,6 +21,20 @@ def from_bf16(bits: Array) -> Array:
     return (np.asarray(bits).astype(u4) << u4(16)).view(f4)
 
 
+def same_values(a: Array, b: Array) -> Array:
+    """Whether words have the same bits, or are float32 or float64 NaNs. A GPU gives every NaN the
+    same bits; numpy does not."""
+    if a.dtype.itemsize < 4:
+        return a == b
+    magnitude, infinity = (
+        (0x7FFF_FFFF, 0x7F80_0000)
+        if a.dtype.itemsize == 4
+        else (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000)
+    )
+    nan_a, nan_b = ((words & a.dtype.type(magnitude)) > infinity for words in (a, b))
+    return (a == b) | (nan_a & nan_b)
+
+
 def tf32_bits(bits: Array) -> Array:
     """The bits of float32, rounded to tf32: to nearest, ties away from zero."""
     special = (bits & u4(0x7F800000)) == u4(0x7F800000)

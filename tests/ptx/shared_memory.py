@@ -11,7 +11,7 @@ import numpy as np
 
 from ptx.global_memory import UNKNOWN, GlobalMemory
 from ptx.lanes import Lanes
-from ptx.numerics import UNSIGNED, Array, i4, i8, u1, u2, u4
+from ptx.numerics import UNSIGNED, Array, i4, i8, same_values, u1, u2, u4
 from ptx.parser import Unsupported
 from ptx.translator import SHARED_BASE
 
@@ -154,12 +154,12 @@ class SharedMemory:
         checked = self.lanes.checked[lanes]
         some, who = off[checked], lanes[checked]
         each = size // self.grain  # grains of a value
-        same = np.repeat(words[places[checked]] == new[checked], each, axis=1)
+        same = np.repeat(same_values(words[places[checked]], new[checked]), each, axis=1)
         self._check_write(some, width, who, at, same)
         # Threads that write the same grain with this instruction.
         lost = self.writer[self.grains(some, width)] != self.lanes.tid[who].astype(i4)[:, None]
         words[places] = new
-        differ = np.repeat(words[places[checked]] != new[checked], each, axis=1)
+        differ = np.repeat(~same_values(words[places[checked]], new[checked]), each, axis=1)
         self.report.benign[SAME_VALUE] += int((lost & ~differ).sum())
         bad = (lost & differ).any(1)
         if bad.any():

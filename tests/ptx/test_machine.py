@@ -69,6 +69,13 @@ def test_two_threads_that_store_at_one_address() -> None:
     assert sum(report.benign.values()) > 0
 
 
+@pytest.mark.parametrize(("first", "races"), [(0x7FC00000, False), (0x3F800000, True)])
+def test_nans_with_other_bits_are_one_value(first: int, races: bool) -> None:
+    """All threads store a float32 at one shared address: NaNs, or different numbers."""
+    body = f"or.b32 %r7, %r0, {first}; st.shared.u32 [%r5], %r7;"
+    assert run(body, shared=256)[1].kinds == ({"race"} if races else set())
+
+
 # Each thread writes its word, then reads that of the thread whose number differs in bits `span`.
 READ_OTHER = """
 xor.b32 %r7, %r0, {span}; shl.b32 %r7, %r7, 2; add.s32 %r7, %r5, %r7; ld.shared.u32 %r8, [%r7];
