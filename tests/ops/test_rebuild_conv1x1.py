@@ -9,6 +9,8 @@ from cases import LAYOUTS, normal
 from torch import Tensor
 
 from mflow_kernels.ops.channel_products import weight_gradient_splits
+from mflow_kernels.ops.compiler import tl
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
@@ -110,6 +112,26 @@ def test_rebuilt_conv1x1_matches_the_reference(
     again = run(separate_halves)
     for a, b in zip(results(got), results(again), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not KERNELS_ON_CPU, reason="a GPU runs the order of its own architecture")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 24, 5, 3), (1, 70, 3, 3)], ids=str)
+def test_the_order_of_products_of_each_architecture(
+    kernel_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    capability: int,
+) -> None:
+    asked = []
+
+    def cuda_capability_geq(major: int, minor: int = 0) -> bool:
+        asked.append(major)
+        return capability >= 10 * major + minor
+
+    monkeypatch.setattr(tl.target_info, "cuda_capability_geq", cuda_capability_geq)
+    test_rebuilt_conv1x1_matches_the_reference(kernel_device, shape, "channels_last", True, True)
+    assert asked
 
 
 def results(made: RebuiltConv1x1) -> list[Tensor]:
