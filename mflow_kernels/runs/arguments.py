@@ -1,6 +1,7 @@
 """The options of a run as arguments of a parser."""
 
 import dataclasses
+import inspect
 import re
 from typing import Any, get_args, get_type_hints
 
@@ -46,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
         group = (parser.groups or {})[options.__name__]
         for action in group._group_actions:
             action.help = (action.help or "").replace("{named_datasets}", _named_datasets())
-        texts = _argument_texts(options)
+        texts = argument_texts(options)
         types = get_type_hints(options)
         for name, option in by_hand.items():
             how: dict[str, Any]
@@ -70,8 +71,9 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
     return option.default
 
 
-def _argument_texts(options: type) -> dict[str, str]:
+def argument_texts(options: type) -> dict[str, str]:
     """Return the text for each argument in the docstring of a class."""
-    lines = (options.__doc__ or "").partition("Args:")[2]
-    texts = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", lines, re.MULTILINE)
+    # Python before 3.13 keeps the indentation of the source; `cleandoc` removes it.
+    lines = inspect.cleandoc(options.__doc__ or "").partition("Args:")[2]
+    texts = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}

@@ -1,11 +1,14 @@
+import dataclasses
+import inspect
 from typing import get_args
 
 import pytest
 
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
+from mflow_kernels.runs.arguments import argument_texts
 from mflow_kernels.runs.config import RunConfig, TrainConfig
-from mflow_kernels.runs.options import Rho
+from mflow_kernels.runs.options import ModelOptions, Rho, TrainingOptions
 
 
 def test_the_command_line_offers_every_rho():
@@ -172,3 +175,15 @@ def test_the_default_folder_tells_runs_apart():
     }
     assert len(names) == 5
     assert "runs/b-d64-seed0" in names
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["Python 3.13", "before"])
+def test_help_does_not_depend_on_how_python_keeps_docstrings(
+    monkeypatch: pytest.MonkeyPatch, clean: bool
+) -> None:
+    """Python 3.13 removes the indentation of docstrings; earlier versions keep it."""
+    for options in (ModelOptions, TrainingOptions):
+        text = inspect.cleandoc(options.__doc__ or "")
+        indented = text.replace("\n", "\n    ")
+        monkeypatch.setattr(options, "__doc__", text if clean else indented)
+        assert set(argument_texts(options)) == {o.name for o in dataclasses.fields(options)}
