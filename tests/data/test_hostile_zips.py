@@ -6,6 +6,7 @@ damaged is refused.
 
 import io
 import re
+import sys
 import zipfile
 
 import pytest
@@ -15,6 +16,9 @@ from tiny_runs import listing, refused
 from mflow_kernels.data.prepare import prepare_images
 from mflow_kernels.data.sources import find_images
 from mflow_kernels.training.cli import main
+
+# From 3.13 on, zipfile compares the lengths of members with their places.
+LATER_ZIPFILE = sys.version_info >= (3, 13)
 
 
 def patch(data, name, local=(), central=()):
@@ -99,7 +103,7 @@ class TestZip:
             ("encrypted", "encrypted, password required"),
             ("crc", "Bad CRC-32"),
             ("offset", "Truncated file header"),
-            ("longer", "EOFError"),
+            ("longer", "Overlapped entries" if LATER_ZIPFILE else "EOFError"),
             ("shorter", "Bad CRC-32"),
             ("bad-lzma", "Corrupt input data"),
             ("bad-bzip2", "Invalid data stream"),
