@@ -69,7 +69,7 @@ def page(saved: Runs, pictures: Sequence[Path] = ()) -> str:
     notes = {row.variant: row.extra["note"] for row in saved.rows if "note" in row.extra}
     if notes:
         lines = [f"- {name}: {note}" for name, note in notes.items()]
-        parts.append("## What is compared\n\n" + "\n".join(lines) + "\n")
+        parts.append("## Compared models\n\n" + "\n".join(lines) + "\n")
     parts.append(not_measured(saved))
     return "\n".join(parts)
 

@@ -73,7 +73,7 @@ class ImageSet:
         return ImageSet(self._images, self._rows[rows], self._classes)
 
     def first(self, count: int) -> Tensor:
-        """Return the first `count` images, or all of them if there are fewer; see `batch`."""
+        """Return the first `count` images as `batch` does, or all if there are fewer."""
         return self.batch(range(min(count, len(self))))
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
