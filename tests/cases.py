@@ -106,6 +106,18 @@ def perturbed(module: Module, by: float = 0.1) -> Module:
     return module
 
 
+class Calls(TorchDispatchMode):
+    """Record the operators that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
 class HostReads(TorchDispatchMode):
     """Record the torch operators that would make the host wait for a GPU.
 
@@ -145,6 +157,17 @@ class HostReads(TorchDispatchMode):
         if reads and all(t.dtype != torch.uint8 for t in tensors):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def allocated(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The result of `call`, and the number of bytes that it allocated."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    return result, sum(
+        max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
+        for event in profile.events()
+    )
 
 
 # Every operator that autograd differentiates, and those of them that map a state to a state.
