@@ -23,6 +23,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("x", torch.ones(2, 4, 3, 5, dtype=torch.cfloat), TypeError, "expected dtype .*got complex64"),
     ("x", torch.ones(4), ValueError, r"expected shape \(N, C, \*spatial\), got \(4,\)"),
     ("x", torch.ones(2, 4, 0, 5), ValueError, r"expected no empty .*axis, got \(2, 4, 0, 5\)"),
+    ("x", torch.ones(0, 4, 0, 5), ValueError, r"expected no empty .*axis, got \(0, 4, 0, 5\)"),
     ("x", torch.ones(2, 0, 3, 5), ValueError, r"expected no empty channel.*got \(2, 0, 3, 5\)"),
     ("precision", "fp8", ValueError, "expected one of tf32x3, tf32, got 'fp8'"),
 ]

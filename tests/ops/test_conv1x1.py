@@ -57,13 +57,6 @@ def test_without_bias_and_with_a_transposed_weight(device):
     assert_close(got[1], want[1], terms=2 * 12)
 
 
-def test_a_gradient_of_bias_keeps_the_precision_of_bias(device):
-    """A bfloat16 weight must not round the float32 bias."""
-    inputs = sample(CONV, (2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
-    inputs["bias"] = normal(5, device=device).requires_grad_()
-    compare(CONV, inputs)
-
-
 def test_inverse_undoes_an_ill_conditioned_weight(device):
     """With W^-1 from float64, a round trip is off by one rounding of y times the norm of W^-1."""
     weight = rotation(8, torch.float64)

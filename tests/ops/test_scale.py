@@ -56,9 +56,3 @@ def test_bounded(kind):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         ScaleFunction(**arguments)
-
-
-@pytest.mark.parametrize("scale", ["relu", None, 3])
-def test_other_scales_are_refused(scale):
-    with pytest.raises(ValueError, match=f"scale: expected one of {KINDS}, got"):
-        ScaleFunction.of(scale)

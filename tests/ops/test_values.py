@@ -5,12 +5,15 @@
 
 import pytest
 import torch
-from cases import DTYPES, FLOW_OPERATORS, IMAGES, LAYOUTS, SCALES, SHAPES, compare, sample
+from cases import DTYPES, FLOW_OPERATORS, IMAGES, LAYOUTS, SCALES, SHAPES, compare, normal, sample
 
 TESTED = [op for name, op in FLOW_OPERATORS.items() if name != "conv1x1_inverse"]
 every = pytest.mark.parametrize("op", TESTED, ids=lambda op: op.id)
 every_coupling = pytest.mark.parametrize(
     "op", [op for op in TESTED if "scale" in op.options], ids=lambda op: op.id
+)
+every_product = pytest.mark.parametrize(
+    "op", [op for op in TESTED if "weight" in op.inputs], ids=lambda op: op.id
 )
 every_other = pytest.mark.parametrize(
     "op", [op for op in TESTED if "scale" not in op.options], ids=lambda op: op.id
@@ -47,3 +50,18 @@ def test_scales(op, scale, device):
     compare(op, sample(op, (2, 5, 3, 4), device=device), scale)
     double = (torch.float64, torch.float64)
     compare(op, sample(op, (2, 5, 3, 4), double, device), scale)
+
+
+@every_product
+def test_bias_in_any_layout(op, device):
+    """A long run of the fuzz found this: kernels assumed that the bias is dense."""
+    inputs = sample(op, (2, 5, 3, 3), device=device)
+    for bias in (normal(10, device=device)[::2], normal(1, device=device).expand(5)):
+        compare(op, inputs | {"bias": bias.requires_grad_()})
+
+
+@every_product
+def test_a_gradient_of_bias_keeps_the_precision_of_bias(op, device):
+    """A bfloat16 weight must not round the float32 bias."""
+    inputs = sample(op, (2, 5, 3, 4), (torch.float32, torch.bfloat16), device)
+    compare(op, inputs | {"bias": normal(5, device=device).requires_grad_()})
