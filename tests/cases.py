@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref
 from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
@@ -189,6 +189,12 @@ def sample(
 def learned(inputs: dict[str, Tensor]) -> list[Tensor]:
     """The inputs that require gradients."""
     return [t for t in inputs.values() if t.requires_grad]
+
+
+def growth(params: Tensor, scale: ScaleFunction) -> float:
+    """The largest of s and 1 / s of a coupling. It may multiply rounding errors by this factor."""
+    raw = params.detach().double().chunk(2, dim=1)[0]
+    return log_scale_ref(raw, scale).abs().max().exp().item()
 
 
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
