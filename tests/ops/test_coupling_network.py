@@ -22,8 +22,8 @@ from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
 Case = tuple[tuple[int, ...], int, int]  # x's shape, width and C_out
-# Vectors; one pixel; one row; odd channels and sizes with
-# several tiles of pixels; dW2 outside the kernels; taps in several blocks of columns; wide states.
+# Vectors; one pixel; one row; odd channels and sizes with several tiles of pixels; dW2 outside the
+# kernels; taps in several blocks of columns; wide states.
 CASES: list[Case] = [
     ((37, 9), 40, 10),
     ((1, 1, 1, 1), 16, 2),
@@ -33,8 +33,7 @@ CASES: list[Case] = [
     ((1, 9, 4, 4), 136, 30),
     ((1, 22, 3, 3), 40, 44),
 ]
-# Tiles of 64 pixels. Tiles that begin and end within a row; two tiles in one row; tiles
-# of whole rows.
+# Tiles of 64 pixels that begin and end within a row, that share a row, or that hold whole rows.
 TILED: list[Case] = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
 
 
