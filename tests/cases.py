@@ -201,7 +201,9 @@ def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, Scale
     return {"scale": scale or ScaleFunction("tanh")} if "scale" in op.options else {}
 
 
-def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
+def assert_matches(
+    op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None
+) -> None:
     """Assert that an operator's values and gradients agree with its float64 reference, and that its
     results have the right layout and dtype."""
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from cases import (
     DTYPES,
     FLOW_OPERATORS,
-    compare,
+    assert_matches,
     normal,
     on_tensor_cores,
     sample,
@@ -41,7 +41,7 @@ def test_blocks_of_one_tile_run_next_to_each_other(kernel_device):
 @pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] == d[1]], ids=str)
 @pytest.mark.parametrize("shape", [(2, 5), (2, 7, 3, 4)], ids=str)
 def test_inverse(shape, dtypes, device):
-    compare(INVERSE, sample(INVERSE, shape, dtypes, device))
+    assert_matches(INVERSE, sample(INVERSE, shape, dtypes, device))
 
 
 def test_without_bias_and_with_a_transposed_weight(device):

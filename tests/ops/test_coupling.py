@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, SCALES, compare, growth, normal, sample
+from cases import FLOW_OPERATORS, SCALES, assert_matches, growth, normal, sample
 
 from mflow_kernels import ops
 from mflow_kernels.ops.coupling import launch_coupling
@@ -18,7 +18,7 @@ def test_layouts_of_state_and_params_may_differ(device):
     op = DIRECTIONS[0]
     inputs = sample(op, (2, 5, 4, 3), device=device)
     params = inputs["params"].detach().contiguous(memory_format=torch.channels_last)
-    compare(op, inputs | {"params": params.requires_grad_()})
+    assert_matches(op, inputs | {"params": params.requires_grad_()})
 
 
 def test_by_hand(device):

@@ -86,7 +86,7 @@ def gradients(
     return params, *torch.autograd.grad(params, given, dparams.to(params.dtype))
 
 
-def compare(given: list[Tensor]) -> None:
+def assert_matches(given: list[Tensor]) -> None:
     x = given[0]
     params = coupling_network(*given)
     dparams = normal(*params.shape, device=x.device).to(x.dtype)
@@ -126,12 +126,12 @@ def test_unfenced_copies_are_not_pipelined(monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(kernel_device: torch.device, case: Case, dtype: torch.dtype) -> None:
-    compare(sample(*case, dtype, kernel_device))
+    assert_matches(sample(*case, dtype, kernel_device))
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
 def test_taps_of_neighbours_in_other_tiles(kernel_device: torch.device, case: Case) -> None:
-    compare(sample(*case, torch.bfloat16, kernel_device))
+    assert_matches(sample(*case, torch.bfloat16, kernel_device))
 
 
 def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:
@@ -147,13 +147,13 @@ def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) ->
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])
 def test_layouts(kernel_device: torch.device, layout: str) -> None:
-    compare(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
+    assert_matches(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
 
 
 def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
     """Weights and their gradients are in float32, as under autocast."""
     given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
-    compare(given)
+    assert_matches(given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

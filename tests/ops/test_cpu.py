@@ -106,7 +106,7 @@ CONV1X1_CASES = [c for c in CASES if c[0][1] <= cpu.CONV1X1_MAX_CHANNELS] + [
 ]
 
 
-def close(got: Tensor, want: Tensor, terms: int, name: str) -> None:
+def assert_sums(got: Tensor, want: Tensor, terms: int, name: str) -> None:
     """Compare sums of `terms` products of order one, which a coupling may have scaled."""
     assert_close(got, want, terms=terms, scale=GROWTH * terms**0.5, name=name)
 
@@ -122,7 +122,7 @@ def test_conv1x1(shape, layout, net_dtype, dtype):
     x = dense_pixels(x)
     y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype)
     want = conv1x1_ref(x.double(), weight[0].double(), bias[0].double())
-    close(y, want, c, "y")
+    assert_sums(y, want, c, "y")
     assert y.stride() == torch.empty_like(x).stride()
     assert not len(ledger)
     if net_dtype is not None:
@@ -132,7 +132,7 @@ def test_conv1x1(shape, layout, net_dtype, dtype):
     for inverse in (False, True):
         y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype, params, scale, inverse)
         want, sums = coupling_conv1x1_ref(*exact(x, params, weight[0], bias[0]), scale, inverse)
-        close(y, want, c, "y")
+        assert_sums(y, want, c, "y")
         assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
         assert y.dtype == ledger.dtype == dtype
 
@@ -162,7 +162,7 @@ def test_coupling_conv1x1_backward(shape, layout, bare, inverse, dtype):
     )
     columns = max(1, x.numel() // c)
     for name, a, b in zip(("dx", "dparams", "dweight", "dbias"), got, wants, strict=True):
-        close(a, b, c if name in ("dx", "dparams") else columns, name)
+        assert_sums(a, b, c if name in ("dx", "dparams") else columns, name)
         assert a.dtype == dtype
 
 
@@ -187,14 +187,14 @@ def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
         weight.double(), None if inverse is None else inverse.double(), bias.double(), None, False,
     )  # fmt: skip
     want_x, want_dx = want.whole
-    close(dx, want_dx, c, "dx")
+    assert_sums(dx, want_dx, c, "dx")
     assert (x is None) == (not rebuild)
     if x is not None:
-        close(x, want_x, c, "x")
+        assert_sums(x, want_x, c, "x")
         assert x.stride() == dx.stride()
         assert torch.equal(net, x[:, :c_a])
     for name, a, b in zip(("outer_sum", "dbias"), sums, (want.outer_sum, want.dbias), strict=True):
-        close(a, b, max(1, y.numel() // c), name)
+        assert_sums(a, b, max(1, y.numel() // c), name)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

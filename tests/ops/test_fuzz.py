@@ -112,7 +112,7 @@ class Case:
         return self.view(name, self.normal(*shape, dtype=dtype)).requires_grad_()
 
 
-def compare(
+def assert_matches(
     case: Case,
     names: list[str],
     leaves: list[Tensor],
@@ -196,7 +196,7 @@ def run_flow_operator(case: Case) -> None:
     n, p, summed_channels = shape[0], math.prod(shape[2:]), c if "weight" in op.inputs else 1
     terms = {"y": summed_channels, "sum": c * p, "x": summed_channels, "params": summed_channels}
     terms |= dict.fromkeys(("weight", "bias", "log_scale"), max(1, n * p * c))
-    compare(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
+    assert_matches(case, list(inputs), list(inputs.values()), got, reference, magnitude, terms)
 
 
 def rotation_of(case: Case, channels: int) -> Tensor:
@@ -239,7 +239,7 @@ def run_masked_penalty(case: Case) -> None:
         penalty, gaussian = reference(*tensors)
         return penalty, -gaussian  # so that the gradients of both have the sign of e
 
-    compare(case, names, leaves, got, reference, magnitude, terms)
+    assert_matches(case, names, leaves, got, reference, magnitude, terms)
 
 
 def run_logdet(case: Case) -> None:
@@ -248,7 +248,7 @@ def run_logdet(case: Case) -> None:
     ledger, constant = case.leaf("ledger", n, t, dtype=dtype), case.leaf("constant", dtype=dtype)
     case.said.append("accumulate_logdet")
     got = (ops.accumulate_logdet(ledger, constant),)
-    compare(
+    assert_matches(
         case, ["ledger", "constant"], [ledger, constant], got,
         lambda ledger, constant: (ledger.sum(1) + constant,),
         lambda ledger, constant: (ledger.abs().sum(1) + constant.abs(),),

@@ -62,7 +62,7 @@ def broadcast(name: str, shape: tuple[int, ...], device: torch.device, seed: int
     return torch.rand(small, generator=generator).to(device)
 
 
-def check(
+def assert_matches(
     x: Tensor,
     target: Tensor | None = None,
     mask: Tensor | None = None,
@@ -98,10 +98,12 @@ def test_layouts(device: torch.device, dtype: torch.dtype, rho: str) -> None:
     for layout in LAYOUTS.values():
         for shape in ((3, 4, 8, 16), (3, 3, 5, 7)):
             x = layout(random(shape, dtype, device, 0))
-            check(x, rho=rho)
+            assert_matches(x, rho=rho)
             for other in LAYOUTS.values():
                 target = other(random(shape, dtype, device, 1))
-                check(x, target, mask=broadcast("pixel", shape, device, 2), weight=0.3, rho=rho)
+                assert_matches(
+                    x, target, mask=broadcast("pixel", shape, device, 2), weight=0.3, rho=rho
+                )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "inner permuted"])
@@ -115,7 +117,7 @@ def test_masks_and_weights_broadcast(device: torch.device, dtype: torch.dtype, l
                 weight = broadcast(of_weight, shape, device, 2)
                 if mask is not None and i % 2:
                     mask = mask > 0.4
-                check(x, mask=mask, weight=0.3 if weight is None else weight)
+                assert_matches(x, mask=mask, weight=0.3 if weight is None else weight)
 
 
 def test_mask_in_another_memory_format(device: torch.device) -> None:
@@ -124,7 +126,9 @@ def test_mask_in_another_memory_format(device: torch.device) -> None:
         for of_mask in LAYOUTS.values():
             x = of_x(random(shape, torch.float32, device, 0))
             mask = of_mask(random(shape, torch.float32, device, 1)) > 0
-            check(x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs())
+            assert_matches(
+                x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs()
+            )
 
 
 @pytest.mark.parametrize(
@@ -139,16 +143,18 @@ def test_sizes(device: torch.device, shape: tuple[int, ...]) -> None:
     x, target = (random(shape, torch.float32, device, i) for i in range(2))
     middle = (1,) * (len(shape) - 2)
     mask = random((shape[1], *middle), torch.float32, device, 2) > 0
-    check(x, target)
-    check(x, target, mask=mask)
-    check(x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs())
+    assert_matches(x, target)
+    assert_matches(x, target, mask=mask)
+    assert_matches(
+        x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs()
+    )
 
 
 def test_more_axes_than_the_kernels_walk(device: torch.device) -> None:
     shape = (2, 3, 2, 3, 2, 4)
     x = random(shape, torch.float32, device, 0).transpose(1, 4)
     mask = random((2, 2, 1, 3, 1, 4), torch.float32, device, 1) > 0
-    check(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
+    assert_matches(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +172,7 @@ def test_special_values(device: torch.device, dtype: torch.dtype) -> None:
     ]
     x = torch.tensor(values, dtype=dtype, device=device)[:, None]
     for rho in RHOS:
-        check(x, rho=rho)
+        assert_matches(x, rho=rho)
     for bad in (math.inf, -math.inf, math.nan):
         x = torch.full((1, 3), bad, dtype=dtype, device=device)
         for rho in RHOS:
@@ -390,4 +396,6 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
     cpu = torch.device("cpu")
     for dtype in DTYPES:
         x, target = (random((2, 3, 4, 5), dtype, cpu, i) for i in range(2))
-        check(LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0))
+        assert_matches(
+            LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0)
+        )
