@@ -25,13 +25,13 @@ _UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
 
 KernelStrides = tuple[int, int | None, int | None, tl.constexpr]
 
-# The strides of a second half that has those of the first. Not None: kernels of Triton 3.5 and 3.6
-# cannot compare a tuple that holds None with None.
+# Stands for the strides of a second half that equal those of the first. It is not None, because
+# kernels of Triton 3.5 and 3.6 cannot compare strides, which hold None, with None.
 _SAME = (None,)
 
 
 def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
-    """`x` and its strides as a kernel takes them, for `at`: (sample, channel, pixel, unit).
+    """Return `x` and its strides (sample, channel, pixel, unit), as `at` takes them.
 
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
     of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. They are a
@@ -51,7 +51,7 @@ def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
 
 
 def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
-    """Both halves of a state and their strides, for `at_halves`."""
+    """Return both halves of a state and their strides, as `at_halves` takes them."""
     (a, a_strides), (b, b_strides) = strided(a), strided(b)
     if a_strides is None or b_strides is None:
         return a, a_strides, b, b_strides
@@ -103,9 +103,10 @@ def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
 
 @triton.jit
 def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
-    """Addresses, columns by channels, of channels c of a half: in `a` where `is_a`, else in `b`.
+    """Addresses of channels c at columns (n, p), columns by channels.
 
-    b_strides[0] is None if b has the strides of a, which saves half of the arithmetic.
+    A channel lies in the half `a` where `is_a`, otherwise in the half `b`. b_strides[0] is None if
+    b has the strides of a, which saves half of the arithmetic.
     """
     if b_strides[0] is None:
         UNIT: tl.constexpr = a_strides[3]

@@ -112,8 +112,8 @@ def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
 
     Returns the addresses of raw, the distance from raw to shift, the mask of x_b, whose channels
     have both, and whether raw and shift share memory sectors of 32 bytes. In channels_last they
-    share sectors unless each fills whole ones. If each has 64 bytes or more, so little is shared
-    that it does not count.
+    share sectors unless each fills whole ones. With 64 bytes or more each, the shared part is too
+    small to matter.
     """
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]

@@ -94,7 +94,7 @@ class Case:
     def __init__(self, index: int) -> None:
         self.rng = random.Random(index)
         self.generator = torch.Generator().manual_seed(index)
-        self.said: list[str] = []
+        self.notes: list[str] = []
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -105,7 +105,7 @@ class Case:
         for make in made:
             x = make(x, self.rng)
         how = " ".join(make.__name__.removeprefix("_") for make in made)
-        self.said.append(f"{name} {tuple(x.shape)} {x.dtype} {x.stride()} {how}")
+        self.notes.append(f"{name} {tuple(x.shape)} {x.dtype} {x.stride()} {how}")
         return x.detach()
 
     def leaf(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -149,7 +149,7 @@ def run_flow_operator(case: Case) -> None:
     c = rng.choice([c for c in CHANNELS if c > 1 or "scale" not in op.options])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
-    case.said.append(f"{op.id} {scale if 'scale' in op.options else ''}")
+    case.notes.append(f"{op.id} {scale if 'scale' in op.options else ''}")
     turned = rotation_of(case, c)
     made = {
         "x": lambda: case.leaf("x", *shape, dtype=state),
@@ -225,7 +225,7 @@ def run_masked_penalty(case: Case) -> None:
         mask = case.view("mask", mask > 0.5)
     weight: Any = rng.choice((0, 0.3, 2)) if rng.random() < 0.5 else broadcast("weight").abs()
     rho, delta = rng.choice(RHOS), rng.choice((0.1, 1.0, 3))
-    case.said.append(f"masked_penalty {rho} {delta} weight {weight}")
+    case.notes.append(f"masked_penalty {rho} {delta} weight {weight}")
     got = ops.masked_penalty_gaussian(*leaves, mask=mask, weight=weight, rho=rho, delta=delta)
 
     def reference(input: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -246,7 +246,7 @@ def run_logdet(case: Case) -> None:
     dtype = case.rng.choice((torch.float32, torch.float64))
     n, t = case.rng.choice((0, 1, 3, 40)), case.rng.choice((1, 2, 17, 1100))
     ledger, constant = case.leaf("ledger", n, t, dtype=dtype), case.leaf("constant", dtype=dtype)
-    case.said.append("accumulate_logdet")
+    case.notes.append("accumulate_logdet")
     got = (ops.accumulate_logdet(ledger, constant),)
     assert_matches(
         case, ["ledger", "constant"], [ledger, constant], got,
@@ -263,8 +263,8 @@ def failures() -> Iterator[str]:
         try:
             run(case)
         except Exception as error:
-            said = "\n    ".join(case.said)
-            yield f"case {index}: {type(error).__name__}: {error}\n    {said}"
+            notes = "\n    ".join(case.notes)
+            yield f"case {index}: {type(error).__name__}: {error}\n    {notes}"
 
 
 def test_random_shapes_and_layouts() -> None:
