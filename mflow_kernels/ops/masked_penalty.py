@@ -138,7 +138,7 @@ def _native(device: torch.device) -> ModuleType | None:
 
 
 def _must_widen(input: Tensor) -> bool:
-    """Whether torch must widen `input` to float32. The CPU loops have no float16; C++17 has none."""
+    """Whether torch must widen `input` to float32. CPU loops have no float16, as C++17 has none."""
     return input.device.type == "cpu" and input.dtype == torch.float16
 
 
