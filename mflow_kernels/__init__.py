@@ -4,14 +4,14 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mflow_kernels.version import __version__ as __version__
+
 if TYPE_CHECKING:  # at run time, __getattr__ below finds these names
     from mflow_kernels import layers as layers
     from mflow_kernels import models as models
     from mflow_kernels import ops as ops
     from mflow_kernels.layers import *  # noqa: F403
     from mflow_kernels.models import *  # noqa: F403
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ActNorm",

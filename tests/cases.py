@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.scale import ScaleFunction, log_scale_ref
 from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
@@ -106,6 +106,18 @@ def perturbed(module: Module, by: float = 0.1) -> Module:
     return module
 
 
+class Calls(TorchDispatchMode):
+    """Record the operators that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
 class HostReads(TorchDispatchMode):
     """Record the torch operators that would make the host wait for a GPU.
 
@@ -147,6 +159,17 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def allocated(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The result of `call`, and the number of bytes that it allocated."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    return result, sum(
+        max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
+        for event in profile.events()
+    )
+
+
 # Every operator that autograd differentiates, and those of them that map a state to a state.
 DIFFERENTIABLE = {op.id: op for op in OPERATORS if op.differentiable}
 FLOW_OPERATORS = {name: op for name, op in DIFFERENTIABLE.items() if op.maps_states}
@@ -168,11 +191,19 @@ def learned(inputs: dict[str, Tensor]) -> list[Tensor]:
     return [t for t in inputs.values() if t.requires_grad]
 
 
+def growth(params: Tensor, scale: ScaleFunction) -> float:
+    """The largest of s and 1 / s of a coupling. It may multiply rounding errors by this factor."""
+    raw = params.detach().double().chunk(2, dim=1)[0]
+    return log_scale_ref(raw, scale).abs().max().exp().item()
+
+
 def options(op: Operator, scale: ScaleFunction | None = None) -> dict[str, ScaleFunction]:
     return {"scale": scale or ScaleFunction("tanh")} if "scale" in op.options else {}
 
 
-def compare(op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None) -> None:
+def assert_matches(
+    op: Operator, inputs: dict[str, Tensor], scale: ScaleFunction | None = None
+) -> None:
     """Assert that an operator's values and gradients agree with its float64 reference, and that its
     results have the right layout and dtype."""
     exact = {k: v.detach().double().requires_grad_() for k, v in inputs.items()}

@@ -103,6 +103,18 @@ def _seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill every result of torch.empty and similar functions with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan()
+    assert torch.ones(2).new_empty(2, dtype=torch.float64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> Iterator[Device | None]:
     """The interpreter of compiled kernels, under MFLOW_PTX."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from mflow_kernels.ops.addresses import at, strided
 from mflow_kernels.ops.checks import check_device, check_shape, check_tensor
 from mflow_kernels.ops.compiler import tl, triton
+from mflow_kernels.ops.elementwise import launch_elementwise
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
 from mflow_kernels.ops.partial_sums import PROGRAMS
@@ -128,21 +129,9 @@ def _actnorm_bwd_kernel(
 
 def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     x = dense_pixels(x)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
     y = torch.empty_like(x)
-    block_c, block_p = elementwise_tile(x)
-    tiles = tile_columns(n, p, block_p)
-    if n:
-        launch(
-            _actnorm_fwd_kernel,
-            (tiles.programs,),
-            *(strided(x), bias.contiguous(), log_scale.contiguous(), strided(y), n, p),
-            C=c,
-            INVERSE=inverse,
-            DTYPE=TL_DTYPE[accumulator(x.dtype)],
-            BLOCK_C=block_c,
-            COLUMNS=tiles.columns,
-        )
+    tensors = strided(x), bias.contiguous(), log_scale.contiguous(), strided(y)
+    launch_elementwise(_actnorm_fwd_kernel, x, *tensors, C=x.shape[1], INVERSE=inverse)
     return y
 
 

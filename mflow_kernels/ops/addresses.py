@@ -30,7 +30,7 @@ KernelState = tuple[Any, ...]
 
 
 def strided(x: Tensor | None) -> KernelState:
-    """`x` as a kernel takes it, for `at`.
+    """Return `x` as a kernel takes it, for `at`.
 
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
     of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. The tuple
@@ -50,7 +50,10 @@ def strided(x: Tensor | None) -> KernelState:
 
 
 def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[KernelState, KernelState]:
-    """Both halves of a state for `at_halves`: b is (tensor, None) if it has the strides of a."""
+    """Return both halves of a state, as `at_halves` takes them.
+
+    The second is (tensor, None) if it has the strides of the first.
+    """
     half_a, half_b = strided(a), strided(b)
     if len(half_a) == 1 or len(half_b) == 1 or half_a[1:4] != half_b[1:4]:
         return half_a, half_b
@@ -100,10 +103,10 @@ def at(x, n, c, p, PIXELS_FIRST: tl.constexpr = False):
 
 @triton.jit
 def at_halves(a, b, n, c, p, is_a):
-    """Addresses, columns by channels, of channels c of a half: in `a` where `is_a`, else in `b`.
+    """Addresses of channels c at columns (n, p), columns by channels.
 
-    a and b come from `strided_halves`. If they have the same strides, this takes half of the
-    arithmetic.
+    A channel lies in the half `a` where `is_a`, otherwise in the half `b`. Both come from
+    `strided_halves`. If b has the strides of a, half of the arithmetic suffices.
     """
     if b[1] is None:
         UNIT: tl.constexpr = a[4]

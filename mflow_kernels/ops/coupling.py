@@ -24,10 +24,11 @@ from mflow_kernels.ops import cpu
 from mflow_kernels.ops.addresses import at, step, store, strided
 from mflow_kernels.ops.checks import check_device, check_shape
 from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
-from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
+from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.launch import RUN_TIME, uses_triton
+from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of
 from mflow_kernels.ops.logdet import sum_ledger
-from mflow_kernels.ops.precision import TL_DTYPE, accumulator
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.scale import (
     Kind,
@@ -42,7 +43,6 @@ from mflow_kernels.ops.tiles import (
     elementwise_tile,
     ledger_columns,
     read_ledger,
-    tile_columns,
     write_ledger,
 )
 
@@ -112,8 +112,8 @@ def at_params(params, n, c, p, valid, C: tl.constexpr):
 
     Returns the addresses of raw, the distance from raw to shift, the mask of x_b, whose channels
     have both, and whether raw and shift share memory sectors of 32 bytes. In channels_last they
-    share sectors unless each fills whole ones. If each has 64 bytes or more, so little is shared
-    that it does not count.
+    share sectors unless each fills whole ones. With 64 bytes or more each, the shared part is too
+    small to matter.
     """
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
@@ -252,29 +252,22 @@ def _coupling_bwd_kernel(
         store_params(dparams, draw, dshift, n, c, p, valid, C)
 
 
+def _empty(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialized y and ledger."""
+    entries = ledger_columns(x, elementwise_tile(x)[1])
+    return torch.empty_like(x), x.new_empty((x.shape[0], entries), dtype=accumulator(x.dtype))
+
+
 def launch_coupling(
     x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """One launch: y, and the ledger (N, T) of its tiles' sums of log s."""
     x, params = dense_pixels(x), dense_pixels(params)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
-    dtype = accumulator(x.dtype)
-    y = torch.empty_like(x)
-    block_c, block_p = elementwise_tile(x)
-    tiles = tile_columns(n, p, block_p)
-    ledger = x.new_empty((n, tiles.ledger), dtype=dtype)
-    if n:
-        launch(
-            _coupling_fwd_kernel,
-            (tiles.programs,),
-            *(strided(x), strided(params), strided(y), ledger, n, p),
-            C=c,
-            SCALE=scale,
-            INVERSE=inverse,
-            DTYPE=TL_DTYPE[dtype],
-            BLOCK_C=block_c,
-            COLUMNS=tiles.columns,
-        )
+    y, ledger = _empty(x)
+    tensors = strided(x), strided(params), strided(y), ledger
+    launch_elementwise(
+        _coupling_fwd_kernel, x, *tensors, C=x.shape[1], SCALE=scale, INVERSE=inverse
+    )
     return y, ledger
 
 
@@ -283,23 +276,12 @@ def launch_coupling_backward(
 ) -> tuple[Tensor, Tensor]:
     """One launch: (dx, dparams) from the coupling's input."""
     dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
-    n, c, p = x.shape[0], x.shape[1], pixels(x)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
-    block_c, block_p = elementwise_tile(x)
-    tiles = tile_columns(n, p, block_p)
-    if n:
-        launch(
-            _coupling_bwd_kernel,
-            (tiles.programs,),
-            *(strided(x), strided(params), strided(dy), dledger, dledger.stride()),
-            *(strided(dx), strided(dparams), n, p),
-            C=c,
-            SCALE=scale,
-            INVERSE=inverse,
-            DTYPE=TL_DTYPE[accumulator(x.dtype)],
-            BLOCK_C=block_c,
-            COLUMNS=tiles.columns,
-        )
+    tensors = strided(x), strided(params), strided(dy), dledger, dledger.stride()
+    results = strided(dx), strided(dparams)
+    launch_elementwise(
+        _coupling_bwd_kernel, x, *tensors, *results, C=x.shape[1], SCALE=scale, INVERSE=inverse
+    )
     return dx, dparams
 
 
@@ -346,11 +328,6 @@ def coupling_backward(
     return in_layout_of(x, dx), in_layout_of(params, dparams)
 
 
-def _fake(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    entries = ledger_columns(x, elementwise_tile(x)[1])
-    return torch.empty_like(x), x.new_empty((x.shape[0], entries), dtype=accumulator(x.dtype))
-
-
 def _fake_backward(
     dy: Tensor, dledger: Tensor, x: Tensor, params: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -371,7 +348,7 @@ affine_coupling_op, coupling_eager = register(
     "affine_coupling",
     coupling_forward,
     coupling_backward,
-    fake=_fake,
+    fake=_empty,
     fake_backward=_fake_backward,
     setup=_setup,
     gradient=_gradient,

@@ -1,8 +1,8 @@
 """The operators on a CPU, by the loops of csrc.
 
-A loop passes over memory once; a reference, about ten times. Each function here computes the same
-as the reference in its docstring, for float32 and float64 states. Call `serves` or
-`serves_conv1x1` first.
+A loop reads and writes memory once, where a reference does so about ten times. Each function
+computes the same as the reference in its docstring, for float32 and float64 states. Call `serves`
+or `serves_conv1x1` first.
 """
 
 import importlib
@@ -48,7 +48,7 @@ CONV1X1_MAX_CHANNELS: int = 0 if _C is None else _C.conv1x1_max_channels
 
 
 def serves_conv1x1(x: Tensor) -> bool:
-    """Whether the loops can run the 1x1 convolution of x. BLAS is as fast for more channels."""
+    """Whether the loops can run a 1x1 convolution of x. With more channels BLAS is as fast."""
     return x.shape[1] <= CONV1X1_MAX_CHANNELS and serves(x)
 
 
@@ -122,7 +122,7 @@ def _coupling_backward(
         torch.get_num_threads(), identity_channels, y_given, given, params, dz, dlogdet, other, dy,
         dparams, scale.args, inverse,
     )  # fmt: skip
-    return dy, dparams if params.dtype == dtype else dparams.to(params.dtype)
+    return dy, dparams.to(params.dtype)
 
 
 def conv1x1(
@@ -175,7 +175,7 @@ def coupling_conv1x1_backward(
         torch.get_num_threads(), x, params, dy, dnet, dledger,
         weight, dx, dparams, outer_sum, dbias, scale.args, inverse,
     )  # fmt: skip
-    return dx, dparams if params.dtype == x.dtype else dparams.to(params.dtype), outer_sum, dbias
+    return dx, dparams.to(params.dtype), outer_sum, dbias
 
 
 def conv1x1_backward(
@@ -212,8 +212,10 @@ def conv1x1_backward(
 
 
 def sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty tensors for one partial sum of dW, shaped as weight, and of d bias; zeros for an empty
-    batch."""
+    """Empty tensors for one partial sum of dW, shaped as weight, and one of d bias.
+
+    They are zeros if the batch is empty.
+    """
     dweight = empty_partial_sums(weight)
     dbias = dweight.new_empty(dweight.shape[:2])
     return (dweight, dbias) if x.numel() else (dweight.zero_(), dbias.zero_())

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mflow_kernels.ops.compiler import triton
+from mflow_kernels.version import __version__
 
 Choice = Literal["auto", "torch", "fused"]
 Candidate = Callable[[], Sequence[Tensor]]
@@ -49,7 +50,7 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
             candidate is used if no choice is known.
     """
     choices, first = _choices(), next(iter(candidates))
-    key = _on_this_card(key, device)
+    key = f"{_card(device)}, {key}"
     if choices.get(key) not in candidates:
         if torch.cuda.is_current_stream_capturing():
             return first
@@ -80,22 +81,12 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _on_this_card(key: str, device: torch.device) -> str:
-    return f"{_card(device)}, {key}"
-
-
 @cache  # every call of a network asks
 def _card(device: torch.device) -> str:
     """The card and the versions of all software whose change may change the choice."""
-    from mflow_kernels import __version__  # the package imports this module
-
-    versions = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "mflow_kernels": __version__,
-    }
-    software = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{torch.cuda.get_device_name(device)}, {software}"
+    card = torch.cuda.get_device_name(device)
+    software = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"{card}, {software}, mflow_kernels {__version__}"
 
 
 def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:
@@ -140,7 +131,7 @@ def _file() -> Path:
     return Path(triton.knobs.cache.dir, "mflow_networks.json")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _choices() -> dict[str, str]:
     """The choices of earlier runs; empty if the file is missing or malformed."""
     try:

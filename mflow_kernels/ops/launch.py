@@ -30,8 +30,10 @@ def transformed() -> bool:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether an operator on x runs its Triton kernels: on CUDA, and on the CPU if KERNELS_ON_CPU.
-    Otherwise, or without Triton, its CPU loop or its reference runs."""
+    """Whether an operator on x runs its Triton kernels; otherwise its CPU loop or reference runs.
+
+    Kernels run on CUDA, and on a CPU if KERNELS_ON_CPU. They need Triton, and no transform.
+    """
     kind = x.device.type
     served = kind == "cuda" or (KERNELS_ON_CPU and kind == "cpu")
     return served and TRITON_INSTALLED and not transformed()

@@ -55,7 +55,7 @@ def dense_pixels(x: Tensor) -> Tensor:
 
 
 def flow_state(name: str, value: object) -> Tensor:
-    """Return `value` as a flow state for kernels, copied only if one stride misses its pixels.
+    """Return `value` as a flow state for kernels, copied only if its pixels need several strides.
 
     Call this before the operator. The operator's fake derives the output's layout from its input.
     """
@@ -102,9 +102,9 @@ def net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:
 
     Without a dtype its shape is (0,).
     """
-    return (
-        y.new_empty(0) if dtype is None else torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
-    )
+    if dtype is None:
+        return y.new_empty(0)
+    return torch.empty_like(y[:, : y.shape[1] // 2], dtype=dtype)
 
 
 def cut_net_input(y: Tensor, dtype: torch.dtype | None) -> Tensor:

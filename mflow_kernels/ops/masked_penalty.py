@@ -62,9 +62,9 @@ def _terms(
 def _split(
     e: Tensor, mask: Tensor | None, in_penalty: Tensor | bool, in_density: Tensor | bool
 ) -> tuple[Tensor, Tensor]:
-    """e of the penalized part where `in_penalty`, and of the rest where `in_density`; 0 elsewhere.
+    """Return e where it is penalized and `in_penalty`, and e of the rest where `in_density`.
 
-    With a floating-point mask both are e, because the sums multiply by the mask.
+    Both are 0 elsewhere. With a floating-point mask both are e, because the sums multiply by it.
     """
     if mask is not None and mask.dtype != torch.bool:
         return e, e
@@ -138,7 +138,7 @@ def _native(device: torch.device) -> ModuleType | None:
 
 
 def _must_widen(input: Tensor) -> bool:
-    """Whether torch must widen to float32. The loops on a CPU have no float16; C++17 has none."""
+    """Whether torch must widen `input` to float32. CPU loops have no float16, as C++17 has none."""
     return input.device.type == "cpu" and input.dtype == torch.float16
 
 

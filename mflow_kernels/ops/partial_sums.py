@@ -2,7 +2,7 @@
 
 A launch that sums over pixels gives each of its programs a partial sum of its own, and a reduction
 adds them in a fixed order. All K steps of a group share one buffer (K, splits, C, C), so that one
-reduction serves them, and no partial sum is copied before it.
+reduction adds the sums of all steps without copying them first.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ def unbind_weights(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def empty_partial_sums(weight: Tensor) -> Tensor:
-    """An empty tensor for the partial sums of dW of a launch that was given this weight."""
+    """An empty tensor for the partial sums of dW that a launch with this weight stores."""
     # Autograd restores the node that made a saved tensor, and the tensor's place in its results.
     buffer = getattr(weight.grad_fn, "partial_sums", None)
     if isinstance(buffer, _Buffer):

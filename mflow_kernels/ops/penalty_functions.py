@@ -32,9 +32,9 @@ class PenaltyFunction:
     Attributes:
         value, slope: rho(e) and rho'(e), elementwise.
         log_normalizer: log Z, the log of the integral of exp(-w rho(e)) over e, elementwise in w.
-        fitted_weight: from the mean of rho(e) over errors, a scalar > 0, the w with which the
-            density makes these errors most likely. It solves mean + d log Z / dw = 0.
-        draw: called with w > 0, delta and a generator. Returns an e of the density for each w.
+        fitted_weight: the w > 0 for which errors with a given mean of rho(e) > 0, a scalar, are
+            most likely. It solves mean + d log Z / dw = 0.
+        draw: an error drawn from the density for each w > 0, given w, delta and a generator.
     """
 
     value: Callable[[Tensor, float], Tensor]

@@ -14,6 +14,7 @@ Shapes: halves (N, C_b, *spatial), params (N, 2 * C_b, *spatial). dtypes: as `af
 Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,11 +31,11 @@ from mflow_kernels.ops.coupling import (
     load_params,
     store_params,
 )
-from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
-from mflow_kernels.ops.layouts import channels_first, dense_pixels, pixels
-from mflow_kernels.ops.precision import TL_DTYPE, accumulator
+from mflow_kernels.ops.elementwise import launch_elementwise
+from mflow_kernels.ops.launch import RUN_TIME, uses_triton
+from mflow_kernels.ops.layouts import channels_first, dense_pixels
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
+from mflow_kernels.ops.tiles import columns, elementwise_tile
 
 
 class RebuiltCoupling(NamedTuple):
@@ -106,26 +107,21 @@ def launch_rebuild_coupling(
 ) -> RebuiltCoupling:
     """One launch. z_b is half of the coupling's output or, if `y_given`, of its input."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
-    n, c_b, p = z_b.shape[0], z_b.shape[1], pixels(z_b)
     y_b = None if y_given else torch.empty_like(z_b)
     dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
     block_c, block_p = elementwise_tile(z_b)
     if block_c <= 8 and not channels_first(z_b):
         block_p //= 2  # with whole tiles, narrow pixels spill
-    tiles = tile_columns(n, p, block_p)
-    if n:
-        launch(
-            _rebuild_coupling_kernel,
-            (tiles.programs,),
-            *(strided(z_b), strided(params), strided(dz_b), dlogdet.contiguous()),
-            *(strided(y_b), strided(dy_b), strided(dparams), n, p),
-            C_B=c_b,
-            SCALE=scale,
-            INVERSE=inverse,
-            DTYPE=TL_DTYPE[accumulator(z_b.dtype)],
-            BLOCK_C=block_c,
-            COLUMNS=tiles.columns,
-        )
+    launch_elementwise(
+        _rebuild_coupling_kernel,
+        z_b,
+        *(strided(z_b), strided(params), strided(dz_b), dlogdet.contiguous()),
+        *(strided(y_b), strided(dy_b), strided(dparams)),
+        tile=(block_c, block_p),
+        C_B=z_b.shape[1],
+        SCALE=scale,
+        INVERSE=inverse,
+    )
     return RebuiltCoupling(z_b if y_b is None else y_b, dy_b, dparams)
 
 
@@ -148,9 +144,9 @@ def rebuild_coupling(
         params: (N, 2 * C_b, *spatial), the network's output.
         scale, inverse: those of the forward pass.
     """
-    if not uses_triton(z_b) and cpu.serves(z_b):
-        return RebuiltCoupling(
-            *cpu.rebuild_coupling(z_b, dz_b, dlogdet, params, scale, inverse, y_given)
-        )
-    run = launch_rebuild_coupling if uses_triton(z_b) else rebuild_coupling_ref
-    return run(z_b, dz_b, dlogdet, params, scale, inverse, y_given)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = rebuild_coupling_ref
+    if uses_triton(z_b):
+        run = launch_rebuild_coupling
+    elif cpu.serves(z_b):
+        run = cpu.rebuild_coupling
+    return RebuiltCoupling(*run(z_b, dz_b, dlogdet, params, scale, inverse, y_given))

@@ -86,8 +86,8 @@ def refuse_second_derivative(name: str) -> None:
 
 
 def operator(registered: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the registered operator, or its plain `forward` where the operator does not work.
+    """Return the registered operator, or its plain `forward` if a transform is on.
 
-    It does not work under forward-mode differentiation and in transforms of torch.func.
+    The operator works neither under forward-mode differentiation nor in transforms of torch.func.
     """
     return forward if transformed() else registered

@@ -1,7 +1,7 @@
 r"""The scale functions of affine couplings: from a network's raw output to s > 0.
 
     sigmoid   s = sigmoid(raw + offset) + eps                     Glow's (arXiv 1807.03039)
-    exp       s = exp(raw)                                        RealNVP's without its tanh
+    exp       s = exp(raw)                                        RealNVP without its tanh
     tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
     atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
 

@@ -1,6 +1,5 @@
 """Properties that every operator has, independent of its formula."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,6 +9,8 @@ from cases import (
     FLOW_OPERATORS,
     IN_PLACE,
     OPCHECKS,
+    Calls,
+    allocated,
     compiles,
     learned,
     normal,
@@ -17,7 +18,6 @@ from cases import (
     sample,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mflow_kernels import Glow
@@ -39,9 +39,10 @@ CASES = [
 ]
 
 
-def run(op, inputs):
-    """All outputs and gradients, for cotangents that depend only on the inputs' shapes."""
-    outputs = op.call(*inputs.values(), **options(op))
+def run(op, inputs, function=None):
+    """All outputs and gradients of the operator, or of `function` in its place. The cotangents
+    depend only on the shapes."""
+    outputs = tree_leaves((function or op.function)(*inputs.values(), **options(op)))
     torch.manual_seed(1)
     cotangents = [torch.randn_like(y) for y in outputs]
     return [*outputs, *torch.autograd.grad(outputs, learned(inputs), cotangents)]
@@ -62,12 +63,7 @@ def test_compiles_whole(op, layout, device):
     torch.compiler.reset()
     inputs = sample(op, (2, 5, 3, 4), device=device, layout=layout)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-    eager = run(op, inputs)
-    torch.manual_seed(1)
-    outputs = tree_leaves(compiled(*inputs.values(), **options(op)))
-    cotangents = [torch.randn_like(y) for y in outputs]
-    grads = torch.autograd.grad(outputs, learned(inputs), cotangents)
-    for got, expected in zip([*outputs, *grads], eager, strict=True):
+    for got, expected in zip(run(op, inputs, compiled), run(op, inputs), strict=True):
         torch.testing.assert_close(got, expected)
         assert got.stride() == expected.stride()
 
@@ -80,36 +76,12 @@ def test_same_bits_twice(op, device):
         assert torch.equal(first, second)
 
 
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Fill every result of torch.empty and similar functions with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(1).isnan()
-    assert torch.ones(2).new_empty(2, dtype=torch.float64).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 @every
 def test_outputs_are_wholly_written(op, shape, layout, kernel_device):
     for result in run(op, sample(op, shape, device=kernel_device, layout=layout)):
         assert result.isfinite().all()
-
-
-def allocated(call) -> tuple[list[Tensor], int]:
-    """The result of `call`, and the number of bytes that it allocated."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = call()
-    events = profile.events()
-    return result, sum(
-        max(event.self_cpu_memory_usage, 0) + max(event.self_device_memory_usage, 0)
-        for event in events
-    )
 
 
 @pytest.mark.parametrize("layout", IN_PLACE)
@@ -161,23 +133,10 @@ def test_empty_batch(op, shape, device):
         assert not grad.any()
 
 
-class Recorder(TorchDispatchMode):
-    """The calls of this package's operators, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[tuple]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mflow":
-            self.calls.setdefault(func._schema.name, []).append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
 @cache
 def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
-    """Calls of every operator, as the public functions and a flow make them."""
-    with Recorder() as recorder:
+    """Calls of every operator by its name, as the public functions and a flow make them."""
+    with Calls() as calls:
         for op in FLOW_OPERATORS.values():
             layout = "contiguous" if "inverse" in op.id else "second half, channels_last"
             run(op, sample(op, (2, 4, 5, 4), device=device, layout=layout))
@@ -185,7 +144,10 @@ def recorded_calls(device: torch.device) -> dict[str, list[tuple]]:
         z, logdet = glow(normal(2, 1, 6, 4, device=device))
         back, negative = glow.inverse(z)
         (back.sum() + negative.sum() + logdet.sum()).backward()
-    return recorder.calls
+    by_name: dict[str, list[tuple]] = {}
+    for func, args in calls.found:
+        by_name.setdefault(func._schema.name, []).append((func, args))
+    return by_name
 
 
 # The masked penalty and the coupling network have test files of their own.

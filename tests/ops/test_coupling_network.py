@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, OPCHECKS, normal, on_tensor_cores
+from cases import LAYOUTS, OPCHECKS, Calls, normal, on_tensor_cores
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops import coupling_network_launches as launches
@@ -23,9 +21,10 @@ from mflow_kernels.ops.coupling_network_launches import launch_network, pack
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
-# x's shape, width and C_out. The cases: vectors; one pixel; one row; odd channels and sizes with
-# several tiles of pixels; dW2 outside the kernels; taps in several blocks of columns; wide states.
-CASES = [
+Case = tuple[tuple[int, ...], int, int]  # x's shape, width and C_out
+# Vectors; one pixel; one row; odd channels and sizes with several tiles of pixels; dW2 outside the
+# kernels; taps in several blocks of columns; wide states.
+CASES: list[Case] = [
     ((37, 9), 40, 10),
     ((1, 1, 1, 1), 16, 2),
     ((3, 2, 1, 6), 32, 5),
@@ -34,9 +33,8 @@ CASES = [
     ((1, 9, 4, 4), 136, 30),
     ((1, 22, 3, 3), 40, 44),
 ]
-# Tiles of 64 pixels. The cases: tiles that begin and end within a row; two tiles in one row; tiles
-# of whole rows.
-TILED = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
+# Tiles of 64 pixels that begin and end within a row, that share a row, or that hold whole rows.
+TILED: list[Case] = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
 
 
 class _Rounded(torch.autograd.Function):
@@ -88,7 +86,7 @@ def gradients(
     return params, *torch.autograd.grad(params, given, dparams.to(params.dtype))
 
 
-def compare(given: list[Tensor]) -> None:
+def assert_matches(given: list[Tensor]) -> None:
     x = given[0]
     params = coupling_network(*given)
     dparams = normal(*params.shape, device=x.device).to(x.dtype)
@@ -119,31 +117,21 @@ def test_unfenced_copies_are_not_pipelined(monkeypatch) -> None:
     monkeypatch.setattr(
         launches, "launch", lambda kernel, *_, **options: seen.update({kernel.__name__: options})
     )
-    x, w1, w2, w3 = (
-        normal(1, 2, 3, 3),
-        normal(16, 2, 3, 3),
-        normal(16, 16, 1, 1),
-        normal(4, 16, 3, 3),
-    )
-    x, w1, w2, w3 = (t.bfloat16() for t in (x, w1, w2, w3))
-    biases = torch.zeros(16), torch.zeros(16), torch.zeros(4)
-    launch_network(x, pack(x, w1, w2, w3), *biases, True)
+    given = [t.detach() for t in sample((1, 2, 3, 3), 16, 4, torch.bfloat16, torch.device("cpu"))]
+    x, w1, b1, w2, b2, w3, b3 = given
+    launch_network(x, pack(x, w1, w2, w3), b1, b2, b3, True)
     assert seen["_network_kernel"]["num_stages"] == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(
-    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
-) -> None:
-    compare(sample(*case, dtype, kernel_device))
+def test_values_and_gradients(kernel_device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    assert_matches(sample(*case, dtype, kernel_device))
 
 
 @pytest.mark.parametrize("case", TILED, ids=str)
-def test_taps_of_neighbours_in_other_tiles(
-    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int]
-) -> None:
-    compare(sample(*case, torch.bfloat16, kernel_device))
+def test_taps_of_neighbours_in_other_tiles(kernel_device: torch.device, case: Case) -> None:
+    assert_matches(sample(*case, torch.bfloat16, kernel_device))
 
 
 def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:
@@ -159,19 +147,19 @@ def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) ->
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "second half, channels_last"])
 def test_layouts(kernel_device: torch.device, layout: str) -> None:
-    compare(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
+    assert_matches(sample((2, 3, 5, 7), 20, 8, torch.bfloat16, kernel_device, layout))
 
 
 def test_wide_weights_are_rounded(kernel_device: torch.device) -> None:
     """Weights and their gradients are in float32, as under autocast."""
     given = sample((2, 3, 4, 4), 32, 8, torch.bfloat16, kernel_device, weights=torch.float32)
-    compare(given)
+    assert_matches(given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_hidden_tensors_change_no_bit(
-    kernel_device: torch.device, case: tuple[tuple[int, ...], int, int], dtype: torch.dtype
+    kernel_device: torch.device, case: Case, dtype: torch.dtype
 ) -> None:
     """A reversible chain runs a network twice: without stored hidden tensors, then with them."""
     given = [t.detach() for t in sample(*case, dtype, kernel_device)]
@@ -208,11 +196,12 @@ def test_the_kernels_skip_gradients_of_frozen_weights(
             t.requires_grad_(False)
         params = coupling_network(*given)
         kernels.clear()
-        with Operators() as operators:
+        with Calls() as calls:
             (dx,) = torch.autograd.grad(params, given[0], torch.ones_like(params))
         assert torch.equal(dx, expected)
         assert kernels == ["_dh2_kernel", "_dh1_kernel", "_sum_taps_kernel"]
-        assert not {"sum", "mm"} & {name for name, _ in operators.calls}
+        ran = {func.overloadpacket for func, _ in calls.found}
+        assert not {torch.ops.aten.sum, torch.ops.aten.mm} & ran
 
 
 @pytest.fixture
@@ -225,7 +214,7 @@ def tf32() -> Iterator[None]:
 
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("case", CASES[1:] + TILED[:2], ids=str)
-def test_tf32(kernel_device: torch.device, case: tuple[tuple[int, ...], int, int]) -> None:
+def test_tf32(kernel_device: torch.device, case: Case) -> None:
     """float32 networks, whose factors tensor cores round to TF32.
 
     TF32 keeps 10 bits: rounded or cut off, a factor is off by at most 2^-10 of itself, and a
@@ -320,14 +309,17 @@ def epilogues(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-LAYERED = [((5, 3), 6, 4), ((1, 2, 1, 1), 7, 2), ((2, 3, 5, 4), 130, 6), ((2, 49, 3, 3), 8, 98)]
+LAYERED: list[Case] = [
+    ((5, 3), 6, 4),
+    ((1, 2, 1, 1), 7, 2),
+    ((2, 3, 5, 4), 130, 6),
+    ((2, 49, 3, 3), 8, 98),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LAYERED, ids=str)
-def test_layer_by_layer(
-    case: tuple[tuple[int, ...], int, int], dtype: torch.dtype, epilogues: list[str]
-) -> None:
+def test_layer_by_layer(case: Case, dtype: torch.dtype, epilogues: list[str]) -> None:
     """Networks without a kernel have the values and gradients of torch's layers."""
     given = sample(*case, dtype, torch.device("cpu"))
     expected = coupling_network_ref(*given)[0]
@@ -350,91 +342,9 @@ def test_frozen_weights_cost_no_gradients(epilogues: list[str]) -> None:
         t.requires_grad_(False)
     expected = torch.autograd.grad(coupling_network_ref(*given)[0].sum(), given[0])
     params = coupling_network(*given, kernels=False)
-    with Operators() as operators:
+    with Calls() as calls:
         (dx,) = torch.autograd.grad(params.sum(), given[0])
     assert torch.equal(dx, expected[0])
-    masks = [args[-1] for name, args in operators.calls if name == "convolution_backward"]
+    backward = torch.ops.aten.convolution_backward.default
+    masks = [args[-1] for func, args in calls.found if func == backward]
     assert masks == [[True, False, False]] * 3
-
-
-class Operators(TorchDispatchMode):
-    """Records the operators of torch that run, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func.overloadpacket.__name__, args))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_cpu_has_no_epilogues() -> None:
-    """A network on a CPU runs torch's layers, under the interpreter of kernels too."""
-    given = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
-    assert module.implementation(given[0], given[1:]) == "torch"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "channels", "expected"),
-    [
-        (torch.float32, 12, ["torch", "layers"]),
-        (torch.float64, 12, []),
-        (torch.bfloat16, 12, ["torch", "layers", "kernels"]),
-        (torch.bfloat16, 96, ["torch", "layers"]),
-    ],
-    ids=str,
-)
-def test_candidates_on_a_card(
-    dtype: torch.dtype, channels: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A card compares every implementation that supports the network."""
-    found: list[str] = []
-
-    class OnCard:
-        """A CPU tensor whose `is_cuda` is true."""
-
-        def __init__(self, x: Tensor) -> None:
-            self.__dict__["x"] = x
-
-        def __getattr__(self, name: str) -> Any:
-            return True if name == "is_cuda" else getattr(self.x, name)
-
-    def fastest(key: str, candidates: Any, device: torch.device) -> str:
-        found.extend(candidates)
-        return "layers"
-
-    monkeypatch.setattr(module, "fastest", fastest)
-    monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
-    monkeypatch.setattr(module, "uses_triton", lambda x: True)
-    # A choice that is known must launch nothing, and drawing cannot be captured in a graph.
-    monkeypatch.setattr(module, "_drawn", lambda *given: pytest.fail("drawn without a measurement"))
-    half = channels // 2
-    x, *weights = sample((2, half, 4, 4), 16, 2 * half, dtype, torch.device("cpu"))
-    chosen = module.implementation(OnCard(x), weights)  # type: ignore[arg-type]
-    assert found == expected
-    assert chosen == ("layers" if expected else "torch")
-    monkeypatch.setenv("MFLOW_NETWORK", "torch")
-    assert module.implementation(OnCard(x), weights) == "torch"  # type: ignore[arg-type]
-
-
-def test_nothing_is_measured_with_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_cudnn", lambda device: True)
-    monkeypatch.setattr(module, "fastest", lambda *given: pytest.fail("measured"))
-    with FakeTensorMode():
-        x, *weights = sample((2, 3, 4, 4), 16, 6, torch.bfloat16, torch.device("cpu"))
-        x, *weights = (torch.empty_like(t, device="cuda") for t in (x, *weights))
-        assert module.implementation(x, weights) == "torch"
-
-
-def test_what_a_card_compares_is_no_zero_network() -> None:
-    """A new network has a last layer of zeros, which hides errors of all the others."""
-    x, *weights = sample((2, 3, 4, 4), 8, 4, torch.float32, torch.device("cpu"))
-    weights[4] = torch.zeros_like(weights[4])
-    state = torch.get_rng_state()
-    results = module._train(
-        lambda *given: coupling_network_ref(*given)[0], lambda: module._drawn(x, weights)
-    )
-    assert len(results) == 8
-    assert all(0.01 < t.detach().abs().max() < 1e4 for t in results)
-    assert torch.equal(torch.get_rng_state(), state)

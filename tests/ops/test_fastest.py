@@ -63,7 +63,7 @@ def test_the_faster_one_is_measured_once(file: Path) -> None:
     assert choose("a", never, never)
     assert not choose("b", never, never)
     assert list(file.parent.iterdir()) == [file]
-    key = fastest._on_this_card("a", CARD)
+    key = f"{fastest._card(CARD)}, a"
     assert key.startswith(f"a card, torch {torch.__version__}, triton ")
     assert json.loads(file.read_text())[key] == "kernels"
 
@@ -121,7 +121,7 @@ def test_a_caller_disturbs_no_candidate(file: Path, inference: bool) -> None:
 )
 def test_a_torn_file_is_no_file(file: Path, content: str) -> None:
     file.parent.mkdir()
-    key = fastest._on_this_card("a", CARD)
+    key = f"{fastest._card(CARD)}, a"
     file.write_text(content.replace("%s", key), encoding="latin-1")
     assert not choose("a", took(2.0), took(1.0))
     assert json.loads(file.read_text())[key] == "torch"

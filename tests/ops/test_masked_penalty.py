@@ -1,12 +1,11 @@
 import importlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from cases import allocated
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.masked_penalty import (
@@ -20,6 +19,8 @@ from mflow_kernels.testing import assert_close
 if KERNELS_ON_CPU:
     pytest.skip("the penalty has no Triton kernel", allow_module_level=True)
 
+# torch.empty returns NaN, so that no unwritten value is right by chance.
+pytestmark = pytest.mark.usefixtures("poison")
 module = importlib.import_module("mflow_kernels.ops.masked_penalty")
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -47,14 +48,6 @@ BROADCASTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """torch.empty returns NaN, so that no unwritten value is right by chance."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (1.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
@@ -69,7 +62,7 @@ def broadcast(name: str, shape: tuple[int, ...], device: torch.device, seed: int
     return torch.rand(small, generator=generator).to(device)
 
 
-def check(
+def assert_matches(
     x: Tensor,
     target: Tensor | None = None,
     mask: Tensor | None = None,
@@ -105,10 +98,12 @@ def test_layouts(device: torch.device, dtype: torch.dtype, rho: str) -> None:
     for layout in LAYOUTS.values():
         for shape in ((3, 4, 8, 16), (3, 3, 5, 7)):
             x = layout(random(shape, dtype, device, 0))
-            check(x, rho=rho)
+            assert_matches(x, rho=rho)
             for other in LAYOUTS.values():
                 target = other(random(shape, dtype, device, 1))
-                check(x, target, mask=broadcast("pixel", shape, device, 2), weight=0.3, rho=rho)
+                assert_matches(
+                    x, target, mask=broadcast("pixel", shape, device, 2), weight=0.3, rho=rho
+                )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "inner permuted"])
@@ -122,7 +117,7 @@ def test_masks_and_weights_broadcast(device: torch.device, dtype: torch.dtype, l
                 weight = broadcast(of_weight, shape, device, 2)
                 if mask is not None and i % 2:
                     mask = mask > 0.4
-                check(x, mask=mask, weight=0.3 if weight is None else weight)
+                assert_matches(x, mask=mask, weight=0.3 if weight is None else weight)
 
 
 def test_mask_in_another_memory_format(device: torch.device) -> None:
@@ -131,7 +126,9 @@ def test_mask_in_another_memory_format(device: torch.device) -> None:
         for of_mask in LAYOUTS.values():
             x = of_x(random(shape, torch.float32, device, 0))
             mask = of_mask(random(shape, torch.float32, device, 1)) > 0
-            check(x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs())
+            assert_matches(
+                x, mask=mask, weight=of_mask(random(shape, torch.float32, device, 2)).abs()
+            )
 
 
 @pytest.mark.parametrize(
@@ -146,16 +143,18 @@ def test_sizes(device: torch.device, shape: tuple[int, ...]) -> None:
     x, target = (random(shape, torch.float32, device, i) for i in range(2))
     middle = (1,) * (len(shape) - 2)
     mask = random((shape[1], *middle), torch.float32, device, 2) > 0
-    check(x, target)
-    check(x, target, mask=mask)
-    check(x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs())
+    assert_matches(x, target)
+    assert_matches(x, target, mask=mask)
+    assert_matches(
+        x, mask=mask, weight=random((shape[0], 1, *middle), torch.float32, device, 3).abs()
+    )
 
 
 def test_more_axes_than_the_kernels_walk(device: torch.device) -> None:
     shape = (2, 3, 2, 3, 2, 4)
     x = random(shape, torch.float32, device, 0).transpose(1, 4)
     mask = random((2, 2, 1, 3, 1, 4), torch.float32, device, 1) > 0
-    check(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
+    assert_matches(x, x.flip(1), mask=mask, weight=random((3, 1), torch.float32, device, 2).abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +172,7 @@ def test_special_values(device: torch.device, dtype: torch.dtype) -> None:
     ]
     x = torch.tensor(values, dtype=dtype, device=device)[:, None]
     for rho in RHOS:
-        check(x, rho=rho)
+        assert_matches(x, rho=rho)
     for bad in (math.inf, -math.inf, math.nan):
         x = torch.full((1, 3), bad, dtype=dtype, device=device)
         for rho in RHOS:
@@ -299,20 +298,6 @@ def test_same_bits(device: torch.device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-class _Fresh(TorchDispatchMode):
-    """Adds up the elements of every new tensor that an aten call returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for t in result if isinstance(result, tuple) else (result,):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
-                self.elements += t.numel()
-        return result
-
-
 @pytest.mark.skipif(module._C is None, reason="csrc is not built")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_hidden_copies(device: torch.device, layout: str) -> None:
@@ -322,12 +307,11 @@ def test_no_hidden_copies(device: torch.device, layout: str) -> None:
     assert mask is not None
     problem = (x, target, mask > 0.5, weight, 1.0, "huber", 1.0)
     tiles = x[0].numel() // 1024
-    with _Fresh() as fresh:
-        penalty, gaussian = module._forward(*problem)
-    assert fresh.elements <= 2 * 4 + 2 * 4 * tiles + 2  # results, partial sums, weight's range
-    with _Fresh() as fresh:
-        module._backward(penalty, gaussian, *problem, True, True)
-    assert fresh.elements == 2 * x.numel()
+    sums, cost = allocated(lambda: module._forward(*problem))
+    # Results, partial sums and the range of weights. CUDA rounds each tensor up to 512 bytes.
+    assert cost <= 4 * (2 * 4 + 2 * 4 * tiles + 2) + (3 * 512 if x.is_cuda else 0)
+    gradients, cost = allocated(lambda: module._backward(*sums, *problem, True, True))
+    assert cost == sum(gradient.nbytes for gradient in gradients)
 
 
 @pytest.mark.skipif(module._C is None, reason="csrc is not built")
@@ -412,4 +396,6 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
     cpu = torch.device("cpu")
     for dtype in DTYPES:
         x, target = (random((2, 3, 4, 5), dtype, cpu, i) for i in range(2))
-        check(LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0))
+        assert_matches(
+            LAYOUTS["channels_last"](x), target, mask=broadcast("pixel", (2, 3, 4, 5), cpu, 0)
+        )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DIFFERENTIABLE, learned, normal, options, sample
+from cases import DIFFERENTIABLE, learned, normal, options, perturbed, sample
 from torch.autograd import forward_ad
 
 from mflow_kernels import Glow, Split
@@ -33,10 +33,7 @@ def test_operators_carry_tangents(name, device):
 @pytest.mark.parametrize("grad", [True, False])
 def test_flows_carry_tangents(reversible, grad, device):
     """Tangents agree with gradients: w . (J v) = (J^T w) . v."""
-    flow = Glow((2, 4, 4), 2, 1, 4, reversible=reversible).double().to(device)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    flow = perturbed(Glow((2, 4, 4), 2, 1, 4, reversible=reversible).double().to(device))
     x = normal(3, 2, 4, 4, dtype=torch.float64, device=device).requires_grad_()
     v = torch.randn_like(x)
 

@@ -22,8 +22,6 @@ def _computed(sign: str, operands: list[str]) -> str:
 def _narrow(t: Translator, i: Instruction) -> None:
     """Arithmetic on one 16-bit float, or on a pair in 32 bits."""
     kind, pair = i.type.removesuffix("x2"), i.type.endswith("x2")
-    if "relu" in i.parts or "sat" in i.parts:
-        raise Unsupported(i.op)
     halves = []
     for shift in (0, 16) if pair else (0,):
         words = [t.read(a, "b32" if pair else "b16") for a in i.args[1:]]
@@ -73,8 +71,6 @@ def _flushed(i: Instruction, expression: str) -> str:
 def _binary(t: Translator, i: Instruction) -> None:
     if i.name in ("add", "sub", "mul") and _other_float(t, i):
         return
-    if "cc" in i.parts or "sat" in i.parts:
-        raise Unsupported(i.op)
     if i.type in ("u16x2", "s16x2"):
         return _pair_of_integers(t, i)
     if i.name == "mul" and not is_float(i.type) and "lo" not in i.parts:
@@ -117,8 +113,6 @@ def _fma(t: Translator, i: Instruction) -> None:
     if is_float(i.type):
         operands = ", ".join(t.read(a, i.type) for a in i.args[1:])
         return t.put(i.args[0], _flushed(i, f"fma{SIZES[i.type] * 8}({operands})"))
-    if "cc" in i.parts or "sat" in i.parts:
-        raise Unsupported(i.op)
     last = t.read(i.args[3], f"u{SIZES[i.type] * (16 if 'wide' in i.parts else 8)}")
     t.put(i.args[0], f"M.bits({_product(t, i)}) + {last}")
 
@@ -213,14 +207,14 @@ def _setp(t: Translator, i: Instruction) -> None:
         result = f"{a} {COMPARISONS[comparison]} {b}"
         if comparison == "ne" and i.type in ("f16", "bf16", "f32", "f64"):
             result = f"({result}) & ~({unordered})"
+    results = [f"({result})", f"~({result})"]  # of p and q in p|q
     if i.parts[2] in ("and", "or", "xor"):
         other = str(i.args[3])
         c = f"~{t.read(other[1:], 'pred')}" if other.startswith("!") else t.read(other, "pred")
-        result = f"({result}) {SIGNS[i.parts[2]]} {c}"
-    both = str(i.args[0]).split("|")
-    if len(both) == 2:
-        t.put(both[1], f"~({result})")
-    t.put(both[0], result)
+        results = [f"{r} {SIGNS[i.parts[2]]} {c}" for r in results]
+    t.write(f"v = {', '.join(results)}")
+    for j, place in enumerate(str(i.args[0]).split("|")):
+        t.put(place, f"v[{j}]")
 
 
 def _setp_of_a_pair(t: Translator, i: Instruction) -> None:
@@ -268,13 +262,13 @@ def _cvta(t: Translator, i: Instruction) -> None:
 def _cvt(t: Translator, i: Instruction) -> None:
     to, source = i.parts[-2:]
     mode = next((p for p in i.parts[1:-2] if p.startswith("r")), None)
-    if {"relu", "sat", "satfinite"} & set(i.parts):
-        raise Unsupported(i.op)
     if to == "tf32":
         if mode != "rna":
             raise Unsupported(i.op)
         return t.put(i.args[0], f"tf32_bits({t.read(i.args[1], 'u32')})")
     if to in ("bf16x2", "f16x2"):
+        if mode != "rn":
+            raise Unsupported(i.op)
         form = "bf16_bits({})" if to == "bf16x2" else "({}).astype(f2).view(u2)"
         high, low = (form.format(f"M.spread({t.read(x, 'f32')})") for x in i.args[1:3])
         return t.put(i.args[0], f"(({high}).astype(u4) << u4(16)) | ({low}).astype(u4)")
@@ -290,6 +284,8 @@ def _cvt(t: Translator, i: Instruction) -> None:
         return t.put(i.args[0], _float_to_float(i, a, source, to, mode))
     if is_float(source):
         return t.put(i.args[0], f"to_integer({a}, {numpy_kind(to)}, {mode!r})")
+    if mode not in (None, "rn"):
+        raise Unsupported(i.op)
     t.put(i.args[0], f"({a}).astype({numpy_kind(to)})")
 
 

@@ -51,8 +51,8 @@ class Launched:
 class Device:
     """The part of a Triton driver that compiling and launching need.
 
-    With `raises`, a launch with a fault raises `Violation`. `TensorCores` gets `late`. Tests of the
-    checks set `edit`, which changes the PTX before it runs.
+    With `raises`, a launch with a fault raises `Violation`. See `TensorCores` about `late`. Tests
+    of the checks set `edit`, a function that changes the PTX before it runs.
     """
 
     def __init__(self, arch: str, late: bool = False, raises: bool = True) -> None:

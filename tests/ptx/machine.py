@@ -33,7 +33,7 @@ class Program:
 
 
 class Machine:
-    """One launch. `shared` is its dynamic shared memory in bytes; `TensorCores` gets `late`."""
+    """One launch, with `shared` bytes of dynamic shared memory. See `TensorCores` about `late`."""
 
     def __init__(
         self,

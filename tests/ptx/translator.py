@@ -18,6 +18,11 @@ from ptx.parser import SIZES, Address, Instruction, Kernel, Operand, Unsupported
 
 SHARED_BASE = 0x1000  # address of the first byte of shared memory; not 0, so that null is invalid
 
+# Modifiers that change a result and that no instruction here implements, except `cvt`, which rounds
+# in several directions.
+MODIFIERS = {"cc", "relu", "sat", "satfinite"}
+DIRECTIONS = {"rm", "rp", "rz"}
+
 Emit = Callable[["Translator", Instruction], None]
 INSTRUCTIONS: dict[str, Emit] = {}
 
@@ -76,7 +81,10 @@ class Translator:
             if now.jumps or now.waits:
                 continue  # the machine handles these
             self.at, self.now = at, now
+            refused = MODIFIERS if now.name == "cvt" else MODIFIERS | DIRECTIONS
             try:
+                if refused & set(now.parts):
+                    raise Unsupported(now.op)
                 INSTRUCTIONS[now.name](self, now)
             except (Unsupported, KeyError, IndexError, AttributeError) as error:
                 raise Unsupported(f"{' '.join(now.text.split())}: {error!r}") from error
