@@ -162,10 +162,9 @@ class Configuration:
     @property
     def absent(self) -> list[str]:
         """The tensors that the kernel can take and this launch leaves out."""
+        bound = self.launch.bound
         return [
-            name
-            for name, value in self.launch.bound.items()
-            if value is None and name in self.launch.kernel.arg_names and name.islower()
+            name for name in self.launch.kernel.arg_names if name.islower() and bound[name] is None
         ]
 
     @property

@@ -295,15 +295,15 @@ def launch_conv1x1(
     y = torch.empty_like(x)
     net = net_input(y, net_dtype)
     net_or_none = None if net_dtype is None else net
-    ledger = None
+    ledger, tile = None, conv1x1_tile(x.shape[1])
     if params is not None:
-        entries = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
+        entries = ledger_columns(x, tile.block_p)
         ledger = x.new_empty((len(x), entries), dtype=accumulator(x.dtype))
     tensors = (
         *(strided(x), strided(dnet), strided(params), weight, weight.stride(), bias),
         *(strided(y), strided(net_or_none), ledger),
     )
-    launch_product(_conv1x1_kernel, tensors, x, precision, scale, inverse)
+    launch_product(_conv1x1_kernel, tensors, x, precision, scale, inverse, tile)
     return y, net, ledger
 
 
@@ -314,12 +314,11 @@ def launch_product(
     precision: str,
     scale: ScaleFunction | None,
     inverse: bool,
-    warps: int | None = None,
+    tile: Conv1x1Tile,
 ) -> None:
     """Launch a kernel that multiplies W with a state like x: one program for each block of output
-    channels of each tile of columns. Without `warps`, it has those of `conv1x1_tile`."""
+    channels of each tile of columns."""
     n, c, p = x.shape[0], x.shape[1], pixels(x)
-    tile = conv1x1_tile(c)
     tiles = tile_columns(n, p, tile.block_p)
     if n:
         launch(
@@ -333,7 +332,7 @@ def launch_product(
             BLOCK_O=tile.block_o,
             BLOCK_C=tile.block_c,
             COLUMNS=tiles.columns,
-            num_warps=warps or tile.warps,
+            num_warps=tile.warps,
             maxnreg=tile.registers,
             # More stages than turns of the loop would only take shared memory and registers.
             num_stages=min(pipeline_stages(precision), triton.cdiv(c, tile.block_c)),

@@ -116,8 +116,9 @@ def _coupling_conv1x1_bwd_kernel(
     x_t = tl.load(at(x, n, c, p), mask=is_b, other=0.0).to(DTYPE)
     dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
-    tl.store(at(dx, n, c, p), dx_t, mask=inside)
     store_params(dparams, draw, dshift, n, c, p, valid, C)
+    # Store dx last: before dparams, 8 bytes spill at C = 96 on sm_80.
+    tl.store(at(dx, n, c, p), dx_t, mask=inside)
 
 
 def launch_coupling_conv1x1_backward(
@@ -140,9 +141,14 @@ def launch_coupling_conv1x1_backward(
         *(weight, weight.stride()[1:], dledger, dledger.stride()),
         *(strided(dx), strided(dparams)),
     )
-    # With 4 warps, 128 channels of dz and of the coupling's gradient spill on sm_80.
-    warps = 8 if x.shape[1] > 64 else 4
-    launch_product(_coupling_conv1x1_bwd_kernel, tensors, x, precision, scale, inverse, warps)
+    c = x.shape[1]
+    tile = conv1x1_tile(c)
+    if c > 64:
+        # With 4 warps, 128 channels of dz and of the coupling's gradient spill on sm_80. Two
+        # programs of 8 warps fit 128 registers. Without this limit, ptxas spills at C = 96 to fit a
+        # third one on sm_100. From C = 512 on, sm_90 spills with the limit.
+        tile = tile._replace(warps=8, registers=128 if c <= 128 else None)
+    launch_product(_coupling_conv1x1_bwd_kernel, tensors, x, precision, scale, inverse, tile)
     sums = launch_weight_gradient(dy, dnet, x, weight, precision, params, scale, inverse)
     return dx, dparams, *sums
 

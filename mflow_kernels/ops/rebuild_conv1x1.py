@@ -120,7 +120,8 @@ class RebuildTile(NamedTuple):
         block_p: columns of a tile.
         warps: warps of a program.
         programs: programs per multiprocessor; each stores a partial sum.
-        registers: most registers of a thread if x is stored; None leaves the limit to ptxas.
+        registers: most registers of a thread; None leaves the limit to ptxas.
+        registers_if_stored: the same for a launch that does not rebuild x.
     """
 
     kernel: Any
@@ -130,6 +131,7 @@ class RebuildTile(NamedTuple):
     warps: int
     programs: int
     registers: int | None = None
+    registers_if_stored: int | None = None
 
 
 # Channels whose three products one program computes. At 96 channels, Triton 3.6 compiles a program
@@ -138,7 +140,7 @@ MOST_SLICED = 96 if TorchVersion(triton.__version__) >= "3.9" else 64
 
 
 def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
-    """Tiles chosen by compiling for sm_80, sm_90 and sm_100; docs/results.md lists what spills."""
+    """Tiles that do not spill on sm_80, sm_90 and sm_100, as `benchmarks.reports.static` shows."""
     if dtype == torch.float64 or c > MOST_SLICED:
         block_o, block_c = (16 if c <= 16 else 32, 16) if dtype == torch.float64 else (128, 64)
         blocks = {"BLOCK_O": block_o, "BLOCK_C": block_c}
@@ -149,13 +151,17 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         half = 8 if c_b < 8 else 16  # more than c_b: the last place sums d bias
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
         # Four programs fit 128 registers. Without this limit, if x is stored, ptxas spills to fit a
-        # fifth one.
-        registers = 128 if half == 8 else None
-        return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs, registers)
+        # fifth one. If x is rebuilt, some launches need more than 128.
+        stored = 128 if half == 8 else None
+        kernel = _rebuild_conv1x1_kernel
+        return RebuildTile(kernel, blocks, 2 * half, 64, 4, programs, None, stored)
     if c <= 64:
         half = triton.next_power_of_2(c_b)
         warps = 2 * half // 16  # each warp takes 16 rows of a product
-        return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": half}, 2 * half, 16, warps, 2)
+        # A multiprocessor gets two programs, which fit 255 registers. Without this limit, ptxas
+        # spills at C = 48 to fit a third one.
+        kernel, blocks = _rebuild_conv1x1_sliced_kernel, {"SLICE": half}
+        return RebuildTile(kernel, blocks, 2 * half, 16, warps, 2, 255, 255)
     return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": 32}, 128, 32, 8, 1)
 
 
@@ -235,7 +241,7 @@ def launch_rebuild_conv1x1(
             **tile.blocks,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            maxnreg=tile.registers if weight_inverse is None else None,
+            maxnreg=tile.registers_if_stored if weight_inverse is None else tile.registers,
             num_stages=1,
         )
     return made

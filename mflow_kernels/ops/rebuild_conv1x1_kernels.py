@@ -46,7 +46,7 @@ def _rebuild_conv1x1_kernel(
     C_A: tl.constexpr = C // 2
     LAST: tl.constexpr = 2 * HALF - 1
     # At C = 24, dx before outer_sum spills for sm_100, and after it for sm_80.
-    DX_LAST: tl.constexpr = tl.target_info.cuda_capability_geq(10, 0)
+    DX_LAST: tl.constexpr = HALF == 16 and tl.target_info.cuda_capability_geq(10, 0)
     place = tl.arange(0, 2 * HALF)
     is_a = place // HALF == 0
     c = place % HALF
@@ -77,10 +77,14 @@ def _rebuild_conv1x1_kernel(
         if dnet[0] is None:
             dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         else:
-            # Load dnet first; in the other order ptxas spills for sm_100.
+            # In the other order, C = 12 spills on sm_100 and C = 24 on sm_80.
             at_dnet = at(dnet, n, c, p, PIXELS_FIRST=True)
-            dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
-            dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
+            if HALF == 8:
+                dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
+                dy_t += tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+            else:
+                dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
+                dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         if not DX_LAST:
             dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
             tl.store(at_halves(dx_a, dx_b, n, c, p, is_a), dx_t, inside)
@@ -145,19 +149,6 @@ def _rebuild_conv1x1_sliced_kernel(
         inside = (o[:, None] < C) & valid[None, :]
         y_t = ()
         if READS_ONCE:
-            dy_t = ()
-            dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
-            for i in tl.static_range(SLICES):
-                dy_slice = _load_slice(dy_a, dy_b, n, c, p, valid, C, SLICES, STEP, i)
-                if dnet[0] is not None and i * STEP < C // 2:
-                    is_a = (c[:, None] < C // 2 - i * STEP) & valid[None, :]
-                    at_dnet = at(dnet, n, i * STEP + c, p)
-                    dy_slice += tl.load(at_dnet, mask=is_a, other=0.0).to(tl.float32)
-                dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
-                exists = _in_slice(c, C, SLICES, STEP, i)
-                w_t = _load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
-                dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
-            tl.store(at(dx, n, o, p), dx_t, inside)
             x_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
                 y_slice = _load_slice(y_a, y_b, n, c, p, valid, C, SLICES, STEP, i)
@@ -172,6 +163,19 @@ def _rebuild_conv1x1_sliced_kernel(
                 if net[0] is not None:
                     is_a = (o[:, None] < C // 2) & valid[None, :]
                     tl.store(at(net, n, o, p), x_t, is_a)
+            dy_t = ()
+            dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
+            for i in tl.static_range(SLICES):
+                dy_slice = _load_slice(dy_a, dy_b, n, c, p, valid, C, SLICES, STEP, i)
+                if dnet[0] is not None and i * STEP < C // 2:
+                    is_a = (c[:, None] < C // 2 - i * STEP) & valid[None, :]
+                    at_dnet = at(dnet, n, i * STEP + c, p)
+                    dy_slice += tl.load(at_dnet, mask=is_a, other=0.0).to(tl.float32)
+                dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
+                exists = _in_slice(c, C, SLICES, STEP, i)
+                w_t = _load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
+                dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
+            tl.store(at(dx, n, o, p), dx_t, inside)
             dy_rows = tl.join(dy_t[0], dy_t[1])  # type: ignore[misc]
             if SLICES == 2:
                 dy_rows = tl.permute(dy_rows, (2, 0, 1))
@@ -393,8 +397,9 @@ def _store_products(
         x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
+            # y before the weights: after them, 8 bytes spill at C = 96 on sm_80.
             y_t = _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C, DTYPE)
+            w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
             x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
         tl.store(at(x, n, o, p), x_t, inside)
         if net[0] is not None:

@@ -119,7 +119,7 @@ def test_rebuilt_conv1x1_matches_the_reference(
     reason="a compiled kernel has the order of its own architecture",
 )
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 24, 5, 3), (1, 70, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 24, 5, 3), (1, 70, 3, 3)], ids=str)
 def test_the_order_of_products_of_each_architecture(
     kernel_device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
