@@ -25,8 +25,8 @@ class Classes(NamedTuple):
     numbers: np.ndarray
 
 
-def of_folders(names: Sequence[str]) -> Classes:
-    """Return classes that are the folders directly containing the images, in alphabetical order.
+def classes_of_folders(names: Sequence[str]) -> Classes:
+    """Return one class for each folder that directly contains images, in alphabetical order.
 
     Args:
         names: file name of each image, relative to the root, with slashes.
@@ -48,7 +48,7 @@ def of_folders(names: Sequence[str]) -> Classes:
     return Classes(tuple(found.tolist()), numbers.astype(np.int64))
 
 
-def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
+def classes_of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
     """Return one class for each combination of the chosen attributes.
 
     Args:
@@ -56,7 +56,8 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
         attributes: for each name, bool (N,): the images that have it.
 
     Raises:
-        DataError: there are no attributes, a name is unknown or given twice, or more than 6 are.
+        DataError: the images have no attributes, or `chosen` has an unknown name, a name twice or
+            more than 6 names.
     """
     names = [name.strip() for name in chosen.split(",")]
     if not attributes:

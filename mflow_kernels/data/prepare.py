@@ -18,13 +18,13 @@ import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,8 @@ SPLIT_SEED = 20220606  # fixed, so that runs of different seeds hold out the sam
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
 _IMAGES_WORTH_A_PROCESS = 256  # decoding this many takes about as long as starting a process
+
+_T = TypeVar("_T")
 
 
 def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
@@ -174,8 +176,9 @@ class _Work:
         self.digests += line["digests"]
         self.end = line["end"]
 
-    def names(self, source: Source) -> list[str]:
-        return [e.name for i, e in enumerate(source.entries) if i not in self.skipped]
+    def of_images(self, values: Iterable[_T]) -> list[_T]:
+        """Leave out the values, one for each entry, of entries that could not be read."""
+        return [value for i, value in enumerate(values) if i not in self.skipped]
 
 
 def _identity(source: Source, image_size: int) -> str:
@@ -289,7 +292,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     """Write the parts and the record after the images, then the header, and sync the file."""
-    names = work.names(source)
+    names = work.of_images(entry.name for entry in source.entries)
     if not names:
         first, why = next(iter(work.skipped.items()))
         raise DataError(
@@ -299,14 +302,13 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     if source.parts is None:
         part = _random_parts(len(names))
     else:
-        read = [part for i, part in enumerate(source.parts) if i not in work.skipped]
-        part = np.array(read, np.uint8)
+        part = np.array(work.of_images(source.parts), np.uint8)
     skipped = {name: "listed in the partition, but missing" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
-    attributes = {}
-    for name, values in source.attributes.items():
-        read = [value for i, value in enumerate(values) if i not in work.skipped]
-        attributes[name] = np.packbits(np.array(read, np.uint8)).tobytes().hex()
+    attributes = {
+        name: np.packbits(work.of_images(values)).tobytes().hex()
+        for name, values in source.attributes.items()
+    }
     record = Record(
         source=os.path.realpath(source.root),
         listing=work.identity,
