@@ -28,14 +28,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from mflow_kernels.data.decoding import (
-    Decoded,
-    Format,
-    any_in_colour,
-    decode,
-    digest,
-    start_worker,
-)
+from mflow_kernels.data.decoding import Decoded, Format, any_in_colour, decode, digest, start_worker
 from mflow_kernels.data.files import sync
 from mflow_kernels.data.manifest import TEST, TRAIN, is_digest
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
@@ -61,11 +54,7 @@ def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
 
 
 def prepare_images(
-    source: Source,
-    out: Path,
-    image_size: int,
-    workers: int | None = None,
-    overwrite: bool = True,
+    source: Source, out: Path, image_size: int, workers: int | None = None, overwrite: bool = True
 ) -> Prepared:
     """Write the prepared file `out`, or continue to write it. Wait if another process writes it.
 

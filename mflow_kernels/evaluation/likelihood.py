@@ -111,12 +111,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    model: HierarchicalFlow,
-    images: ImageSet,
-    n_bits: int,
-    *,
-    data: str,
-    device: torch.device,
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str, device: torch.device
 ) -> Evaluation:
     """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
     give the same metrics.
@@ -186,12 +181,7 @@ def _batches(what: str, images: ImageSet) -> Iterator[Batch]:
 
 @torch.no_grad()
 def importance_weighted_bits(
-    model: HierarchicalFlow,
-    images: ImageSet,
-    n_bits: int,
-    draws: int,
-    *,
-    device: torch.device,
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, draws: int, *, device: torch.device
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 

@@ -248,11 +248,7 @@ def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
 
 
 def _score_sets(
-    run: Run,
-    images: ImageSet,
-    title: str,
-    options: ReportOptions,
-    training: TrainingScores | None,
+    run: Run, images: ImageSet, title: str, options: ReportOptions, training: TrainingScores | None
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
     sets = {title: batch, **made_up_sets(batch)}

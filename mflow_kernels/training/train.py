@@ -17,21 +17,13 @@ from mflow_kernels.data.files import remove_temporary
 from mflow_kernels.data.printable import printable
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images
-from mflow_kernels.evaluation.samples import (
-    draw_projections,
-    draw_samples,
-    samples_by_temperature,
-)
+from mflow_kernels.evaluation.samples import draw_projections, draw_samples, samples_by_temperature
 from mflow_kernels.runs.checkpoints import METRICS, CheckpointFiles, Checkpoints
 from mflow_kernels.runs.folder import EVALUATION, create_run, record_changes
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.checks import CheckedRun, Loaded
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import (
-    FlowTraining,
-    compile_networks,
-    singular_means_divergence,
-)
+from mflow_kernels.training.module import FlowTraining, compile_networks, singular_means_divergence
 
 
 def train_and_evaluate(run: CheckedRun) -> list[Path]:
@@ -74,8 +66,7 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
     except (SystemExit, OSError):
         name = shlex.quote(printable(str(run.folder)))
         print(
-            f"interrupted; mflow train --resume --run-dir {name} continues the run",
-            file=sys.stderr,
+            f"interrupted; mflow train --resume --run-dir {name} continues the run", file=sys.stderr
         )
         raise
     finally:

@@ -42,15 +42,7 @@ def archive(tmp_path_factory):
     good = good.getvalue()
     path = tmp_path_factory.mktemp("zip") / "all.zip"
     with zipfile.ZipFile(path, "w") as file:
-        for name in (
-            "deflate64",
-            "method99",
-            "encrypted",
-            "crc",
-            "offset",
-            "longer",
-            "shorter",
-        ):
+        for name in ("deflate64", "method99", "encrypted", "crc", "offset", "longer", "shorter"):
             file.writestr(f"{name}.png", good)
         file.writestr("lzma.png", good, zipfile.ZIP_LZMA)
         file.writestr("bad-lzma.png", good * 9, zipfile.ZIP_LZMA)

@@ -183,10 +183,7 @@ class TestMissingParts:
 
 
 def test_metrics_that_are_not_finite_are_null():
-    assert _finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {
-        "a": [None, 1.0],
-        "b": [None],
-    }
+    assert _finite({"a": (math.inf, 1.0), "b": [math.nan]}) == {"a": [None, 1.0], "b": [None]}
 
 
 class TestWork:

@@ -261,8 +261,7 @@ class TestTwoProcesses:
 class TestResume:
     # Validation follows steps 2, 4 and 6, and 6 is the last step.
     @pytest.mark.parametrize(
-        ("hook", "step"),
-        [("training_step", 5), ("validation_step", 2), ("validation_step", 6)],
+        ("hook", "step"), [("training_step", 5), ("validation_step", 2), ("validation_step", 6)]
     )
     def test_the_rows_are_those_of_an_unbroken_run(
         self, hook, step, command, trained, tmp_path, monkeypatch
