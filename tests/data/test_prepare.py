@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -75,6 +77,7 @@ def test_processes_that_decode_start_with_sigint_blocked(
     assert seen == [True] * 5
     assert not blocked()
     assert (tmp_path / "a").read_bytes() == whole
+    assert listing(tmp_path) == ["a"]
 
 
 class TestFile:
@@ -107,11 +110,6 @@ class TestFile:
     def test_enlarged_images_are_counted(self, source, tmp_path):
         assert prepare_images(source, tmp_path / "a", 150).record.enlarged == COUNT - 1
 
-    def test_processes_write_the_same_bytes(self, source, small_blocks, whole, tmp_path):
-        prepare_images(source, tmp_path / "a", 16, workers=2)
-        assert (tmp_path / "a").read_bytes() == whole
-        assert listing(tmp_path) == ["a"]
-
     def test_other_images_or_another_size_are_recognized(self, celeba, tmp_path):
         folder = shutil.copytree(celeba, tmp_path / "celeba")
         prepare_images(find_images(folder), tmp_path / "a", 16)
@@ -133,6 +131,21 @@ def group_exists(group):
 
 class Killed(BaseException):
     """Stands for the death of the process, because nothing in the package catches it."""
+
+
+@contextmanager
+def fails_after_two_blocks(error, monkeypatch):
+    """Raise `error` at the fifth sync of a file; each block takes two."""
+    sync, calls = preparing._sync, itertools.count()
+
+    def failing(file):
+        if next(calls) == 4:
+            raise error
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_sync", failing)
+        yield
 
 
 class TestInterrupted:
@@ -168,25 +181,21 @@ class TestInterrupted:
         assert listing(tmp_path) == ["a"]
 
     @pytest.mark.parametrize(
-        "damage", ["torn journal", "garbage journal", "longer", "shorter", "rotten"]
+        ("name", "damage"),
+        [
+            pytest.param(".a.journal", lambda data: data[:-9], id="torn journal"),
+            pytest.param(".a.journal", lambda data: data + bytes(40) + b"\n", id="garbage journal"),
+            pytest.param(".a.partial", lambda data: data + b"half a block", id="longer"),
+            pytest.param(".a.partial", lambda data: data[: 4096 + 7 * 768 - 5], id="shorter"),
+            pytest.param(".a.partial", lambda data: data[:-1] + bytes([data[-1] ^ 1]), id="rotten"),
+        ],
     )
     def test_what_a_power_cut_may_leave(
-        self, damage, source, small_blocks, whole, tmp_path, monkeypatch
+        self, name, damage, source, small_blocks, whole, tmp_path, monkeypatch
     ):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
-        journal, partial = tmp_path / ".a.journal", tmp_path / ".a.partial"
-        if damage == "torn journal":
-            journal.write_bytes(journal.read_bytes()[:-9])
-        elif damage == "garbage journal":
-            journal.write_bytes(journal.read_bytes() + bytes(40) + b"\n")
-        elif damage == "longer":
-            partial.write_bytes(partial.read_bytes() + b"half a block")
-        elif damage == "rotten":
-            images = bytearray(partial.read_bytes())
-            images[-1] ^= 1
-            partial.write_bytes(images)
-        else:
-            partial.write_bytes(partial.read_bytes()[: 4096 + 7 * 3 * 16 * 16 - 5])
+        path = tmp_path / name
+        path.write_bytes(damage(path.read_bytes()))
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
@@ -212,17 +221,8 @@ class TestInterrupted:
 
     @staticmethod
     def stop_after_two_blocks(source, out, monkeypatch):
-        sync, calls = preparing._sync, iter(range(100))
-
-        def stopping(file):
-            if next(calls) == 4:
-                raise Killed
-            sync(file)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(preparing, "_sync", stopping)
-            with pytest.raises(Killed):
-                prepare_images(source, out, 16, workers=1)
+        with fails_after_two_blocks(Killed, monkeypatch), pytest.raises(Killed):
+            prepare_images(source, out, 16, workers=1)
 
     def test_kill_9_with_processes(self, celeba, source, whole, tmp_path):
         program = (
@@ -277,17 +277,10 @@ class TestDiskFull:
         assert listing(tmp_path) == []
 
     def test_on_the_way(self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys):
-        sync, calls = preparing._sync, iter(range(100))
-
-        def filling(file):
-            if next(calls) == 4:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            sync(file)
-
         out = tmp_path / "a"
         command = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
-        with monkeypatch.context() as patch:
-            patch.setattr(preparing, "_sync", filling)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with fails_after_two_blocks(full, monkeypatch):
             assert main([*command, "--workers", "1"]) == 1
         message = capsys.readouterr().err
         assert message.count("\n") == 1
