@@ -217,7 +217,7 @@ class EvaluatedImages(NamedTuple):
     name: str  # shown with the results
     skipped: tuple[str, ...]  # names of files that could not be read as images
     warning: str | None  # why the run may have been trained on some of these images
-    held_out: bool  # whether they are of the run's own data, and not other images
+    held_out: bool  # True for images that the run held out, False for images of other data
 
 
 def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
@@ -235,8 +235,9 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
     """
     recorded = read_manifest(run.folder)
     warning = None
-    held_out = data is None or run.config.data in (data, str(Path(data).resolve()))
-    if data is None or held_out:  # the first half narrows the type of data
+    if data is not None and run.config.data in (data, str(Path(data).resolve())):
+        data = None
+    if data is None:
         name = run.config.data_name
         splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
         images, skipped = splits.test, splits.skipped
@@ -259,7 +260,7 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
         if trained_on:
             warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
-    return EvaluatedImages(images, name, skipped, warning, held_out)
+    return EvaluatedImages(images, name, skipped, warning, held_out=data is None)
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:
