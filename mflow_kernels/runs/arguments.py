@@ -75,9 +75,9 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
     return option.default
 
 
-def argument_texts(options: type) -> dict[str, str]:
-    """Return the text for each argument in the docstring of a class."""
+def argument_texts(thing: Any) -> dict[str, str]:
+    """Return the text for each argument in the docstring of a class or function."""
     # Python before 3.13 keeps the indentation of the source; `cleandoc` removes it.
-    lines = inspect.cleandoc(options.__doc__ or "").partition("Args:")[2]
+    lines = inspect.cleandoc(thing.__doc__ or "").partition("Args:")[2]
     texts = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}

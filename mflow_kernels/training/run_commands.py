@@ -33,9 +33,10 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
-        ambient: Also draw the off-manifold coordinates, which otherwise are zero.
+        ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
+        class_name: Name of the class to draw; by default a row for each class is drawn.
     """
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
     from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
@@ -144,8 +145,8 @@ def evaluate(
     features: str = "inception",
     feature_images: int = 10_000,
     ood: str | None = None,
-    quick: bool = False,
     ambient: bool = False,
+    quick: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -168,8 +169,9 @@ def evaluate(
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
         ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
             of mflow prepare, or the name of a data set, such as digits.
-        quick: Leave out the metrics that need Jacobians.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
+        quick: Leave out the density on the manifold, the OOD score and the intrinsic dimension,
+            which take most of the time on a CPU.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
