@@ -50,13 +50,13 @@ def sample(
     count = len(loaded.model.stages)
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
-    suffix = f"-stages{stages}" if stages else ""
     names = loaded.model.class_names
     if class_name is not None and class_name not in names:
         known = f"one of {', '.join(names)}" if names else "none, because the model has no classes"
         raise ValueError(f"class: expected {known}, got {class_name}")
-    if class_name is not None:
-        suffix += f"-class{names.index(class_name)}"
+    chosen = None if class_name is None else names.index(class_name)
+    suffix = f"-stages{stages}" if stages else ""
+    suffix += "" if chosen is None else f"-class{chosen}"
     suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
@@ -69,9 +69,8 @@ def sample(
             rows = samples_by_class(model, each, temperature, seed, stages, ambient)
             title = f"{each} samples of each class {how}"
         else:
-            chosen = None if class_name is None else names.index(class_name)
             images = draw_samples(model, number, temperature, seed, stages, chosen, ambient)
-            rows = {"" if class_name is None else class_name: images}
+            rows = {class_name or "": images}
         draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
 

@@ -22,8 +22,9 @@ from mflow_kernels.runs.checkpoints import METRICS, CheckpointFiles, Checkpoints
 from mflow_kernels.runs.folder import EVALUATION, create_run, record_changes
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.checks import CheckedRun, Loaded
+from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import FlowTraining, compile_networks, singular_means_divergence
+from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
 def train_and_evaluate(run: CheckedRun) -> list[Path]:
