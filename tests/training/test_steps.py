@@ -14,6 +14,7 @@ from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
+from training.stopped_runs import assert_same_run, train_until
 
 
 def rows(folder):
@@ -231,23 +232,11 @@ class TestStages:
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
         command = [*command, *self.OPTIONS.split(), "--release", "--error-bound", "0.001"]
         assert main(command) == 0
-        whole = weights(tmp_path / "run")
-        calls = []
-        original = HierarchicalFlow.terms_and_log_prob
-
-        def power_cut(*args, **options):
-            calls.append(1)
-            if len(calls) > stop:
-                raise RuntimeError("power cut")
-            return original(*args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(HierarchicalFlow, "terms_and_log_prob", power_cut)
-            with pytest.raises(RuntimeError, match="power cut"):
-                main([*command, "--overwrite", "--save-steps", "1"])
+        whole = (tmp_path / "run").rename(tmp_path / "whole")
+        train_until(stop, [*command, "--save-steps", "1"], monkeypatch)
         assert checkpoint(tmp_path / "run")["global_step"] == stop
         assert main([*command, "--resume"]) == 0
-        torch.testing.assert_close(weights(tmp_path / "run"), whole, rtol=0, atol=0)
+        assert_same_run(tmp_path / "run", whole)
 
     @pytest.mark.parametrize("release", [False, True])
     def test_earlier_stages_change_only_if_released(self, release, command, tmp_path, monkeypatch):

@@ -1,0 +1,47 @@
+"""Helpers of tests that stop a training run, resume it and compare it with a whole one."""
+
+import pytest
+import torch
+from tiny_runs import checkpoint, metrics
+
+from mflow_kernels.training.cli import main
+from mflow_kernels.training.module import FlowTraining
+
+
+class PowerCut(Exception):
+    """Ends a run without a checkpoint, because nothing in the package catches it."""
+
+
+def before_step(patch, step, act, hook="training_step"):
+    """Call `act()` before a hook of FlowTraining runs in this step, counted from 0."""
+    original = getattr(FlowTraining, hook)
+
+    def hooked(self, *args, **kwargs):
+        if self.global_step == step:
+            act()
+        return original(self, *args, **kwargs)
+
+    patch.setattr(FlowTraining, hook, hooked)
+
+
+def train_until(step, command, monkeypatch, hook="training_step"):
+    """Run a command that a power cut ends before a hook of FlowTraining runs in this step."""
+
+    def cut():
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        before_step(patch, step, cut, hook)
+        with pytest.raises(PowerCut):
+            main(command)
+
+
+def assert_same_run(folder, whole):
+    """Compare checkpoints, metrics and evaluations bit by bit, but not the speed."""
+    one, other = checkpoint(folder), checkpoint(whole)
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+    for row, expected in zip(metrics(folder), metrics(whole), strict=True):
+        assert row | {"images_per_second": ""} == expected | {"images_per_second": ""}
+    evaluations = [(run / "evaluation.json").read_text() for run in (folder, whole)]
+    assert evaluations[0] == evaluations[1]
