@@ -176,6 +176,8 @@ class FlowTraining(LightningModule):
                 self.model.initialize(x, stage, context=classes)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
+            # Lightning logs the last value of each metric again, until it gets another one.
+            self.trainer.fit_loop.epoch_loop._results.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stage = self.stage

@@ -206,6 +206,13 @@ class TestStages:
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
         assert [o.trained_weight.item() for o in objectives] == [logged[2], logged[5]]
 
+    def test_a_constant_weight_is_not_logged(self, command, tmp_path):
+        """Lightning logs the last value of a metric again, here that of the stage before."""
+        assert main([*command, "--error-bound", "0.01", "--stage-weight", "7"]) == 0
+        logged = [row["penalty_weight"] for row in rows(tmp_path / "run")]
+        assert all(logged[:3])
+        assert logged[3:] == [""] * 3
+
     @pytest.mark.parametrize("release", [False, True])
     def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
         """With a warm-up of one step, the first step of a stage has its highest rate."""
