@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from tiny_runs import TINY, listing, write_images, zip_up
+from tiny_runs import TINY, listing, refused, write_images, zip_up
 
 from benchmarks.celeba.fake_celeba import make_celeba
 from data.waiting import wait_until
@@ -383,9 +383,4 @@ class TestCommand:
         (tmp_path / "made").write_text("by somebody else")
         (tmp_path / "text").mkdir()
         (tmp_path / "text" / "a.png").write_text("no image")
-        before = listing(tmp_path)
-        assert main(["prepare", *arguments.split()]) == 2
-        err = capsys.readouterr().err
-        assert message in err
-        assert err.count("\n") == 1
-        assert listing(tmp_path) == before
+        assert message in refused(["prepare", *arguments.split()], tmp_path, capsys)
