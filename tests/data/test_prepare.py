@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from tiny_runs import TINY, listing, refused, write_images, zip_up
+from training.spies import spy
 
 from benchmarks.celeba.fake_celeba import make_celeba
 from data.waiting import wait_until
@@ -66,13 +67,7 @@ def test_processes_that_decode_start_with_sigint_blocked(
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     seen = []
-    original = preparing.ProcessPoolExecutor.submit
-
-    def submit(self, *args):
-        seen.append(blocked())
-        return original(self, *args)
-
-    monkeypatch.setattr(preparing.ProcessPoolExecutor, "submit", submit)
+    spy(monkeypatch, preparing.ProcessPoolExecutor, "submit", lambda *_: seen.append(blocked()))
     prepare_images(source, tmp_path / "a", 16, workers=2)
     assert seen == [True] * 5
     assert not blocked()
@@ -205,12 +200,7 @@ class TestInterrupted:
             journal.write(b'{"end": 1')  # a torn line, which the next process must remove
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         decoded = []
-
-        def counting(entries, form):
-            decoded.extend(entries)
-            return decode(entries, form)
-
-        monkeypatch.setattr(preparing, "decode", counting)
+        spy(monkeypatch, preparing, "decode", lambda entries, _: decoded.extend(entries))
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert decoded == source.entries[16:]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import checkpoint, listing, metrics, refused
+from training.spies import spy
 from training.stopped_runs import assert_same_run
 
 from mflow_kernels.data import files
@@ -150,13 +151,10 @@ def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, traine
 def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monkeypatch):
     """Otherwise a power cut could lose rows of steps that a checkpoint includes."""
     events = []
-    save = torch.save
     monkeypatch.setattr(
         checkpoints, "sync", lambda path: events.append((path.name, len(metrics(path.parent))))
     )
-    monkeypatch.setattr(
-        torch, "save", lambda state, file: (events.append(state["global_step"]), save(state, file))
-    )
+    spy(monkeypatch, torch, "save", lambda state, _: events.append(state["global_step"]))
     assert main([*command, "--save-steps", "1"]) == 0
     steps = [event for event in events if isinstance(event, int)]
     assert steps == [1, 2, 3, 4, 5, 6]

@@ -6,6 +6,7 @@ from tiny_runs import checkpoint, metrics
 
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.spies import spy
 
 
 class PowerCut(Exception):
@@ -14,14 +15,12 @@ class PowerCut(Exception):
 
 def before_step(patch, step, act, hook="training_step"):
     """Call `act()` before a hook of FlowTraining runs in this step, counted from 0."""
-    original = getattr(FlowTraining, hook)
 
-    def hooked(self, *args, **kwargs):
-        if self.global_step == step:
+    def note(training, *args, **kwargs):
+        if training.global_step == step:
             act()
-        return original(self, *args, **kwargs)
 
-    patch.setattr(FlowTraining, hook, hooked)
+    spy(patch, FlowTraining, hook, note)
 
 
 def train_until(step, command, monkeypatch, hook="training_step"):

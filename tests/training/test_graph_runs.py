@@ -12,6 +12,7 @@ from mflow_kernels.testing import assert_close
 from mflow_kernels.training import graphs
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.spies import spy
 from training.stopped_runs import assert_same_run, train_until
 
 
@@ -126,8 +127,7 @@ def test_a_run_with_graphs_on_a_gpu_is_the_run_without(
     assert main(command) == 0
     without = metrics(tmp_path / "run")[0]
     captures = []
-    capture = graphs.capture
-    monkeypatch.setattr(graphs, "capture", lambda *a: captures.append(1) or capture(*a))
+    spy(monkeypatch, graphs, "capture", lambda *_: captures.append(1))
     assert main([*command, "--overwrite", "--cuda-graphs"]) == 0
     assert captures == [1, 1]
     assert "without CUDA graphs" not in capfd.readouterr().err

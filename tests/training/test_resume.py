@@ -10,6 +10,7 @@ from tiny_runs import checkpoint, metrics, refused, weights
 from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.spies import spy
 from training.stopped_runs import assert_same_run, train_until
 
 
@@ -64,13 +65,9 @@ class TestChanges:
         folder = tmp_path / "run"
         train_until(4, [*command, "--save-steps", "1"], monkeypatch)
         seen = []
-        original = FlowTraining.training_step
-
-        def training_step(self, batch, batch_idx):
-            seen.append(len(batch))
-            return original(self, batch, batch_idx)
-
-        monkeypatch.setattr(FlowTraining, "training_step", training_step)
+        spy(
+            monkeypatch, FlowTraining, "training_step", lambda _, batch, __: seen.append(len(batch))
+        )
         changes = ["--learning-rate", "1e-4", "--batch-size", "3", "--stage-max-steps", "4"]
         assert main(["train", "--run-dir", str(folder), "--resume", *changes]) == 0
         assert seen == [3, 3, 3]
@@ -105,19 +102,15 @@ class TestInitFrom:
     ):
         """Actnorm's weights are copied too: an initialized stage is not initialized again."""
         first = []
-        original = FlowTraining.training_step
 
-        def training_step(self, *args):
-            if self._step_in_stage(self.stage) == 0:
-                state = self.model.stages[self.stage].flow.state_dict()
+        def note(training, *args):
+            if training._step_in_stage(training.stage) == 0:
+                state = training.model.stages[training.stage].flow.state_dict()
                 first.append({name: value.clone() for name, value in state.items()})
-            return original(self, *args)
 
-        monkeypatch.setattr(FlowTraining, "training_step", training_step)
-        assert (
-            main([*command, "--init-from", str(trained), "--seed", "1", "--weight", "variance"])
-            == 0
-        )
+        spy(monkeypatch, FlowTraining, "training_step", note)
+        options = ["--init-from", str(trained), "--seed", "1", "--weight", "variance"]
+        assert main([*command, *options]) == 0
         saved = weights(trained)
         for stage, state in enumerate(first):
             for name, value in state.items():

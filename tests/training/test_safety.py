@@ -9,6 +9,7 @@ from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import module
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
+from training.spies import spy
 
 
 @pytest.mark.parametrize(
@@ -59,15 +60,8 @@ def drift_at(patch, step, drift):
 @pytest.mark.parametrize("drift", [0.02, float("nan"), float("inf")])
 def test_drift_stops_before_its_gradients_are_used(drift, command, tmp_path, monkeypatch, capsys):
     stepped = []
-    original = torch.optim.AdamW.step
-
-    def step(self, closure=None):
-        result = original(self, closure)
-        stepped.append(1)
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
+        spy(patch, torch.optim.AdamW, "step", lambda *_: stepped.append(1))
         drift_at(patch, 4, drift)
         assert main(command) == 1
     error = capsys.readouterr().err
