@@ -4,13 +4,14 @@ import itertools
 import os
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import checkpoint, listing, metrics, refused
 from training.spies import spy
-from training.stopped_runs import assert_same_run
+from training.stopped_runs import assert_same_run, exit_code, start
 
 from mflow_kernels.data import files
 from mflow_kernels.runs import checkpoints
@@ -19,41 +20,24 @@ from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
 
 
-def train_in_a_fork(command, dies_before=None):
-    """Run `mflow` in a child process and return its exit code.
-
-    With `dies_before`, a tuple (owner, name, which, number), the child kills itself with SIGKILL
-    before the `number`-th call of `owner.name` whose arguments satisfy `which`.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        for descriptor in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        if dies_before is not None:
-            owner, name, which, number = dies_before
-            original, calls = getattr(owner, name), itertools.count(1)
-
-            def dying(*args, **kwargs):
-                if which(*args, **kwargs) and next(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            setattr(owner, name, dying)
-        code = main(command)
-    finally:
-        os._exit(code)
-
-
 def every_call(*args, **kwargs):
     return True
 
 
+def kill_before(owner, name, which, number):
+    """Kill this process before the `number`-th call of `owner.name` that satisfies `which`."""
+    calls = itertools.count(1)
+
+    def note(*args, **kwargs):
+        if which(*args, **kwargs) and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    spy(pytest.MonkeyPatch(), owner, name, note)
+
+
 def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tmp_path):
     """Each process saves after every step, and dies at another moment of its second checkpoint."""
-    folder = tmp_path / "run"
+    folder, command = tmp_path / "run", [*command, "--save-steps", "1"]
     moments = [
         (_Sink, "write", every_call, 700),  # in the file: the first checkpoint has 524 writes
         (files, "sync", lambda path: LAST in path.name, 2),
@@ -63,9 +47,9 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tm
     ]
     for moment in moments:
         resume = ["--resume"] if folder.exists() else []
-        code = train_in_a_fork([*command, "--save-steps", "1", *resume], moment)
-        assert code == -signal.SIGKILL
-    assert train_in_a_fork([*command, "--save-steps", "1", "--resume"]) == 0
+        child = start([*command, *resume], partial(kill_before, *moment))
+        assert exit_code(child) == -signal.SIGKILL
+    assert main([*command, "--resume"]) == 0
     assert_same_run(folder, trained)
     assert not list(folder.glob(".*.tmp"))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import TINY, listing, refused, write_images
+from training.stopped_runs import exit_code, start
 
 from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
@@ -189,19 +190,8 @@ class TestTwoProcesses:
         lock.release()
 
     def test_two_that_start_at_once(self, command):
-        children = []
-        for _ in range(2):
-            children.append(os.fork())
-            if children[-1] == 0:
-                code = 9
-                try:
-                    for descriptor in (1, 2):
-                        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-                    code = main(command)
-                finally:
-                    os._exit(code)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert sorted(codes) == [0, 2]
+        children = [start(command), start(command)]
+        assert sorted(map(exit_code, children)) == [0, 2]
 
     def test_evaluate(self, run, capsys):
         (run / "report").mkdir()

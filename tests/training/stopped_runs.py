@@ -1,5 +1,7 @@
 """Helpers of tests that stop a training run, resume it and compare it with a whole one."""
 
+import os
+
 import pytest
 import torch
 from tiny_runs import checkpoint, metrics
@@ -33,6 +35,26 @@ def train_until(step, command, monkeypatch, hook="training_step"):
         before_step(patch, step, cut, hook)
         with pytest.raises(PowerCut):
             main(command)
+
+
+def start(command, prepare=lambda: None):
+    """Run `mflow` in a forked process, without its output and after `prepare()`. Return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            prepare()
+            code = main(command)
+        finally:
+            os._exit(code)
+    return child
+
+
+def exit_code(child):
+    """Wait for a child process and return its exit code, or its signal's number, negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def assert_same_run(folder, whole):

@@ -1,5 +1,6 @@
 """SIGTERM, and SIGINT (Ctrl-C), at each moment of `mflow train`."""
 
+import itertools
 import os
 import pty
 import signal
@@ -13,7 +14,8 @@ from mflow_kernels.evaluation import likelihood
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
-from training.stopped_runs import assert_same_run, before_step
+from training.spies import spy
+from training.stopped_runs import assert_same_run, before_step, exit_code
 
 
 def in_a_terminal(command, owner, name, number):
@@ -29,15 +31,13 @@ def in_a_terminal(command, owner, name, number):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-            original, calls = getattr(owner, name), []
+            calls = itertools.count(1)
 
-            def interrupted(*args, **kwargs):
-                calls.append(1)
-                if len(calls) == number:
+            def note(*args, **kwargs):
+                if next(calls) == number:
                     os.killpg(0, signal.SIGINT)  # all processes of this terminal
-                return original(*args, **kwargs)
 
-            setattr(owner, name, interrupted)
+            spy(pytest.MonkeyPatch(), owner, name, note)
             code = main(command)
         except SystemExit as leaving:
             code = leaving.code
@@ -50,7 +50,7 @@ def in_a_terminal(command, owner, name, number):
     except OSError:  # raised when the child has closed the terminal
         pass
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
+    return exit_code(child), shown.decode()
 
 
 MOMENTS = {
