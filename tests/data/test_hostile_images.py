@@ -104,7 +104,7 @@ class TestImages:
     def test_skipped_with_the_reason(self, name, reason, kinds):
         assert reason in kinds.record.skipped[name]
 
-    def test_nothing_else_was_looked_at(self, kinds):
+    def test_nothing_else_is_listed(self, kinds):
         assert len(kinds.record.names) == 15
         assert len(kinds.record.skipped) == 8
 

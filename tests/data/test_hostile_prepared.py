@@ -186,7 +186,7 @@ JOURNALS = {
 
 class TestJournal:
     @pytest.mark.parametrize("case", JOURNALS)
-    def test_it_is_not_believed(self, case, images, whole, tmp_path):
+    def test_a_damaged_one_is_ignored(self, case, images, whole, tmp_path):
         identity = preparing._identity(find_images(images), 8)
         text = JOURNALS[case].replace("ID", identity)
         (tmp_path / ".a.journal").write_text(text if text.endswith("\n") else text + "\n")

@@ -125,7 +125,7 @@ def group_exists(group):
 
 
 class Killed(BaseException):
-    """Stands for the death of the process, because nothing in the package catches it."""
+    """An error that nothing in the package catches, like the death of the process."""
 
 
 @contextmanager
@@ -185,7 +185,7 @@ class TestInterrupted:
             pytest.param(".a.partial", lambda data: data[:-1] + bytes([data[-1] ^ 1]), id="rotten"),
         ],
     )
-    def test_what_a_power_cut_may_leave(
+    def test_files_that_a_power_cut_damaged_are_cut_back(
         self, name, damage, source, small_blocks, whole, tmp_path, monkeypatch
     ):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
@@ -194,7 +194,9 @@ class TestInterrupted:
         prepare_images(source, tmp_path / "a", 16, workers=1)
         assert (tmp_path / "a").read_bytes() == whole
 
-    def test_what_was_done_is_not_done_again(self, source, small_blocks, tmp_path, monkeypatch):
+    def test_finished_blocks_are_not_decoded_again(
+        self, source, small_blocks, tmp_path, monkeypatch
+    ):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         with (tmp_path / ".a.journal").open("ab") as journal:
             journal.write(b'{"end": 1')  # a torn line, which the next process must remove
@@ -257,7 +259,7 @@ class TestInterrupted:
 
 
 class TestDiskFull:
-    def test_foreseen(self, celeba, tmp_path, monkeypatch, capsys):
+    def test_a_full_disk_is_foreseen(self, celeba, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100))
         out = tmp_path / "a.safetensors"
         assert main(["prepare", str(celeba), "--out", str(out)]) == 1
@@ -266,7 +268,9 @@ class TestDiskFull:
         assert f"no space left for {out}" in message
         assert listing(tmp_path) == []
 
-    def test_on_the_way(self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys):
+    def test_a_disk_that_fills_up_later(
+        self, celeba, small_blocks, whole, tmp_path, monkeypatch, capsys
+    ):
         out = tmp_path / "a"
         command = ["prepare", str(celeba), "--out", str(out), "--image-size", "16"]
         full = OSError(errno.ENOSPC, "No space left on device")

@@ -119,7 +119,7 @@ class TestZip:
         shutil.move(archive, tmp_path / "inside")
         assert np.array_equal(pixels(tmp_path / "inside"), pixels(tmp_path / "faces"))
 
-    def test_what_systems_add_is_left_out(self, tmp_path):
+    def test_hidden_files_and_those_of_macos_are_left_out(self, tmp_path):
         write_images(tmp_path / "f" / "real", 2)
         write_images(tmp_path / "f" / "__MACOSX", 2)
         write_images(tmp_path / "f" / ".thumbnails", 2)

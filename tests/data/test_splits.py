@@ -206,7 +206,7 @@ class TestBatchStream:
         batch = ImageSet(mapped, rows).batch([3, 0, 0])
         assert torch.equal(batch, torch.from_numpy(pixels[[2, 7, 7]]))
 
-    def test_an_image_that_is_not_there(self):
+    def test_an_index_beyond_the_set(self):
         with pytest.raises(IndexError):
             self.images.batch([10])
 

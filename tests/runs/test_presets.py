@@ -41,7 +41,7 @@ class TestPresets:
     def test_digits_are_the_defaults(self):
         assert TrainConfig(**preset_options("digits")) == TrainConfig()
 
-    def test_what_is_typed_overrules_them(self, command, tmp_path, capsys):
+    def test_options_on_the_command_line_override_them(self, command, tmp_path, capsys):
         own = tmp_path / "own.yaml"
         own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
         command += ["--preset", str(own)]
@@ -62,7 +62,7 @@ class TestPresets:
             ("[", "--preset: own.yaml"),
         ],
     )
-    def test_bad_ones_are_refused(self, text, message, tmp_path, monkeypatch, capsys):
+    def test_a_bad_preset_is_refused(self, text, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         if text is not None:
             (tmp_path / "own.yaml").write_text(text)

@@ -94,7 +94,7 @@ class TestFolders:
             ("a\0b", "null"),
         ],
     )
-    def test_run_folders_that_cannot_be(self, folder, message, command, tmp_path, capsys):
+    def test_impossible_run_folders(self, folder, message, command, tmp_path, capsys):
         (tmp_path / "file").write_text("in the way")
         (tmp_path / "loop").symlink_to("loop")
         path = str(tmp_path / folder)
@@ -112,7 +112,7 @@ class TestFolders:
         assert main([*command, "--run-dir", str(tmp_path / ("x" * 255))]) == 0
 
     @pytest.mark.parametrize("error", ["EROFS", "EACCES", "ENOSPC"])
-    def test_a_disk_that_refuses(self, error, command, tmp_path, monkeypatch, capsys):
+    def test_a_disk_that_cannot_be_written(self, error, command, tmp_path, monkeypatch, capsys):
         number = getattr(errno, error)
         mkdir = Path.mkdir
 
@@ -141,7 +141,7 @@ class TestFolders:
         assert "stray.txt" not in listing(run)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run"]
 
-    def test_what_killed_processes_left_is_removed(self, command, tmp_path):
+    def test_leftovers_of_killed_processes_are_removed(self, command, tmp_path):
         for name in (".run.1234567.tmp", ".run.1234567.old"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.yaml").write_text("")
@@ -189,7 +189,7 @@ class TestTwoProcesses:
         assert main(["sample", str(run), "--number", "1"]) == 0  # needs no lock
         lock.release()
 
-    def test_two_that_start_at_once(self, command):
+    def test_two_runs_that_start_at_once(self, command):
         children = [start(command), start(command)]
         assert sorted(map(exit_code, children)) == [0, 2]
 

@@ -12,7 +12,7 @@ from training.spies import spy
 
 
 class PowerCut(Exception):
-    """Ends a run without a checkpoint, because nothing in the package catches it."""
+    """An error that nothing in the package catches, like the death of the process."""
 
 
 def before_step(patch, step, act, hook="training_step"):

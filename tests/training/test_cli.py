@@ -57,7 +57,7 @@ class TestTrain:
                 image.load()
                 assert image.width >= 600
 
-    def test_what_is_printed(self, command, tmp_path, capsys):
+    def test_the_output_names_the_pictures(self, command, tmp_path, capsys):
         assert main([*command, "--stage-dims"]) == 0
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
