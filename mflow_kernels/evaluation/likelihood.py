@@ -111,22 +111,22 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str, device: torch.device
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str
 ) -> Evaluation:
     """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
     give the same metrics.
 
     Args:
-        model: model in evaluation mode, on `device`.
+        model: model in evaluation mode.
         images: images of the model's input shape.
         n_bits: bits of each colour channel that the model was trained on.
         data: name of the images, shown with the results.
-        device: device to compute on.
 
     Raises:
         ValueError: the images have another shape.
     """
     check_image_shape(images, model)
+    device = next(model.parameters()).device
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
@@ -181,7 +181,7 @@ def _batches(what: str, images: ImageSet) -> Iterator[Batch]:
 
 @torch.no_grad()
 def importance_weighted_bits(
-    model: HierarchicalFlow, images: ImageSet, n_bits: int, draws: int, *, device: torch.device
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, draws: int
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 
@@ -191,16 +191,16 @@ def importance_weighted_bits(
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
 
     Args:
-        model, images, n_bits, device: see `evaluate_model`.
+        model, images, n_bits: see `evaluate_model`.
         draws: K, at least 1.
     """
+    device = next(model.parameters()).device
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(_batches("importance weights", images)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        levels, classes = (t if t is None else t.to(device) for t in images_and_classes(batch))
-        assert levels is not None
-        each = []
+        levels, classes = images_and_classes(batch)
+        levels, each = levels.to(device), []
         for _ in range(draws):
             x = dequantize(levels, n_bits, generator)
             classes = context_of(model, x, classes)  # the first draw decides unknown classes

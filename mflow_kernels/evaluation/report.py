@@ -138,7 +138,7 @@ def write_report(
     model, n_bits = run.model, run.config.n_bits
     weighted = None
     if options.draws > 1:
-        weighted = importance_weighted_bits(model, images, n_bits, options.draws, device=run.device)
+        weighted = importance_weighted_bits(model, images, n_bits, options.draws)
     samples = _sample_quality(run, images, options)
     if not samples:
         missing.append(

@@ -213,9 +213,7 @@ def evaluate(
                 draws, network, feature_images, tuple(others), quick, ambient, held_out, warning
             )
             print(describe_work(loaded, images, options), file=sys.stderr)
-            evaluation = evaluate_model(
-                loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
-            )
+            evaluation = evaluate_model(loaded.model, images, loaded.config.n_bits, data=name)
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))

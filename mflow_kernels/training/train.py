@@ -59,9 +59,8 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
         config = run.config
         with singular_means_divergence(model):
             pictures = _draw(run, model)
-            evaluation = evaluate_model(
-                model, run.splits.test, config.n_bits, data=config.data_name, device=run.device
-            )
+            images = run.splits.test
+            evaluation = evaluate_model(model, images, config.n_bits, data=config.data_name)
         evaluation.write(run.folder / EVALUATION)
         evaluation.print()
     except (SystemExit, OSError):

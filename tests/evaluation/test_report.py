@@ -204,10 +204,10 @@ class TestWork:
         images = held_out_images(run, None).images
         text = describe_work(run, images, ReportOptions(draws=3))
         assert len(images) == 2
-        evaluate_model(run.model, images, 8, data="", device=run.device)
+        evaluate_model(run.model, images, 8, data="")
         assert f"likelihood and reconstruction of 2 images: {passes[0]} passes" in text
         passes[0] = 0
-        importance_weighted_bits(run.model, images, 8, 3, device=run.device)
+        importance_weighted_bits(run.model, images, 8, 3)
         assert f"3 dequantizations of each: {passes[0]} passes" in text
         passes[0] = 0
         batch = images.batch(range(2))

@@ -93,7 +93,7 @@ def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_model(config).requires_grad_(False).eval()
-        evaluate_model(model, images, 8, data="none", device=torch.device("cpu"))  # one batch
+        evaluate_model(model, images, 8, data="none")  # one batch
     assert evaluation_memory(config, len(images)) == pytest.approx(peak(profiler), rel=0.1)
 
 
