@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.cache import open_or_prepare
-from mflow_kernels.data.classes import classes_of_attributes, classes_of_folders
+from mflow_kernels.data.classes import attribute_names, classes_of_attributes, classes_of_folders
 from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import LABELS, NAMED_DATASETS, NamedDataset
@@ -247,7 +247,7 @@ def count_classes(data: str, classes: str) -> int:
             "classes: expected a named data set or a file of mflow prepare as --data, to count "
             f"its classes, got {data or 'none'}"
         )
-    return 2 ** len(classes.split(","))
+    return 2 ** len(attribute_names(classes))
 
 
 def load_evaluation_set(

@@ -321,7 +321,8 @@ class TestCommand:
         assert main(["evaluate", "run", "--data", "tiny.safetensors"]) == 0
         assert main(["reconstruct", "run"]) == 0
         assert main(["train", *TINY, "--data", "tiny.safetensors", "--image-size", "16"]) == 2
-        assert "--image-size: expected 8 as in tiny.safetensors, got 16" in capsys.readouterr().err
+        message = "--data: expected images of 16x16 pixels, got 8x8 in tiny.safetensors"
+        assert message in capsys.readouterr().err
 
     def test_the_same_training_from_the_folder_and_the_file(self, celeba, tmp_path):
         prepare_images(find_images(celeba), tmp_path / "a", 8)

@@ -142,6 +142,13 @@ class TestBadInput:
                 [command, str(run), "--data", str(coloured)], tmp_path, capsys
             )
 
+    @pytest.mark.parametrize("option", ["--data", "--ood"])
+    def test_prepared_images_of_another_size(self, option, images, trained, tmp_path, capsys):
+        file = str(tmp_path / "file")
+        assert main(["prepare", str(images), "--out", file, "--image-size", "16"]) == 0
+        message = f"{option}: expected images of 8x8 pixels, got 16x16 in {file}"
+        assert message in refused(["evaluate", str(trained), option, file], tmp_path, capsys)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

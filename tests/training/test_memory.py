@@ -313,6 +313,7 @@ class TestCommand:
             ("--gpu-memory 0GB", "--gpu-memory: expected a size"),
             ("--channels 0", "--channels: expected at least 1, got 0"),
             ("--images 0", "--images: expected at least 1, got 0"),
+            ("--classes a,b,c,d,e,f,g", "--classes: expected up to 6 different attributes, got"),
             ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
             ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
             ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
