@@ -74,8 +74,7 @@ class BatchStream:
         number, used = self._first
         while True:
             order = torch.randperm(
-                len(self._images),
-                generator=stream_generator(self._seed, Stream.DATA_ORDER, number),
+                len(self._images), generator=stream_generator(self._seed, Stream.DATA_ORDER, number)
             )
             for begin in range(used, len(order) - self._batch_size + 1, self._batch_size):
                 yield order[begin : begin + self._batch_size]

@@ -29,9 +29,11 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
     path = Path(data)
     if is_prepared(path):
         prepared = open_prepared(path)
-        if image_size not in (None, prepared.record.size):
+        size = prepared.record.size
+        if image_size not in (None, size):
             raise DataError(
-                f"image_size: expected {prepared.record.size} as in {data}, got {image_size}"
+                f"data: expected images of {image_size}x{image_size} pixels, got {size}x{size} in "
+                f"{data}"
             )
         return prepared
     check_exists(data)

@@ -25,8 +25,8 @@ class Classes(NamedTuple):
     numbers: np.ndarray
 
 
-def of_folders(names: Sequence[str]) -> Classes:
-    """Return classes that are the folders directly containing the images, in alphabetical order.
+def classes_of_folders(names: Sequence[str]) -> Classes:
+    """Return one class for each folder that directly contains images, in alphabetical order.
 
     Args:
         names: file name of each image, relative to the root, with slashes.
@@ -48,7 +48,7 @@ def of_folders(names: Sequence[str]) -> Classes:
     return Classes(tuple(found.tolist()), numbers.astype(np.int64))
 
 
-def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
+def classes_of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
     """Return one class for each combination of the chosen attributes.
 
     Args:
@@ -56,9 +56,10 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
         attributes: for each name, bool (N,): the images that have it.
 
     Raises:
-        DataError: there are no attributes, a name is unknown or given twice, or more than 6 are.
+        DataError: the images have no attributes, or `chosen` has an unknown name; see also
+            `attribute_names`.
     """
-    names = [name.strip() for name in chosen.split(",")]
+    names = attribute_names(chosen)
     if not attributes:
         raise DataError(
             f"classes: expected {LABELS!r}, the folders of these images, got {chosen!r}; only "
@@ -68,11 +69,21 @@ def of_attributes(chosen: str, attributes: Mapping[str, np.ndarray]) -> Classes:
         if name not in attributes:
             known = ", ".join(attributes)
             raise DataError(f"classes: expected attributes among {known}, got {name!r}")
-    if len(names) > 6 or len(set(names)) != len(names):
-        raise DataError(f"classes: expected up to 6 different attributes, got {chosen!r}")
     numbers = np.zeros(len(attributes[names[0]]), np.int64)
     labels = [""]
     for name in names:  # the first attribute changes slowest
         numbers = 2 * numbers + attributes[name]
         labels = [f"{before}{sign}{name} " for before in labels for sign in ("not ", "")]
     return Classes(tuple(label.strip() for label in labels), numbers)
+
+
+def attribute_names(chosen: str) -> list[str]:
+    """Split names of attributes at the commas.
+
+    Raises:
+        DataError: there are more than 6 names, or a name twice.
+    """
+    names = [name.strip() for name in chosen.split(",")]
+    if len(names) > 6 or len(set(names)) != len(names):
+        raise DataError(f"classes: expected up to 6 different attributes, got {chosen!r}")
+    return names

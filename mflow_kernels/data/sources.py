@@ -164,7 +164,12 @@ def _read_partition(inside: Entry | None, images: Path, folders: list[Path]) -> 
 
     `inside` is that file if it lies among the images, else None.
     """
-    path = Path(images, inside.name) if inside else _find_partition(images, folders)
+    path = Path(images, inside.name) if inside else _find_beside(folders, "Eval", CELEBA_PARTITION)
+    if path is None:
+        raise DataError(
+            f"data: expected {CELEBA_PARTITION} beside {images.name} (it is in the folder Eval/ of "
+            f"CelebA's download), found none near {images}"
+        )
     try:
         with inside.open() if inside else path.open("rb") as opened:
             text = opened.read().decode("utf-8-sig")
@@ -193,8 +198,7 @@ def _read_attributes(names: list[str], images: Path, folders: list[Path]) -> dic
 
     The result is empty if there is no file of attributes.
     """
-    candidates = [f / below / CELEBA_ATTRIBUTES for f in folders for below in ("", "Anno")]
-    path = next((path for path in candidates if path.is_file()), None)
+    path = _find_beside(folders, "Anno", CELEBA_ATTRIBUTES)
     if path is None:
         return {}
     try:
@@ -217,16 +221,10 @@ def _read_attributes(names: list[str], images: Path, folders: list[Path]) -> dic
     return {name: [rows[n][i] for n in names] for i, name in enumerate(attributes)}
 
 
-def _find_partition(images: Path, folders: list[Path]) -> Path:
-    for folder in folders:
-        for below in ("", "Eval"):
-            path = folder / below / CELEBA_PARTITION
-            if path.is_file():
-                return path
-    raise DataError(
-        f"data: expected {CELEBA_PARTITION} beside {images.name} (it is in the folder Eval/ of "
-        f"CelebA's download), found none near {images}"
-    )
+def _find_beside(folders: list[Path], below: str, name: str) -> Path | None:
+    """Return the first file of this name in a folder or in the folder `below` it."""
+    candidates = (folder / inner / name for folder in folders for inner in ("", below))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _list(root: Path) -> list[Entry]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.cache import open_or_prepare
-from mflow_kernels.data.classes import Classes, of_attributes, of_folders
+from mflow_kernels.data.classes import attribute_names, classes_of_attributes, classes_of_folders
 from mflow_kernels.data.decoding import crop_and_resize, digest
 from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import LABELS, NAMED_DATASETS, NamedDataset
@@ -198,19 +198,20 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
             raise DataError(
                 f"data: expected images in every part of {data}, found no {PARTS[part]} images"
             )
-    skipped = tuple(prepared.record.skipped)
-    found = _prepared_classes(prepared, classes)
-    images = ImageSet(prepared.images, classes=None if found is None else found.numbers)
-    names = () if found is None else found.names
-    return Splits(images, prepared.manifest, skipped, names, prepared.record.crop)
+    return _prepared_splits(prepared, classes)
 
 
-def _prepared_classes(prepared: Prepared, classes: str | None) -> Classes | None:
+def _prepared_splits(prepared: Prepared, classes: str | None) -> Splits:
+    """Return the images of a prepared file, of which a part may be empty."""
+    skipped, crop = tuple(prepared.record.skipped), prepared.record.crop
     if classes is None:
-        return None
+        return Splits(ImageSet(prepared.images), prepared.manifest, skipped, crop=crop)
     if classes == LABELS:
-        return of_folders(prepared.record.names)
-    return of_attributes(classes, prepared.attributes)
+        found = classes_of_folders(prepared.record.names)
+    else:
+        found = classes_of_attributes(classes, prepared.attributes)
+    images = ImageSet(prepared.images, classes=found.numbers)
+    return Splits(images, prepared.manifest, skipped, found.names, crop)
 
 
 def count_training_images(data: str) -> int | None:
@@ -240,13 +241,13 @@ def count_classes(data: str, classes: str) -> int:
     if data in NAMED_DATASETS:
         return len(_load_named(NAMED_DATASETS[data], None, classes).class_names)
     if is_prepared(path := Path(data)):
-        return len(cast(Classes, _prepared_classes(open_prepared(path), classes)).names)
+        return len(_prepared_splits(open_prepared(path), classes).class_names)
     if classes == LABELS:
         raise DataError(
             "classes: expected a named data set or a file of mflow prepare as --data, to count "
             f"its classes, got {data or 'none'}"
         )
-    return 2 ** len(classes.split(","))
+    return 2 ** len(attribute_names(classes))
 
 
 def load_evaluation_set(
@@ -259,16 +260,13 @@ def load_evaluation_set(
     """
     if data in NAMED_DATASETS:
         splits = _load_named(NAMED_DATASETS[data], image_size, classes)
-        rows = np.flatnonzero(splits.manifest.parts == TEST)
-        return EvaluationSet(splits.test, splits.skipped, splits.manifest.subset(rows))
-    prepared = open_or_prepare(data, image_size)
-    found = _prepared_classes(prepared, classes)
-    images = ImageSet(prepared.images, classes=None if found is None else found.numbers)
-    manifest = prepared.manifest
-    if prepared.record.partition == "official":
-        rows = np.flatnonzero(prepared.part == TEST)
-        images, manifest = images.subset(rows), manifest.subset(rows)
-    return EvaluationSet(images, tuple(prepared.record.skipped), manifest)
+    else:
+        prepared = open_or_prepare(data, image_size)
+        splits = _prepared_splits(prepared, classes)
+        if prepared.record.partition == "random":
+            return EvaluationSet(splits.images, splits.skipped, splits.manifest)
+    rows = np.flatnonzero(splits.manifest.parts == TEST)
+    return EvaluationSet(splits.test, splits.skipped, splits.manifest.subset(rows))
 
 
 def _load_named(

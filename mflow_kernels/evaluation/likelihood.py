@@ -111,27 +111,22 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    model: HierarchicalFlow,
-    images: ImageSet,
-    n_bits: int,
-    *,
-    data: str,
-    device: torch.device,
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, *, data: str
 ) -> Evaluation:
     """Evaluate a model on a set of images. The dequantization noise is seeded, so the same images
     give the same metrics.
 
     Args:
-        model: model in evaluation mode, on `device`.
+        model: model in evaluation mode.
         images: images of the model's input shape.
         n_bits: bits of each colour channel that the model was trained on.
         data: name of the images, shown with the results.
-        device: device to compute on.
 
     Raises:
         ValueError: the images have another shape.
     """
     check_image_shape(images, model)
+    device = next(model.parameters()).device
     stages = cast(list[ManifoldFlow], list(model.stages))
     dims = math.prod(images.image_shape)
     sums = torch.zeros(len(stages), 4, dtype=torch.float64)
@@ -186,12 +181,7 @@ def _batches(what: str, images: ImageSet) -> Iterator[Batch]:
 
 @torch.no_grad()
 def importance_weighted_bits(
-    model: HierarchicalFlow,
-    images: ImageSet,
-    n_bits: int,
-    draws: int,
-    *,
-    device: torch.device,
+    model: HierarchicalFlow, images: ImageSet, n_bits: int, draws: int
 ) -> float:
     """Return the bits per dimension from several dequantizations of each image.
 
@@ -201,16 +191,16 @@ def importance_weighted_bits(
     3.1). The first draw is the one that `evaluate_model` makes, so the two agree for K = 1.
 
     Args:
-        model, images, n_bits, device: see `evaluate_model`.
+        model, images, n_bits: see `evaluate_model`.
         draws: K, at least 1.
     """
+    device = next(model.parameters()).device
     dims = math.prod(images.image_shape)
     total = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(_batches("importance weights", images)):
         generator = stream_generator(0, Stream.EVALUATION_NOISE, number, device=device)
-        levels, classes = (t if t is None else t.to(device) for t in images_and_classes(batch))
-        assert levels is not None
-        each = []
+        levels, classes = images_and_classes(batch)
+        levels, each = levels.to(device), []
         for _ in range(draws):
             x = dequantize(levels, n_bits, generator)
             classes = context_of(model, x, classes)  # the first draw decides unknown classes
@@ -227,7 +217,7 @@ class EvaluatedImages(NamedTuple):
     name: str  # shown with the results
     skipped: tuple[str, ...]  # names of files that could not be read as images
     warning: str | None  # why the run may have been trained on some of these images
-    held_out: bool  # whether they are of the run's own data, and not other images
+    held_out: bool  # True for images that the run held out, False for images of other data
 
 
 def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
@@ -245,8 +235,9 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
     """
     recorded = read_manifest(run.folder)
     warning = None
-    held_out = data is None or run.config.data in (data, str(Path(data).resolve()))
-    if data is None or held_out:  # the first half narrows the type of data
+    if data is not None and run.config.data in (data, str(Path(data).resolve())):
+        data = None
+    if data is None:
         name = run.config.data_name
         splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
         images, skipped = splits.test, splits.skipped
@@ -269,7 +260,7 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
         if trained_on:
             warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
-    return EvaluatedImages(images, name, skipped, warning, held_out)
+    return EvaluatedImages(images, name, skipped, warning, held_out=data is None)
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

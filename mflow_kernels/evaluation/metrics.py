@@ -50,8 +50,8 @@ class ReportMetrics:
         """Serialize as JSON: the spectrum as a list, and numbers that are not finite as null."""
         values = asdict(self)
         if self.spectrum is not None:
-            values["spectrum"] = {**self.spectrum._asdict()}
-            values["spectrum"]["spectrum"] = self.spectrum.spectrum.tolist()
+            estimate = self.spectrum
+            values["spectrum"] = {**estimate._asdict(), "spectrum": estimate.spectrum.tolist()}
         return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 

@@ -138,17 +138,16 @@ def _scores(metrics: ReportMetrics, pictures: Mapping[str, Picture]) -> Iterable
     yield "<h2>Out-of-distribution scores</h2>"
     shown = [name for name in SCORES if name in metrics.scores[0].medians]
     headings = ["", "images", *(SCORES[name][0] for name in shown)]
-    for title, forms in (("Median", [SCORES[name][1] for name in shown]), ("AUROC", None)):
-        rows = []
-        for row in metrics.scores:
-            values = row.medians if forms else row.aurocs
-            cells = [
-                _number(values.get(name), forms[i] if forms else ".3f")
-                for i, name in enumerate(shown)
-            ]
-            rows.append([row.name, f"{row.images:,}", *cells])
-        yield f"<h3>{title}</h3>"
-        yield _table(headings, rows)
+    medians, aurocs = [], []
+    for row in metrics.scores:
+        own = [row.name, f"{row.images:,}"]
+        medians.append([*own, *(format(row.medians[name], SCORES[name][1]) for name in shown)])
+        found = [row.aurocs.get(name) for name in shown]  # the first set has none
+        aurocs.append([*own, *("" if value is None else f"{value:.3f}" for value in found)])
+    yield "<h3>Median</h3>"
+    yield _table(headings, medians)
+    yield "<h3>AUROC</h3>"
+    yield _table(headings, aurocs)
     first = min(metrics.density_images, metrics.scores[0].images)
     yield (
         "<p class=note>Typicality is how far an image's bits per dimension are from their mean "
@@ -203,7 +202,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return "<table>" + line(heads, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else format(value, form)

@@ -50,7 +50,7 @@ def draw_images(
     axes.spines[:].set_visible(False)
     if footer:
         figure.text(left / total[0], 12 / total[1], footer, fontsize=9, color="0.3")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _save(figure, path)
 
 
 def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tensor) -> None:
@@ -112,7 +112,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
             _plot(axes, own, {"penalty_weight": "weight"})
             if not any("penalty_weight" in row for row in own):
                 axes.set_axis_off()  # the weight of this stage is constant
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _save(figure, path)
 
 
 def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
@@ -137,7 +137,7 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
     axes.legend(framealpha=0.85, edgecolor="none")
     axes.grid(alpha=0.25)
     axes.title.set_fontsize(11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _save(figure, path)
 
 
 def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -168,6 +168,10 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
         axes.grid(alpha=0.25)
     handles, names = row[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -78,10 +78,9 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
     """
     model = run.model
     count, stages = len(images), len(model.stages)
-    scored = sum(
-        min(SCORED_IMAGES, number)
-        for number in (count, count, count, *(len(other) for _, other in options.others))
-    )
+    others = [len(other) for _, other in options.others]
+    # The evaluated images, their negatives and uniform noise, then the other sets.
+    scored = sum(min(SCORED_IMAGES, number) for number in (count, count, count, *others))
     # The projection of each stage takes two passes. Terms, encoding and penalty of stage 1 take
     # one each.
     lines = [_work(f"likelihood and reconstruction of {count:,} images", count * (2 * stages + 3))]
@@ -97,13 +96,13 @@ def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
     dense = density_images(model)
     if dense and not options.quick:
         method = density_method(model)
-        sets = (count, count, count, count, *(len(other) for _, other in options.others))
-        measured = sum(min(dense, number) for number in sets)
+        # The same sets for the OOD score, and the evaluated images once more.
+        measured = sum(min(dense, number) for number in (count, count, count, count, *others))
         passes = model.manifold_dim if method == "exact" else 2 * _PROBES * _ITERATIONS
         most = "" if method == "exact" else "at most "
         what = f"density on the manifold at {measured:,} images ({method})"
         lines.append(_work(what, measured * passes, most))
-    if _has_spectrum(run) and not options.quick:
+    if _why_no_spectrum(run) is None and not options.quick:
         dims = math.prod(model.input_shape)
         lines.append(_work("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims))
     if options.quick:
@@ -139,7 +138,7 @@ def write_report(
     model, n_bits = run.model, run.config.n_bits
     weighted = None
     if options.draws > 1:
-        weighted = importance_weighted_bits(model, images, n_bits, options.draws, device=run.device)
+        weighted = importance_weighted_bits(model, images, n_bits, options.draws)
     samples = _sample_quality(run, images, options)
     if not samples:
         missing.append(
@@ -248,11 +247,7 @@ def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
 
 
 def _score_sets(
-    run: Run,
-    images: ImageSet,
-    title: str,
-    options: ReportOptions,
-    training: TrainingScores | None,
+    run: Run, images: ImageSet, title: str, options: ReportOptions, training: TrainingScores | None
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
     sets = {title: batch, **made_up_sets(batch)}
@@ -293,29 +288,25 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
 
 @torch.no_grad()
 def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimension | None:
+    reason = _why_no_spectrum(run)
+    if reason is not None:
+        missing.append(f"intrinsic dimension: {reason}")
+        return None
+    stage = cast(ManifoldFlow, run.model.stages[0])
+    return estimate_intrinsic_dimension(stage, _dequantized(run, images, _SPECTRUM_IMAGES))
+
+
+def _why_no_spectrum(run: Run) -> str | None:
+    """Return why a report has no intrinsic dimension of this run; None if it has one."""
     dims = math.prod(run.model.input_shape)
     if run.model.class_names:
-        missing.append("intrinsic dimension: it is not computed for class-conditional models")
-        return None
-    if _has_spectrum(run):
-        stage = cast(ManifoldFlow, run.model.stages[0])
-        return estimate_intrinsic_dimension(stage, _dequantized(run, images, _SPECTRUM_IMAGES))
+        return "it is not computed for class-conditional models"
     if run.config.domain != "data":
-        missing.append(
-            "intrinsic dimension: it can only be estimated from flows trained with --domain data"
-        )
-    else:
-        missing.append(
-            f"intrinsic dimension: its spectrum is too expensive at {dims:,} dimensions (at most "
-            f"{_SPECTRUM_DIMENSIONS:,})"
-        )
+        return "it can only be estimated from flows trained with --domain data"
+    if dims > _SPECTRUM_DIMENSIONS:
+        most = f"{_SPECTRUM_DIMENSIONS:,}"
+        return f"its spectrum is too expensive at {dims:,} dimensions (at most {most})"
     return None
-
-
-def _has_spectrum(run: Run) -> bool:
-    dims = math.prod(run.model.input_shape)
-    conditional = bool(run.model.class_names)
-    return run.config.domain == "data" and dims <= _SPECTRUM_DIMENSIONS and not conditional
 
 
 def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:

@@ -10,12 +10,7 @@ from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.ood import SCORES
 from mflow_kernels.evaluation.page import Picture
-from mflow_kernels.evaluation.pictures import (
-    COLUMNS,
-    draw_histograms,
-    draw_images,
-    draw_spectrum,
-)
+from mflow_kernels.evaluation.pictures import COLUMNS, draw_histograms, draw_images, draw_spectrum
 from mflow_kernels.evaluation.samples import draw_projections, model_input, samples_by_temperature
 from mflow_kernels.models.selection import IntrinsicDimension
 from mflow_kernels.runs.folder import Run
@@ -63,9 +58,7 @@ def draw_report(
     if len(images) > 1:
         path = folder / "interpolations.png"
         draw_images(
-            path,
-            f"Interpolations on the manifold between {kind}",
-            _interpolations(run, images),
+            path, f"Interpolations on the manifold between {kind}", _interpolations(run, images)
         )
         pictures["interpolations"] = Picture(
             path,

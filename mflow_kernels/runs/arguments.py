@@ -1,4 +1,4 @@
-"""The options of a run as arguments of a parser."""
+"""The options of a run as arguments of a parser, and as values in a YAML file."""
 
 import dataclasses
 import inspect
@@ -16,14 +16,18 @@ from mflow_kernels.runs.options import (
     ObjectiveOptions,
     TrainingOptions,
 )
-from mflow_kernels.runs.parser import with_docstring
+from mflow_kernels.runs.parser import OptionParser, parse_yaml, with_docstring
 
 
-def add_resolved_options(parser: ArgumentParser) -> None:
-    """Add the options that RunConfig has beyond TrainConfig."""
+def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
+    """Return the options of RunConfig that a YAML file sets; see `parse_yaml`."""
+    parser = OptionParser()
+    add_options(parser)
+    # RunConfig has these beyond TrainConfig.
     parser.add_argument("--channels", type=int)
     parser.add_argument("--crop", type=int | None)
     parser.add_argument("--class_names", type=list[str])
+    return parse_yaml(parser, text, source)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -71,9 +75,9 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
     return option.default
 
 
-def argument_texts(options: type) -> dict[str, str]:
-    """Return the text for each argument in the docstring of a class."""
+def argument_texts(thing: Any) -> dict[str, str]:
+    """Return the text for each argument in the docstring of a class or function."""
     # Python before 3.13 keeps the indentation of the source; `cleandoc` removes it.
-    lines = inspect.cleandoc(options.__doc__ or "").partition("Args:")[2]
+    lines = inspect.cleandoc(thing.__doc__ or "").partition("Args:")[2]
     texts = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in texts}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mflow_kernels.data.named import NAMED_DATASETS
-from mflow_kernels.runs.arguments import add_options, add_resolved_options
+from mflow_kernels.runs.arguments import parse_config
 from mflow_kernels.runs.options import (
     DataOptions,
     Domain,
@@ -22,11 +22,12 @@ from mflow_kernels.runs.options import (
     TrainingOptions,
     Weight,
     check_at_least,
+    check_positive,
 )
-from mflow_kernels.runs.parser import OptionParser, parse_yaml
 
-# In units of u, whose coordinates have unit variance: twice the deviation of a coordinate that is
-# dropped, as the 0.1 of images is about twice the deviation of their errors.
+# The default of --stage-delta. The coordinates u have unit variance, so this is twice the deviation
+# of a coordinate that is dropped. The default of --delta, 0.1, is about twice the deviation of an
+# image's errors.
 _STAGE_DELTA = 2.0
 # Options that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, Any] = {
@@ -83,21 +84,18 @@ class TrainConfig(
 
         The models check what depends on the images' shape, such as the number of levels.
         """
-        for name in ("levels", "steps", "width", "manifold_dim", "warm_up", "max_skipped"):
-            check_at_least(name, getattr(self, name), 1)
-        whole = ("image_size", "batch_size", "epochs", "max_steps", "checkpoint_every")
-        for name in (*whole, "save_steps"):
+        model = ("image_size", "levels", "steps", "width", "manifold_dim", "checkpoint_every")
+        training = ("batch_size", "epochs", "max_steps", "warm_up", "max_skipped", "save_steps")
+        for name in (*model, *training):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
         for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name))
         for rate in self.stage_learning_rate:
-            if not 0 < rate < float("inf"):
-                raise ValueError(f"stage_learning_rate: expected a finite number > 0, got {rate}")
+            check_positive("stage_learning_rate", rate)
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -208,10 +206,7 @@ class RunConfig(TrainConfig):
             ValueError: a name is unknown or missing, or a value has the wrong type or is out of
                 range.
         """
-        parser = OptionParser()
-        add_options(parser)
-        add_resolved_options(parser)
-        values = parse_yaml(parser, text, source)
+        values = parse_config(text, source)
         if "classes" not in values and values.get("stage_weight") == [] and "weight" in values:
             values["stage_weight"] = [values["weight"]]  # the default of earlier versions
         for option in dataclasses.fields(cls):
@@ -273,8 +268,8 @@ def _check_objective(prefix: str, stage: Stage) -> None:
             )
     for name in ("weight", "final_weight", "error_bound", "delta", "sigma"):
         value = getattr(stage, name)
-        if value not in (None, "variance") and not 0 < value < float("inf"):
-            raise ValueError(f"{prefix}{name}: expected a finite number > 0, got {value}")
+        if value not in (None, "variance"):
+            check_positive(f"{prefix}{name}", value)
     if varying and stage.domain == "latent":
         name = "error_bound" if stage.final_weight is None else "final_weight"
         raise ValueError(f"{prefix}{name}: expected none in the latent domain")

@@ -285,7 +285,7 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> None:
     pairs = list(zip(stages, sources, strict=False))
     for number, (stage, source) in enumerate(pairs, start=1):
         wanted, found = stage.flow.state_dict(), source.flow.state_dict()
-        for name in [*wanted, *(name for name in found if name not in wanted)]:
+        for name in {**wanted, **found}:
             shapes = [tuple(t[name].shape) if name in t else None for t in (wanted, found)]
             if shapes[0] != shapes[1]:
                 expected, came = ("no such weight" if s is None else f"shape {s}" for s in shapes)

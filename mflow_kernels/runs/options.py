@@ -209,3 +209,9 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """Raise ValueError if an option is below `least`."""
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError if an option is not a finite number above 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mflow_kernels.data.files import read_regular
-from mflow_kernels.runs.arguments import add_options, add_resolved_options
-from mflow_kernels.runs.parser import OptionParser, parse_yaml
+from mflow_kernels.runs.arguments import parse_config
 
 PRESETS = ("digits", "digits_nested", "celeba64", "celeba128", "celeba256", "celebahq1024")
 
@@ -40,9 +39,6 @@ def preset_options(name: str) -> dict[str, Any]:
         ValueError: `name` is not a preset or file, or it has unknown options or values of the
             wrong type.
     """
-    parser = OptionParser()
-    add_options(parser)
-    add_resolved_options(parser)
-    values = parse_yaml(parser, preset_text(name), f"preset: {name}")
+    values = parse_config(preset_text(name), f"preset: {name}")
     # A run's config.yaml also has values from its data. Among these, `mflow plan` takes `channels`.
     return {name: value for name, value in values.items() if name not in ("crop", "class_names")}

@@ -41,10 +41,9 @@ class Progress(NamedTuple):
             raise ValueError("progress: expected the stages and images of the run so far")
         lists = begins, passes, position = [values[n] for n in ("begins", "passes", "position")]
         numbers = [values["step"], *chain.from_iterable(map(_list, lists))]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"progress: {str(values)[:60]}")
         fits = (
-            values["step"] == step
+            all(type(number) is int and number >= 0 for number in numbers)
+            and values["step"] == step
             and 1 <= len(begins) <= stages
             and begins[0] == 0
             and all(a < b for a, b in pairwise(begins))

@@ -2,6 +2,7 @@
 presets | export`."""
 
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -144,14 +145,9 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     commands = parser.add_subcommands(
         metavar="COMMAND", title="commands", description="See mflow COMMAND --help."
     )
-    preparer = OptionParser(description=_text(prepare))
-    preparer.add_argument(
-        "--out", required=True, metavar="FILE", help="File to write, such as celeba64.safetensors."
+    commands.add_subcommand(
+        "prepare", _function_parser(prepare, out="FILE"), help=_text(prepare, lines=1)
     )
-    preparer.add_argument("--overwrite", action="store_true", help="Replace the file if it exists.")
-    declared: set[str | int] = {"out", "overwrite"}
-    preparer.add_function_arguments(prepare, as_group=False, as_positional=True, skip=declared)
-    commands.add_subcommand("prepare", preparer, help=_text(prepare, lines=1))
     trainer = OptionParser(description=_text(train))
     trainer.add_argument(
         "--run-dir", help="Folder to write; by default a folder in runs/, named after the options."
@@ -179,31 +175,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     add_options(trainer)
     commands.add_subcommand("train", trainer, help=_text(train, lines=1))
     for command in (sample, reconstruct, evaluate):
-        subparser = OptionParser(description=_text(command))
-        switches: set[str | int] = set()
-        if command in (sample, evaluate):  # jsonargparse would expect "--ambient true"
-            switches.add("ambient")
-            subparser.add_argument(
-                "--ambient",
-                action="store_true",
-                help="Also draw the off-manifold coordinates of samples, which otherwise are zero.",
-            )
-        if command is evaluate:
-            switches.add("quick")
-            subparser.add_argument(
-                "--quick",
-                action="store_true",
-                help="Leave out the density on the manifold, the OOD score and the intrinsic "
-                "dimension, which take most of the time on a CPU.",
-            )
-        if command is sample:
-            switches.add("class_name")  # the option is --class, but `class` is a Python keyword
-            subparser.add_argument(
-                "--class",
-                metavar="NAME",
-                help="Name of the class to draw; by default a row for each class is drawn.",
-            )
-        subparser.add_function_arguments(command, as_group=False, as_positional=True, skip=switches)
+        subparser = _function_parser(command)
         commands.add_subcommand(command.__name__, subparser, help=_text(command, lines=1))
     lister = OptionParser(description=_text(presets))
     lister.add_argument("name", nargs="?", help="Preset to print; by default all names are listed.")
@@ -228,11 +200,37 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     add_options(planner)
     planner.set_defaults(data=None)
     commands.add_subcommand("plan", planner, help=_text(plan, lines=1))
-    exporter = OptionParser(description=_text(export))
-    exporter.add_argument("--out", required=True, metavar="FOLDER", help="New folder to write.")
-    exporter.add_function_arguments(export, as_group=False, as_positional=True, skip={"out"})
-    commands.add_subcommand("export", exporter, help=_text(export, lines=1))
+    commands.add_subcommand(
+        "export", _function_parser(export, out="FOLDER"), help=_text(export, lines=1)
+    )
     return parser, trainer, planner
+
+
+def _function_parser(command: Callable[..., Work], out: str | None = None) -> "OptionParser":
+    """Return the parser of a command whose options are the parameters of its function.
+
+    Args:
+        command: the function.
+        out: what stands for the value of a required --out in the help.
+    """
+    from mflow_kernels.runs.arguments import argument_texts
+    from mflow_kernels.runs.parser import OptionParser
+
+    parser = OptionParser(description=_text(command))
+    texts = argument_texts(command)
+    by_hand: set[str | int] = set()
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.annotation is bool:  # jsonargparse would expect "--ambient true"
+            parser.add_argument(f"--{name}", action="store_true", help=texts[name])
+        elif name == "class_name":  # `class` is a Python keyword
+            parser.add_argument("--class", metavar="NAME", help=texts[name])
+        elif name == "out" and out is not None:  # jsonargparse would make it positional
+            parser.add_argument("--out", required=True, metavar=out, help=texts[name])
+        else:
+            continue
+        by_hand.add(name)
+    parser.add_function_arguments(command, as_group=False, as_positional=True, skip=by_hand)
+    return parser
 
 
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:

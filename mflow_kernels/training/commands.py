@@ -97,7 +97,7 @@ def prepare(
 
     Args:
         data: Folder or zip of images; CelebA as downloaded keeps its official partition.
-        out: File to write.
+        out: File to write, such as celeba64.safetensors.
         overwrite: Replace the file if it exists.
         image_size: Side of the square images in pixels.
         workers: Number of processes that decode; by default one for each core.

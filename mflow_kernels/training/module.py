@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,16 +20,14 @@ from mflow_kernels.data.batches import (
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
-from mflow_kernels.layers import AffineCoupling, FlowStep, InvertibleConv1x1, ReversibleChain
-from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers import AffineCoupling, ReversibleChain
 from mflow_kernels.layers.flow import given
-from mflow_kernels.layers.folding import fold
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
-from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.runs.checkpoints import Checkpoint
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.training.averaging import WeightAverage, copy_buffers, copy_weights
+from mflow_kernels.training.conditions import bound_conditions, largest_conditions
 from mflow_kernels.training.graphs import StepGraphs
 from mflow_kernels.training.guard import GuardReading, StepGuard, mean_over_ranks
 from mflow_kernels.training.schedule import Schedule
@@ -179,6 +176,8 @@ class FlowTraining(LightningModule):
                 self.model.initialize(x, stage, context=classes)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
+            # Lightning logs the last value of each metric again, until it gets another one.
+            self.trainer.fit_loop.epoch_loop._results.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stage = self.stage
@@ -279,12 +278,7 @@ class FlowTraining(LightningModule):
         if limit is None or (self._step_in_stage(stage) + 1) % _BOUND_EVERY:
             return
         for i in self._active(stage):
-            averaged = self.averaged.stages[i].modules()
-            pairs = zip(self.model.stages[i].modules(), averaged, strict=True)
-            for module, its_average in pairs:
-                if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
-                    # Its new factors have another permutation, so the old average cannot be kept.
-                    copy_weights(module, its_average)
+            bound_conditions(self.model.stages[i], self.averaged.stages[i], limit)
 
     def _trained_chains(self) -> list[ReversibleChain]:
         return [chain for i in self._active(self.stage) for chain in self._chains[i]]
@@ -302,14 +296,7 @@ class FlowTraining(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count
         copy_buffers(self.model, self.averaged)
-        steps = [m for m in self.model.stages[self.trained_stage].modules() if _is_step(m)]
-        with torch.no_grad():
-            weights = [fold([step.linear], torch.float64).weight[0] for step in steps]
-            folded = [condition_number(weight) for weight in weights]
-        condition = torch.stack([step.conv.condition_number() for step in steps]).max()
-        # --max-condition bounds W; the flow inverts W with actnorm's scale folded in.
-        values = {"condition": condition, "folded_condition": torch.stack(folded).max()}
-        self.log_dict({name: value.float() for name, value in values.items()})
+        self.log_dict(largest_conditions(self.model.stages[self.trained_stage]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = stream_generator(0, Stream.VALIDATION_NOISE, batch_idx, device=self.device)
@@ -374,31 +361,6 @@ class FlowTraining(LightningModule):
         warm_up = max(1, min(self._config.warm_up, steps // 5))
         falling = _FINAL_RATE + (1 - _FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done / steps))
         return self._highest_rates[stage] * min((done + 1) / warm_up, falling)
-
-
-@contextmanager
-def singular_means_divergence(model: nn.Module) -> Iterator[None]:
-    """Report a 1x1 convolution that has no inverse as divergence.
-
-    Its ValueError becomes a FloatingPointError. Other ValueErrors pass through.
-    """
-    try:
-        yield
-    except ValueError as error:
-        with torch.no_grad():
-            convs = [fold([m.linear], torch.float32) for m in model.modules() if _is_step(m)]
-            inverses = [
-                inverse_weight_and_bias(conv.weight, conv.bias, check=False)[0] for conv in convs
-            ]
-        if all(inverse.isfinite().all() for inverse in inverses):
-            raise
-        raise FloatingPointError(
-            f"training diverged ({error}); a lower --learning-rate may help"
-        ) from None
-
-
-def _is_step(module: nn.Module) -> TypeGuard[FlowStep]:
-    return type(module) is FlowStep
 
 
 def compile_networks(model: nn.Module, **options: Any) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.training.checks import Loaded
+from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import FlowTraining, singular_means_divergence
+from mflow_kernels.training.module import FlowTraining
 from mflow_kernels.training.train import new_trainer
 
 STEPS = 100  # steps of each stage, unless it diverges earlier

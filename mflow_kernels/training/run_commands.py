@@ -33,9 +33,10 @@ def sample(
             images.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
-        ambient: Also draw the off-manifold coordinates, which otherwise are zero.
+        ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
+        class_name: Name of the class to draw; by default a row for each class is drawn.
     """
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
     from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
@@ -49,13 +50,13 @@ def sample(
     count = len(loaded.model.stages)
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
-    suffix = f"-stages{stages}" if stages else ""
     names = loaded.model.class_names
     if class_name is not None and class_name not in names:
         known = f"one of {', '.join(names)}" if names else "none, because the model has no classes"
         raise ValueError(f"class: expected {known}, got {class_name}")
-    if class_name is not None:
-        suffix += f"-class{names.index(class_name)}"
+    chosen = None if class_name is None else names.index(class_name)
+    suffix = f"-stages{stages}" if stages else ""
+    suffix += "" if chosen is None else f"-class{chosen}"
     suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
 
@@ -68,9 +69,8 @@ def sample(
             rows = samples_by_class(model, each, temperature, seed, stages, ambient)
             title = f"{each} samples of each class {how}"
         else:
-            chosen = None if class_name is None else names.index(class_name)
             images = draw_samples(model, number, temperature, seed, stages, chosen, ambient)
-            rows = {"" if class_name is None else class_name: images}
+            rows = {class_name or "": images}
         draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
 
@@ -144,8 +144,8 @@ def evaluate(
     features: str = "inception",
     feature_images: int = 10_000,
     ood: str | None = None,
-    quick: bool = False,
     ambient: bool = False,
+    quick: bool = False,
     device: Device = "auto",
 ) -> Work:
     """Evaluate a trained model on held-out images.
@@ -168,8 +168,9 @@ def evaluate(
         feature_images: Largest number of samples and of held-out images that FID and KID compare.
         ood: Other images that get out-of-distribution scores too: a folder or zip of images, a file
             of mflow prepare, or the name of a data set, such as digits.
-        quick: Leave out the metrics that need Jacobians.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.
+        quick: Leave out the density on the manifold, the OOD score and the intrinsic dimension,
+            which take most of the time on a CPU.
         device: Device to compute on; auto uses a GPU if there is one.
     """
     from mflow_kernels.data.files import check_can_be_written, folder_to_write
@@ -212,9 +213,7 @@ def evaluate(
                 draws, network, feature_images, tuple(others), quick, ambient, held_out, warning
             )
             print(describe_work(loaded, images, options), file=sys.stderr)
-            evaluation = evaluate_model(
-                loaded.model, images, loaded.config.n_bits, data=name, device=loaded.device
-            )
+            evaluation = evaluate_model(loaded.model, images, loaded.config.n_bits, data=name)
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))

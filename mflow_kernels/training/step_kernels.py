@@ -83,16 +83,11 @@ def flow_step(config: RunConfig, found: list[CouplingShape]) -> list[Launch]:
     for n in found:
         launches += _network_backward(config, n)
         launches += _state_backward(config, n)
-    data = FLOAT * config.batch_size * _numbers(found)
+    data = state_bytes(config, found[0])
     # The likelihood of the latents and its gradient. A reversible step also copies the latents to
     # start from, and compares the rebuilt data with the original.
     launches += [Launch(data)] * (18 if config.reversible else 10)
     return launches
-
-
-def _numbers(found: list[CouplingShape]) -> int:
-    """Return how many numbers one sample of the flow's data has."""
-    return found[0].channels * found[0].pixels
 
 
 def _forward(config: RunConfig, found: list[CouplingShape], keep: bool) -> Iterator[Launch]:
@@ -117,9 +112,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterator[Launch]:
     s, dtype = network_shape(config, n), _dtype(config)
-    e, w1, w2, w3 = _weights(config, s)
-    a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
-    f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
+    e, (w1, w2, w3), (a, q, h), (f1, f2, f3) = _network_sizes(s)
     by_torch = requested() == "torch"
     if e < FLOAT or not by_torch:
         yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # packs the weights; rounds to 16 bits
@@ -142,9 +135,7 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
 
 def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     s, dtype = network_shape(config, n), _dtype(config)
-    e, w1, w2, w3 = _weights(config, s)
-    a, q, h = (e * s.pixels * channels for channels in (s.c_in, s.c_out, s.width))
-    f1, f2, f3 = (2 * s.pixels * w // e for w in (w1, w2, w3))
+    e, (w1, w2, w3), (a, q, h), (f1, f2, f3) = _network_sizes(s)
     if runs_fused(config, n):
         inside = bool(s.sums[1])  # d W2 is among the partial sums
         sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s)
@@ -170,11 +161,13 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
         yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # converts them to float32
 
 
-def _weights(config: RunConfig, s: Shape) -> tuple[int, int, int, int]:
-    """Return the bytes of a number and of each weight of a network, in its precision."""
-    e = _dtype(config).itemsize
-    w1, w2, w3 = (e * out * taps * inner for out, taps, inner in s.weights)
-    return e, w1, w2, w3
+def _network_sizes(s: Shape) -> tuple[int, list[int], list[int], list[int]]:
+    """Return the bytes of a number, of each weight, and of the input, the output and a hidden
+    tensor, and the operations of the product with each weight."""
+    weights = [s.itemsize * out * taps * inner for out, taps, inner in s.weights]
+    tensors = [s.itemsize * s.pixels * channels for channels in (s.c_in, s.c_out, s.width)]
+    products = [2 * s.pixels * weight // s.itemsize for weight in weights]
+    return s.itemsize, weights, tensors, products
 
 
 def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
@@ -183,8 +176,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     A second launch folds the weights.
     """
     s, state = network_shape(config, n), state_bytes(config, n)
-    e = _dtype(config).itemsize
-    params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
+    net, params = (s.itemsize * s.pixels * channels for channels in (s.c_in, s.c_out))
     products = 2 * s.pixels * n.channels**2
     yield Launch(2 * state + params + net, products if n.has_conv1x1 else 0)
     yield _fold(config, n)
@@ -192,8 +184,7 @@ def _state_forward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
 
 def _state_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     s, state = network_shape(config, n), state_bytes(config, n)
-    e = _dtype(config).itemsize
-    params, net = e * s.pixels * s.c_out, e * s.pixels * s.c_in
+    net, params = (s.itemsize * s.pixels * channels for channels in (s.c_in, s.c_out))
     products = 2 * s.pixels * n.channels**2 if n.has_conv1x1 else 0
     if config.reversible:
         # These invert the coupling, invert the convolution, and copy the network's input.

@@ -17,21 +17,14 @@ from mflow_kernels.data.files import remove_temporary
 from mflow_kernels.data.printable import printable
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_curves, draw_images
-from mflow_kernels.evaluation.samples import (
-    draw_projections,
-    draw_samples,
-    samples_by_temperature,
-)
+from mflow_kernels.evaluation.samples import draw_projections, draw_samples, samples_by_temperature
 from mflow_kernels.runs.checkpoints import METRICS, CheckpointFiles, Checkpoints
 from mflow_kernels.runs.folder import EVALUATION, create_run, record_changes
 from mflow_kernels.training.callbacks import MetricsCsv, TrainingProgress, read_metrics
 from mflow_kernels.training.checks import CheckedRun, Loaded
+from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.loops import resume_loops
-from mflow_kernels.training.module import (
-    FlowTraining,
-    compile_networks,
-    singular_means_divergence,
-)
+from mflow_kernels.training.module import FlowTraining, compile_networks
 
 
 def train_and_evaluate(run: CheckedRun) -> list[Path]:
@@ -66,16 +59,14 @@ def train_and_evaluate(run: CheckedRun) -> list[Path]:
         config = run.config
         with singular_means_divergence(model):
             pictures = _draw(run, model)
-            evaluation = evaluate_model(
-                model, run.splits.test, config.n_bits, data=config.data_name, device=run.device
-            )
+            images = run.splits.test
+            evaluation = evaluate_model(model, images, config.n_bits, data=config.data_name)
         evaluation.write(run.folder / EVALUATION)
         evaluation.print()
     except (SystemExit, OSError):
         name = shlex.quote(printable(str(run.folder)))
         print(
-            f"interrupted; mflow train --resume --run-dir {name} continues the run",
-            file=sys.stderr,
+            f"interrupted; mflow train --resume --run-dir {name} continues the run", file=sys.stderr
         )
         raise
     finally:

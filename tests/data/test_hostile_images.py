@@ -104,11 +104,13 @@ class TestImages:
     def test_skipped_with_the_reason(self, name, reason, kinds):
         assert reason in kinds.record.skipped[name]
 
-    def test_nothing_else_was_looked_at(self, kinds):
+    def test_nothing_else_is_listed(self, kinds):
         assert len(kinds.record.names) == 15
         assert len(kinds.record.skipped) == 8
 
-    @pytest.mark.parametrize("name", ["float.tif", "int32.tif", "sixteen.tif", "float.pfm"])
+    @pytest.mark.parametrize(
+        "name", ["float.tif", "float.pfm", "int32.tif", "sixteen.tif", "sixteen.png"]
+    )
     def test_grey_of_any_depth_is_no_colour(self, name, kinds):
         folder = Path(kinds.record.source)
         assert not any_in_colour([e for e in find_images(folder).entries if e.name == name])

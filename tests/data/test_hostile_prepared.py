@@ -119,29 +119,22 @@ PREPARED = {
     "no partition": (with_record(set_at("partition", value=None)), "wrong partition"),
     "other counts": (with_record(set_at("count", value=[11, 0, 1])), "wrong count"),
     "counts of text": (with_record(set_at("count", value="902")), "wrong count"),
-    "a name less": (
-        with_record(lambda record: record["names"].pop() and None),
-        "wrong names",
-    ),
+    "a name less": (with_record(lambda record: record["names"].pop() and None), "wrong names"),
     "a name twice": (with_record(set_at("names", 0, value="001.png")), "wrong names"),
     "a name that is a number": (with_record(set_at("names", 0, value=7)), "wrong names"),
     "a name of no bytes": (with_record(set_at("names", 0, value="\ud800")), "wrong names"),
-    "skipped files in a list": (
-        with_record(set_at("skipped", value=["a"])),
-        "wrong skipped",
-    ),
-    "more enlarged than there": (
-        with_record(set_at("enlarged", value=13)),
-        "wrong enlarged",
-    ),
+    "skipped files in a list": (with_record(set_at("skipped", value=["a"])), "wrong skipped"),
+    "more enlarged than there": (with_record(set_at("enlarged", value=13)), "wrong enlarged"),
     "a digest less": (
         with_record(lambda record: record["digests"].pop() and None),
         "wrong digests",
     ),
-    "digests of numbers": (
-        with_record(set_at("digests", value=[1] * COUNT)),
-        "wrong digests",
+    "digests of numbers": (with_record(set_at("digests", value=[1] * COUNT)), "wrong digests"),
+    "attributes of no bits": (
+        with_record(set_at("attributes", "Male", value="zzzz")),
+        "wrong attr",
     ),
+    "attributes of a byte": (with_record(set_at("attributes", "Male", value="ff")), "wrong attr"),
     "a part of 7": (
         lambda data: data[: HEADER_BYTES + PIXELS] + b"\7" + data[HEADER_BYTES + PIXELS + 1 :],
         "wrong count",
@@ -193,7 +186,7 @@ JOURNALS = {
 
 class TestJournal:
     @pytest.mark.parametrize("case", JOURNALS)
-    def test_it_is_not_believed(self, case, images, whole, tmp_path):
+    def test_a_damaged_one_is_ignored(self, case, images, whole, tmp_path):
         identity = preparing._identity(find_images(images), 8)
         text = JOURNALS[case].replace("ID", identity)
         (tmp_path / ".a.journal").write_text(text if text.endswith("\n") else text + "\n")

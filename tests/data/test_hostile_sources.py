@@ -52,7 +52,7 @@ class TestPartition:
 
 
 class TestFolders:
-    def test_one_that_cannot_be_listed_is_not_left_out(self, tmp_path, monkeypatch, capsys):
+    def test_one_that_cannot_be_listed_is_an_error(self, tmp_path, monkeypatch, capsys):
         """The listing is simulated, because tests may run as root, who may list every folder."""
         write_images(tmp_path / "f", 2)
         closed = tmp_path / "f" / "closed"

@@ -42,15 +42,7 @@ def archive(tmp_path_factory):
     good = good.getvalue()
     path = tmp_path_factory.mktemp("zip") / "all.zip"
     with zipfile.ZipFile(path, "w") as file:
-        for name in (
-            "deflate64",
-            "method99",
-            "encrypted",
-            "crc",
-            "offset",
-            "longer",
-            "shorter",
-        ):
+        for name in ("deflate64", "method99", "encrypted", "crc", "offset", "longer", "shorter"):
             file.writestr(f"{name}.png", good)
         file.writestr("lzma.png", good, zipfile.ZIP_LZMA)
         file.writestr("bad-lzma.png", good * 9, zipfile.ZIP_LZMA)
@@ -125,7 +117,7 @@ class TestZip:
         assert "\\x1b[2J.png: not an image" in shown
         assert listing(tmp_path) == ["a"]
 
-    def test_one_whose_beginning_is_missing(self, archive, tmp_path):
+    def test_a_zip_whose_beginning_is_missing(self, archive, tmp_path):
         """Its table of contents is whole, and the members that are missing are skipped."""
         (tmp_path / "a.zip").write_bytes(archive.read_bytes()[600:])
         prepared = prepare_images(find_images(tmp_path / "a.zip"), tmp_path / "a", 8)
@@ -133,7 +125,7 @@ class TestZip:
         assert "twice.png" in prepared.record.names
         assert (prepared.images == 128).all()
 
-    def test_a_zip_of_none_that_can_be_read(self, tmp_path, capsys):
+    def test_a_zip_without_a_readable_image(self, tmp_path, capsys):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
             file.writestr("\x1b[31mred.png", "no image")
         command = ["prepare", str(tmp_path / "a.zip"), "--out", str(tmp_path / "a")]

@@ -86,14 +86,14 @@ class TestFile:
             ("x" * 200_000, "expected the list of a run's images"),
         ],
     )
-    def test_torn_or_foreign(self, text, message, tmp_path):
+    def test_a_damaged_or_foreign_file(self, text, message, tmp_path):
         path = tmp_path / "images.csv"
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
             Manifest.read(path)
         assert message in str(caught.value)
 
-    def test_none_or_a_folder(self, tmp_path):
+    def test_a_missing_file_or_a_folder(self, tmp_path):
         for path in (tmp_path, tmp_path / "none"):
             with pytest.raises(ValueError, match=re.escape(str(path))):
                 Manifest.read(path)
@@ -134,7 +134,7 @@ class TestData:
         assert torch.equal(found.batch(range(26)), before.train.batch(range(1, 27)))
         assert len(found) == 26
 
-    def test_none_of_them_left(self, tmp_path):
+    def test_no_recorded_image_is_left(self, tmp_path):
         splits = load_splits(str(write_images(tmp_path / "f", 5)), 8)
         then = manifest("x 0 1", "y 2 2", "z 2 3")
         with pytest.raises(DataError, match="the 2 images that the run held out, found none"):
@@ -150,7 +150,7 @@ class TestData:
         found = load_evaluation_set(str(tmp_path / "g"), 8).manifest.trained_on(splits.manifest)
         assert found.tolist() == (splits.manifest.parts[:3] == 0).tolist()
 
-    def test_the_digits_too(self):
+    def test_digits_have_a_manifest(self):
         splits = load_splits("digits")
         assert splits.manifest.difference(load_splits("digits").manifest) is None
         assert len(splits.held_out_by(splits.manifest)) == len(splits.test) == 500

@@ -18,6 +18,6 @@ from mflow_kernels.data.printable import printable
         ("", ""),
     ],
 )
-def test_what_a_terminal_would_obey_is_escaped(text, shown):
+def test_characters_that_a_terminal_would_obey_are_escaped(text, shown):
     assert printable(text) == shown
     printable(text).encode()

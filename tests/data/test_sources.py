@@ -73,7 +73,6 @@ class TestCelebA:
         source = find_images(data)
         assert source.crop == 148
         assert np.bincount(source.parts).tolist() == [16, 2, 2]
-        assert source.crop == 148
         assert np.array_equal(pixels(data), pixels(celeba))
 
     def test_parts_follow_the_partition(self, celeba):
@@ -120,7 +119,7 @@ class TestZip:
         shutil.move(archive, tmp_path / "inside")
         assert np.array_equal(pixels(tmp_path / "inside"), pixels(tmp_path / "faces"))
 
-    def test_what_systems_add_is_left_out(self, tmp_path):
+    def test_hidden_files_and_those_of_macos_are_left_out(self, tmp_path):
         write_images(tmp_path / "f" / "real", 2)
         write_images(tmp_path / "f" / "__MACOSX", 2)
         write_images(tmp_path / "f" / ".thumbnails", 2)
@@ -129,26 +128,11 @@ class TestZip:
         names = [entry.name for entry in find_images(archive).entries]
         assert names == ["real/000.png", "real/001.png"]
 
-    def test_a_damaged_member_is_skipped(self, tmp_path):
-        write_images(tmp_path / "f", 3)
-        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
-        data = archive.read_bytes()
-        image = (tmp_path / "f" / "001.png").read_bytes()
-        assert data.count(image) == 1
-        archive.write_bytes(data.replace(image, image[:-20] + bytes(20)))
-        source = find_images(archive)
-        decoded = decode(source.entries, Format(8, 1))
-        assert list(decoded.skipped) == [1]
-        assert "Bad CRC-32" in decoded.skipped[1]
-        assert len(decoded.pixels) == 2
-
-    def test_unreadable_ones(self, tmp_path):
+    def test_a_damaged_zip_in_a_folder_is_refused(self, tmp_path):
         write_images(tmp_path / "f", 3)
         archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
         archive.write_bytes(archive.read_bytes()[:-30])
         with pytest.raises(DataError, match=r"a complete zip, got .*f\.zip \(File is not a"):
-            find_images(archive)
-        with pytest.raises(DataError, match="expected a folder or a complete zip"):
             find_images(tmp_path)
 
     def test_a_zip_that_is_gone_is_one_error(self, tmp_path):
@@ -158,17 +142,6 @@ class TestZip:
         archive.unlink()
         with pytest.raises(DataError, match="a folder or a complete zip"):
             decode(source.entries, Format(8, 1))
-
-    def test_a_password(self, tmp_path):
-        write_images(tmp_path / "f", 1)
-        archive = zip_up(tmp_path / "f", tmp_path / "f.zip")
-        data = bytearray(archive.read_bytes())
-        data[data.index(b"PK\x01\x02") + 8] |= 1  # the bit for encryption, in the table of contents
-        archive.write_bytes(data)
-        with pytest.raises(
-            DataError, match=r"no file there can be read as an image \(.*password required"
-        ):
-            load_splits(str(archive), 8)
 
 
 def test_an_order_that_does_not_depend_on_the_disk(tmp_path):

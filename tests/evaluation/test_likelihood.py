@@ -49,8 +49,12 @@ class Box(nn.Module):
     input_shape = (1, 1, 2)
     class_names = ()
 
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(12.0))
+
     def log_prob(self, x, context=None):
-        return (12 * x.flatten(1)[:, 0].square()).log()
+        return (self.scale * x.flatten(1)[:, 0].square()).log()
 
 
 def test_progress_is_reported(loaded, faces, monkeypatch):
@@ -62,8 +66,8 @@ def test_progress_is_reported(loaded, faces, monkeypatch):
 
     monkeypatch.setattr(evaluation, "progress_bar", progress_bar)
     monkeypatch.setattr(evaluation, "evaluation_batch_size", lambda shape: len(faces) - 1)
-    evaluate_model(loaded.model, faces, 8, data="faces", device=loaded.device)
-    importance_weighted_bits(loaded.model, faces, 8, 2, device=loaded.device)
+    evaluate_model(loaded.model, faces, 8, data="faces")
+    importance_weighted_bits(loaded.model, faces, 8, 2)
     counts = len(faces) - 1, len(faces)
     names = "evaluating", "importance weights"
     assert reported == [(name, count, len(faces)) for name in names for count in counts]
@@ -71,16 +75,14 @@ def test_progress_is_reported(loaded, faces, monkeypatch):
 
 class TestImportanceWeighting:
     def test_one_draw_is_the_plain_bound(self, loaded, faces):
-        plain = evaluate_model(loaded.model, faces, 8, data="faces", device=loaded.device)
-        once = importance_weighted_bits(loaded.model, faces, 8, 1, device=loaded.device)
+        plain = evaluate_model(loaded.model, faces, 8, data="faces")
+        once = importance_weighted_bits(loaded.model, faces, 8, 1)
         assert once == pytest.approx(plain.stages[-1].bits_per_dim, rel=1e-6)
 
     def test_many_draws_approach_the_probability_of_the_image(self):
         images = ImageSet(torch.zeros(2000, 1, 1, 2, dtype=torch.uint8))
-        device = torch.device("cpu")
         once, few, many = (
-            importance_weighted_bits(Box(), images, 1, draws, device=device)
-            for draws in (1, 4, 200)
+            importance_weighted_bits(Box(), images, 1, draws) for draws in (1, 4, 200)
         )
         nats = 1 / (2 * math.log(2))  # in bits per dimension
         # E log p = log 3 - 2, with standard deviation 2.

@@ -2,7 +2,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mflow_kernels.data.files import write_atomically
 from mflow_kernels.evaluation.pictures import draw_histograms, draw_images, draw_spectrum, in_rows
 from mflow_kernels.models.selection import IntrinsicDimension
 
@@ -55,17 +54,3 @@ def test_histograms_are_drawn_of_any_values(tmp_path, first, second):
         assert image.width == 840
         blue_seen = (142, 186, 217) in {c[:3] for _, c in image.getcolors(1 << 20)}  # half of C0
     assert blue_seen
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def write(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -4,66 +4,40 @@ import itertools
 import os
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import metrics
+from tiny_runs import checkpoint, listing, metrics, refused
+from training.spies import spy
+from training.stopped_runs import assert_same_run, exit_code, start
 
 from mflow_kernels.data import files
 from mflow_kernels.runs import checkpoints
-from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, _Sink
+from mflow_kernels.runs.checkpoints import LAST, PREVIOUS, CheckpointFiles, _Sink
 from mflow_kernels.training.callbacks import MetricsCsv
 from mflow_kernels.training.cli import main
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(folder, whole):
-    """Compare weights, moments and schedule bit by bit."""
-    for name in ("state_dict", "optimizer_states", "lr_schedulers"):
-        torch.testing.assert_close(
-            load(folder / LAST)[name], load(whole / LAST)[name], rtol=0, atol=0
-        )
-
-
-def train_in_a_fork(command, dies_before=None):
-    """Run `mflow` in a child process and return its exit code.
-
-    With `dies_before`, a tuple (owner, name, which, number), the child kills itself with SIGKILL
-    before the `number`-th call of `owner.name` whose arguments satisfy `which`.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 1
-    try:
-        for descriptor in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        if dies_before is not None:
-            owner, name, which, number = dies_before
-            original, calls = getattr(owner, name), itertools.count(1)
-
-            def dying(*args, **kwargs):
-                if which(*args, **kwargs) and next(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            setattr(owner, name, dying)
-        code = main(command)
-    finally:
-        os._exit(code)
 
 
 def every_call(*args, **kwargs):
     return True
 
 
+def kill_before(owner, name, which, number):
+    """Kill this process before the `number`-th call of `owner.name` that satisfies `which`."""
+    calls = itertools.count(1)
+
+    def note(*args, **kwargs):
+        if which(*args, **kwargs) and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    spy(pytest.MonkeyPatch(), owner, name, note)
+
+
 def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tmp_path):
     """Each process saves after every step, and dies at another moment of its second checkpoint."""
-    folder = tmp_path / "run"
+    folder, command = tmp_path / "run", [*command, "--save-steps", "1"]
     moments = [
         (_Sink, "write", every_call, 700),  # in the file: the first checkpoint has 524 writes
         (files, "sync", lambda path: LAST in path.name, 2),
@@ -73,13 +47,11 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(command, trained, tm
     ]
     for moment in moments:
         resume = ["--resume"] if folder.exists() else []
-        code = train_in_a_fork([*command, "--save-steps", "1", *resume], moment)
-        assert code == -signal.SIGKILL
-    assert train_in_a_fork([*command, "--save-steps", "1", "--resume"]) == 0
-    assert_same(folder, trained)
+        child = start([*command, *resume], partial(kill_before, *moment))
+        assert exit_code(child) == -signal.SIGKILL
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(folder, trained)
     assert not list(folder.glob(".*.tmp"))
-    steps = [int(row["step"]) for row in metrics(folder) if row["loss_bits_per_dim"]]
-    assert steps == list(range(6))
 
 
 def torn(path):
@@ -107,35 +79,28 @@ def foreign(path):
 @pytest.mark.parametrize("damage", [torn, flipped, emptied, foreign, Path.unlink])
 def test_the_one_before_a_damaged_checkpoint_is_taken(damage, command, run, trained, capsys):
     damage(run / LAST)
-    step = load(run / PREVIOUS)["global_step"]
+    step = checkpoint(run, PREVIOUS)["global_step"]
     assert step == 4
     assert main([*command, "--resume"]) == 0
     message = capsys.readouterr().err
     if damage is not Path.unlink:
         assert f"{run / LAST}" in message
         assert f"using previous.ckpt of step {step}" in message
-    assert_same(run, trained)
-    assert load(run / PREVIOUS)["global_step"] == step
+    assert_same_run(run, trained)
+    assert checkpoint(run, PREVIOUS)["global_step"] == step
 
 
 def test_damaged_checkpoints_are_refused(command, run, capsys):
-    damaged = {name: run / name for name in (LAST, PREVIOUS)}
-    for path in damaged.values():
-        flipped(path)
-    before = {path: path.read_bytes() for path in damaged.values()}
-    assert main([*command, "--resume"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
+    flipped(run / LAST)
+    flipped(run / PREVIOUS)
+    message = refused([*command, "--resume"], run, capsys)
     assert "checkpoint: expected a complete checkpoint of mflow train" in message
-    assert {path: path.read_bytes() for path in damaged.values()} == before
 
 
-def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, tmp_path, trained, capsys):
-    folder = tmp_path / "run"
-    assert main(command) == 0
-    (folder / LAST).unlink()  # continue from the checkpoint of step 4
-    before = (folder / PREVIOUS).read_bytes()
-    full = folder / f".{LAST}.{os.getpid()}.tmp"
+def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, run, trained, capsys):
+    (run / LAST).unlink()  # continue from the checkpoint of step 4
+    before = (run / PREVIOUS).read_bytes()
+    full = run / f".{LAST}.{os.getpid()}.tmp"
 
     def fill():
         full.symlink_to("/dev/full")
@@ -144,10 +109,20 @@ def test_a_full_disk_is_reported_and_leaves_the_last_checkpoint(command, tmp_pat
         patch.setattr("mflow_kernels.training.train.remove_temporary", lambda _: fill())
         assert main([*command, "--resume"]) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message == f"mflow: error: could not write {folder / LAST}: No space left on device"
-    assert (folder / LAST).read_bytes() == before
+    assert message == f"mflow: error: could not write {run / LAST}: No space left on device"
+    assert (run / LAST).read_bytes() == before
     assert main([*command, "--resume"]) == 0
-    assert_same(folder, trained)
+    assert_same_run(run, trained)
+
+
+def test_a_disk_that_is_full_at_the_first_byte(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_text("the one before")
+    (tmp_path / f".last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not write .*last.ckpt: No space left on device"):
+        CheckpointFiles().save_checkpoint({"w": torch.zeros(2**20)}, path)
+    assert listing(tmp_path) == ["last.ckpt"]
+    assert path.read_text() == "the one before"
 
 
 def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, trained):
@@ -160,13 +135,10 @@ def test_a_row_of_metrics_that_a_power_cut_tore_is_left_out(command, run, traine
 def test_metrics_are_on_the_disk_before_each_checkpoint(command, tmp_path, monkeypatch):
     """Otherwise a power cut could lose rows of steps that a checkpoint includes."""
     events = []
-    save = torch.save
     monkeypatch.setattr(
         checkpoints, "sync", lambda path: events.append((path.name, len(metrics(path.parent))))
     )
-    monkeypatch.setattr(
-        torch, "save", lambda state, file: (events.append(state["global_step"]), save(state, file))
-    )
+    spy(monkeypatch, torch, "save", lambda state, _: events.append(state["global_step"]))
     assert main([*command, "--save-steps", "1"]) == 0
     steps = [event for event in events if isinstance(event, int)]
     assert steps == [1, 2, 3, 4, 5, 6]

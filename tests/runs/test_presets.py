@@ -1,6 +1,5 @@
 """Presets and exports, by their commands."""
 
-import json
 import subprocess
 import sys
 from importlib.resources import files
@@ -8,7 +7,7 @@ from importlib.resources import files
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from tiny_runs import refused
 
 from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.runs.config import TrainConfig
@@ -42,7 +41,7 @@ class TestPresets:
     def test_digits_are_the_defaults(self):
         assert TrainConfig(**preset_options("digits")) == TrainConfig()
 
-    def test_what_is_typed_overrules_them(self, command, tmp_path, capsys):
+    def test_options_on_the_command_line_override_them(self, command, tmp_path, capsys):
         own = tmp_path / "own.yaml"
         own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
         command += ["--preset", str(own)]
@@ -50,10 +49,9 @@ class TestPresets:
         config = read_config(tmp_path / "run")
         assert (config.rho, config.epochs) == ("l1", 9)
         assert (config.width, config.stage_dims) == (8, [4])
-        capsys.readouterr()
         # A resumed run keeps its options, so a preset would be ignored.
-        assert main([*command, "--resume"]) == 2
-        assert "--preset: expected none with --resume" in capsys.readouterr().err
+        line = refused([*command, "--resume"], tmp_path, capsys)
+        assert "--preset: expected none with --resume" in line
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -64,14 +62,11 @@ class TestPresets:
             ("[", "--preset: own.yaml"),
         ],
     )
-    def test_bad_ones_are_refused(self, text, message, tmp_path, monkeypatch, capsys):
+    def test_a_bad_preset_is_refused(self, text, message, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         if text is not None:
             (tmp_path / "own.yaml").write_text(text)
-        assert main(["train", "--preset", "own.yaml"]) == 2
-        err = capsys.readouterr().err
-        assert message in err
-        assert err.count("\n") == 1
+        assert message in refused(["train", "--preset", "own.yaml"], tmp_path, capsys)
 
 
 @pytest.fixture
@@ -110,67 +105,5 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
         subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_it_overwrites_nothing(self, exported, trained, capsys):
-        assert main(["export", str(trained), "--out", str(exported)]) == 2
-        assert "--out: expected a new folder, but" in capsys.readouterr().err
-
-    def torn(self, folder):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
-
-    def absent(self, folder):
-        (folder / "model.json").unlink()
-
-    def pickled(self, folder):
-        torch.save({"a": torch.zeros(1)}, folder / "model.safetensors")
-
-    def another_tensor(self, folder):
-        path = folder / "model.safetensors"
-        tensors = load_file(path)
-        name = next(name for name in tensors if name.endswith("lower"))
-        save_file({**tensors, name: torch.zeros(2, 2)}, path)
-
-    def change(self, folder, *keys, value):
-        content = json.loads((folder / "model.json").read_text())
-        place = content
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-        (folder / "model.json").write_text(json.dumps(content))
-
-    def another_width(self, folder):
-        self.change(folder, "architecture", "width", value=9)
-
-    def endless(self, folder):
-        self.change(folder, "architecture", "steps", value=10**9)
-
-    def fractional(self, folder):
-        self.change(folder, "architecture", "levels", value=1.5)
-
-    def indivisible(self, folder):
-        self.change(folder, "architecture", "levels", value=4)
-
-    def foreign(self, folder):
-        (folder / "model.json").write_text('{"layers": 3}')
-
-    def no_json(self, folder):
-        (folder / "model.json").write_text("levels: 3")
-
-    @pytest.mark.parametrize(
-        ("damage", "message"),
-        [
-            ("torn", "expected a valid model.safetensors"),
-            ("absent", "expected model.json, which mflow export writes"),
-            ("pickled", "expected a valid model.safetensors"),
-            ("another_tensor", "lower is only in one of the two files, or its shape differs"),
-            ("another_width", "its shape differs"),
-            ("endless", "no more steps than model.safetensors has tensors"),
-            ("fractional", "with positive integers"),
-            ("indivisible", "divisible by 2 \\*\\* levels"),
-            ("foreign", "with format 'mflow_kernels 1', got None"),
-            ("no_json", "expected an architecture of mflow export"),
-        ],
-    )
-    def test_damaged_and_foreign_folders_are_refused(self, damage, message, exported):
-        getattr(self, damage)(exported)
-        with pytest.raises(ValueError, match=message):
-            HierarchicalFlow.from_pretrained(exported)
+        line = refused(["export", str(trained), "--out", str(exported)], exported, capsys)
+        assert "--out: expected a new folder, but" in line

@@ -182,10 +182,48 @@ def export(exported):
         (exported / name).write_bytes(content)
 
 
-def refuses(export):
-    with pytest.raises(ValueError, match=r"^folder: ") as caught:
+def refuses(export, message=""):
+    with pytest.raises(ValueError, match=f"^folder: .*{message}") as caught:
         HierarchicalFlow.from_pretrained(export)
     assert "\n" not in str(caught.value)
+
+
+def with_architecture(**values):
+    """Change values of the architecture in an export's JSON."""
+
+    def change(data):
+        whole = json.loads(data)
+        return json.dumps(whole | {"architecture": whole["architecture"] | values}).encode()
+
+    return change
+
+
+EXPORTS = {
+    "torn": (WEIGHTS, lambda data: data[:-10], "expected a valid model.safetensors"),
+    "a zip": (WEIGHTS, lambda data: b"PK\3\4" + data[4:], "expected a valid model.safetensors"),
+    "another width": (ARCHITECTURE, with_architecture(width=9), "its shape differs"),
+    "endless": (ARCHITECTURE, with_architecture(steps=10**9), "no more steps than model.safeten"),
+    "fractional": (ARCHITECTURE, with_architecture(levels=1.5), "with positive integers"),
+    "indivisible": (ARCHITECTURE, with_architecture(levels=4), r"divisible by 2 \*\* levels"),
+    "foreign": (ARCHITECTURE, lambda data: b'{"layers": 3}', "'mflow_kernels 1', got None"),
+    "no JSON": (
+        ARCHITECTURE,
+        lambda data: b"levels: 3",
+        "expected an architecture of mflow export",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_messages_about_an_export(case, export):
+    name, change, message = EXPORTS[case]
+    (export / name).write_bytes(change((export / name).read_bytes()))
+    refuses(export, message)
+
+
+def test_an_export_without_its_architecture(export):
+    (export / ARCHITECTURE).unlink()
+    refuses(export, "expected model.json, which mflow export writes")
 
 
 @pytest.mark.parametrize("kind", BYTES)
@@ -201,16 +239,14 @@ def test_files_of_an_export(kind, export):
     "value", [2**20, 2**40, 2**70, 10**400, 0, -1, 1.5, True, None, "1", [], {}]
 )
 def test_numbers_of_an_architecture(value, export):
-    whole = json.loads((export / ARCHITECTURE).read_text())
-    for name in ("levels", "steps", "width", "image_shape", "stages"):
-        changed = whole | {"architecture": whole["architecture"] | {name: value}}
-        (export / ARCHITECTURE).write_text(json.dumps(changed))
-        refuses(export)
+    whole = (export / ARCHITECTURE).read_bytes()
+    names = ("levels", "steps", "width", "image_shape", "stages")
+    changes = [with_architecture(**{name: value}) for name in names]
+    first, second = json.loads(whole)["architecture"]["stages"]
     for name in ("manifold_dim", "steps", "width", "domain", "rho"):
-        first, second = whole["architecture"]["stages"]
-        stages = [first, second | {name: value}]
-        changed = whole | {"architecture": whole["architecture"] | {"stages": stages}}
-        (export / ARCHITECTURE).write_text(json.dumps(changed))
+        changes.append(with_architecture(stages=[first, second | {name: value}]))
+    for change in changes:
+        (export / ARCHITECTURE).write_bytes(change(whole))
         refuses(export)
 
 

@@ -10,23 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, listing, metrics, refused, write_images
+from tiny_runs import TINY, listing, refused, write_images
+from training.stopped_runs import exit_code, start
 
 from mflow_kernels.data.files import lock_folder, make_folder, remove_temporary
 from mflow_kernels.data.manifest import TEST, TRAIN, Manifest
 from mflow_kernels.data.splits import load_splits
 from mflow_kernels.evaluation.likelihood import held_out_images
-from mflow_kernels.runs.checkpoints import CheckpointFiles
 from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import FlowTraining
-
-
-def rows(folder):
-    found = metrics(folder)
-    for row in found:
-        row.pop("images_per_second")
-    return found
 
 
 class TestData:
@@ -89,17 +81,6 @@ class TestPlan:
     def test_one_image_is_enough_for_the_image_flow(self, command):
         assert main([*command, "--batch-size", "1", "--stage-dims"]) == 0
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ("--width 1099511627776", "expected a model that fits in memory"),
-            ("--stage-width 1099511627776", "expected a model that fits in memory"),
-            ("--levels 99999999999", "--levels: expected at most 31, got 99999999999"),
-        ],
-    )
-    def test_models_beyond_all_memory(self, options, message, command, tmp_path, capsys):
-        assert message in refused([*command, *options.split()], tmp_path, capsys)
-
 
 class TestFolders:
     @pytest.mark.parametrize(
@@ -113,7 +94,7 @@ class TestFolders:
             ("a\0b", "null"),
         ],
     )
-    def test_run_folders_that_cannot_be(self, folder, message, command, tmp_path, capsys):
+    def test_impossible_run_folders(self, folder, message, command, tmp_path, capsys):
         (tmp_path / "file").write_text("in the way")
         (tmp_path / "loop").symlink_to("loop")
         path = str(tmp_path / folder)
@@ -131,7 +112,7 @@ class TestFolders:
         assert main([*command, "--run-dir", str(tmp_path / ("x" * 255))]) == 0
 
     @pytest.mark.parametrize("error", ["EROFS", "EACCES", "ENOSPC"])
-    def test_a_disk_that_refuses(self, error, command, tmp_path, monkeypatch, capsys):
+    def test_a_disk_that_cannot_be_written(self, error, command, tmp_path, monkeypatch, capsys):
         number = getattr(errno, error)
         mkdir = Path.mkdir
 
@@ -151,17 +132,16 @@ class TestFolders:
         message = refused([*command, "--run-dir", str(tmp_path / "mine" / "run")], tmp_path, capsys)
         assert "Permission denied" in message
 
-    def test_overwrite_replaces_what_a_link_leads_to(self, run, images, tmp_path):
+    def test_overwrite_replaces_what_a_link_leads_to(self, run, command, tmp_path):
         link = tmp_path / "link"
         link.symlink_to(run)
         (run / "stray.txt").write_text("old")
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(link), "--overwrite"]
-        assert main(command) == 0
+        assert main([*command, "--run-dir", str(link), "--overwrite"]) == 0
         assert link.is_symlink()
         assert "stray.txt" not in listing(run)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run"]
 
-    def test_what_killed_processes_left_is_removed(self, command, tmp_path):
+    def test_leftovers_of_killed_processes_are_removed(self, command, tmp_path):
         for name in (".run.1234567.tmp", ".run.1234567.old"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.yaml").write_text("")
@@ -170,7 +150,7 @@ class TestFolders:
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"run", ".run.notes"}
 
-    def test_a_failed_replacement_leaves_the_old_run(self, run, images, monkeypatch, capsys):
+    def test_a_failed_replacement_leaves_the_old_run(self, run, command, monkeypatch, capsys):
         rename = Path.rename
 
         def fail(self, target):
@@ -181,8 +161,8 @@ class TestFolders:
 
         monkeypatch.setattr(Path, "rename", fail)
         before = listing(run.parent)
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run), "--overwrite"]
-        assert "No space left on device" in refused(command, run / "tensorboard", capsys, code=1)
+        line = refused([*command, "--overwrite"], run / "tensorboard", capsys, code=1)
+        assert "No space left on device" in line
         assert listing(run.parent) == before
 
 
@@ -202,29 +182,16 @@ class TestTwoProcesses:
         lock_folder(tmp_path, "run_dir").release()
 
     @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
-    def test_train(self, option, run, images, capsys):
+    def test_train(self, option, run, command, capsys):
         lock = lock_folder(run, "")
-        before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run), option]
-        assert "--run-dir: another process is writing to" in refused(command, run, capsys)
-        assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+        line = refused([*command, option], run, capsys)
+        assert "--run-dir: another process is writing to" in line
         assert main(["sample", str(run), "--number", "1"]) == 0  # needs no lock
         lock.release()
 
-    def test_two_that_start_at_once(self, command):
-        children = []
-        for _ in range(2):
-            children.append(os.fork())
-            if children[-1] == 0:
-                code = 9
-                try:
-                    for descriptor in (1, 2):
-                        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-                    code = main(command)
-                finally:
-                    os._exit(code)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert sorted(codes) == [0, 2]
+    def test_two_runs_that_start_at_once(self, command):
+        children = [start(command), start(command)]
+        assert sorted(map(exit_code, children)) == [0, 2]
 
     def test_evaluate(self, run, capsys):
         (run / "report").mkdir()
@@ -256,96 +223,6 @@ class TestTwoProcesses:
     def test_an_export_leaves_no_lock(self, run, tmp_path):
         assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
         assert listing(tmp_path / "out") == ["model.json", "model.safetensors"]
-
-
-class TestResume:
-    # Validation follows steps 2, 4 and 6, and 6 is the last step.
-    @pytest.mark.parametrize(
-        ("hook", "step"),
-        [("training_step", 5), ("validation_step", 2), ("validation_step", 6)],
-    )
-    def test_the_rows_are_those_of_an_unbroken_run(
-        self, hook, step, command, trained, tmp_path, monkeypatch
-    ):
-        original = getattr(FlowTraining, hook)
-
-        def broken(self, *args):
-            if self.global_step == step:
-                raise KeyError("power cut")
-            return original(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FlowTraining, hook, broken)
-            with pytest.raises(KeyError, match="power cut"):
-                main([*command, "--save-steps", "1"])
-        assert main([*command, "--resume"]) == 0
-        assert rows(tmp_path / "run") == rows(trained)
-        one, other = (
-            torch.load(folder / "last.ckpt", weights_only=True)
-            for folder in (tmp_path / "run", trained)
-        )
-        for name in ("state_dict", "optimizer_states", "lr_schedulers"):
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
-
-    def test_two_quick_interrupts_are_one(self, command, tmp_path, monkeypatch):
-        original = FlowTraining.training_step
-
-        def training_step(self, *args):
-            if self.global_step == 2:
-                for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGINT)
-            return original(self, *args)
-
-        monkeypatch.setattr(FlowTraining, "training_step", training_step)
-        with pytest.raises(SystemExit) as leaving:
-            main(command)
-        assert leaving.value.code == 130
-        assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 3
-
-    def test_interrupts_do_not_end_a_checkpoint(self, command, trained, tmp_path, monkeypatch):
-        original = torch.save
-        steps = []
-
-        def save(checkpoint, file):
-            for _ in range(4):
-                os.kill(os.getpid(), signal.SIGINT)
-            original(checkpoint, file)
-            steps.append(checkpoint["global_step"])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "save", save)
-            with pytest.raises(SystemExit):
-                main(command)
-        assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == steps[-1]
-        assert main([*command, "--resume"]) == 0
-        assert rows(tmp_path / "run") == rows(trained)
-
-    def test_a_disk_that_is_full_at_the_first_byte(self, tmp_path):
-        path = tmp_path / "last.ckpt"
-        path.write_text("the one before")
-        (tmp_path / f".last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
-        with pytest.raises(OSError, match=r"could not write .*last.ckpt: No space left on device"):
-            CheckpointFiles().save_checkpoint({"w": torch.zeros(2**20)}, path)
-        assert listing(tmp_path) == ["last.ckpt"]
-        assert path.read_text() == "the one before"
-
-    @pytest.mark.parametrize(
-        ("domain", "first_message"),
-        [
-            ("data", "the loss is nan at step 1 (stage 1); a lower --learning-rate may help"),
-            ("latent", "rebuilt states drifted by nan at step 1 (stage 1)"),
-        ],
-    )
-    def test_weights_without_an_inverse(self, domain, first_message, command, capsys):
-        wild = ["--learning-rate", "1000", "--max-steps", "30", "--domain", domain]
-        capsys.readouterr()
-        # In the latent domain nothing is inverted before the pictures are drawn.
-        assert main([*command, *wild, "--no-reversible", "--max-skipped", "1000"]) == 1
-        message = capsys.readouterr().err.splitlines()[-1]
-        assert message.startswith("mflow: error: training diverged (")
-        assert message.endswith("a lower --learning-rate may help")
-        assert main([*command, *wild, "--overwrite"]) == 1
-        assert first_message in capsys.readouterr().err
 
 
 def test_help_is_there_without_docstrings():

@@ -54,22 +54,27 @@ class TestBadInput:
                 "--width 100000000",
                 "--width, --stage-width, --steps, --stage-steps: expected a model that fits in",
             ),
+            ("--width 1099511627776", "expected a model that fits in memory"),
+            ("--stage-width 1099511627776", "expected a model that fits in memory"),
+            ("--levels 99999999999", "--levels: expected at most 31, got 99999999999"),
+            ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
+            ("--checkpoint-every x", "--checkpoint-every: expected a whole number, got x"),
+            ("--max-drift 0", "--max-drift: expected a finite number > 0, got 0"),
+            ("--max-drift nan", "--max-drift: expected a number, got nan"),
+            ("--max-condition 0.5", "--max-condition: expected at least 1, got 0.5"),
+            ("--reversible maybe", "maybe"),
+            ("--cuda-graphs", "--cuda-graphs: expected a CUDA device"),
             ("--colour red", "unrecognized arguments: --colour red"),
         ],
     )
-    def test_train(self, arguments, message, images, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        base = ["train", *TINY, "--data", str(images), "--run-dir", "run"]
-        assert message in refused([*base, *arguments.split()], tmp_path, capsys)
+    def test_train(self, arguments, message, command, tmp_path, capsys):
+        assert message in refused([*command, *arguments.split()], tmp_path, capsys)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-    def test_cuda_without_a_gpu(self, images, trained, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
+    def test_cuda_without_a_gpu(self, command, trained, tmp_path, capsys):
         message = "--device: expected a CUDA GPU for 'cuda', found none"
-        assert message in refused(
-            ["train", *TINY, "--data", str(images), "--device", "cuda"], tmp_path, capsys
-        )
-        assert message in refused(["evaluate", str(trained), "--device", "cuda"], tmp_path, capsys)
+        for arguments in (command, ["evaluate", str(trained)]):
+            assert message in refused([*arguments, "--device", "cuda"], tmp_path, capsys)
 
     def test_folders_without_images(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
@@ -83,17 +88,14 @@ class TestBadInput:
             message = f"--data: expected images in {data}, {detail}"
             assert message in refused(["train", *TINY, "--data", data], tmp_path, capsys)
 
-    def test_an_existing_run_folder(self, run, images, capsys):
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(run)]
+    def test_an_existing_run_folder(self, run, command, capsys):
         assert "(--resume continues it, --overwrite replaces it)" in refused(command, run, capsys)
 
-    def test_overwrite_spares_folders_that_are_no_runs(self, images, tmp_path, capsys):
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / "thesis.tex").write_text("years of work")
-        command = ["train", *TINY, "--data", str(images), "--overwrite"]
-        command += ["--run-dir", str(tmp_path / "home")]
+    def test_overwrite_spares_folders_that_are_no_runs(self, command, tmp_path, capsys):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.tex").write_text("years of work")
         message = "--run-dir: --overwrite expected a folder of mflow train with config.yaml"
-        assert message in refused(command, tmp_path, capsys)
+        assert message in refused([*command, "--overwrite"], tmp_path, capsys)
 
     @pytest.mark.parametrize("command", ["sample", "reconstruct", "evaluate"])
     def test_broken_runs(self, command, run, tmp_path, capsys):
@@ -140,6 +142,13 @@ class TestBadInput:
                 [command, str(run), "--data", str(coloured)], tmp_path, capsys
             )
 
+    @pytest.mark.parametrize("option", ["--data", "--ood"])
+    def test_prepared_images_of_another_size(self, option, images, trained, tmp_path, capsys):
+        file = str(tmp_path / "file")
+        assert main(["prepare", str(images), "--out", file, "--image-size", "16"]) == 0
+        message = f"{option}: expected images of 8x8 pixels, got 16x16 in {file}"
+        assert message in refused(["evaluate", str(trained), option, file], tmp_path, capsys)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -159,13 +168,11 @@ class TestBadInput:
         command = ["reconstruct", str(run), "--missing", "left"]
         assert message in refused(command, tmp_path, capsys)
 
-    def test_missing_pixels_without_a_manifold(self, images, tmp_path, monkeypatch, capsys):
-        monkeypatch.chdir(tmp_path)
-        train = ["train", *TINY, "--data", str(images), "--manifold-dim", "64", "--stage-dims"]
-        assert main([*train, "--run-dir", "whole"]) == 0
-        capsys.readouterr()
+    def test_missing_pixels_without_a_manifold(self, command, tmp_path, capsys):
+        assert main([*command, "--manifold-dim", "64", "--stage-dims"]) == 0
         message = "--missing: expected a model whose manifold has fewer dimensions than its images"
-        assert message in refused(["reconstruct", "whole", "--missing", "half"], tmp_path, capsys)
+        reconstruct = ["reconstruct", str(tmp_path / "run"), "--missing", "half"]
+        assert message in refused(reconstruct, tmp_path, capsys)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

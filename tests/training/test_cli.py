@@ -1,10 +1,10 @@
 """The commands of `mflow`, run from end to end in this process."""
 
+import itertools
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -18,6 +18,7 @@ from mflow_kernels import HierarchicalFlow
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.stopped_runs import assert_same_run
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
 
@@ -56,33 +57,23 @@ class TestTrain:
                 image.load()
                 assert image.width >= 600
 
-    def test_what_is_printed(self, images, tmp_path, capsys):
-        folder = tmp_path / "run"
-        main(["train", *TINY, "--data", str(images), "--run-dir", str(folder), "--stage-dims"])
+    def test_the_output_names_the_pictures(self, command, tmp_path, capsys):
+        assert main([*command, "--stage-dims"]) == 0
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
-        assert str(folder / "samples.png") in out
+        assert str(tmp_path / "run" / "samples.png") in out
         assert "hierarchy.png" not in out  # drawn only if there are several stages
         assert "Lightning" not in err
         assert "GPU available" not in err
 
     def test_the_same_seed_gives_the_same_bits_and_another_does_not(
-        self, trained, images, tmp_path
+        self, trained, command, tmp_path
     ):
-        found = [weights(trained)]
-        for seed in ("0", "1"):
-            folder = tmp_path / seed
-            main(["train", *TINY, "--data", str(images), "--run-dir", str(folder), "--seed", seed])
-            found.append(weights(folder))
-        first, same, other = found
-        assert all(torch.equal(first[name], same[name]) for name in first)
+        assert main(command) == 0
+        assert_same_run(tmp_path / "run", trained)
+        assert main([*command, "--overwrite", "--seed", "1"]) == 0
+        first, other = weights(trained), weights(tmp_path / "run")
         assert not all(torch.equal(first[name], other[name]) for name in first)
-
-    def test_overwrite_replaces_everything(self, run, images):
-        (run / "stray.txt").write_text("old")
-        arguments = ["train", *TINY, "--data", str(images), "--run-dir", str(run), "--overwrite"]
-        assert main(arguments) == 0
-        assert "stray.txt" not in listing(run)
 
     def test_the_default_folder_is_named_after_the_options(self, images, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -90,82 +81,30 @@ class TestTrain:
         assert (tmp_path / "runs" / "faces-8px-d6-seed0" / "last.ckpt").is_file()
 
     def test_a_diverging_loss_is_reported_and_keeps_the_checkpoint(
-        self, images, tmp_path, monkeypatch, capsys
+        self, command, tmp_path, monkeypatch, capsys
     ):
-        diverge_from(monkeypatch, step=4)
-        folder = tmp_path / "run"
-        command = ["train", *TINY, "--data", str(images), "--run-dir", str(folder)]
+        """The loss is nan from step 4 on."""
+        original, calls = HierarchicalFlow.terms_and_log_prob, itertools.count()
+
+        def terms_and_log_prob(*args, **options):
+            terms, log_likelihood = original(*args, **options)
+            loss = terms.loss * math.nan if next(calls) >= 4 else terms.loss
+            return terms._replace(loss=loss), log_likelihood
+
+        monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)
         assert main([*command, "--max-skipped", "2"]) == 1
         error = capsys.readouterr().err
         assert "2 steps in a row were skipped, the last of them with a loss of nan" in error
         assert "at step 5 (stage 2)" in error
-        assert checkpoint(folder)["global_step"] == 4
+        assert checkpoint(tmp_path / "run")["global_step"] == 4
 
-    def test_unexpected_errors_are_not_swallowed(self, command, tmp_path, monkeypatch):
+    def test_unexpected_errors_are_not_swallowed(self, command, monkeypatch):
         def broken(self, batch, batch_idx):
             raise ValueError("a bug")
 
         monkeypatch.setattr(FlowTraining, "training_step", broken)
         with pytest.raises(ValueError, match="a bug"):
             main(command)
-
-
-class TestResume:
-    @pytest.mark.parametrize("stop", [1, 3, 5])
-    def test_a_resumed_run_computes_the_same_bits(
-        self, stop, trained, command, tmp_path, monkeypatch
-    ):
-        with monkeypatch.context() as patch:
-            crash_before(patch, step=stop, error=RuntimeError("power cut"))
-            with pytest.raises(RuntimeError, match="power cut"):
-                main(command)
-        assert main([*command, "--resume"]) == 0
-        resumed, whole = checkpoint(tmp_path / "run"), checkpoint(trained)
-        for name, tensor in whole["state_dict"].items():
-            assert torch.equal(tensor, resumed["state_dict"][name]), name
-        moments = [c["optimizer_states"][0]["state"] for c in (whole, resumed)]
-        assert moments[0].keys() == moments[1].keys()
-        for index, moment in moments[0].items():
-            assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
-        assert losses(tmp_path / "run") == losses(trained)
-        assert held_out(tmp_path / "run") == held_out(trained)
-        whole_metrics, resumed_metrics = (
-            json.loads((folder / "evaluation.json").read_text())
-            for folder in (trained, tmp_path / "run")
-        )
-        assert resumed_metrics == whole_metrics
-
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_a_signal_saves_a_checkpoint(
-        self, number, code, trained, command, tmp_path, monkeypatch, capsys
-    ):
-        before = signal.getsignal(number)
-        original = FlowTraining.training_step
-
-        def training_step(self, *args):
-            if self.global_step == 2:  # in step 3; checkpoints are written at 2 and 4
-                os.kill(os.getpid(), number)
-            return original(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FlowTraining, "training_step", training_step)
-            with pytest.raises(SystemExit) as leaving:
-                main(command)
-        assert leaving.value.code == code
-        assert signal.getsignal(number) == before
-        message = (
-            f"interrupted; mflow train --resume --run-dir {tmp_path / 'run'} continues the run"
-        )
-        assert message in capsys.readouterr().err
-        assert checkpoint(tmp_path / "run")["global_step"] == 3
-        assert main([*command, "--resume"]) == 0
-        resumed, whole = weights(tmp_path / "run"), weights(trained)
-        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-        assert losses(tmp_path / "run") == losses(trained)
-
-    def test_options_need_not_be_repeated(self, run, trained):
-        assert main(["train", "--run-dir", str(run), "--resume"]) == 0
-        assert losses(run) == losses(trained)
 
 
 @pytest.mark.pictures
@@ -237,20 +176,6 @@ class TestReconstructAndEvaluate:
         assert (written["data"], written["images"]) == ("other", 7)
 
 
-def test_images_smaller_than_asked_for_are_enlarged(tmp_path):
-    small = write_images(tmp_path / "small", size=(5, 3))
-    command = ["train", *TINY, "--data", str(small), "--run-dir", str(tmp_path / "run")]
-    assert main(command) == 0
-
-
-def test_skipped_files_are_reported(tmp_path, capsys):
-    folder = write_images(tmp_path / "some")
-    (folder / "torn.png").write_bytes(b"\x89PNG")
-    command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
-    assert main(command) == 0
-    assert "skipped 1 file that cannot be read: torn.png" in capsys.readouterr().err
-
-
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     find_spec = cli.importlib.util.find_spec
     monkeypatch.setattr(
@@ -285,37 +210,3 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert "usage: mflow" in text
     assert not re.findall(r"--\w*_", text)
-
-
-def losses(folder):
-    return [(row["step"], row["loss_bits_per_dim"]) for row in metrics(folder, "loss_bits_per_dim")]
-
-
-def held_out(folder):
-    name = "heldout_bits_per_dim"
-    return [(row["step"], row["stage"], row[name]) for row in metrics(folder, name)]
-
-
-def crash_before(patch, step, error):
-    original = FlowTraining.training_step
-
-    def training_step(self, batch, batch_idx):
-        if self.global_step == step:
-            raise error
-        return original(self, batch, batch_idx)
-
-    patch.setattr(FlowTraining, "training_step", training_step)
-
-
-def diverge_from(patch, step):
-    calls = []
-    original = HierarchicalFlow.terms_and_log_prob
-
-    def terms_and_log_prob(*args, **options):
-        terms, log_likelihood = original(*args, **options)
-        calls.append(1)
-        if len(calls) > step:
-            terms = terms._replace(loss=terms.loss * math.nan)
-        return terms, log_likelihood
-
-    patch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)

@@ -1,5 +1,6 @@
-"""Ctrl-C in a terminal, at each moment of `mflow train`."""
+"""SIGTERM, and SIGINT (Ctrl-C), at each moment of `mflow train`."""
 
+import itertools
 import os
 import pty
 import signal
@@ -7,12 +8,14 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import checkpoint, metrics, weights
+from tiny_runs import checkpoint
 
 from mflow_kernels.evaluation import likelihood
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.spies import spy
+from training.stopped_runs import assert_same_run, before_step, exit_code
 
 
 def in_a_terminal(command, owner, name, number):
@@ -28,15 +31,13 @@ def in_a_terminal(command, owner, name, number):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
-            original, calls = getattr(owner, name), []
+            calls = itertools.count(1)
 
-            def interrupted(*args, **kwargs):
-                calls.append(1)
-                if len(calls) == number:
+            def note(*args, **kwargs):
+                if next(calls) == number:
                     os.killpg(0, signal.SIGINT)  # all processes of this terminal
-                return original(*args, **kwargs)
 
-            setattr(owner, name, interrupted)
+            spy(pytest.MonkeyPatch(), owner, name, note)
             code = main(command)
         except SystemExit as leaving:
             code = leaving.code
@@ -49,7 +50,7 @@ def in_a_terminal(command, owner, name, number):
     except OSError:  # raised when the child has closed the terminal
         pass
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
+    return exit_code(child), shown.decode()
 
 
 MOMENTS = {
@@ -76,8 +77,45 @@ def test_a_run_says_how_to_continue_and_ends_the_same(moment, command, trained, 
     if moment == "a step":
         assert checkpoint(folder)["global_step"] == 2
     assert main([*command, *resume]) == 0
-    torch.testing.assert_close(weights(folder), weights(trained), rtol=0, atol=0)
-    assert len(metrics(folder)) == len(metrics(trained))
+    assert_same_run(folder, trained)
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
+)
+def test_signals_save_a_checkpoint(signals, code, command, trained, tmp_path, monkeypatch, capsys):
+    """They arrive in step 2, between the checkpoints of steps 2 and 4."""
+    before = signal.getsignal(signals[0])
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda: [os.kill(os.getpid(), number) for number in signals])
+        with pytest.raises(SystemExit) as leaving:
+            main(command)
+    assert leaving.value.code == code
+    assert signal.getsignal(signals[0]) == before
+    resume = f"mflow train --resume --run-dir {tmp_path / 'run'}"
+    assert f"interrupted; {resume} continues the run" in capsys.readouterr().err
+    assert checkpoint(tmp_path / "run")["global_step"] == 3
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", trained)
+
+
+def test_interrupts_do_not_end_a_checkpoint(command, trained, tmp_path, monkeypatch):
+    original = torch.save
+    steps = []
+
+    def save(state, file):
+        for _ in range(4):
+            os.kill(os.getpid(), signal.SIGINT)
+        original(state, file)
+        steps.append(state["global_step"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert checkpoint(tmp_path / "run")["global_step"] == steps[-1]
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", trained)
 
 
 def test_the_range_test_writes_nothing(command, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import TINY, metrics, torchrun, write_images
+from tiny_runs import TINY, metrics, refused, torchrun, write_images
 
 from mflow_kernels.training.cli import main
 
@@ -35,9 +35,9 @@ def test_two_ranks_train_as_one(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(command, monkeypatch, capsys):
+def test_a_batch_that_ranks_cannot_share_is_refused(command, tmp_path, monkeypatch, capsys):
     world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "test"}
     for name, value in world.items():
         monkeypatch.setenv(name, value)
-    assert main(command) == 2
-    assert "--batch-size: expected a multiple of the 3 processes" in capsys.readouterr().err
+    message = "--batch-size: expected a multiple of the 3 processes"
+    assert message in refused(command, tmp_path, capsys)

@@ -10,6 +10,8 @@ from tiny_runs import checkpoint, metrics, refused, weights
 from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
+from training.spies import spy
+from training.stopped_runs import assert_same_run, train_until
 
 
 def rates(folder):
@@ -20,19 +22,23 @@ def stages(folder):
     return [int(float(row["stage"])) for row in metrics(folder, "loss_bits_per_dim")]
 
 
-def train_until(step, command, monkeypatch):
-    """Run a command that ends before this step, as a signal would end it."""
-    original = FlowTraining.training_step
-
-    def training_step(self, *args):
-        if self.global_step == step:
-            raise SystemExit(143)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FlowTraining, "training_step", training_step)
-        with pytest.raises(SystemExit):
-            main([*command, "--save-steps", "1"])
+# Validation follows steps 2, 4 and 6. A checkpoint is written before each; 6 is the last step.
+@pytest.mark.parametrize(
+    ("hook", "step", "options"),
+    [
+        ("training_step", 1, []),
+        ("training_step", 3, []),
+        ("training_step", 5, ["--save-steps", "1"]),
+        ("validation_step", 2, []),
+        ("validation_step", 6, []),
+    ],
+)
+def test_a_run_that_resumes_computes_the_same_bits(
+    hook, step, options, command, trained, tmp_path, monkeypatch
+):
+    train_until(step, [*command, *options], monkeypatch, hook)
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", trained)
 
 
 class TestChanges:
@@ -57,15 +63,11 @@ class TestChanges:
         self, command, trained, tmp_path, monkeypatch, capsys
     ):
         folder = tmp_path / "run"
-        train_until(4, command, monkeypatch)
+        train_until(4, [*command, "--save-steps", "1"], monkeypatch)
         seen = []
-        original = FlowTraining.training_step
-
-        def training_step(self, batch, batch_idx):
-            seen.append(len(batch))
-            return original(self, batch, batch_idx)
-
-        monkeypatch.setattr(FlowTraining, "training_step", training_step)
+        spy(
+            monkeypatch, FlowTraining, "training_step", lambda _, batch, __: seen.append(len(batch))
+        )
         changes = ["--learning-rate", "1e-4", "--batch-size", "3", "--stage-max-steps", "4"]
         assert main(["train", "--run-dir", str(folder), "--resume", *changes]) == 0
         assert seen == [3, 3, 3]
@@ -81,16 +83,12 @@ class TestChanges:
         """The change comes at step 6, in the middle of a pass; the interruption, at step 9."""
         changes = ["--stage-max-steps", "9", "--batch-size", "3"]
         other = shutil.copytree(run, tmp_path / "other")
-        train_until(9, ["train", "--run-dir", str(run), "--resume", *changes], monkeypatch)
-        assert main(["train", "--run-dir", str(run), "--resume"]) == 0
+        resume = ["train", "--run-dir", str(run), "--resume"]
+        train_until(9, [*resume, *changes, "--save-steps", "1"], monkeypatch)
+        assert main(resume) == 0
         assert main(["train", "--run-dir", str(other), "--resume", *changes]) == 0
         assert checkpoint(run)["global_step"] == 12
-        for name in ("state_dict", "optimizer_states", "lr_schedulers", "progress"):
-            one, whole = checkpoint(run)[name], checkpoint(other)[name]
-            torch.testing.assert_close(one, whole, rtol=0, atol=0)
-        timed = {"images_per_second"}
-        one, whole = ([row | dict.fromkeys(timed) for row in metrics(f)] for f in (run, other))
-        assert one == whole
+        assert_same_run(run, other)
 
     def test_the_refusal_lists_what_may_change(self, run, tmp_path, capsys):
         resume = ["train", "--run-dir", str(run), "--resume", "--width", "16"]
@@ -104,19 +102,15 @@ class TestInitFrom:
     ):
         """Actnorm's weights are copied too: an initialized stage is not initialized again."""
         first = []
-        original = FlowTraining.training_step
 
-        def training_step(self, *args):
-            if self._step_in_stage(self.stage) == 0:
-                state = self.model.stages[self.stage].flow.state_dict()
+        def note(training, *args):
+            if training._step_in_stage(training.stage) == 0:
+                state = training.model.stages[training.stage].flow.state_dict()
                 first.append({name: value.clone() for name, value in state.items()})
-            return original(self, *args)
 
-        monkeypatch.setattr(FlowTraining, "training_step", training_step)
-        assert (
-            main([*command, "--init-from", str(trained), "--seed", "1", "--weight", "variance"])
-            == 0
-        )
+        spy(monkeypatch, FlowTraining, "training_step", note)
+        options = ["--init-from", str(trained), "--seed", "1", "--weight", "variance"]
+        assert main([*command, *options]) == 0
         saved = weights(trained)
         for stage, state in enumerate(first):
             for name, value in state.items():

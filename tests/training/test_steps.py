@@ -14,6 +14,8 @@ from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.guard import StepGuard
 from mflow_kernels.training.module import FlowTraining, compile_networks
+from training.spies import spy
+from training.stopped_runs import assert_same_run, train_until
 
 
 def rows(folder):
@@ -96,14 +98,13 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(command, tmp_path, monk
 
 def test_gradients_are_clipped(command, tmp_path, monkeypatch):
     norms = []
-    step = torch.optim.AdamW.step
 
-    def spied(self, *args):
-        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+    def note(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-        return step(self, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    spy(monkeypatch, torch.optim.AdamW, "step", note)
     assert main([*command, "--clip-norm", "0.5"]) == 0
     logged = [float(row["gradient_norm"]) for row in rows(tmp_path / "run")]
     assert max(logged) > 1
@@ -114,11 +115,6 @@ def test_gradients_are_clipped(command, tmp_path, monkeypatch):
 def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, monkeypatch):
     found, readings = [], []
     step, init = FlowTraining.optimizer_step, FlowTraining.__init__
-    read = StepGuard.read
-
-    def spied(self):
-        readings.append(len(found))
-        return read(self)
 
     def counted(self, *args, **kwargs):
         with HostReads() as reads:
@@ -129,7 +125,7 @@ def test_the_host_waits_for_the_device_in_logged_steps_only(domain, command, mon
         init(self, *args)
         self.log_interval = 3
 
-    monkeypatch.setattr(StepGuard, "read", spied)
+    spy(monkeypatch, StepGuard, "read", lambda _: readings.append(len(found)))
     monkeypatch.setattr(FlowTraining, "optimizer_step", counted)
     monkeypatch.setattr(FlowTraining, "__init__", logs_every_third)
     # This function computes a constant from Python numbers on the host.
@@ -205,17 +201,22 @@ class TestStages:
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
         assert [o.trained_weight.item() for o in objectives] == [logged[2], logged[5]]
 
+    def test_a_constant_weight_is_not_logged(self, command, tmp_path):
+        """Lightning logs the last value of a metric again, here that of the stage before."""
+        assert main([*command, "--error-bound", "0.01", "--stage-weight", "7"]) == 0
+        logged = [row["penalty_weight"] for row in rows(tmp_path / "run")]
+        assert all(logged[:3])
+        assert logged[3:] == [""] * 3
+
     @pytest.mark.parametrize("release", [False, True])
     def test_each_has_its_own_learning_rate(self, release, command, tmp_path, monkeypatch):
         """With a warm-up of one step, the first step of a stage has its highest rate."""
         seen = []
-        original = torch.optim.AdamW.step
 
-        def step(self, *args):
-            seen.append([group["lr"] for group in self.param_groups[::2]])
-            return original(self, *args)
+        def note(optimizer, *_):
+            seen.append([group["lr"] for group in optimizer.param_groups[::2]])
 
-        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        spy(monkeypatch, torch.optim.AdamW, "step", note)
         rates = ["--learning-rate", "0.02", "--stage-learning-rate", "0.003", "0.0005"]
         options = ["--stage-dims", "5", "4", "--warm-up", "1", *(["--release"] if release else [])]
         assert main([*command, *options, *rates]) == 0
@@ -231,42 +232,21 @@ class TestStages:
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
         command = [*command, *self.OPTIONS.split(), "--release", "--error-bound", "0.001"]
         assert main(command) == 0
-        whole = weights(tmp_path / "run")
-        calls = []
-        original = HierarchicalFlow.terms_and_log_prob
-
-        def power_cut(*args, **options):
-            calls.append(1)
-            if len(calls) > stop:
-                raise RuntimeError("power cut")
-            return original(*args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(HierarchicalFlow, "terms_and_log_prob", power_cut)
-            with pytest.raises(RuntimeError, match="power cut"):
-                main([*command, "--overwrite", "--save-steps", "1"])
+        whole = (tmp_path / "run").rename(tmp_path / "whole")
+        train_until(stop, [*command, "--save-steps", "1"], monkeypatch)
         assert checkpoint(tmp_path / "run")["global_step"] == stop
         assert main([*command, "--resume"]) == 0
-        torch.testing.assert_close(weights(tmp_path / "run"), whole, rtol=0, atol=0)
+        assert_same_run(tmp_path / "run", whole)
 
     @pytest.mark.parametrize("release", [False, True])
     def test_earlier_stages_change_only_if_released(self, release, command, tmp_path, monkeypatch):
-        kept = []
-        begin = StepGuard.begin_stage
-        fit = train._fit
+        kept, models = [], []
 
-        def begin_stage(self):
-            begin(self)
+        def note(guard):
             kept.append([p.detach().clone() for p in models[0].stages[0].parameters()])
 
-        models = []
-
-        def spied(run):
-            models.append(run.model)
-            return fit(run)
-
-        monkeypatch.setattr(StepGuard, "begin_stage", begin_stage)
-        monkeypatch.setattr(train, "_fit", spied)
+        spy(monkeypatch, train, "_fit", lambda run: models.append(run.model))
+        spy(monkeypatch, StepGuard, "begin_stage", note)
         assert main([*command, *(["--release"] if release else [])]) == 0
         after = list(models[0].stages[0].parameters())
         changed = [not torch.equal(a, b) for a, b in zip(kept[1], after, strict=True)]
@@ -297,10 +277,7 @@ def test_networks_are_compiled_in_place_and_compute_the_same(
 ):
     monkeypatch.setattr(train, "compile_networks", lambda m: compile_networks(m, backend="eager"))
     seen = []
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **k: (seen.append(self), original(self, **k))
-    )
+    spy(monkeypatch, torch.nn.Module, "compile", lambda network, **_: seen.append(network))
     assert main([*command, "--compile"]) == 0
     networks = [m for m in load_run(str(trained)).model.modules() if isinstance(m, AffineCoupling)]
     assert len(seen) == len(networks)

@@ -1,0 +1,60 @@
+"""The condition of a flow's 1x1 convolutions: it is logged, bounded, and infinite at divergence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.layers import FlowStep, InvertibleConv1x1
+from mflow_kernels.layers.conv1x1 import condition_number
+from mflow_kernels.layers.folding import fold
+from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
+from mflow_kernels.training.averaging import copy_weights
+
+
+@torch.no_grad()
+def largest_conditions(model: nn.Module) -> dict[str, Tensor]:
+    """Return the largest condition numbers in a model, by their names in the metrics.
+
+    `condition` is that of W, which --max-condition bounds. `folded_condition` is that of W with
+    actnorm's scale folded in, which the flow inverts.
+    """
+    steps = _steps(model)
+    folded = [condition_number(fold([step.linear], torch.float64).weight[0]) for step in steps]
+    conditions = [step.conv.condition_number() for step in steps]
+    values = {"condition": conditions, "folded_condition": folded}
+    return {name: torch.stack(found).max().float() for name, found in values.items()}
+
+
+def bound_conditions(model: nn.Module, average: nn.Module, limit: float) -> None:
+    """Bound the condition of a model's 1x1 convolutions. Copy those that change to its average."""
+    for module, its_average in zip(model.modules(), average.modules(), strict=True):
+        if isinstance(module, InvertibleConv1x1) and module.bound_condition_(limit):
+            # Its new factors have another permutation, so the old average cannot be kept.
+            copy_weights(module, its_average)
+
+
+@contextmanager
+def singular_means_divergence(model: nn.Module) -> Iterator[None]:
+    """Report a 1x1 convolution that has no inverse as divergence.
+
+    Its ValueError becomes a FloatingPointError. Other ValueErrors pass through.
+    """
+    try:
+        yield
+    except ValueError as error:
+        with torch.no_grad():
+            convs = [fold([step.linear], torch.float32) for step in _steps(model)]
+            inverses = [
+                inverse_weight_and_bias(conv.weight, conv.bias, check=False)[0] for conv in convs
+            ]
+        if all(inverse.isfinite().all() for inverse in inverses):
+            raise
+        raise FloatingPointError(
+            f"training diverged ({error}); a lower --learning-rate may help"
+        ) from None
+
+
+def _steps(model: nn.Module) -> list[FlowStep]:
+    return [module for module in model.modules() if type(module) is FlowStep]
