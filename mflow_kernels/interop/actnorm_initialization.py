@@ -10,10 +10,10 @@ def per_channel(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
-def standard_deviation(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
+def standard_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the standard deviation of each channel, and whether it is constant up to rounding."""
     samples = per_channel(x)
-    std = samples.std(1, correction=correction)
+    std = samples.std(1)
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))
 
 

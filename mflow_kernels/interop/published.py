@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.interop.params import Params
 from mflow_kernels.layers import FlowStep, Split
+from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.models.glow import Glow
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -297,11 +298,7 @@ class _Rosinality(_Source):
         """Return W (C, C), which the file stores whole or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
-        p, lower, upper, log_s, sign = (
-            self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "w_s", "s_sign")
-        )
-        unit = torch.eye(len(p), dtype=p.dtype)
-        return p @ (lower.tril(-1) + unit) @ (upper.triu(1) + torch.diag(sign * log_s.exp()))
+        return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
 
 
 def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
@@ -348,7 +345,7 @@ def _set_weight(step: FlowStep, weight: Tensor) -> None:
             f"got {tuple(weight.shape)}"
         )
     with torch.no_grad():
-        step.conv._factor(weight)
+        step.conv.factor_(weight)
 
 
 def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequential:

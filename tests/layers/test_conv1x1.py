@@ -93,7 +93,7 @@ def ill_conditioned(channels):
     layer, other = (InvertibleConv1x1(channels) for _ in range(2))
     u, v = layer.weight().detach().double(), other.weight().detach().double()
     with torch.no_grad():
-        layer._factor((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
+        layer.factor_((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
     return layer
 
 

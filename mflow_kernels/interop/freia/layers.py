@@ -106,7 +106,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """Initialize an actnorm as FrEIA does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "FrEIA"):
         return
-    std, constant = standard_deviation(x, 1)
+    std, constant = standard_deviation(x)
     scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
     layer.scale.copy_(scale.view_as(layer.scale))
     layer.bias.copy_((-per_channel(x).mean(1) * scale.exp()).view_as(layer.bias))

@@ -76,7 +76,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """
     if from_latent:
         return
-    std, constant = standard_deviation(x, 1)
+    std, constant = standard_deviation(x)
     std = torch.where(constant, 1.0, std)
     layer.log_scale.copy_(-std.log())
     layer.shift.copy_(-(per_channel(x) / std[:, None]).mean(1))
