@@ -41,11 +41,9 @@ class Fuser(Protocol):
             names: names of the layers, as in `model.named_modules()`.
             conditions: for each layer, which of the container's conditions it takes.
         """
-        ...
 
     def accelerates(self, layer: nn.Module) -> bool:
         """Whether a layer will be accelerated, in a sequence or alone."""
-        ...
 
 
 class Adapter(Protocol):
@@ -73,7 +71,6 @@ class Adapter(Protocol):
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether the report has to name this module, as replaced or as left."""
-        ...
 
     def why_left(self, layer: nn.Module) -> str:
         """Say why a layer whose class is not in `layers` is left."""
@@ -81,7 +78,6 @@ class Adapter(Protocol):
 
     def kind_of(self, layer: nn.Module) -> str:
         """Return the key of the methods of an accelerated layer."""
-        ...
 
     def channels_of(self, layer: Any) -> int | None:
         """Return the number of channels of a layer's states; None if it is unknown."""
@@ -92,7 +88,6 @@ class Adapter(Protocol):
 
         `fuser.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
         """
-        ...
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         """Say how these accelerated modules differ from the library's on purpose."""

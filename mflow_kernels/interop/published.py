@@ -8,7 +8,7 @@ the weights.
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -120,8 +120,7 @@ def glow_from_rosinality(
         ValueError: a weight is missing or has another shape.
     """
     if isinstance(weights, (str, PathLike)):
-        loaded: Weights = torch.load(weights, map_location="cpu", weights_only=True)
-        return _convert(_Rosinality(loaded), image_shape)
+        weights = cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
     return _convert(_Rosinality(weights), image_shape)
 
 

@@ -5,7 +5,7 @@ FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -60,6 +60,11 @@ class FusedModule(FusedLayers):
 
 
 def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
+    """Return `forward` of a module; `returned` packs the state and its log-determinant as it does.
+
+    The module's own code runs if our kernels do not support the number of channels.
+    """
+
     def forward(self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
         sequence: FusedSequence = implementation_of(self)
         c = c or ()
@@ -96,7 +101,7 @@ def _sequence_forward(
     self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
 ) -> Any:
     fused: _FusedNetwork = implementation_of(self)
-    if not fused.is_of(self.module_list):
+    if list(self.module_list) != fused.modules:
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
     log_det: Any = 0
@@ -112,7 +117,7 @@ def _graph_forward(
     intermediate_outputs: bool = False, x: None = None,
 ) -> Any:  # fmt: skip
     fused: _FusedNetwork = implementation_of(self)
-    if intermediate_outputs or x is not None or not fused.is_of(self.module_list):
+    if intermediate_outputs or x is not None or list(self.module_list) != fused.modules:
         original = super(type(self), self).forward
         return original(x_or_z, c, rev, jac, intermediate_outputs, x)
     given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
@@ -155,40 +160,22 @@ def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
     return list(nodes[-1].outputs if rev else nodes[0].inputs)
 
 
-class _FusedNetwork:
-    """A network's modules in order, with fused sequences in place of some."""
-
-    def __init__(self, modules: Sequence[nn.Module], items: list[Any]) -> None:
-        self.items = items
-        self._modules = list(modules)
-
-    def is_of(self, modules: Any) -> bool:
-        return len(modules) == len(self._modules) and all(
-            a is b for a, b in zip(modules, self._modules, strict=True)
-        )
+Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
+"""A module, the indices of the conditions it takes, and its nodes."""
 
 
-def _as_tuple(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), log_det.expand(len(z))
+class _FusedNetwork(NamedTuple):
+    """The modules of a network, and its items in order, with fused sequences for some modules."""
 
-
-def _as_scalar(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), log_det
-
-
-def _volume_preserving(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), 0.0
-
-
-def _rotated(z: Tensor, log_det: Tensor) -> Any:
-    return [z], 0.0
+    modules: list[nn.Module]
+    items: list[Item]
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "module": _layer_methods(_as_tuple),
-    "scalar": _layer_methods(_as_scalar),
-    "nice": _layer_methods(_volume_preserving),
-    "rotation": _layer_methods(_rotated),
+    "module": _layer_methods(lambda z, log_det: ((z,), log_det.expand(len(z)))),
+    "scalar": _layer_methods(lambda z, log_det: ((z,), log_det)),
+    "nice": _layer_methods(lambda z, log_det: ((z,), 0.0)),
+    "rotation": _layer_methods(lambda z, log_det: ([z], 0.0)),
     "actnorm": _actnorm_methods(),
     "haar": _haar_methods(),
     "SequenceINN": {"forward": _sequence_forward},
@@ -202,10 +189,6 @@ _KINDS = {
     Fm.HaarDownsampling: "haar",
     Fm.PermuteRandom: "rotation",
 }
-
-
-Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
-"""A module, the indices of the conditions it takes, and its nodes."""
 
 
 def _sequence_chains(module: Any) -> list[list[Item]]:
@@ -272,7 +255,7 @@ class FreiaAdapter(Adapter):
         modules: Any = container.module_list
         place = {id(m): i for i, m in enumerate(modules)}
         prefix = f"{name}.module_list" if name else "module_list"
-        items = []
+        items: list[Item] = []
         before = len(fuser.replaced)
         for chain in chains:
             layers = [m for m, _, _ in chain]
@@ -293,7 +276,8 @@ class FreiaAdapter(Adapter):
         # Releasing outputs after their last use is worth it without sequences too.
         releases = kind is Ff.GraphINN and any(map(fuser.accelerates, modules))
         if len(fuser.replaced) > before or releases:
-            accelerate_module(container, self.folder, kind.__name__, _FusedNetwork(modules, items))
+            implementation = _FusedNetwork(list(modules), items)
+            accelerate_module(container, self.folder, kind.__name__, implementation)
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         notes: list[str] = []

@@ -4,7 +4,6 @@ normflows' flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import normflows as nf
@@ -22,6 +21,7 @@ from mflow_kernels.interop.subclasses import (
     FusedLayers,
     accelerate_module,
     implementation_of,
+    on_view,
 )
 from mflow_kernels.ops.layouts import pixels
 
@@ -96,17 +96,6 @@ def _actnorm_methods() -> dict[str, Callable[..., Any]]:
     return {"forward": forward, "inverse": inverse}
 
 
-def _model_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's method that runs on the model with fused flows."""
-
-    @wraps(method)
-    def through(self: Any, *args: Any, **named: Any) -> Any:
-        container: FusedContainer = implementation_of(self)
-        return method(container.view(self), *args, **named)
-
-    return through
-
-
 _MODEL_METHODS = (
     "forward",
     "forward_and_log_det",
@@ -124,9 +113,7 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": _actnorm_methods(),
     **{
-        model.__name__: {
-            n: _model_method(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)
-        }
+        model.__name__: {n: on_view(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)}
         for model in CONTAINERS
     },
 }
