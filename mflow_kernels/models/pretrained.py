@@ -111,23 +111,21 @@ def architecture_of(stages: Sequence[SavedStage]) -> dict[str, Any]:
     """
     for i, stage in enumerate(stages):
         flow, expected = stage.flow, Glow if i == 0 else VectorFlow
-        found = {
-            "flow": type(flow) is expected or f"{expected.__name__}, got {type(flow).__name__}",
-            "network": getattr(flow, "context_channels", 0) is not None or "built-in networks",
-            "scale": getattr(flow, "scale", None) in (None, ScaleFunction())
-            or "the default scale function",
-            "weight": not isinstance(stage.objective.weight, (Tensor, tuple))
-            or "a weight that is no map",
-        }
-        for name, right in found.items():
-            if right is not True:
-                raise TypeError(
-                    f"stages[{i}].{name}: expected {right}; save the state_dict of other models"
-                )
+        if type(flow) is not expected:
+            wrong = f"flow: expected {expected.__name__}, got {type(flow).__name__}"
+        elif flow.context_channels is None:
+            wrong = "network: expected built-in networks"
+        elif flow.scale != ScaleFunction():
+            wrong = "scale: expected the default scale function"
+        elif isinstance(stage.objective.weight, (Tensor, tuple)):
+            wrong = "weight: expected a weight that is no map"
+        else:
+            continue
+        raise TypeError(f"stages[{i}].{wrong}; save the state_dict of other models")
     parameters = (p for stage in stages for p in stage.parameters())
-    wrong = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
-    if wrong is not None:
-        raise TypeError(f"model: expected parameters of dtype float32 to save, got {wrong}")
+    dtype = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
+    if dtype is not None:
+        raise TypeError(f"model: expected parameters of dtype float32 to save, got {dtype}")
     image = cast(Glow, stages[0].flow)
     return {
         "image_shape": list(image.input_shape),
@@ -166,13 +164,12 @@ def save_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: s
     The folder appears only once its files are complete.
 
     Raises:
-        TypeError: see `architecture_of`.
+        TypeError: as `architecture_of`.
         ValueError: the folder exists, or cannot be created.
     """
     path = Path(folder)
     if path.exists():
         raise ValueError(f"folder: expected a new folder, but {path} exists")
-    architecture_of(stages)  # before anything is written
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
