@@ -9,14 +9,6 @@ from mflow_kernels import FlowStep, ReversibleChain
 from mflow_kernels.testing import assert_close
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """Perturb every parameter in place, since new couplings are the identity; return the module."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return module
-
-
 def loss_of(z: Tensor | tuple[Tensor, ...], logdet: Tensor) -> Tensor:
     parts = z if isinstance(z, tuple) else (z,)
     cubes = sum((i + 1) * part.pow(3).sum() for i, part in enumerate(parts))

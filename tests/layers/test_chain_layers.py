@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import perturbed
 from torch import Tensor, nn
 
-from layers.chains import assert_all_close, gradients, shaken
+from layers.chains import assert_all_close, gradients
 from mflow_kernels import (
     ActNorm,
     FlowStep,
@@ -47,7 +48,7 @@ def test_a_layer_of_the_user_in_a_chain() -> None:
     linear = [LinearStep(c) for c in (4, 4, 16, 8)]
     layers = [linear[0], FlowStep(4, width=4), linear[1], Squeeze()]
     layers += [linear[2], Split(16, width=4), linear[3]]
-    stored = shaken(ReversibleChain(layers, reversible=False)).double()
+    stored = perturbed(ReversibleChain(layers, reversible=False)).double()
     rebuilt = copy.deepcopy(stored)
     rebuilt.reversible = True
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)

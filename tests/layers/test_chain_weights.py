@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from cases import perturbed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layers.chains import assert_all_close, gradients, shaken
+from layers.chains import assert_all_close, gradients
 from mflow_kernels import (
     FlowStep,
     ReversibleChain,
@@ -21,7 +22,7 @@ def test_partial_sums_in_smaller_buffers_change_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A buffer for the partial sums of one or two steps gives the same bits as one for all."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
+    chain = perturbed(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     want = gradients(chain, x, call=chain)
     for steps in (1, 2):
@@ -33,7 +34,7 @@ def test_partial_sums_in_smaller_buffers_change_no_bit(
 def test_stored_states_need_no_copy_of_the_partial_sums() -> None:
     """The backward launches of a group write dW into one buffer. `Tensor.unbind` would instead copy
     all of their results into another one."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(5)], reversible=False))
+    chain = perturbed(ReversibleChain([FlowStep(6, width=8) for _ in range(5)], reversible=False))
     z, logdet = chain(torch.randn(2, 6, 4, 4))
 
     class Stacks(TorchDispatchMode):
@@ -52,7 +53,7 @@ def test_stored_states_need_no_copy_of_the_partial_sums() -> None:
 
 def test_gradients_of_weights_add_up_over_backward_passes() -> None:
     """Each pass over a graph, or over a part of it, gives the gradient of that pass alone."""
-    chain = shaken(ReversibleChain([FlowStep(6, width=8) for _ in range(3)], reversible=False))
+    chain = perturbed(ReversibleChain([FlowStep(6, width=8) for _ in range(3)], reversible=False))
     x = torch.randn(2, 6, 4, 4, requires_grad=True)
     parameters = [p for p in chain.parameters() if p.requires_grad]
     z, logdet = chain(x)
@@ -85,7 +86,7 @@ def test_a_weight_that_two_launches_use_gets_the_sum_of_both_gradients() -> None
 
 def test_shared_and_frozen_parameters() -> None:
     shared = nn.Conv2d(2, 4, 3, padding=1)
-    stored = shaken(ReversibleChain([FlowStep(4, shared) for _ in range(3)], reversible=False))
+    stored = perturbed(ReversibleChain([FlowStep(4, shared) for _ in range(3)], reversible=False))
     stored.double()
     stored.layers[1].actnorm.bias.requires_grad_(False)
     shared.weight.requires_grad_(False)
@@ -102,7 +103,7 @@ def test_shared_and_frozen_parameters() -> None:
 def test_the_same_step_twice(between: int) -> None:
     step = FlowStep(4, width=4)
     others = [FlowStep(4, width=4) for _ in range(between)]
-    stored = shaken(ReversibleChain([step, *others, step], reversible=False)).double()
+    stored = perturbed(ReversibleChain([step, *others, step], reversible=False)).double()
     rebuilt = copy.deepcopy(stored)
     rebuilt.reversible = True
     x = torch.randn(2, 4, 3, 3).double()
@@ -114,7 +115,7 @@ def test_the_same_step_twice(between: int) -> None:
 @pytest.mark.parametrize("part", ["actnorm", "conv", "coupling"])
 def test_parts_with_another_dtype_or_frozen(part: str) -> None:
     """Actnorm and convolution compute in the precision of the state, not of their parameters."""
-    stored = shaken(ReversibleChain([FlowStep(4, width=4) for _ in range(3)], reversible=False))
+    stored = perturbed(ReversibleChain([FlowStep(4, width=4) for _ in range(3)], reversible=False))
     if part == "coupling":
         stored.layers[1].coupling.requires_grad_(False)
     else:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from cases import normal
+from cases import normal, perturbed
 
 from mflow_kernels import FlowStep, InvertibleConv1x1, ReversibleChain, Squeeze
 from mflow_kernels.testing import assert_close, check_bijection
@@ -18,10 +18,7 @@ def test_starts_as_a_rotation(channels):
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3, 4)], ids=str)
 def test_logdet_is_that_of_the_weight(shape, device):
-    layer = InvertibleConv1x1(5).to(device)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape).to(device)
+    layer = perturbed(InvertibleConv1x1(5), 0.3).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     weight = layer.weight().double()

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from cases import normal
+from cases import normal, perturbed
 from torch import Tensor, nn
 
 from mflow_kernels import Glow
@@ -169,10 +169,7 @@ def test_a_reversible_chain_repeats_its_networks(
     images = normal(4, 1, 4, 4, device=kernel_device)
     gradients = []
     for reversible in (True, False):
-        model = glow(reversible, kernel_device, steps=3)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.05 * torch.randn_like(p))
+        model = perturbed(glow(reversible, kernel_device, steps=3), 0.05)
         x = images.clone().requires_grad_()
         torch.manual_seed(1)
         with torch.autocast(kernel_device.type, BF16):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import compiles, normal
+from cases import compiles, normal, perturbed
 from torch import nn
 
 from mflow_kernels import FlowStep, ReversibleChain
@@ -11,11 +11,7 @@ from mflow_kernels.testing import assert_close
 def perturbed_steps(channels, count=1, **options):
     """Perturbed steps in float64."""
     steps = [FlowStep(channels, width=4, **options).double() for _ in range(count)]
-    with torch.no_grad():
-        for step in steps:
-            for parameter in step.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return steps
+    return [perturbed(step, 0.2) for step in steps]
 
 
 def one_by_one(steps, x):

@@ -48,10 +48,9 @@ def expected_log_prob(model, x):
 def test_a_linear_flow_by_hand(device):
     """If all coupling networks are zero, a flow is z = A x + b, and J holds columns of A^-1."""
     flow = VectorFlow(5, 3, 4).double()
-    with torch.no_grad():
-        for step in flow.chain.layers:
-            for parameter in (*step.conv.parameters(), *step.actnorm.parameters()):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    for step in flow.chain.layers:
+        perturbed(step.conv, 0.3)
+        perturbed(step.actnorm, 0.3)
     model = ManifoldFlow(flow, 2).to(device)
     x = normal(4, 5, dtype=torch.float64, device=device)
     origin = torch.zeros(1, 5, dtype=torch.float64, device=device)
