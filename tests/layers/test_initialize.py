@@ -8,7 +8,7 @@ import torch
 from cases import normal, perturbed
 from torch import Tensor, nn
 
-from mflow_kernels import ActNorm, Bijection, FlowStep, Glow, ManifoldFlow, ReversibleChain
+from mflow_kernels import ActNorm, Bijection, FlowStep, Glow, ReversibleChain
 
 WARNING = r"ActNorm was never initialized .* call initialize\(x\) of the model with a first batch"
 
@@ -118,10 +118,3 @@ def test_no_warning_after_initialization_or_loading(make, shape):
         loaded(x)
         frozen = make().requires_grad_(False)  # not trained
         frozen(x)
-
-
-def test_a_missing_deviation_names_the_class():
-    flow = ManifoldFlow(Glow((1, 4, 4), 1, 1, 4), 2)
-    message = r"deviation: expected a number > 0, got none; ManifoldFlow.deviation\(training_data\)"
-    with pytest.raises(TypeError, match=message):
-        flow.ood_score(normal(2, 1, 4, 4))

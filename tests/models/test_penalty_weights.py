@@ -10,7 +10,8 @@ from torch import nn
 from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
 from mflow_kernels.ops.penalty_functions import RHOS, penalty_function, penalty_log_normalizer
 from mflow_kernels.testing import assert_close
-from models.objectives_by_hand import X, image_flow, log_normal, rho_of, split_latents
+from models.flows import image_flow
+from models.objectives_by_hand import X, log_normal, rho_of, split_latents
 
 
 def latent_maps(flow):
