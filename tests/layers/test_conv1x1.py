@@ -134,10 +134,9 @@ def test_bounding_the_condition(channels, limit):
 
 def test_a_condition_within_the_bound_changes_nothing():
     layer = ill_conditioned(12)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    before = copy.deepcopy(layer.state_dict())
     assert not layer.bound_condition_(1.01 * layer.condition_number().item())
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name])
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
 def test_bad_bounds():
