@@ -1,6 +1,7 @@
 """Comparisons of accelerated models with their originals, for the tests of all libraries."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop import Report, accelerate
+from mflow_kernels.interop import Report, accelerate, decelerate
 from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.subclasses import is_accelerated
 from mflow_kernels.testing import assert_close
 
 Results = dict[str, Tensor]  # outputs and log-determinants of a model, by name
@@ -123,6 +125,42 @@ def assert_guarded(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.
     for name in adapter.fingerprints:
         monkeypatch.setitem(adapter.fingerprints, name, set())
     assert "is not that of a tested version" in str(assert_left_alone(model))
+
+
+def assert_checkpoints_and_copies(
+    model: nn.Module, fast: nn.Module, value: Callable[[nn.Module], Tensor], pickles: bool = True
+) -> None:
+    """Assert that checkpoints, copies and deceleration of an accelerated model work.
+
+    - It has the parameters that it had before, and loads a checkpoint of the original.
+    - Copies, and with `pickles` also pickles, compute the same, with weights of their own.
+    - Decelerated, it has the original classes and computes what the original does.
+
+    Args:
+        model, fast: two models of the same architecture; `fast` is accelerated.
+        value: computes the result to compare.
+    """
+    perturbed(fast, seed=7)
+    parameters = [id(p) for p in fast.parameters()]
+    accelerate(fast)
+    assert [id(p) for p in fast.parameters()] == parameters
+    assert not same_state(fast, model)
+    fast.load_state_dict(model.state_dict())
+    assert same_state(fast, model)
+    want = value(model)
+    torch.testing.assert_close(value(fast), want)
+    copies = [copy.deepcopy(fast)]
+    if pickles:
+        copies.append(pickle.loads(pickle.dumps(fast)))
+    for copied in copies:
+        assert classes(copied) == classes(fast)
+        torch.testing.assert_close(value(copied), want)
+        perturbed(copied)  # must not change the original
+        assert not torch.equal(value(copied), value(fast))
+    decelerate(fast)
+    assert classes(fast) == classes(model)
+    assert not any(map(is_accelerated, fast.modules()))
+    assert torch.equal(value(fast), want)
 
 
 def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:

@@ -1,7 +1,6 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -193,19 +192,8 @@ def test_report():
 
 def test_checkpoints_and_copies():
     model, fast = initialized(images), initialized(images)
-    peers.perturbed(fast, seed=7)
-    accelerate(fast)
-    fast.load_state_dict(model.state_dict())
-    assert peers.same_state(fast, model)
     x, _ = inputs_of(model, torch.float32)
-    want = model.log_prob(x)
-    torch.testing.assert_close(fast.log_prob(x), want)
-    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        torch.testing.assert_close(copied.log_prob(x), want)
-        peers.perturbed(copied)
-        assert not torch.equal(copied.log_prob(x), fast.log_prob(x))
-    decelerate(fast)
-    assert torch.equal(fast.log_prob(x), want)
+    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x))
 
 
 def test_untested_code_is_left(monkeypatch):

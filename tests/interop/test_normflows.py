@@ -1,7 +1,6 @@
 """Accelerated models of normflows, built as in its README, examples and tests."""
 
 import copy
-import pickle
 
 import normflows as nf
 import pytest
@@ -223,27 +222,9 @@ def test_single_layers_keep_their_interface():
 
 
 def test_checkpoints_and_copies():
-    model = initialized(MODELS["glow"])
-    fast = initialized(MODELS["glow"])
-    peers.perturbed(fast, seed=5)
-    parameters = list(fast.parameters())
-    accelerate(fast)
-    assert [id(p) for p in fast.parameters()] == [id(p) for p in parameters]
-    assert not peers.same_state(fast, model)
-    fast.load_state_dict(model.state_dict())
-    assert peers.same_state(fast, model)
+    model, fast = initialized(MODELS["glow"]), initialized(MODELS["glow"])
     x, y = images(), torch.arange(4) % 3
-    want = model.log_prob(x, y)
-    torch.testing.assert_close(fast.log_prob(x, y), want)
-    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert peers.classes(copied) == peers.classes(fast)
-        torch.testing.assert_close(copied.log_prob(x, y), want)
-        peers.perturbed(copied)  # must not change the original
-        assert not torch.equal(copied.log_prob(x, y), fast.log_prob(x, y))
-    decelerate(fast)
-    assert peers.classes(fast) == peers.classes(model)
-    assert all("_mflow_implementation" not in m.__dict__ for m in fast.modules())
-    assert torch.equal(fast.log_prob(x, y), want)
+    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x, y))
 
 
 def test_untested_code_is_left(monkeypatch):
