@@ -13,7 +13,7 @@ from mflow_kernels.interop.sequence import FusedSequence, Part
 LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
 
 PartsOf = Callable[[Any], tuple[Part, ...] | str]
-"""From a layer to its parts, data -> latent, or the reason why our kernels cannot compute it."""
+"""Maps a layer to its parts, data -> latent, or to the reason why our kernels cannot compute it."""
 
 Methods = Mapping[str, Callable[..., Any]]
 """Methods that replace those of a module's class, by name."""
@@ -39,7 +39,7 @@ class Fuser(Protocol):
 
         Args:
             names: names of the layers, as in `model.named_modules()`.
-            conditions: for each layer, which of the container's conditions it takes.
+            conditions: for each layer, the indices of the container's conditions that it takes.
         """
 
     def accelerates(self, layer: nn.Module) -> bool:
@@ -58,8 +58,8 @@ class Adapter(Protocol):
             with `implementation_of(self)`.
         fingerprints: for each module of the library, the fingerprints of the versions that the
             tests ran against (see `fingerprints.py`).
-        repaired: the report's text for some kinds of layers. When such a layer stands alone, the
-            library's code still computes it, with a bug fixed.
+        repaired: the report's text for kinds of layers that the library's own code still computes,
+            with a bug fixed, when they stand alone.
     """
 
     folder: str

@@ -1,9 +1,9 @@
 """Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
 
-The model has two features that `Glow` lacks: convolutions that see the border of the image, and a
-learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
-standard normal. Scales of convolutions (actnorms inside networks, exp(3 * logs)) are folded into
-the weights.
+The published model has two features that `Glow` lacks: convolutions that see the border of the
+image, and a learned Gaussian of the coarsest latent. Here an affine map takes the place of that
+Gaussian, so that every latent is standard normal. Scales of convolutions (actnorms inside networks,
+exp(3 * logs)) are folded into the weights.
 """
 
 from collections.abc import Mapping

@@ -26,8 +26,8 @@ from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import ChannelLinear, Couple, Program, SpaceToDepth
 
-# The widest permutation that runs as a matrix, inside the launch of a coupling. It is cheaper to
-# index the channels if there are more, and on a CPU if there are more than a few.
+# The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
+# channels an index is cheaper, and on a CPU already with more than a few.
 MATRIX_CHANNELS = {"cuda": 128}
 MATRIX_CHANNELS_ELSEWHERE = 4
 

@@ -105,7 +105,7 @@ class InvertibleConv1x1(Bijection):
 
 
 def condition_number(weight: Tensor) -> Tensor:
-    """Largest singular value of a matrix over its smallest; infinite if it is not finite."""
+    """Largest singular value over the smallest; infinite if the matrix is not finite."""
     if not weight.isfinite().all():
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)

@@ -1,7 +1,7 @@
 """Save and load trained models as two files, `model.safetensors` and `model.json`.
 
-The JSON file describes the architecture, the other one holds every tensor. Any program can read
-both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
+The JSON file describes the architecture, and the other file holds every tensor. Any program can
+read both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
 `HierarchicalFlow` make a model of them.
 """
 
@@ -84,7 +84,7 @@ def build_stages(
     for stage in architecture["stages"]:
         if parts:
             flow = VectorFlow(parts[-1].manifold_dim, stage["steps"], stage["width"], **how)
-        # Checked before the next flow, whose size it sets, is built.
+        # This number sets the size of the next flow, so check it before building that flow.
         check_manifold_dim(stage["manifold_dim"], flow.latent_shapes)
         parts.append(StageParts(flow, stage["manifold_dim"], _objective(stage)))
     return parts
@@ -310,8 +310,8 @@ def _read(path: Path, tensors: int) -> tuple[dict[str, Any], ImageFormat]:
     except RecursionError:
         raise ValueError(f"{expected}, got JSON that is nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        came = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{expected} with format {_FORMAT!r}, got {came!r}")
+        actual = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{expected} with format {_FORMAT!r}, got {actual!r}")
     architecture: Any = content.get("architecture")
     try:
         shape, stages = architecture["image_shape"], architecture["stages"]

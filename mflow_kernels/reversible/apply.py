@@ -113,8 +113,8 @@ def _total(ledger: Tensor, group_pixels: list[int], log_dets: dict[int, Tensor])
 class _Segment(NamedTuple):
     """A part of a program that is one node of autograd's graph.
 
-    The gradients of its parameters are complete before the backward pass turns to the part in front
-    of it, so that DistributedDataParallel can exchange them early.
+    The backward pass completes the gradients of its parameters before it enters the segment before
+    it, so that DistributedDataParallel can exchange them early.
 
     Attributes:
         networks: the networks of its instructions.
@@ -234,7 +234,7 @@ def _apply_reversibly(
         inputs = (*latents[waiting:], *context, *segment.parameters)
         latents = latents[:waiting]
         if segment is segments[-1]:
-            # All outputs pass through the last node, so that autograd runs its backward first.
+            # All outputs pass through the last node, so autograd runs that node's backward first.
             x, *outputs = _SegmentFunction.apply(record, segment, x, *inputs, *outputs)
         else:
             x, *own = _SegmentFunction.apply(record, segment, x, *inputs)

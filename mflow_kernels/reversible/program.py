@@ -208,7 +208,7 @@ def inverse_instruction(instruction: Instruction) -> Instruction:
 
 
 def output_channels(instructions: Iterable[object], channels: int) -> int:
-    """Channels of the state after these instructions (data -> latent), from those before them."""
+    """The number of channels after these instructions (data -> latent); `channels` before them."""
     for instruction in instructions:
         if isinstance(instruction, SpaceToDepth):
             channels *= 4
@@ -364,8 +364,6 @@ def keep_layout(state: Tensor) -> None:
 
 
 def _net_input_dtype(instructions: Sequence[Instruction], i: int, x: Tensor) -> torch.dtype | None:
-    """The dtype of the network input that the launch before instruction i also writes; None if
-    instruction i has no network."""
-    return (
-        autocast_dtype(x) if i < len(instructions) and isinstance(instructions[i], Couple) else None
-    )
+    """If instruction i has a network, the dtype of its input, which the launch before it writes."""
+    network_next = i < len(instructions) and isinstance(instructions[i], Couple)
+    return autocast_dtype(x) if network_next else None

@@ -45,7 +45,7 @@ class RerunNetwork:
 
     def __init__(self, net: nn.Module, ordinal: int = 0) -> None:
         modules = [net]
-        for module in modules:  # takes a third of the time of `net.modules()`
+        for module in modules:  # `net.modules()` takes three times as long
             modules += [m for m in module._modules.values() if m is not None]
         self.net, self.ordinal = net, ordinal
         self._modules = modules
@@ -170,8 +170,8 @@ def fingerprint(t: Tensor) -> Tensor:
 def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     """The largest relative difference of two lists of tensors, estimated from their fingerprints.
 
-    A difference is relative to the norm of its own tensor or to a third of the largest norm in the
-    list, whichever is larger.
+    Each difference is divided by the norm of its tensor, or by a third of the largest norm in the
+    list if that is larger.
 
     Returns:
         A scalar. It is inf if the lists differ in length. It is 0 if the network's inputs, the

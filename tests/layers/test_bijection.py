@@ -46,19 +46,19 @@ LAYERS = {
     "chain of levels": (_levels, (2, 1, 4, 2)),
     "chain of levels, stored": (lambda: _levels(reversible=False), (2, 1, 4, 2)),
 }
-every = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 
 
 def flat(z) -> list[Tensor]:
     return [z] if isinstance(z, Tensor) else [t for part in z for t in flat(part)]
 
 
-@every
+@every_layer
 def test_round_trip_jacobian_and_logdets(make, shape, device):
     check_bijection(make().to(device), shape)
 
 
-@every
+@every_layer
 def test_float32(make, shape, device):
     """Results are float32, equal those in float64 up to rounding, and invert up to rounding."""
     layer = perturbed(make()).to(device)
@@ -76,7 +76,7 @@ def test_float32(make, shape, device):
     assert_close(negative, -logdet, terms=x[0].numel(), scale=4.0)
 
 
-@every
+@every_layer
 def test_empty_batch(make, shape, device):
     layer = make().to(device)
     z, logdet = layer(torch.ones(0, *shape[1:], device=device))
@@ -86,7 +86,7 @@ def test_empty_batch(make, shape, device):
     assert negative.shape == (0,)
 
 
-@every
+@every_layer
 def test_copies_pickles_and_state_dicts_compute_the_same(make, shape, device):
     layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)
@@ -115,7 +115,7 @@ def test_memory_format_changes_no_value(make, shape, device):
         assert_close(got, want, terms=36)
 
 
-@every
+@every_layer
 def test_initialize_returns_the_result_of_forward(make, shape, device):
     layer = perturbed(make()).to(device)
     x = normal(*shape, device=device)

@@ -35,10 +35,10 @@ FLOWS = {
     "chain with a split": lambda: levels(input_shape=(1, 4, 2)),
     "chain, states stored": lambda: one_level(input_shape=(3,), reversible=False),
 }
-every = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+every_flow = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
 
 
-@every
+@every_flow
 def test_log_prob_is_the_normal_density_of_z_and_the_volume(make, device):
     flow = perturbed(make()).double().to(device)
     x = normal(2, *flow.input_shape, dtype=torch.float64, device=device)
@@ -56,7 +56,7 @@ def flat(z):
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
-@every
+@every_flow
 def test_samples_are_the_inverse_of_normal_latents(make, device):
     flow = perturbed(make()).to(device)
 

@@ -13,7 +13,7 @@ from mflow_kernels import ActNorm, Bijection, FlowStep, Glow, ReversibleChain
 WARNING = r"ActNorm was never initialized .* call initialize\(x\) of the model with a first batch"
 
 
-class Twice(Bijection):
+class InSequence(Bijection):
     """The caller's bijection: layers one after another, without an `initialize`."""
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -45,7 +45,7 @@ def actnorms(model):
 
 def test_initialize_reaches_the_layers_of_a_bijection():
     """The layers are set as if each had been initialized from the output of the one before it."""
-    own = perturbed(Twice(step(), Twice(ActNorm(3)), ReversibleChain([step(), step()])))
+    own = perturbed(InSequence(step(), InSequence(ActNorm(3)), ReversibleChain([step(), step()])))
     by_hand = copy.deepcopy(own)
     x = 3 + 2 * normal(64, 3)
     z, logdet = own.initialize(x)
@@ -63,14 +63,14 @@ def test_initialize_reaches_the_layers_of_a_bijection():
 
 
 def test_initialize_passes_the_context():
-    own = Twice(step(context_channels=2), step(context_channels=2))
+    own = InSequence(step(context_channels=2), step(context_channels=2))
     x, context = 3 + normal(16, 3), normal(16, 2)
     own.initialize(x, context)
     assert all(layer.initialized for layer in actnorms(own))
 
 
 def test_a_failed_initialization_leaves_no_hook():
-    own = Twice(step(), step())
+    own = InSequence(step(), step())
     with pytest.raises(ValueError, match="x: expected at least two values a channel"):
         own.initialize(normal(1, 3))
     assert not any(m._forward_pre_hooks for m in own.modules())
@@ -83,7 +83,7 @@ MODELS = {
     "chain": (lambda: ReversibleChain([step(), step()]), (4, 3)),
     "actnorm": (lambda: ActNorm(3), (4, 3)),
     "image flow": (lambda: Glow((1, 4, 4), 1, 1, 4), (4, 1, 4, 4)),
-    "own bijection": (lambda: Twice(step()), (4, 3)),
+    "own bijection": (lambda: InSequence(step()), (4, 3)),
 }
 
 
