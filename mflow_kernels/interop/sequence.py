@@ -102,7 +102,6 @@ def _sections(
     sections: list[Section] = []
     program = Program()
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
-    squeezes = 0
     group: LayerGroup | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
@@ -113,12 +112,11 @@ def _sections(
             if program.instructions:
                 sections.append(program)
             sections.append(tuple(row))
-            program, group, squeezes = Program(), None, 0
+            program, group = Program(), None
         elif row:
             if group is None:
                 group = LayerGroup([], channels, device)
                 program.groups.append(group)
-                program.squeezes.append(squeezes)
             program.instructions.append(ChannelLinear(len(program.groups) - 1, len(group.steps)))
             group.steps.append(tuple(row))
         row = []
@@ -126,7 +124,7 @@ def _sections(
             program.instructions.append(Couple(part.net, part.scale, part.inverse))
         elif isinstance(part, SpaceToDepth):
             program.instructions.append(part)
-            channels, squeezes, group = 4 * channels, squeezes + 1, None
+            channels, group = 4 * channels, None
     if program.instructions:
         sections.append(program)
     return sections

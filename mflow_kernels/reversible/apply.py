@@ -270,7 +270,7 @@ class _SegmentFunction(torch.autograd.Function):
         folded = {i: record.groups[i].folded(dtype) for i in segment.groups}
         runner = _RecordingRunner(segment.networks, record.owner.checkpoint_every, x.device)
         with torch.autocast(**record.autocast):
-            done = execute(segment.instructions, x, latents, folded, context, runner)
+            done = execute(segment.instructions, x, latents, folded, context, runner.run)
         ctx.record, ctx.segment, ctx.stored_at = record, segment, list(runner.stored)
         # The backward pass starts from the last state, and ends where no more gradient is needed.
         ctx.starts = segment is record.segments[-1]

@@ -302,7 +302,7 @@ def test_graph_releases_outputs_after_their_last_use(blocks):
     """Without gradients, a state in a graph is released as soon as the next one exists."""
     alive = []
 
-    class NetworkRunner(Fm.InvertibleModule):
+    class AddOne(Fm.InvertibleModule):
         def forward(self, x, rev=False, jac=True):
             y = x[0] + 1
             alive[:] = [ref for ref in alive if ref() is not None]
@@ -314,7 +314,7 @@ def test_graph_releases_outputs_after_their_last_use(blocks):
 
     nodes = [Ff.InputNode(4)]
     for _ in range(6):
-        nodes.append(Ff.Node(nodes[-1], NetworkRunner, {}))
+        nodes.append(Ff.Node(nodes[-1], AddOne, {}))
     for _ in range(blocks):
         nodes.append(Ff.Node(nodes[-1], Fm.AllInOneBlock, {"subnet_constructor": fully_connected}))
     model = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])])

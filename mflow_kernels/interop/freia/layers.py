@@ -83,19 +83,15 @@ def _global_affines(blocks: Sequence[Any]) -> Affine:
     return Affine(scale, offset, scale.log().sum(1))
 
 
-def _block_permutation(blocks: Sequence[Any]) -> Tensor:
+def _block_permutations(blocks: Sequence[Any]) -> Affine:
     matrices = [
         b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks
     ]
-    return torch.stack(matrices).flatten(2)
-
-
-def _block_permutations(blocks: Sequence[Any]) -> Affine:
-    return _orthogonal(_block_permutation(blocks))
+    return _orthogonal(torch.stack(matrices).flatten(2))
 
 
 def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
-    return _orthogonal(_block_permutation(blocks).mT)
+    return _orthogonal(_block_permutations(blocks).weight.mT)
 
 
 def _is_pending(layer: Any) -> bool:
