@@ -238,19 +238,6 @@ def test_cannot_be_pickled_as_the_original_cannot():
             pickle.dumps(model)
 
 
-def test_round_trips():
-    """FrEIA's own tests check each module in this way."""
-    torch.manual_seed(0)
-    for make in MODELS.values():
-        model = initialized(make)
-        accelerate(model)
-        x, c = inputs_of(model, torch.float32)
-        z, j = model(x, c)
-        back, j_back = model(z, c, rev=True)
-        assert torch.allclose(back, x, atol=1e-4)
-        assert torch.allclose(j, -j_back, atol=1e-3)
-
-
 def test_exports(monkeypatch):
     # Start without cached constants, because those that an export makes must not be kept.
     monkeypatch.setattr(linear, "_constants", {})

@@ -101,7 +101,7 @@ def has_inverse(model):
     return not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
 
 
-def results(dtype, both=True):
+def results(dtype):
     def of(model):
         x, c = inputs_of(model, dtype)
         sources = [t.requires_grad_() for t in (x, c) if t is not None]
@@ -109,7 +109,7 @@ def results(dtype, both=True):
         grads = [peers.input_gradient(source, [z, log_det]) for source in sources]
         out = {f"d{i}": grad for i, grad in enumerate(grads)}
         out |= {"z": z, "log_det": log_det, "log_prob": model.log_prob(x, c)}
-        if both and has_inverse(model):
+        if has_inverse(model):
             back, log_det = model._transform.inverse(z, c)
             out |= {"x": back, "log_det of x": log_det}
         return out
@@ -153,10 +153,9 @@ def test_training_equals_the_original(make, reversible):
     peers.compare(fast, results(torch.float64), 1)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_round_trips(name):
-    """nflows' transform_test.py checks the same; here NaiveLinear has an inverse too."""
-    model = initialized(MODELS[name])
+def test_a_flow_with_naive_linears_round_trips():
+    """Its original has no inverse to compare with."""
+    model = initialized(conditional)
     assert accelerate(model).replaced
     x, c = inputs_of(model, torch.float32)
     z, log_det = model._transform(x, c)
@@ -164,8 +163,7 @@ def test_round_trips(name):
     torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(log_det, -log_det_back, atol=1e-3, rtol=1e-4)
     torch.manual_seed(0)
-    samples = model.sample(2, c) if c is not None else model.sample(2)
-    assert samples.isfinite().all()
+    assert model.sample(2, c).isfinite().all()
 
 
 def test_exports_and_infers_shapes():
