@@ -1,11 +1,12 @@
 """Chains for tests, their losses and their gradients."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels import FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.testing import assert_close
 
 
@@ -27,10 +28,29 @@ def gradients(chain: nn.Module, *inputs: Tensor, call: Callable[..., object]) ->
     ]
 
 
+def both_gradients(
+    stored: ReversibleChain, *inputs: Tensor, inverse: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The `gradients` of a reversible copy of a chain that stores its states, and of the chain."""
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    got, want = (
+        gradients(chain, *inputs, call=chain.inverse if inverse else chain)
+        for chain in (rebuilt, stored)
+    )
+    return got, want
+
+
 def assert_all_close(got: list[Tensor], want: list[Tensor], terms: int) -> None:
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(a, b, terms=terms, name=f"gradient {i}")
+
+
+def levels(**options: object) -> ReversibleChain:
+    """A chain from (N, 1, H, W) to two latents (N, 2, H/2, W/2)."""
+    layers = [Squeeze(), FlowStep(4, width=3), FlowStep(4, width=3), Split(4, width=3)]
+    return ReversibleChain([*layers, FlowStep(2, width=3)], **options)  # type: ignore[arg-type]
 
 
 def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain:

@@ -8,6 +8,7 @@ import torch
 from cases import compiles, normal, perturbed
 from torch import Tensor
 
+from layers.chains import levels
 from mflow_kernels import (
     ActNorm,
     AffineCoupling,
@@ -21,11 +22,6 @@ from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close, check_bijection
 
 GLOWS_SCALE = ScaleFunction("sigmoid", eps=1e-3, order="scale-shift")
-
-
-def _levels(**options) -> ReversibleChain:
-    layers = [Squeeze(), FlowStep(4, width=3), FlowStep(4, width=3), Split(4, width=3)]
-    return ReversibleChain([*layers, FlowStep(2, width=3)], **options)
 
 
 LAYERS = {
@@ -43,8 +39,8 @@ LAYERS = {
     "step, one pixel": (lambda: FlowStep(4, width=4, scale="atan"), (2, 4, 1, 1)),
     "step, vectors": (lambda: FlowStep(5, width=4, spatial_dims=0, scale="exp"), (2, 5)),
     "chain": (lambda: ReversibleChain([FlowStep(2, width=3) for _ in range(2)]), (2, 2, 2, 3)),
-    "chain of levels": (_levels, (2, 1, 4, 2)),
-    "chain of levels, stored": (lambda: _levels(reversible=False), (2, 1, 4, 2)),
+    "chain of levels": (levels, (2, 1, 4, 2)),
+    "chain of levels, stored": (lambda: levels(reversible=False), (2, 1, 4, 2)),
 }
 every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 

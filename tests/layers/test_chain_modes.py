@@ -7,8 +7,8 @@ import torch
 from cases import compiles, perturbed
 from torch import Tensor, nn
 
-from layers.chains import assert_all_close, chain_of, gradients, loss_of
-from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze
+from layers.chains import assert_all_close, both_gradients, chain_of, gradients, levels, loss_of
+from mflow_kernels import FlowStep, Glow, ReversibleChain
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
 
@@ -155,14 +155,9 @@ def test_networks_may_be_compiled() -> None:
     assert_all_close(gradients(chain, x, call=chain), want, terms=2 * 18)
 
 
-def stored_levels() -> ReversibleChain:
-    layers = [Squeeze(), FlowStep(4, width=4), FlowStep(4, width=4), Split(4, width=4)]
-    return perturbed(ReversibleChain([*layers, FlowStep(2, width=4)], reversible=False))  # type: ignore[return-value]
-
-
 @compiles
 def test_stored_chain_compiles_whole_both_ways() -> None:
-    chain, x = stored_levels(), torch.randn(2, 1, 4, 4)
+    chain, x = perturbed(levels(reversible=False)), torch.randn(2, 1, 4, 4)
     z = tuple(part.detach() for part in chain(x)[0])
     for call, inputs in ((chain, (x,)), (lambda *z: chain.inverse(z), z)):
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -175,7 +170,7 @@ def test_sampling_of_stored_levels_is_exported() -> None:
     class Sampling(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.chain = stored_levels()
+            self.chain = perturbed(levels(reversible=False))
 
         def forward(self, *z: Tensor) -> Tensor:
             return self.chain.inverse(z)[0]
@@ -198,11 +193,8 @@ class HalfNet(nn.Module):
 
 def test_networks_that_cast_to_float16() -> None:
     """A network whose input is stored reads the same bits again."""
-    stored = perturbed(chain_of(HalfNet, reversible=False))
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible, rebuilt.checkpoint_every = True, 1
-    x = torch.randn(2, 4, 3, 3) / 10
-    got, want = gradients(rebuilt, x, call=rebuilt), gradients(stored, x, call=stored)
+    stored = perturbed(chain_of(HalfNet, reversible=False, checkpoint_every=1))
+    got, want = both_gradients(stored, torch.randn(2, 4, 3, 3) / 10)
     assert [g.dtype for g in got] == [w.dtype for w in want]
     assert torch.float16 in {w.dtype for w in want}
     assert_all_close(got, want, terms=2 * 3 * 18)

@@ -6,22 +6,16 @@ import pytest
 import torch
 from cases import normal, perturbed
 
+from layers.chains import levels
 from mflow_kernels import (
     FlowStep,
     Glow,
     ManifoldFlow,
     ReversibleChain,
-    Split,
-    Squeeze,
     VectorFlow,
 )
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
-
-
-def levels(**options) -> ReversibleChain:
-    layers = [Squeeze(), FlowStep(4, width=3), Split(4, width=3), FlowStep(2, width=3)]
-    return ReversibleChain(layers, **options)
 
 
 def one_level(**options) -> ReversibleChain:
