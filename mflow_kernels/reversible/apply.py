@@ -317,15 +317,15 @@ class _SegmentFunction(torch.autograd.Function):
             dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
             dict(zip(ctx.stored_at, zip(stored[::2], stored[1::2], strict=True), strict=True)),
         )
-        known = {id(p) for part in record.segments for p in part.parameters}
-        if not backward.parameter_gradients.keys() <= known:
+        sources = [*backward.context, *(p for part in record.segments for p in part.parameters)]
+        if not backward.gradients.keys() <= set(map(id, sources)):
             raise_replaced()
         if ends:
             record.backward = None
             if ends[0].numel():
                 record.owner.record_drift((backward.x - ends[0]).abs().max())
         dcontext = backward.context_gradients if ends else [None] * record.context_length
-        dparameters = (backward.parameter_gradients.pop(id(p), None) for p in segment.parameters)
+        dparameters = (backward.gradients.pop(id(p), None) for p in segment.parameters)
         return None, None, backward.dx, *djoined, *dcontext, *dparameters, *dothers
 
 

@@ -54,8 +54,7 @@ class BackwardPass:
     ) -> None:
         self.groups, self.autocast = groups, autocast
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
-        self.context_gradients: list[Tensor | None] = [None] * len(context)
-        self.parameter_gradients: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}  # of parameters and context, by id
         self.gathered: _GroupGradients | None = None
         self._set(x, dx)
 
@@ -115,6 +114,10 @@ class BackwardPass:
         return joined
 
     @property
+    def context_gradients(self) -> list[Tensor | None]:
+        return [self.gradients.get(id(c)) for c in self.context]
+
+    @property
     def x(self) -> Tensor:
         """The state as one tensor."""
         return self._whole[0] if self._whole else torch.cat([self.a, self.b], dim=1)
@@ -165,32 +168,23 @@ class BackwardPass:
         self.dnet = dnet
 
     def _network_backward(
-        self,
-        parameters: list[nn.Parameter],
-        net_input: Tensor,
-        params: Tensor,
-        dparams: Tensor,
+        self, parameters: list[nn.Parameter], net_input: Tensor, params: Tensor, dparams: Tensor
     ) -> Tensor | None:
         """Return the gradient of the network's input; add the others to the running sums."""
         if not params.requires_grad:
             return None
-        context = [i for i, c in enumerate(self.context) if c.requires_grad]
-        sources = [net_input, *parameters, *(self.context[i] for i in context)]
-        gradients = torch.autograd.grad(params, sources, dparams, allow_unused=True)
-        self._add_gradients(parameters, gradients[1 : 1 + len(parameters)])
-        for i, g in zip(context, gradients[1 + len(parameters) :], strict=True):
-            if g is not None:
-                total = self.context_gradients[i]
-                self.context_gradients[i] = g if total is None else total + g
-        return gradients[0]
+        sources = [*parameters, *(c for c in self.context if c.requires_grad)]
+        dnet, *gradients = torch.autograd.grad(
+            params, [net_input, *sources], dparams, allow_unused=True
+        )
+        self._add_gradients(sources, gradients)
+        return dnet
 
-    def _add_gradients(
-        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
-    ) -> None:
-        for p, g in zip(parameters, gradients, strict=True):
+    def _add_gradients(self, sources: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        for source, g in zip(sources, gradients, strict=True):
             if g is not None:
-                total = self.parameter_gradients.get(id(p))
-                self.parameter_gradients[id(p)] = g if total is None else total + g
+                total = self.gradients.get(id(source))
+                self.gradients[id(source)] = g if total is None else total + g
 
     def _undo_linear(self, instruction: ChannelLinear, network_next: bool, rebuild: bool) -> None:
         if self.gathered is None:
