@@ -104,7 +104,7 @@ def glow_from_openai(
         ValueError: a variable is missing or has another shape, the permutation is not the learned
             one (flow_permutation 2), or the weights have no such label.
     """
-    return _convert(_OpenAI(_read_npz(weights), label), image_shape)
+    return _convert(_OpenAI(_variables(weights), label), image_shape)
 
 
 def glow_from_rosinality(
@@ -211,21 +211,20 @@ class _OpenAI(_Source):
 
     def convolution(self, name: str) -> nn.Conv2d:
         """Return a convolution without bias, and the actnorm after it."""
-        bias, log_scale = f"{name}/actnorm_center/b", f"{name}/actnorm_scale/logs"
-        return self._scaled(name, self.vector(bias), self.log_scale(log_scale))
+        weight, bias = self._scaled(name, "actnorm_center/b", "actnorm_scale/logs")
+        if weight.shape[2] == 1:
+            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias)
+        return EdgeConv2d(weight, bias, marked=True)
 
     def last(self, name: str) -> EdgeConv2d:
         """Return a network's last convolution, whose scale applies after the bias."""
-        conv = self._scaled(name, self.vector(f"{name}/b"), self.log_scale(f"{name}/logs"))
-        assert isinstance(conv, EdgeConv2d)
-        return conv
+        return EdgeConv2d(*self._scaled(name, "b", "logs"), marked=True)
 
-    def _scaled(self, name: str, bias: Tensor, log_scale: Tensor) -> nn.Conv2d:
-        scale = log_scale.exp()
+    def _scaled(self, name: str, bias: str, log_scale: str) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a convolution, times the scale that follows."""
+        scale = self.log_scale(f"{name}/{log_scale}").exp()
         weight = self[f"{name}/W"].permute(3, 2, 0, 1) * scale[:, None, None, None]
-        if weight.shape[2] == 1:
-            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias * scale)
-        return EdgeConv2d(weight, bias * scale, marked=True)
+        return weight, self.vector(f"{name}/{bias}") * scale
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
         """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
@@ -300,7 +299,7 @@ class _Rosinality(_Source):
         return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
 
 
-def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
+def _variables(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
