@@ -59,7 +59,7 @@ class FusedModule(FusedLayers):
         return (x[0],), total
 
 
-def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
+def _layer_forward(returned: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
     """Return `forward` of a module; `returned` packs the state and its log-determinant as it does.
 
     The module's own code runs if our kernels do not support the number of channels.
@@ -74,27 +74,21 @@ def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Calla
         z, log_det = sequence(x[0], tuple(c), inverse=rev)
         return returned(z, log_det)
 
-    return {"forward": forward}
+    return forward
 
 
-def _actnorm_methods() -> dict[str, Callable[..., Any]]:
-    def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
-        implementation_of(self).initialize_from(x[0], inverse=rev)
-        # exp(s) x + b is the inverse of exp(-s) (x - b).
-        log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
-        z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
-        return [z], log_det
-
-    return {"forward": forward}
+def _actnorm_forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
+    implementation_of(self).initialize_from(x[0], inverse=rev)
+    # exp(s) x + b is the inverse of exp(-s) (x - b).
+    log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
+    z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
+    return [z], log_det
 
 
-def _haar_methods() -> dict[str, Callable[..., Any]]:
-    def forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
-        # In reverse, the original multiplies its input in place.
-        x = (x[0].clone(),) if rev else x
-        return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
-
-    return {"forward": forward}
+def _haar_forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
+    # In reverse, the original multiplies its input in place.
+    x = (x[0].clone(),) if rev else x
+    return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
 
 
 def _sequence_forward(
@@ -172,12 +166,12 @@ class _FusedNetwork(NamedTuple):
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "module": _layer_methods(lambda z, log_det: ((z,), log_det.expand(len(z)))),
-    "scalar": _layer_methods(lambda z, log_det: ((z,), log_det)),
-    "nice": _layer_methods(lambda z, log_det: ((z,), 0.0)),
-    "rotation": _layer_methods(lambda z, log_det: ([z], 0.0)),
-    "actnorm": _actnorm_methods(),
-    "haar": _haar_methods(),
+    "module": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(len(z))))},
+    "scalar": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det))},
+    "nice": {"forward": _layer_forward(lambda z, log_det: ((z,), 0.0))},
+    "rotation": {"forward": _layer_forward(lambda z, log_det: ([z], 0.0))},
+    "actnorm": {"forward": _actnorm_forward},
+    "haar": {"forward": _haar_forward},
     "SequenceINN": {"forward": _sequence_forward},
     "GraphINN": {"forward": _graph_forward},
 }

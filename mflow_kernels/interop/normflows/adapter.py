@@ -80,20 +80,11 @@ def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Calla
     return {"forward": method("forward", True), "inverse": method("inverse", False)}
 
 
-def _actnorm_methods() -> dict[str, Callable[..., Any]]:
-    def apply(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        implementation_of(self).initialize_from(z, inverse=inverse)
-        shift, log_scale = -self.t.flatten(), -self.s.flatten()
-        x, _ = (ops.actnorm_inverse if inverse else ops.actnorm)(z, shift, log_scale)
-        return x, (pixels(z) if inverse else -pixels(z)) * self.s.sum()
-
-    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return apply(self, z, inverse=True)
-
-    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return apply(self, z, inverse=False)
-
-    return {"forward": forward, "inverse": inverse}
+def _actnorm(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    implementation_of(self).initialize_from(z, inverse=inverse)
+    shift, log_scale = -self.t.flatten(), -self.s.flatten()
+    x, _ = (ops.actnorm_inverse if inverse else ops.actnorm)(z, shift, log_scale)
+    return x, (pixels(z) if inverse else -pixels(z)) * self.s.sum()
 
 
 _MODEL_METHODS = (
@@ -111,7 +102,10 @@ CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.Normal
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "per sample": _layer_methods(lambda x, log_det: log_det.expand(len(x))),
     "scalar": _layer_methods(lambda x, log_det: log_det),
-    "actnorm": _actnorm_methods(),
+    "actnorm": {
+        "forward": lambda self, z: _actnorm(self, z, inverse=True),
+        "inverse": lambda self, z: _actnorm(self, z, inverse=False),
+    },
     **{
         model.__name__: {n: on_view(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)}
         for model in CONTAINERS
