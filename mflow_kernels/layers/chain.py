@@ -7,6 +7,7 @@ autocast and with the same random numbers, and update running statistics only on
 """
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ class ReversibleChain(Flow):
         if program.total_squeezes and x.dim() != 4:
             raise ValueError(f"{name}: expected shape (N, C, H, W), got {tuple(x.shape)}")
         if self._channels is None:
-            return x, ()
+            return x, latents[:-1]
         factor = 2**program.total_squeezes
         data_shape = (self._channels, *(factor * side for side in x.shape[2:]))
         *split_off, last = _latent_shapes(program.instructions, data_shape)
@@ -182,19 +183,21 @@ def _input_channels(layers: Sequence[ChainLayer]) -> int | None:
     if not sized:
         return None
     first, channels = sized[0]
-    factor = output_channels((i for layer in layers[:first] for i in layer.instructions()), 1)
+    before = [i for layer in layers[:first] for i in layer.instructions()]
+    start = 2 ** len(before)  # splits halve it without a remainder
+    factor = Fraction(output_channels(before, start), start)
     if channels % factor:
         raise ValueError(
             f"layers[{first}]: expected a multiple of {factor} channels, got one of {channels}"
         )
-    width = channels // factor
+    taken = width = int(channels / factor)
     for i, layer in enumerate(layers):
         if layer.channels not in (None, width):
             raise ValueError(
                 f"layers[{i}]: expected a layer of {width} channels, got one of {layer.channels}"
             )
         width = output_channels(layer.instructions(), width)
-    return channels // factor
+    return taken
 
 
 def _check_input_shape(

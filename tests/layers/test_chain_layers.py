@@ -18,7 +18,7 @@ from mflow_kernels import (
 )
 from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.folding import ActNormConv
-from mflow_kernels.reversible.program import SpaceToDepth
+from mflow_kernels.reversible.program import SpaceToDepth, SplitOff
 from mflow_kernels.testing import assert_close
 
 
@@ -59,6 +59,28 @@ def test_a_layer_of_the_user_in_a_chain() -> None:
         ValueError, match=r"layers\[1\]: expected a layer of 4 channels, got one of"
     ):
         ReversibleChain([linear[0], LinearStep(5)])
+
+
+class Cut(ChainLayer):
+    """A user's layer that splits off half of any number of channels."""
+
+    def instructions(self) -> list[SplitOff]:
+        return [SplitOff()]
+
+
+def test_a_split_of_any_number_of_channels() -> None:
+    """The chain needs a layer with a number of channels neither after the split nor at all."""
+    x = torch.randn(2, 4, 4, 4)
+    squeezed, _ = Squeeze()(x)
+    for layers, latent in (([Cut(), FlowStep(2)], x[:, 2:]), ([Squeeze(), Cut()], squeezed[:, 8:])):
+        chain = perturbed(ReversibleChain(layers))
+        z, _ = chain(x)
+        assert torch.equal(z[0], latent)
+        assert_close(chain.inverse(z)[0], x, terms=16)
+    with pytest.raises(
+        ValueError, match=r"layers\[2\]: expected a multiple of 2 channels, got .* 3"
+    ):
+        ReversibleChain([Squeeze(), Cut(), FlowStep(3)])
 
 
 class Unsqueeze(ChainLayer):
