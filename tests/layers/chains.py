@@ -1,4 +1,4 @@
-"""Chains for tests, their losses and their gradients."""
+"""Chains and other sequences for tests, their losses and their gradients."""
 
 import copy
 from collections.abc import Callable
@@ -6,8 +6,30 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import FlowStep, ReversibleChain, Split, Squeeze
+from mflow_kernels import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.testing import assert_close
+
+
+class InSequence(Bijection):
+    """The caller's bijection: layers one after another, without an `initialize`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, logdet = layer(x, *context)
+            total = total + logdet
+        return x, total
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(len(z))
+        for layer in reversed(self.layers):
+            z, logdet = layer.inverse(z, *context)
+            total = total + logdet
+        return z, total
 
 
 def loss_of(z: Tensor | tuple[Tensor, ...], logdet: Tensor) -> Tensor:

@@ -6,33 +6,11 @@ import warnings
 import pytest
 import torch
 from cases import normal, perturbed
-from torch import Tensor, nn
 
-from mflow_kernels import ActNorm, Bijection, FlowStep, Glow, ReversibleChain
+from layers.chains import InSequence
+from mflow_kernels import ActNorm, FlowStep, Glow, ReversibleChain
 
 WARNING = r"ActNorm was never initialized .* call initialize\(x\) of the model with a first batch"
-
-
-class InSequence(Bijection):
-    """The caller's bijection: layers one after another, without an `initialize`."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x), dtype=x.dtype)
-        for layer in self.layers:
-            x, logdet = layer(x, *context)
-            total = total + logdet
-        return x, total
-
-    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(z), dtype=z.dtype)
-        for layer in reversed(self.layers):
-            z, logdet = layer.inverse(z, *context)
-            total = total + logdet
-        return z, total
 
 
 def step(**options):
