@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import (
-    LayerGroup,
-    Linear,
-    Reorder,
-    permutation,
-    select_channels,
-)
+from mflow_kernels.interop.linear import LayerGroup, Linear, Reorder, permutation, select_channels
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction

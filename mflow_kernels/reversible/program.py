@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_device
-from mflow_kernels.ops.conv1x1 import (
-    conv1x1_eager,
-    conv1x1_forward,
-    conv1x1_op,
-    spread,
-)
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_forward, conv1x1_op, spread
 from mflow_kernels.ops.coupling import (
     affine_coupling_op,
     check_params,

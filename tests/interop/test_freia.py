@@ -113,9 +113,8 @@ def inputs_of(model, dtype, n=5, seed=3):
     if isinstance(model, Ff.GraphINN):
         return normal(3, 8, 8), [normal(2, 4, 4)]
     dim = model.shapes[0][0]
-    return normal(dim), [normal(3), normal(3)] if dim == 4 and None not in model.conditions[
-        :1
-    ] else None
+    conditional = dim == 4 and None not in model.conditions[:1]
+    return normal(dim), [normal(3), normal(3)] if conditional else None
 
 
 def results(dtype):
@@ -145,9 +144,8 @@ def initialized(make):
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_original(name, reversible):
     model = initialized(MODELS[name]).double()
-    with peers.default_dtype(
-        torch.float64
-    ):  # FrEIA sums constant log-determinants in the default dtype
+    # FrEIA sums constant log-determinants in the default dtype.
+    with peers.default_dtype(torch.float64):
         fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
         terms = 4096 if isinstance(model, Ff.GraphINN) else 256

@@ -9,14 +9,7 @@ from cases import perturbed
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, both_gradients, chain_of, gradients, loss_of
-from mflow_kernels import (
-    FlowStep,
-    Glow,
-    ReversibleChain,
-    Split,
-    Squeeze,
-    VectorFlow,
-)
+from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.apply import segment_starts
 from mflow_kernels.reversible.backward import BackwardPass

@@ -8,14 +8,7 @@ from cases import perturbed
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, both_gradients
-from mflow_kernels import (
-    ActNorm,
-    FlowStep,
-    InvertibleConv1x1,
-    ReversibleChain,
-    Split,
-    Squeeze,
-)
+from mflow_kernels import ActNorm, FlowStep, InvertibleConv1x1, ReversibleChain, Split, Squeeze
 from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.reversible.program import SpaceToDepth, SplitOff

@@ -7,18 +7,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.chains import assert_all_close, both_gradients, gradients
-from mflow_kernels import (
-    FlowStep,
-    ReversibleChain,
-)
+from mflow_kernels import FlowStep, ReversibleChain
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.testing import assert_close
 
 
-def test_partial_sums_in_smaller_buffers_change_no_bit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_partial_sums_in_smaller_buffers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer for the partial sums of one or two steps gives the same bits as one for all."""
     chain = perturbed(ReversibleChain([FlowStep(6, width=8) for _ in range(5)])).double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)

@@ -7,13 +7,7 @@ import torch
 from cases import normal, perturbed
 
 from layers.chains import levels
-from mflow_kernels import (
-    FlowStep,
-    Glow,
-    ManifoldFlow,
-    ReversibleChain,
-    VectorFlow,
-)
+from mflow_kernels import FlowStep, Glow, ManifoldFlow, ReversibleChain, VectorFlow
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
 

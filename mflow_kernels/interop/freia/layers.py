@@ -15,14 +15,7 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import (
-    Affine,
-    DataInit,
-    Linear,
-    Reorder,
-    Rotated,
-    one_linear,
-)
+from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated, one_linear
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
