@@ -134,7 +134,6 @@ def losses(model: Glow, images: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         with torch.autocast(images.device.type, BF16):
             latents, logdet = model(images)
-        latents = latents if isinstance(latents, tuple) else (latents,)
         loss = sum(0.5 * z.double().square().sum() for z in latents) - logdet.double().sum()
         optimizer.zero_grad()
         loss.backward()
@@ -174,7 +173,6 @@ def test_a_reversible_chain_repeats_its_networks(
         torch.manual_seed(1)
         with torch.autocast(kernel_device.type, BF16):
             z, logdet = model(x)
-        z = z if isinstance(z, tuple) else (z,)
         (sum(0.5 * t.square().sum() for t in z) - logdet.sum()).backward()
         gradients.append([x.grad, *(p.grad for p in model.parameters())])
         if reversible:
