@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,14 +28,14 @@ def perturbed(model: nn.Module, by: float = 0.1, seed: int = 1) -> nn.Module:
     return model
 
 
-def compare(
+def assert_equals_original(
     model: nn.Module,
     results: Callable[[nn.Module], Results],
     terms: int,
     *,
     reversible: bool = False,
-) -> tuple[nn.Module, Report]:
-    """Assert that an accelerated copy has the values and gradients of the model.
+) -> nn.Module:
+    """Assert that an accelerated copy has the values and gradients of the model; return the copy.
 
     Both run in their own dtype. Float32 results may differ by the rounding of a float32 sum of
     `terms` terms, float64 results by 1e-10.
@@ -43,18 +43,20 @@ def compare(
     fast = copy.deepcopy(model)
     report = accelerate(fast, reversible=reversible)
     assert report.replaced, str(report)
-    for name, (got, want) in _pairs(results(fast), results(model)):
-        assert got.dtype == want.dtype, name
-        assert got.shape == want.shape, name
-        _assert_equal(got, want, terms, name)
-    assert gradients_agree(fast, model, results, terms) > 0
-    return fast, report
+    got, want = results(fast), results(model)
+    assert got.keys() == want.keys()
+    for name in got:
+        assert got[name].dtype == want[name].dtype, name
+        assert got[name].shape == want[name].shape, name
+        _assert_equal(got[name], want[name], terms, name)
+    assert_equal_gradients(fast, model, results, terms)
+    return fast
 
 
-def gradients_agree(
+def assert_equal_gradients(
     fast: nn.Module, model: nn.Module, results: Callable[[nn.Module], Results], terms: int
-) -> int:
-    """Assert equal gradients of a fixed combination of all results; return their number."""
+) -> None:
+    """Assert that a fixed combination of all results has equal gradients, and that it has some."""
     for m in (fast, model):
         m.zero_grad()
         generator = torch.Generator().manual_seed(2)
@@ -71,7 +73,7 @@ def gradients_agree(
         if p.grad is not None and q.grad is not None:
             _assert_equal(p.grad, q.grad, terms, f"d {name}")
             compared += 1
-    return compared
+    assert compared
 
 
 def input_gradient(x: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -82,11 +84,6 @@ def input_gradient(x: Tensor, outputs: list[Tensor]) -> Tensor:
     assert isinstance(total, Tensor)
     (grad,) = torch.autograd.grad(total, x, retain_graph=True)
     return grad
-
-
-def _pairs(got: Results, want: Results) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    assert got.keys() == want.keys()
-    return ((name, (got[name], want[name])) for name in got)
 
 
 def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
@@ -118,7 +115,9 @@ def assert_left_alone(model: nn.Module) -> Report:
     return report
 
 
-def assert_guarded(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+def assert_untested_code_is_left(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> None:
     """Assert that every accelerated class has a fingerprint, and that other code is left alone."""
     for cls in (*adapter.layers, *adapter.containers):
         assert cls.__module__ in adapter.fingerprints, cls

@@ -129,10 +129,10 @@ def initialized(make):
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_original(name, reversible):
     model = initialized(MODELS[name]).double()
-    fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
+    fast = peers.assert_equals_original(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
         terms = 4096 if name == "images" else 256
-        peers.compare(initialized(MODELS[name]), results(torch.float32), terms)
+        peers.assert_equals_original(initialized(MODELS[name]), results(torch.float32), terms)
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
 
@@ -150,7 +150,7 @@ def loss_of(model, step):
 def test_training_equals_the_original(make, reversible):
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)
-    peers.compare(fast, results(torch.float64), 1)
+    peers.assert_equals_original(fast, results(torch.float64), 1)
 
 
 def test_a_flow_with_naive_linears_round_trips():
@@ -195,7 +195,7 @@ def test_checkpoints_and_copies():
 
 
 def test_untested_code_is_left(monkeypatch):
-    peers.assert_guarded(ADAPTER, monkeypatch, images())
+    peers.assert_untested_code_is_left(ADAPTER, monkeypatch, images())
 
 
 def test_unsupported_layers_are_left():
