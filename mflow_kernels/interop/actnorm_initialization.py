@@ -17,6 +17,14 @@ def standard_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))
 
 
+def samples_note(library: str) -> str:
+    """The report's note on actnorms that samples would initialize."""
+    return (
+        f"The direction that runs first initializes ActNorm, as in {library}. Unlike there, "
+        "samples do not initialize it in eval mode, and cause a warning in training mode."
+    )
+
+
 def set_by_samples(layer: nn.Module, library: str) -> bool:
     """Whether to initialize an actnorm whose first input comes from samples, not from data.
 

@@ -100,8 +100,7 @@ class ManifoldFlow(Chart):
         """Load the first stage, the image flow, from a folder that `mflow export` or
         `save_pretrained` wrote.
 
-        The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
-        set. Raises ValueError if a file is damaged or was written by something else.
+        The rest is as for `HierarchicalFlow.from_pretrained`.
         """
         stored = read_pretrained(folder)
         flow, manifold_dim, objective = build_stages(stored.architecture)[0]

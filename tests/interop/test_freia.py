@@ -177,7 +177,7 @@ def test_report():
     assert {left.layer for left in report.left} == {"Split", "Flatten"}
     assert "4 permutations, 4 affine atan couplings, 2 1x1 convolutions" in str(report)
     for note in (
-        "the direction that runs first",
+        "The direction that runs first",
         "constant",
         "its input alone",
         "releases a node's output",

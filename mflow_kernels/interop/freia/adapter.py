@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.freia.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
@@ -277,9 +278,7 @@ class FreiaAdapter(Adapter):
         notes: list[str] = []
         if any(isinstance(m, Fm.ActNorm) for m in modules):
             notes += [
-                "ActNorm is set from the direction that runs first, as in FrEIA; but a model in "
-                "eval mode does not set it from samples, and one in training mode warns when it "
-                "does.",
+                samples_note("FrEIA"),
                 "ActNorm keeps the scale of a channel that is constant in its first batch; "
                 "FrEIA's turns to NaN.",
             ]

@@ -12,6 +12,7 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.normflows.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
@@ -169,9 +170,7 @@ class NormflowsAdapter(Adapter):
         notes: list[str] = []
         if any(isinstance(m, nf.flows.ActNorm) for m in modules):
             notes += [
-                "ActNorm is set from the direction that runs first, as in normflows; but a model "
-                "in eval mode does not set it from samples, and one in training mode warns when "
-                "it does.",
+                samples_note("normflows"),
                 "ActNorm keeps the scale of a channel that is constant in its first batch; "
                 "normflows divides by its deviation + 1e-6.",
             ]
