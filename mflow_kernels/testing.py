@@ -169,9 +169,9 @@ def _check_dtypes(x: Tensor, **results: Any) -> None:
     for name, value in results.items():
         dtype = _flat(value).dtype
         if dtype != x.dtype:
-            came, expected = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
+            actual, expected = (str(d).removeprefix("torch.") for d in (dtype, x.dtype))
             raise AssertionError(
-                f"{name.replace('_', ' ')}: expected the input's dtype {expected}, got {came}"
+                f"{name.replace('_', ' ')}: expected the input's dtype {expected}, got {actual}"
             )
 
 

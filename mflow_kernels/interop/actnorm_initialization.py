@@ -10,11 +10,19 @@ def per_channel(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
-def standard_deviation(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
+def standard_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the standard deviation of each channel, and whether it is constant up to rounding."""
     samples = per_channel(x)
-    std = samples.std(1, correction=correction)
+    std = samples.std(1)
     return std, ~(std > 1e-6 * (1 + samples.mean(1).abs()))
+
+
+def samples_note(library: str) -> str:
+    """The report's note on actnorms that samples would initialize."""
+    return (
+        f"The direction that runs first initializes ActNorm, as in {library}. Unlike there, "
+        "samples do not initialize it in eval mode, and cause a warning in training mode."
+    )
 
 
 def set_by_samples(layer: nn.Module, library: str) -> bool:

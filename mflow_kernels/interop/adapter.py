@@ -13,7 +13,7 @@ from mflow_kernels.interop.sequence import FusedSequence, Part
 LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
 
 PartsOf = Callable[[Any], tuple[Part, ...] | str]
-"""From a layer to its parts, data -> latent, or the reason why our kernels cannot compute it."""
+"""Maps a layer to its parts, data -> latent, or to the reason why our kernels cannot compute it."""
 
 Methods = Mapping[str, Callable[..., Any]]
 """Methods that replace those of a module's class, by name."""
@@ -39,13 +39,11 @@ class Fuser(Protocol):
 
         Args:
             names: names of the layers, as in `model.named_modules()`.
-            conditions: for each layer, which of the container's conditions it takes.
+            conditions: for each layer, the indices of the container's conditions that it takes.
         """
-        ...
 
     def accelerates(self, layer: nn.Module) -> bool:
         """Whether a layer will be accelerated, in a sequence or alone."""
-        ...
 
 
 class Adapter(Protocol):
@@ -60,8 +58,8 @@ class Adapter(Protocol):
             with `implementation_of(self)`.
         fingerprints: for each module of the library, the fingerprints of the versions that the
             tests ran against (see `fingerprints.py`).
-        repaired: the report's text for some kinds of layers. When such a layer stands alone, the
-            library's code still computes it, with a bug fixed.
+        repaired: the report's text for kinds of layers that the library's own code still computes,
+            with a bug fixed, when they stand alone.
     """
 
     folder: str
@@ -73,7 +71,6 @@ class Adapter(Protocol):
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether the report has to name this module, as replaced or as left."""
-        ...
 
     def why_left(self, layer: nn.Module) -> str:
         """Say why a layer whose class is not in `layers` is left."""
@@ -81,7 +78,6 @@ class Adapter(Protocol):
 
     def kind_of(self, layer: nn.Module) -> str:
         """Return the key of the methods of an accelerated layer."""
-        ...
 
     def channels_of(self, layer: Any) -> int | None:
         """Return the number of channels of a layer's states; None if it is unknown."""
@@ -92,7 +88,6 @@ class Adapter(Protocol):
 
         `fuser.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
         """
-        ...
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         """Say how these accelerated modules differ from the library's on purpose."""

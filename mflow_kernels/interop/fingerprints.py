@@ -17,9 +17,9 @@ from torch import nn
 def why_untested(
     tested: Mapping[str, set[str]], kind: type, modules: Iterable[nn.Module] = ()
 ) -> str:
-    """Say which code of a class and of the modules in a layer was not tested; "" if all was.
+    """Say which code of a class and of the modules in a layer is untested; "" if none is.
 
-    Networks run as they are, so their code does not matter.
+    The code of networks does not matter, because it runs as it is.
 
     Args:
         tested: the fingerprints of the tested versions of each module of the library.

@@ -192,14 +192,6 @@ def _read(parts: Sequence[Linear | Reorder], channels: int, device: torch.device
     return first.read([part.module for part in parts if isinstance(part, Linear)])
 
 
-class Folded(NamedTuple):
-    """K folded maps: weight (K, C, C), bias (K, C), and log_det (K,) at one pixel."""
-
-    weight: Tensor
-    bias: Tensor
-    log_det: Tensor
-
-
 def _inverted(step: Affine, check: bool) -> Affine:
     """Return the inverse maps x = W^-1 (y - b) in float64.
 
@@ -219,47 +211,6 @@ def _inverted(step: Affine, check: bool) -> Affine:
         return Affine(inverse, bias, log_det)
     zero = weight.new_zeros(weight.shape[:2]) if bias is None else bias
     return Affine(*inverse_weight_and_bias(weight, zero, check=check), log_det)
-
-
-def _fold_alike(
-    rows: Sequence[Sequence[Linear | Reorder]],
-    channels: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    inverse: bool,
-    check: bool,
-) -> Folded:
-    """Fold K rows whose layers are of the same kinds, one column of K layers after the other."""
-    k = len(rows)
-    dtype = torch.float64 if inverse else dtype
-    weight: Tensor | None = None  # None stands for the identity
-    bias = torch.zeros(k, channels, dtype=dtype, device=device)
-    log_det = torch.zeros(k, dtype=dtype, device=device)
-    columns = list(zip(*rows, strict=True))
-    for column in reversed(columns) if inverse else columns:
-        step = _read(column, channels, device)
-        if tuple(step.weight.shape[:2]) != (k, channels):
-            raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
-        step = _inverted(step, check) if inverse else step
-        if not step.weight.is_floating_point():
-            if weight is None:
-                weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
-            weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
-            bias = bias.gather(1, step.weight)
-        elif step.weight.dim() == 2:
-            scale = step.weight.to(dtype)
-            weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
-            bias = scale * bias
-        else:
-            matrix = step.weight.to(dtype)
-            weight = matrix if weight is None else matrix @ weight
-            bias = (matrix @ bias[:, :, None]).squeeze(2)
-        if step.bias is not None:
-            bias = bias + step.bias.to(dtype)
-        if step.log_det is not None:
-            log_det = log_det + step.log_det.to(dtype)
-    assert weight is not None
-    return Folded(weight, bias, log_det)
 
 
 class LayerGroup:
@@ -296,22 +247,54 @@ class LayerGroup:
             alike.setdefault(tuple(part.kind() for part in row), []).append(i)
         with without_autocast(self.device):
             folded = [
-                _fold_alike(
-                    [self.steps[i] for i in places],
-                    self.channels,
-                    self.device,
-                    dtype,
-                    self.inverse,
-                    check,
-                )
+                self._fold_alike([self.steps[i] for i in places], dtype, check)
                 for places in alike.values()
             ]
         if len(folded) > 1:
             places = [i for places in alike.values() for i in places]
             order = constant(inverse_of(places), self.device)
-            folded = [Folded(*(torch.cat(part)[order] for part in zip(*folded, strict=True)))]
+            folded = [tuple(torch.cat(part)[order] for part in zip(*folded, strict=True))]
         weight, bias, log_det = (part.to(dtype) for part in folded[0])
         return FoldedWeights(weight, bias, log_det.sum())
+
+    def _fold_alike(
+        self, rows: Sequence[Sequence[Linear | Reorder]], dtype: torch.dtype, check: bool
+    ) -> tuple[Tensor, ...]:
+        """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
+
+        Returns:
+            weight (K, C, C), bias (K, C), and log |det weight| (K,) for one pixel.
+        """
+        k, channels, device = len(rows), self.channels, self.device
+        dtype = torch.float64 if self.inverse else dtype
+        weight: Tensor | None = None  # None stands for the identity
+        bias = torch.zeros(k, channels, dtype=dtype, device=device)
+        log_det = torch.zeros(k, dtype=dtype, device=device)
+        columns = list(zip(*rows, strict=True))
+        for column in reversed(columns) if self.inverse else columns:
+            step = _read(column, channels, device)
+            if tuple(step.weight.shape[:2]) != (k, channels):
+                raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
+            step = _inverted(step, check) if self.inverse else step
+            if not step.weight.is_floating_point():
+                if weight is None:
+                    weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
+                weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
+                bias = bias.gather(1, step.weight)
+            elif step.weight.dim() == 2:
+                scale = step.weight.to(dtype)
+                weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
+                bias = scale * bias
+            else:
+                matrix = step.weight.to(dtype)
+                weight = matrix if weight is None else matrix @ weight
+                bias = (matrix @ bias[:, :, None]).squeeze(2)
+            if step.bias is not None:
+                bias = bias + step.bias.to(dtype)
+            if step.log_det is not None:
+                log_det = log_det + step.log_det.to(dtype)
+        assert weight is not None
+        return weight, bias, log_det
 
     def inverted(self) -> "LayerGroup":
         """Return the inverse maps."""

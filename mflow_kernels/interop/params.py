@@ -32,7 +32,7 @@ class Params(nn.Module):
         passing: how the network receives conditions: not at all, as channels after those of the
             state, or as a second argument that may be None.
         conditions: the indices of the sequence's conditions that it receives; None for all.
-        inner: the attribute of `net` with its `nn.Sequential`, if `net` only calls that.
+        inner: the name of the `nn.Sequential` in `net`, if `net` only calls that.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
 """Load weights of openai/glow and of rosinality/glow-pytorch into a `Glow`.
 
-The model has two features that `Glow` lacks: convolutions that see the border of the image, and a
-learned Gaussian of the coarsest latent. The latter is an affine map here, so that every latent is
-standard normal. Scales of convolutions (actnorms inside networks, exp(3 * logs)) are folded into
-the weights.
+The published model has two features that `Glow` lacks: convolutions that see the border of the
+image, and a learned Gaussian of the coarsest latent. Here an affine map takes the place of that
+Gaussian, so that every latent is standard normal. Scales of convolutions (actnorms inside networks,
+exp(3 * logs)) are folded into the weights.
 """
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.interop.params import Params
 from mflow_kernels.layers import FlowStep, Split
+from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.models.glow import Glow
 from mflow_kernels.ops.scale import ScaleFunction
 
@@ -103,7 +104,7 @@ def glow_from_openai(
         ValueError: a variable is missing or has another shape, the permutation is not the learned
             one (flow_permutation 2), or the weights have no such label.
     """
-    return _convert(_OpenAI(_read_npz(weights), label), image_shape)
+    return _convert(_OpenAI(_variables(weights), label), image_shape)
 
 
 def glow_from_rosinality(
@@ -119,8 +120,7 @@ def glow_from_rosinality(
         ValueError: a weight is missing or has another shape.
     """
     if isinstance(weights, (str, PathLike)):
-        loaded: Weights = torch.load(weights, map_location="cpu", weights_only=True)
-        return _convert(_Rosinality(loaded), image_shape)
+        weights = cast(Weights, torch.load(weights, map_location="cpu", weights_only=True))
     return _convert(_Rosinality(weights), image_shape)
 
 
@@ -211,21 +211,20 @@ class _OpenAI(_Source):
 
     def convolution(self, name: str) -> nn.Conv2d:
         """Return a convolution without bias, and the actnorm after it."""
-        bias, log_scale = f"{name}/actnorm_center/b", f"{name}/actnorm_scale/logs"
-        return self._scaled(name, self.vector(bias), self.log_scale(log_scale))
+        weight, bias = self._scaled(name, "actnorm_center/b", "actnorm_scale/logs")
+        if weight.shape[2] == 1:
+            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias)
+        return EdgeConv2d(weight, bias, marked=True)
 
     def last(self, name: str) -> EdgeConv2d:
         """Return a network's last convolution, whose scale applies after the bias."""
-        conv = self._scaled(name, self.vector(f"{name}/b"), self.log_scale(f"{name}/logs"))
-        assert isinstance(conv, EdgeConv2d)
-        return conv
+        return EdgeConv2d(*self._scaled(name, "b", "logs"), marked=True)
 
-    def _scaled(self, name: str, bias: Tensor, log_scale: Tensor) -> nn.Conv2d:
-        scale = log_scale.exp()
+    def _scaled(self, name: str, bias: str, log_scale: str) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias of a convolution, times the scale that follows."""
+        scale = self.log_scale(f"{name}/{log_scale}").exp()
         weight = self[f"{name}/W"].permute(3, 2, 0, 1) * scale[:, None, None, None]
-        if weight.shape[2] == 1:
-            return _fill(nn.Conv2d(weight.shape[1], weight.shape[0], 1), weight, bias * scale)
-        return EdgeConv2d(weight, bias * scale, marked=True)
+        return weight, self.vector(f"{name}/{bias}") * scale
 
     def top(self, shape: tuple[int, ...]) -> Tensor:
         """Return mean and log-deviation (2C, H, W) of the coarsest latent."""
@@ -297,14 +296,10 @@ class _Rosinality(_Source):
         """Return W (C, C), which the file stores whole or as its factors."""
         if f"{name}.weight" in self.arrays:
             return self[f"{name}.weight"].flatten(1)
-        p, lower, upper, log_s, sign = (
-            self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "w_s", "s_sign")
-        )
-        unit = torch.eye(len(p), dtype=p.dtype)
-        return p @ (lower.tril(-1) + unit) @ (upper.triu(1) + torch.diag(sign * log_s.exp()))
+        return plu(*(self[f"{name}.{part}"] for part in ("w_p", "w_l", "w_u", "s_sign", "w_s")))
 
 
-def _read_npz(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
+def _variables(weights: str | PathLike[str] | Weights) -> dict[str, Any]:
     """Return variables by name, without the scope and output number that TensorFlow adds."""
     if isinstance(weights, (str, PathLike)):
         with np.load(weights, allow_pickle=False) as file:
@@ -348,7 +343,7 @@ def _set_weight(step: FlowStep, weight: Tensor) -> None:
             f"got {tuple(weight.shape)}"
         )
     with torch.no_grad():
-        step.conv._factor(weight)
+        step.conv.factor_(weight)
 
 
 def _network(first: nn.Conv2d, second: nn.Conv2d, last: nn.Conv2d) -> nn.Sequential:

@@ -38,12 +38,9 @@ class Report:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        if not self.replaced:
-            lines = ["Nothing was replaced; the model is unchanged."]
-        else:
-            lines = [f"Accelerated a model of {self.library}."]
+        lines = ["Nothing was replaced; the model is unchanged."]
         if self.replaced:
-            lines.append("replaced:")
+            lines = [f"Accelerated a model of {self.library}.", "replaced:"]
             lines += [f"  {r.name or '(model)'}  {r.layer} -> {r.by}" for r in self.replaced]
         if self.left:
             lines.append("left:")

@@ -13,21 +13,15 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import (
-    LayerGroup,
-    Linear,
-    Reorder,
-    permutation,
-    select_channels,
-)
+from mflow_kernels.interop.linear import LayerGroup, Linear, Reorder, permutation, select_channels
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_program
 from mflow_kernels.reversible.program import ChannelLinear, Couple, Program, SpaceToDepth
 
-# The widest permutation that runs as a matrix, inside the launch of a coupling. It is cheaper to
-# index the channels if there are more, and on a CPU if there are more than a few.
+# The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
+# channels an index is cheaper, and on a CPU already with more than a few.
 MATRIX_CHANNELS = {"cuda": 128}
 MATRIX_CHANNELS_ELSEWHERE = 4
 
@@ -91,18 +85,17 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
     return ""
 
 
-Schedule = list[Program | tuple[Linear | Reorder, ...]]
-"""Programs, and the channel permutations that run as an index between them."""
+Section = Program | tuple[Linear | Reorder, ...]
+"""A part of a sequence: a program, or channel permutations that run as one index."""
 
 
-def _schedule(
+def _sections(
     parts: Sequence[Part], channels: int, device: torch.device, one_program: bool
-) -> Schedule:
-    """Return the schedule data -> latent. With `one_program`, permutations run as matrices."""
-    schedule: Schedule = []
+) -> list[Section]:
+    """Return the sections, data -> latent. With `one_program`, permutations run as matrices."""
+    sections: list[Section] = []
     program = Program()
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
-    squeezes = 0
     group: LayerGroup | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
@@ -111,14 +104,13 @@ def _schedule(
             continue
         if row and all(p.permutes for p in row) and channels > widest and not one_program:
             if program.instructions:
-                schedule.append(program)
-            schedule.append(tuple(row))
-            program, group, squeezes = Program(), None, 0
+                sections.append(program)
+            sections.append(tuple(row))
+            program, group = Program(), None
         elif row:
             if group is None:
                 group = LayerGroup([], channels, device)
                 program.groups.append(group)
-                program.squeezes.append(squeezes)
             program.instructions.append(ChannelLinear(len(program.groups) - 1, len(group.steps)))
             group.steps.append(tuple(row))
         row = []
@@ -126,10 +118,10 @@ def _schedule(
             program.instructions.append(Couple(part.net, part.scale, part.inverse))
         elif isinstance(part, SpaceToDepth):
             program.instructions.append(part)
-            channels, squeezes, group = 4 * channels, squeezes + 1, None
+            channels, group = 4 * channels, None
     if program.instructions:
-        schedule.append(program)
-    return schedule
+        sections.append(program)
+    return sections
 
 
 class FusedSequence:
@@ -154,11 +146,11 @@ class FusedSequence:
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
-        self._schedules: dict[Any, Schedule] = {}
+        self._sections: dict[Any, list[Section]] = {}
         self._initialized: list[tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_schedules": {}, "_initialized": None}
+        return {**self.__dict__, "_sections": {}, "_initialized": None}
 
     def record_drift(self, drift: Tensor) -> None:
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
@@ -175,13 +167,13 @@ class FusedSequence:
         self.initialize_from(x, context, inverse=inverse)
         log_det = x.new_zeros((), dtype=accumulator(x.dtype))
         ledgers = []
-        for item in self._schedule_for(x, inverse):
-            if isinstance(item, Program):
-                x, _, ledger, shared = apply_program(self, item, x, (), context, self.reversible)
+        for section in self._sections_for(x, inverse):
+            if isinstance(section, Program):
+                x, _, ledger, shared = apply_program(self, section, x, (), context, self.reversible)
                 ledgers.append(ledger)
                 log_det = log_det + shared
             else:
-                order = permutation(item, x)
+                order = permutation(section, x)
                 x = select_channels(x, order.argsort() if inverse else order)
         if not self.has_couplings:
             return x, log_det
@@ -191,18 +183,18 @@ class FusedSequence:
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
         return x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
 
-    def _schedule_for(self, x: Tensor, inverse: bool) -> Schedule:
+    def _sections_for(self, x: Tensor, inverse: bool) -> list[Section]:
         channels = self._data_channels(x, inverse)
         # A compiler cannot guard on a device that is part of a key, so type and index stand for it.
         key = channels, x.device.type, x.device.index, inverse
-        if key not in self._schedules:
-            schedule = _schedule(self.parts, channels, x.device, self.reversible)
+        if key not in self._sections:
+            sections = _sections(self.parts, channels, x.device, self.reversible)
             if inverse:
-                schedule = [
-                    i.inverted() if isinstance(i, Program) else i for i in reversed(schedule)
+                sections = [
+                    s.inverted() if isinstance(s, Program) else s for s in reversed(sections)
                 ]
-            self._schedules[key] = schedule
-        return self._schedules[key]
+            self._sections[key] = sections
+        return self._sections[key]
 
     def _is_initialized(self) -> bool:
         """Whether every layer with data-dependent initialization has had its first batch.

@@ -5,8 +5,8 @@ state dictionary. Only its class changes, to a subclass of the original class wi
 Decelerating it restores the original class.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -104,14 +104,23 @@ class FusedContainer:
 
         If its layers have been replaced since, this returns the container itself.
         """
-        layers = self._layers(container)
-        same = len(layers) == len(self._sources)
-        if not (same and all(a is b for a, b in zip(layers, self._sources, strict=True))):
+        if self._layers(container) != self._sources:
             return container
         # Up to torch 2.11, compilers cannot trace this.
         if not torch.compiler.is_compiling():
             self._refresh(container)
         return self._view
+
+
+def on_view(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a container that runs on its view with fused sequences."""
+
+    @wraps(method)
+    def call(self: Any, *args: Any, **named: Any) -> Any:
+        container: FusedContainer = implementation_of(self)
+        return method(container.view(self), *args, **named)
+
+    return call
 
 
 def flat(layers: nn.Module | None) -> list[nn.Module]:

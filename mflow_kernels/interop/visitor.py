@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
+from typing import cast
 
 from torch import nn
 
@@ -71,34 +73,24 @@ class Visitor:
         conditions: Sequence[tuple[int, ...]] | None = None,
     ) -> list[tuple[list[nn.Module], FusedSequence | None]]:
         pieces: list[tuple[list[nn.Module], FusedSequence | None]] = []
-        members: list[nn.Module] = []
-        parts: list[Part] = []
-        first_name = ""
-
-        def end_sequence() -> None:
-            if len(members) > 1 and not _only_permutes(parts):
-                pieces.append((list(members), FusedSequence(parts, self.reversible)))
-                self._in_sequences.update(map(id, members))
-                counts = Counter(type(m).__name__ for m in members)
-                classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
-                run = "one reversible run" if self.reversible else "one run"
-                self.replaced.append(Replaced(first_name, classes, f"{run} of {describe(parts)}"))
-            else:
-                pieces.extend(([member], None) for member in members)
-            members.clear()
-            parts.clear()
-
-        for i, layer in enumerate(layers):
-            own = self._parts(layer)
-            if isinstance(own, str):
-                end_sequence()
-                pieces.append(([layer], None))
+        found = [self._parts(layer) for layer in layers]
+        for fusable, run in groupby(range(len(layers)), lambda i: not isinstance(found[i], str)):
+            places = list(run)
+            members = [layers[i] for i in places]
+            parts: list[Part] = []
+            if fusable:
+                for i in places:
+                    own = cast(tuple[Part, ...], found[i])
+                    parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
+            if not fusable or len(members) == 1 or _only_permutes(parts):
+                pieces += [([member], None) for member in members]
                 continue
-            if not members:
-                first_name = names[i]
-            members.append(layer)
-            parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
-        end_sequence()
+            pieces.append((members, FusedSequence(parts, self.reversible)))
+            self._in_sequences.update(map(id, members))
+            counts = Counter(type(m).__name__ for m in members)
+            classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
+            by = f"{'one reversible run' if self.reversible else 'one run'} of {describe(parts)}"
+            self.replaced.append(Replaced(names[places[0]], classes, by))
         return pieces
 
     def accelerates(self, layer: nn.Module) -> bool:

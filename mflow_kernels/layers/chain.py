@@ -7,6 +7,7 @@ autocast and with the same random numbers, and update running statistics only on
 """
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ class ReversibleChain(Flow):
             allows `torch.compile` of the whole chain, and `torch.func.functional_call`.
             (Reversible mode fails there, because the parameters that `functional_call` passes no
             longer exist in the backward pass.)
-            Transforms of `torch.func` always store them. Choose False if memory does not matter:
-            rebuilding states takes time, which small flows notice most. A training step of a flow
-            on two-dimensional points took 21.7 ms with True and 13.5 ms with False on a CPU
-            (docs/memory.md).
+            Transforms of `torch.func` always store them. Choose False if memory does not matter,
+            because rebuilding states takes time, in small flows the largest share. A training step
+            of a flow on two-dimensional points took 21.7 ms with True and 13.5 ms with False on a
+            CPU (docs/memory.md).
         checkpoint_every: store the state before every k-th network, and the network's input, and
             rebuild only the states in between, so that the rounding of at most k inversions adds
             up. None stores no state. Memory then stays flat, but gradients drift during training
@@ -86,7 +87,7 @@ class ReversibleChain(Flow):
                     f"got {type(layer).__name__}"
                 )
             chain.append(layer)
-        self._widths = _widths_of(chain)
+        self._channels = _input_channels(chain)
         if checkpoint_every is not None:
             check_count("checkpoint_every", checkpoint_every, 1)
         self.layers = nn.ModuleList(layers)
@@ -96,7 +97,9 @@ class ReversibleChain(Flow):
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.latent_shapes = None
         if self.input_shape is not None:
-            self.latent_shapes = _latent_shapes(chain, self._widths, self.input_shape)
+            instructions = [i for layer in chain for i in layer.instructions()]
+            _check_input_shape(self.input_shape, self._channels, instructions)
+            self.latent_shapes = _latent_shapes(instructions, self.input_shape)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         program = self._program()
@@ -143,8 +146,8 @@ class ReversibleChain(Flow):
                 f"x: expected shape (N, C, H, W) with H and W divisible by {factor}, "
                 f"got {tuple(x.shape)}"
             )
-        if self._widths is not None:
-            _check_end("x", x, self._widths[0], program.instructions)
+        if self._channels is not None:
+            _check_end("x", x, self._channels, program.instructions)
         return x
 
     def _checked_latents(self, z: object, program: Program) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -159,64 +162,61 @@ class ReversibleChain(Flow):
         x = flow_state(name, latents[-1])
         if program.total_squeezes and x.dim() != 4:
             raise ValueError(f"{name}: expected shape (N, C, H, W), got {tuple(x.shape)}")
-        if self._widths is None:
-            return x, ()
-        _check_end(name, x, self._widths[-1], reversed(program.instructions))
-        sides = tuple(x.shape[2:])
-        layers: list[Any] = list(self.layers)
-        for width, layer in zip(self._widths[-2::-1], reversed(layers), strict=True):
-            for instruction in reversed(layer.instructions()):
-                if isinstance(instruction, SpaceToDepth):
-                    sides = tuple(2 * side for side in sides)
-                elif isinstance(instruction, SplitOff):
-                    splits -= 1
-                    name = f"z[{splits}]"
-                    check_latent(name, latents[splits], x, width - width // 2, sides)
+        if self._channels is None:
+            return x, latents[:-1]
+        factor = 2**program.total_squeezes
+        data_shape = (self._channels, *(factor * side for side in x.shape[2:]))
+        *split_off, last = _latent_shapes(program.instructions, data_shape)
+        _check_end(name, x, last[0], reversed(program.instructions))
+        for i, (channels, *sides) in enumerate(split_off):
+            check_latent(f"z[{i}]", latents[i], x, channels, tuple(sides))
         return x, latents[:-1]
 
 
-def _widths_of(layers: Sequence[ChainLayer]) -> list[int] | None:
-    """Channels before each layer and after the last one; None if the layers take any number.
+def _input_channels(layers: Sequence[ChainLayer]) -> int | None:
+    """The channels that the first layer takes; None if the layers take any number.
 
     Raises:
         ValueError: a layer takes another number of channels than the layer before it returns.
     """
-    factor = 1
-    first = 0
-    while first < len(layers) and layers[first].channels is None:
-        factor = output_channels(layers[first].instructions(), factor)
-        first += 1
-    if first == len(layers):
+    sized = [(i, layer.channels) for i, layer in enumerate(layers) if layer.channels is not None]
+    if not sized:
         return None
-    channels: Any = layers[first].channels
+    first, channels = sized[0]
+    before = [i for layer in layers[:first] for i in layer.instructions()]
+    start = 2 ** len(before)  # splits halve it without a remainder
+    factor = Fraction(output_channels(before, start), start)
     if channels % factor:
         raise ValueError(
             f"layers[{first}]: expected a multiple of {factor} channels, got one of {channels}"
         )
-    widths = [channels // factor]
+    taken = width = int(channels / factor)
     for i, layer in enumerate(layers):
-        if layer.channels not in (None, widths[-1]):
+        if layer.channels not in (None, width):
             raise ValueError(
-                f"layers[{i}]: expected a layer of {widths[-1]} channels, "
-                f"got one of {layer.channels}"
+                f"layers[{i}]: expected a layer of {width} channels, got one of {layer.channels}"
             )
-        widths.append(output_channels(layer.instructions(), widths[-1]))
-    return widths
+        width = output_channels(layer.instructions(), width)
+    return taken
+
+
+def _check_input_shape(
+    shape: tuple[int, ...], channels: int | None, instructions: Sequence[object]
+) -> None:
+    """Raise TypeError or ValueError unless a chain of these instructions takes this shape."""
+    for size in shape:
+        check_count("input_shape", size, 1)
+    factor = 2 ** sum(isinstance(i, SpaceToDepth) for i in instructions)
+    wrong_sides = factor > 1 and (len(shape) != 3 or any(side % factor for side in shape[1:]))
+    if not shape or channels not in (None, shape[0]) or wrong_sides:
+        sides = f"H, W) with H and W divisible by {factor}" if factor > 1 else "*spatial)"
+        raise ValueError(f"input_shape: expected ({channels or 'C'}, {sides}, got {shape}")
 
 
 def _latent_shapes(
-    layers: Sequence[ChainLayer], widths: list[int] | None, shape: tuple[int, ...]
+    instructions: Iterable[object], shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """The shapes without N of the latents of an input of this shape, finest first."""
-    for size in shape:
-        check_count("input_shape", size, 1)
-    instructions = [i for layer in layers for i in layer.instructions()]
-    factor = 2 ** sum(isinstance(i, SpaceToDepth) for i in instructions)
-    wrong_sides = factor > 1 and (len(shape) != 3 or any(side % factor for side in shape[1:]))
-    channels = "C" if widths is None else str(widths[0])
-    if not shape or channels not in ("C", str(shape[0])) or wrong_sides:
-        sides = f"H, W) with H and W divisible by {factor}" if factor > 1 else "*spatial)"
-        raise ValueError(f"input_shape: expected ({channels}, {sides}, got {shape}")
     latents = []
     for instruction in instructions:
         c, *sizes = shape

@@ -45,26 +45,22 @@ def assemble(layers: Mapping[str, ChainLayer]) -> Program:
     """
     program = Program()
     group: StepGroup | None = None
-    squeezes = 0
     for prefix, layer in layers.items():
         for instruction in layer.instructions():
             if isinstance(instruction, ActNormConv):
                 if group is None:
                     group = StepGroup([], [], inverse=False)
                     program.groups.append(group)
-                    program.squeezes.append(squeezes)
                 row = len(group.steps)
                 group.steps.append(instruction)
                 group.names.append(f"{prefix}conv")
                 instruction = ChannelLinear(len(program.groups) - 1, row)
             elif not isinstance(instruction, Couple):
                 group = None
-                if isinstance(instruction, SpaceToDepth):
-                    if instruction.inverse:
-                        raise ValueError(
-                            f"{prefix.rstrip('.')}: expected SpaceToDepth(inverse=False), "
-                            "got inverse=True"
-                        )
-                    squeezes += 1
+                if isinstance(instruction, SpaceToDepth) and instruction.inverse:
+                    raise ValueError(
+                        f"{prefix.rstrip('.')}: expected SpaceToDepth(inverse=False), "
+                        "got inverse=True"
+                    )
             program.instructions.append(instruction)
     return program

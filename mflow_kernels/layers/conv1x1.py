@@ -37,7 +37,7 @@ class InvertibleConv1x1(Bijection):
         self.register_buffer("sign", torch.empty(channels))
         with torch.no_grad():
             square = torch.randn(channels, channels, dtype=torch.float64)
-            self._factor(torch.linalg.qr(square)[0])
+            self.factor_(torch.linalg.qr(square)[0])
 
     def weight(self) -> Tensor:
         """W (C, C), differentiable in its factors."""
@@ -74,15 +74,15 @@ class InvertibleConv1x1(Bijection):
             return False
         middle = self.log_diagonal.double().mean().exp()  # |det W|^(1 / C)
         clipped = singular.clamp(middle / math.sqrt(limit), middle * math.sqrt(limit))
-        self._factor((u * clipped) @ vh)
+        self.factor_((u * clipped) @ vh)
         return True
 
     def _exact_weight(self) -> Tensor:
         factors = (self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
         return plu(*(factor.double() for factor in factors))
 
-    def _factor(self, weight: Tensor) -> None:
-        """Set the factors from W (C, C), by pivoted LU."""
+    def factor_(self, weight: Tensor) -> None:
+        """Factor W (C, C) by pivoted LU, and set permutation and signs too."""
         p, lower, upper = torch.linalg.lu(weight)
         diagonal = upper.diagonal()
         self.permutation.copy_(p)
@@ -105,7 +105,7 @@ class InvertibleConv1x1(Bijection):
 
 
 def condition_number(weight: Tensor) -> Tensor:
-    """Largest singular value of a matrix over its smallest; infinite if it is not finite."""
+    """Largest singular value over the smallest; infinite if the matrix is not finite."""
     if not weight.isfinite().all():
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)

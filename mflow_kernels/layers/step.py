@@ -57,10 +57,7 @@ class FlowStep(ChainLayer):
         return ActNormConv(self.actnorm, self.conv)
 
     def instructions(self) -> list[Instruction | ActNormConv]:
-        return [
-            self.linear,
-            Couple(self.coupling.net, self.coupling.scale, inverse=False),
-        ]
+        return [self.linear, Couple(self.coupling.net, self.coupling.scale, inverse=False)]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)

@@ -24,8 +24,8 @@ class Chart(nn.Module):
     Attributes:
         n_bits: bits per value of the training images. Loading a model sets it. Set it on a model
             that you train yourself, so that `preprocess` and `bits_per_dim` work.
-        crop: side of the square that was cut out of these images first, as for CelebA; None stands
-            for the largest square.
+        crop: side of the square that is cut out of an image first, as for CelebA; None stands for
+            the largest square.
         class_names: names of the classes, if the context is a class, in the order of their numbers.
     """
 

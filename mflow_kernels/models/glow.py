@@ -60,9 +60,9 @@ class _ChainFlow(Flow):
         if not isinstance(z, tuple):
             raise TypeError(f"z: expected a tuple of {len(shapes)} latents, got {type(z).__name__}")
         latents = [self._like_parameters(f"z[{i}]", latent) for i, latent in enumerate(z)]
-        came = tuple(tuple(latent.shape[1:]) for latent in latents)
-        if came != shapes:
-            raise ValueError(f"z: expected latents of shapes {shapes}, got {came}")
+        actual = tuple(tuple(latent.shape[1:]) for latent in latents)
+        if actual != shapes:
+            raise ValueError(f"z: expected latents of shapes {shapes}, got {actual}")
         latents = [_channels_last(latent) for latent in latents]
         context_of = self._for_networks(context, len(latents[0]))
         return self.chain.inverse(tuple(latents), *context_of)
@@ -100,8 +100,8 @@ class _ChainFlow(Flow):
         if x.device != like.device:
             raise ValueError(f"{name}: expected the model's device {like.device}, got {x.device}")
         if x.dtype != like.dtype and not autocasts(x.device):
-            expected, came = (str(d).removeprefix("torch.") for d in (like.dtype, x.dtype))
-            raise TypeError(f"{name}: expected the model's dtype {expected}, got {came}")
+            expected, actual = (str(d).removeprefix("torch.") for d in (like.dtype, x.dtype))
+            raise TypeError(f"{name}: expected the model's dtype {expected}, got {actual}")
         return x
 
 

@@ -45,11 +45,11 @@ class HierarchicalFlow(Chart):
             if not isinstance(stage, ManifoldFlow):
                 raise TypeError(f"stages[{i}]: expected a ManifoldFlow, got {type(stage).__name__}")
         for i in range(1, len(stages)):
-            expected, came = (stages[i - 1].manifold_dim,), tuple(stages[i].input_shape)
-            if came != expected:
+            expected, actual = (stages[i - 1].manifold_dim,), tuple(stages[i].input_shape)
+            if actual != expected:
                 raise ValueError(
                     f"stages[{i}]: expected a flow on {expected}, the u of the stage before, "
-                    f"got one on {came}"
+                    f"got one on {actual}"
                 )
         self.stages = nn.ModuleList(stages)
         self.input_shape = stages[0].input_shape

@@ -65,15 +65,15 @@ class ManifoldFlow(Chart):
     ) -> None:
         super().__init__()
         if any(getattr(flow, name, None) is None for name in ("input_shape", "latent_shapes")):
-            came = type(flow).__name__
+            actual = type(flow).__name__
             if isinstance(flow, ReversibleChain):
-                came += " without an input_shape"
+                actual += " without an input_shape"
             raise TypeError(
-                f"flow: expected a bijection with input_shape and latent_shapes, got {came}"
+                f"flow: expected a bijection with input_shape and latent_shapes, got {actual}"
             )
         if not isinstance(objective, (ManifoldObjective, type(None))):
-            came = type(objective).__name__
-            raise TypeError(f"objective: expected a ManifoldObjective, got {came}")
+            actual = type(objective).__name__
+            raise TypeError(f"objective: expected a ManifoldObjective, got {actual}")
         self.flow = flow
         self.input_shape: tuple[int, ...] = flow.input_shape  # type: ignore[assignment]
         self.latent_shapes: tuple[tuple[int, ...], ...] = flow.latent_shapes  # type: ignore[assignment]
@@ -100,8 +100,7 @@ class ManifoldFlow(Chart):
         """Load the first stage, the image flow, from a folder that `mflow export` or
         `save_pretrained` wrote.
 
-        The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
-        set. Raises ValueError if a file is damaged or was written by something else.
+        The rest is as for `HierarchicalFlow.from_pretrained`.
         """
         stored = read_pretrained(folder)
         flow, manifold_dim, objective = build_stages(stored.architecture)[0]
@@ -258,8 +257,8 @@ def _flat_mask(mask: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...]) ->
     try:
         parts = [part.expand(shape) for part, shape in zip(mask, shapes, strict=True)]
     except (RuntimeError, ValueError):
-        came = tuple(tuple(part.shape) for part in mask)
+        actual = tuple(tuple(part.shape) for part in mask)
         raise ValueError(
-            f"mask: expected one mask per latent that can broadcast to {shapes}, got {came}"
+            f"mask: expected one mask per latent that can broadcast to {shapes}, got {actual}"
         ) from None
     return torch.cat([part.flatten() for part in parts])

@@ -6,7 +6,7 @@ A mask divides the latent pixels into u, coordinates on the manifold, and v, whi
 
 rho is "l2", e^2 / 2, or another function of `ops/penalty_functions.py`.
 
-The paper's abstract does not say which pixels e are. There are two domains:
+The paper's abstract does not say what the errors e are. They belong to one of two domains:
 
     "latent"  e = v. p_V is proportional to exp(-w rho), so the penalty is -log p_V up to the
               normalizer, and L counts it once. The normalizer is part of the reported likelihood

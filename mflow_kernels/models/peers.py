@@ -87,19 +87,13 @@ class Autoencoder(Chart):
         code = u if prior is None else prior.decode(u, context=context)
         return self.decoder(code, *given(context))
 
-    def project(
-        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
-    ) -> Tensor:
-        """Project x onto the manifold: decode(encode(x))."""
-        return self.decode(self.encode(x, stages, context=context), stages, context=context)
-
 
 Model = HierarchicalFlow | Autoencoder
 
 
 def reconstruction_loss(model: Model, x: Tensor) -> Tensor:
     """Return |x - g(f(x))|^2 (N,): the first phase of M-flow, or the loss of an autoencoder."""
-    return _squared_error(x, model.project(x, stages=1))
+    return _squared_error(x, model.decode(model.encode(x, stages=1), stages=1))
 
 
 def prior_loss(model: Model, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Save and load trained models as two files, `model.safetensors` and `model.json`.
 
-The JSON file describes the architecture, the other one holds every tensor. Any program can read
-both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
+The JSON file describes the architecture, and the other file holds every tensor. Any program can
+read both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
 `HierarchicalFlow` make a model of them.
 """
 
@@ -84,7 +84,7 @@ def build_stages(
     for stage in architecture["stages"]:
         if parts:
             flow = VectorFlow(parts[-1].manifold_dim, stage["steps"], stage["width"], **how)
-        # Checked before the next flow, whose size it sets, is built.
+        # This number sets the size of the next flow, so check it before building that flow.
         check_manifold_dim(stage["manifold_dim"], flow.latent_shapes)
         parts.append(StageParts(flow, stage["manifold_dim"], _objective(stage)))
     return parts
@@ -111,23 +111,21 @@ def architecture_of(stages: Sequence[SavedStage]) -> dict[str, Any]:
     """
     for i, stage in enumerate(stages):
         flow, expected = stage.flow, Glow if i == 0 else VectorFlow
-        found = {
-            "flow": type(flow) is expected or f"{expected.__name__}, got {type(flow).__name__}",
-            "network": getattr(flow, "context_channels", 0) is not None or "built-in networks",
-            "scale": getattr(flow, "scale", None) in (None, ScaleFunction())
-            or "the default scale function",
-            "weight": not isinstance(stage.objective.weight, (Tensor, tuple))
-            or "a weight that is no map",
-        }
-        for name, right in found.items():
-            if right is not True:
-                raise TypeError(
-                    f"stages[{i}].{name}: expected {right}; save the state_dict of other models"
-                )
+        if type(flow) is not expected:
+            wrong = f"flow: expected {expected.__name__}, got {type(flow).__name__}"
+        elif flow.context_channels is None:
+            wrong = "network: expected built-in networks"
+        elif flow.scale != ScaleFunction():
+            wrong = "scale: expected the default scale function"
+        elif isinstance(stage.objective.weight, (Tensor, tuple)):
+            wrong = "weight: expected a weight that is no map"
+        else:
+            continue
+        raise TypeError(f"stages[{i}].{wrong}; save the state_dict of other models")
     parameters = (p for stage in stages for p in stage.parameters())
-    wrong = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
-    if wrong is not None:
-        raise TypeError(f"model: expected parameters of dtype float32 to save, got {wrong}")
+    dtype = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
+    if dtype is not None:
+        raise TypeError(f"model: expected parameters of dtype float32 to save, got {dtype}")
     image = cast(Glow, stages[0].flow)
     return {
         "image_shape": list(image.input_shape),
@@ -166,13 +164,12 @@ def save_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: s
     The folder appears only once its files are complete.
 
     Raises:
-        TypeError: see `architecture_of`.
+        TypeError: as `architecture_of`.
         ValueError: the folder exists, or cannot be created.
     """
     path = Path(folder)
     if path.exists():
         raise ValueError(f"folder: expected a new folder, but {path} exists")
-    architecture_of(stages)  # before anything is written
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
@@ -313,8 +310,8 @@ def _read(path: Path, tensors: int) -> tuple[dict[str, Any], ImageFormat]:
     except RecursionError:
         raise ValueError(f"{expected}, got JSON that is nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        came = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{expected} with format {_FORMAT!r}, got {came!r}")
+        actual = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{expected} with format {_FORMAT!r}, got {actual!r}")
     architecture: Any = content.get("architecture")
     try:
         shape, stages = architecture["image_shape"], architecture["stages"]

@@ -151,8 +151,7 @@ def manifold_mask_from_data(
     order = flat.flip(0).argsort(descending=True, stable=True)
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[len(flat) - 1 - order[:manifold_dim]] = True
-    sizes = [part.numel() for part in importance]
-    parts = chosen.split(sizes)
+    parts = chosen.split([part.numel() for part in importance])
     return tuple(p.view(part.shape) for p, part in zip(parts, importance, strict=True))
 
 

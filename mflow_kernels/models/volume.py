@@ -1,7 +1,7 @@
 r"""The log-volume of an embedding u -> x: 1/2 log det J^T J with J = dx/du (D, d).
 
-Both methods multiply by J without finite differences: J v by forward-mode differentiation, in which
-operators and chains run as plain torch, and J^T w by the model's own backward pass.
+Both methods multiply by J without finite differences. Forward-mode differentiation computes J v;
+operators and chains run as plain torch in it. The model's own backward pass computes J^T w.
 
     exact       d products J e_j, then the sum of log |diag R| from J = Q R; exact up to rounding.
     hutchinson  log det M = tr log M = E[z^T log(M) z] over Rademacher probes z, with M = J^T J.

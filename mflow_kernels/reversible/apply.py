@@ -1,8 +1,8 @@
 """Runs programs under autograd. Their states are stored, or rebuilt in the backward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,7 +25,6 @@ from mflow_kernels.reversible.program import (
     keep_layout,
 )
 from mflow_kernels.reversible.rerun import (
-    RandomState,
     RerunNetwork,
     autocast_state,
     check_capturable,
@@ -106,19 +105,19 @@ def apply_stored(
 
 def _total(ledger: Tensor, group_pixels: list[int], log_dets: dict[int, Tensor]) -> Tensor:
     log_det = ledger.new_zeros(())
-    for i, count in enumerate(group_pixels):
-        log_det = log_det + count * log_dets[i]
+    for i, pixels in enumerate(group_pixels):
+        log_det = log_det + pixels * log_dets[i]
     return log_det
 
 
-@dataclass
-class _Segment:
+class _Segment(NamedTuple):
     """A part of a program that is one node of autograd's graph.
 
-    The gradients of its parameters are complete before the backward pass turns to the part in front
-    of it, so that DistributedDataParallel can exchange them early.
+    The backward pass completes the gradients of its parameters before it enters the segment before
+    it, so that DistributedDataParallel can exchange them early.
 
     Attributes:
+        networks: the networks of its instructions.
         groups: the groups that its instructions name.
         joined, split_off: the number of latents that it consumes and produces.
         parameters: the parameters to which its node passes gradients. A parameter that several
@@ -126,6 +125,7 @@ class _Segment:
     """
 
     instructions: list[Instruction]
+    networks: list[RerunNetwork]
     groups: list[int]
     joined: int
     split_off: int
@@ -133,10 +133,10 @@ class _Segment:
 
 
 def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
-    """The indices at which segments begin: 0, and squeezes.
+    """The indices at which segments begin: 0, and those of squeezes.
 
     At a squeeze the state is one tensor, and no launch spans the instructions before and after it.
-    A squeeze begins no segment if a segment without networks and linear maps would result.
+    A squeeze begins a segment only if there is a network or a linear map on both sides of it.
     """
     starts, works = [0], [isinstance(i, (Couple, ChannelLinear)) for i in instructions]
     for i, instruction in enumerate(instructions):
@@ -146,23 +146,22 @@ def segment_starts(instructions: Sequence[Instruction]) -> list[int]:
     return starts
 
 
-def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segment]:
+def _segments(program: Program) -> list[_Segment]:
     starts = segment_starts(program.instructions)
     segments: list[_Segment] = []
     seen: set[int] = set()
-    ordinal = 0
+    ordinals = count()
     for start, end in zip(starts, [*starts[1:], len(program.instructions)], strict=True):
         own = program.instructions[start:end]
+        networks = [RerunNetwork(i.net, next(ordinals)) for i in own if isinstance(i, Couple)]
         groups = list(dict.fromkeys(i.group for i in own if isinstance(i, ChannelLinear)))
-        couples, joined, split_off = (
-            sum(isinstance(i, kind) for i in own) for kind in (Couple, Join, SplitOff)
-        )
-        parts = [network.trained for network in networks[ordinal : ordinal + couples]]
+        joined, split_off = (sum(isinstance(i, kind) for i in own) for kind in (Join, SplitOff))
+        parts = [network.trained for network in networks]
         parts += [program.groups[i].parameters() for i in groups]
         parameters = {id(p): p for part in parts for p in part if id(p) not in seen}
         seen.update(parameters)
-        segments.append(_Segment(own, groups, joined, split_off, list(parameters.values())))
-        ordinal += couples
+        trained = list(parameters.values())
+        segments.append(_Segment(own, networks, groups, joined, split_off, trained))
     return segments
 
 
@@ -170,18 +169,14 @@ def _segments(program: Program, networks: Sequence[RerunNetwork]) -> list[_Segme
 class _ForwardRecord:
     """Data that a forward pass hands to its backward pass, besides saved tensors.
 
-    `random` and `fingerprints` are arguments of `BackwardPass`. `backward` is the backward pass
-    itself, which the nodes of all segments share.
+    `backward` is the backward pass itself, which the nodes of all segments share.
     """
 
     owner: ProgramOwner
     groups: Sequence[LinearGroup]
     segments: list[_Segment]
-    networks: list[RerunNetwork]
     context_length: int
     autocast: dict[str, Any]
-    random: list[RandomState | None] = field(default_factory=list)
-    fingerprints: list[list[Tensor] | None] = field(default_factory=list)
     backward: BackwardPass | None = None
 
 
@@ -192,22 +187,22 @@ class _RecordingRunner:
     which the backward pass would otherwise copy from the state.
     """
 
-    def __init__(self, record: _ForwardRecord, device: torch.device) -> None:
-        self.record, self.device = record, device
+    def __init__(
+        self, networks: Sequence[RerunNetwork], every: int | None, device: torch.device
+    ) -> None:
+        self.waiting, self.every, self.device = iter(networks), every, device
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.state = random_state(device)
 
     def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
-        record, ordinal = self.record, len(self.record.random)
-        every, network = record.owner.checkpoint_every, record.networks[ordinal]
-        if every is not None and ordinal % every == 0:
-            self.stored[ordinal] = x, net_input
+        network = next(self.waiting)
+        if self.every is not None and network.ordinal % self.every == 0:
+            self.stored[network.ordinal] = x, net_input
         if capturing(self.device):
             check_capturable(network)
-        fingerprints = None
         if network.draws is None and not x.is_meta:
             with torch.enable_grad():
-                params, fingerprints = network.run_with_fingerprints(
+                params, network.fingerprints = network.run_with_fingerprints(
                     net_input.detach().requires_grad_(), context
                 )
             params = params.detach()
@@ -215,9 +210,8 @@ class _RecordingRunner:
             params = net(net_input, *context)
         # Only networks draw random numbers, so each starts from the state that the last one left.
         state = random_state(self.device)
-        drew = not same_random_state(self.state, state)
-        record.random.append(self.state if drew else None)
-        record.fingerprints.append(fingerprints)
+        if not same_random_state(self.state, state):
+            network.random = self.state
         self.state = state
         return params
 
@@ -231,17 +225,16 @@ def _apply_reversibly(
     context: tuple[Tensor, ...],
 ) -> Applied:
     group_pixels = program.group_pixels(x)
-    networks = [RerunNetwork(i.net) for i in program.instructions if isinstance(i, Couple)]
-    segments = _segments(program, networks)
+    segments = _segments(program)
     autocast = autocast_state(x.device)
-    record = _ForwardRecord(owner, program.groups, segments, networks, len(context), autocast)
+    record = _ForwardRecord(owner, program.groups, segments, len(context), autocast)
     outputs: list[Tensor] = []
     for segment in segments:
         waiting = len(latents) - segment.joined
         inputs = (*latents[waiting:], *context, *segment.parameters)
         latents = latents[:waiting]
         if segment is segments[-1]:
-            # All outputs pass through the last node, so that autograd runs its backward first.
+            # All outputs pass through the last node, so autograd runs that node's backward first.
             x, *outputs = _SegmentFunction.apply(record, segment, x, *inputs, *outputs)
         else:
             x, *own = _SegmentFunction.apply(record, segment, x, *inputs)
@@ -275,9 +268,9 @@ class _SegmentFunction(torch.autograd.Function):
         )
         dtype = accumulator(x.dtype)
         folded = {i: record.groups[i].folded(dtype) for i in segment.groups}
-        runner = _RecordingRunner(record, x.device)
+        runner = _RecordingRunner(segment.networks, record.owner.checkpoint_every, x.device)
         with torch.autocast(**record.autocast):
-            done = execute(segment.instructions, x, latents, folded, context, runner)
+            done = execute(segment.instructions, x, latents, folded, context, runner.run)
         ctx.record, ctx.segment, ctx.stored_at = record, segment, list(runner.stored)
         # The backward pass starts from the last state, and ends where no more gradient is needed.
         ctx.starts = segment is record.segments[-1]
@@ -312,29 +305,27 @@ class _SegmentFunction(torch.autograd.Function):
         dlatents = tuple(in_layout_of(*pair) for pair in zip(latents, dlatents, strict=True))
         if starts:
             dx = in_layout_of(starts[0], dx)  # see `keep_layout`
-            record.backward = BackwardPass(
-                starts[0], dx, record.groups, context, record.networks, record.random,
-                record.fingerprints, record.autocast,
-            )  # fmt: skip
+            record.backward = BackwardPass(starts[0], dx, record.groups, context, record.autocast)
         backward = record.backward
         assert backward is not None  # autograd runs the last segment's node first
         djoined = backward.undo(
             segment.instructions,
+            segment.networks,
             latents,
             dlatents,
             dict(zip(segment.groups, dlog_dets, strict=True)),
             dledger[:, 0],  # all entries of a row have the gradient of the sample's logdet
             dict(zip(ctx.stored_at, zip(stored[::2], stored[1::2], strict=True), strict=True)),
         )
-        known = {id(p) for part in record.segments for p in part.parameters}
-        if not backward.parameter_gradients.keys() <= known:
+        sources = [*backward.context, *(p for part in record.segments for p in part.parameters)]
+        if not backward.gradients.keys() <= set(map(id, sources)):
             raise_replaced()
         if ends:
             record.backward = None
             if ends[0].numel():
                 record.owner.record_drift((backward.x - ends[0]).abs().max())
         dcontext = backward.context_gradients if ends else [None] * record.context_length
-        dparameters = (backward.parameter_gradients.pop(id(p), None) for p in segment.parameters)
+        dparameters = (backward.gradients.pop(id(p), None) for p in segment.parameters)
         return None, None, backward.dx, *djoined, *dcontext, *dparameters, *dothers
 
 

@@ -22,14 +22,7 @@ from mflow_kernels.reversible.program import (
     SpaceToDepth,
     SplitOff,
 )
-from mflow_kernels.reversible.rerun import (
-    RandomState,
-    RerunNetwork,
-    check_repeats,
-    difference,
-    raise_not_repeated,
-    random_state_of,
-)
+from mflow_kernels.reversible.rerun import RerunNetwork, check_repeats
 
 
 class BackwardPass:
@@ -44,11 +37,6 @@ class BackwardPass:
         groups: the groups that `ChannelLinear` instructions name. Their weights are folded again,
             one group at a time.
         context: further inputs of every network.
-        networks: the networks in the order in which they ran.
-        random: for each network, the random state from which it started, or None if it drew no
-            random numbers.
-        fingerprints: for each network, the fingerprints of its first run, or None if the second
-            run need not be compared with the first.
         autocast: arguments of the `torch.autocast` that was active.
     """
 
@@ -62,24 +50,18 @@ class BackwardPass:
         dx: Tensor,
         groups: Sequence[LinearGroup],
         context: Sequence[Tensor],
-        networks: Sequence[RerunNetwork],
-        random: Sequence[RandomState | None],
-        fingerprints: Sequence[list[Tensor] | None],
         autocast: dict[str, Any],
     ) -> None:
-        self.groups, self.networks, self.random = groups, networks, random
-        self.fingerprints, self.autocast = fingerprints, autocast
+        self.groups, self.autocast = groups, autocast
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
-        self.context_gradients: list[Tensor | None] = [None] * len(context)
-        self.parameter_gradients: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}  # of parameters and context, by id
         self.gathered: _GroupGradients | None = None
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ordinal = len(networks)  # networks that are not yet undone
         self._set(x, dx)
 
     def undo(
         self,
         instructions: Sequence[Instruction],
+        networks: Sequence[RerunNetwork],
         latents: Sequence[Tensor],
         dlatents: Sequence[Tensor],
         dlog_dets: Mapping[int, Tensor],
@@ -92,6 +74,7 @@ class BackwardPass:
 
         Args:
             instructions: the last instructions that are not yet undone, in forward order.
+            networks: the networks of these instructions, in forward order.
             latents, dlatents: the latents that these instructions split off, and their gradients.
             dlog_dets: for each group of these instructions, the gradient of its log_det.
             dlogdet: (N,), the gradient of the log-determinant of each sample.
@@ -106,17 +89,17 @@ class BackwardPass:
         """
         # dlogdet is often one number that autograd expanded. Copy it once here, so that no launch
         # has to.
-        self.dlog_dets, self.dlogdet, self.stored = dlog_dets, dlogdet.contiguous(), stored
-        self._differences: list[tuple[int, RerunNetwork, bool, Tensor]] = []
+        self.dlog_dets, self.dlogdet = dlog_dets, dlogdet.contiguous()
         split_off, joined = list(zip(latents, dlatents, strict=True)), []
+        waiting = list(networks)
         for i in reversed(range(len(instructions))):
             instruction = instructions[i]
             if isinstance(instruction, Couple):
-                self._ordinal -= 1
-                self._undo_couple(instruction, self._ordinal)
+                network = waiting.pop()
+                self._undo_couple(instruction, network, stored.get(network.ordinal))
             elif isinstance(instruction, ChannelLinear):
                 network_next = i > 0 and isinstance(instructions[i - 1], Couple)
-                rebuild = not (network_next and self._ordinal - 1 in self.stored)
+                rebuild = not (network_next and waiting[-1].ordinal in stored)
                 self._undo_linear(instruction, network_next, rebuild)
             elif isinstance(instruction, SpaceToDepth):
                 back = SpaceToDepth(not instruction.inverse)
@@ -127,8 +110,12 @@ class BackwardPass:
             else:
                 joined.append(self.db)
                 self._set(self.a, self._add_dnet())
-        check_repeats(self._differences)
+        check_repeats(networks[::-1])
         return joined
+
+    @property
+    def context_gradients(self) -> list[Tensor | None]:
+        return [self.gradients.get(id(c)) for c in self.context]
 
     @property
     def x(self) -> Tensor:
@@ -154,8 +141,9 @@ class BackwardPass:
     def _add_dnet(self) -> Tensor:
         return self.da if self.dnet is None else self.da + self.dnet
 
-    def _undo_couple(self, instruction: Couple, ordinal: int) -> None:
-        stored = self.stored.get(ordinal)
+    def _undo_couple(
+        self, instruction: Couple, network: RerunNetwork, stored: tuple[Tensor, Tensor] | None
+    ) -> None:
         if stored is not None:
             state, self.net_input = stored
             c_a = state.shape[1] // 2
@@ -163,18 +151,9 @@ class BackwardPass:
         net_input = self.net_input
         if net_input is None:
             net_input = torch.empty_like(self.a, dtype=self._network_dtype()).copy_(self.a)
-        network, fingerprints = self.networks[ordinal], self.fingerprints[ordinal]
-        with (
-            torch.enable_grad(),
-            torch.autocast(**self.autocast),
-            random_state_of(self.random[ordinal]),
-            network.as_in_forward(),
-        ):
+        with torch.enable_grad(), torch.autocast(**self.autocast):
             net_input = net_input.detach().requires_grad_()
-            if fingerprints is None:
-                params = network.net(net_input, *self.context)
-            else:
-                params = self._run_and_compare(ordinal, net_input, fingerprints)
+            params = network.run_again(net_input, self.context)
         b, db, dparams = rebuild_coupling(
             self.b,
             self.db,
@@ -188,44 +167,24 @@ class BackwardPass:
         self._set_halves(self.a, b, self._add_dnet(), db)
         self.dnet = dnet
 
-    def _run_and_compare(self, ordinal: int, net_input: Tensor, first: list[Tensor]) -> Tensor:
-        network = self.networks[ordinal]
-        versions = network.buffer_versions()
-        params, second = network.run_with_fingerprints(net_input, self.context)
-        for buffers, name, buffer, version in versions:
-            if buffers.get(name) is not buffer or buffer._version != version:
-                raise_not_repeated(ordinal, network, f"changed its buffer {name} again")
-        drew = self.random[ordinal] is not None
-        self._differences.append((ordinal, network, drew, difference(first, second)))
-        return params
-
     def _network_backward(
-        self,
-        parameters: list[nn.Parameter],
-        net_input: Tensor,
-        params: Tensor,
-        dparams: Tensor,
+        self, parameters: list[nn.Parameter], net_input: Tensor, params: Tensor, dparams: Tensor
     ) -> Tensor | None:
         """Return the gradient of the network's input; add the others to the running sums."""
         if not params.requires_grad:
             return None
-        context = [i for i, c in enumerate(self.context) if c.requires_grad]
-        sources = [net_input, *parameters, *(self.context[i] for i in context)]
-        gradients = torch.autograd.grad(params, sources, dparams, allow_unused=True)
-        self._add_gradients(parameters, gradients[1 : 1 + len(parameters)])
-        for i, g in zip(context, gradients[1 + len(parameters) :], strict=True):
-            if g is not None:
-                total = self.context_gradients[i]
-                self.context_gradients[i] = g if total is None else total + g
-        return gradients[0]
+        sources = [*parameters, *(c for c in self.context if c.requires_grad)]
+        dnet, *gradients = torch.autograd.grad(
+            params, [net_input, *sources], dparams, allow_unused=True
+        )
+        self._add_gradients(sources, gradients)
+        return dnet
 
-    def _add_gradients(
-        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
-    ) -> None:
-        for p, g in zip(parameters, gradients, strict=True):
+    def _add_gradients(self, sources: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        for source, g in zip(sources, gradients, strict=True):
             if g is not None:
-                total = self.parameter_gradients.get(id(p))
-                self.parameter_gradients[id(p)] = g if total is None else total + g
+                total = self.gradients.get(id(source))
+                self.gradients[id(source)] = g if total is None else total + g
 
     def _undo_linear(self, instruction: ChannelLinear, network_next: bool, rebuild: bool) -> None:
         if self.gathered is None:

@@ -5,7 +5,7 @@ as possible (a coupling and the 1x1 convolution after it share one), and `Backwa
 `reversible.backward` undoes it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mflow_kernels.ops.checks import check_device
-from mflow_kernels.ops.conv1x1 import (
-    conv1x1_eager,
-    conv1x1_forward,
-    conv1x1_op,
-    spread,
-)
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_forward, conv1x1_op, spread
 from mflow_kernels.ops.coupling import (
     affine_coupling_op,
     check_params,
@@ -165,14 +160,10 @@ class Program:
     Attributes:
         instructions: in the order in which they run.
         groups: the linear maps of group i, for `ChannelLinear(i, row)`.
-        squeezes: for each group, the number of `SpaceToDepth` instructions between the data and it.
-        inverse: whether the program runs from latents to data.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
     groups: list[LinearGroup] = field(default_factory=list)
-    squeezes: list[int] = field(default_factory=list)
-    inverse: bool = False
 
     @property
     def total_squeezes(self) -> int:
@@ -184,14 +175,17 @@ class Program:
         return Program(
             [inverse_instruction(i) for i in reversed(self.instructions)],
             [group.inverted() for group in self.groups],
-            self.squeezes,
-            not self.inverse,
         )
 
     def group_pixels(self, x: Tensor) -> list[int]:
         """For each group, the number of pixels of its states; x is the state at the start."""
-        data_pixels = pixels(x) * (4**self.total_squeezes if self.inverse else 1)
-        return [data_pixels // 4**squeezes for squeezes in self.squeezes]
+        count, found = pixels(x), [0] * len(self.groups)
+        for instruction in self.instructions:
+            if isinstance(instruction, SpaceToDepth):
+                count = 4 * count if instruction.inverse else count // 4
+            elif isinstance(instruction, ChannelLinear):
+                found[instruction.group] = count
+        return found
 
 
 def inverse_instruction(instruction: Instruction) -> Instruction:
@@ -208,7 +202,7 @@ def inverse_instruction(instruction: Instruction) -> Instruction:
 
 
 def output_channels(instructions: Iterable[object], channels: int) -> int:
-    """Channels of the state after these instructions (data -> latent), from those before them."""
+    """The number of channels after these instructions (data -> latent); `channels` before them."""
     for instruction in instructions:
         if isinstance(instruction, SpaceToDepth):
             channels *= 4
@@ -217,11 +211,9 @@ def output_channels(instructions: Iterable[object], channels: int) -> int:
     return channels
 
 
-class NetworkRunner(Protocol):
-    """Runs the coupling networks of a program, and may record data for a backward pass."""
-
-    def run(self, net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
-        """net(net_input, *context); x is the state before the coupling."""
+def run_network(net: nn.Module, x: Tensor, net_input: Tensor, context: Sequence[Tensor]) -> Any:
+    """Run a coupling network; x is the state before the coupling."""
+    return net(net_input, *context)
 
 
 class Executed(NamedTuple):
@@ -238,7 +230,7 @@ def execute(
     latents: Sequence[Tensor],
     folded: Mapping[int, FoldedWeights],
     context: Sequence[Tensor] = (),
-    runner: NetworkRunner | None = None,
+    run: Callable[[nn.Module, Tensor, Tensor, Sequence[Tensor]], Any] = run_network,
 ) -> Executed:
     """Run instructions, with one launch for each coupling and the channel-linear map after it.
 
@@ -248,7 +240,7 @@ def execute(
         latents: the latents that `Join` appends, taken from the end.
         folded: the weights of each group that `ChannelLinear` instructions name.
         context: further inputs of every network.
-        runner: calls the networks; by default they are called directly.
+        run: runs the networks, and may record data for a backward pass.
     """
     cut, split_off, linear, couple, couple_linear = _operators()
     waiting, removed, ledgers = list(latents), [], []
@@ -274,10 +266,7 @@ def execute(
         elif isinstance(instruction, Couple):
             if net_input is None:
                 net_input = cut(x, autocast_dtype(x))
-            if runner is None:
-                params = instruction.net(net_input, *context)
-            else:
-                params = runner.run(instruction.net, x, net_input, context)
+            params = run(instruction.net, x, net_input, context)
             params = check_params(x, params, "net's output")
             scale, inverse = instruction.scale.args, instruction.inverse
             following = instructions[i] if i < len(instructions) else None
@@ -364,8 +353,6 @@ def keep_layout(state: Tensor) -> None:
 
 
 def _net_input_dtype(instructions: Sequence[Instruction], i: int, x: Tensor) -> torch.dtype | None:
-    """The dtype of the network input that the launch before instruction i also writes; None if
-    instruction i has no network."""
-    return (
-        autocast_dtype(x) if i < len(instructions) and isinstance(instructions[i], Couple) else None
-    )
+    """If instruction i has a network, the dtype of its input, which the launch before it writes."""
+    network_next = i < len(instructions) and isinstance(instructions[i], Couple)
+    return autocast_dtype(x) if network_next else None

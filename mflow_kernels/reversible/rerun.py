@@ -30,16 +30,24 @@ class RerunNetwork:
     """A coupling network that a backward pass will run again, and its modules, listed once.
 
     Attributes:
+        ordinal: its place in the order in which the networks of a program run.
         trained: its trainable parameters.
         draws: whether it draws random numbers from the default generators; None until a backward
             pass has run through it in these modes.
+        random: the random state from which its first run started; None if it drew no numbers.
+        fingerprints: those of its first run; None if the second run need not be compared with it.
+        difference: the `difference` of its two runs, if they were compared.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    random: "RandomState | None" = None
+    fingerprints: list[Tensor] | None = None
+    difference: Tensor | None = None
+
+    def __init__(self, net: nn.Module, ordinal: int = 0) -> None:
         modules = [net]
-        for module in modules:  # takes a third of the time of `net.modules()`
+        for module in modules:  # `net.modules()` takes three times as long
             modules += [m for m in module._modules.values() if m is not None]
-        self.net = net
+        self.net, self.ordinal = net, ordinal
         self._modules = modules
         self._found = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items()]
         parameters = {id(p): p for *_, p in self._found if p is not None}
@@ -48,13 +56,36 @@ class RerunNetwork:
         self._norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
         self.draws = _draws.get(net, {}).get(self._modes)
 
-    @contextmanager
-    def as_in_forward(self) -> Iterator[None]:
-        """Put the modules in the modes (train, eval) of the first run, and hide running statistics.
+    def run_again(self, net_input: Tensor, context: Sequence[Tensor]) -> Tensor:
+        """The network's params, computed as in its first run. Gradients must be enabled.
 
         Raises:
-            RuntimeError: a parameter was replaced by another tensor.
+            RuntimeError: a parameter was replaced by another tensor, or the network changed a
+                buffer.
         """
+        with self._as_in_forward():
+            if self.fingerprints is None:
+                params: Tensor = self.net(net_input, *context)
+                return params
+            # Running statistics are hidden.
+            versions = [
+                (m._buffers, name, buffer, buffer._version)
+                for m in self._modules
+                if m not in self._norms
+                for name, buffer in m._buffers.items()
+                if buffer is not None and not buffer.is_inference()
+            ]
+            params, fingerprints = self.run_with_fingerprints(net_input, context)
+            for buffers, name, buffer, version in versions:
+                if buffers.get(name) is not buffer or buffer._version != version:
+                    self.raise_not_repeated(f"changed its buffer {name} again")
+        self.difference = difference(self.fingerprints, fingerprints)
+        return params
+
+    @contextmanager
+    def _as_in_forward(self) -> Iterator[None]:
+        """Restore the modes (train, eval) and random numbers of the first run, and hide running
+        statistics."""
         if any(parameters.get(name) is not p for parameters, name, p in self._found):
             raise_replaced()
         pairs = zip(self._modules, self._modes, strict=True)
@@ -67,7 +98,8 @@ class RerunNetwork:
             # ones, it does not update them a second time.
             m._buffers.update(dict.fromkeys(m._buffers))
         try:
-            yield
+            with random_state_of(self.random):
+                yield
         finally:
             for m, original in buffers:
                 m._buffers.update(original)
@@ -97,16 +129,13 @@ class RerunNetwork:
             params = self.net(net_input, *context)
         return params, [*fingerprints, fingerprint(params)]
 
-    def buffer_versions(self) -> list[tuple[dict[str, Any], str, Tensor, int]]:
-        """Its buffers and their versions, except the running statistics that `as_in_forward`
-        hides."""
-        return [
-            (m._buffers, name, buffer, buffer._version)
-            for m in self._modules
-            if m not in self._norms
-            for name, buffer in m._buffers.items()
-            if buffer is not None and not buffer.is_inference()
-        ]
+    def raise_not_repeated(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"ReversibleChain: run again in the backward pass, network {self.ordinal} "
+            f"({type(self.net).__name__}) {what}: it has state that cannot be restored, such as "
+            "its own torch.Generator, a counter, or a buffer that it changes. Its gradients would "
+            "be wrong; reversible=False allows it"
+        )
 
     def remember(self, draws: bool) -> None:
         """Record that its two runs agreed in these modes, and whether they drew random numbers."""
@@ -141,8 +170,8 @@ def fingerprint(t: Tensor) -> Tensor:
 def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     """The largest relative difference of two lists of tensors, estimated from their fingerprints.
 
-    A difference is relative to the norm of its own tensor or to a third of the largest norm in the
-    list, whichever is larger.
+    Each difference is divided by the norm of its tensor, or by a third of the largest norm in the
+    list if that is larger.
 
     Returns:
         A scalar. It is inf if the lists differ in length. It is 0 if the network's inputs, the
@@ -154,42 +183,28 @@ def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
         return torch.full((), math.inf, device=device)
     a, b = (torch.stack([p.to(device) for p in fingerprints]) for fingerprints in (first, again))
     norm = torch.maximum(a[:, -1], b[:, -1])
-    # If nearly all units of a layer are off, its norm is small, and rounding changes much of it.
+    # If nearly all units of a layer are off, its norm is small, and rounding can switch units.
     scale = torch.maximum(norm, norm.max() / 3)
-    # A projection onto cosines has half of a difference's square.
+    # The mean of cos^2 is 1/2, so a projection has half of the difference's squared norm.
     distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / scale
     distance = distance.nan_to_num(0.0)  # both zero, or diverged
     return torch.where(distance[0] > _ROUNDING / 4, 0.0, distance.max())
 
 
-def check_repeats(differences: Sequence[tuple[int, RerunNetwork, bool, Tensor]]) -> None:
-    """Check the differences of networks that ran twice, and remember which networks agreed.
-
-    Args:
-        differences: ordinal of the network in its chain, the network, whether it drew random
-            numbers, and the result of `difference`.
+def check_repeats(networks: Sequence[RerunNetwork]) -> None:
+    """Check the networks whose two runs were compared, and remember that they agreed.
 
     Raises:
         RuntimeError: a network computed something else.
     """
+    differences = {n: n.difference for n in networks if n.difference is not None}
     if not differences:
         return
-    found = torch.stack([d for *_, d in differences]).tolist()
-    for (ordinal, network, drew, _), value in zip(differences, found, strict=True):
+    found = torch.stack(list(differences.values())).tolist()
+    for network, value in zip(differences, found, strict=True):
         if value > _ROUNDING:
-            raise_not_repeated(
-                ordinal, network, f"computed something else (relative difference {value:.2g})"
-            )
-        network.remember(drew)
-
-
-def raise_not_repeated(ordinal: int, network: RerunNetwork, what: str) -> NoReturn:
-    raise RuntimeError(
-        f"ReversibleChain: run again in the backward pass, network {ordinal} "
-        f"({type(network.net).__name__}) {what}: it has state that cannot be restored, such as "
-        "its own torch.Generator, a counter, or a buffer that it changes. Its gradients would be "
-        "wrong; reversible=False allows it"
-    )
+            network.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
+        network.remember(network.random is not None)
 
 
 def check_capturable(network: RerunNetwork) -> None:

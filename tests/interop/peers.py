@@ -1,7 +1,8 @@
 """Comparisons of accelerated models with their originals, for the tests of all libraries."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop import Report, accelerate
+from mflow_kernels.interop import Report, accelerate, decelerate
 from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.subclasses import is_accelerated
 from mflow_kernels.testing import assert_close
 
 Results = dict[str, Tensor]  # outputs and log-determinants of a model, by name
@@ -26,14 +28,14 @@ def perturbed(model: nn.Module, by: float = 0.1, seed: int = 1) -> nn.Module:
     return model
 
 
-def compare(
+def assert_equals_original(
     model: nn.Module,
     results: Callable[[nn.Module], Results],
     terms: int,
     *,
     reversible: bool = False,
-) -> tuple[nn.Module, Report]:
-    """Assert that an accelerated copy has the values and gradients of the model.
+) -> nn.Module:
+    """Assert that an accelerated copy has the values and gradients of the model; return the copy.
 
     Both run in their own dtype. Float32 results may differ by the rounding of a float32 sum of
     `terms` terms, float64 results by 1e-10.
@@ -41,18 +43,20 @@ def compare(
     fast = copy.deepcopy(model)
     report = accelerate(fast, reversible=reversible)
     assert report.replaced, str(report)
-    for name, (got, want) in _pairs(results(fast), results(model)):
-        assert got.dtype == want.dtype, name
-        assert got.shape == want.shape, name
-        _assert_equal(got, want, terms, name)
-    assert gradients_agree(fast, model, results, terms) > 0
-    return fast, report
+    got, want = results(fast), results(model)
+    assert got.keys() == want.keys()
+    for name in got:
+        assert got[name].dtype == want[name].dtype, name
+        assert got[name].shape == want[name].shape, name
+        _assert_equal(got[name], want[name], terms, name)
+    assert_equal_gradients(fast, model, results, terms)
+    return fast
 
 
-def gradients_agree(
+def assert_equal_gradients(
     fast: nn.Module, model: nn.Module, results: Callable[[nn.Module], Results], terms: int
-) -> int:
-    """Assert equal gradients of a fixed combination of all results; return their number."""
+) -> None:
+    """Assert that a fixed combination of all results has equal gradients, and that it has some."""
     for m in (fast, model):
         m.zero_grad()
         generator = torch.Generator().manual_seed(2)
@@ -69,7 +73,7 @@ def gradients_agree(
         if p.grad is not None and q.grad is not None:
             _assert_equal(p.grad, q.grad, terms, f"d {name}")
             compared += 1
-    return compared
+    assert compared
 
 
 def input_gradient(x: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -80,11 +84,6 @@ def input_gradient(x: Tensor, outputs: list[Tensor]) -> Tensor:
     assert isinstance(total, Tensor)
     (grad,) = torch.autograd.grad(total, x, retain_graph=True)
     return grad
-
-
-def _pairs(got: Results, want: Results) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    assert got.keys() == want.keys()
-    return ((name, (got[name], want[name])) for name in got)
 
 
 def _assert_equal(got: Tensor, want: Tensor, terms: int, name: str) -> None:
@@ -116,13 +115,51 @@ def assert_left_alone(model: nn.Module) -> Report:
     return report
 
 
-def assert_guarded(adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+def assert_untested_code_is_left(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch, model: nn.Module
+) -> None:
     """Assert that every accelerated class has a fingerprint, and that other code is left alone."""
     for cls in (*adapter.layers, *adapter.containers):
         assert cls.__module__ in adapter.fingerprints, cls
     for name in adapter.fingerprints:
         monkeypatch.setitem(adapter.fingerprints, name, set())
     assert "is not that of a tested version" in str(assert_left_alone(model))
+
+
+def assert_checkpoints_and_copies(
+    model: nn.Module, fast: nn.Module, value: Callable[[nn.Module], Tensor], pickles: bool = True
+) -> None:
+    """Assert that checkpoints, copies and deceleration of an accelerated model work.
+
+    - It has the parameters that it had before, and loads a checkpoint of the original.
+    - Copies, and with `pickles` also pickles, compute the same, with weights of their own.
+    - Decelerated, it has the original classes and computes what the original does.
+
+    Args:
+        model, fast: two models of the same architecture; `fast` is accelerated.
+        value: computes the result to compare.
+    """
+    perturbed(fast, seed=7)
+    parameters = [id(p) for p in fast.parameters()]
+    accelerate(fast)
+    assert [id(p) for p in fast.parameters()] == parameters
+    assert not same_state(fast, model)
+    fast.load_state_dict(model.state_dict())
+    assert same_state(fast, model)
+    want = value(model)
+    torch.testing.assert_close(value(fast), want)
+    copies = [copy.deepcopy(fast)]
+    if pickles:
+        copies.append(pickle.loads(pickle.dumps(fast)))
+    for copied in copies:
+        assert classes(copied) == classes(fast)
+        torch.testing.assert_close(value(copied), want)
+        perturbed(copied)  # must not change the original
+        assert not torch.equal(value(copied), value(fast))
+    decelerate(fast)
+    assert classes(fast) == classes(model)
+    assert not any(map(is_accelerated, fast.modules()))
+    assert torch.equal(value(fast), want)
 
 
 def assert_exports(call: Callable[..., tuple[Any, Tensor]], *inputs: Any) -> None:

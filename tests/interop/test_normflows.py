@@ -1,7 +1,6 @@
 """Accelerated models of normflows, built as in its README, examples and tests."""
 
 import copy
-import pickle
 
 import normflows as nf
 import pytest
@@ -134,11 +133,10 @@ def test_equals_the_original(name, reversible):
     model = initialized(MODELS[name]).double()
     # normflows sums some log-determinants in the default dtype, not in that of the model.
     with peers.default_dtype(torch.float64):
-        fast, _ = peers.compare(model, results(torch.float64), 1, reversible=reversible)
-    model, fast = model.float(), fast.float()
+        peers.assert_equals_original(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
         terms = 4096 if isinstance(model, nf.MultiscaleFlow) else 64
-        peers.compare(model, results(torch.float32), terms)
+        peers.assert_equals_original(model.float(), results(torch.float32), terms)
 
 
 def loss_of(model, step):
@@ -162,7 +160,7 @@ def test_training_equals_the_original(make, reversible):
     fast = peers.assert_trained_together(make, loss_of, reversible=reversible)
     decelerate(fast)
     with peers.default_dtype(torch.float64):
-        peers.compare(fast, results(torch.float64), 1)
+        peers.assert_equals_original(fast, results(torch.float64), 1)
 
 
 THEIR_TESTS = [glow_test.GlowTest, coupling_test.CouplingTest, mixing_test.MixingTest]
@@ -223,31 +221,13 @@ def test_single_layers_keep_their_interface():
 
 
 def test_checkpoints_and_copies():
-    model = initialized(MODELS["glow"])
-    fast = initialized(MODELS["glow"])
-    peers.perturbed(fast, seed=5)
-    parameters = list(fast.parameters())
-    accelerate(fast)
-    assert [id(p) for p in fast.parameters()] == [id(p) for p in parameters]
-    assert not peers.same_state(fast, model)
-    fast.load_state_dict(model.state_dict())
-    assert peers.same_state(fast, model)
+    model, fast = initialized(MODELS["glow"]), initialized(MODELS["glow"])
     x, y = images(), torch.arange(4) % 3
-    want = model.log_prob(x, y)
-    torch.testing.assert_close(fast.log_prob(x, y), want)
-    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert peers.classes(copied) == peers.classes(fast)
-        torch.testing.assert_close(copied.log_prob(x, y), want)
-        peers.perturbed(copied)  # must not change the original
-        assert not torch.equal(copied.log_prob(x, y), fast.log_prob(x, y))
-    decelerate(fast)
-    assert peers.classes(fast) == peers.classes(model)
-    assert all("_mflow_implementation" not in m.__dict__ for m in fast.modules())
-    assert torch.equal(fast.log_prob(x, y), want)
+    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x, y))
 
 
 def test_untested_code_is_left(monkeypatch):
-    peers.assert_guarded(ADAPTER, monkeypatch, glow())
+    peers.assert_untested_code_is_left(ADAPTER, monkeypatch, glow())
 
 
 def test_unsupported_layers_are_left():

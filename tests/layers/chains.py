@@ -1,20 +1,35 @@
-"""Chains for tests, their losses and their gradients."""
+"""Chains and other sequences for tests, their losses and their gradients."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.testing import assert_close
 
 
-def shaken(module: nn.Module) -> nn.Module:
-    """Perturb every parameter in place, since new couplings are the identity; return the module."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return module
+class InSequence(Bijection):
+    """The caller's bijection: layers one after another, without an `initialize`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, logdet = layer(x, *context)
+            total = total + logdet
+        return x, total
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(len(z))
+        for layer in reversed(self.layers):
+            z, logdet = layer.inverse(z, *context)
+            total = total + logdet
+        return z, total
 
 
 def loss_of(z: Tensor | tuple[Tensor, ...], logdet: Tensor) -> Tensor:
@@ -35,10 +50,29 @@ def gradients(chain: nn.Module, *inputs: Tensor, call: Callable[..., object]) ->
     ]
 
 
+def both_gradients(
+    stored: ReversibleChain, *inputs: Tensor, inverse: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The `gradients` of a reversible copy of a chain that stores its states, and of the chain."""
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    got, want = (
+        gradients(chain, *inputs, call=chain.inverse if inverse else chain)
+        for chain in (rebuilt, stored)
+    )
+    return got, want
+
+
 def assert_all_close(got: list[Tensor], want: list[Tensor], terms: int) -> None:
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert_close(a, b, terms=terms, name=f"gradient {i}")
+
+
+def levels(**options: object) -> ReversibleChain:
+    """A chain from (N, 1, H, W) to two latents (N, 2, H/2, W/2)."""
+    layers = [Squeeze(), FlowStep(4, width=3), FlowStep(4, width=3), Split(4, width=3)]
+    return ReversibleChain([*layers, FlowStep(2, width=3)], **options)  # type: ignore[arg-type]
 
 
 def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain:

@@ -29,8 +29,7 @@ def test_initializes_once_also_after_loading():
     loaded.load_state_dict(state)
     for one in (layer, loaded, copy.deepcopy(layer)):
         one.initialize(7 + 3 * normal(8, 2, 3))
-        for name, value in one.state_dict().items():
-            assert torch.equal(value, state[name])
+        torch.testing.assert_close(one.state_dict(), state, rtol=0, atol=0)
 
 
 def test_is_the_identity_before_initialization():

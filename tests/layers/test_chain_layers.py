@@ -1,24 +1,17 @@
 """The layers that a chain accepts: those of users, and errors for the others."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from cases import perturbed
 from torch import Tensor, nn
 
-from layers.chains import assert_all_close, gradients, shaken
-from mflow_kernels import (
-    ActNorm,
-    FlowStep,
-    InvertibleConv1x1,
-    ReversibleChain,
-    Split,
-    Squeeze,
-)
+from layers.chains import assert_all_close, both_gradients
+from mflow_kernels import ActNorm, FlowStep, InvertibleConv1x1, ReversibleChain, Split, Squeeze
 from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.folding import ActNormConv
-from mflow_kernels.reversible.program import SpaceToDepth
+from mflow_kernels.reversible.program import SpaceToDepth, SplitOff
 from mflow_kernels.testing import assert_close
 
 
@@ -47,20 +40,40 @@ def test_a_layer_of_the_user_in_a_chain() -> None:
     linear = [LinearStep(c) for c in (4, 4, 16, 8)]
     layers = [linear[0], FlowStep(4, width=4), linear[1], Squeeze()]
     layers += [linear[2], Split(16, width=4), linear[3]]
-    stored = shaken(ReversibleChain(layers, reversible=False)).double()
-    rebuilt = copy.deepcopy(stored)
-    rebuilt.reversible = True
+    stored = perturbed(ReversibleChain(layers, reversible=False)).double()
     x = torch.randn(2, 4, 4, 4, dtype=torch.float64)
     assert_close(linear[0](x)[0], ReversibleChain(linear[:1])(x)[0], terms=16)
-    got, want = (gradients(chain, x, call=chain) for chain in (rebuilt, stored))
+    got, want = both_gradients(stored, x)
     assert len(got) == 2 + len(list(stored.parameters()))
     assert_all_close(got, want, terms=2 * 7 * 32)
-    z, _ = rebuilt(x)
-    assert_close(rebuilt.inverse(z)[0], x, terms=2 * 7 * 16)
+    z, _ = stored(x)
+    assert_close(stored.inverse(z)[0], x, terms=2 * 7 * 16)
     with pytest.raises(
         ValueError, match=r"layers\[1\]: expected a layer of 4 channels, got one of"
     ):
         ReversibleChain([linear[0], LinearStep(5)])
+
+
+class Cut(ChainLayer):
+    """A user's layer that splits off half of any number of channels."""
+
+    def instructions(self) -> list[SplitOff]:
+        return [SplitOff()]
+
+
+def test_a_split_of_any_number_of_channels() -> None:
+    """The chain needs a layer with a number of channels neither after the split nor at all."""
+    x = torch.randn(2, 4, 4, 4)
+    squeezed, _ = Squeeze()(x)
+    for layers, latent in (([Cut(), FlowStep(2)], x[:, 2:]), ([Squeeze(), Cut()], squeezed[:, 8:])):
+        chain = perturbed(ReversibleChain(layers))
+        z, _ = chain(x)
+        assert torch.equal(z[0], latent)
+        assert_close(chain.inverse(z)[0], x, terms=16)
+    with pytest.raises(
+        ValueError, match=r"layers\[2\]: expected a multiple of 2 channels, got .* 3"
+    ):
+        ReversibleChain([Squeeze(), Cut(), FlowStep(3)])
 
 
 class Unsqueeze(ChainLayer):

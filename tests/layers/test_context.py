@@ -38,9 +38,8 @@ def test_a_map_is_averaged_to_the_state(device):
     assert torch.equal(net(x, context[:, :, :4, :6]), exact)
 
 
-@pytest.mark.parametrize("reversible", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (1, 4, 4)], ids=str)
-def test_gradients_reach_the_context(shape, reversible):
+def test_gradients_reach_the_context(shape):
     """All gradients, that of the context included, equal those of stored activations."""
 
     def make(reversible: bool) -> nn.Module:
@@ -50,7 +49,7 @@ def test_gradients_reach_the_context(shape, reversible):
         return perturbed(flow).double()
 
     x, context = normal(2, *shape).double(), normal(2, 2).double()
-    flow, stored = make(reversible), make(False)
+    flow, stored = make(True), make(False)
     got, want = (gradients(f, x, context, call=f) for f in (flow, stored))
     assert len(got) == 3 + len(list(flow.parameters()))
     assert got[2].any()

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from cases import normal
+from cases import normal, perturbed
 
 from mflow_kernels import FlowStep, InvertibleConv1x1, ReversibleChain, Squeeze
 from mflow_kernels.testing import assert_close, check_bijection
@@ -18,10 +18,7 @@ def test_starts_as_a_rotation(channels):
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3, 4)], ids=str)
 def test_logdet_is_that_of_the_weight(shape, device):
-    layer = InvertibleConv1x1(5).to(device)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape).to(device)
+    layer = perturbed(InvertibleConv1x1(5), 0.3).to(device)
     x = normal(*shape, device=device)
     z, logdet = layer(x)
     weight = layer.weight().double()
@@ -93,7 +90,7 @@ def ill_conditioned(channels):
     layer, other = (InvertibleConv1x1(channels) for _ in range(2))
     u, v = layer.weight().detach().double(), other.weight().detach().double()
     with torch.no_grad():
-        layer._factor((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
+        layer.factor_((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
     return layer
 
 
@@ -137,10 +134,9 @@ def test_bounding_the_condition(channels, limit):
 
 def test_a_condition_within_the_bound_changes_nothing():
     layer = ill_conditioned(12)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    before = copy.deepcopy(layer.state_dict())
     assert not layer.bound_condition_(1.01 * layer.condition_number().item())
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name])
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
 def test_bad_bounds():

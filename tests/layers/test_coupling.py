@@ -81,7 +81,6 @@ def test_net_that_is_empty_or_no_module():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 1}, "channels: expected at least 2, got 1"),
         ({"channels": 4, "width": 0}, "width: expected at least 1, got 0"),
         ({"channels": 4, "spatial_dims": 4}, "spatial_dims: expected 0 to 3, got 4"),
         ({"channels": 4, "scale": "relu"}, "scale: expected one of .*, got 'relu'"),

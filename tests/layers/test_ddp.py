@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cases import perturbed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -18,13 +19,8 @@ RANKS = 2
 
 
 def glow() -> Glow:
-    """A perturbed Glow, since new couplings are the identity."""
     torch.manual_seed(0)
-    flow = Glow((3, 8, 8), levels=2, steps=3, width=8, checkpoint_every=2).double()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return flow
+    return perturbed(Glow((3, 8, 8), levels=2, steps=3, width=8, checkpoint_every=2)).double()
 
 
 def batch() -> Tensor:

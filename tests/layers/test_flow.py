@@ -6,22 +6,10 @@ import pytest
 import torch
 from cases import normal, perturbed
 
-from mflow_kernels import (
-    FlowStep,
-    Glow,
-    ManifoldFlow,
-    ReversibleChain,
-    Split,
-    Squeeze,
-    VectorFlow,
-)
+from layers.chains import levels
+from mflow_kernels import FlowStep, Glow, ManifoldFlow, ReversibleChain, VectorFlow
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
-
-
-def levels(**options) -> ReversibleChain:
-    layers = [Squeeze(), FlowStep(4, width=3), Split(4, width=3), FlowStep(2, width=3)]
-    return ReversibleChain(layers, **options)
 
 
 def one_level(**options) -> ReversibleChain:
@@ -35,10 +23,10 @@ FLOWS = {
     "chain with a split": lambda: levels(input_shape=(1, 4, 2)),
     "chain, states stored": lambda: one_level(input_shape=(3,), reversible=False),
 }
-every = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+every_flow = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
 
 
-@every
+@every_flow
 def test_log_prob_is_the_normal_density_of_z_and_the_volume(make, device):
     flow = perturbed(make()).double().to(device)
     x = normal(2, *flow.input_shape, dtype=torch.float64, device=device)
@@ -56,7 +44,7 @@ def flat(z):
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
-@every
+@every_flow
 def test_samples_are_the_inverse_of_normal_latents(make, device):
     flow = perturbed(make()).to(device)
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from cases import normal
+from cases import normal, perturbed
 from torch import Tensor, nn
 
 from mflow_kernels import Glow
@@ -134,7 +134,6 @@ def losses(model: Glow, images: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         with torch.autocast(images.device.type, BF16):
             latents, logdet = model(images)
-        latents = latents if isinstance(latents, tuple) else (latents,)
         loss = sum(0.5 * z.double().square().sum() for z in latents) - logdet.double().sum()
         optimizer.zero_grad()
         loss.backward()
@@ -169,15 +168,11 @@ def test_a_reversible_chain_repeats_its_networks(
     images = normal(4, 1, 4, 4, device=kernel_device)
     gradients = []
     for reversible in (True, False):
-        model = glow(reversible, kernel_device, steps=3)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(0.05 * torch.randn_like(p))
+        model = perturbed(glow(reversible, kernel_device, steps=3), 0.05)
         x = images.clone().requires_grad_()
         torch.manual_seed(1)
         with torch.autocast(kernel_device.type, BF16):
             z, logdet = model(x)
-        z = z if isinstance(z, tuple) else (z,)
         (sum(0.5 * t.square().sum() for t in z) - logdet.sum()).backward()
         gradients.append([x.grad, *(p.grad for p in model.parameters())])
         if reversible:

@@ -1,18 +1,10 @@
-"""A small flow, and the formulas of objectives as the papers write them."""
+"""The formulas of objectives, as the papers write them."""
 
 import math
 
 import torch
-from cases import perturbed
-
-from mflow_kernels import Glow, ManifoldFlow
 
 X = (4, 1, 4, 4)
-
-
-def image_flow(objective, manifold_dim=5) -> ManifoldFlow:
-    glow = perturbed(Glow((1, 4, 4), 2, 1, 4))
-    return ManifoldFlow(glow, manifold_dim, objective=objective).double()
 
 
 def split_latents(flow, x):

@@ -6,92 +6,49 @@ import torch
 from mflow_kernels import ErrorBound, ManifoldObjective, WeightSchedule
 from mflow_kernels.ops.penalty_functions import RHOS
 
+NUMBERS = "finite numbers >= 0, not all 0, got numbers in"
+LATENT = "a number or a map in the latent domain, got"
+
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("domain", "weight", "error", "words"),
     [
-        ({"domain": "pixel"}, ValueError, "domain: expected one of latent, data, got 'pixel'"),
-        ({"rho": "l3"}, ValueError, f"rho: expected one of {', '.join(RHOS)}, got 'l3'"),
-        ({"weight": 0.0}, ValueError, "weight: expected a finite number > 0, got 0.0"),
-        ({"weight": -2}, ValueError, "weight: expected a finite number > 0, got -2"),
-        ({"weight": math.inf}, ValueError, "weight: expected a finite number > 0, got inf"),
-        ({"weight": math.nan}, ValueError, "weight: expected a finite number > 0, got nan"),
-        ({"weight": None}, TypeError, "weight: expected a number, got NoneType"),
-        ({"weight": True}, TypeError, "weight: expected a number, got bool"),
-        (
-            {"domain": "data", "weight": "std"},
-            ValueError,
-            "weight: expected a number, a map or 'variance', got 'std'",
-        ),
-        (
-            {"domain": "latent", "weight": "variance"},
-            ValueError,
-            "weight: expected a number or a map in the latent domain, got 'variance': stretching v",
-        ),
-        (
-            {"domain": "latent", "weight": ErrorBound(0.1)},
-            ValueError,
-            "weight: expected a number or a map in the latent domain, got ErrorBound: the weight",
-        ),
-        (
-            {"domain": "latent", "weight": WeightSchedule(2, 1, 3)},
-            ValueError,
-            "weight: expected a number or a map in the latent domain, got WeightSchedule",
-        ),
-        (
-            {"domain": "latent", "weight": torch.ones(3)},
-            TypeError,
-            "weight: expected a tuple of one map per latent in the latent domain, got a Tensor",
-        ),
-        (
-            {"domain": "data", "weight": (torch.ones(3),)},
-            TypeError,
-            "weight: expected one map of the image in the data domain, got a tuple",
-        ),
-        (
-            {"domain": "latent", "weight": (torch.tensor([1.0, 0.0]),)},
-            ValueError,
-            r"weight\[0\]: expected finite numbers > 0, got numbers in .0.0, 1.0.",
-        ),
-        (
-            {"domain": "data", "weight": torch.tensor([-1.0, 0.0])},
-            ValueError,
-            "weight: expected finite numbers >= 0, not all 0, got numbers in .-1.0, 0.0.",
-        ),
-        (
-            {"domain": "data", "weight": torch.zeros(3)},
-            ValueError,
-            "not all 0, got numbers in .0.0, 0.0.",
-        ),
-        (
-            {"domain": "data", "weight": torch.tensor([1.0, math.nan])},
-            ValueError,
-            "weight: expected finite numbers .* got numbers in .nan, nan.",
-        ),
-        (
-            {"domain": "data", "weight": torch.tensor([1.0, math.inf])},
-            ValueError,
-            "weight: expected finite numbers .* got numbers in .1.0, inf.",
-        ),
-        (
-            {"domain": "data", "weight": torch.ones(0)},
-            ValueError,
-            "weight: expected a map that is not empty",
-        ),
-        ({"domain": "data", "weight": torch.ones(3).int()}, TypeError, "weight: .*got int32"),
-        ({"delta": 0}, ValueError, "delta: expected a finite number > 0, got 0"),
-        ({"delta": -1.0}, ValueError, "delta: expected a finite number > 0, got -1.0"),
-        ({"sigma": math.nan}, ValueError, "sigma: expected a finite number > 0, got nan"),
+        ("data", 0.0, ValueError, "a finite number > 0, got 0.0"),
+        ("data", -2, ValueError, "a finite number > 0, got -2"),
+        ("data", math.inf, ValueError, "a finite number > 0, got inf"),
+        ("data", math.nan, ValueError, "a finite number > 0, got nan"),
+        ("data", None, TypeError, "a number, got NoneType"),
+        ("data", True, TypeError, "a number, got bool"),
+        ("data", "std", ValueError, "a number, a map or 'variance', got 'std'"),
+        ("latent", "variance", ValueError, f"{LATENT} 'variance': stretching v"),
+        ("latent", ErrorBound(0.1), ValueError, f"{LATENT} ErrorBound: the weight"),
+        ("latent", WeightSchedule(2, 1, 3), ValueError, f"{LATENT} WeightSchedule: the weight"),
+        ("latent", torch.ones(3), TypeError, "a tuple .* latent domain, got a Tensor"),
+        ("latent", (torch.tensor([1.0, 0.0]),), ValueError, "finite numbers > 0, .* .0.0, 1.0."),
+        ("data", (torch.ones(3),), TypeError, "one map .* in the data domain, got a tuple"),
+        ("data", torch.tensor([-1.0, 0.0]), ValueError, f"{NUMBERS} .-1.0, 0.0."),
+        ("data", torch.zeros(3), ValueError, f"{NUMBERS} .0.0, 0.0."),
+        ("data", torch.tensor([1.0, math.nan]), ValueError, f"{NUMBERS} .nan, nan."),
+        ("data", torch.tensor([1.0, math.inf]), ValueError, f"{NUMBERS} .1.0, inf."),
+        ("data", torch.ones(0), ValueError, "a map that is not empty"),
+        ("data", torch.ones(3).int(), TypeError, ".*got int32"),
     ],
+    ids=str,
 )
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ManifoldObjective(**arguments)
+def test_bad_weights(domain, weight, error, words):
+    name = r"weight\[0\]" if isinstance(weight, tuple) and domain == "latent" else "weight"
+    with pytest.raises(error, match=f"^{name}: expected {words}"):
+        ManifoldObjective(domain, weight=weight)
 
 
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
+        (lambda: ManifoldObjective("pixel"), ValueError, "domain: .* latent, data, got 'pixel'"),
+        (lambda: ManifoldObjective(rho="l3"), ValueError, f"rho: .* {', '.join(RHOS)}, got 'l3'"),
+        (lambda: ManifoldObjective(delta=0), ValueError, "delta: .* finite number > 0, got 0"),
+        (lambda: ManifoldObjective(delta=-1.0), ValueError, "delta: .* number > 0, got -1.0"),
+        (lambda: ManifoldObjective(sigma=math.nan), ValueError, "sigma: .* number > 0, got nan"),
         (lambda: ErrorBound(0.0), ValueError, "error: expected a finite number > 0, got 0.0"),
         (lambda: ErrorBound(0.1, math.inf), ValueError, "start: expected a finite number > 0"),
         (lambda: WeightSchedule(1, -1, 5), ValueError, "end: expected a finite number > 0, got -1"),
@@ -99,6 +56,6 @@ def test_bad_arguments(arguments, error, message):
         (lambda: WeightSchedule(1, 2, 0.6), TypeError, "steps: expected a whole number, got float"),
     ],
 )
-def test_bad_schedules_and_bounds(build, error, message):
+def test_bad_numbers_and_names(build, error, message):
     with pytest.raises(error, match=message):
         build()

@@ -11,7 +11,8 @@ from mflow_kernels import Glow, ManifoldFlow, ManifoldObjective, VectorFlow
 from mflow_kernels.models.objectives import Terms
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.testing import assert_close
-from models.objectives_by_hand import X, image_flow, log_normal, rho_of, split_latents
+from models.flows import image_flow
+from models.objectives_by_hand import X, log_normal, rho_of, split_latents
 
 
 @pytest.mark.parametrize("rho", RHOS)

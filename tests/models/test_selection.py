@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from cases import normal, perturbed
-from torch import nn
 
 from mflow_kernels import (
     Glow,
@@ -15,23 +14,7 @@ from mflow_kernels import (
     manifold_mask_from_data,
 )
 from mflow_kernels.testing import assert_close
-
-
-class Scale(nn.Module):
-    """z = x / deviation, the flow that normalizes independent normal numbers."""
-
-    def __init__(self, deviation) -> None:
-        super().__init__()
-        self.deviation = nn.Parameter(torch.tensor(deviation, dtype=torch.float64))
-        self.input_shape = tuple(self.deviation.shape)
-        self.latent_shapes = (self.input_shape,)
-
-    def forward(self, x):
-        return (x / self.deviation,), -self.deviation.log().sum().expand(len(x))
-
-    def inverse(self, z):
-        return z[0] * self.deviation, self.deviation.log().sum().expand(len(z[0]))
-
+from models.flows import Scale
 
 DEVIATIONS = [0.01, 2.0, 0.02, 1.0, 0.015]
 

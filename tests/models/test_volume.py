@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from cases import normal, perturbed
-from torch import nn
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.models.volume import log_volume
 from mflow_kernels.testing import assert_close, tolerance
+from models.flows import Scale
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -48,10 +48,9 @@ def expected_log_prob(model, x):
 def test_a_linear_flow_by_hand(device):
     """If all coupling networks are zero, a flow is z = A x + b, and J holds columns of A^-1."""
     flow = VectorFlow(5, 3, 4).double()
-    with torch.no_grad():
-        for step in flow.chain.layers:
-            for parameter in (*step.conv.parameters(), *step.actnorm.parameters()):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    for step in flow.chain.layers:
+        perturbed(step.conv, 0.3)
+        perturbed(step.actnorm, 0.3)
     model = ManifoldFlow(flow, 2).to(device)
     x = normal(4, 5, dtype=torch.float64, device=device)
     origin = torch.zeros(1, 5, dtype=torch.float64, device=device)
@@ -218,24 +217,10 @@ def test_autocast_does_not_round_the_volume(method):
 
 
 def test_any_bijection_of_plain_torch_works():
-
-    class Scale(nn.Module):
-        input_shape, latent_shapes = (3,), ((3,),)
-
-        def __init__(self):
-            super().__init__()
-            self.log_scale = nn.Parameter(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-
-        def forward(self, x):
-            return (x * self.log_scale.exp(),), self.log_scale.sum().expand(len(x))
-
-        def inverse(self, z):
-            return z[0] / self.log_scale.exp(), -self.log_scale.sum().expand(len(z[0]))
-
-    model = ManifoldFlow(Scale(), 2)
+    model = ManifoldFlow(Scale([3.0, 2.0, 5.0]), 2)
     x = torch.zeros(2, 3, dtype=torch.float64)
     got = model.manifold_log_prob(x).value
-    assert_close(got, torch.full_like(got, 3 - LOG_2PI), terms=10)
+    assert_close(got, torch.full_like(got, -math.log(2 * 5) - LOG_2PI), terms=10)
 
 
 def test_bad_arguments():

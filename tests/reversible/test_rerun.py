@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HostReads
+from layers.chains import chain_of
 from torch import Tensor, nn
 
-from mflow_kernels import FlowStep, ReversibleChain
+from mflow_kernels import ReversibleChain
 from mflow_kernels.reversible import apply, rerun
 
 
@@ -85,10 +86,6 @@ class Dropout(Net):
         return F.dropout(h, 0.5, self.training)
 
 
-def chain_of(net: Callable[[], nn.Module], **options: object) -> ReversibleChain:
-    return ReversibleChain([FlowStep(4, net()) for _ in range(2)], **options)  # type: ignore[arg-type]
-
-
 def train(chain: ReversibleChain, x: Tensor) -> None:
     z, logdet = chain(x)
     (z.pow(4).sum() - logdet.sum()).backward()
@@ -101,7 +98,7 @@ def test_a_network_with_its_own_state_raises(net: Callable[[], nn.Module]) -> No
     random.seed(0)
     x = torch.randn(2, 4, 3, 3)
     chain = chain_of(net)
-    words = rf"network 1 \({net.__name__}\) .*has state.*reversible=False"
+    words = rf"network 2 \({net.__name__}\) .*has state.*reversible=False"
     with pytest.raises(RuntimeError, match=words):
         train(chain, x)
     chain.reversible = False

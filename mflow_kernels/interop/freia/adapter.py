@@ -5,7 +5,7 @@ FrEIA's modules go data -> latent, and latent -> data with `rev=True`.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.freia.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
@@ -59,7 +60,12 @@ class FusedModule(FusedLayers):
         return (x[0],), total
 
 
-def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Callable[..., Any]]:
+def _layer_forward(returned: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
+    """Return `forward` of a module; `returned` packs the state and its log-determinant as it does.
+
+    The module's own code runs if our kernels do not support the number of channels.
+    """
+
     def forward(self: Any, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
         sequence: FusedSequence = implementation_of(self)
         c = c or ()
@@ -69,34 +75,28 @@ def _layer_methods(returned: Callable[[Tensor, Tensor], Any]) -> dict[str, Calla
         z, log_det = sequence(x[0], tuple(c), inverse=rev)
         return returned(z, log_det)
 
-    return {"forward": forward}
+    return forward
 
 
-def _actnorm_methods() -> dict[str, Callable[..., Any]]:
-    def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
-        implementation_of(self).initialize_from(x[0], inverse=rev)
-        # exp(s) x + b is the inverse of exp(-s) (x - b).
-        log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
-        z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
-        return [z], log_det
-
-    return {"forward": forward}
+def _actnorm_forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Any:
+    implementation_of(self).initialize_from(x[0], inverse=rev)
+    # exp(s) x + b is the inverse of exp(-s) (x - b).
+    log_scale, shift = -self.scale.flatten(), -self.bias.flatten()
+    z, log_det = (ops.actnorm if rev else ops.actnorm_inverse)(x[0], shift, log_scale)
+    return [z], log_det
 
 
-def _haar_methods() -> dict[str, Callable[..., Any]]:
-    def forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
-        # In reverse, the original multiplies its input in place.
-        x = (x[0].clone(),) if rev else x
-        return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
-
-    return {"forward": forward}
+def _haar_forward(self: Any, x: Any, c: Any = None, jac: bool = True, rev: bool = False) -> Any:
+    # In reverse, the original multiplies its input in place.
+    x = (x[0].clone(),) if rev else x
+    return super(type(self), self).forward(x, c=c, jac=jac, rev=rev)
 
 
 def _sequence_forward(
     self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
 ) -> Any:
     fused: _FusedNetwork = implementation_of(self)
-    if not fused.is_of(self.module_list):
+    if list(self.module_list) != fused.modules:
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
     log_det: Any = 0
@@ -112,7 +112,7 @@ def _graph_forward(
     intermediate_outputs: bool = False, x: None = None,
 ) -> Any:  # fmt: skip
     fused: _FusedNetwork = implementation_of(self)
-    if intermediate_outputs or x is not None or not fused.is_of(self.module_list):
+    if intermediate_outputs or x is not None or list(self.module_list) != fused.modules:
         original = super(type(self), self).forward
         return original(x_or_z, c, rev, jac, intermediate_outputs, x)
     given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
@@ -155,42 +155,24 @@ def _sources(nodes: Sequence[Any], rev: bool) -> list[Any]:
     return list(nodes[-1].outputs if rev else nodes[0].inputs)
 
 
-class _FusedNetwork:
-    """A network's modules in order, with fused sequences in place of some."""
-
-    def __init__(self, modules: Sequence[nn.Module], items: list[Any]) -> None:
-        self.items = items
-        self._modules = list(modules)
-
-    def is_of(self, modules: Any) -> bool:
-        return len(modules) == len(self._modules) and all(
-            a is b for a, b in zip(modules, self._modules, strict=True)
-        )
+Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
+"""A module, the indices of the conditions it takes, and its nodes."""
 
 
-def _as_tuple(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), log_det.expand(len(z))
+class _FusedNetwork(NamedTuple):
+    """The modules of a network, and its items in order, with fused sequences for some modules."""
 
-
-def _as_scalar(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), log_det
-
-
-def _volume_preserving(z: Tensor, log_det: Tensor) -> Any:
-    return (z,), 0.0
-
-
-def _rotated(z: Tensor, log_det: Tensor) -> Any:
-    return [z], 0.0
+    modules: list[nn.Module]
+    items: list[Item]
 
 
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "module": _layer_methods(_as_tuple),
-    "scalar": _layer_methods(_as_scalar),
-    "nice": _layer_methods(_volume_preserving),
-    "rotation": _layer_methods(_rotated),
-    "actnorm": _actnorm_methods(),
-    "haar": _haar_methods(),
+    "module": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det.expand(len(z))))},
+    "scalar": {"forward": _layer_forward(lambda z, log_det: ((z,), log_det))},
+    "nice": {"forward": _layer_forward(lambda z, log_det: ((z,), 0.0))},
+    "rotation": {"forward": _layer_forward(lambda z, log_det: ([z], 0.0))},
+    "actnorm": {"forward": _actnorm_forward},
+    "haar": {"forward": _haar_forward},
     "SequenceINN": {"forward": _sequence_forward},
     "GraphINN": {"forward": _graph_forward},
 }
@@ -202,10 +184,6 @@ _KINDS = {
     Fm.HaarDownsampling: "haar",
     Fm.PermuteRandom: "rotation",
 }
-
-
-Item = tuple[nn.Module, tuple[int, ...] | None, list[Any]]
-"""A module, the indices of the conditions it takes, and its nodes."""
 
 
 def _sequence_chains(module: Any) -> list[list[Item]]:
@@ -272,7 +250,7 @@ class FreiaAdapter(Adapter):
         modules: Any = container.module_list
         place = {id(m): i for i, m in enumerate(modules)}
         prefix = f"{name}.module_list" if name else "module_list"
-        items = []
+        items: list[Item] = []
         before = len(fuser.replaced)
         for chain in chains:
             layers = [m for m, _, _ in chain]
@@ -293,15 +271,14 @@ class FreiaAdapter(Adapter):
         # Releasing outputs after their last use is worth it without sequences too.
         releases = kind is Ff.GraphINN and any(map(fuser.accelerates, modules))
         if len(fuser.replaced) > before or releases:
-            accelerate_module(container, self.folder, kind.__name__, _FusedNetwork(modules, items))
+            implementation = _FusedNetwork(list(modules), items)
+            accelerate_module(container, self.folder, kind.__name__, implementation)
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         notes: list[str] = []
         if any(isinstance(m, Fm.ActNorm) for m in modules):
             notes += [
-                "ActNorm is set from the direction that runs first, as in FrEIA; but a model in "
-                "eval mode does not set it from samples, and one in training mode warns when it "
-                "does.",
+                samples_note("FrEIA"),
                 "ActNorm keeps the scale of a channel that is constant in its first batch; "
                 "FrEIA's turns to NaN.",
             ]

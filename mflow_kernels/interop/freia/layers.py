@@ -15,14 +15,7 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import (
-    Affine,
-    DataInit,
-    Linear,
-    Reorder,
-    Rotated,
-    one_linear,
-)
+from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated, one_linear
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
@@ -83,19 +76,15 @@ def _global_affines(blocks: Sequence[Any]) -> Affine:
     return Affine(scale, offset, scale.log().sum(1))
 
 
-def _block_permutation(blocks: Sequence[Any]) -> Tensor:
+def _block_permutations(blocks: Sequence[Any]) -> Affine:
     matrices = [
         b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks
     ]
-    return torch.stack(matrices).flatten(2)
-
-
-def _block_permutations(blocks: Sequence[Any]) -> Affine:
-    return _orthogonal(_block_permutation(blocks))
+    return _orthogonal(torch.stack(matrices).flatten(2))
 
 
 def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
-    return _orthogonal(_block_permutation(blocks).mT)
+    return _orthogonal(_block_permutations(blocks).weight.mT)
 
 
 def _is_pending(layer: Any) -> bool:
@@ -106,7 +95,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """Initialize an actnorm as FrEIA does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "FrEIA"):
         return
-    std, constant = standard_deviation(x, 1)
+    std, constant = standard_deviation(x)
     scale = torch.where(constant, 0.0, -std.log()).to(layer.scale.dtype)
     layer.scale.copy_(scale.view_as(layer.scale))
     layer.bias.copy_((-per_channel(x).mean(1) * scale.exp()).view_as(layer.bias))

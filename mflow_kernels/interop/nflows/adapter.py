@@ -31,6 +31,7 @@ from mflow_kernels.interop.subclasses import (
     FusedLayers,
     accelerate_module,
     implementation_of,
+    on_view,
 )
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.program import SpaceToDepth
@@ -76,7 +77,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """
     if from_latent:
         return
-    std, constant = standard_deviation(x, 1)
+    std, constant = standard_deviation(x)
     std = torch.where(constant, 1.0, std)
     layer.log_scale.copy_(-std.log())
     layer.shift.copy_(-(per_channel(x) / std[:, None]).mean(1))
@@ -217,21 +218,16 @@ def _actnorm_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[Te
     return ops.actnorm(inputs, -self.shift, -self.log_scale)
 
 
-def _composite_forward(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return nt.CompositeTransform.forward(implementation_of(self).view(self), inputs, context)
-
-
-def _composite_inverse(self: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return nt.CompositeTransform.inverse(implementation_of(self).view(self), inputs, context)
-
-
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "transform": {
         "forward": _transform_method("forward", False),
         "inverse": _transform_method("inverse", True),
     },
     "actnorm": {"forward": _actnorm_forward, "inverse": _actnorm_inverse},
-    "CompositeTransform": {"forward": _composite_forward, "inverse": _composite_inverse},
+    "CompositeTransform": {
+        "forward": on_view(nt.CompositeTransform.forward),
+        "inverse": on_view(nt.CompositeTransform.inverse),
+    },
 }
 
 

@@ -4,7 +4,6 @@ normflows' flows go latent -> data in `forward` and data -> latent in `inverse`.
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import normflows as nf
@@ -13,6 +12,7 @@ from normflows.flows.affine.coupling import AffineConstFlow
 from torch import Tensor, nn
 
 from mflow_kernels import ops
+from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.normflows.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
@@ -22,6 +22,7 @@ from mflow_kernels.interop.subclasses import (
     FusedLayers,
     accelerate_module,
     implementation_of,
+    on_view,
 )
 from mflow_kernels.ops.layouts import pixels
 
@@ -80,31 +81,11 @@ def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Calla
     return {"forward": method("forward", True), "inverse": method("inverse", False)}
 
 
-def _actnorm_methods() -> dict[str, Callable[..., Any]]:
-    def apply(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        implementation_of(self).initialize_from(z, inverse=inverse)
-        shift, log_scale = -self.t.flatten(), -self.s.flatten()
-        x, _ = (ops.actnorm_inverse if inverse else ops.actnorm)(z, shift, log_scale)
-        return x, (pixels(z) if inverse else -pixels(z)) * self.s.sum()
-
-    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return apply(self, z, inverse=True)
-
-    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        return apply(self, z, inverse=False)
-
-    return {"forward": forward, "inverse": inverse}
-
-
-def _model_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's method that runs on the model with fused flows."""
-
-    @wraps(method)
-    def through(self: Any, *args: Any, **named: Any) -> Any:
-        container: FusedContainer = implementation_of(self)
-        return method(container.view(self), *args, **named)
-
-    return through
+def _actnorm(self: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    implementation_of(self).initialize_from(z, inverse=inverse)
+    shift, log_scale = -self.t.flatten(), -self.s.flatten()
+    x, _ = (ops.actnorm_inverse if inverse else ops.actnorm)(z, shift, log_scale)
+    return x, (pixels(z) if inverse else -pixels(z)) * self.s.sum()
 
 
 _MODEL_METHODS = (
@@ -122,11 +103,12 @@ CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.Normal
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "per sample": _layer_methods(lambda x, log_det: log_det.expand(len(x))),
     "scalar": _layer_methods(lambda x, log_det: log_det),
-    "actnorm": _actnorm_methods(),
+    "actnorm": {
+        "forward": lambda self, z: _actnorm(self, z, inverse=True),
+        "inverse": lambda self, z: _actnorm(self, z, inverse=False),
+    },
     **{
-        model.__name__: {
-            n: _model_method(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)
-        }
+        model.__name__: {n: on_view(vars(model)[n]) for n in _MODEL_METHODS if n in vars(model)}
         for model in CONTAINERS
     },
 }
@@ -188,9 +170,7 @@ class NormflowsAdapter(Adapter):
         notes: list[str] = []
         if any(isinstance(m, nf.flows.ActNorm) for m in modules):
             notes += [
-                "ActNorm is set from the direction that runs first, as in normflows; but a model "
-                "in eval mode does not set it from samples, and one in training mode warns when "
-                "it does.",
+                samples_note("normflows"),
                 "ActNorm keeps the scale of a channel that is constant in its first batch; "
                 "normflows divides by its deviation + 1e-6.",
             ]

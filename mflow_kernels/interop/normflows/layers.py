@@ -27,13 +27,8 @@ from mflow_kernels.interop.linear import (
     lu_linears,
 )
 from mflow_kernels.interop.params import Masked, Params
-from mflow_kernels.interop.sequence import (
-    Coupling,
-    Exactly,
-    Part,
-    larger_half,
-    smaller_half,
-)
+from mflow_kernels.interop.sequence import Coupling, Exactly, Part, larger_half, smaller_half
+from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.program import SpaceToDepth
 
@@ -61,13 +56,9 @@ def _plain_of_rows(modules: Sequence[Any]) -> Affine:
 
 
 def _plu(modules: Sequence[Any]) -> Affine:
-    p, lower, upper, sign, log_s = (
-        torch.stack([getattr(m, name) for m in modules])
-        for name in ("P", "L", "U", "sign_S", "log_S")
-    )
-    unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    upper = upper.triu(1) + torch.diag_embed(sign * log_s.exp())
-    return Affine(p @ (lower.tril(-1) + unit) @ upper, None, log_s.sum(1))
+    names = ("P", "L", "U", "sign_S", "log_S")
+    factors = [torch.stack([getattr(m, name) for m in modules]) for name in names]
+    return Affine(plu(*factors), None, factors[-1].sum(1))
 
 
 def _plu_of_rows(modules: Sequence[Any]) -> Affine:
@@ -87,7 +78,7 @@ def _initialize_actnorm(layer: Any, x: Tensor, from_latent: bool) -> None:
     """Initialize an actnorm as normflows does, except that a constant channel keeps its scale."""
     if from_latent and not set_by_samples(layer, "normflows"):
         return
-    std, constant = standard_deviation(x, 1)
+    std, constant = standard_deviation(x)
     s = torch.where(constant, 0.0, (std + 1e-6).log()).to(layer.s.dtype)
     mean = per_channel(x).mean(1).to(layer.t.dtype)
     layer.s.copy_((-s if from_latent else s).view_as(layer.s))
