@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.harness.output import command_parser, save_json, save_text
+from benchmarks.harness.output import command_parser, markdown_table, save_json, save_text
 from benchmarks.harness.report_tables import (
     MIB,
     PACKAGE,
@@ -22,7 +22,6 @@ from benchmarks.harness.report_tables import (
     accelerated,
     comparisons,
     format_time,
-    markdown,
     operators,
     others,
     speedups,
@@ -124,7 +123,7 @@ def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
     if not lines:
         return summary + f"none got worse by more than {threshold:g} times", not compared
     summary += f"{len(lines)} got worse by more than {threshold:g} times, or fail\n\n"
-    return summary + markdown(["", "", "before", "now", "ratio"], lines), True
+    return summary + markdown_table(["", "", "before", "now", "ratio"], lines) + "\n", True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.harness.output import markdown_table
 from benchmarks.harness.saved_runs import Row, ratio, spread
 
 MIB = 2**20
@@ -10,11 +11,6 @@ PACKAGE = "mflow_kernels"
 STORED = f"{PACKAGE}, stored"  # stores activations, as the peers do
 TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
 Tables = Callable[[Sequence[Row]], Iterator[str]]
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
 
 
 def format_time(seconds: float) -> str:
@@ -52,7 +48,7 @@ def operators(rows: Sequence[Row]) -> Iterator[str]:
                 f"peak MiB: {', '.join(names)}"]  # fmt: skip
         lines = [_operator(mine, names, launched) for mine in groups]
         head += [f"launches: {', '.join(names)}"] if launched else []
-        yield f"### {shape}\n\n{markdown(head, lines)}"
+        yield f"### {shape}\n\n{markdown_table(head, lines)}\n"
 
 
 def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> list[str]:
@@ -111,7 +107,7 @@ def speedups(rows: Sequence[Row]) -> Iterator[str]:
         names = dict.fromkeys(row.variant for row in family if not row.variant.startswith(PACKAGE))
         lines = [[name, *(_against(mine.get(name), mine.get(STORED)) for mine in groups)]
                  for name in names]  # fmt: skip
-        yield f"### {title}\n\n{same}\n\n{markdown(['', *heads], lines)}"
+        yield f"### {title}\n\n{same}\n\n{markdown_table(['', *heads], lines)}\n"
 
 
 def comparisons(rows: Sequence[Row]) -> Iterator[str]:
@@ -126,7 +122,7 @@ def _comparison(family: Sequence[Row]) -> str:
 
     def table(cell: Callable[[dict[str, Row], str], str]) -> str:
         lines = [[name, *(cell(mine, name) for mine in groups)] for name in names]
-        return markdown(["", *heads], lines)
+        return markdown_table(["", *heads], lines) + "\n"
 
     def relative_time(mine: dict[str, Row], name: str) -> str:
         if name == "plain" and name in mine:
@@ -156,7 +152,7 @@ def others(rows: Sequence[Row]) -> Iterator[str]:
     for columns, mine in by_columns.items():
         lines = [[row.variant, row.extra["spec"], format_time(row.median),
                   *(str(row.extra["figures"][c]) for c in columns)] for row in mine]  # fmt: skip
-        yield markdown(["", "model", "step", *columns], lines)
+        yield markdown_table(["", "model", "step", *columns], lines) + "\n"
 
 
 def accelerated(rows: Sequence[Row]) -> Iterator[str]:
@@ -173,4 +169,4 @@ def accelerated(rows: Sequence[Row]) -> Iterator[str]:
             *(_against(original, mine.get(k)) for k in kinds[1:]),
             ", ".join("-" if peak is None else f"{peak:.1f}" for peak in peaks),
         ])  # fmt: skip
-    yield markdown(head, lines)
+    yield markdown_table(head, lines) + "\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -276,7 +276,7 @@ def _draw_densities(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots(len(names), len(_methods(rows)), squeeze=False)
     for row in rows:
         axis = axes[names.index(row["target"])][_methods(rows).index(row["method"])]
-        truth, model = cast("list[list[float]]", row["picture"]["density"])
+        truth, model = row["picture"]["density"]
         low, high = min(truth), max(truth)
         axis.scatter(truth, model, s=3, linewidths=0)
         axis.axline((low, low), slope=1, color="0.5", lw=0.8)

@@ -66,7 +66,7 @@ class Method:
         assert isinstance(first, ManifoldFlow)
         u = temperature * torch.randn(n, self.model.manifold_dim, generator=generator)
         for stage in reversed(list(self.model.stages)[1:]):
-            u = stage.decode(u)  # type: ignore[operator]
+            u = stage.decode(u)
         scale = temperature * self.off_deviation
         latents = tuple(
             z + scale * mask * torch.randn(z.shape, generator=generator)

@@ -31,7 +31,6 @@ The exit code is 1 if one of these fails:
     backward.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -46,7 +45,7 @@ from benchmarks.reports import traffic_counts  # before anything of mflow_kernel
 import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.output import command_parser, save_json, text_table
 from benchmarks.reports.cases import (
     CHAINS,
     CHANNEL_PRODUCTS,
@@ -265,7 +264,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         quiet = function.is_view or function.namespace == "mflow" or name.startswith(self.QUIET)
         self.count += not quiet
@@ -336,26 +335,16 @@ def launches(steps: int = 4) -> list[Launches]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reports.traffic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.reports.traffic", __doc__)
     parser.add_argument("--quick", action="store_true", help="five widths only, in seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, counts = traffic(options.quick), launches()
-    print(
-        "Bytes and sectors that each compiled launch (sm_90) asks for\n"
-        + text_table(Row.HEAD, [r.cells for r in rows])
-        + "\n"
-    )
-    print(
-        "Launches beside the networks, K steps\n"
-        + text_table(Launches.HEAD, [r.cells for r in counts])
-        + "\n"
-    )
+    print("Bytes and sectors that each compiled launch (sm_90) asks for")
+    print(text_table(Row.HEAD, [r.cells for r in rows]) + "\n")
+    print("Launches beside the networks, K steps")
+    print(text_table(Launches.HEAD, [r.cells for r in counts]) + "\n")
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
     extremes = [

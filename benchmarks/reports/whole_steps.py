@@ -33,7 +33,7 @@ from torch import nn  # isort: skip
 
 from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
-from benchmarks.harness.output import command_parser, save_json, text_table
+from benchmarks.harness.output import command_parser, markdown_table, save_json, text_table
 from benchmarks.harness.session import Missing
 from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
@@ -136,16 +136,12 @@ def summary(made: Sequence[Row]) -> str:
     pages = []
     for task in dict.fromkeys(row.task for row in made):
         cells = {(row.variant, row.width): row for row in made if row.task == task}
-        lines = [f"| {TASKS[task]} | " + " | ".join(f"width {w}" for w in widths) + " |",
-                 "|---" * (1 + len(widths)) + "|"]  # fmt: skip
-        for variant in dict.fromkeys(variant for variant, _ in cells):
-            row = [
-                f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
-                f"{cells[variant, w].launches:,}"
-                for w in widths
-            ]
-            lines.append(f"| {variant} | " + " | ".join(row) + " |")
-        pages.append("\n".join(lines))
+        lines = [
+            [variant, *(f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
+                        f"{cells[variant, w].launches:,}" for w in widths)]
+            for variant in dict.fromkeys(variant for variant, _ in cells)
+        ]  # fmt: skip
+        pages.append(markdown_table([TASKS[task], *(f"width {w}" for w in widths)], lines))
     return "\n\n".join(pages)
 
 
