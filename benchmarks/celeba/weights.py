@@ -17,7 +17,7 @@ from scipy.fft import dctn, idctn
 from torch import Tensor
 
 from benchmarks.harness.output import markdown_table
-from benchmarks.manifold.sets import PHOTOGRAPHS
+from benchmarks.photographs import PHOTOGRAPHS
 from mflow_kernels.runs.presets import PRESETS, preset_options
 
 FACE = (slice(0, 200), slice(125, 325))  # of the astronaut
@@ -46,7 +46,7 @@ def square(pixels: np.ndarray, size: int) -> Tensor:
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    x = torch.from_numpy(pixels[top : top + side, left : left + side, :3].copy())
+    x = torch.from_numpy(pixels[top : top + side, left : left + side].copy())
     x = x.permute(2, 0, 1).float() / 255
     if side <= size:
         return x
