@@ -1,10 +1,9 @@
-"""The largest batch that fits on a GPU, and the images per second that it trains.
+"""Find the largest batch that fits on a GPU, and the images per second that it trains.
 
 The models are Glows on large images with bfloat16 networks: this package's, plain eager PyTorch and
 gradient checkpointing, each in a process of its own. Peak memory grows linearly with the batch, so
 two small batches predict the largest one. If that does not fit, the batch shrinks by 4% until one
-fits.
-Each model is first compared with its reference at a small batch, except on images larger than
+does. Each model is first compared with its reference at a small batch, except on images larger than
 256x256, where the reference does not fit.
 """
 

@@ -1,4 +1,4 @@
-"""Training steps of other libraries' models: the original, accelerated, and reversible.
+"""Measure training steps of other libraries' models: original, accelerated, and reversible.
 
 The models are built as the documentation of their libraries does.
 """

@@ -1,4 +1,4 @@
-"""Layers against the peers: one step of flow, and eight steps with constant networks.
+"""Compare layers with the peers: one step of flow, and eight steps with constant networks.
 
 Constant networks take no time, so the time is that of the flow's own operators.
 """

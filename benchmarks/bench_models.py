@@ -1,4 +1,4 @@
-"""Whole models against the peers, over depth, resolution and width.
+"""Compare whole models with the peers, over depth, resolution and width.
 
 The tasks are a training step, forward and sampling. A process of its own measures the peak memory
 of a training step.

@@ -1,7 +1,7 @@
-"""Every operator, forward, inverse and backward, at the state shapes of Glow's levels.
+"""Measure every operator, forward, inverse and backward, at the state shapes of Glow's levels.
 
 Each is compared with its reference in eager torch and with that reference under torch.compile. All
-three are checked against float64 first.
+three are first checked against float64.
 """
 
 import shutil

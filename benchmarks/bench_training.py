@@ -1,7 +1,6 @@
-"""A short training run with bfloat16 networks.
+"""Train briefly with bfloat16 networks, with stored activations, and in float32.
 
-The same run is repeated with stored activations and in float32. Every run must learn, and all of
-them must reach about the same loss.
+Every run must learn, and all must reach about the same loss.
 """
 
 import math

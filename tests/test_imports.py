@@ -24,8 +24,10 @@ MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
 
 
 def imported(path: Path, *, lazily: bool) -> Iterator[str]:
-    """Modules of the package that a module imports when it is loaded, or for type checkers, and if
-    `lazily` also those that its functions import."""
+    """Yield the modules that a module imports when it is loaded, or for type checkers.
+
+    With `lazily`, also yield those that its functions import.
+    """
     found = [ast.parse(path.read_text())]
     while found:
         node = found.pop()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.reports.cases import backward_of
 from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
@@ -85,13 +86,10 @@ class Operation:
         The forward pass of a backward pass runs here. `inputs` replaces the operation's own.
         """
         inputs = self.inputs if inputs is None else inputs
+        run = partial(function, *inputs.values())
         if not self.differentiated:
-            return torch.no_grad()(partial(function, *inputs.values()))
-        learned = [t for t in inputs.values() if t.requires_grad]
-        outputs = [t for t in function(*inputs.values()) if t.requires_grad]
-        # Give gradients the layout of the outputs; a broadcast gradient would have to be copied.
-        grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]
-        return partial(torch.autograd.grad, outputs, learned, grads)
+            return torch.no_grad()(run)
+        return backward_of(run, [t for t in inputs.values() if t.requires_grad])
 
     def exact(self) -> tuple[Tensor, ...]:
         """Return the results of the reference in float64."""

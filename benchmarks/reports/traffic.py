@@ -64,7 +64,7 @@ NEEDLESS = {("_coupling_bwd_kernel", "x"), ("_coupling_conv1x1_bwd_kernel", "x")
 
 
 def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
-    """States, and whether their pixels fill tiles."""
+    """Yield states, and whether their pixels fill tiles."""
     if quick:
         for c in (12, 24, 48, 96, 136):
             yield Case(c, n=1, side=8, channels_last=True), True
@@ -115,19 +115,19 @@ class Row:
 
 
 def sector_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
-    """Sectors that requests touch, divided by the sectors that hold the touched elements."""
+    """Return the sectors that requests touch, divided by those that hold the touched elements."""
     once = sum(memory.sectors_once for memory in memories)
     return sum(memory.sectors for memory in memories) / once if once else 1.0
 
 
 def sector_bytes_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
-    """Bytes of the sectors that requests touch, divided by the bytes that they request."""
+    """Return the bytes of the sectors that requests touch, divided by the requested bytes."""
     moved = sum(memory.moved for memory in memories)
     return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
 
 
 def product_ratio(case: Case, launch: traffic_counts.Launch) -> float:
-    """Multiplications of the tensor cores, divided by those of the formulas."""
+    """Return the multiplications of the tensor cores, divided by those of the formulas."""
     products = CHANNEL_PRODUCTS.get(launch.kernel, 0)
     if launch.kernel.startswith("_rebuild_conv1x1"):
         names = {name for memory in launch.memories for name in memory.names}
@@ -205,7 +205,7 @@ QUICK = {"coupling_conv1x1": "forward", "reversible chain": "forward backward"}
 
 
 def wanted(operation: Operation, case: Case, fills: bool, quick: bool) -> bool:
-    """Whether to run an operation on a case.
+    """Return whether to run an operation on a case.
 
     Chains repeat the operators, with a network input added, so one layout is enough for them, and
     one width for the chains that store states. Above C = 64, where an operation takes longest, the
@@ -292,7 +292,7 @@ class Launches:
 
 
 def launches(steps: int = 4) -> list[Launches]:
-    """The launches of each kind of chain. No kernel runs."""
+    """Count the launches of each kind of chain. No kernel runs."""
     made = []
     case = Case(12, n=1, side=4, channels_last=True)
     for name, options in CHAINS.items():

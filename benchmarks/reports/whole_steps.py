@@ -41,7 +41,7 @@ from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
-# They differ from the others only in training.
+# Variants that differ from the others only in training.
 RECOMPUTING = ("mflow_kernels, reversible", "checkpointing")
 VARIANTS = ("mflow_kernels, stored", "mflow_kernels, reversible", "plain", "plain, channels_last",
             "checkpointing", "normflows", "nflows", "FrEIA")  # fmt: skip
@@ -108,7 +108,7 @@ def rows(specs: Sequence[Spec], variants: Sequence[str], tasks: Sequence[str]) -
 
 
 def report(made: Sequence[Row]) -> str:
-    """A table for each model and task."""
+    """Return a table for each model and task."""
     pages = []
     for key in dict.fromkeys((row.spec, row.task) for row in made):
         group = [row for row in made if (row.spec, row.task) == key]
@@ -131,7 +131,7 @@ def report(made: Sequence[Row]) -> str:
 
 
 def summary(made: Sequence[Row]) -> str:
-    """A Markdown table for each task: bytes over plain eager's and launches, by width."""
+    """Return a Markdown table for each task: bytes over plain eager's and launches, by width."""
     widths = list(dict.fromkeys(row.width for row in made))
     pages = []
     for task in dict.fromkeys(row.task for row in made):
@@ -163,7 +163,7 @@ def check(made: Sequence[Row], recorded: Sequence[dict[str, object]]) -> list[st
 
 
 def record(made: Sequence[Row]) -> list[dict[str, object]]:
-    """The part of the rows that `check` reads."""
+    """Return the part of the rows that `check` reads."""
     return [
         {"spec": r.spec, "task": r.task, "variant": r.variant, "launches": r.launches,
          "moved": r.moved}
