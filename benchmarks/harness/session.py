@@ -57,7 +57,7 @@ class Measured:
         """Record the peak memory of each variant, measured in a process of its own."""
         for variant, peak in zip(variants, peaks, strict=True):
             if isinstance(peak, Died):
-                self.faults[variant] = RuntimeError(f"peak memory of {variant}: {peak}")
+                self.fault(variant, RuntimeError(f"peak memory of {variant}: {peak}"))
             else:
                 self.extra[variant]["peak_bytes"] = peak
 

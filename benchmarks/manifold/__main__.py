@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, report = PARTS[name]
         if not options.tables:
             run(store, options.quick)
+        if not store.has_any(f"{name}-"):
+            print(f"no runs of {name} in {store.folder}")
+            continue
         for table, text in report(store).items():
             save_text(store.folder / f"{table}.md", text)
             print(f"\n{text}")

@@ -47,6 +47,9 @@ class Store:
     def has(self, key: str) -> bool:
         return self._path(key).exists()
 
+    def has_any(self, prefix: str) -> bool:
+        return any(self.folder.glob(f"{prefix}*.json"))
+
     def read(self, key: str) -> Row:
         return json.loads(self._path(key).read_text())
 

@@ -112,14 +112,14 @@ def report(made: Sequence[Row]) -> str:
     pages = []
     for key in dict.fromkeys((row.spec, row.task) for row in made):
         group = [row for row in made if (row.spec, row.task) == key]
-        plain = next((row.moved for row in group if row.variant == "plain"), 0)
+        plain = next((row for row in group if row.variant == "plain"), None)
         head = ["", "launches", "read MB", "written MB", "over plain", "GFLOP",
                 *(f"{part} %" for part in PARTS), "MB by level",
                 *(f"{card} at least, ms" for card in CARDS)]  # fmt: skip
         cells = [
             [
                 row.variant, row.launches, f"{row.read / 1e6:.1f}", f"{row.written / 1e6:.1f}",
-                f"{row.moved / plain:.2f}" if plain else "-", f"{row.flops / 1e9:.2f}",
+                over(row, plain), f"{row.flops / 1e9:.2f}",
                 *(f"{100 * row.parts[part] / row.moved:.1f}" for part in PARTS),
                 " / ".join(f"{level}: {b / 1e6:.1f}" for level, b in row.levels.items()),
                 *(f"{1e3 * bound:.3f}" for bound in row.lower_bounds.values()),
@@ -130,6 +130,11 @@ def report(made: Sequence[Row]) -> str:
     return "\n\n".join(pages)
 
 
+def over(row: Row, plain: Row | None) -> str:
+    """Return the bytes of a row over those of plain eager, if that was counted."""
+    return f"{row.moved / plain.moved:.2f}" if plain else "-"
+
+
 def summary(made: Sequence[Row]) -> str:
     """Return a Markdown table for each task: bytes over plain eager's and launches, by width."""
     widths = list(dict.fromkeys(row.width for row in made))
@@ -137,7 +142,7 @@ def summary(made: Sequence[Row]) -> str:
     for task in dict.fromkeys(row.task for row in made):
         cells = {(row.variant, row.width): row for row in made if row.task == task}
         lines = [
-            [variant, *(f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
+            [variant, *(f"{over(cells[variant, w], cells.get(('plain', w)))} / "
                         f"{cells[variant, w].launches:,}" for w in widths)]
             for variant in dict.fromkeys(variant for variant, _ in cells)
         ]  # fmt: skip

@@ -309,6 +309,12 @@ def test_the_falling_weight_is_that_of_a_schedule():
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
 
 
+def test_tables_of_no_runs_say_so(tmp_path, capsys):
+    main(["--tables", "--only", "points", "--out", str(tmp_path)])
+    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "full").iterdir())
+
+
 def test_unknown_parts_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--only", "nothing", "--out", str(tmp_path)])

@@ -40,7 +40,9 @@ def test_pictures_are_written(tmp_path, trained, monkeypatch):
     run = load_run(str(trained), "cpu")
     draw_run(run, tmp_path / "digits.png")
     draw_uses(run, tmp_path / "uses.png")
-    for path in tmp_path.iterdir():
+    pictures = list(tmp_path.iterdir())
+    assert len(pictures) == 3
+    for path in pictures:
         with Image.open(path) as picture:
             assert picture.width > 600
             assert len(picture.getcolors(100_000)) > 10

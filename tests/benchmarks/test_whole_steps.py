@@ -180,7 +180,7 @@ def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path)
         for name in ("float32", "bfloat16")
     ]
     stored = ["--steps", "2", "--variant", "mflow_kernels, stored", "--task", "forward"]
-    arguments.append([*stored, "--check", str(tmp_path / "lean.json")])
+    arguments.append([*stored, "--summary", "--check", str(tmp_path / "lean.json")])
     done = run_python("-W", "ignore", "-c", REPORTS, json.dumps(arguments))
     assert done.returncode == 0, done.stderr
     float32, bfloat16, grown = json.loads(done.stdout)
@@ -189,3 +189,4 @@ def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path)
     code, output = grown
     assert code == 1
     assert "grown: mflow_kernels, stored, evaluation" in output
+    assert "| mflow_kernels, stored | - / " in output  # plain was not counted
