@@ -20,7 +20,6 @@ from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
 from benchmarks.manifold.training import Method
 from mflow_kernels import VectorFlow
-from mflow_kernels.layers import Bijection
 
 NOISE = 0.05  # standard deviation of the noise on the points
 BATCH = 256
@@ -43,7 +42,9 @@ class PointComparison(Comparison):
         return Networks(
             (3,), dim,
             flow=lambda: VectorFlow(3, STEPS, WIDTH, reversible=False),
-            prior=lambda: _prior(dim),
+            prior=lambda: (
+                MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
+            ),
             autoencoder=lambda more: autoencoder(dim, MORE_HIDDEN if more else HIDDEN),
             deviation=NOISE,
             volume={"method": "exact"},
@@ -155,10 +156,6 @@ def _counts(points: Tensor, centres: Tensor) -> Tensor:
 
 def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + NOISE * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-
-def _prior(dim: int) -> Bijection:
-    return MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
 
 
 MEDIAN = {"density_median": ("median abs. error of log p", ".3f")}  # finite if few points are not

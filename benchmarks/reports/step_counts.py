@@ -268,12 +268,10 @@ def networks(module: nn.Module) -> Iterator[nn.Module]:
     They are the `nn.Sequential`s from a convolution or linear layer to another one.
     """
     for child in module.modules():
-        if isinstance(child, nn.Sequential) and len(child) > 1 and _ends(child[0], child[-1]):
-            yield child
-
-
-def _ends(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers)
+        if isinstance(child, nn.Sequential) and len(child) > 1:
+            ends = child[0], child[-1]
+            if all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in ends):
+                yield child
 
 
 def _graph(node: Any, ends: set[Any]) -> Iterator[Any]:
