@@ -35,9 +35,10 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from benchmarks.reports import traffic_counts  # before anything of mflow_kernels
@@ -294,44 +295,34 @@ class Launches:
 def launches(steps: int = 4) -> list[Launches]:
     """Count the launches of each kind of chain. No kernel runs."""
     made = []
-    case = Case(12, n=1, side=4, channels_last=True)
-    for name, options in CHAINS.items():
-        for direction in ("forward", "inverse", "forward backward", "inverse backward"):
-            counted, eager = [], []
-            for k in (steps, 2 * steps):
-                flow = chain(case, k, **options)
-                x = case.tensor(case.c, case.dtype)
-                run = flow if direction.startswith("forward") else flow.inverse
-                if direction.endswith("backward"):
-                    learned = [x, *(p for p in flow.parameters() if p.requires_grad)]
-                    prepare = partial(backward_of, partial(run, x), learned)
-                    bound = 2 * steps + 1
-                else:
-                    prepare = partial(torch.no_grad(), partial(run, x))
-                    bound = steps + 1
-                operators = _Operators()
-                with traffic_counts.noting() as noted:
-                    function = prepare()
-                    noted.clear()
-                    with operators:
-                        function()
-                counted.append(noted)
-                eager.append(operators.count)
-            over = [tensors for tensors in counted[0] if any(t.dim() == 4 for t in tensors)]
-            fault = "" if len(over) <= bound else "too many"
-            made.append(
-                Launches(
-                    name,
-                    direction,
-                    steps,
-                    len(over),
-                    len(counted[0]) - len(over),
-                    bound,
-                    (eager[1] - eager[0]) / steps,
-                    fault,
-                )
-            )
+    directions = ("forward", "inverse", "forward backward", "inverse backward")
+    for (name, options), direction in product(CHAINS.items(), directions):
+        (over, others, operators), (*_, operators_of_twice) = (
+            _count_chain(k, direction, options) for k in (steps, 2 * steps)
+        )
+        bound = 2 * steps + 1 if direction.endswith("backward") else steps + 1
+        a_step = (operators_of_twice - operators) / steps
+        fault = "" if over <= bound else "too many"
+        made.append(Launches(name, direction, steps, over, others, bound, a_step, fault))
     return made
+
+
+def _count_chain(steps: int, direction: str, options: Mapping[str, object]) -> tuple[int, int, int]:
+    """Return a chain's launches over states, its other launches, and its torch operators."""
+    case = Case(12, n=1, side=4, channels_last=True)
+    flow = chain(case, steps, **options)
+    x = case.tensor(case.c, case.dtype)
+    run = partial(flow if direction.startswith("forward") else flow.inverse, x)
+    with traffic_counts.noting() as noted:
+        if direction.endswith("backward"):
+            function = backward_of(run, [x, *(p for p in flow.parameters() if p.requires_grad)])
+        else:
+            function = torch.no_grad()(run)
+        noted.clear()
+        with _Operators() as operators:
+            function()
+    over = sum(any(t.dim() == 4 for t in tensors) for tensors in noted)
+    return over, len(noted) - over, operators.count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
