@@ -66,19 +66,19 @@ def freia_inn(spec: Spec) -> nn.Module:
     return inn
 
 
-RECIPES: dict[str, Callable[[Spec], nn.Module]] = {
+BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
     "normflows": normflows_glow,
     "nflows": nflows_glow,
     "FrEIA": freia_inn,
 }
 
 
-def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
+def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
     """Return an initialized original with perturbed parameters, and images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = RECIPES[library](spec)
+            model = BUILDERS[library](spec)
         except ImportError as error:
             raise Missing(f"{library} is not installed ({error})") from None
         x = spec.images(torch.device("cpu"))
@@ -129,14 +129,14 @@ def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: st
 def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
     library, spec, variant, device_name, threads = job
     torch.set_num_threads(threads)
-    original, x = made(library, spec, torch.device(device_name))
+    original, x = build(library, spec, torch.device(device_name))
     model = variant_of(original, variant)
     return peak_of_step(model, partial(train, model, x), x.device)
 
 
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     measured = Measured()
-    original, x = made(library, spec, bench.device)
+    original, x = build(library, spec, bench.device)
     calls: dict[str, Call] = {}
     for variant in VARIANTS:
         try:
@@ -160,7 +160,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     spec = spec_of(*size_and_gpu(metafunc.config))
     rows = [
         pytest.param(spec, library, variant, id=slug(library, *str(spec).split(), variant))
-        for library in RECIPES for variant in VARIANTS
+        for library in BUILDERS for variant in VARIANTS
     ]  # fmt: skip
     metafunc.parametrize(("spec", "library", "variant"), rows)
 

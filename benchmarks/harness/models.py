@@ -51,7 +51,7 @@ class Spec(NamedTuple):
 
     @property
     def terms(self) -> int:
-        """Number of products behind one element, from all networks and 1x1 convolutions."""
+        """Number of products that a result depends on, in all networks and 1x1 convolutions."""
         return self.levels * self.steps * 9 * self.width
 
     def glow(self) -> Glow:
@@ -229,7 +229,7 @@ class Model:
             assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
 
     def _sample_scale(self, want: Results) -> float:
-        """Return the magnitude whose rounding error a sample has.
+        """Return the largest magnitude that is rounded on the way to a sample.
 
         The inverse stretches a latent of level l as much as l levels shrank it, on average over
         its elements.

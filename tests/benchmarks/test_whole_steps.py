@@ -159,16 +159,20 @@ assert launches(128, "stored", "forward") <= 4
 
 
 def test_launches_of_a_step_of_flow() -> None:
-    """A step of flow makes at most 14 launches in training and 4 in sampling, states that are kept
-    included: this counts those that a Glow of 16 steps, which keeps two states, makes more than
-    one of 8 steps, which keeps one."""
+    """A step of flow makes at most 14 launches in training and 4 in sampling.
+
+    A step has an eighth of the launches that a Glow of 16 steps makes beyond those of a Glow of 8.
+    The larger one stores one state more, so the launches that store states are included.
+    """
     done = run_python("-W", "ignore", "-c", LAUNCHES)
     assert done.returncode == 0, done.stderr
 
 
 def test_no_step_moves_more_than_recorded_and_growth_is_reported(tmp_path: Path) -> None:
-    """This counts the package's own variants, at the size of the recorded files. If lower counts
-    are right, save them with --record in place of --check."""
+    """The test counts the package's own variants, at the size of the recorded files.
+
+    If lower counts are right, save them with --record in place of --check.
+    """
     recorded = ROOT / "benchmarks" / "reports"
     lean = json.loads((recorded / "whole_steps_float32.json").read_text())
     for row in lean:
