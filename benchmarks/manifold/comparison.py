@@ -227,7 +227,7 @@ def about_runs(rows: Sequence[Row]) -> str:
     Rows of earlier versions did not record their machine.
     """
     found = {"seeds": {row["seed"] for row in rows}}
-    names = {"commits": "commit", "dates": "date", "torch": "torch", "CPU": "cpu"}
+    names = {"commits": "commit", "dates": "date", "torch": "torch", "on": "cpu"}
     for name, key in names.items():
         found[name] = {row["made"][key] for row in rows if key in row["made"]}
     parts = [f"{name} {', '.join(map(str, sorted(v)))}" for name, v in found.items() if v]

@@ -195,7 +195,7 @@ def test_the_machine_of_a_run_is_the_one_that_recorded_it():
     text = "\nRuns: seeds 0; commits c; dates 2026-11-27; torch 2"
     assert about_runs([{"seed": 0, "made": made}]) == f"{text}.\n"
     rows = [{"seed": 0, "made": made}, {"seed": 0, "made": recorded}]
-    assert about_runs(rows) == f"{text}; CPU 4096 CPU cores (z80).\n"
+    assert about_runs(rows) == f"{text}; on 4096 CPU cores (z80).\n"
 
 
 def test_finished_runs_are_not_repeated(tmp_path):
