@@ -11,45 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
+from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
-
-# A method keeps its colour and marker in all pictures. Baselines are grey, plain flows blue, and
-# the penalized likelihood is red.
-STYLES = {
-    "principal components, Gaussian": ("0.6", "s"),
-    "principal components, prior flow": ("0.4", "D"),
-    "autoencoder, prior flow": ("0.2", "^"),
-    "plain likelihood": ("tab:blue", "o"),
-    "plain likelihood, wider flow": ("tab:blue", "s"),
-    "plain likelihood, prior flow": ("tab:cyan", "D"),
-    "PIE": ("tab:olive", "v"),
-    "M-flow": ("tab:orange", "^"),
-    "denoising flow": ("tab:green", "<"),
-    "denoising flow, less noise": ("limegreen", "<"),
-    "rectangular flow": ("tab:brown", ">"),
-    "free-form injective flow": ("tab:purple", "P"),
-    "penalized": ("tab:pink", "X"),
-    "penalized, hierarchy": ("tab:red", "*"),
-    "calibrated weight, hierarchy": ("lightcoral", "h"),
-    "falling weight, hierarchy": ("orangered", "d"),
-    "error bound, hierarchy": ("darkred", "p"),
-}
-
-SHORT = {  # names that fit beside a row of images
-    "principal components, Gaussian": "PCA",
-    "principal components, prior flow": "PCA, prior",
-    "autoencoder, prior flow": "autoencoder, prior",
-    "plain likelihood": "plain",
-    "plain likelihood, wider flow": "plain, wider",
-    "plain likelihood, prior flow": "plain, prior",
-    "free-form injective flow": "free-form",
-    "penalized, hierarchy": "pen., hierarchy",
-    "calibrated weight, hierarchy": "calibrated, hierarchy",
-    "falling weight, hierarchy": "falling, hierarchy",
-    "error bound, hierarchy": "bound, hierarchy",
-}
-
 
 LABELS = {
     "bits": "bits per dimension",
@@ -64,7 +28,7 @@ def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> No
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
             kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
-            label = SHORT.get(row["method"], row["method"])
+            label = RECIPES[row["method"]].short or row["method"]
             shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
     draw_images(path, f"{name}: samples at T = 0.7", shown)
 
@@ -113,16 +77,16 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
-    for method, (colour, marker) in STYLES.items():
+    for method, recipe in RECIPES.items():
         found = _made(rows, method)
         xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
         known = [y for y in ys if y is not None]
         if len(known) != len(found) or not found:
             continue
-        axis.scatter(xs, known, s=9, color=colour, alpha=0.5, linewidths=0)
+        axis.scatter(xs, known, s=9, color=recipe.colour, alpha=0.5, linewidths=0)
         axis.plot(
-            statistics.fmean(xs), statistics.fmean(known), marker, color=colour, label=method,
-            ms=11 if marker == "*" else 7, mec="white", mew=0.5,
+            statistics.fmean(xs), statistics.fmean(known), recipe.marker, color=recipe.colour,
+            label=method, ms=11 if recipe.marker == "*" else 7, mec="white", mew=0.5,
         )  # fmt: skip
 
 
@@ -131,7 +95,7 @@ def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) 
         first = [row for row in rows if row["seed"] == 0]
         found = sorted(_made([*first, *others], method), key=lambda row: row["weight"])
         xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
-        axis.plot(xs, ys, "-", color=STYLES[method][0], lw=1, alpha=0.7, marker=".", ms=4)
+        axis.plot(xs, ys, "-", color=RECIPES[method].colour, lw=1, alpha=0.7, marker=".", ms=4)
 
 
 def _made(rows: Sequence[Row], method: str) -> list[Row]:
@@ -150,13 +114,14 @@ def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
     """Draw bits per dimension, reconstruction error and Frechet distance against CPU time."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     for axis, metric in zip(figure.subplots(1, 3), LABELS, strict=True):
-        for method, (colour, marker) in STYLES.items():
+        for method, recipe in RECIPES.items():
             found = sorted(_made(rows, method), key=lambda row: row["share"])
             values = [_value(row, metric) for row in found]
             if not found or None in values:
                 continue
             times = [row["seconds"] for row in found]
-            axis.plot(times, values, marker + "-", color=colour, label=method, lw=1.2, ms=5)
+            style = {"color": recipe.colour, "label": method, "lw": 1.2, "ms": 5}
+            axis.plot(times, values, recipe.marker + "-", **style)
         axis.set_xlabel("CPU seconds")
         _scales(axis, metric)
     _save_with_legend(path, figure, axis)

@@ -15,7 +15,6 @@ from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Store, fill_in, markdown
-from benchmarks.manifold.pictures import STYLES
 from benchmarks.manifold.points import NOISE, PointComparison, divergence
 from benchmarks.manifold.sets import SETS, Part
 from benchmarks.manifold.targets import TARGETS
@@ -269,10 +268,6 @@ def test_tables_show_a_dash_for_missing_values():
     rows = [{"m": "a", "x": 1.0}, {"m": "a", "x": 3.0}, {"m": "b", "x": None}]
     lines = markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()
     assert lines[2:] == ["| a | 2.0 ± 1.4 |", "| b | - |"]
-
-
-def test_every_method_has_a_place_in_the_pictures():
-    assert STYLES.keys() == RECIPES.keys()
 
 
 def test_tables_count_failed_runs():
