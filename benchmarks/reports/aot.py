@@ -134,10 +134,8 @@ _room = torch.empty(2**28, dtype=torch.uint8)  # its pages are never written and
 
 
 def _untouched(argument: Any) -> Any:
-    """Return a tensor in `_room` of the same shape, strides and alignment.
-
-    A new allocation could reuse a freed block, whose pages take memory.
-    """
+    """A tensor in `_room` of the same shape, strides and alignment. A new allocation could reuse a
+    freed block, whose pages take memory."""
     global _room
     if not isinstance(argument, Tensor) or not argument.numel():
         return argument
@@ -182,7 +180,7 @@ def compile_for(launch: Launch, target: str) -> Compiled:
 
 
 def _runtime(signature: dict[str, Any]) -> Iterator[str]:
-    """Yield the arguments of the compiled kernel, in order; tuples are flattened."""
+    """The arguments of the compiled kernel, in order; tuples are flattened."""
     for name, kind in signature.items():
         if isinstance(kind, tuple):
             yield from _runtime({f"{name}.{i}": member for i, member in enumerate(kind)})
