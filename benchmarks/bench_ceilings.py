@@ -1,10 +1,9 @@
-"""The largest batch that fits on a GPU, and the images per second that it trains.
+"""Find the largest batch that fits on a GPU, and the images per second that it trains.
 
 The models are Glows on large images with bfloat16 networks: this package's, plain eager PyTorch and
 gradient checkpointing, each in a process of its own. Peak memory grows linearly with the batch, so
 two small batches predict the largest one. If that does not fit, the batch shrinks by 4% until one
-fits.
-Each model is first compared with its reference at a small batch, except on images larger than
+does. Each model is first compared with its reference at a small batch, except on images larger than
 256x256, where the reference does not fit.
 """
 
@@ -18,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.harness.measurements import REPLAY, peak_bytes, seconds
 from benchmarks.harness.models import Model, Spec, shared_results
 from benchmarks.harness.processes import Died, in_fresh_processes
-from benchmarks.harness.session import Bench, Measured, size_of, slug
+from benchmarks.harness.session import Bench, Measured, size_and_gpu, slug
 
 VARIANTS = ("mflow_kernels, reversible", "plain", "checkpointing")
 SECONDS_PER_VARIANT = 60  # time limit of a variant's process
@@ -43,19 +42,16 @@ def ceilings(size: str, gpu: bool) -> list[Ceiling]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    found = ceilings(size_of(config), config.getoption("--device").startswith("cuda"))
     rows = [
         pytest.param(c, variant, id=slug(*str(c.spec).split(), variant))
-        for c in found for variant in c.variants
+        for c in ceilings(*size_and_gpu(metafunc.config)) for variant in c.variants
     ] or [pytest.param(None, "", id="needs-a-GPU")]  # fmt: skip
     metafunc.parametrize(("ceiling", "variant"), rows)
 
 
 def _step(model: Model, batch: int) -> tuple[int, float]:
     """Return peak bytes and seconds of one training step at a batch size, without warm-up."""
-    for parameter in model.module.parameters():
-        parameter.grad = None
+    model.module.zero_grad()
     model.x = model.spec._replace(batch=batch).images(model.device)
     taken: list[float] = []
     peak = peak_bytes(
@@ -77,8 +73,7 @@ def largest(model: Model) -> tuple[int, int, float]:
     small = model.spec.batch
     small_peak, double_peak = (_step(model, batch)[0] for batch in (small, 2 * small))
     bytes_per_image = max(1, (double_peak - small_peak) // small) + model.x[0].nbytes
-    for parameter in model.module.parameters():
-        parameter.grad = None
+    model.module.zero_grad()
     constant = 2 * small_peak - double_peak
     batch = max(1, int((MEMORY_SHARE * _free(model.device) - constant) // bytes_per_image))
     while True:

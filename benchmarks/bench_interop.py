@@ -1,4 +1,4 @@
-"""Training steps of other libraries' models: the original, accelerated, and reversible.
+"""Measure training steps of other libraries' models: original, accelerated, and reversible.
 
 The models are built as the documentation of their libraries does.
 """
@@ -7,17 +7,16 @@ import copy
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import REPLAY, Call, interleaved, peak_bytes
+from benchmarks.harness.measurements import REPLAY, Call, interleaved, peak_of_step
 from benchmarks.harness.models import Spec, assert_gradient_close
 from benchmarks.harness.processes import in_fresh_processes
-from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
+from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
@@ -37,7 +36,7 @@ def normflows_glow(spec: Spec) -> nn.Module:
     nf = importlib.import_module("normflows")
     flows = [nf.flows.GlowBlock(12, spec.width) for _ in range(spec.steps)]
     base = nf.distributions.DiagGaussian((12, spec.side // 2, spec.side // 2))
-    return cast(nn.Module, nf.NormalizingFlow(base, [*flows, nf.flows.Squeeze()]))
+    return nf.NormalizingFlow(base, [*flows, nf.flows.Squeeze()])
 
 
 def nflows_glow(spec: Spec) -> nn.Module:
@@ -48,7 +47,7 @@ def nflows_glow(spec: Spec) -> nn.Module:
     steps = [nt.SqueezeTransform()]
     for _ in range(spec.steps):
         steps += [nt.ActNorm(12), nt.OneByOneConvolution(12), nt.AffineCouplingTransform(mask, net)]
-    return cast(nn.Module, nt.CompositeTransform(steps))
+    return nt.CompositeTransform(steps)
 
 
 def freia_inn(spec: Spec) -> nn.Module:
@@ -64,22 +63,22 @@ def freia_inn(spec: Spec) -> nn.Module:
     inn.append(modules.IRevNetDownsampling)
     for _ in range(spec.steps):
         inn.append(modules.AllInOneBlock, subnet_constructor=net, permute_soft=True)
-    return cast(nn.Module, inn)
+    return inn
 
 
-RECIPES: dict[str, Callable[[Spec], nn.Module]] = {
+BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
     "normflows": normflows_glow,
     "nflows": nflows_glow,
     "FrEIA": freia_inn,
 }
 
 
-def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
+def build(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Tensor]:
     """Return an initialized original with perturbed parameters, and images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = RECIPES[library](spec)
+            model = BUILDERS[library](spec)
         except ImportError as error:
             raise Missing(f"{library} is not installed ({error})") from None
         x = spec.images(torch.device("cpu"))
@@ -94,9 +93,9 @@ def made(library: str, spec: Spec, device: torch.device) -> tuple[nn.Module, Ten
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     """Return the negative log-likelihood per image in nats, without its constant."""
     if hasattr(model, "forward_kld"):  # a model of normflows includes the base distribution
-        return cast(Tensor, cast(Any, model).forward_kld(x))
+        return model.forward_kld(x)
     z, logdet = model(x)
-    return cast(Tensor, (z.flatten(1).square().sum(1) / 2 - logdet).mean())
+    return (z.flatten(1).square().sum(1) / 2 - logdet).mean()
 
 
 def variant_of(original: nn.Module, variant: str) -> nn.Module:
@@ -109,8 +108,7 @@ def variant_of(original: nn.Module, variant: str) -> nn.Module:
 
 def train(model: nn.Module, x: Tensor) -> None:
     """Run forward and backward, without the optimizer step, which is the same for all."""
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     loss_of(model, x).backward()
 
 
@@ -129,21 +127,16 @@ def check(model: nn.Module, original: nn.Module, x: Tensor, spec: Spec, name: st
 
 
 def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
-    """Return the peak bytes of a training step with gradients. Run it in a process of its own."""
     library, spec, variant, device_name, threads = job
     torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    original, x = made(library, spec, device)
+    original, x = build(library, spec, torch.device(device_name))
     model = variant_of(original, variant)
-    train(model, x)  # allocates what later steps reuse
-    for parameter in model.parameters():
-        parameter.grad = None
-    return peak_bytes(lambda: train(model, x), device)
+    return peak_of_step(model, partial(train, model, x), x.device)
 
 
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     measured = Measured()
-    original, x = made(library, spec, bench.device)
+    original, x = build(library, spec, bench.device)
     calls: dict[str, Call] = {}
     for variant in VARIANTS:
         try:
@@ -164,11 +157,10 @@ def measure(bench: Bench, library: str, spec: Spec) -> Measured:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    spec = spec_of(size_of(config), config.getoption("--device").startswith("cuda"))
+    spec = spec_of(*size_and_gpu(metafunc.config))
     rows = [
         pytest.param(spec, library, variant, id=slug(library, *str(spec).split(), variant))
-        for library in RECIPES for variant in VARIANTS
+        for library in BUILDERS for variant in VARIANTS
     ]  # fmt: skip
     metafunc.parametrize(("spec", "library", "variant"), rows)
 

@@ -1,4 +1,4 @@
-"""Layers against the peers: one step of flow, and eight steps with constant networks.
+"""Compare layers with the peers: one step of flow, and eight steps with constant networks.
 
 Constant networks take no time, so the time is that of the flow's own operators.
 """
@@ -8,7 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import INVERTIBLE, Spec, measure
-from benchmarks.harness.session import Bench, size_of, slug
+from benchmarks.harness.session import Bench, size_and_gpu, slug
 
 ROUNDS = 7
 TASKS = ("train", "forward", "sample")
@@ -28,11 +28,10 @@ def specs(size: str, gpu: bool) -> list[Spec]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    size = size_of(config)
+    size, gpu = size_and_gpu(metafunc.config)
     rows = [
         pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
-        for spec in specs(size, config.getoption("--device").startswith("cuda"))
+        for spec in specs(size, gpu)
         for task in TASKS
         for variant in variants(size)
     ]
@@ -49,7 +48,5 @@ def test_layer(
 ) -> None:
     benchmark.group = f"{task}, {spec}"
     names = variants(bench.size)
-    bench.record(
-        benchmark, ("layers", spec, task), variant,
-        lambda: measure(bench, spec, task, names, bench.rounds(ROUNDS), memory=False),
-    )  # fmt: skip
+    bench.record(benchmark, ("layers", spec, task), variant,
+                 lambda: measure(bench, spec, task, names, ROUNDS, memory=False))  # fmt: skip

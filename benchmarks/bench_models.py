@@ -1,4 +1,4 @@
-"""Whole models against the peers, over depth, resolution and width.
+"""Compare whole models with the peers, over depth, resolution and width.
 
 The tasks are a training step, forward and sampling. A process of its own measures the peak memory
 of a training step.
@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.measurements import REPLAY
 from benchmarks.harness.models import Spec, measure, variants
-from benchmarks.harness.session import Bench, size_of, slug
+from benchmarks.harness.session import Bench, size_and_gpu, slug
 
 ROUNDS = 5
 
@@ -32,12 +32,8 @@ def specs(size: str, gpu: bool) -> list[tuple[Spec, tuple[str, ...]]]:
         depths, widths, sides = {8: every, 32: every}, {}, (128, 256)
         rest = {low: every[:2]}
     else:  # forward and sampling take the same time in every step, so fewer depths are enough
-        depths, widths, sides = (
-            {4: train, 8: every, 16: train, 32: every},
-            {8: train, 32: train},
-            (16, 64),
-        )
-        rest = {}
+        depths = {4: train, 8: every, 16: train, 32: every}
+        widths, sides, rest = {8: train, 32: train}, (16, 64), {}
     return [
         *((base._replace(steps=k), tasks) for k, tasks in depths.items()),
         *((wide._replace(steps=k), tasks) for k, tasks in widths.items()),
@@ -60,11 +56,10 @@ def chosen(spec: Spec, task: str, size: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    size = size_of(config)
+    size, gpu = size_and_gpu(metafunc.config)
     rows = [
         pytest.param(spec, task, variant, id=slug(*str(spec).split(), task, variant))
-        for spec, tasks in specs(size, config.getoption("--device").startswith("cuda"))
+        for spec, tasks in specs(size, gpu)
         for task in tasks
         for variant in chosen(spec, task, size)
     ]
@@ -77,7 +72,6 @@ def test_model(
 ) -> None:
     benchmark.group = f"{task}, {spec}"
     names = chosen(spec, task, bench.size)
-    bench.record(
-        benchmark, ("models", spec, task), variant,
-        lambda: measure(bench, spec, task, names, bench.rounds(ROUNDS), memory=task == "train"),
-    )  # fmt: skip
+    memory = task == "train"
+    bench.record(benchmark, ("models", spec, task), variant,
+                 lambda: measure(bench, spec, task, names, ROUNDS, memory=memory))  # fmt: skip

@@ -1,11 +1,12 @@
-"""Every operator, forward, inverse and backward, at the state shapes of Glow's levels.
+"""Measure every operator, forward, inverse and backward, at the state shapes of Glow's levels.
 
 Each is compared with its reference in eager torch and with that reference under torch.compile. All
-three are checked against float64 first.
+three are first checked against float64.
 """
 
 import shutil
 from functools import cache
+from statistics import median_high
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.measurements import REPLAY, interleaved, launches, peak_bytes
 from benchmarks.harness.operators import Function, Operation, Shape, directions, operations
-from benchmarks.harness.session import Bench, Measured, Missing, size_of, slug
+from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels.ops.table import OPERATORS
 
 ROUNDS = 7
@@ -31,17 +32,14 @@ def shapes(size: str, gpu: bool) -> list[Shape]:
         every = [(px, level, last) for last in (True, False)
                  for px in batches for level in range(1, levels[px] + 1)]  # fmt: skip
     elif gpu:
-        every = [
-            (px, level, True) for px, level in ((256, 1), (256, 3), (256, 6), (64, 1), (1024, 1))
-        ]
+        every = [(256, 1, True), (256, 3, True), (256, 6, True), (64, 1, True), (1024, 1, True)]
     else:
-        every = [(px, level, True) for px, level in ((64, 1), (64, 3), (256, 1), (256, 6))]
+        every = [(64, 1, True), (64, 3, True), (256, 1, True), (256, 6, True)]
     return [Shape(px, level, batches[px], last) for px, level, last in every]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    grid = shapes(size_of(config), config.getoption("--device").startswith("cuda"))
+    grid = shapes(*size_and_gpu(metafunc.config))
     rows = [
         pytest.param(shape, name, direction, variant, shape == grid[0],
                      id=slug(shape.id, name, direction, variant))
@@ -86,8 +84,7 @@ def measure(bench: Bench, op: Operation, shape: Shape, compiles: bool) -> Measur
         prepares, bench.rounds(ROUNDS), bench.device, bench.clock, flush=True
     )
     for variant, prepare in prepares.items():
-        taken = sorted(measured.seconds[variant])[len(measured.seconds[variant]) // 2]
-        rate = op.fewest / taken
+        rate = op.fewest / median_high(measured.seconds[variant])
         measured.extra[variant] = {
             "operator": op.name,
             "direction": op.direction,

@@ -22,6 +22,15 @@ from PIL import Image
 from benchmarks.harness.output import command_parser
 from benchmarks.harness.saved_runs import Row, Runs, merged, ratio, runs
 from mflow_kernels.data.files import write_atomically
+from mflow_kernels.evaluation.likelihood import held_out_images
+from mflow_kernels.evaluation.pictures import draw_images
+from mflow_kernels.evaluation.samples import (
+    draw_samples,
+    inpaint_images,
+    known_pixels,
+    project_images,
+)
+from mflow_kernels.runs.folder import Run, load_run
 
 DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = DOCS / "pictures"
@@ -95,14 +104,8 @@ def draw_comparison(saved: Runs, path: Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw_run(folder: Path, path: Path) -> None:
+def draw_run(run: Run, path: Path) -> None:
     """Draw held-out images of a run, their projections on the manifold, and samples."""
-    from mflow_kernels.evaluation.likelihood import held_out_images
-    from mflow_kernels.evaluation.pictures import draw_images
-    from mflow_kernels.evaluation.samples import draw_samples, project_images
-    from mflow_kernels.runs.folder import load_run
-
-    run = load_run(str(folder), "cpu")
     images = held_out_images(run, None)[0].batch(range(SAMPLES))
     rows = {
         "held out": images,
@@ -113,14 +116,8 @@ def draw_run(folder: Path, path: Path) -> None:
     draw_images(path, title, rows)
 
 
-def draw_uses(folder: Path, path: Path) -> None:
+def draw_uses(run: Run, path: Path) -> None:
     """Draw digits with missing pixels filled in, and samples with and without v."""
-    from mflow_kernels.evaluation.likelihood import held_out_images
-    from mflow_kernels.evaluation.pictures import draw_images
-    from mflow_kernels.evaluation.samples import draw_samples, inpaint_images, known_pixels
-    from mflow_kernels.runs.folder import load_run
-
-    run = load_run(str(folder), "cpu")
     images = held_out_images(run, None)[0].batch(range(SAMPLES))
     rows = {"held out": images}
     for missing in MISSING:
@@ -148,8 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=PICTURES, help="folder for the PNG files")
     options = parser.parse_args(arguments)
     draw_comparison(runs(merged([RESULTS])), options.out / "comparison.png")
-    draw_run(options.run, options.out / "digits.png")
-    draw_uses(options.run, options.out / "uses.png")
+    run = load_run(str(options.run), "cpu")
+    draw_run(run, options.out / "digits.png")
+    draw_uses(run, options.out / "uses.png")
     draw_moons(options.out)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.harness.output import command_parser, save_json, save_text
+from benchmarks.harness.output import command_parser, markdown_table, save_json, save_text
 from benchmarks.harness.report_tables import (
     MIB,
     PACKAGE,
@@ -22,7 +22,6 @@ from benchmarks.harness.report_tables import (
     accelerated,
     comparisons,
     format_time,
-    markdown,
     operators,
     others,
     speedups,
@@ -41,21 +40,21 @@ BYTES = "Time (GB/s of the fewest bytes that the operator must move, share of co
 
 def page(saved: Runs, pictures: Sequence[Path] = ()) -> str:
     """Return the Markdown page; `benchmarks/measured.md` is one."""
-    of = {kind: [row for row in saved.rows if row.kind == kind] for kind in KINDS}
-    constant = [row for row in of["layers"] if row.extra["constant"]]
-    one_step = [row for row in of["layers"] if not row.extra["constant"]]
+    by_kind = {kind: [row for row in saved.rows if row.kind == kind] for kind in KINDS}
+    constant = [row for row in by_kind["layers"] if row.extra["constant"]]
+    one_step = [row for row in by_kind["layers"] if not row.extra["constant"]]
     sections: tuple[tuple[str, Sequence[Row], Tables, str, tuple[str, ...]], ...] = (
         ("Speed-up over each peer, the flow's own operators", constant, speedups, FASTER, ()),
-        ("Speed-up over each peer, whole models", of["models"], speedups, FASTER,
+        ("Speed-up over each peer, whole models", by_kind["models"], speedups, FASTER,
          ("speedup-layers", "speedup-models")),
-        ("Models", of["models"], comparisons, SHARES, ("depth", "resolution")),
+        ("Models", by_kind["models"], comparisons, SHARES, ("depth", "resolution")),
         ("The flow's own operators", constant, comparisons, SHARES, ()),
         ("One step of flow", one_step, comparisons, SHARES, ()),
-        ("Operators", of["ops"], operators, BYTES, ("bandwidth",)),
-        ("Accelerated models of other libraries", of["interop"], accelerated,
+        ("Operators", by_kind["ops"], operators, BYTES, ("bandwidth",)),
+        ("Accelerated models of other libraries", by_kind["interop"], accelerated,
          "A training step.", ()),
-        ("Memory ceilings", of["ceilings"], others, "", ()),
-        ("Short training", of["training"], others, "", ()),
+        ("Memory ceilings", by_kind["ceilings"], others, "", ()),
+        ("Short training", by_kind["training"], others, "", ()),
     )  # fmt: skip
     parts = ["# Measured\n", *_circumstances(saved)]
     for title, rows, tables, lead, plots in sections:
@@ -124,7 +123,7 @@ def regressions(new: Runs, old: Runs, threshold: float) -> tuple[str, bool]:
     if not lines:
         return summary + f"none got worse by more than {threshold:g} times", not compared
     summary += f"{len(lines)} got worse by more than {threshold:g} times, or fail\n\n"
-    return summary + markdown(["", "", "before", "now", "ratio"], lines), True
+    return summary + markdown_table(["", "", "before", "now", "ratio"], lines) + "\n", True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """MkDocs hooks: links that are valid on GitHub also become valid on the site.
 
-Some Markdown files outside docs/ are pages of the site too (`PAGES`). A relative link to a page
-becomes a link inside the site. A link to any other file of the repository becomes plain text,
-because the site does not contain that file. A link to a file that does not exist stays as it is, so
-that a strict build reports it.
+Some Markdown files outside docs/ are pages of the site too (`PAGES`). A relative link to a page or
+picture becomes a link inside the site. A link to any other file of the repository becomes plain
+text, because the site does not contain that file. A link to a file that does not exist stays as it
+is, so that a strict build reports it.
 """
 
 import posixpath
@@ -16,12 +16,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {  # path in the repository: path in the site
+    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/measured.md": "benchmark_tables.md",
 }
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: Any) -> Files:

@@ -40,13 +40,13 @@ def script(path: Path, text: str) -> Path:
 
 
 def empty_files(log: Path) -> str:
-    """The text of a compiler that creates empty files and adds its arguments to `log`."""
+    """Return a compiler that creates empty files and adds its arguments to `log`, as a script."""
     create = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : >"$2"; shift; done'
     return f'echo "$@" >>"{log}"\n{create}'
 
 
 def fake_nvcc(folder: Path, archs: str, compile: str) -> str:
-    """A CUDA_HOME whose nvcc knows `archs` and compiles by the commands `compile`."""
+    """Make a CUDA_HOME whose nvcc knows `archs` and compiles by the commands `compile`."""
     lines = "\n".join(f"echo compute_{arch}" for arch in archs.split())
     listed = f'if [ "$1" = --list-gpu-arch ]; then\n{lines}\nexit 0\nfi'
     script(folder / "bin" / "nvcc", f"{listed}\n{compile}")

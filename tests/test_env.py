@@ -1,10 +1,11 @@
+"""The report of `python -m mflow_kernels.env`, and a package without triton."""
+
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from own_process import run_python
 
 from mflow_kernels import env
 
@@ -69,9 +70,7 @@ for operator in table.OPERATORS:
 
 
 def test_a_cpu_needs_no_triton() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON], capture_output=True, text=True
-    )
+    done = run_python("-W", "ignore", "-c", WITHOUT_TRITON)
     assert done.returncode == 0, done.stderr
 
 
@@ -103,8 +102,6 @@ def test_which_devices_an_architecture_serves(
 
 
 def test_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mflow_kernels.env"], capture_output=True, text=True
-    )
+    done = run_python("-m", "mflow_kernels.env")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mflow_kernels ")

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,10 @@ MODULES = {module_name(path): path for path in ROOT.rglob("*.py")}
 
 
 def imported(path: Path, *, lazily: bool) -> Iterator[str]:
-    """Modules of the package that a module imports when it is loaded, or for type checkers, and if
-    `lazily` also those that its functions import."""
+    """Yield the modules that a module imports when it is loaded, or for type checkers.
+
+    With `lazily`, also yield those that its functions import.
+    """
     found = [ast.parse(path.read_text())]
     while found:
         node = found.pop()
@@ -63,6 +66,14 @@ def test_packages_import_only_those_below_them() -> None:
             if height.get(".".join(other.split(".")[:2]), -1) > height.get(package, len(PACKAGES))
         }
         assert not above, f"{name} imports {above}"
+
+
+def test_benchmarks_find_what_they_import() -> None:
+    """Importing a module of reports changes Triton; their own tests run them."""
+    root = Path(__file__).parent.parent
+    for path in sorted((root / "benchmarks").rglob("*.py")):
+        if "reports" not in path.parts and path.stem != "conftest":
+            importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
 
 
 @pytest.mark.parametrize("package", ["ops", "reversible", "layers", "models", "interop"])

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def executed(path: Path, folder: str) -> Any:
-    """The notebook with new outputs, run in `folder`."""
+    """Run a notebook in `folder`, and return it with the new outputs."""
     stored = nbformat.read(path, as_version=4)
     notebook = nbformat.from_dict(stored)
     client = NotebookClient(
@@ -34,7 +34,7 @@ def executed(path: Path, folder: str) -> Any:
 
 
 def shown(cell: Any) -> list[str]:
-    """The outputs of a cell: text without its numbers, or the kind of output."""
+    """Return the outputs of a cell: text without its numbers, or the kind of output."""
     texts = [
         output.get("text")
         or (output["data"].get("image/png") and "picture")

@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def run(number: int) -> dict[str, Any]:
-    """The variables of the README's block of Python with this number."""
+    """Run the README's block of Python with this number, and return its variables."""
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], names)
     return names

@@ -60,7 +60,7 @@ def test_assert_close_never_broadcasts():
 
 
 class Scale(nn.Module):
-    """y = exp(a) x for each channel, correctly. Each class below has one mistake."""
+    """y = exp(a) x for each channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,72 +76,7 @@ class Scale(nn.Module):
         return z / self._s(z), -(self.a.sum() * z[0, 0].numel()).expand(z.shape[0])
 
 
-class NoPixels(Scale):
-    def forward(self, x):
-        return x * self._s(x), self.a.sum().expand(x.shape[0])
-
-
-class WrongSign(Scale):
-    def forward(self, x):
-        return x * self._s(x), -super().forward(x)[1]
-
-
-class Coupling(AffineCoupling):
-    def __init__(self) -> None:
-        super().__init__(3, width=4)
-
-
-class OverTheBatch(Coupling):
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z, logdet.mean().expand(len(x))
-
-
-class SumOverTheBatch(Coupling):
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z, logdet.sum()
-
-
-class InverseKeepsSign(Coupling):
-    def inverse(self, z):
-        x, logdet = super().inverse(z)
-        return x, -logdet
-
-
-class NoInverse(Coupling):
-    def inverse(self, z):
-        x, logdet = super().inverse(z)
-        return x * (1 + 1e-9), logdet
-
-
-class Singular(Scale):
-    """The last channel is lost."""
-
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return torch.cat([z[:, :2], z[:, 1:2]], 1), logdet
-
-
-class Shrinks(Scale):
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z[:, :2], logdet
-
-
-class MixesSamples(Scale):
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z + 1e-3 * x.mean(0), logdet
-
-
-class Draws(Scale):
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z + 1e-6 * torch.rand(()), logdet
-
-
-class Squares(Scale):
+class Squares(nn.Module):
     """The Jacobian is invertible, but x and -x have the same z."""
 
     def forward(self, x):
@@ -151,77 +86,105 @@ class Squares(Scale):
         return z.sqrt(), -(4 * z).log().flatten(1).sum(1) / 2
 
 
-class NoPixelsBack(Scale):
+class Wrong(nn.Module):
+    """A correct layer, whose results are changed."""
+
+    def __init__(self, layer, forward, inverse) -> None:
+        super().__init__()
+        self.layer, self.change, self.change_inverse = layer, forward, inverse
+
+    def forward(self, x):
+        return self.change(*self.layer(x))
+
     def inverse(self, z):
-        return z / self._s(z), -self.a.sum().expand(z.shape[0])
+        return self.change_inverse(*self.layer.inverse(z))
 
 
-class OthersLogdet(Coupling):
-    """All samples get the log-determinant of the first one."""
-
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z, logdet[:1].expand(len(x))
+def coupling():
+    return AffineCoupling(3, width=4)
 
 
-class Column(Coupling):
-    """logdet has shape (N, 1), which broadcasts with (N,) to (N, N)."""
-
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z, logdet[:, None]
+def right(result, logdet):
+    return result, logdet
 
 
-class LogdetInFloat32(Coupling):
-    """logdet is float32 for every dtype of x."""
-
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z, logdet.float()
+def wrong_sign(result, logdet):
+    return result, -logdet
 
 
-class Widens(Scale):
-    """A float64 constant widens float32 results."""
-
-    def forward(self, x):
-        z, logdet = super().forward(x)
-        return z * torch.ones(3, 2, 2, dtype=torch.float64), logdet
+def single_pixel(result, logdet):
+    return result, logdet / result[0, 0].numel()
 
 
+JACOBIAN = "logdet against autograd's Jacobian: .*"
+# A layer, the mistakes in its forward and inverse, and the message that names them.
 PLANTED = {
-    NoPixels: "logdet against autograd's Jacobian: .*; it is that of a single pixel, of 4",
-    WrongSign: "logdet against autograd's Jacobian: .*the sign is wrong",
-    OverTheBatch: "logdet against autograd's Jacobian: .*the same for all samples",
-    SumOverTheBatch: r"logdet: expected shape \(2,\), got \(\)",
-    InverseKeepsSign: "logdet of the inverse: ",
-    NoInverse: r"inverse\(forward\(x\)\): ",
-    Singular: "not invertible, its Jacobian has condition",
-    Shrinks: "z: expected 12 elements per sample as in x, got 8",
-    MixesSamples: "a sample's z depends on another sample",
-    Draws: "two calls on one input differ",
-    Squares: r"inverse\(forward\(x\)\): ",
-    NoPixelsBack: "logdet of the inverse: ",
-    OthersLogdet: "logdet against autograd's Jacobian: .*the same for all samples",
-    Column: r"logdet: expected shape \(2,\), got \(2, 1\)",
-    LogdetInFloat32: "logdet: expected the input's dtype float64, got float32",
-    Widens: "z: expected the input's dtype float32, got float64",
+    "NoPixels": (Scale, single_pixel, right, JACOBIAN + "it is that of a single pixel, of 4"),
+    "WrongSign": (Scale, wrong_sign, right, JACOBIAN + "the sign is wrong"),
+    "OverTheBatch": (
+        *(coupling, lambda z, logdet: (z, logdet.mean().expand(len(z))), right),
+        JACOBIAN + "the same for all samples",
+    ),
+    "SumOverTheBatch": (
+        *(coupling, lambda z, logdet: (z, logdet.sum()), right),
+        r"logdet: expected shape \(2,\), got \(\)",
+    ),
+    "InverseKeepsSign": (coupling, right, wrong_sign, "logdet of the inverse: "),
+    "NoInverse": (
+        *(coupling, right, lambda x, logdet: (x * (1 + 1e-9), logdet)),
+        r"inverse\(forward\(x\)\): ",
+    ),
+    "Singular": (  # the last channel is lost
+        *(Scale, lambda z, logdet: (torch.cat([z[:, :2], z[:, 1:2]], 1), logdet), right),
+        "not invertible, its Jacobian has condition",
+    ),
+    "Shrinks": (
+        *(Scale, lambda z, logdet: (z[:, :2], logdet), right),
+        "z: expected 12 elements per sample as in x, got 8",
+    ),
+    "MixesSamples": (
+        *(Scale, lambda z, logdet: (z + 1e-3 * z.mean(0), logdet), right),
+        "a sample's z depends on another sample",
+    ),
+    "Draws": (
+        *(Scale, lambda z, logdet: (z + 1e-6 * torch.rand(()), logdet), right),
+        "two calls on one input differ",
+    ),
+    "Squares": (Squares, right, right, r"inverse\(forward\(x\)\): "),
+    "NoPixelsBack": (Scale, right, single_pixel, "logdet of the inverse: "),
+    "OthersLogdet": (  # all samples get the log-determinant of the first one
+        *(coupling, lambda z, logdet: (z, logdet[:1].expand(len(z))), right),
+        JACOBIAN + "the same for all samples",
+    ),
+    "Column": (  # (N, 1) broadcasts with (N,) to (N, N)
+        *(coupling, lambda z, logdet: (z, logdet[:, None]), right),
+        r"logdet: expected shape \(2,\), got \(2, 1\)",
+    ),
+    "LogdetInFloat32": (
+        *(coupling, lambda z, logdet: (z, logdet.float()), right),
+        "logdet: expected the input's dtype float64, got float32",
+    ),
+    "Widens": (  # a float64 constant widens float32 results
+        *(Scale, lambda z, logdet: (z * torch.ones(3, 2, 2).double(), logdet), right),
+        "z: expected the input's dtype float32, got float64",
+    ),
 }
 
 
-@pytest.mark.parametrize("layer", PLANTED, ids=lambda layer: layer.__name__)
-def test_check_bijection_finds(layer):
-    with pytest.raises(AssertionError, match=PLANTED[layer]):
-        check_bijection(layer(), (2, 3, 2, 2))
+@pytest.mark.parametrize(("layer", "forward", "inverse", "message"), PLANTED.values(), ids=PLANTED)
+def test_check_bijection_finds(layer, forward, inverse, message):
+    with pytest.raises(AssertionError, match=message):
+        check_bijection(Wrong(layer(), forward, inverse), (2, 3, 2, 2))
 
 
-@pytest.mark.parametrize("layer", [Scale, Coupling], ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("layer", [Scale, coupling], ids=["Scale", "Coupling"])
 def test_check_bijection_passes_correct_layers(layer):
     check_bijection(layer(), (2, 3, 2, 2))
 
 
 def test_check_bijection_needs_the_perturbation():
     """The initial scale is 1, so logdet is 0 and a wrong sign does not show."""
-    check_bijection(WrongSign(), (2, 3, 2, 2), perturb=0.0)
+    check_bijection(Wrong(Scale(), wrong_sign, right), (2, 3, 2, 2), perturb=0.0)
 
 
 def test_check_bijection_leaves_the_layer_alone():

@@ -39,22 +39,22 @@ def zip_up(folder, path):
 
 
 def listing(folder):
-    """The relative paths of everything below a folder."""
+    """Return the relative paths of everything below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def checkpoint(folder, name="last.ckpt"):
-    """A checkpoint of a run."""
+    """Load a checkpoint of a run."""
     return torch.load(folder / name, weights_only=True)
 
 
 def weights(folder):
-    """All weights in the last checkpoint of a run, and their averages."""
+    """Return all weights in the last checkpoint of a run, and their averages."""
     return checkpoint(folder)["state_dict"]
 
 
 def metrics(folder, column=None):
-    """The rows of a run's metrics.csv; with `column`, only those with a value in it."""
+    """Return the rows of a run's metrics.csv; with `column`, only those with a value in it."""
     with (folder / "metrics.csv").open() as file:
         return [row for row in csv.DictReader(file) if column is None or row[column]]
 

@@ -3,24 +3,17 @@
 The images come from photographs and faces that scikit-image and scikit-learn ship.
 """
 
-import importlib.util
 import zipfile
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 from PIL import Image, ImageOps
 
+from benchmarks.photographs import PHOTOGRAPHS
+
 SIZE = (178, 218)  # width and height of CelebA's aligned and cropped images
-_PHOTOGRAPHS = (
-    ("skimage", "data/astronaut.png"),
-    ("skimage", "data/chelsea.png"),
-    ("skimage", "data/coffee.png"),
-    ("skimage", "data/rocket.jpg"),
-    ("sklearn", "datasets/images/china.jpg"),
-    ("sklearn", "datasets/images/flower.jpg"),
-)
-_FACES = ("skimage", "data/lfw_subset.npy")  # 100 faces, then 100 other images, 25x25 each
 
 
 def make_celeba(folder: Path, count: int, *, zipped: bool = False, seed: int = 0) -> Path:
@@ -62,7 +55,7 @@ def _face(random: np.random.Generator) -> Image.Image:
 
 
 def _crop(random: np.random.Generator) -> Image.Image:
-    photograph = _photographs()[random.integers(len(_PHOTOGRAPHS))]
+    photograph = _photographs()[random.integers(len(PHOTOGRAPHS))]
     scale = random.uniform(0.5, 1.0)
     width, height = (round(side / scale) for side in SIZE)
     width, height = min(width, photograph.width), min(height, photograph.height)
@@ -83,18 +76,10 @@ def _varied(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _photographs() -> list[Image.Image]:
-    return [Image.open(_shipped(*place)).convert("RGB") for place in _PHOTOGRAPHS]
+    return [Image.fromarray(load()) for load in PHOTOGRAPHS.values()]
 
 
 @lru_cache(maxsize=1)
 def _faces() -> np.ndarray:
-    faces = np.load(_shipped(*_FACES))[:100]
+    faces = skimage.data.lfw_subset()[:100]  # 100 other images follow
     return (255 * (faces - faces.min()) / (faces.max() - faces.min())).astype(np.uint8)
-
-
-def _shipped(package: str, path: str) -> Path:
-    # Find the files without importing the packages, which takes seconds.
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} ships these images and is not installed")
-    return Path(spec.submodule_search_locations[0], path)

@@ -32,11 +32,11 @@ from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.prepared import open_prepared
 from mflow_kernels.data.sources import DataError
 from mflow_kernels.data.splits import ImageSet
-from mflow_kernels.runs.folder import METRICS
+from mflow_kernels.runs.checkpoints import METRICS
 from mflow_kernels.training.callbacks import read_metrics
 
 BYTES = 256 * 10**6  # size of a file of noise
-SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # image side: batch size
+SIZES = {64: 256, 128: 128, 256: 32, 1024: 4}  # largest image side: batch size
 PASSES = 3
 PASS_BYTES = 10**9  # a pass reads at most this much of a file
 
@@ -86,7 +86,7 @@ def measure_noise(size: int, device: torch.device) -> list[object]:
 def measure(path: Path, images: np.ndarray, device: torch.device) -> list[object]:
     """Return the table row of a prepared file."""
     _, channels, size, _ = images.shape
-    batch_size = next(batch for side, batch in SIZES.items() if size <= side)
+    batch_size = next((batch for side, batch in SIZES.items() if size <= side), 1)
     stream = BatchStream(ImageSet(images), batch_size, seed=0)
     batches = min(stream.batches_per_pass, max(1, PASS_BYTES // (batch_size * images[0].size)))
     with path.open("rb") as file:

@@ -16,7 +16,8 @@ import torch
 from scipy.fft import dctn, idctn
 from torch import Tensor
 
-from benchmarks.manifold.sets import PHOTOGRAPHS
+from benchmarks.harness.output import markdown_table
+from benchmarks.photographs import PHOTOGRAPHS
 from mflow_kernels.runs.presets import PRESETS, preset_options
 
 FACE = (slice(0, 200), slice(125, 325))  # of the astronaut
@@ -24,8 +25,7 @@ FACE = (slice(0, 200), slice(125, 325))  # of the astronaut
 
 def main() -> None:
     pictures = {name: load() for name, load in PHOTOGRAPHS.items()}
-    print("| preset | dimensions | MSE, a face | MSE, photographs: median (range) | 1 / MSE |")
-    print("|---|---:|---:|---:|---:|")
+    rows = []
     for preset in PRESETS:
         options = preset_options(preset)
         if options["data"] == "digits":
@@ -34,10 +34,11 @@ def main() -> None:
         face = low_pass_error(square(pictures["astronaut"][FACE], size), d)
         errors = [low_pass_error(square(x, size), d) for x in pictures.values()]
         middle = statistics.median(errors)
-        print(
-            f"| `{preset}` | {d} of {3 * size**2:,} | {face:.4f} | {middle:.4f} "
-            f"({min(errors):.4f} to {max(errors):.4f}) | {1 / face:.0f}, {1 / middle:.0f} |"
-        )
+        spread = f"{middle:.4f} ({min(errors):.4f} to {max(errors):.4f})"
+        weights = f"{1 / face:.0f}, {1 / middle:.0f}"
+        rows.append([f"`{preset}`", f"{d} of {3 * size**2:,}", f"{face:.4f}", spread, weights])
+    head = ("preset", "dimensions", "MSE, a face", "MSE, photographs: median (range)", "1 / MSE")
+    print(markdown_table(head, rows))
 
 
 def square(pixels: np.ndarray, size: int) -> Tensor:
@@ -45,7 +46,7 @@ def square(pixels: np.ndarray, size: int) -> Tensor:
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    x = torch.from_numpy(pixels[top : top + side, left : left + side, :3].copy())
+    x = torch.from_numpy(pixels[top : top + side, left : left + side].copy())
     x = x.permute(2, 0, 1).float() / 255
     if side <= size:
         return x

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -48,12 +48,8 @@ class Replay:
 REPLAY = Replay()
 
 
-def flush_cache(device: torch.device) -> None:
-    _flushed(device).zero_()
-
-
 @cache
-def _flushed(device: torch.device) -> Tensor:
+def _cache_filler(device: torch.device) -> Tensor:
     return torch.empty(FLUSH_BYTES // 4, device=device)
 
 
@@ -67,7 +63,7 @@ def seconds(call: Call, device: torch.device, clock: str, flush: bool = False) -
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     if flush:
-        flush_cache(device)  # while it runs, the host queues the call below
+        _cache_filler(device).zero_()  # while this runs, the host queues the call below
     begin.record()
     call()
     end.record()
@@ -134,6 +130,16 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def peak_of_step(module: nn.Module, step: Call, device: torch.device) -> int:
+    """Return the peak bytes of a training step, including gradients but not the model and images.
+
+    Run it in a process of its own.
+    """
+    step()  # allocates what later steps reuse
+    module.zero_grad()
+    return peak_bytes(step, device)
 
 
 def launches(call: Call, device: torch.device) -> int | None:

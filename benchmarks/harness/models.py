@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import Call, interleaved, peak_bytes
+from benchmarks.harness.measurements import Call, interleaved, peak_of_step
 from benchmarks.harness.peer_models import BUILDERS, NOTES, Peer
 from benchmarks.harness.plain_glow import Latents, reference_glow, with_torch_convolutions
 from benchmarks.harness.processes import in_fresh_processes
@@ -51,7 +51,7 @@ class Spec(NamedTuple):
 
     @property
     def terms(self) -> int:
-        """Number of products behind one element, from all networks and 1x1 convolutions."""
+        """Number of products that a result depends on, in all networks and 1x1 convolutions."""
         return self.levels * self.steps * 9 * self.width
 
     def glow(self) -> Glow:
@@ -93,7 +93,7 @@ class Spec(NamedTuple):
 
 def nll(z: Latents, logdet: Tensor) -> Tensor:
     """Return the negative log-likelihood, without its constant."""
-    return (sum(cast(Tensor, t.square().sum()) for t in z) / 2 - logdet.sum()) / len(logdet)
+    return (sum(t.square().sum() for t in z) / 2 - logdet.sum()) / len(logdet)
 
 
 def variants(task: str) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class Results(NamedTuple):
 
 def results(module: nn.Module, images: Tensor) -> Results:
     x = images.double().requires_grad_()
-    z, logdet = cast(tuple[Latents, Tensor], module(x))
+    z, logdet = module(x)
     (grad,) = torch.autograd.grad(nll(z, logdet), x)
     return Results(tuple(t.detach() for t in z), logdet.detach(), grad)
 
@@ -152,7 +152,7 @@ class Model:
         self.spec, self.variant, self.device = spec, variant, device
         glow = spec.glow()
         if not variant.startswith("mflow_kernels"):  # this package's Glow is in channels_last
-            glow.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            glow.to(memory_format=torch.contiguous_format)
             with_torch_convolutions(glow)
         self.peer: Peer = BUILDERS[variant](glow)
         self.module = self.peer.module.to(device)
@@ -164,12 +164,11 @@ class Model:
 
     def forward(self, x: Tensor) -> tuple[Latents, Tensor]:
         with self.spec.autocast(self.device):
-            return cast(tuple[Latents, Tensor], self.module(x))
+            return self.module(x)
 
     def train(self) -> None:
         """Run forward and backward, without the optimizer step, which is the same for all."""
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        self.module.zero_grad()
         nll(*self.forward(self.x)).backward()
 
     def task(self, name: str) -> Call:
@@ -184,7 +183,7 @@ class Model:
 
     def _inverse(self, z: Latents) -> tuple[Tensor, Tensor]:
         with self.spec.autocast(self.device):
-            return cast(Any, self.module).inverse(z)  # type: ignore[no-any-return]
+            return self.module.inverse(z)
 
     def check(self, task: str) -> None:
         """Compare latents and logdet with the reference; raise AssertionError if they differ.
@@ -210,7 +209,7 @@ class Model:
         if task == "train":
             nll(z, logdet).backward()
             if compiled:  # compare the gradient of the first bias: the sum of the images' gradient
-                bias = cast(Any, self.module).levels[0][0].bias
+                bias = self.module.levels[0][0].bias
                 squeezed = F.pixel_unshuffle(want.grad, 2)
                 self._check_gradient(bias.grad, squeezed.sum((0, 2, 3)))
             else:
@@ -230,7 +229,7 @@ class Model:
             assert_gradient_close(got, want, self.spec.terms, self.variant, low=low)
 
     def _sample_scale(self, want: Results) -> float:
-        """Return the magnitude whose rounding error a sample has.
+        """Return the largest magnitude that is rounded on the way to a sample.
 
         The inverse stretches a latent of level l as much as l levels shrank it, on average over
         its elements.
@@ -257,18 +256,10 @@ class Model:
 
 
 def step_peak(job: tuple[Spec, str, str, int]) -> int:
-    """Return the peak bytes of a training step, including gradients but not the model and images.
-
-    Run it in a process of its own.
-    """
     spec, variant, device_name, threads = job
     torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    model = Model(spec, variant, device)
-    model.train()  # allocates what later steps reuse
-    for parameter in model.module.parameters():
-        parameter.grad = None
-    return peak_bytes(model.train, device)
+    model = Model(spec, variant, torch.device(device_name))
+    return peak_of_step(model.module, model.train, model.device)
 
 
 def measure(
@@ -276,7 +267,7 @@ def measure(
 ) -> Measured:
     """Measure a task, interleaved, for every variant that agrees with the reference.
 
-    With `memory`, also measure the peak memory of a training step.
+    With `memory`, also measure the peak memory of a training step. `rounds` is the default number.
     """
     measured, on_gpu = Measured(), bench.device.type == "cuda"
     calls: dict[str, Call] = {}
@@ -297,7 +288,7 @@ def measure(
     if bench.check_only:
         return measured
     prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-    measured.seconds = interleaved(prepares, rounds, bench.device, bench.clock)
+    measured.seconds = interleaved(prepares, bench.rounds(rounds), bench.device, bench.clock)
     if memory:
         # The new process would compile a compiled model again, which takes minutes.
         full = bench.size == "full"

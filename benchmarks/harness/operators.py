@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.reports.cases import backward_of
 from mflow_kernels.ops.table import OPERATORS, Draw, Operator
 from mflow_kernels.testing import assert_close
 
@@ -40,9 +41,8 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         layout = "" if self.channels_last else " contiguous"
-        return (
-            f"{self.pixels}px level {self.level}: {self.n}x{self.c}x{self.side}x{self.side}{layout}"
-        )
+        size = f"{self.n}x{self.c}x{self.side}x{self.side}"
+        return f"{self.pixels}px level {self.level}: {size}{layout}"
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,23 @@ class Operation:
             return [name for name, t in self.inputs.items() if t.requires_grad]
         return list(self.operator.results)
 
-    def prepare(self, function: Function) -> Callable[[], tuple[Tensor, ...]]:
+    def prepare(
+        self, function: Function, inputs: dict[str, Tensor] | None = None
+    ) -> Callable[[], tuple[Tensor, ...]]:
         """Return the call to time: the function without autograd, or its backward pass.
 
-        The forward pass of a backward pass runs here.
+        The forward pass of a backward pass runs here. `inputs` replaces the operation's own.
         """
-        return self._prepare(function, self.inputs)
-
-    def _prepare(
-        self, function: Function, inputs: dict[str, Tensor]
-    ) -> Callable[[], tuple[Tensor, ...]]:
+        inputs = self.inputs if inputs is None else inputs
+        run = partial(function, *inputs.values())
         if not self.differentiated:
-            return torch.no_grad()(partial(function, *inputs.values()))
-        learned = [t for t in inputs.values() if t.requires_grad]
-        outputs = [t for t in function(*inputs.values()) if t.requires_grad]
-        # Give gradients the layout of the outputs; a broadcast gradient would have to be copied.
-        grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]
-        return partial(torch.autograd.grad, outputs, learned, grads)
+            return torch.no_grad()(run)
+        return backward_of(run, [t for t in inputs.values() if t.requires_grad])
 
     def exact(self) -> tuple[Tensor, ...]:
         """Return the results of the reference in float64."""
-        return self._prepare(
-            self.operator.expected, {name: _widened(t) for name, t in self.inputs.items()}
-        )()
+        wide = {name: _widened(t) for name, t in self.inputs.items()}
+        return self.prepare(self.operator.expected, wide)()
 
     def check(self, function: Function, exact: Sequence[Tensor]) -> None:
         """Assert that the function's results equal `exact` up to the rounding of their dtype."""

@@ -1,8 +1,10 @@
-"""Parsers of commands, text tables, and files that are never half written."""
+"""Parsers of commands, tables, files that are never half written, and the commit that made them."""
 
 import argparse
 import json
+import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from mflow_kernels.data.files import write_atomically
@@ -30,6 +32,24 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(t.rjust(w) if right else t.ljust(w) for t, w, right in places).rstrip()
 
     return "\n".join([line(head), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> str:
+    """Format a Markdown table. The columns after the first `texts` ones are right-aligned."""
+    first, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    rule = "|" + "---|" * texts + "---:|" * (len(head) - texts)
+    return "\n".join([first, rule, *lines])
+
+
+@cache
+def commit() -> str:
+    """Return the short hash of the checkout's commit, with "-dirty" if tracked files differ."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def save_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,7 @@ def reordered(net: nn.Module, order: Tensor, factor: Tensor) -> nn.Module:
         if isinstance(net, Constant):
             net.params.copy_(net.params[:, order] * factor.view(1, -1, 1, 1))
             return net
-        last = cast(nn.Conv2d, cast(nn.Sequential, net)[-1])
-        assert last.bias is not None
+        last = net[-1]
         last.weight.copy_(last.weight[order] * factor.view(-1, 1, 1, 1))
         last.bias.copy_(last.bias[order] * factor)
     return net
@@ -84,7 +83,7 @@ class WithContext(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, context: object = None) -> Tensor:
-        return cast(Tensor, self.net(x))
+        return self.net(x)
 
 
 class Backwards(nn.Module):
@@ -95,10 +94,10 @@ class Backwards(nn.Module):
         self.flow = flow
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(Any, self.flow).inverse(x)  # type: ignore[no-any-return]
+        return self.flow.inverse(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], self.flow(z))
+        return self.flow(z)
 
 
 def _normflows_net(net: nn.Module, channels: int) -> nn.Module:
@@ -130,8 +129,7 @@ def _normflows(glow: Glow) -> Peer:
         return Backwards(block)
 
     def split(s: Split) -> nn.Module:
-        first = cast(nn.Sequential, s.coupling.net)[-1]
-        net = _normflows_net(s.coupling.net, cast(nn.Conv2d, first).out_channels)
+        net = _normflows_net(s.coupling.net, s.coupling.net[-1].out_channels)
         return Backwards(nf.flows.AffineCouplingBlock(net, True, "sigmoid", "channel"))
 
     return Peer(multiscale(glow, step, split), lambda: reference_glow(_with_scale(glow, scale)))
@@ -145,6 +143,14 @@ def _with_scale(glow: Glow, scale: ScaleFunction) -> Glow:
     return glow
 
 
+def _reference_of(
+    made: Multiscale, glow: Glow, step: Callable[[FlowStep, nn.Module], ReferenceStep]
+) -> Multiscale:
+    """Return the reference of a peer whose W is its own: `step` also takes the peer's step."""
+    steps = iter([s for level in made.levels for s in level])
+    return multiscale(glow, lambda s: step(s, next(steps))).double()
+
+
 def _nflows(glow: Glow) -> Peer:
     _package("nflows")
     transforms = importlib.import_module("nflows.transforms")
@@ -154,7 +160,7 @@ def _nflows(glow: Glow) -> Peer:
         half = channels // 2
         swapped = reordered(net, torch.arange(2 * half).roll(half), torch.ones(2 * half))
         mask = [0] * half + [1] * half
-        return transforms.AffineCouplingTransform(mask, lambda *_: WithContext(swapped))  # type: ignore[no-any-return]
+        return transforms.AffineCouplingTransform(mask, lambda *_: WithContext(swapped))
 
     def step(s: FlowStep) -> nn.Module:
         channels = len(s.conv.sign)
@@ -168,27 +174,20 @@ def _nflows(glow: Glow) -> Peer:
             for entries in (conv.lower_entries, conv.upper_entries):
                 entries.normal_(std=0.1 / channels**0.5)
         parts = [actnorm, conv, coupling(s.coupling.net, channels)]
-        return transforms.CompositeTransform(parts)  # type: ignore[no-any-return]
+        return transforms.CompositeTransform(parts)
 
     def reference_step(s: FlowStep, made: nn.Module) -> ReferenceStep:
-        conv = copy.deepcopy(cast(Any, made)._transforms[1]).double()
+        conv = copy.deepcopy(made._transforms[1]).double()
         order = conv.permutation._permutation
         lower, upper = conv._create_lower_upper()
         weight = (lower @ upper).detach()[:, torch.argsort(order)]
         return ReferenceStep(weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale)
 
     def split(s: Split) -> nn.Module:
-        out = cast(nn.Conv2d, cast(nn.Sequential, s.coupling.net)[-1]).out_channels
-        return coupling(s.coupling.net, out)
+        return coupling(s.coupling.net, s.coupling.net[-1].out_channels)
 
     made = multiscale(glow, step, split)
-
-    def reference() -> Multiscale:
-        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
-        changed = _with_scale(glow, scale)
-        return multiscale(changed, lambda s: reference_step(s, next(steps))).double()
-
-    return Peer(made, reference)
+    return Peer(made, lambda: _reference_of(made, _with_scale(glow, scale), reference_step))
 
 
 class Copied(nn.Module):
@@ -199,7 +198,7 @@ class Copied(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.net(x)).clone()
+        return self.net(x).clone()
 
 
 class AllInOne(nn.Module):
@@ -248,16 +247,12 @@ def _freia(glow: Glow) -> Peer:
     scale = ScaleFunction("tanh", clamp=2.0, order="scale-shift")
 
     def reference_step(s: FlowStep, block: nn.Module) -> ReferenceStep:
-        weight = cast(Any, block).block.w_perm[:, :, 0, 0]
+        weight = block.block.w_perm[:, :, 0, 0]
         return ReferenceStep(
             weight, s.actnorm.bias, s.actnorm.log_scale, s.coupling.net, scale, coupling_first=True
         )
 
-    def reference() -> Multiscale:
-        steps = iter([s for level in made.levels for s in cast(nn.ModuleList, level)])
-        return multiscale(glow, lambda s: reference_step(s, next(steps))).double()
-
-    return Peer(made, reference)
+    return Peer(made, lambda: _reference_of(made, glow, reference_step))
 
 
 def _glow_of_this_package(glow: Glow, reversible: bool, checkpoint_every: int | None = 8) -> Peer:
@@ -269,7 +264,7 @@ def _glow_of_this_package(glow: Glow, reversible: bool, checkpoint_every: int | 
 def _plain(glow: Glow, *, channels_last: bool = False, compiled: bool = False) -> Peer:
     made: Any = multiscale(glow)
     if channels_last:
-        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        made.to(memory_format=torch.channels_last)
         made.register_forward_pre_hook(
             lambda _, inputs: (inputs[0].contiguous(memory_format=torch.channels_last),)
         )
@@ -288,7 +283,7 @@ class Checkpointed(nn.Module):
         self.step = Step(step)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], checkpoint(self.step, x, use_reentrant=False))
+        return checkpoint(self.step, x, use_reentrant=False)
 
 
 class Carrying(nn.Module):
@@ -316,7 +311,7 @@ class Inverted(nn.Module):
         self.wrapped = wrapper(Carrying(step), keep_input=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(tuple[Tensor, Tensor], self.wrapped(x, x.new_zeros(x.shape[0])))
+        return self.wrapped(x, x.new_zeros(x.shape[0]))
 
 
 BUILDERS: dict[str, Callable[[Glow], Peer]] = {

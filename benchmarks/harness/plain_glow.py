@@ -5,7 +5,6 @@ The packages are compared with it, and in float64 it is the reference for all of
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +35,13 @@ class Coupling(nn.Module):
         self.net = copy.deepcopy(net)
         self.scale = scale
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x_a, x_b = x.chunk(2, dim=1)
         raw, shift = self.net(x_a).chunk(2, dim=1)
-        log_s = log_scale_ref(raw, self.scale)
+        return x_a, x_b, log_scale_ref(raw, self.scale), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x_a, x_b, log_s, shift = self._parts(x)
         if self.scale.order == "shift-scale":
             y_b = (x_b + shift) * log_s.exp()
         else:
@@ -47,9 +49,7 @@ class Coupling(nn.Module):
         return torch.cat([x_a, y_b], dim=1), log_s.flatten(1).sum(1)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        y_a, y_b = y.chunk(2, dim=1)
-        raw, shift = self.net(y_a).chunk(2, dim=1)
-        log_s = log_scale_ref(raw, self.scale)
+        y_a, y_b, log_s, shift = self._parts(y)
         if self.scale.order == "shift-scale":
             x_b = y_b * (-log_s).exp() - shift
         else:
@@ -77,7 +77,7 @@ class Step(nn.Module):
         self.coupling = Coupling(step.coupling.net, step.coupling.scale)
 
     def weight(self) -> Tensor:
-        lower = self.lower.tril(-1) + cast(Tensor, self.eye)
+        lower = self.lower.tril(-1) + self.eye
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         return self.permutation @ lower @ upper
 
@@ -148,7 +148,7 @@ class Multiscale(nn.Module):
         logdet = x.new_zeros(x.shape[0])
         for i, level in enumerate(self.levels):
             x = F.pixel_unshuffle(x, 2)
-            for step in cast(nn.ModuleList, level):
+            for step in level:
                 x, change = step(x)
                 logdet = logdet + change
             if i < len(self.splits):
@@ -163,11 +163,10 @@ class Multiscale(nn.Module):
         logdet = x.new_zeros(x.shape[0])
         for i in reversed(range(len(self.levels))):
             if i < len(self.splits):
-                split = cast(Coupling, self.splits[i])
-                x, change = split.inverse(torch.cat([x, latents[i]], dim=1))
+                x, change = self.splits[i].inverse(torch.cat([x, latents[i]], dim=1))
                 logdet = logdet + change
-            for step in reversed(cast(nn.ModuleList, self.levels[i])):
-                x, change = cast(Step, step).inverse(x)
+            for step in reversed(self.levels[i]):
+                x, change = step.inverse(x)
                 logdet = logdet + change
             x = F.pixel_shuffle(x, 2)
         return x, logdet

@@ -112,11 +112,11 @@ def _bandwidth(rows: Sequence[Row]) -> Any:
     height = 0.8 / len(variants)
     for panel, shape in zip(panels[0], shapes, strict=True):
         for i, variant in enumerate(variants):
-            mine = {(r.extra["operator"], r.extra["direction"]): r for r in rows
+            measured = {(r.extra["operator"], r.extra["direction"]): r for r in rows
                     if r.variant == variant and r.extra["shape"] == shape}  # fmt: skip
-            at = [j + i * height for j, key in enumerate(named) if key in mine]
-            shares = [100 * mine[key].extra["share_of_copy_bandwidth"] for key in named
-                      if key in mine]  # fmt: skip
+            at = [j + i * height for j, key in enumerate(named) if key in measured]
+            shares = [100 * measured[key].extra["share_of_copy_bandwidth"] for key in named
+                      if key in measured]  # fmt: skip
             panel.barh(at, shares, height, color=COLOURS[i])
         panel.axvline(100, color="black", linewidth=0.7)
         panel.set_title(shape, fontsize=8)
@@ -149,15 +149,15 @@ def _speedup(rows: Sequence[Row]) -> Any:
     for panel, task in zip(panels[0], tasks, strict=True):
         labels = []
         for j, group in enumerate(by_task[task]):
-            mine = {row.variant: row for row in rows if row.group == group}
+            measured = {row.variant: row for row in rows if row.group == group}
             labels.append(
                 group.split(", ", 1)[1].replace(" constant networks", "\nnetworks constant")
             )
-            if "mflow_kernels, stored" not in mine:
+            if "mflow_kernels, stored" not in measured:
                 continue
             for i, peer in enumerate(peers):
-                if peer in mine:
-                    middle, low, high = ratio(mine[peer], mine["mflow_kernels, stored"])
+                if peer in measured:
+                    middle, low, high = ratio(measured[peer], measured["mflow_kernels, stored"])
                     panel.barh(j + i * height, middle, height, color=COLOURS[i],
                                xerr=[[middle - low], [high - middle]],
                                error_kw={"linewidth": 0.7})  # fmt: skip

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from benchmarks.harness.output import markdown_table
 from benchmarks.harness.saved_runs import Row, ratio, spread
 
 MIB = 2**20
@@ -10,11 +11,6 @@ PACKAGE = "mflow_kernels"
 STORED = f"{PACKAGE}, stored"  # stores activations, as the peers do
 TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
 Tables = Callable[[Sequence[Row]], Iterator[str]]
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
 
 
 def format_time(seconds: float) -> str:
@@ -50,14 +46,14 @@ def operators(rows: Sequence[Row]) -> Iterator[str]:
         launched = any(row.extra["launches"] is not None for g in groups for row in g.values())
         head = ["", "fewest MiB", *names, *(f"{PACKAGE} / {n}" for n in names if n != PACKAGE),
                 f"peak MiB: {', '.join(names)}"]  # fmt: skip
-        lines = [_operator(mine, names, launched) for mine in groups]
+        lines = [_operator(group, names, launched) for group in groups]
         head += [f"launches: {', '.join(names)}"] if launched else []
-        yield f"### {shape}\n\n{markdown(head, lines)}"
+        yield f"### {shape}\n\n{markdown_table(head, lines)}\n"
 
 
-def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> list[str]:
+def _operator(group: dict[str, Row], names: Sequence[str], launched: bool) -> list[str]:
     def each(written: Callable[[Row], str]) -> list[str]:
-        return [written(mine[name]) if name in mine else "-" for name in names]
+        return [written(group[name]) if name in group else "-" for name in names]
 
     def rate(row: Row) -> str:
         share, bytes_per_second = (
@@ -65,11 +61,11 @@ def _operator(mine: dict[str, Row], names: Sequence[str], launched: bool) -> lis
         )
         return f"{format_time(row.median)} ({bytes_per_second / 1e9:.1f}, {share:.0%})"
 
-    first = next(iter(mine.values())).extra
-    own = mine.get(PACKAGE)
+    first = next(iter(group.values())).extra
+    own = group.get(PACKAGE)
     cells = [f"{first['operator']} {first['direction']}", f"{first['bytes'] / MIB:.2f}"]
     cells += each(rate)
-    cells += [_against(own, mine.get(name)) for name in names if name != PACKAGE]
+    cells += [_against(own, group.get(name)) for name in names if name != PACKAGE]
     cells.append(", ".join(each(lambda row: f"{row.extra['peak_bytes'] / MIB:.2f}")))
     if launched:
         cells.append(", ".join(each(lambda row: str(row.extra["launches"]))))
@@ -97,7 +93,7 @@ def _families(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 def _columns(family: Sequence[Row]) -> tuple[list[dict[str, Row]], list[str], str]:
     """Return the groups of a family, the heading of each, and the settings that all share."""
     groups = list(_groups(family).values())
-    first = [next(iter(mine.values())).extra for mine in groups]
+    first = [next(iter(group.values())).extra for group in groups]
     differ = [f for f in VARYING if len({e[f] for e in first}) > 1] or ["steps"]
     heads = [" ".join(f"{SHORT[f]}={e[f]}" for f in differ) for e in first]
     same = ", ".join(f"{SHORT[f] or f}={first[0][f]}" for f in VARYING if f not in differ)
@@ -109,9 +105,9 @@ def speedups(rows: Sequence[Row]) -> Iterator[str]:
     for title, family in _families(rows):
         groups, heads, same = _columns(family)
         names = dict.fromkeys(row.variant for row in family if not row.variant.startswith(PACKAGE))
-        lines = [[name, *(_against(mine.get(name), mine.get(STORED)) for mine in groups)]
+        lines = [[name, *(_against(group.get(name), group.get(STORED)) for group in groups)]
                  for name in names]  # fmt: skip
-        yield f"### {title}\n\n{same}\n\n{markdown(['', *heads], lines)}"
+        yield f"### {title}\n\n{same}\n\n{markdown_table(['', *heads], lines)}\n"
 
 
 def comparisons(rows: Sequence[Row]) -> Iterator[str]:
@@ -125,16 +121,16 @@ def _comparison(family: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.variant for row in family))
 
     def table(cell: Callable[[dict[str, Row], str], str]) -> str:
-        lines = [[name, *(cell(mine, name) for mine in groups)] for name in names]
-        return markdown(["", *heads], lines)
+        lines = [[name, *(cell(group, name) for group in groups)] for name in names]
+        return markdown_table(["", *heads], lines) + "\n"
 
-    def relative_time(mine: dict[str, Row], name: str) -> str:
-        if name == "plain" and name in mine:
-            return _spread(mine[name])
-        return _against(mine.get(name), mine.get("plain"))
+    def relative_time(group: dict[str, Row], name: str) -> str:
+        if name == "plain" and name in group:
+            return _spread(group[name])
+        return _against(group.get(name), group.get("plain"))
 
-    def peak_memory(mine: dict[str, Row], name: str) -> str:
-        peak = mine[name].extra.get("peak_bytes") if name in mine else None
+    def peak_memory(group: dict[str, Row], name: str) -> str:
+        peak = group[name].extra.get("peak_bytes") if name in group else None
         return "-" if peak is None else f"{peak / MIB:.1f}"
 
     parts = [f"{same}\n\n{table(relative_time)}"]
@@ -153,10 +149,10 @@ def others(rows: Sequence[Row]) -> Iterator[str]:
     by_columns: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         by_columns.setdefault(tuple(row.extra["figures"]), []).append(row)
-    for columns, mine in by_columns.items():
+    for columns, group in by_columns.items():
         lines = [[row.variant, row.extra["spec"], format_time(row.median),
-                  *(str(row.extra["figures"][c]) for c in columns)] for row in mine]  # fmt: skip
-        yield markdown(["", "model", "step", *columns], lines)
+                  *(str(row.extra["figures"][c]) for c in columns)] for row in group]  # fmt: skip
+        yield markdown_table(["", "model", "step", *columns], lines) + "\n"
 
 
 def accelerated(rows: Sequence[Row]) -> Iterator[str]:
@@ -164,13 +160,13 @@ def accelerated(rows: Sequence[Row]) -> Iterator[str]:
     kinds = list(dict.fromkeys(row.variant for row in rows))
     head = ["", "model", *kinds, *(f"original / {kind}" for kind in kinds[1:]), "peak MiB of each"]
     lines = []
-    for mine in _groups(rows).values():
-        original, extra = mine.get("original"), next(iter(mine.values())).extra
-        peaks = [mine[k].extra["peak_bytes"] / MIB if k in mine else None for k in kinds]
+    for group in _groups(rows).values():
+        original, extra = group.get("original"), next(iter(group.values())).extra
+        peaks = [group[k].extra["peak_bytes"] / MIB if k in group else None for k in kinds]
         lines.append([
             extra["library"], extra["spec"],
-            *(_spread(mine[k]) if k in mine else "-" for k in kinds),
-            *(_against(original, mine.get(k)) for k in kinds[1:]),
+            *(_spread(group[k]) if k in group else "-" for k in kinds),
+            *(_against(original, group.get(k)) for k in kinds[1:]),
             ", ".join("-" if peak is None else f"{peak:.1f}" for peak in peaks),
         ])  # fmt: skip
-    yield markdown(head, lines)
+    yield markdown_table(head, lines) + "\n"

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import mflow_kernels
 from benchmarks.harness.measurements import REPLAY, copy_bandwidth
+from benchmarks.harness.output import commit
 from benchmarks.harness.processes import Died
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Missing(Exception):
@@ -59,7 +57,7 @@ class Measured:
         """Record the peak memory of each variant, measured in a process of its own."""
         for variant, peak in zip(variants, peaks, strict=True):
             if isinstance(peak, Died):
-                self.faults[variant] = RuntimeError(f"peak memory of {variant}: {peak}")
+                self.fault(variant, RuntimeError(f"peak memory of {variant}: {peak}"))
             else:
                 self.extra[variant]["peak_bytes"] = peak
 
@@ -123,25 +121,6 @@ def slug(*names: str) -> str:
     return "-".join(re.sub(r"[,\s]+", "_", name.replace("=", "")) for name in names)
 
 
-def _commit() -> str:
-    """Return the commit of the working tree, or MFLOW_COMMIT if it is set."""
-    given = os.environ.get("MFLOW_COMMIT")
-    if given:
-        return given
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return "unknown"
-    dirty = "-dirty" if changes.stdout.strip() else ""
-    return head.stdout.strip() + dirty if head.returncode == 0 else "unknown"
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -158,18 +137,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def size_of(config: pytest.Config) -> str:
-    """Return the chosen size: tiny, default or full."""
-    if config.getoption("--full"):
-        return "full"
-    return "tiny" if config.getoption("--tiny") else "default"
+def size_and_gpu(config: pytest.Config) -> tuple[str, bool]:
+    """Return the chosen size (tiny, default or full), and whether the run is on a GPU."""
+    option = config.getoption
+    size = "full" if option("--full") else "tiny" if option("--tiny") else "default"
+    return size, option("--device").startswith("cuda")
 
 
 def open_bench(config: pytest.Config) -> Bench:
     """Create the Bench of the chosen options, and measure the machine's copy bandwidth."""
     option = config.getoption
-    device, size = torch.device(option("--device")), size_of(config)
-    on_gpu = device.type == "cuda"
+    device = torch.device(option("--device"))
+    size, on_gpu = size_and_gpu(config)
     megabytes = 8 if size == "tiny" or option("--check") else 1024 if on_gpu else 128
     environment = {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu()}",
@@ -179,7 +158,7 @@ def open_bench(config: pytest.Config) -> Bench:
         "triton": _version("triton"),
         "mflow_kernels": mflow_kernels.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": os.environ.get("MFLOW_COMMIT") or commit(),
         "copy_bytes_per_second": copy_bandwidth(device, megabytes),
     }
     if on_gpu:

@@ -18,19 +18,14 @@ from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold import factors, images, penalties, points
 from benchmarks.manifold.output import Store, fill_in
 
-RUNS: dict[str, Callable[[Store, bool], None]] = {
-    "digits": partial(images.run, "digits"),
-    "patches": partial(images.run, "patches"),
-    "points": points.run,
-    "penalties": penalties.run,
-    "factors": factors.run,
-}
-REPORTS: dict[str, Callable[[Store], dict[str, str]]] = {
-    "digits": partial(images.report, "digits"),
-    "patches": partial(images.report, "patches"),
-    "points": points.report,
-    "penalties": penalties.report,
-    "factors": factors.report,
+Run = Callable[[Store, bool], None]
+Report = Callable[[Store], dict[str, str]]
+PARTS: dict[str, tuple[Run, Report]] = {
+    "digits": (partial(images.run, "digits"), partial(images.report, "digits")),
+    "patches": (partial(images.run, "patches"), partial(images.report, "patches")),
+    "points": (points.run, points.report),
+    "penalties": (penalties.run, penalties.report),
+    "factors": (factors.run, factors.report),
 }
 
 
@@ -38,10 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     store = Store(options.out / ("quick" if options.quick else "full"))
-    for name in options.only or RUNS:
+    for name in options.only or PARTS:
+        run, report = PARTS[name]
         if not options.tables:
-            RUNS[name](store, options.quick)
-        for table, text in REPORTS[name](store).items():
+            run(store, options.quick)
+        if not store.has_any(f"{name}-"):
+            print(f"no runs of {name} in {store.folder}")
+            continue
+        for table, text in report(store).items():
             save_text(store.folder / f"{table}.md", text)
             print(f"\n{text}")
     for document in options.docs:
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for runs, tables and pictures (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--only", choices=list(RUNS), action="append", help="run one part; may be repeated"
+        "--only", choices=list(PARTS), action="append", help="run one part; may be repeated"
     )
     parser.add_argument(
         "--tables", action="store_true", help="make no runs; draw the tables of those that exist"

@@ -226,12 +226,9 @@ def about_runs(rows: Sequence[Row]) -> str:
 
     Rows of earlier versions did not record their machine.
     """
-    found = {
-        "seeds": sorted({row["seed"] for row in rows}),
-        "commits": sorted({row["made"]["commit"] for row in rows}),
-        "dates": sorted({row["made"]["date"] for row in rows}),
-        "torch": sorted({row["made"]["torch"] for row in rows}),
-        "CPU": sorted({row["made"]["cpu"] for row in rows if "cpu" in row["made"]}),
-    }
-    parts = [f"{name} {', '.join(map(str, values))}" for name, values in found.items() if values]
+    found = {"seeds": {row["seed"] for row in rows}}
+    names = {"commits": "commit", "dates": "date", "torch": "torch", "on": "cpu"}
+    for name, key in names.items():
+        found[name] = {row["made"][key] for row in rows if key in row["made"]}
+    parts = [f"{name} {', '.join(map(str, sorted(v)))}" for name, v in found.items() if v]
     return f"\nRuns: {'; '.join(parts)}.\n"

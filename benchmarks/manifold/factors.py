@@ -10,6 +10,7 @@ trained by plain likelihood.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ def run(store: Store, quick: bool) -> None:
     steps = 60 if quick else 500
     for factors in (2,) if quick else tuple(FACTORS):
         for dim in (*DIMENSIONS[factors], 0):
-            arguments = (factors, dim, steps if dim else SPECTRUM_STEPS * steps)
-            store.row(f"factors-{factors}-dim{dim}", lambda arguments=arguments: train(*arguments))
+            count = steps if dim else SPECTRUM_STEPS * steps
+            store.row(f"factors-{factors}-dim{dim}", partial(train, factors, dim, count))
 
 
 def train(factors: int, dim: int, steps: int) -> Row:

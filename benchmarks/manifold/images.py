@@ -20,6 +20,7 @@ from mflow_kernels.data.batches import BatchStream
 from mflow_kernels.data.dequantization import dequantize, to_image
 from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.chart import Chart
 
 SHAPE, DIM = (1, SIDE, SIDE), 32
 LEVELS, STEPS, WIDTH, WIDE = 2, 2, 32, 55
@@ -114,7 +115,7 @@ class ImageComparison(Comparison):
         self, method: Method, x: Tensor
     ) -> tuple[dict[str, float | None], Tensor]:
         parts = x.split(250)
-        projected = torch.cat([method.model.project(part) for part in parts]).clamp(-0.5, 0.5)
+        projected = project(method.model, x)
         bits = None
         if method.off_deviation is not None:
             log_prob = torch.cat([method.model.log_prob(part) for part in parts])
@@ -135,6 +136,11 @@ class ImageComparison(Comparison):
                     samples = to_image(method.sample(n, temperature, generator, off))
                     found[name] = judge(self.set).frechet(samples, reference)
         return found
+
+
+def project(model: Chart, x: Tensor) -> Tensor:
+    """Return the projections of many images, clipped to their range."""
+    return torch.cat([model.project(part) for part in x.split(250)]).clamp(-0.5, 0.5)
 
 
 def autoencoder(channels: int) -> tuple[nn.Module, nn.Module]:

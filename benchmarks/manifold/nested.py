@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.harness.output import command_parser, save_text
 from benchmarks.manifold.comparison import about_runs
+from benchmarks.manifold.images import project
 from benchmarks.manifold.output import Row, Store, fill_in, markdown, run_key
 from benchmarks.manifold.principal_components import PrincipalComponents
 from mflow_kernels import ManifoldFlow, manifold_mask_from_data
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.splits import load_splits
-from mflow_kernels.models.chart import Chart
 from mflow_kernels.runs.folder import Run, load_run
 
 IMPORTANCE_IMAGES = 250  # training images that choose the most important latents
@@ -74,8 +74,8 @@ def measure(run: Run) -> Row:
             "components": ManifoldFlow(PrincipalComponents(train, d), d),
         }
         rows[str(d)] = {
-            "stages": _error(held_out, run.model.project(held_out, stages=count)),
-            **{name: _error(held_out, _project(chart, held_out)) for name, chart in charts.items()},
+            "stages": _error(held_out, run.model.project(held_out, stages=count).clamp(-0.5, 0.5)),
+            **{name: _error(held_out, project(chart, held_out)) for name, chart in charts.items()},
         }
     return {"seed": run.config.seed, "errors": rows}
 
@@ -86,13 +86,8 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(lines, {"d": "d"}, COLUMNS) + "\n" + about_runs(rows)
 
 
-def _project(chart: Chart, x: Tensor) -> Tensor:
-    return torch.cat([chart.project(part) for part in x.split(250)])
-
-
 def _error(x: Tensor, projected: Tensor) -> float:
-    """Return the mean squared error of images, whose range is 1, after clipping."""
-    return (projected.clamp(-0.5, 0.5) - x).square().mean().item()
+    return (projected - x).square().mean().item()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _PHOTOGRAPHS = ("camera", "coins", "moon", "brick", "grass", "gravel")
 
 
 def beside_digits(held_out: Tensor, count: int) -> dict[str, Tensor]:
-    """Return sets of `count` images by name (100 for faces), of the size of the digits."""
+    """Return sets of `count` images (100 faces) by name, as large as the digits."""
     size = held_out.shape[-1]
     return {
         "digits of another data set": _resized(load_digits().images[:count] * (255 / 16), size),
@@ -36,7 +36,7 @@ def beside_digits(held_out: Tensor, count: int) -> dict[str, Tensor]:
 
 
 def beside_faces(held_out: Tensor) -> dict[str, Tensor]:
-    """Return sets of 100 images by name (of as many as `held_out`, if made of these faces)."""
+    """Return sets by name: 100 images, or as many as `held_out` if they are made from these."""
     size = held_out.shape[-1]
     return {
         "patches without a face": _resized(data.lfw_subset()[100:] * 255.0, size),

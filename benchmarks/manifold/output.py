@@ -9,9 +9,7 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.harness.output import save_text
+from benchmarks.harness.output import commit, markdown_table, save_text
 from mflow_kernels.data.files import write_atomically
 from mflow_kernels.runs.folder import Run
 
@@ -49,6 +47,9 @@ class Store:
     def has(self, key: str) -> bool:
         return self._path(key).exists()
 
+    def has_any(self, prefix: str) -> bool:
+        return any(self.folder.glob(f"{prefix}*.json"))
+
     def read(self, key: str) -> Row:
         return json.loads(self._path(key).read_text())
 
@@ -72,15 +73,6 @@ def run_key(run: Run) -> str:
     for name, tensor in run.model.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-@cache
-def commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return described.stdout.strip() or "not in a git checkout"
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -146,13 +138,11 @@ def markdown(
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     heads = [*keys.values(), *(heading for heading, _ in metrics.values())]
-    lines = ["| " + " | ".join(heads) + " |"]
-    lines.append("|" + "---|" * len(keys) + "---:|" * len(metrics))
+    lines = []
     for values, group in groups.items():
         made = [row for row in group if "failed" not in row]
         cells = [mean_and_deviation(made, name, form) for name, (_, form) in metrics.items()]
         failed = len(group) - len(made)
         note = f" ({failed} of {len(group)} failed)" if failed else ""
-        shown = [f"{values[0]}{note}", *map(str, values[1:]), *cells]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        lines.append([f"{values[0]}{note}", *values[1:], *cells])
+    return markdown_table(heads, lines, texts=len(keys))

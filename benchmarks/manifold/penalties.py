@@ -1,13 +1,14 @@
 """Shapes and weights of the penalty, on noisy points of the sphere with one flow."""
 
-from typing import Any, Literal
+import itertools
+from functools import partial
+from typing import Literal
 
 import torch
 
 from benchmarks.manifold import methods, points, training
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.output import Row, Store, markdown
-from benchmarks.manifold.points import NOISE
 from benchmarks.manifold.targets import TARGETS
 from mflow_kernels import ManifoldObjective, VectorFlow
 from mflow_kernels.models.objectives import Rho
@@ -23,15 +24,14 @@ STEPS, RATE = 400, 3e-3
 
 def run(store: Store, quick: bool) -> None:
     """Make the runs."""
-    for seed in range(1 if quick else 3):
-        for domain in DOMAINS:
-            for rho in RHOS[: 1 if quick else None]:
-                for weight in WEIGHTS[:: 2 if quick else 1]:
-                    if weight == "variance" and domain == "latent":
-                        continue  # the loss would have no minimum
-                    key = f"penalties-{domain}-{rho}-weight{weight}-seed{seed}"
-                    arguments = (domain, rho, weight, seed, 100 if quick else STEPS)
-                    store.row(key, lambda arguments=arguments: train(*arguments))
+    seeds, rhos, weights, steps = range(3), RHOS, WEIGHTS, STEPS
+    if quick:
+        seeds, rhos, weights, steps = range(1), RHOS[:1], WEIGHTS[::2], 100
+    for seed, domain, rho, weight in itertools.product(seeds, DOMAINS, rhos, weights):
+        if weight == "variance" and domain == "latent":
+            continue  # the loss would have no minimum
+        key = f"penalties-{domain}-{rho}-weight{weight}-seed{seed}"
+        store.row(key, partial(train, domain, rho, weight, seed, steps))
 
 
 def report(store: Store) -> dict[str, str]:
@@ -50,7 +50,7 @@ def train(
     flow = VectorFlow(3, points.STEPS, points.WIDTH, reversible=False)
     objective = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
     method = methods.one_stage(flow, TARGET.dim, objective)
-    data = points.batches(TARGET, NOISE, torch.Generator().manual_seed(seed))
+    data = points.batches(TARGET, torch.Generator().manual_seed(seed))
     seconds = training.train(method, data, [steps], RATE)
-    about: dict[str, Any] = {"domain": domain, "rho": rho, "weight": weight, "seed": seed}
-    return about | {"seconds": seconds} | points.measure(method, TARGET, NOISE)
+    about: Row = {"domain": domain, "rho": rho, "weight": weight, "seed": seed}
+    return about | {"seconds": seconds} | points.measure(method, TARGET)

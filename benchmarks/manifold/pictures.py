@@ -11,43 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
+from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row, save_figure
 from mflow_kernels.evaluation.pictures import draw_images
 
-# A method keeps its colour and marker in all pictures. Baselines are grey, plain flows blue, and
-# the penalized likelihood is red.
-STYLES = {
-    "principal components, Gaussian": ("0.6", "s"),
-    "principal components, prior flow": ("0.4", "D"),
-    "autoencoder, prior flow": ("0.2", "^"),
-    "plain likelihood": ("tab:blue", "o"),
-    "plain likelihood, wider flow": ("tab:blue", "s"),
-    "plain likelihood, prior flow": ("tab:cyan", "D"),
-    "PIE": ("tab:olive", "v"),
-    "M-flow": ("tab:orange", "^"),
-    "denoising flow": ("tab:green", "<"),
-    "denoising flow, less noise": ("limegreen", "<"),
-    "rectangular flow": ("tab:brown", ">"),
-    "free-form injective flow": ("tab:purple", "P"),
-    "penalized": ("tab:pink", "X"),
-    "penalized, hierarchy": ("tab:red", "*"),
-    "calibrated weight, hierarchy": ("lightcoral", "h"),
-    "falling weight, hierarchy": ("orangered", "d"),
-    "error bound, hierarchy": ("darkred", "p"),
-}
-
-SHORT = {  # names that fit beside a row of images
-    "principal components, Gaussian": "PCA",
-    "principal components, prior flow": "PCA, prior",
-    "autoencoder, prior flow": "autoencoder, prior",
-    "plain likelihood": "plain",
-    "plain likelihood, wider flow": "plain, wider",
-    "plain likelihood, prior flow": "plain, prior",
-    "free-form injective flow": "free-form",
-    "penalized, hierarchy": "pen., hierarchy",
-    "calibrated weight, hierarchy": "calibrated, hierarchy",
-    "falling weight, hierarchy": "falling, hierarchy",
-    "error bound, hierarchy": "bound, hierarchy",
+LABELS = {
+    "bits": "bits per dimension",
+    "squared_error": "reconstruction error (MSE)",
+    "frechet": "Frechet distance of samples, T = 1",
 }
 
 
@@ -57,7 +28,7 @@ def draw_samples(path: Path, name: str, rows: Sequence[Row], test: Tensor) -> No
     for row in rows:
         if row["seed"] == 0 and "picture" in row:
             kind = "samples, v drawn" if row["method"].startswith("plain") else "samples"
-            label = SHORT.get(row["method"], row["method"])
+            label = RECIPES[row["method"]].short or row["method"]
             shown[label] = torch.tensor(row["picture"][kind], dtype=torch.uint8)
     draw_images(path, f"{name}: samples at T = 0.7", shown)
 
@@ -77,13 +48,23 @@ def draw_frontier(
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
             _lines(axis, rows[name], others[name], metric)
-            axis.set(xlabel="reconstruction error (MSE)", xscale="log")
-            axis.grid(alpha=0.3)
-            _plain_ticks(axis.xaxis)
-        line[0].set(title=name, ylabel="bits per dimension")
-        line[1].set(title=name, ylabel="Frechet distance of samples, T = 1", yscale="log")
-        _plain_ticks(line[1].yaxis)
-    handles, labels = line[1].get_legend_handles_labels()
+            axis.set(title=name, xlabel=LABELS["squared_error"])
+            _scales(axis, metric)
+    _save_with_legend(path, figure, axis)
+
+
+def _scales(axis: Axes, metric: str) -> None:
+    """Show a metric on the y axis. All axes are logarithmic, but that of bits per dimension."""
+    axis.set(xscale="log", ylabel=LABELS[metric])
+    axis.grid(alpha=0.3)
+    _plain_ticks(axis.xaxis)
+    if metric != "bits":
+        axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
+
+
+def _save_with_legend(path: Path, figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save_figure(path, figure)
 
@@ -96,26 +77,30 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _points(axis: Axes, rows: Sequence[Row], metric: str) -> None:
-    for method, (colour, marker) in STYLES.items():
-        found = [row for row in rows if row["method"] == method and "failed" not in row]
+    for method, recipe in RECIPES.items():
+        found = _made(rows, method)
         xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
         known = [y for y in ys if y is not None]
         if len(known) != len(found) or not found:
             continue
-        axis.scatter(xs, known, s=9, color=colour, alpha=0.5, linewidths=0)
+        axis.scatter(xs, known, s=9, color=recipe.colour, alpha=0.5, linewidths=0)
         axis.plot(
-            statistics.fmean(xs), statistics.fmean(known), marker, color=colour, label=method,
-            ms=11 if marker == "*" else 7, mec="white", mew=0.5,
+            statistics.fmean(xs), statistics.fmean(known), recipe.marker, color=recipe.colour,
+            label=method, ms=11 if recipe.marker == "*" else 7, mec="white", mew=0.5,
         )  # fmt: skip
 
 
 def _lines(axis: Axes, rows: Sequence[Row], others: Sequence[Row], metric: str) -> None:
     for method in dict.fromkeys(row["method"] for row in others):
         first = [row for row in rows if row["seed"] == 0]
-        found = [row for row in (*first, *others) if row["method"] == method]
-        found = sorted((row for row in found if "failed" not in row), key=lambda row: row["weight"])
+        found = sorted(_made([*first, *others], method), key=lambda row: row["weight"])
         xs, ys = [row["squared_error"] for row in found], [_value(row, metric) for row in found]
-        axis.plot(xs, ys, "-", color=STYLES[method][0], lw=1, alpha=0.7, marker=".", ms=4)
+        axis.plot(xs, ys, "-", color=RECIPES[method].colour, lw=1, alpha=0.7, marker=".", ms=4)
+
+
+def _made(rows: Sequence[Row], method: str) -> list[Row]:
+    """Return the rows of a method's trainings that did not fail."""
+    return [row for row in rows if row["method"] == method and "failed" not in row]
 
 
 def _value(row: Row, metric: str) -> float | None:
@@ -128,28 +113,15 @@ def _value(row: Row, metric: str) -> float | None:
 def draw_budgets(path: Path, rows: Sequence[Row]) -> None:
     """Draw bits per dimension, reconstruction error and Frechet distance against CPU time."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
-    panels = zip(figure.subplots(1, 3), ("bits", "squared_error", "frechet"), strict=True)
-    names = {
-        "bits": "bits per dimension",
-        "squared_error": "reconstruction error (MSE)",
-        "frechet": "Frechet distance of samples, T = 1",
-    }
-    for axis, metric in panels:
-        for method, (colour, marker) in STYLES.items():
-            found = [row for row in rows if row["method"] == method and "failed" not in row]
-            found = sorted(found, key=lambda row: row["share"])
+    for axis, metric in zip(figure.subplots(1, 3), LABELS, strict=True):
+        for method, recipe in RECIPES.items():
+            found = sorted(_made(rows, method), key=lambda row: row["share"])
             values = [_value(row, metric) for row in found]
             if not found or None in values:
                 continue
             times = [row["seconds"] for row in found]
-            axis.plot(times, values, marker + "-", color=colour, label=method, lw=1.2, ms=5)
-        axis.grid(alpha=0.3)
-        axis.set(xlabel="CPU seconds", xscale="log", ylabel=names[metric])
-        _plain_ticks(axis.xaxis)
-        if metric != "bits":
-            axis.set_yscale("log")
-            _plain_ticks(axis.yaxis)
-        last = axis
-    handles, labels = last.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    save_figure(path, figure)
+            style = {"color": recipe.colour, "label": method, "lw": 1.2, "ms": 5}
+            axis.plot(times, values, recipe.marker + "-", **style)
+        axis.set_xlabel("CPU seconds")
+        _scales(axis, metric)
+    _save_with_legend(path, figure, axis)

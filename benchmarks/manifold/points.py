@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -20,9 +20,8 @@ from benchmarks.manifold.output import Row, Store, markdown, save_figure
 from benchmarks.manifold.targets import TARGETS, Target
 from benchmarks.manifold.training import Method
 from mflow_kernels import VectorFlow
-from mflow_kernels.layers import Bijection
 
-NOISE = 0.05
+NOISE = 0.05  # standard deviation of the noise on the points
 BATCH = 256
 STEPS, WIDTH = 4, 64  # size of every flow
 # Width of the autoencoder: with the parameters of the flow, and with the prior's as well.
@@ -43,55 +42,55 @@ class PointComparison(Comparison):
         return Networks(
             (3,), dim,
             flow=lambda: VectorFlow(3, STEPS, WIDTH, reversible=False),
-            prior=lambda: _prior(dim),
+            prior=lambda: (
+                MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
+            ),
             autoencoder=lambda more: autoencoder(dim, MORE_HIDDEN if more else HIDDEN),
             deviation=NOISE,
             volume={"method": "exact"},
         )  # fmt: skip
 
     def batches(self, seed: int, generator: torch.Generator) -> Iterator[Tensor]:
-        return batches(TARGETS[self.target], NOISE, generator)
+        return batches(TARGETS[self.target], generator)
 
     def validate(self, method: Method) -> dict[str, float | None]:
         """Return the energy distance of samples to true points."""
         true = TARGETS[self.target].sample(VALIDATION_POINTS, torch.Generator().manual_seed(10**5))
         return {"score": energy_distance(_samples(method, VALIDATION_POINTS, 10**5 + 1), true)}
 
-    @torch.no_grad()
     def measure(self, method: Method) -> dict[str, Any]:
-        return measure(method, TARGETS[self.target], NOISE)
+        return measure(method, TARGETS[self.target])
 
 
-def batches(target: Target, noise: float, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(target: Target, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield new batches (BATCH, 3), float32, forever."""
     while True:
-        yield _noisy(target.sample(BATCH, generator), noise, generator).float()
+        yield _noisy(target.sample(BATCH, generator), generator).float()
 
 
 def autoencoder(dim: int, width: int) -> tuple[nn.Module, nn.Module]:
     """Build an encoder and a decoder, smooth because the volume needs derivatives."""
-    encoder = nn.Sequential(
-        nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
-    )
-    decoder = nn.Sequential(
-        nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3)
-    )
-    return encoder, decoder
+
+    def network(a: int, b: int) -> nn.Module:
+        first, middle, last = nn.Linear(a, width), nn.Linear(width, width), nn.Linear(width, b)
+        return nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
+
+    return network(3, dim), network(dim, 3)
 
 
 @torch.no_grad()
-def measure(method: Method, target: Target, noise: float) -> dict[str, Any]:
+def measure(method: Method, target: Target) -> dict[str, Any]:
     """Measure a method on held-out points, the same for all methods and seeds."""
     generator = torch.Generator().manual_seed(10**6)
     clean = target.sample(TEST_POINTS, generator)
-    noisy = _noisy(clean, noise, generator)
+    noisy = _noisy(clean, generator)
     samples = _samples(method, SAMPLES, 10**6 + 3)
     model = method.model
     truth = target.log_density(clean)
     if method.ambient:
         # On a noisy manifold, p(x) is the density on the manifold times that of the noise at 0
         # (inflation and deflation, Horvat and Pfister, arXiv 2105.12152).
-        height = (3 - target.dim) / 2 * math.log(2 * math.pi * noise**2)
+        height = (3 - target.dim) / 2 * math.log(2 * math.pi * NOISE**2)
         density = model.log_prob(clean.float()).double() + height
     else:
         density = model.manifold_log_prob(clean.float()).value.double()
@@ -155,12 +154,8 @@ def _counts(points: Tensor, centres: Tensor) -> Tensor:
     return nearest.bincount(minlength=CELLS).double()
 
 
-def _noisy(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    return x + noise * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-
-def _prior(dim: int) -> Bijection:
-    return MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
+def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + NOISE * torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 MEDIAN = {"density_median": ("median abs. error of log p", ".3f")}  # finite if few points are not
@@ -276,7 +271,7 @@ def _draw_densities(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots(len(names), len(_methods(rows)), squeeze=False)
     for row in rows:
         axis = axes[names.index(row["target"])][_methods(rows).index(row["method"])]
-        truth, model = cast("list[list[float]]", row["picture"]["density"])
+        truth, model = row["picture"]["density"]
         low, high = min(truth), max(truth)
         axis.scatter(truth, model, s=3, linewidths=0)
         axis.axline((low, low), slope=1, color="0.5", lw=0.8)

@@ -33,10 +33,10 @@ class PrincipalComponents(Bijection):
         self.logdet = -scale.log().sum().item()
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        z = (x.flatten(1) - self.mean) @ self.inward  # type: ignore[operator]
+        z = (x.flatten(1) - self.mean) @ self.inward
         return (z,), torch.full_like(z[:, 0], self.logdet)
 
     def inverse(self, z: tuple[Tensor, ...], *context: Tensor) -> tuple[Tensor, Tensor]:
-        outward = torch.cat([self.rest, self.components], 1)  # type: ignore[list-item]
-        x = (z[0] @ outward.T + self.mean).unflatten(1, self.input_shape)  # type: ignore[operator]
+        outward = torch.cat([self.rest, self.components], 1)
+        x = (z[0] @ outward.T + self.mean).unflatten(1, self.input_shape)
         return x, torch.full_like(z[0][:, 0], -self.logdet)

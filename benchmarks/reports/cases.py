@@ -85,7 +85,7 @@ class Constant(nn.Module):
 
 
 def chain(case: Case, steps: int, **options: Any) -> ReversibleChain:
-    """A chain of `steps` steps with constant networks, in the case's dtypes."""
+    """Return a chain of `steps` steps with constant networks, in the case's dtypes."""
     channels = 2 * (case.c - case.c // 2)
     nets = [Constant(case.tensor(channels, case.params_dtype)) for _ in range(steps)]
     made = ReversibleChain([FlowStep(case.c, net, scale=case.scale) for net in nets], **options)
@@ -93,7 +93,7 @@ def chain(case: Case, steps: int, **options: Any) -> ReversibleChain:
 
 
 def autocast(case: Case) -> AbstractContextManager[object]:
-    """The autocast that makes a chain cast its networks' inputs to `params_dtype`."""
+    """Return the autocast that makes a chain cast its networks' inputs to `params_dtype`."""
     if case.params_dtype in (torch.float16, torch.bfloat16):
         return torch.autocast("cpu", case.params_dtype)
     return nullcontext()
@@ -112,12 +112,12 @@ class Operation(NamedTuple):
 
 
 def operations(case: Case) -> Iterator[Operation]:
-    """Every operator on states and a chain of two steps, forward, inverse and backward."""
+    """Yield every operator on states and chains of two steps, forward, inverse and backward."""
     draw = Draw(
         (case.n, case.c, case.side, case.side),
         (case.dtype, case.params_dtype),
         layout=case.laid_out,
-        numbers=_half,
+        numbers=lambda size: torch.full(size, 0.5, dtype=torch.float64),  # no report uses results
     )
     options = {"scale": case.scale, "precision": case.precision}
     table: list[tuple[str, str, Callable[..., object], list[Tensor]]] = []
@@ -144,23 +144,19 @@ def operations(case: Case) -> Iterator[Operation]:
         yield Operation(name, f"{direction} backward", partial(backward_of, run, inputs))
 
 
-def _half(shape: tuple[int, ...]) -> Tensor:
-    """Any values will do: no report uses results."""
-    return torch.full(shape, 0.5, dtype=torch.float64)
-
-
 def _run(case: Case, function: Callable[[], object]) -> object:
     with autocast(case):
         return function()
 
 
 def backward_of(run: Callable[[], object], inputs: list[Tensor]) -> Callable[[], object]:
-    """Runs the forward pass and returns a function that runs the backward pass.
+    """Run the forward pass, and return a function that runs the backward pass.
 
     The gradients have the layouts of the outputs: those that `sum()` broadcasts have strides of
     zero and would be copied.
     """
     outputs = run()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = [t for t in outputs if t.requires_grad]
     grads = [torch.full_like(t, 0.5, memory_format=torch.preserve_format) for t in outputs]
     return partial(torch.autograd.grad, outputs, inputs, grads, allow_unused=True)

@@ -20,7 +20,7 @@ _ENTRY = re.compile(
 
 
 def compile_native(source: str, target: str) -> list[tuple[str, Compiled]]:
-    """(name, resources) of each kernel instance in a .cu file."""
+    """Return the name and the resources of each kernel instance in a .cu file."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "out.cubin")
         command = ["nvcc", "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch={target}", "-cubin"]
@@ -41,7 +41,7 @@ def compile_native(source: str, target: str) -> list[tuple[str, Compiled]]:
 
 
 def _demangle(names: list[str]) -> list[str]:
-    """Names like `forward_kernel<float, 4, true>`, if c++filt of binutils is installed."""
+    """Return names such as `forward_kernel<float, 4, true>`, if binutils has installed c++filt."""
     try:
         demangled = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.reports import aot
 from benchmarks.reports.cases import CHANNEL_PRODUCTS
 
-# Arguments that hold results, by name. A kernel that breaks the rule is listed by itself.
+# Names of arguments that hold results. OUTPUTS lists the kernels with other names.
 DEFAULT_OUTPUTS = {
     "y", "net", "ledger", "dx", "dparams", "dweight", "dbias", "out", "dlog_scale", "logdet",
 }  # fmt: skip
@@ -23,7 +23,7 @@ OUTPUTS = {
 
 
 def results_of(launch: aot.Launch) -> set[str]:
-    """Names of the arguments that a launch writes, as the kernel's source has them."""
+    """Return the names of the arguments that a launch writes, as the kernel's source has them."""
     name = launch.kernel.__name__
     written = {n for n in launch.bound if n in OUTPUTS.get(name, DEFAULT_OUTPUTS)}
     if not written:
@@ -32,7 +32,7 @@ def results_of(launch: aot.Launch) -> set[str]:
 
 
 def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Floating point operations of a network's kernel, repeated ones included."""
+    """Return the floating point operations of a network's kernel, repeated ones included."""
     width, taps = int(given["WIDTH"]), int(given["TAPS"])
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
@@ -49,7 +49,7 @@ def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
 
 
 def flops_of(launch: aot.Launch) -> int:
-    """Floating point operations of the products of a launch."""
+    """Return the floating point operations of the products of a launch."""
     if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
         return _network_flops(launch.kernel.__name__, launch.bound)
     products = CHANNEL_PRODUCTS.get(launch.kernel.__name__, 0)

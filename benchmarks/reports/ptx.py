@@ -56,7 +56,7 @@ def _bytes(access: re.Match[str]) -> int:
 
 
 def _roots(lines: Sequence[str]) -> dict[str, set[int]]:
-    """For each register of an address, the pointer arguments that went into it."""
+    """Return, for each register of an address, the pointer arguments that went into it."""
     pointers = {int(n) for line in lines for n in re.findall(r"\.u64 \.ptr .*_param_(\d+)", line)}
     roots: dict[str, set[int]] = defaultdict(set)
     moves = []

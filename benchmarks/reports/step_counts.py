@@ -78,7 +78,7 @@ class Kernel:
 
 
 def nbytes(x: Tensor) -> int:
-    """Bytes of the memory behind a tensor's elements: an expanded axis counts once."""
+    """Return the bytes of the memory behind a tensor's elements: an expanded axis counts once."""
     numbers = math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s or n < 2)
     return numbers * x.element_size()
 
@@ -105,7 +105,7 @@ class _Counter(TorchDispatchMode):
         )  # fmt: skip
 
     def has_pixels(self, x: Tensor) -> bool:
-        """Whether x is a state, params or a hidden tensor, not a weight. A vector has one pixel."""
+        """Return whether x is a state, params or a hidden tensor. A vector has one pixel."""
         if x.dim() != self.images.dim() or len(x) != len(self.images):
             return False
         return x.dim() == 2 or (
@@ -197,7 +197,7 @@ LARGE = 2**20  # bytes
 def _without_computing(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]
 ) -> Any:
-    """Run an operator on the meta device, and return results in memory that nothing writes."""
+    """Run an operator on the meta device. Return results in memory that nothing writes."""
     metas = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
              for t in given}  # fmt: skip
     originals = {id(metas[id(t)]): t for t in given}
@@ -220,7 +220,7 @@ def _swapped(tree: Any, metas: dict[int, Tensor]) -> Any:
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> bool:
-    """Whether cuDNN runs this convolution in channels_last (torch's rule, ConvUtils.h)."""
+    """Return whether cuDNN runs a convolution in channels_last (torch's rule, ConvUtils.h)."""
     return any(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
         for t in (x, weight)
@@ -233,8 +233,10 @@ def _flops(y: Tensor, weight: Tensor) -> int:
 
 @contextmanager
 def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
-    """While open, kernels of a model's coupling networks count as such, also in the backward pass,
-    where hooks on each node of a network's graph mark it while it runs."""
+    """Within this context, count the kernels of a model's coupling networks as such.
+
+    In the backward pass, hooks on the nodes of a network's graph mark its kernels.
+    """
     handles = []
 
     def enter(*_: Any) -> None:
@@ -261,15 +263,15 @@ def _marked_networks(module: nn.Module, counter: _Counter) -> Iterator[None]:
 
 
 def networks(module: nn.Module) -> Iterator[nn.Module]:
-    """The coupling networks of a model of any library: chains of modules from a convolution or a
-    linear layer to another one."""
+    """Yield the coupling networks of a model of any library.
+
+    They are the `nn.Sequential`s from a convolution or linear layer to another one.
+    """
     for child in module.modules():
-        if isinstance(child, nn.Sequential) and len(child) > 1 and _ends(child[0], child[-1]):
-            yield child
-
-
-def _ends(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers)
+        if isinstance(child, nn.Sequential) and len(child) > 1:
+            ends = child[0], child[-1]
+            if all(isinstance(layer, nn.Conv2d | nn.Linear) for layer in ends):
+                yield child
 
 
 def _graph(node: Any, ends: set[Any]) -> Iterator[Any]:

@@ -31,14 +31,14 @@ The exit code is 1 if one of these fails:
     backward.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from benchmarks.reports import traffic_counts  # before anything of mflow_kernels
@@ -46,7 +46,7 @@ from benchmarks.reports import traffic_counts  # before anything of mflow_kernel
 import torch  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.output import save_json, text_table
+from benchmarks.harness.output import command_parser, save_json, text_table
 from benchmarks.reports.cases import (
     CHAINS,
     CHANNEL_PRODUCTS,
@@ -65,7 +65,7 @@ NEEDLESS = {("_coupling_bwd_kernel", "x"), ("_coupling_conv1x1_bwd_kernel", "x")
 
 
 def cases(quick: bool) -> Iterator[tuple[Case, bool]]:
-    """States, and whether their pixels fill tiles."""
+    """Yield states, and whether their pixels fill tiles."""
     if quick:
         for c in (12, 24, 48, 96, 136):
             yield Case(c, n=1, side=8, channels_last=True), True
@@ -116,19 +116,19 @@ class Row:
 
 
 def sector_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
-    """Sectors that requests touch, divided by the sectors that hold the touched elements."""
+    """Return the sectors that requests touch, divided by those that hold the touched elements."""
     once = sum(memory.sectors_once for memory in memories)
     return sum(memory.sectors for memory in memories) / once if once else 1.0
 
 
 def sector_bytes_ratio(memories: Sequence[traffic_counts.Memory]) -> float:
-    """Bytes of the sectors that requests touch, divided by the bytes that they request."""
+    """Return the bytes of the sectors that requests touch, divided by the requested bytes."""
     moved = sum(memory.moved for memory in memories)
     return 32 * sum(memory.sectors for memory in memories) / moved if moved else 1.0
 
 
 def product_ratio(case: Case, launch: traffic_counts.Launch) -> float:
-    """Multiplications of the tensor cores, divided by those of the formulas."""
+    """Return the multiplications of the tensor cores, divided by those of the formulas."""
     products = CHANNEL_PRODUCTS.get(launch.kernel, 0)
     if launch.kernel.startswith("_rebuild_conv1x1"):
         names = {name for memory in launch.memories for name in memory.names}
@@ -206,7 +206,7 @@ QUICK = {"coupling_conv1x1": "forward", "reversible chain": "forward backward"}
 
 
 def wanted(operation: Operation, case: Case, fills: bool, quick: bool) -> bool:
-    """Whether to run an operation on a case.
+    """Return whether to run an operation on a case.
 
     Chains repeat the operators, with a network input added, so one layout is enough for them, and
     one width for the chains that store states. Above C = 64, where an operation takes longest, the
@@ -265,7 +265,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         quiet = function.is_view or function.namespace == "mflow" or name.startswith(self.QUIET)
         self.count += not quiet
@@ -293,69 +293,49 @@ class Launches:
 
 
 def launches(steps: int = 4) -> list[Launches]:
-    """The launches of each kind of chain. No kernel runs."""
+    """Count the launches of each kind of chain. No kernel runs."""
     made = []
-    case = Case(12, n=1, side=4, channels_last=True)
-    for name, options in CHAINS.items():
-        for direction in ("forward", "inverse", "forward backward", "inverse backward"):
-            counted, eager = [], []
-            for k in (steps, 2 * steps):
-                flow = chain(case, k, **options)
-                x = case.tensor(case.c, case.dtype)
-                run = flow if direction.startswith("forward") else flow.inverse
-                if direction.endswith("backward"):
-                    learned = [x, *(p for p in flow.parameters() if p.requires_grad)]
-                    prepare = partial(backward_of, partial(run, x), learned)
-                    bound = 2 * steps + 1
-                else:
-                    prepare = partial(torch.no_grad(), partial(run, x))
-                    bound = steps + 1
-                operators = _Operators()
-                with traffic_counts.noting() as noted:
-                    function = prepare()
-                    noted.clear()
-                    with operators:
-                        function()
-                counted.append(noted)
-                eager.append(operators.count)
-            over = [tensors for tensors in counted[0] if any(t.dim() == 4 for t in tensors)]
-            fault = "" if len(over) <= bound else "too many"
-            made.append(
-                Launches(
-                    name,
-                    direction,
-                    steps,
-                    len(over),
-                    len(counted[0]) - len(over),
-                    bound,
-                    (eager[1] - eager[0]) / steps,
-                    fault,
-                )
-            )
+    directions = ("forward", "inverse", "forward backward", "inverse backward")
+    for (name, options), direction in product(CHAINS.items(), directions):
+        (over, others, operators), (*_, operators_of_twice) = (
+            _count_chain(k, direction, options) for k in (steps, 2 * steps)
+        )
+        bound = 2 * steps + 1 if direction.endswith("backward") else steps + 1
+        a_step = (operators_of_twice - operators) / steps
+        fault = "" if over <= bound else "too many"
+        made.append(Launches(name, direction, steps, over, others, bound, a_step, fault))
     return made
 
 
+def _count_chain(steps: int, direction: str, options: Mapping[str, object]) -> tuple[int, int, int]:
+    """Return a chain's launches over states, its other launches, and its torch operators."""
+    case = Case(12, n=1, side=4, channels_last=True)
+    flow = chain(case, steps, **options)
+    x = case.tensor(case.c, case.dtype)
+    run = partial(flow if direction.startswith("forward") else flow.inverse, x)
+    with traffic_counts.noting() as noted:
+        if direction.endswith("backward"):
+            function = backward_of(run, [x, *(p for p in flow.parameters() if p.requires_grad)])
+        else:
+            function = torch.no_grad()(run)
+        noted.clear()
+        with _Operators() as operators:
+            function()
+    over = sum(any(t.dim() == 4 for t in tensors) for tensors in noted)
+    return over, len(noted) - over, operators.count
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reports.traffic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.reports.traffic", __doc__)
     parser.add_argument("--quick", action="store_true", help="five widths only, in seconds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows, counts = traffic(options.quick), launches()
-    print(
-        "Bytes and sectors that each compiled launch (sm_90) asks for\n"
-        + text_table(Row.HEAD, [r.cells for r in rows])
-        + "\n"
-    )
-    print(
-        "Launches beside the networks, K steps\n"
-        + text_table(Launches.HEAD, [r.cells for r in counts])
-        + "\n"
-    )
+    print("Bytes and sectors that each compiled launch (sm_90) asks for")
+    print(text_table(Row.HEAD, [r.cells for r in rows]) + "\n")
+    print("Launches beside the networks, K steps")
+    print(text_table(Launches.HEAD, [r.cells for r in counts]) + "\n")
     failed = [r for r in rows if r.fault]
     narrow = [r for r in rows if r.c <= TWICE.get(f"_{r.kernel}", 128)]
     extremes = [

@@ -61,7 +61,7 @@ _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
 
 
 def _multiplications(report: Report) -> int:
-    """Multiplications of the tensor-core instructions that a launch's warps issued."""
+    """Return the multiplications of the tensor-core instructions that a launch's warps issued."""
     total = 0
     for name, warps in report.instructions.items():
         if name.startswith(("mma.sync", "wgmma.mma_async")):
@@ -95,7 +95,7 @@ def _launch_of(launched: Launched) -> Launch:
 
 
 def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> list[Launch]:
-    """Every launch of the function that `prepare()` returns, with its requests."""
+    """Return every launch of the function that `prepare()` returns, with its requests."""
     with installed(Device(arch)) as device:
         function = prepare()
         device.launches.clear()
@@ -105,7 +105,7 @@ def count(prepare: Callable[[], Callable[[], object]], arch: str = "sm_90") -> l
 
 @contextmanager
 def noting() -> Iterator[list[list[Tensor]]]:
-    """A context in which no kernel runs. Yields a list of the tensors of each launch."""
+    """Within this context, run no kernel. Yield a list of the tensors of each launch."""
     noted: list[list[Tensor]] = []
 
     def run(_: JITFunction, *args: Any, **kwargs: Any) -> None:

@@ -33,7 +33,7 @@ from torch import nn  # isort: skip
 
 from benchmarks.harness.measurements import Call
 from benchmarks.harness.models import Model, Spec
-from benchmarks.harness.output import command_parser, save_json, text_table
+from benchmarks.harness.output import command_parser, markdown_table, save_json, text_table
 from benchmarks.harness.session import Missing
 from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
@@ -41,7 +41,7 @@ from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
-# They differ from the others only in training.
+# Variants that differ from the others only in training.
 RECOMPUTING = ("mflow_kernels, reversible", "checkpointing")
 VARIANTS = ("mflow_kernels, stored", "mflow_kernels, reversible", "plain", "plain, channels_last",
             "checkpointing", "normflows", "nflows", "FrEIA")  # fmt: skip
@@ -108,18 +108,18 @@ def rows(specs: Sequence[Spec], variants: Sequence[str], tasks: Sequence[str]) -
 
 
 def report(made: Sequence[Row]) -> str:
-    """A table for each model and task."""
+    """Return a table for each model and task."""
     pages = []
     for key in dict.fromkeys((row.spec, row.task) for row in made):
         group = [row for row in made if (row.spec, row.task) == key]
-        plain = next((row.moved for row in group if row.variant == "plain"), 0)
+        plain = next((row for row in group if row.variant == "plain"), None)
         head = ["", "launches", "read MB", "written MB", "over plain", "GFLOP",
                 *(f"{part} %" for part in PARTS), "MB by level",
                 *(f"{card} at least, ms" for card in CARDS)]  # fmt: skip
         cells = [
             [
                 row.variant, row.launches, f"{row.read / 1e6:.1f}", f"{row.written / 1e6:.1f}",
-                f"{row.moved / plain:.2f}" if plain else "-", f"{row.flops / 1e9:.2f}",
+                over(row, plain), f"{row.flops / 1e9:.2f}",
                 *(f"{100 * row.parts[part] / row.moved:.1f}" for part in PARTS),
                 " / ".join(f"{level}: {b / 1e6:.1f}" for level, b in row.levels.items()),
                 *(f"{1e3 * bound:.3f}" for bound in row.lower_bounds.values()),
@@ -130,22 +130,23 @@ def report(made: Sequence[Row]) -> str:
     return "\n\n".join(pages)
 
 
+def over(row: Row, plain: Row | None) -> str:
+    """Return the bytes of a row over those of plain eager, if that was counted."""
+    return f"{row.moved / plain.moved:.2f}" if plain else "-"
+
+
 def summary(made: Sequence[Row]) -> str:
-    """A Markdown table for each task: bytes over plain eager's and launches, by width."""
+    """Return a Markdown table for each task: bytes over plain eager's and launches, by width."""
     widths = list(dict.fromkeys(row.width for row in made))
     pages = []
     for task in dict.fromkeys(row.task for row in made):
         cells = {(row.variant, row.width): row for row in made if row.task == task}
-        lines = [f"| {TASKS[task]} | " + " | ".join(f"width {w}" for w in widths) + " |",
-                 "|---" * (1 + len(widths)) + "|"]  # fmt: skip
-        for variant in dict.fromkeys(variant for variant, _ in cells):
-            row = [
-                f"{cells[variant, w].moved / cells['plain', w].moved:.2f} / "
-                f"{cells[variant, w].launches:,}"
-                for w in widths
-            ]
-            lines.append(f"| {variant} | " + " | ".join(row) + " |")
-        pages.append("\n".join(lines))
+        lines = [
+            [variant, *(f"{over(cells[variant, w], cells.get(('plain', w)))} / "
+                        f"{cells[variant, w].launches:,}" for w in widths)]
+            for variant in dict.fromkeys(variant for variant, _ in cells)
+        ]  # fmt: skip
+        pages.append(markdown_table([TASKS[task], *(f"width {w}" for w in widths)], lines))
     return "\n\n".join(pages)
 
 
@@ -167,7 +168,7 @@ def check(made: Sequence[Row], recorded: Sequence[dict[str, object]]) -> list[st
 
 
 def record(made: Sequence[Row]) -> list[dict[str, object]]:
-    """The part of the rows that `check` reads."""
+    """Return the part of the rows that `check` reads."""
     return [
         {"spec": r.spec, "task": r.task, "variant": r.variant, "launches": r.launches,
          "moved": r.moved}

@@ -13,18 +13,22 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
 
 
-def run(*arguments: str, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    out: Path, *arguments: str, path: Path | None = None, **env: str
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run the script into a folder, with `path` first on PATH. Return the process and its log."""
     first = path or Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{first}{os.pathsep}{os.environ['PATH']}", **env}
     # pytest-benchmark would disable itself if it saw pytest-xdist's variables.
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run([str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
+    command = [str(SCRIPT), str(out), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return done, (out / "log.txt").read_text() if out.is_dir() else ""
 
 
 def test_a_rehearsal_measures_every_kind_of_row(tmp_path: Path) -> None:
     """This takes about 30 s of CPU time, because six processes import torch."""
-    done = run(str(tmp_path / "out"), "--rehearse", MFLOW_COMMIT="abc123", MFLOW_SECONDS="3600")
-    log = (tmp_path / "out" / "log.txt").read_text()
+    done, log = run(tmp_path / "out", "--rehearse", MFLOW_COMMIT="abc123", MFLOW_SECONDS="3600")
     assert done.returncode == 0, log[-3000:]
     assert "all parts passed" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -50,9 +54,8 @@ def test_a_rehearsal_has_no_limits_for_its_parts(tmp_path: Path) -> None:
     """Limits would make it fail on a busy machine."""
     bin = fake_python(tmp_path / "bin", "")
     for arguments, limits in ((["--rehearse"], range(90_000, 100_001)), ([], range(20, 151))):
-        done = run(str(tmp_path / "out"), *arguments, path=bin, MFLOW_SECONDS="100000")
+        done, log = run(tmp_path / "out", *arguments, path=bin, MFLOW_SECONDS="100000")
         shown = [int(t) for t in re.findall(r"\(at most (\d+) s\)", done.stdout)]
-        log = (tmp_path / "out" / "log.txt").read_text()
         assert len(shown) == 8, log
         assert all(limit in limits for limit in shown)
 
@@ -69,7 +72,7 @@ def test_failed_parts_are_named_at_the_end_and_do_not_stop_others(tmp_path: Path
     python = 'case "$*" in *tests/ops*|*"--shard 1/"*) exit 3 ;; *models.py*) exit 4 ;; esac'
     (tmp_path / "out" / "parts").mkdir(parents=True)
     (tmp_path / "out" / "parts" / "old.json").write_text("of an earlier run")
-    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", python))
+    done, _ = run(tmp_path / "out", path=fake_python(tmp_path / "bin", python))
     assert done.returncode == 1
     failed = done.stdout[done.stdout.index("failed, after") :].splitlines()[1:]
     assert failed == ["  tests (exit code 1)", "  check (exit code 1)", "  models (exit code 4)"]
@@ -83,17 +86,15 @@ def test_tests_run_on_all_cores_at_once(tmp_path: Path) -> None:
     )
     (bin / "nproc").write_text('#!/bin/sh\n[ -z "$OMP_NUM_THREADS" ] && echo 3\n')
     (bin / "nproc").chmod(0o755)
-    done = run(str(tmp_path / "out"), path=bin)
+    done, log = run(tmp_path / "out", path=bin)
     assert done.returncode == 0  # an empty shard (exit code 5) is not a failure
-    log = (tmp_path / "out" / "log.txt").read_text()
     for i in (1, 2, 3):
         assert len(re.findall(rf"^args: -m pytest -m gpu .*--shard {i}/3$", log, re.M)) == 1
 
 
 def test_every_test_that_needs_a_gpu_runs(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", 'echo "args: $*"'))
+    done, log = run(tmp_path / "out", path=fake_python(tmp_path / "bin", 'echo "args: $*"'))
     assert done.returncode == 0
-    log = (tmp_path / "out" / "log.txt").read_text()
     command = re.search(r"^args: -m pytest -m gpu (.*) -p ", log, re.M)
     assert command
     assert "--ignore" not in command[1]
@@ -109,28 +110,27 @@ def test_every_test_that_needs_a_gpu_runs(tmp_path: Path) -> None:
 
 def test_tests_that_need_missing_packages_are_left_out(tmp_path: Path) -> None:
     python = 'case "$*" in *lightning*) exit 1 ;; esac; echo "args: $*"'
-    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", python))
+    done, log = run(tmp_path / "out", path=fake_python(tmp_path / "bin", python))
     assert done.returncode == 0
     assert "no packages of mflow_kernels[train]" in done.stdout
-    log = (tmp_path / "out" / "log.txt").read_text()
     assert re.search(r"^args: .* --ignore tests/models/test_plain_glow.py -p ", log, re.M)
     assert "test_graphs.py" not in log
 
 
 def test_a_part_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
-    done = run(str(tmp_path / "out"), path=fake_python(tmp_path / "bin", ""), MFLOW_SECONDS="31")
+    done, _ = run(tmp_path / "out", path=fake_python(tmp_path / "bin", ""), MFLOW_SECONDS="31")
     assert done.returncode == 1
     assert "  tests (no time left)" in done.stdout
 
 
 def test_a_folder_that_cannot_be_created_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    done = run(str(tmp_path / "out"))
+    done, _ = run(tmp_path / "out")
     assert done.returncode == 2
     assert not done.stdout
 
 
 def test_the_folder_is_required() -> None:
-    done = run("--rehearse")
+    done = subprocess.run([str(SCRIPT), "--rehearse"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "benchmarks/gpu_run.sh OUT_FOLDER [--rehearse]" in done.stderr

@@ -79,6 +79,15 @@ def test_errors_skip_peers_and_fail_this_package() -> None:
     assert str(measured.faults["memcnn"]) == "memcnn: RuntimeError: no such operator"
 
 
+def test_a_peak_that_is_missing_skips_peers_and_fails_this_package() -> None:
+    measured = Measured(extra={"plain": {}})
+    died = Died("the process died")
+    measured.add_peaks(["mflow_kernels, stored", "memcnn", "plain"], [died, died, 8])
+    kinds = {name: type(fault) for name, fault in measured.faults.items()}
+    assert kinds == {"mflow_kernels, stored": RuntimeError, "memcnn": Missing}
+    assert measured.extra == {"plain": {"peak_bytes": 8}}
+
+
 def test_row_ids_are_words_for_the_k_option() -> None:
     spec = str(Spec(constant=True, precision="bfloat16")).split()
     row = slug(*spec, "train", "mflow_kernels, nothing stored")

@@ -15,7 +15,6 @@ from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.mixture_flow import MixtureFlow
 from benchmarks.manifold.output import Store, fill_in, markdown
-from benchmarks.manifold.pictures import STYLES
 from benchmarks.manifold.points import NOISE, PointComparison, divergence
 from benchmarks.manifold.sets import SETS, Part
 from benchmarks.manifold.targets import TARGETS
@@ -195,7 +194,7 @@ def test_the_machine_of_a_run_is_the_one_that_recorded_it():
     text = "\nRuns: seeds 0; commits c; dates 2026-11-27; torch 2"
     assert about_runs([{"seed": 0, "made": made}]) == f"{text}.\n"
     rows = [{"seed": 0, "made": made}, {"seed": 0, "made": recorded}]
-    assert about_runs(rows) == f"{text}; CPU 4096 CPU cores (z80).\n"
+    assert about_runs(rows) == f"{text}; on 4096 CPU cores (z80).\n"
 
 
 def test_finished_runs_are_not_repeated(tmp_path):
@@ -271,10 +270,6 @@ def test_tables_show_a_dash_for_missing_values():
     assert lines[2:] == ["| a | 2.0 ± 1.4 |", "| b | - |"]
 
 
-def test_every_method_has_a_place_in_the_pictures():
-    assert STYLES.keys() == RECIPES.keys()
-
-
 def test_tables_count_failed_runs():
     rows = [{"m": "a", "x": 1.0}, {"m": "a", "failed": "loss nan"}]
     assert markdown(rows, {"m": "method"}, {"x": ("x", ".1f")}).splitlines()[2:] == [
@@ -307,6 +302,12 @@ def test_the_falling_weight_is_that_of_a_schedule():
         expected = objective(first, x).loss
         if step in (0, 31, 99):
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
+
+
+def test_tables_of_no_runs_say_so(tmp_path, capsys):
+    main(["--tables", "--only", "points", "--out", str(tmp_path)])
+    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_unknown_parts_are_refused(tmp_path, capsys):

@@ -8,6 +8,7 @@ from PIL import Image
 from benchmarks import readme_pictures
 from benchmarks.harness.saved_runs import merged, runs
 from benchmarks.readme_pictures import RESULTS, bars, draw_comparison, draw_run, draw_uses
+from mflow_kernels.runs.folder import load_run
 
 
 def test_bars_are_those_of_the_saved_figures():
@@ -36,9 +37,12 @@ def test_pictures_are_written(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(readme_pictures, "SAMPLES", 2)
     monkeypatch.setattr(readme_pictures, "MISSING", ("half",))
     draw_comparison(runs(merged([RESULTS])), tmp_path / "comparison.png")
-    draw_run(trained, tmp_path / "digits.png")
-    draw_uses(trained, tmp_path / "uses.png")
-    for path in tmp_path.iterdir():
+    run = load_run(str(trained), "cpu")
+    draw_run(run, tmp_path / "digits.png")
+    draw_uses(run, tmp_path / "uses.png")
+    pictures = list(tmp_path.iterdir())
+    assert len(pictures) == 3
+    for path in pictures:
         with Image.open(path) as picture:
             assert picture.width > 600
             assert len(picture.getcolors(100_000)) > 10

@@ -5,28 +5,18 @@ process under TRITON_INTERPRET=1 needs.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from own_process import run_python
 
 from benchmarks.reports.ptx import access_bytes
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
 def test_quick_set_compiles_without_a_fault(tmp_path: Path) -> None:
     """This takes 40 s of CPU time, because it compiles every kernel for three architectures."""
     saved = tmp_path / "static.json"
-    done = run("-m", "benchmarks.reports.static", "--quick", "--json", str(saved))
+    done = run_python("-m", "benchmarks.reports.static", "--quick", "--json", str(saved))
     rows = json.loads(saved.read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [row for row in rows if row["faults"]]
@@ -76,7 +66,7 @@ def test_models_that_compute_make_the_recorded_launches(tmp_path: Path) -> None:
     """
     script = tmp_path / "recorded.py"
     script.write_text(RECORDED)
-    done = run(str(script))
+    done = run_python(str(script))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -135,7 +125,7 @@ print(*(report([one]) for one in planted))
 def test_planted_kernels_fail_the_report(tmp_path: Path) -> None:
     script, saved = tmp_path / "planted.py", tmp_path / "rows.json"
     script.write_text(PLANTED)
-    done = run(str(script), str(saved))
+    done = run_python(str(script), str(saved))
     faults = {row["kernel"]: " ".join(row["faults"]) for row in json.loads(saved.read_text())}
     assert faults["sound_kernel"] == ""
     assert "x by 4 B" in faults["narrow_kernel"]
@@ -211,7 +201,7 @@ def test_launches_that_once_spilled_do_not(tmp_path: Path) -> None:
     few channels for most of them."""
     script = tmp_path / "mended.py"
     script.write_text(MENDED)
-    done = run(str(script))
+    done = run_python(str(script))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == [], done.stdout
 

@@ -4,25 +4,18 @@ The report runs in a process of its own, because it replaces Triton's driver.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from own_process import run_python
 
 from mflow_kernels.ops.rebuild_conv1x1 import MOST_SLICED
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+FUSED = ("coupling_conv1x1", "forward")
 
 
 def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
     saved = tmp_path / "traffic.json"
-    done = run("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
+    done = run_python("-m", "benchmarks.reports.traffic", "--quick", "--json", str(saved))
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(saved.read_text())
     rows, launches = content["bytes"], content["launches"]
@@ -30,11 +23,10 @@ def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [saved]
     assert all(row["ratio"] >= 1 for row in rows)
     # C = 12, P = 64, float32: the fused step reads the state and its params, writes a state.
-    (fused,) = [
-        row
-        for row in rows
-        if (row["operation"], row["direction"], row["c"]) == ("coupling_conv1x1", "forward", 12)
-    ]
+    (fused,), (wide,) = (
+        [r for r in rows if (r["operation"], r["direction"], r["c"]) == (*FUSED, c)]
+        for c in (12, 136)
+    )
     state = 12 * 64 * 4
     assert (fused["loaded"], fused["stored"], fused["fewest"]) == (2 * state, state, 3 * state)
     narrow = [row for row in rows if row["c"] <= 48]
@@ -46,11 +38,6 @@ def test_quick_set_counts_bytes_without_a_fault(tmp_path: Path) -> None:
     # Tiles are powers of two: 16 places for 12 channels. No warp repeats another's product.
     assert {round(row["products"], 2) for row in narrow} == {0, 1.33, 1.78}
     # Above C = 128, the product reads the state once for each block of output channels.
-    (wide,) = [
-        row
-        for row in rows
-        if (row["operation"], row["direction"], row["c"]) == ("coupling_conv1x1", "forward", 136)
-    ]
     assert wide["reads"] == 2
     # Up to this C, the launch that rebuilds a 1x1 convolution reads its states once.
     rebuilt = [row for row in rows if row["kernel"].startswith("rebuild_conv1x1")]
@@ -116,7 +103,7 @@ for warps in (4, 8):
 def test_planted_kernels(tmp_path: Path) -> None:
     script = tmp_path / "planted.py"
     script.write_text(PLANTED)
-    done = run(str(script))
+    done = run_python(str(script))
     assert done.returncode == 0, done.stdout + done.stderr
     plain, twice, strided, outside, four_warps, eight_warps = done.stdout.splitlines()
     assert plain == "12288 12288 24576 1.0"  # the fourth program is wholly masked off
