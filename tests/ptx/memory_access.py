@@ -161,6 +161,6 @@ def _cp(t: Translator, i: Instruction) -> None:
     )
 
 
-@instruction("membar", "prefetch", "discard", "griddepcontrol", "nanosleep")
-def _nothing(t: Translator, i: Instruction) -> None:
-    """Instructions that change no value here."""
+@instruction("membar")
+def _membar(t: Translator, i: Instruction) -> None:
+    """Nothing to do: the machine runs memory accesses in the order of the program."""

@@ -18,10 +18,8 @@ from ptx.parser import SIZES, Address, Instruction, Kernel, Operand, Unsupported
 
 SHARED_BASE = 0x1000  # address of the first byte of shared memory; not 0, so that null is invalid
 
-# Modifiers that change a result and that no instruction here implements, except `cvt`, which rounds
-# in several directions.
-MODIFIERS = {"cc", "relu", "sat", "satfinite"}
-DIRECTIONS = {"rm", "rp", "rz"}
+# Modifiers that change a result and that no instruction here implements.
+REFUSED = {"cc", "relu", "rm", "rp", "rz", "sat", "satfinite"}
 
 Emit = Callable[["Translator", Instruction], None]
 INSTRUCTIONS: dict[str, Emit] = {}
@@ -81,9 +79,8 @@ class Translator:
             if now.jumps or now.waits:
                 continue  # the machine handles these
             self.at, self.now = at, now
-            refused = MODIFIERS if now.name == "cvt" else MODIFIERS | DIRECTIONS
             try:
-                if refused & set(now.parts):
+                if REFUSED & set(now.parts):
                     raise Unsupported(now.op)
                 INSTRUCTIONS[now.name](self, now)
             except (Unsupported, KeyError, IndexError, AttributeError) as error:
