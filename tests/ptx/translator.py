@@ -111,7 +111,7 @@ class Translator:
         if arg in self.parameters:  # its address in the parameter space
             return self.constant(UNSIGNED[SIZES[kind]](self.parameters[arg]))
         if arg in self.kernel.shared:
-            return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE + self.kernel.shared[arg]))
+            return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE))
         return self.constant(_immediate(arg, kind))
 
     def _register(self, name: str, kind: str) -> str:
@@ -127,13 +127,9 @@ class Translator:
     @staticmethod
     def _special(name: str) -> str:
         found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.([xyz])", name)
-        if found:
-            return f"M.{found[1]}({'xyz'.index(found[2])})"
-        if name == "%laneid":
-            return "M.lanes.laneid"
-        if name == "%warpid":
-            return "(M.lanes.tid >> u4(5))"
-        raise Unsupported(name)
+        if found is None:
+            raise Unsupported(name)
+        return f"M.{found[1]}({'xyz'.index(found[2])})"
 
     def spread(self, args: list[Operand], kind: str) -> str:
         """A list of operands as arrays; constants are spread over all threads."""
