@@ -89,7 +89,14 @@ class Launch:
 
     @property
     def bound(self) -> dict[str, Any]:
-        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.kwargs
+        """Arguments by name. A state from `strided` is its tensor here, or None."""
+        tensors = [
+            arg[0]
+            if isinstance(arg, tuple) and (arg[0] is None or isinstance(arg[0], Tensor))
+            else arg
+            for arg in self.args
+        ]
+        return dict(zip(self.kernel.arg_names, tensors, strict=False)) | self.kwargs
 
     @property
     def key(self) -> str:
@@ -137,6 +144,8 @@ def _untouched(argument: Any) -> Any:
     """A tensor in `_room` of the same shape, strides and alignment. A new allocation could reuse a
     freed block, whose pages take memory."""
     global _room
+    if isinstance(argument, tuple):
+        return tuple(map(_untouched, argument))
     if not isinstance(argument, Tensor) or not argument.numel():
         return argument
     steps = (
@@ -180,10 +189,15 @@ def compile_for(launch: Launch, target: str) -> Compiled:
 
 
 def _runtime(signature: dict[str, Any]) -> Iterator[str]:
-    """The arguments of the compiled kernel, in order; tuples are flattened."""
+    """The arguments of the compiled kernel, in order.
+
+    Tuples are flattened, and a tensor that leads a tuple has the tuple's name.
+    """
     for name, kind in signature.items():
         if isinstance(kind, tuple):
-            yield from _runtime({f"{name}.{i}": member for i, member in enumerate(kind)})
+            state = str(kind[0]).startswith("*")
+            names = [name if state and i == 0 else f"{name}.{i}" for i in range(len(kind))]
+            yield from _runtime(dict(zip(names, kind, strict=True)))
         elif kind != "constexpr":
             yield name
 

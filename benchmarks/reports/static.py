@@ -165,7 +165,7 @@ class Configuration:
         return [
             name
             for name, value in self.launch.bound.items()
-            if value is None and name.islower() and not name.endswith("_strides")
+            if value is None and name in self.launch.kernel.arg_names and name.islower()
         ]
 
     @property

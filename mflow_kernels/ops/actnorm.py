@@ -57,11 +57,9 @@ def actnorm_backward_ref(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _actnorm_fwd_kernel(
     x,
-    x_strides,
     bias,
     log_scale,
     y,
-    y_strides,
     N,
     P,
     C: tl.constexpr,
@@ -76,24 +74,21 @@ def _actnorm_fwd_kernel(
         inside = (c[:, None] < C) & valid[None, :]
         b = tl.load(bias + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
         log_s = tl.load(log_scale + c, mask=c < C, other=0.0).to(DTYPE)[:, None]
-        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        x_t = tl.load(at(x, n, c, p), mask=inside, other=0.0).to(DTYPE)
         if INVERSE:
             y_t = tl.exp(-log_s) * x_t - b
         else:
             y_t = tl.exp(log_s) * (x_t + b)
-        tl.store(at(y, y_strides, n, c, p), y_t, mask=inside)
+        tl.store(at(y, n, c, p), y_t, mask=inside)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _actnorm_bwd_kernel(
     dy,
-    dy_strides,
     x,
-    x_strides,
     bias,
     log_scale,
     dx,
-    dx_strides,
     partials,
     N,
     P,
@@ -116,8 +111,8 @@ def _actnorm_bwd_kernel(
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = (c[:, None] < C) & valid[None, :]
-        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
-        dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        x_t = tl.load(at(x, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        dy_t = tl.load(at(dy, n, c, p), mask=inside, other=0.0).to(DTYPE)
         if INVERSE:
             dx_t = tl.exp(-log_s) * dy_t
             sum_dx -= dy_t
@@ -126,7 +121,7 @@ def _actnorm_bwd_kernel(
             dx_t = tl.exp(log_s) * dy_t
             sum_dx += dx_t
             sum_slope += tl.where(inside, dx_t * (x_t + b), 0.0)
-        tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
+        tl.store(at(dx, n, c, p), dx_t, mask=inside)
     row = partials + program * (2 * C)
     tl.store(row + c, tl.sum(sum_dx, axis=1), mask=c < C)
     tl.store(row + C + c, tl.sum(sum_slope, axis=1), mask=c < C)
@@ -135,7 +130,7 @@ def _actnorm_bwd_kernel(
 def launch_actnorm(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
     x = dense_pixels(x)
     y = torch.empty_like(x)
-    tensors = *strided(x), bias.contiguous(), log_scale.contiguous(), *strided(y)
+    tensors = strided(x), bias.contiguous(), log_scale.contiguous(), strided(y)
     launch_elementwise(_actnorm_fwd_kernel, x, *tensors, C=x.shape[1], INVERSE=inverse)
     return y
 
@@ -156,8 +151,8 @@ def launch_actnorm_backward(
         launch(
             _actnorm_bwd_kernel,
             (programs, triton.cdiv(c, block_c)),
-            *(*strided(dy), *strided(x), bias.contiguous(), log_scale.contiguous()),
-            *(*strided(dx), partials, n, p, tiles.programs),
+            *(strided(dy), strided(x), bias.contiguous(), log_scale.contiguous()),
+            *(strided(dx), partials, n, p, tiles.programs),
             C=c,
             INVERSE=inverse,
             DTYPE=TL_DTYPE[dtype],

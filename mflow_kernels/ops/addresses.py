@@ -23,42 +23,42 @@ class _Unit(tl.constexpr):
 
 _UNITS = {unit: _Unit(unit) for unit in (1, 2, 4, 8)}
 
-KernelStrides = tuple[int, int | None, int | None, tl.constexpr]
+# A state as a kernel takes it: (tensor, sample, channel and pixel stride, unit), or (None,) if the
+# state is absent. Kernels test `x[0] is not None`, because Triton 3.5 and 3.6 cannot compare a
+# tuple that holds None with None.
+KernelState = tuple[Any, ...]
 
-# Stands for the strides of a second half that equal those of the first. It is not None, because
-# kernels of Triton 3.5 and 3.6 cannot compare strides, which hold None, with None.
-_SAME = (None,)
 
-
-def strided(x: Tensor | None) -> tuple[Tensor | None, KernelStrides | None]:
-    """Return `x` and its strides (sample, channel, pixel, unit), as `at` takes them.
+def strided(x: Tensor | None) -> KernelState:
+    """Return `x` as a kernel takes it, for `at`.
 
     A channel or pixel stride of 1 is None, so that the compiler knows it. The others are multiples
-    of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. They are a
-    plain tuple, because Triton takes twice as long to bind a NamedTuple.
+    of `unit`, a power of two up to 8 elements, which is 16 bytes of the narrowest dtype. The tuple
+    is a plain one, because Triton takes twice as long to bind a NamedTuple.
 
     Raises:
         ValueError: an offset within a sample does not fit the 32 bits that kernels use.
     """
     if x is None:
-        return None, None
+        return (None,)
     n, c, p = strides(x)
     if (x.shape[1] - 1) * c + (x.shape[2:].numel() - 1) * p >= 2**31:
         check_span("state", x)
     first = 0 if isinstance(x, FakeTensor) else x.data_ptr() // x.element_size()
     unit = _UNITS[math.gcd(8, first, n, 0 if c == 1 else c, 0 if p == 1 else p)]
-    return x, (n, None if c == 1 else c, None if p == 1 else p, unit)
+    return x, n, None if c == 1 else c, None if p == 1 else p, unit
 
 
-def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[Any, ...]:
-    """Return both halves of a state and their strides, as `at_halves` takes them."""
-    (a, a_strides), (b, b_strides) = strided(a), strided(b)
-    if a_strides is None or b_strides is None:
-        return a, a_strides, b, b_strides
-    if a_strides[:3] != b_strides[:3]:
-        return a, a_strides, b, b_strides
-    unit = min(a_strides[3], b_strides[3], key=lambda unit: unit.value)
-    return a, (*a_strides[:3], unit), b, _SAME
+def strided_halves(a: Tensor | None, b: Tensor | None) -> tuple[KernelState, KernelState]:
+    """Return both halves of a state, as `at_halves` takes them.
+
+    The second is (tensor, None) if it has the strides of the first.
+    """
+    half_a, half_b = strided(a), strided(b)
+    if len(half_a) == 1 or len(half_b) == 1 or half_a[1:4] != half_b[1:4]:
+        return half_a, half_b
+    unit = min(half_a[4], half_b[4], key=lambda unit: unit.value)
+    return (*half_a[:4], unit), (b, None)
 
 
 @triton.jit
@@ -77,49 +77,49 @@ def step(index, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def at(x, strides, n, c, p, PIXELS_FIRST: tl.constexpr = False):
-    """Addresses in x of channels c (rows) at columns (n, p), or transposed if PIXELS_FIRST.
+def at(x, n, c, p, PIXELS_FIRST: tl.constexpr = False):
+    """Addresses of channels c (rows) at columns (n, p), or transposed if PIXELS_FIRST.
 
-    The strides come from `strided`.
+    x comes from `strided`.
     """
-    UNIT: tl.constexpr = strides[3]
+    UNIT: tl.constexpr = x[4]
     if PIXELS_FIRST:
         n, c, p = n[:, None], c[None, :], p[:, None]
     else:
         n, c, p = n[None, :], c[:, None], p[None, :]
-    SIZE: tl.constexpr = UNIT * x.dtype.element_ty.primitive_bitwidth // 8
-    x += step(n, strides[0], UNIT)
+    SIZE: tl.constexpr = UNIT * x[0].dtype.element_ty.primitive_bitwidth // 8
+    address = x[0] + step(n, x[1], UNIT)
     # A step of 1 is added last, because each address before it is a multiple of UNIT elements. The
     # compiler takes this hint only from the result of an operation, not from an argument.
-    if strides[1] is None:
-        x = tl.multiple_of(x + step(p, strides[2], UNIT), [SIZE, SIZE])
-        return x + c
+    if x[2] is None:
+        address = tl.multiple_of(address + step(p, x[3], UNIT), [SIZE, SIZE])
+        return address + c
     else:
-        x += step(c, strides[1], UNIT)
-        if strides[2] is None:
-            x = tl.multiple_of(x, [SIZE, SIZE])
-        return x + step(p, strides[2], UNIT)
+        address += step(c, x[2], UNIT)
+        if x[3] is None:
+            address = tl.multiple_of(address, [SIZE, SIZE])
+        return address + step(p, x[3], UNIT)
 
 
 @triton.jit
-def at_halves(a, a_strides, b, b_strides, n, c, p, is_a):
+def at_halves(a, b, n, c, p, is_a):
     """Addresses of channels c at columns (n, p), columns by channels.
 
-    A channel lies in the half `a` where `is_a`, otherwise in the half `b`. b_strides[0] is None if
-    b has the strides of a, which saves half of the arithmetic.
+    A channel lies in the half `a` where `is_a`, otherwise in the half `b`. Both come from
+    `strided_halves`. If b has the strides of a, half of the arithmetic suffices.
     """
-    if b_strides[0] is None:
-        UNIT: tl.constexpr = a_strides[3]
-        half = tl.where(is_a, a, b)
+    if b[1] is None:
+        UNIT: tl.constexpr = a[4]
+        half = tl.where(is_a, a[0], b[0])
         half = tl.multiple_of(half, UNIT * half.dtype.element_ty.primitive_bitwidth // 8)
-        half += step(c, a_strides[1], UNIT)
-        column = step(n, a_strides[0], UNIT) + step(p, a_strides[2], UNIT)
+        half += step(c, a[2], UNIT)
+        column = step(n, a[1], UNIT) + step(p, a[3], UNIT)
         return half[None, :] + column[:, None]
     else:
-        at_a = at(a, a_strides, n, c, p, PIXELS_FIRST=True)
-        at_b = at(b, b_strides, n, c, p, PIXELS_FIRST=True)
-        UNIT: tl.constexpr = a_strides[3] if a_strides[3] < b_strides[3] else b_strides[3]
-        SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
+        at_a = at(a, n, c, p, PIXELS_FIRST=True)
+        at_b = at(b, n, c, p, PIXELS_FIRST=True)
+        UNIT: tl.constexpr = a[4] if a[4] < b[4] else b[4]
+        SIZE: tl.constexpr = UNIT * a[0].dtype.element_ty.primitive_bitwidth // 8
         # `where` loses part of the divisor that the compiler knows of both, so state it again.
         return tl.multiple_of(tl.where(is_a[None, :], at_a, at_b), [SIZE, SIZE])
 

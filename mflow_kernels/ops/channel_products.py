@@ -24,9 +24,7 @@ from mflow_kernels.ops.tiles import columns, ledger_columns, tile_columns, write
 @triton.jit
 def load_gradient(
     dy,
-    dy_strides,
     dnet,
-    dnet_strides,
     n,
     c,
     p,
@@ -41,10 +39,10 @@ def load_gradient(
         inside, is_a = (c[None, :] < C) & valid[:, None], (c[None, :] < C // 2) & valid[:, None]
     else:
         inside, is_a = (c[:, None] < C) & valid[None, :], (c[:, None] < C // 2) & valid[None, :]
-    at_dy = at(dy, dy_strides, n, c, p, PIXELS_FIRST)
+    at_dy = at(dy, n, c, p, PIXELS_FIRST)
     dy_t = tl.load(at_dy, mask=inside, other=0.0).to(DTYPE)
-    if dnet is not None:
-        at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST)
+    if dnet[0] is not None:
+        at_dnet = at(dnet, n, c, p, PIXELS_FIRST)
         dy_t += tl.load(at_dnet, mask=is_a, other=0.0).to(DTYPE)
     return dy_t
 
@@ -63,18 +61,13 @@ def tile_and_block(C: tl.constexpr, BLOCK_O: tl.constexpr):
 @triton.jit(do_not_specialize=RUN_TIME)
 def _conv1x1_kernel(
     x,
-    x_strides,
     dnet,
-    dnet_strides,
     coupling_params,
-    params_strides,
     weight,
     weight_strides,
     bias,
     y,
-    y_strides,
     net,
-    net_strides,
     ledger,
     N,
     P,
@@ -100,11 +93,9 @@ def _conv1x1_kernel(
     log_s_sum = tl.zeros([BLOCK_C, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        x_t = load_gradient(x, x_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE)
+        x_t = load_gradient(x, dnet, n, c, p, valid, C, DTYPE)
         if SCALE is not None:
-            raw, shift, is_b = load_params(
-                coupling_params, params_strides, n, c, p, valid, C, DTYPE
-            )
+            raw, shift, is_b = load_params(coupling_params, n, c, p, valid, C, DTYPE)
             x_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
             log_s_sum += log_s
         at_w = weight + o[:, None] * weight_strides[0] + c[None, :] * weight_strides[1]
@@ -112,10 +103,10 @@ def _conv1x1_kernel(
         y_t = tl.dot(w_t, x_t, y_t, input_precision=PRECISION, out_dtype=DTYPE)
     if bias is not None:
         y_t += tl.load(bias + o, mask=o < C, other=0.0)[:, None]
-    tl.store(at(y, y_strides, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
-    if net is not None:
+    tl.store(at(y, n, o, p), y_t, mask=(o[:, None] < C) & valid[None, :])
+    if net[0] is not None:
         is_a = (o[:, None] < C // 2) & valid[None, :]
-        store(at(net, net_strides, n, o, p), y_t, mask=is_a)
+        store(at(net, n, o, p), y_t, mask=is_a)
     if SCALE is not None and block == 0:
         write_ledger(ledger, log_s_sum, tile, N, P, COLUMNS)
 
@@ -123,13 +114,9 @@ def _conv1x1_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _weight_gradient_kernel(
     dy,
-    dy_strides,
     dnet,
-    dnet_strides,
     x,
-    x_strides,
     coupling_params,
-    params_strides,
     dweight,
     dbias,
     N,
@@ -161,15 +148,13 @@ def _weight_gradient_kernel(
     dbias_t = tl.zeros([BLOCK_P, BLOCK_O], DTYPE)
     for tile in range(split, TILES, splits):
         n, p, valid = columns(tile, N, P, COLUMNS)
-        dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE, True)
+        dy_t = load_gradient(dy, dnet, n, o, p, valid, C, DTYPE, True)
         # Load columns by channels, as the product needs them. Triton would load a transposed tile
         # in single words.
-        at_x = at(x, x_strides, n, c, p, PIXELS_FIRST=True)
+        at_x = at(x, n, c, p, PIXELS_FIRST=True)
         x_t = tl.load(at_x, mask=valid[:, None] & (c[None, :] < C), other=0.0).to(DTYPE)
         if SCALE is not None:
-            raw, shift, is_b = load_params(
-                coupling_params, params_strides, n, c, p, valid, C, DTYPE
-            )
+            raw, shift, is_b = load_params(coupling_params, n, c, p, valid, C, DTYPE)
             x_t = tl.trans(couple(tl.trans(x_t), raw, shift, is_b, SCALE, INVERSE)[0])
         dbias_t += dy_t
         if GROUPS is None:
@@ -315,8 +300,8 @@ def launch_conv1x1(
         entries = ledger_columns(x, conv1x1_tile(x.shape[1]).block_p)
         ledger = x.new_empty((len(x), entries), dtype=accumulator(x.dtype))
     tensors = (
-        *(*strided(x), *strided(dnet), *strided(params), weight, weight.stride(), bias),
-        *(*strided(y), *strided(net_or_none), ledger),
+        *(strided(x), strided(dnet), strided(params), weight, weight.stride(), bias),
+        *(strided(y), strided(net_or_none), ledger),
     )
     launch_product(_conv1x1_kernel, tensors, x, precision, scale, inverse)
     return y, net, ledger
@@ -381,7 +366,7 @@ def launch_weight_gradient(
         launch(
             _weight_gradient_kernel,
             (len(dweight), triton.cdiv(c, tile.block), triton.cdiv(c, tile.block)),
-            *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+            *(strided(dy), strided(dnet), strided(x), strided(params)),
             *(dweight, dbias, n, p, tiles.programs),
             C=c,
             SCALE=scale,

@@ -107,7 +107,7 @@ def coupling_backward_ref(
 
 
 @triton.jit
-def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
+def at_params(params, n, c, p, valid, C: tl.constexpr):
     """Locate raw and shift of channels c (rows) at columns (n, p).
 
     Returns the addresses of raw, the distance from raw to shift, the mask of x_b, whose channels
@@ -117,10 +117,10 @@ def at_params(params, strides, n, c, p, valid, C: tl.constexpr):
     """
     C_A: tl.constexpr = C // 2
     is_b = (c[:, None] >= C_A) & (c[:, None] < C) & valid[None, :]
-    at_raw = at(params, strides, n, c - C_A, p)
-    to_shift = step(C - C_A, strides[1], strides[3])
-    BYTES: tl.constexpr = (C - C_A) * params.dtype.element_ty.primitive_bitwidth // 8
-    SHARED: tl.constexpr = strides[1] is None and BYTES < 64 and BYTES != 32
+    at_raw = at(params, n, c - C_A, p)
+    to_shift = step(C - C_A, params[2], params[4])
+    BYTES: tl.constexpr = (C - C_A) * params[0].dtype.element_ty.primitive_bitwidth // 8
+    SHARED: tl.constexpr = params[2] is None and BYTES < 64 and BYTES != 32
     return at_raw, to_shift, is_b, SHARED
 
 
@@ -131,9 +131,9 @@ def at_both(at_raw, to_shift):
 
 
 @triton.jit
-def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
+def load_params(params, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """raw and shift of channels c (rows) at columns (n, p), and the mask of x_b, which has them."""
-    at_raw, to_shift, is_b, SHARED = at_params(params, strides, n, c, p, valid, C)
+    at_raw, to_shift, is_b, SHARED = at_params(params, n, c, p, valid, C)
     if SHARED:
         both = tl.load(at_both(at_raw, to_shift), mask=is_b[:, :, None], other=0.0)
         raw, shift = tl.split(both.to(DTYPE))
@@ -144,9 +144,9 @@ def load_params(params, strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.cons
 
 
 @triton.jit
-def store_params(params, strides, raw, shift, n, c, p, valid, C: tl.constexpr):
+def store_params(params, raw, shift, n, c, p, valid, C: tl.constexpr):
     """Store raw and shift where `load_params` loads them."""
-    at_raw, to_shift, is_b, SHARED = at_params(params, strides, n, c, p, valid, C)
+    at_raw, to_shift, is_b, SHARED = at_params(params, n, c, p, valid, C)
     if SHARED:
         store(at_both(at_raw, to_shift), tl.join(raw, shift), mask=is_b[:, :, None])
     else:
@@ -194,11 +194,8 @@ def couple_backward(x, raw, shift, is_b, dy, dlog_s, SCALE: tl.constexpr, INVERS
 @triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_fwd_kernel(
     x,
-    x_strides,
     coupling_params,
-    params_strides,
     y,
-    y_strides,
     ledger,
     N,
     P,
@@ -216,10 +213,10 @@ def _coupling_fwd_kernel(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
-        x_t = tl.load(at(x, x_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
-        raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
+        x_t = tl.load(at(x, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        raw, shift, is_b = load_params(coupling_params, n, c, p, valid, C, DTYPE)
         y_t, log_s = couple(x_t, raw, shift, is_b, SCALE, INVERSE)
-        tl.store(at(y, y_strides, n, c, p), y_t, mask=inside)
+        tl.store(at(y, n, c, p), y_t, mask=inside)
         total += log_s
     write_ledger(ledger, total, tile, N, P, COLUMNS)
 
@@ -227,17 +224,12 @@ def _coupling_fwd_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_bwd_kernel(
     x,
-    x_strides,
     coupling_params,
-    params_strides,
     dy,
-    dy_strides,
     dledger,
     dledger_strides,
     dx,
-    dx_strides,
     dparams,
-    dparams_strides,
     N,
     P,
     C: tl.constexpr,
@@ -252,12 +244,12 @@ def _coupling_bwd_kernel(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c[:, None] < C) & valid[None, :]
-        raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
-        x_t = tl.load(at(x, x_strides, n, c, p), mask=is_b, other=0.0).to(DTYPE)
-        dy_t = tl.load(at(dy, dy_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        raw, shift, is_b = load_params(coupling_params, n, c, p, valid, C, DTYPE)
+        x_t = tl.load(at(x, n, c, p), mask=is_b, other=0.0).to(DTYPE)
+        dy_t = tl.load(at(dy, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dy_t, dlog_s, SCALE, INVERSE)
-        tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
-        store_params(dparams, dparams_strides, draw, dshift, n, c, p, valid, C)
+        tl.store(at(dx, n, c, p), dx_t, mask=inside)
+        store_params(dparams, draw, dshift, n, c, p, valid, C)
 
 
 def _empty(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -272,7 +264,7 @@ def launch_coupling(
     """One launch: y, and the ledger (N, T) of its tiles' sums of log s."""
     x, params = dense_pixels(x), dense_pixels(params)
     y, ledger = _empty(x)
-    tensors = *strided(x), *strided(params), *strided(y), ledger
+    tensors = strided(x), strided(params), strided(y), ledger
     launch_elementwise(
         _coupling_fwd_kernel, x, *tensors, C=x.shape[1], SCALE=scale, INVERSE=inverse
     )
@@ -285,12 +277,10 @@ def launch_coupling_backward(
     """One launch: (dx, dparams) from the coupling's input."""
     dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
-    tensors = (
-        *(*strided(x), *strided(params), *strided(dy), dledger, dledger.stride()),
-        *(*strided(dx), *strided(dparams)),
-    )
+    tensors = strided(x), strided(params), strided(dy), dledger, dledger.stride()
+    results = strided(dx), strided(dparams)
     launch_elementwise(
-        _coupling_bwd_kernel, x, *tensors, C=x.shape[1], SCALE=scale, INVERSE=inverse
+        _coupling_bwd_kernel, x, *tensors, *results, C=x.shape[1], SCALE=scale, INVERSE=inverse
     )
     return dx, dparams
 

@@ -79,21 +79,15 @@ def coupling_conv1x1_ref(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _coupling_conv1x1_bwd_kernel(
     dy,
-    dy_strides,
     dnet,
-    dnet_strides,
     x,
-    x_strides,
     coupling_params,
-    params_strides,
     weight,
     weight_strides,
     dledger,
     dledger_strides,
     dx,
-    dx_strides,
     dparams,
-    dparams_strides,
     N,
     P,
     C: tl.constexpr,
@@ -114,16 +108,16 @@ def _coupling_conv1x1_bwd_kernel(
     dz_t = tl.zeros([BLOCK_O, BLOCK_P], DTYPE)
     for start in range(0, C, BLOCK_C):
         o = start + tl.arange(0, BLOCK_C)
-        dy_t = load_gradient(dy, dy_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE)
+        dy_t = load_gradient(dy, dnet, n, o, p, valid, C, DTYPE)
         at_w = weight + c[:, None] * weight_strides[1] + o[None, :] * weight_strides[0]
         w_t = tl.load(at_w, mask=(c[:, None] < C) & (o[None, :] < C), other=0.0)
         dz_t = tl.dot(w_t, dy_t, dz_t, input_precision=PRECISION, out_dtype=DTYPE)
-    raw, shift, is_b = load_params(coupling_params, params_strides, n, c, p, valid, C, DTYPE)
-    x_t = tl.load(at(x, x_strides, n, c, p), mask=is_b, other=0.0).to(DTYPE)
+    raw, shift, is_b = load_params(coupling_params, n, c, p, valid, C, DTYPE)
+    x_t = tl.load(at(x, n, c, p), mask=is_b, other=0.0).to(DTYPE)
     dlog_s = read_ledger(dledger, dledger_strides, n, p, valid, COLUMNS)
     dx_t, draw, dshift = couple_backward(x_t, raw, shift, is_b, dz_t, dlog_s, SCALE, INVERSE)
-    tl.store(at(dx, dx_strides, n, c, p), dx_t, mask=inside)
-    store_params(dparams, dparams_strides, draw, dshift, n, c, p, valid, C)
+    tl.store(at(dx, n, c, p), dx_t, mask=inside)
+    store_params(dparams, draw, dshift, n, c, p, valid, C)
 
 
 def launch_coupling_conv1x1_backward(
@@ -142,9 +136,9 @@ def launch_coupling_conv1x1_backward(
     dnet = None if dnet is None else dense_pixels(dnet)
     dx, dparams = torch.empty_like(x), torch.empty_like(params)
     tensors = (
-        *(*strided(dy), *strided(dnet), *strided(x), *strided(params)),
+        *(strided(dy), strided(dnet), strided(x), strided(params)),
         *(weight, weight.stride()[1:], dledger, dledger.stride()),
-        *(*strided(dx), *strided(dparams)),
+        *(strided(dx), strided(dparams)),
     )
     # With 4 warps, 128 channels of dz and of the coupling's gradient spill on sm_80.
     warps = 8 if x.shape[1] > 64 else 4

@@ -75,9 +75,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Triton itself launches on the current device, which may be another one. A fake tensor has no
     memory, so its launch does nothing.
     """
-    if isinstance(args[0], FakeTensor):
+    first = args[0][0] if isinstance(args[0], tuple) else args[0]  # a tuple is from `strided`
+    if isinstance(first, FakeTensor):
         return
-    device = args[0].device
+    device = first.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **options)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels.ops import cpu
-from mflow_kernels.ops.addresses import strided, strided_halves
+from mflow_kernels.ops.addresses import KernelState, strided, strided_halves
 from mflow_kernels.ops.channel_products import arithmetic
 from mflow_kernels.ops.compiler import triton
 from mflow_kernels.ops.launch import launch, uses_triton
@@ -215,26 +215,21 @@ def launch_rebuild_conv1x1(
         wide = tile.kernel is _rebuild_conv1x1_wide_kernel
         o_blocks = triton.cdiv(c, tile.block_o)
         grid = tiles.programs * o_blocks + splits * o_blocks**2 if wide else splits
+        states: tuple[KernelState, ...]
+        results: tuple[KernelState, ...]
         if narrow:
             states = *strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b)
             results = *strided_halves(*(made.x or (None, None))), *strided_halves(*made.dx)
         else:
             assert made.whole is not None
-            states = *strided(y_a), *strided(y_b), *strided(dy_a), *strided(dy_b)
-            results = *strided(made.whole[0]), *strided(made.whole[1])
+            states = tuple(map(strided, (y_a, y_b, dy_a, dy_b)))
+            results = tuple(map(strided, made.whole))
         launch(
             tile.kernel,
             (grid,),
-            *(*states, *strided(dnet), weight, weight_inverse, bias, *results),
-            *(
-                *strided(stored),
-                outer_sum,
-                dbias,
-                n,
-                p,
-                tiles.programs,
-                *([splits] if wide else []),
-            ),
+            *(*states, strided(dnet), weight, weight_inverse, bias, *results),
+            *(strided(stored), outer_sum, dbias, n, p, tiles.programs),
+            *([splits] if wide else []),
             C=c,
             **(arithmetic(y_b, "tf32x3") if wide else {}),
             **tile.blocks,

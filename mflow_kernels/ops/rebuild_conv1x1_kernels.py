@@ -13,28 +13,18 @@ from mflow_kernels.ops.tiles import columns
 @triton.jit(do_not_specialize=RUN_TIME)
 def _rebuild_conv1x1_kernel(
     y_a,
-    y_a_strides,
     y_b,
-    y_b_strides,
     dy_a,
-    dy_a_strides,
     dy_b,
-    dy_b_strides,
     dnet,
-    dnet_strides,
     weight,
     weight_inverse,
     bias,
     x_a,
-    x_a_strides,
     x_b,
-    x_b_strides,
     dx_a,
-    dx_a_strides,
     dx_b,
-    dx_b_strides,
     net,
-    net_strides,
     outer_sum,
     dbias,
     N,
@@ -65,7 +55,7 @@ def _rebuild_conv1x1_kernel(
     at_square = channel[:, None] * C + channel[None, :]
     square = exists[:, None] & exists[None, :]
     w_t = tl.load(weight + at_square, mask=square, other=0.0)
-    if x_a is not None:
+    if x_a[0] is not None:
         at_inverse = weight_inverse + channel[None, :] * C + channel[:, None]
         inverse_t = tl.load(at_inverse, mask=square, other=0.0)
     bias_t = tl.load(bias + channel, mask=exists, other=0.0)
@@ -74,26 +64,26 @@ def _rebuild_conv1x1_kernel(
     for tile in range(program, TILES, programs):
         n, p, valid = columns(tile, N, P, COLUMNS)
         inside = valid[:, None] & exists[None, :]
-        at_y = at_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, is_a)
+        at_y = at_halves(y_a, y_b, n, c, p, is_a)
         y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
-        if x_a is not None:
+        if x_a[0] is not None:
             x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
-            tl.store(at_halves(x_a, x_a_strides, x_b, x_b_strides, n, c, p, is_a), x_t, inside)
-            if net is not None:
-                at_net = at(net, net_strides, n, c, p, PIXELS_FIRST=True)
+            tl.store(at_halves(x_a, x_b, n, c, p, is_a), x_t, inside)
+            if net[0] is not None:
+                at_net = at(net, n, c, p, PIXELS_FIRST=True)
                 tl.store(at_net, x_t, inside & is_a[None, :])
         # Load dy after the store of x: both tiles together need too many registers at C = 24.
-        at_dy = at_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, is_a)
-        if dnet is None:
+        at_dy = at_halves(dy_a, dy_b, n, c, p, is_a)
+        if dnet[0] is None:
             dy_t = tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         else:
             # Load dnet first; in the other order ptxas spills for sm_100.
-            at_dnet = at(dnet, dnet_strides, n, c, p, PIXELS_FIRST=True)
+            at_dnet = at(dnet, n, c, p, PIXELS_FIRST=True)
             dy_t = tl.load(at_dnet, mask=inside & is_a[None, :], other=0.0).to(tl.float32)
             dy_t += tl.load(at_dy, mask=inside, other=0.0).to(tl.float32)
         if not DX_LAST:
             dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
-            tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
+            tl.store(at_halves(dx_a, dx_b, n, c, p, is_a), dx_t, inside)
         # dy is zero in columns that do not exist, so they add nothing.
         dy_of_warp = tl.reshape(dy_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
         y_of_warp = tl.reshape(y_t, [WARPS, BLOCK_P // WARPS, 2 * HALF])
@@ -101,7 +91,7 @@ def _rebuild_conv1x1_kernel(
         outer_t = tl.dot(dy_of_warp, y_of_warp, outer_t, input_precision="tf32x3")
         if DX_LAST:
             dx_t = tl.dot(dy_t, w_t, input_precision="tf32x3")
-            tl.store(at_halves(dx_a, dx_a_strides, dx_b, dx_b_strides, n, c, p, is_a), dx_t, inside)
+            tl.store(at_halves(dx_a, dx_b, n, c, p, is_a), dx_t, inside)
     total = tl.sum(outer_t, axis=0)
     tl.store(outer_sum + program.to(tl.int64) * (C * C) + at_square, total, square)
     dbias_t = tl.sum(tl.where(place[None, :] == LAST, total, 0.0), axis=1)
@@ -111,24 +101,16 @@ def _rebuild_conv1x1_kernel(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _rebuild_conv1x1_sliced_kernel(
     y_a,
-    y_a_strides,
     y_b,
-    y_b_strides,
     dy_a,
-    dy_a_strides,
     dy_b,
-    dy_b_strides,
     dnet,
-    dnet_strides,
     weight,
     weight_inverse,
     bias,
     x,
-    x_strides,
     dx,
-    dx_strides,
     net,
-    net_strides,
     outer_sum,
     dbias,
     N,
@@ -166,34 +148,30 @@ def _rebuild_conv1x1_sliced_kernel(
             dy_t = ()
             dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
-                dy_slice = _load_slice(
-                    dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, valid, C, SLICES, STEP, i
-                )
-                if dnet is not None and i * STEP < C // 2:
+                dy_slice = _load_slice(dy_a, dy_b, n, c, p, valid, C, SLICES, STEP, i)
+                if dnet[0] is not None and i * STEP < C // 2:
                     is_a = (c[:, None] < C // 2 - i * STEP) & valid[None, :]
-                    at_dnet = at(dnet, dnet_strides, n, i * STEP + c, p)
+                    at_dnet = at(dnet, n, i * STEP + c, p)
                     dy_slice += tl.load(at_dnet, mask=is_a, other=0.0).to(tl.float32)
                 dy_t = dy_t + (dy_slice,)  # type: ignore[assignment]  # noqa: RUF005
                 exists = _in_slice(c, C, SLICES, STEP, i)
                 w_t = _load_transposed(weight + i * STEP * C, o, c, o < C, exists, C)
                 dx_t = tl.dot(w_t, dy_slice, dx_t, input_precision="tf32x3")
-            tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
+            tl.store(at(dx, n, o, p), dx_t, inside)
             x_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
-                y_slice = _load_slice(
-                    y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, SLICES, STEP, i
-                )
+                y_slice = _load_slice(y_a, y_b, n, c, p, valid, C, SLICES, STEP, i)
                 exists = _in_slice(c, C, SLICES, STEP, i)
                 y_slice -= tl.load(bias + i * STEP + c, mask=exists, other=0.0)[:, None]
                 y_t = y_t + (y_slice,)  # type: ignore[assignment]  # noqa: RUF005
-                if x is not None:
+                if x[0] is not None:
                     w_t = _load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
                     x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
-            if x is not None:
-                tl.store(at(x, x_strides, n, o, p), x_t, inside)
-                if net is not None:
+            if x[0] is not None:
+                tl.store(at(x, n, o, p), x_t, inside)
+                if net[0] is not None:
                     is_a = (o[:, None] < C // 2) & valid[None, :]
-                    tl.store(at(net, net_strides, n, o, p), x_t, is_a)
+                    tl.store(at(net, n, o, p), x_t, is_a)
             dy_rows = tl.join(dy_t[0], dy_t[1])  # type: ignore[misc]
             if SLICES == 2:
                 dy_rows = tl.permute(dy_rows, (2, 0, 1))
@@ -205,24 +183,16 @@ def _rebuild_conv1x1_sliced_kernel(
         else:
             _store_products(
                 y_a,
-                y_a_strides,
                 y_b,
-                y_b_strides,
                 dy_a,
-                dy_a_strides,
                 dy_b,
-                dy_b_strides,
                 dnet,
-                dnet_strides,
                 weight,
                 weight_inverse,
                 bias,
                 x,
-                x_strides,
                 dx,
-                dx_strides,
                 net,
-                net_strides,
                 n,
                 o,
                 p,
@@ -232,20 +202,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 tl.float32,
                 SLICE,
             )
-            dy_rows = _load_gradient_halves(
-                dy_a,
-                dy_a_strides,
-                dy_b,
-                dy_b_strides,
-                dnet,
-                dnet_strides,
-                n,
-                o,
-                p,
-                valid,
-                C,
-                tl.float32,
-            )
+            dy_rows = _load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, tl.float32)
         dbias_t += tl.sum(dy_rows, axis=1)  # before the products, which leave few registers
         # dy is zero in columns that do not exist, so y - bias adds nothing to the sums there.
         sums = ()
@@ -254,17 +211,7 @@ def _rebuild_conv1x1_sliced_kernel(
                 y_slice = y_t[i]
             else:
                 y_slice = _load_shifted_halves(
-                    y_a,
-                    y_a_strides,
-                    y_b,
-                    y_b_strides,
-                    bias,
-                    n,
-                    i * STEP + c,
-                    p,
-                    valid,
-                    C,
-                    tl.float32,
+                    y_a, y_b, bias, n, i * STEP + c, p, valid, C, tl.float32
                 )
             product = tl.dot(dy_rows, tl.trans(y_slice), outer_t[i], input_precision="tf32x3")
             sums = sums + (product,)  # type: ignore[assignment]  # noqa: RUF005
@@ -293,9 +240,7 @@ def _in_slice(c, C: tl.constexpr, SLICES: tl.constexpr, STEP: tl.constexpr, INDE
 @triton.jit
 def _load_slice(
     a,
-    a_strides,
     b,
-    b_strides,
     n,
     c,
     p,
@@ -312,37 +257,27 @@ def _load_slice(
     C_A: tl.constexpr = C // 2
     inside = _in_slice(c, C, SLICES, STEP, INDEX)[:, None] & valid[None, :]
     if INDEX == 0:
-        return tl.load(at(a, a_strides, n, c, p), mask=inside, other=0.0).to(tl.float32)
+        return tl.load(at(a, n, c, p), mask=inside, other=0.0).to(tl.float32)
     elif INDEX * STEP >= C_A:
-        at_b = at(b, b_strides, n, INDEX * STEP - C_A + c, p)
+        at_b = at(b, n, INDEX * STEP - C_A + c, p)
         return tl.load(at_b, mask=inside, other=0.0).to(tl.float32)
     else:
-        return _load_halves(
-            a, a_strides, b, b_strides, n, INDEX * STEP + c, p, valid, C, tl.float32
-        )
+        return _load_halves(a, b, n, INDEX * STEP + c, p, valid, C, tl.float32)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _rebuild_conv1x1_wide_kernel(
     y_a,
-    y_a_strides,
     y_b,
-    y_b_strides,
     dy_a,
-    dy_a_strides,
     dy_b,
-    dy_b_strides,
     dnet,
-    dnet_strides,
     weight,
     weight_inverse,
     bias,
     x,
-    x_strides,
     dx,
-    dx_strides,
     net,
-    net_strides,
     outer_sum,
     dbias,
     N,
@@ -369,24 +304,16 @@ def _rebuild_conv1x1_wide_kernel(
         n, p, valid = columns(program // BLOCKS, N, P, COLUMNS)
         _store_products(
             y_a,
-            y_a_strides,
             y_b,
-            y_b_strides,
             dy_a,
-            dy_a_strides,
             dy_b,
-            dy_b_strides,
             dnet,
-            dnet_strides,
             weight,
             weight_inverse,
             bias,
             x,
-            x_strides,
             dx,
-            dx_strides,
             net,
-            net_strides,
             n,
             o,
             p,
@@ -411,15 +338,11 @@ def _rebuild_conv1x1_wide_kernel(
         dbias_t = tl.zeros([BLOCK_O], DTYPE)
         for tile in range(split, TILES, SPLITS):
             n, p, valid = columns(tile, N, P, COLUMNS)
-            dy_t = _load_gradient_halves(
-                dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, o, p, valid, C, DTYPE
-            )
+            dy_t = _load_gradient_halves(dy_a, dy_b, dnet, n, o, p, valid, C, DTYPE)
             sums = ()
             for part in tl.static_range(PARTS):
                 c_part = c + part * BLOCK_C
-                y_t = _load_shifted_halves(
-                    y_a, y_a_strides, y_b, y_b_strides, bias, n, c_part, p, valid, C, DTYPE
-                )
+                y_t = _load_shifted_halves(y_a, y_b, bias, n, c_part, p, valid, C, DTYPE)
                 product = tl.dot(
                     dy_t, tl.trans(y_t), outer_t[part], input_precision=PRECISION, out_dtype=DTYPE
                 )
@@ -437,24 +360,16 @@ def _rebuild_conv1x1_wide_kernel(
 @triton.jit
 def _store_products(
     y_a,
-    y_a_strides,
     y_b,
-    y_b_strides,
     dy_a,
-    dy_a_strides,
     dy_b,
-    dy_b_strides,
     dnet,
-    dnet_strides,
     weight,
     weight_inverse,
     bias,
     x,
-    x_strides,
     dx,
-    dx_strides,
     net,
-    net_strides,
     n,
     o,
     p,
@@ -470,25 +385,21 @@ def _store_products(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         w_t = _load_transposed(weight, o, c, o < C, c < C, C)
-        dy_t = _load_gradient_halves(
-            dy_a, dy_a_strides, dy_b, dy_b_strides, dnet, dnet_strides, n, c, p, valid, C, DTYPE
-        )
+        dy_t = _load_gradient_halves(dy_a, dy_b, dnet, n, c, p, valid, C, DTYPE)
         dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
-    tl.store(at(dx, dx_strides, n, o, p), dx_t, inside)
+    tl.store(at(dx, n, o, p), dx_t, inside)
     # A second loop, because both products in one loop need more registers than sm_80 has.
-    if x is not None:
+    if x[0] is not None:
         x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
-            y_t = _load_shifted_halves(
-                y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C, DTYPE
-            )
+            y_t = _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C, DTYPE)
             x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-        tl.store(at(x, x_strides, n, o, p), x_t, inside)
-        if net is not None:
+        tl.store(at(x, n, o, p), x_t, inside)
+        if net[0] is not None:
             is_a = (o[:, None] < C // 2) & valid[None, :]
-            store(at(net, net_strides, n, o, p), x_t, mask=is_a)
+            store(at(net, n, o, p), x_t, mask=is_a)
 
 
 @triton.jit
@@ -508,11 +419,8 @@ def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
 @triton.jit
 def _load_gradient_halves(
     dy_a,
-    dy_a_strides,
     dy_b,
-    dy_b_strides,
     dnet,
-    dnet_strides,
     n,
     c,
     p,
@@ -520,29 +428,27 @@ def _load_gradient_halves(
     C: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    dy_t = _load_halves(dy_a, dy_a_strides, dy_b, dy_b_strides, n, c, p, valid, C, DTYPE)
-    if dnet is not None:
+    dy_t = _load_halves(dy_a, dy_b, n, c, p, valid, C, DTYPE)
+    if dnet[0] is not None:
         is_a = (c[:, None] < C // 2) & valid[None, :]
-        dy_t += tl.load(at(dnet, dnet_strides, n, c, p), mask=is_a, other=0.0).to(DTYPE)
+        dy_t += tl.load(at(dnet, n, c, p), mask=is_a, other=0.0).to(DTYPE)
     return dy_t
 
 
 @triton.jit
-def _load_shifted_halves(
-    y_a, y_a_strides, y_b, y_b_strides, bias, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr
-):
-    y_t = _load_halves(y_a, y_a_strides, y_b, y_b_strides, n, c, p, valid, C, DTYPE)
+def _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
+    y_t = _load_halves(y_a, y_b, n, c, p, valid, C, DTYPE)
     shift = tl.load(bias + c, mask=c < C, other=0.0)
     return y_t - shift[:, None]  # dy is zero in columns that do not exist, so they add nothing
 
 
 @triton.jit
-def _load_halves(a, a_strides, b, b_strides, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
+def _load_halves(a, b, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     """A tile of the state with halves `a` (channels below C // 2) and `b`."""
     C_A: tl.constexpr = C // 2
-    at_a, at_b = at(a, a_strides, n, c, p), at(b, b_strides, n, c - C_A, p)
-    UNIT: tl.constexpr = a_strides[3] if a_strides[3] < b_strides[3] else b_strides[3]
-    SIZE: tl.constexpr = UNIT * a.dtype.element_ty.primitive_bitwidth // 8
+    at_a, at_b = at(a, n, c, p), at(b, n, c - C_A, p)
+    UNIT: tl.constexpr = a[4] if a[4] < b[4] else b[4]
+    SIZE: tl.constexpr = UNIT * a[0].dtype.element_ty.primitive_bitwidth // 8
     # `where` loses part of the divisor that the compiler knows of both, so state it again.
     chosen = tl.multiple_of(tl.where((c < C_A)[:, None], at_a, at_b), [SIZE, SIZE])
     return tl.load(chosen, mask=(c < C)[:, None] & valid[None, :], other=0.0).to(DTYPE)

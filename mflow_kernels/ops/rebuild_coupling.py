@@ -66,18 +66,12 @@ def rebuild_coupling_ref(
 @triton.jit(do_not_specialize=RUN_TIME)
 def _rebuild_coupling_kernel(
     z_b,
-    z_strides,
     coupling_params,
-    params_strides,
     dz_b,
-    dz_strides,
     dlogdet,
     y_b,
-    y_strides,
     dy_b,
-    dy_strides,
     dparams,
-    dparams_strides,
     N,
     P,
     C_B: tl.constexpr,
@@ -91,17 +85,15 @@ def _rebuild_coupling_kernel(
     dlog_s = tl.load(dlogdet + n, mask=valid, other=0.0)
     for start in range(0, C_B, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        raw, shift, inside = load_params(
-            coupling_params, params_strides, n, C_B + c, p, valid, 2 * C_B, DTYPE
-        )
-        y_t = tl.load(at(z_b, z_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
-        if y_b is not None:
+        raw, shift, inside = load_params(coupling_params, n, C_B + c, p, valid, 2 * C_B, DTYPE)
+        y_t = tl.load(at(z_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        if y_b[0] is not None:
             y_t, _ = couple(y_t, raw, shift, inside, SCALE, not INVERSE)
-            tl.store(at(y_b, y_strides, n, c, p), y_t, mask=inside)
-        dz_t = tl.load(at(dz_b, dz_strides, n, c, p), mask=inside, other=0.0).to(DTYPE)
+            tl.store(at(y_b, n, c, p), y_t, mask=inside)
+        dz_t = tl.load(at(dz_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
-        tl.store(at(dy_b, dy_strides, n, c, p), dy_t, mask=inside)
-        store_params(dparams, dparams_strides, draw, dshift, n, C_B + c, p, valid, 2 * C_B)
+        tl.store(at(dy_b, n, c, p), dy_t, mask=inside)
+        store_params(dparams, draw, dshift, n, C_B + c, p, valid, 2 * C_B)
 
 
 def launch_rebuild_coupling(
@@ -123,8 +115,8 @@ def launch_rebuild_coupling(
     launch_elementwise(
         _rebuild_coupling_kernel,
         z_b,
-        *(*strided(z_b), *strided(params), *strided(dz_b), dlogdet.contiguous()),
-        *(*strided(y_b), *strided(dy_b), *strided(dparams)),
+        *(strided(z_b), strided(params), strided(dz_b), dlogdet.contiguous()),
+        *(strided(y_b), strided(dy_b), strided(dparams)),
         tile=(block_c, block_p),
         C_B=z_b.shape[1],
         SCALE=scale,

@@ -143,10 +143,13 @@ class Device:
 
 
 def _flat(names: Any, kinds: Any, values: Any) -> Iterator[tuple[str, str, Any]]:
-    """The arguments of a compiled kernel: tuples are flattened, constants left out."""
+    """The arguments of a compiled kernel. Constants are left out and tuples are flattened, and a
+    tensor that leads a tuple has the tuple's name."""
     for name, kind, value in zip(names, kinds, values, strict=True):
         if isinstance(kind, tuple | list):
             inner = [f"{name}[{i}]" for i in range(len(kind))]
+            if str(kind[0]).startswith("*"):
+                inner[0] = name
             yield from _flat(inner, kind, value)
         elif kind != "constexpr":
             yield name, kind, value
