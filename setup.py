@@ -91,6 +91,13 @@ class Cuda:
         return " ".join([*(f"sm_{a}" for a in self.archs), f"compute_{self.archs[-1]}"])
 
 
+def without_cuda(note: str) -> Cuda:
+    """Leave the CUDA part out, which is an error if MFLOW_CUDA=1 asks for it."""
+    if os.environ.get("MFLOW_CUDA") == "1":
+        raise SystemExit(f"mflow_kernels: MFLOW_CUDA=1, but {note}")
+    return Cuda(note=note)
+
+
 def choose_cuda() -> Cuda:
     """Choose the CUDA part of the build from the environment, and report what it leaves out."""
     wanted = os.environ.get("MFLOW_CUDA", "")
@@ -100,10 +107,7 @@ def choose_cuda() -> Cuda:
         return Cuda(note="left out by MFLOW_CUDA=0")
     nvcc = find_nvcc()
     if nvcc is None:
-        note = "nvcc was found neither in CUDA_HOME nor on PATH"
-        if wanted == "1":
-            raise SystemExit(f"mflow_kernels: MFLOW_CUDA=1, but {note}")
-        return Cuda(note=note)
+        return without_cuda("nvcc was found neither in CUDA_HOME nor on PATH")
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
     known = re.findall(r"compute_(\w+)", listed.stdout)
     chosen = tuple(re.findall(r"[^;,\s]+", os.environ.get("MFLOW_CUDA_ARCHS", "")))
@@ -118,10 +122,7 @@ def choose_cuda() -> Cuda:
         say(f"sm_{arch} left out: {nvcc} does not know it")
     archs = tuple(sorted((a for a in archs if a in known), key=lambda a: int(re.sub(r"\D", "", a))))
     if not archs:
-        note = f"{nvcc} knows none of sm_{' sm_'.join(CUDA_ARCHS)}"
-        if wanted == "1":
-            raise SystemExit(f"mflow_kernels: MFLOW_CUDA=1, but {note}")
-        return Cuda(note=note)
+        return without_cuda(f"{nvcc} knows none of sm_{' sm_'.join(CUDA_ARCHS)}")
     return Cuda(nvcc, archs)
 
 
@@ -142,9 +143,7 @@ class NinjaBuildExt(build_ext):
         compiler()  # exits early if there is no compiler
         cuda = choose_cuda()
         if cuda.nvcc and not self.run_ninja(ext, cuda):
-            if os.environ.get("MFLOW_CUDA") == "1":
-                raise SystemExit("mflow_kernels: MFLOW_CUDA=1, but the CUDA part did not build")
-            cuda = Cuda(note=f"{cuda.nvcc} failed when the extension was built")
+            cuda = without_cuda(f"{cuda.nvcc} failed when the extension was built")
         if not cuda.nvcc and not self.run_ninja(ext, cuda):
             raise SystemExit("mflow_kernels: the C++ part did not build; see the errors above")
         say("built the CPU part")

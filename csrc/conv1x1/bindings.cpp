@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "../coupling/describe.h"
 #include "conv1x1.h"
@@ -16,33 +17,36 @@ namespace {
 
 using Half = std::pair<py::object, py::object>;
 
-// A weight (C, C) or a bias (C), as a column: the last axes of a tensor, whose other axes are ignored.
+// Reads weights (..., C, C) and biases (..., C). Axes before these are ignored. The tensors live as long as
+// this object.
 class Weights {
 public:
-    Weights(const py::object& tensor, const py::object& dtype, int64_t channels, bool square) {
-        if (tensor.is_none()) return;
-        if (!py::object(tensor.attr("dtype")).is(dtype)) fail("expected weights of the state's dtype");
-        tensor_.emplace(tensor, dtype, Use::read);
-        const size_t axes = square ? 2 : 1, first = tensor_->axes() - axes;
-        if (tensor_->axes() < axes) fail("expected (..., C, C) and (..., C)");
-        for (size_t i = first; i < tensor_->axes(); ++i) {
-            if (tensor_->length(i) != channels) fail("expected weights of the state's channels");
-        }
-        matrix_.data = tensor_->data();
-        matrix_.row = tensor_->stride(first);
-        if (square) matrix_.column = tensor_->stride(first + 1);
-    }
-    operator Matrix() const { return matrix_; }
+    Weights(const py::object& dtype, int64_t channels) : dtype_(dtype), channels_(channels) {}
+    Matrix matrix(const py::object& tensor) { return last_axes(tensor, 2); }
+    Matrix column(const py::object& tensor) { return last_axes(tensor, 1); }
 
 private:
-    std::optional<Tensor> tensor_;
-    Matrix matrix_;
+    Matrix last_axes(const py::object& tensor, size_t count) {
+        if (tensor.is_none()) return {};
+        if (!py::object(tensor.attr("dtype")).is(dtype_)) fail("expected weights of the state's dtype");
+        const Tensor& t = tensors_.emplace_back(tensor, dtype_, Use::read);
+        if (t.axes() < count) fail("expected (..., C, C) and (..., C)");
+        const size_t first = t.axes() - count;
+        for (size_t i = first; i < t.axes(); ++i) {
+            if (t.length(i) != channels_) fail("expected weights of the state's channels");
+        }
+        return {t.data(), t.stride(first), count == 2 ? t.stride(first + 1) : 0};
+    }
+
+    py::object dtype_;
+    int64_t channels_;
+    std::vector<Tensor> tensors_;
 };
 
 // A state or a half of one, or None.
-class Optional {
+class OptionalState {
 public:
-    Optional(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
+    OptionalState(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
              int64_t channels) {
         if (tensor.is_none()) return;
         state_.emplace(tensor, dtype, use);
@@ -96,14 +100,13 @@ void conv1x1(int threads, const py::object& x, const py::object& params, const p
     p.shape = from.shape();
     expect_channels(p.shape);
     p.first = p.shape.channels / 2;
-    const Weights weight_values(weight, dtype, p.shape.channels, true);
-    p.weight = weight_values;
-    const Weights bias_values(bias, dtype, p.shape.channels, false);
-    p.bias = bias_values;
+    Weights weights(dtype, p.shape.channels);
+    p.weight = weights.matrix(weight);
+    p.bias = weights.column(bias);
     p.x[0] = from.view();
     p.x[1] = from_channel(from.view(), p.first, is_double);
     p.y = to.view();
-    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    const OptionalState first_half(net, dtype, Use::write, p.shape, p.first);
     p.net = first_half.view();
     std::optional<State> raw;
     std::optional<SampleValues> sums;
@@ -129,11 +132,11 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
     return p;
 }
 
-// Computes the gradients of y = W x + bias from the halves of y and dy. If M (`other`) is given, also
-// computes x = M (y - bias) and net, a copy of x's first half.
+// Computes the gradients of y = W x + bias from the halves of y and dy. If W^-1 is given, also computes
+// x = W^-1 (y - bias) and net, a copy of x's first half.
 void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet,
-                      const py::object& weight, const py::object& bias, const py::object& other,
-                      const py::object& x, const py::object& net, const py::object& dx,
+                      const py::object& weight, const py::object& bias,
+                      const py::object& weight_inverse, const py::object& x, const py::object& net, const py::object& dx,
                       const py::object& outer_sum, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
     const bool is_double = computes_in_double(dtype);
@@ -147,17 +150,17 @@ void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::obje
     p.state[1] = y_b.view();
     p.dy[0] = dy_a.view();
     p.dy[1] = dy_b.view();
-    const Optional added(dnet, dtype, Use::read, p.shape, p.first);
+    const OptionalState added(dnet, dtype, Use::read, p.shape, p.first);
     p.dnet = added.view();
-    const Weights weight_values(weight, dtype, p.shape.channels, true);
-    p.weight = weight_values;
-    const Weights bias_values(bias, dtype, p.shape.channels, false);
-    p.bias = bias_values;
-    const Weights other_values(other, dtype, p.shape.channels, true);
-    p.other = other_values;
-    if (other.is_none() != x.is_none()) fail("expected both x and the matrix that rebuilds it, or neither");
-    const Optional rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
-    const Optional first_half(net, dtype, Use::write, p.shape, p.first);
+    Weights weights(dtype, p.shape.channels);
+    p.weight = weights.matrix(weight);
+    p.bias = weights.column(bias);
+    p.weight_inverse = weights.matrix(weight_inverse);
+    if (weight_inverse.is_none() != x.is_none()) {
+        fail("expected both x and the matrix that rebuilds it, or neither");
+    }
+    const OptionalState rebuilt(x, dtype, Use::write, p.shape, p.shape.channels);
+    const OptionalState first_half(net, dtype, Use::write, p.shape, p.first);
     p.rebuilt = rebuilt.view();
     p.net = first_half.view();
     const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
@@ -185,12 +188,12 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
     const int64_t first = p.first;
     p.dy[0] = gradient.view();
     p.dy[1] = from_channel(gradient.view(), first, is_double);
-    const Optional added(dnet, dtype, Use::read, p.shape, first);
+    const OptionalState added(dnet, dtype, Use::read, p.shape, first);
     p.dnet = added.view();
     p.state[0] = state.view();
     p.state[1] = from_channel(state.view(), first, is_double);
-    const Weights weight_values(weight, dtype, p.shape.channels, true);
-    p.weight = weight_values;
+    Weights weights(dtype, p.shape.channels);
+    p.weight = weights.matrix(weight);
     const Sums sums(outer_sum, dbias, dtype, p.shape.channels);
     p.outer_sum = sums.outer_sum();
     p.dbias = sums.dbias();
@@ -198,9 +201,9 @@ void coupling_conv1x1_backward(int threads, const py::object& x, const py::objec
     Coupling coupling = describe_coupling(is_double, half, raw, scale, inverse);
     coupling.draw = draw.view();
     coupling.dshift = from_channel(coupling.draw, half.channels, is_double);
-    const SampleValues dsums(dlogdet, dtype, Use::read, p.shape.samples);
-    coupling.dlogdet = dsums.data();
-    coupling.dlogdet_stride = dsums.stride();
+    const SampleValues values(dlogdet, dtype, Use::read, p.shape.samples);
+    coupling.dlogdet = values.data();
+    coupling.dlogdet_stride = values.stride();
     p.coupling = &coupling;
     py::gil_scoped_release release;
     conv1x1_backward_cpu(p, threads);

@@ -81,7 +81,7 @@ template <bool PIXEL_ROWS, class A>
 struct Conv1x1BackwardLoop {
     const Conv1x1Backward& p;
     Grid<PIXEL_ROWS, A> grid;
-    PackedMatrix<PIXEL_ROWS, A> back, other;
+    PackedMatrix<PIXEL_ROWS, A> transposed, inverse;
     int64_t parts, outer_row;
     std::vector<A> outer_sums, dbiases;  // one for each part
 
@@ -90,8 +90,8 @@ struct Conv1x1BackwardLoop {
     explicit Conv1x1BackwardLoop(const Conv1x1Backward& p)
         : p(p),
           grid(p),
-          back(p.weight.transposed(), grid.channels),
-          other(p.other, grid.channels),
+          transposed(p.weight.transposed(), grid.channels),
+          inverse(p.weight_inverse, grid.channels),
           parts(std::min({std::max<int64_t>(1, p.shape.size() / kElementsPerThread), grid.tiling.tiles(),
                           kMostParts})),
           outer_row(whole_vectors<A>(grid.channels)),
@@ -120,7 +120,7 @@ struct Conv1x1BackwardLoop {
             grid.move(t, first, dy, grid.in_panel(b.g, 0));
         }
         grid.move(t, second, grid.in_memory(p.dy[1], t, 0), grid.in_panel(b.g, first));
-        back(grid, t, b.g, b.y, zero);
+        transposed(grid, t, b.g, b.y, zero);
         grid.move(t, first, grid.in_memory(p.state[0], t, 0), grid.in_panel(b.z, 0));
         if (p.coupling) {
             grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
@@ -130,8 +130,8 @@ struct Conv1x1BackwardLoop {
         grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.dstate, t, 0));
         grid.move(t, second, grid.in_memory(p.state[1], t, 0), grid.in_panel(b.z, first));
         if (p.bias.data) subtract_bias(t, b);
-        if (!other) return;
-        other(grid, t, b.z, b.y, zero);
+        if (!inverse) return;
+        inverse(grid, t, b.z, b.y, zero);
         grid.move(t, grid.channels, grid.in_panel(b.y, 0), grid.in_memory(p.rebuilt, t, 0));
         if (p.net.data) grid.move(t, first, grid.in_panel(b.y, 0), grid.in_memory(p.net, t, 0));
     }

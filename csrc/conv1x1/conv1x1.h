@@ -5,7 +5,7 @@
 //   conv1x1_backward    dz = W^T dy, outer_sum = sum dy z^T and dbias = sum dy. With a coupling, z is
 //                       couple(x), and the gradients of x and params are computed too. Without a
 //                       coupling, z is the given state minus bias. If the state is x and bias is
-//                       absent, outer_sum is dW. If the state is y and M = W^-1 is given, x = M z is
+//                       absent, outer_sum is dW. If the state is y and W^-1 is given, x = W^-1 z is
 //                       rebuilt.
 #pragma once
 
@@ -41,8 +41,8 @@ struct Conv1x1Backward {
     StateView state[2];        // the halves of y; with a coupling, of x
     StateView dstate;          // the gradient of z; with a coupling, of x
     void *outer_sum, *dbias;   // (C, C) and (C), dense
-    Matrix other;              // M
-    StateView rebuilt, net;    // M z, and the network input, a copy of its first half
+    Matrix weight_inverse;
+    StateView rebuilt, net;    // W^-1 z, and the network input, a copy of its first half
     const Coupling* coupling = nullptr;  // its dlogdet, draw and dshift are used too
 };
 

@@ -49,7 +49,7 @@ void coupling_backward(int threads, int64_t identity_channels, bool x_given, con
     expect_like(state, gradient);
     expect_like(state, result);
     expect_like(raw, draw);
-    const SampleValues dsums(dlogdet, dtype, Use::read, state.shape().samples);
+    const SampleValues values(dlogdet, dtype, Use::read, state.shape().samples);
     std::optional<State> filled;
     if (!other.is_none()) filled.emplace(other, dtype, Use::write);
     if (filled) expect_like(state, *filled);
@@ -69,8 +69,8 @@ void coupling_backward(int threads, int64_t identity_channels, bool x_given, con
     }
     p.draw = draw.view();
     p.dshift = from_channel(p.draw, p.shape.channels, is_double);
-    p.dlogdet = dsums.data();
-    p.dlogdet_stride = dsums.stride();
+    p.dlogdet = values.data();
+    p.dlogdet_stride = values.stride();
     py::gil_scoped_release release;
     coupling_backward_cpu(p, threads);
 }

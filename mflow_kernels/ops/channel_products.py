@@ -377,7 +377,7 @@ def launch_weight_gradient(
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
             maxnreg=tile.registers,
-            # No pipeline for groups: their order of columns would need 4-byte asynchronous copies.
+            # Groups have no pipeline: their order of columns would need 4-byte asynchronous copies.
             num_stages=shared_operand_stages(precision) if tile.groups is None else 1,
         )
     return dweight, dbias

@@ -355,20 +355,20 @@ affine_coupling_op, coupling_eager = register(
 )
 
 
-def check_params(x: Tensor, params: object, name: str = "params") -> Tensor:
-    """Return the params of a coupling on x after checking them: (N, 2 * C_b, *spatial), on x's
-    device.
+def check_params(x: Tensor, params: object, name: str = "params", state: str = "x") -> Tensor:
+    """Check that x can be coupled and that params are (N, 2 * C_b, *spatial), on its device.
 
-    Errors call them `name`.
+    Errors call them `state` and `name`. Returns params, copied if kernels cannot read them.
     """
     params = flow_state(name, params)
     if x.shape[1] < 2:
-        raise ValueError(f"x: expected at least 2 channels to couple, got shape {tuple(x.shape)}")
+        shape = tuple(x.shape)
+        raise ValueError(f"{state}: expected at least 2 channels to couple, got shape {shape}")
     c_b = x.shape[1] - x.shape[1] // 2
     check_shape(name, params, (x.shape[0], 2 * c_b, *x.shape[2:]))
     check_device(name, params, x)
     if params.dtype == torch.float64 and x.dtype != torch.float64:
-        raise TypeError(f"{name}: expected a dtype no wider than x's {x.dtype}, got float64")
+        raise TypeError(f"{name}: expected a dtype no wider than {state}'s {x.dtype}, got float64")
     return params
 
 
@@ -404,5 +404,5 @@ def affine_coupling_inverse(
     y = flow_state("y", y)
     args = ScaleFunction.of(scale).args
     run = operator(affine_coupling_op, coupling_forward)
-    x, ledger = run(y, check_params(y, params), *args, True)
+    x, ledger = run(y, check_params(y, params, state="y"), *args, True)
     return x, sum_ledger(ledger)

@@ -167,8 +167,10 @@ def coupling_conv1x1_forward(
     order: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the network input cut from it, and the ledger, without autograd. weight and bias come from
-    `spread`."""
+    """y, the network input cut from it, and the ledger, without autograd.
+
+    weight and bias come from `spread`.
+    """
     scale = scale_of(kind, offset, eps, clamp, order)
     if uses_triton(x):
         y, net, ledger = launch_conv1x1(
@@ -328,7 +330,7 @@ def _fused_step(
     *,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    params = check_params(x, params)
+    params = check_params(x, params, state="y" if inverse else "x")
     spread_weights = spread(*check_conv1x1(x, weight, bias, precision), x)
     args = ScaleFunction.of(scale).args
     run = operator(coupling_conv1x1_op, coupling_conv1x1_forward)

@@ -145,7 +145,7 @@ def supports(x: Tensor, w1: Tensor, w3: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # Dynamo does not trace these settings
 def uses_tf32(images: bool) -> bool:
     """Whether torch's settings let float32 convolutions of images, or products of vectors, round
-    their factors to TF32. By default it is so for convolutions only."""
+    their factors to TF32. By default only convolutions may."""
     if images:
         return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -193,7 +193,7 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
 def _drawn(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """Draw normal numbers in the shapes of x and the weights, scaled to give results of order one.
 
-    The weights of a new network would not do, because its last layer is zero, and so are most
+    The weights of a new network are not measured: its last layer is zero, and so are most of its
     gradients.
     """
     generator = torch.Generator(x.device).manual_seed(0)

@@ -4,8 +4,8 @@ Tiles are chosen so that none spills on sm_80, sm_90 and sm_100. `benchmarks.rep
 compiles them.
 
 A loop that uses an operand of a product again has `num_stages=1`. With a pipeline, Triton would
-overwrite the operand with the next tile too early. So has the forward launch with a Triton that
-sets no fence between a copy and the product that reads it (`FENCES_COPIES`).
+overwrite the operand with the next tile too early. The forward launch has it only if Triton sets no
+fence between a copy and the product that reads it (`FENCES_COPIES`).
 """
 
 import math

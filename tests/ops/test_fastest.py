@@ -1,6 +1,5 @@
 """The choice between two implementations, and the file that keeps it."""
 
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -73,17 +72,6 @@ def test_a_known_choice_costs_little(file: Path, monkeypatch: pytest.MonkeyPatch
     assert choose("a", took(1.0), took(2.0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("asked again"))
     assert choose("a", never, never)
-
-
-def test_a_checkout_need_not_be_installed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in gpu_run.sh, which builds in place."""
-
-    def version(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(fastest, "version", version, raising=False)
-    assert choose("a", took(1.0), took(2.0))
 
 
 def test_candidates_are_timed_on_their_own_device(file: Path) -> None:

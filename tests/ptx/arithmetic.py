@@ -96,9 +96,7 @@ def _product(t: Translator, i: Instruction) -> str:
         return f"{t.read(i.args[1], bits_of(kind))} * {t.read(i.args[2], bits_of(kind))}"
     a, b = t.read(i.args[1], kind), t.read(i.args[2], kind)
     if "hi" in i.parts and size == 8:
-        if kind[0] == "s":
-            raise Unsupported(i.op)
-        return f"high_product({a}, {b})"
+        raise Unsupported(i.op)
     wide = ("i" if kind[0] == "s" else "u") + str(size * 2)
     product = f"({a}).astype({wide}) * ({b}).astype({wide})"
     if "wide" in i.parts:
@@ -189,8 +187,9 @@ def _bytes(t: Translator, i: Instruction) -> None:
 def _setp(t: Translator, i: Instruction) -> None:
     comparison = i.parts[1]
     if i.type in ("bf16x2", "f16x2"):
-        _setp_of_a_pair(t, i)
-        return
+        return _setp_of_a_pair(t, i)
+    if "|" in str(i.args[0]) or {"and", "or", "xor"} & set(i.parts):
+        raise Unsupported(i.op)
     if i.type in ("bf16", "f16"):
         a, b = (f"widened({t.read(x, 'b16')}, {i.type!r})" for x in i.args[1:3])
     else:
@@ -199,22 +198,13 @@ def _setp(t: Translator, i: Instruction) -> None:
     unordered = f"np.isnan({a}) | np.isnan({b})"
     if comparison == "num":
         result = f"~({unordered})"
-    elif comparison == "nan":
-        result = unordered
     elif comparison not in COMPARISONS:  # true if either operand is NaN
         result = f"({a} {COMPARISONS[comparison[:-1]]} {b}) | {unordered}"
     else:
         result = f"{a} {COMPARISONS[comparison]} {b}"
         if comparison == "ne" and i.type in ("f16", "bf16", "f32", "f64"):
             result = f"({result}) & ~({unordered})"
-    results = [f"({result})", f"~({result})"]  # of p and q in p|q
-    if i.parts[2] in ("and", "or", "xor"):
-        other = str(i.args[3])
-        c = f"~{t.read(other[1:], 'pred')}" if other.startswith("!") else t.read(other, "pred")
-        results = [f"{r} {SIGNS[i.parts[2]]} {c}" for r in results]
-    t.write(f"v = {', '.join(results)}")
-    for j, place in enumerate(str(i.args[0]).split("|")):
-        t.put(place, f"v[{j}]")
+    t.put(i.args[0], result)
 
 
 def _setp_of_a_pair(t: Translator, i: Instruction) -> None:
@@ -253,51 +243,27 @@ def _mov(t: Translator, i: Instruction) -> None:
         t.put(to, f"M.spread({t.read(source, kind)})")
 
 
-@instruction("cvta")
-def _cvta(t: Translator, i: Instruction) -> None:
-    t.put(i.args[0], t.read(i.args[1], "u64"))
-
-
 @instruction("cvt")
 def _cvt(t: Translator, i: Instruction) -> None:
     to, source = i.parts[-2:]
-    mode = next((p for p in i.parts[1:-2] if p.startswith("r")), None)
+    rounding = [p for p in i.parts[1:-2] if p.startswith("r")]
+    if rounding not in ([], ["rna" if to == "tf32" else "rn"]):
+        raise Unsupported(i.op)
     if to == "tf32":
-        if mode != "rna":
-            raise Unsupported(i.op)
         return t.put(i.args[0], f"tf32_bits({t.read(i.args[1], 'u32')})")
     if to in ("bf16x2", "f16x2"):
-        if mode != "rn":
-            raise Unsupported(i.op)
         form = "bf16_bits({})" if to == "bf16x2" else "({}).astype(f2).view(u2)"
         high, low = (form.format(f"M.spread({t.read(x, 'f32')})") for x in i.args[1:3])
         return t.put(i.args[0], f"(({high}).astype(u4) << u4(16)) | ({low}).astype(u4)")
+    if (to == "bf16" and source not in ("f32", "f64")) or (is_float(source) and to[0] in "su"):
+        raise Unsupported(i.op)
     a = t.read(i.args[1], "b16" if source == "bf16" else source)
     if source == "bf16":
         wide = f"from_bf16({a})"
         return t.put(i.args[0], wide if to == "f32" else f"({wide}).astype({numpy_kind(to)})")
     if to == "bf16":
-        if source not in ("f32", "f64") or mode != "rn":
-            raise Unsupported(i.op)
         return t.put(i.args[0], f"bf16_bits({a if source == 'f32' else f'to_odd({a})'})")
-    if is_float(source) and is_float(to):
-        return t.put(i.args[0], _float_to_float(i, a, source, to, mode))
-    if is_float(source):
-        return t.put(i.args[0], f"to_integer({a}, {numpy_kind(to)}, {mode!r})")
-    if mode not in (None, "rn"):
-        raise Unsupported(i.op)
     t.put(i.args[0], f"({a}).astype({numpy_kind(to)})")
-
-
-def _float_to_float(i: Instruction, a: str, source: str, to: str, mode: str | None) -> str:
-    integral = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
-    if mode in integral:
-        return f"np.{integral[mode]}({a})"
-    if mode == "rz" and (source, to) == ("f64", "f32"):
-        return f"toward_zero({a})"
-    if mode not in (None, "rn"):
-        raise Unsupported(i.op)
-    return f"({a}).astype({numpy_kind(to)})"
 
 
 def _function(name: str, expression: str) -> None:
@@ -308,13 +274,5 @@ def _function(name: str, expression: str) -> None:
 
 # Exact here; a GPU is off by a few units in the last place.
 _function("ex2", "np.exp2({})")
-_function("lg2", "log2({})")
 _function("rcp", "1 / {}")
 _function("sqrt", "np.sqrt({})")
-_function("rsqrt", "1 / np.sqrt({})")
-_function("tanh", "np.tanh({})")
-
-
-@instruction("copysign")
-def _copysign(t: Translator, i: Instruction) -> None:
-    t.put(i.args[0], f"np.copysign({t.read(i.args[2], i.type)}, {t.read(i.args[1], i.type)})")

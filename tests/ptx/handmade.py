@@ -51,7 +51,7 @@ def run(
     text = _HEAD.format(
         parameters=", ".join(parameters), threads=threads, loads="\n".join(loads), body=body
     )
-    kernel = parse(text)["k"]
+    kernel = parse(text)
     memory = GlobalMemory(Report(kernel))
     regions = [
         Region(

@@ -119,7 +119,7 @@ class Device:
 
     def _program(self, ptx: str) -> Program:
         if ptx not in self.programs:
-            (kernel,) = parse(ptx).values()
+            kernel = parse(ptx)
             self.programs[ptx] = Program(kernel, Translator(kernel))
         return self.programs[ptx]
 

@@ -47,7 +47,7 @@ class Machine:
         self.kernel, self.translator = program.kernel, program.translator
         self.memory, self.report, self.parameters = memory, memory.report, parameters
         self.grid, self.threads, self.late = grid, program.kernel.threads, late
-        self.shared_bytes = max(shared, program.kernel.static_shared)
+        self.shared_bytes = shared
         words = [4]
         for i in program.kernel.instructions:
             if i.name in ("ld", "st") and "shared" in i.parts:

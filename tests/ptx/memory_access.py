@@ -150,8 +150,7 @@ def _cp(t: Translator, i: Instruction) -> None:
     if "wait_group" in i.parts:
         return t.write(f"M.shared.wait({int(str(i.args[0]), 0)}, {t.mask()})")
     if "wait_all" in i.parts:
-        t.write(f"M.shared.commit({t.mask()})")
-        return t.write(f"M.shared.wait(0, {t.mask()})")
+        raise Unsupported(i.op)
     size = int(str(i.args[2]), 0)
     # The copy reads `taken` bytes and sets the rest of `size` to zero.
     taken = t.read(i.args[3], "u32") if len(i.args) > 3 else f"u4({size})"
@@ -161,6 +160,6 @@ def _cp(t: Translator, i: Instruction) -> None:
     )
 
 
-@instruction("membar", "prefetch", "discard", "griddepcontrol", "nanosleep")
-def _nothing(t: Translator, i: Instruction) -> None:
-    """Instructions that change no value here."""
+@instruction("membar")
+def _membar(t: Translator, i: Instruction) -> None:
+    """Nothing to do: the machine runs memory accesses in the order of the program."""

@@ -123,29 +123,6 @@ def permuted(a: Array, b: Array, selector: Array) -> Array:
     return out.astype(u4)
 
 
-def high_product(a: Array, b: Array) -> Array:
-    """The high 64 bits of a product of unsigned 64-bit numbers."""
-    m = u8(0xFFFFFFFF)
-    al, ah, bl, bh = a & m, a >> u8(32), b & m, b >> u8(32)
-    mid = ah * bl + ((al * bl) >> u8(32))
-    low = al * bh + (mid & m)
-    return ah * bh + (mid >> u8(32)) + (low >> u8(32))
-
-
-def to_integer(x: Array, dtype: type, mode: str) -> Array:
-    """A float as an integer. Values out of range become the nearest integer, NaN becomes 0."""
-    x = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(f8))
-    info = np.iinfo(dtype)
-    low, high = float(info.min), float(info.max)
-    top = np.nextafter(high, 0) if info.bits == 64 else high
-    clipped = np.where(np.isnan(x), 0.0, np.clip(x, low, top))
-    return np.where(x >= high, dtype(info.max), clipped.astype(dtype))
-
-
-def log2(x: Array) -> Array:
-    return np.log2(x.astype(f8)).astype(f4)
-
-
 def narrowed(x: Array, kind: str) -> Array:
     """float64 as the bits of a 16-bit float, to nearest even."""
     return bf16_bits(to_odd(x)) if kind == "bf16" else to_odd(x).astype(f2).view(u2)

@@ -15,9 +15,7 @@ SIZES = {
 
 JUMPS = ("bra", "ret", "exit")
 BARRIERS = ("bar.sync", "barrier.sync", "bar.cta.sync")
-_SHARED = re.compile(
-    r"^\s*(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", re.MULTILINE
-)
+_SHARED = re.compile(r"^\s*(\.extern\s+)?\.shared\s.*?([\w$]+)\[", re.MULTILINE)
 _KERNEL = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.DOTALL)
 _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$.]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 
@@ -85,18 +83,16 @@ class Kernel:
     parameters: list[Parameter]
     parameter_bytes: int
     threads: int
-    shared: dict[str, int]  # offsets of shared symbols; the dynamic ones follow the static ones
-    static_shared: int
+    shared: set[str]  # symbols that stand for the start of dynamic shared memory
     instructions: list[Instruction]
     labels: dict[str, int]
     registers: dict[str, int]  # bytes of each
-    blocks: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # first instruction, and past the last
+    # Of each basic block, the first instruction and the one after the last.
+    blocks: list[tuple[int, int]] = field(default_factory=list)
 
 
-def parse(ptx: str) -> dict[str, Kernel]:
-    """The kernels of a PTX text, by name."""
+def parse(ptx: str) -> Kernel:
+    """The kernel of a PTX text."""
     text = re.sub(r"/\*.*?\*/", "", ptx, flags=re.DOTALL)
     text = "\n".join(line.split("//")[0] for line in text.splitlines())
     files = {
@@ -105,55 +101,39 @@ def parse(ptx: str) -> dict[str, Kernel]:
     }
     text = re.sub(r"^\s*\.loc\s+(\d+)\s+(\d+).*$", r".loc \1 \2;", text, flags=re.MULTILINE)
     text = re.sub(r"^\s*\.pragma.*$", "", text, flags=re.MULTILINE)
-    module_shared = _SHARED.findall(text)
-    kernels = {}
-    for found in _KERNEL.finditer(text):
-        name, head, attributes = found.groups()
-        end, depth = found.end(), 1
-        while depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        body = text[found.end() : end - 1]
-        parameters, size = _parameters(head)
-        threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", attributes)
-        if threads is None:
-            raise Unsupported(f"{name}: no number of threads")
-        shared, static = _shared(module_shared + _SHARED.findall(body), body)
-        kernel = Kernel(name, parameters, size, int(threads[1]), shared, static, [], {}, {})
-        _Body(kernel, files).read(body)
-        kernel.blocks = _blocks(kernel)
-        kernels[name] = kernel
-    return kernels
+    shared = _SHARED.findall(text)
+    if not all(extern for extern, _ in shared):
+        raise Unsupported("static shared memory")
+    found = _KERNEL.search(text)
+    if found is None:
+        raise Unsupported("no kernel")
+    name, head, attributes = found.groups()
+    end, depth = found.end(), 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    parameters, size = _parameters(head)
+    threads = re.search(r"\.reqntid\s+(\d+)", attributes)
+    if threads is None:
+        raise Unsupported(f"{name}: no number of threads")
+    symbols = {symbol for _, symbol in shared}
+    kernel = Kernel(name, parameters, size, int(threads[1]), symbols, [], {}, {})
+    _Body(kernel, files).read(text[found.end() : end - 1])
+    kernel.blocks = _blocks(kernel)
+    return kernel
 
 
 def _parameters(head: str) -> tuple[list[Parameter], int]:
     parameters, offset = [], 0
     for part in filter(None, (p.strip() for p in head.split(","))):
-        array = re.search(r"\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", part)
-        if array:
-            align, name, size = int(array[1]), array[2], int(array[3])
-        else:
-            kind = re.search(r"\.param\s+\.(\w+)", part)
-            assert kind is not None, part
-            size = align = SIZES[kind[1]]
-            name = part.split()[-1]
-        offset = -(-offset // align) * align
-        parameters.append(Parameter(name, size, offset))
+        kind = re.search(r"\.param\s+\.(\w+)", part)
+        if kind is None or kind[1] not in SIZES:
+            raise Unsupported(part)
+        size = SIZES[kind[1]]
+        offset = -(-offset // size) * size
+        parameters.append(Parameter(part.split()[-1], size, offset))
         offset += size
     return parameters, offset
-
-
-def _shared(declared: list[tuple[str, str, str, str]], body: str) -> tuple[dict[str, int], int]:
-    offsets, static = {}, 0
-    for extern, align, symbol, size in declared:
-        if not extern and symbol in body:
-            static = -(-static // int(align)) * int(align)
-            offsets[symbol] = static
-            static += int(size)
-    for extern, _, symbol, _ in declared:
-        if extern:
-            offsets[symbol] = -(-static // 16) * 16
-    return offsets, static
 
 
 def _blocks(kernel: Kernel) -> list[tuple[int, int]]:

@@ -241,18 +241,6 @@ def test_a_sum_of_pairs_has_no_carry_between_halves() -> None:
     assert (out == 0).all()
 
 
-def test_the_second_result_of_a_comparison_is_negated_before_it_is_combined() -> None:
-    """setp p|q computes p = (a < b) and c, q = not (a < b) and c."""
-    body = """
-    setp.lt.u32 %p2, %r0, 32;
-    setp.lt.and.u32 %p0|%p1, %r0, 16, %p2;
-    selp.b32 %r7, 1, 0, %p0; selp.b32 %r8, 2, 0, %p1; add.u32 %r8, %r7, %r8;
-    add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r8;
-    """
-    (out,), _ = run(body, words())
-    assert out.tolist() == [1] * 16 + [2] * 16 + [0] * 32
-
-
 @pytest.mark.parametrize(
     "instruction",
     [
@@ -261,9 +249,11 @@ def test_the_second_result_of_a_comparison_is_negated_before_it_is_combined() ->
         "sqrt.rp.f32 %f0, %f1",
         "cvt.rz.bf16x2.f32 %r7, %f1, %f2",
         "cvt.rm.f32.s32 %f0, %r7",
+        "cvt.rzi.s32.f32 %r7, %f0",
         "fma.rn.relu.bf16x2 %r7, %r8, %r9, %r10",
+        "setp.lt.and.u32 %p0|%p1, %r0, %r7, %p2",
     ],
 )
-def test_other_roundings_are_refused(instruction: str) -> None:
+def test_other_forms_of_an_instruction_are_refused(instruction: str) -> None:
     with pytest.raises(Unsupported, match=instruction.split()[0]):
         run(f"{instruction};")

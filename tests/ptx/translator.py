@@ -18,10 +18,8 @@ from ptx.parser import SIZES, Address, Instruction, Kernel, Operand, Unsupported
 
 SHARED_BASE = 0x1000  # address of the first byte of shared memory; not 0, so that null is invalid
 
-# Modifiers that change a result and that no instruction here implements, except `cvt`, which rounds
-# in several directions.
-MODIFIERS = {"cc", "relu", "sat", "satfinite"}
-DIRECTIONS = {"rm", "rp", "rz"}
+# Modifiers that change a result and that no instruction here implements.
+REFUSED = {"cc", "relu", "rm", "rp", "rz", "sat", "satfinite"}
 
 Emit = Callable[["Translator", Instruction], None]
 INSTRUCTIONS: dict[str, Emit] = {}
@@ -81,9 +79,8 @@ class Translator:
             if now.jumps or now.waits:
                 continue  # the machine handles these
             self.at, self.now = at, now
-            refused = MODIFIERS if now.name == "cvt" else MODIFIERS | DIRECTIONS
             try:
-                if refused & set(now.parts):
+                if REFUSED & set(now.parts):
                     raise Unsupported(now.op)
                 INSTRUCTIONS[now.name](self, now)
             except (Unsupported, KeyError, IndexError, AttributeError) as error:
@@ -114,7 +111,7 @@ class Translator:
         if arg in self.parameters:  # its address in the parameter space
             return self.constant(UNSIGNED[SIZES[kind]](self.parameters[arg]))
         if arg in self.kernel.shared:
-            return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE + self.kernel.shared[arg]))
+            return self.constant(UNSIGNED[SIZES[kind]](SHARED_BASE))
         return self.constant(_immediate(arg, kind))
 
     def _register(self, name: str, kind: str) -> str:
@@ -130,13 +127,9 @@ class Translator:
     @staticmethod
     def _special(name: str) -> str:
         found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.([xyz])", name)
-        if found:
-            return f"M.{found[1]}({'xyz'.index(found[2])})"
-        if name == "%laneid":
-            return "M.lanes.laneid"
-        if name == "%warpid":
-            return "(M.lanes.tid >> u4(5))"
-        raise Unsupported(name)
+        if found is None:
+            raise Unsupported(name)
+        return f"M.{found[1]}({'xyz'.index(found[2])})"
 
     def spread(self, args: list[Operand], kind: str) -> str:
         """A list of operands as arrays; constants are spread over all threads."""
