@@ -104,12 +104,17 @@ class FusedContainer:
 
         If its layers have been replaced since, this returns the container itself.
         """
-        if self._layers(container) != self._sources:
+        if not same_modules(self._layers(container), self._sources):
             return container
         # Up to torch 2.11, compilers cannot trace this.
         if not torch.compiler.is_compiling():
             self._refresh(container)
         return self._view
+
+
+def same_modules(a: Sequence[nn.Module], b: Sequence[nn.Module]) -> bool:
+    """Whether two sequences have the same modules; not every compiler can trace `list.__eq__`."""
+    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
 
 
 def on_view(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -116,7 +116,7 @@ def test_other_chains_are_no_glow_networks(layers: list[nn.Module]) -> None:
     assert not is_glow_network(layers)
 
 
-def test_what_is_a_glow_network() -> None:
+def test_glow_networks() -> None:
     assert is_glow_network(changed(1, nn.LeakyReLU(0.0)))  # as in normflows
     assert is_glow_network(list(coupling_net(3, 6, 16, 0)))
 

@@ -29,7 +29,7 @@ def photo(seed, size=(20, 14), mode="RGB"):
 
 @pytest.mark.parametrize("crop", [None, 10])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_is_what_training_does(channels, crop, tmp_path):
+def test_preprocessing_equals_that_of_training(channels, crop, tmp_path):
     """The pixels equal those of prepared files, and the noise is the same."""
     rotated = Image.Exif()
     rotated[0x0112] = 6

@@ -34,7 +34,7 @@ WEIGHTS = [10.0, "variance", WeightSchedule(100.0, 5.0, 30), ErrorBound(0.01), E
 
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_it_reads_back_to_the_bit(weight, tmp_path):
+def test_a_saved_model_loads_with_the_same_bits(weight, tmp_path):
     saved = model(weight, context_channels=2)
     saved.n_bits, saved.crop, saved.class_names = 5, 148, ("cat", "dog")
     saved.save_pretrained(tmp_path / "model")

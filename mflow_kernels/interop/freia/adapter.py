@@ -18,7 +18,12 @@ from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.freia.layers import LAYERS, channels_of
 from mflow_kernels.interop.report import Left
 from mflow_kernels.interop.sequence import FusedSequence
-from mflow_kernels.interop.subclasses import FusedLayers, accelerate_module, implementation_of
+from mflow_kernels.interop.subclasses import (
+    FusedLayers,
+    accelerate_module,
+    implementation_of,
+    same_modules,
+)
 
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
@@ -96,7 +101,7 @@ def _sequence_forward(
     self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True
 ) -> Any:
     fused: _FusedNetwork = implementation_of(self)
-    if list(self.module_list) != fused.modules:
+    if not same_modules(self.module_list, fused.modules):
         return super(type(self), self).forward(x_or_z, c, rev, jac)
     x = (x_or_z,) if torch.is_tensor(x_or_z) else x_or_z
     log_det: Any = 0
@@ -112,7 +117,7 @@ def _graph_forward(
     intermediate_outputs: bool = False, x: None = None,
 ) -> Any:  # fmt: skip
     fused: _FusedNetwork = implementation_of(self)
-    if intermediate_outputs or x is not None or list(self.module_list) != fused.modules:
+    if intermediate_outputs or x is not None or not same_modules(self.module_list, fused.modules):
         original = super(type(self), self).forward
         return original(x_or_z, c, rev, jac, intermediate_outputs, x)
     given = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
