@@ -240,6 +240,10 @@ class TestWork:
         page = (tmp_path / "report" / "report.html").read_text()
         assert "left out by --quick" in page
 
+
+class TestImages:
+    """Which images a report compares, and what it calls them."""
+
     def test_the_scores_compare_with_the_images_that_the_run_trained_on(
         self, run, images, tmp_path, monkeypatch, capsys
     ):

@@ -27,7 +27,7 @@ def in_a_terminal(command, owner, name, number):
     if child == 0:
         code = 1
         try:
-            # Processes that a script starts in the background ignore SIGINT, also those of tests.
+            # If a script started these tests in the background, SIGINT is ignored so far.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
