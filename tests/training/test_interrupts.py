@@ -84,7 +84,7 @@ def test_a_run_says_how_to_continue_and_ends_the_same(moment, command, trained, 
     ("signals", "code"), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
 )
 def test_signals_save_a_checkpoint(signals, code, command, trained, tmp_path, monkeypatch, capsys):
-    """They arrive in step 2, between the checkpoints of steps 2 and 4. A third SIGINT would end it."""
+    """They arrive in step 2, between the checkpoints of steps 2 and 4; two SIGINTs act as one."""
     before = signal.getsignal(signals[0])
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda: [os.kill(os.getpid(), number) for number in signals])
