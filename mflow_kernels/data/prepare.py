@@ -1,38 +1,33 @@
 """Decode and resize a data set once, into a prepared file (see `prepared`).
 
-Images are first written to a hidden file beside the result, in blocks. A journal beside it gets a
-line for each block after the block is synced to the disk. A process that is killed leaves both
-files. The next process cuts them back to the blocks that are whole, and continues from there. At
-the end the file is renamed. The journal is locked, so that a second process waits; the lock ends
-with its process.
+Images are first written to a hidden file beside the result, in blocks. A journal (see `journal`)
+gets a line for each block after the block is synced to the disk. If the process is killed, the next
+one cuts both files back to the blocks that are whole, and continues from there. At the end the file
+is renamed.
 """
 
 import errno
-import fcntl
 import hashlib
-import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
-from mflow_kernels.data.decoding import Decoded, Format, any_in_colour, decode, digest, start_worker
+from mflow_kernels.data.decoding import Decoded, Format, decode, start_worker
 from mflow_kernels.data.files import sync
-from mflow_kernels.data.manifest import TEST, TRAIN, is_digest
+from mflow_kernels.data.journal import Work, append_line, lock_journal, open_hidden, resume_work
+from mflow_kernels.data.manifest import TEST, TRAIN
 from mflow_kernels.data.prepared import HEADER_BYTES, Prepared, Record, header, open_prepared
-from mflow_kernels.data.printable import printable
 from mflow_kernels.data.progress import progress_bar
 from mflow_kernels.data.sources import DataError, Entry, Source
 
@@ -41,8 +36,6 @@ SPLIT_SEED = 20220606  # fixed, so that runs of different seeds hold out the sam
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_IMAGES = 256
 _IMAGES_WORTH_A_PROCESS = 256  # decoding this many takes about as long as starting a process
-
-_T = TypeVar("_T")
 
 
 def is_prepared_from(out: Path, source: Source, image_size: int) -> bool:
@@ -76,7 +69,7 @@ def prepare_images(
     """
     identity = _identity(source, image_size)
     partial, journal = (out.with_name(f".{out.name}.{end}") for end in ("partial", "journal"))
-    with _lock(journal) as (lines, waited):
+    with lock_journal(journal) as (lines, waited):
         if waited and is_prepared_from(out, source, image_size):
             journal.unlink()
             return open_prepared(out)
@@ -84,8 +77,8 @@ def prepare_images(
             journal.unlink()
             raise DataError(f"out: another process wrote {out} while this one waited")
         try:
-            with _open_own(partial) as file:
-                work = _resume(lines, file, source, image_size, identity)
+            with open_hidden(partial) as file:
+                work = resume_work(lines, file, source, image_size, identity)
                 _check_space(work, source, file, out)
                 _decode_rest(work, source, file, lines, workers)
                 _complete(work, source, file)
@@ -112,108 +105,12 @@ def prepare_images(
     return open_prepared(out)
 
 
-@dataclass
-class _Work:
-    """The work that is finished: all entries before `end`."""
-
-    identity: str
-    form: Format
-    end: int = 0
-    skipped: dict[int, str] = field(default_factory=dict)
-    enlarged: int = 0
-    digests: list[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> int:
-        return len(self.digests)
-
-    @property
-    def image_bytes(self) -> int:
-        return math.prod(self.form.shape)
-
-    def check(self, line: dict, file: BinaryIO, total: int) -> None:
-        """Check that the file holds the next block as the journal lists it.
-
-        Args:
-            line: the block's line in the journal.
-            file: positioned at the start of the block; it is read to the end of the block.
-            total: number of entries of the source.
-
-        Raises:
-            ValueError, TypeError, KeyError: the line does not continue this work, or the file holds
-                other images.
-        """
-        end, enlarged, digests = line["end"], line["enlarged"], line["digests"]
-        skipped = {int(position): why for position, why in line["skipped"].items()}
-        if not (
-            type(end) is type(enlarged) is int
-            and self.end < end <= total
-            and len(digests) + len(skipped) == end - self.end
-            and 0 <= enlarged <= len(digests)
-            and all(self.end <= position < end for position in skipped)
-            and all(isinstance(why, str) for why in skipped.values())
-            and all(map(is_digest, digests))
-        ):
-            raise ValueError("the line does not continue the journal")
-        for expected in digests:
-            if digest(np.frombuffer(file.read(self.image_bytes), np.uint8)) != expected:
-                raise ValueError("the images are not those that the journal lists")
-
-    def add(self, line: dict) -> None:
-        self.skipped |= {int(position): why for position, why in line["skipped"].items()}
-        self.enlarged += line["enlarged"]
-        self.digests += line["digests"]
-        self.end = line["end"]
-
-    def of_images(self, values: Iterable[_T]) -> list[_T]:
-        """Leave out the values, one for each entry, of entries that could not be read."""
-        return [value for i, value in enumerate(values) if i not in self.skipped]
-
-
 def _identity(source: Source, image_size: int) -> str:
     return hashlib.sha256(f"{image_size} {source.listing_hash()}".encode()).hexdigest()
 
 
-def _resume(
-    lines: BinaryIO, file: BinaryIO, source: Source, image_size: int, identity: str
-) -> _Work:
-    """Find the finished blocks, and cut journal and file back to them.
-
-    They end before the first line that is torn or wrong, or whose images are damaged.
-    """
-    total = len(source.entries)
-    work, end = None, 0
-    lines.seek(0)
-    file.seek(HEADER_BYTES)
-    for line in lines.read().splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-            if not line.endswith(b"\n"):
-                break
-            if work is not None:
-                work.check(values, file, total)
-                work.add(values)
-            elif values["identity"] == identity and values["channels"] in (1, 3):
-                work = _Work(identity, Format(image_size, int(values["channels"]), source.crop))
-            else:
-                break
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            break
-        end += len(line)
-    if work is None:
-        colour = any_in_colour(source.entries)
-        work, end = _Work(identity, Format(image_size, 3 if colour else 1, source.crop)), 0
-    lines.truncate(end)
-    lines.seek(end)
-    if not end:
-        _append(lines, {"identity": identity, "channels": work.form.channels})
-    file.truncate(HEADER_BYTES + work.rows * work.image_bytes)
-    file.seek(0, os.SEEK_END)
-    return work
-
-
 def _decode_rest(
-    work: _Work, source: Source, file: BinaryIO, lines: BinaryIO, workers: int | None
+    work: Work, source: Source, file: BinaryIO, lines: BinaryIO, workers: int | None
 ) -> None:
     total = len(source.entries)
     block = max(1, min(_BLOCK_IMAGES, _BLOCK_BYTES // work.image_bytes))
@@ -231,7 +128,7 @@ def _decode_rest(
                 "enlarged": decoded.enlarged,
                 "digests": decoded.digests,
             }
-            _append(lines, line)
+            append_line(lines, line)
             _sync(lines)
             work.add(line)
             progress(work.end)
@@ -279,7 +176,7 @@ def _interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _complete(work: _Work, source: Source, file: BinaryIO) -> None:
+def _complete(work: Work, source: Source, file: BinaryIO) -> None:
     """Write the parts and the record after the images, then the header, and sync the file."""
     names = work.of_images(entry.name for entry in source.entries)
     if not names:
@@ -335,48 +232,11 @@ def held_out_count(count: int) -> int:
     return math.ceil(count * _HELD_OUT_FRACTION)
 
 
-def _check_space(work: _Work, source: Source, file: BinaryIO, out: Path) -> None:
+def _check_space(work: Work, source: Source, file: BinaryIO, out: Path) -> None:
     needed = (len(source.entries) - work.end) * work.image_bytes
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-
-
-@contextmanager
-def _lock(journal: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """Open and lock the journal. Yield it, and whether this process waited for another one."""
-    waited = False
-    while True:
-        with _open_own(journal, buffering=0) as lines:
-            try:
-                fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"waiting for another process, which holds {journal}"
-                print(printable(message), file=sys.stderr)
-                waited = True
-                fcntl.flock(lines, fcntl.LOCK_EX)
-            # A process that finishes removes its journal, so the locked file may be a removed one.
-            if journal.exists() and journal.stat().st_ino == os.fstat(lines.fileno()).st_ino:
-                yield lines, waited
-                return
-
-
-def _open_own(path: Path, buffering: int = -1) -> BinaryIO:
-    """Open a hidden file beside the result for reading and writing, and create it if it is missing.
-
-    A symbolic link is refused: whoever put it there would choose which file is overwritten.
-    """
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-
-    return open(path, "r+b", buffering, opener=opener)
-
-
-def _append(lines: BinaryIO, values: dict) -> None:
-    line = json.dumps(values).encode() + b"\n"
-    if lines.write(line) != len(line):  # an unbuffered write may be short if the disk is full
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _sync(file: BinaryIO) -> None:

@@ -255,9 +255,8 @@ def _refuse_unlisted(error: OSError) -> None:
 def _list_zip(path: Path, prefix: str) -> list[Entry]:
     entries = []
     # If members share a name, the last one counts, as it does when a zip is unpacked.
-    for member in {
-        member.filename: member for member in _cached_zip(str(path)).infolist()
-    }.values():
+    members = {member.filename: member for member in _cached_zip(str(path)).infolist()}
+    for member in members.values():
         parts = [part for part in PurePosixPath(member.filename).parts if part != ".."]
         folder = not member.filename or member.is_dir()
         if folder or "__MACOSX" in parts or any(part.startswith(".") for part in parts):

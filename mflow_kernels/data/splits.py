@@ -202,7 +202,7 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
 
 
 def _prepared_splits(prepared: Prepared, classes: str | None) -> Splits:
-    """Return the images of a prepared file, of which a part may be empty."""
+    """Return the images of a prepared file. It is not checked that every part has images."""
     skipped, crop = tuple(prepared.record.skipped), prepared.record.crop
     if classes is None:
         return Splits(ImageSet(prepared.images), prepared.manifest, skipped, crop=crop)

@@ -6,6 +6,7 @@ The docstrings are the help texts. Nothing here imports torch, so that --help is
 from dataclasses import dataclass, field
 from typing import Literal
 
+Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Domain = Literal["latent", "data"]
 Rho = Literal["l2", "l1", "huber"]
@@ -197,7 +198,7 @@ class TrainingOptions:
     ema_decay: float = 0.999
     init_from: str | None = None
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     precision: Precision = "float32"
     compile: bool = False
     cuda_graphs: bool = False

@@ -6,8 +6,8 @@ from lightning.pytorch import Trainer
 def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
     """Set the counters of a new trainer to their values after `step` steps.
 
-    The counters that Lightning saves in a checkpoint depend on the hook that wrote it; with them,
-    validation and the step numbers of logged metrics would be off by one.
+    The counters that Lightning saves in a checkpoint depend on the hook that wrote it. They would
+    shift validation and the steps of logged metrics by one.
 
     Args:
         trainer: the trainer, before `fit`.

@@ -270,9 +270,8 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
         stored += e * weights if e < FLOAT or by_operator(config) else 0
         folded = sum((6 + 5 * flow.decodes) * sum(flow.squares.values()) for flow in trained)
     gradients = sum(flow.gradients for flow in trained)
-    yield snapshot(
-        0, passes[0].order[0], gradients, stored, folded, 0
-    )  # with the gradients of the step before
+    # The gradients of the step before still exist.
+    yield snapshot(0, passes[0].order[0], gradients, stored, folded, 0)
     gradients = 0
     for done, (flow, inverse, order, kept) in enumerate(passes):
         couplings, squares = flow.couplings, flow.squares

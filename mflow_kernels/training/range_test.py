@@ -42,8 +42,10 @@ class RangeTest(NamedTuple):
 
         It is lower than `best_rate` for two reasons. The running mean lags behind the loss by half
         an order of magnitude of the rate. A rate that lowers the loss for a few steps may be too
-        high for many. It is None if a third of `best_rate` is below every rate that was tested: the
-        loss then rose from the lowest rates on.
+        high for many.
+
+        The suggestion is None if it would be below every rate that was tested. The loss then rose
+        from the lowest rates on.
         """
         return self.best_rate / 3 if self.best_rate >= 3 * LOWEST else None
 

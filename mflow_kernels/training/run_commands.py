@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from mflow_kernels.data.printable import printable
-from mflow_kernels.runs.options import check_at_least
+from mflow_kernels.runs.options import Device, check_at_least
 from mflow_kernels.training.commands import Work, report_skipped
 
-Device = Literal["auto", "cpu", "cuda"]
 Missing = Literal["half", "centre", "pixels"]
 
 

@@ -13,6 +13,7 @@ from tiny_runs import TINY, listing, refused, write_images
 
 from data.waiting import wait_until
 from mflow_kernels.data import prepare as preparing
+from mflow_kernels.data.journal import lock_journal
 from mflow_kernels.data.prepare import prepare_images
 from mflow_kernels.data.prepared import HEADER_BYTES
 from mflow_kernels.data.sources import DataError, find_images
@@ -216,7 +217,7 @@ class TestJournal:
             except DataError as error:
                 raised.append(str(error))
 
-        with preparing._lock(journal):
+        with lock_journal(journal):
             thread = threading.Thread(target=second)
             thread.start()
             wait_until(lambda: "waiting for another process" in capsys.readouterr().err)

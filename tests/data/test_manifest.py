@@ -100,18 +100,6 @@ class TestFile:
 
 
 class TestData:
-    def test_a_file_added_does_not_move_the_held_out_images(self, tmp_path):
-        write_images(tmp_path / "f", 30)
-        before = load_splits(str(tmp_path / "f"), 8)
-        write_images(tmp_path / "more", 1, seed=1).joinpath("000.png").rename(
-            tmp_path / "f" / "aaa.png"
-        )
-        now = load_splits(str(tmp_path / "f"), 8)
-        held_out = before.test.batch(range(3))
-        assert not torch.equal(now.test.batch(range(3)), held_out)  # the draw has changed
-        assert torch.equal(now.held_out_by(before.manifest).batch(range(3)), held_out)
-        assert "1 image added (aaa.png)" in now.manifest.difference(before.manifest)
-
     def test_a_copy_or_a_zip_has_the_same_images(self, tmp_path):
         write_images(tmp_path / "f", 5)
         before = load_splits(str(tmp_path / "f"), 8).manifest

@@ -240,6 +240,10 @@ class TestWork:
         page = (tmp_path / "report" / "report.html").read_text()
         assert "left out by --quick" in page
 
+
+class TestImages:
+    """Which images a report compares, and what it calls them."""
+
     def test_the_scores_compare_with_the_images_that_the_run_trained_on(
         self, run, images, tmp_path, monkeypatch, capsys
     ):
@@ -296,7 +300,7 @@ class TestWork:
         ):
             assert expected in texts[1]
 
-    def test_images_that_were_trained_on(self, run, images, tmp_path):
+    def test_images_that_were_trained_on(self, run, images, tmp_path, capsys):
         command = ["evaluate", str(run), "--quick", "--out", str(tmp_path / "report")]
         shutil.copytree(images, tmp_path / "copy")
         pages = []
@@ -306,3 +310,4 @@ class TestWork:
         assert "images of faces (1x8x8) that it was not trained on." in pages[0]
         assert "not trained on" not in pages[1]
         assert "Warning: the run was trained on 10 of the 12 images." in pages[1]
+        assert "the run was trained on 10 of the 12 images" in capsys.readouterr().err

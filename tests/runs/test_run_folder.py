@@ -55,11 +55,6 @@ class TestData:
         assert "1 image added" not in message  # it is among those that were deleted
         assert "missing (000.png, 001.png, 002.png, ...)" in message
 
-    def test_other_data_with_images_that_were_trained_on(self, run, images, tmp_path, capsys):
-        shutil.copytree(images, tmp_path / "copy")
-        assert main(["reconstruct", str(run), "--data", str(tmp_path / "copy")]) == 0
-        assert "the run was trained on 10 of the 12 images" in capsys.readouterr().err
-
     def test_a_run_that_recorded_no_images(self, run, capsys):
         (run / "images.csv").unlink()
         assert main(["reconstruct", str(run)]) == 0

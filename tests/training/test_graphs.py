@@ -54,7 +54,7 @@ def test_a_batch_of_another_shape_is_computed_without(fake_capture):
 
 
 def test_classes_are_copied_into_the_graph(fake_capture):
-    """A replay reads the classes of its own batch, and classes of another shape are no replay."""
+    """A replay reads the classes of its own batch. Classes of another shape are not replayed."""
     torch.manual_seed(0)
     model = ManifoldFlow(VectorFlow(6, steps=2, width=8, context_channels=3), 3)
     for parameter in model.parameters():

@@ -27,7 +27,7 @@ def in_a_terminal(command, owner, name, number):
     if child == 0:
         code = 1
         try:
-            # Processes that a script starts in the background ignore SIGINT, also those of tests.
+            # If a script started these tests in the background, SIGINT is ignored so far.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
             sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
@@ -84,7 +84,7 @@ def test_a_run_says_how_to_continue_and_ends_the_same(moment, command, trained, 
     ("signals", "code"), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
 )
 def test_signals_save_a_checkpoint(signals, code, command, trained, tmp_path, monkeypatch, capsys):
-    """They arrive in step 2, between the checkpoints of steps 2 and 4."""
+    """They arrive in step 2, between the checkpoints of steps 2 and 4; two SIGINTs act as one."""
     before = signal.getsignal(signals[0])
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda: [os.kill(os.getpid(), number) for number in signals])
