@@ -59,7 +59,9 @@ class Arch:
 
 
 ARCHS = {
-    "sm_80": Arch(shared=164 * 1024, shared_of_block=163 * 1024),
+    # A block of sm_80 may take 163 KB, one of sm_86 and sm_89 only 99 KB. Kernels take the same on
+    # all three, so the report allows 99 KB.
+    "sm_80": Arch(shared=164 * 1024, shared_of_block=99 * 1024),
     "sm_90": Arch(),
     "sm_100": Arch(),
 }
