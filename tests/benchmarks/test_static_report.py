@@ -197,8 +197,7 @@ for target, launches in cases.items():
 
 
 def test_launches_that_once_spilled_do_not(tmp_path: Path) -> None:
-    """This compiles five launches, which takes 20 s of CPU time. The quick set's states have too
-    few channels for most of them."""
+    """The quick set's states have too few channels for most of these five launches."""
     script = tmp_path / "mended.py"
     script.write_text(MENDED)
     done = run_python(str(script))
