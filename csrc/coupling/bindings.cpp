@@ -36,8 +36,8 @@ void couple(int threads, int64_t identity_channels, const py::object& x, const p
     couple_cpu(p, threads);
 }
 
-// `given` is the coupling's output, and `rebuilt` receives its input; or `given` is the input, and `rebuilt`
-// is None. All states and gradients are halves (identity_channels = 0), or without `rebuilt` also whole.
+// If `rebuilt` is None, `given` is the coupling's input. Otherwise `given` is its output, `rebuilt` receives
+// the input, and all states and gradients are halves (identity_channels = 0).
 void coupling_backward(int threads, int64_t identity_channels, const py::object& given,
                        const py::object& params, const py::object& dy, const py::object& dlogdet,
                        const py::object& rebuilt, const py::object& dx, const py::object& dparams,
