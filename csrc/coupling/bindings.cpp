@@ -18,13 +18,14 @@ Shape scaled_half(const State& state, int64_t identity_channels) {
     return half;
 }
 
-void couple(int threads, int64_t identity_channels, const py::object& x, const py::object& params,
-            const py::object& y, const py::object& ledger, const py::tuple& scale, bool inverse) {
+void couple(int threads, const py::object& x, const py::object& params, const py::object& y,
+            const py::object& ledger, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), raw(params, dtype, Use::read), to(y, dtype, Use::write);
     expect_like(from, to);
     const SampleValues sums(ledger, dtype, Use::write, from.shape().samples);
+    const int64_t identity_channels = from.shape().channels / 2;
     Coupling p = describe_coupling(is_double, scaled_half(from, identity_channels), raw, scale, inverse);
     p.identity_channels = identity_channels;
     p.from = from.view();

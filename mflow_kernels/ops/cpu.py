@@ -57,10 +57,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
     assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _C.couple(
-        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger, scale.args,
-        inverse,
-    )  # fmt: skip
+    _C.couple(torch.get_num_threads(), x, params, y, ledger, scale.args, inverse)
     return y, ledger
 
 
