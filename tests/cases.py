@@ -159,6 +159,13 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def launched(module: Any, patch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Record the options of a module's launches, by kernel, instead of running them."""
+    seen: dict[str, dict[str, Any]] = {}
+    patch.setattr(module, "launch", lambda f, *_, **options: seen.update({f.__name__: options}))
+    return seen
+
+
 def allocated(call: Callable[[], Any]) -> tuple[Any, int]:
     """The result of `call`, and the number of bytes that it allocated."""
     activities = [torch.profiler.ProfilerActivity.CPU]

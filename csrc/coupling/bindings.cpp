@@ -18,17 +18,18 @@ Shape scaled_half(const State& state, int64_t identity_channels) {
     return half;
 }
 
-void couple(int threads, int64_t identity_channels, const py::object& x, const py::object& params,
-            const py::object& y, const py::object& ledger, const py::tuple& scale, bool inverse) {
+void couple(int threads, const py::object& x, const py::object& params, const py::object& y,
+            const py::object& ledger, const py::tuple& scale, bool inverse) {
     const py::object dtype = x.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State from(x, dtype, Use::read), raw(params, dtype, Use::read), to(y, dtype, Use::write);
     expect_like(from, to);
     const SampleValues sums(ledger, dtype, Use::write, from.shape().samples);
+    const int64_t identity_channels = from.shape().channels / 2;
     Coupling p = describe_coupling(is_double, scaled_half(from, identity_channels), raw, scale, inverse);
     p.identity_channels = identity_channels;
-    p.from[0] = from.view();
-    p.to[0] = to.view();
+    p.from = from.view();
+    p.to = to.view();
     p.x = from_channel(from.view(), identity_channels, is_double);
     p.y = from_channel(to.view(), identity_channels, is_double);
     p.ledger = sums.data();
@@ -36,11 +37,11 @@ void couple(int threads, int64_t identity_channels, const py::object& x, const p
     couple_cpu(p, threads);
 }
 
-// `given` is the coupling's input if `x_given`, otherwise its output. `other` receives the other one of the
-// two, and may be None if `x_given`. All states and gradients are halves (identity_channels = 0) or whole.
-void coupling_backward(int threads, int64_t identity_channels, bool x_given, const py::object& given,
+// If `rebuilt` is None, `given` is the coupling's input. Otherwise `given` is its output, `rebuilt` receives
+// the input, and all states and gradients are halves (identity_channels = 0).
+void coupling_backward(int threads, int64_t identity_channels, const py::object& given,
                        const py::object& params, const py::object& dy, const py::object& dlogdet,
-                       const py::object& other, const py::object& dx, const py::object& dparams,
+                       const py::object& rebuilt, const py::object& dx, const py::object& dparams,
                        const py::tuple& scale, bool inverse) {
     const py::object dtype = given.attr("dtype");
     const bool is_double = computes_in_double(dtype);
@@ -50,23 +51,21 @@ void coupling_backward(int threads, int64_t identity_channels, bool x_given, con
     expect_like(state, result);
     expect_like(raw, draw);
     const SampleValues values(dlogdet, dtype, Use::read, state.shape().samples);
-    std::optional<State> filled;
-    if (!other.is_none()) filled.emplace(other, dtype, Use::write);
-    if (filled) expect_like(state, *filled);
-    if (!x_given && !filled) fail("expected a tensor for the coupling's input, got None");
     Coupling p = describe_coupling(is_double, scaled_half(state, identity_channels), raw, scale, inverse);
-    p.x_given = x_given;
-    (x_given ? p.x : p.y) = from_channel(state.view(), identity_channels, is_double);
-    if (filled) (x_given ? p.y : p.x) = from_channel(filled->view(), identity_channels, is_double);
+    p.x_given = rebuilt.is_none();
+    (p.x_given ? p.x : p.y) = from_channel(state.view(), identity_channels, is_double);
+    std::optional<State> input;
+    if (!p.x_given) {
+        if (identity_channels > 0) fail("expected halves where the input is rebuilt");
+        input.emplace(rebuilt, dtype, Use::write);
+        expect_like(state, *input);
+        p.x = input->view();
+    }
     p.dy = from_channel(gradient.view(), identity_channels, is_double);
     p.dx = from_channel(result.view(), identity_channels, is_double);
     p.identity_channels = identity_channels;
-    if (identity_channels > 0) {
-        p.from[0] = state.view();
-        if (filled) p.to[0] = filled->view();
-        p.from[1] = gradient.view();
-        p.to[1] = result.view();
-    }
+    p.from = gradient.view();
+    p.to = result.view();
     p.draw = draw.view();
     p.dshift = from_channel(p.draw, p.shape.channels, is_double);
     p.dlogdet = values.data();

@@ -71,10 +71,7 @@ MFLOW_INLINE void copy_identity_half(const Coupling& p, const Grid& g, const Til
     const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
     const int width = static_cast<int>(g.pixels_inside ? t.width : std::min<int64_t>(t.width, left));
     if (left <= 0) return;
-    for (int i = 0; i < 2; ++i) {
-        if (!p.to[i].data) continue;
-        copy<A>(rows, width, part<A>(g, t, p.from[i]), part<A>(g, t, p.to[i]));
-    }
+    copy<A>(rows, width, part<A>(g, t, p.from), part<A>(g, t, p.to));
 }
 
 template <class A>
@@ -112,8 +109,7 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index,
         const int64_t n = g.vectors ? t.outer + r : t.sample;
         std::fill_n(b.dlogdet + r * t.width, t.width, dlogdet[n * p.dlogdet_stride]);
     }
-    const StateView& result = p.x_given ? p.y : p.x;
-    A* other = result.data ? room<A>(g, t, result, b.y) : b.y;
+    A* other = p.x_given ? b.y : room<A>(g, t, p.x, b.y);  // y is not needed
     A* dx = room<A>(g, t, p.dx, b.dx);
     A* draw = room<A>(g, t, p.draw, b.draw);
     A* dshift = room<A>(g, t, p.dshift, b.dshift);
@@ -124,7 +120,7 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index,
     };
     p.x_given ? run(std::true_type{}) : run(std::false_type{});
     copy_identity_half<A>(p, g, t);
-    if (result.data) write<A>(g, t, result, other);
+    if (!p.x_given) write<A>(g, t, p.x, other);
     write<A>(g, t, p.dx, dx);
     write<A>(g, t, p.draw, draw);
     write<A>(g, t, p.dshift, dshift);

@@ -21,12 +21,11 @@ struct Coupling {
     bool is_double = false;
     Scale scale;
     bool inverse = false;  // whether the forward pass ran the inverse coupling
-    bool x_given = false;  // coupling_backward: x_b is given, y_b is not
+    bool x_given = false;  // coupling_backward: x is given and y is absent
     Shape shape;           // of the half that is scaled
     StateView raw, shift;
 
-    // couple reads x and writes y. coupling_backward reads y and writes x; if `x_given` it reads x and
-    // writes y, which may be absent.
+    // couple reads x and writes y. coupling_backward reads y and writes x; if `x_given` it only reads x.
     StateView x, y;
     void* ledger = nullptr;  // couple: one sum for each sample
 
@@ -35,10 +34,10 @@ struct Coupling {
     int64_t dlogdet_stride = 0;
     StateView dy, dx, draw, dshift;
 
-    // The identity half, which the coupling passes through, is copied from `from` to `to`, if `to` is
-    // given: entry 0 for the state, entry 1 for its gradient.
-    int64_t identity_channels = 0;  // no more than the channels of the other half
-    StateView from[2], to[2];
+    // The identity half, which the coupling passes through, is copied from `from` to `to`. couple copies
+    // that of the state, coupling_backward that of the gradient.
+    int64_t identity_channels = 0;  // no more than the channels of the other half; 0 copies nothing
+    StateView from, to;
 };
 
 void couple_cpu(const Coupling& problem, int threads);

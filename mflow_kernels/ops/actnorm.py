@@ -178,12 +178,12 @@ def _backward(
     return in_layout_of(x, dx), dbias, dlog_scale
 
 
-def _fake(x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool) -> Tensor:
+def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, inverse: bool
+    dy: Tensor, x: Tensor, bias: Tensor, log_scale: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(bias), torch.empty_like(log_scale)
 

@@ -57,10 +57,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
     assert _C is not None
     x = dense_pixels(x)
     y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
-    _C.couple(
-        torch.get_num_threads(), x.shape[1] // 2, x, params, y, ledger, scale.args,
-        inverse,
-    )  # fmt: skip
+    _C.couple(torch.get_num_threads(), x, params, y, ledger, scale.args, inverse)
     return y, ledger
 
 
@@ -71,13 +68,9 @@ def couple_backward(
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `coupling.coupling_backward_ref`, with dlogdet (N,).
-
-    If y is given, also fill it with the coupling's output, which adds little work.
-    """
-    return _coupling_backward(x, y, dy, dlogdet, params, scale, inverse, True, x.shape[1] // 2)
+    """Compute `coupling.coupling_backward_ref`, with dlogdet (N,)."""
+    return _coupling_backward(x, None, dy, dlogdet, params, scale, inverse, x.shape[1] // 2)
 
 
 def rebuild_coupling(
@@ -92,26 +85,25 @@ def rebuild_coupling(
     """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = None if y_given else torch.empty_like(z_b)
-    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, y_given, 0)
+    dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, 0)
     return z_b if y_b is None else y_b, dy_b, dparams
 
 
 def _coupling_backward(
     given: Tensor,
-    other: Tensor | None,
+    rebuilt: Tensor | None,
     dz: Tensor,
     dlogdet: Tensor,
     params: Tensor,
     scale: ScaleFunction,
     inverse: bool,
-    y_given: bool,
     identity_channels: int,
 ) -> tuple[Tensor, Tensor]:
     """dy and dparams of a coupling y -> z.
 
     Args:
-        given: y if `y_given`, otherwise z.
-        other: receives z if `y_given`, otherwise y; may be None if `y_given`.
+        given: z if `rebuilt` receives y, otherwise y.
+        rebuilt: receives y, or None.
         identity_channels: number of channels that the coupling passes through; 0 if the tensors are
             halves.
     """
@@ -119,7 +111,7 @@ def _coupling_backward(
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.coupling_backward(
-        torch.get_num_threads(), identity_channels, y_given, given, params, dz, dlogdet, other, dy,
+        torch.get_num_threads(), identity_channels, given, params, dz, dlogdet, rebuilt, dy,
         dparams, scale.args, inverse,
     )  # fmt: skip
     return dy, dparams.to(params.dtype)

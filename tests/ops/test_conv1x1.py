@@ -7,6 +7,7 @@ from cases import (
     DTYPES,
     FLOW_OPERATORS,
     assert_matches,
+    launched,
     normal,
     on_tensor_cores,
     sample,
@@ -145,8 +146,7 @@ def test_no_product_is_a_batch_of_one_before_triton_3_9():
 @pytest.mark.parametrize(("precision", "stages"), [("tf32", 1), ("tf32x3", 2)])
 def test_dweight_is_not_pipelined_where_its_product_is_asynchronous(monkeypatch, precision, stages):
     """A second stage overwrites dy while the product of sm_90 reads it (PTX shows the race)."""
-    seen = []
-    monkeypatch.setattr(channel_products, "launch", lambda *_, **options: seen.append(options))
+    seen = launched(channel_products, monkeypatch)
     x = torch.ones(2, 96, 4, 4)
     channel_products.launch_weight_gradient(x, None, x, x.new_empty(1, 96, 96), precision)
-    assert [options["num_stages"] for options in seen] == [stages]
+    assert seen["_weight_gradient_kernel"]["num_stages"] == stages

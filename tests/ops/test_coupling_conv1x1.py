@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, growth, normal
+from cases import FLOW_OPERATORS, growth, launched, normal
 
 from mflow_kernels import ops
 from mflow_kernels.ops import ScaleFunction, channel_products
@@ -46,12 +46,7 @@ def test_inverse_walks_a_chain_back(device):
 def test_unfenced_copies_are_not_pipelined(monkeypatch, precision, stages):
     """Before Triton 3.7.1 a tf32 product may read an asynchronous copy before it has arrived."""
     monkeypatch.setattr(channel_products, "FENCES_COPIES", False)
-    seen = {}
-    monkeypatch.setattr(
-        channel_products,
-        "launch",
-        lambda kernel, *_, **options: seen.update({kernel.__name__: options}),
-    )
+    seen = launched(channel_products, monkeypatch)
     # 128 channels take four turns of the loop, so that a pipeline has all its stages.
     x, weight, scale = torch.ones(2, 128, 2, 2), torch.ones(1, 128, 128), ScaleFunction("tanh")
     channel_products.launch_conv1x1(x, weight[0], None, precision)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LAYOUTS, OPCHECKS, Calls, normal, on_tensor_cores
+from cases import LAYOUTS, OPCHECKS, Calls, launched, normal, on_tensor_cores
 from torch import Tensor
 
 from mflow_kernels.ops import coupling_network as module
@@ -113,10 +113,7 @@ def assert_matches(given: list[Tensor]) -> None:
 def test_unfenced_copies_are_not_pipelined(monkeypatch) -> None:
     """Before Triton 3.7.1 a product may read an asynchronous copy before it has arrived."""
     monkeypatch.setattr(launches, "FENCES_COPIES", False)
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        launches, "launch", lambda kernel, *_, **options: seen.update({kernel.__name__: options})
-    )
+    seen = launched(launches, monkeypatch)
     given = [t.detach() for t in sample((1, 2, 3, 3), 16, 4, torch.bfloat16, torch.device("cpu"))]
     x, w1, b1, w2, b2, w3, b3 = given
     launch_network(x, pack(x, w1, w2, w3), b1, b2, b3, True)

@@ -283,14 +283,14 @@ def test_loops_refuse_what_they_would_misread():
         cpu.conv1x1(normal(2, 129), rotation(129)[None], normal(1, 129), None)
     ledger, y = x.new_empty(2, 1), torch.empty_like(x, dtype=torch.float64)
     with pytest.raises(ValueError, match="state's dtype"):
-        cpu._C.couple(1, 3, x, params, y, ledger, scale.args, False)
+        cpu._C.couple(1, x, params, y, ledger, scale.args, False)
     with pytest.raises(ValueError, match="float32 or float64"):
         cpu.couple(x.half(), params, scale, False)
     bare = torch.empty(2, 0, 5, 4)
     with pytest.raises(ValueError, match="1 to 128 channels"):
         cpu.conv1x1(bare, rotation(0)[None], normal(1, 0), None)
     with pytest.raises(ValueError, match="unknown scale function relu"):
-        cpu._C.couple(1, 3, x, params, torch.empty_like(x), ledger,
+        cpu._C.couple(1, x, params, torch.empty_like(x), ledger,
                           ("relu", *scale.args[1:]), False)  # fmt: skip
 
 

@@ -127,24 +127,18 @@ def _rem(t: Translator, i: Instruction) -> None:
     t.put(i.args[0], f"remainder({a}, np.asarray({b}))")
 
 
-@instruction("neg")
-def _neg(t: Translator, i: Instruction) -> None:
+@instruction("neg", "abs")
+def _sign(t: Translator, i: Instruction) -> None:
     if i.type in NARROW:
-        sign = "u4(0x80008000)" if i.type.endswith("x2") else "u2(0x8000)"
-        bits = "b32" if i.type.endswith("x2") else "b16"
-        return t.put(i.args[0], f"{t.read(i.args[1], bits)} ^ {sign}")
-    if is_float(i.type):
-        return t.put(i.args[0], f"-{t.read(i.args[1], i.type)}")
-    t.put(i.args[0], f"u{SIZES[i.type]}(0) - {t.read(i.args[1], bits_of(i.type))}")
-
-
-@instruction("abs")
-def _abs(t: Translator, i: Instruction) -> None:
-    if i.type in NARROW:
-        rest = "u4(0x7fff7fff)" if i.type.endswith("x2") else "u2(0x7fff)"
-        bits = "b32" if i.type.endswith("x2") else "b16"
-        return t.put(i.args[0], f"{t.read(i.args[1], bits)} & {rest}")
-    t.put(i.args[0], f"np.abs({t.read(i.args[1], i.type)})")
+        kind, signs = ("b32", "u4(0x80008000)") if i.type.endswith("x2") else ("b16", "u2(0x8000)")
+        change = f"^ {signs}" if i.name == "neg" else f"& ~{signs}"
+        t.put(i.args[0], f"{t.read(i.args[1], kind)} {change}")
+    elif i.name == "abs":
+        t.put(i.args[0], f"np.abs({t.read(i.args[1], i.type)})")
+    elif is_float(i.type):
+        t.put(i.args[0], f"-{t.read(i.args[1], i.type)}")
+    else:
+        t.put(i.args[0], f"u{SIZES[i.type]}(0) - {t.read(i.args[1], bits_of(i.type))}")
 
 
 @instruction("not")

@@ -116,8 +116,8 @@ class Machine:
         last = self.kernel.instructions[self.kernel.blocks[now][1] - 1]
         at[mask] = now + 1
         if last.waits:
-            if last.predicate is not None:
-                raise Unsupported("a barrier with a predicate")
+            if last.predicate is not None or last.args != ["0"]:  # of part of the block
+                raise Unsupported(last.text)
             waiting |= mask
             return
         if not last.jumps:

@@ -252,6 +252,7 @@ def test_a_sum_of_pairs_has_no_carry_between_halves() -> None:
         "cvt.rzi.s32.f32 %r7, %f0",
         "fma.rn.relu.bf16x2 %r7, %r8, %r9, %r10",
         "setp.lt.and.u32 %p0|%p1, %r0, %r7, %p2",
+        "bar.sync 1, 64",
     ],
 )
 def test_other_forms_of_an_instruction_are_refused(instruction: str) -> None:
