@@ -23,11 +23,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     folders = [f"--build-temp={folder / 'temp'}", f"--build-lib={folder / 'lib'}"]
     return subprocess.run(
-        [*command, *folders],
-        cwd=ROOT,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
+        [*command, *folders], cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True
     )
 
 

@@ -100,11 +100,7 @@ def _batches(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def _scored(
-    model: HierarchicalFlow,
-    train: Tensor,
-    held_out: Tensor,
-    sets: dict[str, Tensor],
-    quick: bool,
+    model: HierarchicalFlow, train: Tensor, held_out: Tensor, sets: dict[str, Tensor], quick: bool
 ) -> Row:
     """Return {"auroc": {set: {score: AUROC}}}; the sets are uint8 images like those of training."""
     n_bits = 8 if model.n_bits is None else model.n_bits

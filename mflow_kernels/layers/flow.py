@@ -76,10 +76,7 @@ def given(context: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def sample_normal(
-    model: nn.Module,
-    shape: tuple[int, ...],
-    temperature: float,
-    generator: torch.Generator | None,
+    model: nn.Module, shape: tuple[int, ...], temperature: float, generator: torch.Generator | None
 ) -> Tensor:
     """Draw `shape`, (n, ...), from N(0, temperature^2) with the parameters' device and dtype."""
     check_count("n", shape[0], 1)

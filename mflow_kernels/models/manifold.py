@@ -181,9 +181,7 @@ class ManifoldFlow(Chart):
 
 
 def _on_mask(
-    manifold_dim: int | None,
-    mask: tuple[Tensor, ...] | None,
-    shapes: tuple[tuple[int, ...], ...],
+    manifold_dim: int | None, mask: tuple[Tensor, ...] | None, shapes: tuple[tuple[int, ...], ...]
 ) -> Tensor:
     """Return a bool vector (D,) over all latents: True if a pixel is u."""
     total = sum(math.prod(shape) for shape in shapes)

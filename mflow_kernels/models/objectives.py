@@ -33,12 +33,7 @@ from mflow_kernels.models.penalty_weight import (
 )
 from mflow_kernels.ops.checks import check_broadcast, check_choice, check_state
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
-from mflow_kernels.ops.penalty_functions import (
-    RHOS,
-    Rho,
-    penalty_function,
-    penalty_log_normalizer,
-)
+from mflow_kernels.ops.penalty_functions import RHOS, Rho, penalty_function, penalty_log_normalizer
 
 VARIANCE_WINDOW = 100  # number of batches that the tracked variance averages over
 BOUND_WINDOW = 10  # the same for an ErrorBound; short, so that the mean follows changes of w

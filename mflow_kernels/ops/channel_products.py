@@ -257,10 +257,7 @@ def pipeline_stages(precision: str) -> int:
 def arithmetic(x: Tensor, precision: str) -> dict[str, Any]:
     """The compile-time constants of a kernel that computes products of the state x."""
     dtype = accumulator(x.dtype)
-    return {
-        "PRECISION": "ieee" if dtype == torch.float64 else precision,
-        "DTYPE": TL_DTYPE[dtype],
-    }
+    return {"PRECISION": "ieee" if dtype == torch.float64 else precision, "DTYPE": TL_DTYPE[dtype]}
 
 
 def shared_operand_stages(precision: str) -> int:

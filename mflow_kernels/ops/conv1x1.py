@@ -36,12 +36,7 @@ from mflow_kernels.ops.channel_products import (
     launch_weight_gradient,
     weight_gradient_splits,
 )
-from mflow_kernels.ops.checks import (
-    check_choice,
-    check_device,
-    check_shape,
-    check_tensor,
-)
+from mflow_kernels.ops.checks import check_choice, check_device, check_shape, check_tensor
 from mflow_kernels.ops.launch import capturing, cusolver, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast

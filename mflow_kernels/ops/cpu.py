@@ -62,12 +62,7 @@ def couple(x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool) -> tu
 
 
 def couple_backward(
-    dy: Tensor,
-    dlogdet: Tensor,
-    x: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
+    dy: Tensor, dlogdet: Tensor, x: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `coupling.coupling_backward_ref`, with dlogdet (N,)."""
     return _coupling_backward(x, None, dy, dlogdet, params, scale, inverse, x.shape[1] // 2)

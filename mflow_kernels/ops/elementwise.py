@@ -11,11 +11,7 @@ from mflow_kernels.ops.tiles import elementwise_tile, tile_columns
 
 
 def launch_elementwise(
-    kernel: Any,
-    x: Tensor,
-    *tensors: Any,
-    tile: tuple[int, int] | None = None,
-    **constants: Any,
+    kernel: Any, x: Tensor, *tensors: Any, tile: tuple[int, int] | None = None, **constants: Any
 ) -> None:
     """Launch one program for each tile of columns of a state like x.
 

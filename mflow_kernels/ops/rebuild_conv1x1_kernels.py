@@ -422,17 +422,7 @@ def _load_transposed(weight, o, c, o_exists, c_exists, C: tl.constexpr):
 
 
 @triton.jit
-def _load_gradient_halves(
-    dy_a,
-    dy_b,
-    dnet,
-    n,
-    c,
-    p,
-    valid,
-    C: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def _load_gradient_halves(dy_a, dy_b, dnet, n, c, p, valid, C: tl.constexpr, DTYPE: tl.constexpr):
     dy_t = _load_halves(dy_a, dy_b, n, c, p, valid, C, DTYPE)
     if dnet[0] is not None:
         is_a = (c[:, None] < C // 2) & valid[None, :]

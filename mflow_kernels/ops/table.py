@@ -14,11 +14,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse, actnorm_ref
 from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse, conv1x1_ref
-from mflow_kernels.ops.coupling import (
-    affine_coupling,
-    affine_coupling_inverse,
-    affine_coupling_ref,
-)
+from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse, affine_coupling_ref
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_inverse_conv1x1
 from mflow_kernels.ops.coupling_network import coupling_network, coupling_network_ref
 from mflow_kernels.ops.layouts import is_channels_last, pixels
@@ -245,9 +241,7 @@ def _masked_penalty_ref(x: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor
     return masked_penalty_ref(x, target, mask, None, 1.0, "huber", 1.0)
 
 
-def _rebuild_coupling(
-    rebuild: Callable[..., Any],
-) -> Callable[..., tuple[Tensor, ...]]:
+def _rebuild_coupling(rebuild: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return lambda z_b, dz_b, dlogdet, params: tuple(
         rebuild(z_b, dz_b, dlogdet, params, DEFAULT_SCALE, False, False)
     )

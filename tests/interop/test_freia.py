@@ -81,9 +81,7 @@ def image_graph():
     split = Ff.Node(nodes[-1], Fm.Split, {"section_sizes": (4, 8)}, name="split")
     out = Ff.OutputNode(split.out0, name="left early")
     nodes.append(split)
-    nodes.append(
-        Ff.Node(split.out1, Fm.IRevNetDownsampling, {}, name="checkerboard"),
-    )
+    nodes.append(Ff.Node(split.out1, Fm.IRevNetDownsampling, {}, name="checkerboard"))
     for k in range(2):
         add(Fm.AllInOneBlock, f"block {k}", subnet_constructor=convolutional, permute_soft=True)
     add(Fm.Flatten, "flat")

@@ -16,9 +16,7 @@ HALVES = slice(0, 3), slice(3, None)
 
 @pytest.mark.parametrize("channels", [EVEN_AND_ODD, HALVES], ids=["interleaved", "in order"])
 def test_params_of_a_network_like_glows(
-    kernel_device: torch.device,
-    channels: tuple[slice, slice],
-    monkeypatch: pytest.MonkeyPatch,
+    kernel_device: torch.device, channels: tuple[slice, slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Tensor | None] = []
     run = module.fused_params

@@ -3,15 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    DTYPES,
-    FLOW_OPERATORS,
-    assert_matches,
-    launched,
-    normal,
-    on_tensor_cores,
-    sample,
-)
+from cases import DTYPES, FLOW_OPERATORS, assert_matches, launched, normal, on_tensor_cores, sample
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops

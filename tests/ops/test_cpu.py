@@ -21,11 +21,7 @@ from mflow_kernels.ops.conv1x1 import (
     conv1x1_eager,
     conv1x1_ref,
 )
-from mflow_kernels.ops.coupling import (
-    affine_coupling_ref,
-    coupling_backward_ref,
-    coupling_eager,
-)
+from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref, coupling_eager
 from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels

@@ -10,20 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx.numerics import (
-    UNSIGNED,
-    Array,
-    as_tf32,
-    f4,
-    f8,
-    i4,
-    i8,
-    toward_zero,
-    u2,
-    u4,
-    u8,
-    widened,
-)
+from ptx.numerics import UNSIGNED, Array, as_tf32, f4, f8, i4, i8, toward_zero, u2, u4, u8, widened
 from ptx.parser import Unsupported
 from ptx.shared_memory import SharedMemory
 from ptx.translator import SHARED_BASE

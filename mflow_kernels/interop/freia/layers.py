@@ -185,11 +185,7 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
         return f"its clamp of {layer.clamp} does not bound the scale"
     unchanged, n = layer.splits
     net = Params(
-        layer.subnet,
-        slice(0, n),
-        slice(n, None),
-        (0.1 * layer.clamp, 0.1),
-        **_passing(layer),
+        layer.subnet, slice(0, n), slice(n, None), (0.1 * layer.clamp, 0.1), **_passing(layer)
     )
     scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
     before: tuple[Part, ...] = ()
