@@ -47,7 +47,7 @@ private:
 class OptionalState {
 public:
     OptionalState(const py::object& tensor, const py::object& dtype, Use use, const Shape& shape,
-             int64_t channels) {
+                  int64_t channels) {
         if (tensor.is_none()) return;
         state_.emplace(tensor, dtype, use);
         expect_shape(*state_, shape, channels);
@@ -136,8 +136,8 @@ Conv1x1Backward describe_backward(bool is_double, const State& dstate) {
 // x = W^-1 (y - bias) and net, a copy of x's first half.
 void conv1x1_backward(int threads, const Half& y, const Half& dy, const py::object& dnet,
                       const py::object& weight, const py::object& bias,
-                      const py::object& weight_inverse, const py::object& x, const py::object& net, const py::object& dx,
-                      const py::object& outer_sum, const py::object& dbias) {
+                      const py::object& weight_inverse, const py::object& x, const py::object& net,
+                      const py::object& dx, const py::object& outer_sum, const py::object& dbias) {
     const py::object dtype = dx.attr("dtype");
     const bool is_double = computes_in_double(dtype);
     const State y_a(y.first, dtype, Use::read), y_b(y.second, dtype, Use::read);
