@@ -128,7 +128,8 @@ def test_a_race_that_triton_compiles(device: Device) -> None:
         pytest.skip("this Triton compiles no such race")
     assert exact
     assert report.kinds == {"race"}
-    assert "may still read" in str(report.faults[0])
+    # Before 3.7.1 the product also reads the copy without a proxy fence.
+    assert ("may still read" if FENCES_COPIES else "no proxy fence") in str(report.faults[0])
     device.late = True
     exact, report = dot(device, torch.float32, 64, 64, stages=2, total=True)
     assert not exact
