@@ -87,7 +87,7 @@ class Kernel:
     instructions: list[Instruction]
     labels: dict[str, int]
     registers: dict[str, int]  # bytes of each
-    # Of each basic block, the first instruction and the one after the last.
+    # Index of the first instruction of each basic block, and the index after its last.
     blocks: list[tuple[int, int]] = field(default_factory=list)
 
 
