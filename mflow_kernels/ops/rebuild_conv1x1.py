@@ -148,7 +148,9 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         # Without a limit of registers, ptxas spills at C = 24 to fit a seventh program.
         block_o = 16 if c <= 16 else 32
         kernel, blocks = _rebuild_conv1x1_wide_kernel, {"BLOCK_O": block_o, "BLOCK_C": 16}
-        return RebuildTile(kernel, blocks, block_o, 16, 4, 2, 128, 128)
+        return RebuildTile(
+            kernel, blocks, block_o, 16, 4, 2, registers=128, registers_if_stored=128
+        )
     if c > MOST_SLICED:
         blocks = {"BLOCK_O": 128, "BLOCK_C": 64}
         return RebuildTile(_rebuild_conv1x1_wide_kernel, blocks, 128, 16, 8, 2)
@@ -160,14 +162,16 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         # fifth one. If x is rebuilt, some launches need more than 128.
         stored = 128 if half == 8 else None
         kernel = _rebuild_conv1x1_kernel
-        return RebuildTile(kernel, blocks, 2 * half, 64, 4, programs, None, stored)
+        return RebuildTile(kernel, blocks, 2 * half, 64, 4, programs, registers_if_stored=stored)
     if c <= 64:
         half = triton.next_power_of_2(c_b)
         warps = 2 * half // 16  # each warp takes 16 rows of a product
         # A multiprocessor gets two programs, which fit 255 registers. Without this limit, ptxas
         # spills at C = 48 to fit a third one.
         kernel, blocks = _rebuild_conv1x1_sliced_kernel, {"SLICE": half}
-        return RebuildTile(kernel, blocks, 2 * half, 16, warps, 2, 255, 255)
+        return RebuildTile(
+            kernel, blocks, 2 * half, 16, warps, 2, registers=255, registers_if_stored=255
+        )
     return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": 32}, 128, 32, 8, 1)
 
 
