@@ -176,9 +176,7 @@ class Recipe:
 
 RECIPES = {
     # Probabilistic principal components (Tipping and Bishop 1999): a linear manifold.
-    "principal components, Gaussian": Recipe(
-        components, "0.6", "s", "PCA", needs="training_data"
-    ),
+    "principal components, Gaussian": Recipe(components, "0.6", "s", "PCA", needs="training_data"),
     "principal components, prior flow": Recipe(
         components_with_prior, "0.4", "D", "PCA, prior", needs="training_data"
     ),
@@ -188,16 +186,26 @@ RECIPES = {
     # affects projections and samples with v = 0.
     "plain likelihood": Recipe(
         lambda networks, *_: one_stage(networks.flow(), networks.dim, NORMAL),
-        *("tab:blue", "o", "plain"), by_likelihood=True,
+        "tab:blue",
+        "o",
+        "plain",
+        by_likelihood=True,
     ),
     "plain likelihood, wider flow": Recipe(
         lambda networks, *_: one_stage(networks.wide_flow(), networks.dim, NORMAL),
-        *("tab:blue", "s", "plain, wider"), by_likelihood=True, needs="wide_flow",
+        "tab:blue",
+        "s",
+        "plain, wider",
+        by_likelihood=True,
+        needs="wide_flow",
     ),
     # The hierarchy without the penalty.
     "plain likelihood, prior flow": Recipe(
         lambda networks, *_: hierarchy(networks, NORMAL),
-        *("tab:cyan", "D", "plain, prior"), by_likelihood=True,
+        "tab:cyan",
+        "D",
+        "plain, prior",
+        by_likelihood=True,
     ),
     # arXiv 2111.00619, with a prior flow on u that is trained with the first flow.
     "PIE": Recipe(pie, "tab:olive", "v"),
@@ -207,11 +215,16 @@ RECIPES = {
     # bits per dimension.
     "denoising flow": Recipe(
         lambda networks, *rest: denoising(networks, *rest, networks.deviation),
-        *("tab:green", "<"), weighted=True,
+        "tab:green",
+        "<",
+        weighted=True,
     ),
     "denoising flow, less noise": Recipe(
         lambda networks, *rest: denoising(networks, *rest, networks.less_noise),
-        *("limegreen", "<"), weighted=True, needs="less_noise",
+        "limegreen",
+        "<",
+        weighted=True,
+        needs="less_noise",
     ),
     # arXiv 2106.01413, with a prior flow on u and a likelihood that is warmed up.
     "rectangular flow": Recipe(rectangular, "tab:brown", ">", weighted=True),
@@ -220,16 +233,23 @@ RECIPES = {
     # The penalized likelihood (arXiv 2206.03293), alone and followed by a prior flow on u.
     "penalized": Recipe(
         lambda networks, weight, _: one_stage(networks.flow(), networks.dim, _penalty(weight)),
-        *("tab:pink", "X"), weighted=True,
+        "tab:pink",
+        "X",
+        weighted=True,
     ),
     "penalized, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(weight)),
-        *("tab:red", "*", "pen., hierarchy"), weighted=True,
+        "tab:red",
+        "*",
+        "pen., hierarchy",
+        weighted=True,
     ),
     # w = 1 / variance of the errors.
     "calibrated weight, hierarchy": Recipe(
         lambda networks, *_: hierarchy(networks, _penalty("variance")),
-        *("lightcoral", "h", "calibrated, hierarchy"),
+        "lightcoral",
+        "h",
+        "calibrated, hierarchy",
     ),
     "falling weight, hierarchy": Recipe(
         falling, "orangered", "d", "falling, hierarchy", weighted=True
@@ -238,9 +258,12 @@ RECIPES = {
     # keeps this bound; it starts at the given one.
     "error bound, hierarchy": Recipe(
         lambda networks, weight, _: hierarchy(networks, _penalty(ErrorBound(1 / weight))),
-        *("darkred", "p", "bound, hierarchy"), weighted=True,
+        "darkred",
+        "p",
+        "bound, hierarchy",
+        weighted=True,
     ),
-}  # fmt: skip
+}
 
 
 def names(networks: Networks) -> list[str]:
