@@ -77,9 +77,14 @@ class Params(nn.Module):
         """Return a copy that receives only these conditions of its sequence."""
         received = () if self.passing == "none" else conditions
         return Params(
-            self.net, self.raw, self.shift, self.factors,
-            passing=self.passing, conditions=received, inner=self.inner,
-        )  # fmt: skip
+            self.net,
+            self.raw,
+            self.shift,
+            self.factors,
+            passing=self.passing,
+            conditions=received,
+            inner=self.inner,
+        )
 
     def _layers(self) -> list[nn.Module] | None:
         """Return the network's layers, if the output channels of the last one can be reordered."""

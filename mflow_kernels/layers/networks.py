@@ -253,9 +253,18 @@ class _PointwiseFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = _as_16_images(dy.contiguous(memory_format=torch.channels_last))
         dx, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, _as_16_images(x), weight, [len(weight)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+            dy,
+            _as_16_images(x),
+            weight,
+            [len(weight)],
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
             list(ctx.needs_input_grad),
-        )  # fmt: skip
+        )
         if dx is not None:
             n, c, h, w = x.shape
             dx = dx.permute(0, 2, 3, 1).reshape(n, h, w, c).permute(0, 3, 1, 2)

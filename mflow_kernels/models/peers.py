@@ -188,9 +188,14 @@ def rectangular_loss(
     chosen = n if volume_samples is None else volume_samples
     check_count("volume_samples", chosen, 1, n)
     volume = log_volume(
-        lambda u: model.decode(u, stages=1), code[:chosen], math.prod(model.input_shape), method,
-        probes=probes, iterations=iterations, generator=generator,
-    ).value  # fmt: skip
+        lambda u: model.decode(u, stages=1),
+        code[:chosen],
+        math.prod(model.input_shape),
+        method,
+        probes=probes,
+        iterations=iterations,
+        generator=generator,
+    ).value
     volumes = nn.functional.pad(volume * (n / chosen), (0, n - chosen))
     return loss - likelihood * (_log_prior(model, code) - volumes)
 

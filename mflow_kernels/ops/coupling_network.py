@@ -79,9 +79,16 @@ def network_by_layers(
 
 
 def network_by_layers_backward(
-    dparams: Tensor, x: Tensor, h1: Tensor, h2: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, *,
+    dparams: Tensor,
+    x: Tensor,
+    h1: Tensor,
+    h2: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    *,
     weights: bool,
-) -> tuple[Any, ...]:  # fmt: skip
+) -> tuple[Any, ...]:
     """d x, d W1, d b1, d W2, d b2, d W3, d b3; without `weights`, d x and None for the others."""
     dh2, dw3, db3 = _layer_backward(dparams, h2, w3, weights)
     dh1, dw2, db2 = _layer_backward(_relu_backward_(dh2, h2), h1, w2, weights)
@@ -218,9 +225,16 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def network_forward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    keep: bool, kernels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    keep: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute params, by the kernels or, without `kernels`, layer by layer.
 
     Returns params, h1, h2, and the weights as the kernels read them. Without `keep`, h1 and h2 are
@@ -276,9 +290,16 @@ def network_backward(
 
 
 def _fake(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor,
-    keep: bool, kernels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    keep: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h1, h2 = (empty_images(x, len(w1)) if keep else x.new_empty(0) for _ in range(2))
     packed = x.new_empty(w1.numel() + w2.numel() + w3.numel())
     return empty_images(x, len(w3)), h1, h2, packed
@@ -329,9 +350,16 @@ coupling_network_op, network_eager = register(
 
 
 def coupling_network(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, *,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
     kernels: bool | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Glow's coupling network (arXiv 1807.03039, section 4), forward and backward in few launches.
 
     Args:

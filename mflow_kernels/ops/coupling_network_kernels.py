@@ -55,9 +55,15 @@ def load_w3(w3, d, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
 
 @triton.jit
 def load_w3_rows(
-    w3, d, j, column, C_OUT: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    w3,
+    d,
+    j,
+    column,
+    C_OUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """One column of the taps of W3 (C_out, taps, width), as [D, J] with j = row * C_out + o."""
     row, o = j // C_OUT, j % C_OUT
     tap = row * (TAPS // ROWS) + column
@@ -82,11 +88,29 @@ def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _network_kernel(
-    x, w1, b1, w2, b2, w3, row_sums, h1, h2, PIXELS, H, W,
-    C_IN: tl.constexpr, WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
-    HALO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    x,
+    w1,
+    b1,
+    w2,
+    b2,
+    w3,
+    row_sums,
+    h1,
+    h2,
+    PIXELS,
+    H,
+    W,
+    C_IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C_OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """Store the sums over the three taps in each row of W3, for one tile of pixels and one block of
     columns. Store h1 and h2 too if they are given.
 
@@ -132,9 +156,19 @@ def _network_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _sum_taps_kernel(
-    taps, bias, y, PIXELS, H, W, C: tl.constexpr, TAPS: tl.constexpr, SIGN: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    taps,
+    bias,
+    y,
+    PIXELS,
+    H,
+    W,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    SIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """y[p] = bias + the sum over parts and taps of taps[neighbour of p by this tap, part, tap].
 
     If TAPS is 3, the taps are the middle column of a 3x3 convolution.
@@ -156,10 +190,25 @@ def _sum_taps_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _dh2_kernel(
-    dparams, h2, w3, dh2, dw3, db3, db2, NUMBERS, PIXELS, H, W, TILES,
-    WIDTH: tl.constexpr, C_OUT: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+    dparams,
+    h2,
+    w3,
+    dh2,
+    dw3,
+    db3,
+    db2,
+    NUMBERS,
+    PIXELS,
+    H,
+    W,
+    TILES,
+    WIDTH: tl.constexpr,
+    C_OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
     """Compute d h2 of a block of hidden channels, for every `splits`-th tile of pixels.
 
     If d W3 is given, each program also stores partial sums of d W3 (C_out, taps, width), d b3 and
@@ -199,10 +248,28 @@ def _dh2_kernel(
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _dh1_kernel(
-    dh2, h1, x, w1, w2, dx_taps, dw2, dw1, db1, NUMBERS, PIXELS, H, W, TILES,
-    C_IN: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
-):  # fmt: skip
+    dh2,
+    h1,
+    x,
+    w1,
+    w2,
+    dx_taps,
+    dw2,
+    dw1,
+    db1,
+    NUMBERS,
+    PIXELS,
+    H,
+    W,
+    TILES,
+    C_IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
     """Compute d h1 of a block of hidden channels, for every `splits`-th tile of pixels.
 
     Each program stores the products of d h1 with the taps of W1, which are this block's part of

@@ -194,20 +194,47 @@ def launch_network(
     tile = forward_tile(s)
     edge = halo(s, tile.block_p)
     tiles = triton.cdiv(s.pixels, tile.block_p - 2 * edge)
-    launch(_network_kernel, (tiles, triton.cdiv(s.tap_rows * s.c_out, tile.block_j)),
-        x, w1, b1, w2, b2, w3, row_sums, h1, h2, s.pixels, s.height, s.image_width,
-        C_IN=s.c_in, WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, HALO=edge,
-        BLOCK_P=tile.block_p, BLOCK_X=_block(s.taps * s.c_in), BLOCK_D=tile.block_d,
-        BLOCK_K=tile.block_k, BLOCK_J=tile.block_j, num_warps=tile.warps,
+    launch(
+        _network_kernel,
+        (tiles, triton.cdiv(s.tap_rows * s.c_out, tile.block_j)),
+        x,
+        w1,
+        b1,
+        w2,
+        b2,
+        w3,
+        row_sums,
+        h1,
+        h2,
+        s.pixels,
+        s.height,
+        s.image_width,
+        C_IN=s.c_in,
+        WIDTH=s.width,
+        C_OUT=s.c_out,
+        TAPS=s.taps,
+        HALO=edge,
+        BLOCK_P=tile.block_p,
+        BLOCK_X=_block(s.taps * s.c_in),
+        BLOCK_D=tile.block_d,
+        BLOCK_K=tile.block_k,
+        BLOCK_J=tile.block_j,
+        num_warps=tile.warps,
         num_stages=3 if FENCES_COPIES else 1,
-    )  # fmt: skip
+    )
     return launch_sum_taps(row_sums, b3, x, s, s.c_out, s.tap_rows, 1, 1), h1, h2
 
 
 def launch_sum_taps(
-    taps: Tensor, bias: Tensor | None, x: Tensor, s: Shape, channels: int, count: int, sign: int,
+    taps: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    s: Shape,
+    channels: int,
+    count: int,
+    sign: int,
     parts: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """One launch: the sum of each pixel's taps, (N, channels, *spatial).
 
     `taps` holds `parts` groups of `count` taps at each pixel. `sign` is that of `neighbour`.
@@ -215,10 +242,22 @@ def launch_sum_taps(
     y = empty_images(x, channels)
     block_c = _block(channels, 64)
     block_p = 1024 // block_c
-    launch(_sum_taps_kernel, (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
-        taps, bias, y, s.pixels, s.height, s.image_width, C=channels, TAPS=count, SIGN=sign,
-        PARTS=parts, BLOCK_P=block_p, BLOCK_C=block_c,
-    )  # fmt: skip
+    launch(
+        _sum_taps_kernel,
+        (triton.cdiv(s.pixels, block_p), triton.cdiv(channels, block_c)),
+        taps,
+        bias,
+        y,
+        s.pixels,
+        s.height,
+        s.image_width,
+        C=channels,
+        TAPS=count,
+        SIGN=sign,
+        PARTS=parts,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+    )
     return y
 
 
@@ -244,18 +283,53 @@ def launch_network_backward(
     dh2 = torch.empty_like(h2)
     dx_taps = empty_images(x, blocks1 * s.taps * s.c_in)
     images = s.pixels, s.height, s.image_width
-    launch(_dh2_kernel, (splits, blocks2),
-        dparams, h2, w3, dh2, dw3, db3, db2, numbers, *images, tiles2,
-        WIDTH=s.width, C_OUT=s.c_out, TAPS=s.taps, BLOCK_P=tile2.block_p,
-        BLOCK_D=tile2.block_d, BLOCK_J=tile2.block_j, num_warps=tile2.warps, num_stages=1,
-    )  # fmt: skip
-    launch(_dh1_kernel, (splits, blocks1),
-        dh2, h1, x, w1, w2, dx_taps, dw2 if s.sums[1] else None, dw1, db1, numbers, *images,
+    launch(
+        _dh2_kernel,
+        (splits, blocks2),
+        dparams,
+        h2,
+        w3,
+        dh2,
+        dw3,
+        db3,
+        db2,
+        numbers,
+        *images,
+        tiles2,
+        WIDTH=s.width,
+        C_OUT=s.c_out,
+        TAPS=s.taps,
+        BLOCK_P=tile2.block_p,
+        BLOCK_D=tile2.block_d,
+        BLOCK_J=tile2.block_j,
+        num_warps=tile2.warps,
+        num_stages=1,
+    )
+    launch(
+        _dh1_kernel,
+        (splits, blocks1),
+        dh2,
+        h1,
+        x,
+        w1,
+        w2,
+        dx_taps,
+        dw2 if s.sums[1] else None,
+        dw1,
+        db1,
+        numbers,
+        *images,
         tiles1,
-        C_IN=s.c_in, WIDTH=s.width, TAPS=s.taps, BLOCK_P=tile1.block_p,
-        BLOCK_D=tile1.block_d, BLOCK_K=tile1.block_k, BLOCK_X=_block(s.taps * s.c_in),
-        num_warps=tile1.warps, num_stages=1,
-    )  # fmt: skip
+        C_IN=s.c_in,
+        WIDTH=s.width,
+        TAPS=s.taps,
+        BLOCK_P=tile1.block_p,
+        BLOCK_D=tile1.block_d,
+        BLOCK_K=tile1.block_k,
+        BLOCK_X=_block(s.taps * s.c_in),
+        num_warps=tile1.warps,
+        num_stages=1,
+    )
     dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, s.taps, -1, blocks1)
     nothing = x.new_empty(0, dtype=torch.float32)
     if not weights:

@@ -106,9 +106,18 @@ def _coupling_backward(
     dtype, given, params = given.dtype, dense_pixels(given), dense_pixels(params)
     dy, dparams = torch.empty_like(given), torch.empty_like(params, dtype=dtype)
     _C.coupling_backward(
-        torch.get_num_threads(), identity_channels, given, params, dz, dlogdet, rebuilt, dy,
-        dparams, scale.args, inverse,
-    )  # fmt: skip
+        torch.get_num_threads(),
+        identity_channels,
+        given,
+        params,
+        dz,
+        dlogdet,
+        rebuilt,
+        dy,
+        dparams,
+        scale.args,
+        inverse,
+    )
     return dy, dparams.to(params.dtype)
 
 
@@ -132,9 +141,17 @@ def conv1x1(
     ledger = x.new_empty((0 if params is None else x.shape[0], 1))
     cut = net_dtype == x.dtype
     _C.conv1x1(
-        torch.get_num_threads(), x, params, weight, bias, y, net if cut else None,
-        ledger, () if scale is None else scale.args, inverse,
-    )  # fmt: skip
+        torch.get_num_threads(),
+        x,
+        params,
+        weight,
+        bias,
+        y,
+        net if cut else None,
+        ledger,
+        () if scale is None else scale.args,
+        inverse,
+    )
     if net_dtype is not None and not cut:
         net.copy_(y[:, : net.shape[1]])
     return y, net, ledger
@@ -159,9 +176,20 @@ def coupling_conv1x1_backward(
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=x.dtype)
     outer_sum, dbias = sums(x, weight)
     _C.coupling_conv1x1_backward(
-        torch.get_num_threads(), x, params, dy, dnet, dledger,
-        weight, dx, dparams, outer_sum, dbias, scale.args, inverse,
-    )  # fmt: skip
+        torch.get_num_threads(),
+        x,
+        params,
+        dy,
+        dnet,
+        dledger,
+        weight,
+        dx,
+        dparams,
+        outer_sum,
+        dbias,
+        scale.args,
+        inverse,
+    )
     return dx, dparams.to(params.dtype), outer_sum, dbias
 
 
@@ -190,9 +218,19 @@ def conv1x1_backward(
         outer_sum.zero_()
         dbias.zero_()
     _C.conv1x1_backward(
-        torch.get_num_threads(), y, dy, dnet, weight, bias, weight_inverse, x,
-        net if cut else None, dx, outer_sum, dbias,
-    )  # fmt: skip
+        torch.get_num_threads(),
+        y,
+        dy,
+        dnet,
+        weight,
+        bias,
+        weight_inverse,
+        x,
+        net if cut else None,
+        dx,
+        outer_sum,
+        dbias,
+    )
     if x is not None and net_dtype is not None and not cut:
         net.copy_(x[:, : net.shape[1]])
     return x, net

@@ -38,10 +38,12 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     config = config if gpu else dataclasses.replace(config, device="cpu")
     peak = peak_memory(config)
     states = (
-        "stored" if not config.reversible
-        else "rebuilt" if config.checkpoint_every is None
+        "stored"
+        if not config.reversible
+        else "rebuilt"
+        if config.checkpoint_every is None
         else f"rebuilt, one in {config.checkpoint_every} kept"
-    )  # fmt: skip
+    )
     size = config.image_size
     lines = [
         f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}; "

@@ -113,9 +113,14 @@ def _sequence_forward(
 
 
 def _graph_forward(
-    self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True,
-    intermediate_outputs: bool = False, x: None = None,
-) -> Any:  # fmt: skip
+    self: Any,
+    x_or_z: Any,
+    c: Any = None,
+    rev: bool = False,
+    jac: bool = True,
+    intermediate_outputs: bool = False,
+    x: None = None,
+) -> Any:
     fused: _FusedNetwork = implementation_of(self)
     if intermediate_outputs or x is not None or not same_modules(self.module_list, fused.modules):
         original = super(type(self), self).forward
