@@ -16,7 +16,8 @@ from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import without_autocast
-from mflow_kernels.reversible.program import FoldedWeights
+from mflow_kernels.reversible.instructions import FoldedWeights
+from mflow_kernels.reversible.steps import LinearMap
 
 
 class Affine(NamedTuple):
@@ -213,95 +214,78 @@ def _inverted(step: Affine, check: bool) -> Affine:
     return Affine(*inverse_weight_and_bias(weight, zero, check=check), log_det)
 
 
-class LayerGroup:
-    """Consecutive linear maps of one width, or their inverses: a `LinearGroup`.
-
-    Args:
-        rows: for each step, the linear layers between two couplings, data -> latent.
-        inverse: whether they run latent -> data.
-    """
+class Row(LinearMap):
+    """The linear layers between two couplings, data -> latent, on states of `channels` channels."""
 
     def __init__(
-        self,
-        rows: Sequence[Sequence[Linear | Reorder]],
-        channels: int,
-        device: torch.device,
-        inverse: bool = False,
+        self, layers: Sequence[Linear | Reorder], channels: int, device: torch.device
     ) -> None:
-        self.steps = [tuple(row) for row in rows]
-        self.channels, self.device, self.inverse = channels, device, inverse
+        self.layers, self.channels, self.device = tuple(layers), channels, device
 
-    def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
-        """Return the folded weights of all rows, or their inverses, outside autocast.
-
-        Rows whose layers are of the same kinds are folded in one batch.
-
-        Args:
-            check: as for `inverse_weight_and_bias`.
-
-        Raises:
-            ValueError: with `check`, a weight whose inverse is needed and does not exist.
-        """
+    @classmethod
+    def fold(
+        cls,
+        maps: Sequence["Row"],
+        names: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        inverted: bool,
+        check: bool,
+    ) -> FoldedWeights:
+        """See `LinearMap.fold`. Rows whose layers are of the same kinds are folded in one batch,
+        outside autocast."""
         alike: dict[Any, list[int]] = {}
-        for i, row in enumerate(self.steps):
-            alike.setdefault(tuple(part.kind() for part in row), []).append(i)
-        with without_autocast(self.device):
+        for i, row in enumerate(maps):
+            alike.setdefault(tuple(part.kind() for part in row.layers), []).append(i)
+        device = maps[0].device
+        with without_autocast(device):
             folded = [
-                self._fold_alike([self.steps[i] for i in places], dtype, check)
+                _fold_alike([maps[i] for i in places], dtype, inverted, check)
                 for places in alike.values()
             ]
         if len(folded) > 1:
             places = [i for places in alike.values() for i in places]
-            order = constant(inverse_of(places), self.device)
+            order = constant(inverse_of(places), device)
             folded = [tuple(torch.cat(part)[order] for part in zip(*folded, strict=True))]
         weight, bias, log_det = (part.to(dtype) for part in folded[0])
         return FoldedWeights(weight, bias, log_det.sum())
 
-    def _fold_alike(
-        self, rows: Sequence[Sequence[Linear | Reorder]], dtype: torch.dtype, check: bool
-    ) -> tuple[Tensor, ...]:
-        """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
 
-        Returns:
-            weight (K, C, C), bias (K, C), and log |det weight| (K,) for one pixel.
-        """
-        k, channels, device = len(rows), self.channels, self.device
-        dtype = torch.float64 if self.inverse else dtype
-        weight: Tensor | None = None  # None stands for the identity
-        bias = torch.zeros(k, channels, dtype=dtype, device=device)
-        log_det = torch.zeros(k, dtype=dtype, device=device)
-        columns = list(zip(*rows, strict=True))
-        for column in reversed(columns) if self.inverse else columns:
-            step = _read(column, channels, device)
-            if tuple(step.weight.shape[:2]) != (k, channels):
-                raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
-            step = _inverted(step, check) if self.inverse else step
-            if not step.weight.is_floating_point():
-                if weight is None:
-                    weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
-                weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
-                bias = bias.gather(1, step.weight)
-            elif step.weight.dim() == 2:
-                scale = step.weight.to(dtype)
-                weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
-                bias = scale * bias
-            else:
-                matrix = step.weight.to(dtype)
-                weight = matrix if weight is None else matrix @ weight
-                bias = (matrix @ bias[:, :, None]).squeeze(2)
-            if step.bias is not None:
-                bias = bias + step.bias.to(dtype)
-            if step.log_det is not None:
-                log_det = log_det + step.log_det.to(dtype)
-        assert weight is not None
-        return weight, bias, log_det
+def _fold_alike(
+    rows: Sequence[Row], dtype: torch.dtype, inverted: bool, check: bool
+) -> tuple[Tensor, ...]:
+    """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
 
-    def inverted(self) -> "LayerGroup":
-        """Return the inverse maps."""
-        return LayerGroup(self.steps, self.channels, self.device, not self.inverse)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the trainable parameters of the layers."""
-        modules = [p.module for row in self.steps for p in row if isinstance(p, Linear)]
-        own = [p for m in modules for p in m._parameters.values() if p is not None]
-        return list({id(p): p for p in own if p.requires_grad}.values())
+    Returns:
+        weight (K, C, C), bias (K, C), and log |det weight| (K,) for one pixel.
+    """
+    k, channels, device = len(rows), rows[0].channels, rows[0].device
+    dtype = torch.float64 if inverted else dtype
+    weight: Tensor | None = None  # None stands for the identity
+    bias = torch.zeros(k, channels, dtype=dtype, device=device)
+    log_det = torch.zeros(k, dtype=dtype, device=device)
+    columns = list(zip(*(row.layers for row in rows), strict=True))
+    for column in reversed(columns) if inverted else columns:
+        step = _read(column, channels, device)
+        if tuple(step.weight.shape[:2]) != (k, channels):
+            raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
+        step = _inverted(step, check) if inverted else step
+        if not step.weight.is_floating_point():
+            if weight is None:
+                weight = torch.eye(channels, dtype=dtype, device=device).expand(k, -1, -1)
+            weight = weight.gather(1, step.weight[:, :, None].expand(-1, -1, channels))
+            bias = bias.gather(1, step.weight)
+        elif step.weight.dim() == 2:
+            scale = step.weight.to(dtype)
+            weight = torch.diag_embed(scale) if weight is None else scale[:, :, None] * weight
+            bias = scale * bias
+        else:
+            matrix = step.weight.to(dtype)
+            weight = matrix if weight is None else matrix @ weight
+            bias = (matrix @ bias[:, :, None]).squeeze(2)
+        if step.bias is not None:
+            bias = bias + step.bias.to(dtype)
+        if step.log_det is not None:
+            log_det = log_det + step.log_det.to(dtype)
+    assert weight is not None
+    return weight, bias, log_det

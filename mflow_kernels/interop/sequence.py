@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import LayerGroup, Linear, Reorder, permutation, select_channels
+from mflow_kernels.interop.linear import Linear, Reorder, Row, permutation, select_channels
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.apply import apply_program
-from mflow_kernels.reversible.program import ChannelLinear, Couple, Program, SpaceToDepth
+from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
+from mflow_kernels.reversible.instructions import Instruction, Rearrange, SpaceToDepth
+from mflow_kernels.reversible.program import Program
+from mflow_kernels.reversible.steps import Couple, Step, Steps
 
 # The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
 # channels an index is cheaper, and on a CPU already with more than a few.
@@ -85,43 +86,41 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
     return ""
 
 
-Section = Program | tuple[Linear | Reorder, ...]
-"""A part of a sequence: a program, or channel permutations that run as one index."""
+class Permute(Rearrange):
+    """Channel permutations that run as one index, read from their layers at each run."""
+
+    def __init__(self, parts: Sequence[Linear | Reorder], inverted: bool = False) -> None:
+        self.parts, self.inverted = tuple(parts), inverted
+
+    def apply(self, x: Tensor) -> Tensor:
+        order = permutation(self.parts, x)
+        return select_channels(x, order.argsort() if self.inverted else order)
+
+    def inverse(self) -> "Permute":
+        return Permute(self.parts, not self.inverted)
 
 
-def _sections(
-    parts: Sequence[Part], channels: int, device: torch.device, one_program: bool
-) -> list[Section]:
-    """Return the sections, data -> latent. With `one_program`, permutations run as matrices."""
-    sections: list[Section] = []
-    program = Program()
+def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Program:
+    """The program of these parts, data -> latent, on states of `channels` channels."""
+    instructions: list[Instruction] = []
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
-    group: LayerGroup | None = None
     widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
         if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
-        if row and all(p.permutes for p in row) and channels > widest and not one_program:
-            if program.instructions:
-                sections.append(program)
-            sections.append(tuple(row))
-            program, group = Program(), None
+        if row and all(p.permutes for p in row) and channels > widest:
+            instructions.append(Permute(row))
         elif row:
-            if group is None:
-                group = LayerGroup([], channels, device)
-                program.groups.append(group)
-            program.instructions.append(ChannelLinear(len(program.groups) - 1, len(group.steps)))
-            group.steps.append(tuple(row))
+            instructions.append(Steps([Step(Row(row, channels, device), None)]))
         row = []
         if isinstance(part, Coupling):
-            program.instructions.append(Couple(part.net, part.scale, part.inverse))
+            couple = Couple(part.net, part.scale, part.inverse)
+            instructions.append(Steps([Step(None, couple)]))
         elif isinstance(part, SpaceToDepth):
-            program.instructions.append(part)
-            channels, group = 4 * channels, None
-    if program.instructions:
-        sections.append(program)
-    return sections
+            instructions.append(part)
+            channels = 4 * channels
+    return Program(instructions)
 
 
 class FusedSequence:
@@ -146,13 +145,13 @@ class FusedSequence:
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
-        self._sections: dict[Any, list[Section]] = {}
+        self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sections": {}, "_initialized": None}
+        return {**self.__dict__, "_programs": {}, "_initialized": None}
 
-    def record_drift(self, drift: Tensor) -> None:
+    def _record_drift(self, drift: Tensor) -> None:
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
     def supports(self, x: Tensor, inverse: bool) -> bool:
@@ -165,36 +164,25 @@ class FusedSequence:
         """Return the state and the log-determinant: (N,), or () if all samples have the same."""
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
-        log_det = x.new_zeros((), dtype=accumulator(x.dtype))
-        ledgers = []
-        for section in self._sections_for(x, inverse):
-            if isinstance(section, Program):
-                x, _, ledger, shared = apply_program(self, section, x, (), context, self.reversible)
-                ledgers.append(ledger)
-                log_det = log_det + shared
-            else:
-                order = permutation(section, x)
-                x = select_channels(x, order.argsort() if inverse else order)
-        if not self.has_couplings:
-            return x, log_det
-        ledger = ledgers[0] if len(ledgers) == 1 else torch.cat(ledgers, dim=1)
-        return x, ops.accumulate_logdet(ledger, log_det)
+        program = self._program_for(x, inverse)
+        if self.reversible:
+            every, record = self.checkpoint_every, self._record_drift
+            x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
+        else:
+            x, _, ledger, log_det = apply_stored(program, x, (), context)
+        return x, ops.accumulate_logdet(ledger, log_det) if self.has_couplings else log_det
 
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
         return x.shape[1] // 4**self._squeezes if inverse else x.shape[1]
 
-    def _sections_for(self, x: Tensor, inverse: bool) -> list[Section]:
+    def _program_for(self, x: Tensor, inverse: bool) -> Program:
         channels = self._data_channels(x, inverse)
         # A compiler cannot guard on a device that is part of a key, so type and index stand for it.
         key = channels, x.device.type, x.device.index, inverse
-        if key not in self._sections:
-            sections = _sections(self.parts, channels, x.device, self.reversible)
-            if inverse:
-                sections = [
-                    s.inverted() if isinstance(s, Program) else s for s in reversed(sections)
-                ]
-            self._sections[key] = sections
-        return self._sections[key]
+        if key not in self._programs:
+            program = _program(self.parts, channels, x.device)
+            self._programs[key] = program.inverted() if inverse else program
+        return self._programs[key]
 
     def _is_initialized(self) -> bool:
         """Whether every layer with data-dependent initialization has had its first batch.

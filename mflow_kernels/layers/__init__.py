@@ -5,7 +5,7 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
-from mflow_kernels.layers.squeeze import Squeeze
+from mflow_kernels.layers.rearrange import Permutation, PixelPairs, Squeeze, Unsqueeze
 from mflow_kernels.layers.step import FlowStep
 
 __all__ = [
@@ -14,7 +14,10 @@ __all__ = [
     "Bijection",
     "FlowStep",
     "InvertibleConv1x1",
+    "Permutation",
+    "PixelPairs",
     "ReversibleChain",
     "Split",
     "Squeeze",
+    "Unsqueeze",
 ]

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.ops.checks import check_count, check_state_for
+from mflow_kernels.reversible.instructions import Instruction, Layer
+from mflow_kernels.reversible.steps import Steps
 
 
 class ActNorm(Bijection):
@@ -29,10 +32,14 @@ class ActNorm(Bijection):
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_count("channels", channels, 1)
+        self.channels = channels
         self.bias = nn.Parameter(torch.zeros(channels))
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.was_set = False  # initialized or loaded, known without reading the device
+
+    def instructions(self) -> list[Instruction]:
+        return [_ActNormLayer(self)]
 
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         check_state_for("x", x, self.bias)
@@ -81,6 +88,19 @@ class ActNorm(Bijection):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.was_set = True
+
+
+class _ActNormLayer(Layer):
+    """An actnorm, which folds into a 1x1 convolution that follows it."""
+
+    def fused(self, following: Instruction) -> Steps | None:
+        if not isinstance(following, Steps) or following.inverted:
+            return None
+        first, *after = following.steps
+        if not isinstance(first.linear, ActNormConv) or first.linear.actnorm is not None:
+            return None
+        folded = ActNormConv(self.module, first.linear.conv)
+        return Steps([first._replace(linear=folded), *after])
 
 
 def warn_if_not_initialized(module: nn.Module) -> None:

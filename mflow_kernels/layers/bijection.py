@@ -1,10 +1,13 @@
 """The interface of invertible layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from mflow_kernels.reversible.instructions import Instruction, Layer
 
 
 class Bijection(nn.Module):
@@ -14,7 +17,25 @@ class Bijection(nn.Module):
 
     States are (N, C, *spatial). Log-determinants are per sample, (N,), in nats, float32 (float64
     for float64 states). The logdet of `inverse` is minus that of `forward`.
+
+    Attributes:
+        channels: C of the states that it takes; None for a layer that takes any number.
     """
+
+    channels: int | None = None
+
+    def instructions(self) -> Sequence[Instruction]:
+        """What the layer does in a `ReversibleChain`, in the direction data -> latent.
+
+        By default the chain calls `forward` and `inverse`. A layer that returns other instructions
+        shares launches with its neighbours, or splits off latents.
+        """
+        return [Layer(self)]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of `forward`'s state, without N, for a state of this shape. Override it in a
+        layer that changes the shape."""
+        return shape
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Any, Tensor]:
         raise NotImplementedError

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.folding import ActNormConv, plu
 from mflow_kernels.ops.checks import check_count, check_state_for
 from mflow_kernels.ops.layouts import pixels
-from mflow_kernels.ops.precision import accumulator, without_autocast
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.steps import Step, Steps
 
 
 class InvertibleConv1x1(Bijection):
@@ -30,6 +32,7 @@ class InvertibleConv1x1(Bijection):
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_count("channels", channels, 1)
+        self.channels = channels
         self.lower = nn.Parameter(torch.empty(channels, channels))
         self.upper = nn.Parameter(torch.empty(channels, channels))
         self.log_diagonal = nn.Parameter(torch.empty(channels))
@@ -91,6 +94,9 @@ class InvertibleConv1x1(Bijection):
         self.upper.copy_(upper.triu(1))
         self.log_diagonal.copy_(diagonal.abs().log())
 
+    def instructions(self) -> list[Steps]:
+        return [Steps([Step(ActNormConv(None, self), None)])]
+
     def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         check_state_for("x", x, self.log_diagonal)
         return ops.conv1x1(x, self.weight()), self._logdet(x)
@@ -110,13 +116,3 @@ def condition_number(weight: Tensor) -> Tensor:
         return weight.new_full((), math.inf)
     singular = torch.linalg.svdvals(weight)
     return singular[0] / singular[-1]
-
-
-def plu(
-    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor
-) -> Tensor:
-    """P L (U + diag(sign * exp(log_diagonal))), batched over leading axes, outside autocast."""
-    with without_autocast(lower):
-        unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        diagonal = torch.diag_embed(sign * log_diagonal.exp())
-        return permutation @ (lower.tril(-1) + unit) @ (upper.triu(1) + diagonal)

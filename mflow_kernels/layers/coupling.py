@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.bijection import Bijection
-from mflow_kernels.layers.chain_layer import ChainLayer
 from mflow_kernels.layers.networks import check_takes, coupling_net
 from mflow_kernels.ops.checks import (
+    check_channels,
     check_count,
     check_device,
     check_shape,
@@ -16,8 +16,10 @@ from mflow_kernels.ops.checks import (
 )
 from mflow_kernels.ops.coupling import check_params
 from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
-from mflow_kernels.reversible.program import Couple, Instruction, SplitOff
+from mflow_kernels.reversible.instructions import Instruction, SplitOff
+from mflow_kernels.reversible.steps import Couple, Step, Steps
 
 
 class AffineCoupling(Bijection):
@@ -57,7 +59,7 @@ class AffineCoupling(Bijection):
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
-        self.channels = channels
+        self.channels: int = channels
         c_a = channels // 2
         if net is None:
             net = coupling_net(c_a, 2 * (channels - c_a), width, spatial_dims, context_channels)
@@ -65,6 +67,9 @@ class AffineCoupling(Bijection):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
         self.net = net
         self.scale = ScaleFunction.of(scale)
+
+    def instructions(self) -> list[Instruction]:
+        return [Steps([Step(None, Couple(self.net, self.scale))])]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.checked("x", x)
@@ -84,13 +89,17 @@ class AffineCoupling(Bijection):
         return check_params(x, self.net(x[:, : x.shape[1] // 2], *context), "net's output")
 
 
-class Split(ChainLayer):
-    """Factor out half of the channels as a latent, after an affine coupling on it.
+class Split(Bijection):
+    """Factor out channels as a latent; by default half of them, after an affine coupling.
 
     `z = (kept, latent)`. The coupling is Glow's learned prior N(mean(x_a), sd(x_a)) of the half
     x_b, so every latent is standard normal and every round trip is exact.
 
-    Args: as `AffineCoupling`.
+    Args:
+        kept: number of channels that remain after the split, the first ones; by default C // 2.
+        prior: whether to apply the coupling. Without it, the other arguments of `AffineCoupling`
+            are not used.
+        others: as for `AffineCoupling`.
     """
 
     def __init__(
@@ -98,43 +107,59 @@ class Split(ChainLayer):
         channels: int,
         net: nn.Module | None = None,
         *,
+        kept: int | None = None,
+        prior: bool = True,
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
         context_channels: int = 0,
     ) -> None:
         super().__init__()
-        self.coupling = AffineCoupling(
-            channels,
-            net,
-            width=width,
-            scale=scale,
-            spatial_dims=spatial_dims,
-            context_channels=context_channels,
+        check_count("channels", channels, 2)
+        self.channels: int = channels
+        self.kept = channels // 2 if kept is None else kept
+        check_count("kept", self.kept, 1, channels - 1)
+        self.coupling = (
+            AffineCoupling(
+                channels,
+                net,
+                width=width,
+                scale=scale,
+                spatial_dims=spatial_dims,
+                context_channels=context_channels,
+            )
+            if prior
+            else None
         )
 
-    @property
-    def channels(self) -> int:
-        return self.coupling.channels
-
     def instructions(self) -> list[Instruction]:
-        return [Couple(self.coupling.net, self.coupling.scale, inverse=False), SplitOff()]
+        before = [] if self.coupling is None else self.coupling.instructions()
+        return [*before, SplitOff(self.kept)]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        y, logdet = self.coupling(x, *context)
-        c_a = y.shape[1] // 2
-        return (y[:, :c_a], y[:, c_a:]), logdet
+        if self.coupling is None:
+            check_channels("x", check_state("x", x), self.channels)
+            y, logdet = x, x.new_zeros(len(x), dtype=accumulator(x.dtype))
+        else:
+            y, logdet = self.coupling(x, *context)
+        return (y[:, : self.kept], y[:, self.kept :]), logdet
 
     def inverse(self, z: tuple[Tensor, Tensor], *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.coupling.inverse(self._joined(z), *context)
+        y = self._joined(z)
+        if self.coupling is None:
+            return y, y.new_zeros(len(y), dtype=accumulator(y.dtype))
+        return self.coupling.inverse(y, *context)
 
     def _joined(self, z: object) -> Tensor:
         if not isinstance(z, tuple) or len(z) != 2:
             actual = f"{len(z)} of them" if isinstance(z, tuple) else type(z).__name__
             raise TypeError(f"z: expected a tuple (kept, latent), got {actual}")
         kept = check_state("z[0]", z[0])
-        check_takes(self.coupling.net, "z[0]", kept, self.channels // 2)
-        check_latent("z[1]", z[1], kept, self.channels - self.channels // 2, tuple(kept.shape[2:]))
+        if self.coupling is None:
+            check_channels("z[0]", kept, self.kept)
+        else:
+            check_takes(self.coupling.net, "z[0]", kept, self.kept)
+        check_latent("z[1]", z[1], kept, self.channels - self.kept, tuple(kept.shape[2:]))
         return torch.cat(z, dim=1)
 
 

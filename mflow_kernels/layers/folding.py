@@ -2,85 +2,66 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mflow_kernels.layers.actnorm import ActNorm
-from mflow_kernels.layers.conv1x1 import InvertibleConv1x1, plu
 from mflow_kernels.ops.conv1x1 import inverse_weight_and_bias
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.ops.registration import refuse_second_derivative
-from mflow_kernels.reversible.program import FoldedWeights
+from mflow_kernels.reversible.instructions import FoldedWeights
+from mflow_kernels.reversible.steps import LinearMap
+
+if TYPE_CHECKING:
+    from mflow_kernels.layers.actnorm import ActNorm
+    from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 
 
-class ActNormConv(NamedTuple):
-    """An actnorm and the 1x1 convolution after it: one linear map of the channels."""
+class ActNormConv(LinearMap):
+    """An actnorm and the 1x1 convolution after it; or, without an actnorm, the convolution."""
 
-    actnorm: ActNorm
-    conv: InvertibleConv1x1
+    def __init__(self, actnorm: "ActNorm | None", conv: "InvertibleConv1x1") -> None:
+        self.actnorm, self.conv = actnorm, conv
 
-
-class StepGroup(NamedTuple):
-    """Consecutive linear maps of one width, or their inverses: a `LinearGroup`.
-
-    `names` identify the convolutions in errors.
-    """
-
-    steps: list[ActNormConv]
-    names: list[str]
-    inverse: bool
-
-    def folded(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights:
-        """The folded weight of each step, or its inverse computed in float64.
-
-        Args:
-            check: as for `inverse_weight_and_bias`.
-
-        Raises:
-            ValueError: with `check`, naming the convolution whose inverse does not exist.
-        """
-        folded = fold(self.steps, dtype)
-        if not self.inverse:
+    @classmethod
+    def fold(
+        cls,
+        maps: Sequence["ActNormConv"],
+        names: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        inverted: bool,
+        check: bool,
+    ) -> FoldedWeights:
+        """See `LinearMap.fold`. Inverses are computed in float64."""
+        folded = fold(maps, dtype)
+        if not inverted:
             return folded
-        weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, self.names, check=check)
+        weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
         return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the steps."""
-        return [
-            p
-            for step in self.steps
-            for module in (step.conv, step.actnorm)
-            for p in module._parameters.values()  # `parameters()` takes ten times as long
-            if p is not None and p.requires_grad
-        ]
 
-    def inverted(self) -> "StepGroup":
-        """The inverse maps."""
-        return StepGroup(self.steps, self.names, not self.inverse)
-
-
-def fold(steps: Sequence[ActNormConv], dtype: torch.dtype) -> FoldedWeights:
+def fold(maps: Sequence[ActNormConv], dtype: torch.dtype) -> FoldedWeights:
     """Fold each actnorm into the 1x1 convolution after it, all steps in one batched product.
 
     W' = W diag(exp(log_scale)), bias' = W' bias.
     """
-    convs, actnorms = [step.conv for step in steps], [step.actnorm for step in steps]
+    convs = [m.conv for m in maps]
+    zeros = [torch.zeros_like(m.conv.log_diagonal) if m.actnorm is None else None for m in maps]
     factors: tuple[list[Tensor], ...] = (
         [conv.permutation for conv in convs],
         [conv.sign for conv in convs],
         [conv.lower for conv in convs],
         [conv.upper for conv in convs],
         [conv.log_diagonal for conv in convs],
-        [actnorm.log_scale for actnorm in actnorms],
-        [actnorm.bias for actnorm in actnorms],
+        [z if m.actnorm is None else m.actnorm.log_scale for m, z in zip(maps, zeros, strict=True)],
+        [z if m.actnorm is None else m.actnorm.bias for m, z in zip(maps, zeros, strict=True)],
     )
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
-    return FoldedWeights(*_Fold.apply(len(steps), dtype, *chain.from_iterable(factors)))
+    return FoldedWeights(*_Fold.apply(len(maps), dtype, *chain.from_iterable(factors)))
 
 
 def fold_ref(
@@ -97,6 +78,16 @@ def fold_ref(
     return FoldedWeights(
         weight, (weight * bias[:, None, :]).sum(2), log_diagonal.sum() + log_scale.sum()
     )
+
+
+def plu(
+    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_diagonal: Tensor
+) -> Tensor:
+    """P L (U + diag(sign * exp(log_diagonal))), batched over leading axes, outside autocast."""
+    with without_autocast(lower):
+        unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        diagonal = torch.diag_embed(sign * log_diagonal.exp())
+        return permutation @ (lower.tril(-1) + unit) @ (upper.triu(1) + diagonal)
 
 
 class _Fold(torch.autograd.Function):

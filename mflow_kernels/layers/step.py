@@ -4,17 +4,18 @@ from torch import Tensor, nn
 
 from mflow_kernels import ops
 from mflow_kernels.layers.actnorm import ActNorm, warn_if_not_initialized
-from mflow_kernels.layers.chain_layer import ChainLayer, assemble
+from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.folding import ActNormConv
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.apply import apply_stored
-from mflow_kernels.reversible.program import Couple, Instruction
+from mflow_kernels.reversible.program import Program
+from mflow_kernels.reversible.steps import Couple, Step, Steps
 
 
-class FlowStep(ChainLayer):
+class FlowStep(Bijection):
     """Actnorm, invertible 1x1 convolution, affine coupling (Glow, arXiv 1807.03039, figure 2).
 
     Actnorm is folded into the convolution, so a step needs one launch for both and one for the
@@ -36,6 +37,7 @@ class FlowStep(ChainLayer):
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
+        self.channels = channels
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels)
         self.coupling = AffineCoupling(
@@ -48,26 +50,24 @@ class FlowStep(ChainLayer):
         )
 
     @property
-    def channels(self) -> int:
-        return self.coupling.channels
-
-    @property
     def linear(self) -> ActNormConv:
         """The actnorm and 1x1 convolution of this step, which fold into one linear map."""
         return ActNormConv(self.actnorm, self.conv)
 
-    def instructions(self) -> list[Instruction | ActNormConv]:
-        return [self.linear, Couple(self.coupling.net, self.coupling.scale, inverse=False)]
+    def instructions(self) -> list[Steps]:
+        return [Steps([Step(self.linear, Couple(self.coupling.net, self.coupling.scale))])]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)
         warn_if_not_initialized(self)
-        z, _, ledger, log_det = apply_stored(assemble({"": self}), x, (), context)
+        z, _, ledger, log_det = apply_stored(Program(self.instructions()), x, (), context)
         return z, ops.accumulate_logdet(ledger, log_det)
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         z = self.coupling.checked("z", z)
-        x, _, ledger, log_det = apply_stored(assemble({"": self}).inverted(), z, (), context)
+        x, _, ledger, log_det = apply_stored(
+            Program(self.instructions()).inverted(), z, (), context
+        )
         return x, ops.accumulate_logdet(ledger, log_det)
 
     def initialize(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:

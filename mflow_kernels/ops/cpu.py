@@ -69,19 +69,13 @@ def couple_backward(
 
 
 def rebuild_coupling(
-    z_b: Tensor,
-    dz_b: Tensor,
-    dlogdet: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    y_given: bool,
+    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
-    y_b = None if y_given else torch.empty_like(z_b)
+    y_b = torch.empty_like(z_b)
     dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, 0)
-    return z_b if y_b is None else y_b, dy_b, dparams
+    return y_b, dy_b, dparams
 
 
 def _coupling_backward(

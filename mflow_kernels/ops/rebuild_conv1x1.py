@@ -8,9 +8,9 @@ dy = (dy_a + dnet, dy_b), the launch computes
     outer_sum = sum over samples and pixels of dy (y - bias)^T,   d bias = sum of dy
 
 and the network input, a copy of x_a in the network's dtype. The caller computes
-dW = sum dy x^T = outer_sum W^-T in float64, for all steps at once; these are C x C products. If x
-was stored, it is not rebuilt, and outer_sum is the same. Swap W and W^-1 for an inverse (sampling)
-chain. The halves of y and dy are separate tensors, as `rebuild_coupling` returns them.
+dW = sum dy x^T = outer_sum W^-T in float64, for all steps at once; these are C x C products. Swap W
+and W^-1 for an inverse (sampling) chain. The halves of y and dy are separate tensors, as
+`rebuild_coupling` returns them.
 
 Shapes: states (N, C, *spatial), C_a = C // 2, C_b = C - C_a. dtypes: as `conv1x1`; every
 float32 product is computed as three tf32 products.
@@ -51,7 +51,7 @@ class RebuiltConv1x1(NamedTuple):
     """Results of `rebuild_conv1x1`.
 
     Attributes:
-        x: the halves of x; None if x was not rebuilt.
+        x: the halves of x.
         dx: the halves of its gradient.
         whole: the whole states x and dx, if `x` and `dx` are views of their halves; None if the
             halves are separate dense tensors.
@@ -60,21 +60,21 @@ class RebuiltConv1x1(NamedTuple):
         dbias: partial sums, (splits, C).
     """
 
-    x: Halves | None
+    x: Halves
     dx: Halves
-    whole: tuple[Tensor | None, Tensor] | None
+    whole: tuple[Tensor, Tensor] | None
     net: Tensor | None
     outer_sum: Tensor
     dbias: Tensor
 
 
 def in_one_piece(
-    x: Tensor | None, dx: Tensor, net: Tensor | None, outer_sum: Tensor, dbias: Tensor
+    x: Tensor, dx: Tensor, net: Tensor | None, outer_sum: Tensor, dbias: Tensor
 ) -> RebuiltConv1x1:
     """Results whose halves are views of whole states."""
     c_a = dx.shape[1] // 2
-    x_halves = None if x is None else (x[:, :c_a], x[:, c_a:])
-    return RebuiltConv1x1(x_halves, (dx[:, :c_a], dx[:, c_a:]), (x, dx), net, outer_sum, dbias)
+    x_halves, dx_halves = ((t[:, :c_a], t[:, c_a:]) for t in (x, dx))
+    return RebuiltConv1x1(x_halves, dx_halves, (x, dx), net, outer_sum, dbias)
 
 
 def rebuild_conv1x1_ref(
@@ -82,7 +82,7 @@ def rebuild_conv1x1_ref(
     dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
-    weight_inverse: Tensor | None,
+    weight_inverse: Tensor,
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
@@ -101,11 +101,8 @@ def rebuild_conv1x1_ref(
         return whole if channels_last or not spatial else whole.contiguous()
 
     with without_autocast(shifted):
-        dx = state(dy_p @ weight)
+        x, dx = state(y_p @ weight_inverse.t()), state(dy_p @ weight)
         outer_sum, dbias = (dy_p.t() @ y_p)[None], dy_p.sum(0)[None]
-        if weight_inverse is None:
-            return in_one_piece(None, dx, None, outer_sum, dbias)
-        x = state(y_p @ weight_inverse.t())
     net = None if net_dtype is None else cut_net_input(x, net_dtype)
     return in_one_piece(x, dx, net, outer_sum, dbias)
 
@@ -121,7 +118,6 @@ class RebuildTile(NamedTuple):
         warps: warps of a program.
         programs: programs per multiprocessor; each stores a partial sum.
         registers: most registers of a thread; None leaves the limit to ptxas.
-        registers_if_stored: the same for a launch that does not rebuild x.
     """
 
     kernel: Any
@@ -131,7 +127,6 @@ class RebuildTile(NamedTuple):
     warps: int
     programs: int
     registers: int | None = None
-    registers_if_stored: int | None = None
 
 
 # Channels whose three products one program computes. At 96 channels, Triton 3.6 compiles a program
@@ -148,9 +143,7 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
         # Without a limit of registers, ptxas spills at C = 24 to fit a seventh program.
         block_o = 16 if c <= 16 else 32
         kernel, blocks = _rebuild_conv1x1_wide_kernel, {"BLOCK_O": block_o, "BLOCK_C": 16}
-        return RebuildTile(
-            kernel, blocks, block_o, 16, 4, 2, registers=128, registers_if_stored=128
-        )
+        return RebuildTile(kernel, blocks, block_o, 16, 4, 2, registers=128)
     if c > MOST_SLICED:
         blocks = {"BLOCK_O": 128, "BLOCK_C": 64}
         return RebuildTile(_rebuild_conv1x1_wide_kernel, blocks, 128, 16, 8, 2)
@@ -158,20 +151,14 @@ def rebuild_tile(c: int, dtype: torch.dtype) -> RebuildTile:
     if c_b < 16:
         half = 8 if c_b < 8 else 16  # more than c_b: the last place sums d bias
         blocks, programs = {"HALF": half, "WARPS": 4}, 4 if half == 8 else 2
-        # Four programs fit 128 registers. Without this limit, if x is stored, ptxas spills to fit a
-        # fifth one. If x is rebuilt, some launches need more than 128.
-        stored = 128 if half == 8 else None
-        kernel = _rebuild_conv1x1_kernel
-        return RebuildTile(kernel, blocks, 2 * half, 64, 4, programs, registers_if_stored=stored)
+        return RebuildTile(_rebuild_conv1x1_kernel, blocks, 2 * half, 64, 4, programs)
     if c <= 64:
         half = triton.next_power_of_2(c_b)
         warps = 2 * half // 16  # each warp takes 16 rows of a product
         # A multiprocessor gets two programs, which fit 255 registers. Without this limit, ptxas
         # spills at C = 48 to fit a third one.
         kernel, blocks = _rebuild_conv1x1_sliced_kernel, {"SLICE": half}
-        return RebuildTile(
-            kernel, blocks, 2 * half, 16, warps, 2, registers=255, registers_if_stored=255
-        )
+        return RebuildTile(kernel, blocks, 2 * half, 16, warps, 2, registers=255)
     return RebuildTile(_rebuild_conv1x1_sliced_kernel, {"SLICE": 32}, 128, 32, 8, 1)
 
 
@@ -191,7 +178,7 @@ def launch_rebuild_conv1x1(
     dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
-    weight_inverse: Tensor | None,
+    weight_inverse: Tensor,
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
@@ -199,11 +186,10 @@ def launch_rebuild_conv1x1(
     outer_sum: Tensor,
     dbias: Tensor,
 ) -> RebuiltConv1x1:
-    """One launch. Without `weight_inverse`, x is not rebuilt."""
+    """One launch."""
     y_a, y_b, dy_a, dy_b = map(dense_pixels, (*y, *dy))
     dnet = None if dnet is None else dense_pixels(dnet)
-    weight = weight.contiguous()
-    weight_inverse = None if weight_inverse is None else weight_inverse.contiguous()
+    weight, weight_inverse = weight.contiguous(), weight_inverse.contiguous()
     n, c, p, splits = y_a.shape[0], weight.shape[0], pixels(y_a), outer_sum.shape[0]
     tile = rebuild_tile(c, accumulator(y_b.dtype))
     tiles = tile_columns(n, p, tile.block_p)
@@ -211,14 +197,13 @@ def launch_rebuild_conv1x1(
     if separate_halves and narrow:
         c_a = c // 2
         new = partial(empty_state, y_b, channels_last=channels_last)
-        x = None if weight_inverse is None else (new(c_a), new(c - c_a))
-        made = RebuiltConv1x1(x, (new(c_a), new(c - c_a)), None, None, outer_sum, dbias)
+        x, dx_halves = ((new(c_a), new(c - c_a)) for _ in range(2))
+        made = RebuiltConv1x1(x, dx_halves, None, None, outer_sum, dbias)
     else:
         dx = empty_state(y_b, c, channels_last)
-        whole = None if weight_inverse is None else torch.empty_like(dx)
-        made = in_one_piece(whole, dx, None, outer_sum, dbias)
+        made = in_one_piece(torch.empty_like(dx), dx, None, outer_sum, dbias)
     net = stored = None
-    if made.x is not None and net_dtype is not None:
+    if net_dtype is not None:
         if made.whole is None and net_dtype == y_b.dtype:
             net = made.x[0]
         else:
@@ -235,7 +220,7 @@ def launch_rebuild_conv1x1(
         results: tuple[KernelState, ...]
         if narrow:
             states = *strided_halves(y_a, y_b), *strided_halves(dy_a, dy_b)
-            results = *strided_halves(*(made.x or (None, None))), *strided_halves(*made.dx)
+            results = *strided_halves(*made.x), *strided_halves(*made.dx)
         else:
             assert made.whole is not None
             states = tuple(map(strided, (y_a, y_b, dy_a, dy_b)))
@@ -251,7 +236,7 @@ def launch_rebuild_conv1x1(
             **tile.blocks,
             COLUMNS=tiles.columns,
             num_warps=tile.warps,
-            maxnreg=tile.registers_if_stored if weight_inverse is None else tile.registers,
+            maxnreg=tile.registers,
             num_stages=1,
         )
     return made
@@ -270,7 +255,7 @@ def rebuild_conv1x1(
     dy: Halves,
     dnet: Tensor | None,
     weight: Tensor,
-    weight_inverse: Tensor | None,
+    weight_inverse: Tensor,
     bias: Tensor,
     net_dtype: torch.dtype | None,
     channels_last: bool,
@@ -285,7 +270,7 @@ def rebuild_conv1x1(
         dy: the halves of its gradient.
         dnet: further gradient of the first half, or None.
         weight, bias: (C, C) and (C,), float32 (float64).
-        weight_inverse: W^-1, or None if x was stored and need not be rebuilt.
+        weight_inverse: W^-1.
         net_dtype: dtype of the network input to cut from x, or None for none.
         channels_last: whether the results have this memory format. Pass the format of the states,
             which halves with few channels do not show. In another format, a network may compute
@@ -314,6 +299,7 @@ def rebuild_conv1x1(
         x, net = cpu.conv1x1_backward(
             y, dy, dnet, weight, weight_inverse, bias, dx, outer_sum, dbias, net_dtype
         )
+        assert x is not None
         return in_one_piece(x, dx, net if net_dtype is not None else None, outer_sum, dbias)
     made = rebuild_conv1x1_ref(y, dy, dnet, weight, weight_inverse, bias, net_dtype, channels_last)
     return made._replace(outer_sum=outer_sum.copy_(made.outer_sum), dbias=dbias.copy_(made.dbias))

@@ -55,9 +55,8 @@ def _rebuild_conv1x1_kernel(
     at_square = channel[:, None] * C + channel[None, :]
     square = exists[:, None] & exists[None, :]
     w_t = tl.load(weight + at_square, mask=square, other=0.0)
-    if x_a[0] is not None:
-        at_inverse = weight_inverse + channel[None, :] * C + channel[:, None]
-        inverse_t = tl.load(at_inverse, mask=square, other=0.0)
+    at_inverse = weight_inverse + channel[None, :] * C + channel[:, None]
+    inverse_t = tl.load(at_inverse, mask=square, other=0.0)
     bias_t = tl.load(bias + channel, mask=exists, other=0.0)
     bias_t = tl.where(place == LAST, -1.0, bias_t)
     outer_t = tl.zeros([WARPS, 2 * HALF, 2 * HALF], tl.float32)
@@ -66,12 +65,11 @@ def _rebuild_conv1x1_kernel(
         inside = valid[:, None] & exists[None, :]
         at_y = at_halves(y_a, y_b, n, c, p, is_a)
         y_t = tl.load(at_y, mask=inside, other=0.0).to(tl.float32) - bias_t[None, :]
-        if x_a[0] is not None:
-            x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
-            tl.store(at_halves(x_a, x_b, n, c, p, is_a), x_t, inside)
-            if net[0] is not None:
-                at_net = at(net, n, c, p, PIXELS_FIRST=True)
-                tl.store(at_net, x_t, inside & is_a[None, :])
+        x_t = tl.dot(y_t, inverse_t, input_precision="tf32x3")
+        tl.store(at_halves(x_a, x_b, n, c, p, is_a), x_t, inside)
+        if net[0] is not None:
+            at_net = at(net, n, c, p, PIXELS_FIRST=True)
+            tl.store(at_net, x_t, inside & is_a[None, :])
         # Load dy after the store of x: both tiles together need too many registers at C = 24.
         at_dy = at_halves(dy_a, dy_b, n, c, p, is_a)
         if dnet[0] is None:
@@ -155,14 +153,12 @@ def _rebuild_conv1x1_sliced_kernel(
                 exists = _in_slice(c, C, SLICES, STEP, i)
                 y_slice -= tl.load(bias + i * STEP + c, mask=exists, other=0.0)[:, None]
                 y_t = y_t + (y_slice,)  # type: ignore[assignment]  # noqa: RUF005
-                if x[0] is not None:
-                    w_t = _load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
-                    x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
-            if x[0] is not None:
-                tl.store(at(x, n, o, p), x_t, inside)
-                if net[0] is not None:
-                    is_a = (o[:, None] < C // 2) & valid[None, :]
-                    tl.store(at(net, n, o, p), x_t, is_a)
+                w_t = _load_block(weight_inverse + i * STEP, o, c, o < C, exists, C)
+                x_t = tl.dot(w_t, y_slice, x_t, input_precision="tf32x3")
+            tl.store(at(x, n, o, p), x_t, inside)
+            if net[0] is not None:
+                is_a = (o[:, None] < C // 2) & valid[None, :]
+                tl.store(at(net, n, o, p), x_t, is_a)
             dy_t = ()
             dx_t = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for i in tl.static_range(SLICES):
@@ -393,18 +389,17 @@ def _store_products(
         dx_t = tl.dot(w_t, dy_t, dx_t, input_precision=PRECISION, out_dtype=DTYPE)
     tl.store(at(dx, n, o, p), dx_t, inside)
     # A second loop, because both products in one loop need more registers than sm_80 has.
-    if x[0] is not None:
-        x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            # y before the weights: after them, 8 bytes spill at C = 96 on sm_80.
-            y_t = _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C, DTYPE)
-            w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
-            x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
-        tl.store(at(x, n, o, p), x_t, inside)
-        if net[0] is not None:
-            is_a = (o[:, None] < C // 2) & valid[None, :]
-            store(at(net, n, o, p), x_t, mask=is_a)
+    x_t = tl.zeros([o.shape[0], p.shape[0]], DTYPE)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        # y before the weights: after them, 8 bytes spill at C = 96 on sm_80.
+        y_t = _load_shifted_halves(y_a, y_b, bias, n, c, p, valid, C, DTYPE)
+        w_t = _load_block(weight_inverse, o, c, o < C, c < C, C)
+        x_t = tl.dot(w_t, y_t, x_t, input_precision=PRECISION, out_dtype=DTYPE)
+    tl.store(at(x, n, o, p), x_t, inside)
+    if net[0] is not None:
+        is_a = (o[:, None] < C // 2) & valid[None, :]
+        store(at(net, n, o, p), x_t, mask=is_a)
 
 
 @triton.jit

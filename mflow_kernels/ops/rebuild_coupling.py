@@ -6,9 +6,8 @@ gradient dz and params = net(z_a), which the caller computes again, one launch c
     y_b = couple^-1(z_b, params),   dy_b, dparams as in `affine_coupling`         (y_a = z_a)
 
 The backward pass of the network then turns dparams into a gradient of y_a, which `rebuild_conv1x1`
-takes. If y was stored, the launch reads it in place of z and does not rebuild it. The half that a
-coupling passes through is never copied: the `b` halves are separate tensors. Set `inverse` to go
-back through the coupling of an inverse (sampling) chain.
+takes. The half that a coupling passes through is never copied: the `b` halves are separate tensors.
+Set `inverse` to go back through the coupling of an inverse (sampling) chain.
 
 Shapes: halves (N, C_b, *spatial), params (N, 2 * C_b, *spatial). dtypes: as `affine_coupling`.
 Bytes at least: z_b, dz_b and params read; y_b, dy_b and dparams written.
@@ -47,18 +46,10 @@ class RebuiltCoupling(NamedTuple):
 
 
 def rebuild_coupling_ref(
-    z_b: Tensor,
-    dz_b: Tensor,
-    dlogdet: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    y_given: bool,
+    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> RebuiltCoupling:
-    y_b, log_s = z_b, None
-    if not y_given:
-        y_b, log_s = couple_ref(z_b, params, scale, not inverse)
-        log_s = log_s if inverse else -log_s
+    y_b, log_s = couple_ref(z_b, params, scale, not inverse)
+    log_s = log_s if inverse else -log_s
     dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
     return RebuiltCoupling(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
@@ -86,10 +77,9 @@ def _rebuild_coupling_kernel(
     for start in range(0, C_B, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         raw, shift, inside = load_params(coupling_params, n, C_B + c, p, valid, 2 * C_B, DTYPE)
-        y_t = tl.load(at(z_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
-        if y_b[0] is not None:
-            y_t, _ = couple(y_t, raw, shift, inside, SCALE, not INVERSE)
-            tl.store(at(y_b, n, c, p), y_t, mask=inside)
+        z_t = tl.load(at(z_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
+        y_t, _ = couple(z_t, raw, shift, inside, SCALE, not INVERSE)
+        tl.store(at(y_b, n, c, p), y_t, mask=inside)
         dz_t = tl.load(at(dz_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
         tl.store(at(dy_b, n, c, p), dy_t, mask=inside)
@@ -97,18 +87,11 @@ def _rebuild_coupling_kernel(
 
 
 def launch_rebuild_coupling(
-    z_b: Tensor,
-    dz_b: Tensor,
-    dlogdet: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    y_given: bool,
+    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> RebuiltCoupling:
-    """One launch. z_b is half of the coupling's output or, if `y_given`, of its input."""
+    """One launch."""
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
-    y_b = None if y_given else torch.empty_like(z_b)
-    dy_b, dparams = torch.empty_like(z_b), torch.empty_like(params)
+    y_b, dy_b, dparams = (torch.empty_like(t) for t in (z_b, z_b, params))
     block_c, block_p = elementwise_tile(z_b)
     if block_c <= 8 and not channels_first(z_b):
         block_p //= 2  # with whole tiles, narrow pixels spill
@@ -122,23 +105,16 @@ def launch_rebuild_coupling(
         SCALE=scale,
         INVERSE=inverse,
     )
-    return RebuiltCoupling(z_b if y_b is None else y_b, dy_b, dparams)
+    return RebuiltCoupling(y_b, dy_b, dparams)
 
 
 def rebuild_coupling(
-    z_b: Tensor,
-    dz_b: Tensor,
-    dlogdet: Tensor,
-    params: Tensor,
-    scale: ScaleFunction,
-    inverse: bool,
-    y_given: bool,
+    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
 ) -> RebuiltCoupling:
     """Run the first launch of a step's backward pass; on a CPU, its loop or its reference.
 
     Args:
-        z_b: (N, C_b, *spatial), the half of the output that the coupling changed; if `y_given`,
-            this half of the input y, which the forward pass stored.
+        z_b: (N, C_b, *spatial), the half of the output that the coupling changed.
         dz_b: gradient of that half of the output.
         dlogdet: (N,).
         params: (N, 2 * C_b, *spatial), the network's output.
@@ -149,4 +125,4 @@ def rebuild_coupling(
         run = launch_rebuild_coupling
     elif cpu.serves(z_b):
         run = cpu.rebuild_coupling
-    return RebuiltCoupling(*run(z_b, dz_b, dlogdet, params, scale, inverse, y_given))
+    return RebuiltCoupling(*run(z_b, dz_b, dlogdet, params, scale, inverse))

@@ -1,17 +1,21 @@
-"""Running a coupling network a second time so that it repeats its first run.
+"""Calling a network or layer a second time so that it repeats its first run.
 
-A reversible backward pass runs each network again. The second run must draw the same random
+A reversible backward pass calls each module again. The second run must draw the same random
 numbers, use the same modes and the same autocast, and leave running statistics alone. This module
-arranges that. It cannot restore other state, such as a network's own `torch.Generator` or a
-counter, and the gradients would then be wrong without an error. The first backward pass of every
-network therefore compares fingerprints of both runs, and raises if they differ.
+arranges that. It cannot restore other state, such as a module's own `torch.Generator` or a counter,
+and the gradients would then be wrong without an error. The first backward pass through a module
+therefore compares fingerprints of both runs, and raises if they differ.
+
+Gradients are those of tensors that the first run under gradients was *seen* to depend on. A module
+may use tensors that it does not own. A gradient that cannot be given is an error, never missing.
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,132 +24,365 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
 from mflow_kernels.ops.precision import autocasts, without_autocast
+from mflow_kernels.reversible.instructions import Call
 
-# Whether a network draws random numbers from the default generators, by network and by the modes in
-# which it ran. Filled when the two runs of a network have been compared.
-_draws: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], bool]] = WeakKeyDictionary()
+STORE = "reversible=False allows it"
 
 
-class RerunNetwork:
-    """A coupling network that a backward pass will run again, and its modules, listed once.
+@dataclass
+class Known:
+    """What the first run of a module showed, in the modes in which it ran.
 
     Attributes:
-        ordinal: its place in the order in which the networks of a program run.
-        trained: its trainable parameters.
-        draws: whether it draws random numbers from the default generators; None until a backward
-            pass has run through it in these modes.
+        others: the leaves that it depends on and does not own.
+        changes_input: whether it changes its input in place. It then gets a copy.
+        keeps_graph: whether its tensors outlived the run, as when hooks collect activations. Each
+            run then records a graph that refuses to be differentiated.
+        draws: whether it draws random numbers from the default generators; None until the two runs
+            have been compared.
+    """
+
+    others: list["weakref.ref[Tensor]"]
+    changes_input: bool = False
+    keeps_graph: bool = False
+    draws: bool | None = None
+
+
+# By module, method, modes, and number of hooks.
+_known: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Known]]" = weakref.WeakKeyDictionary()
+
+
+class RerunCall:
+    """A call of a module that a backward pass will make again, and the module's tensors.
+
+    Attributes:
+        ordinal: its place in the order of the calls of a program.
         random: the random state from which its first run started; None if it drew no numbers.
-        fingerprints: those of its first run; None if the second run need not be compared with it.
-        difference: the `difference` of its two runs, if they were compared.
     """
 
     random: "RandomState | None" = None
-    fingerprints: list[Tensor] | None = None
-    difference: Tensor | None = None
+    _fingerprints: list[Tensor] | None = None  # of the first run, if the second must be compared
+    difference: Tensor | None = None  # of the two runs, if they were compared
 
-    def __init__(self, net: nn.Module, ordinal: int = 0) -> None:
-        modules = [net]
-        for module in modules:  # `net.modules()` takes three times as long
-            modules += [m for m in module._modules.values() if m is not None]
-        self.net, self.ordinal = net, ordinal
-        self._modules = modules
-        self._found = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items()]
-        parameters = {id(p): p for *_, p in self._found if p is not None}
-        self.trained = [p for p in parameters.values() if p.requires_grad]
+    def __init__(self, call: Call, ordinal: int = 0) -> None:
+        self.module, self.function, self.ordinal = call.module, call.function, ordinal
+        self._modules = modules = _modules_of(call.module)
         self._modes = tuple(m.training for m in modules)
         self._norms = [m for m in modules if isinstance(m, _NormBase) and m.training]
-        self.draws = _draws.get(net, {}).get(self._modes)
+        self._parameters = [
+            (store, name, p, p.requires_grad)
+            for store in (_parameters_of(m) for m in modules)
+            for name, p in store.items()
+            if p is not None
+        ]
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        self._key = getattr(call.function, "__name__", ""), self._modes, hooks
+        self.known = _known.get(self.module, {}).get(self._key)
 
-    def run_again(self, net_input: Tensor, context: Sequence[Tensor]) -> Tensor:
-        """The network's params, computed as in its first run. Gradients must be enabled.
+    @property
+    def name(self) -> str:
+        return f"network {self.ordinal} ({type(self.module).__name__})"
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The leaves that the call depends on and that required gradients in the forward pass."""
+        owned = [p for _, _, p, trained in self._parameters if trained]
+        others = [ref() for ref in self.known.others] if self.known else []
+        found = {id(t): t for t in (*owned, *others) if t is not None}
+        return list(found.values())
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Buffers whose change before the backward pass would change the gradients.
+
+        In training, a norm uses the statistics of its batch and not the running ones.
+        """
+        return [
+            b
+            for m in self._modules
+            if m not in self._norms
+            for b in _buffers_of(m).values()
+            if b is not None and not b.is_inference()
+        ]
+
+    def first_run(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
+        """Call the module as the forward pass does, without gradients.
 
         Raises:
-            RuntimeError: a parameter was replaced by another tensor, or the network changed a
+            RuntimeError: its result depends on tensors whose gradient the backward pass cannot
+                give, or it changed its input unexpectedly.
+            TypeError: it has lazy parameters that no call has initialized.
+        """
+        if any(nn.parameter.is_lazy(p) for _, _, p, _ in self._parameters):
+            raise TypeError(
+                f"ReversibleChain: {self.name} has lazy parameters; call `initialize` with a first "
+                "batch before"
+            )
+        if capturing(module_input.device):
+            self._check_capturable()
+        if (self.known is None or self.known.draws is None) and not module_input.is_meta:
+            return self._run_seen(module_input, context)
+        known = self.known
+        if known is not None and known.keeps_graph:
+            return _detached(self._run_guarded(module_input, context)[0])
+        given = module_input.clone() if known is not None and known.changes_input else module_input
+        version = given._version
+        result = self.function(given, *context)
+        if given is module_input and given._version != version:
+            self._raise(
+                "changed its input in place, and did not in its first run; the stored states would "
+                "be wrong"
+            )
+        return result
+
+    def _run_guarded(
+        self, module_input: Tensor, context: Sequence[Tensor]
+    ) -> tuple[Any, list[Tensor], Tensor, "weakref.ref[Any]"]:
+        """Call the module with gradients enabled, on a copy of its input. Its graph raises an error
+        if it is differentiated, since it is no part of the chain's.
+
+        Returns:
+            The result; the detached leaves; the copy; a reference that is dead once the graph is.
+        """
+        alive = _Alive()
+        leaves = [module_input.detach().requires_grad_(), *context]
+        with torch.enable_grad():
+            given = _Guard.apply(leaves[0], alive, self.name)
+            result = self.function(given, *leaves[1:])
+        return result, leaves, given, weakref.ref(alive)
+
+    def _run_seen(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
+        saved: list[Tensor] = [module_input]
+        self._statistics = [
+            (m, {k: None if b is None else b.clone() for k, b in m._buffers.items()})
+            for m in self._norms
+        ]
+        with self._recorded(saved):
+            result, leaves, given, alive = self._run_guarded(module_input, context)
+        tensors = _tensors(result)
+        found = self._leaves_behind(tensors, given)
+        owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
+        known = Known([weakref.ref(leaf) for leaf in found if id(leaf) not in owned])
+        known.changes_input = given._version > 0
+        self._fingerprints = [fingerprint(t) for t in (*saved, *tensors)]
+        result = _detached(result)
+        del tensors, given, leaves, saved
+        known.keeps_graph = alive() is not None
+        self.known = _known.setdefault(self.module, {}).setdefault(self._key, known)
+        self.known.others, self.known.keeps_graph = known.others, known.keeps_graph
+        return result
+
+    def _leaves_behind(self, outputs: Sequence[Tensor], given: Tensor) -> list[Tensor]:
+        """The leaves that the outputs depend on, other than through the input.
+
+        Raises:
+            RuntimeError: they depend on a graph that is older than this run.
+        """
+        assert given.grad_fn is not None
+        start = given.grad_fn._sequence_nr()
+        leaves: dict[int, Tensor] = {}
+        for node in _nodes_behind(outputs, start):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves[id(leaf)] = leaf
+            elif node._sequence_nr() < start:
+                self._raise(
+                    "uses a tensor that was computed outside of it from tensors that require "
+                    "gradients, as by a network that makes its weights; they would get no gradient"
+                )
+        return list(leaves.values())
+
+    def run_again(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
+        """Call the module as in its first run, but with gradients, which must be enabled.
+
+        Raises:
+            RuntimeError: a parameter was replaced by another tensor, or the module changed a
                 buffer.
         """
-        with self._as_in_forward():
-            if self.fingerprints is None:
-                params: Tensor = self.net(net_input, *context)
-                return params
-            # Running statistics are hidden.
-            versions = [
-                (m._buffers, name, buffer, buffer._version)
-                for m in self._modules
-                if m not in self._norms
-                for name, buffer in m._buffers.items()
-                if buffer is not None and not buffer.is_inference()
-            ]
-            params, fingerprints = self.run_with_fingerprints(net_input, context)
-            for buffers, name, buffer, version in versions:
-                if buffers.get(name) is not buffer or buffer._version != version:
+        given = module_input
+        if self.known is not None and self.known.changes_input:
+            given = module_input.clone()
+        with self.as_in_forward():
+            if self._fingerprints is None:
+                return self.function(given, *context)
+            versions = [(m, _buffers_of(m)) for m in self._modules if m not in self._norms]
+            before = [(m, k, b, b._version) for m, bs in versions for k, b in bs.items()
+                      if b is not None and not b.is_inference()]  # fmt: skip
+            saved = [module_input.detach().clone()]
+            with self._recorded(saved):
+                result = self.function(given, *context)
+            for module, name, buffer, version in before:
+                if _buffers_of(module).get(name) is not buffer or buffer._version != version:
                     self.raise_not_repeated(f"changed its buffer {name} again")
-        self.difference = difference(self.fingerprints, fingerprints)
-        return params
+        again = [fingerprint(t) for t in (*saved, *_tensors(result))]
+        self.difference = difference(self._fingerprints, again)
+        return result
 
     @contextmanager
-    def _as_in_forward(self) -> Iterator[None]:
-        """Restore the modes (train, eval) and random numbers of the first run, and hide running
+    def as_in_forward(self) -> Iterator[None]:
+        """Restore modes, random numbers and frozen parameters of the first run, and hide running
         statistics."""
-        if any(parameters.get(name) is not p for parameters, name, p in self._found):
+        if any(store.get(name) is not p for store, name, p, _ in self._parameters):
             raise_replaced()
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
+        frozen = [(p, flag) for *_, p, flag in self._parameters if p.requires_grad is not flag]
         buffers = [(m, dict(m._buffers)) for m in self._norms]
         for module, mode in switched:
             module.training = mode
+        for p, flag in frozen:
+            p.requires_grad_(flag)
         for m in self._norms:
-            # In training, a norm uses the statistics of its batch. Without buffers for the running
-            # ones, it does not update them a second time.
+            # Without buffers for the running statistics, it does not update them a second time.
             m._buffers.update(dict.fromkeys(m._buffers))
+        if self._fingerprints is not None:
+            # The runs save the same tensors only if both have statistics.
+            for m, before in self._statistics:
+                m._buffers.update(before)
         try:
             with random_state_of(self.random):
                 yield
         finally:
             for m, original in buffers:
                 m._buffers.update(original)
+            for p, flag in frozen:
+                p.requires_grad_(not flag)
             for module, mode in switched:
                 module.training = not mode
 
-    def run_with_fingerprints(
-        self, net_input: Tensor, context: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The network's params, and fingerprints of everything that its gradients depend on.
+    @contextmanager
+    def _recorded(self, saved: list[Tensor]) -> Iterator[None]:
+        """Append what a run's gradients depend on: the tensors that it saves for backward, random
+        masks included. Its results alone are not enough, because they are zero while the last layer
+        is zero."""
+        if isinstance(self.module, torch.jit.ScriptModule):  # its runs save other tensors
+            yield
+            return
+        own = [*_parameters_of(self.module).values(), *_buffers_of(self.module).values()]
+        own += [t for m in self._modules for t in _buffers_of(m).values()]
+        known = {id(t) for t in own} | {id(p) for _, _, p, _ in self._parameters}
 
-        These are its input, the tensors it saves for backward (random masks included), and params.
-        Params alone are not enough, because they are zero while the last layer is zero. Gradients
-        must be enabled.
-        """
-        known = {
-            id(t) for m in self._modules for t in (*m._parameters.values(), *m._buffers.values())
-        }
-        fingerprints = [fingerprint(net_input)]
+        def pack(tensor: Tensor) -> Tensor:
+            detached = tensor.detach()  # `tensor` itself would form a reference cycle
+            if id(tensor) not in known and tensor.numel() and not tensor.is_complex():
+                saved.append(detached)  # an operator may fill it after this
+            return detached
 
-        def pack(saved: Tensor) -> Tensor:
-            if id(saved) not in known and saved.numel() and not saved.is_complex():
-                fingerprints.append(fingerprint(saved))
-            return saved.detach()  # `saved` itself would form a reference cycle
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            params = self.net(net_input, *context)
-        return params, [*fingerprints, fingerprint(params)]
+    def check_sources(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if outputs depend on a leaf that is none of the inputs."""
+        given = set(map(id, inputs))
+        for node in _nodes_behind(outputs):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in given:
+                self._raise(
+                    f"depends on a tensor of shape {tuple(leaf.shape)} that requires gradients and "
+                    "that it did not use in its first run; it would get no gradient"
+                )
+
+    def _raise(self, what: str) -> NoReturn:
+        raise RuntimeError(f"ReversibleChain: {self.name} {what}; {STORE}")
 
     def raise_not_repeated(self, what: str) -> NoReturn:
         raise RuntimeError(
-            f"ReversibleChain: run again in the backward pass, network {self.ordinal} "
-            f"({type(self.net).__name__}) {what}: it has state that cannot be restored, such as "
-            "its own torch.Generator, a counter, or a buffer that it changes. Its gradients would "
-            "be wrong; reversible=False allows it"
+            f"ReversibleChain: run again in the backward pass, {self.name} {what}: it has state "
+            "that cannot be restored, such as its own torch.Generator, a counter, or a buffer that "
+            f"it changes. Its gradients would be wrong; {STORE}"
         )
 
     def remember(self, draws: bool) -> None:
         """Record that its two runs agreed in these modes, and whether they drew random numbers."""
-        _draws.setdefault(self.net, {})[self._modes] = draws
+        known = _known.setdefault(self.module, {}).setdefault(self._key, Known([]))
+        known.draws = draws
+
+    def _check_capturable(self) -> None:
+        """Raise RuntimeError unless the module can run twice in a CUDA graph, which cannot restore
+        the random state."""
+        if self.known is None or self.known.draws is None:
+            raise RuntimeError(
+                "ReversibleChain: before capturing a CUDA graph, run one forward and backward "
+                "pass, which shows whether a network draws random numbers"
+            )
+        if self.known.draws:
+            raise RuntimeError(
+                f"ReversibleChain: {self.name} draws random numbers, which a CUDA graph cannot "
+                "draw a second time in the backward pass; reversible=False allows that"
+            )
+
+
+class _Alive:
+    """An object that lives as long as the graph that holds it."""
+
+
+class _Guard(torch.autograd.Function):
+    """A copy of a module's input, whose graph must not be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alive: _Alive, name: str) -> Tensor:
+        ctx.alive, ctx.name = alive, name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"ReversibleChain: the loss uses activations of {ctx.name}, as those that hooks "
+            f"collect; a reversible chain has no gradient for them; {STORE}"
+        )
+
+
+def _modules_of(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return list(module.modules())
+    modules = [module]
+    for m in modules:  # `module.modules()` takes three times as long
+        modules += [child for child in m._modules.values() if child is not None]
+    return list(dict.fromkeys(modules))
+
+
+def _parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_parameters(recurse=False))
+    return module._parameters  # type: ignore[return-value]
+
+
+def _buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_buffers(recurse=False))
+    return module._buffers  # type: ignore[return-value]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    return [t for t in parts if isinstance(t, Tensor)]
+
+
+def _detached(result: Any) -> Any:
+    if isinstance(result, (tuple, list)):
+        return type(result)(map(_detached, result))
+    return result.detach() if isinstance(result, Tensor) else result
+
+
+def _nodes_behind(outputs: Sequence[Tensor], start: int = 0) -> Iterator[Any]:
+    """The nodes of autograd's graph that outputs depend on. Nodes older than `start` end it."""
+    waiting: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if node._sequence_nr() < start:
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 def raise_replaced() -> NoReturn:
     raise RuntimeError(
-        "ReversibleChain: after the forward pass a parameter was unfrozen, or replaced by another "
-        "tensor (as torch.func.functional_call does); reversible=False allows that"
+        "ReversibleChain: after the forward pass a parameter was replaced by another tensor (as "
+        "torch.func.functional_call does); reversible=False allows that"
     )
 
 
@@ -191,38 +428,20 @@ def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
     return torch.where(distance[0] > _ROUNDING / 4, 0.0, distance.max())
 
 
-def check_repeats(networks: Sequence[RerunNetwork]) -> None:
-    """Check the networks whose two runs were compared, and remember that they agreed.
+def check_repeats(calls: Sequence[RerunCall]) -> None:
+    """Check the calls whose two runs were compared, and remember that they agreed.
 
     Raises:
-        RuntimeError: a network computed something else.
+        RuntimeError: a module computed something else.
     """
-    differences = {n: n.difference for n in networks if n.difference is not None}
+    differences = {c: c.difference for c in calls if c.difference is not None}
     if not differences:
         return
     found = torch.stack(list(differences.values())).tolist()
-    for network, value in zip(differences, found, strict=True):
+    for call, value in zip(differences, found, strict=True):
         if value > _ROUNDING:
-            network.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
-        network.remember(network.random is not None)
-
-
-def check_capturable(network: RerunNetwork) -> None:
-    """Raise RuntimeError unless the network can run twice in a CUDA graph.
-
-    A graph cannot restore the random state, so the network must not draw random numbers.
-    """
-    if network.draws is None:
-        raise RuntimeError(
-            "ReversibleChain: before capturing a CUDA graph, run one forward and backward pass, "
-            "which shows whether a network draws random numbers"
-        )
-    if network.draws:
-        raise RuntimeError(
-            f"ReversibleChain: a network ({type(network.net).__name__}) draws random numbers, "
-            "which a CUDA graph cannot draw a second time in the backward pass; reversible=False "
-            "allows that"
-        )
+            call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
+        call.remember(call.random is not None)
 
 
 def autocast_state(device: torch.device) -> dict[str, Any]:

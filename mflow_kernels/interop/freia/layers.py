@@ -19,7 +19,7 @@ from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rota
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
-from mflow_kernels.reversible.program import SpaceToDepth
+from mflow_kernels.reversible.instructions import SpaceToDepth
 
 # Linear modules, data -> latent.
 
@@ -211,7 +211,7 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
     plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
     if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
         return "its kernel is not the one it was built with"
-    return (SpaceToDepth(inverse=False),)
+    return (SpaceToDepth(inverted=False),)
 
 
 def _haar(layer: Any) -> tuple[Part, ...] | str:
@@ -220,7 +220,7 @@ def _haar(layer: Any) -> tuple[Part, ...] | str:
             "as a 1x1 convolution of more than 128 channels it would cost more; in reverse it "
             "overwrites its input, as before"
         )
-    return (SpaceToDepth(inverse=False), Linear(layer, _haars, "Haar transform"))
+    return (SpaceToDepth(inverted=False), Linear(layer, _haars, "Haar transform"))
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {

@@ -34,7 +34,7 @@ from mflow_kernels.interop.subclasses import (
     on_view,
 )
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import SpaceToDepth
+from mflow_kernels.reversible.instructions import SpaceToDepth
 
 # Release 0.14, see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
@@ -121,7 +121,7 @@ def _coupling(layer: Any) -> tuple[Part, ...] | str:
 def _squeeze(layer: Any) -> tuple[Part, ...] | str:
     if layer.factor != 2:
         return f"it squeezes by {layer.factor}, not by 2"
-    return (SpaceToDepth(inverse=False),)
+    return (SpaceToDepth(inverted=False),)
 
 
 def _composite(layer: Any) -> tuple[Part, ...] | str:

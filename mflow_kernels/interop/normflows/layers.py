@@ -30,7 +30,7 @@ from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part, larger_half, smaller_half
 from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.program import SpaceToDepth
+from mflow_kernels.reversible.instructions import SpaceToDepth
 
 # Linear layers, data -> latent: normflows' `inverse`.
 
@@ -188,7 +188,7 @@ def _glow_block(layer: Any) -> tuple[Part, ...] | str:
 
 
 def _squeeze(layer: Any) -> tuple[Part, ...]:
-    return (SpaceToDepth(inverse=False),)
+    return (SpaceToDepth(inverted=False),)
 
 
 LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {

@@ -1,0 +1,105 @@
+"""Layers that only change the order of a state's numbers. Their log-determinants are 0."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.ops.checks import check_choice, check_state
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.reversible.instructions import PairPixels, Rearrange, Reorder, SpaceToDepth
+
+
+class _Rearrangement(Bijection):
+    """A layer that is one `Rearrange` instruction."""
+
+    def _rearrange(self) -> Rearrange:
+        raise NotImplementedError
+
+    def instructions(self) -> list[Rearrange]:
+        return [self._rearrange()]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self._rearrange().shape(shape)
+
+    def forward(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rearrange().apply(check_state("x", x)), _zero(x)
+
+    def inverse(self, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rearrange().inverse().apply(check_state("z", z)), _zero(z)
+
+
+def _zero(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=accumulator(x.dtype))
+
+
+class Squeeze(_Rearrangement):
+    """(N, C, H, W) -> (N, 4C, H/2, W/2): each 2x2 block of a channel becomes four channels.
+
+    The order of the channels is that of `F.pixel_unshuffle`.
+    """
+
+    def _rearrange(self) -> SpaceToDepth:
+        return SpaceToDepth()
+
+
+class Unsqueeze(_Rearrangement):
+    """(N, 4C, H, W) -> (N, C, 2H, 2W): the inverse of `Squeeze`."""
+
+    def _rearrange(self) -> SpaceToDepth:
+        return SpaceToDepth(inverted=True)
+
+
+class PixelPairs(_Rearrangement):
+    """(N, C, *spatial) -> (N, 2C, *spatial) with half as many pixels along the last axis.
+
+    A coupling after it reads one set of pixels and changes the other: `PixelPairs(by)`, a coupling
+    of 2C channels, `PixelPairs(by, inverted=True)` is a coupling whose halves are pixels.
+
+    Args:
+        by: "checkerboard", the squares of (N, C, H, W) with even and with odd row + column
+            (RealNVP, arXiv 1605.08803, section 3.4); or "halves", the first and the second half of
+            the last axis, as of tokens (N, C, T).
+        inverted: undo it: (N, 2C, *spatial) -> (N, C, *spatial).
+    """
+
+    def __init__(self, by: Literal["checkerboard", "halves"], inverted: bool = False) -> None:
+        super().__init__()
+        check_choice("by", by, ("checkerboard", "halves"))
+        self.by, self.inverted = by, inverted
+
+    def _rearrange(self) -> PairPixels:
+        return PairPixels(self.by, self.inverted)
+
+
+class Permutation(_Rearrangement):
+    """A fixed permutation: entry i along an axis of z is entry index[i] of x.
+
+    Args:
+        index: each of 0 to n - 1 once.
+        axis: "channels", the C channels of (N, C, *spatial); or "pixels", its P pixels, in the
+            order of `x.flatten(2)`.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self, index: Sequence[int] | Tensor, axis: Literal["channels", "pixels"] = "channels"
+    ) -> None:
+        super().__init__()
+        check_choice("axis", axis, ("channels", "pixels"))
+        index = torch.as_tensor(index)
+        whole = not index.is_floating_point() and index.dtype != torch.bool
+        if index.dim() != 1 or not whole or sorted(index.tolist()) != [*range(len(index))]:
+            raise ValueError(
+                f"index: expected each of 0 to n - 1 once, got a tensor of shape "
+                f"{tuple(index.shape)} and dtype {str(index.dtype).removeprefix('torch.')}"
+            )
+        self.axis = axis
+        self.channels = len(index) if axis == "channels" else None
+        self.register_buffer("index", index.long())
+
+    def _rearrange(self) -> Reorder:
+        return Reorder(self.index, self.axis == "pixels")

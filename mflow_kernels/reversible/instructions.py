@@ -1,0 +1,458 @@
+"""Instructions: the invertible operations that a program is made of.
+
+An instruction is one class. It says how it runs, how the backward pass undoes it, which
+instruction inverts it, and which shape it leaves. `reversible.steps` has the instruction that
+fuses affine couplings with 1x1 convolutions; the others are here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import is_channels_last, pixels
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.registration import eager_function
+
+if TYPE_CHECKING:
+    from mflow_kernels.reversible.backward import BackwardPass
+
+Shape = tuple[int, ...]  # of a state without N: (C, *spatial)
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Call(NamedTuple):
+    """A call of a user's module, which a reversible backward pass makes a second time."""
+
+    module: nn.Module
+    function: Callable[..., Any]  # the module itself, or one of its methods
+
+
+class FoldedWeights(NamedTuple):
+    """The linear maps of K steps, each folded into one 1x1 convolution."""
+
+    weight: Tensor  # (K, C, C)
+    bias: Tensor  # (K, C)
+    log_det: Tensor  # (), sum over the steps of log |det weight|, for one pixel
+
+
+@dataclass
+class ForwardPass:
+    """The state of a program while it runs, and its results.
+
+    Attributes:
+        x: the state (N, C, *spatial).
+        waiting: the latents that `Join` appends, taken from the end.
+        context: further inputs of every network and layer.
+        latents: the latents that were split off, in order.
+        ledger: terms of the log-determinant of each sample, each (N, T).
+    """
+
+    x: Tensor
+    waiting: list[Tensor]
+    context: Sequence[Tensor]
+    latents: list[Tensor] = field(default_factory=list)
+    ledger: list[Tensor] = field(default_factory=list)
+
+    def call(self, call: Call, x: Tensor, module_input: Tensor) -> Any:
+        """Call a module with this input and the context; x is the state before it."""
+        return call.function(module_input, *self.context)
+
+
+class Instruction:
+    """One invertible operation of a program.
+
+    Attributes:
+        place: the layer that it came from, named in errors, such as "layers.3".
+        joins, splits: the number of latents that it appends to the state and splits off it.
+        resizes: whether it changes the number of pixels. A level begins at such an instruction.
+        halvings: how many times it halves the height and width of images.
+        computes: whether it has a network, a layer or a linear map.
+    """
+
+    place = ""
+    joins = splits = halvings = 0
+    resizes = computes = False
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """The modules that it calls, in order."""
+        return ()
+
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
+        """The linear maps that it applies, computed once for each run of the program.
+
+        Raises:
+            ValueError: with `check`, if an inverse is needed and does not exist.
+        """
+        return None
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        """Replace `forward.x` by the next state, and record latents and log-determinants."""
+        raise NotImplementedError
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Pair | None:
+        """Replace the state of the backward pass, and its gradient, by those before it.
+
+        Args:
+            folded: the weight and bias of `fold`.
+
+        Returns:
+            The gradients of that weight and bias.
+        """
+        raise NotImplementedError
+
+    def inverse(self) -> "Instruction":
+        """The instruction that undoes this one."""
+        raise NotImplementedError
+
+    def shape(self, shape: Shape) -> Shape:
+        """The shape after it of a state of this shape, without N."""
+        return shape
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """The shape, without N, of the latent that it splits off a state of this shape."""
+        raise NotImplementedError
+
+    def fused(self, following: "Instruction") -> "Instruction | None":
+        """One instruction that does this and the following one in fewer launches, if any does."""
+        return None
+
+    def at(self, place: str) -> "Instruction":
+        """Name the layer that it came from."""
+        self.place = place
+        return self
+
+
+class Layer(Instruction):
+    """Any invertible layer. Its own `inverse` rebuilds its input in the backward pass, and autograd
+    differentiates the layer on the rebuilt input.
+
+    Args:
+        module: z, logdet = module(x, *context) and x, logdet = module.inverse(z, *context), where
+            the logdet is (N,), or one number for all samples. If it changes the shape of a state,
+            `module.output_shape(shape)` says how.
+        inverted: whether the instruction is the layer's inverse.
+    """
+
+    computes = True
+
+    def __init__(self, module: nn.Module, inverted: bool = False) -> None:
+        self.module, self.inverted = module, inverted
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        return (self._call(self.inverted),)
+
+    def _call(self, inverted: bool) -> Call:
+        module: Any = self.module
+        return Call(module, module.inverse if inverted else module)
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        x = forward.x
+        forward.x, logdet = self.checked(x, forward.call(self.calls[0], x, x))
+        forward.ledger.append(logdet[:, None])
+
+    def checked(self, x: Tensor, result: Any) -> tuple[Tensor, Tensor]:
+        """The layer's result for the state x, with one log-determinant for each sample."""
+        name = f"{self.place or 'layer'} ({type(self.module).__name__})"
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(f"{name}: expected (z, logdet), got {type(result).__name__}")
+        z, logdet = result
+        if not isinstance(z, Tensor) or len(z) != len(x):
+            got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"{name}: expected a state of {len(x)} samples, got {got}")
+        if not isinstance(logdet, Tensor) or logdet.shape not in ((), (1,), (len(x),)):
+            got = tuple(logdet.shape) if isinstance(logdet, Tensor) else type(logdet).__name__
+            raise TypeError(f"{name}: expected a logdet of shape ({len(x)},), got {got}")
+        return z, logdet.to(accumulator(z.dtype)).expand(len(x))
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+        again, stored = backward.next_call()
+        (z, dz), context = backward.whole(), backward.context
+        rebuild = self._call(not self.inverted).function
+        with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
+            x = rebuild(z, *(c.detach() for c in context))[0]
+        if stored is not None:
+            backward.compare([x], [stored[0]])
+            x = stored[0]
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(**backward.autocast):
+            outputs = self.checked(x, again.run_again(x, context))
+        dlogdet = backward.dlogdet.to(outputs[1].dtype)
+        dx = backward.differentiate(again, outputs, (dz, dlogdet), x)
+        backward.set(x.detach(), torch.zeros_like(x) if dx is None else dx)
+
+    def inverse(self) -> "Layer":
+        return Layer(self.module, not self.inverted).at(self.place)  # type: ignore[return-value]
+
+    def shape(self, shape: Shape) -> Shape:
+        output_shape = getattr(self.module, "output_shape", None)
+        if output_shape is None:
+            return shape
+        if self.inverted:
+            raise ValueError(f"{self.place}: the shape of an inverse is not known")
+        return tuple(output_shape(shape))
+
+
+class Rearrange(Instruction):
+    """A fixed order of a state's numbers. Subclasses say how, in `forward` and `backward`."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The state x (N, C, *spatial) in its new order."""
+        raise NotImplementedError
+
+    def inverse(self) -> "Rearrange":
+        raise NotImplementedError
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        forward.x = self.apply(forward.x)
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+        back = self.inverse()
+        x, dx = backward.whole()
+        backward.set(back.apply(x), back.apply(dx))
+
+
+class SpaceToDepth(Rearrange):
+    """(N, C, H, W) -> (N, 4C, H/2, W/2), or back if `inverted`, in `F.pixel_unshuffle`'s channel
+    order.
+
+    It makes one copy. State and gradient keep their memory layout. `F.pixel_unshuffle` would keep
+    channels_last on a CPU only, and return contiguous tensors on CUDA.
+    """
+
+    resizes = True
+
+    def __init__(self, inverted: bool = False) -> None:
+        self.inverted = inverted
+        self.halvings = -1 if inverted else 1
+
+    def inverse(self) -> "SpaceToDepth":
+        return SpaceToDepth(not self.inverted)
+
+    def shape(self, shape: Shape) -> Shape:
+        """Raises ValueError: another number of axes, odd H or W, or (inverted) a number of
+        channels that 4 does not divide."""
+        if self.inverted:
+            if len(shape) != 3 or shape[0] % 4:
+                raise ValueError(
+                    f"z: expected (N, 4C, H, W), got (N, {', '.join(map(str, shape))})"
+                )
+            return shape[0] // 4, 2 * shape[1], 2 * shape[2]
+        if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+            got = ", ".join(map(str, shape))
+            raise ValueError(f"x: expected (N, C, H, W) with even H and W, got (N, {got})")
+        return 4 * shape[0], shape[1] // 2, shape[2] // 2
+
+    def apply(self, x: Tensor) -> Tensor:
+        shape = self.shape(tuple(x.shape[1:]))
+        if not len(x):  # torch returns an empty batch unchanged
+            return x.reshape(0, *shape)
+        by_torch = F.pixel_shuffle if self.inverted else F.pixel_unshuffle
+        if transformed() or not is_channels_last(x):
+            return by_torch(x, 2)
+        if _computes_on_cpu(x) and not torch.compiler.is_compiling():
+            # torch's CPU kernel keeps channels_last and takes less time than the copy below.
+            z = by_torch(x, 2)
+            if is_channels_last(z):
+                return z
+        return _SqueezeChannelsLast.apply(x, self.inverted)
+
+
+def _computes_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"  # a function, so that a report can count a GPU's launches
+
+
+class _SqueezeChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverted: bool) -> Tensor:
+        ctx.inverted = inverted
+        rows = x.permute(0, 2, 3, 1)
+        n, h, w, c = rows.shape
+        if inverted:
+            blocks = rows.reshape(n, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
+            shape = (n, c // 4, 2 * h, 2 * w)
+        else:
+            blocks = rows.reshape(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
+            shape = (n, 4 * c, h // 2, w // 2)
+        last = torch.channels_last
+        z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
+        z.permute(0, 2, 3, 1).view(blocks.shape).copy_(blocks)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        return SpaceToDepth(not ctx.inverted).apply(dz), None
+
+
+class Reorder(Rearrange):
+    """A fixed permutation: entry i along an axis of the result is entry index[i] of the state.
+
+    Args:
+        index: (C,) or (P,), integers.
+        by_pixel: whether it permutes the P pixels instead of the C channels.
+    """
+
+    def __init__(self, index: Tensor, by_pixel: bool = False) -> None:
+        self.index, self.by_pixel = index, by_pixel
+
+    def inverse(self) -> "Reorder":
+        return Reorder(self.index.argsort(), self.by_pixel)
+
+    def apply(self, x: Tensor) -> Tensor:
+        expected, actual = len(self.index), pixels(x) if self.by_pixel else x.shape[1]
+        if actual != expected:
+            what = "pixels" if self.by_pixel else "channels"
+            raise ValueError(f"x: expected {expected} {what}, got {tuple(x.shape)}")
+        # In the layout of x, so that the gradient has it too: `index_select` along the channels of
+        # a channels_last state would return a contiguous tensor.
+        last = is_channels_last(x) and not transformed()
+        rows = x.movedim(1, -1) if last else x
+        if self.by_pixel:
+            axis = 1 if last else 2
+            flat = rows.flatten(1, -2) if last else rows.flatten(2)
+            rows = flat.index_select(axis, self.index).view(rows.shape)
+        else:
+            rows = rows.index_select(-1 if last else 1, self.index)
+        return rows.movedim(-1, 1) if last else rows
+
+
+class PairPixels(Rearrange):
+    """(N, C, ...) -> (N, 2C, ...) with half of the pixels: a coupling's two halves of the channels
+    are then two sets of pixels. Or back, if `inverted`.
+
+    Args:
+        by: "checkerboard" moves the pixels (i, j) with odd i + j of (N, C, H, W) into channels
+            (the result is (N, 2C, H, W/2)); "halves" moves the second half of the last axis.
+    """
+
+    resizes = True
+
+    def __init__(self, by: str, inverted: bool = False) -> None:
+        self.by, self.inverted = by, inverted
+
+    def inverse(self) -> "PairPixels":
+        return PairPixels(self.by, not self.inverted)
+
+    def shape(self, shape: Shape) -> Shape:
+        c, *sizes = shape
+        got = f"(N, {', '.join(map(str, shape))})"
+        if self.by == "checkerboard" and len(sizes) != 2:
+            raise ValueError(f"x: expected (N, C, H, W), got {got}")
+        if not sizes or (c % 2 if self.inverted else sizes[-1] % 2):
+            expected = "even C" if self.inverted else "an even last axis"
+            raise ValueError(f"x: expected (N, C, *spatial) with {expected}, got {got}")
+        if self.inverted:
+            return c // 2, *sizes[:-1], 2 * sizes[-1]
+        return 2 * c, *sizes[:-1], sizes[-1] // 2
+
+    def apply(self, x: Tensor) -> Tensor:
+        shape = self.shape(tuple(x.shape[1:]))
+        if self.inverted:
+            first, second = x.chunk(2, dim=1)
+            return self._swapped(torch.stack([first, second], dim=self._pair(x))).reshape(
+                len(x), *shape
+            )
+        pairs = x.unflatten(-1, (2, -1) if self.by == "halves" else (-1, 2))
+        first, second = self._swapped(pairs).unbind(self._pair(x))
+        return torch.cat([first, second], dim=1)
+
+    def _pair(self, x: Tensor) -> int:
+        """The axis of a pair of pixels, after `unflatten`."""
+        return x.dim() - 1 if self.by == "halves" else x.dim()
+
+    def _swapped(self, pairs: Tensor) -> Tensor:
+        """Swap the pairs (N, C, H, W/2, 2) of odd rows of a checkerboard."""
+        if self.by == "halves":
+            return pairs
+        odd = torch.arange(pairs.shape[2], device=pairs.device) % 2 == 1
+        return torch.where(odd[:, None, None], pairs.flip(-1), pairs)
+
+
+class SplitOff(Instruction):
+    """Remove channels from the end of the state; they become a latent.
+
+    Args:
+        kept: the number of channels that stay; None for half of them (rounded down).
+    """
+
+    splits = 1
+
+    def __init__(self, kept: int | None = None) -> None:
+        self.kept = kept
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        eager = torch.is_grad_enabled() and not (transformed() or torch.compiler.is_compiling())
+        split = _split_off_eager if eager else _split_off
+        forward.x, latent = split(forward.x, self._kept(forward.x.shape[1]))
+        forward.latents.append(latent)
+
+    def _kept(self, channels: int) -> int:
+        kept = channels // 2 if self.kept is None else self.kept
+        if not 0 < kept < channels:
+            raise ValueError(f"x: expected more than {kept} channels, got {channels}")
+        return kept
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+        latent, dlatent = backward.next_latent()
+        x, dx = backward.whole()
+        backward.set_halves((x, latent), (dx, dlatent))
+
+    def inverse(self) -> "Join":
+        return Join(self.kept)
+
+    def shape(self, shape: Shape) -> Shape:
+        return self._kept(shape[0]), *shape[1:]
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        return shape[0] - self._kept(shape[0]), *shape[1:]
+
+
+class Join(Instruction):
+    """Append the next latent to the state as its last channels: the inverse of `SplitOff`."""
+
+    joins = 1
+
+    def __init__(self, kept: int | None = None) -> None:
+        self.kept = kept
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        forward.x = torch.cat([forward.x, forward.waiting.pop()], dim=1)
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+        (a, _), (da, db) = backward.halves(self.kept)
+        backward.joined.append(db)
+        backward.set(a, da)
+
+    def inverse(self) -> SplitOff:
+        return SplitOff(self.kept)
+
+
+def _split_off(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """A view of the first channels, and a copy of the others."""
+    return x[:, :kept], x[:, kept:].clone()
+
+
+# Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. This
+# function keeps the layout of the state.
+
+
+def _setup_split(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    ctx.like = torch.empty_like(inputs[0], device="meta")
+
+
+def _split_off_backward(ctx: Any, dfirst: Tensor, dlatent: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.empty_like(ctx.like, device=dfirst.device)
+    dx[:, : dfirst.shape[1]] = dfirst
+    dx[:, dfirst.shape[1] :] = dlatent
+    return dx, None
+
+
+_split_off_eager = eager_function(_split_off, _setup_split, _split_off_backward)

@@ -1,0 +1,355 @@
+"""Steps of flow as one instruction, which shares launches between neighbours.
+
+A coupling and the linear map after it are one launch, and the backward pass undoes each with one
+launch: K steps need K + 1 launches forward and 2 K backward, plus those of the networks.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mflow_kernels.ops.checks import check_device
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_forward, conv1x1_op, invert, spread
+from mflow_kernels.ops.coupling import (
+    affine_coupling_op,
+    check_params,
+    coupling_eager,
+    coupling_forward,
+)
+from mflow_kernels.ops.coupling_conv1x1 import (
+    coupling_conv1x1_eager,
+    coupling_conv1x1_forward,
+    coupling_conv1x1_op,
+)
+from mflow_kernels.ops.launch import transformed
+from mflow_kernels.ops.layouts import cut_net_input
+from mflow_kernels.ops.partial_sums import unbind_weights
+from mflow_kernels.ops.precision import autocast_dtype, without_autocast
+from mflow_kernels.ops.rebuild_conv1x1 import (
+    Halves,
+    RebuiltConv1x1,
+    rebuild_conv1x1,
+    rebuild_splits,
+)
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.registration import eager_function
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.reversible.instructions import (
+    Call,
+    FoldedWeights,
+    ForwardPass,
+    Instruction,
+    Pair,
+)
+
+if TYPE_CHECKING:
+    from mflow_kernels.reversible.backward import BackwardPass
+    from mflow_kernels.reversible.rerun import RerunCall
+
+PRECISION = "tf32x3"
+Map = TypeVar("Map", bound="LinearMap")
+
+
+class LinearMap:
+    """x -> W x + bias at each pixel, in the direction data -> latent."""
+
+    @classmethod
+    def fold(
+        cls: type[Map],
+        maps: Sequence[Map],
+        names: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        inverted: bool,
+        check: bool,
+    ) -> FoldedWeights:
+        """Compute the weights of maps of one width, or of their inverses, in one batch.
+
+        Args:
+            names: the layers that they came from, for errors.
+
+        Raises:
+            ValueError: with `check`, if an inverse is needed and does not exist.
+        """
+        raise NotImplementedError
+
+
+class Couple(NamedTuple):
+    """The affine coupling with this network, or its inverse."""
+
+    net: nn.Module
+    scale: ScaleFunction
+    inverted: bool = False
+
+    def inverse(self) -> "Couple":
+        return Couple(self.net, self.scale, not self.inverted)
+
+
+class Step(NamedTuple):
+    """A linear map, and a coupling after it. One of them may be missing."""
+
+    linear: LinearMap | None
+    couple: Couple | None
+    place: str = ""  # the layer that it came from
+
+
+class Steps(Instruction):
+    """Steps of flow of one width, or their inverses.
+
+    Args:
+        steps: in the order in which they run.
+        inverted: whether each linear map runs as its inverse.
+    """
+
+    computes = True
+
+    def __init__(self, steps: Sequence[Step], inverted: bool = False) -> None:
+        self.steps, self.inverted = list(steps), inverted
+
+    @property
+    def calls(self) -> list[Call]:
+        return [Call(s.couple.net, s.couple.net) for s in self.steps if s.couple is not None]
+
+    def at(self, place: str) -> "Steps":
+        self.steps = [step._replace(place=place) for step in self.steps]
+        return self
+
+    def fused(self, following: Instruction) -> "Steps | None":
+        """Steps that follow share a launch, and all linear maps are folded together."""
+        if not isinstance(following, Steps) or self.inverted != following.inverted:
+            return None
+        kinds = {type(s.linear) for s in (*self.steps, *following.steps) if s.linear is not None}
+        if len(kinds) > 1:
+            return None
+        *before, last = self.steps
+        first, *after = following.steps
+        if last.couple is None and first.linear is None:
+            return Steps([*before, Step(last.linear, first.couple, last.place), *after])
+        return Steps([*self.steps, *following.steps])
+
+    def inverse(self) -> "Steps":
+        steps: list[Step] = []
+        for linear, couple, place in reversed(self.steps):
+            if couple is not None and steps and steps[-1].couple is None:
+                steps[-1] = steps[-1]._replace(couple=couple.inverse())
+            elif couple is not None:
+                steps.append(Step(None, couple.inverse(), place))
+            if linear is not None:
+                steps.append(Step(linear, None, place))
+        return Steps(steps, not self.inverted)
+
+    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
+        """The rows are in the direction data -> latent."""
+        found = [(s.linear, s.place) for s in self.steps if s.linear is not None]
+        if not found:
+            return None
+        maps, places = zip(*(found[::-1] if self.inverted else found), strict=True)
+        names = [f"{place}.conv" if place else "conv" for place in places]
+        return type(maps[0]).fold(maps, names, dtype, inverted=self.inverted, check=check)
+
+    def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
+        cut, linear, couple, couple_linear = _operators()
+        x, steps = forward.x, self.steps
+        weights = iter(_rows(folded, self.inverted, x))
+        net_input: Tensor | None = None
+        for i, step in enumerate(steps):
+            # The launch of the coupling before has applied the linear map, and cut the input of
+            # the network.
+            if step.linear is not None and (i == 0 or steps[i - 1].couple is None):
+                dtype = None if step.couple is None else autocast_dtype(x)
+                x, net_input = linear(x, *next(weights), PRECISION, dtype)
+            if step.couple is None:
+                continue
+            if net_input is None:
+                net_input = cut(x, autocast_dtype(x))
+            call = Call(step.couple.net, step.couple.net)
+            params = check_params(x, forward.call(call, x, net_input), "net's output")
+            scale, inverted = step.couple.scale.args, step.couple.inverted
+            following = steps[i + 1] if i + 1 < len(steps) else None
+            if following is not None and following.linear is not None:
+                dtype = None if following.couple is None else autocast_dtype(x)
+                x, net_input, ledger = couple_linear(
+                    x, params, *next(weights), PRECISION, dtype, *scale, inverted
+                )
+            else:
+                x, ledger = couple(x, params, *scale, inverted)
+                net_input = None
+            forward.ledger.append(ledger)
+        forward.x = x
+
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Pair | None:
+        (a, b), (da, db) = backward.halves()
+        weights = None if folded is None else _WeightGradients(*folded, self.inverted, backward)
+        net_input: Tensor | None = None  # of the coupling to be undone, if a launch has cut it
+        dnet: Tensor | None = None  # gradient of a through the network that read it
+        whole: tuple[Tensor, Tensor] | None = None
+        for i in reversed(range(len(self.steps))):
+            linear, couple, _ = self.steps[i]
+            if couple is not None:
+                again, stored = backward.next_call()
+                if stored is not None:
+                    net_input = stored[1]
+                elif net_input is None:
+                    net_input = torch.empty_like(a, dtype=backward.network_dtype(a)).copy_(a)
+                da = da if dnet is None else da + dnet
+                b, db, dnet = _undo_couple(couple, backward, again, net_input, b, db)
+                whole = None
+                if stored is not None:
+                    c_a = a.shape[1]
+                    true = stored[0][:, :c_a], stored[0][:, c_a:]
+                    backward.compare((a, b), true)
+                    a, b = true
+            if linear is not None:
+                assert weights is not None
+                # A coupling reads the two halves next, and every other instruction one tensor.
+                couple_next = i > 0 and self.steps[i - 1].couple is not None
+                made = weights.undo_linear((a, b), (da, db), dnet, couple_next)
+                (a, b), (da, db) = made.x, made.dx
+                whole, net_input, dnet = made.whole, made.net, None
+        if whole is not None:
+            backward.set(*whole)
+        else:
+            backward.set_halves((a, b), (da if dnet is None else da + dnet, db))
+        return None if weights is None else weights.gradients()
+
+
+def _undo_couple(
+    couple: Couple,
+    backward: "BackwardPass",
+    again: "RerunCall",
+    net_input: Tensor,
+    z_b: Tensor,
+    dz_b: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The second half of the state before a coupling, its gradient, and the gradient that the
+    network returned for its input."""
+    net_input = net_input.detach().requires_grad_()
+    with torch.enable_grad(), torch.autocast(**backward.autocast):
+        params = again.run_again(net_input, backward.context)
+    b, db, dparams = rebuild_coupling(
+        z_b, dz_b, backward.dlogdet, params.detach(), couple.scale, couple.inverted
+    )
+    return b, db, backward.differentiate(again, (params,), (dparams,), net_input)
+
+
+def _operators() -> tuple[Any, Any, Any, Any]:
+    """The functions that cut the network input and apply the 1x1 convolution, the coupling, and
+    both in one launch.
+
+    Compilers get the registered operators, autograd gets autograd functions, and everything else
+    gets the plain functions, which have the least overhead.
+    """
+    if torch.compiler.is_compiling() and not transformed():
+        return cut_net_input, conv1x1_op, affine_coupling_op, coupling_conv1x1_op
+    if torch.is_grad_enabled() and not transformed():
+        return _cut_eager, conv1x1_eager, coupling_eager, coupling_conv1x1_eager
+    return cut_net_input, conv1x1_forward, coupling_forward, coupling_conv1x1_forward
+
+
+# Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. This
+# function keeps the layout of the state.
+
+
+def _setup_cut(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+    ctx.like = torch.empty_like(inputs[0], device="meta")
+
+
+def _cut_backward(ctx: Any, dnet: Tensor) -> tuple[Tensor | None, ...]:
+    dx = torch.zeros_like(ctx.like, device=dnet.device)
+    dx[:, : dnet.shape[1]] = dnet
+    return dx, None
+
+
+_cut_eager = eager_function(cut_net_input, _setup_cut, _cut_backward)
+
+
+def _rows(folded: FoldedWeights | None, inverted: bool, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The weight and bias of each step, in the order in which the steps run."""
+    if folded is None:
+        return []
+    check_device("weight", folded.weight, x)
+    # `unbind` makes one gradient of all steps; indexing would make and add one for each.
+    weight, bias = spread(folded.weight, folded.bias, x)
+    rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
+    return rows[::-1] if inverted else rows
+
+
+PARTIALS_BYTES = 2**26  # most bytes of partial outer sums that wait for one reduction
+
+
+class _WeightGradients:
+    """Undoes the linear maps of some steps, and computes the gradients of their weights.
+
+    The launches store partial sums, from which dW = outer_sum W^-T and d bias follow for all steps
+    at once.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, inverted: bool, backward: "BackwardPass"
+    ) -> None:
+        self.weight, self.bias, self.backward = weight, bias, backward
+        self.inverse = invert(self.weight.double())[0]
+        # LAPACK and cuSOLVER return contiguous columns, and the kernels read rows.
+        self.rounded_inverse = self.inverse.to(self.weight.dtype).contiguous()
+        rows = range(len(self.weight))
+        self.remaining = list(reversed(rows) if inverted else rows)  # undone from the last one
+        self.partials: tuple[Tensor, Tensor] | None = None
+        self.waiting: list[int] = []  # the steps whose partial sums are in `partials`
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def undo_linear(
+        self, y: Halves, dy: Halves, dnet: Tensor | None, couple_next: bool
+    ) -> RebuiltConv1x1:
+        """Undo the last linear map that is not undone; see `rebuild_conv1x1`."""
+        splits = rebuild_splits(y[1], self.weight.shape[-1])
+        outer_sum, dbias = self._partial_sums(splits)
+        row = self.waiting[-1]
+        dtype = self.backward.network_dtype(y[1]) if couple_next else None
+        return rebuild_conv1x1(
+            y,
+            dy,
+            dnet,
+            self.weight[row],
+            self.rounded_inverse[row],
+            self.bias[row],
+            dtype,
+            self.backward.channels_last,
+            couple_next,
+            outer_sum,
+            dbias,
+        )
+
+    def _partial_sums(self, splits: int) -> tuple[Tensor, Tensor]:
+        """Buffers for a step's partial outer sums (splits, C, C) and d bias (splits, C).
+
+        The steps share one buffer of at most `PARTIALS_BYTES`, which one launch reduces.
+        """
+        if self.partials is not None and len(self.waiting) == len(self.partials[0]):
+            self._reduce()
+        if self.partials is None:
+            c = self.weight.shape[-1]
+            fit = PARTIALS_BYTES // (splits * c * c * self.weight.element_size())
+            steps = max(1, min(len(self.remaining), fit))
+            self.partials = (
+                self.weight.new_empty((steps, splits, c, c)),
+                self.weight.new_empty((steps, splits, c)),
+            )
+        self.waiting.append(self.remaining.pop())
+        at = len(self.waiting) - 1
+        return self.partials[0][at], self.partials[1][at]
+
+    def _reduce(self) -> None:
+        if self.partials is not None:
+            outer_sums, dbiases = (part[: len(self.waiting)].sum(1) for part in self.partials)
+            self.sums.update({r: (outer_sums[i], dbiases[i]) for i, r in enumerate(self.waiting)})
+            self.partials, self.waiting = None, []
+
+    def gradients(self) -> Pair:
+        """d weight (K, C, C) and d bias (K, C)."""
+        self._reduce()
+        sums = [self.sums[row] for row in range(len(self.weight))]
+        outer_sum, dbias = (torch.stack(part) for part in zip(*sums, strict=True))
+        with without_autocast(outer_sum):
+            return (outer_sum.double() @ self.inverse.mT).to(outer_sum.dtype), dbias
