@@ -40,7 +40,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.reports.package_launches import flops_of, results_of
 from mflow_kernels.ops import coupling_network, coupling_network_launches
-from mflow_kernels.reversible import program
+from mflow_kernels.reversible import instructions
+from mflow_kernels.reversible.instructions import Call
+from mflow_kernels.reversible.rerun import RerunCall
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
         "_local_scalar_dense", "_reshape_alias")  # fmt: skip
@@ -316,9 +318,12 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
         _marked_networks(module, counter),
         patch.object(coupling_network_launches, "product_in_float32", product),
         patch.object(coupling_network, "_has_cudnn", lambda device: True),
-        patch.object(program, "_computes_on_cpu", lambda x: False),
+        patch.object(instructions, "_computes_on_cpu", lambda x: False),
         counter,
         aot.noting(note),
     ):
+        for net in networks(module):
+            # Later steps know from the first one that the network draws no random numbers.
+            RerunCall(Call(net, net)).remember(draws=False)
         function()
     return counter.kernels

@@ -37,7 +37,6 @@ from benchmarks.harness.output import command_parser, markdown_table, save_json,
 from benchmarks.harness.session import Missing
 from benchmarks.reports.step_counts import PARTS
 from mflow_kernels.layers.networks import PointwiseConv2d
-from mflow_kernels.reversible.rerun import RerunNetwork
 from mflow_kernels.training.cards import CARDS
 
 TASKS = {"train": "training step", "sample": "sampling", "forward": "evaluation"}
@@ -78,9 +77,6 @@ def count(spec: Spec, variant: str, task: str) -> Row:
     made: list[Call] = []
     step_counts.count(lambda: made.append(model.task(task)), model.module, model.x)
     (run,) = made
-    for net in step_counts.networks(model.module):
-        # Later steps know from the first one that the network draws no random numbers.
-        RerunNetwork(net).remember(draws=False)
     kernels = step_counts.count(run, model.module, model.x)
     parts, levels = dict.fromkeys(PARTS, 0), defaultdict[str, int](int)
     for k in kernels:

@@ -151,7 +151,7 @@ class FusedSequence:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": {}, "_initialized": None}
 
-    def _record_drift(self, drift: Tensor) -> None:
+    def record_drift(self, drift: Tensor) -> None:
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
     def supports(self, x: Tensor, inverse: bool) -> bool:
@@ -166,7 +166,7 @@ class FusedSequence:
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
         if self.reversible:
-            every, record = self.checkpoint_every, self._record_drift
+            every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
         else:
             x, _, ledger, log_det = apply_stored(program, x, (), context)

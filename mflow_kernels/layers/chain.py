@@ -143,9 +143,9 @@ class ReversibleChain(Flow):
         if not self.reversible:
             return apply_stored(program, x, latents, context)
         every = self.checkpoint_every
-        return apply_reversibly(program, x, latents, context, every, self._record_drift)
+        return apply_reversibly(program, x, latents, context, every, self.record_drift)
 
-    def _record_drift(self, drift: Tensor) -> None:
+    def record_drift(self, drift: Tensor) -> None:
         # One graph may contain the chain several times, in both directions.
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 

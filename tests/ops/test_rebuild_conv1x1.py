@@ -42,15 +42,10 @@ def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("separate_halves", [True, False])
-@pytest.mark.parametrize("rebuild", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rebuilt_conv1x1_matches_the_reference(
-    kernel_device: torch.device,
-    shape: tuple[int, ...],
-    layout: str,
-    rebuild: bool,
-    separate_halves: bool,
+    kernel_device: torch.device, shape: tuple[int, ...], layout: str, separate_halves: bool
 ) -> None:
     n, c, *spatial = shape
     if layout == "channels_last" and len(spatial) != 2:
@@ -65,9 +60,9 @@ def test_rebuilt_conv1x1_matches_the_reference(
     y, dy = halves(), halves()
     dnet = LAYOUTS[layout](normal(n, c_a, *spatial, device=kernel_device))
     weight = rotation(c).to(kernel_device)
-    inverse = torch.linalg.inv(weight.double()).float() if rebuild else None
+    inverse = torch.linalg.inv(weight.double()).float()
     bias = normal(c, device=kernel_device)
-    dtype = torch.bfloat16 if rebuild else None
+    dtype = torch.bfloat16
     last = layout == "channels_last"
     splits = rebuild_splits(y[1], c)
 
@@ -83,17 +78,15 @@ def test_rebuilt_conv1x1_matches_the_reference(
         tuple(doubled(*dy)),
         dnet.double(),  # type: ignore[arg-type]
         weight.double(),
-        None if inverse is None else inverse.double(),
+        inverse.double(),
         bias.double(),
         dtype,
         last,
     )
-    assert (got.x is None) == (got.net is None) == (not rebuild)
     for name, a, b in (("x", got.x, want.x), ("dx", got.dx, want.dx)):
-        for half, half_wanted in zip(a or (), b or (), strict=True):
+        for half, half_wanted in zip(a, b, strict=True):
             assert_close(half, half_wanted, terms=c, name=name)
-    if got.net is not None:
-        assert_close(got.net, want.net, terms=c, name="net")
+    assert_close(got.net, want.net, terms=c, name="net")
     columns = n * pixels(y[0])
     magnitude = math.sqrt(columns) * max(t.abs().max().item() for t in want.dx) ** 2
     assert_close(
@@ -106,7 +99,7 @@ def test_rebuilt_conv1x1_matches_the_reference(
     assert_close(got.dbias.sum(0), want.dbias.sum(0), terms=columns, scale=magnitude, name="dbias")
     form = torch.channels_last if last else torch.contiguous_format
     if got.whole is None:
-        assert all(t.is_contiguous(memory_format=form) for t in (*got.dx, *(got.x or ())))
+        assert all(t.is_contiguous(memory_format=form) for t in (*got.dx, *got.x))
     else:
         assert got.whole[1].is_contiguous(memory_format=form)
         assert got.dx[1].data_ptr() == got.whole[1][:, c_a:].data_ptr()
@@ -132,14 +125,14 @@ def test_the_order_of_products_of_each_architecture(
 
     monkeypatch.setattr(tl.target_info, "cuda_capability_geq", cuda_capability_geq)
     test_rebuilt_conv1x1_matches_the_reference(
-        kernel_device, (1, channels, 3, 3), "channels_last", True, True
+        kernel_device, (1, channels, 3, 3), "channels_last", True
     )
     assert asked
 
 
 def results(made: RebuiltConv1x1) -> list[Tensor]:
-    net = () if made.net is None else (made.net,)
-    return [*(made.x or ()), *made.dx, *net, made.outer_sum, made.dbias]
+    assert made.net is not None
+    return [*made.x, *made.dx, made.net, made.outer_sum, made.dbias]
 
 
 @pytest.mark.parametrize("splits", [rebuild_splits, lambda half, c: weight_gradient_splits(half)])

@@ -162,7 +162,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from mflow_kernels.layers.networks import CouplingNetwork
 from mflow_kernels.ops import coupling_network_launches
-from mflow_kernels.reversible.rerun import RerunNetwork
+from mflow_kernels.reversible.instructions import Call
+from mflow_kernels.reversible.rerun import RerunCall
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.runs.folder import build_model
 
@@ -180,7 +181,7 @@ for options in json.loads({cases!r}):
     x = torch.rand(config.batch_size, *config.image_shape)
     for module in model.modules():
         if isinstance(module, CouplingNetwork):
-            RerunNetwork(module).remember(draws=False)
+            RerunCall(Call(module, module)).remember(draws=False)
     with aot.noting(lambda _: None), patch.object(
         coupling_network_launches, "product_in_float32", product
     ):

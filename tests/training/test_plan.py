@@ -54,9 +54,6 @@ def run():
         loss = model.terms(x, 0).loss.mean()
     loss.backward()
 
-with autocast:
-    for net in step_counts.networks(model):
-        whole_steps.RerunNetwork(net).remember(draws=False)
 kernels = step_counts.count(run, model, x)
 print(json.dumps([sum(k.moved for k in kernels), sum(k.flops for k in kernels)]))
 """
