@@ -135,12 +135,13 @@ class BackwardPass:
             return None
         sources = [*call.sources, *(c for c in self.context if c.requires_grad)]
         call.check_sources([y for y, _ in pairs], [module_input, *sources])
-        dx, *gradients = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [module_input, *sources],
-            [dy for _, dy in pairs],
-            allow_unused=True,
-        )
+        with call.trained_as_in_forward():
+            dx, *gradients = torch.autograd.grad(
+                [y for y, _ in pairs],
+                [module_input, *sources],
+                [dy for _, dy in pairs],
+                allow_unused=True,
+            )
         for source, g in zip(sources, gradients, strict=True):
             if g is not None:
                 total = self.gradients.get(id(source))

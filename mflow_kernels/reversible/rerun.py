@@ -137,19 +137,21 @@ class RerunCall:
 
     def _run_guarded(
         self, module_input: Tensor, context: Sequence[Tensor]
-    ) -> tuple[Any, list[Tensor], Tensor, "weakref.ref[Any]"]:
+    ) -> tuple[Any, list[Tensor], Tensor, int, "weakref.ref[Any]"]:
         """Call the module with gradients enabled, on a copy of its input. Its graph raises an error
         if it is differentiated, since it is no part of the chain's.
 
         Returns:
-            The result; the detached leaves; the copy; a reference that is dead once the graph is.
+            The result; the leaves that it was called with; the copy; the number of the first node
+            of its graph; and a reference that is dead once the graph is.
         """
         alive = _Alive()
         leaves = [module_input.detach().requires_grad_(), *context]
         with torch.enable_grad():
             given = _Guard.apply(leaves[0], alive, self.name)
+            start = given.grad_fn._sequence_nr()
             result = self.function(given, *leaves[1:])
-        return result, leaves, given, weakref.ref(alive)
+        return result, leaves, given, start, weakref.ref(alive)
 
     def _run_seen(self, module_input: Tensor, context: Sequence[Tensor]) -> Any:
         saved: list[Tensor] = [module_input]
@@ -158,9 +160,9 @@ class RerunCall:
             for m in self._norms
         ]
         with self._recorded(saved):
-            result, leaves, given, alive = self._run_guarded(module_input, context)
+            result, leaves, given, start, alive = self._run_guarded(module_input, context)
         tensors = _tensors(result)
-        found = self._leaves_behind(tensors, given)
+        found = self._leaves_behind(tensors, start)
         owned = {id(p) for _, _, p, _ in self._parameters} | {id(leaf) for leaf in leaves}
         known = Known([weakref.ref(leaf) for leaf in found if id(leaf) not in owned])
         known.changes_input = given._version > 0
@@ -172,14 +174,15 @@ class RerunCall:
         self.known.others, self.known.keeps_graph = known.others, known.keeps_graph
         return result
 
-    def _leaves_behind(self, outputs: Sequence[Tensor], given: Tensor) -> list[Tensor]:
-        """The leaves that the outputs depend on, other than through the input.
+    def _leaves_behind(self, outputs: Sequence[Tensor], start: int) -> list[Tensor]:
+        """The leaves that the outputs depend on.
 
         Raises:
-            RuntimeError: they depend on a graph that is older than this run.
+            RuntimeError: they depend on a graph that is older than this run, whose first node has
+                number `start`.
         """
-        assert given.grad_fn is not None
-        start = given.grad_fn._sequence_nr()
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return []  # it owns all that it uses, and its nodes are numbered in another way
         leaves: dict[int, Tensor] = {}
         for node in _nodes_behind(outputs, start):
             leaf = getattr(node, "variable", None)
@@ -220,18 +223,14 @@ class RerunCall:
 
     @contextmanager
     def as_in_forward(self) -> Iterator[None]:
-        """Restore modes, random numbers and frozen parameters of the first run, and hide running
-        statistics."""
+        """Restore the modes and random numbers of the first run, and hide running statistics."""
         if any(store.get(name) is not p for store, name, p, _ in self._parameters):
             raise_replaced()
         pairs = zip(self._modules, self._modes, strict=True)
         switched = [(m, mode) for m, mode in pairs if m.training is not mode]
-        frozen = [(p, flag) for *_, p, flag in self._parameters if p.requires_grad is not flag]
         buffers = [(m, dict(m._buffers)) for m in self._norms]
         for module, mode in switched:
             module.training = mode
-        for p, flag in frozen:
-            p.requires_grad_(flag)
         for m in self._norms:
             # Without buffers for the running statistics, it does not update them a second time.
             m._buffers.update(dict.fromkeys(m._buffers))
@@ -240,15 +239,25 @@ class RerunCall:
             for m, before in self._statistics:
                 m._buffers.update(before)
         try:
-            with random_state_of(self.random):
+            with random_state_of(self.random), self.trained_as_in_forward():
                 yield
         finally:
             for m, original in buffers:
                 m._buffers.update(original)
-            for p, flag in frozen:
-                p.requires_grad_(not flag)
             for module, mode in switched:
                 module.training = not mode
+
+    @contextmanager
+    def trained_as_in_forward(self) -> Iterator[None]:
+        """Require gradients of those parameters that required them in the forward pass."""
+        changed = [(p, flag) for *_, p, flag in self._parameters if p.requires_grad is not flag]
+        for p, flag in changed:
+            p.requires_grad_(flag)
+        try:
+            yield
+        finally:
+            for p, flag in changed:
+                p.requires_grad_(not flag)
 
     @contextmanager
     def _recorded(self, saved: list[Tensor]) -> Iterator[None]:

@@ -1,0 +1,425 @@
+"""No gradient of a reversible chain is lost: those of tensors that a network uses but does not own,
+of parametrized and frozen weights, of networks that change their input or are compiled."""
+
+import copy
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import perturbed
+from layers.bijections import LeakyReLU
+from layers.chains import assert_all_close, gradients, loss_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from mflow_kernels import AffineCoupling, FlowStep, Glow, ReversibleChain
+from mflow_kernels.testing import assert_close
+
+X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """A network with a second factor, which subclasses take from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def factor(self) -> Tensor | float:
+        return 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * self.factor()
+
+
+class InAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [nn.Parameter(torch.linspace(0.5, 1.5, 4))]
+
+    def factor(self) -> Tensor:
+        return self.hidden[0].exp()
+
+
+class OfAFunction(Net):
+    """Its weights come from a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.linspace(0.5, 1.5, 4).requires_grad_()
+        self.factor = lambda: 2 * weight  # type: ignore[method-assign]
+
+
+def chain_of(net: Callable[[], nn.Module], steps: int = 3, **options: object) -> ReversibleChain:
+    torch.manual_seed(0)
+    return ReversibleChain([FlowStep(4, net()) for _ in range(steps)], **options).double()  # type: ignore[arg-type]
+
+
+def hidden_tensors(chain: ReversibleChain) -> list[Tensor]:
+    found = []
+    for layer in chain.layers:
+        net = layer.coupling.net
+        found.append(
+            net.hidden[0] if isinstance(net, InAList) else net.factor.__closure__[0].cell_contents
+        )
+    return found
+
+
+@pytest.mark.parametrize("net", [InAList, OfAFunction])
+def test_tensors_that_a_network_uses_but_does_not_own(net: Callable[[], nn.Module]) -> None:
+    chain = chain_of(net)
+    inputs = [*chain.parameters(), *hidden_tensors(chain)]
+    found = []
+    for reversible in (True, True, False):
+        chain.reversible = reversible
+        found.append(list(torch.autograd.grad(loss_of(*chain(X)), inputs)))
+    assert all(g.any() for g in found[0][-3:])
+    assert_all_close(found[0], found[2], terms=1000)
+    assert_all_close(found[1], found[2], terms=1000)
+
+
+class Weighted(Net):
+    """A network whose weights another network makes."""
+
+    made: Tensor
+
+    def factor(self) -> Tensor:
+        return self.made
+
+
+@pytest.mark.parametrize("layer", ["network", "layer"])
+def test_a_graph_outside_of_a_network_is_an_error_before_the_first_step(layer: str) -> None:
+    hyper = nn.Linear(3, 4).double()
+    if layer == "network":
+        chain = chain_of(Weighted)
+        for step in chain.layers:
+            step.coupling.net.made = hyper(torch.ones(3, dtype=torch.float64))
+        name = r"network 0 \(Weighted\)"
+    else:
+        relu = LeakyReLU()
+        del relu.log_a
+        relu.log_a = hyper(torch.ones(3, dtype=torch.float64)).mean()  # type: ignore[assignment]
+        chain, name = ReversibleChain([relu]), r"network 0 \(LeakyReLU\)"
+    with pytest.raises(RuntimeError, match=name + ".*computed outside of it.*reversible=False"):
+        chain(X)
+    chain.reversible = False
+    loss_of(*chain(X)).backward()
+    assert hyper.weight.grad is not None
+
+
+def test_a_tensor_that_appears_after_the_first_run_is_an_error() -> None:
+    chain = chain_of(InAList)
+    loss_of(*chain(X)).backward()
+    chain.layers[1].coupling.net.hidden[0] = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    loss = loss_of(*chain(X))
+    with pytest.raises(RuntimeError, match="did not use in its first run"):
+        loss.backward()
+
+
+class Soft(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 0.5 * w.tanh()
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("part", ["conv.log_diagonal", "conv.lower", "actnorm.log_scale", "net"])
+def test_parametrized_weights(part: str, backwards: bool) -> None:
+    stored = perturbed(chain_of(Net, reversible=False))
+    for step in stored.layers:
+        if part == "net":
+            parametrizations.weight_norm(step.coupling.net.layers[0])
+        else:
+            module, name = part.split(".")
+            parametrize.register_parametrization(getattr(step, module), name, Soft())
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    calls = (c.inverse if backwards else c for c in (rebuilt, stored))
+    got, want = (
+        gradients(c, X, call=call) for c, call in zip((rebuilt, stored), calls, strict=True)
+    )
+    assert len(got) == 2 + len(list(stored.parameters()))
+    assert_all_close(got, want, terms=1000)
+
+
+def test_weights_of_a_linear_map_may_come_from_a_network() -> None:
+    """Autograd differentiates the folded weights, whatever they depend on."""
+    hyper = nn.Linear(3, 4).double()
+    found = []
+    chain = perturbed(chain_of(Net))
+    conv = chain.layers[1].conv
+    del conv.log_diagonal
+    for reversible in (True, False):
+        chain.reversible = reversible
+        conv.log_diagonal = hyper(torch.ones(3, dtype=torch.float64))
+        parameters = [*chain.parameters(), *hyper.parameters()]
+        found.append(list(torch.autograd.grad(loss_of(*chain(X)), parameters)))
+    assert_all_close(*found, terms=1000)
+
+
+@pytest.mark.parametrize("registered", ["before the first step", "after it"])
+def test_activations_that_hooks_collect_are_no_part_of_the_loss(registered: str) -> None:
+    chain = chain_of(Net)
+    activations: list[Tensor] = []
+
+    def register() -> None:
+        for step in chain.layers:
+            first = step.coupling.net.layers[0]
+            first.register_forward_hook(lambda m, i, o: activations.append(o))
+
+    if registered == "before the first step":
+        register()
+    loss_of(*chain(X)).backward()
+    if registered == "after it":
+        register()
+    for _ in range(2):
+        activations.clear()
+        loss = loss_of(*chain(X))
+        with pytest.raises(RuntimeError, match="loss uses activations of network 0"):
+            (loss + sum(a.square().sum() for a in activations[:1])).backward()
+        activations.clear()
+        loss_of(*chain(X)).backward()  # hooks that only look are allowed
+
+
+class Kept(Net):
+    """A network that keeps its hidden tensor, for a penalty."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.layers[0](x)
+        return self.layers[2](self.kept.tanh())
+
+
+def test_activations_that_a_network_keeps_are_no_part_of_the_loss() -> None:
+    chain = chain_of(Kept)
+    for _ in range(2):
+        loss = loss_of(*chain(X))
+        penalty = chain.layers[1].coupling.net.kept.square().sum()
+        with pytest.raises(RuntimeError, match="loss uses activations of network 1"):
+            (loss + penalty).backward()
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + self.shift
+
+
+@pytest.mark.parametrize("change", ["statistics", "buffer", "statistics of a layer"])
+def test_a_buffer_that_changes_before_the_backward_pass_is_an_error(change: str) -> None:
+    if change == "statistics of a layer":
+        chain = ReversibleChain([AffineLayer()]).double()
+    else:
+        chain = chain_of(Normed)
+    chain.eval()
+    loss_of(*chain(X)).backward()
+    loss = loss_of(*chain(X))
+    if change == "buffer":
+        chain.layers[0].coupling.net.shift += 1
+    else:
+        chain.train()
+        chain(3 * X + 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class AffineLayer(AffineCoupling):
+    """A layer of a user with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__(4, Normed())
+
+    def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x, *context)
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inverse(z, *context)
+
+
+def test_signs_of_a_convolution_that_change_before_the_backward_pass() -> None:
+    """The forward pass has folded the weights, and the backward pass uses them."""
+    chain = perturbed(chain_of(Net))
+    want = gradients(chain, X, call=chain)
+    chain.zero_grad()
+    x = X.clone().requires_grad_()
+    loss = loss_of(*chain(x))
+    for step in chain.layers:
+        step.conv.sign.neg_()
+    loss.backward()
+    assert_all_close([loss.detach(), x.grad, *(p.grad for p in chain.parameters())], want, terms=1)
+
+
+class ChangesItsInput(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.sub_(1)
+        return self.layers(x)
+
+
+class StartsInPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(F.relu(x, inplace=True))
+
+
+class Scripted(nn.Module):
+    def __new__(cls) -> nn.Module:  # type: ignore[misc]
+        return torch.jit.script(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4)))
+
+
+class Noisy(Net):
+    """Random slopes, and statistics of instances that are tracked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, 8), nn.Unflatten(1, (2, 4)),
+            nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.RReLU(),
+            nn.Linear(8, 4),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [1, 8, None])
+@pytest.mark.parametrize("net", [ChangesItsInput, StartsInPlace, Scripted, Noisy])
+def test_networks_that_are_rerun_as_they_are(net: Callable[[], nn.Module], every: int) -> None:
+    # Not a deep copy: the copied parameters of a scripted module are no leaves.
+    stored, rebuilt = (chain_of(net, reversible=r, checkpoint_every=every) for r in (False, True))
+    for _ in range(3):
+        results = []
+        for chain in (rebuilt, stored):
+            torch.manual_seed(2)
+            results.append(gradients(chain, X, call=chain))
+        assert_all_close(*results, terms=1000)
+    for a, b in zip(rebuilt.buffers(), stored.buffers(), strict=True):
+        assert_close(a.double(), b.double(), terms=1000)
+
+
+def test_lazy_layers_are_initialized_before_the_first_step() -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(4))
+
+    torch.manual_seed(0)
+    chain = ReversibleChain([FlowStep(4, lazy()) for _ in range(2)])
+    x = X.float()
+    with pytest.raises(TypeError, match="lazy parameters; call `initialize`"):
+        chain(x)
+    chain.initialize(x)
+    got = gradients(chain, x, call=chain)
+    chain.reversible = False
+    assert_all_close(got, gradients(chain, x, call=chain), terms=1000)
+
+
+@pytest.mark.parametrize("part", ["coupling.net", "conv", "actnorm"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_freezing_between_the_passes_changes_no_gradient(part: str, frozen: bool) -> None:
+    """Autograd fixes at the forward pass which gradients there are."""
+    chain = perturbed(chain_of(Net))
+    results = []
+    for reversible in (True, False):
+        chain.reversible = reversible
+        for p in chain.layers[1].get_submodule(part).parameters():
+            p.requires_grad_(frozen)
+        chain.zero_grad()
+        loss = loss_of(*chain(X))
+        for p in chain.layers[1].get_submodule(part).parameters():
+            p.requires_grad_(not frozen)
+        loss.backward()
+        results.append([p.grad for p in chain.parameters() if p.grad is not None])
+        chain.requires_grad_()
+    assert_all_close(*results, terms=1000)
+
+
+def test_second_order_optimizers() -> None:
+    """LBFGS evaluates the loss several times a step."""
+    losses = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        flow = perturbed(Glow((1, 4, 4), 1, 2, 4, reversible=reversible)).double()
+        flow.to(memory_format=torch.contiguous_format)  # LBFGS views gradients as vectors
+        x = torch.randn(4, 1, 4, 4, dtype=torch.float64)
+        optimizer = torch.optim.LBFGS(flow.parameters(), lr=0.1, max_iter=3)
+
+        def closure(
+            flow: Glow = flow, x: Tensor = x, optimizer: torch.optim.Optimizer = optimizer
+        ) -> float:
+            optimizer.zero_grad()
+            loss = -flow.log_prob(x).mean()
+            loss.backward()
+            return loss.item()
+
+        for _ in range(2):
+            loss = optimizer.step(closure)  # type: ignore[arg-type]
+        losses.append(loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("output", [list, tuple])
+def test_a_network_must_return_a_tensor(output: type) -> None:
+    class Listed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return output([self.layers(x)])
+
+    for reversible in (True, False):
+        with pytest.raises(
+            TypeError, match=f"net's output: expected a torch.Tensor, got {output.__name__}"
+        ):
+            chain_of(Listed, reversible=reversible)(X)
+
+
+def test_an_optimizer_in_the_backward_pass() -> None:
+    """Hooks that update a parameter once its gradient is there, level by level."""
+    results = []
+    for reversible in (True, False):
+        torch.manual_seed(0)
+        flow = perturbed(Glow((1, 8, 8), 2, 2, 4, reversible=reversible)).double()
+        for p in flow.parameters():
+
+            def update(p: Tensor) -> None:
+                with torch.no_grad():
+                    p -= 1e-3 * p.grad
+                p.grad = None
+
+            p.register_post_accumulate_grad_hook(update)
+        x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        loss_of(*flow(x)).backward()
+        results.append([p.detach() for p in flow.parameters()])
+    assert_all_close(*results, terms=1000)
+
+
+@pytest.mark.parametrize("every", [8, None, 1])
+def test_the_drift_is_that_of_the_states_that_were_rebuilt(every: int | None) -> None:
+    """Couplings whose inverse loses digits: the drift grows with the error of the gradient."""
+    found = []
+    for log_s in (0.5, 1.5, 2.0):
+        torch.manual_seed(0)
+        steps = [FlowStep(4, width=16, spatial_dims=0, scale="exp") for _ in range(8)]
+        chain = ReversibleChain(steps, checkpoint_every=every)
+        x = torch.randn(64, 4)
+        with torch.no_grad():
+            for i, step in enumerate(steps):
+                step.coupling.net[-1].weight.normal_(0, 0.1)
+                step.coupling.net[-1].bias[:2] = -log_s if i % 2 == 0 else log_s
+        exact = copy.deepcopy(chain).double()
+        exact.reversible = False
+        got, want = gradients(chain, x, call=chain), gradients(exact, x.double(), call=exact)
+        error = sum((a - b).square().sum() for a, b in zip(got, want, strict=True)).sqrt()
+        found.append((chain.drift.item(), (error / sum(b.norm() for b in want)).item()))
+    drifts = [drift for drift, _ in found]
+    assert drifts[0] < 1e-5
+    assert not drifts[-1] < 100 * drifts[0]  # NaN counts
+    for drift, error in found:
+        assert not error > 10 * drift or drift != drift
+
+
+def test_what_was_seen_is_forgotten_with_the_network() -> None:
+    from mflow_kernels.reversible import rerun
+
+    chain = chain_of(Net)
+    loss_of(*chain(X)).backward()
+    before = len(rerun._known)
+    del chain
+    gc.collect()
+    assert len(rerun._known) <= before - 3
