@@ -226,7 +226,7 @@ class Row(LinearMap):
     def fold(
         cls,
         maps: Sequence["Row"],
-        names: Sequence[str],
+        places: Sequence[str],
         dtype: torch.dtype,
         *,
         inverted: bool,

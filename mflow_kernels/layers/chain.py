@@ -8,6 +8,7 @@ autocast and with the same random numbers, and update running statistics only on
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -200,15 +201,19 @@ def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
     """
     if isinstance(layer, ReversibleChain):
         return layer.instructions()
-    if not isinstance(layer, Bijection):
-        return [Layer(layer).at(place)]
-    defining = {
-        name: next(c for c in type(layer).__mro__ if name in c.__dict__)
-        for name in ("instructions", "forward", "inverse")
-    }
-    own = all(issubclass(defining["instructions"], c) for c in defining.values())
-    found = layer.instructions() if own else [Layer(layer)]
+    own = isinstance(layer, Bijection) and _instructions_are_current(type(layer))
+    found = layer.instructions() if own else [Layer(layer)]  # type: ignore[operator]
     return [instruction.at(place) for instruction in found]
+
+
+@cache
+def _instructions_are_current(kind: type) -> bool:
+    """Whether no class derived from the one that defines `instructions` overrides a direction."""
+    instructions, *directions = (
+        next(c for c in kind.__mro__ if name in c.__dict__)
+        for name in ("instructions", "forward", "inverse")
+    )
+    return all(issubclass(instructions, c) for c in directions)
 
 
 SIDE = 2**40  # of an image that every squeeze can halve

@@ -29,7 +29,7 @@ class ActNormConv(LinearMap):
     def fold(
         cls,
         maps: Sequence["ActNormConv"],
-        names: Sequence[str],
+        places: Sequence[str],
         dtype: torch.dtype,
         *,
         inverted: bool,
@@ -39,6 +39,7 @@ class ActNormConv(LinearMap):
         folded = fold(maps, dtype)
         if not inverted:
             return folded
+        names = [f"{place}.conv".lstrip(".") for place in places]
         weight, bias = inverse_weight_and_bias(folded.weight, folded.bias, names, check=check)
         return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
 

@@ -59,7 +59,7 @@ class LinearMap:
     def fold(
         cls: type[Map],
         maps: Sequence[Map],
-        names: Sequence[str],
+        places: Sequence[str],
         dtype: torch.dtype,
         *,
         inverted: bool,
@@ -68,7 +68,7 @@ class LinearMap:
         """Compute the weights of maps of one width, or of their inverses, in one batch.
 
         Args:
-            names: the layers that they came from, for errors.
+            places: the layers that they came from, for errors.
 
         Raises:
             ValueError: with `check`, if an inverse is needed and does not exist.
@@ -146,8 +146,7 @@ class Steps(Instruction):
         if not found:
             return None
         maps, places = zip(*(found[::-1] if self.inverted else found), strict=True)
-        names = [f"{place}.conv" if place else "conv" for place in places]
-        return type(maps[0]).fold(maps, names, dtype, inverted=self.inverted, check=check)
+        return type(maps[0]).fold(maps, places, dtype, inverted=self.inverted, check=check)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         cut, linear, couple, couple_linear = _operators()
