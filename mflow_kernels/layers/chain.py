@@ -66,8 +66,9 @@ class ReversibleChain(Flow):
 
     Attributes:
         drift: the largest |rebuilt - true| of the chain's input and of all stored states, over all
-            backward passes, a scalar tensor. Reset it to None before a step to read the drift of
-            that step alone.
+            backward passes, a scalar tensor. The difference is divided by the largest number of the
+            state if that is above 1. Reset it to None before a step to read the drift of that step
+            alone.
     """
 
     def __init__(

@@ -243,7 +243,7 @@ def _masked_penalty_ref(x: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor
 
 def _rebuild_coupling(rebuild: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     return lambda z_b, dz_b, dlogdet, params: tuple(
-        rebuild(z_b, dz_b, dlogdet, params, DEFAULT_SCALE, False, False)
+        rebuild(z_b, dz_b, dlogdet, params, DEFAULT_SCALE, False)
     )
 
 

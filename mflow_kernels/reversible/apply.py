@@ -72,8 +72,8 @@ def apply_reversibly(
             transforms of torch.func.
         checkpoint_every: store the state before every k-th call of a network or layer, and the
             input of that call; None stores none.
-        record_drift: receives the largest |rebuilt - true| of the program's input and of all stored
-            states, a scalar tensor, at the end of a backward pass.
+        record_drift: receives the drift of the program's input and of all stored states, a scalar
+            tensor, at the end of a backward pass (see `BackwardPass.drift`).
 
     Raises:
         ValueError: as `apply_stored`.
@@ -315,7 +315,7 @@ class _SegmentFunction(torch.autograd.Function):
         x, dx = backward.whole()
         if ends:
             record.backward = None
-            backward.compare([x], [ends[0]])
+            backward.compare([x], ends[0])
             if backward.drift is not None:
                 record.record_drift(backward.drift)
         gradients = backward.gradients

@@ -3,7 +3,9 @@
 It undoes the instructions from last to first, and rebuilds each state together with its gradient.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +48,8 @@ class BackwardPass:
         self.context = [c.detach().requires_grad_(c.requires_grad) for c in context]
         self.gradients: dict[int, Tensor] = {}
         self.joined: list[Tensor] = []
-        self._differences: list[Tensor] = []
+        self._differences: list[list[Tensor]] = []  # of each state that was compared
+        self._sizes: list[Tensor] = []  # its largest number
         self.set(x, dx)
 
     def undo(
@@ -148,16 +151,25 @@ class BackwardPass:
                 self.gradients[id(source)] = g if total is None else total + g
         return dx
 
-    def compare(self, rebuilt: Sequence[Tensor], true: Sequence[Tensor]) -> None:
-        """Record the largest difference of rebuilt states from the stored ones."""
-        for a, b in zip(rebuilt, true, strict=True):
-            if a.numel():
-                self._differences.append(torch.linalg.vector_norm(a - b, ord=float("inf")))
+    def compare(self, rebuilt: Sequence[Tensor], true: Tensor) -> None:
+        """Record the difference of a rebuilt state, given in parts of its channels, from the true
+        one."""
+        if not true.numel():
+            return
+        largest = partial(torch.linalg.vector_norm, ord=math.inf)
+        parts = true.split([part.shape[1] for part in rebuilt], dim=1)
+        self._sizes.append(largest(true))
+        self._differences.append([largest(a - b) for a, b in zip(rebuilt, parts, strict=True)])
 
     @property
     def drift(self) -> Tensor | None:
-        """The largest |rebuilt - true| of all states that were compared."""
-        return torch.stack(self._differences).max() if self._differences else None
+        """The largest |rebuilt - true| of all states that were compared; it is divided by the
+        largest number of the state if that is above 1."""
+        if not self._differences:
+            return None
+        sizes = [s for s, parts in zip(self._sizes, self._differences, strict=True) for _ in parts]
+        differences = [d for parts in self._differences for d in parts]
+        return (torch.stack(differences) / torch.stack(sizes).clamp(min=1)).max()
 
     def network_dtype(self, x: Tensor) -> torch.dtype:
         """`autocast_dtype` of the state x in the forward pass."""

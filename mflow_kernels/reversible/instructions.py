@@ -180,7 +180,7 @@ class Layer(Instruction):
         with torch.no_grad(), torch.autocast(**backward.autocast), again.as_in_forward():
             x = rebuild(z, *(c.detach() for c in context))[0]
         if stored is not None:
-            backward.compare([x], [stored[0]])
+            backward.compare([x], stored[0])
             x = stored[0]
         x = x.detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(**backward.autocast):

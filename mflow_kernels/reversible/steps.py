@@ -196,10 +196,8 @@ class Steps(Instruction):
                 b, db, dnet = _undo_couple(couple, backward, again, net_input, b, db)
                 whole = None
                 if stored is not None:
-                    c_a = a.shape[1]
-                    true = stored[0][:, :c_a], stored[0][:, c_a:]
-                    backward.compare((a, b), true)
-                    a, b = true
+                    backward.compare((a, b), stored[0])
+                    a, b = stored[0].tensor_split([a.shape[1]], dim=1)
             if linear is not None:
                 assert weights is not None
                 # A coupling reads the two halves next, and every other instruction one tensor.

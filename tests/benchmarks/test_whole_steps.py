@@ -151,7 +151,7 @@ def launches(width, variant, task):
     return (many.launches - few.launches) / 8
 
 for width, more in ((128, 0), (256, 1)):
-    assert launches(width, "reversible", "train") <= 13 + more
+    assert launches(width, "reversible", "train") <= 13 + more + 5 / 8
     assert launches(width, "stored", "train") <= 10 + more
 assert launches(128, "stored", "sample") <= 4
 assert launches(128, "stored", "forward") <= 4
@@ -162,7 +162,8 @@ def test_launches_of_a_step_of_flow() -> None:
     """A step of flow makes at most 14 launches in training and 4 in sampling.
 
     A step has an eighth of the launches that a Glow of 16 steps makes beyond those of a Glow of 8.
-    The larger one stores one state more, so the launches that store states are included.
+    The larger one stores one state more, so the launches that store states are included: five
+    compare a stored state with the rebuilt one.
     """
     done = run_python("-W", "ignore", "-c", LAUNCHES)
     assert done.returncode == 0, done.stderr

@@ -209,9 +209,7 @@ def test_same_bits_with_any_number_of_threads(layout):
             results.append([
                 *cpu.couple(x, params, scale, False),
                 *cpu.couple_backward(dy, dlogdet, x, params, scale, False),
-                *cpu.rebuild_coupling(
-                    x[:, 3:], dy[:, 3:], dlogdet, params, scale, False, False
-                ),
+                *cpu.rebuild_coupling(x[:, 3:], dy[:, 3:], dlogdet, params, scale, False),
                 *cpu.conv1x1(x, weight, weight[:, 0], torch.float32, params, scale, False),
                 *cpu.coupling_conv1x1_backward(
                     dy, None, dlogdet[:, None], x, params, weight, scale, False

@@ -154,7 +154,7 @@ def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
             ops.conv1x1(x, weight, bias),
             ops.conv1x1_inverse(x, weight, bias),
             ops.coupling_conv1x1(x, x, weight, bias)[0],
-            rebuild_coupling(half, half, dlogdet, x, scale, False, False).dparams,
+            rebuild_coupling(half, half, dlogdet, x, scale, False).dparams,
         ]
         halves = rebuild_conv1x1(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
     for y in halves:

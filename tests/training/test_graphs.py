@@ -119,7 +119,7 @@ def test_networks_that_draw_random_numbers_train_without_graphs(monkeypatch, cap
     loss, _ = StepGraphs()(0, (torch.randn(4, 6),), losses_of(model), [model])
     loss.backward()
     printed = capsys.readouterr().err
-    assert "without CUDA graphs: ReversibleChain: a network (CouplingNetwork) draws" in printed
+    assert "without CUDA graphs: ReversibleChain: network 0 (CouplingNetwork) draws" in printed
     assert all(p.grad is not None for p in model.parameters())
 
 
