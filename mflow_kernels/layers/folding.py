@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ class ActNormConv(LinearMap):
         *,
         inverted: bool,
         check: bool,
+        lean: bool,
     ) -> FoldedWeights:
         """See `LinearMap.fold`. Inverses are computed in float64."""
-        folded = fold(maps, dtype)
+        folded = fold(maps, dtype, lean)
         if not inverted:
             return folded
         names = [f"{place}.conv".lstrip(".") for place in places]
@@ -44,7 +45,7 @@ class ActNormConv(LinearMap):
         return FoldedWeights(weight.to(dtype), bias.to(dtype), -folded.log_det)
 
 
-def fold(maps: Sequence[ActNormConv], dtype: torch.dtype) -> FoldedWeights:
+def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) -> FoldedWeights:
     """Fold each actnorm into the 1x1 convolution after it, all steps in one batched product.
 
     W' = W diag(exp(log_scale)), bias' = W' bias.
@@ -62,7 +63,7 @@ def fold(maps: Sequence[ActNormConv], dtype: torch.dtype) -> FoldedWeights:
     )
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
-    return FoldedWeights(*_Fold.apply(len(maps), dtype, *chain.from_iterable(factors)))
+    return FoldedWeights(*_Fold.apply(len(maps), dtype, lean, *chain.from_iterable(factors)))
 
 
 def fold_ref(
@@ -91,36 +92,59 @@ def plu(
         return permutation @ (lower.tril(-1) + unit) @ (upper.triu(1) + diagonal)
 
 
+class _Products(NamedTuple):
+    """The products of factors that `fold` and its gradient share."""
+
+    permutation: Tensor
+    left: Tensor  # P L
+    upper: Tensor  # U + diag(s)
+    diagonal: Tensor  # s
+    scale: Tensor
+    bias: Tensor
+
+
+def _products(k: int, dtype: torch.dtype, factors: Sequence[Tensor]) -> tuple[_Products, Tensor]:
+    """The products of K steps, and the log-determinant of their linear maps."""
+    permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
+        torch.stack(factors[i : i + k]).to(dtype) for i in range(0, 7 * k, k)
+    )
+    with without_autocast(lower):
+        diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
+        lower, upper = lower.tril_(-1), upper.triu_(1)
+        lower.diagonal(dim1=1, dim2=2).fill_(1)
+        upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        left = permutation @ lower
+    log_det = log_diagonal.sum() + log_scale.sum()
+    return _Products(permutation, left, upper, diagonal, scale, bias), log_det
+
+
 class _Fold(torch.autograd.Function):
-    """`fold_ref` as one node of the graph instead of twenty, without a copy of each factor."""
+    """`fold_ref` as one node of the graph instead of twenty, without a copy of each factor.
+
+    If `lean`, it stores no products, and its backward computes them again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, k: int, dtype: torch.dtype, *factors: Tensor
+        ctx: Any, k: int, dtype: torch.dtype, lean: bool, *factors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stacks = [torch.stack(factors[i : i + k]) for i in range(0, 7 * k, k)]
-        permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
-            stack.to(dtype) for stack in stacks
-        )
-        with without_autocast(lower):
-            diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()
-            lower, upper = lower.tril_(-1), upper.triu_(1)
-            lower.diagonal(dim1=1, dim2=2).fill_(1)
-            upper.diagonal(dim1=1, dim2=2).copy_(diagonal)
-            left = permutation @ lower
-            weight = (left @ upper).mul_(scale[:, None, :])
-            folded_bias = (weight @ bias[:, :, None]).squeeze(2)
-        # If the steps have different dtypes, `stack` promotes them; autograd casts gradients back.
-        ctx.k, ctx.dtypes = k, [stack.dtype for stack in stacks[2:]]
-        ctx.save_for_backward(permutation, left, upper, diagonal, scale, bias, weight)
-        return weight, folded_bias, log_diagonal.sum() + log_scale.sum()
+        products, log_det = _products(k, dtype, factors)
+        with without_autocast(products.left):
+            weight = (products.left @ products.upper).mul_(products.scale[:, None, :])
+            folded_bias = (weight @ products.bias[:, :, None]).squeeze(2)
+        ctx.k, ctx.dtype, ctx.lean = k, dtype, lean
+        ctx.dtypes = [factor.dtype for factor in factors[2 * k :]]
+        ctx.save_for_backward(weight, *(factors if lean else products))
+        return weight, folded_bias, log_det
 
     @staticmethod
     def backward(
         ctx: Any, dweight: Tensor, dfolded_bias: Tensor, dlog_det: Tensor
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("fold")
-        permutation, left, upper, diagonal, scale, bias, weight = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
+        products = _products(ctx.k, ctx.dtype, saved)[0] if ctx.lean else _Products(*saved)
+        permutation, left, upper, diagonal, scale, bias = products
         with without_autocast(weight):
             dweight = torch.baddbmm(dweight, dfolded_bias[:, :, None], bias[:, None, :])
             dbias = (dfolded_bias[:, None, :] @ weight).squeeze(1)
@@ -130,5 +154,6 @@ class _Fold(torch.autograd.Function):
             dlower = permutation.mT @ (dproduct @ upper.mT)
         dlog_diagonal = (dupper.diagonal(dim1=1, dim2=2) * diagonal).add_(dlog_det)
         gradients = dlower.tril_(-1), dupper.triu_(1), dlog_diagonal, dlog_scale, dbias
-        parts = (g.to(d).unbind() for g, d in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, *(None,) * (2 * ctx.k), *chain.from_iterable(parts)
+        rows = chain.from_iterable(gradient.unbind() for gradient in gradients)
+        parts = (row.to(dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True))
+        return None, None, None, *(None,) * (2 * ctx.k), *parts

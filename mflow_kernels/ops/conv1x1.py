@@ -37,10 +37,10 @@ from mflow_kernels.ops.channel_products import (
     weight_gradient_splits,
 )
 from mflow_kernels.ops.checks import check_choice, check_device, check_shape, check_tensor
-from mflow_kernels.ops.launch import capturing, cusolver, uses_triton
+from mflow_kernels.ops.launch import capturing, cusolver, transformed, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, flow_state, in_layout_of, net_input
 from mflow_kernels.ops.precision import accumulator, without_autocast
-from mflow_kernels.ops.registration import operator, register
+from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
 
 PRECISIONS = ("tf32x3", "tf32")
 
@@ -235,6 +235,14 @@ def inverse_weight_and_bias(
     Raises:
         ValueError: with `check`, a W that is singular or not finite.
     """
+    if not (transformed() or torch.compiler.is_compiling()):
+        return _InverseWeightAndBias.apply(weight, bias, names, check)
+    return _inverse_weight_and_bias(weight, bias, names, check)
+
+
+def _inverse_weight_and_bias(
+    weight: Tensor, bias: Tensor, names: Sequence[str] | None, check: bool
+) -> tuple[Tensor, Tensor]:
     weight = weight.double()
     inverse, info = invert(weight)
     # An infinite W may have a finite inverse.
@@ -249,3 +257,27 @@ def inverse_weight_and_bias(
     missing = good.logical_not().unsqueeze(-1).unsqueeze(-1)
     inverse = inverse.masked_fill(missing, math.nan)
     return inverse, -(inverse @ bias.double().unsqueeze(-1)).squeeze(-1)
+
+
+class _InverseWeightAndBias(torch.autograd.Function):
+    """`inverse_weight_and_bias` as one node, which stores the inverse alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor, names: Sequence[str] | None, check: bool
+    ) -> tuple[Tensor, Tensor]:
+        inverse, inverse_bias = _inverse_weight_and_bias(weight, bias, names, check)
+        ctx.dtypes = weight.dtype, bias.dtype
+        ctx.save_for_backward(inverse, bias)
+        return inverse, inverse_bias
+
+    @staticmethod
+    def backward(ctx: Any, dinverse: Tensor, dinverse_bias: Tensor) -> tuple[Tensor | None, ...]:
+        """With R = W^-1 and r = -R b: db = -R^T dr, dW = -R^T (dR - dr b^T) R^T."""
+        refuse_second_derivative("inverse_weight_and_bias")
+        inverse, bias = ctx.saved_tensors
+        dinverse_bias = dinverse_bias.unsqueeze(-1)
+        dinverse = dinverse - dinverse_bias @ bias.double().unsqueeze(-2)
+        dweight = -(inverse.mT @ (dinverse @ inverse.mT))
+        dbias = -(inverse.mT @ dinverse_bias).squeeze(-1)
+        return dweight.to(ctx.dtypes[0]), dbias.to(ctx.dtypes[1]), None, None

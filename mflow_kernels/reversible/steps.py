@@ -64,11 +64,13 @@ class LinearMap:
         *,
         inverted: bool,
         check: bool,
+        lean: bool,
     ) -> FoldedWeights:
         """Compute the weights of maps of one width, or of their inverses, in one batch.
 
         Args:
             places: the layers that they came from, for errors.
+            lean: as for `Instruction.fold`.
 
         Raises:
             ValueError: with `check`, if an inverse is needed and does not exist.
@@ -140,13 +142,16 @@ class Steps(Instruction):
                 steps.append(Step(linear, None, place))
         return Steps(steps, not self.inverted)
 
-    def fold(self, dtype: torch.dtype, *, check: bool = False) -> FoldedWeights | None:
+    def fold(
+        self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
+    ) -> FoldedWeights | None:
         """The rows are in the direction data -> latent."""
         found = [(s.linear, s.place) for s in self.steps if s.linear is not None]
         if not found:
             return None
         maps, places = zip(*(found[::-1] if self.inverted else found), strict=True)
-        return type(maps[0]).fold(maps, places, dtype, inverted=self.inverted, check=check)
+        how = {"inverted": self.inverted, "check": check, "lean": lean}
+        return type(maps[0]).fold(maps, places, dtype, **how)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         cut, linear, couple, couple_linear = _operators()
