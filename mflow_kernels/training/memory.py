@@ -21,11 +21,10 @@ holds its complete gradients while it computes those of the forward pass. At eac
                  that is not done.
     stored       only without reversible: for each network not done, S, its input, Q and 2 H; and
                  the weights of all networks in low precision.
-    folded       for each step of one level, 9 C^2 numbers: 6 for W' and the inputs of its gradient,
-                 3 for W^-1 (float64) and the partial sums of dW. They grow to 12 C^2 while the
-                 gradients of W's factors are computed. In the inverse pass W^-1 needs gradients
-                 too, so the numbers are 12 C^2 and 20 C^2. Without reversible, the steps of all
-                 levels count: 6 C^2 each, and 5 C^2 more for the inverse pass.
+    folded       for each step of the levels that are not done, C^2 numbers for W', and 3 C^2 more
+                 in the inverse pass for W^-1; and for each step of the current level `INSIDE` C^2,
+                 or at its end `LEAVING` C^2. Without reversible, 6 C^2 for each step of all levels,
+                 and 5 C^2 more for the inverse pass.
     one step     the rebuilt state and its gradient, 2 S, and their new halves, 8 B C_b p; the
                  network's input, Q and dQ; 4 H (both hidden layers, and at the last ReLU the
                  gradient before and after it); and the network's weights in low precision. The
@@ -40,7 +39,7 @@ in the caching allocator.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -222,6 +221,12 @@ class _Flow(NamedTuple):
         return squares
 
 
+# Numbers of a C x C weight that the backward pass of a level holds beside those of `_Pass.folded`:
+# while it undoes steps, the inverse in float64 and float32 and partial sums; at its end, products
+# in float64 and the factors' gradients.
+INSIDE, LEAVING = 4, 8
+
+
 class _Pass(NamedTuple):
     """One pass through a flow, with its couplings in the order of the backward pass."""
 
@@ -229,6 +234,13 @@ class _Pass(NamedTuple):
     inverse: bool
     order: Sequence[int]  # indices into flow.couplings
     kept: set[int]  # couplings whose state is kept
+
+    def folded(self, left: Set[int] = frozenset()) -> int:
+        """Bytes of the folded weights that the forward pass holds for the backward pass: W'; in an
+        inverse pass also its inverse, in float64 and in float32. Levels with the numbers of
+        channels `left` are done."""
+        squares = sum(size for c, size in self.flow.squares.items() if c not in left)
+        return (4 if self.inverse else 1) * squares
 
 
 def _passes(config: RunConfig, trained: list[_Flow]) -> list[_Pass]:
@@ -264,7 +276,9 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
 
     e = network_bytes(config)
     stored = folded = 0
-    if not config.reversible:
+    if config.reversible:
+        folded = sum(each.folded() for each in passes)
+    else:
         stored = sum(_stored(config, n) for each in passes for n in each.flow.couplings)
         weights = sum(n.parameters for flow in trained for n in flow.couplings)
         stored += e * weights if e < FLOAT or by_operator(config) else 0
@@ -280,11 +294,10 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
             level = [
                 j for j, m in enumerate(couplings) if m.channels == n.channels and m.has_conv1x1
             ]
-            inside, leaving = (12, 20) if inverse else (9, 12)
-            # The backward pass reaches a step's convolution after its network, or before it in the
-            # inverse pass.
             if config.reversible:
-                folded = inside * squares[n.channels] if n.has_conv1x1 and i != level[-1] else 0
+                left = {couplings[j].channels for j in order[: order.index(i)]} - {n.channels}
+                held = passes[done].folded(left) + sum(p.folded() for p in passes[done + 1 :])
+                folded = held + INSIDE * squares[n.channels]
             leaves_level = n.has_conv1x1 and i == level[-1 if inverse else 0]
             conv1x1s = (
                 FLOAT * sum(couplings[j].conv1x1_parameters for j in level) if leaves_level else 0
@@ -298,7 +311,7 @@ def _snapshots(config: RunConfig, trained: list[_Flow]) -> Iterator[Memory]:
             if not inverse:
                 gradients += conv1x1s
             if leaves_level and config.reversible:
-                folded = leaving * squares[n.channels]
+                folded = held + LEAVING * squares[n.channels]
                 yield snapshot(done, i, gradients, stored, folded, 2 * state_bytes(config, n))
         if flow.decodes and not inverse:
             gradients -= flow.gradients  # the gradients of both passes are summed
