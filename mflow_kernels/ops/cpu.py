@@ -69,12 +69,21 @@ def couple_backward(
 
 
 def rebuild_coupling(
-    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    true_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `rebuild_coupling_ref`."""
     z_b = dense_pixels(z_b)
     y_b = torch.empty_like(z_b)
     dy_b, dparams = _coupling_backward(z_b, y_b, dz_b, dlogdet, params, scale, inverse, 0)
+    if true_b is not None:
+        given = true_b, None
+        dy_b, dparams = _coupling_backward(*given, dz_b, dlogdet, params, scale, inverse, 0)
     return y_b, dy_b, dparams
 
 

@@ -46,11 +46,18 @@ class RebuiltCoupling(NamedTuple):
 
 
 def rebuild_coupling_ref(
-    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    true_b: Tensor | None = None,
 ) -> RebuiltCoupling:
     y_b, log_s = couple_ref(z_b, params, scale, not inverse)
     log_s = log_s if inverse else -log_s
-    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, y_b, params, scale, inverse, log_s)
+    at_b = y_b if true_b is None else true_b
+    dy_b, dparams = couple_backward_ref(dz_b, dlogdet, at_b, params, scale, inverse, log_s)
     return RebuiltCoupling(y_b.to(z_b.dtype), dy_b.to(z_b.dtype), dparams)
 
 
@@ -60,6 +67,7 @@ def _rebuild_coupling_kernel(
     coupling_params,
     dz_b,
     dlogdet,
+    true_b,
     y_b,
     dy_b,
     dparams,
@@ -80,6 +88,8 @@ def _rebuild_coupling_kernel(
         z_t = tl.load(at(z_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
         y_t, _ = couple(z_t, raw, shift, inside, SCALE, not INVERSE)
         tl.store(at(y_b, n, c, p), y_t, mask=inside)
+        if true_b[0] is not None:
+            y_t = tl.load(at(true_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dz_t = tl.load(at(dz_b, n, c, p), mask=inside, other=0.0).to(DTYPE)
         dy_t, draw, dshift = couple_backward(y_t, raw, shift, inside, dz_t, dlog_s, SCALE, INVERSE)
         tl.store(at(dy_b, n, c, p), dy_t, mask=inside)
@@ -87,9 +97,16 @@ def _rebuild_coupling_kernel(
 
 
 def launch_rebuild_coupling(
-    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    true_b: Tensor | None = None,
 ) -> RebuiltCoupling:
     """One launch."""
+    true_b = None if true_b is None else dense_pixels(true_b)
     z_b, dz_b, params = dense_pixels(z_b), dense_pixels(dz_b), dense_pixels(params)
     y_b, dy_b, dparams = (torch.empty_like(t) for t in (z_b, z_b, params))
     block_c, block_p = elementwise_tile(z_b)
@@ -98,7 +115,7 @@ def launch_rebuild_coupling(
     launch_elementwise(
         _rebuild_coupling_kernel,
         z_b,
-        *(strided(z_b), strided(params), strided(dz_b), dlogdet.contiguous()),
+        *(strided(z_b), strided(params), strided(dz_b), dlogdet.contiguous(), strided(true_b)),
         *(strided(y_b), strided(dy_b), strided(dparams)),
         tile=(block_c, block_p),
         C_B=z_b.shape[1],
@@ -109,7 +126,13 @@ def launch_rebuild_coupling(
 
 
 def rebuild_coupling(
-    z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, scale: ScaleFunction, inverse: bool
+    z_b: Tensor,
+    dz_b: Tensor,
+    dlogdet: Tensor,
+    params: Tensor,
+    scale: ScaleFunction,
+    inverse: bool,
+    true_b: Tensor | None = None,
 ) -> RebuiltCoupling:
     """Run the first launch of a step's backward pass; on a CPU, its loop or its reference.
 
@@ -119,10 +142,12 @@ def rebuild_coupling(
         dlogdet: (N,).
         params: (N, 2 * C_b, *spatial), the network's output.
         scale, inverse: those of the forward pass.
+        true_b: this half of y, if the forward pass stored it. The gradients are then those at this
+            value, and the rebuilt one shows how far it is off.
     """
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = rebuild_coupling_ref
     if uses_triton(z_b):
         run = launch_rebuild_coupling
     elif cpu.serves(z_b):
         run = cpu.rebuild_coupling
-    return RebuiltCoupling(*run(z_b, dz_b, dlogdet, params, scale, inverse))
+    return RebuiltCoupling(*run(z_b, dz_b, dlogdet, params, scale, inverse, true_b))

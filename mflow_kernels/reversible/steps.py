@@ -198,11 +198,13 @@ class Steps(Instruction):
                 elif net_input is None:
                     net_input = torch.empty_like(a, dtype=backward.network_dtype(a)).copy_(a)
                 da = da if dnet is None else da + dnet
-                b, db, dnet = _undo_couple(couple, backward, again, net_input, b, db)
+                true = None if stored is None else stored[0].tensor_split([a.shape[1]], dim=1)
+                true_b = None if true is None else true[1]
+                b, db, dnet = _undo_couple(couple, backward, again, net_input, b, db, true_b)
                 whole = None
-                if stored is not None:
+                if stored is not None and true is not None:
                     backward.compare((a, b), stored[0])
-                    a, b = stored[0].tensor_split([a.shape[1]], dim=1)
+                    a, b = true
             if linear is not None:
                 assert weights is not None
                 # A coupling reads the two halves next, and every other instruction one tensor.
@@ -224,14 +226,15 @@ def _undo_couple(
     net_input: Tensor,
     z_b: Tensor,
     dz_b: Tensor,
+    true_b: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The second half of the state before a coupling, its gradient, and the gradient that the
-    network returned for its input."""
+    network returned for its input. `true_b` is that half, if it was stored."""
     net_input = net_input.detach().requires_grad_()
     with torch.enable_grad(), torch.autocast(**backward.autocast):
         params = again.run_again(net_input, backward.context)
     b, db, dparams = rebuild_coupling(
-        z_b, dz_b, backward.dlogdet, params.detach(), couple.scale, couple.inverted
+        z_b, dz_b, backward.dlogdet, params.detach(), couple.scale, couple.inverted, true_b
     )
     return b, db, backward.differentiate(again, (params,), (dparams,), net_input)
 

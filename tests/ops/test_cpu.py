@@ -81,15 +81,17 @@ def test_couple(shape, layout, inverse, dtype):
         assert_close(a, b, scale=GROWTH, name=name)
 
 
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_rebuild_coupling(shape, layout, inverse):
+def test_rebuild_coupling(shape, layout, inverse, stored):
     scale = ScaleFunction("tanh")
     z, params, dz, dlogdet = sample(shape, layout)
     c_a = shape[1] // 2
     given = z[:, c_a:], dz[:, c_a:], dlogdet, params
-    got = cpu.rebuild_coupling(*given, scale, inverse)
-    want = rebuild_coupling_ref(*exact(*given), scale, inverse)
+    true = (dz[:, c_a:].sin(),) if stored else ()
+    got = cpu.rebuild_coupling(*given, scale, inverse, *true)
+    want = rebuild_coupling_ref(*exact(*given), scale, inverse, *exact(*true))
     for name, a, b in zip(want._fields, got, want, strict=True):
         size = b.abs().max().item() if b.numel() else 1.0
         assert_close(a, b, scale=GROWTH * size, name=name)
