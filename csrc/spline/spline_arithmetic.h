@@ -122,18 +122,38 @@ MFLOW_INLINE void find_bin(int n, int bins, A length, A least, Axis<A>& axis, Sp
     }
 }
 
+// The slopes of `count` raw numbers.
 template <class A>
-MFLOW_INLINE A slope_of(A raw, const SplineConstants<A>& k, bool exponential) {
-    if (exponential) return exp_of(raw / (A(1) + magnitude(raw) * k.slope_limit));
-    return k.min_slope + (log1p_of(exp_of(-magnitude(raw))) + (raw > A(0) ? raw : A(0)));
+MFLOW_INLINE void slopes_of(int count, const A* raw, const SplineConstants<A>& k, bool exponential, A* to) {
+    if (exponential) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) to[i] = exp_of(raw[i] / (A(1) + magnitude(raw[i]) * k.slope_limit));
+    } else {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            const A positive = raw[i] > A(0) ? raw[i] : A(0);
+            to[i] = k.min_slope + (log1p_of(exp_of(-magnitude(raw[i]))) + positive);
+        }
+    }
 }
-// d slope / d raw, from both.
+
+// Multiplies gradients of slopes by d slope / d raw.
 template <class A>
-MFLOW_INLINE A slope_change(A raw, A slope, const SplineConstants<A>& k, bool exponential) {
-    const A limited = A(1) + magnitude(raw) * k.slope_limit;
-    if (exponential) return slope / (limited * limited);
-    const A e = exp_of(-magnitude(raw));
-    return (raw < A(0) ? e : A(1)) / (A(1) + e);
+MFLOW_INLINE void change_slopes(int count, const A* raw, const A* slope, const SplineConstants<A>& k,
+                                bool exponential, A* gradient) {
+    if (exponential) {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            const A limited = A(1) + magnitude(raw[i]) * k.slope_limit;
+            gradient[i] *= slope[i] / (limited * limited);
+        }
+    } else {
+#pragma omp simd
+        for (int i = 0; i < count; ++i) {
+            const A e = exp_of(-magnitude(raw[i]));
+            gradient[i] *= (raw[i] < A(0) ? e : A(1)) / (A(1) + e);
+        }
+    }
 }
 
 // The slopes at both ends of each lane's bin, and the raw numbers behind them. With linear tails the
@@ -141,30 +161,26 @@ MFLOW_INLINE A slope_change(A raw, A slope, const SplineConstants<A>& k, bool ex
 template <class A>
 MFLOW_INLINE void read_slopes(const Spline& p, const HalfGrid& g, const Tile& t, const SplineConstants<A>& k,
                               SplineBuffers<A>& b) {
-    const int bins = p.options.bins, offset = p.options.tails ? -1 : 0;
-    const Part<A> from = part<A>(g, t, numbers_of(p.params, p.options, 2 * bins, sizeof(A) == 8));
+    const int n = t.size(), offset = p.options.tails ? -1 : 0, last = p.options.slopes() - 1;
+    const Part<A> from = part<A>(g, t, numbers_of(p.params, p.options, 2 * p.options.bins, sizeof(A) == 8));
     const int64_t step = p.params.channel;
     for (int r = 0, i = 0; r < t.rows; ++r) {
         for (int c = 0; c < t.width; ++c, ++i) {
             const A* const raw = from.data + r * from.row + c * from.step;
-            const int first = static_cast<int>(b.bin[i]) + offset, last = p.options.slopes() - 1;
+            const int first = static_cast<int>(b.bin[i]) + offset;
             b.raw0[i] = raw[step * std::max(first, 0)];
             b.raw1[i] = raw[step * std::min(first + 1, last)];
         }
     }
-    const int n = t.size();
-    const bool tails = p.options.tails;
-    const A end = A(bins - 1);
-    const auto run = [&](auto exponential) __attribute__((always_inline)) {
+    slopes_of<A>(n, b.raw0, k, p.options.exponential, b.slope0);
+    slopes_of<A>(n, b.raw1, k, p.options.exponential, b.slope1);
+    if (!p.options.tails) return;
+    const A end = A(p.options.bins - 1);
 #pragma omp simd
-        for (int i = 0; i < n; ++i) {
-            const A s0 = slope_of(b.raw0[i], k, exponential.value);
-            const A s1 = slope_of(b.raw1[i], k, exponential.value);
-            b.slope0[i] = tails && b.bin[i] == A(0) ? A(1) : s0;
-            b.slope1[i] = tails && b.bin[i] == end ? A(1) : s1;
-        }
-    };
-    p.options.exponential ? run(std::true_type{}) : run(std::false_type{});
+    for (int i = 0; i < n; ++i) {
+        b.slope0[i] = b.bin[i] == A(0) ? A(1) : b.slope0[i];
+        b.slope1[i] = b.bin[i] == end ? A(1) : b.slope1[i];
+    }
 }
 
 // Where an element lies in its bin, with the terms of the formulas. t and s = 1 - t are its distances from
@@ -309,12 +325,8 @@ MFLOW_INLINE void write_slopes(const Spline& p, const HalfGrid& g, const Tile& t
                                SplineBuffers<A>& b) {
     const int n = t.size();
     const A offset = p.options.tails ? A(-1) : A(0);
-    const bool exponential = p.options.exponential;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        b.dslope0[i] *= slope_change(b.raw0[i], b.slope0[i], k, exponential);
-        b.dslope1[i] *= slope_change(b.raw1[i], b.slope1[i], k, exponential);
-    }
+    change_slopes<A>(n, b.raw0, b.slope0, k, p.options.exponential, b.dslope0);
+    change_slopes<A>(n, b.raw1, b.slope1, k, p.options.exponential, b.dslope1);
     for (int j = 0; j < p.options.slopes(); ++j) {
         const StateView to = numbers_of(p.dparams, p.options, 2 * p.options.bins + j, sizeof(A) == 8);
         A* const draw = room<A>(g, t, to, b.gradient);
