@@ -26,6 +26,7 @@ __all__ = [
     "ManifoldFlow",
     "ManifoldObjective",
     "ReversibleChain",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "Terms",

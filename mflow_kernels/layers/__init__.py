@@ -5,6 +5,7 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
+from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep
 
@@ -15,6 +16,7 @@ __all__ = [
     "FlowStep",
     "InvertibleConv1x1",
     "ReversibleChain",
+    "SplineCoupling",
     "Split",
     "Squeeze",
 ]

@@ -146,16 +146,7 @@ def spline_backward(
     x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
     _C.spline_backward(
-        torch.get_num_threads(),
-        identity,
-        dy,
-        dlogdet,
-        x,
-        params,
-        dx,
-        dparams,
-        spline_args,
-        inverse,
+        torch.get_num_threads(), identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse
     )
     return dx, dparams.to(params.dtype)
 

@@ -169,9 +169,7 @@ def spline_of(bins: int, tails: bool, kind: Kind, numbers: list[float]) -> Splin
     return _spline_of(bins, tails, kind, tuple(numbers))
 
 
-def spline_ref(
-    x: Tensor, params: Tensor, spline: Spline, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
     """y and log |dy/dx|, elementwise, from x (N, C, *spatial), in the accumulator's dtype."""
     x = x.to(accumulator(x.dtype))
     raw = params.to(x.dtype).unflatten(1, (x.shape[1], spline.numbers)).movedim(2, -1)
