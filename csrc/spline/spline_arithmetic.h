@@ -2,18 +2,22 @@
 // are innermost, so that they vectorize.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
 #include "../common/functions.h"
 #include "../common/grid.h"
 #include "spline.h"
 
 namespace mflow {
 
-constexpr int kLanes = 64;  // elements of a full tile
+constexpr int kLanes = 128;  // elements of a full tile
 
 // One axis of a tile's splines: the widths or the heights of their bins.
 template <class A>
 struct Axis {
-    A exps[kMaxBins * kLanes];  // softmax numerators, bin by bin
+    A exps[(kMaxBins + 1) * kLanes];  // softmax numerators, bin by bin; later gradients
     A inverse_sum[kLanes];
     // Of each lane's bin: its first knot, counted from the interval's end, its length, its softmax value,
     // and the sum of the softmax values below.
@@ -26,7 +30,7 @@ struct SplineBuffers {
     A number[kLanes], x[kLanes], y[kLanes], position[kLanes], inside[kLanes], bin[kLanes], log_slope[kLanes];
     A slope0[kLanes], slope1[kLanes], raw0[kLanes], raw1[kLanes], edge[kLanes], total[kLanes];
     A dy[kLanes], dlogdet[kLanes], dx[kLanes], dstart[kLanes], dsize[kLanes], dstart_y[kLanes], dsize_y[kLanes];
-    A dslope0[kLanes], dslope1[kLanes], mean[kLanes], gradient[kLanes];
+    A dslope0[kLanes], dslope1[kLanes], mean[kLanes];
 };
 
 // The options in the type of the computation.
@@ -66,6 +70,79 @@ inline StateView numbers_of(const StateView& params, const SplineOptions& o, int
     return view;
 }
 
+// Whether the numbers of a tile's elements follow one another, and one stride leads from element to element.
+template <class A>
+MFLOW_INLINE bool element_by_element(const Tile& t, const StateView& params, const Part<A>& first) {
+    return params.channel == 1 && (t.rows == 1 || first.row == t.width * first.step);
+}
+
+// out[j * b + i] = in[i * a + j] for i < n and j < count, or the other way round if BACK.
+template <bool BACK, class A>
+MFLOW_INLINE void transpose(int n, int count, A* in, int64_t a, A* out, int64_t b) {
+    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+    typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Index __attribute__((vector_size(4 * sizeof(A))));
+    const int whole_n = n / 4 * 4, whole_count = count / 4 * 4;
+    for (int j = 0; j < whole_count; j += 4) {
+        for (int i = 0; i < whole_n; i += 4) {
+            A* const from = BACK ? out + j * b + i : in + i * a + j;
+            A* const to = BACK ? in + i * a + j : out + j * b + i;
+            const int64_t row = BACK ? b : a, row_to = BACK ? a : b;
+            Four v0, v1, v2, v3;
+            std::memcpy(&v0, from, sizeof(Four));
+            std::memcpy(&v1, from + row, sizeof(Four));
+            std::memcpy(&v2, from + 2 * row, sizeof(Four));
+            std::memcpy(&v3, from + 3 * row, sizeof(Four));
+            const Four low0 = __builtin_shuffle(v0, v1, Index{0, 4, 1, 5});
+            const Four high0 = __builtin_shuffle(v0, v1, Index{2, 6, 3, 7});
+            const Four low1 = __builtin_shuffle(v2, v3, Index{0, 4, 1, 5});
+            const Four high1 = __builtin_shuffle(v2, v3, Index{2, 6, 3, 7});
+            const Four rows[4] = {__builtin_shuffle(low0, low1, Index{0, 1, 4, 5}),
+                                  __builtin_shuffle(low0, low1, Index{2, 3, 6, 7}),
+                                  __builtin_shuffle(high0, high1, Index{0, 1, 4, 5}),
+                                  __builtin_shuffle(high0, high1, Index{2, 3, 6, 7})};
+            for (int r = 0; r < 4; ++r) std::memcpy(to + r * row_to, &rows[r], sizeof(Four));
+        }
+    }
+    for (int i = 0; i < n; ++i) {
+        for (int j = i < whole_n ? whole_count : 0; j < count; ++j) {
+            if (BACK) {
+                in[i * a + j] = out[j * b + i];
+            } else {
+                out[j * b + i] = in[i * a + j];
+            }
+        }
+    }
+}
+
+// Reads `count` numbers of each element, beginning with number `first`: one row of kLanes for each.
+template <class A>
+MFLOW_INLINE void read_numbers(const Spline& p, const HalfGrid& g, const Tile& t, int first, int count, A* rows) {
+    const Part<A> from = part<A>(g, t, numbers_of(p.params, p.options, first, sizeof(A) == 8));
+    if (element_by_element(t, p.params, from)) {
+        transpose<false, A>(t.size(), count, from.data, from.step, rows, kLanes);
+        return;
+    }
+    for (int j = 0; j < count; ++j) {
+        const StateView number = numbers_of(p.params, p.options, first + j, sizeof(A) == 8);
+        copy<A>(t.rows, t.width, part<A>(g, t, number), {rows + j * kLanes, t.width, 1, true});
+    }
+}
+
+// Writes gradients of numbers, as `read_numbers` reads numbers.
+template <class A>
+MFLOW_INLINE void write_numbers(const Spline& p, const HalfGrid& g, const Tile& t, int first, int count,
+                                A* rows) {
+    const Part<A> to = part<A>(g, t, numbers_of(p.dparams, p.options, first, sizeof(A) == 8));
+    if (element_by_element(t, p.dparams, to)) {
+        transpose<true, A>(t.size(), count, to.data, to.step, rows, kLanes);
+        return;
+    }
+    for (int j = 0; j < count; ++j) {
+        const StateView number = numbers_of(p.dparams, p.options, first + j, sizeof(A) == 8);
+        copy<A>(t.rows, t.width, {rows + j * kLanes, t.width, 1, true}, part<A>(g, t, number));
+    }
+}
+
 // Reads the raw numbers of one axis and computes its softmax.
 template <class A>
 MFLOW_INLINE void read_axis(const Spline& p, const HalfGrid& g, const Tile& t, const SplineConstants<A>& k,
@@ -73,13 +150,13 @@ MFLOW_INLINE void read_axis(const Spline& p, const HalfGrid& g, const Tile& t, c
     const int n = t.size(), bins = p.options.bins;
     A* const largest = b.edge;
     A* const total = b.total;
+    read_numbers<A>(p, g, t, first, bins, axis.exps);
     for (int j = 0; j < bins; ++j) {
-        const A* raw = read<A>(g, t, numbers_of(p.params, p.options, first + j, sizeof(A) == 8), b.number);
-        A* const cooled_to = axis.exps + j * kLanes;
+        A* const row = axis.exps + j * kLanes;
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
-            const A r = cooled(raw[i], k);
-            cooled_to[i] = r;
+            const A r = cooled(row[i], k);
+            row[i] = r;
             largest[i] = j == 0 || r > largest[i] ? r : largest[i];
         }
     }
@@ -295,29 +372,27 @@ MFLOW_INLINE void write_axis(const Spline& p, const HalfGrid& g, const Tile& t, 
                              int first, A least, Axis<A>& axis, const A* dstart, const A* dsize,
                              SplineBuffers<A>& b) {
     const int n = t.size(), bins = p.options.bins;
-    const bool is_double = sizeof(A) == 8;
     const A factor = k.length * (A(1) - least * A(bins)) * k.cooling;
 #pragma omp simd
     for (int i = 0; i < n; ++i) b.mean[i] = dstart[i] * axis.below[i] + dsize[i] * axis.share[i];
     for (int j = 0; j < bins; ++j) {
-        const StateView to = numbers_of(p.dparams, p.options, first + j, is_double);
-        A* const draw = room<A>(g, t, to, b.gradient);
-        const A* const exps = axis.exps + j * kLanes;
+        A* const row = axis.exps + j * kLanes;
         const A index = A(j);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
             const A own = b.bin[i] > index ? dstart[i] : b.bin[i] == index ? dsize[i] : A(0);
-            draw[i] = factor * (exps[i] * axis.inverse_sum[i]) * (own - b.mean[i]);
+            row[i] = factor * (row[i] * axis.inverse_sum[i]) * (own - b.mean[i]);
         }
         if (p.options.exponential) {
-            const A* raw = read<A>(g, t, numbers_of(p.params, p.options, first + j, is_double), b.number);
+            read_numbers<A>(p, g, t, first + j, 1, b.number);
+#pragma omp simd
             for (int i = 0; i < n; ++i) {
-                const A limited = A(1) + magnitude(raw[i] * k.cooling) * k.size_limit;
-                draw[i] /= limited * limited;
+                const A limited = A(1) + magnitude(b.number[i] * k.cooling) * k.size_limit;
+                row[i] /= limited * limited;
             }
         }
-        write<A>(g, t, to, draw);
     }
+    write_numbers<A>(p, g, t, first, bins, axis.exps);
 }
 
 template <class A>
@@ -327,17 +402,17 @@ MFLOW_INLINE void write_slopes(const Spline& p, const HalfGrid& g, const Tile& t
     const A offset = p.options.tails ? A(-1) : A(0);
     change_slopes<A>(n, b.raw0, b.slope0, k, p.options.exponential, b.dslope0);
     change_slopes<A>(n, b.raw1, b.slope1, k, p.options.exponential, b.dslope1);
+    A* const rows = b.widths.exps;  // no longer needed
     for (int j = 0; j < p.options.slopes(); ++j) {
-        const StateView to = numbers_of(p.dparams, p.options, 2 * p.options.bins + j, sizeof(A) == 8);
-        A* const draw = room<A>(g, t, to, b.gradient);
+        A* const row = rows + j * kLanes;
         const A index = A(j);
 #pragma omp simd
         for (int i = 0; i < n; ++i) {
             const A first = b.bin[i] + offset;
-            draw[i] = first == index ? b.dslope0[i] : first + A(1) == index ? b.dslope1[i] : A(0);
+            row[i] = first == index ? b.dslope0[i] : first + A(1) == index ? b.dslope1[i] : A(0);
         }
-        write<A>(g, t, to, draw);
     }
+    write_numbers<A>(p, g, t, 2 * p.options.bins, p.options.slopes(), rows);
 }
 
 }  // namespace mflow

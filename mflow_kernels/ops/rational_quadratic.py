@@ -220,8 +220,13 @@ def check_numbers(
 def apply_spline(
     x: Tensor, params: Tensor, spline: Spline, identity: int, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y and logdet (N,), from checked arguments."""
-    run = operator(rational_quadratic_op, spline_forward)
+    """y and logdet (N,), from checked arguments.
+
+    A flow on vectors is small, so the time on the host counts: unless a compiler or another mode of
+    dispatch must see the operator, its eager form runs.
+    """
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    run = operator(rational_quadratic_op if seen else spline_eager, spline_forward)
     y, ledger = run(x, params, *spline.args, identity, inverse)
     return y, sum_ledger(ledger)
 

@@ -22,7 +22,7 @@ difference of two numbers of the size of the interval has few correct digits if 
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, TypedDict
 
 import torch
@@ -123,7 +123,7 @@ class Spline:
     def high(self) -> float:
         return self.bound[1] if isinstance(self.bound, tuple) else self.bound
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """Raw numbers of an element."""
         return 3 * self.bins + (-1 if self.tails else 1)
@@ -133,7 +133,7 @@ class Spline:
         """m of the kind "exp"; infinite otherwise."""
         return -math.log(self.min_slope) if self.kind == "exp" else math.inf
 
-    @property
+    @cached_property
     def args(self) -> tuple[int, bool, str, list[float]]:
         """The fields in order, for the signature of an operator."""
         assert self.min_width is not None
