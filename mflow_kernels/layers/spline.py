@@ -51,7 +51,7 @@ class SplineCoupling(Bijection):
         super().__init__()
         check_count("channels", channels, 2)
         self.channels = channels
-        self.spline = make_spline(bins, bound, tuple(options.items()))
+        self.spline = make_spline(bins, bound, options)
         c_a = channels // 2
         if net is None:
             params = (channels - c_a) * self.spline.numbers

@@ -257,7 +257,7 @@ def rational_quadratic(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    spline = make_spline(bins, bound, tuple(options.items()))
+    spline = make_spline(bins, bound, options)
     x = flow_state("x", x)
     return apply_spline(x, check_numbers(x, params, spline, 0), spline, 0, False)
 
@@ -270,6 +270,6 @@ def rational_quadratic_inverse(
     **options: Unpack[SplineOptions],
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `rational_quadratic`: x, and the negative of its logdet. Same arguments."""
-    spline = make_spline(bins, bound, tuple(options.items()))
+    spline = make_spline(bins, bound, options)
     y = flow_state("y", y)
     return apply_spline(y, check_numbers(y, params, spline, 0, state="y"), spline, 0, True)

@@ -22,8 +22,8 @@ difference of two numbers of the size of the interval has few correct digits if 
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Literal, TypedDict
+from functools import cache
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class Spline:
         kind: "softplus", as in the paper, nflows and normflows: a slope is min_slope +
             softplus(raw). "exp", as in zuko: raw slopes r are softly limited to +-m with
             m = -log min_slope, r / (1 + |r| / m), and raw widths and heights to +-m / 2; a slope is
-            the exponential. There min_width and min_height are 0 unless given otherwise.
+            the exponential. zuko has min_width = min_height = 0.
 
     Raises:
         TypeError, ValueError: naming the attribute.
@@ -75,8 +75,8 @@ class Spline:
     bins: int
     bound: float | tuple[float, float]
     tails: Literal["linear"] | None = "linear"
-    min_width: float | None = None
-    min_height: float | None = None
+    min_width: float = 1e-3
+    min_height: float = 1e-3
     min_slope: float = 1e-3
     temperature: float = 1.0
     kind: Kind = "softplus"
@@ -86,10 +86,6 @@ class Spline:
         check_choice("kind", self.kind, ("softplus", "exp"))
         if self.tails not in ("linear", None):
             raise ValueError(f"tails: expected 'linear' or None, got {self.tails!r}")
-        for name in ("min_width", "min_height"):
-            if getattr(self, name) is None:
-                least = 1e-3 if self.kind == "softplus" else 0.0
-                object.__setattr__(self, name, least)
         pair = self.bound if isinstance(self.bound, tuple) else (0.0, self.bound)
         if len(pair) != 2:
             raise ValueError(f"bound: expected a number or (low, high), got {self.bound}")
@@ -123,7 +119,7 @@ class Spline:
     def high(self) -> float:
         return self.bound[1] if isinstance(self.bound, tuple) else self.bound
 
-    @cached_property
+    @property
     def numbers(self) -> int:
         """Raw numbers of an element."""
         return 3 * self.bins + (-1 if self.tails else 1)
@@ -133,11 +129,9 @@ class Spline:
         """m of the kind "exp"; infinite otherwise."""
         return -math.log(self.min_slope) if self.kind == "exp" else math.inf
 
-    @cached_property
+    @property
     def args(self) -> tuple[int, bool, str, list[float]]:
         """The fields in order, for the signature of an operator."""
-        assert self.min_width is not None
-        assert self.min_height is not None
         sizes = [self.low, self.high, self.min_width, self.min_height]
         return self.bins, bool(self.tails), self.kind, [*sizes, self.min_slope, self.temperature]
 
@@ -150,12 +144,16 @@ class Spline:
         return math.log(math.expm1(1 - self.min_slope)) if self.kind == "softplus" else 0.0
 
 
+def make_spline(bins: int, bound: float | tuple[float, float], options: SplineOptions) -> Spline:
+    """`Spline`, made once for the same arguments. Compilers do not see caches."""
+    if torch.compiler.is_compiling():
+        return Spline(bins, bound, **options)
+    return _cached(bins, bound, *options.items())
+
+
 @cache
-def make_spline(
-    bins: int, bound: float | tuple[float, float], options: tuple[tuple[str, object], ...] = ()
-) -> Spline:
-    """`Spline`, made once for the same arguments."""
-    return Spline(bins, bound, **dict(options))  # type: ignore[arg-type]
+def _cached(bins: int, bound: float | tuple[float, float], *options: tuple[str, Any]) -> Spline:
+    return Spline(bins, bound, **dict(options))
 
 
 @cache
@@ -169,18 +167,14 @@ def spline_of(bins: int, tails: bool, kind: Kind, numbers: list[float]) -> Splin
     return _spline_of(bins, tails, kind, tuple(numbers))
 
 
-def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
-    """y and log |dy/dx|, elementwise, from x (N, C, *spatial), in the accumulator's dtype."""
-    x = x.to(accumulator(x.dtype))
-    raw = params.to(x.dtype).unflatten(1, (x.shape[1], spline.numbers)).movedim(2, -1)
+def bins_ref(params: Tensor, spline: Spline) -> tuple[Tensor, Tensor, Tensor]:
+    """Widths, heights (N, C, *spatial, K) and slopes (N, C, *spatial, K + 1) from raw numbers."""
+    raw = params.unflatten(1, (-1, spline.numbers)).movedim(2, -1)
     raw_sizes, raw_slopes = raw.split((2 * spline.bins, spline.numbers - 2 * spline.bins), -1)
-    length = spline.high - spline.low
     sizes = raw_sizes.unflatten(-1, (2, spline.bins)) / spline.temperature
     sizes = (sizes / (1 + sizes.abs() * (2 / spline.limit))).softmax(-1)
-    assert spline.min_width is not None
-    assert spline.min_height is not None
     widths, heights = (
-        length * (least + (1 - least * spline.bins) * part)
+        (spline.high - spline.low) * (least + (1 - least * spline.bins) * part)
         for least, part in zip((spline.min_width, spline.min_height), sizes.unbind(-2), strict=True)
     )
     if spline.kind == "exp":
@@ -188,9 +182,13 @@ def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tupl
     else:
         # Above the threshold, which is 20 by default, torch returns its argument.
         slopes = spline.min_slope + F.softplus(raw_slopes, threshold=50)
-    if spline.tails:
-        slopes = F.pad(slopes, (1, 1), value=1.0)
+    return widths, heights, F.pad(slopes, (1, 1), value=1.0) if spline.tails else slopes
 
+
+def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
+    """y and log |dy/dx|, elementwise, from x (N, C, *spatial), in the accumulator's dtype."""
+    x = x.to(accumulator(x.dtype))
+    widths, heights, slopes = bins_ref(params.to(x.dtype), spline)
     inside = (x >= spline.low) & (x <= spline.high)
     position = torch.where(inside, x, spline.low) - spline.low
     knots_x, knots_y = (F.pad(part.cumsum(-1)[..., :-1], (1, 0)) for part in (widths, heights))

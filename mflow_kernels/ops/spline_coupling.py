@@ -49,7 +49,7 @@ def spline_coupling(
     Raises:
         TypeError, ValueError: naming the argument, before any kernel runs.
     """
-    return couple_by_splines(x, params, make_spline(bins, bound, tuple(options.items())), False)
+    return couple_by_splines(x, params, make_spline(bins, bound, options), False)
 
 
 def spline_coupling_inverse(
@@ -60,4 +60,4 @@ def spline_coupling_inverse(
     **options: Unpack[SplineOptions],
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `spline_coupling`: x, and the negative of its logdet. Same arguments."""
-    return couple_by_splines(y, params, make_spline(bins, bound, tuple(options.items())), True)
+    return couple_by_splines(y, params, make_spline(bins, bound, options), True)

@@ -146,7 +146,7 @@ def run_flow_operator(case: Case) -> None:
     rng = case.rng
     op: Operator = rng.choice(list(FLOW_OPERATORS.values()))
     state, other = rng.choice(DTYPES)
-    c = rng.choice([c for c in CHANNELS if c > 1 or "scale" not in op.options])
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.couples])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
     case.notes.append(f"{op.id} {scale if 'scale' in op.options else ''}")
