@@ -200,7 +200,9 @@ def spline_ref(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> tupl
     )
     d1 = slopes[..., 1:].gather(-1, index).squeeze(-1)
     delta = h / w
-    t = ((position - (y0 if inverse else x0)) / (h if inverse else w)).clamp(0, 1)
+    t = (position - (y0 if inverse else x0)) / (h if inverse else w)
+    # Knots are rounded, so t may be outside [0, 1] by a rounding error. The gradient stays.
+    t = t + (t.clamp(0, 1) - t).detach()
     if inverse:
         u, v = t, 1 - t
         tilt = d0 * v - d1 * u

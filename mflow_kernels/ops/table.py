@@ -170,7 +170,7 @@ class Operator:
     differentiable: bool = True
     reads_half: bool = False
     dtype: torch.dtype = torch.float32
-    adjust: Callable[[dict[str, Tensor]], None] = lambda inputs: None
+    adjust: Callable[[dict[str, Tensor]], None] | None = None
 
     @property
     def id(self) -> str:
@@ -189,7 +189,8 @@ class Operator:
     def draw(self, draw: Draw) -> dict[str, Tensor]:
         """Inputs by name. Floating-point tensors require gradients if the operator has them."""
         made = {name: INPUTS[name](draw) for name in self.inputs}
-        self.adjust(made)
+        if self.adjust is not None:
+            self.adjust(made)
         return {
             name: t.requires_grad_(self.differentiable and t.is_floating_point())
             for name, t in made.items()
@@ -257,7 +258,12 @@ def _coupling(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _spline(call: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda x, numbers: call(x, numbers, SPLINE.bins, SPLINE.bound, **SPLINE_OPTIONS)
+    def run(x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        y, logdet = call(x, numbers, SPLINE.bins, SPLINE.bound, **SPLINE_OPTIONS)
+        return y, logdet
+
+    run.__name__ = call.__name__
+    return run
 
 
 def _spline_ref(coupling: bool, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -342,10 +348,10 @@ def _elementwise(n: int, c: int, p: int) -> dict[str, int]:
 
 
 def _splined(n: int, c: int, p: int) -> dict[str, int]:
-    """Knots are sums of up to 8 bins. Dividing by a bin of a twentieth of the interval multiplies
-    their error by up to 20, and a gradient divides once more: by the least slope, a tenth."""
-    gradients = dict.fromkeys(("x", "numbers", "numbers_b"), 8 * (20 * 10) ** 2)
-    return gradients | {"y": 8 * 10**2, "logdet": 8 * 20**2 * c * p}
+    """Knots are sums of 8 bins. Dividing by a bin, at least a twentieth of the interval, multiplies
+    the error of a knot by up to 20, in gradients and in the logarithm of a slope."""
+    gradients = dict.fromkeys(("x", "numbers", "numbers_b"), 20**2)
+    return gradients | {"y": 8, "logdet": 20 * c * p}
 
 
 def _product(n: int, c: int, p: int) -> dict[str, int]:
