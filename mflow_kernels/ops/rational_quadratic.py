@@ -128,7 +128,8 @@ def spline_forward(
     """y and the ledger, without autograd. `bins` to `numbers` are `Spline.args`."""
     spline = spline_of(bins, tails, kind, numbers)
     if uses_triton(x):
-        x, params = dense_pixels(x), dense_pixels(params)
+        # The eager form may get tensors that torch negates lazily.
+        x, params = dense_pixels(x.resolve_neg()), dense_pixels(params.resolve_neg())
         y, ledger = _empty(x, params, *spline.args, identity)
         tensors = strided(x), strided(params), strided(y), ledger
         _launch(spline_fwd_kernel, x, *tensors, spline=spline, identity=identity, inverse=inverse)
@@ -154,7 +155,8 @@ def spline_backward(
     """dx and dparams."""
     spline = spline_of(bins, tails, kind, numbers)
     if uses_triton(x):
-        dy, x, params = dense_pixels(dy), dense_pixels(x), dense_pixels(params)
+        dy, x, params = (dense_pixels(t.resolve_neg()) for t in (dy, x, params))
+        dledger = dledger.resolve_neg()
         dx, dparams = torch.empty_like(x), torch.empty_like(params)
         tensors = strided(x), strided(params), strided(dy), dledger, dledger.stride()
         results = strided(dx), strided(dparams)

@@ -22,7 +22,7 @@ difference of two numbers of the size of the interval has few correct digits if 
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -151,7 +151,7 @@ def make_spline(bins: int, bound: float | tuple[float, float], options: SplineOp
     return _cached(bins, bound, *options.items())
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)  # 8.0 is not a number of bins
 def _cached(bins: int, bound: float | tuple[float, float], *options: tuple[str, Any]) -> Spline:
     return Spline(bins, bound, **dict(options))
 

@@ -348,10 +348,11 @@ def _elementwise(n: int, c: int, p: int) -> dict[str, int]:
 
 
 def _splined(n: int, c: int, p: int) -> dict[str, int]:
-    """Knots are sums of 8 bins. Dividing by a bin, at least a twentieth of the interval, multiplies
-    the error of a knot by up to 20, in gradients and in the logarithm of a slope."""
+    """Knots are sums of 8 bins. An inverse divides their error by slopes of at least a tenth. A bin
+    is at least a twentieth of the interval, and dividing by it multiplies the error by up to 20, in
+    gradients and in the logarithm of a slope."""
     gradients = dict.fromkeys(("x", "numbers", "numbers_b"), 20**2)
-    return gradients | {"y": 8, "logdet": 20 * c * p}
+    return gradients | {"y": 8 * 10, "logdet": 20 * c * p}
 
 
 def _product(n: int, c: int, p: int) -> dict[str, int]:
