@@ -157,12 +157,14 @@ def _cached(bins: int, bound: float | tuple[float, float], *options: tuple[str, 
 
 
 @cache
-def _spline_of(bins: int, tails: bool, kind: Kind, numbers: tuple[float, ...]) -> Spline:
-    low, high, *rest = numbers
-    return Spline(bins, (low, high), "linear" if tails else None, *rest, kind)
+def _spline_of(bins: int, tails: bool, kind: Any, numbers: tuple[float, ...]) -> Spline:
+    low, high, min_width, min_height, min_slope, temperature = numbers
+    ends: Literal["linear"] | None = "linear" if tails else None
+    sizes = min_width, min_height
+    return Spline(bins, (low, high), ends, *sizes, min_slope, temperature, kind)
 
 
-def spline_of(bins: int, tails: bool, kind: Kind, numbers: list[float]) -> Spline:
+def spline_of(bins: int, tails: bool, kind: str, numbers: list[float]) -> Spline:
     """The `Spline` with these `args`."""
     return _spline_of(bins, tails, kind, tuple(numbers))
 

@@ -348,11 +348,15 @@ def _elementwise(n: int, c: int, p: int) -> dict[str, int]:
 
 
 def _splined(n: int, c: int, p: int) -> dict[str, int]:
-    """Knots are sums of 8 bins. An inverse divides their error by slopes of at least a tenth. A bin
-    is at least a twentieth of the interval, and dividing by it multiplies the error by up to 20, in
-    gradients and in the logarithm of a slope."""
+    """Knots are sums of 8 bins. A bin is at least a twentieth of the interval, and dividing by it
+    multiplies the error of a knot by up to 20, in gradients and in the logarithm of a slope."""
     gradients = dict.fromkeys(("x", "numbers", "numbers_b"), 20**2)
-    return gradients | {"y": 8 * 10, "logdet": 20 * c * p}
+    return gradients | {"y": 8, "logdet": 20 * c * p}
+
+
+def _splined_inverse(n: int, c: int, p: int) -> dict[str, int]:
+    """An inverse also divides by slopes of at least a tenth."""
+    return {name: terms * 10**2 for name, terms in _splined(n, c, p).items()}
 
 
 def _product(n: int, c: int, p: int) -> dict[str, int]:
@@ -454,7 +458,7 @@ OPERATORS = (
         _spline_ref(False, True),
         ("x", "numbers"),
         STATE,
-        _splined,
+        _splined_inverse,
         inverse=True,
         adjust=_away_from_knots(True),
     ),
@@ -474,7 +478,7 @@ OPERATORS = (
         _spline_ref(True, True),
         ("x", "numbers_b"),
         STATE,
-        _splined,
+        _splined_inverse,
         inverse=True,
         reads_half=True,
         adjust=_away_from_knots(True),
