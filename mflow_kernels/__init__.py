@@ -28,6 +28,7 @@ __all__ = [
     "Permutation",
     "PixelPairs",
     "ReversibleChain",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "Terms",

@@ -126,7 +126,7 @@ def operations(case: Case) -> Iterator[Operation]:
             named = {name: options[name] for name in operator.options}
             inputs = [
                 t
-                if name in ("x", "params")
+                if name in ("x", "params", "numbers", "numbers_b")
                 else t.detach().to(accumulator(case.dtype)).requires_grad_()
                 for name, t in operator.draw(draw).items()
             ]

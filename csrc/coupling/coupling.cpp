@@ -8,64 +8,18 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/grid.h"
 #include "../common/loops.h"
-#include "../common/tiling.h"
 #include "tile_arithmetic.h"
 
 namespace mflow {
 namespace {
 
-// The tiles of a half. Their rows run along the axis that is contiguous in memory, pixels or channels.
-// For states without spatial axes (`vectors`), the rows of a tile are samples.
-struct Grid {
-    bool pixels_inside, vectors;
-    Tiling tiling;
-
-    explicit Grid(const Coupling& p) {
-        const Shape& s = p.shape;
-        vectors = s.pixels == 1;
-        pixels_inside = !vectors && (p.x_given || !p.dy.data ? p.x : p.y).pixel == 1;
-        const int64_t outer = vectors ? s.samples : pixels_inside ? s.channels : s.pixels;
-        const int64_t inner = pixels_inside ? s.pixels : s.channels;
-        const int64_t width = std::min<int64_t>(inner, kTile);
-        const int64_t rows = std::min<int64_t>(outer, kTile / width);
-        tiling = Tiling(vectors ? 1 : s.samples, outer, inner, rows, width);
-    }
-    // Number of sums of log s of a sample: one for each of its tiles.
-    int64_t sums() const { return vectors ? tiling.along() : tiling.tiles_per_sample(); }
-};
-
-template <class A>
-MFLOW_INLINE Part<A> part(const Grid& g, const Tile& t, const StateView& view) {
-    const int64_t row = g.vectors ? view.sample : g.pixels_inside ? view.channel : view.pixel;
-    const int64_t step = g.pixels_inside ? view.pixel : view.channel;
-    A* data = static_cast<A*>(view.data) + t.sample * view.sample + t.outer * row + t.inner * step;
-    return {data, row, step, step == 1 && (row == t.width || t.rows == 1)};
-}
-
-template <class A>
-MFLOW_INLINE const A* read(const Grid& g, const Tile& t, const StateView& view, A* buffer) {
-    const Part<A> from = part<A>(g, t, view);
-    if (from.dense) return from.data;
-    copy<A>(t.rows, t.width, from, {buffer, t.width, 1, true});
-    return buffer;
-}
-
-// Memory for results: the tile itself if it is dense, otherwise the buffer, which `write` copies later.
-template <class A>
-MFLOW_INLINE A* room(const Grid& g, const Tile& t, const StateView& view, A* buffer) {
-    const Part<A> to = part<A>(g, t, view);
-    return to.dense ? to.data : buffer;
-}
-template <class A>
-MFLOW_INLINE void write(const Grid& g, const Tile& t, const StateView& view, A* values) {
-    const Part<A> to = part<A>(g, t, view);
-    if (to.data != values) copy<A>(t.rows, t.width, {values, t.width, 1, true}, to);
-}
+HalfGrid grid_of(const Coupling& p) { return {p.shape, p.x_given || !p.dy.data ? p.x : p.y, kTile}; }
 
 // Copies the tile's share of the identity half: the channels with the tile's indices.
 template <class A>
-MFLOW_INLINE void copy_identity_half(const Coupling& p, const Grid& g, const Tile& t) {
+MFLOW_INLINE void copy_identity_half(const Coupling& p, const HalfGrid& g, const Tile& t) {
     const int64_t first = g.pixels_inside ? t.outer : t.inner;
     const int64_t left = p.identity_channels - first;
     const int rows = static_cast<int>(g.pixels_inside ? std::min<int64_t>(t.rows, left) : t.rows);
@@ -75,7 +29,7 @@ MFLOW_INLINE void copy_identity_half(const Coupling& p, const Grid& g, const Til
 }
 
 template <class A>
-MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b,
+MFLOW_INLINE void couple_tile(const Coupling& p, const HalfGrid& g, int64_t index, Buffers<A>& b,
                               double* sums) {
     const Tile t = g.tiling.tile(index);
     const A sign = p.inverse ? A(-1) : A(1);
@@ -98,7 +52,7 @@ MFLOW_INLINE void couple_tile(const Coupling& p, const Grid& g, int64_t index, B
 }
 
 template <class A>
-MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index, Buffers<A>& b) {
+MFLOW_INLINE void backward_tile(const Coupling& p, const HalfGrid& g, int64_t index, Buffers<A>& b) {
     const Tile t = g.tiling.tile(index);
     const A* given = read<A>(g, t, p.x_given ? p.x : p.y, b.x);
     const A* raw = read<A>(g, t, p.raw, b.raw);
@@ -128,7 +82,7 @@ MFLOW_INLINE void backward_tile(const Coupling& p, const Grid& g, int64_t index,
 
 // Function clones cannot be templates.
 #define MFLOW_RUN_TILES(name, A)                                                                   \
-    MFLOW_CLONES void name(const Coupling& p, const Grid& g, int64_t first, int64_t last,          \
+    MFLOW_CLONES void name(const Coupling& p, const HalfGrid& g, int64_t first, int64_t last,          \
                            double* sums, Buffers<A>& buffers) {                                    \
         for (int64_t i = first; i < last; ++i) {                                                   \
             if (sums) {                                                                            \
@@ -143,7 +97,7 @@ MFLOW_RUN_TILES(run_tiles, double)
 #undef MFLOW_RUN_TILES
 
 template <class A>
-void run(const Coupling& p, const Grid& g, int threads, double* sums) {
+void run(const Coupling& p, const HalfGrid& g, int threads, double* sums) {
     share_out(g.tiling.tiles(), p.shape.size(), threads, [&](int64_t first, int64_t last) {
         // On the heap: 44 to 88 KB may be too much for the caller's stack.
         const std::unique_ptr<Buffers<A>> buffers(new Buffers<A>);
@@ -157,7 +111,7 @@ void couple(const Coupling& p, int threads) {
         std::fill_n(static_cast<A*>(p.ledger), p.shape.samples, A(0));
         return;
     }
-    const Grid g(p);
+    const HalfGrid g = grid_of(p);
     std::vector<double> sums(p.shape.samples * g.sums());
     run<A>(p, g, threads, sums.data());
     const double* next = sums.data();
@@ -176,7 +130,7 @@ void couple_cpu(const Coupling& p, int threads) {
 
 void coupling_backward_cpu(const Coupling& p, int threads) {
     if (p.shape.size() == 0) return;
-    const Grid g(p);
+    const HalfGrid g = grid_of(p);
     p.is_double ? run<double>(p, g, threads, nullptr) : run<float>(p, g, threads, nullptr);
 }
 

@@ -1,40 +1,15 @@
-// Copies tiles, and computes couplings on a tile in dense buffers.
+// Adds tiles, and computes couplings on a tile in dense buffers.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 
 #include "coupling.h"
+#include "../common/grid.h"
 #include "../common/loops.h"
-#include "../common/tiling.h"
 #include "scale.h"
 
 namespace mflow {
-
-// A tile of one tensor in memory.
-template <class A>
-struct Part {
-    A* data;
-    int64_t row, step;  // strides from row to row, and within a row
-    bool dense;         // whether its elements follow one another without gaps
-};
-
-template <class A>
-MFLOW_INLINE void copy(int rows, int width, Part<A> from, Part<A> to) {
-    if (from.step != 1 || to.step != 1 || width < 4) {
-        for (int i = 0; i < width; ++i) {
-            const A* in = from.data + i * from.step;
-            A* out = to.data + i * to.step;
-            for (int r = 0; r < rows; ++r) out[r * to.row] = in[r * from.row];
-        }
-        return;
-    }
-    for (int r = 0; r < rows; ++r, from.data += from.row, to.data += to.row) {
-        in_blocks(width, [&](auto length, int64_t i) {
-            std::memcpy(to.data + i, from.data + i, length.value * sizeof(A));
-        });
-    }
-}
 
 // to = a + b. `to` must not overlap a or b, since blocks overlap each other.
 template <class A>

@@ -6,6 +6,7 @@ from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
 from mflow_kernels.layers.rearrange import Permutation, PixelPairs, Squeeze, Unsqueeze
+from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.layers.step import FlowStep
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Permutation",
     "PixelPairs",
     "ReversibleChain",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "Unsqueeze",

@@ -7,10 +7,14 @@ from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1, coupling_invers
 from mflow_kernels.ops.logdet import accumulate_logdet
 from mflow_kernels.ops.masked_penalty import masked_penalty, masked_penalty_gaussian
 from mflow_kernels.ops.penalty_functions import penalty_log_normalizer
+from mflow_kernels.ops.rational_quadratic import rational_quadratic, rational_quadratic_inverse
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.spline import Spline
+from mflow_kernels.ops.spline_coupling import spline_coupling, spline_coupling_inverse
 
 __all__ = [
     "ScaleFunction",
+    "Spline",
     "accumulate_logdet",
     "actnorm",
     "actnorm_inverse",
@@ -23,4 +27,8 @@ __all__ = [
     "masked_penalty",
     "masked_penalty_gaussian",
     "penalty_log_normalizer",
+    "rational_quadratic",
+    "rational_quadratic_inverse",
+    "spline_coupling",
+    "spline_coupling_inverse",
 ]

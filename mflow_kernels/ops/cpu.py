@@ -124,6 +124,36 @@ def _coupling_backward(
     return dy, dparams.to(params.dtype)
 
 
+def spline(
+    x: Tensor, params: Tensor, spline_args: tuple[object, ...], identity: int, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `rational_quadratic.transform_ref`. `spline_args` are `Spline.args`."""
+    assert _C is not None
+    x = dense_pixels(x)
+    y, ledger = torch.empty_like(x), x.new_empty((x.shape[0], 1))
+    _C.spline(torch.get_num_threads(), identity, x, params, y, ledger, spline_args, inverse)
+    return y, ledger
+
+
+def spline_backward(
+    dy: Tensor,
+    dlogdet: Tensor,
+    x: Tensor,
+    params: Tensor,
+    spline_args: tuple[object, ...],
+    identity: int,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute `rational_quadratic.transform_backward_ref`, with dlogdet (N,)."""
+    assert _C is not None
+    x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
+    dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
+    _C.spline_backward(
+        torch.get_num_threads(), identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse
+    )
+    return dx, dparams.to(params.dtype)
+
+
 def conv1x1(
     x: Tensor,
     weight: Tensor,

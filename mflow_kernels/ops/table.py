@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse, actnorm_ref
@@ -21,6 +22,7 @@ from mflow_kernels.ops.layouts import is_channels_last, pixels
 from mflow_kernels.ops.logdet import accumulate_logdet, accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_gaussian, masked_penalty_ref
 from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.rational_quadratic import rational_quadratic, rational_quadratic_inverse
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
     RebuiltConv1x1,
@@ -30,9 +32,14 @@ from mflow_kernels.ops.rebuild_conv1x1 import (
 )
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.spline import Spline, SplineOptions, bins_ref, spline_ref
+from mflow_kernels.ops.spline_coupling import spline_coupling, spline_coupling_inverse
 
 Numbers = Callable[[tuple[int, ...]], Tensor]
 DEFAULT_SCALE = ScaleFunction("tanh")
+# The least bin is a twentieth of the interval, so rounding moves x by few eps of its bin.
+SPLINE_OPTIONS: SplineOptions = {"min_width": 0.05, "min_height": 0.05, "min_slope": 0.1}
+SPLINE = Spline(8, 3.0, **SPLINE_OPTIONS)
 
 
 def normal_numbers(shape: tuple[int, ...]) -> Tensor:
@@ -51,6 +58,12 @@ def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a coupling's params for a state of `shape`."""
     n, c, *spatial = shape
     return (n, 2 * (c - c // 2), *spatial)
+
+
+def numbers_shape(shape: tuple[int, ...], identity: int) -> tuple[int, ...]:
+    """The shape of the raw numbers of splines for a state of `shape`."""
+    n, c, *spatial = shape
+    return (n, (c - identity) * SPLINE.numbers, *spatial)
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,8 @@ INPUTS: dict[str, Callable[[Draw], Tensor]] = {
     "x": lambda draw: draw.state(draw.c, draw.dtypes[0]),
     "dx": lambda draw: draw.state(draw.c, draw.dtypes[0]),
     "params": lambda draw: draw.state(params_shape(draw.shape)[1], draw.dtypes[1]),
+    "numbers": lambda draw: draw.state(numbers_shape(draw.shape, 0)[1], draw.dtypes[1]),
+    "numbers_b": lambda draw: draw.state(numbers_shape(draw.shape, draw.c // 2)[1], draw.dtypes[1]),
     "weight": lambda draw: rotation(draw.c, draw.dtypes[1], draw.numbers).to(draw.device),
     "bias": lambda draw: draw.other(draw.c),
     "log_scale": lambda draw: draw.other(draw.c, scale=0.5),
@@ -141,6 +156,7 @@ class Operator:
         differentiable: False for operators that are themselves a part of a backward pass.
         reads_half: whether the backward pass reads only the second half of x.
         dtype: dtype of states in benchmarks.
+        adjust: changes the drawn inputs, to avoid points at which rounding decides the gradient.
     """
 
     name: str
@@ -154,6 +170,7 @@ class Operator:
     differentiable: bool = True
     reads_half: bool = False
     dtype: torch.dtype = torch.float32
+    adjust: Callable[[dict[str, Tensor]], None] | None = None
 
     @property
     def id(self) -> str:
@@ -164,9 +181,16 @@ class Operator:
     def maps_states(self) -> bool:
         return self.inputs[0] == "x" and self.results[0] == "y"
 
+    @property
+    def couples(self) -> bool:
+        """Whether the operator needs two channels, because one half passes through."""
+        return "params" in self.inputs or "numbers_b" in self.inputs
+
     def draw(self, draw: Draw) -> dict[str, Tensor]:
         """Inputs by name. Floating-point tensors require gradients if the operator has them."""
         made = {name: INPUTS[name](draw) for name in self.inputs}
+        if self.adjust is not None:
+            self.adjust(made)
         return {
             name: t.requires_grad_(self.differentiable and t.is_floating_point())
             for name, t in made.items()
@@ -233,6 +257,45 @@ def _coupling(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     return reference
 
 
+def _spline(call: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        y, logdet = call(x, numbers, SPLINE.bins, SPLINE.bound, **SPLINE_OPTIONS)
+        return y, logdet
+
+    run.__name__ = call.__name__
+    return run
+
+
+def _spline_ref(coupling: bool, inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    def reference(x: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        cut = x.shape[1] // 2 if coupling else 0
+        y, log_slope = spline_ref(x[:, cut:], numbers, SPLINE, inverse)
+        return torch.cat([x[:, :cut], y], dim=1), log_slope.flatten(1).sum(1)
+
+    return reference
+
+
+def _away_from_knots(inverse: bool) -> Callable[[dict[str, Tensor]], None]:
+    """Move x to the middle four fifths of its bin, or well outside the interval.
+
+    At a knot the gradient of a log-determinant jumps, and rounding decides between its two values.
+    """
+
+    def adjust(inputs: dict[str, Tensor]) -> None:
+        x, numbers = inputs.values()
+        cut = x.shape[1] - numbers.shape[1] // SPLINE.numbers
+        position, sizes = x[:, cut:].double(), bins_ref(numbers.double(), SPLINE)[inverse]
+        knots = F.pad(sizes.cumsum(-1), (1, 0)) + SPLINE.low
+        index = (position.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1, keepdim=True)
+        start, size = (part.gather(-1, index).squeeze(-1) for part in (knots[..., :-1], sizes))
+        inside = position.abs() < SPLINE.high
+        x[:, cut:] = torch.where(
+            inside, start + 0.1 * size + 0.8 * (position - start), 1.1 * position
+        )
+
+    return adjust
+
+
 def _masked_penalty(x: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return masked_penalty_gaussian(x, target, mask=mask)
 
@@ -282,6 +345,18 @@ def _network_ref(x: Tensor, *parameters: Tensor) -> Tensor:
 def _elementwise(n: int, c: int, p: int) -> dict[str, int]:
     own = dict.fromkeys(("y", "x", "params"), 1)
     return own | {"logdet": c * p, "bias": n * p, "log_scale": n * p}
+
+
+def _splined(n: int, c: int, p: int) -> dict[str, int]:
+    """Knots are sums of 8 bins. A bin is at least a twentieth of the interval, and dividing by it
+    multiplies the error of a knot by up to 20, in gradients and in the logarithm of a slope."""
+    gradients = dict.fromkeys(("x", "numbers", "numbers_b"), 20**2)
+    return gradients | {"y": 8, "logdet": 20 * c * p}
+
+
+def _splined_inverse(n: int, c: int, p: int) -> dict[str, int]:
+    """An inverse also divides by slopes of at least a tenth."""
+    return {name: terms * 10**2 for name, terms in _splined(n, c, p).items()}
 
 
 def _product(n: int, c: int, p: int) -> dict[str, int]:
@@ -367,6 +442,46 @@ OPERATORS = (
         _product,
         ("scale", "precision"),
         inverse=True,
+    ),
+    Operator(
+        "rational_quadratic",
+        _spline(rational_quadratic),
+        _spline_ref(False, False),
+        ("x", "numbers"),
+        STATE,
+        _splined,
+        adjust=_away_from_knots(False),
+    ),
+    Operator(
+        "rational_quadratic",
+        _spline(rational_quadratic_inverse),
+        _spline_ref(False, True),
+        ("x", "numbers"),
+        STATE,
+        _splined_inverse,
+        inverse=True,
+        adjust=_away_from_knots(True),
+    ),
+    Operator(
+        "spline_coupling",
+        _spline(spline_coupling),
+        _spline_ref(True, False),
+        ("x", "numbers_b"),
+        STATE,
+        _splined,
+        reads_half=True,
+        adjust=_away_from_knots(False),
+    ),
+    Operator(
+        "spline_coupling",
+        _spline(spline_coupling_inverse),
+        _spline_ref(True, True),
+        ("x", "numbers_b"),
+        STATE,
+        _splined_inverse,
+        inverse=True,
+        reads_half=True,
+        adjust=_away_from_knots(True),
     ),
     Operator(
         "accumulate_logdet",

@@ -15,6 +15,7 @@ from mflow_kernels import (
     FlowStep,
     InvertibleConv1x1,
     ReversibleChain,
+    SplineCoupling,
     Split,
     Squeeze,
 )
@@ -33,6 +34,11 @@ LAYERS = {
     "coupling, signals": (lambda: AffineCoupling(3, width=4, spatial_dims=1), (2, 3, 4)),
     "coupling, images": (lambda: AffineCoupling(3, width=4, scale=GLOWS_SCALE), (2, 3, 2, 3)),
     "coupling, volumes": (lambda: AffineCoupling(2, width=4, spatial_dims=3), (2, 2, 2, 1, 2)),
+    "spline coupling, vectors": (
+        lambda: SplineCoupling(5, bins=4, width=4, spatial_dims=0),
+        (3, 5),
+    ),
+    "spline coupling, images": (lambda: SplineCoupling(3, bins=3, width=4), (2, 3, 2, 3)),
     "split": (lambda: Split(5, width=4), (2, 5, 2, 1)),
     "squeeze": (Squeeze, (2, 2, 2, 4)),
     "step": (lambda: FlowStep(3, width=4), (2, 3, 2, 3)),

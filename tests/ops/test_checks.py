@@ -14,6 +14,8 @@ from mflow_kernels.ops.table import Operator
 SHAPES: dict[str, tuple[int, ...]] = {
     "x": (2, 4, 3, 5),
     "params": (2, 4, 3, 5),
+    "numbers": (2, 92, 3, 5),
+    "numbers_b": (2, 46, 3, 5),
     "weight": (4, 4),
     "bias": (4,),
     "log_scale": (4,),
@@ -40,6 +42,8 @@ for name, shape in SHAPES.items():
         BAD.append((name, elsewhere, ValueError, "expected device cpu, got meta"))
 for name, wrong in {
     "params": [(2, 6, 3, 5), (2, 4, 5, 3), (1, 4, 3, 5), (2, 4, 3)],
+    "numbers": [(2, 46, 3, 5), (2, 92, 5, 3)],
+    "numbers_b": [(2, 92, 3, 5), (1, 46, 3, 5)],
     "weight": [(4, 3), (5, 5), (4, 4, 1), (4,)],
     "bias": [(4, 1)],
     "log_scale": [(3,)],
@@ -63,15 +67,22 @@ def test_bad_input(
     given = {name: torch.ones(SHAPES[name]) for name in op.inputs} | {argument: value}
     inputs = [given.pop(name) for name in op.inputs]
     name = "y" if argument == "x" and op.inverse else argument
+    name = "params" if "numbers" in name else name  # raw numbers of splines
     with pytest.raises(error, match=f"^{name}: {message}"):
         op.call(*inputs, **given)
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in FLOW_OPERATORS.values() if "scale" in op.options], ids=lambda op: op.id
+    "op", [op for op in FLOW_OPERATORS.values() if op.couples], ids=lambda op: op.id
 )
 def test_one_channel(op: Operator) -> None:
-    sizes = SHAPES | {"x": (2, 1, 3), "params": (2, 2, 3), "weight": (1, 1), "bias": (1,)}
+    sizes = SHAPES | {
+        "x": (2, 1, 3),
+        "params": (2, 2, 3),
+        "numbers_b": (2, 23, 3),
+        "weight": (1, 1),
+        "bias": (1,),
+    }
     state = "y" if op.inverse else "x"
     with pytest.raises(ValueError, match=rf"^{state}: expected at least 2 channels .*\(2, 1, 3\)"):
         op.call(*(torch.ones(sizes[name]) for name in op.inputs))

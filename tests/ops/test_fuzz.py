@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.masked_penalty import masked_penalty_ref
 from mflow_kernels.ops.penalty_functions import RHOS
+from mflow_kernels.ops.precision import accumulator
+from mflow_kernels.ops.rational_quadratic import transform_ref
 from mflow_kernels.ops.scale import log_scale_ref
 from mflow_kernels.ops.table import Operator, params_shape, rotation
-from mflow_kernels.testing import assert_close
+from mflow_kernels.testing import assert_close, tolerance
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)
 LENGTHS = (1, 1, 2, 3, 5, 7, 8, 16)
@@ -142,11 +145,68 @@ def assert_matches(
         assert a.shape == b.shape, name
 
 
+SPLINES = [op for op in FLOW_OPERATORS.values() if op.adjust]
+PLAIN = [op for op in FLOW_OPERATORS.values() if not op.adjust]
+
+
+def run_spline(case: Case) -> None:
+    """Compare with the reference at x, and at two states that lie as far apart as knots round.
+
+    Rounding may put an element into the next bin, where the gradient of its logdet is another.
+    """
+    rng = case.rng
+    op: Operator = rng.choice(SPLINES)
+    function = getattr(ops, op.id)
+    state, other = rng.choice(DTYPES)
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.couples])
+    shape = shape_of_a_state(rng, c)
+    tails, kind = rng.choice(("linear", "linear", None)), rng.choice(("softplus", "exp"))
+    bins = rng.choice((2, 3, 4, 5, 8, 13) if KERNELS_ON_CPU else (2, 3, 4, 5, 8, 10, 13, 32, 64))
+    bound = rng.choice((1.0, 3.0)) if tails else (-2.0, 2.0)  # a view may negate x
+    spline = ops.Spline(
+        bins, bound, tails, rng.choice((1e-3, 0.3 / bins)), rng.choice((1e-3, 0.3 / bins)),
+        rng.choice((1e-3, 0.1)), rng.choice((1.0, 3.0)), kind
+    )  # fmt: skip
+    case.notes.append(f"{op.id} {spline}")
+    values = 2 * case.normal(*shape, dtype=torch.float64)
+    if tails is None:
+        values = spline.low + (spline.high - spline.low) * (0.05 + 0.9 * values.sigmoid())
+    x = case.view("x", values.to(state)).requires_grad_()
+    cut = c // 2 if op.couples else 0
+    params = case.leaf("params", shape[0], (c - cut) * spline.numbers, *shape[2:], dtype=other)
+    rest = {f.name: getattr(spline, f.name) for f in fields(spline)[2:]}
+    got = function(x, params, bins, bound, **rest)
+    cotangents = [case.view("gradient", case.normal(*y.shape, dtype=y.dtype)) for y in got]
+    got = (*got, *torch.autograd.grad(got, (x, params), cotangents))
+
+    def reference(shift: float) -> tuple[Tensor, ...]:
+        leaves = (x.detach().double() + shift).requires_grad_(), params.detach().double()
+        leaves[1].requires_grad_()
+        y, ledger = transform_ref(*leaves, spline, cut, op.inverse)
+        results = y, ledger[:, 0]
+        return *results, *torch.autograd.grad(results, leaves, [g.double() for g in cotangents])
+
+    eps = torch.finfo(accumulator(state)).eps
+    shift = 2 * bins**0.5 * eps * (spline.high - spline.low)
+    above, below = reference(shift), reference(-shift)
+    terms = {"y": 8, "logdet": math.prod(shape[1:]) * 20, "x": 20**2, "params": 20**2}
+    for name, a, b, *near in zip(terms, got, reference(0.0), above, below, strict=True):
+        assert a.shape == b.shape, name
+        if not a.numel():
+            continue
+        spread = torch.stack([(one - b).abs() for one in near]).amax(0)
+        # The terms are of the size of the gradients of the results, and may cancel.
+        size = max(1.0, b.abs().max().item(), *(g.abs().max().item() for g in cotangents))
+        excess = ((a.double() - b).abs() - spread).max().item()
+        bound_of_rounding = tolerance(a.dtype, terms[name]) * size
+        assert excess <= bound_of_rounding, f"{name}: {excess:.2e}, not {bound_of_rounding:.2e}"
+
+
 def run_flow_operator(case: Case) -> None:
     rng = case.rng
-    op: Operator = rng.choice(list(FLOW_OPERATORS.values()))
+    op: Operator = rng.choice(PLAIN)
     state, other = rng.choice(DTYPES)
-    c = rng.choice([c for c in CHANNELS if c > 1 or "scale" not in op.options])
+    c = rng.choice([c for c in CHANNELS if c > 1 or not op.couples])
     shape = shape_of_a_state(rng, c)
     scale = rng.choice(SCALES)
     case.notes.append(f"{op.id} {scale if 'scale' in op.options else ''}")
@@ -256,10 +316,13 @@ def run_logdet(case: Case) -> None:
     )  # fmt: skip
 
 
+RUNS = (run_flow_operator, run_spline, run_masked_penalty, run_logdet)
+
+
 def failures() -> Iterator[str]:
     for index in cases():
         case = Case(index)
-        run = case.rng.choices((run_flow_operator, run_masked_penalty, run_logdet), (12, 6, 1))[0]
+        run = case.rng.choices(RUNS, (12, 6, 6, 1))[0]
         try:
             run(case)
         except Exception as error:

@@ -26,7 +26,7 @@ every_product = pytest.mark.parametrize(
     "op", [op for op in TESTED if "weight" in op.inputs], ids=lambda op: op.id
 )
 every_other = pytest.mark.parametrize(
-    "op", [op for op in TESTED if "scale" not in op.options], ids=lambda op: op.id
+    "op", [op for op in TESTED if not op.couples], ids=lambda op: op.id
 )
 
 

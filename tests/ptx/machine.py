@@ -197,3 +197,10 @@ class Machine:
         source = {"bfly": lane ^ b, "down": lane + b, "up": lane - b, "idx": low | (b & ~segment)}
         exists = source[mode] >= high if mode == "up" else source[mode] <= high
         return a[(self.lanes.everyone & ~31) + np.where(exists, source[mode], lane)], exists
+
+    def sum_of_members(self, value: Array, members: Array, mask: Array | None, at: int) -> Array:
+        """For each thread, the sum of the values of the threads of its warp that it names."""
+        self.lanes.whole(mask, at, "redux.sync")
+        named = (members[:, None] >> np.arange(32, dtype=u4)) & u4(1)
+        values = np.repeat(value.reshape(-1, 32), 32, axis=0)
+        return (named * values).sum(axis=1, dtype=u4)

@@ -134,6 +134,18 @@ def _shfl(t: Translator, i: Instruction) -> None:
         t.put(found, "v[1]")
 
 
+@instruction("redux")
+def _redux(t: Translator, i: Instruction) -> None:
+    if i.parts[2] != "add":
+        raise Unsupported(i.op)
+    to, value, members = i.args
+    t.write(
+        f"v = M.sum_of_members(M.spread({t.read(value, 'u32')}),"
+        f" M.spread({t.read(members, 'u32')}), {t.mask()}, {t.at})"
+    )
+    t.put(to, "v")
+
+
 @instruction("bar")
 def _bar(t: Translator, i: Instruction) -> None:
     if i.parts[1] != "warp":

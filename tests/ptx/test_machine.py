@@ -182,6 +182,18 @@ def test_loops_of_different_lengths_then_shuffles() -> None:
     assert not report.faults
 
 
+def test_sums_of_the_members_of_a_warp() -> None:
+    """The groups of eight threads of a warp add their numbers up."""
+    body = """
+    and.b32 %r8, %r0, 24; mov.u32 %r9, 255; shl.b32 %r9, %r9, %r8;
+    redux.sync.add.s32 %r10, %r0, %r9;
+    add.u64 %d2, %a0, %d1; st.global.u32 [%d2], %r10;
+    """
+    (out,), report = run(body, words())
+    assert np.array_equal(out, np.repeat(np.arange(64).reshape(-1, 8).sum(1), 8))
+    assert not report.faults
+
+
 def signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 else x
 

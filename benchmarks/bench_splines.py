@@ -1,0 +1,282 @@
+"""Compare flows of spline couplings on vectors with the peers: the same networks and weights.
+
+A flow has six couplings, and reverses the features between them. "networks alone" runs the flows'
+networks, forward and backward, on states that are given: no flow with these networks can be
+faster.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.harness.measurements import REPLAY, Call, interleaved
+from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
+from mflow_kernels import SplineCoupling
+from mflow_kernels.testing import assert_close
+
+ROUNDS = 7
+COUPLINGS, BINS, BOUND = 6, 8, 3.0
+TASKS = ("train", "forward", "sample")
+
+
+class Vectors(NamedTuple):
+    dims: int
+    batch: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.dims} dims, batch {self.batch:,}, width {self.width}"
+
+
+def specs(size: str) -> list[Vectors]:
+    if size == "tiny":
+        return [Vectors(5, 4, 8)]
+    return [Vectors(10, 256, 64), Vectors(64, 128, 64), Vectors(6, 1024, 128)]
+
+
+class Flow(nn.Module):
+    """Couplings with `layer(x)` and `layer.inverse(z)`; after each, the features are reversed."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, logdet = layer(x)
+            x, total = x.flip(1), total + logdet
+        return x, total
+
+    def inverse(self, z: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            z = self._inverse(layer, z.flip(1))
+        return z
+
+    @staticmethod
+    def _inverse(layer: Any, z: Tensor) -> Tensor:
+        return layer.inverse(z)[0]
+
+
+class ZukoFlow(Flow):
+    """Couplings of zuko, whose transforms take a state without a batch of their own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, logdet = self._transform(layer).call_and_ladj(x)
+            x, total = x.flip(1), total + logdet
+        return x, total
+
+    @staticmethod
+    def _inverse(layer: Any, z: Tensor) -> Tensor:
+        return ZukoFlow._transform(layer).inv(z)
+
+    @staticmethod
+    def _transform(net: nn.Module) -> Any:
+        zuko = importlib.import_module("zuko.transforms")
+
+        def univariate(x_a: Tensor) -> Any:
+            numbers = net(x_a).unflatten(-1, (-1, 3 * BINS - 1))
+            parts = numbers.split((BINS, BINS, BINS - 1), -1)
+            return zuko.DependentTransform(zuko.MonotonicRQSTransform(*parts, bound=BOUND), 1)
+
+        dims = net.initial_layer.in_features
+        outputs = net.final_layer.out_features // (3 * BINS - 1)
+        mask = torch.tensor([True] * dims + [False] * outputs)
+        return zuko.CouplingTransform(univariate, mask)
+
+
+def networks(spec: Vectors) -> list[nn.Module]:
+    nets = importlib.import_module("nflows.nn.nets")
+    c_a = spec.dims // 2
+    outputs = (spec.dims - c_a) * (3 * BINS - 1)
+    return [nets.ResidualNet(c_a, outputs, spec.width, num_blocks=2) for _ in range(COUPLINGS)]
+
+
+def fused(nets: list[nn.Module], spec: Vectors, **options: Any) -> nn.Module:
+    made: list[nn.Module] = [
+        SplineCoupling(spec.dims, net, bins=BINS, bound=BOUND, **options) for net in nets
+    ]
+    return Flow(made)
+
+
+def piecewise(module: str, name: str, nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """Couplings of nflows or normflows, with networks of nflows."""
+    coupling = getattr(importlib.import_module(module), name)
+    mask = torch.arange(spec.dims) >= spec.dims // 2
+    return Flow([
+        coupling(mask.int(), lambda *_, net=net: net, num_bins=BINS, tails="linear",
+                 tail_bound=BOUND)
+        for net in nets
+    ])  # fmt: skip
+
+
+def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    importlib.import_module("zuko.transforms")
+    return ZukoFlow(nets)
+
+
+# Each flow, and the peer in float64 that it must agree with.
+VARIANTS: dict[str, tuple[Callable[[list[nn.Module], Vectors], nn.Module], str]] = {
+    "mflow_kernels": (lambda nets, spec: fused(nets, spec, temperature=spec.width**0.5), "nflows"),
+    "mflow_kernels, zuko's form": (
+        lambda nets, spec: fused(nets, spec, kind="exp", min_width=0.0, min_height=0.0),
+        "zuko",
+    ),
+    "nflows": (
+        partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform"),
+        "nflows",
+    ),
+    "normflows": (
+        partial(
+            piecewise,
+            "normflows.flows.neural_spline.coupling",
+            "PiecewiseRationalQuadraticCoupling",
+        ),
+        "nflows",
+    ),
+    "zuko": (zuko_flow, "zuko"),
+}
+ALONE = "networks alone"
+NAMES = (*VARIANTS, ALONE)
+
+
+def loss_of(flow: nn.Module, x: Tensor) -> Tensor:
+    """Return the negative log-likelihood in nats, without its constant."""
+    z, logdet = flow(x)
+    return (z.square().sum(1) / 2 - logdet).mean()
+
+
+def train(flow: nn.Module, x: Tensor) -> None:
+    """Run forward and backward, without the optimizer step, which is the same for all."""
+    flow.zero_grad()
+    loss_of(flow, x).backward()
+
+
+def task_of(task: str, flow: Any, x: Tensor) -> Call:
+    if task == "train":
+        return partial(train, flow, x)
+    return torch.no_grad()(partial(flow if task == "forward" else flow.inverse, x))
+
+
+def alone(task: str, nets: nn.ModuleList, x: Tensor) -> Call:
+    """All networks, each on the half of x that it would read.
+
+    The first one's input needs no gradient.
+    """
+    x_a = x[:, : x.shape[1] // 2].contiguous()
+    given = [x_a.clone().requires_grad_(task == "train" and i > 0) for i in range(len(nets))]
+    with torch.no_grad():
+        cotangent = torch.randn_like(nets[0](x_a))
+
+    def step() -> None:
+        nets.zero_grad()
+        for net, one in zip(nets, given, strict=True):
+            net(one).backward(cotangent)
+
+    def run() -> None:
+        for net, one in zip(nets, given, strict=True):
+            net(one)
+
+    return step if task == "train" else torch.no_grad()(run)
+
+
+def check(flow: Any, exact: Any, x: Tensor, name: str) -> None:
+    """Assert that results and gradients equal those of a float64 flow.
+
+    A coupling rounds each element to the interval's precision, and its log-slope by eps times the
+    bins' steepness; six of them add up. Peers do not use the bins' sizes but differences of knots.
+    """
+    terms = COUPLINGS * BINS**2
+    wide = x.double()
+    z, logdet = flow(x)
+    want, want_logdet = exact(wide)
+    assert_close(z, want, terms=terms, name=f"{name}: z")
+    assert_close(logdet, want_logdet, terms=terms * x.shape[1], name=f"{name}: logdet")
+    with torch.no_grad():
+        assert_close(flow.inverse(z), wide, terms=4 * terms, name=f"{name}: inverse")
+    train(flow, x)
+    train(exact, wide)
+    for (key, got), (_, grad) in zip(
+        flow.named_parameters(), exact.named_parameters(), strict=True
+    ):
+        assert got.grad is not None
+        assert grad.grad is not None
+        assert_close(got.grad, grad.grad, terms=terms * len(x), name=f"{name}: d {key}")
+
+
+class CountCalls(TorchDispatchMode):
+    """Count the operators that run, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(call: Call) -> int:
+    with CountCalls() as counted:
+        call()
+    return counted.count
+
+
+def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
+    measured = Measured()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            nets = networks(spec)
+        except ImportError as error:
+            raise Missing(f"nflows is not installed ({error})") from None
+        x = torch.randn(spec.batch, spec.dims).to(bench.device)
+    calls: dict[str, Call] = {}
+    for variant, (build, peer) in VARIANTS.items():
+        try:
+            flow = build(copy.deepcopy(nets), spec).to(bench.device)
+            exact = VARIANTS[peer][0](copy.deepcopy(nets), spec).to(bench.device).double()
+            check(flow, exact, x, variant)
+        except ImportError as error:
+            measured.fault(variant, Missing(f"{variant} is not installed ({error})"))
+            continue
+        except Exception as error:
+            measured.fault(variant, error)
+            continue
+        calls[variant] = task_of(task, flow, x)
+    calls[ALONE] = alone(task, nn.ModuleList(copy.deepcopy(nets)).to(bench.device), x)
+    for variant, call in calls.items():
+        measured.extra[variant] = {
+            **spec._asdict(), "spec": str(spec), "task": task, "calls": calls_of(call),
+        }  # fmt: skip
+    if not bench.check_only:
+        prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
+        measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
+    return measured
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    size, _ = size_and_gpu(metafunc.config)
+    rows = [
+        pytest.param(spec, task, variant, id=slug(str(spec), task, variant))
+        for spec in specs(size) for task in TASKS for variant in NAMES
+    ]  # fmt: skip
+    metafunc.parametrize(("spec", "task", "variant"), rows)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_spline_flow(
+    bench: Bench, benchmark: BenchmarkFixture, spec: Vectors, task: str, variant: str
+) -> None:
+    benchmark.group = f"spline flow, {task}, {spec}"
+    bench.record(benchmark, ("splines", spec, task), variant, lambda: measure(bench, spec, task))

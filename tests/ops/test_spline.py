@@ -1,0 +1,271 @@
+"""Rational-quadratic splines: against the libraries, by hand, at knots and at extremes."""
+
+import math
+
+import pytest
+import torch
+from cases import FLOW_OPERATORS, LAYOUTS, assert_matches, normal, sample
+
+from mflow_kernels import ops
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.rational_quadratic import rational_quadratic_op, transform_ref
+from mflow_kernels.ops.spline import MAX_BINS, bins_ref
+from mflow_kernels.testing import assert_close
+
+SPLINES = [op for op in FLOW_OPERATORS.values() if op.adjust]
+FUNCTIONS = {False: ops.rational_quadratic, True: ops.rational_quadratic_inverse}
+COUPLINGS = {False: ops.spline_coupling, True: ops.spline_coupling_inverse}
+EPS = torch.finfo(torch.float32).eps
+both = pytest.mark.parametrize("inverse", [False, True])
+
+# More elements than a tile of the C++ loops has (128), and not a multiple of it; long rows of
+# channels or pixels; few channels. Transposed numbers come in blocks of 4.
+MORE = [(131, 3), (2, 4, 300), (1, 2, 40, 30), (2, 17, 9, 8), (2, 301), (1, 150, 2)]
+
+
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="the shapes are those of the C++ loops")
+@pytest.mark.parametrize("shape", MORE, ids=str)
+@pytest.mark.parametrize("op", SPLINES, ids=lambda op: op.id)
+def test_tiles_of_the_loops(op, shape):
+    for layout in LAYOUTS if len(shape) == 4 else ["contiguous"]:
+        assert_matches(op, sample(op, shape, layout=layout))
+
+
+def test_layouts_of_state_and_params_may_differ(device):
+    for op in SPLINES:
+        inputs = sample(op, (2, 5, 4, 3), device=device)
+        x, numbers = inputs.values()
+        last = numbers.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        assert_matches(op, dict(zip(inputs, (x, last), strict=True)))
+
+
+# The libraries' own functions, in float64
+
+
+@both
+@pytest.mark.parametrize("tails", ["linear", None])
+@pytest.mark.parametrize("bins", [2, 8, 11, MAX_BINS])
+def test_nflows(bins, tails, inverse, device):
+    theirs = pytest.importorskip("nflows.transforms.splines.rational_quadratic")
+    bound = 3.0 if tails else (0.0, 1.0)
+    x = normal(40, 6, dtype=torch.float64, device=device)
+    x = 2 * x if tails else x.sigmoid()
+    numbers = 3 * bins - 1 if tails else 3 * bins + 1
+    params = normal(40, 6 * numbers, dtype=torch.float64, device=device)
+    parts = params.view(40, 6, numbers).split((bins, bins, numbers - 2 * bins), -1)
+    if tails:
+        want, logs = theirs.unconstrained_rational_quadratic_spline(
+            x, *parts, inverse=inverse, tail_bound=bound
+        )
+    else:
+        want, logs = theirs.rational_quadratic_spline(x, *parts, inverse=inverse)
+    y, logdet = FUNCTIONS[inverse](x, params, bins, bound, tails=tails)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+    # nflows takes a small bin as a difference of two knots, which has fewer digits.
+    torch.testing.assert_close(logdet, logs.sum(1), rtol=0, atol=1e-11)
+
+
+@both
+def test_zuko(inverse, device):
+    theirs = pytest.importorskip("zuko.transforms")
+    x, params = normal(40, 6, dtype=torch.float64), normal(40, 6 * 23, dtype=torch.float64)
+    x, params = (4 * x).to(device), (3 * params).to(device)
+    transform = theirs.MonotonicRQSTransform(*params.view(40, 6, 23).split((8, 8, 7), -1))
+    way = transform.inv if inverse else transform
+    want, logs = way.call_and_ladj(x)
+    y, logdet = FUNCTIONS[inverse](x, params, 8, 5.0, kind="exp", min_width=0.0, min_height=0.0)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logdet, logs.sum(1), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("tails", ["linear", None])
+def test_autoregressive_transform_of_nflows(tails):
+    """The elementwise part of a masked autoregressive flow is one call, without a copy."""
+    autoregressive = pytest.importorskip("nflows.transforms.autoregressive")
+    made = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+        5, 16, num_bins=6, tails=tails, tail_bound=2.5
+    ).double()
+    x = normal(20, 5, dtype=torch.float64)
+    x = 2 * x if tails else x.sigmoid()
+    want, logs = made(x)
+    net = made.autoregressive_net
+    scaled = {"temperature": net.hidden_features**0.5} if hasattr(net, "hidden_features") else {}
+    bound = 2.5 if tails else (0.0, 1.0)
+    y, logdet = ops.rational_quadratic(x, net(x), 6, bound, tails=tails, **scaled)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logdet, logs, rtol=0, atol=1e-12)
+
+
+# Values
+
+
+def test_by_hand(device):
+    """Widths 2 and 2, heights 3 and 1, and the slope d = 1/2 + log 2 at the knot (0, 1)."""
+    options = {"min_width": 0.0, "min_height": 0.0, "min_slope": 0.5}
+    x = torch.tensor([[-1.0], [-2.0], [0.0], [2.0], [5.0]], dtype=torch.float64, device=device)
+    raw = torch.tensor([0.0, 0.0, math.log(3), 0.0, 0.0], dtype=torch.float64, device=device)
+    d = 0.5 + math.log(2)
+    y, logdet = ops.rational_quadratic(x, raw.expand(5, 5).contiguous(), 2, 2.0, **options)
+    below = 1.5 * (0.25 + 0.25) + (1 + d) * 0.25
+    slope = (0.25 * d + 2 * 1.5 * 0.25 + 0.25) * (1.5 / below) ** 2
+    middle = -2 + 3 * (1.5 * 0.25 + 0.25) / below
+    want = torch.tensor([middle, -2, 1, 2, 5], dtype=torch.float64)
+    assert_close(y[:, 0].cpu(), want, terms=4, name="y")
+    logs = torch.tensor([slope, 1, d, 1, 1], dtype=torch.float64).log()
+    assert_close(logdet.cpu(), logs, terms=4, name="logdet")
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_knots(dtype, inverse, device):
+    """A spline maps knot to knot, with the knot's slope; at and beyond the bound it is linear."""
+    spline = ops.Spline(8, 3.0)
+    params = normal(1, spline.numbers, dtype=torch.float64).to(dtype)
+    widths, heights, slopes = (part[0, 0] for part in bins_ref(params.double(), spline))
+    knots = [torch.cat([part.new_zeros(1), part.cumsum(0)]) - 3 for part in (widths, heights)]
+    outside = torch.tensor([-1e30, -3.5, 3.5, 1e30], dtype=torch.float64)
+    x = torch.cat([knots[inverse], outside])
+    want = torch.cat([knots[not inverse], outside])
+    logs = torch.cat([slopes.log() * (-1 if inverse else 1), torch.zeros(4)])
+    rows = params.expand(len(x), -1).contiguous().to(device)
+    y, logdet = FUNCTIONS[inverse](x.to(device, dtype)[:, None], rows, 8, 3.0)
+    y, logdet = y[:, 0].cpu(), logdet.cpu()
+    assert_close(y[:9], want[:9], terms=8)
+    assert torch.equal(y[9:], outside.to(dtype))
+    # The rounding of a knot, a few eps of the interval, moves t by up to 20 times as much here.
+    assert_close(logdet[1:8], logs[1:8], terms=20**2, scale=1.0)
+    assert not logdet[9:].any()
+
+
+@both
+@pytest.mark.parametrize("tails", ["linear", None])
+def test_infinities_and_nan(tails, inverse, device):
+    """Tails pass infinities through. Without tails, and for NaN, an element becomes NaN."""
+    special = torch.tensor([math.inf, -math.inf, math.nan, 4.0], device=device)[:, None]
+    params = normal(4, 23 if tails else 25, device=device)
+    y, logdet = FUNCTIONS[inverse](special, params, 8, 3.0, tails=tails)
+    if tails:
+        torch.testing.assert_close(y, special, rtol=0, atol=0, equal_nan=True)
+        assert not logdet.any()
+    else:
+        assert y.isnan().all()
+        assert logdet.isnan().all()
+    y, _ = FUNCTIONS[inverse](torch.zeros(1, 1), params[:1].cpu() * math.nan, 8, 3.0, tails=tails)
+    assert y.isnan().all()
+
+
+def steep(count: int) -> torch.Tensor:
+    """Raw numbers that reach the least widths, heights and slopes of 1e-3, in any order."""
+    sizes = 12 * torch.randint(-1, 2, (count, 16)).float()
+    slopes = torch.tensor([-20.0, 0.0, 3.0])[torch.randint(0, 3, (count, 7))]
+    return torch.cat([sizes, slopes], 1)
+
+
+@both
+def test_least_bins_and_slopes(inverse, device):
+    """float32 at widths, heights and slopes of 1e-3 of their units.
+
+    The result lies between those of float64 at the two ends of the rounding of a position: a few
+    eps of the interval. Beyond that only the formula's own rounding is allowed.
+    """
+    count = 400
+    x, params = 6 * torch.rand(count, 1) - 3, steep(count)
+    y, logdet = FUNCTIONS[inverse](x.to(device), params.to(device), 8, 3.0)
+    spline = ops.Spline(8, 3.0)
+    shift = 4 * EPS * 6
+    x, params = x.double(), params.double()
+    near = [transform_ref(x + s, params, spline, 0, inverse) for s in (-shift, 0.0, shift)]
+    for got, values in ((y, [n[0] for n in near]), (logdet[:, None], [n[1] for n in near])):
+        spread = (torch.stack(values) - values[1]).abs().amax(0)
+        # A position at a knot may fall into the next bin, from which `spread` sees the end.
+        excess = (got.cpu().double() - values[1]).abs() - 2 * spread
+        assert excess.max() <= 64 * EPS * values[1].abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("tails", ["linear", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_inverse_undoes(dtype, tails, device):
+    """y is rounded to eps of the interval, which the inverse multiplies by 1 / slope."""
+    spline = ops.Spline(10, 3.0, tails)
+    shape = (8, 7, 3, 5)
+    x = normal(*shape, dtype=dtype, device=device).clamp(-2.9, 2.9)
+    params = normal(8, 4 * spline.numbers, 3, 5, dtype=dtype, device=device)
+    y, logdet = ops.spline_coupling(x, params, 10, 3.0, tails=tails)
+    back, negative = ops.spline_coupling_inverse(y, params, 10, 3.0, tails=tails)
+    _, _, slopes = bins_ref(params.double(), spline)
+    steepest = (1 / slopes).max().item() * 4  # inside a bin the slope is less than at its ends
+    assert torch.equal(back[:, :3], x[:, :3])
+    assert_close(back, x.double(), terms=10, scale=3 * steepest)
+    # The log-slope changes by up to about 2 / slope * bins / interval from place to place.
+    assert_close(negative, -logdet.double(), terms=4 * 15 * 20, scale=steepest)
+
+
+@both
+def test_identity(inverse, device):
+    """With all raw numbers at `Spline.identity` the spline is the identity."""
+    for kind in ("softplus", "exp"):
+        spline = ops.Spline(5, 2.0, kind=kind)
+        x = normal(6, 3, device=device)
+        params = torch.full((6, 3 * spline.numbers), spline.identity, device=device)
+        y, logdet = FUNCTIONS[inverse](x, params, 5, 2.0, kind=kind)
+        assert_close(y, x.double(), terms=5, scale=2.0)
+        assert_close(logdet, torch.zeros(6).double().to(device), terms=15, scale=1.0)
+
+
+@both
+@pytest.mark.parametrize("tails", ["linear", None])
+@pytest.mark.parametrize("kind", ["softplus", "exp"])
+def test_gradcheck(kind, tails, inverse, device):
+    spline = ops.Spline(4, 2.0, tails, 0.05, 0.05, 0.1, 1.5, kind)
+    x = normal(2, 3, 2, dtype=torch.float64, device=device).clamp(-1.9, 1.9).requires_grad_()
+    params = normal(2, 2 * spline.numbers, 2, dtype=torch.float64, device=device).requires_grad_()
+    rest = {
+        name: getattr(spline, name)
+        for name in ("tails", "min_width", "min_height", "min_slope", "temperature", "kind")
+    }
+    assert torch.autograd.gradcheck(
+        lambda x, params: COUPLINGS[inverse](x, params, 4, 2.0, **rest), (x, params)
+    )
+
+
+def test_eager_and_registered_forms_agree(device):
+    """Modes of dispatch see the registered operator; its results have the same bits."""
+    x, params = normal(7, 4, device=device), normal(7, 46, device=device)
+    spline = ops.Spline(8, 3.0)
+    y, ledger = rational_quadratic_op(x, params, *spline.args, 2, False)
+    got, logdet = ops.spline_coupling(x, params, 8, 3.0)
+    assert torch.equal(got, y)
+    assert torch.equal(logdet, ledger.sum(1))
+
+
+BAD = [
+    ({"bins": 1}, ValueError, "bins: expected 2 to 64, got 1"),
+    ({"bins": 65}, ValueError, "bins: expected 2 to 64, got 65"),
+    ({"bins": 8.0}, TypeError, "bins: expected a whole number, got float"),
+    ({"bound": 0.0}, ValueError, "bound: expected a positive number, got 0.0"),
+    ({"bound": math.inf}, ValueError, "bound: expected a positive number, got inf"),
+    ({"bound": (1.0, 1.0)}, ValueError, "bound: expected low < high, got"),
+    ({"bound": (1.0, 2.0, 3.0)}, ValueError, r"bound: expected a number or \(low, high\), got"),
+    ({"bound": "3"}, TypeError, "bound: expected a number, got str"),
+    ({"tails": "circular"}, ValueError, "tails: expected 'linear' or None, got 'circular'"),
+    ({"kind": "relu"}, ValueError, "kind: expected one of softplus, exp, got 'relu'"),
+    ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
+    ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),
+    ({"min_slope": 0.0}, ValueError, "min_slope: expected between 0 and 1, got 0.0"),
+    ({"min_slope": math.nan}, ValueError, "min_slope: expected between 0 and 1, got nan"),
+    ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
+    ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_options(change, error, message):
+    options = {"bins": 8, "bound": 3.0} | change
+    with pytest.raises(error, match=message):
+        ops.rational_quadratic(torch.ones(2, 3), torch.ones(2, 69), **options)
+
+
+def test_params_wider_than_the_state(device):
+    x, params = normal(2, 2, device=device), normal(2, 23, dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match=r"params: .* no wider .*float32, got float64"):
+        ops.spline_coupling(x, params, 8, 3.0)
