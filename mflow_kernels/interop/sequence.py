@@ -19,7 +19,7 @@ from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Rearrange, SpaceToDepth
 from mflow_kernels.reversible.program import Program
-from mflow_kernels.reversible.steps import Couple, Step, Steps
+from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
 
 # The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
 # channels an index is cheaper, and on a CPU already with more than a few.
@@ -115,7 +115,7 @@ def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Prog
             instructions.append(Steps([Step(Row(row, channels, device), None)]))
         row = []
         if isinstance(part, Coupling):
-            couple = Couple(part.net, part.scale, part.inverse)
+            couple = AffineCouple(part.net, part.scale, part.inverse)
             instructions.append(Steps([Step(None, couple)]))
         elif isinstance(part, SpaceToDepth):
             instructions.append(part)

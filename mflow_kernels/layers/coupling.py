@@ -19,7 +19,7 @@ from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.instructions import Instruction, SplitOff
-from mflow_kernels.reversible.steps import Couple, Step, Steps
+from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
 
 
 class AffineCoupling(Bijection):
@@ -69,7 +69,11 @@ class AffineCoupling(Bijection):
         self.scale = ScaleFunction.of(scale)
 
     def instructions(self) -> list[Instruction]:
-        return [Steps([Step(None, Couple(self.net, self.scale))])]
+        return [Steps([Step(None, self.couple())])]
+
+    def couple(self) -> AffineCouple:
+        """What the layer does to a state, in a chain."""
+        return AffineCouple(self.net, self.scale)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.checked("x", x)

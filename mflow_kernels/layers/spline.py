@@ -9,6 +9,8 @@ from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.spline import SplineOptions, make_spline
 from mflow_kernels.ops.spline_coupling import couple_by_splines
+from mflow_kernels.reversible.instructions import Instruction
+from mflow_kernels.reversible.steps import SplineCouple, Step, Steps
 
 
 class SplineCoupling(Bijection):
@@ -62,6 +64,13 @@ class SplineCoupling(Bijection):
         elif not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
         self.net = net
+
+    def instructions(self) -> list[Instruction]:
+        return [Steps([Step(None, self.couple())])]
+
+    def couple(self) -> SplineCouple:
+        """What the layer does to a state, in a chain."""
+        return SplineCouple(self.net, self.spline)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         return self._run("x", x, context, inverse=False)

@@ -12,7 +12,7 @@ from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.program import Program
-from mflow_kernels.reversible.steps import Couple, Step, Steps
+from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
 
 
 class FlowStep(Bijection):
@@ -55,7 +55,7 @@ class FlowStep(Bijection):
         return ActNormConv(self.actnorm, self.conv)
 
     def instructions(self) -> list[Steps]:
-        return [Steps([Step(self.linear, Couple(self.coupling.net, self.coupling.scale))])]
+        return [Steps([Step(self.linear, AffineCouple(self.coupling.net, self.coupling.scale))])]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)

@@ -24,18 +24,26 @@ from mflow_kernels.ops.coupling_conv1x1 import (
     coupling_conv1x1_op,
 )
 from mflow_kernels.ops.launch import transformed
-from mflow_kernels.ops.layouts import cut_net_input
+from mflow_kernels.ops.layouts import cut_net_input, pixels
 from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.ops.precision import autocast_dtype, without_autocast
+from mflow_kernels.ops.rational_quadratic import (
+    check_numbers,
+    rational_quadratic_op,
+    spline_backward,
+    spline_eager,
+    spline_forward,
+)
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
     RebuiltConv1x1,
     rebuild_conv1x1,
     rebuild_splits,
 )
-from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.rebuild_coupling import RebuiltCoupling, rebuild_coupling
 from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.instructions import (
     Call,
     FoldedWeights,
@@ -78,15 +86,103 @@ class LinearMap:
         raise NotImplementedError
 
 
-class Couple(NamedTuple):
-    """The affine coupling with this network, or its inverse."""
+class Couple:
+    """A coupling, or its inverse: the first half of the channels (rounded down) stays, and the
+    network's output for it, params, says how the second half changes.
 
-    net: nn.Module
-    scale: ScaleFunction
-    inverted: bool = False
+    Attributes:
+        fuses: whether one launch does the coupling and a linear map after it.
+    """
+
+    fuses = False
+
+    def __init__(self, net: nn.Module, inverted: bool) -> None:
+        self.net, self.inverted = net, inverted
+
+    def checked(self, x: Tensor, params: object) -> Tensor:
+        """The params for the state x; raise TypeError or ValueError if they do not fit it."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The next state, and its ledger (N, T)."""
+        raise NotImplementedError
+
+    def run_with_linear(
+        self, x: Tensor, params: Tensor, weights: Pair, net_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state after the linear map that follows, the input of the next network, cut from it
+        in this dtype, and the ledger. Only if it `fuses`."""
+        raise NotImplementedError
+
+    def undo(
+        self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None
+    ) -> RebuiltCoupling:
+        """Rebuild the second half of the state before the coupling, and compute its gradient and
+        that of params. If that half was stored, it is `true_b`, and they are the gradients there.
+        """
+        raise NotImplementedError
 
     def inverse(self) -> "Couple":
-        return Couple(self.net, self.scale, not self.inverted)
+        raise NotImplementedError
+
+
+class AffineCouple(Couple):
+    """The affine coupling with this network, or its inverse."""
+
+    fuses = True
+
+    def __init__(self, net: nn.Module, scale: ScaleFunction, inverted: bool = False) -> None:
+        super().__init__(net, inverted)
+        self.scale = scale
+
+    def checked(self, x: Tensor, params: object) -> Tensor:
+        return check_params(x, params, "net's output")
+
+    def run(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        run = _operator(affine_coupling_op, coupling_eager, coupling_forward)
+        return run(x, params, *self.scale.args, self.inverted)
+
+    def run_with_linear(
+        self, x: Tensor, params: Tensor, weights: Pair, net_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        run = _operator(coupling_conv1x1_op, coupling_conv1x1_eager, coupling_conv1x1_forward)
+        return run(x, params, *weights, PRECISION, net_dtype, *self.scale.args, self.inverted)
+
+    def undo(
+        self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None
+    ) -> RebuiltCoupling:
+        return rebuild_coupling(z_b, dz_b, dlogdet, params, self.scale, self.inverted, true_b)
+
+    def inverse(self) -> "AffineCouple":
+        return AffineCouple(self.net, self.scale, not self.inverted)
+
+
+class SplineCouple(Couple):
+    """The coupling by splines with this network, or its inverse."""
+
+    def __init__(self, net: nn.Module, spline: Spline, inverted: bool = False) -> None:
+        super().__init__(net, inverted)
+        self.spline = spline
+
+    def checked(self, x: Tensor, params: object) -> Tensor:
+        return check_numbers(x, params, self.spline, x.shape[1] // 2, "net's output")
+
+    def run(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        run = _operator(rational_quadratic_op, spline_eager, spline_forward)
+        return run(x, params, *self.spline.args, x.shape[1] // 2, self.inverted)
+
+    def undo(
+        self, z_b: Tensor, dz_b: Tensor, dlogdet: Tensor, params: Tensor, true_b: Tensor | None
+    ) -> RebuiltCoupling:
+        how = self.spline.args
+        y_b, _ = spline_forward(z_b, params, *how, 0, not self.inverted)
+        at_b = y_b if true_b is None else true_b
+        dledger = dlogdet[:, None].expand(-1, pixels(z_b))
+        dy_b, dparams = spline_backward(dz_b, dledger, at_b, params, *how, 0, self.inverted)
+        return RebuiltCoupling(y_b, dy_b, dparams)
+
+    def inverse(self) -> "SplineCouple":
+        return SplineCouple(self.net, self.spline, not self.inverted)
 
 
 class Step(NamedTuple):
@@ -154,32 +250,29 @@ class Steps(Instruction):
         return type(maps[0]).fold(maps, places, dtype, **how)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
-        cut, linear, couple, couple_linear = _operators()
+        cut = _operator(cut_net_input, _cut_eager, cut_net_input)
+        linear = _operator(conv1x1_op, conv1x1_eager, conv1x1_forward)
         x, steps = forward.x, self.steps
         weights = iter(_rows(folded, self.inverted, x))
         net_input: Tensor | None = None
         for i, step in enumerate(steps):
-            # The launch of the coupling before has applied the linear map, and cut the input of
-            # the network.
-            if step.linear is not None and (i == 0 or steps[i - 1].couple is None):
+            before = steps[i - 1].couple if i else None
+            # A launch that fuses both has applied the linear map, and cut the network's input.
+            if step.linear is not None and not (before is not None and before.fuses):
                 dtype = None if step.couple is None else autocast_dtype(x)
                 x, net_input = linear(x, *next(weights), PRECISION, dtype)
             if step.couple is None:
                 continue
             if net_input is None:
                 net_input = cut(x, autocast_dtype(x))
-            call = Call(step.couple.net, step.couple.net)
-            params = check_params(x, forward.call(call, x, net_input), "net's output")
-            scale, inverted = step.couple.scale.args, step.couple.inverted
+            couple, call = step.couple, Call(step.couple.net, step.couple.net)
+            params = couple.checked(x, forward.call(call, x, net_input))
             following = steps[i + 1] if i + 1 < len(steps) else None
-            if following is not None and following.linear is not None:
+            if couple.fuses and following is not None and following.linear is not None:
                 dtype = None if following.couple is None else autocast_dtype(x)
-                x, net_input, ledger = couple_linear(
-                    x, params, *next(weights), PRECISION, dtype, *scale, inverted
-                )
+                x, net_input, ledger = couple.run_with_linear(x, params, next(weights), dtype)
             else:
-                x, ledger = couple(x, params, *scale, inverted)
-                net_input = None
+                (x, ledger), net_input = couple.run(x, params), None
             forward.ledger.append(ledger)
         forward.x = x
 
@@ -233,24 +326,19 @@ def _undo_couple(
     net_input = net_input.detach().requires_grad_()
     with torch.enable_grad(), torch.autocast(**backward.autocast):
         params = again.run_again(net_input, backward.context)
-    b, db, dparams = rebuild_coupling(
-        z_b, dz_b, backward.dlogdet, params.detach(), couple.scale, couple.inverted, true_b
-    )
+    b, db, dparams = couple.undo(z_b, dz_b, backward.dlogdet, params.detach(), true_b)
     return b, db, backward.differentiate(again, (params,), (dparams,), net_input)
 
 
-def _operators() -> tuple[Any, Any, Any, Any]:
-    """The functions that cut the network input and apply the 1x1 convolution, the coupling, and
-    both in one launch.
+def _operator(registered: Any, eager: Any, plain: Any) -> Any:
+    """The form of an operator that fits the mode.
 
-    Compilers get the registered operators, autograd gets autograd functions, and everything else
-    gets the plain functions, which have the least overhead.
+    Compilers get the registered operator, autograd gets an autograd function, and everything else
+    gets the plain function, which has the least overhead.
     """
     if torch.compiler.is_compiling() and not transformed():
-        return cut_net_input, conv1x1_op, affine_coupling_op, coupling_conv1x1_op
-    if torch.is_grad_enabled() and not transformed():
-        return _cut_eager, conv1x1_eager, coupling_eager, coupling_conv1x1_eager
-    return cut_net_input, conv1x1_forward, coupling_forward, coupling_conv1x1_forward
+        return registered
+    return eager if torch.is_grad_enabled() and not transformed() else plain
 
 
 # Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. This

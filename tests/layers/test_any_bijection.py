@@ -21,6 +21,7 @@ from mflow_kernels import (
     Permutation,
     PixelPairs,
     ReversibleChain,
+    SplineCoupling,
     Split,
     Squeeze,
     Unsqueeze,
@@ -41,6 +42,7 @@ ALONE: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "actnorm": (lambda: [ActNorm(4)], IMAGE),
     "conv1x1": (lambda: [InvertibleConv1x1(4)], IMAGE),
     "coupling": (lambda: [AffineCoupling(4, width=4)], IMAGE),
+    "spline": (lambda: [SplineCoupling(4, bins=3, width=4)], IMAGE),
     "step": (lambda: [FlowStep(4, width=4)], IMAGE),
     "squeeze": (lambda: [Squeeze()], IMAGE),
     "unsqueeze": (lambda: [Unsqueeze()], IMAGE),
@@ -95,6 +97,8 @@ TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "vectors": (
         lambda: [
             *(InvertibleConv1x1(4), nflows_spline(4), FlowStep(4, width=4, spatial_dims=0)),
+            *(SplineCoupling(4, bins=4, width=4, spatial_dims=0), InvertibleConv1x1(4)),
+            SplineCoupling(4, bins=4, width=4, spatial_dims=0),
             *(nflows_spline(4), Reversed(), ActNorm(4)),
         ],
         VECTOR,
