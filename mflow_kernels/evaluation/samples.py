@@ -100,7 +100,8 @@ def project_images(
         uint8 images of the same shape on the CPU.
     """
     x = model_input(images, model)
-    return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
+    context = context_of(model, x, classes)
+    return to_image(model.project(x, stages=stages, context=context)).cpu()
 
 
 def draw_projections(

@@ -296,7 +296,7 @@ def test_the_falling_weight_is_that_of_a_schedule():
     method = RECIPES["falling weight, hierarchy"].build(networks, 50.0, torch.Generator())
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     first = method.model.stages[0]
-    method.model.initialize(x, 0)
+    method.model.initialize(x, stage=0)
     objective = ManifoldObjective("data", "l2", weight=WeightSchedule(500.0, 50.0, 60))
     for step in range(100):
         expected = objective(first, x).loss

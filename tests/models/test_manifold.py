@@ -213,7 +213,9 @@ def test_bad_calls():
         flow.sample(0)
     for temperature in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
-            flow.sample(1, temperature)
+            flow.sample(1, temperature=temperature)
+        with pytest.raises(ValueError, match="temperature: expected a finite number >= 0, got"):
+            flow.lift(torch.zeros(1, 5, dtype=torch.float64), temperature=temperature)
 
 
 @pytest.mark.parametrize("reversible", [True, False])
