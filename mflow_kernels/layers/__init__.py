@@ -5,6 +5,8 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
+from mflow_kernels.layers.flow import Flow
+from mflow_kernels.layers.networks import CouplingNetwork, coupling_net
 from mflow_kernels.layers.squeeze import Squeeze
 from mflow_kernels.layers.step import FlowStep
 
@@ -12,9 +14,12 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
+    "CouplingNetwork",
+    "Flow",
     "FlowStep",
     "InvertibleConv1x1",
     "ReversibleChain",
     "Split",
     "Squeeze",
+    "coupling_net",
 ]
