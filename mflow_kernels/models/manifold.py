@@ -45,8 +45,8 @@ class ManifoldFlow(Chart):
         objective: the training loss; it also defines p_V, the density of v. The model keeps a copy.
             The default for images, `ManifoldObjective()`, suits images with a range of 1. The
             default for vectors, `ManifoldObjective(weight=1.0)`, suits data of unit variance, such
-            as u of another flow: its penalty is that of a standard normal, so a coordinate costs as
-            much off the manifold as on it.
+            as u of another flow: a standard normal coordinate e costs e^2 / 2 more off the manifold
+            than on it, which is 0.5 nats on average.
 
     Raises:
         TypeError: the mask is not a tuple of bool tensors, the flow's `input_shape` or
