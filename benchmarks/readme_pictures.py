@@ -46,7 +46,7 @@ LABELS = {  # the variants that are drawn, and their names in the picture
     "plain": "plain PyTorch",
     "nflows": "nflows",
 }
-SAMPLES, TEMPERATURE = 12, 0.7
+SAMPLES = 12
 MISSING: tuple[Literal["half", "centre", "pixels"], ...] = ("half", "centre", "pixels")
 MIB = 2**20
 
@@ -110,7 +110,7 @@ def draw_run(run: Run, path: Path) -> None:
     rows = {
         "held out": images,
         "projection": project_images(run.model, images),
-        f"sample, T = {TEMPERATURE}": draw_samples(run.model, SAMPLES, TEMPERATURE, seed=0),
+        "sample": draw_samples(run.model, SAMPLES, 1.0, seed=0),
     }
     title = f"A run of mflow train: held-out {run.config.data_name}, their projections, and samples"
     draw_images(path, title, rows)
@@ -125,7 +125,7 @@ def draw_uses(run: Run, path: Path) -> None:
         rows[f"known: {missing}"] = images.where(known, images.new_full((), 128))
         rows[f"{missing} filled in"] = inpaint_images(run.model, images, known)
     for name, ambient in (("v = 0", False), ("v drawn", True)):
-        drawn = draw_samples(run.model, SAMPLES, TEMPERATURE, seed=1, ambient=ambient)
+        drawn = draw_samples(run.model, SAMPLES, 1.0, seed=1, ambient=ambient)
         rows[f"sample, {name}"] = drawn
     draw_images(path, "Missing pixels filled in from the manifold, and samples on and off it", rows)
     small = Image.open(path).convert("L").quantize(64)  # all images are grey

@@ -41,7 +41,7 @@ def main(steps: int = 40) -> None:
 
     with torch.no_grad():
         codes = stages.encode(x[:5])
-        samples = stages.sample(4, temperature=0.8)
+        samples = stages.sample(4)
     print(f"codes {tuple(codes.shape)}, samples {tuple(samples.shape)}")
 
 

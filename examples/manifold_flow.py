@@ -42,7 +42,7 @@ def main(steps: int = 60) -> None:
     with torch.no_grad():
         u, projected = flow.encode(test), flow.project(test)
         error = (projected - test).square().mean().sqrt()
-        samples = flow.sample(4, temperature=0.7)
+        samples = flow.sample(4)
     print(f"u {tuple(u.shape)}, samples {tuple(samples.shape)}")
     print(f"off the manifold by {error:.3f} per pixel")
 

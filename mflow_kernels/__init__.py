@@ -12,12 +12,17 @@ if TYPE_CHECKING:  # at run time, __getattr__ below finds these names
     from mflow_kernels import ops as ops
     from mflow_kernels.layers import *  # noqa: F403
     from mflow_kernels.models import *  # noqa: F403
+    from mflow_kernels.ops import ScaleFunction as ScaleFunction
 
 __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
+    "Chart",
+    "CouplingNetwork",
     "ErrorBound",
+    "Estimate",
+    "Flow",
     "FlowStep",
     "Glow",
     "HierarchicalFlow",
@@ -28,6 +33,7 @@ __all__ = [
     "Permutation",
     "PixelPairs",
     "ReversibleChain",
+    "ScaleFunction",
     "SplineCoupling",
     "Split",
     "Squeeze",
@@ -36,13 +42,14 @@ __all__ = [
     "VectorFlow",
     "WeightSchedule",
     "bits_per_dimension",
+    "coupling_net",
     "estimate_intrinsic_dimension",
     "latent_importance",
     "manifold_mask_from_data",
 ]
 
 # Submodules that define the public names.
-_SOURCES = ("layers", "models")
+_SOURCES = ("layers", "models", "ops")
 
 if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
@@ -52,7 +59,7 @@ if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
         The command line can then answer --help without torch, and set environment variables that
         torch reads when it is imported.
         """
-        if name in (*_SOURCES, "ops"):
+        if name in _SOURCES:
             return importlib.import_module(f"mflow_kernels.{name}")
         if name in __all__:
             for source in _SOURCES:
@@ -64,4 +71,4 @@ if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_SOURCES, "ops", *globals()})
+    return sorted({*__all__, *_SOURCES, *globals()})

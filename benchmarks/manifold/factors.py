@@ -49,7 +49,7 @@ def train(factors: int, dim: int, steps: int) -> Row:
     """Train and measure a manifold flow of dimension dim, or a flow by plain likelihood if 0."""
     torch.manual_seed(SEED)  # for the weights
     generator = torch.Generator().manual_seed(SEED)
-    flow = VectorFlow(SIDE**2, STEPS, WIDTH, reversible=False)
+    flow = VectorFlow(SIDE**2, STEPS, WIDTH)
     method = methods.one_stage(flow, dim or 1, OBJECTIVE if dim else methods.NORMAL)
     seconds = training.train(method, batches(factors, generator), [steps], RATE)
     row: Row = {"factors": factors, "dim": dim, "seed": SEED, "steps": steps, "seconds": seconds}

@@ -58,7 +58,7 @@ class ImageComparison(Comparison):
             SHAPE, DIM,
             flow=lambda: Glow(SHAPE, LEVELS, STEPS, WIDTH, reversible=False),
             wide_flow=lambda: Glow(SHAPE, LEVELS, STEPS, WIDE, reversible=False),
-            prior=lambda: VectorFlow(DIM, PRIOR_STEPS, PRIOR_WIDTH, reversible=False),
+            prior=lambda: VectorFlow(DIM, PRIOR_STEPS, PRIOR_WIDTH),
             autoencoder=lambda more: autoencoder(MORE_CHANNELS if more else CHANNELS),
             training_data=lambda: dequantize(
                 self.images.train.images, 8, torch.Generator().manual_seed(0)

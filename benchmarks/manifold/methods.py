@@ -304,7 +304,7 @@ def _objective(model: HierarchicalFlow) -> Loss:
 
 
 def _first_phase(model: HierarchicalFlow, share: float, loss: Loss) -> Phase:
-    return Phase(share, model.stages[0], lambda x: model.initialize(x, 0), loss)
+    return Phase(share, model.stages[0], lambda x: model.initialize(x, stage=0), loss)
 
 
 def _prior_phase(model: HierarchicalFlow | Autoencoder, share: float) -> Phase:
@@ -326,6 +326,6 @@ def _joint(
     def initialize(x: Tensor) -> None:
         if isinstance(model, HierarchicalFlow):
             for stage in range(len(model.stages)):
-                model.initialize(x, stage)
+                model.initialize(x, stage=stage)
 
     return Method(model, [Phase(1.0, model, initialize, loss)], off_deviation)

@@ -47,7 +47,7 @@ def train(
 ) -> Row:
     """Train and measure one flow with one penalty."""
     torch.manual_seed(seed)  # for the weights
-    flow = VectorFlow(3, points.STEPS, points.WIDTH, reversible=False)
+    flow = VectorFlow(3, points.STEPS, points.WIDTH)
     objective = ManifoldObjective(domain, rho, weight=weight, delta=HUBER_DELTA)
     method = methods.one_stage(flow, TARGET.dim, objective)
     data = points.batches(TARGET, torch.Generator().manual_seed(seed))

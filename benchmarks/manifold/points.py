@@ -41,9 +41,9 @@ class PointComparison(Comparison):
         dim = TARGETS[self.target].dim
         return Networks(
             (3,), dim,
-            flow=lambda: VectorFlow(3, STEPS, WIDTH, reversible=False),
+            flow=lambda: VectorFlow(3, STEPS, WIDTH),
             prior=lambda: (
-                MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH, reversible=False)
+                MixtureFlow() if dim == 1 else VectorFlow(dim, STEPS, WIDTH)
             ),
             autoencoder=lambda more: autoencoder(dim, MORE_HIDDEN if more else HIDDEN),
             deviation=NOISE,

@@ -60,7 +60,7 @@ class Method:
     ) -> Tensor:
         """Draw n samples: on the manifold, or with v drawn as well if `off`."""
         if not off:
-            return self.model.sample(n, temperature, generator)
+            return self.model.sample(n, temperature=temperature, generator=generator)
         assert self.off_deviation is not None
         assert isinstance(self.model, HierarchicalFlow)
         first = self.model.stages[0]

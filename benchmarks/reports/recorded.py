@@ -202,8 +202,8 @@ def _build(model: Model) -> HierarchicalFlow:
 
 def _runs(model: HierarchicalFlow, x: Tensor) -> Iterator[Callable[[], object]]:
     for stage in range(len(model.stages)):
-        yield lambda stage=stage: model.initialize(x, stage)
-        yield lambda stage=stage: model.terms(x, stage).loss.mean().backward()
+        yield lambda stage=stage: model.initialize(x, stage=stage)
+        yield lambda stage=stage: model.terms(x, stage=stage).loss.mean().backward()
     for evaluate in (model.log_prob, model.project):
         yield lambda evaluate=evaluate: torch.no_grad()(evaluate)(x)
     yield lambda: model.sample(BATCH)

@@ -144,7 +144,7 @@ def evaluate_model(
             u = stage.encode(u, context=context)
             outside = outside + terms.off_manifold
             logdet = logdet + terms.logdet
-            projected = model.project(x, index + 1, context=context)
+            projected = model.project(x, stages=index + 1, context=context)
             squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
             for column, part in enumerate((terms.on_manifold, outside, logdet, squared)):
                 sums[index, column] += part.double().sum().cpu()

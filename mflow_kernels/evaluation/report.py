@@ -227,7 +227,13 @@ def _sample_batches(
     for begin in range(0, count, _FEATURE_BATCH):
         number = min(_FEATURE_BATCH, count - begin)
         context = sampled_classes(model, number)
-        x = model.sample(number, temperature, generator, context=context, off_manifold=ambient)
+        x = model.sample(
+            number,
+            context=context,
+            temperature=temperature,
+            generator=generator,
+            off_manifold=ambient,
+        )
         yield to_image(x)
 
 

@@ -14,7 +14,6 @@ from mflow_kernels.evaluation.pictures import COLUMNS, draw_residuals
 from mflow_kernels.models import HierarchicalFlow
 
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0)  # shown in reports and in the pictures of training
-CLASS_TEMPERATURE = 0.7  # temperature of the samples of each class
 MOST_ROWS = 20  # largest number of rows of samples by class
 
 
@@ -56,11 +55,10 @@ def samples_by_temperature(
     """Return a title, and one named row of `number` samples for each of TEMPERATURES.
 
     All rows use one seed. A class-conditional model has one row for each class instead, at
-    CLASS_TEMPERATURE.
+    temperature 1.
     """
     if model.class_names:
-        rows = samples_by_class(model, number, CLASS_TEMPERATURE, seed, ambient=ambient)
-        return f"Samples of each class at T = {CLASS_TEMPERATURE}", rows
+        return "Samples of each class", samples_by_class(model, number, 1.0, seed, ambient=ambient)
     rows = {f"T = {t}": draw_samples(model, number, t, seed, ambient=ambient) for t in TEMPERATURES}
     where = "off" if ambient else "on"
     return f"Samples {where} the manifold at several temperatures", rows
@@ -100,7 +98,8 @@ def project_images(
         uint8 images of the same shape on the CPU.
     """
     x = model_input(images, model)
-    return to_image(model.project(x, stages, context=context_of(model, x, classes))).cpu()
+    context = context_of(model, x, classes)
+    return to_image(model.project(x, stages=stages, context=context)).cpu()
 
 
 def draw_projections(

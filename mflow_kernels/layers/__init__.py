@@ -5,6 +5,8 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.chain import ReversibleChain
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling, Split
+from mflow_kernels.layers.flow import Flow
+from mflow_kernels.layers.networks import CouplingNetwork, coupling_net
 from mflow_kernels.layers.rearrange import Permutation, PixelPairs, Squeeze, Unsqueeze
 from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.layers.step import FlowStep
@@ -13,6 +15,8 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bijection",
+    "CouplingNetwork",
+    "Flow",
     "FlowStep",
     "InvertibleConv1x1",
     "Permutation",
@@ -22,4 +26,5 @@ __all__ = [
     "Split",
     "Squeeze",
     "Unsqueeze",
+    "coupling_net",
 ]

@@ -1,17 +1,30 @@
 """The density and the samples of a bijection whose latents are standard normal."""
 
+import functools
+import inspect
 import math
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.coupling import AffineCoupling
+from mflow_kernels.layers.distribution import FlowDistribution
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
+
+# One context for each sample, or one for all: a class, a tensor without axes, or one of length 1.
+Context: TypeAlias = Tensor | int
 
 
 class Flow(Bijection):
     """A bijection from x to latents that are standard normal under the model.
+
+    A `context` is a tensor with one entry for each sample, and is passed to the coupling networks.
+    One entry serves all samples: an int (a class), a tensor without axes, or one of length 1.
+    `flow(x, context)`, `inverse` and `initialize` take it by position, as every `Bijection` does;
+    the other methods take it as a keyword.
 
     Attributes:
         input_shape: shape of x without N; None if the flow takes any.
@@ -21,58 +34,131 @@ class Flow(Bijection):
     input_shape: tuple[int, ...] | None
     latent_shapes: tuple[tuple[int, ...], ...] | None
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return log p(x) (N,), or log p(x | context), in nats.
 
         Args:
             x: (N, *input_shape).
-            context: passed to the coupling networks, as in `forward`.
+            context: one for each sample, or one for all.
 
         Returns:
             sum of log N(z; 0, 1) over all latents, plus log |det dz/dx|: float64 for float64 x,
             otherwise float32.
         """
-        z, log_prob = self(x, *given(context))
-        for latent in z if isinstance(z, tuple) else (z,):
-            squares = latent.to(log_prob.dtype).square()
-            log_prob = log_prob - (squares / 2 + HALF_LOG_2PI).flatten(1).sum(1)
-        return log_prob
+        z, logdet = self(x, *given(context, x, self))
+        return _with_log_normal(logdet, z if isinstance(z, tuple) else (z,))
 
     @torch.no_grad()
     def sample(
         self,
         n: int,
         *,
+        context: Context | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        context: Tensor | None = None,
     ) -> Tensor:
         """Draw samples x (n, *input_shape): the inverse of latents from N(0, temperature^2).
 
         Args:
             n: number of samples.
+            context: one for each sample, or one for all.
             temperature: standard deviation of the latents, >= 0. Below 1, samples are more likely
                 and vary less (arXiv 1807.03039, section 6).
             generator: on the model's device.
-            context: a context for each of the n samples, passed to the coupling networks.
 
         Raises:
             ValueError: n or temperature is out of range, or the flow has no `input_shape`.
         """
+        z = self._draw(n, temperature, generator)
+        return self.inverse(z, *given(context, z[0], self))[0]
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        *,
+        context: Context | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n samples as `sample` does, and return them with their `log_prob` (n,).
+
+        One inverse pass computes both. Both have gradients with respect to the parameters and the
+        context, the latents being constant.
+        """
+        z = self._draw(n, temperature, generator)
+        x, logdet = self.inverse(z, *given(context, z[0], self))
+        return x, _with_log_normal(-logdet, z)
+
+    def distribution(
+        self, context: Context | None = None, *, generator: torch.Generator | None = None
+    ) -> FlowDistribution:
+        """Return p(x), or p(x | context), as a `torch.distributions.Distribution`.
+
+        Its event_shape is `input_shape`. Its batch_shape is (N,) for a context with N entries, and
+        () without a context or for a context without axes. `sample`, `rsample` and `log_prob` call
+        this model, so their gradients reach its parameters.
+
+        Args:
+            context: as in `log_prob`.
+            generator: of all samples, on the model's device.
+
+        Raises:
+            ValueError: the flow has no `input_shape`.
+        """
+        if self.input_shape is None:
+            raise _no_input_shape()
+        return FlowDistribution(self, self.input_shape, context, generator)
+
+    def _draw(
+        self, n: int, temperature: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, ...]:
+        """Draw n of each latent."""
         if self.latent_shapes is None:
-            raise ValueError(
-                "input_shape: sampling derives the shapes of the latents from it; give it to the "
-                "constructor"
-            )
-        z = tuple(
+            raise _no_input_shape()
+        return tuple(
             sample_normal(self, (n, *shape), temperature, generator) for shape in self.latent_shapes
         )
-        return self.inverse(z, *given(context))[0]
 
 
-def given(context: Tensor | None) -> tuple[Tensor, ...]:
-    """The context as positional arguments: none or one."""
-    return () if context is None else (context,)
+def for_each(context: Any, x: Tensor) -> Any:
+    """Return the context with one entry for each sample of x; see `Flow`.
+
+    None, and objects that are no tensors, are returned unchanged.
+    """
+    if isinstance(context, int) and not isinstance(context, bool):
+        context = torch.tensor(context, device=x.device)
+    if isinstance(context, Tensor) and (context.dim() == 0 or len(context) == 1 != len(x)):
+        return context.expand(len(x), *context.shape[1:])
+    return context
+
+
+def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
+    """Return `for_each(context, x)` as further arguments of a flow: none or one.
+
+    Raises:
+        TypeError: there is no context, but the flow's first network requires one.
+    """
+    if context is not None:
+        return (for_each(context, x),)
+    if not torch.compiler.is_compiling():
+        net = next((type(m.net) for m in flow.modules() if isinstance(m, AffineCoupling)), None)
+        required = _required(getattr(net, "forward", None))
+        if net is not None and required is not None:
+            raise TypeError(
+                f"context: expected the argument {required!r} of {net.__name__}, got none"
+            )
+    return ()
+
+
+@functools.lru_cache(maxsize=64)
+def _required(forward: Any) -> str | None:
+    """Return the name of the argument that a network's `forward` requires besides x, or None."""
+    try:
+        _, _, *further = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # it is no function, or has another form
+        return None
+    positional = (p for p in further if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    return next((p.name for p in positional if p.default is p.empty), None)
 
 
 def sample_normal(
@@ -80,8 +166,27 @@ def sample_normal(
 ) -> Tensor:
     """Draw `shape`, (n, ...), from N(0, temperature^2) with the parameters' device and dtype."""
     check_count("n", shape[0], 1)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+    check_temperature(temperature)
     like = next(model.parameters(), torch.empty(0))
     normal = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
     return temperature * normal
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
+
+
+def _with_log_normal(log_prob: Tensor, z: tuple[Tensor, ...]) -> Tensor:
+    """Return log_prob plus the sum of log N(z; 0, 1) over all latents, (N,)."""
+    for latent in z:
+        squares = latent.to(log_prob.dtype).square()
+        log_prob = log_prob - (squares / 2 + HALF_LOG_2PI).flatten(1).sum(1)
+    return log_prob
+
+
+def _no_input_shape() -> ValueError:
+    return ValueError(
+        "input_shape: sampling derives the shapes of the latents from it; give it to the "
+        "constructor"
+    )

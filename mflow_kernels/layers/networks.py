@@ -183,7 +183,13 @@ def check_takes(net: nn.Module, name: str, x: Tensor, channels: int) -> None:
     """
     first: Any = next(iter(net._modules.values()), net) if type(net) in SEQUENTIALS else net
     spatial = SPATIAL.get(type(first))  # None for a subclass, which may cast and reshape
-    check_channels(name, x, channels, spatial)
+    try:
+        check_channels(name, x, channels, spatial)
+    except ValueError as error:
+        axes = x.dim() - 2
+        if type(net) is not CouplingNetwork or x.shape[1] != channels or not 0 <= axes <= 3:
+            raise
+        raise ValueError(f"{error}; spatial_dims={axes} makes a network for it") from None
     if spatial is None:
         return
     weight = first.weight

@@ -1,6 +1,7 @@
 """Flows on images and vectors, manifold flows and hierarchies of them."""
 
 from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -15,6 +16,7 @@ from mflow_kernels.models.selection import (
 from mflow_kernels.models.volume import Estimate
 
 __all__ = [
+    "Chart",
     "ErrorBound",
     "Estimate",
     "Glow",

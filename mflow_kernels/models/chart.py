@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import sample_normal
+from mflow_kernels.layers.distribution import FlowDistribution
+from mflow_kernels.layers.flow import Context, for_each, sample_normal
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.images import crop_to_model
 from mflow_kernels.models.volume import Estimate, Method, log_volume
@@ -17,9 +18,9 @@ from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 class Chart(nn.Module):
     """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
 
-    `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode`, `decode_off_manifold` and
-    `log_prob`; the other methods are built on these. A `context` has one entry for each sample and
-    is passed to the flows. Each context has its own manifold and its own density.
+    `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode`, `lift` and `log_prob`; the
+    other methods are built on these. A `context` is passed to the flows; it has one entry for each
+    sample, or one for all, as for `Flow`. Each context has its own manifold and its own density.
 
     Attributes:
         n_bits: bits per value of the training images. Loading a model sets it. Set it on a model
@@ -35,26 +36,29 @@ class Chart(nn.Module):
     crop: int | None = None
     class_names: tuple[str, ...] = ()
 
-    def encode(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
         raise NotImplementedError
 
-    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def decode(self, u: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the point on the manifold with coordinates u (N, d)."""
         raise NotImplementedError
 
-    def decode_off_manifold(
+    def lift(
         self,
         u: Tensor,
+        *,
+        context: Context | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        *,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """Return points with coordinates u (N, d) and random coordinates off the manifold."""
+    ) -> tuple[Tensor, Tensor]:
+        """Draw v, and return x with coordinates u (N, d) and v, and log p(x) - log N(u; 0, I) (N,).
+
+        v, the coordinates off the manifold, come from p_V and are scaled by the temperature.
+        """
         raise NotImplementedError
 
-    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
 
@@ -64,11 +68,11 @@ class Chart(nn.Module):
         """Set `n_bits`, `crop` and `class_names`."""
         self.n_bits, self.crop, self.class_names = n_bits, crop, class_names
 
-    def project(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Project x onto the manifold: decode(encode(x))."""
         return self.decode(self.encode(x, context=context), context=context)
 
-    def distance(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def distance(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the Euclidean distance (N,) from x to its projection."""
         return (x - self.project(x, context=context)).flatten(1).norm(dim=1)
 
@@ -76,7 +80,7 @@ class Chart(nn.Module):
         self,
         x: Tensor,
         *,
-        context: Tensor | None = None,
+        context: Context | None = None,
         method: Method = "exact",
         probes: int = 16,
         iterations: int = 64,
@@ -95,7 +99,7 @@ class Chart(nn.Module):
 
         Args:
             x: (N, *input_shape).
-            context: one for each sample, as in all methods.
+            context: one for each sample, or one for all.
             method: "exact" takes d Jacobian products per sample. "hutchinson" estimates the
                 log-determinant for large d; each sample takes about 2 * probes products per
                 Lanczos step.
@@ -127,7 +131,7 @@ class Chart(nn.Module):
             u,
             dimensions,
             method,
-            context=context,
+            context=for_each(context, u),
             probes=probes,
             iterations=iterations,
             generator=generator,
@@ -173,7 +177,7 @@ class Chart(nn.Module):
         self,
         images: Any,
         *,
-        context: Tensor | None = None,
+        context: Context | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the bits per dimension of images, (N,): an upper bound of -log2 p(image) / D.
@@ -187,7 +191,7 @@ class Chart(nn.Module):
         return bits_per_dimension(log_prob, math.prod(self.input_shape), self.n_bits)
 
     def interpolate(
-        self, x0: Tensor, x1: Tensor, steps: int, *, context: Tensor | None = None
+        self, x0: Tensor, x1: Tensor, steps: int, *, context: Context | None = None
     ) -> Tensor:
         """Return points on the manifold from the projection of x0 to the projection of x1.
 
@@ -197,7 +201,7 @@ class Chart(nn.Module):
         Args:
             x0, x1: the two ends, (N, *input_shape) each.
             steps: number of points including both ends, at least 2.
-            context: one for each of the N paths.
+            context: one for each of the N paths, or one for all.
 
         Returns:
             (steps, N, *input_shape).
@@ -210,7 +214,8 @@ class Chart(nn.Module):
         u0, u1 = self.encode(x0, context=context), self.encode(x1, context=context)
         t = torch.linspace(0, 1, steps, dtype=u0.dtype, device=u0.device).view(-1, 1, 1)
         path = torch.lerp(u0, u1, t)
-        repeated = None if context is None else torch.cat([context] * steps)
+        each = for_each(context, x0)
+        repeated = None if each is None else torch.cat([each] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
     def inpaint(
@@ -220,7 +225,7 @@ class Chart(nn.Module):
         deviation: float,
         *,
         steps: int = 200,
-        context: Tensor | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """Fill in the missing pixels of x from the manifold.
 
@@ -236,7 +241,7 @@ class Chart(nn.Module):
             deviation: standard deviation of the known pixels off the manifold, > 0; for example
                 `deviation(training_data)`.
             steps: number of steps of Adam; each takes one forward and one backward pass.
-            context: one for each sample.
+            context: one for each sample, or one for all.
 
         Returns:
             x with the missing pixels of decode(u), without gradients.
@@ -275,7 +280,7 @@ class Chart(nn.Module):
             return torch.where(known, x, self.decode(u, context=context))
 
     @torch.no_grad()
-    def deviation(self, x: Tensor, *, context: Tensor | None = None) -> float:
+    def deviation(self, x: Tensor, *, context: Context | None = None) -> float:
         """Return the standard deviation of the data x off the manifold, per direction.
 
         The deviation is sqrt(mean(distance^2) / (D - d)), or 0 if d = D. `ood_score` compares
@@ -293,7 +298,7 @@ class Chart(nn.Module):
         x: Tensor,
         deviation: float | None = None,
         *,
-        context: Tensor | None = None,
+        context: Context | None = None,
         volume: bool = True,
         **density: Any,
     ) -> Tensor:
@@ -312,7 +317,7 @@ class Chart(nn.Module):
             x: (N, *input_shape).
             deviation: unit of the distances, > 0; `deviation(training_data)` computes it. It is
                 required.
-            context: one for each sample.
+            context: one for each sample, or one for all.
             volume: whether p is the density on the manifold. If False, p is the density of u,
                 N(u; 0, I), without the volume term 1/2 log det J^T J. The score then takes two
                 passes through the flow, for any number of dimensions.
@@ -337,22 +342,49 @@ class Chart(nn.Module):
     def sample(
         self,
         n: int,
+        *,
+        context: Context | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        *,
-        context: Tensor | None = None,
         off_manifold: bool = False,
     ) -> Tensor:
         """Draw n points on the manifold: u ~ N(0, temperature^2), v = 0.
 
         With `off_manifold`, v is drawn from p_V and scaled by the temperature; at a temperature of
         1 the points then have the density `log_prob`. `generator` must be on the model's device;
-        `context` has one entry for each point.
+        `context` has one entry for each point, or one for all.
         """
         u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
         if off_manifold:
-            return self.decode_off_manifold(u, temperature, generator, context=context)
+            return self.lift(u, context=context, temperature=temperature, generator=generator)[0]
         return self.decode(u, context=context)
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        *,
+        context: Context | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n points as `sample(n, off_manifold=True)` does; return them with their `log_prob`.
+
+        One inverse pass computes both. Both have gradients with respect to the parameters and the
+        context, u and v being constant.
+        """
+        u = sample_normal(self, (n, self.manifold_dim), temperature, generator)
+        x, outside = self.lift(u, context=context, temperature=temperature, generator=generator)
+        return x, outside - normal_score(u.to(outside.dtype))
+
+    def distribution(
+        self, context: Context | None = None, *, generator: torch.Generator | None = None
+    ) -> FlowDistribution:
+        """Return p(x), the density `log_prob`, as a `torch.distributions.Distribution`.
+
+        Its samples have random v, as those of `sample_and_log_prob`. The rest is as for
+        `Flow.distribution`.
+        """
+        return FlowDistribution(self, self.input_shape, context, generator)
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
-from mflow_kernels.layers.flow import Flow, given
+from mflow_kernels.layers.flow import Context, Flow, given
 from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
 from mflow_kernels.ops.launch import transformed
@@ -31,30 +31,30 @@ class _ChainFlow(Flow):
     context_channels: int | None  # None if the caller supplies the networks
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, context: Tensor | None = None
+        self, x: Tensor, context: Context | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         x = self._checked(x)
-        z, logdet = self.chain(x, *self._for_networks(context, len(x)))
+        z, logdet = self.chain(x, *self._for_networks(context, x))
         return z if isinstance(z, tuple) else (z,), logdet
 
     def initialize(  # type: ignore[override]
-        self, x: Tensor, context: Tensor | None = None
+        self, x: Tensor, context: Context | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Initialize every actnorm from the batch x (N, *input_shape), in order, and return
         `forward(x, context)`. An actnorm initializes only once; see `ActNorm`."""
         x = self._checked(x)
         warn_of_raw_images(self, x)
         with torch.no_grad():
-            z, logdet = self.chain.initialize(x, *self._for_networks(context, len(x)))
+            z, logdet = self.chain.initialize(x, *self._for_networks(context, x))
         return z if isinstance(z, tuple) else (z,), logdet
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return log p(x) (N,), or log p(x | context), in nats; x is (N, *input_shape)."""
         warn_of_raw_images(self, self._checked(x))
-        return super().log_prob(x, context)
+        return super().log_prob(x, context=context)
 
     def inverse(  # type: ignore[override]
-        self, z: tuple[Tensor, ...], context: Tensor | None = None
+        self, z: tuple[Tensor, ...], context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
         shapes = self.latent_shapes
         if not isinstance(z, tuple):
@@ -64,7 +64,7 @@ class _ChainFlow(Flow):
         if actual != shapes:
             raise ValueError(f"z: expected latents of shapes {shapes}, got {actual}")
         latents = [_channels_last(latent) for latent in latents]
-        context_of = self._for_networks(context, len(latents[0]))
+        context_of = self._for_networks(context, latents[0])
         return self.chain.inverse(tuple(latents), *context_of)
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -74,24 +74,28 @@ class _ChainFlow(Flow):
             raise ValueError(f"x: expected shape (N, {expected}), got {tuple(x.shape)}")
         return _channels_last(x)
 
-    def _for_networks(self, context: Tensor | None, n: int) -> tuple[Tensor, ...]:
+    def _for_networks(self, context: Context | None, x: Tensor) -> tuple[Tensor, ...]:
         """Return the networks' extra arguments: classes (N,) become one-hot vectors."""
-        if not self.context_channels or not isinstance(context, Tensor):
-            return given(context)  # the networks check it
-        if context.dim() != 1 or context.is_floating_point():
-            return (context,)
+        if context is None and self.context_channels is not None:
+            return ()  # built-in networks check that they need none
+        arguments = given(context, x, self)
         classes = self.context_channels
-        if context.shape != (n,):
+        if not classes or not isinstance(arguments[0], Tensor):
+            return arguments  # the networks check it
+        own, n = arguments[0], len(x)
+        if own.dim() != 1 or own.is_floating_point():
+            return (own,)
+        if own.shape != (n,):
             raise ValueError(
-                f"context: expected one class for each of {n} samples, got {tuple(context.shape)}"
+                f"context: expected one class for each of {n} samples, got {tuple(own.shape)}"
             )
         like = next(self.parameters())
-        if _can_read(context) and n and not 0 <= context.min() <= context.max() < classes:
+        if _can_read(own) and n and not 0 <= own.min() <= own.max() < classes:
             raise ValueError(
                 f"context: expected classes from 0 to {classes - 1}, got "
-                f"{context.min().item()} to {context.max().item()}"
+                f"{own.min().item()} to {own.max().item()}"
             )
-        return ((context[:, None] == torch.arange(classes, device=like.device)).to(like.dtype),)
+        return ((own[:, None] == torch.arange(classes, device=like.device)).to(like.dtype),)
 
     def _like_parameters(self, name: str, value: object) -> Tensor:
         """Check that `value` is a tensor on the parameters' device and, outside autocast, of their
@@ -115,7 +119,8 @@ class Glow(_ChainFlow):
     standard normal under the model. x and z have the dtype of the parameters. Call `initialize(x)`
     with a first batch before training.
 
-    All methods take a `context`, which makes the flow conditional: log p(x | context).
+    All methods take a `context`, which makes the flow conditional: log p(x | context). One entry
+    serves all samples, for example `sample(8, context=3)`.
 
     Args:
         image_shape: (C, H, W); H and W must be divisible by 2 ** levels.
@@ -129,8 +134,7 @@ class Glow(_ChainFlow):
         network: makes the network of each coupling, instead of the built-in ones:
             `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
             (N, out_channels, *spatial). If a context is given, the module gets it as second
-            argument; it may have any form. With dropout, the flow is not a bijection in training
-            mode.
+            argument. With dropout, the flow is not a bijection in training mode.
         reversible, checkpoint_every: as for `ReversibleChain`.
 
     Raises:
@@ -204,8 +208,8 @@ class VectorFlow(_ChainFlow):
         width: number of hidden units of the built-in coupling networks.
         scale: scale function of the couplings, as for `AffineCoupling`.
         context_channels, network: as for `Glow`, but a context cannot be a map.
-        reversible, checkpoint_every: as for `ReversibleChain`. A small flow trains faster with
-            reversible=False.
+        reversible, checkpoint_every: as for `ReversibleChain`, but activations are stored by
+            default. They are small, and a step is faster than one that rebuilds them.
 
     Raises:
         TypeError: a number is not an integer, or `network` returns no module.
@@ -221,7 +225,7 @@ class VectorFlow(_ChainFlow):
         scale: ScaleFunction | Kind = "tanh",
         context_channels: int = 0,
         network: NetworkFactory | None = None,
-        reversible: bool = True,
+        reversible: bool = False,
         checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import sample_normal
+from mflow_kernels.layers.flow import Context, sample_normal
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import Terms
@@ -56,7 +56,7 @@ class HierarchicalFlow(Chart):
         self.manifold_dim = stages[-1].manifold_dim
 
     def terms(
-        self, x: Tensor, stage: int, *, release: bool = False, context: Tensor | None = None
+        self, x: Tensor, *, stage: int, release: bool = False, context: Context | None = None
     ) -> Terms:
         """Return the objective of one stage on the data x.
 
@@ -69,10 +69,10 @@ class HierarchicalFlow(Chart):
                 next stage replace -log N(u) of each earlier stage. (The terms of this stage alone
                 lack the earlier log-determinants, so training on them would shrink u to a point.)
         """
-        return self.terms_and_log_prob(x, stage, release=release, context=context)[0]
+        return self.terms_and_log_prob(x, stage=stage, release=release, context=context)[0]
 
     def terms_and_log_prob(
-        self, x: Tensor, stage: int, *, release: bool = False, context: Tensor | None = None
+        self, x: Tensor, *, stage: int, release: bool = False, context: Context | None = None
     ) -> tuple[Terms, Tensor]:
         """Return `terms` and log p(x) (N,) under all stages up to `stage`, in one pass."""
         earlier, trained = self._split_at(stage)
@@ -96,16 +96,21 @@ class HierarchicalFlow(Chart):
             terms = Terms(*(a + b for a, b in zip(terms, without_u, strict=True)))
         return terms, terms.log_likelihood
 
-    def initialize(self, x: Tensor, stage: int, *, context: Tensor | None = None) -> None:
-        """Initialize the actnorms of one stage from a first batch x; see `ActNorm`."""
+    @torch.no_grad()
+    def initialize(
+        self, x: Tensor, *, stage: int, context: Context | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Initialize the actnorms of one stage from a first batch x, and return its `latents`.
+
+        See `ActNorm`.
+        """
         earlier, trained = self._split_at(stage)
-        with torch.no_grad():
-            for flow in earlier:
-                x = flow.encode(x, context=context)
-            trained.initialize(x, context=context)
+        for flow in earlier:
+            x = flow.encode(x, context=context)
+        return trained.initialize(x, context=context)
 
     def encode(
-        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return u of the last stage, or of the last of the first `stages` stages."""
         for stage in self._until(stages):
@@ -113,35 +118,37 @@ class HierarchicalFlow(Chart):
         return x
 
     def decode(
-        self, u: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, u: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the point on the manifold with coordinates u; `encode` maps it back to u."""
         for stage in reversed(self._until(stages)):
             u = stage.decode(u, context=context)
         return u
 
-    def decode_off_manifold(
+    def lift(
         self,
         u: Tensor,
+        *,
+        context: Context | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         stages: int | None = None,
-        *,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """Return points with coordinates u, and v of every stage drawn from its p_V."""
+    ) -> tuple[Tensor, Tensor]:
+        outside = torch.zeros((), device=u.device)
         for stage in reversed(self._until(stages)):
-            u = stage.decode_off_manifold(u, temperature, generator, context=context)
-        return u
+            u, each = stage.lift(u, context=context, temperature=temperature, generator=generator)
+            outside = outside + each
+        return u, outside
 
     def project(
-        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Project x onto the manifold: encode it, then decode with v = 0 in every stage."""
-        return self.decode(self.encode(x, stages, context=context), stages, context=context)
+        u = self.encode(x, stages=stages, context=context)
+        return self.decode(u, stages=stages, context=context)
 
     def log_prob(
-        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats.
 
@@ -155,24 +162,23 @@ class HierarchicalFlow(Chart):
     def sample(
         self,
         n: int,
+        *,
+        stages: int | None = None,
+        context: Context | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        stages: int | None = None,
-        *,
-        context: Tensor | None = None,
         off_manifold: bool = False,
     ) -> Tensor:
         """Draw n points on the manifold: u of the last stage ~ N(0, temperature^2), every v = 0.
 
-        With `off_manifold`, every v is drawn from its p_V and scaled by the temperature; at a
-        temperature of 1 the points then have the density `log_prob`. `generator` must be on the
-        model's device; `context` has one entry for each point.
+        `stages` is as for `encode`. The rest is as for `Chart.sample`.
         """
         dim = self._until(stages, least=1)[-1].manifold_dim
         u = sample_normal(self, (n, dim), temperature, generator)
         if off_manifold:
-            return self.decode_off_manifold(u, temperature, generator, stages, context=context)
-        return self.decode(u, stages, context=context)
+            how: dict[str, Any] = {"temperature": temperature, "generator": generator}
+            return self.lift(u, stages=stages, context=context, **how)[0]
+        return self.decode(u, stages=stages, context=context)
 
     def describe_images(
         self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
@@ -224,7 +230,7 @@ def build(architecture: Mapping[str, Any], **options: Any) -> HierarchicalFlow:
 
 
 def _pass_through(
-    flows: Sequence[ManifoldFlow], x: Tensor, context: Tensor | None
+    flows: Sequence[ManifoldFlow], x: Tensor, context: Context | None
 ) -> tuple[Tensor, Tensor]:
     """Return u of the last of these flows, and log p(x) - log p(u) (N,).
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.actnorm import over_ranks
+from mflow_kernels.layers.flow import Context
 from mflow_kernels.models.penalty_weight import (
     Domain,
     ErrorBound,
@@ -72,11 +73,11 @@ class Manifold(Protocol):
     latent_shapes: tuple[tuple[int, ...], ...]
 
     def latents(
-        self, x: Tensor, *, context: Tensor | None = None
+        self, x: Tensor, *, context: Context | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor]: ...
     def off_masks(self) -> tuple[Tensor, ...]: ...
     def gather(self, latents: tuple[Tensor, ...]) -> Tensor: ...
-    def decode(self, u: Tensor, *, context: Tensor | None = None) -> Tensor: ...
+    def decode(self, u: Tensor, *, context: Context | None = None) -> Tensor: ...
 
 
 class ManifoldObjective(nn.Module):
@@ -179,7 +180,7 @@ class ManifoldObjective(nn.Module):
             for i, (part, shape) in enumerate(zip(weight, model.latent_shapes, strict=True)):
                 check_broadcast(f"weight[{i}]", part, shape)
 
-    def forward(self, model: Manifold, x: Tensor, context: Tensor | None = None) -> Terms:
+    def forward(self, model: Manifold, x: Tensor, context: Context | None = None) -> Terms:
         """Return the terms for a batch x; in training mode, update the trained weight.
 
         Raises:
@@ -198,7 +199,7 @@ class ManifoldObjective(nn.Module):
         x: Tensor,
         latents: tuple[Tensor, ...],
         logdet: Tensor,
-        context: Tensor | None = None,
+        context: Context | None = None,
     ) -> Terms:
         """Compute `forward` from `latents, logdet = model.latents(x, context=context)`."""
         off_loss, on, off = self._densities(model, latents)
@@ -213,7 +214,7 @@ class ManifoldObjective(nn.Module):
             penalty = self._reconstruction(x, model.decode(u, context=context).to(x.dtype))
         return Terms(penalty - likelihood, likelihood, on, off, logdet, penalty)
 
-    def log_likelihood(self, model: Manifold, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, model: Manifold, x: Tensor, context: Context | None = None) -> Tensor:
         """Return log p(x) of the flow, (N,), in nats."""
         latents, logdet = model.latents(x, context=context)
         _, on, off = self._densities(model, latents)

@@ -24,7 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers.flow import given
+from mflow_kernels.layers.flow import Context, given
 from mflow_kernels.models.chart import Chart, normal_score
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -72,20 +72,20 @@ class Autoencoder(Chart):
         self.input_shape, self.manifold_dim = input_shape, manifold_dim
 
     def encode(
-        self, x: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, x: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the coordinates u (N, d) of x; with `stages=1`, the code before the prior."""
-        code = self.encoder(x, *given(context))
+        code = self.encoder(x, *given(context, x, self.encoder))
         prior = None if stages == 1 else self.prior
         return code if prior is None else prior.encode(code, context=context)
 
     def decode(
-        self, u: Tensor, stages: int | None = None, *, context: Tensor | None = None
+        self, u: Tensor, *, stages: int | None = None, context: Context | None = None
     ) -> Tensor:
         """Return the point with coordinates u (N, d); with `stages=1`, u is the code."""
         prior = None if stages == 1 else self.prior
         code = u if prior is None else prior.decode(u, context=context)
-        return self.decoder(code, *given(context))
+        return self.decoder(code, *given(context, code, self.decoder))
 
 
 Model = HierarchicalFlow | Autoencoder

@@ -21,7 +21,6 @@ from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
 from mflow_kernels.layers import AffineCoupling, ReversibleChain
-from mflow_kernels.layers.flow import given
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.checkpoints import Checkpoint
@@ -173,7 +172,7 @@ class FlowTraining(LightningModule):
                 copy_weights(self.averaged.stages[earlier], self.model.stages[earlier])
             with torch.no_grad():
                 x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
-                self.model.initialize(x, stage, context=classes)
+                self.model.initialize(x, stage=stage, context=classes)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
             # Lightning logs the last value of each metric again, until it gets another one.
@@ -182,7 +181,7 @@ class FlowTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stage = self.stage
         x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
-        losses, inputs = partial(self._losses, stage), (x, *given(classes))
+        losses, inputs = partial(self._losses, stage), (x,) if classes is None else (x, classes)
         if self._graphs is None:
             loss, *parts, log_likelihood = losses(*inputs)
         else:
@@ -208,7 +207,7 @@ class FlowTraining(LightningModule):
             chain.drift = None
         with self._autocast():
             terms, log_likelihood = self.model.terms_and_log_prob(
-                x, stage, release=self._config.release, context=classes
+                x, stage=stage, release=self._config.release, context=classes
             )
         loss = terms.loss.mean() / self._trained_dims(stage)
         parts = [getattr(terms, name).detach() for name in _PARTS]
@@ -306,7 +305,7 @@ class FlowTraining(LightningModule):
             return
         with self._autocast():
             own = None if classes is None else self._rank_share(classes)
-            log_prob = self.averaged.log_prob(x, self.trained_stage + 1, context=own)
+            log_prob = self.averaged.log_prob(x, stages=self.trained_stage + 1, context=own)
         bits = bits_per_dimension(log_prob, self._dims, self._config.n_bits)
         self._held_out[0] += bits.double().sum()
         self._held_out[1] += len(bits)

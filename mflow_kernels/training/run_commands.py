@@ -15,7 +15,7 @@ Missing = Literal["half", "centre", "pixels"]
 def sample(
     run: str,
     number: int = 60,
-    temperature: float = 0.7,
+    temperature: float = 1.0,
     seed: int = 0,
     stages: int | None = None,
     ambient: bool = False,
@@ -28,8 +28,8 @@ def sample(
     Args:
         run: Folder that mflow train wrote.
         number: Number of images.
-        temperature: Standard deviation of the manifold coordinates; less than 1 gives more typical
-            images.
+        temperature: Standard deviation of the manifold coordinates; less than 1 gives images that
+            differ less from each other, not better ones.
         seed: Seed of the random numbers.
         stages: Number of stages to use, from the first; all by default.
         ambient: Also draw the off-manifold coordinates of samples, which otherwise are zero.

@@ -145,11 +145,10 @@ def _draw(run: CheckedRun, model: HierarchicalFlow) -> list[Path]:
     draw_projections(projections, title, model, run.splits.test, stages=1)
     if len(model.stages) == 1:
         return paths[:-1]
-    rows = {}
-    for temperature in (0.7, 1.0):
-        for count, name in ((1, "before"), (len(model.stages), "after")):
-            images = draw_samples(model, COLUMNS, temperature, run.config.seed, count)
-            rows[f"{name}, T = {temperature}"] = images
+    rows = {
+        name: draw_samples(model, COLUMNS, 1.0, run.config.seed, count)
+        for name, count in (("before", 1), ("after", len(model.stages)))
+    }
     draw_images(hierarchy, "Samples before and after the hierarchical stages", rows)
     return paths
 

@@ -11,6 +11,7 @@ from benchmarks.manifold import points, tables, training
 from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.factors import elbow
+from benchmarks.manifold.gaussians import gaussians
 from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
 from benchmarks.manifold.mixture_flow import MixtureFlow
@@ -149,6 +150,21 @@ def test_principal_components_are_the_gaussian_of_probabilistic_pca():
     # With v drawn, samples have the covariance of the data, here within five standard errors.
     drawn = method.sample(100_000, 1.0, torch.Generator().manual_seed(0), off=True).double()
     assert ((drawn.T.cov() - gaussian.covariance_matrix).abs() < 5 * 20 / 300).all()
+
+
+def test_gaussians_without_training():
+    """One has the covariance of the data, the other its diagonal and its largest components."""
+    x = normal(500, 5) @ normal(5, 5) + 1
+    covariance = x.T.cov()
+    full, components = gaussians(x, 2).values()
+    torch.testing.assert_close(full.covariance_matrix, covariance)
+    rest = components.covariance_matrix - components.cov_factor @ components.cov_factor.T
+    torch.testing.assert_close(rest, rest.diagonal().diag())
+    torch.testing.assert_close(components.variance, covariance.diagonal())
+    variances = torch.linalg.eigvalsh(covariance)[-2:]
+    torch.testing.assert_close(torch.linalg.svdvals(components.cov_factor) ** 2, variances.flip(0))
+    for density in (full, components):
+        torch.testing.assert_close(density.mean, x.mean(0))
 
 
 def test_the_energy_distance_tells_distributions_apart():
@@ -296,7 +312,7 @@ def test_the_falling_weight_is_that_of_a_schedule():
     method = RECIPES["falling weight, hierarchy"].build(networks, 50.0, torch.Generator())
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     first = method.model.stages[0]
-    method.model.initialize(x, 0)
+    method.model.initialize(x, stage=0)
     objective = ManifoldObjective("data", "l2", weight=WeightSchedule(500.0, 50.0, 60))
     for step in range(100):
         expected = objective(first, x).loss

@@ -39,8 +39,16 @@ WRONG = [
     ([1.0], TypeError, "expected a torch.Tensor, got list"),
 ]
 WRONG_FOR_NETWORKS = [
-    (torch.zeros(2, 4), ValueError, r"expected shape \(N, 4, H, W\), got \(2, 4\)"),
-    (torch.zeros(2, 4, 4), ValueError, r"expected shape \(N, 4, H, W\), got \(2, 4, 4\)"),
+    (
+        torch.zeros(2, 4),
+        ValueError,
+        r"expected shape \(N, 4, H, W\), got \(2, 4\); spatial_dims=0 makes",
+    ),
+    (
+        torch.zeros(2, 4, 4),
+        ValueError,
+        r"expected shape \(N, 4, H, W\), got \(2, 4, 4\); spatial_dims=1",
+    ),
     (image.double(), TypeError, "expected the network's dtype float32, got float64"),
     (image.half(), TypeError, "expected the network's dtype float32, got float16"),
 ]

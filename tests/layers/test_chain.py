@@ -17,7 +17,7 @@ from mflow_kernels.testing import assert_close
 FLOWS = {
     "image": (lambda **o: Glow((3, 8, 8), 2, 3, 8, **o), (2, 3, 8, 8)),
     "one level": (lambda **o: Glow((1, 4, 4), 1, 2, 8, **o), (3, 1, 4, 4)),
-    "vector": (lambda **o: VectorFlow(5, 3, 8, **o), (4, 5)),
+    "vector": (lambda **o: VectorFlow(5, 3, 8, **{"reversible": True, **o}), (4, 5)),
 }
 
 

@@ -65,12 +65,12 @@ def test_classes_are_one_hot_vectors():
     flow = perturbed(Glow((1, 4, 4), 2, 1, 4, context_channels=3))
     x, classes = normal(4, 1, 4, 4), torch.tensor([2, 0, 1, 2])
     vectors = F.one_hot(classes, 3).float()
-    value = flow.log_prob(x, classes)
-    assert torch.equal(value, flow.log_prob(x, vectors))
+    value = flow.log_prob(x, context=classes)
+    assert torch.equal(value, flow.log_prob(x, context=vectors))
     assert torch.equal(value, flow.log_prob(x, context=classes.to(torch.uint8)))
-    assert not torch.equal(value, flow.log_prob(x, classes.flip(0)))
+    assert not torch.equal(value, flow.log_prob(x, context=classes.flip(0)))
     maps = vectors[:, :, None, None].expand(-1, -1, 4, 4)
-    assert_close(flow.log_prob(x, maps), value, terms=100)
+    assert_close(flow.log_prob(x, context=maps), value, terms=100)
     a, b = (
         flow.sample(4, generator=torch.Generator().manual_seed(1), context=context)
         for context in (classes, vectors)
@@ -128,7 +128,7 @@ def test_networks_of_a_factory(make, shape):
     z, _ = flow(x, context)
     back, _ = flow.inverse(z, context)
     assert_close(back, x, terms=1000)
-    flow.log_prob(x, context).sum().backward()
+    flow.log_prob(x, context=context).sum().backward()
     assert all(p.grad is not None for p in flow.parameters())
     assert flow.sample(3, context=context).shape == (3, *shape)
 
@@ -140,7 +140,7 @@ def test_a_chain_and_its_steps_take_a_context():
     )
     x, context = normal(4, 3), normal(4, 2)
     perturbed(chain)
-    value = chain.log_prob(x, context)
+    value = chain.log_prob(x, context=context)
     z, logdet = chain(x, context)
     assert_close(value, logdet + torch.distributions.Normal(0, 1).log_prob(z).sum(1), terms=100)
     step = chain.layers[0]
@@ -160,10 +160,11 @@ def glow(**options):
         (0, torch.tensor([0, 1]), TypeError, "context: expected none, .* no context_channels"),
         (3, None, TypeError, r"context: expected a tensor \(N, 3\) or a map, got none"),
         (3, torch.ones(2, 4), ValueError, r"context: expected shape \(2, 3\) or .*, got \(2, 4\)"),
-        (3, torch.ones(1, 3), ValueError, r"context: expected shape \(2, 3\) or .*, got \(1, 3\)"),
+        (3, torch.ones(1, 4), ValueError, r"context: expected shape \(2, 3\) or .*, got \(2, 4\)"),
         (3, torch.ones(2, 3, 3, 4), ValueError, r"multiples of the sides \(2, 2\), got \(2, 3, 3,"),
         (3, torch.tensor([0, 3]), ValueError, "context: expected classes from 0 to 2, got 0 to 3"),
-        (3, torch.tensor([1]), ValueError, r"context: expected one class for each of 2 .* \(1,\)"),
+        (3, torch.tensor([1, 1, 1]), ValueError, r"context: expected one class .*got \(3,\)"),
+        (3, 3, ValueError, "context: expected classes from 0 to 2, got 3 to 3"),
         (3, [0, 1], TypeError, "context: expected a torch.Tensor, got list"),
     ],
 )

@@ -190,10 +190,10 @@ def test_objectives_differ_by_stage():
         stage.objective = objective
     x = normal(*X, dtype=torch.float64)
     model.train()
-    model.terms(x, 0)
+    model.terms(x, stage=0)
     assert model.stages[0].objective.batches == 1
-    terms = model.terms(x, 1)
-    v = model.stages[1].latents(model.encode(x, 1))[0][0][:, :2]
+    terms = model.terms(x, stage=1)
+    v = model.stages[1].latents(model.encode(x, stages=1))[0][0][:, :2]
     assert_close(terms.penalty, 9 * v.abs().sum(1), terms=100)
     assert model.stages[0].objective.batches == 1
 

@@ -54,11 +54,11 @@ def test_each_sample_has_the_method_of_its_own_context(method, stages):
 def test_terms_take_a_context(release):
     model = hierarchy()
     x = normal(*X, dtype=torch.float64)
-    model.initialize(x, 0, context=CLASSES)
-    model.initialize(x, 1, context=CLASSES)
-    terms, log_prob = model.terms_and_log_prob(x, 1, release=release, context=CLASSES)
+    model.initialize(x, stage=0, context=CLASSES)
+    model.initialize(x, stage=1, context=CLASSES)
+    terms, log_prob = model.terms_and_log_prob(x, stage=1, release=release, context=CLASSES)
     assert_close(log_prob, model.log_prob(x, context=CLASSES), terms=10_000)
-    other = model.terms(x, 1, release=release, context=1 - CLASSES)
+    other = model.terms(x, stage=1, release=release, context=1 - CLASSES)
     assert not torch.allclose(terms.loss, other.loss, rtol=1e-3)
     terms.loss.mean().backward()
     trained = model.stages if release else [model.stages[1]]

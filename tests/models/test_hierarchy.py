@@ -19,9 +19,9 @@ def test_encoding_and_decoding_compose():
     u = c.encode(b.encode(a.encode(x)))
     assert torch.equal(model.encode(x), u)
     assert torch.equal(model.decode(u), a.decode(b.decode(c.decode(u))))
-    assert torch.equal(model.encode(x, 2), b.encode(a.encode(x)))
-    assert torch.equal(model.project(x, 1), a.project(x))
-    assert torch.equal(model.project(x, 0), x)
+    assert torch.equal(model.encode(x, stages=2), b.encode(a.encode(x)))
+    assert torch.equal(model.project(x, stages=1), a.project(x))
+    assert torch.equal(model.project(x, stages=0), x)
     assert model.manifold_dim == 3
     assert model.input_shape == (1, 4, 4)
 
@@ -32,8 +32,8 @@ def test_sub_manifolds_nest():
     x = normal(*X, dtype=torch.float64)
     small = model.project(x)
     for count in (1, 2, 3):
-        assert_close(model.project(small, count), small, terms=100)
-    assert (model.project(x, 1) - small).abs().max() > 1e-3
+        assert_close(model.project(small, stages=count), small, terms=100)
+    assert (model.project(x, stages=1) - small).abs().max() > 1e-3
 
 
 def test_ambient_samples_draw_v_in_every_stage():
@@ -52,7 +52,7 @@ def test_ambient_samples_draw_v_in_every_stage():
     w = b.latents(a.encode(x))[0][0][:, b.off_masks()[0]]
     assert w.std().item() == pytest.approx(0.5 * 0.3, rel=4 / math.sqrt(2 * w.numel()))
     u = model.encode(on)
-    assert_close(model.encode(model.decode_off_manifold(u, 0.5)), u, terms=10_000)
+    assert_close(model.encode(model.lift(u, temperature=0.5)[0]), u, terms=10_000)
     first = model.sample(**how, generator=torch.Generator().manual_seed(0), stages=1)
     other = a.sample(**how, generator=torch.Generator().manual_seed(0), off_manifold=True)
     assert_close(a.encode(other), a.encode(first), terms=10_000)
@@ -69,7 +69,7 @@ def test_log_prob_composes():
     off = (-30 * v.square() / 2 + math.log(30 / (2 * math.pi)) / 2).sum(1)
     expected = logdet + off + b.log_prob(a.encode(x))
     assert_close(model.log_prob(x), expected, terms=100)
-    assert_close(model.log_prob(x, 1), a.log_prob(x), terms=100)
+    assert_close(model.log_prob(x, stages=1), a.log_prob(x), terms=100)
 
 
 def test_a_second_stage_that_only_rotates_keeps_the_density():
@@ -88,7 +88,7 @@ def test_earlier_stages_are_frozen_unless_released():
     x = normal(*X, dtype=torch.float64)
     for release in (False, True):
         model = hierarchy(6, 4)
-        model.terms(x, 1, release=release).loss.sum().backward()
+        model.terms(x, stage=1, release=release).loss.sum().backward()
         grads = [p.grad is not None for p in model.stages[0].parameters()]
         assert all(grads) if release else not any(grads)
         assert all(p.grad is not None for p in model.stages[1].parameters())
@@ -102,14 +102,14 @@ def test_released_stages_train_the_likelihood_of_the_data():
     c.objective = ManifoldObjective("latent", "l2", weight=50.0)
     model = HierarchicalFlow([a, b, c])
     x = normal(*X, dtype=torch.float64)
-    terms = model.terms(x, 2, release=True)
+    terms = model.terms(x, stage=2, release=True)
     assert_close(terms.log_likelihood, model.log_prob(x), terms=100)
-    assert_close(terms.on_manifold, c.terms(model.encode(x, 2)).on_manifold, terms=100)
+    assert_close(terms.on_manifold, c.terms(model.encode(x, stages=2)).on_manifold, terms=100)
     normalizers = 2 * math.log(2 / 20) + 2 * math.log(2 * math.pi / 50) / 2
     penalty = a.terms(x).penalty
     assert_close(terms.loss, penalty - model.log_prob(x) - normalizers, terms=100)
     # With a single stage, nothing can be released.
-    torch.testing.assert_close(model.terms(x, 0, release=True), a.terms(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.terms(x, stage=0, release=True), a.terms(x), rtol=0, atol=0)
 
 
 def test_gradients_of_released_stages_are_those_of_the_likelihood():
@@ -119,7 +119,7 @@ def test_gradients_of_released_stages_are_those_of_the_likelihood():
         stage.objective = ManifoldObjective("latent", "l2", weight=30.0)
     x = normal(*X, dtype=torch.float64)
     parameters = list(model.parameters())
-    got = torch.autograd.grad(model.terms(x, 2, release=True).loss.sum(), parameters)
+    got = torch.autograd.grad(model.terms(x, stage=2, release=True).loss.sum(), parameters)
     want = torch.autograd.grad(-model.log_prob(x).sum(), parameters)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, terms=100)
@@ -130,7 +130,7 @@ def test_terms_of_a_stage_are_those_of_its_input():
     model = HierarchicalFlow([a, b])
     x = normal(*X, dtype=torch.float64)
     for stage, expected in ((0, a.terms(x)), (1, b.terms(a.encode(x)))):
-        for got, want in zip(model.terms(x, stage), expected, strict=True):
+        for got, want in zip(model.terms(x, stage=stage), expected, strict=True):
             # Without gradients, torch may multiply matrices in another order.
             assert_close(got, want, terms=100)
 
@@ -140,12 +140,12 @@ def test_terms_and_log_prob_take_one_pass(release):
     model = hierarchy(8, 6, 4)
     x = normal(*X, dtype=torch.float64)
     for stage in range(3):
-        expected = model.terms(x, stage, release=release)
-        log_prob = model.log_prob(x, stage + 1)
+        expected = model.terms(x, stage=stage, release=release)
+        log_prob = model.log_prob(x, stages=stage + 1)
         with mock.patch.object(
             ManifoldFlow, "latents", autospec=True, side_effect=ManifoldFlow.latents
         ) as passes:
-            terms, got = model.terms_and_log_prob(x, stage, release=release)
+            terms, got = model.terms_and_log_prob(x, stage=stage, release=release)
         assert passes.call_count == stage + 1
         assert_close(got, log_prob, terms=100)
         torch.testing.assert_close(terms, expected, rtol=0, atol=0)
@@ -153,7 +153,7 @@ def test_terms_and_log_prob_take_one_pass(release):
 
 def test_initialize_sets_one_stage():
     model = hierarchy(6, 4)
-    model.initialize(normal(16, 1, 4, 4, dtype=torch.float64), 1)
+    model.initialize(normal(16, 1, 4, 4, dtype=torch.float64), stage=1)
     flags = [
         {bool(v) for k, v in stage.state_dict().items() if k.endswith("initialized")}
         for stage in model.stages
@@ -191,7 +191,7 @@ def test_stages_that_do_not_match():
 def test_stages_out_of_range(call, stages_asked):
     model = hierarchy(6, 4)
     with pytest.raises(ValueError, match=f"stages: expected .* 2, got {stages_asked}"):
-        getattr(model, call)(normal(*X, dtype=torch.float64), stages_asked)
+        getattr(model, call)(normal(*X, dtype=torch.float64), stages=stages_asked)
 
 
 @pytest.mark.parametrize("call", ["terms", "initialize"])
@@ -199,14 +199,14 @@ def test_stages_out_of_range(call, stages_asked):
 def test_stage_out_of_range(call, stage):
     model = hierarchy(6, 4)
     with pytest.raises(ValueError, match=f"stage: expected 0 to 1, got {stage}"):
-        getattr(model, call)(normal(*X, dtype=torch.float64), stage)
+        getattr(model, call)(normal(*X, dtype=torch.float64), stage=stage)
 
 
 def test_bad_numbers_of_stages():
     model = hierarchy(6, 4)
     with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
-        model.log_prob(normal(*X, dtype=torch.float64), 0)
+        model.log_prob(normal(*X, dtype=torch.float64), stages=0)
     with pytest.raises(ValueError, match="stages: expected 1 to 2, got 0"):
         model.sample(2, stages=0)
     with pytest.raises(TypeError, match="stages: expected a whole number, got float"):
-        model.encode(normal(*X, dtype=torch.float64), 1.0)
+        model.encode(normal(*X, dtype=torch.float64), stages=1.0)

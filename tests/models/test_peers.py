@@ -36,7 +36,7 @@ def model(x):
     for p in model.parameters():
         nn.init.normal_(p, std=0.3) if p.dim() == 2 and not p.any() else None
     for stage in range(2):
-        model.initialize(x, stage)
+        model.initialize(x, stage=stage)
     return model
 
 

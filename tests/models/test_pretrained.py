@@ -45,7 +45,7 @@ def test_a_saved_model_loads_with_the_same_bits(weight, tmp_path):
     x, classes = normal(3, 1, 4, 4), torch.tensor([0, 1, 1])
     assert torch.equal(loaded.log_prob(x, context=classes), saved.log_prob(x, context=classes))
     for stage in range(2):
-        got, want = (m.terms(x, stage, context=classes) for m in (loaded, saved))
+        got, want = (m.terms(x, stage=stage, context=classes) for m in (loaded, saved))
         torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert loaded.state_dict().keys() == saved.state_dict().keys()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]  # no temporary folder is left

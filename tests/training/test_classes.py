@@ -59,12 +59,12 @@ def test_training_passes_the_class_of_each_image(pets, command, monkeypatch):
     known = splits.images.batch(range(len(classes))).float()
     original, seen = HierarchicalFlow.terms_and_log_prob, []
 
-    def terms_and_log_prob(self, x, stage, *, release=False, context=None):
+    def terms_and_log_prob(self, x, *, stage, release=False, context=None):
         images = ((x + 0.5) * 256)[:, None]  # noise moves a pixel by less than 1
         distances = (images - known).flatten(2).abs().amax(2)
         assert (distances.amin(1) <= 1.001).all()
         seen.extend(zip(classes[distances.argmin(1)].tolist(), context.tolist(), strict=True))
-        return original(self, x, stage, release=release, context=context)
+        return original(self, x, stage=stage, release=release, context=context)
 
     monkeypatch.setattr(HierarchicalFlow, "terms_and_log_prob", terms_and_log_prob)
     assert main(command) == 0

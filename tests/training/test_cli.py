@@ -118,7 +118,7 @@ class TestSample:
 
     def test_ambient_samples_have_a_file_of_their_own(self, run, capsys):
         assert main(["sample", str(run), "--ambient"]) == 0
-        assert capsys.readouterr().out == f"{run / 'samples-T0.7-seed0-ambient.png'}\n"
+        assert capsys.readouterr().out == f"{run / 'samples-T1-seed0-ambient.png'}\n"
 
     def test_seed_stages_and_output_matter(self, run, tmp_path):
         pictures = []

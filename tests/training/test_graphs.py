@@ -20,7 +20,8 @@ from mflow_kernels.training.graphs import StepGraphs
 def small_flow():
     torch.manual_seed(0)
     objective = ManifoldObjective("data", weight="variance")
-    model = ManifoldFlow(VectorFlow(6, steps=2, width=8), 3, objective=objective)
+    flow = VectorFlow(6, steps=2, width=8, reversible=True)
+    model = ManifoldFlow(flow, 3, objective=objective)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -56,7 +57,7 @@ def test_a_batch_of_another_shape_is_computed_without(fake_capture):
 def test_classes_are_copied_into_the_graph(fake_capture):
     """A replay reads the classes of its own batch. Classes of another shape are not replayed."""
     torch.manual_seed(0)
-    model = ManifoldFlow(VectorFlow(6, steps=2, width=8, context_channels=3), 3)
+    model = ManifoldFlow(VectorFlow(6, steps=2, width=8, context_channels=3, reversible=True), 3)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
 

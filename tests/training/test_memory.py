@@ -172,7 +172,7 @@ def product(a, b):  # one allocation on a GPU
 
 def step(model, x):
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model.terms(x, 0).loss.mean()
+        loss = model.terms(x, stage=0).loss.mean()
     loss.backward()
 
 for options in json.loads({cases!r}):

@@ -51,7 +51,7 @@ autocast = torch.autocast("cpu", torch.bfloat16)
 
 def run():
     with autocast:
-        loss = model.terms(x, 0).loss.mean()
+        loss = model.terms(x, stage=0).loss.mean()
     loss.backward()
 
 kernels = step_counts.count(run, model, x)
