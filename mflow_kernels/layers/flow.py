@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.model import Model
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
-class Flow(Bijection):
+class Flow(Bijection, Model):
     """A bijection from x to latents that are standard normal under the model.
 
     Attributes:
