@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, write_images
+from PIL import Image
+from tiny_runs import TINY, listing, write_images
 
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.splits import load_splits
@@ -98,6 +99,14 @@ def test_samples_by_class(trained, tmp_path, capsys):
     assert main([*command, str(rows)]) == 0
     assert main([*command, str(one), "--class", "dog"]) == 0
     assert rows.read_bytes() != one.read_bytes()
+    files = tmp_path / "files"
+    command = ["sample", str(trained), "--number", "3", "--device", "cpu"]
+    assert main([*command, "--class", "dog", "--files", str(files)]) == 0
+    assert (trained / "samples-T0.7-seed0-dog.png").exists()
+    assert [Image.open(files / name).size for name in listing(files)] == [(8, 8)] * 3
+    assert main([*command, "--files", str(files)]) == 2
+    assert "--files: expected a new folder, but" in capsys.readouterr().err
+    command = [*command, "--output"]
     assert main([*command, str(one), "--class", "cow"]) == 2
     assert "--class: expected one of cat, dog, got cow" in capsys.readouterr().err
 
