@@ -296,7 +296,8 @@ def _suggesting(message: str, argv: list[str]) -> str:
     from mflow_kernels.runs.parser import suggestion
 
     prefix, found, unknown = message.partition("unrecognized arguments: ")
-    commands = _parsers()[0]._subcommands_action.choices
+    action: Any = _parsers()[0]._subcommands_action
+    commands = action.choices
     if prefix or not found or argv[0] not in commands:
         return message
     names = [word for word in unknown.split() if word.startswith("--")]
