@@ -34,6 +34,7 @@ __all__ = [
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",
+    "local_dimension",
     "manifold_mask_from_data",
 ]
 

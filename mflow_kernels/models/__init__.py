@@ -1,6 +1,7 @@
 """Flows on images and vectors, manifold flows and hierarchies of them."""
 
 from mflow_kernels.models.bits import bits_per_dimension
+from mflow_kernels.models.dimension import local_dimension
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -28,5 +29,6 @@ __all__ = [
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",
+    "local_dimension",
     "manifold_mask_from_data",
 ]
