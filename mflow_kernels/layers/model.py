@@ -100,7 +100,8 @@ class Model:
         Raises:
             TypeError: the model has a part that the file cannot describe, such as a network of your
                 own. The message names it.
-            ValueError: the folder exists or cannot be created.
+            ValueError: the folder exists or cannot be created, a number of the model is not
+                finite, or `n_bits`, `crop` or `class_names` do not fit it.
         """
         _models("pretrained").save(self, folder)
 

@@ -62,7 +62,22 @@ def save(model: Any, folder: str | Path) -> None:
 
 
 def contents(model: Any) -> dict[str, Any]:
-    """Return the content of `model.json` for a model, or raise TypeError as `describe` does."""
+    """Return the content of `model.json` for a model.
+
+    Raises:
+        TypeError: as `describe`.
+        ValueError: `load` would refuse the model: its numbers are not finite, or `n_bits`, `crop`
+            or `class_names` are none of a model.
+    """
+    images = (model.n_bits, model.crop, list(model.class_names))
+    if not _are_of_images(*images) or len(model.class_names) not in (0, _classes(model)):
+        raise ValueError(
+            "n_bits, crop, class_names: expected None or 1 to 8, None or a positive number, and no "
+            f"name or one for each of {_classes(model)} classes, got {images}"
+        )
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"model: expected finite numbers to save, but {name} has others")
     return {
         "format": _FORMAT,
         "model": describe(model),
@@ -242,15 +257,22 @@ def _read_architecture(path: Path) -> _Stored:
         isinstance(architecture, dict)
         and isinstance(dtype, str)
         and dtype in _DTYPES
-        and (n_bits is None or (type(n_bits) is int and 1 <= n_bits <= 8))
-        and (crop is None or (type(crop) is int and crop > 0))
-        and isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
+        and _are_of_images(n_bits, crop, names)
     ):
         raise ValueError(
             f"{expected} with a model, dtype, n_bits, crop and class_names of an export"
         )
     return _Stored(architecture, _DTYPES[dtype], (n_bits, crop, tuple(names)))
+
+
+def _are_of_images(n_bits: Any, crop: Any, names: Any) -> bool:
+    """Whether these are values of `n_bits`, `crop` and `class_names`."""
+    return (
+        (n_bits is None or (type(n_bits) is int and 1 <= n_bits <= 8))
+        and (crop is None or (type(crop) is int and crop > 0))
+        and isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _of_earlier(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -235,6 +235,26 @@ def test_what_cannot_be_saved_is_refused_by_name(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_bits", 9, r"n_bits, crop, class_names: expected .* got \(9, None, \[\]\)"),
+        ("crop", 0, r"got \(None, 0, \[\]\)"),
+        ("class_names", ("cat",), r"one for each of 0 classes, got \(None, None, \['cat'\]\)"),
+        (None, None, r"finite numbers to save, but chain.layers.1.actnorm.bias has others"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(name, value, message, tmp_path):
+    flow = glow()
+    if name is None:
+        flow.chain.layers[1].actnorm.bias.data[0] = torch.nan
+    else:
+        setattr(flow, name, value)
+    with pytest.raises(ValueError, match=message):
+        flow.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_another_class_is_refused(tmp_path):
     whole = model()
     names = {"whole": whole, "one": HierarchicalFlow([whole.stages[0]]), "image": whole.stages[0]}
