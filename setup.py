@@ -1,6 +1,8 @@
 """Builds mflow_kernels._C from csrc: the CPU loops always, the CUDA kernels where nvcc is found.
 
-A build needs neither a GPU nor torch. Three environment variables steer it:
+A build needs neither a GPU nor torch. Without a C++ compiler or Python.h, or on another system than
+Linux, the package is built without csrc, in pure Python. Four environment variables steer it:
+    MFLOW_CSRC        0 leaves csrc out, 1 makes its absence an error
     MFLOW_CUDA        0 leaves the CUDA part out, 1 makes its absence an error
     MFLOW_CUDA_ARCHS  the GPU architectures to compile for, such as "80;90"
     CXX               the C++ compiler
@@ -52,15 +54,46 @@ def say(line: str) -> None:
     print(f"mflow_kernels: {line}", flush=True)
 
 
-def compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        if shutil.which(shlex.split(name)[0]):
-            return name
-    raise SystemExit(
-        f"mflow_kernels: no C++ compiler found (tried {', '.join(names)}). "
-        "Install one (for example the package g++) or set CXX."
-    )
+def flag(variable: str) -> str:
+    """Return the value of an environment variable: "0", "1" or nothing."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"mflow_kernels: {variable}: expected 0 or 1, got {value!r}")
+    return value
+
+
+def compilers() -> list[str]:
+    """Return the names to try, best first."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+
+
+def compiler() -> str | None:
+    return next((name for name in compilers() if shutil.which(shlex.split(name)[0])), None)
+
+
+def reason_without_csrc() -> str:
+    """Return why csrc cannot be built here, or nothing."""
+    wanted = flag("MFLOW_CSRC")
+    if wanted == "0":
+        return "left out by MFLOW_CSRC=0"
+    include = sysconfig.get_path("include")
+    if sys.platform != "linux" and not wanted:
+        return f"nobody has tried it on {sys.platform} (MFLOW_CSRC=1 tries)"
+    if compiler() is None:
+        reason = (
+            f"no C++ compiler found (tried {', '.join(compilers())}). "
+            "Install one (for example the package g++) or set CXX."
+        )
+    elif not (Path(include) / "Python.h").is_file():
+        reason = (
+            f"no Python.h in {include}. Install Python's development files "
+            "(for example the package python3-dev)."
+        )
+    else:
+        return ""
+    if wanted or os.environ.get("CXX"):
+        raise SystemExit(f"mflow_kernels: {reason}")
+    return reason
 
 
 def find_nvcc() -> str | None:
@@ -100,10 +133,7 @@ def without_cuda(note: str) -> Cuda:
 
 def choose_cuda() -> Cuda:
     """Choose the CUDA part of the build from the environment, and report what it leaves out."""
-    wanted = os.environ.get("MFLOW_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"mflow_kernels: MFLOW_CUDA: expected 0 or 1, got {wanted!r}")
-    if wanted == "0":
+    if flag("MFLOW_CUDA") == "0":
         return Cuda(note="left out by MFLOW_CUDA=0")
     nvcc = find_nvcc()
     if nvcc is None:
@@ -134,18 +164,14 @@ class NinjaBuildExt(build_ext):
     """build_ext that writes one build.ninja and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        include = sysconfig.get_path("include")
-        if not (Path(include) / "Python.h").is_file():
-            raise SystemExit(
-                f"mflow_kernels: no Python.h in {include}. Install Python's development files "
-                "(for example the package python3-dev)."
-            )
-        compiler()  # exits early if there is no compiler
         cuda = choose_cuda()
         if cuda.nvcc and not self.run_ninja(ext, cuda):
             cuda = without_cuda(f"{cuda.nvcc} failed when the extension was built")
         if not cuda.nvcc and not self.run_ninja(ext, cuda):
-            raise SystemExit("mflow_kernels: the C++ part did not build; see the errors above")
+            raise SystemExit(
+                "mflow_kernels: the C++ part did not build; see the errors above. "
+                "MFLOW_CSRC=0 installs the package without it."
+            )
         say("built the CPU part")
         say(f"built the CUDA part for {cuda.contents}" if cuda.nvcc else f"no CUDA: {cuda.note}")
 
@@ -181,7 +207,7 @@ class NinjaBuildExt(build_ext):
             sources = [*sources, *sorted(CSRC.rglob("*.cu"))]
             nvcc = shlex.quote(cuda.nvcc)
             if os.environ.get("CXX"):
-                nvcc += f" -ccbin {shlex.quote(compiler())}"
+                nvcc += f" -ccbin {shlex.quote(os.environ['CXX'])}"
             link = f"{nvcc} -cudart static -Xcompiler -pthread"
         lines = [
             f"cxx = {compiler()}",
@@ -203,12 +229,11 @@ class NinjaBuildExt(build_ext):
         return "\n".join(lines) + "\n"
 
 
+without = reason_without_csrc()
+if without and {"bdist_wheel", "editable_wheel", "build_ext"} & {*sys.argv}:
+    say(f"built without csrc, so the CPU uses slower references: {without}")
+sources = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
 setup(
-    ext_modules=[
-        Extension(
-            "mflow_kernels._C",
-            sources=sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp")),
-        )
-    ],
+    ext_modules=[] if without else [Extension("mflow_kernels._C", sources=sources)],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from matplotlib.figure import Figure
@@ -132,11 +133,14 @@ def draw_uses(run: Run, path: Path) -> None:
     write_atomically(path, lambda temporary: small.save(temporary, format="png", optimize=True))
 
 
-def draw_moons(folder: Path) -> None:
-    """Run the first page of the tutorial, which draws moons.png into the current folder."""
+def draw_moons(path: Path) -> None:
+    """Run the first page of the tutorial, which draws moons.png and saves a model."""
     page = (DOCS / "tutorial" / "density.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=folder, check=True)
+    with TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=folder, check=True)
+        drawn = Path(folder, "moons.png").read_bytes()
+    write_atomically(path, lambda temporary: temporary.write_bytes(drawn))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = load_run(str(options.run), "cpu")
     draw_run(run, options.out / "digits.png")
     draw_uses(run, options.out / "uses.png")
-    draw_moons(options.out)
+    draw_moons(options.out / "moons.png")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ __all__ = [
     "coupling_net",
     "estimate_intrinsic_dimension",
     "latent_importance",
+    "local_dimension",
     "manifold_mask_from_data",
 ]
 

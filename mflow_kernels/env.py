@@ -108,8 +108,8 @@ def report() -> str:
     except ImportError as error:
         contents = f"missing ({error})"
         missing.append(
-            "the compiled extension (the CPU uses slower reference code without it): "
-            "pip install . or python setup.py build_ext --inplace"
+            "the compiled extension (the CPU uses slower reference code without it): install a C++ "
+            "compiler, then pip install . or python setup.py build_ext --inplace"
         )
     lines = [
         ("mflow_kernels", _version("mflow_kernels") or "not installed (run from a checkout)"),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build into `folder` only, without the MFLOW_ settings of this machine."""
-    settings = ("MFLOW_CUDA", "MFLOW_CUDA_ARCHS")
+    settings = ("MFLOW_CSRC", "MFLOW_CUDA", "MFLOW_CUDA_ARCHS")
     clean = {k: v for k, v in os.environ.items() if k not in settings}
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     folders = [f"--build-temp={folder / 'temp'}", f"--build-lib={folder / 'lib'}"]
@@ -67,6 +67,19 @@ def test_without_cuda(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[] 0 'left out by MFLOW_CUDA=0'"
 
 
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"PATH": ""}, "no C++ compiler found"), ({"MFLOW_CSRC": "0"}, "left out by MFLOW_CSRC=0")],
+)
+def test_without_csrc_the_package_is_pure_python(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    done = build(tmp_path, **{"CXX": "", **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"built without csrc, so the CPU uses slower references: {reason}" in done.stdout
+    assert not (tmp_path / "lib").exists()
+
+
 def test_an_nvcc_that_fails_only_loses_the_cuda_part(tmp_path: Path) -> None:
     compiler = script(tmp_path / "c++", empty_files(tmp_path / "log"))
     home = fake_nvcc(tmp_path / "cuda", "80 90", "exit 1")
@@ -110,7 +123,9 @@ def test_the_installed_extension_has_what_nvcc_compiles() -> None:
     [
         ({"MFLOW_CUDA": "yes"}, "MFLOW_CUDA: expected 0 or 1, got 'yes'"),
         ({"MFLOW_CUDA_ARCHS": "90;12"}, "expected some of 80 90 (what"),
+        ({"MFLOW_CSRC": "yes"}, "MFLOW_CSRC: expected 0 or 1, got 'yes'"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler found (tried no-such-compiler)"),
+        ({"MFLOW_CSRC": "1", "PATH": ""}, "no C++ compiler found (tried c++, g++, clang++)"),
         (
             {"MFLOW_CUDA": "1", "CUDA_HOME": "", "PATH": "", "CXX": sys.executable},
             "MFLOW_CUDA=1, but nvcc was found neither",

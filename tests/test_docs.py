@@ -106,3 +106,13 @@ def test_pictures_exist_and_are_small() -> None:
     for page in (ROOT / "README.md", *PAGES):
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
             assert (page.parent / picture).stat().st_size < 80_000, picture
+
+
+def test_every_environment_variable_is_on_its_page() -> None:
+    folders = [ROOT / name for name in ("mflow_kernels", "benchmarks", "tests")]
+    code = [p for f in folders for p in (*f.rglob("*.py"), *f.rglob("*.sh"))] + [ROOT / "setup.py"]
+    read = r"""(?:environ(?:\.get\(|\[)|VARIABLE = |flag\(|\$\{)"?(MFLOW_\w+)"""
+    found = {name for path in code for name in re.findall(read, path.read_text())}
+    assert len(found) >= 8
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert not [name for name in found if f"`{name}`" not in page]

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -15,7 +17,8 @@ def run(number: int) -> dict[str, Any]:
     return names
 
 
-def test_two_moons() -> None:
+def test_two_moons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run(0)
     assert names["samples"].shape == (500, 2)
     # Uniform on the two arcs of length pi with noise of 0.05 in one direction has an entropy of

@@ -157,8 +157,8 @@ class Recipe:
     Attributes:
         build: takes the networks, the weight of the reconstruction error, and a generator for the
             noise and the probes of the loss.
-        colour, marker: in all pictures. Baselines are grey, plain flows blue, and the penalized
-            likelihood is red.
+        colour, marker: in all pictures. Baselines are grey, plain flows blue, and every form of the
+            penalized likelihood is red; no other method is.
         short: name that fits beside a row of images, if the method's own is too long.
         weighted: whether it has a weight to choose.
         by_likelihood: whether it maximizes only the likelihood in the space of x.
@@ -210,7 +210,7 @@ RECIPES = {
     # arXiv 2111.00619, with a prior flow on u that is trained with the first flow.
     "PIE": Recipe(pie, "tab:olive", "v"),
     # arXiv 2003.13913: the manifold by reconstruction, then the prior by likelihood.
-    "M-flow": Recipe(two_phases, "tab:orange", "^"),
+    "M-flow": Recipe(two_phases, "gold", "^"),
     # Horvat and Pfister, NeurIPS 2021, with a prior flow on u. Less noise lowers the bound on its
     # bits per dimension.
     "denoising flow": Recipe(
@@ -233,7 +233,7 @@ RECIPES = {
     # The penalized likelihood (arXiv 2206.03293), alone and followed by a prior flow on u.
     "penalized": Recipe(
         lambda networks, weight, _: one_stage(networks.flow(), networks.dim, _penalty(weight)),
-        "tab:pink",
+        "salmon",
         "X",
         weighted=True,
     ),
@@ -252,7 +252,7 @@ RECIPES = {
         "calibrated, hierarchy",
     ),
     "falling weight, hierarchy": Recipe(
-        falling, "orangered", "d", "falling, hierarchy", weighted=True
+        falling, "tomato", "d", "falling, hierarchy", weighted=True
     ),
     # The mean squared error is at most 1 / weight. Training finds the weight of the penalty that
     # keeps this bound; it starts at the given one.

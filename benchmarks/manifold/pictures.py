@@ -48,7 +48,7 @@ def draw_frontier(
         for axis, metric in zip(line, ("bits", "frechet"), strict=True):
             _points(axis, rows[name], metric)
             _lines(axis, rows[name], others[name], metric)
-            axis.set(title=name, xlabel=LABELS["squared_error"])
+            axis.set(title=f"{name} (lower left is better)", xlabel=LABELS["squared_error"])
             _scales(axis, metric)
     _save_with_legend(path, figure, axis)
 

@@ -1,12 +1,15 @@
 """Draw images from a trained model, project images, and fill in missing pixels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mflow_kernels.data.dequantization import bin_centres, to_image
+from mflow_kernels.data.files import LOCK, make_folder
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet
 from mflow_kernels.evaluation.classes import context_of, sampled_classes
@@ -47,6 +50,28 @@ def draw_samples(
         off_manifold=ambient,
     )
     return to_image(x).cpu()
+
+
+def write_images(folder: Path, rows: Sequence[Tensor], argument: str) -> None:
+    """Write images into a new folder as PNG files 0000.png, 0001.png, and so on.
+
+    Args:
+        folder: appears when all files are complete.
+        rows: uint8 (N, C, H, W) with C of 1 or 3; with several, names begin with the row's number.
+        argument: name of the folder in error messages.
+    """
+
+    def fill(temporary: Path) -> None:
+        for row, images in enumerate(rows):
+            prefix = f"{row:02}-" if len(rows) > 1 else ""
+            for number, pixels in enumerate(images.movedim(1, -1).numpy()):
+                grey = pixels.shape[2] == 1
+                image = Image.fromarray(pixels[..., 0] if grey else pixels)
+                image.save(temporary / f"{prefix}{number:04}.png")
+
+    lock = make_folder(folder, fill, argument)
+    (folder / LOCK).unlink(missing_ok=True)
+    lock.release()
 
 
 def samples_by_temperature(

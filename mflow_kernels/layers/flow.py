@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.distribution import FlowDistribution
+from mflow_kernels.layers.model import Model
 from mflow_kernels.ops.checks import check_count
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
@@ -18,7 +19,7 @@ from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 Context: TypeAlias = Tensor | int
 
 
-class Flow(Bijection):
+class Flow(Bijection, Model):
     """A bijection from x to latents that are standard normal under the model.
 
     A `context` is a tensor with one entry for each sample, and is passed to the coupling networks.

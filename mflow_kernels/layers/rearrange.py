@@ -90,7 +90,7 @@ class Permutation(_Rearrangement):
     ) -> None:
         super().__init__()
         check_choice("axis", axis, ("channels", "pixels"))
-        index = torch.as_tensor(index)
+        index = index if isinstance(index, Tensor) else torch.tensor(index, device="cpu")
         whole = not index.is_floating_point() and index.dtype != torch.bool
         if index.dim() != 1 or not whole or sorted(index.tolist()) != [*range(len(index))]:
             raise ValueError(

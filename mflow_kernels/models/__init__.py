@@ -2,6 +2,7 @@
 
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.chart import Chart
+from mflow_kernels.models.dimension import local_dimension
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
 from mflow_kernels.models.manifold import ManifoldFlow
@@ -30,5 +31,6 @@ __all__ = [
     "bits_per_dimension",
     "estimate_intrinsic_dimension",
     "latent_importance",
+    "local_dimension",
     "manifold_mask_from_data",
 ]

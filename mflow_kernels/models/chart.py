@@ -8,33 +8,22 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers.distribution import FlowDistribution
 from mflow_kernels.layers.flow import Context, for_each, sample_normal
-from mflow_kernels.models.bits import bits_per_dimension
-from mflow_kernels.models.images import crop_to_model
+from mflow_kernels.layers.model import Model
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
 
 
-class Chart(nn.Module):
+class Chart(nn.Module, Model):
     """The manifold {decode(u)} in the space of x, with u (N, d) standard normal.
 
     `ManifoldFlow` and `HierarchicalFlow` implement `encode`, `decode`, `lift` and `log_prob`; the
     other methods are built on these. A `context` is passed to the flows; it has one entry for each
     sample, or one for all, as for `Flow`. Each context has its own manifold and its own density.
-
-    Attributes:
-        n_bits: bits per value of the training images. Loading a model sets it. Set it on a model
-            that you train yourself, so that `preprocess` and `bits_per_dim` work.
-        crop: side of the square that is cut out of an image first, as for CelebA; None stands for
-            the largest square.
-        class_names: names of the classes, if the context is a class, in the order of their numbers.
     """
 
     input_shape: tuple[int, ...]
     manifold_dim: int
-    n_bits: int | None = None
-    crop: int | None = None
-    class_names: tuple[str, ...] = ()
 
     def encode(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return the coordinates u (N, d) of the data x."""
@@ -61,12 +50,6 @@ class Chart(nn.Module):
     def log_prob(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Return log p(x) (N,) in the ambient space, in nats."""
         raise NotImplementedError
-
-    def describe_images(
-        self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
-    ) -> None:
-        """Set `n_bits`, `crop` and `class_names`."""
-        self.n_bits, self.crop, self.class_names = n_bits, crop, class_names
 
     def project(self, x: Tensor, *, context: Context | None = None) -> Tensor:
         """Project x onto the manifold: decode(encode(x))."""
@@ -138,57 +121,6 @@ class Chart(nn.Module):
             max_bytes=max_bytes,
         )
         return Estimate(-normal_score(u) - volume.value, volume.error)
-
-    def preprocess(
-        self, images: Any, *, noise: bool = False, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return images as x (N, C, H, W), prepared like the model's training images.
-
-        The images are turned upright, converted to grey or RGB, cropped, resized, reduced to
-        `n_bits` and scaled: x = (level + 1/2) / 2^n_bits - 1/2.
-
-        Args:
-            images: a Pillow image, a uint8 array (H, W) or (H, W, C), or a sequence of these.
-            noise: add dequantization noise, uniform on [0, 1), in place of 1/2, as training does.
-            generator: generator for the noise, on the model's device.
-
-        Returns:
-            x with the model's device and dtype.
-
-        Raises:
-            TypeError, ValueError: an image has another type or is smaller than `crop`, or `n_bits`
-                is None.
-        """
-        from mflow_kernels.data.dequantization import bin_centres, dequantize
-
-        if self.n_bits is None:
-            raise ValueError(
-                "n_bits: expected a number from 1 to 8, got None; set it on a model that was not "
-                "loaded"
-            )
-        like = next(self.parameters())
-        levels = crop_to_model(images, self.input_shape, self.crop).to(like.device)
-        if noise:
-            return dequantize(levels, self.n_bits, generator).to(like.dtype)
-        return bin_centres(levels, self.n_bits).to(like.dtype)
-
-    @torch.no_grad()
-    def bits_per_dim(
-        self,
-        images: Any,
-        *,
-        context: Context | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the bits per dimension of images, (N,): an upper bound of -log2 p(image) / D.
-
-        Each image gets one draw of dequantization noise. `images` and `generator` are as for
-        `preprocess`, `context` is as for `log_prob`.
-        """
-        x = self.preprocess(images, noise=True, generator=generator)
-        log_prob = self.log_prob(x, context=context)
-        assert self.n_bits is not None  # `preprocess` has checked it
-        return bits_per_dimension(log_prob, math.prod(self.input_shape), self.n_bits)
 
     def interpolate(
         self, x0: Tensor, x1: Tensor, steps: int, *, context: Context | None = None

@@ -1,7 +1,6 @@
 """Hierarchical training: further flows on the coordinates of a manifold."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,12 +10,6 @@ from mflow_kernels.layers.flow import Context, sample_normal
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import Terms
-from mflow_kernels.models.pretrained import (
-    ImageFormat,
-    build_stages,
-    read_pretrained,
-    save_pretrained,
-)
 from mflow_kernels.ops.checks import check_count
 
 
@@ -187,28 +180,6 @@ class HierarchicalFlow(Chart):
         super().describe_images(n_bits, crop, class_names)
         cast(ManifoldFlow, self.stages[0]).describe_images(n_bits, crop, class_names)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model into a new folder, from which `from_pretrained` loads it.
-
-        Raises TypeError unless all flows are `Glow` or `VectorFlow` with built-in networks, and
-        ValueError if the folder exists or cannot be created.
-        """
-        images = ImageFormat(self.n_bits, self.crop, self.class_names)
-        save_pretrained(self._until(None), images, folder)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path) -> "HierarchicalFlow":
-        """Load all stages from a folder that `mflow export` or `save_pretrained` wrote.
-
-        The model is on the CPU and in evaluation mode, with `n_bits`, `crop` and `class_names`
-        set. Raises ValueError if a file is damaged or was written by something else.
-        """
-        stored = read_pretrained(folder)
-        model = build(stored.architecture)
-        model.load_state_dict(stored.tensors)
-        model.describe_images(*stored.images)
-        return model.eval()
-
     def _until(self, stages: int | None, least: int = 0) -> list[ManifoldFlow]:
         if stages is not None:
             check_count("stages", stages, least, len(self.stages))
@@ -219,14 +190,6 @@ class HierarchicalFlow(Chart):
         check_count("stage", stage, 0, len(self.stages) - 1)
         *earlier, trained = self._until(stage + 1)
         return earlier, trained
-
-
-def build(architecture: Mapping[str, Any], **options: Any) -> HierarchicalFlow:
-    """Build the untrained model of an architecture; arguments and errors are `build_stages`'s."""
-    parts = build_stages(architecture, **options)
-    return HierarchicalFlow(
-        [ManifoldFlow(flow, dim, objective=objective) for flow, dim, objective in parts]
-    )
 
 
 def _pass_through(

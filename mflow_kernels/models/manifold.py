@@ -3,7 +3,6 @@
 import copy
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,13 +12,6 @@ from mflow_kernels.layers.flow import Context, check_temperature, given
 from mflow_kernels.models.chart import Chart, check_manifold_dim
 from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
-from mflow_kernels.models.pretrained import (
-    STAGE,
-    ImageFormat,
-    build_stages,
-    read_pretrained,
-    save_pretrained,
-)
 from mflow_kernels.ops.checks import check_tensor
 
 
@@ -82,34 +74,15 @@ class ManifoldFlow(Chart):
             objective = ManifoldObjective() if is_image else ManifoldObjective(weight=1.0)
         self.objective = copy.deepcopy(objective)
         self.objective.check_fits(self)
-        flat = _on_mask(manifold_dim, mask, self.latent_shapes)
+        with torch.device("cpu"):  # the choice is read here, and a flow on "meta" has no values
+            flat = _on_mask(manifold_dim, mask, self.latent_shapes)
         self.manifold_dim = int(flat.sum())
+        device = next(flow.parameters(), flat).device
         for i, part in enumerate(self.unflatten((~flat)[None])):
             # The penalty reads mask and latent together, and latents of images are channels_last.
             off = part[0].movedim(0, -1).contiguous().movedim(-1, 0)
-            self.register_buffer(f"off_mask_{i}", off)
-        self.register_buffer("manifold_index", flat.nonzero()[:, 0])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model into a new folder, as `HierarchicalFlow.save_pretrained` does."""
-        images = ImageFormat(self.n_bits, self.crop, self.class_names)
-        save_pretrained([self], images, folder)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path) -> "ManifoldFlow":
-        """Load the first stage, the image flow, from a folder that `mflow export` or
-        `save_pretrained` wrote.
-
-        The rest is as for `HierarchicalFlow.from_pretrained`.
-        """
-        stored = read_pretrained(folder)
-        flow, manifold_dim, objective = build_stages(stored.architecture)[0]
-        model = ManifoldFlow(flow, manifold_dim, objective=objective)
-        first = STAGE.format(0)
-        own = {n.removeprefix(first): t for n, t in stored.tensors.items() if n.startswith(first)}
-        model.load_state_dict(own)
-        model.describe_images(*stored.images)
-        return model.eval()
+            self.register_buffer(f"off_mask_{i}", off.to(device))
+        self.register_buffer("manifold_index", flat.nonzero()[:, 0].to(device))
 
     def latents(
         self, x: Tensor, *, context: Context | None = None

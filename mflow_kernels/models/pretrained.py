@@ -1,201 +1,102 @@
-"""Save and load trained models as two files, `model.safetensors` and `model.json`.
+"""Save and load models as two files, `model.safetensors` and `model.json`.
 
-The JSON file describes the architecture, and the other file holds every tensor. Any program can
-read both, and neither can carry code. This module handles the parts of a model; `ManifoldFlow` and
-`HierarchicalFlow` make a model of them.
+The JSON file describes the architecture (`models/architecture.py`), and the other file holds every
+tensor. Any program can read both, and neither can carry code.
 """
 
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.layers import Bijection
-from mflow_kernels.models.chart import check_manifold_dim
-from mflow_kernels.models.glow import Glow, VectorFlow
-from mflow_kernels.models.objectives import ManifoldObjective
-from mflow_kernels.models.penalty_weight import ErrorBound, Weight, WeightSchedule
-from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.layers.model import Model
+from mflow_kernels.models.architecture import build_empty, check_size, describe, dtype_of
+from mflow_kernels.models.hierarchy import HierarchicalFlow
+from mflow_kernels.models.manifold import ManifoldFlow
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURE = "model.json"
-STAGE = "stages.{}."  # prefix of a stage's tensors
-_FORMAT = "mflow_kernels 1"
-_IMAGE_FLOW_COUNTS = ("levels", "steps", "width")
-_STAGE_COUNTS = ("manifold_dim", "steps", "width")
-_STAGE = (*_STAGE_COUNTS, "domain", "rho", "weight")
+_FORMAT = "mflow_kernels 2"
+_EARLIER = "mflow_kernels 1"  # hierarchies over a Glow alone
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64)}
+_DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16)}
+
+_M = TypeVar("_M", bound=Model)
 
 
-class StageParts(NamedTuple):
-    """The parts of one ManifoldFlow."""
+class _Stored(NamedTuple):
+    """The content of `model.json`."""
 
-    flow: Bijection
-    manifold_dim: int
-    objective: ManifoldObjective
-
-
-class SavedStage(Protocol):
-    """The part of `ManifoldFlow` that is saved."""
-
-    flow: Bijection
-    manifold_dim: int
-    objective: ManifoldObjective
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-    def state_dict(self) -> dict[str, Tensor]: ...
+    architecture: Any
+    dtype: torch.dtype
+    images: tuple[int | None, int | None, tuple[str, ...]]  # n_bits, crop and class_names
 
 
-class ImageFormat(NamedTuple):
-    """The format of the images that a model was trained on: attributes of `Chart`."""
-
-    n_bits: int | None
-    crop: int | None
-    class_names: tuple[str, ...]
-
-
-def build_stages(
-    architecture: Mapping[str, Any], *, reversible: bool = True, checkpoint_every: int | None = 8
-) -> list[StageParts]:
-    """Build the parts of the untrained stages of an architecture.
-
-    Args:
-        architecture: `image_shape` (C, H, W); `levels`, `steps` and `width` of the image flow; and
-            `stages`, a list with one mapping per stage. Each mapping holds `manifold_dim`,
-            `domain`, `rho`, `weight`, and `steps` and `width` of the stage's flow. The first stage
-            repeats those of the image flow. Optional entries are `final_weight` with
-            `weight_steps`, `error_bound`, `delta` and `sigma`. A class-conditional model also has
-            `classes`, the number of its classes.
-        reversible, checkpoint_every: as for `ReversibleChain`.
-
-    Raises:
-        ValueError, TypeError: a model or an objective does not accept a value.
-    """
-    levels, steps, width = (architecture[name] for name in _IMAGE_FLOW_COUNTS)
-    how: dict[str, Any] = {"reversible": reversible, "checkpoint_every": checkpoint_every}
-    how["context_channels"] = architecture.get("classes", 0)
-    flow: Glow | VectorFlow = Glow(tuple(architecture["image_shape"]), levels, steps, width, **how)
-    parts: list[StageParts] = []
-    for stage in architecture["stages"]:
-        if parts:
-            flow = VectorFlow(parts[-1].manifold_dim, stage["steps"], stage["width"], **how)
-        # This number sets the size of the next flow, so check it before building that flow.
-        check_manifold_dim(stage["manifold_dim"], flow.latent_shapes)
-        parts.append(StageParts(flow, stage["manifold_dim"], _objective(stage)))
-    return parts
-
-
-def _objective(stage: Mapping[str, Any]) -> ManifoldObjective:
-    """Build the objective of a stage. Exports of earlier versions have fewer entries."""
-    weight: Weight = stage["weight"]
-    if stage.get("error_bound") is not None:
-        weight = ErrorBound(stage["error_bound"], stage["weight"])
-    elif stage.get("final_weight") is not None:
-        weight = WeightSchedule(stage["weight"], stage["final_weight"], stage["weight_steps"])
-    delta, sigma = stage.get("delta", 1.0), stage.get("sigma", 0.1)
-    return ManifoldObjective(stage["domain"], stage["rho"], weight, delta, sigma)
-
-
-def architecture_of(stages: Sequence[SavedStage]) -> dict[str, Any]:
-    """Return the architecture of a model's stages, in the form that `build_stages` takes.
-
-    Raises:
-        TypeError: the model has parts that an architecture cannot describe: flows other than `Glow`
-            and `VectorFlow`, custom networks or scale functions, maps of weights, or a dtype other
-            than float32.
-    """
-    for i, stage in enumerate(stages):
-        flow, expected = stage.flow, Glow if i == 0 else VectorFlow
-        if type(flow) is not expected:
-            wrong = f"flow: expected {expected.__name__}, got {type(flow).__name__}"
-        elif flow.context_channels is None:
-            wrong = "network: expected built-in networks"
-        elif flow.scale != ScaleFunction():
-            wrong = "scale: expected the default scale function"
-        elif isinstance(stage.objective.weight, (Tensor, tuple)):
-            wrong = "weight: expected a weight that is no map"
-        else:
-            continue
-        raise TypeError(f"stages[{i}].{wrong}; save the state_dict of other models")
-    parameters = (p for stage in stages for p in stage.parameters())
-    dtype = next((p.dtype for p in parameters if p.dtype != torch.float32), None)
-    if dtype is not None:
-        raise TypeError(f"model: expected parameters of dtype float32 to save, got {dtype}")
-    image = cast(Glow, stages[0].flow)
-    return {
-        "image_shape": list(image.input_shape),
-        **{name: getattr(image, name) for name in _IMAGE_FLOW_COUNTS},
-        **({"classes": image.context_channels} if image.context_channels else {}),
-        "stages": [_stage_of(stage) for stage in stages],
-    }
-
-
-def _stage_of(stage: SavedStage) -> dict[str, Any]:
-    """Return the entries from which `build_stages` builds a stage."""
-    flow, objective = cast(Glow | VectorFlow, stage.flow), stage.objective
-    entries = {
-        "manifold_dim": stage.manifold_dim,
-        "steps": flow.steps,
-        "width": flow.width,
-        "domain": objective.domain,
-        "rho": objective.rho,
-        "weight": objective.weight,
-        "delta": objective.delta,
-        "sigma": objective.sigma,
-    }
-    if isinstance(objective.weight, WeightSchedule):
-        entries["weight"] = objective.weight.start
-        entries["final_weight"] = objective.weight.end
-        entries["weight_steps"] = objective.weight.steps
-    elif isinstance(objective.weight, ErrorBound):
-        entries["weight"] = objective.weight.start or 1 / objective.weight.error
-        entries["error_bound"] = objective.weight.error
-    return entries
-
-
-def save_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: str | Path) -> None:
-    """Write a model into a new folder, from which `read_pretrained` reads it.
+def save(model: Any, folder: str | Path) -> None:
+    """Write a model into a new folder; see `Model.save_pretrained`.
 
     The folder appears only once its files are complete.
-
-    Raises:
-        TypeError: as `architecture_of`.
-        ValueError: the folder exists, or cannot be created.
     """
     path = Path(folder)
-    if path.exists():
+    content = contents(model)
+    # Use the first 100 characters only: a file name, with these additions, may have 255 bytes.
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    if os.path.lexists(path):
         raise ValueError(f"folder: expected a new folder, but {path} exists")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
         try:
-            write_pretrained(stages, images, temporary)
+            write(model, content, temporary)
             temporary.rename(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise ValueError(f"folder: cannot write {path} ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"folder: cannot write {_short(path)} ({reason})") from None
 
 
-def write_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: Path) -> None:
+def contents(model: Any) -> dict[str, Any]:
+    """Return the content of `model.json` for a model.
+
+    Raises:
+        TypeError: as `describe`.
+        ValueError: `load` would refuse the model: its numbers are not finite, or `n_bits`, `crop`
+            or `class_names` are none of a model.
+    """
+    images = (model.n_bits, model.crop, list(model.class_names))
+    if not _are_of_images(*images) or len(model.class_names) not in (0, _classes(model)):
+        raise ValueError(
+            "n_bits, crop, class_names: expected None or 1 to 8, None or a positive number, and no "
+            f"name or one for each of {_classes(model)} classes, got {images}"
+        )
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"model: expected finite numbers to save, but {name} has others")
+    return {
+        "format": _FORMAT,
+        "model": describe(model),
+        "dtype": str(dtype_of(model)).removeprefix("torch."),
+        # A value of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
+        "n_bits": model.n_bits,
+        "crop": model.crop,
+        "class_names": list(model.class_names),
+    }
+
+
+def write(model: nn.Module, content: Mapping[str, Any], folder: Path) -> None:
     """Write the two files of a model into an existing folder."""
     from safetensors.torch import save_file
 
-    content = {
-        "format": _FORMAT,
-        "architecture": architecture_of(stages),
-        # A value of 2^n_bits levels is x = (level + noise) / 2^n_bits - 0.5, noise in [0, 1).
-        **images._asdict(),
-    }
+    # A copy if the tensor is a view, whose whole memory would be written.
     tensors = {
-        f"{STAGE.format(i)}{name}": tensor.detach().cpu().contiguous()
-        for i, stage in enumerate(stages)
-        for name, tensor in stage.state_dict().items()
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": _FORMAT})
     (folder / ARCHITECTURE).write_text(json.dumps(content, indent=2) + "\n")
@@ -203,19 +104,15 @@ def write_pretrained(stages: Sequence[SavedStage], images: ImageFormat, folder: 
     (folder / WEIGHTS).chmod((folder / ARCHITECTURE).stat().st_mode)
 
 
-class Pretrained(NamedTuple):
-    """The checked content of a folder that `mflow export` or `save_pretrained` wrote.
-
-    `tensors` is the state dictionary of a HierarchicalFlow.
-    """
-
-    architecture: dict[str, Any]
-    tensors: dict[str, Tensor]
-    images: ImageFormat
+def load(cls: type[_M], folder: str | Path) -> _M:
+    """Load a model of a class from a folder; see `Model.from_pretrained`."""
+    model = _as(cls, read(folder), folder)
+    cast(nn.Module, model).eval()
+    return model
 
 
-def read_pretrained(folder: str | Path) -> Pretrained:
-    """Read a folder that `mflow export` or `save_pretrained` wrote.
+def read(folder: str | Path) -> Any:
+    """Read a folder that `mflow export` or `save_pretrained` wrote, and build its model.
 
     Raises:
         ValueError: the folder or a file is missing, a file is damaged or was written by something
@@ -226,28 +123,36 @@ def read_pretrained(folder: str | Path) -> Pretrained:
 
     path = Path(folder)
     for name in (WEIGHTS, ARCHITECTURE):
-        if not (path / name).is_file():
-            raise ValueError(f"folder: expected {name}, which mflow export writes, in {folder}")
+        try:
+            (path / name).stat()
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"folder: expected {name}, which mflow export writes, in {_short(path)} ({reason})"
+            ) from None
     try:
-        with safe_open(path / WEIGHTS, framework="pt") as file:
+        with safe_open(path / WEIGHTS, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
         raise ValueError(f"folder: expected a valid {WEIGHTS} in {folder} ({error})") from None
-    architecture, images = _read(path / ARCHITECTURE, len(tensors))
+    stored = _read_architecture(path / ARCHITECTURE)
     try:
-        with torch.device("meta"):  # compare shapes before allocating memory
-            expected = _tensors_of(build_stages(architecture))
+        check_size(stored.architecture, len(tensors), sum(t.numel() for t in tensors.values()))
+        model = build_empty(stored.architecture, stored.dtype)
+        expected = model.state_dict()
         for name in expected | tensors:
-            own, stored = expected.get(name), tensors.get(name)
-            if own is None or stored is None or own.shape != stored.shape:
+            own, found = expected.get(name), tensors.get(name)
+            if own is None or found is None or own.shape != found.shape:
                 raise ValueError(
                     f"{name} is only in one of the two files, or its shape differs in "
                     f"{path / WEIGHTS}"
                 )
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        # RuntimeError, OverflowError: a tensor has more elements than torch can count.
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason}") from None
+        classes = _classes(model)
+        if len(stored.images[2]) not in (0, classes):
+            raise ValueError(f"expected no class_names or {classes}, got {len(stored.images[2])}")
+    except Exception as error:  # constructors may fail in any way on values that nobody wrote
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"folder: {ARCHITECTURE} in {folder}: {reason[:300]}") from None
     for name, tensor in tensors.items():
         if tensor.dtype != expected[name].dtype:
             raise ValueError(
@@ -264,7 +169,10 @@ def read_pretrained(folder: str | Path) -> Pretrained:
         raise ValueError(
             f"folder: expected weights of a model in {path / WEIGHTS}: {error}"
         ) from None
-    return Pretrained(architecture, tensors, images)
+    laid_out = {name: _laid_out(tensor, expected[name]) for name, tensor in tensors.items()}
+    model.load_state_dict(laid_out, assign=True)
+    cast(Any, model).describe_images(*stored.images)
+    return model
 
 
 def check_selection(tensors: Mapping[str, Tensor]) -> None:
@@ -283,25 +191,49 @@ def check_selection(tensors: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"{name} differs from the masks")
 
 
-def _tensors_of(stages: Sequence[StageParts]) -> dict[str, Tensor]:
-    """Return tensors with the names, shapes and dtypes of a HierarchicalFlow of these parts."""
-    tensors: dict[str, Tensor] = {}
-    for i, (flow, manifold_dim, objective) in enumerate(stages):
-        own = {f"flow.{name}": tensor for name, tensor in flow.state_dict().items()}
-        own |= {f"objective.{name}": tensor for name, tensor in objective.state_dict().items()}
-        latents = cast(tuple[tuple[int, ...], ...], flow.latent_shapes)
-        for j, shape in enumerate(latents):
-            own[f"off_mask_{j}"] = torch.empty(shape, dtype=torch.bool)
-        own["manifold_index"] = torch.empty(manifold_dim, dtype=torch.int64)
-        tensors |= {f"{STAGE.format(i)}{name}": tensor for name, tensor in own.items()}
-    return tensors
+def _as(cls: type[_M], model: Any, folder: str | Path) -> _M:
+    """Return the model as an instance of `cls`, or raise ValueError."""
+    if cls is ManifoldFlow and type(model) is HierarchicalFlow:
+        if len(model.stages) > 1:
+            raise ValueError(
+                f"folder: expected one stage in {folder}, got {len(model.stages)}; load all by "
+                "HierarchicalFlow.from_pretrained, whose stages[0] is the first"
+            )
+        return cast(_M, model.stages[0])
+    if cls is HierarchicalFlow and type(model) is ManifoldFlow:
+        whole = HierarchicalFlow([model])
+        whole.describe_images(model.n_bits, model.crop, model.class_names)
+        return cast(_M, whole)
+    if not isinstance(model, cls):
+        name = type(model).__name__
+        raise ValueError(
+            f"folder: expected a model of class {cls.__name__} in {folder}, got one of class "
+            f"{name}, which {name}.from_pretrained loads"
+        )
+    return model
 
 
-def _read(path: Path, tensors: int) -> tuple[dict[str, Any], ImageFormat]:
-    """Read the architecture and the format of the images from a JSON file, and check them.
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor with the strides of `like`, on the CPU."""
+    if tensor.stride() == like.stride():
+        return tensor
+    empty = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device="cpu")
+    return empty.copy_(tensor)
 
-    `tensors` is the number of tensors in the weights file.
-    """
+
+def _classes(model: nn.Module) -> int:
+    """The context channels of a model's networks: the number of classes it can have."""
+    channels = (getattr(module, "context_channels", None) for module in model.modules())
+    return next((number for number in channels if number is not None), 0)
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def _read_architecture(path: Path) -> _Stored:
+    """Read `model.json`, and check all but the architecture."""
     expected = f"folder: expected an architecture of mflow export in {path}"
     try:
         content = json.loads(path.read_text())
@@ -309,35 +241,63 @@ def _read(path: Path, tensors: int) -> tuple[dict[str, Any], ImageFormat]:
         raise ValueError(f"{expected} ({error})") from None
     except RecursionError:
         raise ValueError(f"{expected}, got JSON that is nested too deeply") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _EARLIER):
         actual = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{expected} with format {_FORMAT!r}, got {actual!r}")
-    architecture: Any = content.get("architecture")
-    try:
-        shape, stages = architecture["image_shape"], architecture["stages"]
-        counts = [*shape, *(architecture[name] for name in _IMAGE_FLOW_COUNTS)]
-        counts += [stage[name] for stage in stages for name in _STAGE_COUNTS]
-        complete = all(name in stage for stage in stages for name in _STAGE)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{expected} ({error!r})") from None
-    positive = all(type(count) is int and count > 0 for count in counts)
-    if not (positive and complete and len(shape) == 3 and stages):
-        raise ValueError(f"{expected} with positive integers and at least one stage")
-    # Each step of flow has tensors. This refuses files whose steps would take hours to build.
-    depth = architecture["levels"] * architecture["steps"]
-    if depth + sum(stage["steps"] for stage in stages[1:]) > tensors:
-        raise ValueError(f"{expected} with no more steps than {WEIGHTS} has tensors")
-    classes = architecture.get("classes", 0)
+    if content["format"] == _FORMAT:
+        architecture, dtype = content.get("model"), content.get("dtype")
+    else:
+        try:
+            architecture, dtype = _of_earlier(content["architecture"]), "float32"
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{expected} ({error!r})") from None
     n_bits, crop = content.get("n_bits"), content.get("crop")
     names = content.get("class_names", [])
     if not (
+        isinstance(architecture, dict)
+        and isinstance(dtype, str)
+        and dtype in _DTYPES
+        and _are_of_images(n_bits, crop, names)
+    ):
+        raise ValueError(
+            f"{expected} with a model, dtype, n_bits, crop and class_names of an export"
+        )
+    return _Stored(architecture, _DTYPES[dtype], (n_bits, crop, tuple(names)))
+
+
+def _are_of_images(n_bits: Any, crop: Any, names: Any) -> bool:
+    """Whether these are values of `n_bits`, `crop` and `class_names`."""
+    return (
         (n_bits is None or (type(n_bits) is int and 1 <= n_bits <= 8))
         and (crop is None or (type(crop) is int and crop > 0))
-        and type(classes) is int
-        and classes >= 0
         and isinstance(names, list)
         and all(isinstance(name, str) for name in names)
-        and len(names) in (0, classes)
-    ):
-        raise ValueError(f"{expected} with n_bits, crop, classes and class_names of an export")
-    return architecture, ImageFormat(n_bits, crop, tuple(names))
+    )
+
+
+def _of_earlier(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a model that an earlier version saved."""
+    scale = {"class": "ScaleFunction", "kind": "tanh", "offset": 2.0, "eps": 0.0, "clamp": 1.0}
+    how = {"scale": {**scale, "order": "shift-scale"}, "reversible": True, "checkpoint_every": 8}
+    how["context_channels"] = architecture.get("classes", 0)
+    stages: list[Any] = []
+    for stage in architecture["stages"]:
+        flow = {"steps": stage["steps"], "width": stage["width"], **how}
+        if not stages:
+            image = {"class": "Glow", "image_shape": architecture["image_shape"]}
+            flow = {**image, "levels": architecture["levels"], **flow}
+            flow |= {name: architecture[name] for name in ("steps", "width")}
+        else:
+            flow = {"class": "VectorFlow", "dim": stages[-1]["manifold_dim"], **flow}
+        weight: Any = stage["weight"]
+        if stage.get("error_bound") is not None:
+            weight = {"class": "ErrorBound", "error": stage["error_bound"], "start": weight}
+        elif stage.get("final_weight") is not None:
+            weight = {"class": "WeightSchedule", "start": weight, "end": stage["final_weight"]}
+            weight["steps"] = stage["weight_steps"]
+        objective = {"class": "ManifoldObjective", "domain": stage["domain"], "rho": stage["rho"]}
+        objective |= {"weight": weight, "delta": stage.get("delta", 1.0)}
+        objective["sigma"] = stage.get("sigma", 0.1)
+        stages.append({"class": "ManifoldFlow", "flow": flow, "objective": objective})
+        stages[-1]["manifold_dim"] = stage["manifold_dim"]
+    return {"class": "HierarchicalFlow", "stages": stages}

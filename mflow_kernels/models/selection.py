@@ -71,7 +71,7 @@ def estimate_intrinsic_dimension(
         off = torch.cat([mask.flatten() for mask in flow.off_masks()])
         deviation = 1 + off.double() * (flow.objective.sigma - 1)
         flow = flow.flow
-    model = _all_on_manifold(flow, x)
+    model = all_on_manifold(flow, x)
     if model.manifold_dim < 2:
         raise ValueError(f"flow: expected two dimensions or more, got {model.manifold_dim}")
     u = model.encode(x)
@@ -110,7 +110,7 @@ def latent_importance(
         ValueError: x has no samples, probes is too small, or an importance is not finite.
     """
     check_count("probes", probes, 1)
-    model = _all_on_manifold(flow, x)
+    model = all_on_manifold(flow, x)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for part in x.split(max(1, PASS_ELEMENTS // math.prod(x.shape[1:]))):
         with torch.no_grad():
@@ -155,7 +155,7 @@ def manifold_mask_from_data(
     return tuple(p.view(part.shape) for p, part in zip(parts, importance, strict=True))
 
 
-def _all_on_manifold(flow: Bijection, x: Tensor) -> ManifoldFlow:
+def all_on_manifold(flow: Bijection, x: Tensor) -> ManifoldFlow:
     """Return the flow as a ManifoldFlow whose latents are all u; x needs at least one sample."""
     if not len(x):
         raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")

@@ -4,7 +4,6 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,11 +20,12 @@ from mflow_kernels.data.files import (
     read_regular,
     write_atomically,
 )
-from mflow_kernels.data.manifest import MANIFEST, Manifest
-from mflow_kernels.models.hierarchy import build
-from mflow_kernels.models.pretrained import ImageFormat, write_pretrained
+from mflow_kernels.data.manifest import MANIFEST, TRAIN, Manifest
+from mflow_kernels.models.architecture import build
+from mflow_kernels.models.pretrained import contents, write
+from mflow_kernels.runs.card import CARD, model_card
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
-from mflow_kernels.runs.config import RunConfig
+from mflow_kernels.runs.config import RunConfig, Stage
 from mflow_kernels.runs.parser import as_option
 
 CONFIG = "config.yaml"
@@ -75,11 +75,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = build(
-                architecture(config),
-                reversible=config.reversible,
-                checkpoint_every=config.checkpoint_every,
-            )
+            model: HierarchicalFlow = build(architecture(config))
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -91,17 +87,32 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 
 def architecture(config: RunConfig) -> dict[str, Any]:
-    """Return the architecture of a configuration, as `pretrained.build_stages` takes it."""
-    objective = ("domain", "rho", "weight", "final_weight", "weight_steps", "error_bound")
-    names = ("steps", "width", *objective, "delta", "sigma")
-    stages = [
-        {"manifold_dim": stage.dim, **{name: getattr(stage, name) for name in names}}
-        for stage in config.stages
-    ]
-    flow = {name: getattr(config, name) for name in ("levels", "steps", "width")}
-    if config.class_names:
-        flow["classes"] = len(config.class_names)
-    return {"image_shape": list(config.image_shape), **flow, "stages": stages}
+    """Return the description of a configuration's model, as `models.architecture` takes it."""
+    how = {"scale": "tanh", "context_channels": len(config.class_names)}
+    how |= {name: getattr(config, name) for name in ("reversible", "checkpoint_every")}
+    stages: list[dict[str, Any]] = []
+    for stage in config.stages:
+        flow: dict[str, Any] = {"class": "VectorFlow", "steps": stage.steps, "width": stage.width}
+        if stages:
+            flow["dim"] = stages[-1]["manifold_dim"]
+        else:
+            flow |= {"class": "Glow", "image_shape": list(config.image_shape)}
+            flow["levels"] = config.levels
+        objective = {name: getattr(stage, name) for name in ("domain", "rho", "delta", "sigma")}
+        objective |= {"class": "ManifoldObjective", "weight": _weight(stage)}
+        stages.append({"class": "ManifoldFlow", "flow": flow | how, "objective": objective})
+        stages[-1]["manifold_dim"] = stage.dim
+    return {"class": "HierarchicalFlow", "stages": stages}
+
+
+def _weight(stage: Stage) -> Any:
+    """Return the description of a stage's penalty weight."""
+    if stage.error_bound is not None:
+        return {"class": "ErrorBound", "error": stage.error_bound, "start": stage.weight}
+    if stage.final_weight is not None:
+        ends = {"start": stage.weight, "end": stage.final_weight}
+        return {"class": "WeightSchedule", **ends, "steps": stage.weight_steps}
+    return stage.weight
 
 
 def pick_device(name: str) -> torch.device:
@@ -237,11 +248,21 @@ def load_run(folder: str, device: str = "auto") -> Run:
 
 
 def export_run(run: Run, folder: Path) -> None:
-    """Write the model of a run into a new folder, from which `from_pretrained` loads it."""
-    model = run.model
-    stages = cast(list[ManifoldFlow], list(model.stages))
-    images = ImageFormat(model.n_bits, model.crop, model.class_names)
-    lock = make_folder(folder, partial(write_pretrained, stages, images), "out")
+    """Write the model of a run into a new folder, from which `from_pretrained` loads it.
+
+    The folder also has a model card, README.md.
+    """
+    content = contents(run.model)
+    manifest = read_manifest(run.folder)
+    images = None if manifest is None else int((manifest.parts == TRAIN).sum())
+    parameters = sum(p.numel() for p in run.model.parameters())
+    card = model_card(run.config, parameters, images, run.folder / EVALUATION)
+
+    def fill(temporary: Path) -> None:
+        write(run.model, content, temporary)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+
+    lock = make_folder(folder, fill, "out")
     (folder / LOCK).unlink(missing_ok=True)
     lock.release()
 
@@ -267,12 +288,15 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
     return changes
 
 
-def initialize_from(model: HierarchicalFlow, folder: str) -> None:
+def initialize_from(model: HierarchicalFlow, folder: str) -> str | None:
     """Copy the averaged weights of another run into a model.
 
     For each stage that both models have, the flow is copied. The selection of latents is copied
     too, if the manifold has the same dimension. Penalties are not copied, and further stages keep
     their weights.
+
+    Returns:
+        A warning if the classes have other names, because classes are matched by their numbers.
 
     Raises:
         ValueError: the folder is not a run folder, or a weight has another shape there.
@@ -299,3 +323,8 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> None:
             buffers = dict(stage.named_buffers(recurse=False))
             for name, buffer in source.named_buffers(recurse=False):
                 buffers[name].copy_(buffer)
+    if model.class_names == other.class_names:
+        return None
+    pairs_of_names = zip(other.class_names, model.class_names, strict=True)
+    renamed = ", ".join(f"{b} -> {a}" for b, a in pairs_of_names if a != b)
+    return f"--init-from: classes have other names in {folder}; their weights are copied: {renamed}"

@@ -2,10 +2,12 @@
 
 import argparse
 import ast
+import difflib
 import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -114,6 +116,16 @@ def explain(error: Exception) -> str:
         return " ".join(text.split())
     kinds = [_in_words(kind) for kind in expected if "NoneType" not in kind]
     return f"{key[1]}: expected {' or '.join(kinds)}, got {came[1]}"
+
+
+def suggestion(given: str, options: Iterable[str]) -> str | None:
+    """Return the option that an unknown one may stand for: --lr for --learning-rate, or a typo."""
+    name = given.partition("=")[0].lstrip("-").replace("_", "-").lower()
+    names = [option.lstrip("-") for option in options]
+    short = [n for n in names if len(name) > 1 and "".join(w[0] for w in n.split("-") if w) == name]
+    joined = [n for n in names if n.replace("-", "") == name.replace("-", "")]
+    found = [*short, *joined, *difflib.get_close_matches(name, names, 1)]
+    return f"--{found[0]}" if found else None
 
 
 def _in_words(kind: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from filelock import FileLock
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import follow_links, lock_folder
+from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_cuda_graphs, check_precision
@@ -83,8 +85,14 @@ def load(config: TrainConfig) -> Loaded:
     device, ranks = _check_options(config)
     loaded = _load(config, device, ranks)
     if loaded.config.init_from is not None:
-        initialize_from(loaded.model, loaded.config.init_from)
+        _initialize(loaded, loaded.config.init_from)
     return loaded
+
+
+def _initialize(loaded: Loaded, folder: str) -> None:
+    warning = initialize_from(loaded.model, folder)
+    if warning is not None and not loaded.ranks.rank:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
 
 
 def check_run(
@@ -117,7 +125,7 @@ def check_run(
             changes = changed_options(loaded.config, recorded)
             checkpoint = _resumable(folder, loaded.model, loaded.splits, recorded)
         if loaded.config.init_from is not None and checkpoint is None:
-            initialize_from(loaded.model, loaded.config.init_from)
+            _initialize(loaded, loaded.config.init_from)
     except BaseException:
         if lock is not None:
             lock.release()

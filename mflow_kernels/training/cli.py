@@ -6,7 +6,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mflow_kernels.data.printable import printable
 from mflow_kernels.training.commands import Work, plan, prepare, presets, train
 from mflow_kernels.training.run_commands import evaluate, export, reconstruct, sample
+from mflow_kernels.version import __version__
 
 if TYPE_CHECKING:
     from mflow_kernels.runs.parser import OptionParser
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 0 for success, 1 if training diverged or the disk or memory is full, 2 for bad
     input, and 130 after Ctrl-C. Each failure prints one line to stderr.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:  # answered although packages are missing
+        print(f"mflow_kernels {__version__}")
+        return 0
     # By default torch's threads spin while they wait, which takes cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
@@ -39,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{', '.join(missing)} missing: pip install 'mflow_kernels[train]'", code=2)
     from mflow_kernels.data.files import RESOURCE_ERRORS
 
-    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -63,9 +68,10 @@ def _run(argv: list[str]) -> int:
     from mflow_kernels.runs.parser import explain
 
     try:
-        work = _check(argv)
+        with _loading():
+            work = _check(argv)
     except ArgumentError as error:
-        return _fail(_as_typed(explain(error), argv), code=2)
+        return _fail(_suggesting(_as_typed(explain(error), argv), argv), code=2)
     except (ValueError, TypeError) as error:
         return _fail(_as_typed(str(error), argv), code=2)
     try:
@@ -142,6 +148,7 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
         prog="mflow",
         description="Manifold learning and density estimation with normalizing flows on images.",
     )
+    parser.add_argument("--version", action="version", version=f"mflow_kernels {__version__}")
     commands = parser.add_subcommands(
         metavar="COMMAND", title="commands", description="See mflow COMMAND --help."
     )
@@ -271,7 +278,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
         return "--levels" + colon + rest
     options = _OF_TRAIN | {"number", "temperature", "stages", "output", "class"}
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
-    options |= {"draws", "features", "feature_weights", "feature_images", "missing", "ood"}
+    options |= {"files", "draws", "features", "feature_weights", "feature_images", "missing", "ood"}
     options |= {option.name for option in fields(TrainConfig)}
     names = start.split(", ")
     if not options.issuperset(names):
@@ -282,6 +289,34 @@ def _as_typed(message: str, argv: list[str]) -> str:
             rf"(?<!got )(?<![\w/.'-])({known})(?![\w/'-])", lambda m: as_option(m[0]), rest
         )
     return ", ".join(map(as_option, names)) + colon + rest
+
+
+def _suggesting(message: str, argv: list[str]) -> str:
+    """Add to a message about unknown options which ones may be meant."""
+    from mflow_kernels.runs.parser import suggestion
+
+    prefix, found, unknown = message.partition("unrecognized arguments: ")
+    action: Any = _parsers()[0]._subcommands_action
+    commands = action.choices
+    if prefix or not found or argv[0] not in commands:
+        return message
+    names = [word for word in unknown.split() if word.startswith("--")]
+    options = [name for name in commands[argv[0]]._option_string_actions if name[:2] == "--"]
+    meant = [s for name in names if (s := suggestion(name, options)) is not None]
+    return f"{message} (did you mean {', '.join(meant)}?)" if meant else message
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    """Show a line on a terminal while packages and data are loaded, and then remove it."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print("mflow: loading ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,8 @@
 """The commands of `mflow` that read a trained run; see `commands`."""
 
 import math
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,7 @@ def sample(
     output: str | None = None,
     device: Device = "auto",
     class_name: str | None = None,
+    files: str | None = None,
 ) -> Work:
     """Draw images from a trained model. A class-conditional model draws a row for each class.
 
@@ -36,9 +39,11 @@ def sample(
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
         class_name: Name of the class to draw; by default a row for each class is drawn.
+        files: New folder for the images themselves, each as a PNG file of its own size.
     """
+    from mflow_kernels.data.files import check_can_be_written
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
-    from mflow_kernels.evaluation.samples import draw_samples, samples_by_class
+    from mflow_kernels.evaluation.samples import draw_samples, samples_by_class, write_images
     from mflow_kernels.runs.folder import load_run
 
     check_at_least("number", number, 1)
@@ -55,9 +60,14 @@ def sample(
         raise ValueError(f"class: expected {known}, got {class_name}")
     chosen = None if class_name is None else names.index(class_name)
     suffix = f"-stages{stages}" if stages else ""
-    suffix += "" if chosen is None else f"-class{chosen}"
+    suffix += "" if chosen is None else f"-{_in_file_name(names[chosen], chosen)}"
     suffix += "-ambient" if ambient else ""
     path = _png(output, loaded.folder / f"samples-T{temperature:g}-seed{seed}{suffix}.png")
+    folder = None if files is None else Path(files)
+    if folder is not None:
+        if os.path.lexists(folder):
+            raise ValueError(f"files: expected a new folder, but {folder} exists")
+        check_can_be_written(folder, "files")
 
     def work() -> None:
         model, how = loaded.model, f"at T = {temperature:g}, seed {seed}"
@@ -72,6 +82,9 @@ def sample(
             rows = {class_name or "": images}
         draw_images(path, title, in_rows(rows))
         print(printable(str(path)))
+        if folder is not None:
+            write_images(folder, list(rows.values()), "files")
+            print(printable(str(folder)))
 
     return work
 
@@ -243,6 +256,12 @@ def export(run: str, out: str) -> Work:
         print(printable(str(path)))
 
     return work
+
+
+def _in_file_name(name: str, number: int) -> str:
+    """Return the name of a class for a file; a number is added if characters are replaced."""
+    kept = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:80]
+    return kept if kept == name else f"{kept}-class{number}"
 
 
 def _png(output: str | None, default: Path) -> Path:

@@ -9,7 +9,16 @@ import torch
 from cases import normal, perturbed
 from PIL import Image
 
-from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, bits_per_dimension
+from mflow_kernels import (
+    FlowStep,
+    Glow,
+    HierarchicalFlow,
+    ManifoldFlow,
+    ReversibleChain,
+    Squeeze,
+    VectorFlow,
+    bits_per_dimension,
+)
 from mflow_kernels.data.decoding import Format, decode
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.sources import find_images
@@ -67,6 +76,42 @@ def test_bits_per_dim_of_images():
     assert torch.equal(bits, expected)
     assert bits.shape == (2,)
     assert not bits.requires_grad
+
+
+MODELS = {
+    "glow": lambda: Glow((3, 8, 8), 1, 1, 4),
+    "chain": lambda: ReversibleChain([Squeeze(), FlowStep(12, width=4)], input_shape=(3, 8, 8)),
+    "manifold of a chain": lambda: ManifoldFlow(MODELS["chain"](), 5),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_images(name):
+    flow, images = perturbed(MODELS[name]()).eval(), [photo(0), photo(1)]
+    flow.n_bits = 5
+    x = flow.preprocess(images, noise=True, generator=torch.Generator().manual_seed(1))
+    bits = flow.bits_per_dim(images, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(bits, bits_per_dimension(flow.log_prob(x), 3 * 8 * 8, 5))
+    back = flow.postprocess(flow.preprocess(images))
+    assert [(image.mode, image.size) for image in back] == [("RGB", (8, 8))] * 2
+    assert torch.equal(flow.preprocess(back), flow.preprocess(images))
+
+
+def test_grey_images_and_values_outside_the_range():
+    (image,) = model(1).postprocess(torch.full((1, 1, 8, 8), 7.0))
+    assert (image.mode, image.getextrema()) == ("L", (255, 255))
+    with pytest.raises(ValueError, match=r"x: expected shape \(N, 1, 8, 8\), got \(1, 3, 8, 8\)"):
+        model(1).postprocess(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "flow", [VectorFlow(3, 1), ReversibleChain([FlowStep(4)])], ids=["vectors", "no shape"]
+)
+def test_models_of_no_images(flow):
+    flow.n_bits = 8
+    for call in (flow.preprocess, flow.postprocess, flow.bits_per_dim):
+        with pytest.raises(ValueError, match=r"input_shape: expected a model of images"):
+            call(torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize(

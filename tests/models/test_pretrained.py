@@ -5,21 +5,39 @@ import json
 import pytest
 import torch
 from cases import normal, perturbed
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mflow_kernels import (
+    ActNorm,
+    AffineCoupling,
     ErrorBound,
+    FlowStep,
     Glow,
     HierarchicalFlow,
+    InvertibleConv1x1,
     ManifoldFlow,
     ManifoldObjective,
+    Permutation,
+    PixelPairs,
+    ReversibleChain,
+    SplineCoupling,
+    Split,
+    Squeeze,
+    Unsqueeze,
     VectorFlow,
     WeightSchedule,
 )
-from mflow_kernels.layers.networks import coupling_net
+from mflow_kernels.models import architecture
+from mflow_kernels.models.architecture import build
+from mflow_kernels.ops.scale import ScaleFunction
+
+IMAGE, POINT = (1, 4, 4), (3,)
 
 
-def model(weight=10.0, scale="tanh", **flow) -> HierarchicalFlow:
-    glow = Glow((1, 4, 4), 2, 1, 4, scale=scale, **flow)
+def model(weight=10.0, **flow) -> HierarchicalFlow:
+    """A hierarchy whose latents are chosen at random."""
+    glow = Glow(IMAGE, 2, 1, 4, **flow)
     mask = (torch.rand(2, 2, 2) < 0.5, torch.rand(8, 1, 1) < 0.5)
     mask[0][0, 0, 0] = mask[1][0] = True
     image = ManifoldFlow(glow, mask=mask, objective=ManifoldObjective("data", "l2", weight))
@@ -27,64 +45,331 @@ def model(weight=10.0, scale="tanh", **flow) -> HierarchicalFlow:
     vector = ManifoldFlow(
         VectorFlow(dim, 2, 3, **flow), 1, objective=ManifoldObjective("latent", "huber", 3.0, 0.5)
     )
-    return perturbed(HierarchicalFlow([image, vector]))
+    return HierarchicalFlow([image, vector])
 
 
-WEIGHTS = [10.0, "variance", WeightSchedule(100.0, 5.0, 30), ErrorBound(0.01), ErrorBound(0.1, 7.0)]
+def chain(shape=IMAGE, **options) -> ReversibleChain:
+    layers = [Squeeze(), FlowStep(4, width=5, scale="sigmoid"), Split(4, width=3), FlowStep(2)]
+    if shape == POINT:
+        layers = [FlowStep(3, width=4, spatial_dims=0), FlowStep(3, width=2, spatial_dims=0)]
+    return ReversibleChain(layers, input_shape=shape, **options)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-def test_a_saved_model_loads_with_the_same_bits(weight, tmp_path):
-    saved = model(weight, context_channels=2)
-    saved.n_bits, saved.crop, saved.class_names = 5, 148, ("cat", "dog")
+MODELS = {
+    "glow": lambda: Glow(IMAGE, 2, 1, 4),
+    "glow of three sizes": lambda: Glow((3, 8, 4), 1, 2, 4, checkpoint_every=None),
+    "glow with another scale": lambda: Glow(IMAGE, 1, 1, scale=ScaleFunction("atan", clamp=1.7)),
+    "conditional glow": lambda: Glow(IMAGE, 2, 1, 4, context_channels=2),
+    "float64 glow": lambda: Glow(IMAGE, 2, 1, 4).double(),
+    "vectors": lambda: VectorFlow(3, 2, 4, reversible=False),
+    "conditional vectors": lambda: VectorFlow(3, 2, 4, context_channels=2, scale="exp"),
+    "chain": chain,
+    "chain of points": lambda: chain(POINT, reversible=False, checkpoint_every=2),
+    "chain of other layers": lambda: ReversibleChain(
+        [
+            *(ActNorm(1), PixelPairs("checkerboard"), Permutation([1, 0]), InvertibleConv1x1(2)),
+            *(AffineCoupling(2, width=3), PixelPairs("checkerboard", inverted=True), Squeeze()),
+            *(SplineCoupling(4, bins=3, width=3, bound=(-2.0, 3.0)), Split(4, width=3, kept=3)),
+            Split(3, kept=2, prior=False),
+        ],
+        input_shape=IMAGE,
+    ),
+    "chain that unsqueezes": lambda: ReversibleChain(
+        [Squeeze(), FlowStep(4, width=3), Unsqueeze()], input_shape=IMAGE
+    ),
+    "manifold of glow": lambda: model().stages[0],
+    "manifold of vectors": lambda: ManifoldFlow(VectorFlow(3, 1, 4), 2),
+    "manifold of a chain": lambda: ManifoldFlow(chain(), 5),
+    "a manifold of no dimension": lambda: ManifoldFlow(
+        VectorFlow(3, 1, 4), mask=(torch.zeros(3, dtype=torch.bool),)
+    ),
+    "hierarchy": model,
+    "conditional hierarchy": lambda: model(context_channels=2),
+    "hierarchy of vectors": lambda: HierarchicalFlow([ManifoldFlow(VectorFlow(3, 1, 4), 2)]),
+    "variance": lambda: model("variance"),
+    "schedule": lambda: model(WeightSchedule(100.0, 5.0, 30)),
+    "bound": lambda: model(ErrorBound(0.01)),
+    "bound with a start": lambda: model(ErrorBound(0.1, 7.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:mask:")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_loads_with_the_same_bits(name, tmp_path):
+    saved = perturbed(MODELS[name]())
+    conditional = name.startswith("conditional")
+    saved.n_bits, saved.crop = 5, 148
+    saved.class_names = ("cat", "dog") if conditional else ()
     saved.save_pretrained(tmp_path / "model")
-    loaded = HierarchicalFlow.from_pretrained(tmp_path / "model")
-    assert (loaded.n_bits, loaded.crop, loaded.class_names) == (5, 148, ("cat", "dog"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]  # no temporary folder is left
+    state = torch.random.get_rng_state()
+    loaded = type(saved).from_pretrained(str(tmp_path / "model"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (loaded.n_bits, loaded.crop, loaded.class_names) == (5, 148, saved.class_names)
     assert not loaded.training
     saved.eval()
-    x, classes = normal(3, 1, 4, 4), torch.tensor([0, 1, 1])
-    assert torch.equal(loaded.log_prob(x, context=classes), saved.log_prob(x, context=classes))
-    for stage in range(2):
-        got, want = (m.terms(x, stage=stage, context=classes) for m in (loaded, saved))
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert loaded.state_dict().keys() == saved.state_dict().keys()
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]  # no temporary folder is left
-    again = tmp_path / "again"
-    loaded.save_pretrained(again)
-    contents = [json.loads((f / "model.json").read_text()) for f in (tmp_path / "model", again)]
-    assert contents[0] == contents[1]
+    for key, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+        assert loaded.state_dict()[key].stride() == tensor.stride(), key
+    x = normal(3, *saved.input_shape).to(next(saved.parameters()).dtype)
+    context = torch.tensor([0, 1, 1]) if conditional else None
+    assert torch.equal(loaded.log_prob(x, context=context), saved.log_prob(x, context=context))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    samples = [
+        m.sample(3, generator=g, context=context)
+        for m, g in zip((loaded, saved), generators, strict=True)
+    ]
+    assert torch.equal(*samples)
+    for i in range(len(getattr(saved, "stages", ()))):
+        got, want = (m.terms(x, stage=i, context=context) for m in (loaded, saved))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    loaded.log_prob(x, context=context).sum().backward()  # its parameters can be trained
+    loaded.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / f / "model.json").read_text() for f in ("model", "again")]
+    assert files[0] == files[1]
 
 
-def test_one_stage(tmp_path):
-    image = model().stages[0]
-    image.n_bits = 8
-    image.save_pretrained(str(tmp_path / "model"))
-    loaded = ManifoldFlow.from_pretrained(tmp_path / "model")
-    x = normal(3, 1, 4, 4)
-    assert torch.equal(loaded.encode(x), image.encode(x))
-    assert loaded.n_bits == 8
+@pytest.mark.filterwarnings("ignore:mask:")
+def test_every_kind_is_in_the_table_above():
+    """A class that gets a row must be saved by a test."""
+    used = set()
+
+    def collect(node):
+        for value in node.values() if isinstance(node, dict) else node:
+            if isinstance(value, (dict, list)):
+                collect(value)
+        used.update([node["class"]] if isinstance(node, dict) else [])
+
+    for make in MODELS.values():
+        collect(architecture.describe(make()))
+    assert used == architecture.KINDS.keys()
+
+
+@pytest.mark.parametrize("layer", [ActNorm(3), AffineCoupling(4, width=3, scale="exp")])
+def test_layers_alone(layer):
+    description = architecture._describe(layer, "")
+    rebuilt = build(json.loads(json.dumps(description)))
+    assert architecture._describe(rebuilt, "") == description
+    rebuilt.load_state_dict(layer.state_dict())
+
+
+def changed(make, change):
+    def changed_model():
+        whole = make()
+        change(whole)
+        return whole
+
+    return changed_model
+
+
+def silu(flow):
+    flow.chain.layers[1].coupling.net[1] = nn.SiLU()
+
+
+def scaled(flow):
+    flow.chain.layers[1].coupling.scale = ScaleFunction("exp")
+
+
+def padded(flow):
+    flow.chain.layers[1].coupling.net[0].padding_mode = "circular"
+
+
+def hooked(flow):
+    flow.chain.layers[1].coupling.net.register_forward_hook(lambda *_: None)
+
+
+def replaced_forward(flow):
+    flow.chain.layers[1].forward = lambda x: (x, x.new_zeros(len(x)))
+
+
+def grown(flow):
+    flow.chain.layers[1].coupling.net.append(nn.Identity())
+
+
+def mixed(flow):
+    flow.chain.layers[1].double()
+
+
+def tied() -> ReversibleChain:
+    step = FlowStep(3, width=4, spatial_dims=0)
+    return ReversibleChain([step, step], input_shape=POINT)
+
+
+def tied_tensor() -> VectorFlow:
+    flow = VectorFlow(3, 2, 4)
+    flow.chain.layers[1].actnorm.bias = flow.chain.layers[0].actnorm.bias
+    return flow
+
+
+class MyGlow(Glow):
+    pass
+
+
+def glow(**options):
+    return Glow(IMAGE, 2, 1, 4, **options)
+
+
+def own_net(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 1)
+
+
+REFUSED = {
+    "another activation": (changed(glow, silu), r"chain.layers.1.coupling.net.1: .*ReLU, got SiLU"),
+    "another scale": (changed(glow, scaled), r"chain.layers.1.coupling.scale: expected Scale"),
+    "another padding": (changed(glow, padded), r"net.0.padding_mode: expected zeros, got circular"),
+    "a hook": (changed(glow, hooked), r"chain.layers.1.coupling.net: expected no hooks"),
+    "another forward": (changed(glow, replaced_forward), r"chain.layers.1: expected the forward"),
+    "a further layer": (changed(glow, grown), r"chain.layers.1.coupling.net.5: expected nothing"),
+    "two dtypes": (changed(glow, mixed), "numbers of one dtype, got torch.float32, torch.float64"),
+    "an own network": (lambda: glow(network=own_net), "network: expected built-in networks"),
+    "an own network inside": (
+        lambda: ManifoldFlow(glow(network=own_net), 5),
+        "flow.network: expected built-in networks",
+    ),
+    "an own network in a chain": (
+        lambda: ReversibleChain([FlowStep(4, own_net(2, 4))]),
+        r"layers\[0\].net: expected a network that coupling_net builds, got Conv2d",
+    ),
+    "a map of weights": (
+        lambda: model(torch.ones(4, 4)),
+        r"stages\[0\].objective.weight: .*no map",
+    ),
+    "a subclass": (lambda: MyGlow(IMAGE, 1, 1), "model: expected one of Glow, .* got MyGlow"),
+    "a tied step": (tied, r"layers.1.actnorm.bias: .* it is that of layers.0.actnorm.bias"),
+    "a tied tensor": (tied_tensor, r"layers.1.actnorm.bias: .* that of chain.layers.0.actnorm"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_saved_is_refused_by_name(name, tmp_path):
+    make, message = REFUSED[name]
+    with pytest.raises(TypeError, match=message) as caught:
+        make().save_pretrained(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; save the state_dict of other models")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("name", "value", "message"),
     [
-        (lambda: model(scale="exp"), r"stages\[0\].scale: expected the default scale function"),
-        (
-            lambda: model(network=lambda i, o: coupling_net(i, o, 4, 2 if i < 9 else 0)),
-            r"stages\[0\].network: expected built-in networks",
-        ),
-        (lambda: model(torch.ones(4, 4)), r"stages\[0\].weight: expected a weight that is no map"),
-        (
-            lambda: HierarchicalFlow([ManifoldFlow(VectorFlow(3, 1, 4), 2)]),
-            r"stages\[0\].flow: expected Glow, got VectorFlow; save the state_dict",
-        ),
-        (lambda: model().double(), "model: expected parameters of dtype float32 to save"),
+        ("n_bits", 9, r"n_bits, crop, class_names: expected .* got \(9, None, \[\]\)"),
+        ("crop", 0, r"got \(None, 0, \[\]\)"),
+        ("class_names", ("cat",), r"one for each of 0 classes, got \(None, None, \['cat'\]\)"),
+        (None, None, r"finite numbers to save, but chain.layers.1.actnorm.bias has others"),
     ],
 )
-def test_what_cannot_be_saved(make, message, tmp_path):
-    with pytest.raises(TypeError, match=message):
-        make().save_pretrained(tmp_path / "model")
+def test_what_could_not_be_loaded_is_not_saved(name, value, message, tmp_path):
+    flow = glow()
+    if name is None:
+        flow.chain.layers[1].actnorm.bias.data[0] = torch.nan
+    else:
+        setattr(flow, name, value)
+    with pytest.raises(ValueError, match=message):
+        flow.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_class_is_refused(tmp_path):
+    whole = model()
+    names = {"whole": whole, "one": HierarchicalFlow([whole.stages[0]]), "image": whole.stages[0]}
+    for name, saved in (names | {"glow": whole.stages[0].flow}).items():
+        saved.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"folder: expected one stage in .*whole, got 2; load all"):
+        ManifoldFlow.from_pretrained(tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match=r"class VectorFlow in .*, got one of class Glow, which Gl"
+    ):
+        VectorFlow.from_pretrained(tmp_path / "glow")
+    # A manifold flow and a hierarchy of one stage are the same model.
+    x = normal(3, *IMAGE)
+    loaded = [
+        c.from_pretrained(tmp_path / n)
+        for n in ("one", "image")
+        for c in (ManifoldFlow, HierarchicalFlow)
+    ]
+    for each in loaded:
+        assert torch.equal(each.log_prob(x), whole.stages[0].log_prob(x))
+
+
+def test_the_callers_defaults_play_no_part(tmp_path):
+    saved = model()
+    saved.save_pretrained(tmp_path / "model")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            loaded = HierarchicalFlow.from_pretrained(tmp_path / "model")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x = normal(3, *IMAGE)
+    assert torch.equal(loaded.log_prob(x), saved.log_prob(x))
+
+
+EARLIER = {
+    "format": "mflow_kernels 1",
+    "architecture": {
+        **{"image_shape": [1, 4, 4], "levels": 2, "steps": 1, "width": 4, "classes": 2},
+        "stages": [
+            {
+                **{"manifold_dim": 6, "steps": 1, "width": 4, "domain": "data", "rho": "l2"},
+                **{"weight": 100.0, "final_weight": 5.0, "weight_steps": 30, "sigma": 1.0},
+            },
+            {
+                **{"manifold_dim": 2, "steps": 2, "width": 3, "domain": "latent", "rho": "huber"},
+                **{"weight": 3.0, "delta": 0.5},
+            },
+        ],
+    },
+    **{"n_bits": 5, "crop": None, "class_names": ["cat", "dog"]},
+}
+
+
+def write_earlier(folder):
+    """Write a folder as earlier versions did; return its model."""
+    glow, how = Glow(IMAGE, 2, 1, 4, context_channels=2), WeightSchedule(100.0, 5.0, 30)
+    first = ManifoldFlow(glow, 6, objective=ManifoldObjective("data", "l2", how, 1.0))
+    objective = ManifoldObjective("latent", "huber", 3.0, 0.5, 0.1)
+    second = ManifoldFlow(VectorFlow(6, 2, 3, context_channels=2), 2, objective=objective)
+    whole = perturbed(HierarchicalFlow([first, second])).eval()
+    save_file(
+        {n: t.contiguous() for n, t in whole.state_dict().items()}, folder / "model.safetensors"
+    )
+    (folder / "model.json").write_text(json.dumps(EARLIER))
+    return whole
+
+
+def test_a_folder_of_an_earlier_version(tmp_path):
+    whole = write_earlier(tmp_path)
+    loaded = HierarchicalFlow.from_pretrained(tmp_path)
+    assert (loaded.n_bits, loaded.crop, loaded.class_names) == (5, None, ("cat", "dog"))
+    x, classes = normal(3, *IMAGE), torch.tensor([0, 1, 1])
+    for stage in range(2):
+        got, want = (m.terms(x, stage=stage, context=classes) for m in (loaded, whole))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert architecture.describe(loaded) == architecture.describe(whole)
+
+
+@pytest.mark.parametrize("name", ["weight_steps", "domain", "manifold_dim"])
+def test_an_earlier_file_that_lacks_a_value(name, tmp_path):
+    write_earlier(tmp_path)
+    whole = json.loads(json.dumps(EARLIER))
+    del whole["architecture"]["stages"][0][name]
+    (tmp_path / "model.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"folder: expected an architecture .*'{name}'"):
+        HierarchicalFlow.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "missing"])
+def test_folders_that_cannot_be_read_or_written(name, tmp_path):
+    with pytest.raises(ValueError, match=r"folder: expected model.safetensors") as caught:
+        Glow.from_pretrained(tmp_path / name)
+    assert len(str(caught.value)) < 600
+    with pytest.raises(ValueError, match="folder: cannot write"):
+        glow().save_pretrained(tmp_path / name / "model")
+    long = tmp_path / ("n" * 250)  # as long as a file system allows, nearly
+    glow().save_pretrained(long)
+    assert Glow.from_pretrained(long).levels == 2
 
 
 def test_an_existing_folder_is_kept(tmp_path):
@@ -92,19 +377,28 @@ def test_an_existing_folder_is_kept(tmp_path):
     for folder in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists"):
             model().save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"folder: cannot write .*none/model"):
-        model().save_pretrained(tmp_path / "none" / "model")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n_bits", 9), ("n_bits", "8"), ("crop", 0), ("class_names", ["a"]), ("class_names", [1, 2])],
+    [
+        *(("n_bits", 9), ("n_bits", "8"), ("crop", 0), ("class_names", ["a"])),
+        *(("class_names", [1, 2]), ("dtype", "int8"), ("dtype", None), ("model", [])),
+    ],
 )
-def test_damaged_descriptions_of_images(name, value, tmp_path):
-    saved = model(context_channels=2)
-    saved.save_pretrained(tmp_path / "model")
+def test_damaged_values(name, value, tmp_path):
+    model(context_channels=2).save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(ValueError, match="with n_bits, crop, classes and class_names of an export"):
+    with pytest.raises(ValueError, match=r"^folder: .*class_names"):
         HierarchicalFlow.from_pretrained(tmp_path / "model")
+
+
+def test_the_weights_hold_nothing_but_the_tensors(tmp_path):
+    """A tensor that is a view of a large one is written alone."""
+    flow = VectorFlow(3, 1, 4)
+    flow.chain.layers[0].actnorm.bias.data = torch.randn(1_000_000)[:3]
+    flow.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size < 10_000
+    assert len(load_file(tmp_path / "model" / "model.safetensors")) == len(flow.state_dict())

@@ -1,19 +1,25 @@
 """Presets and exports, by their commands."""
 
+import json
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tiny_runs import refused
 
-from mflow_kernels import HierarchicalFlow, ManifoldFlow
+from mflow_kernels import HierarchicalFlow
+from mflow_kernels.runs.card import model_card
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.runs.presets import PRESETS, preset_options, preset_text
-from mflow_kernels.training.cli import main
+from mflow_kernels.training.cli import _parsers, main
 
 
 class TestPresets:
@@ -86,18 +92,18 @@ class TestExport:
         with torch.no_grad():
             assert torch.equal(model.log_prob(x), whole.log_prob(x))
             assert torch.equal(model.project(x), whole.project(x))
-            image_flow = ManifoldFlow.from_pretrained(str(exported))
-            assert torch.equal(image_flow.encode(x), whole.stages[0].encode(x))
+            assert torch.equal(model.stages[0].encode(x), whole.stages[0].encode(x))
         assert all(p.requires_grad for p in model.parameters())
-        assert {f.name for f in exported.iterdir()} == {"model.safetensors", "model.json"}
+        files = {"model.safetensors", "model.json", "README.md"}
+        assert {f.name for f in exported.iterdir()} == files
         weights, description = (exported / name for name in ("model.safetensors", "model.json"))
         assert weights.stat().st_mode == description.stat().st_mode  # both as the umask allows
 
     def test_reading_needs_neither_lightning_nor_the_command_line(self, exported):
         code = f"""
 import sys
-from mflow_kernels import ManifoldFlow
-ManifoldFlow.from_pretrained({str(exported)!r})
+from mflow_kernels import HierarchicalFlow
+HierarchicalFlow.from_pretrained({str(exported)!r})
 assert not [m for m in sys.modules if m in ("lightning", "jsonargparse", "yaml", "torchvision")]
 rooms = ("mflow_kernels.training", "mflow_kernels.runs")
 assert not [m for m in sys.modules if m.startswith(rooms)]
@@ -107,3 +113,31 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
     def test_it_overwrites_nothing(self, exported, trained, capsys):
         line = refused(["export", str(trained), "--out", str(exported)], exported, capsys)
         assert "--out: expected a new folder, but" in line
+
+    def test_the_card_has_data_figures_and_a_command_that_trains_the_model(
+        self, exported, trained, tmp_path, monkeypatch
+    ):
+        card = (exported / "README.md").read_text()
+        evaluation = json.loads((trained / "evaluation.json").read_text())
+        config = read_config(trained)
+        bits = evaluation["stages"][-1]["bits_per_dim"]
+        assert f"| bits per dimension | {bits:.3f} |" in card
+        assert f"On {evaluation['images']} held-out image" in card
+        assert f"of {config.data_name}: 8x8, grey, 8 bits" in card
+        assert str(Path(config.data).parent) not in card  # a path of this machine
+        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        monkeypatch.chdir(tmp_path)
+        exec(code.replace("this-folder", str(exported)), {})
+        assert (tmp_path / "sample.png").exists()
+        (line,) = re.findall(r"^    (mflow train .*)$", card, re.MULTILINE)
+        parsed = vars(_parsers()[0].parse_args(shlex.split(line)[1:]).train)
+        for option in fields(TrainConfig):
+            want = getattr(config, option.name)
+            assert parsed[option.name] == (Path(want).name if option.name == "data" else want)
+
+    def test_a_card_without_figures(self, trained, tmp_path):
+        damaged = tmp_path / "evaluation.json"
+        damaged.write_text('{"stages": []}')
+        config = read_config(trained)
+        for path in (tmp_path / "absent", damaged):
+            assert "None yet: `mflow evaluate` computes them." in model_card(config, 7, None, path)

@@ -15,6 +15,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ("--lr 0.1", "arguments: --lr 0.1 (did you mean --learning-rate?)"),
+            ("--wdith 4 --batchsize=3", "(did you mean --width, --batch-size?)"),
+            ("--zzz", "unrecognized arguments: --zzz\n"),
             ("--levels 4", "divisible by 2 ** levels = 16, got 8x8"),
             ("--levels 0", "--levels: expected at least 1, got 0"),
             ("--levels two", "--levels: expected a whole number, got two"),

@@ -1,11 +1,14 @@
 """Class-conditional training from the command line, from classes in folders to samples by class."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, write_images
+from PIL import Image
+from tiny_runs import TINY, listing, write_images
 
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.data.splits import load_splits
@@ -96,11 +99,19 @@ def test_samples_by_class(trained, tmp_path, capsys):
     assert main([*command, str(rows)]) == 0
     assert main([*command, str(one), "--class", "dog"]) == 0
     assert rows.read_bytes() != one.read_bytes()
+    files = tmp_path / "files"
+    command = ["sample", str(trained), "--number", "3", "--device", "cpu"]
+    assert main([*command, "--class", "dog", "--files", str(files)]) == 0
+    assert (trained / "samples-T0.7-seed0-dog.png").exists()
+    assert [Image.open(files / name).size for name in listing(files)] == [(8, 8)] * 3
+    assert main([*command, "--files", str(files)]) == 2
+    assert "--files: expected a new folder, but" in capsys.readouterr().err
+    command = [*command, "--output"]
     assert main([*command, str(one), "--class", "cow"]) == 2
     assert "--class: expected one of cat, dog, got cow" in capsys.readouterr().err
 
 
-def test_it_resumes_and_exports(trained, tmp_path, capsys):
+def test_it_resumes_and_exports(trained, tmp_path, monkeypatch):
     run = shutil.copytree(trained, tmp_path / "run")
     assert main(["train", "--resume", "--run-dir", str(run), "--max-steps", "4"]) == 0
     out = tmp_path / "exported"
@@ -109,3 +120,23 @@ def test_it_resumes_and_exports(trained, tmp_path, capsys):
     assert (model.n_bits, model.crop, model.class_names) == (8, None, ("cat", "dog"))
     x, classes = torch.rand(2, 1, 8, 8) - 0.5, torch.tensor([0, 1])
     assert torch.equal(model.log_prob(x, context=classes), expected.log_prob(x, context=classes))
+    card = (out / "README.md").read_text()
+    assert "of the classes cat, dog." in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("this-folder", str(out)), {})
+
+
+def test_weights_of_classes_with_other_names_are_copied_with_a_warning(trained, command, capsys):
+    """Classes are matched by their numbers."""
+    data = Path(command[2])
+    other = data.with_name("birds")
+    shutil.copytree(data, other)
+    (other / "cat").rename(other / "crow")
+    try:
+        assert main([*command[:2], str(other), *command[3:], "--init-from", str(trained)]) == 0
+    finally:
+        shutil.rmtree(other)
+    err = capsys.readouterr().err
+    assert f"warning: --init-from: classes have other names in {trained}" in err
+    assert "their weights are copied: cat -> crow\n" in err

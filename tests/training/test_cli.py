@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from tiny_runs import TINY, checkpoint, listing, metrics, weights, write_images
 
+import mflow_kernels
 from mflow_kernels import HierarchicalFlow
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
@@ -210,3 +211,17 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert "usage: mflow" in text
     assert not re.findall(r"--\w*_", text)
+
+
+def test_the_version_needs_no_other_package(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mflow_kernels {mflow_kernels.__version__}\n"
+
+
+def test_a_terminal_shows_that_packages_are_loading(capsys, monkeypatch):
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True)
+    assert main(["sample", "no-run"]) == 2
+    line, error = capsys.readouterr().err.split("\r\x1b[K")
+    assert line == "mflow: loading ..."
+    assert error.startswith("mflow: error: run: expected")

@@ -1,0 +1,73 @@
+"""The local dimension, against derivatives of normal densities."""
+
+import pytest
+import torch
+from cases import normal, perturbed
+from torch.distributions import MultivariateNormal
+
+from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow, local_dimension
+from mflow_kernels.testing import assert_close
+from models.flows import Scale
+
+
+def by_derivative(x, z, jacobian, scale):
+    """D + d log rho / d log r of N(x - J z, J J^T + r^2) at x, for one sample."""
+    log_scale = torch.tensor(scale, dtype=torch.float64).log().requires_grad_()
+    noise = (2 * log_scale).exp() * torch.eye(len(jacobian), dtype=torch.float64)
+    density = MultivariateNormal(x - jacobian @ z, jacobian @ jacobian.T + noise)
+    (slope,) = torch.autograd.grad(density.log_prob(x), log_scale)
+    return len(jacobian) + slope
+
+
+MODELS = {
+    "vectors": lambda: VectorFlow(4, 2, 8),
+    "conditional vectors": lambda: VectorFlow(4, 2, 8, context_channels=2),
+    "images": lambda: Glow((1, 4, 4), 1, 2, 4),
+    "a manifold": lambda: ManifoldFlow(VectorFlow(4, 2, 8), 2),
+    "a hierarchy": lambda: HierarchicalFlow(
+        [ManifoldFlow(VectorFlow(4, 2, 8), 3), ManifoldFlow(VectorFlow(3, 2, 8), 2)]
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_the_derivative_of_the_density_of_noisy_data(name, scale):
+    model = perturbed(MODELS[name]()).double().eval()
+    x = normal(3, *model.input_shape, dtype=torch.float64)
+    context = torch.tensor([0, 1, 1]) if name.startswith("conditional") else None
+    found = local_dimension(model, x, scale, context=context)
+    chart = model
+    if not hasattr(model, "encode"):
+        chart = ManifoldFlow(model, model.input_shape[0] if len(model.input_shape) == 1 else 16)
+    for i in range(len(x)):
+        own = None if context is None else context[i : i + 1]
+        u = chart.encode(x[i : i + 1], context=own)
+        point = chart.decode(u, context=own).detach().flatten()
+
+        def flat(u, own=own):
+            return chart.decode(u[None], context=own).flatten()
+
+        jacobian = torch.autograd.functional.jacobian(flat, u[0].detach())
+        expected = by_derivative(point, u[0].detach(), jacobian, scale)
+        # The derivative is subtracted from D.
+        assert_close(found[i], expected, terms=1000, scale=len(jacobian))
+
+
+def test_it_counts_the_directions_that_are_wider_than_the_scale():
+    flow = Scale([1.0, 2.0, 0.001, 0.002])
+    x = normal(100, 4, dtype=torch.float64) * flow.deviation.detach()
+    for scale, dimension in ((1e-5, 4), (0.05, 2), (100.0, 0)):
+        assert local_dimension(flow, x, scale).mean().item() == pytest.approx(dimension, abs=0.02)
+
+
+def test_bad_arguments():
+    flow = VectorFlow(3, 1)
+    for scale in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="scale: expected a finite number > 0"):
+            local_dimension(flow, torch.zeros(1, 3), scale)
+    for model in (flow, ManifoldFlow(flow, 2)):
+        with pytest.raises(ValueError, match="x: expected at least one sample"):
+            local_dimension(model, torch.zeros(0, 3), 1.0)
+    with pytest.raises(ValueError, match="max_bytes: expected at least 72"):
+        local_dimension(flow, torch.zeros(1, 3), 1.0, max_bytes=71)
