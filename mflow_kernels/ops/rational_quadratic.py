@@ -40,7 +40,7 @@ from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.spline import Spline, SplineOptions, make_spline, spline_of, spline_ref
 from mflow_kernels.ops.tiles import ledger_columns
 
-NUMBERS = 2048  # raw numbers of a program's tile, padded to a power of two for each element
+NUMBERS = 1024  # raw numbers of a program's tile, padded to a power of two for each element
 
 
 def transform_ref(
@@ -76,10 +76,11 @@ def _tile(x: Tensor, spline: Spline, identity: int) -> tuple[int, int]:
     It is longest along the axis that is contiguous in memory.
     """
     padded = 1 << (spline.numbers - 1).bit_length()
-    elements = max(1, NUMBERS // padded // (2 if x.dtype == torch.float64 else 1))
+    elements = max(4, NUMBERS // padded // (2 if x.dtype == torch.float64 else 1))
     if channels_first(x):
-        return 1, elements
-    block_c = min(elements, 1 << (x.shape[1] - identity - 1).bit_length())
+        return 2, elements // 2
+    # Two columns at least: Triton cannot place the divisors of `at` in tiles of one column.
+    block_c = min(elements // 2, max(2, 1 << (x.shape[1] - identity - 1).bit_length()))
     return block_c, elements // block_c
 
 

@@ -95,7 +95,7 @@ class Spline:
             ("min_slope", self.min_slope),
             ("temperature", self.temperature),
         ):
-            if isinstance(number, bool) or not isinstance(number, int | float):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
         if not -math.inf < pair[0] < pair[1] < math.inf:
             wanted = "low < high" if isinstance(self.bound, tuple) else "a positive number"
