@@ -33,5 +33,6 @@ NAMES = {
     "YAML": "{a: [1, *b, &c !d]} # e",
     "markup": "[red]<b>&amp;%s{0}",
     "quotes": "'\"`",
+    "nearly all of these": os.fsdecode(b"_$\\frac{\xff\n\x1b[2J{a: &b [red]<b> e\xcc\x81'\" "),
     "a shell's words": "$(a) ${HOME} *",
 }

@@ -5,7 +5,6 @@ which `mflow prepare` or the first use writes. docs/data.md states how images ar
 and split, so that results can be compared.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,11 +183,6 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data in NAMED_DATASETS:
         return _load_named(NAMED_DATASETS[data], image_size, classes)
-    try:
-        os.path.realpath(data).encode()
-    except UnicodeEncodeError:
-        # A run records the path in its config.yaml, which could not be read back.
-        raise DataError(f"data: expected a path that is valid UTF-8, got {data!r}") from None
     prepared = open_or_prepare(data, image_size)
     official = prepared.record.partition == "official"
     if not official and len(prepared.images) < 2:

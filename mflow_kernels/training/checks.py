@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
-from mflow_kernels.data.files import follow_links, lock_folder
+from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_cuda_graphs, check_precision
@@ -102,6 +102,7 @@ def check_run(
         raise ValueError("resume: expected either --resume or --overwrite, got both")
     device, ranks = _check_options(config)
     folder = follow_links(folder, "run_dir")
+    check_is_text(folder, "run_dir")  # TensorBoard takes no other path
     recorded = read_config(folder, "run_dir") if resume else None
     lock = None
     if ranks.rank == 0:
