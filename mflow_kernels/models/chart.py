@@ -152,8 +152,8 @@ class Chart(nn.Module):
             x with the model's device and dtype.
 
         Raises:
-            TypeError, ValueError: an image has another type or is smaller than `crop`, or `n_bits`
-                is None.
+            TypeError, ValueError: an image has another type, has no pixels, is smaller than `crop`,
+                or has grey values without a defined white; or `n_bits` is None.
         """
         from mflow_kernels.data.dequantization import bin_centres, dequantize
 

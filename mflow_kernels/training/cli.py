@@ -194,7 +194,8 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     planner.add_argument(
         "--images",
         type=int,
-        help="Number of training images; by default that of the named data set or prepared file.",
+        help="Number of training images; by default that of the data, for which every file in a "
+        "folder or zip counts as an image.",
     )
     planner.add_argument("--preset", **preset)
     add_options(planner)
