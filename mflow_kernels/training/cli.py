@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.printable import printable
@@ -53,6 +54,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         return _fail(f"not enough memory: {' '.join(str(error).split())[:120]}", code=1)
+
+
+def run_process() -> int:
+    """Run `main` as a process of its own, which one Ctrl-C ends.
+
+    Further ones are ignored where nothing else handles them. They would interrupt the message about
+    the first, or the end of the interpreter.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and "&" set it
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(argv: list[str]) -> int:
