@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # disk, quota or memory exhausted
+# The disk, a quota, the limit of a file's size (ulimit -f) or memory is exhausted.
+RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 LOCK = ".lock"  # name of the lock file in a folder
 
 

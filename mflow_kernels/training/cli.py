@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -67,6 +68,9 @@ def run_process() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not if it is closed
+            stream.reconfigure(errors="backslashreplace")  # names that the locale cannot write
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and "&" set it
         signal.signal(signal.SIGINT, interrupt)
     try:

@@ -257,6 +257,32 @@ class TestExports:
         torch.testing.assert_close(weights(run), expected, rtol=0, atol=0)
 
 
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path):
+    folder = run.rename(tmp_path / "\xe9")
+    code = "import sys; from mflow_kernels.training.cli import run_process; sys.exit(run_process())"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code, "sample", str(folder), "--number", "1"]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T0.7-seed0.png")
+
+
+def test_a_file_that_may_not_grow_is_no_bad_input(run, tmp_path):
+    """The limit is that of `ulimit -f`. The picture that was there stays."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"before")
+    code = (
+        "import resource, sys; from mflow_kernels.training.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "sample", str(run), "--output", str(picture)]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == 1
+    assert "could not write" in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    assert picture.read_bytes() == b"before"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):
     find_spec = cli.importlib.util.find_spec
     monkeypatch.setattr(
