@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
 from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_cuda_graphs, check_precision
@@ -108,6 +109,12 @@ def check_run(
     if ranks.rank == 0:
         if not resume:
             check_new_run(folder, overwrite)
+            images = Path(os.path.realpath(config.data))
+            if config.data not in NAMED_DATASETS and images in folder.parents:
+                # The next run would take the run's pictures for images.
+                raise ValueError(
+                    f"run_dir: expected a folder outside of the images' folder, got {folder}"
+                )
         if folder.exists():
             lock = lock_folder(folder, "run_dir")
     try:
