@@ -56,8 +56,11 @@ def open_or_prepare(data: str, image_size: int | None) -> Prepared:
 
 
 def check_exists(data: str) -> None:
-    """Raise DataError unless `data` names a data set, or a file or folder that exists."""
-    if data not in NAMED_DATASETS and not Path(data).exists():
+    """Raise DataError unless `data` names a data set, or a file or folder that exists.
+
+    An empty name is refused: to Path it is the current folder.
+    """
+    if data not in NAMED_DATASETS and not (data and Path(data).exists()):
         names = ", ".join(map(repr, NAMED_DATASETS))
         raise DataError(
             f"data: expected {names}, a folder or zip of images, or a file of mflow prepare, "

@@ -162,11 +162,30 @@ def plain(image: Image.Image) -> Image.Image:
     Its EXIF tag is used to turn it upright.
 
     Raises:
-        ValueError: the file format does not define which grey value is white.
+        ValueError: the image has no pixels, or its format does not define which grey value is
+            white.
     """
+    if 0 in image.size:
+        raise ValueError(f"expected pixels, got an image of {image.width}x{image.height}")
+    _load(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image)
     return ImageOps.exif_transpose(image).convert("L" if _is_grey(image) else "RGB")
+
+
+def _load(image: Image.Image) -> None:
+    """Decode an image that Pillow has opened.
+
+    For a TIFF opened by its path, hide the path from Pillow: up to version 13 it would map the file
+    and mix up the pixels of an image that EXIF turns by 90 degrees.
+    """
+    if not isinstance(image, TiffImageFile):
+        return
+    name, image.filename = image.filename, ""
+    try:
+        image.load()
+    finally:
+        image.filename = name
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -184,8 +203,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(
                 "no standard defines white for grey values that are signed, 32-bit or floats"
             )
-    elif image.mode == "F":
-        raise ValueError("no standard defines white for grey values that are floats")
+    elif image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("no standard defines white for grey values that are 32-bit or floats")
     values = np.asarray(ImageOps.exif_transpose(image)) >> (bits - 8)
     grey = values.clip(0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey)

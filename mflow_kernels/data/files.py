@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)  # disk, quota or memory exhausted
+# The disk, a quota, the limit of a file's size (ulimit -f) or memory is exhausted.
+RESOURCE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 LOCK = ".lock"  # name of the lock file in a folder
 
 
@@ -36,7 +37,7 @@ def write_atomically(
         OSError: the file could not be written, for example because the disk is full. The message
             names `path`, which is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{shortened(path.name)}.{os.getpid()}.tmp")
     try:
         write(temporary)
         sync(temporary)
@@ -48,6 +49,13 @@ def write_atomically(
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shortened(name: str) -> str:
+    """Return the first 100 bytes of a name, which leave room for additions: names have up to 255
+    bytes. A character that is cut through is left out."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 100 else encoded[:100].decode(errors="ignore")
 
 
 def read_regular(path: Path) -> bytes:
@@ -111,7 +119,7 @@ def lock_folder(folder: Path, argument: str) -> FileLock:
 
 
 @contextmanager
-def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
+def folder_to_write(folder: Path, argument: str) -> Iterator[Path]:
     """Create a folder if it does not exist, and hold its lock; errors as for `lock_folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +128,7 @@ def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
     lock = lock_folder(folder, argument)
     try:
         remove_temporary(folder)
-        yield
+        yield folder
     finally:
         lock.release()
 
@@ -137,6 +145,14 @@ def check_can_be_written(folder: Path, argument: str) -> None:
         raise FolderError(f"{argument}: expected a folder, but {path} is a file")
     if not os.access(path, os.W_OK | os.X_OK):
         raise FolderError(f"{argument}: cannot write {folder} ({os.strerror(errno.EACCES)})")
+
+
+def check_is_text(path: Path, argument: str) -> None:
+    """Raise ValueError if a path has bytes that are not UTF-8. The message names `argument`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument}: expected a path in UTF-8, got {path}") from None
 
 
 def _exists(path: Path) -> bool:
@@ -167,8 +183,7 @@ def make_folder(
         FolderError: see `lock_folder`; also if the folder exists and `replaced` is None.
         OSError: no disk space or memory is left. In both cases nothing has changed.
     """
-    # Use the first 100 characters only: a file name, with these additions, may have 255 bytes.
-    temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{shortened(folder.name)}.{os.getpid()}.tmp")
     old = temporary.with_suffix(".old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +209,7 @@ def make_folder(
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders that killed processes left beside a folder (`make_folder`)."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name[:100])}.*"):
+    for path in folder.parent.glob(f".{glob.escape(shortened(folder.name))}.*"):
         if not re.search(r"\.\d+\.(tmp|old)$", path.name) or not path.is_dir():
             continue
         try:

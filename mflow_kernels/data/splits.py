@@ -5,7 +5,6 @@ which `mflow prepare` or the first use writes. docs/data.md states how images ar
 and split, so that results can be compared.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +23,7 @@ from mflow_kernels.data.manifest import TEST, TRAIN, VALID, Manifest
 from mflow_kernels.data.named import LABELS, NAMED_DATASETS, NamedDataset
 from mflow_kernels.data.prepare import SPLIT_SEED, held_out_count
 from mflow_kernels.data.prepared import PARTS, Prepared, is_prepared, open_prepared
-from mflow_kernels.data.sources import DataError
+from mflow_kernels.data.sources import DataError, find_images
 
 
 class ImageSet:
@@ -184,11 +183,6 @@ def load_splits(data: str, image_size: int | None = None, classes: str | None = 
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if data in NAMED_DATASETS:
         return _load_named(NAMED_DATASETS[data], image_size, classes)
-    try:
-        os.path.realpath(data).encode()
-    except UnicodeEncodeError:
-        # A run records the path in its config.yaml, which could not be read back.
-        raise DataError(f"data: expected a path that is valid UTF-8, got {data!r}") from None
     prepared = open_or_prepare(data, image_size)
     official = prepared.record.partition == "official"
     if not official and len(prepared.images) < 2:
@@ -215,18 +209,24 @@ def _prepared_splits(prepared: Prepared, classes: str | None) -> Splits:
 
 
 def count_training_images(data: str) -> int | None:
-    """Return the number of training images of a named data set or a prepared file.
+    """Return the number of training images; None if `data` does not exist.
 
-    No image is read. The number is None for other data.
+    No image is read. For a folder or zip, every file that is listed counts as an image.
 
     Raises:
-        DataError: a prepared file is damaged or of another version.
+        DataError: a prepared file is damaged or of another version; see also `find_images`.
     """
     if data in NAMED_DATASETS:
         count = NAMED_DATASETS[data].images
         return count - held_out_count(count)
     path = Path(data)
-    return open_prepared(path).record.count[TRAIN] if is_prepared(path) else None
+    if is_prepared(path):
+        return open_prepared(path).record.count[TRAIN]
+    if not data or not path.exists():
+        return None
+    source = find_images(path)
+    count = len(source.entries)
+    return count - held_out_count(count) if source.parts is None else source.parts.count(TRAIN)
 
 
 def count_classes(data: str, classes: str) -> int:

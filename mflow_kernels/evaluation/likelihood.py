@@ -23,7 +23,7 @@ from mflow_kernels.data.splits import ImageSet, load_evaluation_set, load_splits
 from mflow_kernels.evaluation.classes import class_log_probs, context_of
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
-from mflow_kernels.runs.folder import Run, read_manifest
+from mflow_kernels.runs.folder import Trained, read_manifest
 
 PARTS_EXPLAINED = (
     "Bits per dimension are the bits of a colour value minus the two log-densities and the "
@@ -218,13 +218,14 @@ class EvaluatedImages(NamedTuple):
     skipped: tuple[str, ...]  # names of files that could not be read as images
     warning: str | None  # why the run may have been trained on some of these images
     held_out: bool  # True for images that the run held out, False for images of other data
+    source: str  # where they come from, as `load_splits` takes it
 
 
-def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
-    """Find the images to evaluate a run on.
+def held_out_images(run: Trained, data: str | None) -> EvaluatedImages:
+    """Find the images to evaluate a model on.
 
     Args:
-        run: a trained run.
+        run: a trained run, or an export, which needs `data`.
         data: a folder, zip or prepared file of other images. All of them are used, except that
             CelebA contributes its test part only. None, or the run's own data, selects the images
             that the run held out; if that data set has changed since, they are found by name.
@@ -233,34 +234,37 @@ def held_out_images(run: Run, data: str | None) -> EvaluatedImages:
         ValueError: there are no images, none is left that the run held out, or the images do not
             have the model's shape.
     """
-    recorded = read_manifest(run.folder)
+    recorded, config = read_manifest(run.folder), run.config
     warning = None
-    if data is not None and run.config.data in (data, str(Path(data).resolve())):
+    if recorded is None:
+        warning = f"{run.folder} has no {MANIFEST}: the model may have been trained on these images"
+    if data is not None and config and config.data in (data, str(Path(data).resolve())):
         data = None
-    if data is None:
-        name = run.config.data_name
-        splits = load_splits(run.config.data, run.config.image_size, run.config.classes)
+    if data is not None:
+        source, name = data, Path(data).resolve().name
+        images, skipped, manifest = load_evaluation_set(data, run.model.input_shape[1])
+        trained_on = int(manifest.trained_on(recorded).sum()) if recorded else 0
+        if trained_on:
+            warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
+    elif config is None:
+        raise ValueError(
+            f"data: expected images, because {run.folder} is an export, which does not say which "
+            "images were held out, got none"
+        )
+    else:
+        source, name = config.data, config.data_name
+        splits = load_splits(config.data, config.image_size, config.classes)
         images, skipped = splits.test, splits.skipped
         different = splits.manifest.difference(recorded) if recorded else None
-        if recorded is None:
-            warning = (
-                f"{run.folder} has no {MANIFEST}: the model may have been trained on these images"
-            )
-        elif different:
+        if recorded and different:
             images = splits.held_out_by(recorded)
             count = int((recorded.parts == TEST).sum())
             warning = (
                 f"since the run was trained, its data has changed: {different}; using "
                 f"{len(images):,} of the {count:,} images that the run held out"
             )
-    else:
-        name = Path(data).resolve().name
-        images, skipped, manifest = load_evaluation_set(data, run.config.image_shape[1])
-        trained_on = int(manifest.trained_on(recorded).sum()) if recorded else 0
-        if trained_on:
-            warning = f"the run was trained on {trained_on:,} of the {len(images):,} images"
     check_image_shape(images, run.model)
-    return EvaluatedImages(images, name, skipped, warning, held_out=data is None)
+    return EvaluatedImages(images, name, skipped, warning, data is None, source)
 
 
 def check_image_shape(images: ImageSet, model: HierarchicalFlow, argument: str = "data") -> None:

@@ -37,17 +37,23 @@ class Picture(NamedTuple):
     caption: str
 
 
-def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Picture]) -> str:
+def page(
+    metrics: ReportMetrics,
+    image_shape: tuple[int, ...],
+    config: RunConfig | None,
+    pictures: Mapping[str, Picture],
+) -> str:
     """Make the page.
 
     Args:
         metrics: the metrics to show.
-        config: configuration of the run.
+        image_shape: (C, H, W).
+        config: configuration of the run; None for an export.
         pictures: pictures by name. A section leaves out a picture that is missing.
     """
     evaluation = metrics.evaluation
-    title = f"{metrics.run}: a manifold flow on {config.data_name}"
-    shape = "x".join(map(str, config.image_shape))
+    title = f"{metrics.run}: a manifold flow on {config.data_name if config else 'images'}"
+    shape = "x".join(map(str, image_shape))
     dims = ", ".join(
         f"{dim} (stage {number})" for number, dim in enumerate(evaluation.manifold_dims, start=1)
     )
@@ -56,7 +62,7 @@ def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Pictu
     sections = [
         f"<h1>{escape(title)}</h1>",
         f"<p>The model was evaluated on {evaluation.images:,} images of {escape(evaluation.data)} "
-        f"({shape}){unseen}.{warning} Images have {math.prod(config.image_shape):,} dimensions; "
+        f"({shape}){unseen}.{warning} Images have {math.prod(image_shape):,} dimensions; "
         f"the manifold has {dims}. All numbers are for the averaged weights.</p>",
         *_likelihood(metrics),
         *_show(pictures, "projections"),
@@ -72,8 +78,10 @@ def page(metrics: ReportMetrics, config: RunConfig, pictures: Mapping[str, Pictu
         f"<p class=note>mflow evaluate of mflow_kernels {__version__} wrote this page, with torch "
         f"{escape(version('torch'))}. docs/evaluation.md of mflow_kernels describes how each "
         "number is computed; figures.json beside this page holds them in full precision.</p>",
-        f"<details><summary>Configuration</summary><pre>{escape(config.to_yaml())}</pre></details>",
     ]
+    if config is not None:
+        text = f"<pre>{escape(config.to_yaml())}</pre>"
+        sections.append(f"<details><summary>Configuration</summary>{text}</details>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

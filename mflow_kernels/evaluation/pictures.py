@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from torch import Tensor
 
 from mflow_kernels.data.files import write_atomically
+from mflow_kernels.data.printable import printable
 from mflow_kernels.models.selection import IntrinsicDimension
 
 _DPI = 100
@@ -18,10 +19,14 @@ COLUMNS = 12  # images in a row
 _TILE = 64  # small images are enlarged by a whole factor, to at most this many pixels
 _GAP = 4
 _LEAST_WIDTH = 640  # pixels that a title needs
+_LONGEST = 80  # characters of a text that are drawn
 
 
 def draw_images(
-    path: Path, title: str, rows: Mapping[str, Tensor], footer: str | None = None
+    path: Path,
+    title: str,
+    rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]],
+    footer: str | None = None,
 ) -> None:
     """Draw rows of images under a title, with the name of each row at its left.
 
@@ -32,7 +37,8 @@ def draw_images(
             all rows.
         footer: a line of explanation below the images.
     """
-    mosaic = _mosaic(list(rows.values()))
+    names, images = zip(*(rows.items() if isinstance(rows, Mapping) else rows), strict=True)
+    mosaic = _mosaic(images)
     height, width = mosaic.shape[:2]
     left, right, top, bottom = 130, 16, 44, 34 if footer else 12
     total = (max(left + width + right, _LEAST_WIDTH), bottom + height + top)
@@ -41,10 +47,10 @@ def draw_images(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
     )
     axes.imshow(mosaic, interpolation="nearest")
-    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12, parse_math=False)
-    row_height = (height + _GAP) / len(rows)
-    centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(rows))]
-    axes.set_yticks(centres, [name.strip() for name in rows], fontsize=10)
+    figure.text(left / total[0], 1 - 28 / total[1], _plain(title), fontsize=12, parse_math=False)
+    row_height = (height + _GAP) / len(names)
+    centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(names))]
+    axes.set_yticks(centres, [_plain(name) for name in names], fontsize=10, parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -63,20 +69,19 @@ def draw_residuals(path: Path, title: str, originals: Tensor, projections: Tenso
     draw_images(path, title, rows, footer)
 
 
-def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> dict[str, Tensor]:
+def in_rows(rows: Mapping[str, Tensor], columns: int = COLUMNS) -> list[tuple[str, Tensor]]:
     """Break long rows into rows of at most `columns` images.
 
     The first `columns` images of every row come first, then the next. White images fill up the last
     rows.
     """
-    result: dict[str, Tensor] = {}
+    result = []
     count = max(len(images) for images in rows.values())
     for begin in range(0, count, columns):
         for name, images in rows.items():
             part = images[begin : begin + columns]
             blank = part.new_full((min(columns, count) - len(part), *part.shape[1:]), 255)
-            label = name + " " * (begin // columns)  # a distinct key that looks the same
-            result[label] = torch.cat([part, blank])
+            result.append((name, torch.cat([part, blank])))
     return result
 
 
@@ -157,8 +162,10 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
         # Only a logarithmic axis shows sets that lie orders of magnitude apart.
         far = low > 0 and high > 20 * low
         edges = np.geomspace(low, high, 41) if far else np.linspace(low, max(high, low + 1e-9), 41)
-        for name, values in finite.items():
-            axes.hist(values, edges, histtype="stepfilled", alpha=0.5, label=name)
+        shapes = [
+            axes.hist(values, edges, histtype="stepfilled", alpha=0.5)[2][0]
+            for values in finite.values()
+        ]
         axes.set(xlabel=label, ylabel="images", xscale="log" if far else "linear")
         if far:  # the default labels within a decade overlap
             subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
@@ -166,9 +173,21 @@ def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> N
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
-    handles, names = row[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+        names = list(finite)
+    # A legend would leave out labels that begin with "_", and parse "$" as mathematics.
+    numbers = list(map(str, range(len(names))))
+    legend = figure.legend(
+        shapes, numbers, loc="outside upper center", ncols=len(names), frameon=False
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=_plain(name), parse_math=False)
     _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Return a text as one line that a font can draw, cut off if it is long."""
+    text = printable(text).strip()
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _save(figure: Figure, path: Path) -> None:

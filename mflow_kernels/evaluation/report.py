@@ -35,7 +35,7 @@ from mflow_kernels.evaluation.report_pictures import draw_report
 from mflow_kernels.evaluation.samples import TEMPERATURES
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.selection import IntrinsicDimension, estimate_intrinsic_dimension
-from mflow_kernels.runs.folder import Run, read_manifest
+from mflow_kernels.runs.folder import Trained, read_manifest
 
 REPORT, FIGURES = "report.html", "figures.json"
 _SPECTRUM_IMAGES = 4
@@ -71,7 +71,7 @@ class ReportOptions:
     warning: str | None = None
 
 
-def describe_work(run: Run, images: ImageSet, options: ReportOptions) -> str:
+def describe_work(run: Trained, images: ImageSet, options: ReportOptions) -> str:
     """Describe what an evaluation will compute, with the number of passes that each part takes.
 
     In a pass, one image, or its derivative in one direction, goes once through the image flow.
@@ -117,7 +117,7 @@ def _work(what: str, passes: int, most: str = "") -> str:
 
 
 def write_report(
-    run: Run, images: ImageSet, evaluation: Evaluation, folder: Path, options: ReportOptions
+    run: Trained, images: ImageSet, evaluation: Evaluation, folder: Path, options: ReportOptions
 ) -> Path:
     """Compute the rest of a report's metrics, draw its pictures and write its folder.
 
@@ -125,7 +125,7 @@ def write_report(
     temporary name first, so it is whole or absent.
 
     Args:
-        run: a trained run.
+        run: a trained run, or an export of one.
         images: the images that `evaluation` was computed on.
         evaluation: result of `evaluate_model`.
         folder: folder to write; it is created if needed.
@@ -135,7 +135,7 @@ def write_report(
         The path of REPORT.
     """
     missing: list[str] = []
-    model, n_bits = run.model, run.config.n_bits
+    model, n_bits = run.model, run.n_bits
     weighted = None
     if options.draws > 1:
         weighted = importance_weighted_bits(model, images, n_bits, options.draws)
@@ -178,14 +178,16 @@ def write_report(
     pictures = draw_report(run, images, kind, folder, scores, spectrum, options.ambient)
     text = metrics.to_json()
     write_atomically(folder / FIGURES, lambda path: path.write_text(text))
-    html = page(metrics, run.config, pictures)
-    write_atomically(folder / REPORT, lambda path: path.write_text(html, encoding="utf-8"))
+    html = page(metrics, images.image_shape, run.config, pictures)
+    # Names of files may have bytes that are not UTF-8.
+    content = html.encode(errors="backslashreplace")
+    write_atomically(folder / REPORT, lambda path: path.write_bytes(content))
     return folder / REPORT
 
 
 @torch.no_grad()
 def _sample_quality(
-    run: Run, images: ImageSet, options: ReportOptions
+    run: Trained, images: ImageSet, options: ReportOptions
 ) -> tuple[SampleQuality, ...]:
     if options.features is None:
         return ()
@@ -237,28 +239,33 @@ def _sample_batches(
         yield to_image(x)
 
 
-def _training_scores(run: Run, missing: list[str]) -> TrainingScores | None:
+def _training_scores(run: Trained, missing: list[str]) -> TrainingScores | None:
+    without = "typicality, latent score and OOD score: "
+    if run.config is None:
+        missing.append(f"{without}an export does not say which images the model was trained on")
+        return None
     try:
         splits = load_splits(run.config.data, run.config.image_size)
         recorded = read_manifest(run.folder)
         train = splits.train if recorded is None else splits.trained_on_by(recorded)
     except ValueError as error:
-        missing.append(
-            "typicality, latent score and OOD score: the images that the run was trained on cannot "
-            f"be read ({error})"
-        )
+        missing.append(f"{without}the images that the run was trained on cannot be read ({error})")
         return None
     batch = train.first(SCORED_IMAGES)
-    return training_scores(run.model, batch, run.config.n_bits)
+    return training_scores(run.model, batch, run.n_bits)
 
 
 def _score_sets(
-    run: Run, images: ImageSet, title: str, options: ReportOptions, training: TrainingScores | None
+    run: Trained,
+    images: ImageSet,
+    title: str,
+    options: ReportOptions,
+    training: TrainingScores | None,
 ) -> dict[str, dict[str, Tensor]]:
     batch = images.first(SCORED_IMAGES)
     sets = {title: batch, **made_up_sets(batch)}
     for name, other in options.others:
-        sets[name] = other.first(SCORED_IMAGES)
+        sets[f"{name} (--ood)" if name in sets else name] = other.first(SCORED_IMAGES)
     scores, done = {}, 0
     most = density_images(run.model) if training and not options.quick else 0
     counts = {name: min(most, len(batch)) for name, batch in sets.items()}
@@ -269,13 +276,13 @@ def _score_sets(
                 progress(before + count)
 
             how = None if options.quick else add
-            scores[name] = score_images(run.model, batch, run.config.n_bits, training, how)
+            scores[name] = score_images(run.model, batch, run.n_bits, training, how)
             done += counts[name]
     return scores
 
 
 @torch.no_grad()
-def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float | None:
+def _manifold_log_prob(run: Trained, images: ImageSet, missing: list[str]) -> float | None:
     count = density_images(run.model)
     if not count:
         missing.append("density on the manifold: it is too expensive at this image size")
@@ -293,7 +300,7 @@ def _manifold_log_prob(run: Run, images: ImageSet, missing: list[str]) -> float 
 
 
 @torch.no_grad()
-def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimension | None:
+def _spectrum(run: Trained, images: ImageSet, missing: list[str]) -> IntrinsicDimension | None:
     reason = _why_no_spectrum(run)
     if reason is not None:
         missing.append(f"intrinsic dimension: {reason}")
@@ -302,12 +309,12 @@ def _spectrum(run: Run, images: ImageSet, missing: list[str]) -> IntrinsicDimens
     return estimate_intrinsic_dimension(stage, _dequantized(run, images, _SPECTRUM_IMAGES))
 
 
-def _why_no_spectrum(run: Run) -> str | None:
+def _why_no_spectrum(run: Trained) -> str | None:
     """Return why a report has no intrinsic dimension of this run; None if it has one."""
     dims = math.prod(run.model.input_shape)
     if run.model.class_names:
         return "it is not computed for class-conditional models"
-    if run.config.domain != "data":
+    if cast(ManifoldFlow, run.model.stages[0]).objective.domain != "data":
         return "it can only be estimated from flows trained with --domain data"
     if dims > _SPECTRUM_DIMENSIONS:
         most = f"{_SPECTRUM_DIMENSIONS:,}"
@@ -315,8 +322,8 @@ def _why_no_spectrum(run: Run) -> str | None:
     return None
 
 
-def _dequantized(run: Run, images: ImageSet, count: int) -> Tensor:
+def _dequantized(run: Trained, images: ImageSet, count: int) -> Tensor:
     """Return the first `count` images, dequantized with a fixed seed."""
     generator = stream_generator(0, Stream.REPORT_NOISE, device=run.device)
     batch = images.first(count).to(run.device)
-    return dequantize(batch, run.config.n_bits, generator)
+    return dequantize(batch, run.n_bits, generator)

@@ -13,12 +13,12 @@ from mflow_kernels.evaluation.page import Picture
 from mflow_kernels.evaluation.pictures import COLUMNS, draw_histograms, draw_images, draw_spectrum
 from mflow_kernels.evaluation.samples import draw_projections, model_input, samples_by_temperature
 from mflow_kernels.models.selection import IntrinsicDimension
-from mflow_kernels.runs.folder import Run
+from mflow_kernels.runs.folder import Trained
 
 
 @torch.no_grad()
 def draw_report(
-    run: Run,
+    run: Trained,
     images: ImageSet,
     kind: str,
     folder: Path,
@@ -40,7 +40,8 @@ def draw_report(
     pictures = {}
     model = run.model
     path = folder / "samples.png"
-    draw_images(path, *samples_by_temperature(model, COLUMNS, run.config.seed, ambient))
+    seed = run.config.seed if run.config else 0
+    draw_images(path, *samples_by_temperature(model, COLUMNS, seed, ambient))
     pictures["samples"] = Picture(
         path, "Each column decodes one draw, scaled by the temperature T of the row."
     )
@@ -85,7 +86,7 @@ def draw_report(
     return pictures
 
 
-def _interpolations(run: Run, images: ImageSet) -> dict[str, Tensor]:
+def _interpolations(run: Trained, images: ImageSet) -> dict[str, Tensor]:
     count = min(6, len(images) // 2)
     rows = {}
     for row in range(count):

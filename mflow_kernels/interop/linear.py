@@ -241,12 +241,12 @@ class Row(LinearMap):
         device = maps[0].device
         with without_autocast(device):
             folded = [
-                _fold_alike([maps[i] for i in places], dtype, inverted, check)
-                for places in alike.values()
+                _fold_alike([maps[i] for i in rows], dtype, inverted, check)
+                for rows in alike.values()
             ]
         if len(folded) > 1:
-            places = [i for places in alike.values() for i in places]
-            order = constant(inverse_of(places), device)
+            order_of = [i for rows in alike.values() for i in rows]
+            order = constant(inverse_of(order_of), device)
             folded = [tuple(torch.cat(part)[order] for part in zip(*folded, strict=True))]
         weight, bias, log_det = (part.to(dtype) for part in folded[0])
         return FoldedWeights(weight, bias, log_det.sum())

@@ -99,6 +99,7 @@ class _ActNormLayer(Layer):
         first, *after = following.steps
         if not isinstance(first.linear, ActNormConv) or first.linear.actnorm is not None:
             return None
+        assert isinstance(self.module, ActNorm)
         folded = ActNormConv(self.module, first.linear.conv)
         return Steps([first._replace(linear=folded), *after])
 

@@ -187,8 +187,8 @@ class ReversibleChain(Flow):
         if self.channels is None:
             return x, latents[:-1]
         *_, (_, *trial) = program.latent_shapes((self.channels, *[SIDE] * (x.dim() - 2)))
-        sides = (n * SIDE // m for n, m in zip(x.shape[2:], trial, strict=True))
-        *split_off, last = program.latent_shapes((self.channels, *sides))
+        data_sides = (n * SIDE // m for n, m in zip(x.shape[2:], trial, strict=True))
+        *split_off, last = program.latent_shapes((self.channels, *data_sides))
         _check_end(name, x, last[0], program.calls[::-1])
         for i, (channels, *sides) in enumerate(split_off):
             check_latent(f"z[{i}]", latents[i], x, channels, tuple(sides))
@@ -202,7 +202,8 @@ def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
     """
     if isinstance(layer, ReversibleChain):
         return layer.instructions()
-    own = isinstance(layer, Bijection) and _instructions_are_current(type(layer))
+    kind: type = type(layer)
+    own = isinstance(layer, Bijection) and _instructions_are_current(kind)
     found = layer.instructions() if own else [Layer(layer)]  # type: ignore[operator]
     return [instruction.at(place) for instruction in found]
 

@@ -38,9 +38,8 @@ class InvertibleConv1x1(Bijection):
         self.log_diagonal = nn.Parameter(torch.empty(channels))
         self.register_buffer("permutation", torch.empty(channels, channels))
         self.register_buffer("sign", torch.empty(channels))
-        with torch.no_grad():
-            square = torch.randn(channels, channels, dtype=torch.float64)
-            self.factor_(torch.linalg.qr(square)[0])
+        square = torch.randn(channels, channels, dtype=torch.float64)
+        self.factor_(torch.linalg.qr(square)[0])
 
     def weight(self) -> Tensor:
         """W (C, C), differentiable in its factors."""
@@ -84,8 +83,17 @@ class InvertibleConv1x1(Bijection):
         factors = (self.permutation, self.lower, self.upper, self.sign, self.log_diagonal)
         return plu(*(factor.double() for factor in factors))
 
+    @torch.no_grad()
     def factor_(self, weight: Tensor) -> None:
-        """Factor W (C, C) by pivoted LU, and set permutation and signs too."""
+        """Factor W (C, C) by pivoted LU, and set permutation and signs too.
+
+        Raises:
+            ValueError: W has another shape.
+        """
+        if weight.shape != self.lower.shape:
+            raise ValueError(
+                f"weight: expected shape {tuple(self.lower.shape)}, got {tuple(weight.shape)}"
+            )
         p, lower, upper = torch.linalg.lu(weight)
         diagonal = upper.diagonal()
         self.permutation.copy_(p)

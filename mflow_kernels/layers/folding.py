@@ -51,19 +51,22 @@ def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) ->
     W' = W diag(exp(log_scale)), bias' = W' bias.
     """
     convs = [m.conv for m in maps]
-    zeros = [torch.zeros_like(m.conv.log_diagonal) if m.actnorm is None else None for m in maps]
     factors: tuple[list[Tensor], ...] = (
         [conv.permutation for conv in convs],
         [conv.sign for conv in convs],
         [conv.lower for conv in convs],
         [conv.upper for conv in convs],
         [conv.log_diagonal for conv in convs],
-        [z if m.actnorm is None else m.actnorm.log_scale for m, z in zip(maps, zeros, strict=True)],
-        [z if m.actnorm is None else m.actnorm.bias for m, z in zip(maps, zeros, strict=True)],
+        [_zeros(m) if m.actnorm is None else m.actnorm.log_scale for m in maps],
+        [_zeros(m) if m.actnorm is None else m.actnorm.bias for m in maps],
     )
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
     return FoldedWeights(*_Fold.apply(len(maps), dtype, lean, *chain.from_iterable(factors)))
+
+
+def _zeros(linear: ActNormConv) -> Tensor:
+    return torch.zeros_like(linear.conv.log_diagonal)
 
 
 def fold_ref(
@@ -106,7 +109,7 @@ class _Products(NamedTuple):
 def _products(k: int, dtype: torch.dtype, factors: Sequence[Tensor]) -> tuple[_Products, Tensor]:
     """The products of K steps, and the log-determinant of their linear maps."""
     permutation, sign, lower, upper, log_diagonal, log_scale, bias = (
-        torch.stack(factors[i : i + k]).to(dtype) for i in range(0, 7 * k, k)
+        torch.stack([*factors[i : i + k]]).to(dtype) for i in range(0, 7 * k, k)
     )
     with without_autocast(lower):
         diagonal, scale = sign * log_diagonal.exp(), log_scale.exp()

@@ -52,7 +52,7 @@ class SplineCoupling(Bijection):
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
-        self.channels = channels
+        self.channels: int = channels
         self.spline = make_spline(bins, bound, options)
         c_a = channels // 2
         if net is None:

@@ -22,7 +22,8 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
         uint8 (N, C, S, S).
 
     Raises:
-        TypeError, ValueError: an image has another type, or is smaller than the crop.
+        TypeError, ValueError: an image has another type, has no pixels, is smaller than the crop,
+            or has grey values without a defined white.
     """
     # Imported here, because models need Pillow only for this function.
     import numpy as np
@@ -43,7 +44,8 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
     for i, image in enumerate(given):
         name = "images" if given is not images else f"images[{i}]"
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.shape[2:] not in ((), (1,), (3,), (4,)):
+            known = image.ndim in (2, 3) and image.shape[2:] in ((), (1,), (3,), (4,))
+            if image.dtype != np.uint8 or not known or not image.size:
                 raise TypeError(
                     f"{name}: expected a uint8 array (H, W) or (H, W, C), got {image.dtype} "
                     f"{image.shape}"
@@ -53,13 +55,17 @@ def crop_to_model(images: Any, image_shape: tuple[int, ...], crop: int | None) -
             raise TypeError(
                 f"{name}: expected a Pillow image or a uint8 array, got {type(image).__name__}"
             )
+        try:
+            image = plain(image)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         if crop is not None and min(image.size) < crop:
             raise ValueError(
                 f"{name}: expected at least {crop}x{crop} pixels, which the model's images were "
                 f"cropped to, got {image.width}x{image.height}"
             )
         mode = "L" if channels == 1 else "RGB"
-        pixels = np.asarray(crop_and_resize(plain(image).convert(mode), size, crop))
+        pixels = np.asarray(crop_and_resize(image.convert(mode), size, crop))
         squares.append(pixels.reshape(size, size, channels).transpose(2, 0, 1))
     return torch.from_numpy(np.stack(squares))
 

@@ -276,6 +276,7 @@ class _SegmentFunction(torch.autograd.Function):
         return forward.x, *others, ledger, *forward.latents
 
     @staticmethod
+    @torch.compiler.disable  # a compiled function may call backward()
     def backward(ctx: Any, dx: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(

@@ -41,11 +41,11 @@ def add_options(parser: ArgumentParser) -> None:
         TrainingOptions,
     ):
         # Added by hand, because jsonargparse expects lists as "[64,32]", which shells expand, and
-        # booleans as "--reversible false".
+        # booleans as "--reversible false", and takes a folder named "null" for no folder.
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
-            if isinstance(_default(option), bool | list) or option.name == "classes"
+            if isinstance(_default(option), bool | list) or option.name in ("classes", "init_from")
         }
         parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
@@ -59,6 +59,8 @@ def add_options(parser: ArgumentParser) -> None:
                 how = {"action": ActionYesNo(no_prefix="no-")}
             elif name == "classes":
                 how = {"nargs": "?", "const": LABELS, "type": str, "metavar": "ATTRIBUTES"}
+            elif name == "init_from":
+                how = {"type": str, "metavar": "RUN"}
             else:
                 (kind,) = get_args(types[name])
                 how = {"nargs": "*", "type": kind, "metavar": name.split("_")[-1].upper()}

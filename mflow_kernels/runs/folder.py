@@ -1,7 +1,9 @@
 """Run folders: create one, read one, and load the model that it describes."""
 
 import csv
+import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,11 +20,13 @@ from mflow_kernels.data.files import (
     check_can_be_written,
     make_folder,
     read_regular,
+    shortened,
     write_atomically,
 )
 from mflow_kernels.data.manifest import MANIFEST, TRAIN, Manifest
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.models.architecture import build
-from mflow_kernels.models.pretrained import contents, write
+from mflow_kernels.models.pretrained import ARCHITECTURE, contents, write
 from mflow_kernels.runs.card import CARD, model_card
 from mflow_kernels.runs.checkpoints import LAST, Expected, newest_checkpoint
 from mflow_kernels.runs.config import RunConfig, Stage
@@ -56,13 +60,27 @@ _AVERAGE = "average.model."  # prefix of the averaged weights in a checkpoint
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained run: its folder, its configuration, and its model in evaluation mode."""
+class Trained:
+    """A model in evaluation mode, its folder, and its configuration, which an export lacks."""
 
     folder: Path
-    config: RunConfig
+    config: RunConfig | None
     model: HierarchicalFlow
     device: torch.device
+
+    @property
+    def n_bits(self) -> int:
+        """Bits of a colour value. ValueError if the model was saved without them."""
+        if self.model.n_bits is None:
+            raise ValueError(f"run: expected a model that knows its n_bits, got {self.folder}")
+        return self.model.n_bits
+
+
+@dataclass(frozen=True)
+class Run(Trained):
+    """A trained run, with its configuration."""
+
+    config: RunConfig
 
 
 def build_model(config: RunConfig) -> HierarchicalFlow:
@@ -247,6 +265,42 @@ def load_run(folder: str, device: str = "auto") -> Run:
     return Run(path, config, model.to(target).eval(), target)
 
 
+def load_model(folder: str, device: str = "auto") -> Trained:
+    """Load the model of a run folder (see `load_run`) or of a folder of `mflow export`.
+
+    Raises:
+        ValueError: the folder is of neither kind, or a file in it is damaged.
+    """
+    path = Path(folder)
+    if os.path.exists(path / CONFIG) or not os.path.isfile(path / ARCHITECTURE):
+        return load_run(folder, device)
+    target = pick_device(device)
+    try:
+        model = HierarchicalFlow.from_pretrained(path)
+    except ValueError as error:
+        raise ValueError(f"run: {str(error).removeprefix('folder: ')}") from None
+    return Trained(path, None, model.to(target), target)
+
+
+def name_results(folder: Path, data: str, name: str) -> str:
+    """Return `name`, which stands for images in the names of their results in a run folder.
+
+    If other images of the same name have results there, eight digits of a hash of the path of
+    `data` are added. The file `.NAME.source` holds the path of the images that came first. A name
+    of more than 100 bytes is cut.
+    """
+    path = os.fsencode(data if data in NAMED_DATASETS else os.path.realpath(data))
+    name = shortened(name)
+    source = folder / f".{name}.source"
+    try:
+        with source.open("xb") as file:
+            file.write(path)
+    except FileExistsError:
+        if source.read_bytes() != path:
+            return f"{name}-{hashlib.sha256(path).hexdigest()[:8]}"
+    return name
+
+
 def export_run(run: Run, folder: Path) -> None:
     """Write the model of a run into a new folder, from which `from_pretrained` loads it.
 
@@ -289,7 +343,7 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
 
 
 def initialize_from(model: HierarchicalFlow, folder: str) -> str | None:
-    """Copy the averaged weights of another run into a model.
+    """Copy the averaged weights of another run, or those of an export, into a model.
 
     For each stage that both models have, the flow is copied. The selection of latents is copied
     too, if the manifold has the same dimension. Penalties are not copied, and further stages keep
@@ -299,10 +353,10 @@ def initialize_from(model: HierarchicalFlow, folder: str) -> str | None:
         A warning if the classes have other names, because classes are matched by their numbers.
 
     Raises:
-        ValueError: the folder is not a run folder, or a weight has another shape there.
+        ValueError: the folder is neither, or a weight has another shape there.
     """
     try:
-        other = load_run(folder, "cpu").model
+        other = load_model(folder, "cpu").model
     except ValueError as error:
         raise ValueError(f"init_from: {str(error).removeprefix('run: ')}") from None
     stages, sources = (cast(list[ManifoldFlow], list(m.stages)) for m in (model, other))

@@ -54,6 +54,13 @@ def _hyphens(name: str) -> str:
     return name if keep else name.replace("_", "-")
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader for which a date is text, as in the name of a folder."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
 def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
     """Return the options that a YAML file sets, checked by `parser`. Other options are left out.
 
@@ -67,7 +74,7 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
             wrong type.
     """
     try:
-        given = yaml.safe_load(text)
+        given = yaml.load(text, _Loader)
         if given is None:  # the file is empty or has only comments
             return {}
         if not isinstance(given, dict):
@@ -77,7 +84,8 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
             items = value if isinstance(value, list) else [value]
             if any(isinstance(item, list | dict) for item in items):
                 raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
-        values = vars(parser.parse_string(text if isinstance(text, str) else text.decode()))
+        # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
+        values = vars(parser.parse_object(given))
         return {name: values[name] for name in given}
     except RecursionError:
         raise ValueError(f"{source}: expected options and their values, got deep nesting") from None

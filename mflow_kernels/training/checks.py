@@ -12,7 +12,8 @@ import torch
 from filelock import FileLock
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow
-from mflow_kernels.data.files import follow_links, lock_folder
+from mflow_kernels.data.files import check_is_text, follow_links, lock_folder
+from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import printable
 from mflow_kernels.data.splits import Splits, load_splits
 from mflow_kernels.runs.checkpoints import METRICS, Checkpoint, Expected, newest_checkpoint
@@ -110,11 +111,18 @@ def check_run(
         raise ValueError("resume: expected either --resume or --overwrite, got both")
     device, ranks = _check_options(config)
     folder = follow_links(folder, "run_dir")
+    check_is_text(folder, "run_dir")  # TensorBoard takes no other path
     recorded = read_config(folder, "run_dir") if resume else None
     lock = None
     if ranks.rank == 0:
         if not resume:
             check_new_run(folder, overwrite)
+            images = Path(os.path.realpath(config.data))
+            if config.data not in NAMED_DATASETS and images in folder.parents:
+                # The next run would take the run's pictures for images.
+                raise ValueError(
+                    f"run_dir: expected a folder outside of the images' folder, got {folder}"
+                )
         if folder.exists():
             lock = lock_folder(folder, "run_dir")
     try:

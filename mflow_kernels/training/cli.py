@@ -8,8 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import accumulate
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mflow_kernels.data.printable import printable
@@ -58,6 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         return _fail(f"not enough memory: {' '.join(str(error).split())[:120]}", code=1)
+
+
+def run_process() -> int:
+    """Run `main` as a process of its own, which one Ctrl-C ends.
+
+    Further ones are ignored where nothing else handles them. They would interrupt the message about
+    the first, or the end of the interpreter.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # not if it is closed
+            stream.reconfigure(errors="backslashreplace")  # names that the locale cannot write
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as nohup and "&" set it
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(argv: list[str]) -> int:
@@ -201,7 +225,8 @@ def _parsers() -> tuple["OptionParser", "OptionParser", "OptionParser"]:
     planner.add_argument(
         "--images",
         type=int,
-        help="Number of training images; by default that of the named data set or prepared file.",
+        help="Number of training images; by default that of the data, for which every file in a "
+        "folder or zip counts as an image.",
     )
     planner.add_argument("--preset", **preset)
     add_options(planner)

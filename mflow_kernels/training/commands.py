@@ -150,7 +150,8 @@ def plan(options: dict[str, Any]) -> Work:
     """Predict the memory, steps, disk and hours that training needs.
 
     Takes the options of mflow train, allocates nothing and reads no image. Give a file of mflow
-    prepare or the name of a data set as --data, or else give --images, --image-size and --channels.
+    prepare or the name of a data set as --data. For a folder or zip, give --image-size and
+    --channels too, and without data also --images.
     """
     import torch
 

@@ -234,6 +234,7 @@ class FlowTraining(LightningModule):
         fused.grad_scale, fused.found_inf = None, self.guard.judge(self._loss, norm, drift)
         if self._is_logged:
             self._read_guard(norm, drift)
+            self._logged["learning_rate"] = fused.param_groups[2 * self.stage]["lr"]
         fused.step()
         self._scaler.update()
         stage = self.stage
@@ -288,9 +289,8 @@ class FlowTraining(LightningModule):
         started, step = self._last_logged
         self._last_logged = time.perf_counter(), self.global_step
         seconds = self._last_logged[0] - started
-        rate = self.optimizers().param_groups[2 * self.trained_stage]["lr"]  # type: ignore[union-attr]
         speed = len(images_and_classes(batch)[0]) * (self.global_step - step) / seconds
-        self.log_dict({"images_per_second": speed, "learning_rate": rate, **self._logged})
+        self.log_dict({"images_per_second": speed, **self._logged})
 
     def on_validation_epoch_start(self) -> None:
         self._held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count

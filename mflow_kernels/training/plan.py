@@ -99,8 +99,8 @@ def describe_training(config: RunConfig, images: int | None) -> str:
 
     Args:
         config: what to train.
-        images: number of training images. By default that of a named data set or prepared file;
-            for other data, the text says how to give the number.
+        images: number of training images; by default see `count_training_images`. If there is no
+            data, the text says how to give the number.
     """
     if images is None:
         images = count_training_images(config.data)

@@ -29,7 +29,7 @@ def sample(
     """Draw images from a trained model. A class-conditional model draws a row for each class.
 
     Args:
-        run: Folder that mflow train wrote.
+        run: Folder that mflow train or mflow export wrote.
         number: Number of images.
         temperature: Standard deviation of the manifold coordinates; less than 1 gives images that
             differ less from each other, not better ones.
@@ -44,13 +44,13 @@ def sample(
     from mflow_kernels.data.files import check_can_be_written
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
     from mflow_kernels.evaluation.samples import draw_samples, samples_by_class, write_images
-    from mflow_kernels.runs.folder import load_run
+    from mflow_kernels.runs.folder import load_model
 
     check_at_least("number", number, 1)
     check_at_least("seed", seed, 0)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected at least 0, got {temperature}")
-    loaded = load_run(run, device)
+    loaded = load_model(run, device)
     count = len(loaded.model.stages)
     if stages is not None and not 1 <= stages <= count:
         raise ValueError(f"stages: expected 1 to {count}, got {stages}")
@@ -100,9 +100,9 @@ def reconstruct(
     """Draw images, their projections on the manifold and the differences.
 
     Args:
-        run: Folder that mflow train wrote.
+        run: Folder that mflow train or mflow export wrote.
         data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
-            by default the images that the run held out.
+            by default the images that the run held out (an export has none).
         number: Number of images.
         missing: Hide a part of each image and draw it filled in from the manifold instead: half
             hides the right half, centre a square in the middle, and pixels hides three in four
@@ -110,24 +110,31 @@ def reconstruct(
         output: PNG file to write; by default a file in the run folder.
         device: Device to compute on; auto uses a GPU if there is one.
     """
+    from mflow_kernels.data.files import check_can_be_written
     from mflow_kernels.evaluation.likelihood import held_out_images
     from mflow_kernels.evaluation.pictures import draw_images, in_rows
     from mflow_kernels.evaluation.samples import draw_projections, inpaint_images, known_pixels
-    from mflow_kernels.runs.folder import load_run
+    from mflow_kernels.runs.folder import load_model, name_results
 
     check_at_least("number", number, 1)
-    loaded = load_run(run, device)
+    loaded = load_model(run, device)
     model = loaded.model
     if missing and model.manifold_dim == math.prod(model.input_shape):
         raise ValueError(
             "missing: expected a model whose manifold has fewer dimensions than its images, got "
             f"{model.manifold_dim} of {model.manifold_dim}"
         )
-    images, name, skipped, warning, _ = held_out_images(loaded, data)
+    images, name, skipped, warning, _, source = held_out_images(loaded, data)
     suffix = f"-missing-{missing}" if missing else ""
-    path = _png(output, loaded.folder / f"reconstructions-{name}{suffix}.png")
+    chosen = None if output is None else _png(output, Path())
+    if chosen is None:
+        check_can_be_written(loaded.folder, "run")
 
     def work() -> None:
+        path = chosen
+        if path is None:
+            short = name_results(loaded.folder, source, name)
+            path = loaded.folder / f"reconstructions-{short}{suffix}.png"
         report_skipped(skipped)
         _warn(warning)
         if missing is None:
@@ -166,10 +173,10 @@ def evaluate(
     Then writes a report with all metrics and pictures as a web page, report.html.
 
     Args:
-        run: Folder that mflow train wrote.
+        run: Folder that mflow train or mflow export wrote.
         data: Folder or zip of images, or file of mflow prepare (of CelebA, the test part is used);
-            by default the images that the run held out. With this option the metrics go to
-            evaluation-NAME.json.
+            by default the images that the run held out (an export has none). With this option the
+            metrics go to evaluation-NAME.json.
         out: Folder for the report; by default report (with --data, report-NAME) in the run folder.
         draws: Dequantizations of each image; more than 1 adds importance-weighted bits per
             dimension.
@@ -194,15 +201,16 @@ def evaluate(
         held_out_images,
     )
     from mflow_kernels.evaluation.report import ReportOptions, describe_work, write_report
-    from mflow_kernels.runs.folder import EVALUATION, load_run
+    from mflow_kernels.runs.folder import EVALUATION, load_model, name_results
 
     check_at_least("draws", draws, 1)
     check_at_least("feature_images", feature_images, 2)
-    loaded = load_run(run, device)
-    images, name, skipped, warning, held_out = held_out_images(loaded, data)
-    path = loaded.folder / (f"evaluation-{name}.json" if data else EVALUATION)
-    folder = Path(out) if out else loaded.folder / (f"report-{name}" if data else "report")
-    check_can_be_written(folder, "out")
+    loaded = load_model(run, device)
+    images, name, skipped, warning, held_out, source = held_out_images(loaded, data)
+    n_bits = loaded.n_bits
+    check_can_be_written(loaded.folder, "run")
+    if out is not None:
+        check_can_be_written(Path(out), "out")
     network = None
     if feature_weights is None and features != "inception":
         raise ValueError(f"feature_weights: expected a file of weights of {features!r}, got none")
@@ -211,21 +219,26 @@ def evaluate(
     others = []
     if ood is not None:
         try:
-            other = load_evaluation_set(ood, loaded.config.image_shape[1]).images
+            other = load_evaluation_set(ood, loaded.model.input_shape[1]).images
         except ValueError as error:
             raise ValueError(str(error).replace("data:", "ood:", 1)) from None
         others.append((Path(ood).resolve().name, other))
         check_image_shape(others[0][1], loaded.model, "ood")
 
     def work() -> None:
-        with folder_to_write(folder, "out"):
+        path, folder = loaded.folder / EVALUATION, loaded.folder / "report"
+        if data:
+            short = name_results(loaded.folder, source, name)
+            path = loaded.folder / f"evaluation-{short}.json"
+            folder = loaded.folder / f"report-{short}"
+        with folder_to_write(Path(out) if out else folder, "out") as folder:
             report_skipped(skipped)
             _warn(warning)
             options = ReportOptions(
                 draws, network, feature_images, tuple(others), quick, ambient, held_out, warning
             )
             print(describe_work(loaded, images, options), file=sys.stderr)
-            evaluation = evaluate_model(loaded.model, images, loaded.config.n_bits, data=name)
+            evaluation = evaluate_model(loaded.model, images, n_bits, data=name)
             evaluation.write(path)
             evaluation.print()
             print(printable(str(path)))
@@ -244,9 +257,11 @@ def export(run: str, out: str) -> Work:
         run: Folder that mflow train wrote; its averaged weights are exported.
         out: New folder to write.
     """
+    from mflow_kernels.data.files import check_is_text
     from mflow_kernels.runs.folder import export_run, load_run
 
     path = Path(out)
+    check_is_text(path.absolute(), "out")  # safetensors takes no other path
     if path.exists():
         raise ValueError(f"out: expected a new folder, but {path} exists")
     loaded = load_run(run, "cpu")

@@ -92,8 +92,3 @@ class TestFolders:
         assert main(["prepare", str(folder), "--out", str(out)]) == 0
         assert "\\udc81.png: not an image" in capsys.readouterr().out
         assert os.fsdecode(b"\x80.png") in open_prepared(out).record.names
-        # A run could not record that path in a form that can be read back.
-        command = ["train", *TINY, "--data", str(folder), "--run-dir", str(tmp_path / "run")]
-        assert re.search(
-            "--data: expected a path that is valid UTF-8", refused(command, tmp_path, capsys)
-        )

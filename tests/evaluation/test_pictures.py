@@ -20,9 +20,10 @@ def test_images_are_drawn_at_whole_pixels(tmp_path):
 
 def test_long_rows_are_broken_and_the_last_is_filled():
     images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
-    rows = list(in_rows({"a": images, "b": images + 10}, columns=3).values())
-    assert [row.flatten().tolist() for row in rows] == [
-        [0, 1, 2], [10, 11, 12], [3, 4, 255], [13, 14, 255],
+    # The names differ in a space only.
+    rows = in_rows({"a": images, "a ": images + 10}, columns=3)
+    assert [(name, row.flatten().tolist()) for name, row in rows] == [
+        ("a", [0, 1, 2]), ("a ", [10, 11, 12]), ("a", [3, 4, 255]), ("a ", [13, 14, 255]),
     ]  # fmt: skip
 
 

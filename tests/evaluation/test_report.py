@@ -274,7 +274,7 @@ class TestImages:
         monkeypatch.setattr(
             report_pictures, "draw_projections", lambda path, title, *_: titles.append(title)
         )
-        monkeypatch.setattr(report, "page", lambda metrics, config, pictures: "\n".join(
+        monkeypatch.setattr(report, "page", lambda metrics, shape, config, pictures: "\n".join(
             [p.caption for p in pictures.values()] + [row.name for row in metrics.scores]
         ))  # fmt: skip
         other, texts = write_images(tmp_path / "others", count=4, seed=7), []

@@ -89,9 +89,21 @@ def ill_conditioned(channels):
     """A layer with singular values from 0.01 to 100."""
     layer, other = (InvertibleConv1x1(channels) for _ in range(2))
     u, v = layer.weight().detach().double(), other.weight().detach().double()
-    with torch.no_grad():
-        layer.factor_((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
+    layer.factor_((u * torch.logspace(-2, 2, channels, dtype=torch.float64)) @ v)
     return layer
+
+
+def test_factors_are_those_of_a_weight_with_gradients():
+    layer, weight = InvertibleConv1x1(3), normal(3, 3).requires_grad_()
+    layer.factor_(weight)
+    assert_close(layer.weight().detach(), weight.detach(), terms=3, scale=3.0)
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3,)])
+def test_a_weight_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3, 3\), got "):
+        InvertibleConv1x1(3).factor_(torch.ones(shape))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 12, 48])

@@ -56,6 +56,31 @@ def test_preprocessing_equals_that_of_training(channels, crop, tmp_path):
     assert torch.equal(flow.preprocess(opened), (levels + 0.5) / 32 - 0.5)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "P", "1", "LA", "CMYK"])
+@pytest.mark.parametrize("form", ["tiff", "png"])
+def test_files_are_decoded_as_in_training(mode, form, tmp_path):
+    """EXIF turns the image. Pillow mixes up the pixels of TIFFs that it opens by their paths."""
+    if (mode, form) == ("CMYK", "png"):
+        pytest.skip("the format has no such mode")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    grey = photo(1, mode="L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    else:
+        image = (grey if mode == "L" else photo(1)).convert(mode)
+    path = tmp_path / f"a.{form}"
+    image.save(path, exif=rotated)
+    stored = decode(find_images(tmp_path).entries, Format(8, 3)).pixels
+    levels = torch.from_numpy(stored // 8).float()
+    with Image.open(path) as opened:
+        assert torch.equal(model().preprocess(opened), (levels + 0.5) / 32 - 0.5)
+        assert opened.filename  # as it was
+    if mode in ("L", "I;16"):
+        turned = Image.fromarray(np.rot90(np.asarray(grey), -1))
+        assert torch.equal(model().preprocess(turned), (levels + 0.5) / 32 - 0.5)
+
+
 def test_arrays_and_single_images():
     flow, image = model(), photo(0)
     x = flow.preprocess(image)
@@ -123,6 +148,13 @@ def test_models_of_no_images(flow):
         (np.zeros((2, 8, 8), np.uint8), TypeError, r"images: expected a uint8 array .*\(2, 8, 8\)"),
         ([photo(0), "a.png"], TypeError, r"images\[1\]: expected a Pillow image .*, got str"),
         (photo(0, (9, 30)), ValueError, "images: expected at least 10x10 pixels.* got 9x30"),
+        (np.zeros(30, np.uint8), TypeError, r"images: expected a uint8 array .*\(30,\)"),
+        (np.zeros((0, 12), np.uint8), TypeError, r"images: expected a uint8 array .*\(0, 12\)"),
+        (np.zeros((12, 12, 0), np.uint8), TypeError, r"images: expected a .*\(12, 12, 0\)"),
+        (np.uint8(3) * np.ones((), np.uint8), TypeError, r"images: expected a|images: expected an"),
+        (Image.new("L", (0, 12)), ValueError, "images: expected pixels, got an image of 0x12"),
+        ([Image.new("I", (12, 12), 200)], ValueError, r"images\[0\]: no standard defines white"),
+        (Image.new("F", (12, 12), 0.5), ValueError, "images: no standard defines white"),
     ],
 )
 def test_bad_images(images, error, message):

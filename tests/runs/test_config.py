@@ -1,12 +1,13 @@
 import dataclasses
 import inspect
-from typing import get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from hostile_names import NAMES
 
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
-from mflow_kernels.runs.arguments import argument_texts
+from mflow_kernels.runs.arguments import argument_texts, parse_config
 from mflow_kernels.runs.config import RunConfig, TrainConfig
 from mflow_kernels.runs.options import ModelOptions, Rho, TrainingOptions
 
@@ -23,6 +24,55 @@ def test_a_configuration_is_read_back_from_its_yaml():
     assert read == resolved
     assert (read.image_shape, read.stage_dims) == ((3, 64, 64), [32, 16])
     assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
+
+
+# A value other than the default for each option that is neither text nor a choice.
+OTHER = {
+    **{"image_size": 64, "n_bits": 5, "flips": True, "levels": 3, "steps": 5, "width": 65},
+    **{"manifold_dim": 63, "stage_dims": [32, 16], "stage_steps": [3], "stage_width": [8, 9]},
+    **{"stage_epochs": [1, 2], "stage_max_steps": [5], "stage_domain": ["data"]},
+    **{"stage_rho": ["l1", "huber"], "stage_weight": [1e-30, 1e22], "stage_final_weight": [0.1]},
+    **{"stage_weight_steps": [7], "stage_error_bound": [1e-7], "stage_delta": [0.3]},
+    **{"stage_sigma": [0.7], "stage_learning_rate": [1e-05, 3e4], "release": True},
+    **{"weight": 1e16, "final_weight": 2.0, "weight_steps": 3, "error_bound": 0.1},
+    **{"delta": 1 / 3, "sigma": 1e-12, "reversible": False, "checkpoint_every": None},
+    **{"max_drift": 1e-3, "batch_size": 2**40, "epochs": 9, "max_steps": 10, "warm_up": 1},
+    **{"learning_rate": 5e-324, "weight_decay": 1e-4, "clip_norm": 1e300, "loss_spike": 1.5},
+    **{"max_skipped": 1, "max_condition": 1e6, "ema_decay": 0.0, "seed": 2**63, "compile": True},
+    **{"cuda_graphs": True, "save_minutes": 0.1, "save_steps": 4, "crop": 148, "channels": 3},
+}
+TEXTS = [
+    *({"data": name, "init_from": name, "classes": name} for name in NAMES.values()),
+    {"class_names": list(NAMES.values())},
+]
+CHOICES = [
+    {option: choice}
+    for option, kind in get_type_hints(RunConfig).items()
+    if get_origin(kind) is Literal
+    for choice in get_args(kind)
+]
+
+
+@pytest.mark.parametrize("values", [*({n: v} for n, v in OTHER.items()), *TEXTS, *CHOICES])
+def test_every_option_is_read_back(values, monkeypatch):
+    """Checks of values and their combinations are left out: `check` would refuse some of these."""
+    monkeypatch.setattr(RunConfig, "check", lambda config: None)
+    config = dataclasses.replace(TrainConfig().resolve((1, 28, 28)), **values)
+    text = config.to_yaml()
+    assert text.isascii()  # the same file under every locale
+    assert RunConfig.from_yaml(text, "config.yaml") == config
+
+
+def test_every_option_has_a_value_above():
+    values = [{name: value} for name, value in OTHER.items()] + TEXTS + CHOICES
+    named = {name for value in values for name in value}
+    assert named == {option.name for option in dataclasses.fields(RunConfig)}
+    default = TrainConfig().resolve((1, 28, 28))
+    assert not [name for name, value in OTHER.items() if getattr(default, name) == value]
+
+
+def test_a_date_without_quotes_is_text():
+    assert parse_config("data: 2024-01-01", "preset") == {"data": "2024-01-01"}
 
 
 def test_further_flows_of_earlier_versions_have_the_weight_of_images():

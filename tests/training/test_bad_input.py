@@ -91,6 +91,18 @@ class TestBadInput:
             message = f"--data: expected images in {data}, {detail}"
             assert message in refused(["train", *TINY, "--data", data], tmp_path, capsys)
 
+    def test_a_run_among_its_images(self, command, images, tmp_path, capsys):
+        message = "--run-dir: expected a folder outside of the images' folder"
+        inside = str(images / "runs" / "a")
+        assert message in refused([*command, "--run-dir", inside], images.parent, capsys)
+
+    def test_an_empty_name(self, command, images, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(images)  # which Path("") stands for
+        for arguments in (command, ["plan"]):
+            assert f"--data: expected {NAMES}, a folder or zip of images" in refused(
+                [*arguments, "--data", ""], tmp_path, capsys
+            )
+
     def test_an_existing_run_folder(self, run, command, capsys):
         assert "(--resume continues it, --overwrite replaces it)" in refused(command, run, capsys)
 

@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import TINY, checkpoint, listing, metrics, weights, write_images
+from tiny_runs import TINY, checkpoint, listing, metrics, refused, weights, write_images
 
 import mflow_kernels
 from mflow_kernels import HierarchicalFlow
@@ -44,6 +45,13 @@ class TestTrain:
             )
             assert float(row["images_per_second"]) > 0
         assert any(row["heldout_bits_per_dim"] for row in rows)
+
+    def test_the_learning_rate_is_that_of_the_step(self, trained):
+        """Each stage takes 3 steps at 0.002, after one step of warm-up, on a cosine to a 50th."""
+        rows = metrics(trained, "loss_bits_per_dim")
+        cosine = [0.02 + 0.49 * (1 + math.cos(math.pi * done / 3)) for done in range(3)]
+        expected = [0.002 * factor for factor in cosine + cosine]
+        assert [float(row["learning_rate"]) for row in rows] == pytest.approx(expected, rel=1e-6)
 
     def test_loss_and_bits_are_those_of_their_parts(self, trained):
         first = metrics(trained)[0]
@@ -175,6 +183,105 @@ class TestReconstructAndEvaluate:
         assert main(["evaluate", str(run), "--data", str(other)]) == 0
         written = json.loads((run / "evaluation-other.json").read_text())
         assert (written["data"], written["images"]) == ("other", 7)
+
+    def test_images_of_the_same_name_have_results_of_their_own(self, run, tmp_path, capsys):
+        found = {}
+        for seed in (5, 6, 5):
+            other = write_images(tmp_path / str(seed) / "other", count=4, seed=seed)
+            options = ["--data", str(other)]
+            assert main(["reconstruct", str(run), *options]) == 0
+            assert main(["evaluate", str(run), "--quick", *options]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            written = [line for line in lines if line.startswith(str(run))]
+            assert found.setdefault(seed, written) == written
+        assert [os.path.basename(path) for path in found[5]] == [
+            *("reconstructions-other.png", "evaluation-other.json", "report.html")
+        ]
+        assert not set(found[5]) & set(found[6])
+        figures = [json.loads(Path(found[seed][1]).read_text())["stages"] for seed in (5, 6)]
+        assert figures[0] != figures[1]
+
+    def test_other_images_do_not_replace_those_that_they_are_compared_with(self, run, tmp_path):
+        other = write_images(tmp_path / "held out", count=4, seed=5)
+        assert main(["evaluate", str(run), "--quick", "--ood", str(other)]) == 0
+        scores = json.loads((run / "report" / "figures.json").read_text())["scores"]
+        assert [(row["name"], row["images"]) for row in scores][::3] == [
+            *(("held out", 2), ("held out (--ood)", 4))
+        ]
+
+
+class TestExports:
+    """A folder of mflow export in place of a run."""
+
+    @pytest.fixture
+    def export(self, run, tmp_path):
+        assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+        return tmp_path / "export"
+
+    @pytest.mark.pictures
+    def test_samples_are_those_of_the_run(self, run, export, capsys):
+        for folder in (run, export):
+            assert main(["sample", str(folder), "--number", "5"]) == 0
+        name = "samples-T0.7-seed0.png"
+        assert (run / name).read_bytes() == (export / name).read_bytes()
+
+    def test_figures_are_those_of_the_run(self, run, export, tmp_path, capsys):
+        other = str(write_images(tmp_path / "other", count=4, seed=5))
+        figures = []
+        for folder in (run, export):
+            assert main(["reconstruct", str(folder), "--data", other]) == 0
+            assert main(["evaluate", str(folder), "--data", other]) == 0
+            figures.append(json.loads((folder / "evaluation-other.json").read_text()))
+            assert (folder / "reconstructions-other.png").is_file()
+        assert figures[0] == figures[1]
+        page = (export / "report-other" / "report.html").read_text()
+        assert "an export does not say which images the model was trained on" in page
+        assert "the model may have been trained on these images" in page
+
+    def test_without_images(self, export, tmp_path, capsys):
+        for command in ("evaluate", "reconstruct"):
+            assert "--data: expected images, because" in refused(
+                [command, str(export)], tmp_path, capsys
+            )
+
+    def test_a_damaged_one(self, export, tmp_path, capsys):
+        (export / "model.json").write_text("{}")
+        message = "run: expected an architecture of mflow export"
+        assert message in refused(["sample", str(export)], tmp_path, capsys)
+
+    def test_training_starts_from_one(self, run, export, command):
+        assert main([*command, "--overwrite", "--init-from", str(run), "--learning-rate", "1e-30",
+                     "--stage-learning-rate", "1e-30"]) == 0  # fmt: skip
+        expected = weights(run)
+        assert main([*command, "--overwrite", "--init-from", str(export), "--learning-rate",
+                     "1e-30", "--stage-learning-rate", "1e-30"]) == 0  # fmt: skip
+        torch.testing.assert_close(weights(run), expected, rtol=0, atol=0)
+
+
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path):
+    folder = run.rename(tmp_path / "\xe9")
+    code = "import sys; from mflow_kernels.training.cli import run_process; sys.exit(run_process())"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code, "sample", str(folder), "--number", "1"]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T0.7-seed0.png")
+
+
+def test_a_file_that_may_not_grow_is_no_bad_input(run, tmp_path):
+    """The limit is that of `ulimit -f`. The picture that was there stays."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"before")
+    code = (
+        "import resource, sys; from mflow_kernels.training.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "sample", str(run), "--output", str(picture)]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == 1
+    assert "could not write" in done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+    assert picture.read_bytes() == b"before"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import itertools
 import os
 import pty
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -116,6 +117,39 @@ def test_interrupts_do_not_end_a_checkpoint(command, trained, tmp_path, monkeypa
     assert checkpoint(tmp_path / "run")["global_step"] == steps[-1]
     assert main([*command, "--resume"]) == 0
     assert_same_run(tmp_path / "run", trained)
+
+
+@pytest.mark.parametrize("moment", ["checks.load_splits", "train.draw_curves"])
+def test_further_interrupts_do_not_break_the_end_of_the_process(moment, command):
+    """SIGINT arrives every 2 ms from a call on, until the interpreter has ended."""
+    module, name = moment.split(".")
+    program = f"""
+import os, signal, sys, threading, time
+from mflow_kernels.training import {module}
+from mflow_kernels.training.cli import run_process
+
+def interrupt():
+    while True:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.002)
+
+original = {module}.{name}
+
+def interrupted(*args, **options):
+    threading.Thread(target=interrupt, daemon=True).start()
+    time.sleep(0.05)
+    return original(*args, **options)
+
+{module}.{name} = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(run_process())
+"""
+    child = subprocess.run([sys.executable, "-c", program, *command], capture_output=True)
+    shown = child.stderr.decode()
+    assert child.returncode == 130, shown
+    assert "interrupted" in shown
+    assert "Traceback" not in shown
+    assert "Exception ignored" not in shown
 
 
 def test_the_range_test_writes_nothing(command, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY, refused, write_images
+from tiny_runs import TINY, refused, write_images, zip_up
 
 from mflow_kernels.data.splits import count_training_images, load_splits
 from mflow_kernels.runs.config import TrainConfig
@@ -142,6 +142,18 @@ def test_steps_are_those_of_training():
 def test_the_images_of_named_data_sets_are_counted():
     assert count_training_images("digits") == len(load_splits("digits").train) == 4500
     assert count_training_images("no such file") is None
+
+
+def test_the_images_of_a_folder_are_counted(images, tmp_path, capsys):
+    """Of 12 files 2 are held out. A batch has 4 images, so a pass has 2 steps."""
+    celeba = write_images(tmp_path / "celeba" / "img_align_celeba", 5, (178, 218), channels=3)
+    parts = "".join(f"{number:03}.png {max(0, number - 2)}\n" for number in range(5))
+    (celeba.parent / "list_eval_partition.txt").write_text(parts)
+    archive = zip_up(images, tmp_path / "a.zip")
+    for data, count in ((images, 10), (archive, 10), (celeba.parent, 3)):
+        assert count_training_images(str(data)) == len(load_splits(str(data), 8).train) == count
+        assert main(["plan", *TINY, "--data", str(data), "--max-steps=null", "--epochs", "1"]) == 0
+        assert "?" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_has_the_predicted_size(tmp_path):

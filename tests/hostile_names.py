@@ -1,0 +1,38 @@
+"""Names of folders and classes that break careless code."""
+
+import os
+
+NAMES = {
+    "a number": "1e3",
+    "a number with a capital": "1E5",
+    "a number with a zero": "12e03",
+    "a number that is zero": "0e0",
+    "a number with an underscore": "1_0e2",
+    "a hexadecimal number": "0x10",
+    "a sexagesimal number": "1:30",
+    "infinity": ".inf",
+    "a date": "2024-01-01",
+    "yes": "yes",
+    "no": "no",
+    "null": "null",
+    "a tilde": "~",
+    "mathtext": "$x_1^2$",
+    "broken mathtext": r"$\frac{$",
+    "bytes that are no UTF-8": os.fsdecode(b"\xff\xfe"),
+    "a line break": "two\nlines",
+    "a carriage return and an escape": "\r\x1b[2J",
+    "a line separator": "a\u2028b\x85c",
+    "a long name": "n" * 255,
+    "a long name of wide characters": "\u732b" * 85,
+    "a leading dash": "--out",
+    "a leading underscore": "_hidden",
+    "spaces": " a ",
+    "one character": "\xe9",
+    "the same character in two": "e\u0301",
+    "a mark of byte order": "\ufeffa",
+    "YAML": "{a: [1, *b, &c !d]} # e",
+    "markup": "[red]<b>&amp;%s{0}",
+    "quotes": "'\"`",
+    "nearly all of these": os.fsdecode(b"_$\\frac{\xff\n\x1b[2J{a: &b [red]<b> e\xcc\x81'\" "),
+    "a shell's words": "$(a) ${HOME} *",
+}
