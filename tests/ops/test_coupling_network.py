@@ -54,9 +54,9 @@ def reference(given: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The network in float64, whose hidden tensors and their gradients have `dtype`, so that ReLU
     cuts the same numbers as in the kernels."""
     x, w1, b1, w2, b2, w3, b3 = given
-    h1 = _Rounded.apply(module._layer(x, w1, b1).relu(), dtype)
-    h2 = _Rounded.apply(module._layer(h1, w2, b2).relu(), dtype)
-    return module._layer(h2, w3, b3)
+    h1 = _Rounded.apply(module.layer(x, w1, b1).relu(), dtype)
+    h2 = _Rounded.apply(module.layer(h1, w2, b2).relu(), dtype)
+    return module.layer(h2, w3, b3)
 
 
 def sample(
