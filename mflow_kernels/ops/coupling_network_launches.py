@@ -24,7 +24,7 @@ from mflow_kernels.ops.coupling_network_kernels import (
     _sum_taps_kernel,
 )
 from mflow_kernels.ops.launch import launch
-from mflow_kernels.ops.partial_sums import PROGRAMS
+from mflow_kernels.ops.partial_sums import summing_programs
 
 
 class Shape(NamedTuple):
@@ -59,6 +59,11 @@ class Shape(NamedTuple):
             (self.width, 1, self.width),
             (self.c_out, self.taps, self.width),
         )
+
+    @property
+    def packed(self) -> int:
+        """Numbers of all weights."""
+        return sum(map(math.prod, self.weights))
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The weights W1, W2 and W3, (out, taps, in), as views of one tensor."""
@@ -272,7 +277,7 @@ def launch_network_backward(
     tile2, tile1 = dh2_tile(s), dh1_tile(s)
     blocks2, blocks1 = (triton.cdiv(s.width, tile.block_d) for tile in (tile2, tile1))
     tiles2, tiles1 = (triton.cdiv(s.pixels, tile.block_p) for tile in (tile2, tile1))
-    splits = min(tiles2, tiles1, PROGRAMS // min(blocks2, blocks1))
+    splits = min(tiles2, tiles1, summing_programs(x.device) // min(blocks2, blocks1))
     if weights:
         # Partial sums take at most a quarter of the bytes of one hidden tensor.
         splits = max(1, min(splits, h1.nbytes // (4 * 4 * numbers)))

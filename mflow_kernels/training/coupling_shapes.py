@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mflow_kernels.ops.coupling_network import fits, uses_tf32
 from mflow_kernels.ops.coupling_network_launches import Shape
 from mflow_kernels.ops.fastest import requested
-from mflow_kernels.ops.partial_sums import PROGRAMS
+from mflow_kernels.ops.partial_sums import MULTIPROCESSORS
 from mflow_kernels.runs.config import RunConfig
 
 FLOAT = 4
@@ -102,7 +102,7 @@ def by_operator(config: RunConfig) -> bool:
 def partial_sums_bytes(s: Shape) -> int:
     """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
     sums = FLOAT * sum(s.sums)
-    return max(sums, min(PROGRAMS * sums, s.itemsize * s.pixels * s.width // 4))
+    return max(sums, min(2 * MULTIPROCESSORS * sums, s.itemsize * s.pixels * s.width // 4))
 
 
 def network_bytes(config: RunConfig) -> int:
