@@ -32,6 +32,14 @@ def test_assert_close_uses_scale():
         assert_close(torch.tensor([1e-5]), torch.tensor([0.0]))
 
 
+def test_slack_belongs_to_one_element():
+    expected, slack = torch.zeros(2), torch.tensor([0.5, 0.0])
+    assert_close(torch.tensor([0.4, 0.0]), expected, slack=slack)
+    for wrong in ([0.6, 0.0], [0.0, 0.4], [math.nan, 0.0]):
+        with pytest.raises(AssertionError, match="less slack, exceeds"):
+            assert_close(torch.tensor(wrong), expected, slack=slack)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_assert_close_never_passes_inf_or_nan(bad):
     with pytest.raises(AssertionError):

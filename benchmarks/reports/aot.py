@@ -88,6 +88,7 @@ class Launch:
     kernel: JITFunction
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grid: tuple[int, ...]
 
     @property
     def bound(self) -> dict[str, Any]:
@@ -113,12 +114,19 @@ class Launch:
         return f"{self.kernel.__name__} {specialization} {options}"
 
 
+def choose_tiles_of(target: str) -> None:
+    """Let launchers choose the tiles of an architecture from now on."""
+    driver.set_active(_CompileOnly(target))
+
+
 @contextmanager
 def noting(note: Callable[[Launch], object]) -> Iterator[None]:
     """Within this context, call `note` with each launch, and compute nothing."""
 
-    def run(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        note(Launch(self, args, kwargs))
+    def run(
+        self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
+    ) -> None:
+        note(Launch(self, args, kwargs, grid))
 
     JITFunction.run = run
     try:
@@ -168,6 +176,8 @@ class Compiled:
     shared: int = 0
     warps: int = 0
     access: dict[str, list[int]] = field(default_factory=dict)  # bytes per lane, by argument
+    ttir: str = ""  # Triton's program before layouts are chosen
+    ttgir: str = ""  # and after
     error: str = ""
 
 
@@ -187,6 +197,8 @@ def compile_for(launch: Launch, target: str) -> Compiled:
         kernel.metadata.shared,
         kernel.metadata.num_warps,
         access_bytes(kernel.asm["ptx"], arguments),
+        kernel.asm["ttir"],
+        kernel.asm["ttgir"],
     )
 
 

@@ -17,6 +17,7 @@ OUTPUTS = {
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"row_sums", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
+    "_sum_partials_kernel": {"sums"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
     "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
 }
@@ -32,19 +33,17 @@ def results_of(launch: aot.Launch) -> set[str]:
 
 
 def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Return the floating point operations of a network's kernel, repeated ones included."""
+    """Return the floating point operations of the formulas that a network's kernel computes."""
     width, taps = int(given["WIDTH"]), int(given["TAPS"])
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
     if kernel == "_network_kernel":
-        rows = 3 if taps == 9 else 1
-        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"]))
-        blocks = -(-width // int(given["BLOCK_D"]))
-        products = columns * (blocks * inner + width**2) + outer
+        products = inner + width**2 + outer
     elif kernel == "_dh2_kernel":
-        products = 2 * outer
+        products = outer * (1 if given["dw3"] is None else 2)
     else:
-        products = 2 * inner + width**2 * (1 if given["dw2"] is None else 2)
+        products = inner * (1 if given["dw1"] is None else 2)
+        products += width**2 * (1 if given["dw2"] is None else 2)
     return 2 * int(given["PIXELS"]) * products
 
 

@@ -23,7 +23,7 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.elementwise import launch_elementwise
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels
-from mflow_kernels.ops.partial_sums import PROGRAMS
+from mflow_kernels.ops.partial_sums import summing_programs
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.registration import operator, register
 from mflow_kernels.ops.tiles import columns, elementwise_tile, tile_columns
@@ -145,7 +145,7 @@ def launch_actnorm_backward(
     dx = torch.empty_like(x)
     block_c, block_p = elementwise_tile(x)
     tiles = tile_columns(n, p, block_p)
-    programs = max(1, min(tiles.programs, PROGRAMS))
+    programs = max(1, min(tiles.programs, summing_programs(x.device)))
     partials = (x.new_empty if n else x.new_zeros)((programs, 2, c), dtype=dtype)
     if n:
         launch(

@@ -15,7 +15,7 @@ from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.coupling import couple, load_params
 from mflow_kernels.ops.launch import RUN_TIME, launch, uses_triton
 from mflow_kernels.ops.layouts import dense_pixels, net_input, pixels
-from mflow_kernels.ops.partial_sums import PROGRAMS, count_partial_sums, empty_partial_sums
+from mflow_kernels.ops.partial_sums import count_partial_sums, empty_partial_sums, summing_programs
 from mflow_kernels.ops.precision import TL_DTYPE, accumulator
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import columns, ledger_columns, tile_columns, write_ledger
@@ -236,7 +236,7 @@ def weight_gradient_splits(x: Tensor) -> int:
     n, c, p = x.shape[0], x.shape[1], pixels(x)
     tile = weight_gradient_tile(c, accumulator(x.dtype))
     tiles = tile_columns(n, p, tile.block_p).programs
-    programs = PROGRAMS // triton.cdiv(c, tile.block) ** 2
+    programs = summing_programs(x.device) // triton.cdiv(c, tile.block) ** 2
     return count_partial_sums(n * p, c, min(tiles, programs))
 
 

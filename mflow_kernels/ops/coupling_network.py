@@ -47,13 +47,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops.coupling_network_launches import (
-    Shape,
     empty_images,
     launch_network,
     launch_network_backward,
     pack,
     rows,
 )
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fastest import fastest, requested
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
@@ -64,9 +64,9 @@ def coupling_network_ref(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """params, h1 and h2."""
-    h1 = _layer(x, w1, b1).relu_()
-    h2 = _layer(h1, w2, b2).relu_()
-    return _layer(h2, w3, b3), h1, h2
+    h1 = layer(x, w1, b1).relu_()
+    h2 = layer(h1, w2, b2).relu_()
+    return layer(h2, w3, b3), h1, h2
 
 
 def network_by_layers(
@@ -75,7 +75,7 @@ def network_by_layers(
     """params, h1 and h2 by as few of torch's operators as possible, without autograd."""
     h1 = _layer_with_relu(x, w1, b1)
     h2 = _layer_with_relu(h1, w2, b2)
-    return _layer(h2, w3, b3), h1, h2
+    return layer(h2, w3, b3), h1, h2
 
 
 def network_by_layers_backward(
@@ -90,28 +90,30 @@ def network_by_layers_backward(
     weights: bool,
 ) -> tuple[Any, ...]:
     """d x, d W1, d b1, d W2, d b2, d W3, d b3; without `weights`, d x and None for the others."""
-    dh2, dw3, db3 = _layer_backward(dparams, h2, w3, weights)
-    dh1, dw2, db2 = _layer_backward(_relu_backward_(dh2, h2), h1, w2, weights)
-    dx, dw1, db1 = _layer_backward(_relu_backward_(dh1, h1), x, w1, weights)
+    dh2, dw3, db3 = layer_backward(dparams, h2, w3, weights)
+    dh1, dw2, db2 = layer_backward(_relu_backward_(dh2, h2), h1, w2, weights)
+    dx, dw1, db1 = layer_backward(_relu_backward_(dh1, h1), x, w1, weights)
     return dx, dw1, db1, dw2, db2, dw3, db3
 
 
-def _layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """One of the network's convolutions or, for vectors, linear layers."""
     return F.linear(x, w, b) if x.dim() == 2 else F.conv2d(x, w, b, padding=w.shape[2] // 2)
 
 
 def _layer_with_relu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     if not has_epilogues(x):
-        return _layer(x, w, b).relu_()
+        return layer(x, w, b).relu_()
     if x.dim() == 2:
         return torch._addmm_activation(b, x, w.t())
     padding = [w.shape[2] // 2] * 2
     return torch.cudnn_convolution_relu(x, w, b, [1, 1], padding, [1, 1], 1)
 
 
-def _layer_backward(
+def layer_backward(
     dy: Tensor, x: Tensor, w: Tensor, weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and, with `weights`, of w and b."""
     if x.dim() == 2:
         return dy @ w, dy.t() @ x if weights else None, dy.sum(0) if weights else None
     padding = [w.shape[2] // 2] * 2
@@ -281,8 +283,9 @@ def network_backward(
         if not s.sums[1]:
             dw2, separate_dw2 = x.new_empty(0), rows(dw2).to(wide, copy=True)
         sums = [
-            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2, dw3)),
+            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2)),
             db1,
+            rows(dw3).flatten(),
             db2,
             db3,
         ]
@@ -332,7 +335,7 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
         return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None

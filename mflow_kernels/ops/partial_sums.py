@@ -12,8 +12,21 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 
-MULTIPROCESSORS = 132  # of an H100
-PROGRAMS = 2 * MULTIPROCESSORS  # programs of a launch that sums over pixels
+MULTIPROCESSORS = 132  # of an H100; where no GPU can be asked
+
+
+@torch.compiler.assume_constant_result  # Dynamo does not trace properties of devices
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU. On other devices, kernels run in a machine that
+    stands for a GPU, and the number is `MULTIPROCESSORS`."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def summing_programs(device: torch.device) -> int:
+    """Programs of a launch that sums over pixels: two for each multiprocessor."""
+    return 2 * multiprocessors(device)
 
 
 def count_partial_sums(columns: int, c: int, most: int) -> int:

@@ -35,7 +35,7 @@ from mflow_kernels.ops.channel_products import arithmetic
 from mflow_kernels.ops.compiler import triton
 from mflow_kernels.ops.launch import launch, uses_triton
 from mflow_kernels.ops.layouts import cut_net_input, dense_pixels, pixels
-from mflow_kernels.ops.partial_sums import MULTIPROCESSORS, count_partial_sums
+from mflow_kernels.ops.partial_sums import count_partial_sums, multiprocessors
 from mflow_kernels.ops.precision import accumulator, without_autocast
 from mflow_kernels.ops.rebuild_conv1x1_kernels import (
     _rebuild_conv1x1_kernel,
@@ -169,7 +169,7 @@ def rebuild_splits(half: Tensor, c: int) -> int:
     tile = rebuild_tile(c, accumulator(half.dtype))
     blocks = triton.cdiv(c, tile.block_o) ** 2
     n, p = half.shape[0], pixels(half)
-    programs = tile.programs * MULTIPROCESSORS // blocks
+    programs = tile.programs * multiprocessors(half.device) // blocks
     return count_partial_sums(n * p, c, min(tile_columns(n, p, tile.block_p).programs, programs))
 
 

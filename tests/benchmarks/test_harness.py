@@ -5,13 +5,16 @@ import os
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.bench_ops import OPERATIONS, measure
 from benchmarks.harness.measurements import interleaved, peak_bytes
 from benchmarks.harness.models import Model, Spec
-from benchmarks.harness.operators import Shape, operations
+from benchmarks.harness.operators import Function, Shape, operations
 from benchmarks.harness.processes import Died, in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, Missing, slug
+from mflow_kernels.ops.coupling_network import layer
+from mflow_kernels.testing import tolerance
 
 CPU = torch.device("cpu")
 SHAPE = Shape(16, 1, 2, True)
@@ -54,6 +57,33 @@ def test_a_wrong_operator_is_not_timed() -> None:
     with pytest.raises(AssertionError, match="affine_coupling, x: largest error"):
         raise measured.faults["mflow_kernels"]
     assert measured.extra["eager"]["bytes"] == right.fewest
+
+
+def network_that_cuts_at(share: float) -> Function:
+    """A coupling network whose ReLUs pass only what exceeds `share` of the size of its terms."""
+
+    def run(*given: Tensor) -> tuple[Tensor]:
+        x, w1, b1, w2, b2, w3, b3 = (t.double() for t in given)
+        for w, b in ((w1, b1), (w2, b2)):
+            size = layer(x.square(), w.square(), b.square()).sqrt()
+            z = layer(x, w, b)
+            x = z * (z > share * size)
+        return (layer(x, w3, b3).to(given[0].dtype),)
+
+    return run
+
+
+def test_relus_may_cut_within_rounding_of_zero_and_nowhere_else() -> None:
+    """A bound on the rounding of sums does not cover hidden units that change sides."""
+    op, rounding = operation("coupling_network", "backward"), 2**-8
+    exact = op.exact()
+    cuts_near = network_that_cuts_at(rounding)
+    op.check(cuts_near, exact)
+    error = float((op.prepare(cuts_near)()[0] - exact[0]).abs().max())
+    assert error > tolerance(torch.bfloat16, 9 * 512) * max(1.0, float(exact[0].abs().max()))
+    for share in (0.25, -0.25):
+        with pytest.raises(AssertionError, match=r"coupling_network, x_a: largest error .* slack"):
+            op.check(network_that_cuts_at(share), exact)
 
 
 def test_a_wrong_model_fails_its_check() -> None:

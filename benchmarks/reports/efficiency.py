@@ -1,0 +1,324 @@
+"""How well the launches of a preset's coupling networks would use a GPU, with no GPU.
+
+Each launch of the networks that the kernels compute is recorded in the preset's sizes and compiled.
+These are its columns:
+
+    issued     multiplications that the tensor cores are given, divided by those of the formulas:
+               padded channels, products computed again, and warps that repeat others
+    wgmma      share of them by Hopper's wgmma; the others take mma.sync
+    programs   of the grid
+    regs, spilled, shared    of a program, from the machine code; blocks: how many fit at once
+    waves      of programs on the card, and for each number of multiprocessors how full they are
+    MB         bytes of its tensors, each once; L2: bytes that its programs load, and its results
+    us         a lower bound of its time on the card, and what sets it; then the same for the
+               formulas' multiplications and each byte once, on a card that is full (roofline)
+
+The bound of a launch is the largest of four: the products of the busiest multiprocessor at its peak
+rate (mma.sync reaches 0.63 of that on Hopper, arXiv 2402.13499), the bytes of the busiest one at 64
+a clock, all bytes at the bandwidth of L2, and each tensor once at that of memory. Latency and the
+time between launches are left out. It is not a measured time.
+
+The last table adds up the network launches of a reversible training step. The product that computes
+d W2 of wide networks is cuBLAS's, and is left out.
+
+With --check FILE the exit code is 1 if a launch spills, has a larger bound than FILE records, or
+issues more products; --record FILE writes such a file.
+"""
+
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from benchmarks.reports import aot  # before anything of mflow_kernels
+
+import torch  # isort: skip
+
+from benchmarks.harness.output import command_parser, save_json, text_table
+from benchmarks.reports.package_launches import flops_of, results_of
+from benchmarks.reports.programs import loaded, products
+from benchmarks.reports.step_counts import nbytes
+from mflow_kernels.ops import coupling_network_launches as launches
+from mflow_kernels.ops import coupling_network_tiles
+from mflow_kernels.ops.coupling_network_tiles import Shape
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.presets import PRESETS, preset_options
+from mflow_kernels.training.cards import CARDS
+from mflow_kernels.training.coupling_shapes import coupling_shapes, runs_fused
+from mflow_kernels.training.memory import resolve_config
+
+MULTIPROCESSORS = (108, 114, 128, 132)  # A100, H100 PCIe, RTX 4090, H100 SXM
+
+
+class Target(NamedTuple):
+    """A card that an architecture is judged on. Bandwidths are in bytes a second."""
+
+    card: str
+    multiprocessors: int
+    clock: float
+    l2: float
+    sync: float  # share of the products' peak that mma.sync reaches
+
+
+# L2: measured on an H100 by Chips and Cheese; 5,120 bytes a clock on an A100 (NVIDIA's whitepaper).
+TARGETS = {
+    "sm_90": Target("H100", 132, 1.83e9, 5.5e12, 0.63),
+    "sm_80": Target("A100", 108, 1.41e9, 7.2e12, 1.0),
+}
+
+
+@dataclass
+class Row:
+    """One launch. Times are in microseconds."""
+
+    network: str
+    launch: str
+    tile: str
+    issued: float
+    useful: float
+    wgmma: float
+    programs: int
+    registers: int
+    spilled: int
+    shared: int
+    blocks: int
+    full: tuple[float, ...]  # by MULTIPROCESSORS
+    waves: float
+    moved: int
+    requested: int
+    bound: float
+    limit: str
+    roofline: float
+    times: int  # in a reversible training step
+
+    HEAD = ("network", "launch", "tile", "issued", "wgmma", "programs", "regs", "spilled",
+            "shared KB", "blocks", "waves", *(f"full {n}" for n in MULTIPROCESSORS), "MB", "L2 MB",
+            "us", "by", "roofline us")  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        return f"{self.network}, {self.launch}"
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        return (
+            self.network, self.launch, self.tile,
+            f"{self.issued / self.useful:.2f}" if self.useful else "-",
+            f"{self.wgmma:.0%}" if self.useful else "-", self.programs, self.registers,
+            self.spilled, f"{self.shared / 1024:.0f}", self.blocks, f"{self.waves:.2f}",
+            *(f"{share:.0%}" for share in self.full), f"{self.moved / 1e6:.0f}",
+            f"{self.requested / 1e6:.0f}", f"{self.bound:.1f}", self.limit, f"{self.roofline:.1f}",
+        )  # fmt: skip
+
+
+class Network(NamedTuple):
+    """A coupling network on a batch of images."""
+
+    batch: int
+    side: int
+    channels: int
+    width: int
+    dtype: torch.dtype
+    times: int = 1  # how many networks of this shape a step runs
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch}x{self.channels}x{self.side}x{self.side}"
+        return f"{size} width {self.width}"
+
+
+def networks(preset: str, width: int | None) -> list[Network]:
+    """The networks of the image flow of a preset that the kernels compute."""
+    options = preset_options(preset) | ({} if width is None else {"width": width})
+    config = resolve_config(TrainConfig(**options), None, gpu=True)
+    found: dict[Network, int] = {}
+    for n in coupling_shapes(config, 0):
+        if runs_fused(config, n):
+            dtype = getattr(torch, config.precision)
+            network = Network(config.batch_size, math.isqrt(n.pixels), n.channels, n.width, dtype)
+            found[network] = found.get(network, 0) + 1
+    return [network._replace(times=times) for network, times in found.items()]
+
+
+def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
+    """The launches of a network in a reversible training step, and their names."""
+    c_in, c_out = n.channels // 2, 2 * (n.channels - n.channels // 2)
+
+    def images(channels: int) -> torch.Tensor:
+        shape = n.batch, channels, n.side, n.side
+        return torch.empty(shape, dtype=n.dtype, memory_format=torch.channels_last)
+
+    s = Shape.of(images(c_in), n.width, c_out)
+    packed = torch.empty(s.packed, dtype=n.dtype)
+    b1, b2, b3 = torch.empty(n.width), torch.empty(n.width), torch.empty(c_out)
+    x, h1, h2 = images(c_in), images(n.width), images(n.width)
+
+    def step() -> None:
+        launches.launch_network(x, packed, b1, b2, b3, False)
+        launches.launch_network(x, packed, b1, b2, b3, True)
+        launches.launch_network_backward(images(c_out), x, h1, h2, packed, True)
+
+    with mock.patch.object(launches, "w2_gradient"):
+        for launch in aot.capture(step):
+            yield launch_name(launch), launch
+
+
+def launch_name(launch: aot.Launch) -> str:
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    if launch.bound.get("h1") is not None and name == "network":
+        return "network, kept"
+    if name == "sum_taps":
+        return "sum of x's taps" if launch.bound["bias"] is None else "sum of rows"
+    return name
+
+
+def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
+    made = aot.compile_for(launch, target)
+    if made.error:
+        raise RuntimeError(f"{n.name}, {name}: not compiled for {target}: {made.error}")
+    t, given = TARGETS[target], launch.bound
+    card = CARDS[t.card]
+    found = products(launch, made)
+    issued = sum(p.multiplications for p in found)
+    by_wgmma = sum(p.multiplications for p in found if p.wgmma)
+    useful = flops_of(launch) / 2
+    programs = math.prod(launch.grid)
+    tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+    written = sum(nbytes(tensors[k]) for k in results_of(launch) if k in tensors)
+    moved = sum(map(nbytes, tensors.values()))
+    requested = loaded(launch, made) + written
+    blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
+    # Tiles that the busiest program has, over the mean.
+    uneven = 1.0
+    if "TILES" in given:
+        tiles = given["TILES"] / launch.grid[0]
+        uneven = math.ceil(tiles) / tiles
+    busiest = math.ceil(programs / t.multiprocessors) / programs * uneven
+    rate = card.throughput[n.dtype] / 2
+    seconds = issued / rate if t.sync == 1 else (by_wgmma + (issued - by_wgmma) / t.sync) / rate
+    bounds = {
+        "products": seconds * t.multiprocessors * busiest,
+        "requests": requested * busiest / (64 * t.clock),
+        "L2": requested / t.l2,
+        "memory": moved / card.bandwidth,
+    }
+    limit = max(bounds, key=lambda name: bounds[name])
+    tile = "x".join(
+        str(given[f"BLOCK_{b}"]) for b in "PDKJRX" if given.get(f"BLOCK_{b}") is not None
+    )
+    return Row(
+        n.name, name, tile, issued, useful, by_wgmma / issued if issued else 0.0, programs,
+        made.registers, made.spilled, made.shared, blocks,
+        tuple(_full(programs, m * blocks) for m in MULTIPROCESSORS),
+        programs / (t.multiprocessors * max(1, blocks)), moved, requested, bounds[limit] * 1e6,
+        limit, max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
+    )  # fmt: skip
+
+
+def _full(programs: int, slots: int) -> float:
+    """Share of the slots that have a program, over all waves."""
+    return programs / (slots * -(-programs // slots)) if slots else 0.0
+
+
+_work: list[tuple[Network, str, aot.Launch, str]] = []  # inherited by the forked workers
+
+
+def _row(index: int) -> Row:
+    return row(*_work[index])
+
+
+def report(wanted: Sequence[Network], target: str, processes: int | None = None) -> list[Row]:
+    torch.set_num_threads(1)  # no thread pool may exist when workers are forked
+    # Launchers ask the device for its number of multiprocessors.
+    count = TARGETS[target].multiprocessors
+    aot.choose_tiles_of(target)
+    with mock.patch.object(coupling_network_tiles, "multiprocessors", return_value=count):
+        _work[:] = [(n, name, made, target) for n in wanted for name, made in launches_of(n)]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_row, range(len(_work)), 1)
+
+
+def totals(rows: Sequence[Row]) -> str:
+    """One line for each network: a step's products and bounds, and the launch that takes most."""
+    lines, whole = [], [0.0, 0.0]
+    for name in dict.fromkeys(row.network for row in rows):
+        own = [row for row in rows if row.network == name]
+        bound, roofline = (sum(getattr(r, k) for r in own) / 1e3 for k in ("bound", "roofline"))
+        issued, useful = (sum(getattr(r, k) for r in own) for k in ("issued", "useful"))
+        worst, times = max(own, key=lambda r: r.bound - r.roofline), own[0].times
+        lines.append(
+            (name, times, f"{issued / useful:.2f}", f"{bound * times:.1f}",
+             f"{roofline * times:.1f}", f"{bound / roofline:.2f}", worst.launch)
+        )  # fmt: skip
+        whole = [whole[0] + bound * times, whole[1] + roofline * times]
+    lines.append(
+        ("all", "", "", f"{whole[0]:.1f}", f"{whole[1]:.1f}", f"{whole[0] / whole[1]:.2f}", "")
+    )
+    head = ("network", "times", "issued", "ms", "roofline ms", "ratio", "furthest from it")
+    return text_table(head, lines)
+
+
+def check(rows: Sequence[Row], recorded: dict[str, Any]) -> list[str]:
+    """Return what is worse than recorded, by a margin that only absorbs the rounding of figures."""
+    worse = []
+    for made in rows:
+        if made.spilled:
+            worse.append(f"{made.key}: spills {made.spilled} bytes")
+        for name, figure in recorded.get(made.key, {}).items():
+            if record([made])[made.key][name] > figure * 1.001:
+                worse.append(f"{made.key}: {name} exceeds {figure}")
+    unknown = [made.key for made in rows if made.key not in recorded]
+    return worse + [f"{key}: not recorded" for key in unknown]
+
+
+def record(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    return {
+        r.key: {
+            "issued": round(r.issued / r.useful, 3) if r.useful else 0.0,
+            "bound": round(r.bound, 2),
+            "L2 bytes": r.requested,
+        }
+        for r in rows
+    }
+
+
+QUICK = [
+    Network(128, side, channels, width, torch.bfloat16)
+    for side, channels, width in ((32, 12, 128), (8, 48, 512))
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command_parser("benchmarks.reports.efficiency", __doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="celeba64")
+    parser.add_argument("--width", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument("--target", choices=tuple(TARGETS), default="sm_90")
+    parser.add_argument("--quick", action="store_true", help="two networks only, in seconds")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all rows as JSON")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail if a launch is worse")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what --check reads")
+    options = parser.parse_args(arguments)
+    failed = False
+    for width in options.width or [None]:
+        wanted = QUICK if options.quick else networks(options.preset, width)
+        rows = report(wanted, options.target, options.jobs)
+        print(text_table(Row.HEAD, [made.cells for made in rows]), end="\n\n")
+        print(totals(rows), end="\n\n")
+        if options.json:
+            save_json(options.json, [asdict(made) for made in rows])
+        if options.record:
+            save_json(options.record, record(rows))
+        worse = check(rows, json.loads(options.check.read_text())) if options.check else []
+        print("\n".join(worse), end="\n" if worse else "")
+        failed |= bool(worse)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
