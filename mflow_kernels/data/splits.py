@@ -209,7 +209,7 @@ def _prepared_splits(prepared: Prepared, classes: str | None) -> Splits:
 
 
 def count_training_images(data: str) -> int | None:
-    """Return the number of training images; None if `data` does not exist.
+    """Return the number of training images; None if `data` does not exist or has none of them.
 
     No image is read. For a folder or zip, every file that is listed counts as an image.
 
@@ -226,7 +226,8 @@ def count_training_images(data: str) -> int | None:
         return None
     source = find_images(path)
     count = len(source.entries)
-    return count - held_out_count(count) if source.parts is None else source.parts.count(TRAIN)
+    trained = count - held_out_count(count) if source.parts is None else source.parts.count(TRAIN)
+    return trained or None
 
 
 def count_classes(data: str, classes: str) -> int:

@@ -78,10 +78,15 @@ class SplineCoupling(Bijection):
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         return self._run("z", z, context, inverse=True)
 
+    def checked(self, name: str, value: object) -> Tensor:
+        """Return `value` as a state for this layer; raise TypeError or ValueError if it is not."""
+        x = flow_state(name, value)
+        check_takes(self.net, name, x, self.channels)
+        return x
+
     def _run(
         self, name: str, x: object, context: tuple[Tensor, ...], inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        state = flow_state(name, x)
-        check_takes(self.net, name, state, self.channels)
+        state = self.checked(name, x)
         params = self.net(state[:, : self.channels // 2], *context)
         return couple_by_splines(state, params, self.spline, inverse, "net's output")

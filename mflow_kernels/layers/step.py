@@ -1,5 +1,7 @@
 """A step of flow."""
 
+from typing import Any, Literal, get_args
+
 from torch import Tensor, nn
 
 from mflow_kernels import ops
@@ -8,21 +10,27 @@ from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.folding import ActNormConv
-from mflow_kernels.ops.checks import check_count
+from mflow_kernels.layers.spline import SplineCoupling
+from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.scale import Kind, ScaleFunction
 from mflow_kernels.reversible.apply import apply_stored
 from mflow_kernels.reversible.program import Program
-from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
+from mflow_kernels.reversible.steps import Step, Steps
+
+CouplingKind = Literal["affine", "spline"]
 
 
 class FlowStep(Bijection):
-    """Actnorm, invertible 1x1 convolution, affine coupling (Glow, arXiv 1807.03039, figure 2).
+    """Actnorm, invertible 1x1 convolution, coupling (Glow, arXiv 1807.03039, figure 2).
 
     Actnorm is folded into the convolution, so a step needs one launch for both and one for the
-    coupling. In a `ReversibleChain` the coupling shares its launch with the next step's
+    coupling. In a `ReversibleChain` an affine coupling shares its launch with the next step's
     convolution.
 
-    Args: as `AffineCoupling`.
+    Args:
+        coupling: "affine", as in Glow, or "spline" (arXiv 1906.04032), which has no `scale`.
+        bins: number of bins of each spline.
+        others: as for `AffineCoupling`, or for `SplineCoupling`.
     """
 
     def __init__(
@@ -30,6 +38,8 @@ class FlowStep(Bijection):
         channels: int,
         net: nn.Module | None = None,
         *,
+        coupling: CouplingKind = "affine",
+        bins: int = 8,
         width: int = 64,
         scale: ScaleFunction | Kind = "tanh",
         spatial_dims: int = 2,
@@ -37,16 +47,19 @@ class FlowStep(Bijection):
     ) -> None:
         super().__init__()
         check_count("channels", channels, 2)
+        check_choice("coupling", coupling, get_args(CouplingKind))
         self.channels = channels
         self.actnorm = ActNorm(channels)
         self.conv = InvertibleConv1x1(channels)
-        self.coupling = AffineCoupling(
-            channels,
-            net,
-            width=width,
-            scale=scale,
-            spatial_dims=spatial_dims,
-            context_channels=context_channels,
+        how: dict[str, Any] = {
+            "width": width,
+            "spatial_dims": spatial_dims,
+            "context_channels": context_channels,
+        }
+        self.coupling: AffineCoupling | SplineCoupling = (
+            AffineCoupling(channels, net, scale=scale, **how)
+            if coupling == "affine"
+            else SplineCoupling(channels, net, bins=bins, **how)
         )
 
     @property
@@ -55,7 +68,7 @@ class FlowStep(Bijection):
         return ActNormConv(self.actnorm, self.conv)
 
     def instructions(self) -> list[Steps]:
-        return [Steps([Step(self.linear, AffineCouple(self.coupling.net, self.coupling.scale))])]
+        return [Steps([Step(self.linear, self.coupling.couple())])]
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x = self.coupling.checked("x", x)

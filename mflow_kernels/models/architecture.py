@@ -87,7 +87,7 @@ def _manifold_flow(flow: Any, manifold_dim: int, objective: ManifoldObjective) -
 
 
 _FLOW: dict[str, Any] = {
-    **{name: name for name in ("steps", "width", "scale")},
+    **{name: name for name in ("steps", "width", "coupling", "bins", "scale")},
     "context_channels": _context_channels,
     **{name: f"chain.{name}" for name in ("reversible", "checkpoint_every")},
 }
@@ -101,8 +101,13 @@ def _spline_coupling(
     return SplineCoupling(channels, net, bound=interval, **options)  # type: ignore[arg-type]
 
 
-_COUPLING: dict[str, Any] = {"channels": "channels", "net": "coupling.net"}
-_COUPLING["scale"] = "coupling.scale"
+_STEP: dict[str, Any] = {
+    "channels": "channels",
+    "net": "coupling.net",
+    "coupling": lambda step: "spline" if hasattr(step.coupling, "spline") else "affine",
+    "bins": lambda step: step.coupling.spline.bins if hasattr(step.coupling, "spline") else 8,
+    "scale": lambda step: getattr(step.coupling, "scale", "tanh"),
+}
 
 
 def _of_prior(name: str, default: Any) -> Read:
@@ -135,7 +140,7 @@ KINDS = {
             **{"channels": "channels", "net": "net"},
             **{field.name: f"spline.{field.name}" for field in dataclasses.fields(Spline)},
         ),
-        _kind(FlowStep, **_COUPLING),
+        _kind(FlowStep, **_STEP),
         _kind(
             Split,
             channels="channels",
@@ -167,7 +172,7 @@ _MODELS = ("Glow", "VectorFlow", "ReversibleChain", "ManifoldFlow", "Hierarchica
 # Attributes that do not change what a model computes, or that are stored beside the architecture.
 _STATE = frozenset(["training", "drift", "was_set", "actnorms_checked", "images_checked"])
 _STATE |= {"n_bits", "crop", "class_names"}
-_PLAIN = (bool, int, float, str, tuple, type(None), ScaleFunction)
+_PLAIN = (bool, int, float, str, tuple, type(None), ScaleFunction, Spline)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.layers import Bijection, FlowStep, ReversibleChain, Split, Squeeze
 from mflow_kernels.layers.flow import Context, Flow, given
+from mflow_kernels.layers.step import CouplingKind
 from mflow_kernels.models.images import warn_of_raw_images
 from mflow_kernels.ops.checks import check_count, check_tensor
 from mflow_kernels.ops.launch import transformed
@@ -29,6 +30,17 @@ class _ChainFlow(Flow):
     latent_shapes: tuple[tuple[int, ...], ...]
     chain: ReversibleChain
     context_channels: int | None  # None if the caller supplies the networks
+    width: int
+    coupling: CouplingKind
+    bins: int
+    scale: ScaleFunction
+
+    def _step(self, channels: int, network: NetworkFactory | None, spatial_dims: int) -> FlowStep:
+        """A step of flow with this model's couplings."""
+        numbers = 2 if self.coupling == "affine" else 3 * self.bins - 1
+        net = _net(channels, self.width, network, self.context_channels, numbers)
+        how: dict[str, Any] = {"coupling": self.coupling, "bins": self.bins, "scale": self.scale}
+        return FlowStep(channels, **net, **how, spatial_dims=spatial_dims)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, context: Context | None = None
@@ -127,7 +139,9 @@ class Glow(_ChainFlow):
         levels: L, the number of levels.
         steps: K, the number of steps of flow in each level.
         width: number of hidden channels of the built-in coupling networks, `coupling_net`.
-        scale: scale function of the couplings, as for `AffineCoupling`.
+        coupling: "affine" or "spline", the couplings of the steps, as for `FlowStep`.
+        bins: number of bins of each spline.
+        scale: scale function of the affine couplings, as for `AffineCoupling`.
         context_channels: M. If positive, the flow is conditional, and the context is one of three:
             integers (N,), the classes from 0 to M - 1; vectors (N, M); or maps (N, M, H, W), which
             are averaged to the size of each level.
@@ -150,6 +164,8 @@ class Glow(_ChainFlow):
         steps: int,
         width: int = 64,
         *,
+        coupling: CouplingKind = "affine",
+        bins: int = 8,
         scale: ScaleFunction | Kind = "tanh",
         context_channels: int = 0,
         network: NetworkFactory | None = None,
@@ -174,14 +190,14 @@ class Glow(_ChainFlow):
             )
         self.input_shape = (c, h, w)
         self.levels, self.steps, self.width = levels, steps, width
-        self.scale = ScaleFunction.of(scale)
+        self.coupling, self.bins, self.scale = coupling, bins, ScaleFunction.of(scale)
         self.context_channels = _own_context_channels(context_channels, network)
         layers: list[Bijection] = []
         for level in range(levels):
             c = 4 * c
             layers.append(Squeeze())
             for _ in range(steps):
-                layers.append(FlowStep(c, **_net(c, width, network, context_channels), scale=scale))
+                layers.append(self._step(c, network, 2))
             if level + 1 < levels:
                 layers.append(Split(c, **_net(c, width, network, context_channels), scale=scale))
                 c = c // 2
@@ -206,7 +222,9 @@ class VectorFlow(_ChainFlow):
         dim: length of the vectors, at least 2.
         steps: K, the number of steps of flow.
         width: number of hidden units of the built-in coupling networks.
-        scale: scale function of the couplings, as for `AffineCoupling`.
+        coupling: "affine" or "spline", the couplings of the steps, as for `FlowStep`.
+        bins: number of bins of each spline.
+        scale: scale function of the affine couplings, as for `AffineCoupling`.
         context_channels, network: as for `Glow`, but a context cannot be a map.
         reversible, checkpoint_every: as for `ReversibleChain`, but activations are stored by
             default. They are small, and a step is faster than one that rebuilds them.
@@ -222,6 +240,8 @@ class VectorFlow(_ChainFlow):
         steps: int,
         width: int = 64,
         *,
+        coupling: CouplingKind = "affine",
+        bins: int = 8,
         scale: ScaleFunction | Kind = "tanh",
         context_channels: int = 0,
         network: NetworkFactory | None = None,
@@ -232,12 +252,12 @@ class VectorFlow(_ChainFlow):
         for name, value, least in (("dim", dim, 2), ("steps", steps, 1), ("width", width, 1)):
             check_count(name, value, least)
         self.input_shape = (dim,)
-        self.steps, self.width, self.scale = steps, width, ScaleFunction.of(scale)
+        self.steps, self.width = steps, width
+        self.coupling, self.bins, self.scale = coupling, bins, ScaleFunction.of(scale)
         self.latent_shapes = ((dim,),)
         self.context_channels = _own_context_channels(context_channels, network)
-        nets = (_net(dim, width, network, context_channels) for _ in range(steps))
         self.chain = ReversibleChain(
-            [FlowStep(dim, **net, scale=scale, spatial_dims=0) for net in nets],
+            [self._step(dim, network, 0) for _ in range(steps)],
             reversible=reversible,
             checkpoint_every=checkpoint_every,
             input_shape=self.input_shape,
@@ -258,12 +278,17 @@ def _own_context_channels(context_channels: int, network: NetworkFactory | None)
 
 
 def _net(
-    channels: int, width: int, network: NetworkFactory | None, context_channels: int
+    channels: int,
+    width: int,
+    network: NetworkFactory | None,
+    context_channels: int | None,
+    numbers: int = 2,
 ) -> dict[str, Any]:
-    """Return the arguments of `FlowStep` and `Split` that determine their network."""
+    """Return the arguments of a step or split that determine its network, which returns this many
+    numbers for each element that it changes."""
     if network is None:
         return {"width": width, "context_channels": context_channels}
-    return {"net": network(channels // 2, 2 * (channels - channels // 2))}
+    return {"net": network(channels // 2, numbers * (channels - channels // 2))}
 
 
 def _can_read(values: Tensor) -> bool:

@@ -279,6 +279,7 @@ def _of_earlier(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a model that an earlier version saved."""
     scale = {"class": "ScaleFunction", "kind": "tanh", "offset": 2.0, "eps": 0.0, "clamp": 1.0}
     how = {"scale": {**scale, "order": "shift-scale"}, "reversible": True, "checkpoint_every": 8}
+    how |= {"coupling": "affine", "bins": 8}
     how["context_channels"] = architecture.get("classes", 0)
     stages: list[Any] = []
     for stage in architecture["stages"]:
@@ -289,6 +290,7 @@ def _of_earlier(architecture: Mapping[str, Any]) -> dict[str, Any]:
             flow |= {name: architecture[name] for name in ("steps", "width")}
         else:
             flow = {"class": "VectorFlow", "dim": stages[-1]["manifold_dim"], **flow}
+            flow["reversible"] = False  # the default of vectors
         weight: Any = stage["weight"]
         if stage.get("error_bound") is not None:
             weight = {"class": "ErrorBound", "error": stage["error_bound"], "start": weight}

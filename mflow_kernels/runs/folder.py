@@ -106,7 +106,8 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 def architecture(config: RunConfig) -> dict[str, Any]:
     """Return the description of a configuration's model, as `models.architecture` takes it."""
-    how = {"scale": "tanh", "context_channels": len(config.class_names)}
+    how: dict[str, Any] = {"coupling": "affine", "bins": 8, "scale": "tanh"}
+    how["context_channels"] = len(config.class_names)
     how |= {name: getattr(config, name) for name in ("reversible", "checkpoint_every")}
     stages: list[dict[str, Any]] = []
     for stage in config.stages:

@@ -44,6 +44,7 @@ ALONE: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "coupling": (lambda: [AffineCoupling(4, width=4)], IMAGE),
     "spline": (lambda: [SplineCoupling(4, bins=3, width=4)], IMAGE),
     "step": (lambda: [FlowStep(4, width=4)], IMAGE),
+    "spline step": (lambda: [FlowStep(4, width=4, coupling="spline", bins=3)], IMAGE),
     "squeeze": (lambda: [Squeeze()], IMAGE),
     "unsqueeze": (lambda: [Unsqueeze()], IMAGE),
     "channels": (lambda: [Permutation([2, 0, 3, 1])], IMAGE),
@@ -321,6 +322,8 @@ def test_what_a_layer_must_return(
          "x: expected 2 pixels"),
         (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves"),
         (lambda: PixelPairs("halves")(torch.zeros(1, 2, 3)), ValueError, "an even last axis"),
+        (lambda: FlowStep(4, coupling="cubic"), ValueError,
+         "coupling: expected one of affine, spline"),
         (lambda: Split(4, kept=4), ValueError, "kept: expected 1 to 3, got 4"),
     ],
 )  # fmt: skip

@@ -63,6 +63,8 @@ MODELS = {
     "float64 glow": lambda: Glow(IMAGE, 2, 1, 4).double(),
     "vectors": lambda: VectorFlow(3, 2, 4, reversible=False),
     "conditional vectors": lambda: VectorFlow(3, 2, 4, context_channels=2, scale="exp"),
+    "spline vectors": lambda: VectorFlow(4, 2, 4, coupling="spline", bins=3),
+    "spline glow": lambda: Glow(IMAGE, 1, 1, 4, coupling="spline"),
     "chain": chain,
     "chain of points": lambda: chain(POINT, reversible=False, checkpoint_every=2),
     "chain of other layers": lambda: ReversibleChain(
