@@ -74,6 +74,9 @@ DTYPES = [
 SCALES = [
     ScaleFunction("sigmoid"),
     ScaleFunction("sigmoid", eps=1e-3, order="scale-shift"),
+    ScaleFunction("double-sigmoid"),
+    ScaleFunction("softplus", eps=1e-3, clamp=3.0, order="scale-shift"),
+    ScaleFunction("softplus", clamp=2.0),
     ScaleFunction("exp"),
     ScaleFunction("exp", order="scale-shift"),
     ScaleFunction("tanh", clamp=1.5),

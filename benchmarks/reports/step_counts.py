@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.reports.package_launches import flops_of, results_of
 from mflow_kernels.ops import coupling_network, coupling_network_launches
-from mflow_kernels.reversible import instructions
+from mflow_kernels.reversible import rearrangements
 from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.rerun import RerunCall
 
@@ -318,7 +318,7 @@ def count(function: Callable[[], object], module: nn.Module, images: Tensor) -> 
         _marked_networks(module, counter),
         patch.object(coupling_network_launches, "product_in_float32", product),
         patch.object(coupling_network, "_has_cudnn", lambda device: True),
-        patch.object(instructions, "_computes_on_cpu", lambda x: False),
+        patch.object(rearrangements, "_computes_on_cpu", lambda x: False),
         counter,
         aot.noting(note),
     ):

@@ -79,6 +79,30 @@ struct FlooredSigmoid {
     }
 };
 
+struct DoubleSigmoid {
+    static constexpr const char* name = "double-sigmoid";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>&, A* log_s, A* slope) {
+        const A e = exp_of(raw < A(0) ? raw : -raw);
+        *log_s = (raw > A(0) ? A(0) : raw) - log1p_of(e) + A(0.6931471805599453);  // log 2
+        *slope = (raw < A(0) ? A(1) : e) / (A(1) + e);
+    }
+};
+
+struct Softplus {
+    static constexpr const char* name = "softplus";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A e = exp_of(raw < A(0) ? raw : -raw);
+        const A sigmoid = (raw < A(0) ? e : A(1)) / (A(1) + e);
+        const A s = (raw > A(0) ? raw : A(0)) + log1p_of(e) + k.eps;
+        const bool small = k.eps == A(0) && raw < A(-40);  // s = e^raw may underflow
+        const A bounded = s > k.clamp ? k.clamp : s;
+        *log_s = small ? raw : log_of(small ? A(1) : bounded);
+        *slope = s > k.clamp ? A(0) : small ? A(1) : sigmoid / (small ? A(1) : s);
+    }
+};
+
 struct Exp {
     static constexpr const char* name = "exp";
     template <class A>
@@ -109,6 +133,6 @@ struct ClampedAtan {
     }
 };
 
-using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, Exp, ClampedTanh, ClampedAtan>;
+using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan>;
 
 }  // namespace mflow

@@ -17,8 +17,9 @@ from mflow_kernels.interop.linear import Linear, Reorder, Row, permutation, sele
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
-from mflow_kernels.reversible.instructions import Instruction, Rearrange, SpaceToDepth
+from mflow_kernels.reversible.instructions import Instruction, Rearrange
 from mflow_kernels.reversible.program import Program
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
 from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
 
 # The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more

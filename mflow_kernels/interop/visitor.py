@@ -16,7 +16,7 @@ from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import Coupling, FusedSequence, Part, why_not
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
 from mflow_kernels.layers.networks import has_hooks
-from mflow_kernels.reversible.instructions import SpaceToDepth
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 
 class Visitor:

@@ -60,6 +60,11 @@ def fold(maps: Sequence[ActNormConv], dtype: torch.dtype, lean: bool = False) ->
         [_zeros(m) if m.actnorm is None else m.actnorm.log_scale for m in maps],
         [_zeros(m) if m.actnorm is None else m.actnorm.bias for m in maps],
     )
+    if hasattr(factors[2][0], "full_tensor"):  # a DTensor
+        raise TypeError(
+            "conv: expected whole weights, got sharded ones; a chain does not call its layers, so "
+            "shard the networks or the whole chain"
+        )
     if transformed() or torch.compiler.is_compiling():
         return fold_ref(*(torch.stack(factor).to(dtype) for factor in factors))
     return FoldedWeights(*_Fold.apply(len(maps), dtype, lean, *chain.from_iterable(factors)))

@@ -9,7 +9,8 @@ from torch import Tensor
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.ops.checks import check_choice, check_state
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.reversible.instructions import PairPixels, Rearrange, Reorder, SpaceToDepth
+from mflow_kernels.reversible.instructions import Rearrange
+from mflow_kernels.reversible.rearrangements import PairPixels, Reorder, SpaceToDepth
 
 
 class _Rearrangement(Bijection):

@@ -1,14 +1,17 @@
 r"""The scale functions of affine couplings: from a network's raw output to s > 0.
 
-    sigmoid   s = sigmoid(raw + offset) + eps                     Glow's (arXiv 1807.03039)
-    exp       s = exp(raw)                                        RealNVP without its tanh
-    tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
-    atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
+    sigmoid         s = sigmoid(raw + offset) + eps               Glow's (arXiv 1807.03039)
+    double-sigmoid  s = 2 sigmoid(raw)                            Jet's (arXiv 2412.15129)
+    softplus        s = min(softplus(raw) + eps, clamp)           nflows' and glasflow's
+    exp             s = exp(raw)                                  RealNVP without its tanh
+    tanh            log s = clamp * tanh(raw / clamp)             |log s| < clamp
+    atan            log s = clamp * 0.636 * atan(raw / clamp)     |log s| < clamp, FrEIA's
 
 log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
 For example, log sigmoid(-120) is -120.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,9 +24,10 @@ from torch import Tensor
 from mflow_kernels.ops.checks import check_choice
 from mflow_kernels.ops.compiler import tl, triton
 
-Kind = Literal["sigmoid", "exp", "tanh", "atan"]
+Kind = Literal["sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
 
+TAIL = -40.0  # below, softplus(raw) = e^raw to the last bit, and it may underflow
 ATAN = 0.636  # FrEIA's rounding of 2 / pi, so that its couplings are reproduced exactly
 
 
@@ -32,11 +36,12 @@ class ScaleFunction:
     """The function from params to a scale, and whether the shift comes before or after scaling.
 
     Attributes:
-        kind: "sigmoid", "exp", "tanh" or "atan".
+        kind: "sigmoid", "double-sigmoid", "softplus", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
-        eps: floor of s with "sigmoid", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", > 0. With a clamp of 2, samples of a deep
-            flow can overflow float32; with 1, none was seen to (docs/results.md).
+        eps: floor of s with "sigmoid" and "softplus", >= 0.
+        clamp: > 0; the bound of |log s| with "tanh" and "atan", and of s with "softplus", whose
+            gradient is 0 there (nflows has eps = 1e-3 and clamp = 3). With "tanh" and a clamp of 2,
+            samples of a deep flow can overflow float32; with 1, none was seen to (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -107,10 +112,32 @@ def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
     return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
 
 
+def _softplus_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    if scale.eps:
+        return (F.softplus(raw) + scale.eps).clamp(max=scale.clamp).log()
+    # In the tail softplus underflows, and raw is its logarithm. Its gradient there must not be NaN.
+    tail = raw < TAIL
+    s = F.softplus(torch.where(tail, 0.0, raw)).clamp(max=scale.clamp)
+    return torch.where(tail, raw, s.log())
+
+
+def _softplus_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
+    s = F.softplus(raw) + scale.eps
+    slope = torch.sigmoid(raw) / s
+    if not scale.eps:
+        slope = torch.where(raw < TAIL, 1.0, slope)
+    return torch.where(s > scale.clamp, 0.0, slope)
+
+
 # A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
 # its row in csrc/coupling/scale.h.
 FORMULAS: dict[Kind, Formula] = {
     "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
+    "double-sigmoid": Formula(
+        lambda raw, scale: F.logsigmoid(raw) + math.log(2),
+        lambda raw, log_s, scale: torch.sigmoid(-raw),
+    ),
+    "softplus": Formula(_softplus_log_s, _softplus_slope),
     "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),
     "tanh": Formula(
         lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
@@ -167,6 +194,18 @@ def _tanh_of_positive(x, e):
 
 
 @triton.jit
+def _log_1_plus(e):
+    """log(1 + e) for 0 <= e <= 1, without losing small e to rounding: 2 atanh(e / (2 + e))."""
+    TERMS: tl.constexpr = 18 if e.dtype == tl.float64 else 8
+    t = e / (2 + e)
+    q = t * t
+    series = tl.full(e.shape, 0.0, e.dtype)
+    for i in tl.static_range(TERMS):
+        series = series * q + 1.0 / (2 * (TERMS - i) - 1)
+    return 2 * t * series
+
+
+@triton.jit
 def log_scale(raw, SCALE: tl.constexpr):
     """(log s, d log s / d raw), elementwise in raw's dtype."""
     if SCALE.kind == "sigmoid":
@@ -179,6 +218,19 @@ def log_scale(raw, SCALE: tl.constexpr):
             sigmoid = tl.where(r < 0, e, 1.0) / (1 + e)
             log_s = tl.log(sigmoid + SCALE.eps)
             slope = e / ((1 + e) * (1 + e)) / (sigmoid + SCALE.eps)
+    elif SCALE.kind == "double-sigmoid":
+        e = tl.exp(-tl.abs(raw))
+        log_s = tl.minimum(raw, 0.0) - tl.log(1 + e) + 0.6931471805599453  # log 2
+        slope = tl.where(raw < 0, 1.0, e) / (1 + e)
+    elif SCALE.kind == "softplus":
+        e = tl.exp(-tl.abs(raw))
+        sigmoid = tl.where(raw < 0, e, 1.0) / (1 + e)
+        s = tl.maximum(raw, 0.0) + _log_1_plus(e) + SCALE.eps
+        log_s = tl.log(tl.minimum(s, SCALE.clamp))
+        slope = tl.where(s > SCALE.clamp, 0.0, sigmoid / s)
+        if SCALE.eps == 0:
+            log_s = tl.where(raw < -40.0, raw, log_s)
+            slope = tl.where(raw < -40.0, 1.0, slope)
     elif SCALE.kind == "exp":
         log_s = raw
         slope = tl.full(raw.shape, 1.0, raw.dtype)

@@ -13,13 +13,9 @@ from mflow_kernels.ops.layouts import in_layout_of, pixels
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.reversible.backward import BackwardPass, Stored
 from mflow_kernels.reversible.instructions import Call, FoldedWeights, ForwardPass, Instruction
+from mflow_kernels.reversible.modes import autocast_state, random_state, same_random_state
 from mflow_kernels.reversible.program import Program, keep_layout
-from mflow_kernels.reversible.rerun import (
-    RerunCall,
-    autocast_state,
-    random_state,
-    same_random_state,
-)
+from mflow_kernels.reversible.rerun import RerunCall
 
 
 class Result(NamedTuple):

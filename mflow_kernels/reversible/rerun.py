@@ -10,7 +10,6 @@ Gradients are those of tensors that the first run under gradients was *seen* to 
 may use tensors that it does not own. A gradient that cannot be given is an error, never missing.
 """
 
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
-from mflow_kernels.ops.precision import autocasts, without_autocast
+from mflow_kernels.reversible.fingerprints import ROUNDING, difference, fingerprint
 from mflow_kernels.reversible.instructions import Call
+from mflow_kernels.reversible.modes import RandomState, random_state_of
 
 STORE = "reversible=False allows it"
 # Modules with layers that use only what they own.
@@ -405,48 +404,6 @@ def raise_replaced() -> NoReturn:
     )
 
 
-_ROWS = 16  # projections in a fingerprint
-# A larger relative difference is not rounding: bfloat16 rounds to 0.004, and dropping one number in
-# a thousand makes a difference of 0.045.
-_ROUNDING = 0.03
-
-
-@torch.no_grad()
-def fingerprint(t: Tensor) -> Tensor:
-    """(17,) float32: the projections of 16 parts of t onto a fixed vector, and the norm of t."""
-    with without_autocast(t):
-        flat = t.reshape(-1).float()
-        if flat.numel() % _ROWS:
-            flat = F.pad(flat, (0, -flat.numel() % _ROWS))
-        rows = flat.view(_ROWS, -1)
-        wave = torch.arange(rows.shape[1], dtype=torch.float32, device=t.device).cos_()
-        return torch.cat([rows @ wave, flat.norm()[None]])
-
-
-def difference(first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
-    """The largest relative difference of two lists of tensors, estimated from their fingerprints.
-
-    Each difference is divided by the norm of its tensor, or by a third of the largest norm in the
-    list if that is larger.
-
-    Returns:
-        A scalar. It is inf if the lists differ in length. It is 0 if the network's inputs, the
-        first tensors, differ by more than rounding: the rebuilt state is then at fault, not the
-        network.
-    """
-    device = first[0].device
-    if len(first) != len(again):
-        return torch.full((), math.inf, device=device)
-    a, b = (torch.stack([p.to(device) for p in fingerprints]) for fingerprints in (first, again))
-    norm = torch.maximum(a[:, -1], b[:, -1])
-    # If nearly all units of a layer are off, its norm is small, and rounding can switch units.
-    scale = torch.maximum(norm, norm.max() / 3)
-    # The mean of cos^2 is 1/2, so a projection has half of the difference's squared norm.
-    distance = math.sqrt(2) * (a - b)[:, :-1].norm(dim=1) / scale
-    distance = distance.nan_to_num(0.0)  # both zero, or diverged
-    return torch.where(distance[0] > _ROUNDING / 4, 0.0, distance.max())
-
-
 def check_repeats(calls: Sequence[RerunCall]) -> None:
     """Check the calls whose two runs were compared, and remember that they agreed.
 
@@ -458,55 +415,6 @@ def check_repeats(calls: Sequence[RerunCall]) -> None:
         return
     found = torch.stack(list(differences.values())).tolist()
     for call, value in zip(differences, found, strict=True):
-        if value > _ROUNDING:
+        if value > ROUNDING:
             call.raise_not_repeated(f"computed something else (relative difference {value:.2g})")
         call.remember(call.random is not None)
-
-
-def autocast_state(device: torch.device) -> dict[str, Any]:
-    """Arguments of a `torch.autocast` like the active one, but without its cache of cast weights.
-
-    The backward pass must not use a weight that the forward pass cast without gradients.
-    """
-    kind = "cpu" if device.type == "meta" else device.type  # torch.autocast does not know "meta"
-    return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "enabled": autocasts(device),
-        "cache_enabled": False,
-    }
-
-
-# The state of the CPU generator, and index, seed and offset of the CUDA device's generator.
-RandomState = tuple[Tensor, tuple[int, int, int] | None]
-
-
-def random_state(device: torch.device) -> RandomState:
-    """The state of the default generators that a network on `device` may draw from."""
-    cuda = None
-    if device.type == "cuda" and not capturing(device):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
-        cuda = index, generator.initial_seed(), generator.get_offset()
-    return torch.get_rng_state(), cuda
-
-
-def same_random_state(a: RandomState, b: RandomState) -> bool:
-    return a[1] == b[1] and torch.equal(a[0], b[0])
-
-
-@contextmanager
-def random_state_of(state: RandomState | None) -> Iterator[None]:
-    """Draw from `state` inside the context, and restore the generators afterwards."""
-    if state is None:
-        yield
-        return
-    cpu, cuda = state
-    with torch.random.fork_rng([] if cuda is None else [cuda[0]]):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            index, seed, offset = cuda
-            generator = torch.cuda.default_generators[index]
-            generator.manual_seed(seed)
-            generator.set_offset(offset)
-        yield

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from cases import perturbed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
@@ -77,6 +79,42 @@ def exchanges(flow: nn.Module, x: Tensor) -> list[str]:
     train(parallel, x)
     BackwardPass.undo = undo  # type: ignore[method-assign]
     return events
+
+
+def sharded(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    x = batch().chunk(RANKS)[rank]
+    gradients = []
+    for kind in ("static graph", "sharded"):
+        flow = glow().to(memory_format=torch.contiguous_format)  # FSDP's condition
+        parallel = (
+            DistributedDataParallel(flow, static_graph=True)
+            if kind == "static graph"
+            else fully_shard(flow)
+        )
+        for _ in range(2):
+            parallel.zero_grad()
+            train(parallel, x)
+        found = [p.grad for p in flow.parameters()]
+        gradients.append([g.full_tensor() if isinstance(g, DTensor) else g for g in found])
+    torch.save(gradients, folder / f"sharded{rank}.pt")
+    flow = glow().to(memory_format=torch.contiguous_format)
+    fully_shard(flow.chain.layers[1])
+    with pytest.raises(TypeError, match=r"shard.*the whole chain"):
+        train(flow, x)
+    dist.destroy_process_group()
+
+
+def test_a_static_graph_and_sharded_weights(tmp_path: Path) -> None:
+    """DDP with `static_graph`, and FSDP2 of the whole flow. Layers cannot be sharded one by one,
+    because a chain does not call them."""
+    torch.multiprocessing.spawn(sharded, (tmp_path,), nprocs=RANKS)
+    flow = glow()
+    train(flow, batch())
+    for kind in torch.load(tmp_path / "sharded0.pt", weights_only=True):
+        for found, p in zip(kind, flow.parameters(), strict=True):
+            assert p.grad is not None
+            assert_close(found, p.grad, terms=1000)
 
 
 def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from cases import normal
 
 from mflow_kernels import Squeeze
 from mflow_kernels.ops.layouts import is_channels_last
-from mflow_kernels.reversible.instructions import SpaceToDepth
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 
 def test_each_block_becomes_four_channels():

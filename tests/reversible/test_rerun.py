@@ -11,7 +11,7 @@ from layers.chains import chain_of
 from torch import Tensor, nn
 
 from mflow_kernels import ReversibleChain
-from mflow_kernels.reversible import rerun
+from mflow_kernels.reversible import fingerprints, rerun
 from mflow_kernels.reversible.instructions import Call
 
 
@@ -129,7 +129,7 @@ def test_rounding_does_not_raise(dtype: torch.dtype) -> None:
             call.first_run(x, ())
         call.run_again((x + 1e-5 * torch.randn_like(x)).requires_grad_(), ())
     assert call.difference is not None
-    assert 0 < call.difference < rerun._ROUNDING / 3
+    assert 0 < call.difference < fingerprints.ROUNDING / 3
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.5])
@@ -137,18 +137,20 @@ def test_the_difference_of_tensors_is_estimated_from_their_fingerprints(share: f
     a = torch.randn(4, 32, 16, 16)
     b = torch.where(torch.rand(a.shape) < share, 0.0, a)
     true = (a - b).norm() / a.norm()
-    same = rerun.fingerprint(a[:1])
-    found = rerun.difference([same, rerun.fingerprint(a)], [same, rerun.fingerprint(b)])
+    same = fingerprints.fingerprint(a[:1])
+    found = fingerprints.difference(
+        [same, fingerprints.fingerprint(a)], [same, fingerprints.fingerprint(b)]
+    )
     # The norm of sixteen normal numbers has a relative deviation of 0.18; allow four of these.
     assert true * 0.28 < found < true * 1.72
 
 
 def test_a_wrongly_rebuilt_state_is_not_blamed_on_the_network() -> None:
     """The drift shows it instead."""
-    a, b = ([rerun.fingerprint(torch.randn(64)) for _ in range(2)] for _ in range(2))
-    assert rerun.difference(a, b) == 0
-    assert rerun.difference([a[0], a[1]], [a[0], b[1]]) > rerun._ROUNDING
-    assert rerun.difference(a, a[:1]) == float("inf")
+    a, b = ([fingerprints.fingerprint(torch.randn(64)) for _ in range(2)] for _ in range(2))
+    assert fingerprints.difference(a, b) == 0
+    assert fingerprints.difference([a[0], a[1]], [a[0], b[1]]) > fingerprints.ROUNDING
+    assert fingerprints.difference(a, a[:1]) == float("inf")
 
 
 def test_networks_that_draw_random_numbers_cannot_be_captured(

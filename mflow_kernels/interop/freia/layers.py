@@ -19,7 +19,7 @@ from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rota
 from mflow_kernels.interop.params import Pair, Params
 from mflow_kernels.interop.sequence import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
-from mflow_kernels.reversible.instructions import SpaceToDepth
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 # Linear modules, data -> latent.
 

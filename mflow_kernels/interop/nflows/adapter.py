@@ -34,7 +34,7 @@ from mflow_kernels.interop.subclasses import (
     on_view,
 )
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.reversible.instructions import SpaceToDepth
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 # Release 0.14, see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
