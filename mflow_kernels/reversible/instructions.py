@@ -205,7 +205,7 @@ class Layer(Instruction):
 
 
 class Rearrange(Instruction):
-    """A fixed order of a state's numbers. Subclasses say how, in `forward` and `backward`."""
+    """A fixed order of a state's numbers. Subclasses say how, in `apply` and `inverse`."""
 
     def apply(self, x: Tensor) -> Tensor:
         """The state x (N, C, *spatial) in its new order."""

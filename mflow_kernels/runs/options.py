@@ -140,8 +140,8 @@ class MemoryOptions:
             number of steps.
         checkpoint_every: Store every n-th state, which costs memory and makes the rebuilt states
             more exact; null stores none.
-        max_drift: Largest error of a rebuilt image (whose range is 1) or vector; training stops
-            above it, before the gradients of that step are used.
+        max_drift: Largest error of a rebuilt image, vector or state, divided by its largest number
+            if that is above 1; training stops above it, before the gradients of that step are used.
         max_condition: Largest condition number of the weights of the 1x1 convolutions, enforced
             every 100 steps; by default there is no limit.
     """
