@@ -246,3 +246,26 @@ def test_autocast_leaves_float64_alone(reversible: bool) -> None:
         return gradients(model, x, call=call)
 
     torch.testing.assert_close(run(True), run(False), rtol=0, atol=0)
+
+
+@compiles
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_compiled_function_may_call_backward(reversible: bool) -> None:
+    """The backward pass of twelve steps compiles nothing again for each of them."""
+    torch.compiler.reset()
+    chain = perturbed(ReversibleChain([FlowStep(4, width=4) for _ in range(12)])).double()
+    chain.reversible = reversible
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    want = gradients(chain, x, call=chain)
+
+    def step(x: Tensor) -> Tensor:
+        loss = loss_of(*chain(x))
+        loss.backward()
+        return loss
+
+    chain.zero_grad()
+    given = x.clone().requires_grad_()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        loss = torch.compile(step, backend="aot_eager")(given)
+    got = [loss.detach(), given.grad, *(p.grad for p in chain.parameters())]
+    assert_all_close(got, want, terms=2 * 12 * 18)
