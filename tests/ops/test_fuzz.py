@@ -12,13 +12,13 @@ import torch
 from cases import DTYPES, FLOW_OPERATORS, SCALES
 from torch import Tensor
 
+from benchmarks.harness.table import Operator, params_shape, rotation
 from mflow_kernels import ops
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.masked_penalty import masked_penalty_ref
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.scale import log_scale_ref
-from mflow_kernels.ops.table import Operator, params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)
