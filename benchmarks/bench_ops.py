@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.harness.measurements import REPLAY, interleaved, launches, peak_bytes
 from benchmarks.harness.operators import Function, Operation, Shape, directions, operations
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
-from mflow_kernels.ops.table import OPERATORS
+from benchmarks.harness.table import OPERATORS
 
 ROUNDS = 7
 VARIANTS = ("mflow_kernels", "eager", "compiled")

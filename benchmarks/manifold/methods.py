@@ -12,11 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.manifold.principal_components import PrincipalComponents
-from benchmarks.manifold.training import Loss, Method, Phase
-from mflow_kernels import ErrorBound, HierarchicalFlow, ManifoldFlow, ManifoldObjective
-from mflow_kernels.layers import Bijection
-from mflow_kernels.models.peers import (
+from benchmarks.manifold.peers import (
     Autoencoder,
     denoising_loss,
     free_form_loss,
@@ -26,6 +22,10 @@ from mflow_kernels.models.peers import (
     rectangular_loss,
     warm_up,
 )
+from benchmarks.manifold.principal_components import PrincipalComponents
+from benchmarks.manifold.training import Loss, Method, Phase
+from mflow_kernels import ErrorBound, HierarchicalFlow, ManifoldFlow, ManifoldObjective
+from mflow_kernels.layers import Bijection
 
 
 @dataclass(frozen=True)

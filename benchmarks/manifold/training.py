@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.manifold.peers import Autoencoder
 from mflow_kernels import HierarchicalFlow, ManifoldFlow
-from mflow_kernels.models.peers import Autoencoder
 
 Batches = Iterator[Tensor]
 Loss = Callable[[Tensor, float], Tensor]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.table import OPERATORS, Draw
 from mflow_kernels.layers import FlowStep, ReversibleChain
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.precision import accumulator
-from mflow_kernels.ops.table import OPERATORS, Draw
 
 SHORT = {
     torch.float32: "fp32",

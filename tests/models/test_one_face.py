@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, TransformedDistribution
 from torch.distributions.transforms import SigmoidTransform
 
+from benchmarks.manifold.peers import Autoencoder
 from mflow_kernels import (
     FlowStep,
     Glow,
@@ -22,7 +23,6 @@ from mflow_kernels import (
 )
 from mflow_kernels.layers.flow import Flow
 from mflow_kernels.models.chart import Chart
-from mflow_kernels.models.peers import Autoencoder
 from mflow_kernels.testing import assert_close
 
 K = 2  # context channels

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import FLOW_OPERATORS
 
-from mflow_kernels.ops.table import Operator
+from benchmarks.harness.table import Operator
 
 # Right shapes of the inputs.
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from cases import DTYPES, FLOW_OPERATORS, assert_matches, launched, normal, on_tensor_cores, sample
 from torch.torch_version import TorchVersion
 
+from benchmarks.harness.table import rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
 from mflow_kernels.ops.compiler import tl, triton
 from mflow_kernels.ops.conv1x1 import invert
-from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]

@@ -6,10 +6,10 @@ from cases import FLOW_OPERATORS, SCALES, assert_matches, growth, normal, sample
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
+from benchmarks.harness.table import params_shape
 from mflow_kernels import ops
 from mflow_kernels.ops.coupling import launch_coupling
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.table import params_shape
 from mflow_kernels.testing import assert_close
 
 DIRECTIONS = [FLOW_OPERATORS["affine_coupling"], FLOW_OPERATORS["affine_coupling_inverse"]]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from cases import FLOW_OPERATORS, growth, launched, normal
 
+from benchmarks.harness.table import params_shape, rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import ScaleFunction, channel_products
-from mflow_kernels.ops.table import params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 fused = importlib.import_module("mflow_kernels.ops.coupling_conv1x1")

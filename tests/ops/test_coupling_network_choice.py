@@ -8,9 +8,9 @@ from cases import DIFFERENTIABLE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.harness.table import Draw
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops.coupling_network import coupling_network_ref
-from mflow_kernels.ops.table import Draw
 
 
 def network(channels: int = 6, dtype: torch.dtype = torch.float32) -> list[Tensor]:

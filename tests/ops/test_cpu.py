@@ -13,6 +13,7 @@ import torch
 from cases import LAYOUTS, SHAPES, normal
 from torch import Tensor
 
+from benchmarks.harness.table import params_shape, rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.conv1x1 import (
@@ -28,7 +29,6 @@ from mflow_kernels.ops.layouts import dense_pixels
 from mflow_kernels.ops.rebuild_conv1x1 import empty_state, rebuild_conv1x1_ref
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.table import params_shape, rotation
 from mflow_kernels.testing import assert_close
 
 if cpu._C is None:

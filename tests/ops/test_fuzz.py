@@ -13,6 +13,7 @@ import torch
 from cases import DTYPES, FLOW_OPERATORS, SCALES
 from torch import Tensor
 
+from benchmarks.harness.table import Operator, params_shape, rotation
 from mflow_kernels import ops
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
@@ -21,7 +22,6 @@ from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rational_quadratic import transform_ref
 from mflow_kernels.ops.scale import log_scale_ref
-from mflow_kernels.ops.table import Operator, params_shape, rotation
 from mflow_kernels.testing import assert_close, tolerance
 
 CHANNELS = (1, 2, 3, 4, 5, 8, 12, 13, 33)

@@ -9,6 +9,7 @@ import torch
 from cases import LAYOUTS, normal
 from torch import Tensor
 
+from benchmarks.harness.table import rotation
 from mflow_kernels.ops.channel_products import weight_gradient_splits
 from mflow_kernels.ops.compiler import tl
 from mflow_kernels.ops.layouts import pixels
@@ -20,7 +21,6 @@ from mflow_kernels.ops.rebuild_conv1x1 import (
     rebuild_conv1x1_ref,
     rebuild_splits,
 )
-from mflow_kernels.ops.table import rotation
 from mflow_kernels.testing import assert_close
 
 SHAPES = [

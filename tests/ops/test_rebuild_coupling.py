@@ -4,9 +4,9 @@ import pytest
 import torch
 from cases import SCALES, growth, normal
 
+from benchmarks.harness.table import params_shape
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.table import params_shape
 from mflow_kernels.testing import assert_close
 
 

@@ -1,7 +1,6 @@
 """The table of operators: each with its reference in plain torch, and the inputs to try it on.
 
 Tests, benchmarks and the reports without a GPU run every row, so a new operator needs one row here.
-The package itself does not import this module.
 """
 
 import math

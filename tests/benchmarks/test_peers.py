@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
-from mflow_kernels.models.peers import (
+from benchmarks.manifold.peers import (
     Autoencoder,
     denoising_loss,
     free_form_loss,
@@ -17,6 +16,7 @@ from mflow_kernels.models.peers import (
     rectangular_loss,
     warm_up,
 )
+from mflow_kernels import HierarchicalFlow, ManifoldFlow, ManifoldObjective, VectorFlow
 
 D, DIM, N, DEVIATION = 5, 2, 6, 0.1
 
