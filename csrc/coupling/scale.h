@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 
 #include "coupling.h"
@@ -61,9 +62,16 @@ MFLOW_INLINE float twice_atanh(float t) {
     return p * q * t + 2.0f * t;
 }
 
-// For 0 <= x <= 1.
+// For -1/2 <= x <= 1.
 MFLOW_INLINE float log1p_of(float x) { return twice_atanh(x / (2.0f + x)); }
 MFLOW_INLINE double log1p_of(double x) { return std::log1p(x); }
+
+// log(1 + x) / x for 0 <= x <= 1.
+template <class A>
+MFLOW_INLINE A log1p_ratio_of(A x) {
+    const A tiny = std::numeric_limits<A>::min();
+    return x < tiny ? A(1) : log1p_of(x) / x;
+}
 
 // For x >= 0.
 MFLOW_INLINE float log_of(float x) {
@@ -97,18 +105,27 @@ MFLOW_INLINE float atan_of(float x) {
 }
 MFLOW_INLINE double atan_of(double x) { return std::atan(x); }
 
+// e^x, and e^x - 1 without cancellation near 0.
+template <class A>
+struct ExpAndMinus1 {
+    A exp, minus1;
+};
+MFLOW_INLINE ExpAndMinus1<float> exp_and_minus1(float x) {
+    const ExpParts e = exp_parts(x);
+    const float two = e.two * e.two2;
+    return {(1.0f + e.less) * e.two * e.two2, two * e.less + (two - 1.0f)};
+}
+MFLOW_INLINE ExpAndMinus1<double> exp_and_minus1(double x) { return {std::exp(x), std::expm1(x)}; }
+
 // tanh of x >= 0, and its derivative. 1 - tanh^2 would round small derivatives to 0.
 template <class A>
 struct Tanh {
     A value, slope;
 };
 MFLOW_INLINE Tanh<float> tanh_of(float x) {
-    const ExpParts e = exp_parts(-2.0f * x);
-    const float two = e.two * e.two2;
-    const float exp = (1.0f + e.less) * e.two * e.two2;
-    const float expm1 = two * e.less + (two - 1.0f);
-    const float over = 1.0f / (2.0f + expm1);  // one division for both
-    return {-expm1 * over, 4.0f * exp * over * over};
+    const ExpAndMinus1<float> e = exp_and_minus1(-2.0f * x);
+    const float over = 1.0f / (2.0f + e.minus1);  // one division for both
+    return {-e.minus1 * over, 4.0f * e.exp * over * over};
 }
 MFLOW_INLINE Tanh<double> tanh_of(double x) {
     const double e = std::exp(-2 * x);
@@ -148,6 +165,31 @@ struct FlooredSigmoid {
     }
 };
 
+struct DoubleSigmoid {
+    static constexpr const char* name = "double-sigmoid";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>&, A* log_s, A* slope) {
+        const ExpAndMinus1<A> e = exp_and_minus1(raw < A(0) ? raw : -raw);
+        *log_s = (raw > A(0) ? A(0) : raw) - log1p_of(e.minus1 / A(2));
+        *slope = (raw < A(0) ? A(1) : e.exp) / (A(1) + e.exp);
+    }
+};
+
+struct Softplus {
+    static constexpr const char* name = "softplus";
+    template <class A>
+    static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
+        const A e = exp_of(raw < A(0) ? raw : -raw);
+        // softplus(raw) = e^raw * rest below 0, where e^raw may underflow.
+        const bool factored = raw < A(0) && k.eps == A(0);
+        const A softplus = (raw < A(0) ? A(0) : raw) + log1p_of(e);
+        const A rest = factored ? log1p_ratio_of(e) : softplus + k.eps;
+        const A value = (factored ? raw : A(0)) + log_of(rest);
+        *log_s = value > k.clamp ? k.clamp : value;
+        *slope = value > k.clamp ? A(0) : (raw < A(0) && !factored ? e : A(1)) / ((A(1) + e) * rest);
+    }
+};
+
 struct Exp {
     static constexpr const char* name = "exp";
     template <class A>
@@ -178,6 +220,7 @@ struct ClampedAtan {
     }
 };
 
-using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, Exp, ClampedTanh, ClampedAtan>;
+using ScaleFunctions =
+    Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan>;
 
 }  // namespace mflow

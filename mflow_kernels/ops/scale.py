@@ -1,9 +1,11 @@
 r"""The scale functions of affine couplings: from a network's raw output to s > 0.
 
-    sigmoid   s = sigmoid(raw + offset) + eps                     Glow's (arXiv 1807.03039)
-    exp       s = exp(raw)                                        RealNVP without its tanh
-    tanh      log s = clamp * tanh(raw / clamp)                   |log s| < clamp
-    atan      log s = clamp * 0.636 * atan(raw / clamp)           |log s| < clamp, FrEIA's
+    sigmoid          s = sigmoid(raw + offset) + eps              Glow's (arXiv 1807.03039)
+    double-sigmoid   s = 2 sigmoid(raw)                           Jet's (arXiv 2412.15129)
+    softplus         log s = min(log(softplus(raw) + eps), clamp) nflows' general activation
+    exp              s = exp(raw)                                 RealNVP without its tanh
+    tanh             log s = clamp * tanh(raw / clamp)            |log s| < clamp
+    atan             log s = clamp * 0.636 * atan(raw / clamp)    |log s| < clamp, FrEIA's
 
 log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
 For example, log sigmoid(-120) is -120.
@@ -21,7 +23,7 @@ from torch import Tensor
 from mflow_kernels.ops.checks import check_choice
 from mflow_kernels.ops.compiler import tl, triton
 
-Kind = Literal["sigmoid", "exp", "tanh", "atan"]
+Kind = Literal["sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
 
 ATAN = 0.636  # FrEIA's rounding of 2 / pi, so that its couplings are reproduced exactly
@@ -32,11 +34,12 @@ class ScaleFunction:
     """The function from params to a scale, and whether the shift comes before or after scaling.
 
     Attributes:
-        kind: "sigmoid", "exp", "tanh" or "atan".
+        kind: "sigmoid", "double-sigmoid", "softplus", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
-        eps: floor of s with "sigmoid", >= 0.
-        clamp: bound of |log s| with "tanh" and "atan", > 0. With a clamp of 2, samples of a deep
-            flow can overflow float32; with 1, none was seen to (docs/results.md).
+        eps: floor of s with "sigmoid" and "softplus", >= 0.
+        clamp: bound of |log s| with "tanh" and "atan", and of log s with "softplus", > 0. With a
+            clamp of 2, samples of a deep flow can overflow float32; with 1, none was seen to
+            (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -107,10 +110,33 @@ def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
     return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
 
 
+def _double_sigmoid_log_s(raw: Tensor, _: ScaleFunction) -> Tensor:
+    # log 2 - softplus(-raw) would cancel near 0, where networks start.
+    negative = raw < 0
+    below = torch.where(negative, raw, 0)
+    return below - (torch.where(negative, raw, -raw).expm1() / 2).log1p()
+
+
+LOW = -40.0  # softplus(raw) is e^raw below, to the precision of float64
+
+
+def _softplus_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
+    log_s = (F.softplus(raw.clamp(min=LOW), threshold=-LOW) + scale.eps).log()
+    if scale.eps == 0:
+        log_s = torch.where(raw < LOW, raw, log_s)
+    return log_s.clamp(max=scale.clamp)
+
+
+def _softplus_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
+    return torch.where(log_s < scale.clamp, (F.logsigmoid(raw) - log_s).exp(), 0)
+
+
 # A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
 # its row in csrc/coupling/scale.h.
 FORMULAS: dict[Kind, Formula] = {
     "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
+    "double-sigmoid": Formula(_double_sigmoid_log_s, lambda raw, log_s, scale: torch.sigmoid(-raw)),
+    "softplus": Formula(_softplus_log_s, _softplus_slope),
     "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),
     "tanh": Formula(
         lambda raw, scale: (raw / scale.clamp).tanh() * scale.clamp,
@@ -167,6 +193,17 @@ def _tanh_of_positive(x, e):
 
 
 @triton.jit
+def _log1p_ratio(x):
+    """log(1 + x) / x for 0 <= x <= 1, as the series of 2 atanh(t) with t = x / (2 + x) <= 1/3."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8
+    t = x / (2 + x)
+    series = tl.full(x.shape, 0.0, x.dtype)
+    for i in tl.static_range(TERMS):
+        series = series * (t * t) + 2.0 / (2 * (TERMS - i) - 1)
+    return series / (2 + x)
+
+
+@triton.jit
 def log_scale(raw, SCALE: tl.constexpr):
     """(log s, d log s / d raw), elementwise in raw's dtype."""
     if SCALE.kind == "sigmoid":
@@ -179,6 +216,24 @@ def log_scale(raw, SCALE: tl.constexpr):
             sigmoid = tl.where(r < 0, e, 1.0) / (1 + e)
             log_s = tl.log(sigmoid + SCALE.eps)
             slope = e / ((1 + e) * (1 + e)) / (sigmoid + SCALE.eps)
+    elif SCALE.kind == "double-sigmoid":
+        e = tl.exp(-tl.abs(raw))
+        tanh = _tanh_of_positive(tl.abs(raw) / 2, e)
+        log_s = tl.minimum(raw, 0.0) + tanh * _log1p_ratio(tanh)  # 1 + tanh = 2 sigmoid(|raw|)
+        slope = tl.where(raw < 0, 1.0, e) / (1 + e)
+    elif SCALE.kind == "softplus":
+        e = tl.exp(-tl.abs(raw))
+        ratio = _log1p_ratio(e)
+        if SCALE.eps == 0:  # softplus(raw) = e^raw * ratio below 0, where e^raw may underflow
+            rest = tl.where(raw < 0, ratio, raw + e * ratio)
+            log_s = tl.minimum(raw, 0.0) + tl.log(rest)
+            slope = 1 / ((1 + e) * rest)
+        else:
+            s = tl.maximum(raw, 0.0) + e * ratio + SCALE.eps
+            log_s = tl.log(s)
+            slope = tl.where(raw < 0, e, 1.0) / ((1 + e) * s)
+        slope = tl.where(log_s > SCALE.clamp, 0.0, slope)
+        log_s = tl.where(log_s > SCALE.clamp, SCALE.clamp, log_s)
     elif SCALE.kind == "exp":
         log_s = raw
         slope = tl.full(raw.shape, 1.0, raw.dtype)

@@ -1,3 +1,4 @@
+import math
 from typing import get_args
 
 import pytest
@@ -19,6 +20,8 @@ floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 def test_formulas(scale):
     expected = {
         "sigmoid": lambda r: 1 / (1 + (-(r + scale.offset)).exp()) + scale.eps,
+        "double-sigmoid": lambda r: 2 / (1 + (-r).exp()),
+        "softplus": lambda r: ((1 + r.exp()).log() + scale.eps).clamp(max=math.exp(scale.clamp)),
         "exp": torch.exp,
         "tanh": lambda r: torch.exp(scale.clamp * torch.tanh(r / scale.clamp)),
         "atan": lambda r: torch.exp(scale.clamp * 0.636 * torch.atan(r / scale.clamp)),
@@ -96,7 +99,7 @@ def test_loops_are_accurate_to_the_last_places(scale, dtype):
     growth = 1 + 2 * raw.double().abs()
     for name, a, b, grown in zip(("log s", "slope"), got, wants, (1, growth), strict=True):
         # If s is near 1, its rounding error is large relative to its logarithm.
-        absolute = 4 * eps if scale.kind == "sigmoid" else 4 * tiny
+        absolute = 4 * eps if scale.kind in ("sigmoid", "softplus") else 4 * tiny
         error = (a.double() - b).abs()
         assert (error <= 8 * eps * grown * b.abs() + absolute).all(), name
 
