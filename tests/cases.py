@@ -1,5 +1,6 @@
 """Shapes, layouts, operators and comparisons that tests of operators, layers and models share."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -75,8 +76,9 @@ SCALES = [
     ScaleFunction("sigmoid"),
     ScaleFunction("sigmoid", eps=1e-3, order="scale-shift"),
     ScaleFunction("double-sigmoid"),
-    ScaleFunction("softplus", eps=1e-3, clamp=3.0, order="scale-shift"),
-    ScaleFunction("softplus", clamp=2.0),
+    ScaleFunction("double-sigmoid", order="scale-shift"),
+    ScaleFunction("softplus"),
+    ScaleFunction("softplus", eps=1e-3, clamp=math.log(3), order="scale-shift"),
     ScaleFunction("exp"),
     ScaleFunction("exp", order="scale-shift"),
     ScaleFunction("tanh", clamp=1.5),

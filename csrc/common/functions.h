@@ -57,7 +57,7 @@ MFLOW_INLINE float twice_atanh(float t) {
     return p * q * t + 2.0f * t;
 }
 
-// For 0 <= x <= 1.
+// For -1/2 <= x <= 1.
 MFLOW_INLINE float log1p_of(float x) { return twice_atanh(x / (2.0f + x)); }
 MFLOW_INLINE double log1p_of(double x) { return std::log1p(x); }
 

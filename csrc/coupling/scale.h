@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <stdexcept>
 
 #include "coupling.h"
@@ -10,6 +12,25 @@
 #include "../common/table.h"
 
 namespace mflow {
+
+// log(1 + x) / x for 0 <= x <= 1.
+template <class A>
+MFLOW_INLINE A log1p_ratio_of(A x) {
+    const A tiny = std::numeric_limits<A>::min();
+    return x < tiny ? A(1) : log1p_of(x) / x;
+}
+
+// e^x, and e^x - 1 without cancellation near 0.
+template <class A>
+struct ExpAndMinus1 {
+    A exp, minus1;
+};
+MFLOW_INLINE ExpAndMinus1<float> exp_and_minus1(float x) {
+    const ExpParts e = exp_parts(x);
+    const float two = e.two * e.two2;
+    return {(1.0f + e.less) * e.two * e.two2, two * e.less + (two - 1.0f)};
+}
+MFLOW_INLINE ExpAndMinus1<double> exp_and_minus1(double x) { return {std::exp(x), std::expm1(x)}; }
 
 MFLOW_INLINE float atan_of(float x) {
     const float a = x < 0.0f ? -x : x;
@@ -34,12 +55,9 @@ struct Tanh {
     A value, slope;
 };
 MFLOW_INLINE Tanh<float> tanh_of(float x) {
-    const ExpParts e = exp_parts(-2.0f * x);
-    const float two = e.two * e.two2;
-    const float exp = (1.0f + e.less) * e.two * e.two2;
-    const float expm1 = two * e.less + (two - 1.0f);
-    const float over = 1.0f / (2.0f + expm1);  // one division for both
-    return {-expm1 * over, 4.0f * exp * over * over};
+    const ExpAndMinus1<float> e = exp_and_minus1(-2.0f * x);
+    const float over = 1.0f / (2.0f + e.minus1);  // one division for both
+    return {-e.minus1 * over, 4.0f * e.exp * over * over};
 }
 MFLOW_INLINE Tanh<double> tanh_of(double x) {
     const double e = std::exp(-2 * x);
@@ -83,9 +101,9 @@ struct DoubleSigmoid {
     static constexpr const char* name = "double-sigmoid";
     template <class A>
     static MFLOW_INLINE void log_scale(A raw, const Constants<A>&, A* log_s, A* slope) {
-        const A e = exp_of(raw < A(0) ? raw : -raw);
-        *log_s = (raw > A(0) ? A(0) : raw) - log1p_of(e) + A(0.6931471805599453);  // log 2
-        *slope = (raw < A(0) ? A(1) : e) / (A(1) + e);
+        const ExpAndMinus1<A> e = exp_and_minus1(raw < A(0) ? raw : -raw);
+        *log_s = (raw > A(0) ? A(0) : raw) - log1p_of(e.minus1 / A(2));
+        *slope = (raw < A(0) ? A(1) : e.exp) / (A(1) + e.exp);
     }
 };
 
@@ -94,12 +112,13 @@ struct Softplus {
     template <class A>
     static MFLOW_INLINE void log_scale(A raw, const Constants<A>& k, A* log_s, A* slope) {
         const A e = exp_of(raw < A(0) ? raw : -raw);
-        const A sigmoid = (raw < A(0) ? e : A(1)) / (A(1) + e);
-        const A s = (raw > A(0) ? raw : A(0)) + log1p_of(e) + k.eps;
-        const bool small = k.eps == A(0) && raw < A(-40);  // s = e^raw may underflow
-        const A bounded = s > k.clamp ? k.clamp : s;
-        *log_s = small ? raw : log_of(small ? A(1) : bounded);
-        *slope = s > k.clamp ? A(0) : small ? A(1) : sigmoid / (small ? A(1) : s);
+        // softplus(raw) = e^raw * rest below 0, where e^raw may underflow.
+        const bool factored = raw < A(0) && k.eps == A(0);
+        const A softplus = (raw < A(0) ? A(0) : raw) + log1p_of(e);
+        const A rest = factored ? log1p_ratio_of(e) : softplus + k.eps;
+        const A value = (factored ? raw : A(0)) + log_of(rest);
+        *log_s = value > k.clamp ? k.clamp : value;
+        *slope = value > k.clamp ? A(0) : (raw < A(0) && !factored ? e : A(1)) / ((A(1) + e) * rest);
     }
 };
 
@@ -133,6 +152,7 @@ struct ClampedAtan {
     }
 };
 
-using ScaleFunctions = Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan>;
+using ScaleFunctions =
+    Table<Sigmoid, FlooredSigmoid, DoubleSigmoid, Softplus, Exp, ClampedTanh, ClampedAtan>;
 
 }  // namespace mflow

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,14 @@ from mflow_kernels.ops.registration import refuse_second_derivative
 from mflow_kernels.reversible.instructions import FoldedWeights
 from mflow_kernels.reversible.steps import LinearMap
 
-if TYPE_CHECKING:
-    from mflow_kernels.layers.actnorm import ActNorm
-    from mflow_kernels.layers.conv1x1 import InvertibleConv1x1
-
 
 class ActNormConv(LinearMap):
-    """An actnorm and the 1x1 convolution after it; or, without an actnorm, the convolution."""
+    """An `ActNorm` and the `InvertibleConv1x1` after it; or, if `actnorm` is None, the convolution.
 
-    def __init__(self, actnorm: "ActNorm | None", conv: "InvertibleConv1x1") -> None:
+    Their modules import this one.
+    """
+
+    def __init__(self, actnorm: Any, conv: Any) -> None:
         self.actnorm, self.conv = actnorm, conv
 
     @classmethod

@@ -20,7 +20,7 @@ from mflow_kernels.ops.scale import Kind, ScaleFunction
 NetworkFactory = Callable[[int, int], nn.Module]
 
 
-class _ChainFlow(Flow):
+class ChainFlow(Flow):
     """A chain of layers from x (N, *input_shape) to a tuple of latents.
 
     Images are converted to channels_last on entry.
@@ -121,7 +121,7 @@ class _ChainFlow(Flow):
         return x
 
 
-class Glow(_ChainFlow):
+class Glow(ChainFlow):
     """The multi-scale flow of Glow (arXiv 1807.03039, figure 2).
 
     Each level squeezes the image, applies K steps of flow and splits off half of the channels as a
@@ -173,13 +173,8 @@ class Glow(_ChainFlow):
         checkpoint_every: int | None = 8,
     ) -> None:
         super().__init__()
-        try:
-            c, h, w = image_shape
-        except (TypeError, ValueError):
-            raise ValueError(f"image_shape: expected (C, H, W), got {image_shape!r}") from None
-        numbers: dict[str, Any] = {"C": c, "H": h, "W": w}
-        numbers |= {"levels": levels, "steps": steps, "width": width}
-        for name, number in numbers.items():
+        c, h, w = check_image_shape(image_shape)
+        for name, number in (("levels", levels), ("steps", steps), ("width", width)):
             check_count(name, number, 1)
         if levels > 31:  # no image is that large, and 2 ** levels may be too large to compute
             raise ValueError(f"levels: expected at most 31, got {levels}")
@@ -211,7 +206,7 @@ class Glow(_ChainFlow):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-class VectorFlow(_ChainFlow):
+class VectorFlow(ChainFlow):
     """Steps of flow on vectors (N, dim), with linear layers in the coupling networks.
 
     `(z,), logdet = flow(x)` maps x (N, dim) to z (N, dim), which is standard normal under the
@@ -262,6 +257,17 @@ class VectorFlow(_ChainFlow):
             checkpoint_every=checkpoint_every,
             input_shape=self.input_shape,
         )
+
+
+def check_image_shape(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return C, H and W; raise TypeError or ValueError unless they are three positive integers."""
+    try:
+        c, h, w = image_shape
+    except (TypeError, ValueError):
+        raise ValueError(f"image_shape: expected (C, H, W), got {image_shape!r}") from None
+    for name, number in (("C", c), ("H", h), ("W", w)):
+        check_count(name, number, 1)
+    return c, h, w
 
 
 def _own_context_channels(context_channels: int, network: NetworkFactory | None) -> int | None:

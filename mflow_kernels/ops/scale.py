@@ -1,17 +1,16 @@
 r"""The scale functions of affine couplings: from a network's raw output to s > 0.
 
-    sigmoid         s = sigmoid(raw + offset) + eps               Glow's (arXiv 1807.03039)
-    double-sigmoid  s = 2 sigmoid(raw)                            Jet's (arXiv 2412.15129)
-    softplus        s = min(softplus(raw) + eps, clamp)           nflows' and glasflow's
-    exp             s = exp(raw)                                  RealNVP without its tanh
-    tanh            log s = clamp * tanh(raw / clamp)             |log s| < clamp
-    atan            log s = clamp * 0.636 * atan(raw / clamp)     |log s| < clamp, FrEIA's
+    sigmoid          s = sigmoid(raw + offset) + eps              Glow's (arXiv 1807.03039)
+    double-sigmoid   s = 2 sigmoid(raw)                           Jet's (arXiv 2412.15129)
+    softplus         log s = min(log(softplus(raw) + eps), clamp) nflows' general activation
+    exp              s = exp(raw)                                 RealNVP without its tanh
+    tanh             log s = clamp * tanh(raw / clamp)            |log s| < clamp
+    atan             log s = clamp * 0.636 * atan(raw / clamp)    |log s| < clamp, FrEIA's
 
 log s and its derivative never overflow, and no logarithm is taken of a number that has underflowed.
 For example, log sigmoid(-120) is -120.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,6 @@ from mflow_kernels.ops.compiler import tl, triton
 Kind = Literal["sigmoid", "double-sigmoid", "softplus", "exp", "tanh", "atan"]
 Order = Literal["shift-scale", "scale-shift"]
 
-TAIL = -40.0  # below, softplus(raw) = e^raw to the last bit, and it may underflow
 ATAN = 0.636  # FrEIA's rounding of 2 / pi, so that its couplings are reproduced exactly
 
 
@@ -39,9 +37,9 @@ class ScaleFunction:
         kind: "sigmoid", "double-sigmoid", "softplus", "exp", "tanh" or "atan".
         offset: added to raw by "sigmoid".
         eps: floor of s with "sigmoid" and "softplus", >= 0.
-        clamp: > 0; the bound of |log s| with "tanh" and "atan", and of s with "softplus", whose
-            gradient is 0 there (nflows has eps = 1e-3 and clamp = 3). With "tanh" and a clamp of 2,
-            samples of a deep flow can overflow float32; with 1, none was seen to (docs/results.md).
+        clamp: bound of |log s| with "tanh" and "atan", and of log s with "softplus", > 0. With a
+            clamp of 2, samples of a deep flow can overflow float32; with 1, none was seen to
+            (docs/results.md).
         order: "shift-scale" y = s * (x + shift), or "scale-shift" y = s * x + shift.
     """
 
@@ -112,31 +110,32 @@ def _sigmoid_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
     return slope if scale.eps == 0 else sigmoid * slope / (sigmoid + scale.eps)
 
 
+def _double_sigmoid_log_s(raw: Tensor, _: ScaleFunction) -> Tensor:
+    # log 2 - softplus(-raw) would cancel near 0, where networks start.
+    negative = raw < 0
+    below = torch.where(negative, raw, 0)
+    return below - (torch.where(negative, raw, -raw).expm1() / 2).log1p()
+
+
+LOW = -40.0  # softplus(raw) is e^raw below, to the precision of float64
+
+
 def _softplus_log_s(raw: Tensor, scale: ScaleFunction) -> Tensor:
-    if scale.eps:
-        return (F.softplus(raw) + scale.eps).clamp(max=scale.clamp).log()
-    # In the tail softplus underflows, and raw is its logarithm. Its gradient there must not be NaN.
-    tail = raw < TAIL
-    s = F.softplus(torch.where(tail, 0.0, raw)).clamp(max=scale.clamp)
-    return torch.where(tail, raw, s.log())
+    log_s = (F.softplus(raw.clamp(min=LOW), threshold=-LOW) + scale.eps).log()
+    if scale.eps == 0:
+        log_s = torch.where(raw < LOW, raw, log_s)
+    return log_s.clamp(max=scale.clamp)
 
 
 def _softplus_slope(raw: Tensor, log_s: Tensor, scale: ScaleFunction) -> Tensor:
-    s = F.softplus(raw) + scale.eps
-    slope = torch.sigmoid(raw) / s
-    if not scale.eps:
-        slope = torch.where(raw < TAIL, 1.0, slope)
-    return torch.where(s > scale.clamp, 0.0, slope)
+    return torch.where(log_s < scale.clamp, (F.logsigmoid(raw) - log_s).exp(), 0)
 
 
 # A new scale function: its name in `Kind`, its formula here, its branch in `log_scale` below, and
 # its row in csrc/coupling/scale.h.
 FORMULAS: dict[Kind, Formula] = {
     "sigmoid": Formula(_sigmoid_log_s, _sigmoid_slope),
-    "double-sigmoid": Formula(
-        lambda raw, scale: F.logsigmoid(raw) + math.log(2),
-        lambda raw, log_s, scale: torch.sigmoid(-raw),
-    ),
+    "double-sigmoid": Formula(_double_sigmoid_log_s, lambda raw, log_s, scale: torch.sigmoid(-raw)),
     "softplus": Formula(_softplus_log_s, _softplus_slope),
     "exp": Formula(lambda raw, scale: raw, lambda raw, log_s, scale: torch.ones_like(raw)),
     "tanh": Formula(
@@ -194,15 +193,14 @@ def _tanh_of_positive(x, e):
 
 
 @triton.jit
-def _log_1_plus(e):
-    """log(1 + e) for 0 <= e <= 1, without losing small e to rounding: 2 atanh(e / (2 + e))."""
-    TERMS: tl.constexpr = 18 if e.dtype == tl.float64 else 8
-    t = e / (2 + e)
-    q = t * t
-    series = tl.full(e.shape, 0.0, e.dtype)
+def _log1p_ratio(x):
+    """log(1 + x) / x for 0 <= x <= 1, as the series of 2 atanh(t) with t = x / (2 + x) <= 1/3."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8
+    t = x / (2 + x)
+    series = tl.full(x.shape, 0.0, x.dtype)
     for i in tl.static_range(TERMS):
-        series = series * q + 1.0 / (2 * (TERMS - i) - 1)
-    return 2 * t * series
+        series = series * (t * t) + 2.0 / (2 * (TERMS - i) - 1)
+    return series / (2 + x)
 
 
 @triton.jit
@@ -220,17 +218,22 @@ def log_scale(raw, SCALE: tl.constexpr):
             slope = e / ((1 + e) * (1 + e)) / (sigmoid + SCALE.eps)
     elif SCALE.kind == "double-sigmoid":
         e = tl.exp(-tl.abs(raw))
-        log_s = tl.minimum(raw, 0.0) - tl.log(1 + e) + 0.6931471805599453  # log 2
+        tanh = _tanh_of_positive(tl.abs(raw) / 2, e)
+        log_s = tl.minimum(raw, 0.0) + tanh * _log1p_ratio(tanh)  # 1 + tanh = 2 sigmoid(|raw|)
         slope = tl.where(raw < 0, 1.0, e) / (1 + e)
     elif SCALE.kind == "softplus":
         e = tl.exp(-tl.abs(raw))
-        sigmoid = tl.where(raw < 0, e, 1.0) / (1 + e)
-        s = tl.maximum(raw, 0.0) + _log_1_plus(e) + SCALE.eps
-        log_s = tl.log(tl.minimum(s, SCALE.clamp))
-        slope = tl.where(s > SCALE.clamp, 0.0, sigmoid / s)
-        if SCALE.eps == 0:
-            log_s = tl.where(raw < -40.0, raw, log_s)
-            slope = tl.where(raw < -40.0, 1.0, slope)
+        ratio = _log1p_ratio(e)
+        if SCALE.eps == 0:  # softplus(raw) = e^raw * ratio below 0, where e^raw may underflow
+            rest = tl.where(raw < 0, ratio, raw + e * ratio)
+            log_s = tl.minimum(raw, 0.0) + tl.log(rest)
+            slope = 1 / ((1 + e) * rest)
+        else:
+            s = tl.maximum(raw, 0.0) + e * ratio + SCALE.eps
+            log_s = tl.log(s)
+            slope = tl.where(raw < 0, e, 1.0) / ((1 + e) * s)
+        slope = tl.where(log_s > SCALE.clamp, 0.0, slope)
+        log_s = tl.where(log_s > SCALE.clamp, SCALE.clamp, log_s)
     elif SCALE.kind == "exp":
         log_s = raw
         slope = tl.full(raw.shape, 1.0, raw.dtype)

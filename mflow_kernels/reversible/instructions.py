@@ -7,7 +7,7 @@ fuses affine couplings with 1x1 convolutions; the others are here.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import eager_function
 
-if TYPE_CHECKING:
-    from mflow_kernels.reversible.backward import BackwardPass
-
+BackwardPass = Any  # of `reversible.backward`, which imports this module
 Shape = tuple[int, ...]  # of a state without N: (C, *spatial)
 
 
@@ -100,7 +98,7 @@ class Instruction:
         """Replace `forward.x` by the next state, and record latents and log-determinants."""
         raise NotImplementedError
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Pair | None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> Pair | None:
         """Replace the state of the backward pass, and its gradient, by those before it.
 
         Args:
@@ -176,7 +174,7 @@ class Layer(Instruction):
             raise TypeError(f"{name}: expected a logdet of shape ({len(x)},), got {got}")
         return z, logdet.to(accumulator(z.dtype)).expand(len(x))
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()
         (z, dz), context = backward.whole(), backward.context
         rebuild = self._call(not self.inverted).function
@@ -217,7 +215,7 @@ class Rearrange(Instruction):
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         forward.x = self.apply(forward.x)
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         back = self.inverse()
         x, dx = backward.whole()
         backward.set(back.apply(x), back.apply(dx))
@@ -247,7 +245,7 @@ class SplitOff(Instruction):
             raise ValueError(f"x: expected more than {kept} channels, got {channels}")
         return kept
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         latent, dlatent = backward.next_latent()
         x, dx = backward.whole()
         backward.set_halves((x, latent), (dx, dlatent))
@@ -273,7 +271,7 @@ class Join(Instruction):
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         forward.x = torch.cat([forward.x, forward.waiting.pop()], dim=1)
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         (a, _), (da, db) = backward.halves(self.kept)
         backward.joined.append(db)
         backward.set(a, da)

@@ -145,23 +145,25 @@ class PairPixels(Rearrange):
         return 2 * c, *sizes[:-1], sizes[-1] // 2
 
     def apply(self, x: Tensor) -> Tensor:
-        shape = self.shape(tuple(x.shape[1:]))
+        self.shape(tuple(x.shape[1:]))  # raises an error
+        last = is_channels_last(x) and not transformed()  # the result keeps the layout
+        rows = x.movedim(1, -1) if last else x
+        end = rows.dim() - 1
+        channel, pixel = (end, end - 1) if last else (1, end)
+        neighbours = self.by == "checkerboard"
+        pair = pixel + 1 if neighbours else pixel  # its axis, next to that of the pairs
         if self.inverted:
-            first, second = x.chunk(2, dim=1)
-            return self._swapped(torch.stack([first, second], dim=self._pair(x))).reshape(
-                len(x), *shape
-            )
-        pairs = x.unflatten(-1, (2, -1) if self.by == "halves" else (-1, 2))
-        first, second = self._swapped(pairs).unbind(self._pair(x))
-        return torch.cat([first, second], dim=1)
+            z = rows.unflatten(channel, (2, -1)).movedim(channel, pair).flatten(pixel, pixel + 1)
+            z = _checkered(z, pixel) if neighbours else z
+        else:
+            rows = _checkered(rows, pixel) if neighbours else rows
+            pairs = rows.unflatten(pixel, (-1, 2) if neighbours else (2, -1))
+            z = pairs.movedim(pair, channel).flatten(channel, channel + 1)
+        return z.movedim(-1, 1) if last else z
 
-    def _pair(self, x: Tensor) -> int:
-        """The axis of a pair of pixels, after `unflatten`."""
-        return x.dim() - 1 if self.by == "halves" else x.dim()
 
-    def _swapped(self, pairs: Tensor) -> Tensor:
-        """Swap the pairs (N, C, H, W/2, 2) of odd rows of a checkerboard."""
-        if self.by == "halves":
-            return pairs
-        odd = torch.arange(pairs.shape[2], device=pairs.device) % 2 == 1
-        return torch.where(odd[:, None, None], pairs.flip(-1), pairs)
+def _checkered(x: Tensor, axis: int) -> Tensor:
+    """Swap the neighbours 2j and 2j + 1 along this axis in odd rows, those of the axis before."""
+    flat = x.flatten(axis - 1, axis)
+    index = torch.arange(flat.shape[axis - 1], device=x.device)
+    return flat.index_select(axis - 1, index ^ (index // x.shape[axis] % 2)).view(x.shape)

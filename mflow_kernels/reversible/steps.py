@@ -5,7 +5,7 @@ launch: K steps need K + 1 launches forward and 2 K backward, plus those of the 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +45,13 @@ from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.instructions import (
+    BackwardPass,
     Call,
     FoldedWeights,
     ForwardPass,
     Instruction,
     Pair,
 )
-
-if TYPE_CHECKING:
-    from mflow_kernels.reversible.backward import BackwardPass
-    from mflow_kernels.reversible.rerun import RerunCall
 
 PRECISION = "tf32x3"
 Map = TypeVar("Map", bound="LinearMap")
@@ -276,7 +273,7 @@ class Steps(Instruction):
             forward.ledger.append(ledger)
         forward.x = x
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Pair | None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> Pair | None:
         (a, b), (da, db) = backward.halves()
         weights = None if folded is None else _WeightGradients(*folded, self.inverted, backward)
         net_input: Tensor | None = None  # of the coupling to be undone, if a launch has cut it
@@ -314,8 +311,8 @@ class Steps(Instruction):
 
 def _undo_couple(
     couple: Couple,
-    backward: "BackwardPass",
-    again: "RerunCall",
+    backward: BackwardPass,
+    again: Any,
     net_input: Tensor,
     z_b: Tensor,
     dz_b: Tensor,
@@ -380,7 +377,7 @@ class _WeightGradients:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, inverted: bool, backward: "BackwardPass"
+        self, weight: Tensor, bias: Tensor, inverted: bool, backward: BackwardPass
     ) -> None:
         self.weight, self.bias, self.backward = weight, bias, backward
         self.inverse = invert(self.weight.double())[0]

@@ -30,7 +30,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("precision", "fp8", ValueError, "expected one of tf32x3, tf32, got 'fp8'"),
 ]
 for scale in ("relu", None, 1.0):
-    message = f"expected one of sigmoid, exp, tanh, atan, got {scale!r}"
+    message = f"expected one of sigmoid, double-sigmoid, softplus, exp, tanh, atan, got {scale!r}"
     BAD.append(("scale", scale, ValueError, message))
 for name, shape in SHAPES.items():
     BAD += [

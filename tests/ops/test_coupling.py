@@ -80,15 +80,16 @@ def test_params_wider_than_the_state(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tanh_does_not_cancel_near_zero(dtype, device):
-    """Networks start near 0, where (1 - e^-2r) / (1 + e^-2r) would lose all digits."""
-    raw = torch.tensor([1e-12, 1e-7, -1e-5, 1e-3, -0.1, 0.49, 0.5, 0.51, -3.0], dtype=dtype)
+@pytest.mark.parametrize("kind", ["tanh", "double-sigmoid"])
+def test_scales_do_not_cancel_near_zero(kind, dtype, device):
+    """Networks start near 0, where (1 - e^-2r) / (1 + e^-2r) and 2 / (1 + e^-r) lose all digits."""
+    raw = torch.tensor([1e-12, 1e-7, -1e-5, 1e-3, -0.1, 0.49, 0.5, 0.51, -3.0, 0.0], dtype=dtype)
     params = torch.stack([raw, torch.zeros_like(raw)], dim=1).to(device)
     x = torch.ones(len(raw), 2, dtype=dtype, device=device)
-    _, logdet = ops.affine_coupling(x, params, ScaleFunction("tanh"))
-    torch.testing.assert_close(
-        logdet.cpu().double(), raw.double().tanh(), rtol=8 * torch.finfo(dtype).eps, atol=0
-    )
+    _, logdet = ops.affine_coupling(x, params, ScaleFunction(kind))
+    r = raw.double()
+    want = {"tanh": r.tanh(), "double-sigmoid": (r / 2).tanh().log1p()}[kind]
+    torch.testing.assert_close(logdet.cpu().double(), want, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize(

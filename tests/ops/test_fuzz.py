@@ -246,8 +246,8 @@ def run_flow_operator(case: Case) -> None:
         raw, shift = of["params"].chunk(2, 1)
         of["params"] = torch.cat([raw, sign * shift.abs()], 1)
         y, _ = op.expected(*of.values(), **rest)
-        # s = sigmoid + eps is rounded before its logarithm is taken.
-        rounded = 1 if scale.kind == "sigmoid" else 0
+        # s is rounded before its logarithm is taken.
+        rounded = 1 if scale.kind in ("sigmoid", "softplus") else 0
         return y, (log_scale_ref(raw, scale).abs() + rounded).flatten(1).sum(1)
 
     got = op.call(*inputs.values(), **rest)
