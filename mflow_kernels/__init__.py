@@ -23,6 +23,7 @@ __all__ = [
     "HierarchicalFlow",
     "IntrinsicDimension",
     "InvertibleConv1x1",
+    "Jet",
     "ManifoldFlow",
     "ManifoldObjective",
     "Permutation",

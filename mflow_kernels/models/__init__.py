@@ -3,6 +3,7 @@
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.glow import Glow, VectorFlow
 from mflow_kernels.models.hierarchy import HierarchicalFlow
+from mflow_kernels.models.jet import Jet
 from mflow_kernels.models.manifold import ManifoldFlow
 from mflow_kernels.models.objectives import ManifoldObjective, Terms
 from mflow_kernels.models.penalty_weight import ErrorBound, WeightSchedule
@@ -20,6 +21,7 @@ __all__ = [
     "Glow",
     "HierarchicalFlow",
     "IntrinsicDimension",
+    "Jet",
     "ManifoldFlow",
     "ManifoldObjective",
     "Terms",

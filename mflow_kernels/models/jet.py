@@ -93,17 +93,17 @@ class Jet(ChainFlow):
         layers: list[nn.Module] = [Squeeze() for _ in range(patch.bit_length() - 1)]
         for i in range(couplings):
             if i % 3 < 2:
-                layers += [
-                    Permutation(torch.randperm(channels, generator=generator)),
-                    coupling(channels, tokens),
-                ]
-            else:
-                swap = [*range(channels, 2 * channels), *range(channels)]
-                swaps = [Permutation(swap)] if i % 2 else []  # the other squares change
-                layers += [
-                    *(PixelPairs("checkerboard"), *swaps, coupling(2 * channels, tokens // 2)),
-                    *(*swaps, PixelPairs("checkerboard", inverted=True)),
-                ]
+                layers.append(Permutation(torch.randperm(channels, generator=generator)))
+                layers.append(coupling(channels, tokens))
+                continue
+            swap = [*range(channels, 2 * channels), *range(channels)]
+            layers += [
+                PixelPairs("checkerboard"),
+                *([Permutation(swap)] if i % 2 else []),  # the other squares change
+                coupling(2 * channels, tokens // 2),
+                *([Permutation(swap)] if i % 2 else []),
+                PixelPairs("checkerboard", inverted=True),
+            ]
         self.chain = ReversibleChain(
             layers,
             reversible=reversible,
