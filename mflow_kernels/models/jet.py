@@ -70,8 +70,8 @@ class Jet(ChainFlow):
             raise ValueError(f"patch: expected a power of 2, got {patch}")
         if h % patch or w % (2 * patch):
             raise ValueError(
-                f"image_shape: expected a height divisible by patch = {patch} and a width divisible "
-                f"by 2 * patch = {2 * patch}, got {h}x{w}"
+                f"image_shape: expected a height divisible by patch = {patch} and a width "
+                f"divisible by 2 * patch = {2 * patch}, got {h}x{w}"
             )
         if width % heads:
             raise ValueError(f"width: expected a multiple of heads = {heads}, got {width}")

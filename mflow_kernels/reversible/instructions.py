@@ -377,7 +377,7 @@ class PairPixels(Rearrange):
 
 
 def _checkered(x: Tensor, axis: int) -> Tensor:
-    """Swap the neighbours 2j and 2j + 1 along this axis in the odd rows, those of the axis before."""
+    """Swap the neighbours 2j and 2j + 1 along this axis, in each odd row of the axis before it."""
     flat = x.flatten(axis - 1, axis)
     index = torch.arange(flat.shape[axis - 1], device=x.device)
     return flat.index_select(axis - 1, index ^ (index // x.shape[axis] % 2)).view(x.shape)
