@@ -65,7 +65,8 @@ class Jet(ChainFlow):
         numbers |= {"width": width, "heads": heads}
         for name, number in numbers.items():
             check_count(name, number, 1)
-        check_count("context_channels", context_channels, 0)
+        for name, number in (("context_channels", context_channels), ("seed", seed)):
+            check_count(name, number, 0)
         if patch & (patch - 1):
             raise ValueError(f"patch: expected a power of 2, got {patch}")
         if h % patch or w % (2 * patch):
