@@ -65,7 +65,8 @@ class Jet(ChainFlow):
         numbers |= {"width": width, "heads": heads}
         for name, number in numbers.items():
             check_count(name, number, 1)
-        check_count("context_channels", context_channels, 0)
+        for name, number in (("context_channels", context_channels), ("seed", seed)):
+            check_count(name, number, 0)
         if patch & (patch - 1):
             raise ValueError(f"patch: expected a power of 2, got {patch}")
         if h % patch or w % (2 * patch):
@@ -93,17 +94,17 @@ class Jet(ChainFlow):
         layers: list[nn.Module] = [Squeeze() for _ in range(patch.bit_length() - 1)]
         for i in range(couplings):
             if i % 3 < 2:
-                layers += [
-                    Permutation(torch.randperm(channels, generator=generator)),
-                    coupling(channels, tokens),
-                ]
-            else:
-                swap = [*range(channels, 2 * channels), *range(channels)]
-                swaps = [Permutation(swap)] if i % 2 else []  # the other squares change
-                layers += [
-                    *(PixelPairs("checkerboard"), *swaps, coupling(2 * channels, tokens // 2)),
-                    *(*swaps, PixelPairs("checkerboard", inverted=True)),
-                ]
+                layers.append(Permutation(torch.randperm(channels, generator=generator)))
+                layers.append(coupling(channels, tokens))
+                continue
+            swap = [*range(channels, 2 * channels), *range(channels)]
+            layers += [
+                PixelPairs("checkerboard"),
+                *([Permutation(swap)] if i % 2 else []),  # the other squares change
+                coupling(2 * channels, tokens // 2),
+                *([Permutation(swap)] if i % 2 else []),
+                PixelPairs("checkerboard", inverted=True),
+            ]
         self.chain = ReversibleChain(
             layers,
             reversible=reversible,

@@ -163,6 +163,28 @@ def test_a_context_reaches_users_layers(backwards: bool) -> None:
     assert_all_close(got, want, terms=2 * 16 * 64)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(PixelPairs(by, back) for by in ("checkerboard", "halves") for back in (False, True)),  # type: ignore[arg-type]
+        *(Permutation([2, 0, 3, 1]), Permutation(torch.arange(24).flip(0), axis="pixels")),
+    ],
+    ids=["squares", "squares, back", "halves", "halves, back", "channels", "pixels"],
+)
+def test_rearrangements_keep_the_layout(layer: Bijection) -> None:
+    x = torch.randn(2, 4, 4, 6, requires_grad=True)
+    z = layer(x)[0]
+    z.sum().backward()
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(last)[0]
+    y.sum().backward()
+    assert torch.equal(y, z)
+    assert z.is_contiguous()
+    for t in (y, last.grad, *layer.inverse(y)[:1]):
+        assert t is not None
+        assert t.is_contiguous(memory_format=torch.channels_last)
+
+
 @every_chain
 def test_density_and_samples(name: str) -> None:
     chain, x = chain_of(name)
