@@ -156,6 +156,7 @@ def plan(options: dict[str, Any]) -> Work:
     import torch
 
     from mflow_kernels.data.prepared import is_prepared, open_prepared
+    from mflow_kernels.data.splits import count_training_images
     from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.training.memory import resolve_config
     from mflow_kernels.training.plan import (
@@ -174,7 +175,10 @@ def plan(options: dict[str, Any]) -> Work:
         form = open_prepared(path).record.format
         options["image_size"] = options["image_size"] or form.size
         channels = channels if channels is not None else form.channels
-    config = TrainConfig(**{**options, "data": options["data"] or ""})
+    data = options["data"] or ""
+    config = TrainConfig(**{**options, "data": data})
+    if images is None:
+        images = count_training_images(data)
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)

@@ -5,7 +5,6 @@ import re
 
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.data.printable import counted
-from mflow_kernels.data.splits import count_training_images
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.cards import CARDS
@@ -99,11 +98,8 @@ def describe_training(config: RunConfig, images: int | None) -> str:
 
     Args:
         config: what to train.
-        images: number of training images; by default see `count_training_images`. If there is no
-            data, the text says how to give the number.
+        images: number of training images. If it is None, the text says how to give the number.
     """
-    if images is None:
-        images = count_training_images(config.data)
     on_gpu = config.device != "cpu"
     head = ["", "parameters", "steps", *(f"{card} hours" for card in CARDS if on_gpu)]
     rows = [head]

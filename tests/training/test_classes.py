@@ -102,7 +102,7 @@ def test_samples_by_class(trained, tmp_path, capsys):
     files = tmp_path / "files"
     command = ["sample", str(trained), "--number", "3", "--device", "cpu"]
     assert main([*command, "--class", "dog", "--files", str(files)]) == 0
-    assert (trained / "samples-T0.7-seed0-dog.png").exists()
+    assert (trained / "samples-T1-seed0-dog.png").exists()
     assert [Image.open(files / name).size for name in listing(files)] == [(8, 8)] * 3
     assert main([*command, "--files", str(files)]) == 2
     assert "--files: expected a new folder, but" in capsys.readouterr().err

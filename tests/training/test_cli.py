@@ -222,7 +222,7 @@ class TestExports:
     def test_samples_are_those_of_the_run(self, run, export, capsys):
         for folder in (run, export):
             assert main(["sample", str(folder), "--number", "5"]) == 0
-        name = "samples-T0.7-seed0.png"
+        name = "samples-T1-seed0.png"
         assert (run / name).read_bytes() == (export / name).read_bytes()
 
     def test_figures_are_those_of_the_run(self, run, export, tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_a_terminal_that_cannot_show_a_name(run, tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", code, "sample", str(folder), "--number", "1"]
     done = subprocess.run(command, check=True, env=environment, capture_output=True)
-    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T0.7-seed0.png")
+    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T1-seed0.png")
 
 
 def test_a_file_that_may_not_grow_is_no_bad_input(run, tmp_path):

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import warnings
+import zipfile
 from itertools import accumulate
 from pathlib import Path
 
@@ -296,7 +297,8 @@ class TestCommand:
 
     def test_it_takes_the_options_of_train(self, capsys, tmp_path):
         unread = tmp_path / "not read.zip"
-        unread.write_text("no zip")
+        with zipfile.ZipFile(unread, "w") as archive:
+            archive.writestr("image.png", "no image")
         assert main(["plan", *TINY, "--data", str(unread), "--checkpoint-every", "null"]) == 0
         out = capsys.readouterr().out
         assert main(["plan", *TINY, "--no-reversible"]) == 0
