@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from mflow_kernels.ops.coupling_network import fits, uses_tf32
-from mflow_kernels.ops.coupling_network_tiles import Shape, partial_sums
+from mflow_kernels.ops.coupling_network_launches import Shape
 from mflow_kernels.ops.fastest import requested
+from mflow_kernels.ops.partial_sums import MULTIPROCESSORS
 from mflow_kernels.runs.config import RunConfig
 
 FLOAT = 4
@@ -102,8 +101,8 @@ def by_operator(config: RunConfig) -> bool:
 
 def partial_sums_bytes(s: Shape) -> int:
     """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
-    *_, numbers = partial_sums(s, True, torch.device("cpu"))
-    return FLOAT * numbers
+    sums = FLOAT * sum(s.sums)
+    return max(sums, min(2 * MULTIPROCESSORS * sums, s.itemsize * s.pixels * s.width // 4))
 
 
 def network_bytes(config: RunConfig) -> int:
