@@ -185,7 +185,7 @@ def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
     found = products(launch, made)
     issued = sum(p.multiplications for p in found)
     by_wgmma = sum(p.multiplications for p in found if p.wgmma)
-    useful = flops_of(launch) / 2
+    useful = flops_of(launch, repeated=False) / 2
     programs = math.prod(launch.grid)
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
     written = sum(nbytes(tensors[k]) for k in results_of(launch) if k in tensors)

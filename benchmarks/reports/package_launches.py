@@ -31,13 +31,17 @@ def results_of(launch: aot.Launch) -> set[str]:
     return written
 
 
-def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
-    """Return the floating point operations of the formulas that a network's kernel computes."""
+def _network_flops(kernel: str, given: Mapping[str, Any], repeated: bool) -> int:
+    """Return the floating point operations of a network's kernel, with those that its programs
+    repeat or without."""
     width, taps = int(given["WIDTH"]), int(given["TAPS"])
     inner = width * taps * int(given.get("C_IN", 0))
     outer = width * taps * int(given.get("C_OUT", 0))
     if kernel == "_network_kernel":
-        products = inner + width**2 + outer
+        rows = 3 if taps == 9 else 1
+        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"])) if repeated else 1
+        blocks = -(-width // int(given["BLOCK_D"])) if repeated else 1
+        products = columns * (blocks * inner + width**2) + outer
     elif kernel == "_dh2_kernel":
         products = outer * (1 if given["dw3"] is None else 2)
     else:
@@ -46,10 +50,14 @@ def _network_flops(kernel: str, given: Mapping[str, Any]) -> int:
     return 2 * int(given["PIXELS"]) * products
 
 
-def flops_of(launch: aot.Launch) -> int:
-    """Return the floating point operations of the products of a launch."""
+def flops_of(launch: aot.Launch, *, repeated: bool = True) -> int:
+    """Return the floating point operations of the products of a launch.
+
+    Args:
+        repeated: include the products that programs of a network's kernel compute again.
+    """
     if launch.kernel.__name__ in ("_network_kernel", "_dh2_kernel", "_dh1_kernel"):
-        return _network_flops(launch.kernel.__name__, launch.bound)
+        return _network_flops(launch.kernel.__name__, launch.bound, repeated)
     products = CHANNEL_PRODUCTS.get(launch.kernel.__name__, 0)
     if not products:
         return 0
