@@ -52,9 +52,10 @@ import sys
 sys.modules["triton"] = None  # importing it raises ModuleNotFoundError
 
 import torch
+from benchmarks.harness import table
 from mflow_kernels import Glow
 from mflow_kernels.interop import accelerate
-from mflow_kernels.ops import coupling_conv1x1, masked_penalty, table
+from mflow_kernels.ops import coupling_conv1x1, masked_penalty
 from mflow_kernels.ops.coupling_network import coupling_network
 from mflow_kernels.testing import check_bijection
 
