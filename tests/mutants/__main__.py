@@ -117,7 +117,9 @@ def first_failure(copy: Path, tests: str) -> str | None:
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
     if run.returncode > 2 or not failed:
-        raise RuntimeError(f"pytest ended with {run.returncode}:\n{(run.stdout + run.stderr)[-2000:]}")
+        raise RuntimeError(
+            f"pytest ended with {run.returncode}:\n{(run.stdout + run.stderr)[-2000:]}"
+        )
     return failed[1]
 
 
