@@ -247,8 +247,8 @@ def _rebuild_coupling(rebuild: Callable[..., Any]) -> Callable[..., tuple[Tensor
 
 
 def _rebuild_conv1x1(y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    c, y_b = len(bias), y.tensor_split([len(bias) // 2], 1)[1]
-    splits = rebuild_splits(y_b, c)
+    c = len(bias)
+    splits = rebuild_splits(y[:, c // 2 :], c)
     sums = bias.new_empty(splits, c, c), bias.new_empty(splits, c)
     return _joined(rebuild_conv1x1(*_halves(y, dy, weight, bias), True, *sums))
 
@@ -261,10 +261,10 @@ def _halves(
     y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Halves, Halves, None, Tensor, Tensor, Tensor, None, bool]:
     """Arguments of rebuild_conv1x1 after a coupling, without a network input."""
+    cut = y.shape[1] // 2
     inverse, last = weight.t().contiguous(), is_channels_last(y)
-    # Indexing a fake tensor on CUDA needs a GPU.
-    y_halves, dy_halves = (t.tensor_split([t.shape[1] // 2], 1) for t in (y, dy))
-    return (y_halves, dy_halves, None, weight, inverse, bias, None, last)
+    halves = (y[:, :cut], y[:, cut:]), (dy[:, :cut], dy[:, cut:])
+    return (*halves, None, weight, inverse, bias, None, last)
 
 
 def _joined(rebuilt: RebuiltConv1x1) -> tuple[Tensor, ...]:

@@ -4,11 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, REBUILDING, normal, sample
+from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, normal, sample
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels.ops.addresses import strided
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels, strides
+from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
+from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import tile_columns
 
 
@@ -104,22 +107,49 @@ def test_the_number_of_a_column_fits_in_32_bits():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("op", [*FLOW_OPERATORS.values(), *REBUILDING], ids=lambda op: op.id)
+@pytest.mark.parametrize("op", FLOW_OPERATORS.values(), ids=lambda op: op.id)
 def test_fake_tensors_are_launched_nowhere(monkeypatch, op, device):
     """Operators on fake tensors give the shape and layout of every result, even without a GPU."""
 
     drawn = sample(op, (4, 12, 32, 32), layout="channels_last").values()
     inputs = [t if t.dim() == 4 else t.contiguous() for t in drawn]  # a copy on CUDA needs a GPU
     real = op.call(*inputs)
-    for name in ("current_device", "is_current_stream_capturing"):
-        monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("asked CUDA"))
+    refuse_cuda(monkeypatch)
     with FakeTensorMode():
-        fake = op.call(
-            *(
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                for t in inputs
-            )
-        )
+        how = [{"size": t.shape, "stride": t.stride(), "dtype": t.dtype} for t in inputs]
+        fake = op.call(*(torch.empty_strided(**given, device=device) for given in how))
     for a, b in zip(fake, real, strict=True):
         assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
         assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rebuilding_fake_tensors_launches_nothing(monkeypatch, device):
+    refuse_cuda(monkeypatch)
+    with FakeTensorMode():
+        half = torch.empty(4, 6, 8, 8, device=device).to(memory_format=torch.channels_last)
+        params = torch.empty(4, 12, 8, 8, device=device).to(memory_format=torch.channels_last)
+        dlogdet, bias = torch.empty(4, device=device), torch.empty(12, device=device)
+        weight = torch.empty(12, 12, device=device)
+        b = rebuild_coupling(half, half, dlogdet, params, scale=ScaleFunction(), inverse=False)
+        found = rebuild_conv1x1(
+            y=(half, b.y_b),
+            dy=(half, b.dy_b),
+            dnet=None,
+            weight=weight,
+            weight_inverse=weight,
+            bias=bias,
+            net_dtype=None,
+            channels_last=True,
+            separate_halves=True,
+            outer_sum=torch.empty(1, 12, 12, device=device),
+            dbias=torch.empty(1, 12, device=device),
+        )
+    for y in (*found.x, *found.dx):
+        assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
+    assert (b.dparams.shape, b.dparams.stride()) == (params.shape, params.stride())
+
+
+def refuse_cuda(monkeypatch):
+    for name in ("current_device", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("asked CUDA"))
