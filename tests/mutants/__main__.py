@@ -4,7 +4,7 @@
 
 Each fault is planted in a copy of the tree; the checkout is never changed. The exit code is 1 if a
 fault survives. `--clean` runs the same tests on unchanged copies: they must pass, or they would
-seem to notice every fault. All faults take about half an hour on two cores.
+seem to notice every fault. All faults take the better part of an hour on two cores.
 """
 
 import argparse
