@@ -181,6 +181,20 @@ def test_twice_in_one_graph_and_autograd_grad() -> None:
     assert_all_close(list(got), list(torch.autograd.grad(twice(), parameters)), terms=2 * 6 * 18)
 
 
+def test_drift_is_the_largest_of_a_graph() -> None:
+    chain = perturbed(chain_of(lambda: nn.Conv2d(2, 4, 1)))
+    a, b = torch.randn(2, 4, 3, 3), 3 * torch.randn(2, 4, 3, 3)
+
+    def drift_of(*inputs: Tensor) -> Tensor | None:
+        chain.drift = None
+        torch.stack([loss_of(*chain(x)) for x in inputs]).sum().backward()
+        return chain.drift
+
+    alone = drift_of(a), drift_of(b)
+    assert alone[0] != alone[1]
+    assert drift_of(a, b) == drift_of(b, a) == max(alone)
+
+
 def test_the_callers_tensors_are_left_alone() -> None:
     chain = perturbed(chain_of(lambda: nn.Conv2d(2, 4, 1)))
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
