@@ -193,6 +193,9 @@ def test_drift_is_the_largest_of_a_graph() -> None:
     alone = drift_of(a), drift_of(b)
     assert alone[0] != alone[1]
     assert drift_of(a, b) == drift_of(b, a) == max(alone)
+    nothing = drift_of(torch.zeros_like(a))  # it is relative to 1 for states with small numbers
+    assert nothing is not None
+    assert nothing < 1e-6
 
 
 def test_the_callers_tensors_are_left_alone() -> None:
