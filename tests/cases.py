@@ -44,6 +44,10 @@ SHAPES = [
     (1, 5, 2, 3, 4),
     (3, 2, 8, 8),
 ]
+# The C++ loops also run vectors and rows longer than a tile of 1,024 elements and not a multiple of
+# it, rows of few channels, and more channels than a tile. An interpreter would take minutes.
+LONG_SHAPES = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2)]
+LONG_SHAPES = [] if KERNELS_ON_CPU else LONG_SHAPES
 IMAGES = [(2, 7, 5, 6), (1, 4, 9, 8)]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,6 +65,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Kernels read these layouts in place, and a contiguous copy of others.
 IN_PLACE = [name for name in LAYOUTS if name != "transposed"]
+
+
+def layouts_of(shape: tuple[int, ...]) -> list[str]:
+    """The layouts that a state of this shape can have."""
+    return list(LAYOUTS) if len(shape) == 4 else ["contiguous"]
+
 
 # Dtypes of a state and of its coupling's params.
 DTYPES = [
@@ -185,6 +195,7 @@ def allocated(call: Callable[[], Any]) -> tuple[Any, int]:
 # Every operator that autograd differentiates, and those of them that map a state to a state.
 DIFFERENTIABLE = {op.id: op for op in OPERATORS if op.differentiable}
 FLOW_OPERATORS = {name: op for name, op in DIFFERENTIABLE.items() if op.maps_states}
+REBUILDING = [op for op in OPERATORS if not op.differentiable]  # of a reversible backward pass
 
 
 def sample(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from layers.chains import assert_all_close, both_gradients, chain_of, gradients, loss_of
 from mflow_kernels import FlowStep, Glow, ReversibleChain, Split, Squeeze, VectorFlow
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
+from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.program import Program
 from mflow_kernels.testing import assert_close
 
@@ -179,6 +180,44 @@ def test_twice_in_one_graph_and_autograd_grad() -> None:
     got = torch.autograd.grad(twice(), parameters)
     chain.reversible = False
     assert_all_close(list(got), list(torch.autograd.grad(twice(), parameters)), terms=2 * 6 * 18)
+
+
+class Squash(nn.Module):
+    """Its coupling keeps few digits of x_b: y_b = e^-8 x_b + sin x_a."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(x) - 8, x.sin()], 1)
+
+
+def test_a_stored_state_replaces_the_rebuilt_one() -> None:
+    """The errors of rebuilt states neither add up nor enter the gradients."""
+    scale = ScaleFunction("exp", order="scale-shift")
+    steps = [FlowStep(4, Squash(), scale=scale) for _ in range(4)]
+    stored = perturbed(ReversibleChain(steps, reversible=False, checkpoint_every=1))
+    rebuilt = copy.deepcopy(stored)
+    rebuilt.reversible = True
+    x = torch.randn(2, 4, 3, 3)
+    got, want = (gradients(chain, x, call=chain) for chain in (rebuilt, stored))
+    assert_all_close(got, want, terms=2 * 3 * 18)
+    assert rebuilt.drift is not None
+    assert rebuilt.drift > 1e-5
+
+
+def test_drift_is_the_largest_of_a_graph() -> None:
+    chain = perturbed(chain_of(lambda: nn.Conv2d(2, 4, 1)))
+    a, b = torch.randn(2, 4, 3, 3), 3 * torch.randn(2, 4, 3, 3)
+
+    def drift_of(*inputs: Tensor) -> Tensor | None:
+        chain.drift = None
+        torch.stack([loss_of(*chain(x)) for x in inputs]).sum().backward()
+        return chain.drift
+
+    alone = drift_of(a), drift_of(b)
+    assert alone[0] != alone[1]
+    assert drift_of(a, b) == drift_of(b, a) == max(alone)
+    nothing = drift_of(torch.zeros_like(a))  # it is relative to 1 for states with small numbers
+    assert nothing is not None
+    assert nothing < 1e-6
 
 
 def test_the_callers_tensors_are_left_alone() -> None:

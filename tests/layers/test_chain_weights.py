@@ -8,9 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers.chains import assert_all_close, both_gradients, gradients
 from mflow_kernels import FlowStep, ReversibleChain
-from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
-from mflow_kernels.ops.partial_sums import unbind_weights
-from mflow_kernels.testing import assert_close
 
 
 def test_partial_sums_in_smaller_buffers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,23 +52,6 @@ def test_gradients_of_weights_add_up_over_backward_passes() -> None:
     for _ in range(2):
         got = torch.autograd.grad(loss, parameters, retain_graph=True)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def test_a_weight_that_two_launches_use_gets_the_sum_of_both_gradients() -> None:
-    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
-    weight = torch.randn(3, 6, 6, dtype=torch.float64, requires_grad=True)
-    spread_weight, spread_bias = spread(weight, torch.zeros(3, 6), x)
-    first, _, last = unbind_weights(spread_weight)
-    y = x
-    for row in (first, last, first):  # the second row gets no gradient
-        y, _ = conv1x1_eager(y, row, spread_bias[0], "tf32x3", None)
-    y.square().sum().backward()
-    reference = weight.detach().clone().requires_grad_()
-    w_0, _, w_2 = reference.unbind()
-    torch.einsum("ij,njhw->nihw", w_0 @ w_2 @ w_0, x).square().sum().backward()
-    assert weight.grad is not None
-    assert reference.grad is not None
-    assert_close(weight.grad, reference.grad, terms=3 * 6 * 2 * 16)  # three maps, two images
 
 
 def test_shared_and_frozen_parameters() -> None:

@@ -4,7 +4,7 @@
 
 Each fault is planted in a copy of the tree; the checkout is never changed. The exit code is 1 if a
 fault survives. `--clean` runs the same tests on unchanged copies: they must pass, or they would
-seem to notice every fault. All faults take about half an hour on two cores.
+seem to notice every fault. All faults take the better part of an hour on two cores.
 """
 
 import argparse
@@ -49,20 +49,19 @@ class Fault(NamedTuple):
 
 def read_faults() -> list[Fault]:
     """The faults of faults.txt, which describes its format."""
-    faults: list[Fault] = []
+    found: list[dict[str, str]] = []
     room = tests = ""
-    for block in Path(__file__).with_name("faults.txt").read_text().split("\n\n"):
-        lines = [line for line in block.splitlines() if not line.startswith("#")]
-        if lines and lines[0].startswith("== "):
-            room, tests = lines.pop(0)[3:].split(": ", 1)
-        if not lines:
-            continue
-        name, file, *own = lines.pop(0).split(maxsplit=2)
-        old, new = ([line[2:] for line in lines if line[:2] == sign] for sign in ("- ", "+ "))
-        if not old or len(old) + len(new) != len(lines):
-            raise ValueError(f"{name}: expected lines that begin with - or +, got {lines}")
-        faults.append(Fault(room, name, file, "\n".join(old), "\n".join(new), *(own or [tests])))
-    return faults
+    for line in Path(__file__).with_name("faults.txt").read_text().splitlines():
+        key = {"- ": "old", "+ ": "new"}.get(line[:2])
+        if line.startswith("== "):
+            room, tests = line[3:].split(": ", 1)
+        elif key:
+            before = found[-1].get(key)
+            found[-1][key] = line[2:] if before is None else f"{before}\n{line[2:]}"
+        elif line and not line.startswith("#"):
+            name, file, *own = line.split(maxsplit=2)
+            found.append({"room": room, "name": name, "file": file, "tests": (*own, tests)[0]})
+    return [Fault(**fault) for fault in found]
 
 
 class Outcome(NamedTuple):

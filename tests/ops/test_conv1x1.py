@@ -10,7 +10,8 @@ from benchmarks.harness.table import rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
 from mflow_kernels.ops.compiler import tl, triton
-from mflow_kernels.ops.conv1x1 import invert
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, invert, spread
+from mflow_kernels.ops.partial_sums import unbind_weights
 from mflow_kernels.testing import assert_close
 
 CONV, INVERSE = FLOW_OPERATORS["conv1x1"], FLOW_OPERATORS["conv1x1_inverse"]
@@ -48,6 +49,27 @@ def test_without_bias_and_with_a_transposed_weight(device):
     want = torch.autograd.grad(exact, [x, weight], g.double())
     assert_close(got[0], want[0], terms=6)
     assert_close(got[1], want[1], terms=2 * 12)
+
+
+def test_gradients_of_a_group_of_weights(device):
+    """The weights of several steps share memory for their gradients. A weight may be used twice or
+    never, and a second backward pass must not change the gradients of the first."""
+    x = normal(2, 6, 3, 4, device=device)
+    weights = torch.stack([rotation(6) for _ in range(3)]).to(device).requires_grad_()
+    weight, bias = spread(weights, normal(3, 6, device=device), x)
+    rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
+    used = [rows[i] for i in (0, 2, 0)]
+    y = sum(conv1x1_eager(x, *row, "tf32x3", None)[0] for row in used)
+    exact = weights.detach().double().requires_grad_()
+    expected = sum(torch.einsum("oc,nchw->nohw", exact[i], x.double()) for i in (0, 2, 0))
+    found = []
+    for _ in range(2):
+        dy = torch.randn_like(y)
+        (got,) = torch.autograd.grad(y, weights, dy, retain_graph=True)
+        want = torch.autograd.grad(expected, exact, dy.double(), retain_graph=True)
+        found.append((got, *want))
+    for got, want in found:
+        assert_close(got, want, terms=2 * 2 * 12)
 
 
 def test_inverse_undoes_an_ill_conditioned_weight(device):

@@ -1,33 +1,24 @@
-"""The CPU loops against the references in float64, called as the operators call them."""
+"""What is particular to the CPU loops. `test_values.py` and `test_rebuild.py` compare their results
+with the references."""
 
 import math
 import os
 import shlex
 import subprocess
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from cases import LAYOUTS, SHAPES, normal
+from cases import FLOW_OPERATORS, REBUILDING, learned, normal, options, sample
 from torch import Tensor
 
-from benchmarks.harness.table import params_shape, rotation
-from mflow_kernels import ops
+from benchmarks.harness.table import Operator, params_shape, rotation
 from mflow_kernels.ops import cpu
-from mflow_kernels.ops.conv1x1 import (
-    add_to_first_half,
-    conv1x1_backward_ref,
-    conv1x1_eager,
-    conv1x1_ref,
-)
-from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_backward_ref, coupling_eager
-from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_backward, coupling_conv1x1_ref
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_ref
+from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_eager
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels
-from mflow_kernels.ops.rebuild_conv1x1 import empty_state, rebuild_conv1x1_ref
-from mflow_kernels.ops.rebuild_coupling import rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.testing import assert_close
 
@@ -36,214 +27,47 @@ if cpu._C is None:
 if KERNELS_ON_CPU:
     pytest.skip("the loops launch no Triton kernel", allow_module_level=True)
 
-FLOATS = [torch.float32, torch.float64]
-# Further shapes: vectors and rows longer than a tile of 1,024 elements and not a multiple of it;
-# rows of few channels; more channels than a tile.
-MORE = [(700, 3), (2, 4, 1100), (1, 2, 40, 30), (2, 17, 9, 8), (2, 2101), (1, 2101, 2), (0, 4, 2)]
 # The default scale bounds s and 1 / s by e, so a rounding error grows at most by this factor.
 GROWTH = math.e
 
 
-def layouts(shape: tuple[int, ...]) -> list[str]:
-    return list(LAYOUTS) if len(shape) == 4 else ["contiguous"]
+every = pytest.mark.parametrize("op", [*FLOW_OPERATORS.values(), *REBUILDING], ids=lambda op: op.id)
+layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
-CASES = [(shape, layout) for shape in SHAPES + MORE for layout in layouts(shape)]
+def results(op: Operator, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """All results and gradients."""
+    found = op.call(*inputs.values(), **options(op))
+    leaves = learned(inputs)
+    cotangents = [torch.ones_like(y) for y in found]
+    return [*found, *(torch.autograd.grad(found, leaves, cotangents) if leaves else ())]
 
 
-def exact(*tensors: Tensor) -> list[Tensor]:
-    return [t.double() for t in tensors]
-
-
-def sample(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, ...]:
-    """A state, its params, a gradient of the state and a gradient of the log-determinants."""
-    state, dstate = (normal(*shape, dtype=dtype, layout=layout) for _ in range(2))
-    params = normal(*params_shape(shape), dtype=dtype, layout=layout)
-    return state, params, dstate, normal(shape[0], dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_couple(shape, layout, inverse, dtype):
-    scale = ScaleFunction("tanh")
-    x, params, dy, dlogdet = sample(shape, layout, dtype)
-    y, ledger = cpu.couple(x, params, scale, inverse)
-    want, sums = affine_coupling_ref(*exact(x, params), scale, inverse)
-    assert_close(y, want, scale=GROWTH, name="y")
-    assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
-    assert y.dtype == ledger.dtype == dtype
-    got = cpu.couple_backward(dy, dlogdet, x, params, scale, inverse)
-    wants = coupling_backward_ref(*exact(dy, dlogdet[:, None], x, params), scale, inverse)
-    for name, a, b in zip(("dx", "dparams"), got, wants, strict=True):
-        assert_close(a, b, scale=GROWTH, name=name)
-
-
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
-def test_rebuild_coupling(shape, layout, inverse, stored):
-    scale = ScaleFunction("tanh")
-    z, params, dz, dlogdet = sample(shape, layout)
-    c_a = shape[1] // 2
-    given = z[:, c_a:], dz[:, c_a:], dlogdet, params
-    true = (dz[:, c_a:].sin(),) if stored else ()
-    got = cpu.rebuild_coupling(*given, scale, inverse, *true)
-    want = rebuild_coupling_ref(*exact(*given), scale, inverse, *exact(*true))
-    for name, a, b in zip(want._fields, got, want, strict=True):
-        size = b.abs().max().item() if b.numel() else 1.0
-        assert_close(a, b, scale=GROWTH * size, name=name)
-        assert a.shape == b.shape
-
-
-CONV1X1_CASES = [c for c in CASES if c[0][1] <= cpu.CONV1X1_MAX_CHANNELS] + [
-    ((2, 1, 5, 4), "contiguous")
-]
-
-
-def assert_sums(got: Tensor, want: Tensor, terms: int, name: str) -> None:
-    """Compare sums of `terms` products of order one, which a coupling may have scaled."""
-    assert_close(got, want, terms=terms, scale=GROWTH * terms**0.5, name=name)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("net_dtype", [None, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "layout"), CONV1X1_CASES, ids=str)
-def test_conv1x1(shape, layout, net_dtype, dtype):
-    c = shape[1]
-    scale = ScaleFunction("tanh")
-    x, params, *_ = sample(shape, layout, dtype)
-    weight, bias = rotation(c, dtype=dtype)[None], normal(1, c, dtype=dtype)
-    x = dense_pixels(x)
-    y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype)
-    want = conv1x1_ref(x.double(), weight[0].double(), bias[0].double())
-    assert_sums(y, want, c, "y")
-    assert y.stride() == torch.empty_like(x).stride()
-    assert not len(ledger)
-    if net_dtype is not None:
-        assert torch.equal(net, y[:, : c // 2].to(net_dtype))
-    if c < 2:
-        return
-    for inverse in (False, True):
-        y, net, ledger = cpu.conv1x1(x, weight, bias, net_dtype, params, scale, inverse)
-        want, sums = coupling_conv1x1_ref(*exact(x, params, weight[0], bias[0]), scale, inverse)
-        assert_sums(y, want, c, "y")
-        assert_close(ledger, sums, terms=x[:1].numel(), scale=1.0, name="ledger")
-        assert y.dtype == ledger.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), [c for c in CONV1X1_CASES if c[0][1] > 1], ids=str)
-def test_coupling_conv1x1_backward(shape, layout, bare, inverse, dtype):
-    n, c, *spatial = shape
-    scale = ScaleFunction("tanh")
-    x, params, dy, dlogdet = sample(shape, layout, dtype)
-    dnet = None if bare else normal(n, c // 2, *spatial, dtype=dtype)
-    weight = rotation(c, dtype=dtype)[None]
-    x, params = dense_pixels(x), dense_pixels(params)
-    got = cpu.coupling_conv1x1_backward(
-        dy, dnet, dlogdet[:, None], x, params, weight, scale, inverse
-    )
-    x, params, dy, dlogdet, weight = exact(x, params, dy, dlogdet, weight)
-    z, _ = affine_coupling_ref(x, params, scale, inverse)
-    dy = add_to_first_half(dy, None if dnet is None else dnet.double())
-    dz, dweight, dbias = conv1x1_backward_ref(dy, z, weight[0])
-    wants = (
-        *coupling_backward_ref(dz, dlogdet[:, None], x, params, scale, inverse),
-        dweight[None],
-        dbias[None],
-    )
-    columns = max(1, x.numel() // c)
-    for name, a, b in zip(("dx", "dparams", "dweight", "dbias"), got, wants, strict=True):
-        assert_sums(a, b, c if name in ("dx", "dparams") else columns, name)
-        assert a.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rebuild", [True, False])
-@pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize(("shape", "layout"), CONV1X1_CASES, ids=str)
-def test_conv1x1_backward(shape, layout, bare, rebuild, dtype):
-    n, c, *spatial = shape
-    c_a = c // 2
-    y, _, dy, _ = sample(shape, layout, dtype)
-    dnet = None if bare else normal(n, c_a, *spatial, dtype=dtype)
-    # One half is a view and the other its own tensor, as in the reversible backward pass.
-    halves = (y[:, :c_a], y[:, c_a:].clone()), (dy[:, :c_a], dy[:, c_a:].clone())
-    weight, bias = rotation(c, dtype=dtype), normal(c, dtype=dtype)
-    inverse = torch.linalg.inv(weight.double()).to(dtype) if rebuild else None
-    dx = empty_state(y, c, "channels_last" in layout)
-    sums = cpu.sums(dx, weight[None])
-    x, net = cpu.conv1x1_backward(*halves, dnet, weight, inverse, bias, dx, *sums, dtype)
-    want = rebuild_conv1x1_ref(
-        tuple(exact(*halves[0])), tuple(exact(*halves[1])), None if bare else dnet.double(),
-        weight.double(), torch.linalg.inv(weight.double()), bias.double(), None, False,
-    )  # fmt: skip
-    want_x, want_dx = want.whole
-    assert_sums(dx, want_dx, c, "dx")
-    assert (x is None) == (not rebuild)
-    if x is not None:
-        assert_sums(x, want_x, c, "x")
-        assert x.stride() == dx.stride()
-        assert torch.equal(net, x[:, :c_a])
-    for name, a, b in zip(("outer_sum", "dbias"), sums, (want.outer_sum, want.dbias), strict=True):
-        assert_sums(a, b, max(1, y.numel() // c), name)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_same_bits_with_any_number_of_threads(layout):
+@layouts
+@every
+def test_same_bits_with_any_number_of_threads(op, layout):
     """The state is large enough for several threads."""
-    shape = (3, 6, 320, 160)
-    x, params, dy, dlogdet = sample(shape, layout)
-    weight, scale = rotation(6)[None], ScaleFunction("tanh")
-    threads = torch.get_num_threads()
-    results = []
+    inputs = sample(op, (3, 6, 320, 160), layout=layout)
+    threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            out = empty_state(x, 6, layout == "channels_last")
-            halves = (x[:, :3], x[:, 3:]), (dy[:, :3], dy[:, 3:])
-            sums = cpu.sums(out, weight)
-            results.append([
-                *cpu.couple(x, params, scale, False),
-                *cpu.couple_backward(dy, dlogdet, x, params, scale, False),
-                *cpu.rebuild_coupling(x[:, 3:], dy[:, 3:], dlogdet, params, scale, False),
-                *cpu.conv1x1(x, weight, weight[:, 0], torch.float32, params, scale, False),
-                *cpu.coupling_conv1x1_backward(
-                    dy, None, dlogdet[:, None], x, params, weight, scale, False
-                ),
-                *cpu.conv1x1_backward(
-                    *halves, None, weight[0], weight[0], weight[0, 0], out, *sums
-                ),
-                *(out, *sums),
-            ])  # fmt: skip
+            found.append(results(op, inputs))
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_without_the_extension_references_stand_in(layout, monkeypatch):
-    x, params, dy, dlogdet = sample((2, 6, 5, 4), layout)
-    weight, dledger = rotation(6)[None], dlogdet[:, None]
-    options = "tf32x3", *ScaleFunction("tanh").args, False
-
-    def everything() -> list[Tensor]:
-        y, logdet = ops.coupling_conv1x1(x, params, weight[0])
-        z, _ = ops.affine_coupling(x, params)
-        backward = coupling_conv1x1_backward(dy, dy[:, :3], dledger, x, params, weight, *options)
-        return [y, z, logdet, *backward]
-
-    native = everything()
-    monkeypatch.setattr(import_module("mflow_kernels.ops.cpu"), "_C", None)
-    assert not cpu.serves(x)
-    for a, b in zip(native, everything(), strict=True):
+@layouts
+@every
+def test_without_the_extension_references_stand_in(op, layout, monkeypatch):
+    inputs = sample(op, (2, 6, 5, 4), layout=layout)
+    native = results(op, inputs)
+    monkeypatch.setattr(cpu, "_C", None)
+    assert not cpu.serves(inputs.get("x", native[0]))
+    for a, b in zip(native, results(op, inputs), strict=True):
         assert_close(a, b.double(), terms=120, scale=GROWTH)
         assert a.stride() == b.stride()
 
@@ -258,7 +82,7 @@ def test_serves_what_the_loops_can_read():
 
 
 def test_loops_refuse_what_they_would_misread():
-    x, params, dy, dlogdet = sample((2, 6, 5, 4), "contiguous")
+    x, params, dy, dlogdet = *(normal(2, 6, 5, 4) for _ in range(3)), normal(2)
     scale = ScaleFunction("tanh")
     with pytest.raises(ValueError, match="twice the half's channels"):
         cpu.couple(x, params[:, :4], scale, False)

@@ -4,15 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from cases import IMAGES, IN_PLACE, LAYOUTS, normal
+from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, normal, sample
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mflow_kernels import ops
 from mflow_kernels.ops.addresses import strided
-from mflow_kernels.ops.coupling import affine_coupling_op, coupling_forward
 from mflow_kernels.ops.layouts import dense_pixels, flow_state, in_layout_of, pixels, strides
 from mflow_kernels.ops.rebuild_conv1x1 import rebuild_conv1x1
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling
+from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.ops.tiles import tile_columns
 
 
@@ -51,28 +50,6 @@ def test_in_layout_of(layout):
     assert y.stride() == torch.empty_like(x).stride()
     fitting = torch.empty_like(x)
     assert in_layout_of(x, fitting) is fitting
-
-
-@pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("p", [1, 15, 16, 63, 64, 65, 200])
-@pytest.mark.parametrize("n", [1, 3, 40])
-def test_tiles_cover_every_column_once(n, p, block):
-    tiles = tile_columns(n, p, block)
-    seen = []
-    for tile in range(tiles.programs):  # as `columns` does it
-        for i in range(block):
-            if tiles.columns.flat:
-                j = tile * block + i
-                if j < n * p:
-                    seen.append(divmod(j, p))
-            else:
-                per_sample = -(-p // block)
-                pixel = tile % per_sample * block + i
-                if pixel < p:
-                    seen.append((tile // per_sample, pixel))
-    assert sorted(seen) == [(i, j) for i in range(n) for j in range(p)]
-    # The ledger has a place for each tile of a sample, or for each of its pixels.
-    assert n * tiles.ledger == (n * p if tiles.columns.flat else tiles.programs)
 
 
 def test_an_empty_batch_has_no_tile():
@@ -130,36 +107,49 @@ def test_the_number_of_a_column_fits_in_32_bits():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_are_launched_nowhere(monkeypatch, device):
+@pytest.mark.parametrize("op", FLOW_OPERATORS.values(), ids=lambda op: op.id)
+def test_fake_tensors_are_launched_nowhere(monkeypatch, op, device):
     """Operators on fake tensors give the shape and layout of every result, even without a GPU."""
-    asked = (torch.cuda, "current_device"), (torch.cuda, "is_current_stream_capturing")
-    for module, name in asked:
-        monkeypatch.setattr(module, name, lambda: pytest.fail("asked CUDA"))
-    scale = ops.ScaleFunction()
+
+    drawn = sample(op, (4, 12, 32, 32), layout="channels_last").values()
+    inputs = [t if t.dim() == 4 else t.contiguous() for t in drawn]  # a copy on CUDA needs a GPU
+    real = op.call(*inputs)
+    refuse_cuda(monkeypatch)
     with FakeTensorMode():
+        how = [{"size": t.shape, "stride": t.stride(), "dtype": t.dtype} for t in inputs]
+        fake = op.call(*(torch.empty_strided(**given, device=device) for given in how))
+    for a, b in zip(fake, real, strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
+        assert a.stride() == b.stride()
 
-        def state(channels):
-            made = torch.empty(4, channels, 32, 32, device=device)
-            return made.to(memory_format=torch.channels_last)
 
-        x, half = state(12), state(6)
-        weight, bias = torch.empty(12, 12, device=device), torch.empty(12, device=device)
-        dlogdet = torch.empty(4, device=device)
-        pair = half, half
-        sums = torch.empty(1, 12, 12, device=device), torch.empty(1, 12, device=device)
-        results = [
-            ops.actnorm(x, bias, bias)[0],
-            coupling_forward(x, x, *scale.args, False)[0],
-            affine_coupling_op(x, x, *scale.args, False)[0],
-            ops.conv1x1(x, weight, bias),
-            ops.conv1x1_inverse(x, weight, bias),
-            ops.coupling_conv1x1(x, x, weight, bias)[0],
-            rebuild_coupling(half, half, dlogdet, x, scale, False).dparams,
-        ]
-        halves = rebuild_conv1x1(pair, pair, None, weight, weight, bias, None, True, True, *sums).dx
-    for y in halves:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rebuilding_fake_tensors_launches_nothing(monkeypatch, device):
+    refuse_cuda(monkeypatch)
+    with FakeTensorMode():
+        half = torch.empty(4, 6, 8, 8, device=device).to(memory_format=torch.channels_last)
+        params = torch.empty(4, 12, 8, 8, device=device).to(memory_format=torch.channels_last)
+        dlogdet, bias = torch.empty(4, device=device), torch.empty(12, device=device)
+        weight = torch.empty(12, 12, device=device)
+        b = rebuild_coupling(half, half, dlogdet, params, scale=ScaleFunction(), inverse=False)
+        found = rebuild_conv1x1(
+            y=(half, b.y_b),
+            dy=(half, b.dy_b),
+            dnet=None,
+            weight=weight,
+            weight_inverse=weight,
+            bias=bias,
+            net_dtype=None,
+            channels_last=True,
+            separate_halves=True,
+            outer_sum=torch.empty(1, 12, 12, device=device),
+            dbias=torch.empty(1, 12, device=device),
+        )
+    for y in (*found.x, *found.dx):
         assert (y.shape, y.device, y.stride(1)) == (half.shape, half.device, 1)
-    for y in results:
-        assert y.shape == x.shape
-        assert y.device == x.device
-        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (b.dparams.shape, b.dparams.stride()) == (params.shape, params.stride())
+
+
+def refuse_cuda(monkeypatch):
+    for name in ("current_device", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("asked CUDA"))

@@ -10,12 +10,20 @@ from cases import (
     FLOW_OPERATORS,
     IMAGES,
     LAYOUTS,
+    LONG_SHAPES,
     SCALES,
     SHAPES,
     assert_matches,
     normal,
+    options,
     sample,
 )
+
+from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
+from mflow_kernels.ops.coupling_conv1x1 import coupling_conv1x1_eager
+from mflow_kernels.ops.layouts import pixels
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.testing import assert_close
 
 TESTED = [op for name, op in FLOW_OPERATORS.items() if name != "conv1x1_inverse"]
 every = pytest.mark.parametrize("op", TESTED, ids=lambda op: op.id)
@@ -31,9 +39,13 @@ every_other = pytest.mark.parametrize(
 
 
 @every
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
 def test_shapes(op, shape, device):
+    if "weight" in op.inputs and shape[1] > 130:
+        pytest.skip("as 130 channels, and slow")
     assert_matches(op, sample(op, shape, device=device))
+    if shape in LONG_SHAPES:
+        assert_matches(op, sample(op, shape, (torch.float64, torch.float64), device))
 
 
 @every_other
@@ -43,7 +55,7 @@ def test_one_channel(op, device):
 
 @every
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
+@pytest.mark.parametrize("shape", IMAGES + [s for s in LONG_SHAPES if len(s) == 4], ids=str)
 def test_layouts(op, shape, layout, device):
     assert_matches(op, sample(op, shape, device=device, layout=layout))
 
@@ -60,6 +72,31 @@ def test_scales(op, scale, device):
     assert_matches(op, sample(op, (2, 5, 3, 4), device=device), scale)
     double = (torch.float64, torch.float64)
     assert_matches(op, sample(op, (2, 5, 3, 4), double, device), scale)
+
+
+@pytest.mark.parametrize("net_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 5, 6), (1, 130, 3, 3)], ids=str)
+@every_product
+def test_network_input(op, shape, net_dtype, device):
+    """A product also returns the input of the next network, and takes its gradient."""
+    for layout in ("contiguous", "channels_last") if len(shape) == 4 else ("contiguous",):
+        inputs = sample(op, shape, device=device, layout=layout)
+        states = [inputs[name] for name in op.inputs if name not in ("weight", "bias")]
+        weight, bias = spread(inputs["weight"], inputs["bias"], inputs["x"])
+        run = coupling_conv1x1_eager if "scale" in op.options else conv1x1_eager
+        scale = (*ScaleFunction("tanh").args, op.inverse) if "scale" in op.options else ()
+        y, net, *_ = run(*states, weight, bias, "tf32x3", net_dtype, *scale)
+        assert torch.equal(y, op.call(*inputs.values(), **options(op))[0])
+        assert torch.equal(net, y[:, : net.shape[1]].to(net_dtype))
+        dy, dnet = torch.randn_like(y), torch.randn_like(net)
+        grads = torch.autograd.grad((y, net), list(inputs.values()), (dy, dnet))
+        exact = [t.detach().double().requires_grad_() for t in inputs.values()]
+        dy = dy.double()
+        dy[:, : net.shape[1]] += dnet
+        wants = torch.autograd.grad(op.expected(*exact, **options(op))[0], exact, dy)
+        terms = op.terms(shape[0], shape[1], pixels(y))
+        for name, got, want in zip(inputs, grads, wants, strict=True):
+            assert_close(got, want, terms=terms[name], name=f"d {name}")
 
 
 @every_product
