@@ -6,6 +6,7 @@ direction data -> latent, and folds the weights from the parameters in every cal
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import Linear, Reorder, Row, permutation, select_channels
+from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
+from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
-from mflow_kernels.reversible.instructions import Instruction, Rearrange, SpaceToDepth
+from mflow_kernels.reversible.instructions import Instruction, SpaceToDepth
 from mflow_kernels.reversible.program import Program
 from mflow_kernels.reversible.steps import Couple, Step, Steps
 
-# The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
-# channels an index is cheaper, and on a CPU already with more than a few.
-MATRIX_CHANNELS = {"cuda": 128}
-MATRIX_CHANNELS_ELSEWHERE = 4
+# The most channels whose permutations and fixed matrices run as one matrix with the actnorms around
+# them, inside the launch of a coupling. With more channels they run apart, without dense gradients.
+MATRIX_CHANNELS = {
+    "cpu": {"permutation": 4, "fixed": 4},
+    "cuda": {"permutation": 128, "fixed": 1 << 30},
+}
 
 # In torch 2.9 and 2.11, `is_exporting` is also true under torch.compile.
 _EXPORT_IS_EXACT = TorchVersion(torch.__version__) >= "2.13"
@@ -86,33 +90,15 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
     return ""
 
 
-class Permute(Rearrange):
-    """Channel permutations that run as one index, read from their layers at each run."""
-
-    def __init__(self, parts: Sequence[Linear | Reorder], inverted: bool = False) -> None:
-        self.parts, self.inverted = tuple(parts), inverted
-
-    def apply(self, x: Tensor) -> Tensor:
-        order = permutation(self.parts, x)
-        return select_channels(x, order.argsort() if self.inverted else order)
-
-    def inverse(self) -> "Permute":
-        return Permute(self.parts, not self.inverted)
-
-
 def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Program:
     """The program of these parts, data -> latent, on states of `channels` channels."""
     instructions: list[Instruction] = []
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
-    widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
         if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
-        if row and all(p.permutes for p in row) and channels > widest:
-            instructions.append(Permute(row))
-        elif row:
-            instructions.append(Steps([Step(Row(row, channels, device), None)]))
+        instructions += _linear(row, channels, device)
         row = []
         if isinstance(part, Coupling):
             couple = Couple(part.net, part.scale, part.inverse)
@@ -121,6 +107,32 @@ def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Prog
             instructions.append(part)
             channels = 4 * channels
     return Program(instructions)
+
+
+def _linear(
+    row: Sequence[Linear | Reorder], channels: int, device: torch.device
+) -> Sequence[Instruction]:
+    """The instructions of the linear parts between two couplings."""
+    if not row:
+        return []
+    most = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS["cpu"])
+    light = [p.permutes or p.scales for p in row]
+    if all(light) and channels > most["permutation"]:
+        if all(p.permutes for p in row):
+            return [Permute(row)]
+        return [Steps([Step(ScaledPermutation(row, channels, device), None)])]
+    if all(k or p.fixed for k, p in zip(light, row, strict=True)) and channels > most["fixed"]:
+        made: list[Instruction] = []
+        for is_light, group in groupby(row, lambda p: p.permutes or p.scales):
+            members = list(group)
+            if is_light:
+                made += _linear(members, channels, device)
+            else:
+                made += [
+                    FixedMatrix(p, channels, device) for p in members if isinstance(p, Linear)
+                ]
+        return made
+    return [Steps([Step(Row(row, channels, device), None)])]
 
 
 class FusedSequence:
@@ -144,6 +156,9 @@ class FusedSequence:
         self._initialized_by_data = [
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
+        self._matrices = [
+            p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
+        ]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
         self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
@@ -155,7 +170,9 @@ class FusedSequence:
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
     def supports(self, x: Tensor, inverse: bool) -> bool:
-        """Whether our kernels compute what the layers do for the number of channels of x."""
+        """Whether our kernels compute what the layers do now, for the number of channels of x."""
+        if self._matrices and not all(matrix.holds() for matrix in self._matrices):
+            return False
         return not self.has_couplings or not why_not(self.parts, self._data_channels(x, inverse))
 
     def __call__(

@@ -106,10 +106,10 @@ class Instruction:
         """Replace the state of the backward pass, and its gradient, by those before it.
 
         Args:
-            folded: the weight and bias of `fold`.
+            folded: the weight and bias of `fold`. `requires_grad` says whose gradient is needed.
 
         Returns:
-            The gradients of that weight and bias.
+            The gradients of that weight and bias; None for one that is not needed.
         """
         raise NotImplementedError
 
