@@ -10,19 +10,25 @@ from mflow_kernels.interop.subclasses import decelerate_module, is_accelerated
 from mflow_kernels.interop.visitor import Visitor
 
 
-def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
+def accelerate(
+    model: nn.Module, *, reversible: bool = False, even_if_slower: bool = False
+) -> Report:
     """Make the layers of a normflows, nflows or FrEIA model compute with our kernels, in place.
 
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
     dictionaries, optimizers and copies do too; only the computation changes. A layer is left
-    unchanged if our kernels cannot compute it exactly, or if its library's version was not tested.
+    unchanged if our kernels cannot compute it exactly, if its library's version was not tested, or
+    if ours would cost more on the device that its weights are on (see `costs.py`).
     A second call accelerates the model again.
 
     Args:
         model: a model of one of these libraries, or any module that contains such models or layers.
         reversible: in the backward pass, rebuild the states inside sequences of layers instead of
             storing them, except every eighth one. Networks run twice, and their activations are not
-            stored.
+            stored. A run of few couplings, or whose networks have many weights for each number of a
+            batch, stores its states, because that takes less memory.
+        even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
+            flows then take little memory, at more than the original's time.
 
     Returns:
         A report: the replaced layers, the other layers with the reasons, and the intended
@@ -42,7 +48,7 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     notes: list[str] = []
     for library in sorted(libraries):
         adapter = load_adapter(LIBRARIES[library])
-        visitor = Visitor(adapter, reversible)
+        visitor = Visitor(adapter, reversible, even_if_slower)
         visitor.visit(model, "")
         replaced += visitor.replaced
         left += visitor.left

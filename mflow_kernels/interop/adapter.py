@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from mflow_kernels.interop.parts import Part
 from mflow_kernels.interop.report import Left, Replaced
-from mflow_kernels.interop.sequence import FusedSequence, Part
+from mflow_kernels.interop.sequence import FusedSequence
 
 # Folder of each library's adapter, by the name under which the library is imported.
 LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}

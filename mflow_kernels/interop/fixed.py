@@ -12,14 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mflow_kernels.interop.linear import (
-    Linear,
-    Reorder,
-    Row,
-    index_of,
-    read_parts,
-    select_channels,
-)
+from mflow_kernels.interop.linear import Linear, Reorder, Row, index_of, read_parts, select_channels
 from mflow_kernels.ops.conv1x1 import add_to_first_half, conv1x1_ref
 from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import cut_net_input, in_layout_of, is_channels_last
@@ -102,12 +95,7 @@ class ScaledPermutation(Row):
         return scale, bias, -log_det if inverted else log_det
 
     def run(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        inverted: bool,
-        net_dtype: torch.dtype | None,
+        self, x: Tensor, weight: Tensor, bias: Tensor, inverted: bool, net_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
         order = _composed(self.layers, self.channels, self.device)
         if transformed() or torch.compiler.is_compiling():
@@ -207,9 +195,7 @@ class FixedMatrix(Instruction):
     def inverse(self) -> "FixedMatrix":
         return FixedMatrix(self.part, self.channels, self.device, not self.inverted)
 
-    def fold(
-        self, dtype: torch.dtype, *, check: bool = False, lean: bool = False
-    ) -> FoldedWeights:
+    def fold(self, dtype: torch.dtype, *, check: bool = False, lean: bool = False) -> FoldedWeights:
         """The matrix and its inverse (C, C), and the log-determinant for one pixel.
 
         Only rebuilding a state reads the inverse.

@@ -4,20 +4,20 @@ The layers keep their parameters. A `FusedSequence` only knows what each layer d
 direction data -> latent, and folds the weights from the parameters in every call.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
+from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
+from mflow_kernels.interop.parts import Coupling, Part, why_not
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
 from mflow_kernels.reversible.instructions import Instruction, SpaceToDepth
 from mflow_kernels.reversible.program import Program
@@ -26,68 +26,12 @@ from mflow_kernels.reversible.steps import Couple, Step, Steps
 # The most channels whose permutations and fixed matrices run as one matrix with the actnorms around
 # them, inside the launch of a coupling. With more channels they run apart, without dense gradients.
 MATRIX_CHANNELS = {
-    "cpu": {"permutation": 4, "fixed": 4},
-    "cuda": {"permutation": 128, "fixed": 1 << 30},
+    "cpu": {"permutation": 4, "scaled": 32, "fixed": 64},
+    "cuda": {"permutation": 128, "scaled": 128, "fixed": 1 << 30},
 }
 
 # In torch 2.9 and 2.11, `is_exporting` is also true under torch.compile.
 _EXPORT_IS_EXACT = TorchVersion(torch.__version__) >= "2.13"
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """An affine coupling that changes the last channels, given the first ones.
-
-    Attributes:
-        net: maps the unchanged channels to params, raw scales first.
-        inverse: whether data -> latent is the inverse of `affine_coupling`.
-        unchanged: maps the number of channels to the number of unchanged channels.
-    """
-
-    net: nn.Module
-    scale: ScaleFunction
-    inverse: bool
-    unchanged: Callable[[int], int]
-
-
-Part = Linear | Reorder | Coupling | SpaceToDepth
-"""A part of what a layer does; the kernels have an operation for each of these types."""
-
-
-def smaller_half(channels: int) -> int:
-    return channels // 2
-
-
-def larger_half(channels: int) -> int:
-    return (channels + 1) // 2
-
-
-@dataclass(frozen=True)
-class Exactly:
-    """A fixed number of channels."""
-
-    count: int
-
-    def __call__(self, channels: int) -> int:
-        return self.count
-
-
-def why_not(parts: Sequence[Part], channels: int) -> str:
-    """Say why our kernels cannot compute these parts on states of `channels` channels.
-
-    The result is "" if they can.
-    """
-    for part in parts:
-        if isinstance(part, SpaceToDepth):
-            channels *= 4
-        elif isinstance(part, Coupling):
-            unchanged = part.unchanged(channels)
-            if channels < 2 or unchanged != channels // 2:
-                return (
-                    f"its coupling keeps {unchanged} of {channels} channels, "
-                    f"not the first {channels // 2}"
-                )
-    return ""
 
 
 def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Program:
@@ -117,9 +61,9 @@ def _linear(
         return []
     most = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS["cpu"])
     light = [p.permutes or p.scales for p in row]
-    if all(light) and channels > most["permutation"]:
-        if all(p.permutes for p in row):
-            return [Permute(row)]
+    if all(p.permutes for p in row) and channels > most["permutation"]:
+        return [Permute(row)]
+    if all(light) and channels > most["scaled"]:
         return [Steps([Step(ScaledPermutation(row, channels, device), None)])]
     if all(k or p.fixed for k, p in zip(light, row, strict=True)) and channels > most["fixed"]:
         made: list[Instruction] = []
@@ -128,9 +72,7 @@ def _linear(
             if is_light:
                 made += _linear(members, channels, device)
             else:
-                made += [
-                    FixedMatrix(p, channels, device) for p in members if isinstance(p, Linear)
-                ]
+                made += [FixedMatrix(p, channels, device) for p in members if isinstance(p, Linear)]
         return made
     return [Steps([Step(Row(row, channels, device), None)])]
 
@@ -140,7 +82,9 @@ class FusedSequence:
 
     Args:
         parts: what the layers do, data -> latent.
-        reversible: rebuild the states in the backward pass instead of storing them.
+        reversible: rebuild the states in the backward pass instead of storing them, where that
+            takes less memory (see `costs.py`).
+        always: rebuild them everywhere.
 
     Attributes:
         drift: largest drift of its programs, as `ReversibleChain.drift`.
@@ -148,11 +92,16 @@ class FusedSequence:
 
     checkpoint_every: int | None = 8
 
-    def __init__(self, parts: Sequence[Part], reversible: bool = False) -> None:
+    def __init__(
+        self, parts: Sequence[Part], reversible: bool = False, always: bool = False
+    ) -> None:
         self.parts = tuple(parts)
-        self.reversible = reversible
+        self.reversible, self.always = reversible, always
         self.drift: Tensor | None = None
-        self.has_couplings = any(isinstance(part, Coupling) for part in parts)
+        nets = [part.net for part in parts if isinstance(part, Coupling)]
+        self._couplings, self.has_couplings = len(nets), bool(nets)
+        trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}
+        self._weights = sum(p.numel() for p in trained.values())
         self._initialized_by_data = [
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
         ]
@@ -182,7 +131,8 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        if self.reversible:
+        gains = self.always or rebuilding_gains(x, self._couplings, self._weights)
+        if self.reversible and gains:
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
         else:

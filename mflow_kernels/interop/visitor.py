@@ -9,11 +9,13 @@ from typing import cast
 from torch import nn
 
 from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.costs import why_slower
 from mflow_kernels.interop.fingerprints import why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.parts import Coupling, Part, why_not
 from mflow_kernels.interop.report import Left, Replaced
-from mflow_kernels.interop.sequence import Coupling, FusedSequence, Part, why_not
+from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
 from mflow_kernels.layers.networks import has_hooks
 from mflow_kernels.reversible.instructions import SpaceToDepth
@@ -22,8 +24,9 @@ from mflow_kernels.reversible.instructions import SpaceToDepth
 class Visitor:
     """Accelerates the layers of one library in a model, outer modules first."""
 
-    def __init__(self, adapter: Adapter, reversible: bool) -> None:
+    def __init__(self, adapter: Adapter, reversible: bool, even_if_slower: bool) -> None:
         self.adapter, self.reversible = adapter, reversible
+        self.even_if_slower = even_if_slower
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
         self._seen: set[int] = set()
@@ -53,14 +56,17 @@ class Visitor:
         parts = self._parts(layer)
         class_name = type(layer).__name__
         in_sequence = id(layer) in self._in_sequences
-        if not isinstance(parts, str) and not in_sequence and _only_permutes(parts):
-            parts = "on its own it only permutes the state"
+        kind = self.adapter.kind_of(layer)
+        if not isinstance(parts, str) and not in_sequence:
+            if _only_permutes(parts):
+                parts = "on its own it only permutes the state"
+            elif kind not in self.adapter.repaired and (why := self._why_slower([layer], parts)):
+                parts = why
         if isinstance(parts, str):
             if not reported:
                 self.left.append(Left(name, class_name, parts))
             return
-        kind = self.adapter.kind_of(layer)
-        accelerate_module(layer, self.adapter.folder, kind, FusedSequence(parts, self.reversible))
+        accelerate_module(layer, self.adapter.folder, kind, self._sequence(parts))
         if not in_sequence:
             by = self.adapter.repaired.get(kind, describe(parts))
             self.replaced.append(Replaced(name, class_name, by))
@@ -82,10 +88,15 @@ class Visitor:
                 for i in places:
                     own = cast(tuple[Part, ...], found[i])
                     parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
-            if not fusable or len(members) == 1 or _only_permutes(parts):
+            if (
+                not fusable
+                or len(members) == 1
+                or _only_permutes(parts)
+                or self._why_slower(members, parts)
+            ):
                 pieces += [([member], None) for member in members]
                 continue
-            pieces.append((members, FusedSequence(parts, self.reversible)))
+            pieces.append((members, self._sequence(parts)))
             self._in_sequences.update(map(id, members))
             counts = Counter(type(m).__name__ for m in members)
             classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
@@ -95,7 +106,22 @@ class Visitor:
 
     def accelerates(self, layer: nn.Module) -> bool:
         parts = self._parts(layer)
-        return not isinstance(parts, str) and not _only_permutes(parts)
+        return not (isinstance(parts, str) or _only_permutes(parts)) and (
+            self.adapter.kind_of(layer) in self.adapter.repaired
+            or not self._why_slower([layer], parts)
+        )
+
+    def _sequence(self, parts: Sequence[Part]) -> FusedSequence:
+        return FusedSequence(parts, self.reversible, self.even_if_slower)
+
+    def _why_slower(self, layers: Sequence[nn.Module], parts: Sequence[Part]) -> str:
+        """Say why a run of layers, or a layer alone, is left because it would cost more."""
+        if self.even_if_slower:
+            return ""
+        tensors = (t for m in layers for t in (*m.parameters(), *m.buffers()))
+        device = next((t.device.type for t in tensors), "cpu")
+        channels = [n for n in map(self.adapter.channels_of, layers) if n is not None]
+        return why_slower(parts, max(channels, default=None), device)
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
         """Return the parts of a layer, or the reason why it is left."""

@@ -306,10 +306,7 @@ class _SegmentFunction(torch.autograd.Function):
         pairs = iter([w.detach().requires_grad_(n) for w, n in zip(weights, needed, strict=True)])
         dweights = backward.undo(
             segment.instructions,
-            [
-                (next(pairs), next(pairs)) if has else None
-                for has in segment.folds
-            ],
+            [(next(pairs), next(pairs)) if has else None for has in segment.folds],
             segment.calls,
             dict(zip(ctx.stored_at, map(Stored, stored[::2], stored[1::2]), strict=True)),
             list(zip(latents, dlatents, strict=True)),

@@ -84,14 +84,8 @@ class LinearMap:
         """
         raise NotImplementedError
 
-
     def run(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        inverted: bool,
-        net_dtype: torch.dtype | None,
+        self, x: Tensor, weight: Tensor, bias: Tensor, inverted: bool, net_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
         """The next state, and the network input of this dtype cut from it. Only if not `dense`.
 

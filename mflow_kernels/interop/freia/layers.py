@@ -26,7 +26,7 @@ from mflow_kernels.interop.linear import (
     stack,
 )
 from mflow_kernels.interop.params import Pair, Params
-from mflow_kernels.interop.sequence import Coupling, Exactly, Part
+from mflow_kernels.interop.parts import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
 from mflow_kernels.reversible.instructions import SpaceToDepth
 

@@ -24,8 +24,9 @@ from mflow_kernels.interop.linear import (
     one_linear,
 )
 from mflow_kernels.interop.params import Params
+from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import Coupling, Exactly, FusedSequence, Part, why_not
+from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
     FusedLayers,
