@@ -1,6 +1,7 @@
 """`accelerate` and `decelerate`: models of other libraries, computed by our kernels."""
 
 import importlib.metadata
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -11,7 +12,11 @@ from mflow_kernels.interop.visitor import Visitor
 
 
 def accelerate(
-    model: nn.Module, *, reversible: bool = False, even_if_slower: bool = False
+    model: nn.Module,
+    *,
+    reversible: bool = False,
+    like: Mapping[type, type] | None = None,
+    even_if_slower: bool = False,
 ) -> Report:
     """Make the layers of a normflows, nflows or FrEIA model compute with our kernels, in place.
 
@@ -27,6 +32,9 @@ def accelerate(
             storing them, except every eighth one. Networks run twice, and their activations are not
             stored. A run of few couplings, or whose networks have many weights for each number of a
             batch, stores its states, because that takes less memory.
+        like: classes of your own that compute what a class of FrEIA computes, with the same
+            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with ours on a random
+            state, and left if the values differ.
         even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
             flows then take little memory, at more than the original's time.
 
@@ -35,9 +43,10 @@ def accelerate(
         differences from the original model.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `like` does not map classes to layers of FrEIA.
     """
     decelerate(model)
+    like = _checked(like)
     libraries = {library for m in model.modules() for library in _libraries_of(m)}
     if not libraries:
         *names, last = LIBRARIES
@@ -48,7 +57,7 @@ def accelerate(
     notes: list[str] = []
     for library in sorted(libraries):
         adapter = load_adapter(LIBRARIES[library])
-        visitor = Visitor(adapter, reversible, even_if_slower)
+        visitor = Visitor(adapter, reversible, even_if_slower, like)
         visitor.visit(model, "")
         replaced += visitor.replaced
         left += visitor.left
@@ -73,6 +82,17 @@ def decelerate(model: nn.Module) -> None:
     for module in model.modules():
         if is_accelerated(module):
             decelerate_module(module)
+
+
+def _checked(like: Mapping[type, type] | None) -> Mapping[type, type]:
+    for cls, known in (like or {}).items():
+        if not (isinstance(cls, type) and isinstance(known, type) and _is_freia(known)):
+            raise TypeError(f"like: expected classes, the second of FrEIA; got {cls!r}: {known!r}")
+    return like or {}
+
+
+def _is_freia(cls: type) -> bool:
+    return cls.__module__.startswith("FrEIA.") and cls in load_adapter("freia").layers
 
 
 def _libraries_of(module: nn.Module) -> list[str]:

@@ -1,8 +1,8 @@
 """Linear maps that need no dense gradient: scaled permutations, and matrices that nobody trains.
 
 As one dense matrix, folded with the actnorms around it, such a map would cost a product of C x C
-numbers with every pixel, a gradient of C x C numbers, and an inverse in float64. A permutation is an
-index instead. A fixed matrix has no gradient, and its layer knows its inverse.
+numbers with every pixel, a gradient of C x C numbers, and an inverse in float64. A permutation is
+an index instead. A fixed matrix has no gradient, and its layer knows its inverse.
 """
 
 from collections.abc import Sequence

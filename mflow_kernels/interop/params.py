@@ -23,7 +23,8 @@ class Params(nn.Module):
     """One network whose output channels are scales and shifts in another order.
 
     If its last layer is a convolution or linear layer whose weights are smaller than its output,
-    the weights are reordered instead of the output. A network like Glow's runs as one operator on a GPU.
+    the weights are reordered instead of the output. A network like Glow's runs as one operator on
+    a GPU.
 
     Args:
         net: the network, which keeps its parameters.

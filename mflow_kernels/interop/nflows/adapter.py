@@ -247,8 +247,8 @@ class NflowsAdapter(Adapter):
         wrappers = (nt.MultiscaleCompositeTransform, nt.InverseTransform)
         return isinstance(module, nt.Transform) and not isinstance(module, wrappers)
 
-    def kind_of(self, layer: nn.Module) -> str:
-        return "actnorm" if type(layer) is nt.ActNorm else "transform"
+    def kind_of(self, cls: type) -> str:
+        return "actnorm" if cls is nt.ActNorm else "transform"
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container) is not kind:
