@@ -6,7 +6,6 @@ import nflows.transforms as nt
 import normflows as nf
 import pytest
 import torch
-from torch import nn
 
 from interop.test_freia import convolutional, fully_connected
 from mflow_kernels.interop import accelerate, costs
@@ -148,6 +147,4 @@ def test_reversible_nflows_permutation_and_linear():
     model = nt.CompositeTransform([nt.RandomPermutation(6), nt.LULinear(6)])
     accelerate(model, reversible=True, even_if_slower=True)
     model(torch.randn(4, 6))[0].sum().backward()
-    assert all(
-        isinstance(p.grad, torch.Tensor) for p in nn.ModuleList(model._transforms).parameters()
-    )
+    assert all(p.grad is not None for p in model.parameters())
