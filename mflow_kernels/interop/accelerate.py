@@ -1,6 +1,7 @@
 """`accelerate` and `decelerate`: models of other libraries, computed by our kernels."""
 
 import importlib.metadata
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -10,28 +11,42 @@ from mflow_kernels.interop.subclasses import decelerate_module, is_accelerated
 from mflow_kernels.interop.visitor import Visitor
 
 
-def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
+def accelerate(
+    model: nn.Module,
+    *,
+    reversible: bool = False,
+    like: Mapping[type, type] | None = None,
+    even_if_slower: bool = False,
+) -> Report:
     """Make the layers of a normflows, nflows or FrEIA model compute with our kernels, in place.
 
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
     dictionaries, optimizers and copies do too; only the computation changes. A layer is left
-    unchanged if our kernels cannot compute it exactly, or if its library's version was not tested.
+    unchanged if our kernels cannot compute it exactly, if its library's version was not tested, or
+    if ours would cost more on the device that its weights are on (see `costs.py`).
     A second call accelerates the model again.
 
     Args:
         model: a model of one of these libraries, or any module that contains such models or layers.
         reversible: in the backward pass, rebuild the states inside sequences of layers instead of
             storing them, except every eighth one. Networks run twice, and their activations are not
-            stored.
+            stored. A run of few couplings, or whose networks have many weights for each number of a
+            batch, stores its states, because that takes less memory.
+        like: classes of your own that compute what a class of FrEIA computes, with the same
+            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with ours on a random
+            state, and left if the values differ.
+        even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
+            flows then take little memory, at more than the original's time.
 
     Returns:
         A report: the replaced layers, the other layers with the reasons, and the intended
         differences from the original model.
 
     Raises:
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `like` does not map classes to layers of FrEIA.
     """
     decelerate(model)
+    like = _checked(like)
     libraries = {library for m in model.modules() for library in _libraries_of(m)}
     if not libraries:
         *names, last = LIBRARIES
@@ -42,7 +57,7 @@ def accelerate(model: nn.Module, *, reversible: bool = False) -> Report:
     notes: list[str] = []
     for library in sorted(libraries):
         adapter = load_adapter(LIBRARIES[library])
-        visitor = Visitor(adapter, reversible)
+        visitor = Visitor(adapter, reversible, even_if_slower, like)
         visitor.visit(model, "")
         replaced += visitor.replaced
         left += visitor.left
@@ -67,6 +82,17 @@ def decelerate(model: nn.Module) -> None:
     for module in model.modules():
         if is_accelerated(module):
             decelerate_module(module)
+
+
+def _checked(like: Mapping[type, type] | None) -> Mapping[type, type]:
+    for cls, known in (like or {}).items():
+        if not (isinstance(cls, type) and isinstance(known, type) and _is_freia(known)):
+            raise TypeError(f"like: expected classes, the second of FrEIA; got {cls!r}: {known!r}")
+    return like or {}
+
+
+def _is_freia(cls: type) -> bool:
+    return cls.__module__.startswith("FrEIA.") and cls in load_adapter("freia").layers
 
 
 def _libraries_of(module: nn.Module) -> list[str]:

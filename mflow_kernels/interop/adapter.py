@@ -4,10 +4,11 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from mflow_kernels.interop.parts import Part
 from mflow_kernels.interop.report import Left, Replaced
-from mflow_kernels.interop.sequence import FusedSequence, Part
+from mflow_kernels.interop.sequence import FusedSequence
 
 # Folder of each library's adapter, by the name under which the library is imported.
 LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
@@ -76,11 +77,16 @@ class Adapter(Protocol):
         """Say why a layer whose class is not in `layers` is left."""
         return "our kernels have no such layer"
 
-    def kind_of(self, layer: nn.Module) -> str:
-        """Return the key of the methods of an accelerated layer."""
+    def kind_of(self, cls: type) -> str:
+        """Return the key of the methods of an accelerated layer of this class."""
 
     def channels_of(self, layer: Any) -> int | None:
         """Return the number of channels of a layer's states; None if it is unknown."""
+        return None
+
+    def probe(self, layer: Any) -> Callable[[Any], list[Tensor]] | None:
+        """Return a function that computes values of a layer, or of a copy, on a fixed random state
+        in both directions; None if the library's layers do not show the shape of their states."""
         return None
 
     def fuse(self, container: nn.Module, name: str, kind: type[nn.Module], fuser: Fuser) -> None:

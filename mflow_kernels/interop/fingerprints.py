@@ -32,11 +32,24 @@ def why_untested(
     return f"the source of {untested[0]} is not that of a tested version" if untested else ""
 
 
+def original_of(tested: Mapping[str, set[str]], cls: type) -> type | None:
+    """Return the class of a library that `cls` is a copy of, in a module with tested code.
+
+    Other packages copy a library's module, as anomalib does with FrEIA's `AllInOneBlock`.
+    """
+    digest = source_fingerprint(cls.__module__)
+    for name, digests in tested.items():
+        if digest in digests:
+            original = getattr(sys.modules.get(name), cls.__name__, None)
+            return original if isinstance(original, type) else None
+    return None
+
+
 @cache
 def source_fingerprint(name: str) -> str:
     """Return 12 digits of the SHA-256 of an imported module's source without white space."""
     try:
         text = inspect.getsource(sys.modules[name])
-    except OSError:  # the library was installed without its source
+    except (OSError, TypeError, KeyError):  # installed without its source, or made in a notebook
         return ""
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:12]

@@ -56,16 +56,27 @@ class DataInit:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear layer: the module with its parameters, and a function that reads K such modules."""
+    """A linear layer: the module with its parameters, and a function that reads K such modules.
+
+    Attributes:
+        what: its kind, as the report names it.
+        fixed: whether its matrix is not trained, and `read` knows the inverse.
+    """
 
     module: nn.Module
     read: Callable[[Sequence[Any]], Affine]
     what: str = "1x1 convolution"
     data_init: DataInit | None = None
+    fixed: bool = False
 
     @property
     def permutes(self) -> bool:
         return self.what == "permutation"
+
+    @property
+    def scales(self) -> bool:
+        """Whether it scales and shifts each channel."""
+        return self.what == "actnorm"
 
     def kind(self) -> Any:
         return self.read
@@ -87,10 +98,12 @@ class Reorder:
     order: Callable[[int], tuple[int, ...]]
     what: str = "permutation"
     permutes: bool = True
+    scales: bool = False
+    fixed: bool = False
     data_init: None = None
 
     def kind(self) -> Any:
-        return self.order
+        return Reorder
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,51 @@ class Listed:
         if len(self.channels) != channels:
             raise ValueError(f"x: expected {len(self.channels)} channels, got {channels}")
         return self.channels
+
+
+class OfMatrix:
+    """The permutation that a fixed 0/1 matrix of a module stands for: row i has its 1 in column
+    order[i].
+
+    It is read once, and again after the matrix has changed, as a checkpoint changes it.
+
+    Args:
+        name: the name of the matrix (C, C, ...) in the module.
+        back: whether this is the inverse permutation.
+    """
+
+    def __init__(self, module: nn.Module, name: str, back: bool = False) -> None:
+        self.module, self.name, self.back = module, name, back
+        self._read_from: tuple[int, int] | None = None
+        self._order: tuple[int, ...] | None = None
+        self.holds()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read_from": None}
+
+    def holds(self) -> bool:
+        """Whether the matrix is a permutation now, and is not trained."""
+        if torch.compiler.is_compiling() or transformed():
+            return self._order is not None
+        matrix: Tensor = getattr(self.module, self.name)
+        if matrix.requires_grad or matrix.is_meta:
+            return False
+        key = None if matrix.is_inference() else (id(matrix), matrix._version)
+        if key is None or key != self._read_from:
+            self._order, self._read_from = self._read(matrix), key
+        return self._order is not None
+
+    def _read(self, matrix: Tensor) -> tuple[int, ...] | None:
+        rows = matrix.detach().flatten(1)
+        order = rows.argmax(1)
+        alone = torch.zeros_like(rows).scatter_(1, order[:, None], 1.0)
+        if not torch.equal(rows, alone) or len(order.unique()) < len(order):
+            return None
+        return tuple((order.argsort() if self.back else order).tolist())
+
+    def __call__(self, channels: int) -> tuple[int, ...]:
+        assert self._order is not None  # `holds` came first
+        return Listed(self._order)(channels)
 
 
 def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
@@ -177,20 +235,22 @@ def select_channels(x: Tensor, order: Tensor) -> Tensor:
     return x.movedim(1, -1).index_select(-1, order).movedim(-1, 1)
 
 
-def permutation(parts: Sequence[Linear | Reorder], x: Tensor) -> Tensor:
-    """Return the order (C,) that is the composition of these permutations."""
-    order = torch.arange(x.shape[1], device=x.device)
-    for part in parts:
-        order = order[_read([part], x.shape[1], x.device).weight[0]]
-    return order
+def index_of(part: Linear | Reorder, channels: int, device: torch.device) -> Tensor:
+    """Return the order (C,) of a permutation."""
+    return read_parts([part], channels, device).weight[0]
 
 
-def _read(parts: Sequence[Linear | Reorder], channels: int, device: torch.device) -> Affine:
-    first = parts[0]
-    if isinstance(first, Reorder):
-        index = constant(first.order(channels), device)
-        return Affine(index.expand(len(parts), channels))
-    return first.read([part.module for part in parts if isinstance(part, Linear)])
+def read_parts(parts: Sequence[Linear | Reorder], channels: int, device: torch.device) -> Affine:
+    """Read K parts of the same kind."""
+    if isinstance(parts[0], Reorder):
+        orders = [part.order(channels) for part in parts if isinstance(part, Reorder)]
+        return Affine(stack([constant(order, device) for order in orders]))
+    return parts[0].read([part.module for part in parts if isinstance(part, Linear)])
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack` along a new first axis, which does not copy a tensor that is alone."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _inverted(step: Affine, check: bool) -> Affine:
@@ -241,20 +301,28 @@ class Row(LinearMap):
         device = maps[0].device
         with without_autocast(device):
             folded = [
-                _fold_alike([maps[i] for i in rows], dtype, inverted, check)
+                cls.fold_alike([maps[i] for i in rows], dtype, inverted, check)
                 for rows in alike.values()
             ]
         if len(folded) > 1:
             order_of = [i for rows in alike.values() for i in rows]
             order = constant(inverse_of(order_of), device)
-            folded = [tuple(torch.cat(part)[order] for part in zip(*folded, strict=True))]
+            weight, bias, log_det = (torch.cat(part)[order] for part in zip(*folded, strict=True))
+            folded = [(weight, bias, log_det)]
         weight, bias, log_det = (part.to(dtype) for part in folded[0])
         return FoldedWeights(weight, bias, log_det.sum())
+
+    @staticmethod
+    def fold_alike(
+        rows: Sequence["Row"], dtype: torch.dtype, inverted: bool, check: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fold K rows whose layers are of the same kinds; see `_fold_alike`."""
+        return _fold_alike(rows, dtype, inverted, check)
 
 
 def _fold_alike(
     rows: Sequence[Row], dtype: torch.dtype, inverted: bool, check: bool
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fold K rows whose layers are of the same kinds, one column of K layers after the other.
 
     Returns:
@@ -267,7 +335,7 @@ def _fold_alike(
     log_det = torch.zeros(k, dtype=dtype, device=device)
     columns = list(zip(*(row.layers for row in rows), strict=True))
     for column in reversed(columns) if inverted else columns:
-        step = _read(column, channels, device)
+        step = read_parts(column, channels, device)
         if tuple(step.weight.shape[:2]) != (k, channels):
             raise ValueError(f"x: expected {step.weight.shape[1]} channels, got {channels}")
         step = _inverted(step, check) if inverted else step

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import constant, select_channels
 from mflow_kernels.layers.networks import fused_params, has_hooks
+from mflow_kernels.ops.layouts import pixels
 from mflow_kernels.ops.precision import accumulator
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -21,8 +22,9 @@ Passing = Literal["none", "channels", "argument"]
 class Params(nn.Module):
     """One network whose output channels are scales and shifts in another order.
 
-    If its last layer is a convolution or linear layer, that layer's weights are reordered instead
-    of its output, because they are smaller. A network like Glow's runs as one operator on a GPU.
+    If its last layer is a convolution or linear layer whose weights are smaller than its output,
+    the weights are reordered instead of the output. A network like Glow's runs as one operator on
+    a GPU.
 
     Args:
         net: the network, which keeps its parameters.
@@ -58,7 +60,7 @@ class Params(nn.Module):
             return self._ordered(self.net(x, context[0] if context else None))
         if self.passing == "channels" and context:
             x = torch.cat([x, *context], dim=1)
-        layers = self._layers()
+        layers = self._layers(x)
         if layers is None:
             return self._ordered(self.net(x))
         last: Any = layers[-1]
@@ -86,16 +88,18 @@ class Params(nn.Module):
             inner=self.inner,
         )
 
-    def _layers(self) -> list[nn.Module] | None:
-        """Return the network's layers, if the output channels of the last one can be reordered."""
+    def _layers(self, x: Tensor) -> list[nn.Module] | None:
+        """Return the network's layers, if the output channels of the last one can be reordered, and
+        its weights are smaller than its output for x."""
         if self.raw is None:
             return None
         layers = getattr(self.net, self.inner) if self.inner else self.net
         if type(layers) is not nn.Sequential or not len(layers) or has_hooks(self.net, layers):
             return None
-        last = layers[-1]
+        last: Any = layers[-1]
         if type(last) is nn.Linear or (type(last) in _CONVOLUTIONS and last.groups == 1):
-            return None if has_hooks(last) else list(layers)
+            smaller = last.weight[0].numel() <= x.shape[0] * pixels(x)
+            return list(layers) if smaller and not has_hooks(last) else None
         return None
 
     def _in_order(self) -> bool:

@@ -4,116 +4,46 @@ The layers keep their parameters. A `FusedSequence` only knows what each layer d
 direction data -> latent, and folds the weights from the parameters in every call.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from mflow_kernels import ops
-from mflow_kernels.interop.linear import Linear, Reorder, Row, permutation, select_channels
+from mflow_kernels.interop.costs import rebuilding_gains
+from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
+from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
+from mflow_kernels.interop.parts import Coupling, Part, why_not
 from mflow_kernels.ops.layouts import flow_state
-from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
-from mflow_kernels.reversible.instructions import Instruction, Rearrange
+from mflow_kernels.reversible.instructions import Instruction
 from mflow_kernels.reversible.program import Program
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
 
-# The most channels whose permutation runs as a matrix, inside the launch of a coupling. With more
-# channels an index is cheaper, and on a CPU already with more than a few.
-MATRIX_CHANNELS = {"cuda": 128}
-MATRIX_CHANNELS_ELSEWHERE = 4
+# The most channels whose permutations and fixed matrices run as one matrix with the actnorms around
+# them, inside the launch of a coupling. With more channels they run apart, without dense gradients.
+MATRIX_CHANNELS = {
+    "cpu": {"permutation": 4, "scaled": 32, "fixed": 64},
+    "cuda": {"permutation": 128, "scaled": 128, "fixed": 1 << 30},
+}
 
 # In torch 2.9 and 2.11, `is_exporting` is also true under torch.compile.
 _EXPORT_IS_EXACT = TorchVersion(torch.__version__) >= "2.13"
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """An affine coupling that changes the last channels, given the first ones.
-
-    Attributes:
-        net: maps the unchanged channels to params, raw scales first.
-        inverse: whether data -> latent is the inverse of `affine_coupling`.
-        unchanged: maps the number of channels to the number of unchanged channels.
-    """
-
-    net: nn.Module
-    scale: ScaleFunction
-    inverse: bool
-    unchanged: Callable[[int], int]
-
-
-Part = Linear | Reorder | Coupling | SpaceToDepth
-"""A part of what a layer does; the kernels have an operation for each of these types."""
-
-
-def smaller_half(channels: int) -> int:
-    return channels // 2
-
-
-def larger_half(channels: int) -> int:
-    return (channels + 1) // 2
-
-
-@dataclass(frozen=True)
-class Exactly:
-    """A fixed number of channels."""
-
-    count: int
-
-    def __call__(self, channels: int) -> int:
-        return self.count
-
-
-def why_not(parts: Sequence[Part], channels: int) -> str:
-    """Say why our kernels cannot compute these parts on states of `channels` channels.
-
-    The result is "" if they can.
-    """
-    for part in parts:
-        if isinstance(part, SpaceToDepth):
-            channels *= 4
-        elif isinstance(part, Coupling):
-            unchanged = part.unchanged(channels)
-            if channels < 2 or unchanged != channels // 2:
-                return (
-                    f"its coupling keeps {unchanged} of {channels} channels, "
-                    f"not the first {channels // 2}"
-                )
-    return ""
-
-
-class Permute(Rearrange):
-    """Channel permutations that run as one index, read from their layers at each run."""
-
-    def __init__(self, parts: Sequence[Linear | Reorder], inverted: bool = False) -> None:
-        self.parts, self.inverted = tuple(parts), inverted
-
-    def apply(self, x: Tensor) -> Tensor:
-        order = permutation(self.parts, x)
-        return select_channels(x, order.argsort() if self.inverted else order)
-
-    def inverse(self) -> "Permute":
-        return Permute(self.parts, not self.inverted)
 
 
 def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Program:
     """The program of these parts, data -> latent, on states of `channels` channels."""
     instructions: list[Instruction] = []
     row: list[Linear | Reorder] = []  # linear parts since the last coupling or squeeze
-    widest = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS_ELSEWHERE)
     for part in (*parts, None):
         if isinstance(part, (Linear, Reorder)):
             row.append(part)
             continue
-        if row and all(p.permutes for p in row) and channels > widest:
-            instructions.append(Permute(row))
-        elif row:
-            instructions.append(Steps([Step(Row(row, channels, device), None)]))
+        instructions += _linear(row, channels, device)
         row = []
         if isinstance(part, Coupling):
             couple = AffineCouple(part.net, part.scale, part.inverse)
@@ -124,12 +54,38 @@ def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Prog
     return Program(instructions)
 
 
+def _linear(
+    row: Sequence[Linear | Reorder], channels: int, device: torch.device
+) -> Sequence[Instruction]:
+    """The instructions of the linear parts between two couplings."""
+    if not row:
+        return []
+    most = MATRIX_CHANNELS.get(device.type, MATRIX_CHANNELS["cpu"])
+    light = [p.permutes or p.scales for p in row]
+    if all(p.permutes for p in row) and channels > most["permutation"]:
+        return [Permute(row)]
+    if all(light) and channels > most["scaled"]:
+        return [Steps([Step(ScaledPermutation(row, channels, device), None)])]
+    if all(k or p.fixed for k, p in zip(light, row, strict=True)) and channels > most["fixed"]:
+        made: list[Instruction] = []
+        for is_light, group in groupby(row, lambda p: p.permutes or p.scales):
+            members = list(group)
+            if is_light:
+                made += _linear(members, channels, device)
+            else:
+                made += [FixedMatrix(p, channels, device) for p in members if isinstance(p, Linear)]
+        return made
+    return [Steps([Step(Row(row, channels, device), None)])]
+
+
 class FusedSequence:
     """Layers in sequence, computed by our kernels.
 
     Args:
         parts: what the layers do, data -> latent.
-        reversible: rebuild the states in the backward pass instead of storing them.
+        reversible: rebuild the states in the backward pass instead of storing them, where that
+            takes less memory (see `costs.py`).
+        always: rebuild them everywhere.
 
     Attributes:
         drift: largest drift of its programs, as `ReversibleChain.drift`.
@@ -137,13 +93,21 @@ class FusedSequence:
 
     checkpoint_every: int | None = 8
 
-    def __init__(self, parts: Sequence[Part], reversible: bool = False) -> None:
+    def __init__(
+        self, parts: Sequence[Part], reversible: bool = False, always: bool = False
+    ) -> None:
         self.parts = tuple(parts)
-        self.reversible = reversible
+        self.reversible, self.always = reversible, always
         self.drift: Tensor | None = None
-        self.has_couplings = any(isinstance(part, Coupling) for part in parts)
+        nets = [part.net for part in parts if isinstance(part, Coupling)]
+        self._couplings, self.has_couplings = len(nets), bool(nets)
+        trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}
+        self._weights = sum(p.numel() for p in trained.values())
         self._initialized_by_data = [
             (p.module, p.data_init) for p in parts if isinstance(p, Linear) and p.data_init
+        ]
+        self._matrices = [
+            p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
         ]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
         self._programs: dict[Any, Program] = {}
@@ -156,7 +120,9 @@ class FusedSequence:
         self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
     def supports(self, x: Tensor, inverse: bool) -> bool:
-        """Whether our kernels compute what the layers do for the number of channels of x."""
+        """Whether our kernels compute what the layers do now, for the number of channels of x."""
+        if self._matrices and not all(matrix.holds() for matrix in self._matrices):
+            return False
         return not self.has_couplings or not why_not(self.parts, self._data_channels(x, inverse))
 
     def __call__(
@@ -166,7 +132,8 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        if self.reversible:
+        gains = self.always or rebuilding_gains(x, self._couplings, self._weights)
+        if self.reversible and gains:
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
         else:

@@ -1,19 +1,23 @@
 """The visitor that accelerates the layers of one library in a model."""
 
+import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import cast
 
+import torch
 from torch import nn
 
 from mflow_kernels.interop.adapter import Adapter
-from mflow_kernels.interop.fingerprints import why_untested
+from mflow_kernels.interop.costs import why_slower
+from mflow_kernels.interop.fingerprints import original_of, why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.interop.params import Pair, Params
+from mflow_kernels.interop.parts import Coupling, Part, why_not
 from mflow_kernels.interop.report import Left, Replaced
-from mflow_kernels.interop.sequence import Coupling, FusedSequence, Part, why_not
+from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
 from mflow_kernels.layers.networks import has_hooks
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
@@ -22,8 +26,12 @@ from mflow_kernels.reversible.rearrangements import SpaceToDepth
 class Visitor:
     """Accelerates the layers of one library in a model, outer modules first."""
 
-    def __init__(self, adapter: Adapter, reversible: bool) -> None:
+    def __init__(
+        self, adapter: Adapter, reversible: bool, even_if_slower: bool, like: Mapping[type, type]
+    ) -> None:
         self.adapter, self.reversible = adapter, reversible
+        self.even_if_slower, self.like = even_if_slower, like
+        self._unlike: dict[int, str] = {}
         self.replaced: list[Replaced] = []
         self.left: list[Left] = []
         self._seen: set[int] = set()
@@ -37,7 +45,7 @@ class Visitor:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        if self.adapter.is_layer(module):
+        if self.adapter.is_layer(module) or type(module) in self.like:
             self._visit_layer(module, name, reported)
             reported = True
         container = next((c for c in self.adapter.containers if isinstance(module, c)), None)
@@ -53,14 +61,17 @@ class Visitor:
         parts = self._parts(layer)
         class_name = type(layer).__name__
         in_sequence = id(layer) in self._in_sequences
-        if not isinstance(parts, str) and not in_sequence and _only_permutes(parts):
-            parts = "on its own it only permutes the state"
+        kind = self.adapter.kind_of(self._class_of(layer))
+        if not isinstance(parts, str) and not in_sequence:
+            if _only_permutes(parts):
+                parts = "on its own it only permutes the state"
+            elif kind not in self.adapter.repaired and (why := self._why_slower([layer], parts)):
+                parts = why
         if isinstance(parts, str):
             if not reported:
                 self.left.append(Left(name, class_name, parts))
             return
-        kind = self.adapter.kind_of(layer)
-        accelerate_module(layer, self.adapter.folder, kind, FusedSequence(parts, self.reversible))
+        accelerate_module(layer, self.adapter.folder, kind, self._sequence(parts))
         if not in_sequence:
             by = self.adapter.repaired.get(kind, describe(parts))
             self.replaced.append(Replaced(name, class_name, by))
@@ -82,10 +93,15 @@ class Visitor:
                 for i in places:
                     own = cast(tuple[Part, ...], found[i])
                     parts += own if conditions is None else [_given(p, conditions[i]) for p in own]
-            if not fusable or len(members) == 1 or _only_permutes(parts):
+            if (
+                not fusable
+                or len(members) == 1
+                or _only_permutes(parts)
+                or self._why_slower(members, parts)
+            ):
                 pieces += [([member], None) for member in members]
                 continue
-            pieces.append((members, FusedSequence(parts, self.reversible)))
+            pieces.append((members, self._sequence(parts)))
             self._in_sequences.update(map(id, members))
             counts = Counter(type(m).__name__ for m in members)
             classes = ", ".join(f"{k} {n}" if k > 1 else n for n, k in counts.items())
@@ -95,16 +111,33 @@ class Visitor:
 
     def accelerates(self, layer: nn.Module) -> bool:
         parts = self._parts(layer)
-        return not isinstance(parts, str) and not _only_permutes(parts)
+        return not (isinstance(parts, str) or _only_permutes(parts)) and (
+            self.adapter.kind_of(self._class_of(layer)) in self.adapter.repaired
+            or not self._why_slower([layer], parts)
+        )
+
+    def _sequence(self, parts: Sequence[Part]) -> FusedSequence:
+        return FusedSequence(parts, self.reversible, self.even_if_slower)
+
+    def _why_slower(self, layers: Sequence[nn.Module], parts: Sequence[Part]) -> str:
+        """Say why a run of layers, or a layer alone, is left because it would cost more."""
+        if self.even_if_slower:
+            return ""
+        tensors = (t for m in layers for t in (*m.parameters(), *m.buffers()))
+        device = next((t.device.type for t in tensors), "cpu")
+        channels = [n for n in map(self.adapter.channels_of, layers) if n is not None]
+        return why_slower(parts, max(channels, default=None), device)
 
     def _parts(self, layer: nn.Module) -> tuple[Part, ...] | str:
         """Return the parts of a layer, or the reason why it is left."""
-        adapter = self.adapter
-        if type(layer) not in adapter.layers:
+        adapter, cls = self.adapter, self._class_of(layer)
+        if cls not in adapter.layers:
             return adapter.why_left(layer)
-        if why := why_untested(adapter.fingerprints, type(layer), layer.modules()):
+        if why := why_untested(adapter.fingerprints, cls, layer.modules()):
             return why
-        parts = adapter.layers[type(layer)](layer)
+        if type(layer) in self.like and (why := self._why_unlike(layer, cls)):
+            return why
+        parts = adapter.layers[cls](layer)
         if isinstance(parts, str):
             return parts
         channels = adapter.channels_of(layer)
@@ -113,6 +146,43 @@ class Visitor:
         if has_hooks(*_bypassed(layer, parts)):
             return "it has hooks, which a fused run would not call"
         return parts
+
+    def _class_of(self, layer: nn.Module) -> type:
+        """Return the library's class that a layer has, copies, or is said to be like."""
+        cls = type(layer)
+        if cls in self.adapter.layers:
+            return cls
+        return self.like.get(cls) or original_of(self.adapter.fingerprints, cls) or cls
+
+    def _why_unlike(self, layer: nn.Module, cls: type) -> str:
+        """Say why a layer does not compute what `cls` computes, on a random state, with changed
+        weights and in float64."""
+        if id(layer) not in self._unlike:
+            try:
+                same = self._computes_as(layer, cls)
+                why = "" if same else f"it computes something else than {cls.__name__}"
+            except Exception as error:  # a user's class may raise anything
+                why = f"it could not be compared with {cls.__name__}: {error}"
+            self._unlike[id(layer)] = why
+        return self._unlike[id(layer)]
+
+    def _computes_as(self, layer: nn.Module, cls: type) -> bool:
+        own = copy.deepcopy(layer).cpu().double().eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in own.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+            fast = copy.deepcopy(own)
+            probe, parts = self.adapter.probe(own), self.adapter.layers[cls](fast)
+            if probe is None:
+                raise ValueError(f"layers of {self.adapter.folder} do not show their shape")
+            if isinstance(parts, str):
+                raise ValueError(parts)
+            kind = self.adapter.kind_of(cls)
+            accelerate_module(fast, self.adapter.folder, kind, FusedSequence(parts))
+            pairs = zip(probe(fast), probe(own), strict=True)
+            return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs)
 
 
 def _given(part: Part, conditions: tuple[int, ...]) -> Part:

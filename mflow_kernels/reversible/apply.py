@@ -297,13 +297,13 @@ class _SegmentFunction(torch.autograd.Function):
             record.backward = BackwardPass(starts[0], dx, context, record.autocast)
         backward = record.backward
         assert backward is not None  # autograd runs the last segment's node first
-        pairs = iter(weights)
+        # `requires_grad` of the copies tells the instructions which gradients are needed.
+        first = 4 + segment.joins + len(context)
+        needed = ctx.needs_input_grad[first : first + len(weights)]
+        pairs = iter([w.detach().requires_grad_(n) for w, n in zip(weights, needed, strict=True)])
         dweights = backward.undo(
             segment.instructions,
-            [
-                (next(pairs).detach(), next(pairs).detach()) if has else None
-                for has in segment.folds
-            ],
+            [(next(pairs), next(pairs)) if has else None for has in segment.folds],
             segment.calls,
             dict(zip(ctx.stored_at, map(Stored, stored[::2], stored[1::2]), strict=True)),
             list(zip(latents, dlatents, strict=True)),

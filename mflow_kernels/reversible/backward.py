@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.rebuild_conv1x1 import Halves
-from mflow_kernels.reversible.instructions import Instruction, Pair
+from mflow_kernels.reversible.instructions import Gradients, Instruction, Pair
 from mflow_kernels.reversible.rerun import RerunCall, check_repeats
 
 
@@ -60,7 +60,7 @@ class BackwardPass:
         stored: dict[int, Stored],
         latents: Sequence[tuple[Tensor, Tensor]],
         dlogdet: Tensor,
-    ) -> list[Pair | None]:
+    ) -> list[Gradients | None]:
         """Undo these instructions; the state is then the one before them.
 
         Args:

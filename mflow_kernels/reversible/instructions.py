@@ -21,6 +21,7 @@ Shape = tuple[int, ...]  # of a state without N: (C, *spatial)
 
 
 Pair = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None]  # None if nobody asks for one
 
 
 class Call(NamedTuple):
@@ -98,14 +99,14 @@ class Instruction:
         """Replace `forward.x` by the next state, and record latents and log-determinants."""
         raise NotImplementedError
 
-    def undo(self, backward: BackwardPass, folded: Pair | None) -> Pair | None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> Gradients | None:
         """Replace the state of the backward pass, and its gradient, by those before it.
 
         Args:
-            folded: the weight and bias of `fold`.
+            folded: the weight and bias of `fold`. `requires_grad` says whose gradient is needed.
 
         Returns:
-            The gradients of that weight and bias.
+            The gradients of that weight and bias; None for one that is not needed.
         """
         raise NotImplementedError
 

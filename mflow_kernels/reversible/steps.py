@@ -49,6 +49,7 @@ from mflow_kernels.reversible.instructions import (
     Call,
     FoldedWeights,
     ForwardPass,
+    Gradients,
     Instruction,
     Pair,
 )
@@ -58,7 +59,14 @@ Map = TypeVar("Map", bound="LinearMap")
 
 
 class LinearMap:
-    """x -> W x + bias at each pixel, in the direction data -> latent."""
+    """x -> W x + bias at each pixel, in the direction data -> latent.
+
+    Attributes:
+        dense: whether `fold` gives matrices (K, C, C), which the launches multiply with the state.
+            If not, it gives vectors (K, C), and `run` and `undo` apply them.
+    """
+
+    dense = True
 
     @classmethod
     def fold(
@@ -80,6 +88,22 @@ class LinearMap:
         Raises:
             ValueError: with `check`, if an inverse is needed and does not exist.
         """
+        raise NotImplementedError
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor, inverted: bool, net_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next state, and the network input of this dtype cut from it. Only if not `dense`.
+
+        Args:
+            weight, bias: (C,), from `fold`.
+        """
+        raise NotImplementedError
+
+    def undo(
+        self, y: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, inverted: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The state before `run`, its gradient, and those of weight and bias if they are needed."""
         raise NotImplementedError
 
 
@@ -204,6 +228,10 @@ class Steps(Instruction):
         self.steps, self.inverted = list(steps), inverted
 
     @property
+    def _dense(self) -> bool:
+        return next((s.linear.dense for s in self.steps if s.linear is not None), True)
+
+    @property
     def calls(self) -> list[Call]:
         return [Call(s.couple.net, s.couple.net) for s in self.steps if s.couple is not None]
 
@@ -249,15 +277,19 @@ class Steps(Instruction):
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
         cut = _operator(cut_net_input, _cut_eager, cut_net_input)
         linear = _operator(conv1x1_op, conv1x1_eager, conv1x1_forward)
-        x, steps = forward.x, self.steps
-        weights = iter(_rows(folded, self.inverted, x))
+        x, steps, dense = forward.x, self.steps, self._dense
+        weights = iter(_rows(folded, self.inverted, x, dense))
         net_input: Tensor | None = None
         for i, step in enumerate(steps):
             before = steps[i - 1].couple if i else None
             # A launch that fuses both has applied the linear map, and cut the network's input.
-            if step.linear is not None and not (before is not None and before.fuses):
+            fused = dense and before is not None and before.fuses
+            if step.linear is not None and not fused:
                 dtype = None if step.couple is None else autocast_dtype(x)
-                x, net_input = linear(x, *next(weights), PRECISION, dtype)
+                if dense:
+                    x, net_input = linear(x, *next(weights), PRECISION, dtype)
+                else:
+                    x, net_input = step.linear.run(x, *next(weights), self.inverted, dtype)
             if step.couple is None:
                 continue
             if net_input is None:
@@ -265,7 +297,7 @@ class Steps(Instruction):
             couple, call = step.couple, Call(step.couple.net, step.couple.net)
             params = couple.checked(x, forward.call(call, x, net_input))
             following = steps[i + 1] if i + 1 < len(steps) else None
-            if couple.fuses and following is not None and following.linear is not None:
+            if dense and couple.fuses and following is not None and following.linear is not None:
                 dtype = None if following.couple is None else autocast_dtype(x)
                 x, net_input, ledger = couple.run_with_linear(x, params, next(weights), dtype)
             else:
@@ -273,9 +305,10 @@ class Steps(Instruction):
             forward.ledger.append(ledger)
         forward.x = x
 
-    def undo(self, backward: BackwardPass, folded: Pair | None) -> Pair | None:
+    def undo(self, backward: BackwardPass, folded: Pair | None) -> Gradients | None:
         (a, b), (da, db) = backward.halves()
-        weights = None if folded is None else _WeightGradients(*folded, self.inverted, backward)
+        gradients = _WeightGradients if self._dense else _VectorGradients
+        weights = None if folded is None else gradients(*folded, self.inverted, backward)
         net_input: Tensor | None = None  # of the coupling to be undone, if a launch has cut it
         dnet: Tensor | None = None  # gradient of a through the network that read it
         whole: tuple[Tensor, Tensor] | None = None
@@ -299,7 +332,7 @@ class Steps(Instruction):
                 assert weights is not None
                 # A coupling reads the two halves next, and every other instruction one tensor.
                 couple_next = i > 0 and self.steps[i - 1].couple is not None
-                made = weights.undo_linear((a, b), (da, db), dnet, couple_next)
+                made = weights.undo_linear(linear, (a, b), (da, db), dnet, couple_next)
                 (a, b), (da, db) = made.x, made.dx
                 whole, net_input, dnet = made.whole, made.net, None
         if whole is not None:
@@ -355,14 +388,19 @@ def _cut_backward(ctx: Any, dnet: Tensor) -> tuple[Tensor | None, ...]:
 _cut_eager = eager_function(cut_net_input, _setup_cut, _cut_backward)
 
 
-def _rows(folded: FoldedWeights | None, inverted: bool, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _rows(
+    folded: FoldedWeights | None, inverted: bool, x: Tensor, dense: bool
+) -> list[tuple[Tensor, Tensor]]:
     """The weight and bias of each step, in the order in which the steps run."""
     if folded is None:
         return []
     check_device("weight", folded.weight, x)
     # `unbind` makes one gradient of all steps; indexing would make and add one for each.
-    weight, bias = spread(folded.weight, folded.bias, x)
-    rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
+    if dense:
+        weight, bias = spread(folded.weight, folded.bias, x)
+        rows = list(zip(unbind_weights(weight), bias.unbind(), strict=True))
+    else:
+        rows = list(zip(folded.weight.unbind(), folded.bias.unbind(), strict=True))
     return rows[::-1] if inverted else rows
 
 
@@ -390,7 +428,7 @@ class _WeightGradients:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def undo_linear(
-        self, y: Halves, dy: Halves, dnet: Tensor | None, couple_next: bool
+        self, linear: LinearMap, y: Halves, dy: Halves, dnet: Tensor | None, couple_next: bool
     ) -> RebuiltConv1x1:
         """Undo the last linear map that is not undone; see `rebuild_conv1x1`."""
         splits = rebuild_splits(y[1], self.weight.shape[-1])
@@ -436,10 +474,46 @@ class _WeightGradients:
             self.sums.update({r: (outer_sums[i], dbiases[i]) for i, r in enumerate(self.waiting)})
             self.partials, self.waiting = None, []
 
-    def gradients(self) -> Pair:
+    def gradients(self) -> Gradients:
         """d weight (K, C, C) and d bias (K, C)."""
         self._reduce()
+        if not (self.weight.requires_grad or self.bias.requires_grad):
+            return None, None
         sums = [self.sums[row] for row in range(len(self.weight))]
         outer_sum, dbias = (torch.stack(part) for part in zip(*sums, strict=True))
         with without_autocast(outer_sum):
             return (outer_sum.double() @ self.inverse.mT).to(outer_sum.dtype), dbias
+
+
+class _VectorGradients:
+    """As `_WeightGradients`, for linear maps that are not dense."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, inverted: bool, backward: BackwardPass
+    ) -> None:
+        self.weight, self.bias, self.inverted, self.backward = weight, bias, inverted, backward
+        rows = range(len(weight))
+        self.remaining = list(reversed(rows) if inverted else rows)  # undone from the last one
+        self.found: dict[int, tuple[Tensor | None, Tensor | None]] = {}
+
+    def undo_linear(
+        self, linear: LinearMap, y: Halves, dy: Halves, dnet: Tensor | None, couple_next: bool
+    ) -> RebuiltConv1x1:
+        row = self.remaining.pop()
+        da = dy[0] if dnet is None else dy[0] + dnet
+        whole = torch.cat([*y], dim=1), torch.cat([da, dy[1]], dim=1)
+        needed = self.weight.requires_grad or self.bias.requires_grad
+        weight, bias = (t[row].detach().requires_grad_(needed) for t in (self.weight, self.bias))
+        x, dx, *gradients = linear.undo(*whole, weight, bias, self.inverted)
+        self.found[row] = gradients[0], gradients[1]
+        c_a = y[0].shape[1]
+        x_halves, dx_halves = ((t[:, :c_a], t[:, c_a:]) for t in (x, dx))
+        return RebuiltConv1x1(x_halves, dx_halves, (x, dx), None, x[:0], x[:0])
+
+    def gradients(self) -> Gradients:
+        """d weight (K, C) and d bias (K, C)."""
+        if not (self.weight.requires_grad or self.bias.requires_grad):
+            return None, None
+        rows = [self.found[row] for row in range(len(self.weight))]
+        dweight, dbias = (torch.stack(part) for part in zip(*rows, strict=True))
+        return dweight, dbias

@@ -28,11 +28,11 @@ from mflow_kernels.interop.subclasses import (
 CONTAINERS = (Ff.GraphINN, Ff.SequenceINN)
 
 
-# Release 0.2, see `interop/fingerprints.py`.
+# Release 0.2, and its AllInOneBlock as anomalib 2.0 to 2.7 copy it; see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
     "FrEIA.framework.graph_inn": {"48fb2462d7df"},
     "FrEIA.framework.sequence_inn": {"f2e1294a353b"},
-    "FrEIA.modules.all_in_one_block": {"26fd4fedc6ce"},
+    "FrEIA.modules.all_in_one_block": {"26fd4fedc6ce", "15ea73004c9d", "b07bf64044fd"},
     "FrEIA.modules.coupling_layers": {"1bff124c37e0"},
     "FrEIA.modules.fixed_transforms": {"7d893a8aee36"},
     "FrEIA.modules.invertible_resnet": {"733b52c6cfd1"},
@@ -246,8 +246,22 @@ class FreiaAdapter(Adapter):
             return "it cuts, joins or reshapes states, with nothing to compute"
         return super().why_left(layer)
 
-    def kind_of(self, layer: nn.Module) -> str:
-        return _KINDS.get(type(layer), "module")
+    def kind_of(self, cls: type) -> str:
+        return _KINDS.get(cls, "module")
+
+    def probe(self, layer: Any) -> Callable[[Any], list[Tensor]] | None:
+        generator = torch.Generator().manual_seed(0)
+        state, *conditions = (
+            torch.randn(2, *dims, generator=generator, dtype=torch.float64)
+            for dims in (*layer.dims_in, *(layer.dims_c or ()))
+        )
+        named = {"c": conditions} if conditions else {}
+
+        def values(module: Any) -> list[Tensor]:
+            pairs = [module([state], rev=rev, **named) for rev in (False, True)]
+            return [t for (z, *_), log_det in pairs for t in (z, torch.as_tensor(log_det))]
+
+        return values
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container).forward is not kind.forward:

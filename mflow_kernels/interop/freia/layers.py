@@ -15,9 +15,18 @@ from mflow_kernels.interop.actnorm_initialization import (
     set_by_samples,
     standard_deviation,
 )
-from mflow_kernels.interop.linear import Affine, DataInit, Linear, Reorder, Rotated, one_linear
+from mflow_kernels.interop.linear import (
+    Affine,
+    DataInit,
+    Linear,
+    OfMatrix,
+    Reorder,
+    Rotated,
+    one_linear,
+    stack,
+)
 from mflow_kernels.interop.params import Pair, Params
-from mflow_kernels.interop.sequence import Coupling, Exactly, Part
+from mflow_kernels.interop.parts import Coupling, Exactly, Part
 from mflow_kernels.ops.scale import ATAN, ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
@@ -36,9 +45,9 @@ def _permutations(modules: Sequence[Any]) -> Affine:
 
 def _fixed_convs(modules: Sequence[Any]) -> Affine:
     weight, inverse = (
-        torch.stack([getattr(m, name).flatten(1) for m in modules]) for name in ("M", "M_inv")
+        stack([getattr(m, name).flatten(1) for m in modules]) for name in ("M", "M_inv")
     )
-    return Affine(weight, None, torch.stack([m.logDetM for m in modules]), inverse)
+    return Affine(weight, None, stack([m.logDetM for m in modules]), inverse)
 
 
 def _fixed_linears(modules: Sequence[Any]) -> Affine:
@@ -80,7 +89,7 @@ def _block_permutations(blocks: Sequence[Any]) -> Affine:
     matrices = [
         b._construct_householder_permutation() if b.householder else b.w_perm for b in blocks
     ]
-    return _orthogonal(torch.stack(matrices).flatten(2))
+    return _orthogonal(stack(matrices).flatten(2))
 
 
 def _block_permutations_back(blocks: Sequence[Any]) -> Affine:
@@ -188,15 +197,25 @@ def _all_in_one(layer: Any) -> tuple[Part, ...] | str:
         layer.subnet, slice(0, n), slice(n, None), (0.1 * layer.clamp, 0.1), **_passing(layer)
     )
     scale = ScaleFunction("tanh", clamp=layer.clamp, order="scale-shift")
-    before: tuple[Part, ...] = ()
-    if layer.reverse_pre_permute:
-        before = (Linear(layer, _block_permutations_back, "rotation"),)
+    there, back = _mixing(layer)
     return (
-        *before,
+        *((back,) if layer.reverse_pre_permute else ()),
         Coupling(net, scale, False, Exactly(unchanged)),
         Linear(layer, _global_affines, "actnorm"),
-        Linear(layer, _block_permutations, "rotation"),
+        there,
     )
+
+
+def _mixing(block: Any) -> tuple[Part, Part]:
+    """The permutation or rotation of a block, and its inverse."""
+    if not block.householder:
+        order = OfMatrix(block, "w_perm")
+        if order.holds():
+            return Reorder(order), Reorder(OfMatrix(block, "w_perm", back=True))
+    fixed = not (block.householder or block.w_perm.requires_grad)
+    reads = _block_permutations, _block_permutations_back
+    there, back = (Linear(block, read, "rotation", fixed=fixed) for read in reads)
+    return there, back
 
 
 def _householder(layer: Any) -> tuple[Part, ...] | str:

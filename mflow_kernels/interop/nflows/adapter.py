@@ -24,8 +24,9 @@ from mflow_kernels.interop.linear import (
     one_linear,
 )
 from mflow_kernels.interop.params import Params
+from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import Coupling, Exactly, FusedSequence, Part, why_not
+from mflow_kernels.interop.sequence import FusedSequence
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
     FusedLayers,
@@ -246,8 +247,8 @@ class NflowsAdapter(Adapter):
         wrappers = (nt.MultiscaleCompositeTransform, nt.InverseTransform)
         return isinstance(module, nt.Transform) and not isinstance(module, wrappers)
 
-    def kind_of(self, layer: nn.Module) -> str:
-        return "actnorm" if type(layer) is nt.ActNorm else "transform"
+    def kind_of(self, cls: type) -> str:
+        return "actnorm" if cls is nt.ActNorm else "transform"
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         if type(container) is not kind:

@@ -145,8 +145,8 @@ class NormflowsAdapter(Adapter):
             return "it cuts or joins states, with nothing to compute"
         return super().why_left(layer)
 
-    def kind_of(self, layer: nn.Module) -> str:
-        return _KINDS.get(type(layer), "per sample")
+    def kind_of(self, cls: type) -> str:
+        return _KINDS.get(cls, "per sample")
 
     def fuse(self, container: nn.Module, name: str, kind: Any, fuser: Fuser) -> None:
         cls = type(container)

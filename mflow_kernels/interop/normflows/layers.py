@@ -27,7 +27,7 @@ from mflow_kernels.interop.linear import (
     lu_linears,
 )
 from mflow_kernels.interop.params import Masked, Params
-from mflow_kernels.interop.sequence import Coupling, Exactly, Part, larger_half, smaller_half
+from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
 from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth

@@ -1,0 +1,57 @@
+"""Where a library's own code costs less than ours: those layers and runs are left.
+
+The limits were measured once for each kind, on one core of a CPU, with eight couplings
+(docs/interop.md has the numbers). No limit is known for a GPU, where all layers are replaced.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mflow_kernels.interop.linear import Linear
+from mflow_kernels.interop.parts import Coupling, Part
+
+VECTOR_CHANNELS = 256  # fewest channels of vectors (N, C) whose couplings gain
+LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
+
+# A reversible run holds the states of about four couplings and one network's activations at a time,
+# and a stored run holds those of all. Gradients of weights are the same for both.
+REVERSIBLE_COUPLINGS = 4  # fewest couplings that gain
+REVERSIBLE_WEIGHTS = 1.5  # most weights of networks for each number of the states of all couplings
+
+
+def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
+    """Say why a layer or run costs less as its library computes it; "" if it does not.
+
+    Args:
+        channels: of its states, if known.
+        device: the type of the device that its weights are on.
+    """
+    if device != "cpu":
+        return ""
+    nets = [part.net for part in parts if isinstance(part, Coupling)]
+    if not nets:
+        return "without a coupling it gains nothing on a CPU"
+    if channels is None:
+        return ""
+    of_pixels = any("Conv" in type(m).__name__ for net in nets for m in net.modules())
+    if not of_pixels and channels < VECTOR_CHANNELS:
+        return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
+    learned = any(
+        isinstance(part, Linear) and not (part.permutes or part.scales or part.fixed)
+        for part in parts
+    )
+    if learned and channels > LEARNED_CHANNELS:
+        return f"a learned matrix of more than {LEARNED_CHANNELS} channels costs more on a CPU"
+    return ""
+
+
+def rebuilding_gains(x: Tensor, couplings: int, weights: int) -> bool:
+    """Whether rebuilding the states of a run takes less memory than storing them.
+
+    Args:
+        x: the state.
+        weights: the number of trained weights of the run's networks.
+    """
+    enough = couplings >= REVERSIBLE_COUPLINGS
+    return enough and weights <= REVERSIBLE_WEIGHTS * couplings * x.numel()

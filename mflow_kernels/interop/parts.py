@@ -1,0 +1,66 @@
+"""The parts of what layers do, and whether our kernels have them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mflow_kernels.interop.linear import Linear, Reorder
+from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.reversible.rearrangements import SpaceToDepth
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """An affine coupling that changes the last channels, given the first ones.
+
+    Attributes:
+        net: maps the unchanged channels to params, raw scales first.
+        inverse: whether data -> latent is the inverse of `affine_coupling`.
+        unchanged: maps the number of channels to the number of unchanged channels.
+    """
+
+    net: nn.Module
+    scale: ScaleFunction
+    inverse: bool
+    unchanged: Callable[[int], int]
+
+
+Part = Linear | Reorder | Coupling | SpaceToDepth
+"""A part of what a layer does; the kernels have an operation for each of these types."""
+
+
+def smaller_half(channels: int) -> int:
+    return channels // 2
+
+
+def larger_half(channels: int) -> int:
+    return (channels + 1) // 2
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """A fixed number of channels."""
+
+    count: int
+
+    def __call__(self, channels: int) -> int:
+        return self.count
+
+
+def why_not(parts: Sequence[Part], channels: int) -> str:
+    """Say why our kernels cannot compute these parts on states of `channels` channels.
+
+    The result is "" if they can.
+    """
+    for part in parts:
+        if isinstance(part, SpaceToDepth):
+            channels *= 4
+        elif isinstance(part, Coupling):
+            unchanged = part.unchanged(channels)
+            if channels < 2 or unchanged != channels // 2:
+                return (
+                    f"its coupling keeps {unchanged} of {channels} channels, "
+                    f"not the first {channels // 2}"
+                )
+    return ""
