@@ -262,7 +262,7 @@ def totals(rows: Sequence[Row]) -> str:
 
 
 def check(rows: Sequence[Row], recorded: dict[str, Any]) -> list[str]:
-    """Return what is worse than recorded, by a margin that only absorbs the rounding of figures."""
+    """List the figures that exceed the recorded ones by more than their rounding."""
     worse = []
     for made in rows:
         if made.spilled:

@@ -1,4 +1,4 @@
-"""What one compiled launch asks of tensor cores and of the L2 cache, read from Triton's programs.
+"""The products and memory accesses of one compiled launch, read from Triton's programs.
 
 Products are read from TTGIR, which says how warps share a product: if all warps of a layout cover
 more than its result, some repeat what others compute. Loads are read from TTIR, before loops are

@@ -19,8 +19,8 @@ template <class A>
 struct Axis {
     A exps[(kMaxBins + 1) * kLanes];  // softmax numerators, bin by bin; later gradients
     A inverse_sum[kLanes];
-    // Of each lane's bin: its first knot, counted from the interval's end, its length, its softmax value,
-    // and the sum of the softmax values below.
+    // Each lane's bin has a first knot (its distance from the interval's end), a length, a softmax value, and
+    // a sum of the softmax values below it.
     A start[kLanes], size[kLanes], share[kLanes], below[kLanes];
 };
 

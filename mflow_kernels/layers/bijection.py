@@ -25,7 +25,7 @@ class Bijection(nn.Module):
     channels: int | None = None
 
     def instructions(self) -> Sequence[Instruction]:
-        """What the layer does in a `ReversibleChain`, in the direction data -> latent.
+        """The instructions that a `ReversibleChain` runs for this layer, data -> latent.
 
         By default the chain calls `forward` and `inverse`. A layer that returns other instructions
         shares launches with its neighbours, or splits off latents.

@@ -34,9 +34,8 @@ class ReversibleChain(Flow):
     `z, logdet = chain(x)`. With splits, z is the tuple of latents, finest first, followed by the
     last state. `chain.log_prob(x)` is the density of x if the latents are standard normal.
 
-    Of the layers of this package, K steps need K + 1 launches forward and 2 K backward, plus the
-    networks' own. Any other layer is rebuilt by its `inverse`, and then called again to be
-    differentiated by autograd.
+    K steps of flow need K + 1 launches forward and 2 K backward, plus the networks' own. The input
+    of any other layer is rebuilt by its `inverse`; autograd then differentiates a second call.
 
     Args:
         layers: any `Bijection`, and any module with `z, logdet = layer(x, *context)` and
@@ -196,9 +195,10 @@ class ReversibleChain(Flow):
 
 
 def instructions_of(layer: nn.Module, place: str) -> list[Instruction]:
-    """What a layer does, from its `instructions` if its class has not since changed what it does.
+    """The instructions of a layer.
 
-    A subclass that overrides only `forward` or `inverse` is called instead.
+    If a subclass overrides `forward` or `inverse` but not `instructions`, the chain calls the layer
+    instead of running the instructions that it inherits.
     """
     if isinstance(layer, ReversibleChain):
         return layer.instructions()

@@ -72,7 +72,7 @@ class AffineCoupling(Bijection):
         return [Steps([Step(None, self.couple())])]
 
     def couple(self) -> AffineCouple:
-        """What the layer does to a state, in a chain."""
+        """The coupling that the layer's instructions run."""
         return AffineCouple(self.net, self.scale)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:

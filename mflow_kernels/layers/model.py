@@ -1,4 +1,4 @@
-"""What every model has in common: it can be saved and loaded, and it can read images."""
+"""Methods of every model: save, load, and read images."""
 
 import importlib
 import math

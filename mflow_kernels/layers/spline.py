@@ -69,7 +69,7 @@ class SplineCoupling(Bijection):
         return [Steps([Step(None, self.couple())])]
 
     def couple(self) -> SplineCouple:
-        """What the layer does to a state, in a chain."""
+        """The coupling that the layer's instructions run."""
         return SplineCouple(self.net, self.spline)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:

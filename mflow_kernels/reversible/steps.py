@@ -226,6 +226,8 @@ class Steps(Instruction):
 
     def __init__(self, steps: Sequence[Step], inverted: bool = False) -> None:
         self.steps, self.inverted = list(steps), inverted
+        # The class of the linear maps, which `fused` compares without looking at all steps again.
+        self._kind = next((type(s.linear) for s in steps if s.linear is not None), None)
 
     @property
     def _dense(self) -> bool:
@@ -243,8 +245,7 @@ class Steps(Instruction):
         """Steps that follow share a launch, and all linear maps are folded together."""
         if not isinstance(following, Steps) or self.inverted != following.inverted:
             return None
-        kinds = {type(s.linear) for s in (*self.steps, *following.steps) if s.linear is not None}
-        if len(kinds) > 1:
+        if self._kind is not following._kind and None not in (self._kind, following._kind):
             return None
         *before, last = self.steps
         first, *after = following.steps

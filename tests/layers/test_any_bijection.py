@@ -26,6 +26,7 @@ from mflow_kernels import (
     Squeeze,
     Unsqueeze,
 )
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.instructions import Join, SplitOff
 from mflow_kernels.testing import assert_close, check_bijection
 
@@ -117,13 +118,14 @@ def chain_of(name: str, **options: object) -> tuple[ReversibleChain, Tensor]:
     return perturbed(chain).double(), torch.randn(shape, dtype=torch.float64)
 
 
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="test_bijection.py runs the kernels of each layer")
 @every_chain
 def test_round_trip_jacobian_and_logdet(name: str) -> None:
     chain, x = chain_of(name)
     check_bijection(chain, tuple(x.shape))
 
 
-@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("every", [2] if KERNELS_ON_CPU else [None, 1, 2])
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "inverse"])
 @every_chain
 def test_gradients_are_those_of_stored_states(

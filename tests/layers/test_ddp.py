@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mflow_kernels import Glow
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.reversible.backward import BackwardPass
 from mflow_kernels.testing import assert_close
 
@@ -105,6 +106,7 @@ def sharded(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="two processes, and the interpreter adds nothing")
 def test_a_static_graph_and_sharded_weights(tmp_path: Path) -> None:
     """DDP with `static_graph`, and FSDP2 of the whole flow. Layers cannot be sharded one by one,
     because a chain does not call them."""

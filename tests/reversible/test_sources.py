@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from mflow_kernels import AffineCoupling, FlowStep, Glow, ReversibleChain
+from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.testing import assert_close
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -384,6 +385,7 @@ def test_an_optimizer_in_the_backward_pass() -> None:
     assert_all_close(*results, terms=1000)
 
 
+@pytest.mark.skipif(KERNELS_ON_CPU, reason="eight steps, and the interpreter adds nothing")
 @pytest.mark.parametrize("every", [8, None, 1])
 def test_the_drift_is_that_of_the_states_that_were_rebuilt(every: int | None) -> None:
     """Couplings whose inverse loses digits: the drift grows with the error of the gradient."""
