@@ -114,6 +114,11 @@ class Launch:
         return f"{self.kernel.__name__} {specialization} {options}"
 
 
+def choose_tiles_of(target: str) -> None:
+    """Let launchers choose the tiles of an architecture from now on."""
+    driver.set_active(_CompileOnly(target))
+
+
 @contextmanager
 def noting(note: Callable[[Launch], object]) -> Iterator[None]:
     """Within this context, call `note` with each launch, and compute nothing."""

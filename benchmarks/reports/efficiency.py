@@ -19,7 +19,7 @@ a clock, all bytes at the bandwidth of L2, and each tensor once at that of memor
 time between launches are left out. It is not a measured time.
 
 The last table adds up the network launches of a reversible training step. The product that computes
-d W2 of wide networks is cuBLAS's, and is left out, as are reductions of partial sums.
+d W2 of wide networks is cuBLAS's, and is left out.
 
 With --check FILE the exit code is 1 if a launch spills, has a larger bound than FILE records, or
 issues more products; --record FILE writes such a file.
@@ -44,7 +44,8 @@ from benchmarks.reports.package_launches import flops_of, results_of
 from benchmarks.reports.programs import loaded, products
 from benchmarks.reports.step_counts import nbytes
 from mflow_kernels.ops import coupling_network_launches as launches
-from mflow_kernels.ops import partial_sums
+from mflow_kernels.ops import coupling_network_tiles
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.presets import PRESETS, preset_options
 from mflow_kernels.training.cards import CARDS
@@ -152,7 +153,7 @@ def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
         shape = n.batch, channels, n.side, n.side
         return torch.empty(shape, dtype=n.dtype, memory_format=torch.channels_last)
 
-    s = launches.Shape.of(images(c_in), n.width, c_out)
+    s = Shape.of(images(c_in), n.width, c_out)
     packed = torch.empty(s.packed, dtype=n.dtype)
     b1, b2, b3 = torch.empty(n.width), torch.empty(n.width), torch.empty(c_out)
     x, h1, h2 = images(c_in), images(n.width), images(n.width)
@@ -214,14 +215,14 @@ def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
         n.name, name, tile, issued, useful, by_wgmma / issued if issued else 0.0, programs,
         made.registers, made.spilled, made.shared, blocks,
         tuple(_full(programs, m * blocks) for m in MULTIPROCESSORS),
-        programs / (t.multiprocessors * blocks), moved, requested, bounds[limit] * 1e6, limit,
-        max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
+        programs / (t.multiprocessors * max(1, blocks)), moved, requested, bounds[limit] * 1e6,
+        limit, max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
     )  # fmt: skip
 
 
 def _full(programs: int, slots: int) -> float:
     """Share of the slots that have a program, over all waves."""
-    return programs / (slots * -(-programs // slots))
+    return programs / (slots * -(-programs // slots)) if slots else 0.0
 
 
 _work: list[tuple[Network, str, aot.Launch, str]] = []  # inherited by the forked workers
@@ -235,7 +236,8 @@ def report(wanted: Sequence[Network], target: str, processes: int | None = None)
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
     # Launchers ask the device for its number of multiprocessors.
     count = TARGETS[target].multiprocessors
-    with mock.patch.object(partial_sums, "multiprocessors", return_value=count):
+    aot.choose_tiles_of(target)
+    with mock.patch.object(coupling_network_tiles, "multiprocessors", return_value=count):
         _work[:] = [(n, name, made, target) for n in wanted for name, made in launches_of(n)]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         return pool.map(_row, range(len(_work)), 1)

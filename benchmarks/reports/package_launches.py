@@ -17,6 +17,7 @@ OUTPUTS = {
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"row_sums", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
+    "_sum_partials_kernel": {"sums"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
     "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
 }

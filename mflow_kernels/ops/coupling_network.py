@@ -47,13 +47,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops.coupling_network_launches import (
-    Shape,
     empty_images,
     launch_network,
     launch_network_backward,
     pack,
     rows,
 )
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fastest import fastest, requested
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
@@ -283,8 +283,9 @@ def network_backward(
         if not s.sums[1]:
             dw2, separate_dw2 = x.new_empty(0), rows(dw2).to(wide, copy=True)
         sums = [
-            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2, dw3)),
+            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2)),
             db1,
+            rows(dw3).flatten(),
             db2,
             db3,
         ]
@@ -334,7 +335,7 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
         return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None

@@ -18,6 +18,7 @@ from mflow_kernels.ops.coupling_network import (
     network_forward,
 )
 from mflow_kernels.ops.coupling_network_launches import launch_network, pack
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -224,8 +225,8 @@ def test_tf32(kernel_device: torch.device, case: Case) -> None:
     params, h1, h2, packed = network_forward(*given, True, True)
     dparams = normal(*params.shape, device=x.device)
     dx, sums, separate_dw2 = network_backward(dparams, x, h1, h2, packed, True, True)
-    s = launches.Shape.of(x, len(w1), len(w3))
-    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    s = Shape.of(x, len(w1), len(w3))
+    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
     got = [params, dx, dw1, db1, dw2 if s.sums[1] else separate_dw2, db2, dw3, db3]
     doubled = [t.double() for t in (x, w1, b1, w2, b2, w3, b3)]
     expected = coupling_network_ref(*doubled)[0]
