@@ -20,6 +20,7 @@ class Configuration:
     launch: aot.Launch  # the first launch of this configuration
     model: str  # the model that made it
     widths: dict[str, int]  # bytes of the widest accesses that the layouts of arguments allow
+    targets: set[str]  # architectures whose launchers make this launch
 
     @property
     def c(self) -> int:

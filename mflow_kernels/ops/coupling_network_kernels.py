@@ -297,21 +297,25 @@ def _dh1_kernel(
     C_IN: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Compute d h1 of a block of hidden channels, for every `splits`-th tile of pixels.
 
     Each program stores the products of d h1 with the taps of W1, which are this block's part of
-    d x. If d W1 is given, it also stores partial sums of d W1 (width, taps, C_in) and d b1. If d W2
-    is given, one block of BLOCK_K holds all hidden channels of d h2, and it stores partial sums of
-    d W2.
+    d x. With ROWS 3, these are sums over the three taps of each row, and tiles consist of whole
+    rows of the image; with ROWS equal to TAPS, they are all taps. If d W1 is given, it also stores
+    partial sums of d W1 (width, taps, C_in) and d b1. If d W2 is given, one block of BLOCK_K holds
+    all hidden channels of d h2, and it stores partial sums of d W2.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_X)
+    r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     if dw1 is not None:
         dw1_t = tl.zeros([BLOCK_D, BLOCK_X], tl.float32)
@@ -339,12 +343,18 @@ def _dh1_kernel(
             db1_t += tl.sum(dh1_t, axis=0)
             x_t = load_taps(x, p, p < PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
             dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
-        at_w1 = w1 + d[:, None] * (TAPS * C_IN) + i[None, :]
-        w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :], other=0.0)
-        dx_t = tl.dot(dh1_r, w1_t)
+        # The taps of each row of W1 are added here, as in the forward pass, if the pixels that they
+        # belong to are in the tile.
+        dx_t = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+        for column in tl.static_range(TAPS // ROWS):
+            tap = (r // C_IN) * (TAPS // ROWS) + column
+            at_w1 = w1 + d[:, None] * (TAPS * C_IN) + (tap * C_IN + r % C_IN)[None, :]
+            w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (r < ROWS * C_IN)[None, :], other=0.0)
+            taps_t = tl.dot(dh1_r, w1_t)
+            dx_t += from_neighbour(taps_t, p, W, TAPS // ROWS // 2 - column, BLOCK_P)
         part = p.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        at_dx = dx_taps + part[:, None] * (TAPS * C_IN) + i[None, :]
-        tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (i < TAPS * C_IN)[None, :])
+        at_dx = dx_taps + part[:, None] * (ROWS * C_IN) + r[None, :]
+        tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (r < ROWS * C_IN)[None, :])
     row = split.to(tl.int64) * NUMBERS
     if dw1 is not None:
         at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]

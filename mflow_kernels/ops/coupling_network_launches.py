@@ -22,6 +22,7 @@ from mflow_kernels.ops.coupling_network_tiles import (
     block,
     dh1_tile,
     dh2_tile,
+    dx_taps,
     forward_tile,
     halo,
     partial_sums,
@@ -152,7 +153,8 @@ def launch_network_backward(
     else:
         dw1 = dw2 = dw3 = db1 = db2 = db3 = None
     dh2 = torch.empty_like(h2)
-    dx_taps = empty_images(x, blocks1 * s.taps * s.c_in)
+    stored = dx_taps(s, tile1)
+    taps = empty_images(x, blocks1 * stored * s.c_in)
     images = s.pixels, s.height, s.image_width
     launch(
         _dh2_kernel,
@@ -184,7 +186,7 @@ def launch_network_backward(
         x,
         w1,
         w2,
-        dx_taps,
+        taps,
         dw2 if s.sums[1] else None,
         dw1,
         db1,
@@ -194,14 +196,16 @@ def launch_network_backward(
         C_IN=s.c_in,
         WIDTH=s.width,
         TAPS=s.taps,
+        ROWS=stored,
         BLOCK_P=tile1.block_p,
         BLOCK_D=tile1.block_d,
         BLOCK_K=tile1.block_k,
         BLOCK_X=block(s.taps * s.c_in),
+        BLOCK_R=block(stored * s.c_in),
         num_warps=tile1.warps,
         num_stages=tile1.stages,
     )
-    dx = launch_sum_taps(dx_taps, None, x, s, s.c_in, s.taps, -1, blocks1)
+    dx = launch_sum_taps(taps, None, x, s, s.c_in, stored, -1, blocks1)
     nothing = x.new_empty(0, dtype=torch.float32)
     if not weights:
         return dx, nothing, nothing.clone()  # an operator's outputs must not share memory

@@ -84,8 +84,11 @@ def block(n: int, most: int = 1024) -> int:
 
 class Tile(NamedTuple):
     """Blocks of a launch: pixels, hidden channels of the result, hidden channels summed over,
-    columns of taps; its warps; stages of its pipeline; and columns that one block of taps leaves
-    over."""
+    columns of taps; its warps; and stages of its pipeline.
+
+    `block_r` has columns of taps too. In the forward launch these are the columns that `block_j`
+    leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0.
+    """
 
     block_p: int
     block_d: int
@@ -99,21 +102,56 @@ class Tile(NamedTuple):
 # Up to this width a program has room for its columns of d W2; for wider networks a matrix product
 # computes it, which reads d h2 and h1 once more.
 DW2_WIDTH = 128
-SHARE = 2  # partial sums of one launch take at most 1 / SHARE of the bytes of a hidden tensor
+FEWEST_PIXELS = 1024  # of a program that stores partial sums
 
 
-HOPPER_FORWARD: dict[tuple[int, bool], Tile] = {}
-HOPPER_DH2: dict[tuple[int, bool], Tile] = {}
-HOPPER_DH1: dict[tuple[int, bool], Tile] = {}
+class Tiles(NamedTuple):
+    """The tiles of a network's launches: forward, d h2 and d h1."""
+
+    forward: Tile
+    dh2: Tile
+    dh1: Tile
 
 
-def _kind(s: Shape) -> tuple[int, bool]:
-    return 0, False
+# Hopper's tiles for 16-bit networks of images, by C_out (and C_in = C_out / 2: the first three
+# levels of a Glow on RGB images) and whether d h1 also computes d W2. All products have 64 rows for
+# each four warps, or warps that share columns, and run by wgmma. Other networks, whose blocks are
+# padded or masked otherwise and need other registers, have the tiles of the functions below.
+HOPPER_TILES = {
+    (12, True): Tiles(
+        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(64, 64, 128, 0, 8, 1, 32)
+    ),
+    (12, False): Tiles(
+        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(128, 128, 64, 0, 8)
+    ),
+    (24, True): Tiles(
+        Tile(128, 128, 32, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(128, 64, 128, 0, 8)
+    ),
+    (24, False): Tiles(
+        Tile(128, 128, 32, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
+    ),
+    # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
+    # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
+    (48, True): Tiles(
+        Tile(64, 128, 32, 128, 8, 2, 16), Tile(64, 32, 0, 512, 8), Tile(32, 32, 128, 0, 8, 1, 128)
+    ),
+    (48, False): Tiles(
+        Tile(64, 64, 32, 128, 8, 3, 16), Tile(64, 32, 0, 512, 8), Tile(64, 64, 64, 0, 8, 1, 128)
+    ),
+}
+
+
+def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
+    """The row of `HOPPER_TILES` for a network, if it has one."""
+    known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
+    if not known or s.c_out != 2 * s.c_in or s.width % 128:
+        return None
+    return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
 
 
 def forward_tile(s: Shape, arch: int) -> Tile:
-    if arch == HOPPER and s.itemsize == 2 and (found := HOPPER_FORWARD.get(_kind(s))):
-        return found
+    if found := hopper_tiles(s, arch):
+        return found.forward
     # 256 columns of a network of vectors spill on sm_90.
     columns = block(s.tap_rows * s.c_out, 256 if s.taps > 1 else 128)
     if s.itemsize == 4:
@@ -141,9 +179,15 @@ def halo(s: Shape, block_p: int) -> int:
     return int(s.taps > 1 and block_p % s.image_width > 0)
 
 
+def dx_taps(s: Shape, tile: Tile) -> int:
+    """Taps of d x that the launch of d h1 stores at each pixel, in each block of channels: all, or
+    their sums over rows, which need tiles of whole rows of the image."""
+    return s.tap_rows if tile.block_r and not halo(s, tile.block_p) else s.taps
+
+
 def dh2_tile(s: Shape, arch: int) -> Tile:
-    if arch == HOPPER and s.itemsize == 2 and (found := HOPPER_DH2.get(_kind(s))):
-        return found
+    if found := hopper_tiles(s, arch):
+        return found.dh2
     block_j = block(s.taps * s.c_out)
     if s.itemsize == 4:
         block_d = 64 if block_j <= 128 else 32 if block_j <= 256 else 16
@@ -154,8 +198,8 @@ def dh2_tile(s: Shape, arch: int) -> Tile:
 
 
 def dh1_tile(s: Shape, arch: int) -> Tile:
-    if arch == HOPPER and s.itemsize == 2 and (found := HOPPER_DH1.get(_kind(s))):
-        return found
+    if found := hopper_tiles(s, arch):
+        return found.dh1
     block_k, block_x = block(s.width, DW2_WIDTH), block(s.taps * s.c_in)
     if s.itemsize == 4:
         block_d = 32 if block_x <= 128 else 16
@@ -178,17 +222,18 @@ def dh1_tile(s: Shape, arch: int) -> Tile:
 def splits(s: Shape, tile: Tile, numbers: int, device: torch.device) -> int:
     """Programs that share the tiles of a backward launch, for each block of hidden channels.
 
-    A launch has two programs for each multiprocessor. If each program stores partial sums of
-    `numbers` numbers, these have at most half the bytes of one hidden tensor, and the launch may
-    have one program for each multiprocessor.
+    A launch without partial sums has two programs for each multiprocessor. If each program stores
+    partial sums of `numbers` numbers, the launch has one for each multiprocessor, because more
+    would only write more sums: a program's registers leave no room for a second one. Each then has
+    at least `FEWEST_PIXELS`, and all sums have at most half the bytes of a hidden tensor.
     """
     blocks = triton.cdiv(s.width, tile.block_d)
-    most = triton.cdiv(s.pixels, tile.block_p)
-    if numbers:
-        most = min(most, s.itemsize * s.pixels * s.width // (SHARE * 4 * numbers))
+    tiles = triton.cdiv(s.pixels, tile.block_p)
     card = multiprocessors(device)
-    waves = 2 if most * blocks >= 2 * card else 1
-    return max(1, min(most, waves * card // blocks))
+    if not numbers:
+        return max(1, min(tiles, 2 * card // blocks))
+    half = s.itemsize * s.pixels * s.width // 2
+    return max(1, min(s.pixels // FEWEST_PIXELS, card // blocks, half // (4 * numbers)))
 
 
 def partial_sums(s: Shape, weights: bool, device: torch.device) -> tuple[int, int, int]:
