@@ -125,10 +125,10 @@ HOPPER_TILES = {
         Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(128, 128, 64, 0, 8)
     ),
     (24, True): Tiles(
-        Tile(128, 128, 32, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(128, 64, 128, 0, 8)
+        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(128, 64, 128, 0, 8)
     ),
     (24, False): Tiles(
-        Tile(128, 128, 32, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
+        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
     ),
     # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
     # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
