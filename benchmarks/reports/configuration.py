@@ -20,6 +20,7 @@ class Configuration:
     launch: aot.Launch  # the first launch of this configuration
     model: str  # the model that made it
     widths: dict[str, int]  # bytes of the widest accesses that the layouts of arguments allow
+    targets: set[str]  # architectures whose launchers make this launch
 
     @property
     def c(self) -> int:
@@ -123,6 +124,9 @@ def widest(name: str, launch: aot.Launch) -> int:
     if block_c is not None:
         pixels = bound["COLUMNS"].block if "COLUMNS" in bound else bound["BLOCK_P"]
         width = min(width, itemsize * pixels * bound[block_c] // (32 * bound["num_warps"]))
+    if name == "row_sums" and bound["BLOCK_R"]:  # the narrower of two blocks of columns
+        elements = bound["BLOCK_P"] * bound["BLOCK_R"] // (32 * bound["num_warps"])
+        width = min(width, itemsize * elements)
     return width
 
 
@@ -136,7 +140,7 @@ def widths(launch: aot.Launch) -> dict[str, int]:
         else:
             steps = (t.shape[2] * t.shape[3], t.stride(0), t.stride(1))
         if name == "dx_taps":  # a program writes the taps of its own block of hidden channels
-            steps += (launch.bound["TAPS"] * launch.bound["C_IN"],)
+            steps += (launch.bound["ROWS"] * launch.bound["C_IN"],)
         run = math.gcd(*steps) * t.element_size()
         allowed[name] = math.gcd(widest(name, launch), run, t.data_ptr() % 16)
     return allowed

@@ -19,7 +19,7 @@ a clock, all bytes at the bandwidth of L2, and each tensor once at that of memor
 time between launches are left out. It is not a measured time.
 
 The last table adds up the network launches of a reversible training step. The product that computes
-d W2 of wide networks is cuBLAS's, and is left out, as are reductions of partial sums.
+d W2 of wide networks is cuBLAS's, and is left out.
 
 With --check FILE the exit code is 1 if a launch spills, has a larger bound than FILE records, or
 issues more products; --record FILE writes such a file.
@@ -44,7 +44,8 @@ from benchmarks.reports.package_launches import flops_of, results_of
 from benchmarks.reports.programs import loaded, products
 from benchmarks.reports.step_counts import nbytes
 from mflow_kernels.ops import coupling_network_launches as launches
-from mflow_kernels.ops import partial_sums
+from mflow_kernels.ops import coupling_network_tiles
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.presets import PRESETS, preset_options
 from mflow_kernels.training.cards import CARDS
@@ -152,7 +153,7 @@ def launches_of(n: Network) -> Iterator[tuple[str, aot.Launch]]:
         shape = n.batch, channels, n.side, n.side
         return torch.empty(shape, dtype=n.dtype, memory_format=torch.channels_last)
 
-    s = launches.Shape.of(images(c_in), n.width, c_out)
+    s = Shape.of(images(c_in), n.width, c_out)
     packed = torch.empty(s.packed, dtype=n.dtype)
     b1, b2, b3 = torch.empty(n.width), torch.empty(n.width), torch.empty(c_out)
     x, h1, h2 = images(c_in), images(n.width), images(n.width)
@@ -176,7 +177,18 @@ def launch_name(launch: aot.Launch) -> str:
     return name
 
 
-def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
+class Work(NamedTuple):
+    """A launch to compile, and its programs on cards of `MULTIPROCESSORS`."""
+
+    network: Network
+    name: str
+    launch: aot.Launch
+    target: str
+    programs: tuple[int, ...]
+
+
+def row(work: Work) -> Row:
+    n, name, launch, target, on_cards = work
     made = aot.compile_for(launch, target)
     if made.error:
         raise RuntimeError(f"{n.name}, {name}: not compiled for {target}: {made.error}")
@@ -190,7 +202,7 @@ def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
     written = sum(nbytes(tensors[k]) for k in results_of(launch) if k in tensors)
     moved = sum(map(nbytes, tensors.values()))
-    requested = loaded(launch, made) + written
+    requested = max(loaded(launch, made) + written, moved)
     blocks = aot.ARCHS[target].resident(made.registers, made.shared, made.warps)
     # Tiles that the busiest program has, over the mean.
     uneven = 1.0
@@ -213,30 +225,42 @@ def row(n: Network, name: str, launch: aot.Launch, target: str) -> Row:
     return Row(
         n.name, name, tile, issued, useful, by_wgmma / issued if issued else 0.0, programs,
         made.registers, made.spilled, made.shared, blocks,
-        tuple(_full(programs, m * blocks) for m in MULTIPROCESSORS),
-        programs / (t.multiprocessors * blocks), moved, requested, bounds[limit] * 1e6, limit,
-        max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
+        tuple(_full(p, m * blocks) for p, m in zip(on_cards, MULTIPROCESSORS, strict=True)),
+        programs / (t.multiprocessors * max(1, blocks)), moved, requested, bounds[limit] * 1e6,
+        limit, max(moved / card.bandwidth, useful / rate) * 1e6, n.times,
     )  # fmt: skip
 
 
 def _full(programs: int, slots: int) -> float:
     """Share of the slots that have a program, over all waves."""
-    return programs / (slots * -(-programs // slots))
+    return programs / (slots * -(-programs // slots)) if slots else 0.0
 
 
-_work: list[tuple[Network, str, aot.Launch, str]] = []  # inherited by the forked workers
+_work: list[Work] = []  # inherited by the forked workers
 
 
 def _row(index: int) -> Row:
-    return row(*_work[index])
+    return row(_work[index])
+
+
+def works(n: Network, target: str) -> list[Work]:
+    """The launches of a network on the card of `target`."""
+    aot.choose_tiles_of(target)
+
+    def on(count: int) -> list[tuple[str, aot.Launch]]:
+        # Launchers ask the device for its number of multiprocessors.
+        with mock.patch.object(coupling_network_tiles, "multiprocessors", return_value=count):
+            return list(launches_of(n))
+
+    others = zip(*([math.prod(launch.grid) for _, launch in on(m)] for m in MULTIPROCESSORS),
+                 strict=True)  # fmt: skip
+    found = zip(on(TARGETS[target].multiprocessors), others, strict=True)
+    return [Work(n, name, launch, target, counts) for (name, launch), counts in found]
 
 
 def report(wanted: Sequence[Network], target: str, processes: int | None = None) -> list[Row]:
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
-    # Launchers ask the device for its number of multiprocessors.
-    count = TARGETS[target].multiprocessors
-    with mock.patch.object(partial_sums, "multiprocessors", return_value=count):
-        _work[:] = [(n, name, made, target) for n in wanted for name, made in launches_of(n)]
+    _work[:] = [work for n in wanted for work in works(n, target)]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         return pool.map(_row, range(len(_work)), 1)
 

@@ -17,6 +17,7 @@ OUTPUTS = {
     "_rebuild_coupling_kernel": {"y_b", "dy_b", "dparams"},
     "_network_kernel": {"row_sums", "h1", "h2"},
     "_sum_taps_kernel": {"y"},
+    "_sum_partials_kernel": {"sums"},
     "_dh2_kernel": {"dh2", "dw3", "db3", "db2"},
     "_dh1_kernel": {"dx_taps", "dw2", "dw1", "db1"},
 }
@@ -39,7 +40,8 @@ def _network_flops(kernel: str, given: Mapping[str, Any], repeated: bool) -> int
     outer = width * taps * int(given.get("C_OUT", 0))
     if kernel == "_network_kernel":
         rows = 3 if taps == 9 else 1
-        columns = -(-rows * int(given["C_OUT"]) // int(given["BLOCK_J"])) if repeated else 1
+        whole = rows * int(given["C_OUT"]) - int(given["BLOCK_R"])
+        columns = -(-whole // int(given["BLOCK_J"])) if repeated else 1
         blocks = -(-width // int(given["BLOCK_D"])) if repeated else 1
         products = columns * (blocks * inner + width**2) + outer
     elif kernel == "_dh2_kernel":

@@ -2,8 +2,8 @@
 
 Products are read from TTGIR, which says how warps share a product: if all warps of a layout cover
 more than its result, some repeat what others compute. Loads are read from TTIR, before loops are
-pipelined. A loop with constant bounds repeats what it holds. The only other loop of these kernels
-is the one over tiles of pixels.
+pipelined. A loop with constant bounds repeats what it holds, and the loop over tiles of pixels
+repeats it for each tile. Other loops count once.
 """
 
 import math
@@ -80,7 +80,8 @@ def _repeated(launch: aot.Launch, program: str) -> Iterator[tuple[str, int]]:
                 start, end, step = (constants[bound] for bound in m.groups())
                 times.append(times[-1] * -(-(end - start) // step))
             else:
-                times.append(times[-1] * launch.bound["TILES"] // launch.grid[0])
+                tiles = launch.bound.get("TILES", launch.grid[0])
+                times.append(times[-1] * tiles // launch.grid[0])
             stack.append("loop")
         elif line.rstrip().endswith("{") or re.search(r"\{ *loc", line):
             stack.append("other")

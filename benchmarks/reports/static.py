@@ -60,20 +60,25 @@ def launches_of(size: str) -> Iterator[Recorded]:
     models = recorded.quick_models() if size == "quick" else recorded.models()
     for model in models:
         yield from recorded.record(model)
-    networks = [(12, 128, BF16, (16, 16)), (12, 128, BF16, (20, 20))]
-    if size != "quick":
-        networks += preset_networks()
-    if size == "full":
-        networks += network_shapes()
-    for network in networks:
-        for launch in aot.capture(lambda network=network: run_network(*network)):
-            yield Recorded(f"network of width {network[1]}", launch)
     if size == "full":
         for case in full_cases():
             for operation in operations(case):
                 name = f"{operation.name}, {operation.direction}"
                 for launch in aot.capture(lambda op=operation: op.prepare()()):
                     yield Recorded(name, launch)
+
+
+def network_launches(size: str, target: str) -> Iterator[Recorded]:
+    """Launches of coupling networks, which have tiles of an architecture."""
+    networks = [(12, 128, BF16, (16, 16)), (12, 128, BF16, (20, 20))]
+    if size != "quick":
+        networks += preset_networks()
+    if size == "full":
+        networks += network_shapes()
+    for network in networks:
+        aot.choose_tiles_of(target)
+        for launch in aot.capture(lambda network=network: run_network(*network)):
+            yield Recorded(f"network of width {network[1]}", launch)
 
 
 # Channels of the state, hidden channels, dtype, and sides of the images (none for vectors).
@@ -135,18 +140,29 @@ def full_cases() -> Iterator[Case]:
         yield Case(c, precision="tf32")
 
 
-def configurations(size: str) -> list[Configuration]:
-    """One configuration for all launches that Triton compiles to one kernel. The quick set has one
-    for each kernel: that with the most tensors."""
+def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
+    """One configuration for all launches that Triton compiles to one kernel. For each architecture,
+    the quick set has one for each kernel: that with the most tensors."""
     found: dict[str, Configuration] = {}
-    for model, launch in launches_of(size):
+
+    def add(made: Recorded, targets: Sequence[str]) -> None:
+        model, launch = made
         allowed = widths(launch)
-        same = found.setdefault(launch.key, Configuration(launch, model, allowed))
+        same = found.setdefault(launch.key, Configuration(launch, model, allowed, set()))
         same.widths = {name: max(width, same.widths[name]) for name, width in allowed.items()}
+        same.targets.update(targets)
+
+    for made in launches_of(size):
+        add(made, targets)
+    for target in targets:
+        for made in network_launches(size, target):
+            add(made, [target])
     if size == "quick":
         fullest = sorted(found.values(), key=lambda made: -len(made.absent))
-        found = {made.launch.kernel.__name__: made for made in fullest}
-    return list(found.values())
+        chosen = {(made.launch.kernel.__name__, t): made for made in fullest for t in made.targets}
+        for one in fullest:
+            one.targets = {t for (_, t), other in chosen.items() if other is one}
+    return [one for one in found.values() if one.targets]
 
 
 @dataclass
@@ -261,10 +277,10 @@ def _compile_native(job: tuple[str, str]) -> list[Row]:
 
 def report(size: str, targets: Sequence[str], processes: int | None = None) -> list[Row]:
     torch.set_num_threads(1)  # no thread pool may exist when workers are forked
-    _work[:] = configurations(size)
+    _work[:] = configurations(size, targets)
     # The slowest first, so that the last worker does not finish alone.
     order = sorted(range(len(_work)), key=lambda i: -_work[i].c)
-    jobs = [(i, target) for i in order for target in targets]
+    jobs = [(i, target) for i in order for target in targets if target in _work[i].targets]
     native = [(source, target) for source in NATIVE for target in targets]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         built = pool.map_async(_compile_native, native if shutil.which("nvcc") else [], 1)
@@ -313,7 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--target", action="append", choices=list(aot.ARCHS), help="may be repeated; default: all"
+        "--target",
+        action="append",
+        choices=list(aot.ARCHS),
+        help=f"may be repeated; default: {', '.join(aot.TARGETS)}",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -333,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one per core")
     parser.add_argument("--json", type=Path, metavar="PATH", help="save the rows as JSON")
     options = parser.parse_args(arguments)
-    targets = options.target or list(aot.ARCHS)
+    targets = options.target or list(aot.TARGETS)
     rows = report(options.size or "standard", targets, options.jobs)
     print("One multiprocessor\n" + limits(targets) + "\n")
     print(text_table(Row.HEAD, [row.cells for row in rows]) + "\n")

@@ -122,7 +122,7 @@ def fused_params(
         # Torch's layers raise a clear error. A kernel would read another device's memory.
         return None
     x = x.to(autocast_dtype(x))
-    chosen = implementation(x, parameters)
+    chosen = implementation(x, parameters, first.training)
     if chosen == "torch":
         return None
     return coupling_network(x, *parameters, kernels=chosen == "kernels")

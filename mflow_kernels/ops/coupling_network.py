@@ -47,13 +47,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mflow_kernels.ops.coupling_network_launches import (
-    Shape,
     empty_images,
     launch_network,
     launch_network_backward,
     pack,
     rows,
 )
+from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.fastest import fastest, requested
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import accumulator, without_autocast
@@ -165,13 +165,16 @@ def fits(s: Shape) -> bool:
     return s.taps * s.c_out <= 512 and s.taps * s.c_in <= 256 and 16 <= s.width <= 1024
 
 
-def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "kernels", "layers"]:
+def implementation(
+    x: Tensor, weights: Sequence[Tensor], training: bool
+) -> Literal["torch", "kernels", "layers"]:
     """How to compute this network: by torch's own layers, or by `coupling_network` with its kernels
     or layer by layer.
 
-    By default, this is the implementation that trains fastest on this card, measured at first use.
-    If $MFLOW_NETWORK is "torch" or "fused", it decides. One choice serves both passes, because a
-    reversible chain runs a network again in its backward pass and must get the same bits. A
+    By default, this is the fastest implementation on this card, measured at first use: in training
+    mode, of a training step, and otherwise of the forward pass. If $MFLOW_NETWORK is "torch" or
+    "fused", it decides. Whether gradients are needed does not matter, because a reversible chain
+    runs a network without them first, and again in its backward pass, and must get the same bits. A
     compiler fuses torch's layers itself, so it gets them unless $MFLOW_NETWORK is "fused".
     """
     choice = requested()
@@ -189,13 +192,15 @@ def implementation(x: Tensor, weights: Sequence[Tensor]) -> Literal["torch", "ke
     s = Shape.of(x, len(weights[0]), len(weights[4]))
     pixels = 1 << max(s.pixels - 1, 1).bit_length()  # one choice for batches of similar size
     given = cache(partial(_drawn, x, weights))  # drawn only if the card has no choice yet
-    candidates = {"torch": partial(_train, lambda *given: coupling_network_ref(*given)[0], given)}
+    work = _train if training else _infer
+    candidates = {"torch": partial(work, lambda *given: coupling_network_ref(*given)[0], given)}
     if layers:
-        candidates["layers"] = partial(_train, partial(coupling_network, kernels=False), given)
+        candidates["layers"] = partial(work, partial(coupling_network, kernels=False), given)
     if kernels:
-        candidates["kernels"] = partial(_train, partial(coupling_network, kernels=True), given)
+        candidates["kernels"] = partial(work, partial(coupling_network, kernels=True), given)
     dtype = "tf32" if x.dtype == torch.float32 and uses_tf32(x.dim() == 4) else x.dtype
     key = f"{dtype}, {s.c_in}-{s.width}-{s.c_out}, {s.taps} taps, {pixels} pixels"
+    key += ", training" if training else ", inference"
     return cast(Any, fastest(key, candidates, x.device))
 
 
@@ -219,6 +224,13 @@ def _train(run: Callable[..., Tensor], draw: Callable[[], Sequence[Tensor]]) -> 
         with torch.enable_grad():
             params = run(*given)
             return params, *torch.autograd.grad(params, given, torch.ones_like(params))
+
+
+def _infer(run: Callable[..., Tensor], draw: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Do the work of one network in sampling or evaluation: params."""
+    given = draw()
+    with without_autocast(given[0]), torch.no_grad():
+        return (run(*given),)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -283,8 +295,9 @@ def network_backward(
         if not s.sums[1]:
             dw2, separate_dw2 = x.new_empty(0), rows(dw2).to(wide, copy=True)
         sums = [
-            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2, dw3)),
+            *(rows(dw).flatten() if dw.numel() else dw for dw in (dw1, dw2)),
             db1,
+            rows(dw3).flatten(),
             db2,
             db3,
         ]
@@ -334,7 +347,7 @@ def _gradient(ctx: Any, dparams: Tensor | None, *_: Any, run: Any) -> tuple[Tens
         return dx, *(None,) * 8
     x, h1, *_ = ctx.saved_tensors
     s = Shape.of(x, h1.shape[1], dparams.shape[1])
-    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
     dw1, dw2, dw3 = s.layers(s.shaped([dw1, dw2 if s.sums[1] else separate_dw2, dw3]))
     gradients = zip((dw1, db1, dw2, db2, dw3, db3), ctx.dtypes, strict=True)
     return dx, *(g.to(dtype) for g, dtype in gradients), None, None

@@ -9,6 +9,8 @@ from mflow_kernels.ops.compiler import tl, triton
 
 # Arguments that depend on the size and number of the images. Triton must not specialize on them.
 RUN_TIME_SIZES = ["PIXELS", "H", "W", "TILES", "NUMBERS"]
+# Likewise, numbers and counts of partial sums.
+PARTIAL_SUMS = ["NUMBERS1", "NUMBERS2", "SPLITS1", "SPLITS2"]
 
 
 @triton.jit
@@ -86,6 +88,28 @@ def from_neighbour(x, p, W, STEP: tl.constexpr, P: tl.constexpr):
         return tl.where(inside[:, None], moved, 0.0)
 
 
+@triton.jit
+def add_rows(
+    sums_t,
+    h2_t,
+    w3,
+    d,
+    j,
+    p,
+    W,
+    C_OUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Add to sums_t [P, J] what the hidden channels d of h2_t [P, D] give each row of taps."""
+    for column in tl.static_range(TAPS // ROWS):
+        w3_t = load_w3_rows(w3, d, j, column, C_OUT, WIDTH, TAPS, ROWS)
+        taps_t = tl.dot(h2_t, w3_t)
+        sums_t += from_neighbour(taps_t, p, W, column - TAPS // ROWS // 2, h2_t.shape[0])
+    return sums_t
+
+
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
 def _network_kernel(
     x,
@@ -110,9 +134,13 @@ def _network_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Store the sums over the three taps in each row of W3, for one tile of pixels and one block of
     columns. Store h1 and h2 too if they are given.
+
+    If BLOCK_R is not 0, the program also computes the columns that BLOCK_J leaves over: 144 columns
+    are 128 and 16, and one block of 256 would nearly double the products.
 
     With HALO, the first and the last pixel of a tile belong to the neighbouring tiles; they are
     computed here only for the taps.
@@ -127,6 +155,9 @@ def _network_kernel(
     x_t = load_taps(x, p, valid, H, W, C_IN, TAPS, 1, BLOCK_X)
     i = tl.arange(0, BLOCK_X)
     sums_t = tl.zeros([BLOCK_P, BLOCK_J], tl.float32)
+    if BLOCK_R:
+        rest = BLOCK_J + tl.arange(0, BLOCK_R)
+        rest_t = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h2_t = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
@@ -146,12 +177,13 @@ def _network_kernel(
         h2_r = relu(h2_t).to(x_t.dtype)
         if h2 is not None and tl.program_id(1) == 0:
             tl.store(h2 + at_hidden + d[None, :], h2_r, mask=own & (d < WIDTH)[None, :])
-        for column in tl.static_range(TAPS // ROWS):
-            w3_t = load_w3_rows(w3, d, j, column, C_OUT, WIDTH, TAPS, ROWS)
-            taps_t = tl.dot(h2_r, w3_t)
-            sums_t += from_neighbour(taps_t, p, W, column - TAPS // ROWS // 2, BLOCK_P)
-    at_sums = row_sums + p.to(tl.int64)[:, None] * (ROWS * C_OUT) + j[None, :]
-    tl.store(at_sums, sums_t, mask=own & (j < ROWS * C_OUT)[None, :])
+        sums_t = add_rows(sums_t, h2_r, w3, d, j, p, W, C_OUT, WIDTH, TAPS, ROWS)
+        if BLOCK_R:
+            rest_t = add_rows(rest_t, h2_r, w3, d, rest, p, W, C_OUT, WIDTH, TAPS, ROWS)
+    at_sums = row_sums + p.to(tl.int64)[:, None] * (ROWS * C_OUT)
+    tl.store(at_sums + j[None, :], sums_t, mask=own & (j < ROWS * C_OUT)[None, :])
+    if BLOCK_R:
+        tl.store(at_sums + rest[None, :], rest_t, mask=own & (rest < ROWS * C_OUT)[None, :])
 
 
 @triton.jit(do_not_specialize=RUN_TIME_SIZES)
@@ -265,21 +297,25 @@ def _dh1_kernel(
     C_IN: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """Compute d h1 of a block of hidden channels, for every `splits`-th tile of pixels.
 
     Each program stores the products of d h1 with the taps of W1, which are this block's part of
-    d x. If d W1 is given, it also stores partial sums of d W1 (width, taps, C_in) and d b1. If d W2
-    is given, one block of BLOCK_K holds all hidden channels of d h2, and it stores partial sums of
-    d W2.
+    d x. With ROWS 3, these are sums over the three taps of each row, and tiles consist of whole
+    rows of the image; with ROWS equal to TAPS, they are all taps. If d W1 is given, it also stores
+    partial sums of d W1 (width, taps, C_in) and d b1. If d W2 is given, one block of BLOCK_K holds
+    all hidden channels of d h2, and it stores partial sums of d W2.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_X)
+    r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     if dw1 is not None:
         dw1_t = tl.zeros([BLOCK_D, BLOCK_X], tl.float32)
@@ -307,12 +343,18 @@ def _dh1_kernel(
             db1_t += tl.sum(dh1_t, axis=0)
             x_t = load_taps(x, p, p < PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
             dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
-        at_w1 = w1 + d[:, None] * (TAPS * C_IN) + i[None, :]
-        w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :], other=0.0)
-        dx_t = tl.dot(dh1_r, w1_t)
+        # The taps of each row of W1 are added here, as in the forward pass, if the pixels that they
+        # belong to are in the tile.
+        dx_t = tl.zeros([BLOCK_P, BLOCK_R], tl.float32)
+        for column in tl.static_range(TAPS // ROWS):
+            tap = (r // C_IN) * (TAPS // ROWS) + column
+            at_w1 = w1 + d[:, None] * (TAPS * C_IN) + (tap * C_IN + r % C_IN)[None, :]
+            w1_t = tl.load(at_w1, mask=(d < WIDTH)[:, None] & (r < ROWS * C_IN)[None, :], other=0.0)
+            taps_t = tl.dot(dh1_r, w1_t)
+            dx_t += from_neighbour(taps_t, p, W, TAPS // ROWS // 2 - column, BLOCK_P)
         part = p.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        at_dx = dx_taps + part[:, None] * (TAPS * C_IN) + i[None, :]
-        tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (i < TAPS * C_IN)[None, :])
+        at_dx = dx_taps + part[:, None] * (ROWS * C_IN) + r[None, :]
+        tl.store(at_dx, dx_t, mask=(p < PIXELS)[:, None] & (r < ROWS * C_IN)[None, :])
     row = split.to(tl.int64) * NUMBERS
     if dw1 is not None:
         at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]
@@ -321,3 +363,24 @@ def _dh1_kernel(
     if dw2 is not None:
         at_dw2 = dw2 + row + k[:, None] * WIDTH + d[None, :]
         tl.store(at_dw2, dw2_t, mask=(k < WIDTH)[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=PARTIAL_SUMS)
+def _sum_partials_kernel(partials, sums, NUMBERS1, NUMBERS2, SPLITS1, SPLITS2, BLOCK: tl.constexpr):
+    """sums = the sums over rows of two matrices, (SPLITS1, NUMBERS1) and (SPLITS2, NUMBERS2), which
+    follow each other in `partials`. Rows are added in their order."""
+    blocks1 = tl.cdiv(NUMBERS1, BLOCK)
+    block = tl.program_id(0)
+    if block < blocks1:
+        at, numbers, splits = partials, NUMBERS1, SPLITS1
+    else:
+        block -= blocks1
+        at = partials + SPLITS1.to(tl.int64) * NUMBERS1
+        sums += NUMBERS1
+        numbers, splits = NUMBERS2, SPLITS2
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(splits):
+        total += tl.load(at + column, mask=column < numbers, other=0.0)
+        at += numbers
+    tl.store(sums + column, total, mask=column < numbers)

@@ -51,19 +51,26 @@ def fastest(key: str, candidates: Mapping[str, Candidate], device: torch.device)
     """
     choices, first = _choices(), next(iter(candidates))
     key = f"{_card(device)}, {key}"
+    if key in _no_memory:
+        return first
     if choices.get(key) not in candidates:
         if torch.cuda.is_current_stream_capturing():
             return first
         try:
             with _undisturbed(device):
-                agreeing = [name for name in candidates if _agrees(key, name, candidates)]
+                agreeing = [name for name in candidates if _agrees(key, name, candidates, device)]
                 times = {name: seconds(candidates[name]) for name in agreeing}
             choices[key] = min(times, key=lambda name: times[name])
         except torch.OutOfMemoryError:
-            choices[key] = first  # for this process, which must not choose again; not saved
-        else:
-            _save(choices)
+            _no_memory.add(key)
+            return first
+        _save(choices)
     return choices[key]
+
+
+# Computations that found no memory to compare candidates in. This process keeps to the first one,
+# so that both runs of a network agree. The choice is not saved: the next process may have memory.
+_no_memory: set[str] = set()
 
 
 @contextmanager
@@ -89,12 +96,18 @@ def _card(device: torch.device) -> str:
     return f"{card}, {software}, mflow_kernels {__version__}"
 
 
-def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:
-    """Whether a candidate computes what the first one does."""
+def _agrees(key: str, name: str, candidates: Mapping[str, Candidate], device: torch.device) -> bool:
+    """Whether a candidate computes what the first one does, in memory that holds NaN.
+
+    In new memory, which is often zero, a candidate that reads a result before it writes it would
+    agree by chance.
+    """
     first = next(iter(candidates))
     if name == first:
         return True
     try:
+        candidates[name]()  # allocates the blocks that its next call uses
+        _poison(device)
         found = max(map(_difference, candidates[name](), candidates[first]()))
     except torch.OutOfMemoryError:
         raise
@@ -106,6 +119,18 @@ def _agrees(key: str, name: str, candidates: Mapping[str, Candidate]) -> bool:
         fault = f"its results differ from torch's by {found:.2g} of their size"
     warnings.warn(f"{key}: {name!r} is not used on this card. {fault}", stacklevel=3)
     return False
+
+
+def _poison(device: torch.device) -> None:
+    """Fill all free memory of torch's allocator with NaN."""
+    free = [
+        torch.empty(block["size"], dtype=torch.uint8, device=device).fill_(0xFF)
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index
+        for block in segment["blocks"]
+        if block["state"] == "inactive"
+    ]
+    del free
 
 
 # A wrong result differs by about its own norm. Rounding to bfloat16 changes the sign of at most

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from mflow_kernels.ops.compiler import TRITON_INSTALLED
+from mflow_kernels.ops.compiler import TRITON_INSTALLED, triton
 
 # Whether kernels run on CPU tensors, in Triton's interpreter or in the PTX machine of tests/ptx.
 KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -37,6 +37,23 @@ def uses_triton(x: Tensor) -> bool:
     kind = x.device.type
     served = kind == "cuda" or (KERNELS_ON_CPU and kind == "cpu")
     return served and TRITON_INSTALLED and not transformed()
+
+
+HOPPER = 90
+
+
+def architecture(device: torch.device) -> int:
+    """The GPU's compute capability, times ten. On other devices, that of the machine that stands
+    for a GPU, or Hopper's."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if not KERNELS_ON_CPU:
+        return HOPPER
+    try:
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    except RuntimeError:  # Triton's interpreter needs no driver
+        return HOPPER
 
 
 def capturing(device: torch.device) -> bool:

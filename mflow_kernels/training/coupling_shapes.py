@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from mflow_kernels.ops.coupling_network import fits, uses_tf32
-from mflow_kernels.ops.coupling_network_launches import Shape
+from mflow_kernels.ops.coupling_network_tiles import Shape, partial_sums
 from mflow_kernels.ops.fastest import requested
-from mflow_kernels.ops.partial_sums import MULTIPROCESSORS
 from mflow_kernels.runs.config import RunConfig
 
 FLOAT = 4
@@ -101,8 +102,8 @@ def by_operator(config: RunConfig) -> bool:
 
 def partial_sums_bytes(s: Shape) -> int:
     """Return the bytes of the partial sums of the weights' gradients in the fused kernels."""
-    sums = FLOAT * sum(s.sums)
-    return max(sums, min(2 * MULTIPROCESSORS * sums, s.itemsize * s.pixels * s.width // 4))
+    *_, numbers = partial_sums(s, True, torch.device("cpu"))
+    return FLOAT * numbers
 
 
 def network_bytes(config: RunConfig) -> int:

@@ -50,7 +50,8 @@ from mflow_kernels import Glow, VectorFlow
 from mflow_kernels.data.named import default_shape
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.models.chart import check_manifold_dim
-from mflow_kernels.ops.coupling_network_launches import dh1_tile
+from mflow_kernels.ops.coupling_network_tiles import dh1_tile, dx_taps
+from mflow_kernels.ops.launch import HOPPER
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.training.coupling_shapes import (
     FLOAT,
@@ -344,8 +345,9 @@ def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
         s = network_shape(config, n)
-        blocks = -(-s.width // dh1_tile(s).block_d)
-        gradients = s.width + (1 + s.taps * blocks) * s.c_in
+        tile = dh1_tile(s, HOPPER)
+        taps = dx_taps(s, tile) * -(-s.width // tile.block_d)
+        gradients = s.width + (1 + taps) * s.c_in
         sums = partial_sums_bytes(s)
     if not config.reversible:
         # Gradients of the state, of Q and of the hidden layers.

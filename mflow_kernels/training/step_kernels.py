@@ -29,8 +29,9 @@ from typing import NamedTuple
 
 import torch
 
-from mflow_kernels.ops.coupling_network_launches import Shape, dh1_tile, forward_tile
+from mflow_kernels.ops.coupling_network_tiles import Shape, dh1_tile, dx_taps, forward_tile
 from mflow_kernels.ops.fastest import requested
+from mflow_kernels.ops.launch import HOPPER
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.coupling_shapes import (
     FLOAT,
@@ -117,8 +118,9 @@ def _network_forward(config: RunConfig, n: CouplingShape, keep: bool) -> Iterato
     if e < FLOAT or not by_torch:
         yield Launch((w1 + w2 + w3) * (FLOAT + e) // e)  # packs the weights; rounds to 16 bits
     if runs_fused(config, n):
-        tile = forward_tile(s)
-        columns, blocks = -(-s.tap_rows * s.c_out // tile.block_j), -(-s.width // tile.block_d)
+        tile = forward_tile(s, HOPPER)
+        columns = -(-(s.tap_rows * s.c_out - tile.block_r) // tile.block_j)
+        blocks = -(-s.width // tile.block_d)
         taps = s.tap_rows * q
         flops = columns * (blocks * f1 + f2) + f3
         yield Launch(a + w1 + w2 + w3 + taps + (2 * h if keep else 0), flops, dtype)
@@ -139,7 +141,8 @@ def _network_backward(config: RunConfig, n: CouplingShape) -> Iterator[Launch]:
     if runs_fused(config, n):
         inside = bool(s.sums[1])  # d W2 is among the partial sums
         sums, partial = FLOAT * sum(s.sums), partial_sums_bytes(s)
-        taps = s.taps * a * -(-s.width // dh1_tile(s).block_d)
+        tile = dh1_tile(s, HOPPER)
+        taps = dx_taps(s, tile) * a * -(-s.width // tile.block_d)
         yield Launch(q + 2 * h + w3 + partial // 2, 2 * f3, dtype)
         yield Launch(
             2 * h + a + w1 + w2 + taps + partial // 2, 2 * f1 + f2 * (2 if inside else 1), dtype

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops import coupling_network_launches as launches
+from mflow_kernels.ops import coupling_network_tiles as tiles
 from mflow_kernels.ops.coupling_network import (
     coupling_network,
     coupling_network_op,
@@ -18,6 +19,8 @@ from mflow_kernels.ops.coupling_network import (
     network_forward,
 )
 from mflow_kernels.ops.coupling_network_launches import launch_network, pack
+from mflow_kernels.ops.coupling_network_tiles import Shape
+from mflow_kernels.ops.launch import HOPPER
 from mflow_kernels.testing import assert_close
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -35,6 +38,18 @@ CASES: list[Case] = [
 ]
 # Tiles of 64 pixels that begin and end within a row, that share a row, or that hold whole rows.
 TILED: list[Case] = [((1, 2, 12, 13), 16, 3), ((2, 1, 2, 70), 16, 2), ((1, 3, 10, 16), 16, 4)]
+
+
+# Hopper's tiles, for both kinds of d W2: whole rows of images, and one that leaves over pixels.
+HOPPER_TILED: list[Case] = [
+    ((1, 6, 10, 16), 128, 12),
+    ((1, 6, 10, 16), 256, 12),
+    ((1, 12, 10, 8), 128, 24),
+    ((1, 12, 10, 8), 256, 24),
+    ((1, 24, 5, 8), 128, 48),
+    ((1, 24, 5, 8), 256, 48),
+    ((1, 6, 3, 7), 128, 12),  # tiles begin within a row
+]
 
 
 class _Rounded(torch.autograd.Function):
@@ -131,6 +146,44 @@ def test_taps_of_neighbours_in_other_tiles(kernel_device: torch.device, case: Ca
     assert_matches(sample(*case, torch.bfloat16, kernel_device))
 
 
+@pytest.mark.parametrize("case", HOPPER_TILED, ids=str)
+def test_hoppers_tiles(kernel_device: torch.device, case: Case) -> None:
+    given = sample(*case, torch.bfloat16, kernel_device)
+    s = Shape.of(given[0], case[1], case[2])
+    assert tiles.hopper_tiles(s, HOPPER) is not None
+    assert_matches(given)
+
+
+@pytest.mark.parametrize("case", [((1, 6, 10, 40), 128, 12), ((3, 6, 9, 8), 160, 6)], ids=str)
+def test_programs_of_the_two_backward_launches(
+    kernel_device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each launch shares its tiles among programs of its own, and one launch adds both kinds of
+    partial sums."""
+
+    def few(s: Shape, weights: bool, device: torch.device) -> tuple[int, int, int]:
+        return 3, 2, 3 * sum(s.sums[:3]) + 2 * sum(s.sums[3:])
+
+    monkeypatch.setattr(launches, "partial_sums", few)
+    assert_matches(sample(*case, torch.bfloat16, kernel_device))
+
+
+def test_programs_fill_the_card_and_sums_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def programs(card: int, pixels: int, width: int, numbers: int) -> int:
+        monkeypatch.setattr(tiles, "multiprocessors", lambda device: card)
+        s = Shape(pixels, 8, 8, 6, 12, width, 9, 2)
+        tile = tiles.Tile(64, 128, 64, 0, 8)
+        return tiles.splits(s, tile, numbers, torch.device("cpu"))
+
+    assert programs(132, 2**20, 512, 0) == 66  # two for each of 132 multiprocessors, in 4 blocks
+    assert programs(132, 2**20, 512, 10**5) == 33  # one
+    assert programs(108, 2**20, 512, 10**5) == 27
+    assert programs(132, 2**13, 512, 10**5) == 8  # 1,024 pixels each
+    assert programs(132, 2**13, 512, 2**19) == 2  # half the 8 MiB of a hidden tensor
+    assert programs(132, 1, 512, 10**5) == 1
+    assert programs(132, 130, 512, 0) == 3  # one for each tile
+
+
 def test_a_sample_that_is_not_finite_stays_alone(kernel_device: torch.device) -> None:
     """Samples share tiles, and a pixel's taps come from other pixels of its tile."""
     given = [t.detach() for t in sample((5, 2, 3, 3), 16, 4, torch.bfloat16, kernel_device)]
@@ -224,8 +277,8 @@ def test_tf32(kernel_device: torch.device, case: Case) -> None:
     params, h1, h2, packed = network_forward(*given, True, True)
     dparams = normal(*params.shape, device=x.device)
     dx, sums, separate_dw2 = network_backward(dparams, x, h1, h2, packed, True, True)
-    s = launches.Shape.of(x, len(w1), len(w3))
-    dw1, dw2, dw3, db1, db2, db3 = sums.split(s.sums)
+    s = Shape.of(x, len(w1), len(w3))
+    dw1, dw2, db1, dw3, db2, db3 = sums.split(s.sums)
     got = [params, dx, dw1, db1, dw2 if s.sums[1] else separate_dw2, db2, dw3, db3]
     doubled = [t.double() for t in (x, w1, b1, w2, b2, w3, b3)]
     expected = coupling_network_ref(*doubled)[0]

@@ -22,9 +22,10 @@ def network(channels: int = 6, dtype: torch.dtype = torch.float32) -> list[Tenso
 def test_a_cpu_has_no_epilogues() -> None:
     """A network on a CPU runs torch's layers, under the interpreter of kernels too."""
     x, *weights = network()
-    assert module.implementation(x, weights) == "torch"
+    assert module.implementation(x, weights, training=True) == "torch"
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "channels", "expected"),
     [
@@ -36,9 +37,14 @@ def test_a_cpu_has_no_epilogues() -> None:
     ids=str,
 )
 def test_candidates_on_a_card(
-    dtype: torch.dtype, channels: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    channels: int,
+    expected: list[str],
+    training: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A card compares every implementation that supports the network."""
+    """A card compares every implementation that supports the network, apart for training and for
+    sampling and evaluation."""
     found: list[str] = []
 
     class OnCard:
@@ -52,6 +58,9 @@ def test_candidates_on_a_card(
 
     def fastest(key: str, candidates: Any, device: torch.device) -> str:
         found.extend(candidates)
+        assert key.endswith(", training" if training else ", inference")
+        work = module._train if training else module._infer
+        assert all(candidate.func is work for candidate in candidates.values())
         return "layers"
 
     monkeypatch.setattr(module, "fastest", fastest)
@@ -60,11 +69,11 @@ def test_candidates_on_a_card(
     # A choice that is known must launch nothing, and drawing cannot be captured in a graph.
     monkeypatch.setattr(module, "_drawn", lambda *given: pytest.fail("drawn without a measurement"))
     x, *weights = network(channels, dtype)
-    chosen = module.implementation(OnCard(x), weights)  # type: ignore[arg-type]
+    chosen = module.implementation(OnCard(x), weights, training)  # type: ignore[arg-type]
     assert found == expected
     assert chosen == ("layers" if expected else "torch")
     monkeypatch.setenv("MFLOW_NETWORK", "torch")
-    assert module.implementation(OnCard(x), weights) == "torch"  # type: ignore[arg-type]
+    assert module.implementation(OnCard(x), weights, training) == "torch"  # type: ignore[arg-type]
 
 
 def test_nothing_is_measured_with_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +82,7 @@ def test_nothing_is_measured_with_fake_tensors(monkeypatch: pytest.MonkeyPatch) 
     with FakeTensorMode():
         x, *weights = network(dtype=torch.bfloat16)
         x, *weights = (torch.empty_like(t, device="cuda") for t in (x, *weights))
-        assert module.implementation(x, weights) == "torch"
+        assert module.implementation(x, weights, training=True) == "torch"
 
 
 def test_what_a_card_compares_is_no_zero_network() -> None:
@@ -84,6 +93,10 @@ def test_what_a_card_compares_is_no_zero_network() -> None:
     results = module._train(
         lambda *given: coupling_network_ref(*given)[0], lambda: module._drawn(x, weights)
     )
+    (params,) = module._infer(
+        lambda *given: coupling_network_ref(*given)[0], lambda: module._drawn(x, weights)
+    )
+    assert torch.equal(params, results[0])
     assert len(results) == 8
     assert all(0.01 < t.detach().abs().max() < 1e4 for t in results)
     assert torch.equal(torch.get_rng_state(), state)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mflow_kernels.ops import fastest
+from mflow_kernels.testing import EPS
 
 CARD = torch.device("cuda", 1)
 ENTERED: list[torch.device] = []  # devices that were made current
@@ -24,10 +25,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(fastest, "seconds", lambda function: function().seconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(ENTERED.append(device)))
     ENTERED.clear()
     for known in (fastest._choices, fastest._card):
         known.cache_clear()
+    fastest._no_memory.clear()
     yield path
     for known in (fastest._choices, fastest._card):
         known.cache_clear()
@@ -122,7 +125,7 @@ def test_a_folder_that_cannot_be_written(file: Path) -> None:
 
 
 def test_no_memory_to_measure_in(file: Path) -> None:
-    """The process keeps to torch's layers; the next one measures."""
+    """The process keeps to torch's layers. The next one measures, though others were saved."""
 
     def too_large() -> Took:
         raise torch.OutOfMemoryError
@@ -130,6 +133,44 @@ def test_no_memory_to_measure_in(file: Path) -> None:
     assert not choose("a", too_large, never)
     assert not choose("a", never, never)
     assert not file.exists()
+    assert choose("b", took(1.0), took(2.0))
+    assert list(json.loads(file.read_text())) == [f"{fastest._card(CARD)}, b"]
+    assert not choose("a", never, never)
+
+
+def test_a_candidate_that_reads_what_it_has_not_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New memory is often zero. The comparison fills free memory with NaN."""
+    memory = torch.zeros(3)
+    monkeypatch.setattr(fastest, "_poison", lambda device: memory.fill_(float("nan")))
+
+    def reads() -> Took:
+        return Took(1.0, 0 * memory + torch.ones(3))
+
+    with pytest.warns(UserWarning, match="'kernels' is not used on this card"):
+        assert not choose("a", reads, took(2.0))
+
+
+def test_all_free_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def on_cpu(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == CARD
+        filled.append(empty(size, dtype=dtype))
+        return filled[-1]
+
+    def blocks(*sizes: int) -> list[dict[str, object]]:
+        used = {"size": 1, "state": "active_allocated"}
+        return [used, *({"size": n, "state": "inactive"} for n in sizes)]
+
+    snapshot = [{"device": 1, "blocks": blocks(8, 512)}, {"device": 0, "blocks": blocks(4)}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    monkeypatch.setattr(torch, "empty", on_cpu)
+    fastest._poison(CARD)
+    assert [len(t) for t in filled] == [8, 512]
+    assert all(t.view(dtype).isnan().all() for t in filled for dtype in EPS)
 
 
 def broken() -> Took:

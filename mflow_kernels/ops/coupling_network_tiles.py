@@ -1,0 +1,246 @@
+"""Sizes of coupling networks, and the tiles and grids of their launches.
+
+Tiles are chosen so that no launch spills on sm_80, sm_90 and sm_100. `benchmarks.reports.static`
+compiles them, and `benchmarks.reports.efficiency` says how well they use a card. Hopper has tiles
+of its own (`HOPPER`): its wgmma multiplies 64 rows for each of a launch's groups of four warps.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mflow_kernels.ops.compiler import triton
+from mflow_kernels.ops.launch import HOPPER, architecture
+from mflow_kernels.ops.partial_sums import multiprocessors
+
+
+class Shape(NamedTuple):
+    """Sizes of a network and of the images that it works on."""
+
+    pixels: int  # of all samples
+    height: int
+    image_width: int
+    c_in: int
+    c_out: int
+    width: int  # hidden channels
+    taps: int  # 9 for a 3x3 convolution, 1 for a linear layer
+    itemsize: int  # bytes of a number
+
+    @classmethod
+    def of(cls, x: Tensor, width: int, c_out: int) -> "Shape":
+        height, image_width = x.shape[2:] if x.dim() == 4 else (1, 1)
+        pixels = x.shape[0] * height * image_width
+        taps = 9 if x.dim() == 4 else 1
+        return cls(pixels, height, image_width, x.shape[1], c_out, width, taps, x.element_size())
+
+    @property
+    def tap_rows(self) -> int:
+        """Rows of taps of a convolution."""
+        return 3 if self.taps == 9 else 1
+
+    @property
+    def weights(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes of the weights as the kernels read them: (out, taps, in)."""
+        return (
+            (self.width, self.taps, self.c_in),
+            (self.width, 1, self.width),
+            (self.c_out, self.taps, self.width),
+        )
+
+    @property
+    def packed(self) -> int:
+        """Numbers of all weights."""
+        return sum(map(math.prod, self.weights))
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The weights W1, W2 and W3, (out, taps, in), as views of one tensor."""
+        return self.shaped(packed.split([math.prod(shape) for shape in self.weights]))
+
+    @property
+    def sums(self) -> list[int]:
+        """Sizes of the sums over pixels: d W1, d W2 (0 if no kernel computes it), d b1, d W3, d b2,
+        d b3. The launch of d h1 computes the first three, that of d h2 the others."""
+        w1, w2, w3 = map(math.prod, self.weights)
+        return [w1, w2 if self.width <= DW2_WIDTH else 0, self.width, w3, self.width, self.c_out]
+
+    def shaped(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [w.view(shape) for w, shape in zip(weights, self.weights, strict=True)]
+
+    def layers(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Weights (out, taps, in) with the axes that torch's layers have."""
+        if self.taps == 1:
+            return [w[:, 0] for w in weights]
+        sides = zip(weights, (3, 1, 3), strict=True)
+        return [w.unflatten(1, (side, side)).permute(0, 3, 1, 2) for w, side in sides]
+
+
+def block(n: int, most: int = 1024) -> int:
+    """The block of at most `most` places for n numbers."""
+    return min(most, max(16, triton.next_power_of_2(n)))
+
+
+class Tile(NamedTuple):
+    """Blocks of a launch: pixels, hidden channels of the result, hidden channels summed over,
+    columns of taps; its warps; and stages of its pipeline.
+
+    `block_r` has columns of taps too. In the forward launch these are the columns that `block_j`
+    leaves over. The launch of d h1 adds the three taps of each row of W1 if it is not 0.
+    """
+
+    block_p: int
+    block_d: int
+    block_k: int
+    block_j: int
+    warps: int
+    stages: int = 1
+    block_r: int = 0
+
+
+# Up to this width a program has room for its columns of d W2; for wider networks a matrix product
+# computes it, which reads d h2 and h1 once more.
+DW2_WIDTH = 128
+FEWEST_PIXELS = 1024  # of a program that stores partial sums
+
+
+class Tiles(NamedTuple):
+    """The tiles of a network's launches: forward, d h2 and d h1."""
+
+    forward: Tile
+    dh2: Tile
+    dh1: Tile
+
+
+# Hopper's tiles for 16-bit networks of images, by C_out (and C_in = C_out / 2: the first three
+# levels of a Glow on RGB images) and whether d h1 also computes d W2. All products have 64 rows for
+# each four warps, or warps that share columns, and run by wgmma. Other networks, whose blocks are
+# padded or masked otherwise and need other registers, have the tiles of the functions below.
+HOPPER_TILES = {
+    (12, True): Tiles(
+        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(64, 64, 128, 0, 8, 1, 32)
+    ),
+    (12, False): Tiles(
+        Tile(128, 128, 32, 32, 8, 3, 16), Tile(128, 64, 0, 128, 8), Tile(128, 128, 64, 0, 8)
+    ),
+    (24, True): Tiles(
+        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(128, 64, 128, 0, 8)
+    ),
+    (24, False): Tiles(
+        Tile(128, 128, 16, 64, 8, 3, 16), Tile(64, 64, 0, 256, 8), Tile(64, 128, 64, 0, 8, 1, 64)
+    ),
+    # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
+    # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
+    (48, True): Tiles(
+        Tile(64, 128, 32, 128, 8, 2, 16), Tile(64, 32, 0, 512, 8), Tile(32, 32, 128, 0, 8, 1, 128)
+    ),
+    (48, False): Tiles(
+        Tile(64, 64, 32, 128, 8, 3, 16), Tile(64, 32, 0, 512, 8), Tile(64, 64, 64, 0, 8, 1, 128)
+    ),
+}
+
+
+def hopper_tiles(s: Shape, arch: int) -> Tiles | None:
+    """The row of `HOPPER_TILES` for a network, if it has one."""
+    known = arch == HOPPER and s.itemsize == 2 and s.taps == 9
+    if not known or s.c_out != 2 * s.c_in or s.width % 128:
+        return None
+    return HOPPER_TILES.get((s.c_out, s.width <= DW2_WIDTH))
+
+
+def forward_tile(s: Shape, arch: int) -> Tile:
+    if found := hopper_tiles(s, arch):
+        return found.forward
+    # 256 columns of a network of vectors spill on sm_90.
+    columns = block(s.tap_rows * s.c_out, 256 if s.taps > 1 else 128)
+    if s.itemsize == 4:
+        block_d = 128 if s.width <= 128 and columns <= 64 else 64
+        return Tile(32 if columns <= 128 else 16, block(s.width, block_d), 32, columns, 8)
+    if s.width <= 128:
+        block_d = block(s.width)
+        if columns > 64:
+            return Tile(32 if columns > 128 else 64, block_d, 32, columns, 8)
+        if columns > 32:  # 8 warps spill on sm_100
+            return Tile(64, block_d, 32, columns, 4)
+        return Tile(64, block_d, 64, columns, 8)
+    if columns > 128:
+        return Tile(32, 64, 32, columns, 8)
+    if columns > 64:  # on sm_90, images spill with blocks of 32, and vectors with blocks of 64
+        return Tile(32, 128, 64 if s.taps > 1 else 32, columns, 8)
+    return Tile(64, 256, 64, columns, 8) if s.width <= 256 else Tile(64, 128, 32, columns, 8)
+
+
+def halo(s: Shape, block_p: int) -> int:
+    """Number of pixels at each end of a forward tile that belong to the neighbouring tiles.
+
+    It is 0 if tiles consist of whole rows of the image.
+    """
+    return int(s.taps > 1 and block_p % s.image_width > 0)
+
+
+def dx_taps(s: Shape, tile: Tile) -> int:
+    """Taps of d x that the launch of d h1 stores at each pixel, in each block of channels: all, or
+    their sums over rows, which need tiles of whole rows of the image."""
+    return s.tap_rows if tile.block_r and not halo(s, tile.block_p) else s.taps
+
+
+def dh2_tile(s: Shape, arch: int) -> Tile:
+    if found := hopper_tiles(s, arch):
+        return found.dh2
+    block_j = block(s.taps * s.c_out)
+    if s.itemsize == 4:
+        block_d = 64 if block_j <= 128 else 32 if block_j <= 256 else 16
+        return Tile(16, block(s.width, block_d), 0, block_j, 8)
+    return Tile(
+        32 if block_j <= 128 else 16, block(s.width, 64 if block_j <= 256 else 32), 0, block_j, 8
+    )
+
+
+def dh1_tile(s: Shape, arch: int) -> Tile:
+    if found := hopper_tiles(s, arch):
+        return found.dh1
+    block_k, block_x = block(s.width, DW2_WIDTH), block(s.taps * s.c_in)
+    if s.itemsize == 4:
+        block_d = 32 if block_x <= 128 else 16
+        if s.width > DW2_WIDTH:
+            block_d *= 2
+        return Tile(16, block(s.width, block_d), block_k, 0, 8)
+    if s.width > DW2_WIDTH:
+        # Addresses of rows that start at an odd multiple of 4 bytes take more registers.
+        fits_128 = block_x <= 64 or (block_x <= 128 and s.c_in % 4 == 0)
+        return Tile(32, 128 if fits_128 else 64, block_k, 0, 8)
+    # Addresses of rows that start at a multiple of 16 bytes take fewer registers.
+    fits_64 = block_x <= 128 or s.c_in % 8 == 0
+    fits_32 = block_k != 64  # with 64, and these addresses, 32 hidden channels spill on sm_100
+    block_d = 128 if block_x <= 64 else 64 if fits_64 else 32 if fits_32 else 16
+    if block_x == 16:  # 128 hidden channels spill
+        block_d = 64
+    return Tile(16, block(s.width, block_d), block_k, 0, 8)
+
+
+def splits(s: Shape, tile: Tile, numbers: int, device: torch.device) -> int:
+    """Programs that share the tiles of a backward launch, for each block of hidden channels.
+
+    A launch without partial sums has two programs for each multiprocessor. If each program stores
+    partial sums of `numbers` numbers, the launch has one for each multiprocessor, because more
+    would only write more sums: a program's registers leave no room for a second one. Each then has
+    at least `FEWEST_PIXELS`, and all sums have at most half the bytes of a hidden tensor.
+    """
+    blocks = triton.cdiv(s.width, tile.block_d)
+    tiles = triton.cdiv(s.pixels, tile.block_p)
+    card = multiprocessors(device)
+    if not numbers:
+        return max(1, min(tiles, 2 * card // blocks))
+    half = s.itemsize * s.pixels * s.width // 2
+    return max(1, min(s.pixels // FEWEST_PIXELS, card // blocks, half // (4 * numbers)))
+
+
+def partial_sums(s: Shape, weights: bool, device: torch.device) -> tuple[int, int, int]:
+    """The splits of the launches of d h1 and of d h2, and the numbers of all their partial sums.
+    Without `weights` they store none."""
+    arch = architecture(device)
+    of1, of2 = (sum(s.sums[:3]), sum(s.sums[3:])) if weights else (0, 0)
+    splits1 = splits(s, dh1_tile(s, arch), of1, device)
+    splits2 = splits(s, dh2_tile(s, arch), of2, device)
+    return splits1, splits2, splits1 * of1 + splits2 * of2
