@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import yaml
@@ -26,7 +26,7 @@ class _Formatter(DefaultHelpFormatter):
         if default is True:
             default = action.option_strings[0]
         if isinstance(default, list):
-            default = " ".join(map(str, default))
+            default = f"[{', '.join(map(str, default))}]"
         return f"{text} (default: {default})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -35,7 +35,8 @@ class _Formatter(DefaultHelpFormatter):
 
 def as_option(name: str) -> str:
     """Return the spelling of an argument on the command line."""
-    return "--" + name.replace("_", "-")
+    option, dot, rest = name.partition(".")  # of a value such as stages[0].max_steps
+    return "--" + option.replace("_", "-") + dot + rest
 
 
 class OptionParser(ArgumentParser):
@@ -61,20 +62,31 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
-def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
+def load_yaml(text: str | bytes) -> Any:
+    """Read YAML without its dates."""
+    return yaml.load(text, _Loader)
+
+
+def parse_yaml(
+    parser: ArgumentParser,
+    text: str | bytes,
+    source: str,
+    convert: Callable[[dict[Any, Any]], dict[Any, Any]],
+) -> dict[str, Any]:
     """Return the options that a YAML file sets, checked by `parser`. Other options are left out.
 
     Args:
         parser: has the options and their types.
         text: the content of the file.
         source: the name of the file in error messages.
+        convert: makes the options of this version from those in the file; may raise ValueError.
 
     Raises:
         ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
             wrong type.
     """
     try:
-        given = yaml.load(text, _Loader)
+        given = load_yaml(text)
         if given is None:  # the file is empty or has only comments
             return {}
         if not isinstance(given, dict):
@@ -82,8 +94,10 @@ def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[s
         for name, value in given.items():
             # A few lines of YAML aliases can expand to more nested lists than fit in memory.
             items = value if isinstance(value, list) else [value]
-            if any(isinstance(item, list | dict) for item in items):
+            nested = [item.values() if isinstance(item, dict) else [item] for item in items]
+            if any(isinstance(inner, list | dict) for values in nested for inner in values):
                 raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
+        given = convert(given)
         # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
         values = vars(parser.parse_object(given))
         return {name: values[name] for name in given}
@@ -117,6 +131,9 @@ def explain(error: Exception) -> str:
     if "arguments are required: " in text:
         names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
         return f"{names[0]}: expected a value, got none"
+    stages = re.fullmatch(r'(?:Parser key "|argument --)(stages)"?: (\S.*)', text)
+    if stages:  # of `read_stages`; "[0].steps: ..." is about one value
+        return f"{stages[1]}{'' if stages[2][0] == '[' else ': '}{stages[2]}"
     key = re.search(r'Parser key "(\w+)"', text)
     came = re.search(r"(?:Got|Given) value: (.*)", text)
     expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)

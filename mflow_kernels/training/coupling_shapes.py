@@ -58,7 +58,7 @@ def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
     """Return the couplings of one stage, in the order of its forward pass."""
     classes = len(config.class_names)
     if stage:
-        outer, inner = config.stages[stage - 1 : stage + 1]
+        outer, inner = config.flows[stage - 1 : stage + 1]
         return [CouplingShape(outer.dim, 1, inner.width, 1, True, classes)] * inner.steps
     couplings = []
     c, side = config.channels, config.image_size or 0

@@ -130,9 +130,8 @@ def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
     Raises:
         FloatingPointError: a stage has no finite loss.
     """
-    config = dataclasses.replace(
-        loaded.config, max_steps=STEPS, stage_max_steps=[], stage_epochs=[], loss_spike=1e30
-    )
+    stages = [dataclasses.replace(s, epochs=None, max_steps=None) for s in loaded.config.stages]
+    config = dataclasses.replace(loaded.config, max_steps=STEPS, stages=stages, loss_spike=1e30)
     training = _GrowingRate(loaded.model, loaded.splits, config)
     tests = []
     with progress_bar(
