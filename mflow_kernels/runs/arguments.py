@@ -34,19 +34,23 @@ def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
     return parse_yaml(parser, text, source, _with_stages)
 
 
+class StagesError(ArgumentTypeError, TypeError):
+    """An error whose message argparse and jsonargparse both pass on."""
+
+
 def read_stages(value: Any) -> list[StageOptions]:
     """Return the further flows of a list, or of its YAML text.
 
     Raises:
-        ArgumentTypeError: the value is no list of mappings, or an option is unknown or has a value
+        StagesError: the value is no list of mappings, or an option is unknown or has a value
             of the wrong type.
     """
     try:
         found = load_yaml(value) if isinstance(value, str) else value
     except (RecursionError, ValueError, yaml.YAMLError) as error:
-        raise ArgumentTypeError(f"expected a list in YAML ({explain(error)})") from None
+        raise StagesError(f"expected a list in YAML ({explain(error)})") from None
     if not isinstance(found, list):
-        raise ArgumentTypeError(f"expected a list such as [{{dim: 32}}], got {value}")
+        raise StagesError(f"expected a list such as [{{dim: 32}}], got {value}")
     parser, stages = OptionParser(), []
     parser.add_class_arguments(with_docstring(StageOptions))
     names = [option.name for option in dataclasses.fields(StageOptions)]
@@ -55,15 +59,15 @@ def read_stages(value: Any) -> list[StageOptions]:
             stages.append(each)
             continue
         if not isinstance(each, dict):
-            raise ArgumentTypeError(f"[{number}]: expected options such as {{dim: 32}}, got {each}")
+            raise StagesError(f"[{number}]: expected options such as {{dim: 32}}, got {each}")
         for name in each:
             if name not in names:
                 expected = ", ".join(names)
-                raise ArgumentTypeError(f"[{number}]: expected {expected}, got {name}")
+                raise StagesError(f"[{number}]: expected {expected}, got {name}")
         try:
             stages.append(StageOptions(**vars(parser.parse_object(each))))
         except (ArgumentError, TypeError, ValueError) as error:
-            raise ArgumentTypeError(f"[{number}].{explain(error)}") from None
+            raise StagesError(f"[{number}].{explain(error)}") from None
     return stages
 
 

@@ -136,7 +136,7 @@ def explain(error: Exception) -> str:
         return f"{stages[1]}{'' if stages[2][0] == '[' else ': '}{stages[2]}"
     key = re.search(r'Parser key "(\w+)"', text)
     came = re.search(r"(?:Got|Given) value: (.*)", text)
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)
+    expected = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value|\n|$)", text)
     if not (key and came and expected):
         return " ".join(text.split())
     kinds = [_in_words(kind) for kind in expected if "NoneType" not in kind]

@@ -67,7 +67,7 @@ class TestTrain:
                 assert image.width >= 600
 
     def test_the_output_names_the_pictures(self, command, tmp_path, capsys):
-        assert main([*command, "--stage-dims"]) == 0
+        assert main([*command, "--stages", "[]"]) == 0
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
         assert str(tmp_path / "run" / "samples.png") in out
