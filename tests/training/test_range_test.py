@@ -1,12 +1,14 @@
 """The range test of learning rates."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from tiny_runs import listing, refused
 
+from mflow_kernels.runs.arguments import read_stages
 from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training import range_test
 from mflow_kernels.training.cli import main
@@ -32,9 +34,9 @@ def test_the_suggestion_is_below_the_rate_of_the_lowest_loss():
     rates = f"--learning-rate {test.suggestion:.2g} --stage-learning-rate {rate_at(19) / 3:.2g}"
     assert text.endswith(f"mflow train {rates} ...")
     text = describe_tests([test, falling, falling], [StageOptions(dim=9), StageOptions(dim=4)])
+    (options,) = re.findall(" --stages '(.*)' ...", text)
     rate = float(f"{falling.suggestion:.2g}")
-    options = f"[{{dim: 9, learning_rate: {rate}}}, {{dim: 4, learning_rate: {rate}}}]"
-    assert f" --stages '{options}' ..." in text
+    assert read_stages(options) == [StageOptions(dim, learning_rate=rate) for dim in (9, 4)]
 
 
 @pytest.mark.parametrize("fall", [1, 5])

@@ -196,8 +196,8 @@ class TestStages:
 
     def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
         """The weights are in the checkpoint and in the metrics."""
-        schedule = "{steps: 1, width: 8, weight: 1000, final_weight: 10, weight_steps: 2}"
-        assert main([*command, "--error-bound", "1e-6", "--stages", f"[{schedule}]"]) == 0
+        schedule = "[{dim: 4, weight: 1000, final_weight: 10, weight_steps: 2}]"
+        assert main([*command, "--error-bound", "1e-6", "--stages", schedule]) == 0
         # The error stays above e times the bound, so that each step multiplies w by e^0.005.
         expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
         logged = [float(row["penalty_weight"]) for row in rows(tmp_path / "run")]
