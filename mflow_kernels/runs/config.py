@@ -37,6 +37,7 @@ _ADDED_LATER: dict[str, Any] = {
     "coupling": "affine",
     "bins": 8,
     "init_from": None,
+    "accumulate": 1,
     "classes": None,
     "crop": None,
     "class_names": [],
@@ -73,10 +74,17 @@ class TrainConfig(
         The models check what depends on the images' shape, such as the number of levels.
         """
         model = ("image_size", "levels", "manifold_dim", "checkpoint_every")
-        training = ("batch_size", "warm_up", "max_skipped", "save_steps")
+        training = ("batch_size", "accumulate", "warm_up", "max_skipped", "save_steps")
         for name in (*model, *training):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size, {self.batch_size}, "
+                f"got {self.accumulate}"
+            )
+        if self.accumulate > 1 and self.cuda_graphs:
+            raise ValueError(f"accumulate: expected 1 with cuda_graphs, got {self.accumulate}")
         check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")

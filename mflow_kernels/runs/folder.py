@@ -55,6 +55,7 @@ CHANGEABLE_OPTIONS = (
     "max_skipped",
     "compile",
     "cuda_graphs",
+    "accumulate",
 )
 EVALUATION = "evaluation.json"
 _AVERAGE = "average.model."  # prefix of the averaged weights in a checkpoint

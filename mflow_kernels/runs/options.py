@@ -192,6 +192,8 @@ class TrainingOptions:
 
     Args:
         batch_size: Images per step.
+        accumulate: Parts of a batch that are computed one after another, so that memory is that of
+            one part. Their gradients are added.
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.
@@ -221,6 +223,7 @@ class TrainingOptions:
     """
 
     batch_size: int = 32
+    accumulate: int = 1
     epochs: int = 8
     max_steps: int | None = None
     learning_rate: float = 2e-2

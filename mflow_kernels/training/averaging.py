@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage(nn.Module):
@@ -34,7 +35,7 @@ class WeightAverage(nn.Module):
         for module, average in parts:
             trained += module.parameters()
             averaged += average.parameters()
-        torch._foreach_lerp_(averaged, trained, 1 - decay)
+        get_ema_multi_avg_fn(decay)(averaged, trained, step)
 
     def train(self, mode: bool = True) -> "WeightAverage":
         """Stay in evaluation mode: in training mode, objectives would track the variance."""

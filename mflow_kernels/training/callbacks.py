@@ -36,9 +36,9 @@ class TrainingProgress(Callback):
     ) -> None:
         training = _training(pl_module)
         step = trainer.global_step
-        # Reading metrics waits for the device. The logged step before this one has waited already.
+        # A step logs its metrics after this hook.
         if step % training.log_interval == 1 % training.log_interval:
-            self._read(trainer.callback_metrics, training)
+            self._read(training.logged, training)
         self._update(trainer, training, "")
 
     def _update(self, trainer: Trainer, training: FlowTraining, doing: str) -> None:
@@ -47,15 +47,15 @@ class TrainingProgress(Callback):
         stage = f"{training.trained_stage + 1} of {len(training.model.stages)}{doing}"
         self._show(trainer.global_step, {"stage": stage, **self._metrics, **self._held_out})
 
-    def _read(self, metrics: Mapping[str, Any], training: FlowTraining) -> None:
+    def _read(self, metrics: Mapping[str, float], training: FlowTraining) -> None:
         if "images_per_second" not in metrics:  # logged after the first step
             return
-        values = {name: float(metrics[name]) for name in _SHOWN if name in metrics}
+        values = {name: metrics[name] for name in _SHOWN if name in metrics}
         speed = values["images_per_second"]
         self._speed = 0.9 * self._speed + 0.1 * speed if self._speed else speed
         values["images_per_second"] = self._speed
         objective = cast(ManifoldFlow, training.model.stages[training.trained_stage]).objective
-        if isinstance(objective.weight, float):  # not logged; `values` may hold an earlier stage's
+        if isinstance(objective.weight, float):  # not logged
             values["penalty_weight"] = objective.weight
         if not values["skipped"]:
             del values["skipped"]

@@ -7,7 +7,7 @@ def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
     """Set the counters of a new trainer to their values after `step` steps.
 
     The counters that Lightning saves in a checkpoint depend on the hook that wrote it. They would
-    shift validation and the steps of logged metrics by one.
+    shift validation by one step.
 
     Args:
         trainer: the trainer, before `fit`.
@@ -22,9 +22,7 @@ def resume_loops(trainer: Trainer, step: int, validates: bool) -> None:
     optimizer = batches.automatic_optimization.optim_progress.optimizer
     optimizer.step.increment_by(step)
     optimizer.zero_grad.increment_by(step)
-    batches._batches_that_stepped = step
     if validates:  # set the counters as if validation had been interrupted
         batches.val_loop.batch_progress.increment_ready()
         batches.val_loop.batch_progress.increment_started()
-        batches._batches_that_stepped = step - 1
     epochs.restarting = True

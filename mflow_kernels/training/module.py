@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -87,7 +87,8 @@ class FlowTraining(LightningModule):
         self._graphs = StepGraphs() if config.cuda_graphs else None
         self._last_logged = (0.0, 0)  # time and step
         self._loss = torch.zeros(())
-        self._logged: dict[str, Any] = {}
+        self._measured: dict[str, Any] = {}  # metrics of the step that runs
+        self._logged: dict[str, float] = {}
         self._checkpoint = checkpoint
         if checkpoint is not None:
             self.load_state_dict(checkpoint.tensors)
@@ -96,6 +97,11 @@ class FlowTraining(LightningModule):
     def loss(self) -> Tensor:
         """The loss of the last step, a scalar on the device."""
         return self._loss
+
+    @property
+    def logged(self) -> Mapping[str, float]:
+        """The metrics of the last logged step."""
+        return self._logged
 
     @property
     def stage(self) -> int:
@@ -127,6 +133,10 @@ class FlowTraining(LightningModule):
         return (self.global_step + 1) % self.log_interval == 0
 
     def setup(self, stage: str) -> None:
+        if (count := self.trainer.accumulate_grad_batches) != 1:
+            raise ValueError(
+                f"accumulate_grad_batches: expected 1, and the option accumulate, got {count}"
+            )
         half = self._config.precision == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         if self._checkpoint is not None and self._checkpoint.grad_scaler:
@@ -155,7 +165,6 @@ class FlowTraining(LightningModule):
             state = {**optimizer.state_dict(), "state": self._checkpoint.moments}
             optimizer.load_state_dict(state)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates, last_epoch=step - 1)
-        scheduler._step_count = step + 1
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -166,6 +175,7 @@ class FlowTraining(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         stage = self.stage
+        self.zero_grad()
         if self._step_in_stage(stage) == 0:
             copy_buffers(self.model, self.averaged)
             for earlier in range(stage):
@@ -175,31 +185,45 @@ class FlowTraining(LightningModule):
                 self.model.initialize(x, stage=stage, context=classes)
             copy_weights(self.model.stages[stage], self.averaged.stages[stage])
             self.guard.begin_stage()
-            # Lightning logs the last value of each metric again, until it gets another one.
-            self.trainer.fit_loop.epoch_loop._results.clear()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Run the forward pass, and the backward pass of every part of the batch but the last."""
         stage = self.stage
         x, classes = self._dequantize(batch, Stream.TRAINING_NOISE)
-        losses, inputs = partial(self._losses, stage), (x,) if classes is None else (x, classes)
-        if self._graphs is None:
-            loss, *parts, log_likelihood = losses(*inputs)
-        else:
-            active = [self.model.stages[i] for i in self._active(stage)]
-            loss, *parts, log_likelihood = self._graphs(stage, inputs, losses, active)
-        self._loss = loss.detach()
+        inputs = (x,) if classes is None else (x, classes)
+        parts = [*zip(*(t.chunk(self._config.accumulate) for t in inputs), strict=True)]
+        losses, found, self._drifts = [], [], []
+        for part in parts:
+            loss, *terms = self._run(stage, part)
+            losses.append(loss * (len(part[0]) / len(x)) if len(parts) > 1 else loss)
+            found.append(terms)
+            if len(losses) < len(parts):
+                self._scaler.scale(losses[-1]).backward()
+                self._drifts += self._last_drifts()
+        self._loss = sum((loss.detach() for loss in losses[1:]), losses[0].detach())
         if self._is_logged:
+            *terms, log_likelihood = (torch.cat(values) for values in zip(*found, strict=True))
             scale = 1 / (self._trained_dims(stage) * math.log(2.0))
-            means = [part.mean() * scale for part in parts]
             bits = bits_per_dimension(log_likelihood, self._dims, self._config.n_bits)
-            values = mean_over_ranks(torch.stack([*means, bits.mean()])).unbind()
+            means = [*(term.mean() * scale for term in terms), bits.mean()]
             names = (*(f"{part}_bits_per_dim" for part in _PARTS), "bits_per_dim")
-            self.log_dict(dict(zip(names, values, strict=True)))
-            self.log("stage", float(stage))
+            values = mean_over_ranks(torch.stack(means)).unbind()
+            self._measured = dict(zip(names, values, strict=True))
             weight = cast(ManifoldFlow, self.model.stages[stage]).objective.trained_weight
             if weight is not None:
-                self.log("penalty_weight", weight)
-        return self._scaler.scale(loss)
+                self._measured["penalty_weight"] = weight
+        return self._scaler.scale(losses[-1])
+
+    def _run(self, stage: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        losses = partial(self._losses, stage)
+        if self._graphs is None:
+            return losses(*inputs)
+        return self._graphs(
+            stage, inputs, losses, [self.model.stages[i] for i in self._active(stage)]
+        )
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Do nothing: Lightning calls this after `training_step`, which has added gradients."""
 
     def _losses(self, stage: int, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the loss to minimize, then _PARTS and log p(x), (N,) each, without gradients."""
@@ -229,12 +253,12 @@ class FlowTraining(LightningModule):
         parameters = [p for group in groups for p in group if p.grad is not None]
         norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, norm)
-        drifts = [c.drift for c in self._trained_chains() if c.drift is not None]
+        drifts = self._drifts + self._last_drifts()
         drift = torch.stack(drifts).max() if drifts else None
         fused.grad_scale, fused.found_inf = None, self.guard.judge(self._loss, norm, drift)
         if self._is_logged:
             self._read_guard(norm, drift)
-            self._logged["learning_rate"] = fused.param_groups[2 * self.stage]["lr"]
+            self._measured["learning_rate"] = fused.param_groups[2 * self.stage]["lr"]
         fused.step()
         self._scaler.update()
         stage = self.stage
@@ -257,9 +281,9 @@ class FlowTraining(LightningModule):
                 "checkpoint has the weights from before these steps; a lower --learning-rate may "
                 "help"
             )
-        self._logged = {"skipped": float(reading.skipped), "gradient_norm": norm}
+        self._measured |= {"skipped": reading.skipped, "gradient_norm": norm}
         if drift is not None:
-            self._logged["drift"] = drift
+            self._measured["drift"] = drift
 
     def _explain_drift(self, reading: GuardReading, where: str) -> str:
         if not math.isfinite(reading.drift) and not math.isfinite(reading.loss):
@@ -280,6 +304,9 @@ class FlowTraining(LightningModule):
         for i in self._active(stage):
             bound_conditions(self.model.stages[i], self.averaged.stages[i], limit)
 
+    def _last_drifts(self) -> list[Tensor]:
+        return [c.drift for c in self._trained_chains() if c.drift is not None]
+
     def _trained_chains(self) -> list[ReversibleChain]:
         return [chain for i in self._active(self.stage) for chain in self._chains[i]]
 
@@ -290,12 +317,24 @@ class FlowTraining(LightningModule):
         self._last_logged = time.perf_counter(), self.global_step
         seconds = self._last_logged[0] - started
         speed = len(images_and_classes(batch)[0]) * (self.global_step - step) / seconds
-        self.log_dict({"images_per_second": speed, **self._logged})
+        self._logged = self._log({"images_per_second": speed, **self._measured})
+
+    def _log(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Pass metrics of the last step to the loggers, and return them as numbers.
+
+        Lightning's `log` would log the last value of each metric again until it gets another one,
+        also in later stages, and would count the steps of a resumed run from 0.
+        """
+        values = {"stage": float(self.trained_stage)}
+        values |= {name: float(value) for name, value in metrics.items()}
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step - 1)
+            logger.save()
+        return values
 
     def on_validation_epoch_start(self) -> None:
         self._held_out = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and count
         copy_buffers(self.model, self.averaged)
-        self.log_dict(largest_conditions(self.model.stages[self.trained_stage]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         generator = stream_generator(0, Stream.VALIDATION_NOISE, batch_idx, device=self.device)
@@ -313,8 +352,10 @@ class FlowTraining(LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Lightning would average the ranks' counts with integer division.
         total, count = mean_over_ranks(self._held_out).unbind()
-        self.log("heldout_bits_per_dim", (total / count).float())
-        self.log("stage", float(self.trained_stage))
+        bits = (total / count).float()
+        self.log("heldout_bits_per_dim", bits, logger=False)  # for callbacks that monitor it
+        conditions = largest_conditions(self.model.stages[self.trained_stage])
+        self._log({"heldout_bits_per_dim": bits, **conditions})
 
     def on_validation_end(self) -> None:
         self._last_logged = time.perf_counter(), self.global_step

@@ -95,7 +95,6 @@ def _fit(run: CheckedRun) -> HierarchicalFlow:
         run,
         max_steps=schedule.total_steps,
         val_check_interval=schedule.validation_interval,
-        log_every_n_steps=training.log_interval,
         default_root_dir=run.folder,
         logger=loggers,
         callbacks=[*progress, checkpoints],

@@ -1,14 +1,17 @@
 """Training steps: skipping, clipping, averaging, stages, precision and compilation."""
 
+import dataclasses
 import math
 
+import lightning
 import pytest
 import torch
 from cases import HostReads
 from tiny_runs import checkpoint, metrics, weights
 
 from mflow_kernels import AffineCoupling, HierarchicalFlow, testing
-from mflow_kernels.runs.folder import load_run
+from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.folder import load_run, read_config
 from mflow_kernels.training import checks, train
 from mflow_kernels.training.averaging import WeightAverage
 from mflow_kernels.training.cli import main
@@ -256,6 +259,43 @@ class TestStages:
         after = list(models[0].stages[0].parameters())
         changed = [not torch.equal(a, b) for a, b in zip(kept[1], after, strict=True)]
         assert all(changed) if release else not any(changed)
+
+
+@pytest.mark.parametrize("domain", ["latent", "data"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(domain, command, tmp_path, monkeypatch):
+    kept, passes = [], []
+
+    def note(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept.append([p.grad.clone() for p in parameters if p.grad is not None])
+
+    spy(monkeypatch, torch.optim.AdamW, "step", note)
+    spy(
+        monkeypatch,
+        HierarchicalFlow,
+        "terms_and_log_prob",
+        lambda _, x, **__: passes.append(len(x)),
+    )
+    command = [*command, "--domain", domain]
+    assert main(command) == 0
+    first = rows(tmp_path / "run")[0]
+    assert main([*command, "--overwrite", "--accumulate", "4"]) == 0
+    assert passes == [4] * 6 + [1] * 24
+    for whole, summed in zip(kept[0], kept[6], strict=True):  # later steps begin at other weights
+        testing.assert_close(summed, whole.double(), terms=4 * 8 * 8)
+    again = rows(tmp_path / "run")[0]
+    for name in ("loss_bits_per_dim", "bits_per_dim", "gradient_norm"):
+        assert float(again[name]) == pytest.approx(float(first[name]), rel=1e-5)
+    assert 0 < float(again["drift"]) < 1e-4
+
+
+def test_a_trainer_that_accumulates_is_refused(trained):
+    values = dataclasses.asdict(read_config(trained))
+    config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
+    run = checks.load(config)
+    trainer = lightning.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches: expected 1, .* got 2"):
+        trainer.fit(FlowTraining(run.model, run.splits, run.config))
 
 
 def test_half_precision_scales_its_loss(command, tmp_path, trained, monkeypatch):
