@@ -85,8 +85,8 @@ def _with_stages(given: dict[Any, Any]) -> dict[Any, Any]:
     old = [name for name in given if str(name).startswith("stage_")]
     if not old:
         return given
-    lists = {"dim": [None]} | {name[6:]: given[name] for name in old if name != "stage_dims"}
-    lists["dim"] = given.get("stage_dims", [None])
+    lists: dict[str, Any] = {"dim": given.get("stage_dims", [None]), "coupling": ["affine"]}
+    lists |= {name[6:]: given[name] for name in old if name != "stage_dims"}
     if "channels" in given:  # a whole configuration, from before these options
         lists = {"delta": [1.0], "learning_rate": []} | lists
         if "classes" not in given and lists.get("weight") == []:

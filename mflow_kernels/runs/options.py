@@ -113,8 +113,10 @@ class StageOptions:
 
 
 # The values of a further flow that have an option on the command line, such as --stage-dim.
-SHORT_STAGE_OPTIONS = ("dim", "coupling", "bins", "steps", "width", "weight")
-SHORT_STAGE_OPTIONS += ("learning_rate", "epochs", "max_steps")
+SHORT_STAGE_OPTIONS = (
+    *("dim", "coupling", "bins", "steps", "width", "weight"),
+    *("learning_rate", "epochs", "max_steps"),
+)
 
 
 @dataclass

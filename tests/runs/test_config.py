@@ -151,7 +151,7 @@ class TestFilesOfEarlierVersions:
         return RunConfig.from_yaml(yaml.safe_dump(values), "config.yaml")
 
     def test_each_list_has_one_value_for_all_or_one_each_or_none(self):
-        shared = StageOptions(steps=3, max_steps=5, learning_rate=None)
+        shared = StageOptions(coupling="affine", steps=3, max_steps=5, learning_rate=None)
         assert self.read().stages == [
             dataclasses.replace(shared, dim=32, width=8, rho="l1"),
             dataclasses.replace(shared, dim=16, width=9, rho="huber"),
@@ -174,8 +174,10 @@ class TestFilesOfEarlierVersions:
         def stages(text):
             return parse_config(text, "preset")["stages"]
 
-        assert stages("stage_dims: [32, 16]") == [StageOptions(32), StageOptions(16)]
-        assert stages("stage_steps: [3]") == [StageOptions(steps=3)]
+        affine = StageOptions(coupling="affine")
+        both = [dataclasses.replace(affine, dim=dim) for dim in (32, 16)]
+        assert stages("stage_dims: [32, 16]") == both
+        assert stages("stage_steps: [3]") == [dataclasses.replace(affine, steps=3)]
         assert stages("stage_dims: []") == []
 
     @pytest.mark.parametrize(
