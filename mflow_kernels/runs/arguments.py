@@ -85,6 +85,8 @@ def _with_stages(given: dict[Any, Any]) -> dict[Any, Any]:
     old = [name for name in given if str(name).startswith("stage_")]
     if not old:
         return given
+    if "stages" in given:
+        raise ValueError(f"{old[0]}: expected its values in the list stages")
     lists: dict[str, Any] = {"dim": given.get("stage_dims", [None]), "coupling": ["affine"]}
     lists |= {name[6:]: given[name] for name in old if name != "stage_dims"}
     if "channels" in given:  # a whole configuration, from before these options

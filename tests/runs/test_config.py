@@ -189,6 +189,10 @@ class TestFilesOfEarlierVersions:
                 "stage_width: expected a list of 1 or 2",
             ),
             ("stage_dims: [x]", r"stages\[0\]\.dim: expected a whole number, got x"),
+            (
+                "stages: [{}]\nstage_width: [8]",
+                "stage_width: expected its values in the list stages",
+            ),
             ("stage_colour: [red]", r"stages\[0\]: expected dim, .*, got colour"),
         ],
     )
