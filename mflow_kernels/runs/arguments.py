@@ -20,18 +20,42 @@ from mflow_kernels.runs.options import (
     StageOptions,
     TrainingOptions,
 )
-from mflow_kernels.runs.parser import OptionParser, explain, load_yaml, parse_yaml, with_docstring
+from mflow_kernels.runs.parser import OptionParser, explain, load_yaml, with_docstring
 
 
 def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
-    """Return the options of RunConfig that a YAML file sets; see `parse_yaml`."""
+    """Return the options of RunConfig that a YAML file sets. `source` names it in messages.
+
+    Raises:
+        ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
+            wrong type.
+    """
     parser = OptionParser()
     add_options(parser)
     # RunConfig has these beyond TrainConfig.
     parser.add_argument("--channels", type=int)
     parser.add_argument("--crop", type=int | None)
     parser.add_argument("--class_names", type=list[str])
-    return parse_yaml(parser, text, source, _with_stages)
+    try:
+        given = load_yaml(text)
+        if given is None:  # the file is empty or has only comments
+            return {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
+        for name, value in given.items():
+            # A few lines of YAML aliases can expand to more nested lists than fit in memory.
+            items = value if isinstance(value, list) else [value]
+            nested = [item.values() if isinstance(item, dict) else [item] for item in items]
+            if any(isinstance(inner, list | dict) for values in nested for inner in values):
+                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
+        given = _with_stages(given)
+        # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
+        values = vars(parser.parse_object(given))
+        return {name: values[name] for name in given}
+    except RecursionError:
+        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
+    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {explain(error)}") from None
 
 
 class StagesError(ArgumentTypeError, TypeError):
@@ -53,19 +77,15 @@ def read_stages(value: Any) -> list[StageOptions]:
         raise StagesError(f"expected a list such as [{{dim: 32}}], got {value}")
     parser, stages = OptionParser(), []
     parser.add_class_arguments(with_docstring(StageOptions))
-    names = [option.name for option in dataclasses.fields(StageOptions)]
+    names = list(vars(StageOptions()))
     for number, each in enumerate(found):
-        if isinstance(each, StageOptions):
-            stages.append(each)
-            continue
-        if not isinstance(each, dict):
+        values = vars(each) if isinstance(each, StageOptions) else each
+        if not isinstance(values, dict):
             raise StagesError(f"[{number}]: expected options such as {{dim: 32}}, got {each}")
-        for name in each:
-            if name not in names:
-                expected = ", ".join(names)
-                raise StagesError(f"[{number}]: expected {expected}, got {name}")
+        for name in {**values}.keys() - names:
+            raise StagesError(f"[{number}]: expected {', '.join(names)}, got {name}")
         try:
-            stages.append(StageOptions(**vars(parser.parse_object(each))))
+            stages.append(StageOptions(**vars(parser.parse_object(values))))
         except (ArgumentError, TypeError, ValueError) as error:
             raise StagesError(f"[{number}].{explain(error)}") from None
     return stages
@@ -73,9 +93,8 @@ def read_stages(value: Any) -> list[StageOptions]:
 
 def with_short_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return options with those for all further flows, such as stage_dim, set in `stages`."""
-    short = [f"stage_{name}" for name in SHORT_STAGE_OPTIONS if f"stage_{name}" in options]
-    rest = {name: value for name, value in options.items() if name not in short}
-    given = {name.removeprefix("stage_"): options[name] for name in short}
+    rest = {name: value for name, value in options.items() if not name.startswith("stage_")}
+    given = {name[6:]: value for name, value in options.items() if name not in rest}
     return rest | {"stages": [dataclasses.replace(stage, **given) for stage in rest["stages"]]}
 
 
@@ -119,10 +138,8 @@ def add_options(parser: ArgumentParser) -> None:
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
-            if isinstance(_default(option), bool) or option.name in ("classes", "init_from")
+            if isinstance(_default(option), bool | list) or option.name in ("classes", "init_from")
         }
-        if options is HierarchyOptions:
-            by_hand |= {o.name: o for o in dataclasses.fields(options)}
         parser.add_class_arguments(with_docstring(options), as_group=True, skip={*by_hand})
         group = (parser.groups or {})[options.__name__]
         for action in group._group_actions:
@@ -140,21 +157,13 @@ def add_options(parser: ArgumentParser) -> None:
             else:
                 how = {"type": read_stages, "metavar": "LIST"}
             group.add_argument(f"--{name}", default=_default(option), help=texts[name], **how)
-        if options is HierarchyOptions:
-            _add_short_options(group)
-
-
-def _add_short_options(group: Any) -> None:
-    texts = argument_texts(with_docstring(StageOptions))
-    types = get_type_hints(StageOptions)
-    for option in dataclasses.fields(StageOptions):
-        if option.name in SHORT_STAGE_OPTIONS:
-            text = texts[option.name]
-            if option.default is not None:
-                text += f" (default: {option.default})"
-            group.add_argument(
-                f"--stage_{option.name}", type=types[option.name], default=SUPPRESS, help=text
-            )
+        if options is not HierarchyOptions:
+            continue
+        texts, types = argument_texts(with_docstring(StageOptions)), get_type_hints(StageOptions)
+        for name in SHORT_STAGE_OPTIONS:
+            default = getattr(StageOptions(), name)
+            text = texts[name] if default is None else f"{texts[name]} (default: {default})"
+            group.add_argument(f"--stage_{name}", type=types[name], default=SUPPRESS, help=text)
 
 
 def _named_datasets() -> str:

@@ -7,11 +7,11 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -63,48 +63,8 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """Read YAML without its dates."""
+    """Read YAML, with dates as text."""
     return yaml.load(text, _Loader)
-
-
-def parse_yaml(
-    parser: ArgumentParser,
-    text: str | bytes,
-    source: str,
-    convert: Callable[[dict[Any, Any]], dict[Any, Any]],
-) -> dict[str, Any]:
-    """Return the options that a YAML file sets, checked by `parser`. Other options are left out.
-
-    Args:
-        parser: has the options and their types.
-        text: the content of the file.
-        source: the name of the file in error messages.
-        convert: makes the options of this version from those in the file; may raise ValueError.
-
-    Raises:
-        ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
-            wrong type.
-    """
-    try:
-        given = load_yaml(text)
-        if given is None:  # the file is empty or has only comments
-            return {}
-        if not isinstance(given, dict):
-            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
-        for name, value in given.items():
-            # A few lines of YAML aliases can expand to more nested lists than fit in memory.
-            items = value if isinstance(value, list) else [value]
-            nested = [item.values() if isinstance(item, dict) else [item] for item in items]
-            if any(isinstance(inner, list | dict) for values in nested for inner in values):
-                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
-        given = convert(given)
-        # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
-        values = vars(parser.parse_object(given))
-        return {name: values[name] for name in given}
-    except RecursionError:
-        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
-    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {explain(error)}") from None
 
 
 def with_docstring(thing: Any) -> Any:

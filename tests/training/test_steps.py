@@ -290,7 +290,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(domain, command, tmp
 
 
 def test_a_trainer_that_accumulates_is_refused(trained):
-    values = dataclasses.asdict(read_config(trained))
+    values = vars(read_config(trained))
     config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
     run = checks.load(config)
     trainer = lightning.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)
