@@ -121,7 +121,7 @@ class Model:
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
     """A preset with just enough steps to make every kind of launch."""
     config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
-    dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
+    dims, steps = zip(*((stage.dim, stage.steps) for stage in config.flows), strict=True)
     steps = tuple(min(SOME if chain == "checkpointed" else FEW, k) for k in steps)
     dtypes = (torch.float32, network)
     return Model(name, config.image_shape, config.levels, dims, steps, chain, dtypes)

@@ -91,7 +91,7 @@ def preset_networks() -> list[Network]:
     for name, precision in product(PRESETS, ("bfloat16", "float32")):
         options = preset_options(name) | {"precision": precision}
         config = resolve_config(TrainConfig(**options), None, gpu=True)
-        for stage in range(len(config.stages)):
+        for stage in range(len(config.flows)):
             for n in coupling_shapes(config, stage):
                 width = math.isqrt(n.pixels)
                 # The number of rows of the images changes no kernel.

@@ -24,6 +24,7 @@ class CouplingShape:
     taps: int  # weights between two channels in the first and last layer: 9 (3x3), or 1 for vectors
     has_conv1x1: bool
     context: int = 0  # further inputs of the network: one for each class
+    numbers: int = 2  # outputs of the network for each element that the coupling changes
 
     @property
     def in_channels(self) -> int:
@@ -32,8 +33,8 @@ class CouplingShape:
 
     @property
     def out_channels(self) -> int:
-        """Outputs of the network: a raw scale and a shift for each channel of the changed half."""
-        return 2 * (self.channels - self.channels // 2)
+        """Outputs of the network: those numbers for each channel of the changed half."""
+        return self.numbers * (self.channels - self.channels // 2)
 
     @property
     def parameters(self) -> int:
@@ -56,15 +57,17 @@ class CouplingShape:
 
 def coupling_shapes(config: RunConfig, stage: int) -> list[CouplingShape]:
     """Return the couplings of one stage, in the order of its forward pass."""
-    classes = len(config.class_names)
+    classes, flow = len(config.class_names), config.flows[stage]
+    numbers = 2 if flow.coupling == "affine" else 3 * flow.bins - 1
     if stage:
-        outer, inner = config.stages[stage - 1 : stage + 1]
-        return [CouplingShape(outer.dim, 1, inner.width, 1, True, classes)] * inner.steps
+        outer = config.flows[stage - 1].dim
+        return [CouplingShape(outer, 1, flow.width, 1, True, classes, numbers)] * flow.steps
     couplings = []
     c, side = config.channels, config.image_size or 0
     for level in range(config.levels):
         c, side = 4 * c, side // 2
-        couplings += [CouplingShape(c, side * side, config.width, 9, True, classes)] * config.steps
+        step = CouplingShape(c, side * side, config.width, 9, True, classes, numbers)
+        couplings += [step] * config.steps
         if level + 1 < config.levels:
             couplings.append(CouplingShape(c, side * side, config.width, 9, False, classes))
             c //= 2

@@ -121,16 +121,16 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
     with torch.device("meta"):  # run the models' own checks without allocating their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
         check_manifold_dim(config.manifold_dim, shapes)
-        for outer in config.stages[:-1]:
+        for outer in config.flows[:-1]:
             VectorFlow(outer.dim, steps=1, width=1)
     return resolved
 
 
 def peak_memory(config: RunConfig) -> Memory:
     """Predict the memory at the peak of training `config`."""
-    stages = [coupling_shapes(config, stage) for stage in range(1 + len(config.stage_dims))]
+    stages = [coupling_shapes(config, stage) for stage in range(len(config.flows))]
     dims = [config.channels * (config.image_size or 0) ** 2, config.manifold_dim]
-    dims += config.stage_dims
+    dims += [each.dim for each in config.flows[1:]]
     masks = sum(outer + 8 * inner for outer, inner in pairwise(dims))
     counts = [parameter_count(stage) for stage in stages]
     buffers = sum(n.buffer_bytes for stage in stages for n in stage) + masks
@@ -138,7 +138,7 @@ def peak_memory(config: RunConfig) -> Memory:
     flows = [
         _Flow(couplings, config.batch_size * outer, stage.domain == "data" and inner < outer)
         for couplings, stage, (outer, inner) in zip(
-            stages, config.stages, pairwise(dims), strict=True
+            stages, config.flows, pairwise(dims), strict=True
         )
     ]
     snapshots = []
@@ -176,7 +176,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     dims = config.channels * (config.image_size or 0) ** 2
     one = dataclasses.replace(config, batch_size=batch, precision="float32")
     folded, peak = 0, 0
-    for stage in range(len(config.stages)):
+    for stage in range(len(config.flows)):
         flow = _Flow(coupling_shapes(config, stage), 0, False)
         squares = flow.squares.values()
         folded = max(folded, sum(squares) + 6 * max(squares))

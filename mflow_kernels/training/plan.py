@@ -18,8 +18,8 @@ ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its
 def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
     """Return a stage's optimizer steps; None if they depend on an unknown number of images."""
     if images is None:
-        return config.stages[stage].max_steps
-    return config.stages[stage].optimizer_steps(images // min(config.batch_size, images))
+        return config.flows[stage].max_steps
+    return config.flows[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
 def least_step_seconds(config: RunConfig, stage: int, card: str) -> float:
@@ -50,7 +50,7 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f", while stage {peak.stage + 1} trains" if config.stage_dims else ""),
+        + (f", while stage {peak.stage + 1} trains" if config.stages else ""),
     ]
     rows = {label: value for label, value in peak.by_label().items() if value}
     rows["total"] = peak.total
@@ -162,4 +162,4 @@ def describe_fit(config: RunConfig, gpu_memory: int) -> str:
 
 def _parameters(config: RunConfig) -> list[int]:
     """Return the number of parameters of each stage."""
-    return [parameter_count(coupling_shapes(config, i)) for i in range(len(config.stages))]
+    return [parameter_count(coupling_shapes(config, i)) for i in range(len(config.flows))]

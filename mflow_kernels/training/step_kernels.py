@@ -60,14 +60,14 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
     penalty in the data domain takes a second pass, through the inverse.
     """
     dims = [config.channels * (config.image_size or 0) ** 2]
-    dims += [each.dim for each in config.stages]
+    dims += [each.dim for each in config.flows]
     launches: list[Launch] = []
     for i, (outer, inner) in enumerate(list(pairwise(dims))[: stage + 1]):
         found = coupling_shapes(config, i)
         if i < stage and not config.release:
             launches += _forward(config, found, keep=False)
             continue
-        decodes = config.stages[i].domain == "data" and inner < outer
+        decodes = config.flows[i].domain == "data" and inner < outer
         launches += flow_step(config, found)
         if decodes:
             launches += flow_step(config, found)

@@ -26,6 +26,7 @@ from mflow_kernels.data.splits import ImageSet, Splits
 from mflow_kernels.evaluation.likelihood import evaluate_model
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training import checks, train
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training.cli import main
@@ -58,20 +59,24 @@ CASES = {
     "low precision": {"steps": 4, "width": 64, "precision": "bfloat16"},
     "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
     "wide levels": {"steps": 4, "width": 8, "levels": 4},
-    "another stage": {"steps": 1, "width": 8, "stage_dims": [16], "stage_width": [256]},
-    "whole stage": {"steps": 1, "width": 8, "stage_dims": [32], "stage_width": [256]},
+    "another stage": {"steps": 1, "width": 8, "stages": [StageOptions(16, width=256)]},
+    "whole stage": {"steps": 1, "width": 8, "stages": [StageOptions(32, width=256)]},
+    "splines": {"steps": 4, "width": 64, "coupling": "spline"},
+    "splines in another stage": {
+        "steps": 1,
+        "width": 8,
+        "stages": [StageOptions(16, width=256, coupling="spline")],
+    },
     "released": {
         "steps": 4,
         "width": 32,
-        "stage_dims": [16, 8],
-        "stage_width": [128],
+        "stages": [StageOptions(16, width=128), StageOptions(8, width=128)],
         "release": True,
     },
     "released, stored": {
         "steps": 2,
         "width": 16,
-        "stage_dims": [16],
-        "stage_width": [64],
+        "stages": [StageOptions(16, width=64)],
         "release": True,
         "reversible": False,
     },
@@ -81,14 +86,14 @@ CASES = {
 EVALUATED = {
     "wide": {"width": 128},
     "deep": {"width": 16, "steps": 8},
-    "another stage": {"width": 16, "stage_dims": [16], "stage_width": [256]},
+    "another stage": {"width": 16, "stages": [StageOptions(16, width=256)]},
     "wide levels": {"width": 8, "levels": 4, "steps": 8, "manifold_dim": 768},
 }
 
 
 @pytest.mark.parametrize("case", EVALUATED)
 def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
-    options = {"levels": 2, "steps": 2, "stage_dims": [], **BASE, **EVALUATED[case]}
+    options = {"levels": 2, "steps": 2, "stages": [], **BASE, **EVALUATED[case]}
     config = TrainConfig(**options).resolve((3, 16, 16))
     images = ImageSet(torch.randint(256, (24, 3, 16, 16)).byte())
     gc.collect()
@@ -147,10 +152,10 @@ LATENT = ("reversible", "deep", "keeps all", "stored", "released")
     [*((case, "data") for case in CASES), *((case, "latent") for case in LATENT)],
 )
 def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
-    config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case], "domain": domain})
+    config = TrainConfig(**{**BASE, "stages": [], **CASES[case], "domain": domain})
     predicted = peak_memory(config.resolve((3, 16, 16)))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
-    assert predicted.stage == len(config.stage_dims)
+    assert predicted.stage == len(config.stages)
 
 
 # This runs in its own process, where launches compute nothing. Torch's CPU allocator allocates
@@ -207,7 +212,7 @@ FUSED_CASES = [
 
 
 def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
-    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stage_dims": []}
+    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stages": []}
     base |= {"precision": "bfloat16", "domain": "latent", "device": "cuda"}
     configs = [TrainConfig(**{**base, **case}).resolve((3, 32, 32)) for case in FUSED_CASES]
     cases = json.dumps([dataclasses.asdict(config) for config in configs])
@@ -225,7 +230,8 @@ def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one():
 
 @pytest.mark.parametrize("classes", [None, "Smiling,Male"])
 def test_parameters_and_buffers_are_those_of_the_model(classes):
-    options = TrainConfig(image_size=24, steps=3, levels=3, stage_dims=[7, 5], classes=classes)
+    stages = [StageOptions(7), StageOptions(5, coupling="spline", bins=3)]
+    options = TrainConfig(image_size=24, steps=3, levels=3, stages=stages, classes=classes)
     config = resolve_config(dataclasses.replace(options, data=""), 3, gpu=False)
     assert len(config.class_names) == (0 if classes is None else 4)
     model = build_model(config)
@@ -252,7 +258,7 @@ def test_the_largest_batch_is_the_largest(memory):
 
 def test_reversible_memory_grows_with_depth_by_its_parameters_alone():
     def peak(steps: int):
-        config = TrainConfig(steps=steps, domain="latent", stage_dims=[]).resolve((3, 64, 64))
+        config = TrainConfig(steps=steps, domain="latent", stages=[]).resolve((3, 64, 64))
         return peak_memory(config)
 
     assert peak(32).one_step == peak(4).one_step
@@ -320,7 +326,7 @@ class TestCommand:
             ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
             ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
             ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
-            ("--stage-dims 65", "--stage-dims: expected dimensions from 1 to the 64"),
+            ("--stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
             ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
             ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
             ("--run-dir x", "unrecognized arguments: --run-dir x"),

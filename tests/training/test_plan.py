@@ -13,6 +13,7 @@ from tiny_runs import TINY, refused, write_images, zip_up
 from mflow_kernels.data.splits import count_training_images, load_splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import read_config
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
@@ -59,6 +60,7 @@ print(json.dumps([sum(k.moved for k in kernels), sum(k.flops for k in kernels)])
 """
 DECODING = TrainConfig(
     levels=3, steps=2, width=128, batch_size=8, precision="bfloat16", checkpoint_every=None,
+    stages=[],
 ).resolve((3, 32, 32))  # fmt: skip
 CASES = [
     ("bfloat16", "mflow_kernels, reversible", 128),
@@ -105,7 +107,8 @@ def test_the_arithmetic_of_a_step_is_the_count_of_whole_steps(monkeypatch):
 
 class TestTrainingStep:
     CONFIG = TrainConfig(
-        manifold_dim=32, stage_dims=[16], domain="latent", width=128, precision="bfloat16",
+        manifold_dim=32, stages=[StageOptions(16)], domain="latent", width=128,
+        precision="bfloat16",
     ).resolve((3, 32, 32))  # fmt: skip
 
     def flops(self, stage, **changed) -> int:
@@ -131,7 +134,8 @@ class TestTrainingStep:
 
 
 def test_steps_are_those_of_training():
-    config = TrainConfig(batch_size=64, epochs=3, stage_epochs=[2]).resolve((3, 64, 64))
+    config = TrainConfig(batch_size=64, epochs=3, stages=[StageOptions(epochs=2)])
+    config = config.resolve((3, 64, 64))
     assert optimizer_steps(config, 0, 1000) == 3 * 15  # the last 40 images of a pass are left out
     assert optimizer_steps(config, 1, 1000) == 2 * 15
     assert optimizer_steps(config, 0, 10) == 3
