@@ -26,9 +26,12 @@ def why_untested(
     """
     names = {cls.__module__ for m in modules for cls in type(m).__mro__} & tested.keys()
     names |= {cls.__module__ for cls in kind.__mro__} & tested.keys() | {kind.__module__}
-    untested = sorted(
-        name for name in names if source_fingerprint(name) not in tested.get(name, ())
-    )
+    return why_untested_modules(tested, *sorted(names))
+
+
+def why_untested_modules(tested: Mapping[str, set[str]], *names: str) -> str:
+    """Say which of these modules of a library has untested code; "" if none has."""
+    untested = [name for name in names if source_fingerprint(name) not in tested.get(name, ())]
     return f"the source of {untested[0]} is not that of a tested version" if untested else ""
 
 

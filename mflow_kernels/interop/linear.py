@@ -25,8 +25,8 @@ class Affine(NamedTuple):
 
     Attributes:
         weight: (K, C, C); or (K, C), a diagonal; or integers (K, C), a permutation: channel i of y
-            is channel weight[k, i] of x.
-        bias: (K, C).
+            is channel weight[k, i] of x. A diagonal (K, 1) is one factor for all channels.
+        bias: (K, C), or (K, 1) with such a diagonal.
         log_det: (K,), log |det W| for one pixel; None stands for 0.
         inverse: (K, C, C), W^-1 if it is known without inverting W.
     """
@@ -61,6 +61,7 @@ class Linear:
     Attributes:
         what: its kind, as the report names it.
         fixed: whether its matrix is not trained, and `read` knows the inverse.
+        fits: whether it is one map of channels for a state; None if it is for every state.
     """
 
     module: nn.Module
@@ -68,6 +69,7 @@ class Linear:
     what: str = "1x1 convolution"
     data_init: DataInit | None = None
     fixed: bool = False
+    fits: Callable[[Tensor], bool] | None = None
 
     @property
     def permutes(self) -> bool:
@@ -76,7 +78,7 @@ class Linear:
     @property
     def scales(self) -> bool:
         """Whether it scales and shifts each channel."""
-        return self.what == "actnorm"
+        return self.what in ("actnorm", "scale and shift")
 
     def kind(self) -> Any:
         return self.read
@@ -245,7 +247,15 @@ def read_parts(parts: Sequence[Linear | Reorder], channels: int, device: torch.d
     if isinstance(parts[0], Reorder):
         orders = [part.order(channels) for part in parts if isinstance(part, Reorder)]
         return Affine(stack([constant(order, device) for order in orders]))
-    return parts[0].read([part.module for part in parts if isinstance(part, Linear)])
+    step = parts[0].read([part.module for part in parts if isinstance(part, Linear)])
+    if step.weight.dim() == 2 and step.weight.shape[1] == 1 < channels:
+        weight, bias, log_det, _ = step
+        return Affine(
+            weight.expand(-1, channels),
+            None if bias is None else bias.expand(-1, channels),
+            None if log_det is None else channels * log_det,
+        )
+    return step
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -55,6 +55,33 @@ def conditional(features=4):
     return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
 
 
+def splines(features=5, tails="linear", bound=1.5, own=True):
+    """A chain as those of sbi: a z-score, then couplings and autoregressive splines with linear maps
+    between. Masks keep the smaller or the larger part."""
+    layers = [nt.PointwiseAffineTransform(torch.linspace(-0.1, 0.1, features), torch.tensor(0.9))]
+    options = {"tails": tails, "tail_bound": bound}
+    for k in range(4):
+        layers += [
+            nt.PiecewiseRationalQuadraticCouplingTransform(
+                torch.arange(k, k + features) % 2,
+                vector_net(3),
+                num_bins=3 + k,
+                apply_unconditional_transform=own and k < 2,
+                **options,
+            ),
+            nt.LULinear(features, identity_init=False)
+            if tails
+            else nt.ReversePermutation(features),
+        ]
+    layers += [
+        nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, 8, context_features=3, num_blocks=1, **options
+        ),
+        nt.RandomPermutation(features),
+    ]
+    return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
+
+
 def images(channels=1, size=8, steps=2):
     """The multi-scale image flow of nflows' experiments, with nested composites."""
     transform = nt.MultiscaleCompositeTransform(num_transforms=2)
@@ -82,8 +109,14 @@ MODELS = {
     "real nvp, only shifts": lambda: real_nvp(use_volume_preserving=True),
     "real nvp, batch norm between": lambda: real_nvp(batch_norm_between_layers=True),
     "conditional": conditional,
+    "splines": splines,
+    "splines of an interval": lambda: splines(4, None),
     "images": images,
 }
+
+
+def features_of(model):
+    return next(m.features for m in model.modules() if hasattr(m, "identity_features"))
 
 
 def inputs_of(model, dtype, n=16, seed=3):
@@ -91,7 +124,9 @@ def inputs_of(model, dtype, n=16, seed=3):
     c = torch.randn(n, 3, generator=generator).to(dtype)
     if isinstance(model._transform, nt.MultiscaleCompositeTransform):
         return torch.rand(n, 1, 8, 8, generator=generator).to(dtype), None
-    x = torch.randn(n, 4, generator=generator).to(dtype)
+    x = torch.randn(n, features_of(model), generator=generator).to(dtype)
+    if any(getattr(m, "tails", "linear") is None for m in model.modules()):
+        x = 0.2 + 0.5 * x.sigmoid()
     takes = any(getattr(m, "context_features", None) for m in model.modules())
     return x, c if takes else None
 
@@ -183,6 +218,11 @@ def test_report():
         "2 affine sigmoid couplings" in str(report)
     )
     assert not report.left
+    (replaced,) = accelerate(splines()).replaced
+    assert replaced.by == (
+        "scale and shift, 11 permutations, 4 spline couplings, 2 elementwise splines, "
+        "4 1x1 convolutions, autoregressive spline"
+    )
     report = accelerate(real_nvp(batch_norm_between_layers=True))
     assert {left.layer for left in report.left} == {"BatchNorm"}
     assert len(report.replaced) == 4
@@ -200,7 +240,7 @@ def test_untested_code_is_left(monkeypatch):
 
 def test_unsupported_layers_are_left():
     def more(features):
-        return nt.PointwiseAffineTransform(scale=2.0)
+        return nt.QRLinear(features, 2)
 
     layers = [
         nt.AffineCouplingTransform(torch.tensor([1, -1, -1]), vector_net()),
