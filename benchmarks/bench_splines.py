@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness.measurements import REPLAY, Call, interleaved
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels import SplineCoupling
+from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
@@ -40,6 +41,9 @@ def specs(size: str) -> list[Vectors]:
     if size == "tiny":
         return [Vectors(5, 4, 8)]
     return [Vectors(10, 256, 64), Vectors(64, 128, 64), Vectors(6, 1024, 128)]
+
+
+Build = Callable[[list[nn.Module], Vectors], nn.Module]
 
 
 class Flow(nn.Module):
@@ -120,31 +124,38 @@ def piecewise(module: str, name: str, nets: list[nn.Module], spec: Vectors) -> n
     ])  # fmt: skip
 
 
+def accelerated(build: Build, nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """A peer's flow after `accelerate`, which replaces all its couplings."""
+    flow = build(nets, spec)
+    report = accelerate(flow)
+    if len(report.replaced) != COUPLINGS:
+        raise ValueError(str(report))
+    return flow
+
+
 def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
     importlib.import_module("zuko.transforms")
     return ZukoFlow(nets)
 
 
+NFLOWS = partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform")
+NORMFLOWS = partial(
+    piecewise, "normflows.flows.neural_spline.coupling", "PiecewiseRationalQuadraticCoupling"
+)
+
 # Each flow, and the peer in float64 that it must agree with.
-VARIANTS: dict[str, tuple[Callable[[list[nn.Module], Vectors], nn.Module], str]] = {
+VARIANTS: dict[str, tuple[Build, str]] = {
     "mflow_kernels": (lambda nets, spec: fused(nets, spec, temperature=spec.width**0.5), "nflows"),
     "mflow_kernels, zuko's form": (
         lambda nets, spec: fused(nets, spec, kind="exp", min_width=0.0, min_height=0.0),
         "zuko",
     ),
-    "nflows": (
-        partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform"),
-        "nflows",
-    ),
-    "normflows": (
-        partial(
-            piecewise,
-            "normflows.flows.neural_spline.coupling",
-            "PiecewiseRationalQuadraticCoupling",
-        ),
-        "nflows",
-    ),
+    "nflows": (NFLOWS, "nflows"),
+    "normflows": (NORMFLOWS, "nflows"),
     "zuko": (zuko_flow, "zuko"),
+    "accelerated nflows": (partial(accelerated, NFLOWS), "nflows"),
+    "accelerated normflows": (partial(accelerated, NORMFLOWS), "nflows"),
+    "accelerated zuko": (partial(accelerated, zuko_flow), "zuko"),
 }
 ALONE = "networks alone"
 NAMES = (*VARIANTS, ALONE)

@@ -56,8 +56,10 @@ def conditional(features=4):
 
 
 def splines(features=5, tails="linear", bound=1.5, own=True):
-    """A chain as those of sbi: a z-score, then couplings and autoregressive splines with linear maps
-    between. Masks keep the smaller or the larger part."""
+    """A chain like those of sbi: a z-score, then splines with linear maps between.
+
+    The masks of couplings keep the smaller or the larger part.
+    """
     layers = [nt.PointwiseAffineTransform(torch.linspace(-0.1, 0.1, features), torch.tensor(0.9))]
     options = {"tails": tails, "tail_bound": bound}
     for k in range(4):
