@@ -59,6 +59,8 @@ class Adapter(Protocol):
             with `implementation_of(self)`.
         fingerprints: for each module of the library, the fingerprints of the versions that the
             tests ran against (see `fingerprints.py`).
+        functions: for classes of modules that compute with functions of another module of the
+            library, the name of that module.
         repaired: the report's text for kinds of layers that the library's own code still computes,
             with a bug fixed, when they stand alone.
     """
@@ -68,6 +70,7 @@ class Adapter(Protocol):
     containers: tuple[type[nn.Module], ...]
     methods: Mapping[str, Methods]
     fingerprints: dict[str, set[str]]
+    functions: Mapping[type, str] = {}
     repaired: Mapping[str, str] = {}
 
     def is_layer(self, module: nn.Module) -> bool:

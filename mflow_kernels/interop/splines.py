@@ -3,6 +3,7 @@
 `SplineMap` and the classes after it compute what is not a coupling of two halves.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,19 @@ def _spline(layer: Any, bins: int, net: Any, hidden: tuple[str, ...]) -> Spline 
 def _network(net: nn.Module) -> Params:
     """The network, whose params are in our order."""
     return Params(net, slice(None), slice(None), passing="argument")
+
+
+def inverted(parts: tuple[Part, ...] | str) -> tuple[Part, ...] | str:
+    """The parts of the inverse of a spline layer."""
+    if isinstance(parts, str):
+        return parts
+    made: list[Part] = []
+    for part in reversed(parts):
+        if isinstance(part, Reorder) and isinstance(part.order, Listed):
+            made.append(Reorder(Listed(inverse_of(part.order.channels))))
+        elif isinstance(part, (Coupling, Elementwise)):
+            made.append(replace(part, inverse=not part.inverse))
+    return tuple(made)
 
 
 def coupling_parts(layer: Any, elementwise: type) -> tuple[Part, ...] | str:

@@ -135,7 +135,9 @@ class Visitor:
         adapter, cls = self.adapter, self._class_of(layer)
         if cls not in adapter.layers:
             return adapter.why_left(layer)
-        if why := why_untested(adapter.fingerprints, cls, layer.modules()):
+        modules = list(layer.modules())
+        functions = {adapter.functions[type(m)] for m in modules if type(m) in adapter.functions}
+        if why := why_untested(adapter.fingerprints, cls, modules, functions):
             return why
         if type(layer) in self.like and (why := self._why_unlike(layer, cls)):
             return why

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import per_channel, standard_deviation
 from mflow_kernels.interop.adapter import Adapter, Fuser
-from mflow_kernels.interop.fingerprints import why_untested_modules
 from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
@@ -144,16 +143,8 @@ def _is_vector(x: Tensor) -> bool:
     return x.dim() == 2
 
 
-_SPLINES = "nflows.transforms.splines.rational_quadratic"
-
-
 def _spline_coupling(layer: Any) -> tuple[Part, ...] | str:
-    why = why_untested_modules(FINGERPRINTS, _SPLINES)
-    return why or coupling_parts(layer, nt.PiecewiseRationalQuadraticCDF)
-
-
-def _autoregressive_spline(layer: Any) -> tuple[Part, ...] | str:
-    return why_untested_modules(FINGERPRINTS, _SPLINES) or autoregressive_parts(layer)
+    return coupling_parts(layer, nt.PiecewiseRationalQuadraticCDF)
 
 
 def _squeeze(layer: Any) -> tuple[Part, ...] | str:
@@ -187,7 +178,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nt.AffineCouplingTransform: _coupling,
     nt.AdditiveCouplingTransform: _coupling,
     nt.PiecewiseRationalQuadraticCouplingTransform: _spline_coupling,
-    nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: _autoregressive_spline,
+    nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: autoregressive_parts,
     nt.PointwiseAffineTransform: _pointwise,
     nt.SqueezeTransform: _squeeze,
     nt.CompositeTransform: _composite,
@@ -283,6 +274,14 @@ class NflowsAdapter(Adapter):
     containers = (nt.CompositeTransform,)
     methods = METHODS
     fingerprints = FINGERPRINTS
+    functions = dict.fromkeys(
+        (
+            nt.PiecewiseRationalQuadraticCouplingTransform,
+            nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+            nt.PiecewiseRationalQuadraticCDF,
+        ),
+        "nflows.transforms.splines.rational_quadratic",
+    )
     channels_of = staticmethod(_channels_of)
 
     def is_layer(self, module: nn.Module) -> bool:
