@@ -71,32 +71,18 @@ class Flow(nn.Module):
 
 
 class ZukoFlow(Flow):
-    """Couplings of zuko, whose transforms take a state without a batch of their own."""
+    """Couplings of zuko, which build a transform at each call."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for layer in self.layers:
-            x, logdet = self._transform(layer).call_and_ladj(x)
+            x, logdet = layer().call_and_ladj(x)
             x, total = x.flip(1), total + logdet
         return x, total
 
     @staticmethod
     def _inverse(layer: Any, z: Tensor) -> Tensor:
-        return ZukoFlow._transform(layer).inv(z)
-
-    @staticmethod
-    def _transform(net: nn.Module) -> Any:
-        zuko = importlib.import_module("zuko.transforms")
-
-        def univariate(x_a: Tensor) -> Any:
-            numbers = net(x_a).unflatten(-1, (-1, 3 * BINS - 1))
-            parts = numbers.split((BINS, BINS, BINS - 1), -1)
-            return zuko.DependentTransform(zuko.MonotonicRQSTransform(*parts, bound=BOUND), 1)
-
-        dims = net.initial_layer.in_features
-        outputs = net.final_layer.out_features // (3 * BINS - 1)
-        mask = torch.tensor([True] * dims + [False] * outputs)
-        return zuko.CouplingTransform(univariate, mask)
+        return layer().inv(z)
 
 
 def networks(spec: Vectors) -> list[nn.Module]:
@@ -134,8 +120,21 @@ def accelerated(build: Build, nets: list[nn.Module], spec: Vectors) -> nn.Module
 
 
 def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
-    importlib.import_module("zuko.transforms")
-    return ZukoFlow(nets)
+    """Couplings of zuko, with networks of nflows."""
+    lazy = importlib.import_module("zuko.flows.coupling").GeneralCouplingTransform
+    spline = importlib.import_module("zuko.transforms").MonotonicRQSTransform
+    layers: list[nn.Module] = []
+    for net in nets:
+        layers.append(
+            lazy(
+                spec.dims,
+                mask=torch.arange(spec.dims) < spec.dims // 2,
+                univariate=partial(spline, bound=BOUND),
+                shapes=[(BINS,), (BINS,), (BINS - 1,)],
+            )
+        )
+        layers[-1].hyper = net
+    return ZukoFlow(layers)
 
 
 NFLOWS = partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform")

@@ -1,13 +1,12 @@
 """The adapter of zuko: the rational-quadratic splines of its lazy transforms.
 
-zuko's transforms go data -> latent. At each call a lazy transform builds one from the params of all
-features, which its network returns; `Splines` takes the place of that one. Networks, bases, and the
-passes of an autoregressive inverse stay those of zuko.
+zuko's transforms go data -> latent. At each call a lazy transform builds one, and `Splines` takes
+the place of that one. Networks, bases, and the passes of an autoregressive inverse stay zuko's.
 """
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from zuko.lazy import LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.utils import broadcast
 
 from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.linear import constant, inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import AutoregressiveSplines
 from mflow_kernels.interop.subclasses import implementation_of
@@ -55,29 +55,47 @@ def _parts(layer: Any) -> tuple[Part, ...] | str:
         spline = Spline(bins, bound, "linear", 0.0, 0.0, slope, 1.0, "exp")
     except (TypeError, ValueError) as error:
         return f"our splines do not allow its {error}"
-    net = getattr(layer, "hyper", None) or nn.Identity()
+    net = getattr(layer, "hyper", nn.Identity())
     return (Elementwise(AutoregressiveSplines(net, spline), _WHAT[type(layer)]),)
 
 
 class Splines(Transform):
-    """`DependentTransform(MonotonicRQSTransform(...), 1)` as one operator.
+    """`MonotonicRQSTransform` of all features but the first `kept`, as one operator.
+
+    It takes the place of zuko's `DependentTransform` and of its `CouplingTransform`. States are
+    (*, D); their batch and that of the params broadcast.
 
     Args:
-        phi: (*, D * numbers), the params of D features; x is (*, D), and batches broadcast.
+        params: maps the first `kept` features to (*, (D - kept) * numbers).
+        order: the features in the order of the operator; None if they are in order.
     """
 
     domain = codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, phi: Tensor, spline: Spline) -> None:
+    def __init__(
+        self,
+        spline: Spline,
+        params: Callable[[Tensor], Tensor],
+        kept: int = 0,
+        order: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
-        self.phi, self.spline = phi, spline
+        self.spline, self.params, self.kept, self.order = spline, params, kept, order
 
     def _run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        batch = torch.broadcast_shapes(x.shape[:-1], self.phi.shape[:-1])
-        x, phi = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, self.phi))
-        y, ladj = apply_spline(x, check_numbers(x, phi, self.spline, 0), self.spline, 0, inverse)
-        return y.view(*batch, -1), ladj.view(batch)
+        if self.order is not None:
+            x = x.index_select(-1, constant(self.order, x.device))
+        phi = self.params(x[..., : self.kept])
+        batch = None
+        if x.shape[:-1] != phi.shape[:-1] or x.dim() != 2:
+            batch = torch.broadcast_shapes(x.shape[:-1], phi.shape[:-1])
+            x, phi = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, phi))
+        phi = check_numbers(x, phi, self.spline, self.kept)
+        y, ladj = apply_spline(x, phi, self.spline, self.kept, inverse)
+        if self.order is not None:
+            y = y.index_select(-1, constant(inverse_of(self.order), y.device))
+        return (y, ladj) if batch is None else (y.view(*batch, -1), ladj.view(batch))
 
     def _call(self, x: Tensor) -> Tensor:
         return self._run(x, False)[0]
@@ -92,21 +110,39 @@ class Splines(Transform):
         return self._run(x, False)[1]
 
 
-def _splines(self: Any, phi: Tensor) -> Splines:
-    part: Any = implementation_of(self).parts[0]
-    return Splines(phi, part.layer.spline)
+def _spline_of(layer: nn.Module) -> Spline:
+    (part,) = implementation_of(layer).parts
+    spline: Spline = part.layer.spline
+    return spline
 
 
-def _meta(self: Any, c: Tensor | None, x: Tensor) -> Splines:
+def _params(layer: Any, c: Tensor | None, x: Tensor) -> Tensor:
     if c is not None:
         x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
-    return _splines(self, self.hyper(x))
+    params: Tensor = layer.hyper(x)
+    return params
+
+
+def _autoregressive(self: Any, c: Tensor | None, x: Tensor) -> Splines:
+    params = _params(self, c, x)
+    return Splines(_spline_of(self), lambda _: params)
+
+
+def _coupling(self: Any, c: Tensor | None = None) -> Splines:
+    kept, order = _kept_first(tuple(self.mask.tolist()))  # a checkpoint may bring another mask
+    return Splines(_spline_of(self), partial(_params, self, c), kept, order)
+
+
+@cache
+def _kept_first(mask: tuple[bool, ...]) -> tuple[int, tuple[int, ...] | None]:
+    """The number of features that stay, and the order with those first, unless it is theirs."""
+    order = sorted(range(len(mask)), key=lambda i: not mask[i])
+    return sum(mask), None if order == list(range(len(mask))) else tuple(order)
 
 
 def _elementwise(self: Any, c: Tensor | None = None) -> Splines:
-    if c is None:
-        return _splines(self, torch.cat(list(self.phi), dim=-1).flatten())
-    return _splines(self, self.hyper(c))
+    params = torch.cat(list(self.phi), dim=-1).flatten() if c is None else self.hyper(c)
+    return Splines(_spline_of(self), lambda _: params)
 
 
 _WHAT = {
@@ -115,8 +151,9 @@ _WHAT = {
     ElementWiseTransform: "elementwise spline",
 }
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "meta": {"meta": _meta},
-    "elementwise": {"forward": _elementwise},
+    "autoregressive spline": {"meta": _autoregressive},
+    "spline coupling": {"forward": _coupling},
+    "elementwise spline": {"forward": _elementwise},
 }
 
 
@@ -133,7 +170,7 @@ class ZukoAdapter(Adapter):
         return isinstance(module, LazyTransform) and not isinstance(module, containers)
 
     def kind_of(self, cls: type) -> str:
-        return "elementwise" if cls is ElementWiseTransform else "meta"
+        return _WHAT[cls]
 
 
 ADAPTER = ZukoAdapter()
