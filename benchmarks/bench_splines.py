@@ -1,12 +1,14 @@
 """Compare flows of spline couplings on vectors with the peers: the same networks and weights.
 
-A flow has six couplings, and reverses the features between them. "networks alone" runs the flows'
+A flow has six couplings, and reverses the features between them. An accelerated flow is the peer's
+own, after `accelerate`. "networks alone" runs the flows'
 networks, forward and backward, on states that are given: no flow with these networks can be
 faster.
 """
 
 import copy
 import importlib
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -119,6 +121,14 @@ def accelerated(build: Build, nets: list[nn.Module], spec: Vectors) -> nn.Module
     return flow
 
 
+def compiled(nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """nflows under `torch.compile`, whose graph breaks where a mask of elements decides."""
+    torch.compiler.reset()
+    flow = NFLOWS(nets, spec)
+    flow.compile()
+    return flow
+
+
 def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
     """Couplings of zuko, with networks of nflows."""
     lazy = importlib.import_module("zuko.flows.coupling").GeneralCouplingTransform
@@ -152,11 +162,13 @@ VARIANTS: dict[str, tuple[Build, str]] = {
     "nflows": (NFLOWS, "nflows"),
     "normflows": (NORMFLOWS, "nflows"),
     "zuko": (zuko_flow, "zuko"),
+    "nflows, compiled": (compiled, "nflows"),
     "accelerated nflows": (partial(accelerated, NFLOWS), "nflows"),
     "accelerated normflows": (partial(accelerated, NORMFLOWS), "nflows"),
     "accelerated zuko": (partial(accelerated, zuko_flow), "zuko"),
 }
 ALONE = "networks alone"
+COMPILED = "nflows, compiled"
 NAMES = (*VARIANTS, ALONE)
 
 
@@ -252,7 +264,12 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
             raise Missing(f"nflows is not installed ({error})") from None
         x = torch.randn(spec.batch, spec.dims).to(bench.device)
     calls: dict[str, Call] = {}
+    check_seconds: dict[str, float] = {}
     for variant, (build, peer) in VARIANTS.items():
+        if variant == COMPILED and (task != "train" or bench.size == "tiny"):
+            measured.fault(variant, Missing("it is compiled for training steps only, not if tiny"))
+            continue
+        began = time.perf_counter()
         try:
             flow = build(copy.deepcopy(nets), spec).to(bench.device)
             exact = VARIANTS[peer][0](copy.deepcopy(nets), spec).to(bench.device).double()
@@ -263,11 +280,14 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
         except Exception as error:
             measured.fault(variant, error)
             continue
+        check_seconds[variant] = time.perf_counter() - began
         calls[variant] = task_of(task, flow, x)
     calls[ALONE] = alone(task, nn.ModuleList(copy.deepcopy(nets)).to(bench.device), x)
     for variant, call in calls.items():
         measured.extra[variant] = {
-            **spec._asdict(), "spec": str(spec), "task": task, "calls": calls_of(call),
+            **spec._asdict(), "spec": str(spec), "task": task,
+            **({"compile_s": check_seconds[variant]} if variant == COMPILED
+               else {"calls": calls_of(call)}),
         }  # fmt: skip
     if not bench.check_only:
         prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
