@@ -52,12 +52,15 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
     return ""
 
 
-def rebuilding_gains(x: Tensor, couplings: int, weights: int) -> bool:
+def rebuilding_gains(x: Tensor, couplings: int, weights: int, passes: bool) -> bool:
     """Whether rebuilding the states of a run takes less memory than storing them.
 
     Args:
         x: the state.
         weights: the number of trained weights of the run's networks.
+        passes: whether an inverse needs a pass of its network for each channel.
     """
+    if passes:
+        return False
     enough = couplings >= REVERSIBLE_COUPLINGS
     return enough and weights <= REVERSIBLE_WEIGHTS * couplings * x.numel()

@@ -182,6 +182,32 @@ class OfMatrix:
         return Listed(self._order)(channels)
 
 
+class SameBuffers:
+    """Whether buffers of a module, such as a mask, have the values that they had when it was made.
+
+    They are compared after each change, as a checkpoint makes one.
+    """
+
+    def __init__(self, module: nn.Module, *names: str) -> None:
+        self.module, self.names = module, names
+        self._values = [getattr(module, name).detach().clone() for name in names]
+        self._read_from: list[tuple[int, int]] | None = None
+        self._same = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read_from": None}
+
+    def __call__(self, x: Tensor) -> bool:
+        buffers: list[Tensor] = [getattr(self.module, name) for name in self.names]
+        if torch.compiler.is_compiling() or transformed() or any(b.is_meta for b in buffers):
+            return self._same
+        key = [(id(b), -1 if b.is_inference() else b._version) for b in buffers]
+        if key != self._read_from:
+            pairs = zip(buffers, self._values, strict=True)
+            self._same, self._read_from = all(torch.equal(b.cpu(), v.cpu()) for b, v in pairs), key
+        return self._same
+
+
 def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 

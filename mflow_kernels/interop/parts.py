@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.ops.scale import ScaleFunction
@@ -20,12 +20,14 @@ class Coupling:
         scale: of an affine coupling; or the splines of a spline coupling.
         inverse: whether data -> latent is the inverse of `affine_coupling` or `spline_coupling`.
         unchanged: maps the number of channels to the number of unchanged channels.
+        fits: whether it is this coupling still; None if it cannot change.
     """
 
     net: nn.Module
     scale: ScaleFunction | Spline
     inverse: bool
     unchanged: Callable[[int], int]
+    fits: Callable[[Tensor], bool] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
-from mflow_kernels.interop.splines import SplineMap
+from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
 from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.ops.logdet import sum_ledger
 from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
 from mflow_kernels.reversible.instructions import Instruction, Layer
@@ -113,6 +114,10 @@ class FusedSequence:
         self.drift: Tensor | None = None
         nets = [part.net for part in parts if isinstance(part, Coupling)]
         self._couplings, self.has_couplings = len(nets), bool(nets)
+        self._scales = any(isinstance(part, Linear) and not part.permutes for part in parts)
+        self._passes = any(
+            isinstance(p, Elementwise) and isinstance(p.layer, AutoregressiveSplines) for p in parts
+        )
         self._has_ledger = any(isinstance(part, (Coupling, Elementwise)) for part in parts)
         trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}
         self._weights = sum(p.numel() for p in trained.values())
@@ -122,7 +127,7 @@ class FusedSequence:
         self._matrices = [
             p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
         ]
-        self._fits = [p.fits for p in parts if isinstance(p, Linear) and p.fits is not None]
+        self._fits = [p.fits for p in parts if isinstance(p, (Linear, Coupling)) and p.fits]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
         self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
@@ -148,13 +153,16 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        gains = self.always or rebuilding_gains(x, self._couplings, self._weights)
-        if self.reversible and gains:
+        costs = self._couplings, self._weights, self._passes
+        if self.reversible and (self.always or rebuilding_gains(x, *costs)):
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
         else:
             x, _, ledger, log_det = apply_stored(program, x, (), context)
-        return x, ops.accumulate_logdet(ledger, log_det) if self._has_ledger else log_det
+        if not self._has_ledger:
+            return x, log_det
+        scales = self._scales  # otherwise log_det is 0
+        return x, ops.accumulate_logdet(ledger, log_det) if scales else sum_ledger(ledger)
 
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
         return x.shape[1] // 4**self._squeezes if inverse else x.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mflow_kernels.interop.linear import Listed, Reorder, inverse_of
+from mflow_kernels.interop.linear import Listed, Reorder, SameBuffers, inverse_of
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Elementwise, Exactly, Part
 from mflow_kernels.ops.rational_quadratic import apply_spline, check_numbers
@@ -120,7 +120,8 @@ def coupling_parts(layer: Any, elementwise: type) -> tuple[Part, ...] | str:
     if not changed:
         return "it changes no feature"
     order = (*kept, *changed)
-    parts: list[Part] = [Coupling(_network(net), spline, False, Exactly(len(kept)))]
+    fits = SameBuffers(layer, "identity_features", "transform_features")
+    parts: list[Part] = [Coupling(_network(net), spline, False, Exactly(len(kept)), fits)]
     last = order
     if own is not None:
         if type(own) is not elementwise:

@@ -236,6 +236,21 @@ def test_checkpoints_and_copies():
     peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x))
 
 
+@pytest.mark.parametrize(
+    "layer", [nt.AffineCouplingTransform, nt.PiecewiseRationalQuadraticCouplingTransform]
+)
+def test_a_checkpoint_may_bring_another_mask(layer):
+    torch.manual_seed(0)
+    options = {} if layer is nt.AffineCouplingTransform else {"tails": "linear"}
+    fast, other = (layer(halves(4, turned), vector_net(), **options) for turned in (False, True))
+    x = torch.randn(5, 4)
+    assert accelerate(fast).replaced
+    fast(x)
+    fast.load_state_dict(other.state_dict())
+    for got, want in zip(fast(x), other(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_untested_code_is_left(monkeypatch):
     peers.assert_untested_code_is_left(ADAPTER, monkeypatch, images())
 

@@ -288,7 +288,7 @@ def test_models_of_no_library():
     model = torch.nn.Linear(2, 2)
     report = accelerate(model)
     assert type(model) is torch.nn.Linear
-    assert "no layer of normflows, nflows or FrEIA" in str(report)
+    assert "no layer of normflows, nflows, FrEIA or zuko" in str(report)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
         accelerate([model])
 

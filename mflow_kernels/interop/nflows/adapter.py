@@ -19,6 +19,7 @@ from mflow_kernels.interop.linear import (
     Linear,
     Listed,
     Reorder,
+    SameBuffers,
     inverse_of,
     lu_linears,
     one_linear,
@@ -117,13 +118,14 @@ def _coupling(layer: Any) -> tuple[Part, ...] | str:
         return "it also transforms the features that our couplings leave alone"
     unchanged, transformed = layer.identity_features.tolist(), layer.transform_features.tolist()
     n = len(transformed)
+    fits = SameBuffers(layer, "identity_features", "transform_features")
     if type(layer) is nt.AdditiveCouplingTransform:
         net = Params(layer.transform_net, None, slice(None), passing="argument")
         scale = ScaleFunction("exp", order="scale-shift")
     else:
         net = Params(layer.transform_net, slice(n, None), slice(0, n), passing="argument")
         scale = ScaleFunction("sigmoid", offset=2.0, eps=1e-3, order="scale-shift")
-    coupling = Coupling(net, scale, False, Exactly(len(unchanged)))
+    coupling = Coupling(net, scale, False, Exactly(len(unchanged)), fits)
     order = (*unchanged, *transformed)
     if order == tuple(range(len(order))):
         return (coupling,)

@@ -30,6 +30,7 @@ from mflow_kernels.interop.linear import (
     Listed,
     Reorder,
     Rotated,
+    SameBuffers,
     inverse_of,
     lu_linears,
 )
@@ -180,7 +181,7 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
     scale = ScaleFunction("exp", order="scale-shift")
     return (
         Reorder(Listed(order)),
-        Coupling(params, scale, True, Exactly(len(unchanged))),
+        Coupling(params, scale, True, Exactly(len(unchanged)), SameBuffers(layer, "b")),
         Reorder(Listed(inverse_of(order))),
     )
 
