@@ -73,7 +73,7 @@ def mixed(size=4):
 
 
 def splines(size=5, **options):
-    """examples/circular_nsf.ipynb, without circles: splines and linear maps."""
+    """Splines of both kinds, and linear maps."""
     flows = []
     for k in range(3):
         bins = {"num_bins": 3 + k, "tail_bound": 1.5, "reverse_mask": bool(k)}
@@ -85,6 +85,17 @@ def splines(size=5, **options):
         nf.flows.AutoregressiveRationalQuadraticSpline(size, 1, 8, init_identity=False, **options)
     )
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
+
+
+def neural_spline_flow(layers=16):
+    """examples/neural_spline_flow.ipynb."""
+    flows = []
+    for _ in range(layers):
+        flows += [
+            nf.flows.AutoregressiveRationalQuadraticSpline(2, 2, 128),
+            nf.flows.LULinearPermute(2),
+        ]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(2, trainable=False), flows)
 
 
 def vectors(size, n=64):
@@ -240,6 +251,17 @@ def test_single_layers_keep_their_interface():
             torch.testing.assert_close(y, want)
             torch.testing.assert_close(log_det, log_want)
             assert log_det.shape == log_want.shape
+
+
+def test_the_example_of_splines():
+    torch.manual_seed(0)
+    model = peers.perturbed(neural_spline_flow(), 0.02).double()
+    with peers.default_dtype(torch.float64):
+        fast = peers.assert_equals_original(model, results(torch.float64), 1)
+    (replaced,) = accelerate(fast).replaced
+    assert replaced.by == (
+        "one run of 16 permutations, 16 1x1 convolutions, 16 autoregressive splines"
+    )
 
 
 def test_splines_of_a_condition():
