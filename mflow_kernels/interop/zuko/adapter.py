@@ -170,7 +170,7 @@ class ZukoAdapter(Adapter):
         return isinstance(module, LazyTransform) and not isinstance(module, containers)
 
     def kind_of(self, cls: type) -> str:
-        return _WHAT[cls]
+        return _WHAT.get(cls, "")
 
 
 ADAPTER = ZukoAdapter()
