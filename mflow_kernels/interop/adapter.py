@@ -96,7 +96,9 @@ class Adapter(Protocol):
         """Make a container, an instance of `kind` in `containers`, run fused sequences.
 
         `fuser.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
+        A library without `containers` needs no such method.
         """
+        return None
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         """Say how these accelerated modules differ from the library's on purpose."""

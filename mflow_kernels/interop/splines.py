@@ -24,12 +24,12 @@ class SplineMap(nn.Module):
         self.net, self.spline, self.kept = net, spline, kept
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._apply(x, self.net(x[:, : self.kept], *context), inverse=False)
+        return self._map(x, self.net(x[:, : self.kept], *context), inverse=False)
 
     def inverse(self, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._apply(y, self.net(y[:, : self.kept], *context), inverse=True)
+        return self._map(y, self.net(y[:, : self.kept], *context), inverse=True)
 
-    def _apply(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _map(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         params = check_numbers(x, params, self.spline, self.kept, "net's output")
         return apply_spline(x, params, self.spline, self.kept, inverse)
 
@@ -42,13 +42,13 @@ class AutoregressiveSplines(SplineMap):
         super().__init__(net, spline, 0)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        return self._apply(x, self.net(x, *context), inverse=False)
+        return self._map(x, self.net(x, *context), inverse=False)
 
     def inverse(self, y: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         """Each pass makes one more channel right."""
         x, logdet = torch.zeros_like(y), y.new_zeros(len(y))
         for _ in range(y.shape[1]):
-            x, logdet = self._apply(y, self.net(x, *context), inverse=True)
+            x, logdet = self._map(y, self.net(x, *context), inverse=True)
         return x, logdet
 
 
@@ -74,7 +74,7 @@ class SharedSplines(nn.Module):
 def _spline(layer: Any, bins: int, net: Any, hidden: tuple[str, ...]) -> Spline | str:
     """Return a layer's splines. Its raw widths and heights are divided by the root of the first of
     these attributes that its network has."""
-    tails, bound = layer.tails, getattr(layer, "tail_bound", None)
+    tails, bound = layer.tails, (0.0, 1.0) if layer.tails is None else layer.tail_bound
     if tails not in ("linear", None):
         return f"its tails are {tails!r}"
     if isinstance(bound, Tensor):
@@ -82,8 +82,7 @@ def _spline(layer: Any, bins: int, net: Any, hidden: tuple[str, ...]) -> Spline 
     widths = [getattr(net, name) for name in hidden if hasattr(net, name)]
     sizes = layer.min_bin_width, layer.min_bin_height, layer.min_derivative
     try:
-        interval = (0.0, 1.0) if tails is None else bound
-        return Spline(bins, interval, tails, *sizes, float(widths[0]) ** 0.5 if widths else 1.0)
+        return Spline(bins, bound, tails, *sizes, float(widths[0]) ** 0.5 if widths else 1.0)
     except (TypeError, ValueError) as error:
         return f"our splines do not allow its {error}"
 
@@ -106,13 +105,14 @@ def inverted(parts: tuple[Part, ...] | str) -> tuple[Part, ...] | str:
     return tuple(made)
 
 
-def coupling_parts(layer: Any, elementwise: type) -> tuple[Part, ...] | str:
+def coupling_parts(layer: Any, elementwise: type[Any]) -> tuple[Part, ...] | str:
     """The parts of `PiecewiseRationalQuadraticCoupling(Transform)` in its forward direction.
 
     Args:
         elementwise: the library's `PiecewiseRationalQuadraticCDF`.
     """
-    net, own = layer.transform_net, layer.unconditional_transform
+    net: Any = layer.transform_net
+    own: Any = layer.unconditional_transform
     spline = _spline(layer, layer.num_bins, net, ("hidden_features", "hidden_channels"))
     if isinstance(spline, str):
         return spline

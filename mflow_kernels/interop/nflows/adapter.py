@@ -27,7 +27,7 @@ from mflow_kernels.interop.linear import (
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.sequence import FusedSequence, per_sample
 from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
@@ -228,7 +228,7 @@ def _apply(
     sequence: FusedSequence, x: Tensor, context: Any, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     x, log_det = sequence(x, () if context is None else (context,), inverse=inverse)
-    return x, log_det.expand(len(x))
+    return x, per_sample(x, log_det)
 
 
 def _transform_method(name: str, inverse: bool) -> Callable[..., Any]:

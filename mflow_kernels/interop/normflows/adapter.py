@@ -16,7 +16,7 @@ from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
 from mflow_kernels.interop.normflows.layers import LAYERS, SPLINES, channels_of
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.sequence import FusedSequence, per_sample
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
     FusedLayers,
@@ -56,7 +56,7 @@ class FusedFlow(FusedLayers):
     def _run(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.sequence.supports(z, inverse):
             z, log_det = self.sequence(z, inverse=inverse)
-            return z, log_det.expand(len(z))
+            return z, per_sample(z, log_det)
         total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         layers: Any = self.layers
         for layer in layers if inverse else reversed(layers):
@@ -108,7 +108,7 @@ _MODEL_METHODS = (
 )
 CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.NormalizingFlowVAE)
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "per sample": _layer_methods(lambda x, log_det: log_det.expand(len(x))),
+    "per sample": _layer_methods(per_sample),
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": {
         "forward": lambda self, z: _actnorm(self, z, inverse=True),

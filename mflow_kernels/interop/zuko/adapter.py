@@ -41,7 +41,8 @@ _DEFAULTS = inspect.signature(zt.MonotonicRQSTransform).parameters
 
 
 def _parts(layer: Any) -> tuple[Part, ...] | str:
-    univariate, shapes = layer.univariate, [tuple(shape) for shape in layer.shapes]
+    univariate: Any = layer.univariate
+    shapes = [tuple(shape) for shape in layer.shapes]
     options: dict[str, Any] = {}
     if isinstance(univariate, partial) and not univariate.args:
         univariate, options = univariate.func, univariate.keywords
