@@ -320,6 +320,11 @@ class NflowsAdapter(Adapter):
                 "ActNorm keeps the scale of a channel that is constant in its first batch; nflows' "
                 "turns to NaN."
             )
+        transforms = [m for m in modules if isinstance(m, nt.Transform)]
+        if any(getattr(m, "tails", "linear") is None for m in transforms):
+            notes.append(
+                "A spline of [0, 1] returns NaN for an element outside; nflows raises an error."
+            )
         if any(isinstance(m, nt.NaiveLinear) for m in modules):
             notes.append(
                 "NaiveLinear has an inverse; nflows' calls torch.solve, which torch has removed."
