@@ -19,7 +19,7 @@ from zuko.flows.gaussianization import ElementWiseTransform
 from zuko.lazy import LazyComposedTransform, LazyInverse, LazyTransform
 from zuko.utils import broadcast
 
-from mflow_kernels.interop.adapter import Adapter
+from mflow_kernels.interop.adapter import Adapter, PartsOf
 from mflow_kernels.interop.linear import constant, inverse_of
 from mflow_kernels.interop.parts import Elementwise, Part
 from mflow_kernels.interop.splines import AutoregressiveSplines
@@ -36,11 +36,10 @@ FINGERPRINTS: dict[str, set[str]] = {
     "zuko.transforms": {"174151ff02a4", "18da7f062dd2", "ce08ad3dfbea", "7390b3400b87"},
 }
 
-
 _DEFAULTS = inspect.signature(zt.MonotonicRQSTransform).parameters
 
 
-def _parts(layer: Any) -> tuple[Part, ...] | str:
+def _parts(what: str, layer: Any) -> tuple[Part, ...] | str:
     univariate: Any = layer.univariate
     shapes = [tuple(shape) for shape in layer.shapes]
     options: dict[str, Any] = {}
@@ -57,7 +56,7 @@ def _parts(layer: Any) -> tuple[Part, ...] | str:
     except (TypeError, ValueError) as error:
         return f"our splines do not allow its {error}"
     net = getattr(layer, "hyper", nn.Identity())
-    return (Elementwise(AutoregressiveSplines(net, spline), _WHAT[type(layer)]),)
+    return (Elementwise(AutoregressiveSplines(net, spline), what),)
 
 
 class Splines(Transform):
@@ -124,9 +123,12 @@ def _params(layer: Any, c: Tensor | None, x: Tensor) -> Tensor:
     return params
 
 
+def _given(params: Tensor, _: Tensor) -> Tensor:
+    return params
+
+
 def _autoregressive(self: Any, c: Tensor | None, x: Tensor) -> Splines:
-    params = _params(self, c, x)
-    return Splines(_spline_of(self), lambda _: params)
+    return Splines(_spline_of(self), partial(_given, _params(self, c, x)))
 
 
 def _coupling(self: Any, c: Tensor | None = None) -> Splines:
@@ -143,7 +145,7 @@ def _kept_first(mask: tuple[bool, ...]) -> tuple[int, tuple[int, ...] | None]:
 
 def _elementwise(self: Any, c: Tensor | None = None) -> Splines:
     params = torch.cat(list(self.phi), dim=-1).flatten() if c is None else self.hyper(c)
-    return Splines(_spline_of(self), lambda _: params)
+    return Splines(_spline_of(self), partial(_given, params))
 
 
 _WHAT = {
@@ -151,6 +153,7 @@ _WHAT = {
     GeneralCouplingTransform: "spline coupling",
     ElementWiseTransform: "elementwise spline",
 }
+_LAYERS: dict[type, PartsOf] = {cls: partial(_parts, what) for cls, what in _WHAT.items()}
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
     "autoregressive spline": {"meta": _autoregressive},
     "spline coupling": {"forward": _coupling},
@@ -160,7 +163,7 @@ METHODS: dict[str, dict[str, Callable[..., Any]]] = {
 
 class ZukoAdapter(Adapter):
     folder = "zuko"
-    layers = dict.fromkeys(_WHAT, _parts)
+    layers = _LAYERS
     containers = ()
     methods = METHODS
     fingerprints = FINGERPRINTS
