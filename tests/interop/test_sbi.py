@@ -59,8 +59,9 @@ def test_an_estimator_equals_the_original(kind, dims):
 
 
 @pytest.mark.parametrize("kind", ["nsf", "zuko_nsf"])
-def test_the_quickstart(kind):
+def test_the_quickstart(kind, tmp_path, monkeypatch):
     """An accelerated estimator is trained, samples and is copied; decelerated, it is the same."""
+    monkeypatch.chdir(tmp_path)  # sbi writes its logs here
     torch.manual_seed(0)
     prior, theta, x = simulated(3)
     reports = []
