@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mflow_kernels.interop.linear import Linear
-from mflow_kernels.interop.parts import Coupling, Part
+from mflow_kernels.interop.parts import Coupling, Elementwise, Part
+from mflow_kernels.ops.spline import Spline
 
 VECTOR_CHANNELS = 256  # fewest channels of vectors (N, C) whose couplings gain
 LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
@@ -30,12 +31,17 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
     if device != "cpu":
         return ""
     nets = [part.net for part in parts if isinstance(part, Coupling)]
-    if not nets:
+    splines = any(
+        isinstance(part, Elementwise)
+        or (isinstance(part, Coupling) and isinstance(part.scale, Spline))
+        for part in parts
+    )
+    if not nets and not splines:
         return "without a coupling it gains nothing on a CPU"
     if channels is None:
         return ""
     of_pixels = any("Conv" in type(m).__name__ for net in nets for m in net.modules())
-    if not of_pixels and channels < VECTOR_CHANNELS:
+    if not of_pixels and not splines and channels < VECTOR_CHANNELS:
         return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
     learned = any(
         isinstance(part, Linear) and not (part.permutes or part.scales or part.fixed)
@@ -46,12 +52,15 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
     return ""
 
 
-def rebuilding_gains(x: Tensor, couplings: int, weights: int) -> bool:
+def rebuilding_gains(x: Tensor, couplings: int, weights: int, passes: bool) -> bool:
     """Whether rebuilding the states of a run takes less memory than storing them.
 
     Args:
         x: the state.
         weights: the number of trained weights of the run's networks.
+        passes: whether an inverse needs a pass of its network for each channel.
     """
+    if passes:
+        return False
     enough = couplings >= REVERSIBLE_COUPLINGS
     return enough and weights <= REVERSIBLE_WEIGHTS * couplings * x.numel()

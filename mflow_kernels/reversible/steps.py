@@ -276,7 +276,6 @@ class Steps(Instruction):
         return type(maps[0]).fold(maps, places, dtype, **how)
 
     def run(self, forward: ForwardPass, folded: FoldedWeights | None) -> None:
-        cut = _operator(cut_net_input, _cut_eager, cut_net_input)
         linear = _operator(conv1x1_op, conv1x1_eager, conv1x1_forward)
         x, steps, dense = forward.x, self.steps, self._dense
         weights = iter(_rows(folded, self.inverted, x, dense))
@@ -294,7 +293,7 @@ class Steps(Instruction):
             if step.couple is None:
                 continue
             if net_input is None:
-                net_input = cut(x, autocast_dtype(x))
+                net_input = _cut(x)
             couple, call = step.couple, Call(step.couple.net, step.couple.net)
             params = couple.checked(x, forward.call(call, x, net_input))
             following = steps[i + 1] if i + 1 < len(steps) else None
@@ -370,6 +369,15 @@ def _operator(registered: Any, eager: Any, plain: Any) -> Any:
     if torch.compiler.is_compiling() and not transformed():
         return registered
     return eager if torch.is_grad_enabled() and not transformed() else plain
+
+
+def _cut(x: Tensor) -> Tensor:
+    """The input of the next network. For a small vector the time on the host counts, and torch's
+    own operators take the least."""
+    dtype = autocast_dtype(x)
+    if x.dim() == 2 and dtype == x.dtype:
+        return x[:, : x.shape[1] // 2].clone(memory_format=torch.contiguous_format)
+    return _operator(cut_net_input, _cut_eager, cut_net_input)(x, dtype)
 
 
 # Autograd's own gradient of a slice is a contiguous state that is zero outside the slice. This
