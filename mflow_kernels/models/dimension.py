@@ -91,22 +91,22 @@ def local_dimension(
     chart: Any = model if isinstance(model, Chart) else all_on_manifold(model, x)
     if not len(x):
         raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
-    context = for_each(context, x, model)
-    u, dimensions = chart.encode(x, context=context), math.prod(chart.input_shape)
+    each: Tensor | None = for_each(context, x, model)
+    u, dimensions = chart.encode(x, context=each), math.prod(chart.input_shape)
 
     def estimate(decode: Decode, u: Tensor) -> Estimate:
         if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
-            found = _exact(decode, u, scale, dimensions, max_bytes)
-            return Estimate(found, torch.zeros_like(found))
+            value = _exact(decode, u, scale, dimensions, max_bytes)
+            return Estimate(value, torch.zeros_like(value))
         parts = u.split(max(1, PASS_ELEMENTS // (dimensions * (probes + 1))))
-        each = [_estimate(decode, part, scale, probes, iterations, generator) for part in parts]
-        value, error = (torch.cat(column).to(u.dtype) for column in zip(*each, strict=True))
+        found = [_estimate(decode, part, scale, probes, iterations, generator) for part in parts]
+        value, error = (torch.cat(column).to(u.dtype) for column in zip(*found, strict=True))
         return Estimate(value, error)
 
     with without_autocast(u):
-        if context is None:
+        if each is None:
             return estimate(chart.decode, u)
-        return for_each_context(estimate, chart.decode, u, context)
+        return for_each_context(estimate, chart.decode, u, each)
 
 
 def _exact(decode: Decode, u: Tensor, scale: float, dimensions: int, max_bytes: int) -> Tensor:
