@@ -28,7 +28,8 @@ def test_no_text_is_cut(tmp_path, count):
     with Image.open(tmp_path / "a.png") as image:
         grey = torch.tensor(np.array(image.convert("L")))
     assert len(text) == 80
-    assert (grey[:, :8] == 255).all() and (grey[:, -8:] == 255).all()
+    assert (grey[:, :8] == 255).all()
+    assert (grey[:, -8:] == 255).all()
     assert (grey < 128).any()
 
 
