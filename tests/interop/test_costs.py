@@ -35,8 +35,12 @@ def wide(channels):
 
 
 LEFT = {
-    "vectors": (moons, "vectors of fewer than 256 numbers"),
-    "wide vectors": (lambda: freia(256, blocks=2, net=fully_connected), ""),
+    "vectors": (moons, "vectors of fewer than 512 numbers"),
+    "wide vectors": (lambda: freia(512, blocks=2, net=fully_connected), ""),
+    "rotated vectors": (
+        lambda: freia(512, blocks=2, net=fully_connected, permute_soft=True),
+        "a matrix between couplings of vectors",
+    ),
     "images": (lambda: freia(4, 8, 8), ""),
     "learned matrices": (lambda: wide(130), "a learned matrix of more than 128 channels"),
     "narrow learned matrices": (lambda: wide(128), ""),
