@@ -12,7 +12,7 @@ from mflow_kernels.interop.linear import Linear
 from mflow_kernels.interop.parts import Coupling, Elementwise, Part
 from mflow_kernels.ops.spline import Spline
 
-VECTOR_CHANNELS = 256  # fewest channels of vectors (N, C) whose couplings gain
+VECTOR_CHANNELS = 512  # fewest channels of vectors (N, C) whose couplings gain
 LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
 
 # A reversible run holds the states of about four couplings and one network's activations at a time,
@@ -41,13 +41,12 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
     if channels is None:
         return ""
     of_pixels = any("Conv" in type(m).__name__ for net in nets for m in net.modules())
+    matrices = [p for p in parts if isinstance(p, Linear) and not (p.permutes or p.scales)]
     if not of_pixels and not splines and channels < VECTOR_CHANNELS:
         return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
-    learned = any(
-        isinstance(part, Linear) and not (part.permutes or part.scales or part.fixed)
-        for part in parts
-    )
-    if learned and channels > LEARNED_CHANNELS:
+    if not of_pixels and not splines and matrices:
+        return "a matrix between couplings of vectors costs more on a CPU"
+    if channels > LEARNED_CHANNELS and not all(p.fixed for p in matrices):
         return f"a learned matrix of more than {LEARNED_CHANNELS} channels costs more on a CPU"
     return ""
 

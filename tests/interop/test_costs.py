@@ -36,10 +36,14 @@ def wide(channels):
 
 
 LEFT = {
-    "vectors": (moons, "vectors of fewer than 256 numbers"),
-    "vectors in a composite": (real_nvp, "vectors of fewer than 256 numbers"),
+    "vectors": (moons, "vectors of fewer than 512 numbers"),
+    "vectors in a composite": (real_nvp, "vectors of fewer than 512 numbers"),
     "splines": (splines, ""),
-    "wide vectors": (lambda: freia(256, blocks=2, net=fully_connected), ""),
+    "wide vectors": (lambda: freia(512, blocks=2, net=fully_connected), ""),
+    "rotated vectors": (
+        lambda: freia(512, blocks=2, net=fully_connected, permute_soft=True),
+        "a matrix between couplings of vectors",
+    ),
     "images": (lambda: freia(4, 8, 8), ""),
     "learned matrices": (lambda: wide(130), "a learned matrix of more than 128 channels"),
     "narrow learned matrices": (lambda: wide(128), ""),
