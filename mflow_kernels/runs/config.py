@@ -107,6 +107,11 @@ class TrainConfig(
                 )
 
     @property
+    def part_size(self) -> int:
+        """Images of a batch that are computed together."""
+        return max(1, self.batch_size // self.accumulate)
+
+    @property
     def flows(self) -> list[Stage]:
         """The image flow, then each further flow."""
         image = {o.name: getattr(self, o.name) for o in fields(Stage) if o.name != "dim"}

@@ -195,7 +195,8 @@ class TrainingOptions:
     Args:
         batch_size: Images per step.
         accumulate: Parts of a batch that are computed one after another, so that memory is that of
-            one part. Their gradients are added.
+            one part. Their gradients are added. The first batch of each stage also passes through
+            its flow whole, without gradients, to initialize the scales.
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.

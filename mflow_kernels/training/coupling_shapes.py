@@ -80,13 +80,13 @@ def parameter_count(couplings: Iterable[CouplingShape]) -> int:
 
 
 def state_bytes(config: RunConfig, n: CouplingShape) -> int:
-    """Return the bytes of the flow's state at a coupling, for a batch."""
-    return FLOAT * config.batch_size * n.channels * n.pixels
+    """Return the bytes of the flow's state at a coupling, for one part of a batch."""
+    return FLOAT * config.part_size * n.channels * n.pixels
 
 
 def network_shape(config: RunConfig, n: CouplingShape) -> Shape:
-    """Return the network of a coupling and the images of a batch, as the kernels see them."""
-    pixels, side = config.batch_size * n.pixels, round(n.pixels**0.5)
+    """Return the network of a coupling and the images of a part, as the kernels see them."""
+    pixels, side = config.part_size * n.pixels, round(n.pixels**0.5)
     itemsize = network_bytes(config)
     return Shape(pixels, side, side, n.in_channels, n.out_channels, n.width, n.taps, itemsize)
 

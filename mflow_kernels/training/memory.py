@@ -136,15 +136,16 @@ def peak_memory(config: RunConfig) -> Memory:
     buffers = sum(n.buffer_bytes for stage in stages for n in stage) + masks
     weights = FLOAT * sum(counts) + buffers
     flows = [
-        _Flow(couplings, config.batch_size * outer, stage.domain == "data" and inner < outer)
+        _Flow(couplings, config.part_size * outer, stage.domain == "data" and inner < outer)
         for couplings, stage, (outer, inner) in zip(
             stages, config.flows, pairwise(dims), strict=True
         )
     ]
     snapshots = []
     for stage in range(len(flows)):
-        # The uint8 images, and the trained stage's input unless it is computed with gradients.
-        batch = config.batch_size * dims[0]
+        # The uint8 images of the batch, the data of its other parts, and the trained stage's input
+        # unless it is computed with gradients.
+        batch = (config.batch_size + FLOAT * (config.batch_size - config.part_size)) * dims[0]
         batch += FLOAT * flows[stage].elements if stage and not config.release else 0
         trained = flows[: stage + 1] if config.release else [flows[stage]]
         for snapshot in _snapshots(config, trained):
@@ -174,7 +175,7 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     - the network's input, its output and both hidden layers.
     """
     dims = config.channels * (config.image_size or 0) ** 2
-    one = dataclasses.replace(config, batch_size=batch, precision="float32")
+    one = dataclasses.replace(config, batch_size=batch, accumulate=1, precision="float32")
     folded, peak = 0, 0
     for stage in range(len(config.flows)):
         flow = _Flow(coupling_shapes(config, stage), 0, False)
@@ -190,7 +191,8 @@ def largest_batch(config: RunConfig, memory: int) -> int:
     """Return the largest batch whose predicted peak fits in `memory` bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
-        return peak_memory(dataclasses.replace(config, batch_size=batch)).total <= memory
+        whole = dataclasses.replace(config, batch_size=batch * config.accumulate)
+        return peak_memory(whole).total <= memory
 
     low, high = 0, 1
     while fits(high):
@@ -198,7 +200,7 @@ def largest_batch(config: RunConfig, memory: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return low * config.accumulate
 
 
 class _Flow(NamedTuple):
@@ -329,19 +331,19 @@ def _kept_at(each: _Pass, i: int) -> list[CouplingShape]:
 
 def _network_input(config: RunConfig, n: CouplingShape) -> int:
     """Return the bytes of the input of a coupling's network."""
-    return network_bytes(config) * config.batch_size * (n.channels // 2) * n.pixels
+    return network_bytes(config) * config.part_size * (n.channels // 2) * n.pixels
 
 
 def _stored(config: RunConfig, n: CouplingShape) -> int:
     """Return the bytes that autograd stores for a coupling without reversible."""
     e = network_bytes(config)
     numbers = n.in_channels + n.out_channels + 2 * n.width
-    return state_bytes(config, n) + e * config.batch_size * n.pixels * numbers
+    return state_bytes(config, n) + e * config.part_size * n.pixels * numbers
 
 
 def _one_step(config: RunConfig, n: CouplingShape, kept: bool) -> int:
     """Return the temporary bytes in the backward pass of one coupling."""
-    b, p, e = config.batch_size, n.pixels, network_bytes(config)
+    b, p, e = config.part_size, n.pixels, network_bytes(config)
     stored, gradients, sums = 2 * n.width, 2 * n.width, 0
     if runs_fused(config, n):
         s = network_shape(config, n)

@@ -147,7 +147,7 @@ class FlowTraining(LightningModule):
         return BatchStream(self._splits.train, config.batch_size, config.seed, position)
 
     def val_dataloader(self) -> OrderedBatches:
-        return OrderedBatches(self._splits.valid, self._config.batch_size)
+        return OrderedBatches(self._splits.valid, self._config.part_size)
 
     def configure_optimizers(self) -> Any:
         groups, rates = [], []

@@ -44,9 +44,10 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
         else f"rebuilt, one in {config.checkpoint_every} kept"
     )
     size = config.image_size
+    parts = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     lines = [
-        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}; "
-        f"{config.levels} levels of {config.steps} steps, width {config.width}",
+        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}"
+        f"{parts}; {config.levels} levels of {config.steps} steps, width {config.width}",
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
@@ -56,6 +57,11 @@ def describe_peak(config: RunConfig, gpu: bool) -> str:
     rows["total"] = peak.total
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
+    if parts:
+        first = evaluation_memory(config, config.batch_size) + peak.average + peak.optimizer
+        lines.append(
+            f"The first batch of a stage passes whole, without gradients: {readable(first)}"
+        )
     batch = evaluation_batch_size(config.image_shape)
     evaluated = readable(evaluation_memory(config, batch))
     lines += [

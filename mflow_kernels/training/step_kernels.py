@@ -65,12 +65,12 @@ def training_step(config: RunConfig, stage: int) -> list[Launch]:
     for i, (outer, inner) in enumerate(list(pairwise(dims))[: stage + 1]):
         found = coupling_shapes(config, i)
         if i < stage and not config.release:
-            launches += _forward(config, found, keep=False)
+            launches += [*_forward(config, found, keep=False)] * config.accumulate
             continue
         decodes = config.flows[i].domain == "data" and inner < outer
-        launches += flow_step(config, found)
+        launches += flow_step(config, found) * config.accumulate
         if decodes:
-            launches += flow_step(config, found)
+            launches += flow_step(config, found) * config.accumulate
             launches.append(Launch(12 * parameter_count(found)))  # the gradients of both are added
         launches += _update(found)
     return launches

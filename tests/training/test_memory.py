@@ -61,6 +61,7 @@ CASES = {
     "wide levels": {"steps": 4, "width": 8, "levels": 4},
     "another stage": {"steps": 1, "width": 8, "stages": [StageOptions(16, width=256)]},
     "whole stage": {"steps": 1, "width": 8, "stages": [StageOptions(32, width=256)]},
+    "accumulated": {"steps": 4, "width": 64, "accumulate": 4, "reversible": False},
     "splines": {"steps": 4, "width": 64, "coupling": "spline"},
     "splines in another stage": {
         "steps": 1,
