@@ -18,7 +18,7 @@ _DPI = 100
 COLUMNS = 12  # images in a row
 _TILE = 64  # small images are enlarged by a whole factor, to at most this many pixels
 _GAP = 4
-_GLYPH = {9: 7.5, 10: 8.3, 12: 10.0}  # at most so many pixels wide by size of font, on average
+_GLYPH = {9: 7.5, 10: 8.3, 12: 10.0}  # font size -> upper bound of a character's mean pixels
 _LONGEST = 80  # characters of a text that are drawn
 
 

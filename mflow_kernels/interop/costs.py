@@ -1,7 +1,7 @@
-"""Where a library's own code costs less than ours: those layers and runs are left.
+"""Rules that say when a library's own code costs less than ours; `accelerate` leaves such layers.
 
 The limits were measured once for each kind, on one core of a CPU, with eight couplings
-(docs/interop.md has the numbers). No limit is known for a GPU, where all layers are replaced.
+(`benchmarks/bench_interop.py`). No limit is known for a GPU, where all layers are replaced.
 """
 
 from collections.abc import Sequence

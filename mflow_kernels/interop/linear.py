@@ -17,7 +17,7 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.instructions import FoldedWeights
-from mflow_kernels.reversible.steps import LinearMap
+from mflow_kernels.reversible.linear_maps import LinearMap
 
 
 class Affine(NamedTuple):

@@ -1,4 +1,4 @@
-"""What is particular to the CPU loops. `test_values.py` and `test_rebuild.py` compare their results
+"""Tests of the CPU loops alone. `test_values.py` and `test_rebuild.py` compare their results
 with the references."""
 
 import math

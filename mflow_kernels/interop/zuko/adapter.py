@@ -138,7 +138,8 @@ def _coupling(self: Any, c: Tensor | None = None) -> Splines:
 
 @cache
 def _kept_first(mask: tuple[bool, ...]) -> tuple[int, tuple[int, ...] | None]:
-    """The number of features that stay, and the order with those first, unless it is theirs."""
+    """Return the number of unchanged features, and the order that puts them first; None for the
+    order that they have already."""
     order = sorted(range(len(mask)), key=lambda i: not mask[i])
     return sum(mask), None if order == list(range(len(mask))) else tuple(order)
 
