@@ -1,6 +1,6 @@
 """MkDocs hooks: what is valid on GitHub also becomes valid on the site.
 
-Some Markdown files outside docs/ are pages of the site too (`PAGES`), and so is each notebook, with its
+Some files outside docs/ are pages of the site too (`PAGES`), among them the notebooks with their
 outputs. A relative link to a page or picture becomes a link inside the site. A link to any other
 file of the repository leads to the repository, if the site knows its address, and becomes plain
 text otherwise. A link to a file that does not exist stays as it is, so that a strict build reports
