@@ -23,7 +23,7 @@ def accelerate(
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
     dictionaries, optimizers and copies do too; only the computation changes. A layer is left
     unchanged if our kernels cannot compute it exactly, if its library's version was not tested, or
-    if ours would cost more on the device that its weights are on (see `costs.py`).
+    if a replacement would cost more on the device of its weights (see `costs.py`).
     A second call accelerates the model again.
 
     Args:
@@ -33,8 +33,8 @@ def accelerate(
             stored. A run of few couplings, or whose networks have many weights for each number of a
             batch, stores its states, because that takes less memory.
         like: classes of your own that compute what a class of FrEIA computes, with the same
-            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with ours on a random
-            state, and left if the values differ.
+            attributes, as {MyBlock: Fm.AllInOneBlock}. Each layer is compared with its replacement
+            on a random state, and left if the values differ.
         even_if_slower: also replace layers that would cost more, and rebuild all states. Vector
             flows then take little memory, at more than the original's time.
 
