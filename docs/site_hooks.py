@@ -85,4 +85,5 @@ def on_page_markdown(markdown: str, *, page: Page, config: Any, files: Files) ->
 def _math(formula: re.Match[str]) -> str:
     block, inline = formula.groups()
     mathml = convert(block or inline, display="block" if block else "inline")
+    mathml = mathml.replace("<mi>;</mi>", '<mo separator="true">;</mo>')
     return re.sub(r"<mi>log</mi>(?!<mo)", r'\g<0><mspace width="0.167em" />', mathml)
