@@ -152,11 +152,7 @@ class TestMissingParts:
         assert "--feature-weights FILE" in metrics["missing"][0]
         assert all(line in page.text for line in metrics["missing"])
         assert metrics["manifold_log_prob"] is metrics["spectrum"] is None
-        assert set(metrics["scores"][0]["medians"]) == {
-            "bits_per_dim",
-            "corrected_bits",
-            "distance",
-        }
+        assert {*metrics["scores"][0]["medians"]} == {"bits_per_dim", "corrected_bits", "distance"}
 
     @pytest.mark.parametrize(
         ("options", "message"),

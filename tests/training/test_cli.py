@@ -1,10 +1,13 @@
 """The commands of `mflow`, run from end to end in this process."""
 
+import io
 import itertools
 import json
 import math
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +25,7 @@ from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining, parameter_groups
-from training.stopped_runs import assert_same_run, train_until
+from training.stopped_runs import assert_same_run, exit_code, start, train_until
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
 
@@ -270,28 +273,37 @@ def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, mo
     assert decayed >= {p for net in networks for p in net.parameters() if p.dim() > 1}
 
 
-def test_a_terminal_that_cannot_show_a_name(run, tmp_path):
-    folder = run.rename(tmp_path / "\xe9")
-    code = "import sys; from mflow_kernels.training.cli import run_process; sys.exit(run_process())"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-c", code, "sample", str(folder), "--number", "1"]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True)
-    assert done.stdout.decode("ascii").strip().endswith(r"\xe9/samples-T1-seed0.png")
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch):
+    folder, shown = run.rename(tmp_path / "\xe9"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["mflow", "sample", str(folder), "--number", "1"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.run_process() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sys.stdout.flush()
+    assert shown.getvalue().decode("ascii").strip().endswith(r"\xe9/samples-T1-seed0.png")
 
 
 def test_a_file_that_may_not_grow_is_no_bad_input(run, tmp_path):
     """The limit is that of `ulimit -f`. The picture that was there stays."""
     picture = tmp_path / "a.png"
     picture.write_bytes(b"before")
-    code = (
-        "import resource, sys; from mflow_kernels.training.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); sys.exit(main())"
-    )
-    command = [sys.executable, "-c", code, "sample", str(run), "--output", str(picture)]
-    done = subprocess.run(command, check=False, capture_output=True)
-    assert done.returncode == 1
-    assert "could not write" in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    reader, writer = os.pipe()
+
+    def limit():
+        os.dup2(writer, 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+    child = start(["sample", str(run), "--output", str(picture)], limit)
+    os.close(writer)
+    with os.fdopen(reader) as shown:
+        message = shown.read()
+    assert exit_code(child) == 1
+    assert "could not write" in message
+    assert "Traceback" not in message
     assert picture.read_bytes() == b"before"
     assert not list(tmp_path.glob(".*"))
 
