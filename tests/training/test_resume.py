@@ -169,17 +169,3 @@ class TestPreset:
         capsys.readouterr()
         assert main(["plan", *preset, "--images", "10"]) == 0
         assert "8x8" in capsys.readouterr().out
-
-    def test_stages_that_set_no_dimension_have_that_of_the_flow_before(
-        self, command, tmp_path, capsys
-    ):
-        own = tmp_path / "own.yaml"
-        own.write_text("stages: [{}, {dim: 2}, {}]")
-        at = command.index("--stage-dim")
-        plain = [*command[:at], *command[at + 2 :], "--manifold-dim", "3", "--max-steps", "1"]
-        assert main([*plain, "--preset", str(own)]) == 0
-        assert [flow.dim for flow in read_config(tmp_path / "run").flows] == [3, 3, 2, 2]
-        own.write_text("stages: [{}, {dim: 4}]")
-        message = "--stages[1].dim: expected dimensions from 1 to the 3 of the stage before, got 4"
-        line = refused([*plain, "--overwrite", "--preset", str(own)], tmp_path, capsys)
-        assert message in line
