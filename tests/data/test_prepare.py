@@ -193,13 +193,13 @@ class TestInterrupted:
         self, source, small_blocks, tmp_path, monkeypatch
     ):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
-        with (tmp_path / ".a.journal").open("ab") as journal:
-            journal.write(b'{"end": 1')  # a torn line, which the next process must remove
+        journal = tmp_path / ".a.journal"
+        journal.write_bytes(journal.read_bytes()[:-1])  # its last line does not count, if torn
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)
         decoded = []
         spy(monkeypatch, preparing, "decode", lambda entries, _: decoded.extend(entries))
         prepare_images(source, tmp_path / "a", 16, workers=1)
-        assert decoded == source.entries[16:]
+        assert decoded == source.entries[12:]
 
     def test_another_set_starts_again(self, source, small_blocks, tmp_path, monkeypatch):
         self.stop_after_two_blocks(source, tmp_path / "a", monkeypatch)

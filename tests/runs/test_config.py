@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 import re
+from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -40,81 +41,46 @@ def test_a_configuration_is_read_back_from_its_yaml():
     assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
 
 
-# A value other than the default for each option that is neither text nor a choice.
-OTHER = {
-    **{"image_size": 64, "n_bits": 5, "flips": True, "levels": 3, "steps": 5, "width": 65},
-    **{"manifold_dim": 63, "bins": 4, "release": True},
-    **{"weight": 1e16, "final_weight": 2.0, "weight_steps": 3, "error_bound": 0.1},
-    **{"delta": 1 / 3, "sigma": 1e-12, "reversible": False, "checkpoint_every": None},
-    **{
-        "max_drift": 1e-3,
-        "batch_size": 2**40,
-        "accumulate": 4,
-        "epochs": 9,
-        "max_steps": 10,
-        "warm_up": 1,
-    },
-    **{"learning_rate": 5e-324, "weight_decay": 1e-4, "clip_norm": 1e300, "loss_spike": 1.5},
-    **{"max_skipped": 1, "max_condition": 1e6, "ema_decay": 0.0, "seed": 2**63, "compile": True},
-    **{"cuda_graphs": True, "save_minutes": 0.1, "save_steps": 4, "crop": 148, "channels": 3},
-}
-TEXTS = [
-    *({"data": name, "init_from": name, "classes": name} for name in NAMES.values()),
-    {"class_names": list(NAMES.values())},
-]
-# The same for the options of a further flow.
-OTHER_OF_STAGES = {
-    **{"dim": 32, "bins": 5, "steps": 3, "width": 9, "weight": 1e22, "final_weight": 0.1},
-    **{"weight_steps": 7, "error_bound": 1e-7, "delta": 0.3, "sigma": 0.7, "epochs": 2},
-    **{"learning_rate": 1e-05, "max_steps": 5},
+# Values of each type, some of which YAML could take for another type.
+VALUES = {
+    bool: (False, True),
+    int: (3, 2**63),
+    float: (1 / 3, 1e-05, 1e22, 5e-324),
+    str: [NAMES[kind] for kind in ("a number", "null", "a date", "YAML", "nearly all of these")],
+    NoneType: (None,),
+    list[str]: (list(NAMES.values()),),
+    list[StageOptions]: ([], [StageOptions(), StageOptions(dim=4)]),
 }
 
 
-def choices(cls):
-    """Each value of each option that is a choice."""
-    kinds = {name: (kind, *get_args(kind)) for name, kind in get_type_hints(cls).items()}
-    return [
-        {option: choice}
-        for option, alternatives in kinds.items()
-        for kind in alternatives
-        if get_origin(kind) is Literal
-        for choice in get_args(kind)
-    ]
+def values_of(kind):
+    """All values of a choice, and VALUES of another type or of the types that it unites."""
+    if kind in VALUES:
+        return VALUES[kind]
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(value for one in get_args(kind) for value in values_of(one))
 
 
-STAGES = [*({n: v} for n, v in OTHER_OF_STAGES.items()), *choices(StageOptions)]
-STAGES += [{"learning_rate": None}]
-CHOICES = choices(RunConfig)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        *({n: v} for n, v in OTHER.items()),
-        *({"stages": [StageOptions(), StageOptions(**values)]} for values in STAGES),
-        *({"stages": []}, *TEXTS, *CHOICES),
-    ],
-)
-def test_every_option_is_read_back(values, monkeypatch):
+@pytest.mark.parametrize("option", get_type_hints(RunConfig))
+def test_every_option_is_read_back(option, monkeypatch):
     """Checks of values and their combinations are left out: `check` would refuse some of these."""
     monkeypatch.setattr(RunConfig, "check", lambda config: None)
-    config = dataclasses.replace(TrainConfig().resolve((1, 28, 28)), **values)
-    text = config.to_yaml()
-    assert text.isascii()  # the same file under every locale
-    assert RunConfig.from_yaml(text, "config.yaml") == config
-    assert read_stages(f"[{', '.join(map(str, config.stages))}]") == config.stages
+    for value in values_of(get_type_hints(RunConfig)[option]):
+        if (option, value) == ("image_size", None):
+            continue  # the configuration of a run has a size
+        config = dataclasses.replace(TrainConfig().resolve((1, 28, 28)), **{option: value})
+        text = config.to_yaml()
+        assert text.isascii()  # the same file under every locale
+        assert RunConfig.from_yaml(text, "config.yaml") == config
 
 
-def test_every_option_has_a_value_above():
-    values = [{name: value} for name, value in OTHER.items()] + TEXTS + CHOICES + [{"stages": []}]
-    named = {name for value in values for name in value}
-    assert named == {option.name for option in dataclasses.fields(RunConfig)}
-    assert {n for values in STAGES for n in values} == {*vars(StageOptions())}
-    for others, default in (
-        (OTHER, TrainConfig().resolve((1, 28, 28))),
-        (OTHER_OF_STAGES, StageOptions()),
-    ):
-        assert not [name for name, value in others.items() if getattr(default, name) == value]
+@pytest.mark.parametrize("option", get_type_hints(StageOptions))
+def test_every_option_of_a_further_flow_is_read_back(option):
+    """In the notation of --stages, which configurations share."""
+    for value in values_of(get_type_hints(StageOptions)[option]):
+        stages = [StageOptions(), StageOptions(**{option: value})]
+        assert read_stages(f"[{', '.join(map(str, stages))}]") == stages
 
 
 EARLIER = """
