@@ -1,6 +1,5 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
-import copy
 from functools import partial
 
 import pytest
@@ -204,12 +203,10 @@ def test_a_flow_with_naive_linears_round_trips():
     assert model.sample(2, c).isfinite().all()
 
 
-def test_exports_and_infers_shapes():
+def test_infers_shapes_on_the_meta_device():
     model = initialized(images)
     accelerate(model)
-    z, _ = model._transform(inputs_of(model, torch.float32)[0])
-    peers.assert_exports(model._transform.inverse, z.detach())
-    log_prob = copy.deepcopy(model).to("meta").log_prob(torch.empty(3, 1, 8, 8, device="meta"))
+    log_prob = model.to("meta").log_prob(torch.empty(3, 1, 8, 8, device="meta"))
     assert log_prob.shape == (3,)
 
 
