@@ -17,7 +17,6 @@ from mflow_kernels import (
     Bijection,
     FlowStep,
     InvertibleConv1x1,
-    ManifoldFlow,
     Permutation,
     PixelPairs,
     ReversibleChain,
@@ -217,16 +216,6 @@ def test_a_reversible_chain_says_why_it_does_not_compile_whole() -> None:
     chain, x = chain_of("images")
     with pytest.raises(Exception, match="compile with reversible=False, or without fullgraph"):
         torch.compile(chain, backend="aot_eager", fullgraph=True)(x)
-
-
-def test_the_chain_serves_a_manifold_flow() -> None:
-    chain, x = chain_of("images")
-    flow = ManifoldFlow(chain, manifold_dim=8)
-    flow.initialize(x)
-    flow.terms(x).loss.mean().backward()
-    assert all(p.grad is not None for p in chain.parameters())
-    u = flow.encode(x)
-    assert_close(flow.encode(flow.decode(u)), u, terms=1000)
 
 
 def test_neighbours_share_launches() -> None:
