@@ -20,14 +20,6 @@ def test_default_net_fits_and_starts_at_zero(dims):
     assert torch.equal(x, before)  # its ReLUs work in place, but not on the state
 
 
-@pytest.mark.parametrize("scale", ["tanh", "atan", "exp"])
-def test_new_coupling_is_the_identity(scale):
-    x = normal(2, 5, 3, 4)
-    y, logdet = AffineCoupling(5, width=3, scale=scale)(x)
-    assert torch.equal(y, x)
-    assert not logdet.any()
-
-
 def test_net_reads_the_unchanged_half():
     """x_a is the smaller half if C is odd, and its bits do not change."""
     seen = []
