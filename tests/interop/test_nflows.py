@@ -1,6 +1,7 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -134,9 +135,15 @@ def inputs_of(model, dtype, n=16, seed=3):
     return x, c if takes else None
 
 
+# The development branch's NaiveLinear has an inverse. Release 0.14's calls torch.solve, which torch
+# has removed.
+SOLVES = "torch.solve" in inspect.getsource(nt.NaiveLinear)
+# A lambda is the default of the development branch's scale activation, which cannot be pickled.
+PICKLES = not hasattr(nt.AffineCouplingTransform, "DEFAULT_SCALE_ACTIVATION")
+
+
 def has_inverse(model):
-    """nflows' NaiveLinear needs torch.solve, which torch has removed."""
-    return not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
+    return not SOLVES or not any(isinstance(m, nt.NaiveLinear) for m in model.modules())
 
 
 def results(dtype):
@@ -234,7 +241,7 @@ def test_report():
 def test_checkpoints_and_copies():
     model, fast = initialized(images), initialized(images)
     x, _ = inputs_of(model, torch.float32)
-    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x))
+    peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x), PICKLES)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +302,7 @@ def test_actnorm_is_set_as_in_nflows_but_for_constant_channels():
     torch.testing.assert_close(z[:, 2], torch.zeros(50))
 
 
+@pytest.mark.skipif(not SOLVES, reason="nflows' own has an inverse")
 def test_naive_linear_has_an_inverse():
     layer = nt.NaiveLinear(4)
     x = torch.randn(5, 4)
