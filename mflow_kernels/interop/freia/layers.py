@@ -19,9 +19,10 @@ from mflow_kernels.interop.linear import (
     Affine,
     DataInit,
     Linear,
+    Listed,
     OfMatrix,
     Reorder,
-    Rotated,
+    inverse_of,
     one_linear,
     stack,
 )
@@ -168,10 +169,12 @@ def _passing(layer: Any) -> dict[str, Any]:
 def _two_sided(layer: Any, nets: Sequence[nn.Module], scale: ScaleFunction) -> tuple[Part, ...]:
     """Return two couplings: the second half changes the first, then the first the second."""
     first, second = nets
+    n = layer.split_len1
+    there = (*range(n, n + layer.split_len2), *range(n))
     return (
-        Reorder(Rotated(larger=False)),
+        Reorder(Listed(there)),
         Coupling(first, scale, False, Exactly(layer.split_len2)),
-        Reorder(Rotated(larger=False, back=True)),
+        Reorder(Listed(inverse_of(there))),
         Coupling(second, scale, False, Exactly(layer.split_len1)),
     )
 
@@ -261,7 +264,7 @@ def _downsampling(layer: Any) -> tuple[Part, ...] | str:
     plain = torch.eye(4, device=layer.downsample_kernel.device).view(4, 1, 2, 2)
     if not torch.equal(layer.downsample_kernel.float(), plain.repeat(layer.channels, 1, 1, 1)):
         return "its kernel is not the one it was built with"
-    return (SpaceToDepth(inverted=False),)
+    return (SpaceToDepth(inverted=isinstance(layer, Fm.IRevNetUpsampling)),)
 
 
 def _haar(layer: Any) -> tuple[Part, ...] | str:
@@ -285,6 +288,7 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     Fm.FixedLinearTransform: one_linear(_fixed_linears),
     Fm.HouseholderPerm: _householder,
     Fm.IRevNetDownsampling: _downsampling,
+    Fm.IRevNetUpsampling: _downsampling,
     Fm.HaarDownsampling: _haar,
 }
 
