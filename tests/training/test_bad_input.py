@@ -78,7 +78,6 @@ class TestBadInput:
             ("--max-drift nan", "--max-drift: expected a number, got nan"),
             ("--max-condition 0.5", "--max-condition: expected at least 1, got 0.5"),
             ("--reversible maybe", "maybe"),
-            ("--cuda-graphs", "--cuda-graphs: expected a CUDA device"),
             ("--colour red", "unrecognized arguments: --colour red"),
         ],
     )
