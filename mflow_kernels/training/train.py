@@ -118,9 +118,7 @@ def new_trainer(loaded: Loaded, **options: Any) -> Trainer:
         devices=ranks.local,
         num_nodes=ranks.world // ranks.local,
         # Buffers are equal on all ranks.
-        strategy=DDPStrategy(broadcast_buffers=False)
-        if ranks.world > 1
-        else "auto",
+        strategy=DDPStrategy(broadcast_buffers=False) if ranks.world > 1 else "auto",
         max_epochs=-1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
