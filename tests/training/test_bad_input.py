@@ -40,7 +40,6 @@ TRAIN = [
     ("--weight big", "--weight: expected a number or variance, got big"),
     ("--device tpu", "--device: expected one of auto, cpu, cuda, got tpu"),
     ("--precision float16", "--precision: expected float32 or bfloat16 on a CPU"),
-    ("--cuda-graphs", "--cuda-graphs: expected a CUDA device"),
     ("--data /nowhere", f"--data: expected {NAMES}, a folder or zip of images, or a file of mflow "
                         "prepare, got '/nowhere'"),
     ("--resume", "--run-dir: expected a folder of mflow train with config.yaml"),
