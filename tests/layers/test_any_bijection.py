@@ -42,7 +42,9 @@ IMAGE, TOKENS, VECTOR = (2, 4, 4, 4), (2, 4, 6), (3, 4)
 ALONE: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "actnorm": (lambda: [ActNorm(4)], IMAGE),
     "conv1x1": (lambda: [InvertibleConv1x1(4)], IMAGE),
+    "grouped conv1x1": (lambda: [InvertibleConv1x1(8, n_split=4)], (2, 8, 3)),
     "coupling": (lambda: [AffineCoupling(4, width=4)], IMAGE),
+    "additive": (lambda: [AffineCoupling(5, width=4, scale=None)], (2, 5, 3, 3)),
     "spline": (lambda: [SplineCoupling(4, bins=3, width=4)], IMAGE),
     "step": (lambda: [FlowStep(4, width=4)], IMAGE),
     "spline step": (lambda: [FlowStep(4, width=4, coupling="spline", bins=3)], IMAGE),
@@ -51,6 +53,7 @@ ALONE: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "channels": (lambda: [Permutation([2, 0, 3, 1])], IMAGE),
     "pixels": (lambda: [Permutation(torch.randperm(16), axis="pixels")], IMAGE),
     "checkerboard": (lambda: pixel_coupling("checkerboard", 4, 2), IMAGE),
+    "neighbours": (lambda: pixel_coupling("neighbours", 4, 1), TOKENS),
     "token halves": (lambda: pixel_coupling("halves", 4, 1), TOKENS),
     "split": (lambda: [Split(4, width=4)], IMAGE),
     "uneven split": (lambda: [Split(4, width=4, kept=3)], IMAGE),
@@ -91,6 +94,7 @@ TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "tokens": (
         lambda: [
             *(TokenCoupling(4), Permutation(torch.randperm(6), axis="pixels"), TokenCoupling(4)),
+            *(InvertibleConv1x1(4, n_split=2), FlowStep(4, width=4, spatial_dims=1, scale=None)),
             *pixel_coupling("halves", 4, 1),
             *(Permutation([1, 3, 0, 2]), AffineCoupling(4, width=4, spatial_dims=1)),
         ],
@@ -168,10 +172,14 @@ def test_a_context_reaches_users_layers(backwards: bool) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        *(PixelPairs(by, back) for by in ("checkerboard", "halves") for back in (False, True)),  # type: ignore[arg-type]
+        *(
+            PixelPairs(by, back)
+            for by in ("checkerboard", "halves", "neighbours")
+            for back in (False, True)
+        ),  # type: ignore[arg-type]
         *(Permutation([2, 0, 3, 1]), Permutation(torch.arange(24).flip(0), axis="pixels")),
     ],
-    ids=["squares", "squares, back", "halves", "halves, back", "channels", "pixels"],
+    ids=str,
 )
 def test_rearrangements_keep_the_layout(layer: Bijection) -> None:
     x = torch.randn(2, 4, 4, 6, requires_grad=True)
@@ -344,7 +352,7 @@ def test_what_a_layer_must_return(
         (lambda: Permutation([0], axis="rows"), ValueError, "axis: expected one of"),
         (lambda: Permutation([1, 0], axis="pixels")(torch.zeros(1, 2, 3)), ValueError,
          "x: expected 2 pixels"),
-        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves"),
+        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves, "),
         (lambda: PixelPairs("halves")(torch.zeros(1, 2, 3)), ValueError, "an even last axis"),
         (lambda: FlowStep(4, coupling="cubic"), ValueError,
          "coupling: expected one of affine, spline"),

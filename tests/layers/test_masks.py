@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +254,14 @@ def test_a_context_comes_after_the_mask() -> None:
     assert not torch.equal(chain(x, mask, 2 * context)[0], z)
     value = chain.log_prob(x, context=(mask, context))
     assert torch.equal(value, chain.log_prob(x, context=(mask.double(), context)))
+
+
+def test_a_saved_chain_is_masked(tmp_path: Path) -> None:
+    chain = perturbed(ReversibleChain(CHAINS["Glow-TTS"](), masked=True))
+    chain.save_pretrained(tmp_path / "model")
+    loaded = ReversibleChain.from_pretrained(tmp_path / "model")
+    x, mask = batch()
+    assert torch.equal(loaded(x.float(), mask)[0], chain.eval()(x.float(), mask)[0])
 
 
 MASK = torch.ones(2, 1, 8, dtype=torch.bool)
