@@ -12,8 +12,8 @@ from torch import Tensor, nn
 _M = TypeVar("_M", bound="Model")
 
 # One context for each sample (a tensor, or names of classes), or one for all: a class as a number
-# or a name, a tensor without axes, or one of length 1.
-Context: TypeAlias = Tensor | int | str | Sequence[str]
+# or a name, a tensor without axes, or one of length 1. A tuple is a mask and a context (`Flow`).
+Context: TypeAlias = Tensor | int | str | Sequence[str] | tuple[Any, ...]
 
 
 class Model:

@@ -65,17 +65,30 @@ class CouplingNetwork(nn.Sequential):
             repeated at every pixel. The sides of a map must be multiples of those of x; it is
             averaged to x's size.
 
+    Attributes:
+        masked: whether calls take a mask (N, 1, *spatial) of 0 and 1 before the context. Each layer
+            then reads zeros at padding. A masked `ReversibleChain` sets it.
+
     Raises:
         TypeError, ValueError: in a call, a context that is missing, not expected, or does not fit.
     """
+
+    masked = False
 
     def __init__(self, *layers: nn.Module, context_channels: int = 0) -> None:
         super().__init__(*layers)
         self.context_channels = context_channels
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, *after_mask: Tensor) -> Tensor:
+        mask = None
+        if self.masked:
+            mask, context = context, after_mask[0] if after_mask else None
         if context is not None or self.context_channels:
             x = with_context(x, context, self.context_channels)
+        if mask is not None:
+            for layer in self:
+                x = layer(x if isinstance(layer, nn.ReLU) else x * mask)
+            return x
         params = fused_params(list(self), x)
         return super().forward(x) if params is None else params
 

@@ -29,9 +29,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "actnorm, vectors": (lambda: ActNorm(3), (2, 3)),
     "actnorm, images": (lambda: ActNorm(3), (2, 3, 2, 3)),
     "conv1x1, vectors": (lambda: InvertibleConv1x1(5), (3, 5)),
+    "conv1x1, grouped": (lambda: InvertibleConv1x1(8, n_split=4), (2, 8, 3)),
     "conv1x1, volumes": (lambda: InvertibleConv1x1(3), (2, 3, 1, 2, 2)),
     "coupling, vectors": (lambda: AffineCoupling(5, width=4, spatial_dims=0), (3, 5)),
     "coupling, signals": (lambda: AffineCoupling(3, width=4, spatial_dims=1), (2, 3, 4)),
+    "coupling, additive": (lambda: AffineCoupling(5, width=4, scale=None), (2, 5, 3, 3)),
     "coupling, images": (lambda: AffineCoupling(3, width=4, scale=GLOWS_SCALE), (2, 3, 2, 3)),
     "coupling, volumes": (lambda: AffineCoupling(2, width=4, spatial_dims=3), (2, 2, 2, 1, 2)),
     "spline, vectors": (lambda: SplineCoupling(5, bins=4, width=4, spatial_dims=0), (3, 5)),
@@ -98,6 +100,7 @@ TOGETHER: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "tokens": (
         lambda: [
             *(TokenCoupling(4), Permutation(torch.randperm(6), axis="pixels"), TokenCoupling(4)),
+            *(InvertibleConv1x1(4, n_split=2), FlowStep(4, width=4, spatial_dims=1, scale=None)),
             *pixel_coupling("halves", 4, 1),
             *(Permutation([1, 3, 0, 2]), AffineCoupling(4, width=4, spatial_dims=1)),
         ],

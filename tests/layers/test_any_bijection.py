@@ -98,10 +98,14 @@ def test_a_context_reaches_users_layers(backwards: bool) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        *(PixelPairs(by, back) for by in ("checkerboard", "halves") for back in (False, True)),  # type: ignore[arg-type]
+        *(
+            PixelPairs(by, back)
+            for by in ("checkerboard", "halves", "neighbours")
+            for back in (False, True)
+        ),  # type: ignore[arg-type]
         *(Permutation([2, 0, 3, 1]), Permutation(torch.arange(24).flip(0), axis="pixels")),
     ],
-    ids=["squares", "squares, back", "halves", "halves, back", "channels", "pixels"],
+    ids=str,
 )
 def test_rearrangements_keep_the_layout(layer: Bijection) -> None:
     x = torch.randn(2, 4, 4, 6, requires_grad=True)
@@ -268,7 +272,7 @@ def test_what_a_layer_must_return(
         (lambda: Permutation([0], axis="rows"), ValueError, "axis: expected one of"),
         (lambda: Permutation([1, 0], axis="pixels")(torch.zeros(1, 2, 3)), ValueError,
          "x: expected 2 pixels"),
-        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves"),
+        (lambda: PixelPairs("rows"), ValueError, "by: expected one of checkerboard, halves, "),
         (lambda: PixelPairs("halves")(torch.zeros(1, 2, 3)), ValueError, "an even last axis"),
         (lambda: FlowStep(4, coupling="cubic"), ValueError,
          "coupling: expected one of affine, spline"),

@@ -78,6 +78,13 @@ MODELS = {
     "chain that unsqueezes": lambda: ReversibleChain(
         [Squeeze(), FlowStep(4, width=3), Unsqueeze()], input_shape=IMAGE
     ),
+    "chain of sequences": lambda: ReversibleChain(
+        [
+            *(PixelPairs("neighbours"), InvertibleConv1x1(4, n_split=2)),
+            AffineCoupling(4, width=3, scale=None, spatial_dims=1),
+        ],
+        input_shape=(2, 6),
+    ),
     "manifold of glow": lambda: model().stages[0],
     "manifold of vectors": lambda: ManifoldFlow(VectorFlow(3, 1, 4), 2),
     "manifold of a chain": lambda: ManifoldFlow(chain(), 5),
