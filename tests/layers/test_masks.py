@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import normal, perturbed
+from cases import compiles, normal, perturbed
 from torch import Tensor, nn
 
 from layers.bijections import LeakyReLU
@@ -203,6 +203,30 @@ class Packed(Bijection):
 def test_the_contract_of_a_bijection(name: str) -> None:
     pairs = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.bool).repeat_interleave(2, 1)
     check_bijection(Packed(ReversibleChain(CHAINS[name](), masked=True), pairs[:, None]), (2, 4, 4))
+
+
+@compiles
+@pytest.mark.parametrize("name", ["Glow-TTS", "spline"])
+def test_stored_chains_compile_whole(name: str) -> None:
+    torch.compiler.reset()
+    chain, (x, mask) = chain_of(name, masked=True, reversible=False), batch()
+    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
+    calls = (lambda x: chain(x, mask)), (lambda x: compiled(x, mask))
+    want, got = (gradients(chain, x, call=call) for call in calls)
+    assert_all_close(got, want, terms=4096)
+
+
+def test_autocast_rounds_networks_only() -> None:
+    chain, (x, mask) = chain_of("Glow-TTS", masked=True).float(), batch()
+    exact, _ = chain(x.float(), mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, logdet = chain(x.float(), mask)
+        logdet.sum().backward()
+    assert z.dtype == logdet.dtype == torch.float32
+    assert not (z * ~mask).any()
+    assert_close(z.bfloat16(), exact, terms=1000)
+    assert chain.drift is not None
+    assert chain.drift < 1e-5
 
 
 def test_images_of_different_sizes() -> None:
