@@ -17,7 +17,7 @@ from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
 SECONDS_PER_PEAK = 300  # time limit of a process that measures peak memory
-VARIANTS = ("published", "mflow_kernels, stored", "mflow_kernels, reversible")
+VARIANTS = ("original", "mflow_kernels, stored", "mflow_kernels, reversible")
 Job = tuple[Size, int, int, str, str, int]
 
 
@@ -37,7 +37,7 @@ def build(
 
 
 def variant_of(published: Decoder, size: Size, variant: str) -> nn.Module:
-    if variant == "published":
+    if variant == "original":
         return copy.deepcopy(published)
     chain = masked_chain(published, size)
     chain.reversible = variant.endswith("reversible")
@@ -84,7 +84,8 @@ def measure(bench: Bench, size: Size, batch: int, frames: int) -> Measured:
     models = {variant: variant_of(published, size, variant) for variant in VARIANTS}
     for variant, model in models.items():
         check(model, published, *given, variant)
-        measured.extra[variant] = {**size._asdict(), "batch": batch, "frames": frames}
+        spec = f"B={batch} T={frames} {size.blocks} blocks of width {size.width}"
+        measured.extra[variant] = {"library": "Glow-TTS", "spec": spec}
     if bench.check_only:
         return measured
     calls = {variant: partial(train, model, *given) for variant, model in models.items()}
