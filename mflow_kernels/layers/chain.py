@@ -25,7 +25,7 @@ from mflow_kernels.ops.checks import check_channels, check_count
 from mflow_kernels.ops.layouts import flow_state
 from mflow_kernels.reversible.apply import Result, apply_reversibly, apply_stored
 from mflow_kernels.reversible.instructions import Call, Instruction, Layer
-from mflow_kernels.reversible.masks import mask_at, with_mask
+from mflow_kernels.reversible.masks import with_mask, zero_padding
 from mflow_kernels.reversible.program import Program
 
 
@@ -153,7 +153,7 @@ class ReversibleChain(Flow):
         x, latents = self._checked_latents(z, program)
         if self.masked:
             x, context = with_mask(x, context)
-            latents = tuple(latent * mask_at(context[0], latent) for latent in latents)
+            latents = tuple(zero_padding(latent, context[0]) for latent in latents)
         x, _, ledger, log_det = self._run(program.inverted(), x, latents, context)
         return x, ops.accumulate_logdet(ledger, log_det)
 

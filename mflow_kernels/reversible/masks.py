@@ -36,7 +36,12 @@ def with_mask(x: Tensor, context: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...
     if _readable(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask: expected only 0 and 1, got other values")
     mask = mask.to(x.dtype)
-    return x * mask_at(mask, x), (mask, *context[1:])
+    return zero_padding(x, mask), (mask, *context[1:])
+
+
+def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """x with zeros at padding, whatever is there, also if it is not finite."""
+    return torch.where(mask_at(mask, x) > 0, x, 0.0)
 
 
 def mask_at(mask: Tensor, x: Tensor) -> Tensor:
