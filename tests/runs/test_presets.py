@@ -94,7 +94,7 @@ class TestExport:
             assert torch.equal(model.project(x), whole.project(x))
             assert torch.equal(model.stages[0].encode(x), whole.stages[0].encode(x))
         assert all(p.requires_grad for p in model.parameters())
-        files = {"model.safetensors", "model.json", "README.md"}
+        files = {"model.safetensors", "model.json", "README.md", "samples.png"}
         assert {f.name for f in exported.iterdir()} == files
         weights, description = (exported / name for name in ("model.safetensors", "model.json"))
         assert weights.stat().st_mode == description.stat().st_mode  # both as the umask allows
@@ -140,4 +140,6 @@ assert not [m for m in sys.modules if m.startswith(rooms)]
         damaged.write_text('{"stages": []}')
         config = read_config(trained)
         for path in (tmp_path / "absent", damaged):
-            assert "None yet: `mflow evaluate` computes them." in model_card(config, 7, None, path)
+            card = model_card(config, 7, None, path, samples=False)
+            assert "None yet: `mflow evaluate` computes them." in card
+            assert "](samples.png)" not in card

@@ -217,7 +217,9 @@ class TestTwoProcesses:
 
     def test_an_export_leaves_no_lock(self, run, tmp_path):
         assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
-        assert listing(tmp_path / "out") == ["README.md", "model.json", "model.safetensors"]
+        files = ["README.md", "model.json", "model.safetensors", "samples.png"]
+        assert listing(tmp_path / "out") == files
+        assert "](samples.png)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_help_is_there_without_docstrings():
