@@ -1,6 +1,7 @@
 """Models that are saved without a run, and loaded again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,6 +381,30 @@ def test_an_existing_folder_is_kept(tmp_path):
         with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists"):
             model().save_pretrained(folder)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "model", Path.rename
+    glow().save_pretrained(folder)
+    with pytest.raises(ValueError, match="overwrite=True replaces the model in it"):
+        glow(reversible=False).save_pretrained(folder)
+
+    def fail(path, target):  # the rename of the new model, not that of the old one
+        if path.suffix == ".tmp":
+            raise OSError("no space")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(ValueError, match="no space"):
+            glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert Glow.from_pretrained(folder).chain.reversible
+    glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert not Glow.from_pretrained(folder).chain.reversible
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (folder / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists$"):
+        glow().save_pretrained(folder, overwrite=True)
 
 
 @pytest.mark.parametrize(
