@@ -101,7 +101,7 @@ def with_context(x: Tensor, context: object, channels: int) -> Tensor:
     if not channels:
         raise TypeError("context: expected none, because the networks have no context_channels")
     if context is None:
-        raise TypeError(f"context: expected a tensor (N, {channels}) or a map, got none")
+        raise TypeError(f"context: expected classes, vectors (N, {channels}) or maps, got none")
     given = check_tensor("context", context, (*STATE_DTYPES, *_INTEGERS)).to(x.dtype)
     n, sides = len(x), x.shape[2:]
     is_map = given.dim() == x.dim() > 2

@@ -380,6 +380,30 @@ def test_an_existing_folder_is_kept(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_overwrite_replaces_a_model_and_nothing_else(tmp_path, monkeypatch):
+    folder, kind, rename = tmp_path / "model", type(tmp_path), type(tmp_path).rename
+    glow().save_pretrained(folder)
+    with pytest.raises(ValueError, match="overwrite=True replaces the model in it"):
+        glow(reversible=False).save_pretrained(folder)
+
+    def fail(path, target):  # the rename of the new model, not that of the old one
+        if path.suffix == ".tmp":
+            raise OSError("no space")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "rename", fail)
+        with pytest.raises(ValueError, match="no space"):
+            glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert Glow.from_pretrained(folder).chain.reversible
+    glow(reversible=False).save_pretrained(folder, overwrite=True)
+    assert not Glow.from_pretrained(folder).chain.reversible
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (folder / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder: expected a new folder, but .* exists$"):
+        glow().save_pretrained(folder, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -96,7 +96,11 @@ def test_samples_by_class(trained, tmp_path, capsys):
     command = ["sample", str(trained), "--number", "3", "--device", "cpu"]
     assert main([*command, "--class", "dog", "--files", str(files)]) == 0
     assert (trained / "samples-T1-seed0-dog.png").exists()
+    assert listing(files) == [f"dog-000{i}.png" for i in range(3)]
     assert [Image.open(files / name).size for name in listing(files)] == [(8, 8)] * 3
+    each = tmp_path / "each"
+    assert main([*command, "--files", str(each)]) == 0
+    assert listing(each) == ["cat-0000.png", "dog-0000.png"]
     assert main([*command, "--files", str(files)]) == 2
     assert "--files: expected a new folder, but" in capsys.readouterr().err
     command = [*command, "--output"]
