@@ -12,7 +12,6 @@ from PIL import Image
 
 from benchmarks.manifold import pictures, points, tables, training
 from benchmarks.manifold.comparison import about_runs
-from benchmarks.manifold.factors import elbow
 from benchmarks.manifold.gaussians import gaussians
 from benchmarks.manifold.judge import Judge
 from benchmarks.manifold.methods import RECIPES
@@ -287,11 +286,6 @@ def test_the_frechet_distance_is_that_of_gaussians():
     found = judge.frechet(a, Part(b, torch.zeros(len(b))))
     assert found == pytest.approx(expected.item(), rel=0.01)
     assert judge.frechet(b, Part(b, torch.zeros(len(b)))) == pytest.approx(0, abs=1e-6)
-
-
-def test_elbow():
-    assert elbow({1: 1.0, 2: 0.1, 3: 0.01, 4: 0.009, 5: 0.008}) == 3
-    assert elbow({1: 1.0, 2: 0.5, 3: 0.26, 4: 0.14, 5: 0.08}) is None
 
 
 def test_tables_show_missing_values_and_failed_runs():
