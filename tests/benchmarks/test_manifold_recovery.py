@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from benchmarks.manifold import pictures, points, tables, training
+from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.gaussians import gaussians
 from benchmarks.manifold.judge import Judge
@@ -320,3 +321,16 @@ def test_the_falling_weight_is_that_of_a_schedule():
         expected = objective(first, x).loss
         if step in (0, 31, 99):
             assert_close(method.phases[0].loss(x, (step + 1) / 100), expected, terms=20)
+
+
+def test_the_energy_distance_tells_distributions_apart():
+    x, y = normal(2000, 3), normal(2000, 3)
+    assert abs(points.energy_distance(x, y)) < 0.01
+    assert points.energy_distance(x, y + 1) > 0.2
+    assert points.energy_distance(x * math.nan, y) == math.inf
+
+
+def test_tables_of_no_runs_say_so(tmp_path, capsys):
+    main(["--tables", "--only", "points", "--out", str(tmp_path)])
+    assert f"no runs of points in {tmp_path / 'full'}\n" in capsys.readouterr().out
+    assert not list((tmp_path / "full").iterdir())
