@@ -13,7 +13,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-from benchmarks.harness.measurements import REPLAY, Call, interleaved, peak_of_step
+from benchmarks.harness.measurements import REPLAY, Call, peak_of_step
 from benchmarks.harness.models import Spec, assert_gradient_close
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
@@ -214,24 +214,19 @@ def step_peak(job: tuple[str, Spec, str, str, int]) -> int:
 def measure(bench: Bench, library: str, spec: Spec) -> Measured:
     measured = Measured()
     original, x = build(library, spec, bench.device)
-    calls: dict[str, Call] = {}
-    for variant in VARIANTS:
-        try:
-            model = variant_of(original, variant)
-            check(model, original, x, spec, f"{library}, {variant}")
-        except Exception as error:
-            measured.fault(variant, error)
-            continue
-        calls[variant] = partial(train, model, x)
+
+    def make(variant: str) -> Callable[[], Call]:
+        model = variant_of(original, variant)
+        check(model, original, x, spec, f"{library}, {variant}")
         left = not any(map(is_accelerated, model.modules())) and variant != "original"
         described = f"{spec}, left as it is" if left else str(spec)
         measured.extra[variant] = {**spec._asdict(), "spec": described, "library": library}
-    if bench.check_only:
-        return measured
-    prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
-    measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)
-    jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in calls]
-    measured.add_peaks(calls, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
+        return lambda: partial(train, model, x)
+
+    made = measured.compare(bench, VARIANTS, make, ROUNDS)
+    if not bench.check_only:
+        jobs = [(library, spec, variant, str(bench.device), bench.threads) for variant in made]
+        measured.add_peaks(made, in_fresh_processes(step_peak, jobs, 2, SECONDS_PER_PEAK))
     return measured
 
 

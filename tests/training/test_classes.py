@@ -1,7 +1,6 @@
 """Class-conditional training from the command line, from classes in folders to samples by class."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_samples_by_class(trained, tmp_path, capsys):
     assert "--class: expected one of cat, dog, got cow" in capsys.readouterr().err
 
 
-def test_it_resumes_and_exports(trained, tmp_path, monkeypatch):
+def test_it_resumes_and_exports(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     assert main(["train", "--resume", "--run-dir", str(run), "--max-steps", "4"]) == 0
     out = tmp_path / "exported"
@@ -117,11 +116,7 @@ def test_it_resumes_and_exports(trained, tmp_path, monkeypatch):
     assert (model.n_bits, model.crop, model.class_names) == (8, None, ("cat", "dog"))
     x, classes = torch.rand(2, 1, 8, 8) - 0.5, torch.tensor([0, 1])
     assert torch.equal(model.log_prob(x, context=classes), expected.log_prob(x, context=classes))
-    card = (out / "README.md").read_text()
-    assert "of the classes cat, dog." in card
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace("this-folder", str(out)), {})
+    assert "of the classes cat, dog." in (out / "README.md").read_text()
 
 
 def test_weights_of_classes_with_other_names_are_copied_with_a_warning(trained, command, capsys):
