@@ -26,3 +26,13 @@ except ModuleNotFoundError as error:
     tl = SimpleNamespace(constexpr=_Constant, float32=None, float64=None)
 else:
     TRITON_INSTALLED = True
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host, Triton's own function takes ten calls."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is positive."""
+    return 1 << (n - 1).bit_length()
