@@ -167,6 +167,7 @@ BAD = [
     ({"min_width": 0.125}, ValueError, "min_width: expected a number from 0 to 1 / bins"),
     ({"min_height": -0.1}, ValueError, "min_height: expected a number from 0 to 1 / bins"),
     ({"min_slope": 0.0}, ValueError, "min_slope: expected between 0 and 1, got 0.0"),
+    ({"temperature": 0}, ValueError, "temperature: expected a positive number, got 0"),
     ({"temperature": None}, TypeError, "temperature: expected a number, got NoneType"),
 ]
 
