@@ -158,12 +158,11 @@ def test_programs_of_the_two_backward_launches(
     assert_matches(sample(*case, torch.bfloat16, kernel_device))
 
 
-def test_programs_fill_the_card_and_sums_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_fill_the_card_and_sums_stay_small() -> None:
     def programs(card: int, pixels: int, width: int, numbers: int) -> int:
-        monkeypatch.setattr(tiles, "multiprocessors", lambda device: card)
         s = Shape(pixels, 8, 8, 6, 12, width, 9, 2)
         tile = tiles.Tile(64, 128, 64, 0, 8)
-        return tiles.splits(s, tile, numbers, torch.device("cpu"))
+        return tiles.splits(s, tile, numbers, card)
 
     assert programs(132, 2**20, 512, 0) == 66  # two for each of 132 multiprocessors, in 4 blocks
     assert programs(132, 2**20, 512, 10**5) == 33  # one
