@@ -9,18 +9,35 @@ from torch import Tensor, nn
 from mflow_kernels.ops.launch import references
 
 
+class _Method(nn.Module):
+    """A method of a model as a module."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *inputs: Any) -> Any:
+        return getattr(self.model, self.name)(*inputs)
+
+
 def plain_module(
-    model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    method: str = "forward",
+    batch: tuple[int, int] | None = None,
 ) -> torch.fx.GraphModule:
-    """Return a module of torch's own operators that computes the same as a model, without gradients.
+    """Return a module of torch's operators that computes the same as a model, without gradients.
 
     What depends on weights only, such as the inverses of 1x1 convolutions, is computed once and
     becomes a constant. `torch.onnx.export` and `torch.export` take the result.
 
     Args:
         model: a module on a CPU, in eval mode.
-        inputs: examples of the arguments of its forward.
-        dynamic_shapes: as for `torch.export.export`; by default all shapes are fixed.
+        inputs: examples of the arguments of the method: tensors (N, ...), or tuples of them. Where
+            N may vary, use more than one sample.
+        method: the method of the model that the module computes, such as "log_prob".
+        batch: the smallest and the largest N; None if it is that of the inputs.
 
     Raises:
         ValueError: the model is not on a CPU or not in eval mode.
@@ -30,9 +47,12 @@ def plain_module(
         raise ValueError(f"model: expected a model on a CPU, got one on {devices[0]}")
     if model.training:
         raise ValueError("model: expected one in eval mode, got one in training mode")
+    shapes = None
+    if batch is not None:
+        n = torch.export.Dim("n", min=batch[0], max=batch[1])
+        shapes = (torch.utils._pytree.tree_map(lambda _: {0: n}, inputs),)
     with torch.no_grad(), references():
-        program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)
-        plain = program.module()
+        plain = torch.export.export(_Method(model, method), inputs, dynamic_shapes=shapes).module()
         assert isinstance(plain, torch.fx.GraphModule)
         _fold_constants(plain)
     return plain

@@ -45,7 +45,7 @@ class EdgeConv2d(nn.Conv2d):
             inside = x.new_ones(1, 1, *x.shape[2:])
             mark = 1 - F.pad(inside, [1, 1, 1, 1])
             x = F.pad(x, [1, 1, 1, 1])
-            x = torch.cat([x, mark.expand(len(x), -1, -1, -1)], dim=1)
+            x = torch.cat([x, mark.expand(x.shape[0], -1, -1, -1)], dim=1)
         else:
             x = F.pad(x, [1, 1, 1, 1], value=1.0)
         return super().forward(x)

@@ -97,7 +97,7 @@ def _linear(
 
 def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
     """The log-determinants (N,) that `FusedSequence` returned for the state x."""
-    return log_det if log_det.dim() else log_det.expand(len(x))
+    return log_det if log_det.dim() else log_det.expand(x.shape[0])
 
 
 class FusedSequence:
