@@ -162,7 +162,10 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        costs = self._couplings, self._weights, self._passes
+        unequal = any(
+            isinstance(i, Layer) and isinstance(i.module, AffineMap) for i in program.instructions
+        )
+        costs = self._couplings, self._weights, self._passes or unequal
         if self.reversible and (self.always or rebuilding_gains(x, *costs)):
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
