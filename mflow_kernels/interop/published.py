@@ -169,7 +169,10 @@ class _Source:
 
     def __getitem__(self, name: str) -> Tensor:
         self.need(name, "is this a checkpoint of a Glow?")
-        return torch.as_tensor(self.arrays[name]).double()
+        array = torch.as_tensor(self.arrays[name]).double()
+        if not array.isfinite().all():
+            raise ValueError(f"weights: {name!r} is not finite: its training diverged")
+        return array
 
 
 class _OpenAI(_Source):
