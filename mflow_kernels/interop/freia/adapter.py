@@ -279,7 +279,7 @@ class FreiaAdapter(Adapter):
     def is_layer(self, module: nn.Module) -> bool:
         return isinstance(module, Fm.InvertibleModule) and not isinstance(module, CONTAINERS)
 
-    def why_left(self, layer: nn.Module) -> str:
+    def why_left(self, layer: Any) -> str:
         if isinstance(layer, (Fm.Split, Fm.Concat, Fm.Flatten, Fm.Reshape)):
             return "it cuts, joins or reshapes states, with nothing to compute"
         if len(layer.dims_in) > 1:
