@@ -103,7 +103,7 @@ def with_context(x: Tensor, context: object, channels: int) -> Tensor:
     if context is None:
         raise TypeError(f"context: expected classes, vectors (N, {channels}) or maps, got none")
     given = check_tensor("context", context, (*STATE_DTYPES, *_INTEGERS)).to(x.dtype)
-    n, sides = len(x), x.shape[2:]
+    n, sides = x.shape[0], x.shape[2:]
     is_map = given.dim() == x.dim() > 2
     divides = is_map and all(
         own % side == 0 for own, side in zip(given.shape[2:], sides, strict=True)
@@ -240,7 +240,8 @@ class PointwiseConv2d(nn.Conv2d):
 
     def _reshaping_pays(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            not transformed()
+            and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
             and len(x) < IMAGES
@@ -250,7 +251,6 @@ class PointwiseConv2d(nn.Conv2d):
             and type(x) is Tensor
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and not transformed()
         )
 
 

@@ -179,7 +179,7 @@ class Layer(Instruction):
         if not isinstance(logdet, Tensor) or logdet.shape not in ((), (1,), (len(x),)):
             got = tuple(logdet.shape) if isinstance(logdet, Tensor) else type(logdet).__name__
             raise TypeError(f"{name}: expected a logdet of shape ({len(x)},), got {got}")
-        return z, logdet.to(accumulator(z.dtype)).expand(len(x))
+        return z, logdet.to(accumulator(z.dtype)).expand(x.shape[0])
 
     def undo(self, backward: BackwardPass, folded: Pair | None) -> None:
         again, stored = backward.next_call()

@@ -44,7 +44,7 @@ class SpaceToDepth(Rearrange):
 
     def apply(self, x: Tensor) -> Tensor:
         shape = self.shape(tuple(x.shape[1:]))
-        if not len(x):  # torch returns an empty batch unchanged
+        if not x.shape[0]:  # torch returns an empty batch unchanged
             return x.reshape(0, *shape)
         by_torch = F.pixel_shuffle if self.inverted else F.pixel_unshuffle
         if transformed() or not is_channels_last(x):
