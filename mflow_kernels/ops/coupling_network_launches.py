@@ -125,6 +125,7 @@ def _dh1_grid(s: Shape, arch: int) -> tuple[int, int, Constants]:
             WIDTH=s.width,
             TAPS=s.taps,
             ROWS=stored,
+            HELD=tile.held,
             BLOCK_P=tile.block_p,
             BLOCK_D=tile.block_d,
             BLOCK_K=tile.block_k,
