@@ -157,7 +157,7 @@ def configurations(size: str, targets: Sequence[str]) -> list[Configuration]:
     for chosen in (same, [t for t in targets if t == "sm_120"]):
         if chosen:
             aot.choose_tiles_of(chosen[0])
-            for made in launches_of(size):
+            for made in [*launches_of(size)]:  # `add` may change the architecture
                 add(made, chosen)
     for target in targets:
         for made in network_launches(size, target):

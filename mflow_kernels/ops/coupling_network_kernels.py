@@ -338,28 +338,28 @@ def _dh1_kernel(
     all hidden channels of d h2, and it stores partial sums of d W2.
 
     With HELD, a program keeps the weights that it needs for all of its tiles in shared memory. Then
-    BLOCK_K divides WIDTH. If the block of taps of x has room, d b1 is a column of d W1, the product
-    with a column of ones: a sum of its own would take as many registers as a quarter of d W1.
+    BLOCK_K divides WIDTH, and BLOCK_X has room for one more column: d b1 is the column of d W1 for
+    an input of ones. A sum of its own would take as many registers as a quarter of d W1.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     i = tl.arange(0, BLOCK_X)
-    ONES: tl.constexpr = BLOCK_X > TAPS * C_IN
     r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     if dw1 is not None:
         dw1_t = tl.zeros([BLOCK_D, BLOCK_X], tl.float32)
-        if not ONES:
+        if not HELD:
             db1_t = tl.zeros([BLOCK_D], tl.float32)
     if dw2 is not None:
         dw2_t = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     if HELD:
         w2_held = ()
         for turn in tl.static_range(WIDTH // BLOCK_K):
-            w2_held = w2_held + (load_w2(w2, turn * BLOCK_K + k, d, WIDTH),)
+            w2_held = w2_held + (load_w2(w2, turn * BLOCK_K + k, d, WIDTH),)  # noqa: RUF005
         w1_held = ()
         for column in tl.static_range(TAPS // ROWS):
-            w1_held = w1_held + (load_w1(w1, d, r, column, C_IN, WIDTH, TAPS, ROWS),)
+            w1_t = load_w1(w1, d, r, column, C_IN, WIDTH, TAPS, ROWS)
+            w1_held = w1_held + (w1_t,)  # noqa: RUF005
     for tile in range(split, TILES, splits):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         hidden = p.to(tl.int64)[:, None] * WIDTH
@@ -387,11 +387,11 @@ def _dh1_kernel(
             h1_t = tl.load(h1 + hidden + d[None, :], mask=inside, other=0.0)
         dh1_t = tl.where(h1_t.to(tl.float32) <= 0.0, 0.0, dh1_t)
         dh1_r = dh1_t.to(h1_t.dtype)
-        if dw1 is not None and not ONES:
+        if dw1 is not None and not HELD:
             db1_t += tl.sum(dh1_t, axis=0)
         if dw1 is not None:
             x_t = load_taps(x, p, p < PIXELS, H, W, C_IN, TAPS, 1, BLOCK_X)
-            if ONES:
+            if HELD:
                 x_t = tl.where(i[None, :] == TAPS * C_IN, 1.0, x_t).to(x_t.dtype)
             dw1_t = tl.dot(tl.trans(dh1_r), x_t, dw1_t)
         # The taps of each row of W1 are added here, as in the forward pass, if the pixels that they
@@ -411,7 +411,7 @@ def _dh1_kernel(
     if dw1 is not None:
         at_dw1 = dw1 + row + d[:, None] * (TAPS * C_IN) + i[None, :]
         tl.store(at_dw1, dw1_t, mask=(d < WIDTH)[:, None] & (i < TAPS * C_IN)[None, :])
-        if ONES:
+        if HELD:
             at_db1 = db1 + row + d[:, None] + 0 * i[None, :]
             tl.store(at_db1, dw1_t, mask=(d < WIDTH)[:, None] & (i == TAPS * C_IN)[None, :])
         else:

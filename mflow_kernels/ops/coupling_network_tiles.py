@@ -144,7 +144,9 @@ HOPPER_TILES = {
     # Here 64 pixels for 8 warps, which repeat products, are still the least time: with 128 pixels,
     # or 4 warps, launches spill. d W2 leaves no room for 64 pixels beside 256 columns of taps.
     (48, True): Tiles(
-        Tile(64, 128, 32, 128, 8, 2, 16), Tile(64, 32, 0, 512, 8), Tile(32, 32, 128, 0, 8, 1, 128)
+        Tile(64, 128, 32, 128, 8, 2, 16),
+        Tile(64, 32, 0, 512, 8),
+        Tile(32, 32, 128, 0, 8, 1, 128, held=True),
     ),
     (48, False): Tiles(
         Tile(64, 64, 32, 128, 8, 3, 16), Tile(64, 32, 0, 512, 8), Tile(64, 64, 64, 0, 8, 1, 128)
