@@ -355,11 +355,12 @@ def _dh1_kernel(
     if HELD:
         w2_held = ()
         for turn in tl.static_range(WIDTH // BLOCK_K):
-            w2_held = w2_held + (load_w2(w2, turn * BLOCK_K + k, d, WIDTH),)  # noqa: RUF005
+            w2_t = load_w2(w2, turn * BLOCK_K + k, d, WIDTH)
+            w2_held = w2_held + (w2_t,)  # type: ignore[assignment]  # noqa: RUF005
         w1_held = ()
         for column in tl.static_range(TAPS // ROWS):
             w1_t = load_w1(w1, d, r, column, C_IN, WIDTH, TAPS, ROWS)
-            w1_held = w1_held + (w1_t,)  # noqa: RUF005
+            w1_held = w1_held + (w1_t,)  # type: ignore[assignment]  # noqa: RUF005
     for tile in range(split, TILES, splits):
         p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         hidden = p.to(tl.int64)[:, None] * WIDTH
