@@ -125,6 +125,7 @@ def _dh1_grid(s: Shape, arch: int) -> tuple[int, int, Constants]:
             WIDTH=s.width,
             TAPS=s.taps,
             ROWS=stored,
+            HELD=tile.held,
             BLOCK_P=tile.block_p,
             BLOCK_D=tile.block_d,
             BLOCK_K=tile.block_k,
@@ -214,7 +215,7 @@ def launch_network_backward(
     splits1, splits2, size = partial_sums(s, weights, x.device)
     if weights:
         partials = x.new_empty(size, dtype=torch.float32)
-        split = torch.split_with_sizes  # half the host's time of `Tensor.split`
+        split: Any = torch.split_with_sizes  # half the host's time of `Tensor.split`
         partial1, partial2 = split(partials, [splits1 * numbers1, splits2 * numbers2])
         dw1, dw2, db1 = split(partial1.view(splits1, numbers1), sums[:3], 1)
         dw3, db2, db3 = split(partial2.view(splits2, numbers2), sums[3:], 1)
