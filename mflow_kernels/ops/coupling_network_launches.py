@@ -27,7 +27,7 @@ from mflow_kernels.ops.coupling_network_tiles import (
     halo,
     partial_sums,
 )
-from mflow_kernels.ops.launch import architecture, launch
+from mflow_kernels.ops.launch import architecture, launch, on_gpu
 
 
 def pack(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
@@ -64,9 +64,11 @@ def launch_network(
     tile = forward_tile(s, architecture(x.device))
     edge = halo(s, tile.block_p)
     tiles = triton.cdiv(s.pixels, tile.block_p - 2 * edge)
+    columns = triton.cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)
+    first, second, third = s.flops
     launch(
         _network_kernel,
-        (tiles, triton.cdiv(s.tap_rows * s.c_out - tile.block_r, tile.block_j)),
+        (tiles, columns),
         x,
         w1,
         b1,
@@ -79,6 +81,7 @@ def launch_network(
         s.pixels,
         s.height,
         s.image_width,
+        flops=columns * (triton.cdiv(s.width, tile.block_d) * first + second) + third,
         C_IN=s.c_in,
         WIDTH=s.width,
         C_OUT=s.c_out,
@@ -156,6 +159,7 @@ def launch_network_backward(
     stored = dx_taps(s, tile1)
     taps = empty_images(x, blocks1 * stored * s.c_in)
     images = s.pixels, s.height, s.image_width
+    first, second, third = (2 * f if weights else f for f in s.flops)
     launch(
         _dh2_kernel,
         (splits2, blocks2),
@@ -169,6 +173,7 @@ def launch_network_backward(
         numbers2,
         *images,
         tiles2,
+        flops=third,
         WIDTH=s.width,
         C_OUT=s.c_out,
         TAPS=s.taps,
@@ -193,6 +198,7 @@ def launch_network_backward(
         numbers1,
         *images,
         tiles1,
+        flops=first + (second if s.sums[1] else s.flops[1]),
         C_IN=s.c_in,
         WIDTH=s.width,
         TAPS=s.taps,
@@ -241,6 +247,6 @@ def w2_gradient(dh2: Tensor, h1: Tensor) -> Tensor:
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a b, with a result in float32 that is not rounded to the dtype of 16-bit factors."""
-    if a.dtype != torch.float32 and a.is_cuda:
+    if a.dtype != torch.float32 and on_gpu(a.device):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -158,7 +158,7 @@ def plan(options: dict[str, Any]) -> Work:
     from mflow_kernels.data.prepared import is_prepared, open_prepared
     from mflow_kernels.data.splits import count_training_images
     from mflow_kernels.runs.config import TrainConfig
-    from mflow_kernels.training.memory import resolve_config
+    from mflow_kernels.training.memory import resolve_config, walk
     from mflow_kernels.training.plan import (
         describe_fit,
         describe_peak,
@@ -182,9 +182,11 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    parts = [describe_peak(resolved, gpu), describe_training(resolved, images)]
+    resolved.device = "cuda" if gpu else "cpu"
+    steps = walk(resolved)
+    parts = [describe_peak(resolved, steps), describe_training(resolved, steps, images)]
     if gpu_memory is not None:
-        parts.append(describe_fit(resolved, gpu_memory))
+        parts.append(describe_fit(resolved, steps, gpu_memory))
     return lambda: print("\n\n".join(parts))
 
 

@@ -1,0 +1,315 @@
+"""One account of what code does on a device: its kernels, their bytes and products, its memory.
+
+`Account` is a dispatch mode. On fake tensors of the CPU, which have no memory, it sees every
+operator that code calls and every launch of this package, and nothing is computed. With `gpu` the
+tensors stand for a GPU's. It counts under these rules:
+
+- Views, allocations and metadata are free.
+- Any other operator is one launch. It reads each tensor that it is given once and writes each
+  tensor that it returns or changes once. An expanded tensor has the bytes of its memory, not of its
+  shape.
+- A convolution is one launch of cuDNN, and its bias another, which reads and writes the result. Its
+  backward is one launch each for the gradients of input, weight and bias. `cudnn_convolution_relu`
+  is one launch, bias and ReLU included.
+- cuDNN runs in channels_last if its input or its weight is in channels_last. A tensor in the
+  other layout is converted first, one launch that reads and writes it.
+- `pixel_shuffle` and `pixel_unshuffle` are one copy, and their result is contiguous, as on CUDA.
+- Operators on uint8 alone handle the state of the host's random generator; they do not count.
+- A library call on small matrices (an inverse, a triangular solve) is one launch, which is a lower
+  bound.
+- Memory is that of the tensors which operators return, in the allocator's units, from the operator
+  that makes it until the last reference is gone. Memory inside of torch's operators and libraries
+  does not count.
+- A value that the host reads is 1 or True.
+"""
+
+import gc
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mflow_kernels.ops.launch import Walk, walking
+from mflow_kernels.ops.registration import COMPUTATIONS
+
+FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
+        "_local_scalar_dense", "_reshape_alias")  # fmt: skip
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation")
+UNIT = 512  # bytes; the CUDA allocator rounds up to multiples of it
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: of torch's operator or of the package's kernel.
+        read, written: bytes.
+        flops: floating point operations of products and convolutions, two for a multiplication and
+            its addition.
+        dtype: of its largest tensor, which determines how fast a GPU multiplies.
+    """
+
+    name: str
+    read: int
+    written: int
+    flops: int
+    dtype: torch.dtype
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+def nbytes(x: Tensor) -> int:
+    """Return the bytes of the memory behind a tensor's elements: an expanded axis counts once."""
+    numbers = math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s or n < 2)
+    return numbers * x.element_size()
+
+
+class Account(TorchDispatchMode):
+    """Counts the kernels and the memory of the code that runs inside of this context.
+
+    Args:
+        gpu: whether CPU tensors stand for a GPU's.
+
+    Attributes:
+        kernels: what a GPU launches, in order.
+        purpose: of the memory that is allocated next.
+        held: bytes in use now, by purpose; `at_peak` at the moment when most were in use.
+        changes: bytes that were allocated (positive) and freed (negative), in order.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        super().__init__()
+        self.gpu, self.purpose = gpu, ""
+        self.kernels: list[Kernel] = []
+        self.held, self.at_peak = Counter[str](), Counter[str]()
+        self.changes: list[int] = []
+        self._total = self._peak = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+
+    def add(self, name: str, read: list[Tensor], written: list[Tensor], flops: int = 0) -> None:
+        """Count one launch."""
+        tensors = [t for t in (*read, *written) if t.numel()]
+        if not tensors or all(t.dtype == torch.uint8 for t in tensors):
+            return
+        largest = max(tensors, key=nbytes)
+        sizes = (sum(map(nbytes, group)) for group in (read, written))
+        self.kernels.append(Kernel(name, *sizes, flops, largest.dtype))
+
+    def allocated(self, x: Tensor) -> None:
+        """Count the memory of x, unless it is known."""
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+        if self.gpu:
+            size = -(-size // UNIT) * UNIT
+        self._alive[key] = weakref.ref(storage, lambda _: self._freed(key)), self.purpose, size
+        self.held[self.purpose] += size
+        self.changes.append(size)
+        self._total += size
+        if self._total > self._peak:
+            self._peak, self.at_peak = self._total, self.held.copy()
+
+    def _freed(self, key: int) -> None:
+        _, purpose, size = self._alive.pop(key)
+        self.held[purpose] -= size
+        self.changes.append(-size)
+        self._total -= size
+
+    def belongs(self, x: Tensor, purpose: str) -> None:
+        """Say what the memory of x is for."""
+        key = x.untyped_storage()._cdata
+        reference, before, size = self._alive[key]
+        self._alive[key] = reference, purpose, size
+        self.held[before] -= size
+        self.held[purpose] += size
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        own = COMPUTATIONS.get(function._schema.name)
+        if own is not None:
+            with self:  # the tensors and launches inside of the operator
+                return own(*args, **kwargs)
+        if name == "equal":
+            return True
+        if name == "_local_scalar_dense":  # item()
+            return 1.0 if args[0].is_floating_point() else 1
+        out = getattr(self, f"_{name}", self._any)(function, *args, **kwargs)
+        if not _is_free_view(function):
+            for t in _tensors(out):
+                self.allocated(t)
+        return out
+
+    def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        name = function.overloadpacket.__name__
+        out = function(*args, **kwargs)
+        if _is_free(function):
+            return out
+        if name in ("pixel_shuffle", "pixel_unshuffle") and self.gpu:
+            out = out.contiguous()
+        given = list({id(t): t for t in (*_tensors(args), *_tensors(kwargs.values()))}.values())
+        written = [*_tensors(out)]
+        if not written and name.startswith(("_foreach", "_fused")):
+            written = [*_tensors(args[0])]
+        if name in ("copy_", "fill_", "zero_"):  # their target is not read
+            given = given[1:]
+        elif name == "_foreach_copy_":
+            written, given = args
+        flops = 2 * written[0].numel() * given[-1].shape[-2] if name in PRODUCTS else 0
+        self.add(name, given, written, flops)
+        return out
+
+    def _convert(self, x: Tensor, channels_last: bool) -> None:
+        """Count a copy if x is not in the layout that the convolution runs in."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        if not x.is_contiguous(memory_format=layout):
+            self.add("layout conversion", [x], [x])
+
+    def _convolution(
+        self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        y = self._convolved(x, weight, *rest)
+        self.add("convolution", [x, weight], [y], _flops(y, weight))
+        if bias is not None:
+            self.add("convolution bias", [y, bias], [y])
+        return y
+
+    def _cudnn_convolution_relu(
+        self, function: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any
+    ) -> Tensor:
+        stride, padding, dilation, groups = rest
+        y = self._convolved(x, weight, stride, padding, dilation, False, [0, 0], groups)
+        self.add("convolution, bias and ReLU", [x, weight, bias], [y], _flops(y, weight))
+        return y
+
+    def _convolved(self, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        last = _channels_last(x, weight)
+        for t in (x, weight):
+            self._convert(t, last)
+        on_meta = (torch.empty_like(t, device="meta") for t in (x, weight))
+        shape = torch.ops.aten.convolution.default(*on_meta, None, *rest).shape
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, memory_format=layout)
+
+    def _convolution_backward(
+        self, function: Any, dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        *_, (needs_x, needs_weight, needs_bias) = rest
+        last = _channels_last(x, weight)
+        for t in (dy, x, weight):
+            self._convert(t, last)
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = torch.empty_like(x)
+            self.add("convolution dx", [dy, weight], [dx], _flops(dy, weight))
+        if needs_weight:
+            dweight = torch.empty_like(weight)
+            self.add("convolution dw", [dy, x], [dweight], _flops(dy, weight))
+        if needs_bias:
+            dbias = dy.new_empty(dy.shape[1])
+            self.add("convolution db", [dy], [dbias])
+        return dx, dweight, dbias
+
+
+_aten = torch.ops.aten
+_NEW = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default,
+        _aten.new_empty.default)  # fmt: skip
+_QUICK = {
+    *_NEW, _aten.view.default, _aten.detach.default, _aten.select.int, _aten.slice.Tensor,
+    _aten.split_with_sizes.default, _aten.permute.default, _aten.expand.default, _aten.t.default,
+    _aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.unbind.int,
+    _aten._unsafe_view.default, _aten.diagonal.default,
+}  # fmt: skip
+
+
+class _QuickFakes(FakeTensorMode):
+    """`FakeTensorMode` that takes a quarter of the time for the operators of `_QUICK`, which have no
+    data and no device to look after. They are four fifths of a step's."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _QUICK or not all(isinstance(t, FakeTensor) for t in _tensors(args)):
+            return self.dispatch(func, types, args, kwargs)
+        if kwargs.get("device") not in (None, _CPU):
+            return self.dispatch(func, types, args, kwargs)
+        if func in _NEW:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        with in_kernel_invocation_manager(self):
+            out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            return FakeTensor(self, out, _CPU)
+        return [FakeTensor(self, t, _CPU) for t in out]
+
+
+_CPU = torch.device("cpu")
+
+
+@contextmanager
+def fake_account(gpu: bool) -> Iterator[Account]:
+    """An `Account` of code on tensors that are made within this context, which are fake."""
+    collects = gc.isenabled()
+    gc.disable()  # memory is freed where references end, on every walk at the same place
+    try:
+        account = Account(gpu)
+        walk = Walk(gpu, account.add)
+        with _QuickFakes(allow_non_fake_inputs=True), account, walking(walk):
+            yield account
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in an operator's arguments or results, which are lists at most."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Iterable) and not isinstance(tree, str):
+        for part in tree:
+            if isinstance(part, Tensor | list | tuple):
+                yield from _tensors(part)
+
+
+@cache
+def _is_free_view(function: Any) -> bool:
+    return function.is_view or function.overloadpacket.__name__ in ("detach", "alias", "set_")
+
+
+@cache
+def _is_free(function: Any) -> bool:
+    return function.is_view or function.overloadpacket.__name__.startswith(FREE)
+
+
+def _channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Return whether cuDNN runs a convolution in channels_last (torch's rule, ConvUtils.h)."""
+    return any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (x, weight)
+    )
+
+
+def _flops(y: Tensor, weight: Tensor) -> int:
+    return 2 * y.numel() * math.prod(weight.shape[1:])
