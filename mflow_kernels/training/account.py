@@ -27,11 +27,11 @@ import gc
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,33 +146,33 @@ class Account(TorchDispatchMode):
     ) -> Any:
         if function is torch.ops.prim.device.default:
             return args[0].fake_device
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        own = COMPUTATIONS.get(function._schema.name)
-        if own is not None:
+        rule, kwargs = _rule(function), kwargs or {}
+        if rule.own is not None:
             with self:  # the tensors and launches inside of the operator
-                return own(*args, **kwargs)
-        if name == "equal":
+                return rule.own(*args, **kwargs)
+        if rule.name == "equal":
             return True
-        if name == "_local_scalar_dense":  # item()
+        if rule.name == "_local_scalar_dense":  # item()
             return 1.0 if args[0].is_floating_point() else 1
-        out = getattr(self, f"_{name}", self._any)(function, *args, **kwargs)
-        if not _is_free_view(function):
-            for t in _tensors(out):
-                self.allocated(t)
+        if rule.is_view:
+            return function(*args, **kwargs)
+        count = _COUNTED.get(rule.name, Account._any)
+        out = count(self, function, *args, **kwargs)
+        for t in _tensors(out):
+            self.allocated(t)
         return out
 
     def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        name = function.overloadpacket.__name__
-        out = function(*args, **kwargs)
-        if _is_free(function):
+        rule = _rule(function)
+        name = rule.name
+        # An operator in place has no result to compute. Autograd counts the change of its tensor.
+        out = (args[0] if rule.returns else None) if rule.in_place else function(*args, **kwargs)
+        if rule.is_free:
             return out
         if name in ("pixel_shuffle", "pixel_unshuffle") and self.gpu:
             out = out.contiguous()
         given = list({id(t): t for t in (*_tensors(args), *_tensors(kwargs.values()))}.values())
-        written = [*_tensors(out)]
-        if not written and name.startswith(("_foreach", "_fused")):
-            written = [*_tensors(args[0])]
+        written = [*_tensors(args[0] if out is None else out)]
         if name in ("copy_", "fill_", "zero_"):  # their target is not read
             given = given[1:]
         elif name == "_foreach_copy_":
@@ -268,6 +268,13 @@ class _QuickFakes(FakeTensorMode):
 _CPU = torch.device("cpu")
 
 
+_COUNTED = {
+    "convolution": Account._convolution,
+    "convolution_backward": Account._convolution_backward,
+    "cudnn_convolution_relu": Account._cudnn_convolution_relu,
+}
+
+
 @contextmanager
 def fake_account(gpu: bool) -> Iterator[Account]:
     """An `Account` of code on tensors that are made within this context, which are fake."""
@@ -293,14 +300,41 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
                 yield from _tensors(part)
 
 
-@cache
-def _is_free_view(function: Any) -> bool:
-    return function.is_view or function.overloadpacket.__name__ in ("detach", "alias", "set_")
+class _Rule(NamedTuple):
+    """How to count an operator.
+
+    Attributes:
+        own: the computation of one of the package's operators.
+        is_view: its result has the memory of its argument.
+        is_free: it reads and writes no memory.
+        in_place: it changes numbers of its first argument, and returns it if `returns`.
+    """
+
+    name: str
+    own: Callable[..., Any] | None
+    is_view: bool
+    is_free: bool
+    in_place: bool
+    returns: bool
 
 
 @cache
-def _is_free(function: Any) -> bool:
-    return function.is_view or function.overloadpacket.__name__.startswith(FREE)
+def _rule(function: Any) -> _Rule:
+    name, schema = function.overloadpacket.__name__, function._schema
+    is_view = function.is_view or name in ("detach", "alias", "set_")
+    alias = schema.arguments[0].alias_info if schema.arguments else None
+    in_place = alias is not None and alias.is_write and function.namespace == "aten"
+    return _Rule(
+        name,
+        COMPUTATIONS.get(schema.name),
+        is_view,
+        is_view or name.startswith(FREE),
+        in_place and name not in _RESHAPES and not is_view,
+        bool(schema.returns),
+    )
+
+
+_RESHAPES = ("resize_", "as_strided_", "t_", "transpose_", "squeeze_", "unsqueeze_", "detach_")
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> bool:

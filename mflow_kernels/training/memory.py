@@ -105,7 +105,10 @@ def _walk(config: RunConfig, stage: int) -> Step:
         account.purpose = OPTIMIZER
         moments = [p for each in stages[: stage + 1] for p in each.parameters()]
         optimizer = torch.optim.AdamW(moments, fused=True)
-        _update(config, optimizer, [(p, averages[id(p)]) for p in moments], account)
+        for p in moments:
+            names = ("exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {name: torch.empty_like(p) for name in names}
+            optimizer.state[p]["step"] = torch.empty(())
         parameters = [p for each in trained for p in each.parameters()]
         for p in parameters:
             p.register_post_accumulate_grad_hook(
@@ -123,7 +126,7 @@ def _walk(config: RunConfig, stage: int) -> Step:
             loss.backward()
             del loss
         pairs = [(p, averages[id(p)]) for p in parameters]
-        _update(config, optimizer, pairs, account)
+        _update(config, optimizer, pairs)
         count = sum(p.numel() for p in stages[stage].parameters())
         peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
         return Step(stage, count, account.kernels, peak)
@@ -134,7 +137,17 @@ def empty_model(config: RunConfig, account: Account) -> HierarchicalFlow:
     account.purpose = PARAMETERS
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         model = build_model(config)
-    return model.to_empty(device="cpu")
+
+    def fake(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(fake(p), p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else fake(b)
+    return model
 
 
 def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
@@ -159,21 +172,14 @@ def _update(
     config: RunConfig,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[tuple[nn.Parameter, Tensor]],
-    account: Account,
 ) -> None:
-    """Update the parameters and their averages (pairs). Parameters without gradients get some."""
+    """Update the parameters and their averages (pairs)."""
     parameters, averages = map(list, zip(*pairs, strict=True))
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-    gradients = [cast(Tensor, p.grad) for p in parameters]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
     nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-    del gradients
     optimizer.step()
     with torch.no_grad():
         get_ema_multi_avg_fn(config.ema_decay)(averages, parameters, 1)
-    optimizer.zero_grad()
 
 
 def checkpoint_bytes(config: RunConfig, steps: Sequence[Step]) -> int:
