@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mflow_kernels.ops.launch import is_walked, noted, on_gpu, transformed
+from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.layouts import dense_pixels, net_input
 from mflow_kernels.ops.partial_sums import empty_partial_sums
 from mflow_kernels.ops.scale import ScaleFunction
@@ -38,10 +38,9 @@ def serves(x: Tensor) -> bool:
         _C is not None
         and not torch.compiler.is_compiling()
         and not transformed()
-        and (type(x) is Tensor or is_walked())
+        and type(x) is Tensor
         and x.dtype in (torch.float32, torch.float64)
-        and x.device.type == "cpu"
-        and not on_gpu(x.device)
+        and (is_walked() if x.is_meta else x.device.type == "cpu")
     )
 
 

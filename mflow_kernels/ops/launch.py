@@ -40,7 +40,7 @@ def uses_triton(x: Tensor) -> bool:
 
 
 class Walk(NamedTuple):
-    """A walk through code on fake tensors of the CPU, which have no memory.
+    """A walk through code on meta tensors, which have no memory.
 
     Attributes:
         gpu: whether these tensors stand for a GPU's. Code then takes the paths that it takes there.

@@ -43,7 +43,7 @@ from mflow_kernels.ops.checks import (
     check_tensor,
 )
 from mflow_kernels.ops.cpu import _C
-from mflow_kernels.ops.launch import noted, on_gpu, transformed
+from mflow_kernels.ops.launch import is_walked, noted, transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI, Rho, check_rho, penalty_function
 from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.registration import operator, refuse_second_derivative, register
@@ -134,7 +134,7 @@ def _native(device: torch.device) -> ModuleType | None:
     """The extension if it has kernels for `device`; None if the reference must run."""
     if transformed() or (device.type == "cuda" and _why_not_cuda(device)):
         return None
-    return _C if device.type in ("cpu", "cuda") else None
+    return _C if device.type in ("cpu", "cuda") or is_walked() else None
 
 
 def _must_widen(input: Tensor) -> bool:
@@ -167,9 +167,7 @@ def _launch(
 def _check_weight_values(weight: Tensor | None) -> None:
     # Reading a GPU tensor's values would make the host wait at every call. Under a transform there
     # are no values to read.
-    if weight is None or weight.device.type != "cpu" or on_gpu(weight.device):
-        return
-    if weight.numel() and not transformed():
+    if weight is not None and weight.device.type == "cpu" and weight.numel() and not transformed():
         low, high = (v.item() for v in weight.aminmax())
         if not (low >= 0 and high < math.inf):
             raise ValueError(

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from mflow_kernels.ops.launch import capturing
@@ -127,8 +126,7 @@ class RerunCall:
             )
         if capturing(module_input.device):
             self._check_capturable()
-        empty = module_input.is_meta or isinstance(module_input, FakeTensor)  # nothing to compare
-        if (self.known is None or self.known.draws is None) and not empty:
+        if (self.known is None or self.known.draws is None) and not module_input.is_meta:
             return self._run_seen(module_input, context)
         known = self.known
         if known is not None and known.keeps_graph:

@@ -1,8 +1,8 @@
 """One account of what code does on a device: its kernels, their bytes and products, its memory.
 
-`Account` is a dispatch mode. On fake tensors of the CPU, which have no memory, it sees every
-operator that code calls and every launch of this package, and nothing is computed. With `gpu` the
-tensors stand for a GPU's. It counts under these rules:
+`Account` is a dispatch mode. On meta tensors, which have no memory, it sees every operator that
+code calls and every launch of this package, and nothing is computed. (Fake tensors know devices and
+autocast, but take ten times as long.) It counts under these rules:
 
 - Views, allocations and metadata are free.
 - Any other operator is one launch. It reads each tensor that it is given once and writes each
@@ -34,12 +34,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
-)
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops.launch import Walk, walking
@@ -144,8 +141,6 @@ class Account(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.ops.prim.device.default:
-            return args[0].fake_device
         rule, kwargs = _rule(function), kwargs or {}
         if rule.own is not None:
             with self:  # the tensors and launches inside of the operator
@@ -211,7 +206,7 @@ class Account(TorchDispatchMode):
         on_meta = (torch.empty_like(t, device="meta") for t in (x, weight))
         shape = torch.ops.aten.convolution.default(*on_meta, None, *rest).shape
         layout = torch.channels_last if last else torch.contiguous_format
-        return torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
     def _convolution_backward(
         self, function: Any, dy: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *rest: Any
@@ -233,41 +228,6 @@ class Account(TorchDispatchMode):
         return dx, dweight, dbias
 
 
-_aten = torch.ops.aten
-_NEW = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default,
-        _aten.new_empty.default)  # fmt: skip
-_QUICK = {
-    *_NEW, _aten.view.default, _aten.detach.default, _aten.select.int, _aten.slice.Tensor,
-    _aten.split_with_sizes.default, _aten.permute.default, _aten.expand.default, _aten.t.default,
-    _aten.transpose.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.unbind.int,
-    _aten._unsafe_view.default, _aten.diagonal.default,
-}  # fmt: skip
-
-
-class _QuickFakes(FakeTensorMode):
-    """`FakeTensorMode` that takes a quarter of the time for the operators of `_QUICK`, which have no
-    data and no device to look after. They are four fifths of a step's."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _QUICK or not all(isinstance(t, FakeTensor) for t in _tensors(args)):
-            return self.dispatch(func, types, args, kwargs)
-        if kwargs.get("device") not in (None, _CPU):
-            return self.dispatch(func, types, args, kwargs)
-        if func in _NEW:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        with in_kernel_invocation_manager(self):
-            out = func(*args, **kwargs)
-        if isinstance(out, Tensor):
-            return FakeTensor(self, out, _CPU)
-        return [FakeTensor(self, t, _CPU) for t in out]
-
-
-_CPU = torch.device("cpu")
-
-
 _COUNTED = {
     "convolution": Account._convolution,
     "convolution_backward": Account._convolution_backward,
@@ -275,15 +235,39 @@ _COUNTED = {
 }
 
 
+class _Autocast(TorchFunctionMode):
+    """Casts the arguments of products as autocast does, which knows no meta tensors."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _CAST and torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+
+            def cast(value: Any) -> Any:
+                floats = isinstance(value, Tensor) and value.dtype == torch.float32
+                return value.to(dtype) if floats else value
+
+            args = tuple(map(cast, args))
+            kwargs = {name: cast(value) for name, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+_CAST = {
+    F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, Tensor.matmul,
+    Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
+
+
 @contextmanager
-def fake_account(gpu: bool) -> Iterator[Account]:
-    """An `Account` of code on tensors that are made within this context, which are fake."""
-    collects = gc.isenabled()
+def meta_account(gpu: bool) -> Iterator[Account]:
+    """An `Account` of code on meta tensors, which stand for a GPU's or a CPU's."""
+    account, collects = Account(gpu), gc.isenabled()
     gc.disable()  # memory is freed where references end, on every walk at the same place
     try:
-        account = Account(gpu)
-        walk = Walk(gpu, account.add)
-        with _QuickFakes(allow_non_fake_inputs=True), account, walking(walk):
+        with _Autocast(), account, walking(Walk(gpu, account.add)):
             yield account
     finally:
         if collects:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mflow_kernels import Glow, HierarchicalFlow, VectorFlow
 from mflow_kernels.data.dequantization import dequantize
@@ -23,7 +22,7 @@ from mflow_kernels.evaluation.likelihood import stage_sums
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training.account import Account, Kernel, fake_account
+from mflow_kernels.training.account import Kernel, meta_account
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
@@ -96,25 +95,24 @@ def highest(steps: Sequence[Step]) -> Step:
 
 
 def _walk(config: RunConfig, stage: int) -> Step:
-    with fake_account(config.device != "cpu") as account:
-        model = empty_model(config, account)
+    model = empty_model(config)
+    with meta_account(config.device != "cpu") as account:
+        account.purpose = PARAMETERS
+        for t in (*model.parameters(), *model.buffers()):
+            account.allocated(t)
         stages = list(model.stages)
         trained = stages[: stage + 1] if config.release else [stages[stage]]
         account.purpose = AVERAGE
-        averages = {id(t): torch.empty_like(t) for t in (*model.parameters(), *model.buffers())}
+        average = [torch.empty_like(t) for t in (*model.parameters(), *model.buffers())]
         account.purpose = OPTIMIZER
-        moments = [p for each in stages[: stage + 1] for p in each.parameters()]
-        optimizer = torch.optim.AdamW(moments, fused=True)
-        for p in moments:
-            names = ("exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {name: torch.empty_like(p) for name in names}
-            optimizer.state[p]["step"] = torch.empty(())
+        moments = [
+            torch.empty_like(p) for each in stages[: stage + 1] for p in (*each.parameters(),) * 2
+        ]
         parameters = [p for each in trained for p in each.parameters()]
         for p in parameters:
             p.register_post_accumulate_grad_hook(
                 lambda p: account.belongs(cast(Tensor, p.grad), GRADIENTS)
             )
-        account.kernels.clear()
         account.purpose = FORWARD
         images, context = _batch(config)
         x = dequantize(images, config.n_bits)
@@ -125,36 +123,29 @@ def _walk(config: RunConfig, stage: int) -> Step:
             account.purpose = BACKWARD
             loss.backward()
             del loss
-        pairs = [(p, averages[id(p)]) for p in parameters]
-        _update(config, optimizer, pairs)
+        gradients = [cast(Tensor, p.grad) for p in parameters]
+        account.add("norm of the gradients", gradients, [])
+        account.add("clip", gradients, gradients)
+        own = moments[-2 * len(parameters) :]
+        account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
+        account.add("average", [*parameters, *parameters], parameters)
+        del average
         count = sum(p.numel() for p in stages[stage].parameters())
         peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
         return Step(stage, count, account.kernels, peak)
 
 
-def empty_model(config: RunConfig, account: Account) -> HierarchicalFlow:
-    """Return the model of a configuration on fake tensors."""
-    account.purpose = PARAMETERS
-    with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
-        model = build_model(config)
-
-    def fake(t: Tensor) -> Tensor:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(fake(p), p.requires_grad)
-        for name, b in module._buffers.items():
-            module._buffers[name] = None if b is None else fake(b)
-    return model
+def empty_model(config: RunConfig) -> HierarchicalFlow:
+    """Return the model of a configuration on meta tensors."""
+    with torch.device("meta"):
+        return build_model(config)
 
 
 def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
-    images = torch.empty(config.batch_size, *config.image_shape, dtype=torch.uint8)
+    images = torch.empty(config.batch_size, *config.image_shape, dtype=torch.uint8, device="meta")
     if not config.class_names:
         return images, None
-    return images, torch.empty(config.batch_size, dtype=torch.int64)
+    return images, torch.empty(config.batch_size, dtype=torch.int64, device="meta")
 
 
 def _loss(
@@ -168,24 +159,9 @@ def _loss(
     return terms.loss.mean()
 
 
-def _update(
-    config: RunConfig,
-    optimizer: torch.optim.Optimizer,
-    pairs: Sequence[tuple[nn.Parameter, Tensor]],
-) -> None:
-    """Update the parameters and their averages (pairs)."""
-    parameters, averages = map(list, zip(*pairs, strict=True))
-    norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
-    nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
-    optimizer.step()
-    with torch.no_grad():
-        get_ema_multi_avg_fn(config.ema_decay)(averages, parameters, 1)
-
-
 def checkpoint_bytes(config: RunConfig, steps: Sequence[Step]) -> int:
     """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments."""
-    with torch.device("meta"):
-        model = build_model(config)
+    model = empty_model(config)
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return 2 * weights + 8 * sum(step.parameters for step in steps)
 
@@ -196,8 +172,10 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     Networks compute in float32 and nothing is differentiated.
     """
     one = dataclasses.replace(config, batch_size=batch)
-    with fake_account(config.device != "cpu") as account, torch.no_grad():
-        model = empty_model(one, account).requires_grad_(False).eval()
+    model = empty_model(one).requires_grad_(False).eval()
+    with meta_account(config.device != "cpu") as account, torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            account.allocated(t)
         images, context = _batch(one)
         stage_sums(model, dequantize(images, config.n_bits), context)
         return account.at_peak.total()
