@@ -166,7 +166,7 @@ def stage_sums(model: HierarchicalFlow, x: Tensor, context: Tensor | None) -> Te
         u = stage.encode(u, context=context)
         outside = outside + terms.off_manifold
         logdet = logdet + terms.logdet
-        projected = model.project(x, stages=index + 1, context=context)
+        projected = model.decode(u, stages=index + 1, context=context)
         squared = (projected.clamp(-0.5, 0.5) - x).square().flatten(1).mean(1)
         parts = terms.on_manifold, outside, logdet, squared
         sums.append(torch.stack([part.double().sum() for part in parts]))

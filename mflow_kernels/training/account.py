@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mflow_kernels.ops.launch import Walk, walking
@@ -235,30 +234,42 @@ _COUNTED = {
 }
 
 
-class _Autocast(TorchFunctionMode):
-    """Casts the arguments of products as autocast does, which knows no meta tensors."""
+@contextmanager
+def _casting_layers() -> Iterator[None]:
+    """Within this context, torch's layers cast their arguments as autocast does, which knows no meta
+    tensors. A mode of torch functions would be off in backward passes."""
+    # Autocast casts a weight once, and the graph holds the result.
+    weights = weakref.WeakValueDictionary[int, Tensor]()
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function in _CAST and torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+    def cast(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_meta:
+            return x
+        dtype = torch.get_autocast_dtype("cpu")
+        if not (x.is_leaf and x.requires_grad and torch.is_autocast_cache_enabled()):
+            return x.to(dtype)
+        if (known := weights.get(id(x))) is None:
+            known = weights[id(x)] = x.to(dtype)
+        return known
 
-            def cast(value: Any) -> Any:
-                floats = isinstance(value, Tensor) and value.dtype == torch.float32
-                return value.to(dtype) if floats else value
+    def casting(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
+            return layer(*args, **kwargs)
 
-            args = tuple(map(cast, args))
-            kwargs = {name: cast(value) for name, value in kwargs.items()}
-        return function(*args, **kwargs)
+        return run
+
+    layers = {name: getattr(F, name) for name in _LAYERS}
+    try:
+        for name, layer in layers.items():
+            setattr(F, name, casting(layer))
+        yield
+    finally:
+        for name, layer in layers.items():
+            setattr(F, name, layer)
 
 
-_CAST = {
-    F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.matmul, Tensor.matmul,
-    Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
-    F.scaled_dot_product_attention,
-}  # fmt: skip
+_LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention")
 
 
 @contextmanager
@@ -267,7 +278,7 @@ def meta_account(gpu: bool) -> Iterator[Account]:
     account, collects = Account(gpu), gc.isenabled()
     gc.disable()  # memory is freed where references end, on every walk at the same place
     try:
-        with _Autocast(), account, walking(Walk(gpu, account.add)):
+        with _casting_layers(), account, walking(Walk(gpu, account.add)):
             yield account
     finally:
         if collects:
