@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.reports import step_counts  # before anything of mflow_kernels
+from benchmarks.reports import step_counts
 
 import torch  # isort: skip
 from torch import nn  # isort: skip

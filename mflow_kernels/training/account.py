@@ -20,7 +20,7 @@ autocast, but take ten times as long.) It counts under these rules:
 - Memory is that of the tensors which operators return, in the allocator's units, from the operator
   that makes it until the last reference is gone. Memory inside of torch's operators and libraries
   does not count.
-- A value that the host reads is 1 or True.
+- A value that the host reads from a meta tensor is 1 or True.
 """
 
 import gc
@@ -80,7 +80,7 @@ class Account(TorchDispatchMode):
     """Counts the kernels and the memory of the code that runs inside of this context.
 
     Args:
-        gpu: whether CPU tensors stand for a GPU's.
+        gpu: whether the tensors stand for a GPU's.
 
     Attributes:
         kernels: what a GPU launches, in order.
@@ -144,9 +144,7 @@ class Account(TorchDispatchMode):
         if rule.own is not None:
             with self:  # the tensors and launches inside of the operator
                 return rule.own(*args, **kwargs)
-        if rule.name == "equal":
-            return True
-        if rule.name == "_local_scalar_dense":  # item()
+        if rule.name == "_local_scalar_dense" and args[0].is_meta:  # item()
             return 1.0 if args[0].is_floating_point() else 1
         if rule.is_view:
             return function(*args, **kwargs)
@@ -156,13 +154,18 @@ class Account(TorchDispatchMode):
             self.allocated(t)
         return out
 
-    def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return an operator's results. One in place has none to compute on meta tensors."""
         rule = _rule(function)
-        name = rule.name
-        # An operator in place has no result to compute. Autograd counts the change of its tensor.
-        out = (args[0] if rule.returns else None) if rule.in_place else function(*args, **kwargs)
+        if rule.in_place:
+            return args[0] if rule.returns else None
+        return function(*args, **kwargs)
+
+    def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        rule, out = _rule(function), self.run(function, args, kwargs)
         if rule.is_free:
             return out
+        name = rule.name
         if name in ("pixel_shuffle", "pixel_unshuffle") and self.gpu:
             out = out.contiguous()
         given = list({id(t): t for t in (*_tensors(args), *_tensors(kwargs.values()))}.values())
@@ -273,13 +276,13 @@ _LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention
 
 
 @contextmanager
-def meta_account(gpu: bool) -> Iterator[Account]:
-    """An `Account` of code on meta tensors, which stand for a GPU's or a CPU's."""
-    account, collects = Account(gpu), gc.isenabled()
+def counting(account: Account) -> Iterator[None]:
+    """Within this context, the account sees operators and launches."""
+    collects = gc.isenabled()
     gc.disable()  # memory is freed where references end, on every walk at the same place
     try:
-        with _casting_layers(), account, walking(Walk(gpu, account.add)):
-            yield account
+        with _casting_layers(), account, walking(Walk(account.gpu, account.add)):
+            yield
     finally:
         if collects:
             gc.enable()

@@ -22,7 +22,7 @@ from mflow_kernels.evaluation.likelihood import stage_sums
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training.account import Kernel, meta_account
+from mflow_kernels.training.account import Account, Kernel, counting
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
@@ -86,7 +86,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 
 def walk(config: RunConfig) -> list[Step]:
     """Walk through a training step of each stage of a configuration."""
-    return [_walk(config, stage) for stage in range(len(config.stages))]
+    return [step_of(config, stage) for stage in range(len(config.stages))]
 
 
 def highest(steps: Sequence[Step]) -> Step:
@@ -94,9 +94,11 @@ def highest(steps: Sequence[Step]) -> Step:
     return max(steps, key=lambda step: step.total)
 
 
-def _walk(config: RunConfig, stage: int) -> Step:
+def step_of(config: RunConfig, stage: int, account: Account | None = None) -> Step:
+    """Walk through a training step of one stage, with a new account or the given one."""
     model = empty_model(config)
-    with meta_account(config.device != "cpu") as account:
+    account = account or Account(config.device != "cpu")
+    with counting(account):
         account.purpose = PARAMETERS
         for t in (*model.parameters(), *model.buffers()):
             account.allocated(t)
@@ -173,7 +175,8 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
     """
     one = dataclasses.replace(config, batch_size=batch)
     model = empty_model(one).requires_grad_(False).eval()
-    with meta_account(config.device != "cpu") as account, torch.no_grad():
+    account = Account(config.device != "cpu")
+    with counting(account), torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             account.allocated(t)
         images, context = _batch(one)
@@ -184,18 +187,20 @@ def evaluation_memory(config: RunConfig, batch: int) -> int:
 def largest_batch(config: RunConfig, memory: int, steps: Sequence[Step]) -> int:
     """Return the largest batch whose predicted peak fits in `memory` bytes; 0 if none does.
 
-    A second walk, with a batch that nearly fits, shows how memory grows with the batch.
+    A second walk, with a batch that nearly fits, shows how a step's memory grows with the batch.
 
     Args:
         steps: `walk(config)`.
     """
-    fixed = (PARAMETERS, AVERAGE, OPTIMIZER, GRADIENTS)
-    here = highest(steps)
-    constant = sum(here.peak[purpose] for purpose in fixed)
     size = config.batch_size
-    other = max(2, int(size * (memory - constant) / (here.total - constant)))
-    if other == size:
-        other += 1
-    there = highest(walk(dataclasses.replace(config, batch_size=other, accumulate=1)))
+
+    def fitting(step: Step) -> float:
+        growing = step.peak[FORWARD] + step.peak[BACKWARD]
+        return size * (memory - step.total + growing) / growing
+
+    here = min(steps, key=fitting)
+    other = max(2, int(fitting(here)))
+    other += other == size
+    there = step_of(dataclasses.replace(config, batch_size=other, accumulate=1), here.stage)
     for_one = (there.total - here.total) / (other - size)
     return max(0, int(size + (memory - here.total) / for_one))
