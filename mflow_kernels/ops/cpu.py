@@ -151,9 +151,7 @@ def spline_backward(
     """Compute `rational_quadratic.transform_backward_ref`, with dlogdet (N,)."""
     x, params, dtype = dense_pixels(x), dense_pixels(params), x.dtype
     dx, dparams = torch.empty_like(x), torch.empty_like(params, dtype=dtype)
-    _run(
-        "spline_backward", identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse
-    )
+    _run("spline_backward", identity, dy, dlogdet, x, params, dx, dparams, spline_args, inverse)
     return dx, dparams.to(params.dtype)
 
 

@@ -131,9 +131,7 @@ def cusolver() -> Iterator[None]:
 _cusolver_warned = False
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **options: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: int = 0, **options: Any) -> None:
     """Launch `kernel` on the device of its first argument and on that device's current stream.
 
     Triton itself launches on the current device, which may be another one. A fake tensor has no

@@ -16,7 +16,9 @@ def written_arguments(kernel: Any) -> tuple[bool, ...]:
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(tree, ast.FunctionDef)
     names = [argument.arg for argument in tree.args.args]
-    behind: dict[str, set[str]] = {name: set() for name in names}  # names that a variable is made of
+    behind: dict[str, set[str]] = {
+        name: set() for name in names
+    }  # names that a variable is made of
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -25,7 +27,9 @@ def written_arguments(kernel: Any) -> tuple[bool, ...]:
     written: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            for name in (name for address in _stored(node, function) for name in _addresses(address)):
+            for name in (
+                name for address in _stored(node, function) for name in _addresses(address)
+            ):
                 written |= _closure(name, behind)
     return tuple(name in written for name in names)
 

@@ -169,7 +169,8 @@ class Account(TorchDispatchMode):
         if name in ("pixel_shuffle", "pixel_unshuffle") and self.gpu:
             out = out.contiguous()
         given = list({id(t): t for t in (*_tensors(args), *_tensors(kwargs.values()))}.values())
-        written = [*_tensors(args[0] if out is None else out)]
+        in_lists = out is None and name.startswith(("_foreach", "_fused"))
+        written = [*_tensors(args[0] if in_lists else out)]
         if name in ("copy_", "fill_", "zero_"):  # their target is not read
             given = given[1:]
         elif name == "_foreach_copy_":

@@ -155,9 +155,7 @@ def _loss(
 ) -> Tensor:
     dtype = getattr(torch, config.precision)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        terms, _ = model.terms_and_log_prob(
-            x, stage=stage, release=config.release, context=context
-        )
+        terms, _ = model.terms_and_log_prob(x, stage=stage, release=config.release, context=context)
     return terms.loss.mean()
 
 
