@@ -47,8 +47,8 @@ from mflow_kernels.ops import coupling_network_tiles
 from mflow_kernels.ops.coupling_network_tiles import Shape
 from mflow_kernels.ops.written import written_arguments
 from mflow_kernels.runs.presets import PRESETS
-from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.account import nbytes
+from mflow_kernels.training.cards import CARDS
 
 MULTIPROCESSORS = (108, 114, 128, 132)  # A100, H100 PCIe, RTX 4090, H100 SXM
 

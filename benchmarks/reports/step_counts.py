@@ -1,7 +1,7 @@
 """Count every kernel that a GPU would run, without a GPU.
 
-`count(function)` runs a function on CPU tensors and returns one `Placed` kernel for each launch that
-the same code would make on CUDA, by the rules of `training.account`.
+`count(function)` runs a function on CPU tensors and returns one `Placed` kernel for each launch
+that the same code would make on CUDA, by the rules of `training.account`.
 
 Convolutions, and operators on large states, compute nothing. They return memory that is never
 written, in the layout that CUDA gives, so that a count of a large model takes seconds and little

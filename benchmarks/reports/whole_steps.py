@@ -7,8 +7,8 @@ The count includes the coupling networks. The same model in other packages is co
 counts three tasks of one Glow in every package, with the same weights: the second training step
 (forward and backward, without the optimizer), sampling, and evaluation (the forward pass without
 gradients).
-The docstring of `mflow_kernels/training/account.py` has the rules of the count. "over plain" is the ratio of bytes
-to those of plain eager PyTorch in the same dtypes.
+The docstring of `mflow_kernels/training/account.py` has the rules of the count. "over plain" is
+the ratio of bytes to those of plain eager PyTorch in the same dtypes.
 
 The lower bound of a card is a sum over kernels. Each kernel takes at least the time that its bytes
 take at the card's published bandwidth, and at least the time that its products take at the card's

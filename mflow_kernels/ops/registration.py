@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mflow_kernels.ops.launch import transformed
 
-
-# The computation of each operator by its name, which fake tensors bypass. A walk runs it instead.
+# The computation of each operator by its name. A walk runs it where meta tensors would skip it.
 COMPUTATIONS: dict[str, Callable[..., Any]] = {}
 
 

@@ -41,16 +41,16 @@ def _stored(call: ast.Call, function: Callable[..., Any]) -> list[ast.expr]:
     called = function.__globals__.get(call.func.id) if isinstance(call.func, ast.Name) else None
     if not inspect.isfunction(getattr(called, "fn", called)):
         return []
-    return [a for a, is_written in zip(call.args, written_arguments(called)) if is_written]
+    pairs = zip(call.args, written_arguments(called), strict=False)  # others are named
+    return [argument for argument, is_written in pairs if is_written]
 
 
 def _addresses(expression: ast.AST) -> set[str]:
     """The names in an expression, without those that are only loaded from."""
     if isinstance(expression, ast.Name):
         return {expression.id}
-    if isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
-        if expression.func.attr == "load":
-            return set()
+    if isinstance(expression, ast.Call) and getattr(expression.func, "attr", "") == "load":
+        return set()
     return {name for child in ast.iter_child_nodes(expression) for name in _addresses(child)}
 
 

@@ -240,8 +240,8 @@ _COUNTED = {
 
 @contextmanager
 def _casting_layers() -> Iterator[None]:
-    """Within this context, torch's layers cast their arguments as autocast does, which knows no meta
-    tensors. A mode of torch functions would be off in backward passes."""
+    """Within this context, torch's layers cast meta tensors as autocast would, which does not know
+    them. A mode of torch functions would be off in backward passes."""
     # Autocast casts a weight once, and the graph holds the result.
     weights = weakref.WeakValueDictionary[int, Tensor]()
 

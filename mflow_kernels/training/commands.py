@@ -182,7 +182,6 @@ def plan(options: dict[str, Any]) -> Work:
     there = config.device == "auto" and torch.cuda.is_available()
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
-    resolved.device = "cuda" if gpu else "cpu"
     steps = walk(resolved)
     parts = [describe_peak(resolved, steps), describe_training(resolved, steps, images)]
     if gpu_memory is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mflow_kernels import Glow, HierarchicalFlow, VectorFlow
 from mflow_kernels.data.dequantization import dequantize
@@ -60,6 +60,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
     Args:
         config: configuration to check; its `data` may be empty.
         channels: channels of the images; by default 3, or those of the named data set.
+        gpu: whether it trains on a GPU, whatever its device says.
 
     Raises:
         ValueError: a value is out of range (the message names the first one), or the number of
@@ -73,6 +74,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
         raise ValueError(f"channels: expected at least 1, got {channels}")
     size = config.image_size or default_size
     resolved = config.resolve((channels, size, size))
+    resolved.device = "cuda" if gpu else "cpu"
     if config.classes is not None:
         classes = range(count_classes(config.data, config.classes))
         resolved = dataclasses.replace(resolved, class_names=list(map(str, classes)))

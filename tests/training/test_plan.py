@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mflow_kernels.training.coupling_shapes import coupling_shapes
+from mflow_kernels.training.step_kernels import flow_step, training_step
 from tiny_runs import TINY, refused, write_images, zip_up
 
 from mflow_kernels.data.splits import count_training_images, load_splits
@@ -16,7 +18,6 @@ from mflow_kernels.runs.folder import read_config
 from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.coupling_shapes import coupling_shapes
 from mflow_kernels.training.plan import (
     ROOFLINE_SHARE,
     checkpoint_bytes,
@@ -25,7 +26,6 @@ from mflow_kernels.training.plan import (
     optimizer_steps,
     parse_memory,
 )
-from mflow_kernels.training.step_kernels import flow_step, training_step
 
 ROOT = Path(__file__).parents[2]
 
