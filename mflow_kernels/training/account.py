@@ -37,13 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mflow_kernels.ops.launch import Walk, walking
 from mflow_kernels.ops.registration import COMPUTATIONS
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "resize_", "set_", "_unsafe_view",
         "_local_scalar_dense", "_reshape_alias")  # fmt: skip
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_addmm_activation")
 UNIT = 512  # bytes; the CUDA allocator rounds up to multiples of it
 
 
@@ -175,7 +175,11 @@ class Account(TorchDispatchMode):
             given = given[1:]
         elif name == "_foreach_copy_":
             written, given = args
-        flops = 2 * written[0].numel() * given[-1].shape[-2] if name in PRODUCTS else 0
+        formula, flops = flop_registry.get(function.overloadpacket), 0
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+        elif name == "_addmm_activation":
+            flops = 2 * out.numel() * args[1].shape[-1]
         self.add(name, given, written, flops)
         return out
 
@@ -259,10 +263,13 @@ def _casting_layers() -> Iterator[None]:
         def run(*args: Any, **kwargs: Any) -> Tensor:
             if torch.is_autocast_enabled("cpu"):
                 args, kwargs = tuple(map(cast, args)), {k: cast(v) for k, v in kwargs.items()}
+            if args[0].is_meta and layer is attention and len(args) == 3 and not kwargs:
+                return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
             return layer(*args, **kwargs)
 
         return run
 
+    attention = F.scaled_dot_product_attention  # on the meta device it would not be a fused one
     layers = {name: getattr(F, name) for name in _LAYERS}
     try:
         for name, layer in layers.items():
