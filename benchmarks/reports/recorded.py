@@ -6,7 +6,7 @@ model of 1024x1024 images takes seconds and 3 GB.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast, get_args
 from unittest import mock
@@ -116,7 +116,9 @@ class _Networks(Account):
         super().__init__(gpu=True)
         self.found = Counter[Network]()
 
-    def add(self, name: str, read: list[Tensor], written: list[Tensor], flops: int = 0) -> None:
+    def add(
+        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
+    ) -> None:
         if name == "network_kernel" and len(written) == 3:  # it keeps h1 and h2 for its gradient
             x, (sums, h1, _) = read[0], written
             side = x.shape[2] if x.dim() == 4 else None

@@ -8,7 +8,7 @@ written, in the layout that CUDA gives, so that a count of a large model takes s
 memory. Values are therefore meaningless; shapes, dtypes and layouts are those of a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,9 @@ class _Counter(Account):
         self.part: str | None = None  # of the network that runs; None outside of networks
         self.images = images
 
-    def add(self, name: str, read: list[Tensor], written: list[Tensor], flops: int = 0) -> None:
+    def add(
+        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
+    ) -> None:
         before = len(self.kernels)
         super().add(name, read, written, flops)
         for k in self.kernels[before:]:

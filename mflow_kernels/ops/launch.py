@@ -74,8 +74,8 @@ def noted(kernel: str, read: Iterable[Tensor | None], written: Iterable[Tensor |
     """Note a launch of csrc if a walk is on; False if it must run."""
     if _walk is None:
         return False
-    tensors = ([t for t in group if t is not None] for group in (read, written))
-    _walk.note(kernel, *tensors, 0)
+    given, results = ([t for t in group if t is not None] for group in (read, written))
+    _walk.note(kernel, given, results, 0)
     return True
 
 

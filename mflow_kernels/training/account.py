@@ -27,7 +27,7 @@ import gc
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -98,14 +98,16 @@ class Account(TorchDispatchMode):
         self._total = self._peak = 0
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
-    def add(self, name: str, read: list[Tensor], written: list[Tensor], flops: int = 0) -> None:
+    def add(
+        self, name: str, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0
+    ) -> None:
         """Count one launch."""
         tensors = [t for t in (*read, *written) if t.numel()]
         if not tensors or all(t.dtype == torch.uint8 for t in tensors):
             return
         largest = max(tensors, key=nbytes)
-        sizes = (sum(map(nbytes, group)) for group in (read, written))
-        self.kernels.append(Kernel(name, *sizes, flops, largest.dtype))
+        moved = sum(map(nbytes, read)), sum(map(nbytes, written))
+        self.kernels.append(Kernel(name, *moved, flops, largest.dtype))
 
     def allocated(self, x: Tensor) -> None:
         """Count the memory of x, unless it is known."""
@@ -235,7 +237,7 @@ class Account(TorchDispatchMode):
         return dx, dweight, dbias
 
 
-_COUNTED = {
+_COUNTED: dict[str, Callable[..., Any]] = {
     "convolution": Account._convolution,
     "convolution_backward": Account._convolution_backward,
     "cudnn_convolution_relu": Account._cudnn_convolution_relu,
