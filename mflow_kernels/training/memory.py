@@ -19,6 +19,7 @@ from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.named import default_shape
 from mflow_kernels.data.splits import count_classes
 from mflow_kernels.evaluation.likelihood import stage_sums
+from mflow_kernels.layers import ActNorm
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import build_model
@@ -140,9 +141,13 @@ def step_of(config: RunConfig, stage: int, account: Account | None = None) -> St
 
 
 def empty_model(config: RunConfig) -> HierarchicalFlow:
-    """Return the model of a configuration on meta tensors."""
+    """Return the model of a configuration on meta tensors, as after its first batch."""
     with torch.device("meta"):
-        return build_model(config)
+        model = build_model(config)
+    for module in model.modules():
+        if isinstance(module, ActNorm):
+            module.was_set = True
+    return model
 
 
 def _batch(config: RunConfig) -> tuple[Tensor, Tensor | None]:
