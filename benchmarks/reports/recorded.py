@@ -135,7 +135,7 @@ def networks_of(preset: str, **options: Any) -> list[Counter[Network]]:
     config = resolve_config(TrainConfig(**changed), None, gpu=True)
     stages = [_Networks() for _ in config.stages]
     for stage, networks in enumerate(stages):
-        step_of(config, stage, networks)
+        step_of(config, stage, account=networks)
     return [networks.found for networks in stages]
 
 

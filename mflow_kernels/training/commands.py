@@ -153,6 +153,8 @@ def plan(options: dict[str, Any]) -> Work:
     prepare or the name of a data set as --data. For a folder or zip, give --image-size and
     --channels too, and without data also --images.
     """
+    import dataclasses
+
     import torch
 
     from mflow_kernels.data.prepared import is_prepared, open_prepared
@@ -183,7 +185,12 @@ def plan(options: dict[str, Any]) -> Work:
     gpu = gpu_memory is not None or config.device == "cuda" or there
     resolved = resolve_config(config, channels, gpu=gpu)
     steps = walk(resolved)
-    parts = [describe_peak(resolved, steps), describe_training(resolved, steps, images)]
+    parts = [describe_peak(resolved, steps)]
+    if not gpu and config.device != "cpu":  # the hours are those of GPUs, which this machine lacks
+        on_gpu = dataclasses.replace(resolved, device="cuda")
+        parts.append(describe_training(on_gpu, walk(on_gpu), images))
+    else:
+        parts.append(describe_training(resolved, steps, images))
     if gpu_memory is not None:
         parts.append(describe_fit(resolved, steps, gpu_memory))
     return lambda: print("\n\n".join(parts))

@@ -23,7 +23,7 @@ from mflow_kernels.layers import ActNorm
 from mflow_kernels.models.chart import check_manifold_dim
 from mflow_kernels.runs.config import RunConfig, TrainConfig, check_precision
 from mflow_kernels.runs.folder import build_model
-from mflow_kernels.training.account import Account, Kernel, counting
+from mflow_kernels.training.account import Account, Kernel, counting, nbytes
 
 # Purposes of memory. At the peak, the last two are what the forward pass left and what the backward
 # pass has made.
@@ -41,12 +41,14 @@ class Step:
     Attributes:
         stage: from 0.
         parameters: number of parameters of the stage's flow.
+        weights: bytes of the parameters and buffers of all stages.
         kernels: what a GPU launches, the optimizer included.
         peak: bytes in use when most are, by `PURPOSES`.
     """
 
     stage: int
     parameters: int
+    weights: int
     kernels: list[Kernel]
     peak: dict[str, int]
 
@@ -89,7 +91,8 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 
 def walk(config: RunConfig) -> list[Step]:
     """Walk through a training step of each stage of a configuration."""
-    return [step_of(config, stage) for stage in range(len(config.stages))]
+    model = empty_model(config)
+    return [step_of(config, stage, model) for stage in range(len(config.stages))]
 
 
 def highest(steps: Sequence[Step]) -> Step:
@@ -97,9 +100,15 @@ def highest(steps: Sequence[Step]) -> Step:
     return max(steps, key=lambda step: step.total)
 
 
-def step_of(config: RunConfig, stage: int, account: Account | None = None) -> Step:
-    """Walk through a training step of one stage, with a new account or the given one."""
-    model = empty_model(config)
+def step_of(
+    config: RunConfig,
+    stage: int,
+    model: HierarchicalFlow | None = None,
+    account: Account | None = None,
+) -> Step:
+    """Walk through a training step of one stage, with this model of the configuration and this
+    account, or with new ones."""
+    model = model or empty_model(config)
     account = account or Account(config.device != "cpu")
     with counting(account):
         account.purpose = PARAMETERS
@@ -114,10 +123,12 @@ def step_of(config: RunConfig, stage: int, account: Account | None = None) -> St
             torch.empty_like(p) for each in stages[: stage + 1] for p in (*each.parameters(),) * 2
         ]
         parameters = [p for each in trained for p in each.parameters()]
-        for p in parameters:
+        hooks = [
             p.register_post_accumulate_grad_hook(
                 lambda p: account.belongs(cast(Tensor, p.grad), GRADIENTS)
             )
+            for p in parameters
+        ]
         account.purpose = FORWARD
         images, context = _batch(config)
         x = dequantize(images, config.n_bits)
@@ -134,10 +145,12 @@ def step_of(config: RunConfig, stage: int, account: Account | None = None) -> St
         own = moments[-2 * len(parameters) :]
         account.add("AdamW", [*parameters, *gradients, *own], [*parameters, *own])
         account.add("average", [*parameters, *parameters], parameters)
-        del average
-        count = sum(p.numel() for p in stages[stage].parameters())
-        peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
-        return Step(stage, count, account.kernels, peak)
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad()
+    count = sum(p.numel() for p in stages[stage].parameters())
+    peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
+    return Step(stage, count, sum(nbytes(t) for t in average), account.kernels, peak)
 
 
 def empty_model(config: RunConfig) -> HierarchicalFlow:
@@ -166,11 +179,13 @@ def _loss(
     return terms.loss.mean()
 
 
-def checkpoint_bytes(config: RunConfig, steps: Sequence[Step]) -> int:
-    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments."""
-    model = empty_model(config)
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return 2 * weights + 8 * sum(step.parameters for step in steps)
+def checkpoint_bytes(steps: Sequence[Step]) -> int:
+    """Return the size of the last checkpoint: weights, buffers, their average, AdamW's moments.
+
+    Args:
+        steps: of all stages.
+    """
+    return 2 * steps[0].weights + 8 * sum(step.parameters for step in steps)
 
 
 def evaluation_memory(config: RunConfig, batch: int) -> int:

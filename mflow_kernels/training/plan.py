@@ -97,7 +97,7 @@ def describe_training(config: RunConfig, steps: Sequence[Step], images: int | No
 
     Args:
         config: what to train.
-        steps: `walk(config)`.
+        steps: `walk(config)`, on a GPU unless the device is a CPU.
         images: number of training images. If it is None, the text says how to give the number.
     """
     on_gpu = config.device != "cpu"
@@ -123,7 +123,7 @@ def describe_training(config: RunConfig, steps: Sequence[Step], images: int | No
             f"Training is assumed to reach {ROOFLINE_SHARE:.0%} of that roofline. Validation "
             "and evaluation are not included.",
         ]
-    checkpoint = checkpoint_bytes(config, steps)
+    checkpoint = checkpoint_bytes(steps)
     lines += [
         "",
         f"Disk: two checkpoints of {readable(checkpoint)} each, and a third while one is written",

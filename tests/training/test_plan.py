@@ -101,7 +101,7 @@ def test_a_checkpoint_has_the_predicted_size(tmp_path):
     assert main(["train", *options, "--data", str(images), "--run-dir", str(run)]) == 0
     size = (run / "last.ckpt").stat().st_size
     config = read_config(run, "run")
-    assert checkpoint_bytes(config, walk(config)) == pytest.approx(size, rel=0.05)
+    assert checkpoint_bytes(walk(config)) == pytest.approx(size, rel=0.05)
 
 
 class TestCommand:
@@ -126,7 +126,7 @@ class TestCommand:
         assert "estimates; no GPU has been measured" in out
         assert "lower bound" in out
         assert "Nobody has trained with batches of that size" in out
-        unknown = self.plan(capsys, *preset, "--device", "cuda")
+        unknown = self.plan(capsys, *preset)
         assert "give the number of training images, such as --images 162770" in unknown
         assert "prepared training images" not in unknown
 
