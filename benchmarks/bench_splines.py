@@ -1,12 +1,14 @@
 """Compare flows of spline couplings on vectors with the peers: the same networks and weights.
 
-A flow has six couplings, and reverses the features between them. "networks alone" runs the flows'
+A flow has six couplings, and reverses the features between them. An accelerated flow is the peer's
+own, after `accelerate`. "networks alone" runs the flows'
 networks, forward and backward, on states that are given: no flow with these networks can be
 faster.
 """
 
 import copy
 import importlib
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness.measurements import REPLAY, Call, interleaved
 from benchmarks.harness.session import Bench, Measured, Missing, size_and_gpu, slug
 from mflow_kernels import SplineCoupling
+from mflow_kernels.interop import accelerate
 from mflow_kernels.testing import assert_close
 
 ROUNDS = 7
@@ -40,6 +43,9 @@ def specs(size: str) -> list[Vectors]:
     if size == "tiny":
         return [Vectors(5, 4, 8)]
     return [Vectors(10, 256, 64), Vectors(64, 128, 64), Vectors(6, 1024, 128)]
+
+
+Build = Callable[[list[nn.Module], Vectors], nn.Module]
 
 
 class Flow(nn.Module):
@@ -67,32 +73,18 @@ class Flow(nn.Module):
 
 
 class ZukoFlow(Flow):
-    """Couplings of zuko, whose transforms take a state without a batch of their own."""
+    """Couplings of zuko, which build a transform at each call."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for layer in self.layers:
-            x, logdet = self._transform(layer).call_and_ladj(x)
+            x, logdet = layer().call_and_ladj(x)
             x, total = x.flip(1), total + logdet
         return x, total
 
     @staticmethod
     def _inverse(layer: Any, z: Tensor) -> Tensor:
-        return ZukoFlow._transform(layer).inv(z)
-
-    @staticmethod
-    def _transform(net: nn.Module) -> Any:
-        zuko = importlib.import_module("zuko.transforms")
-
-        def univariate(x_a: Tensor) -> Any:
-            numbers = net(x_a).unflatten(-1, (-1, 3 * BINS - 1))
-            parts = numbers.split((BINS, BINS, BINS - 1), -1)
-            return zuko.DependentTransform(zuko.MonotonicRQSTransform(*parts, bound=BOUND), 1)
-
-        dims = net.initial_layer.in_features
-        outputs = net.final_layer.out_features // (3 * BINS - 1)
-        mask = torch.tensor([True] * dims + [False] * outputs)
-        return zuko.CouplingTransform(univariate, mask)
+        return layer().inv(z)
 
 
 def networks(spec: Vectors) -> list[nn.Module]:
@@ -120,33 +112,63 @@ def piecewise(module: str, name: str, nets: list[nn.Module], spec: Vectors) -> n
     ])  # fmt: skip
 
 
-def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
-    importlib.import_module("zuko.transforms")
-    return ZukoFlow(nets)
+def accelerated(build: Build, nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """A peer's flow after `accelerate`, which replaces all its couplings."""
+    flow = build(nets, spec)
+    report = accelerate(flow)
+    if len(report.replaced) != COUPLINGS:
+        raise ValueError(str(report))
+    return flow
 
+
+def compiled(nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """nflows under `torch.compile`, whose graph breaks where a mask of elements decides."""
+    torch.compiler.reset()
+    flow = NFLOWS(nets, spec)
+    flow.compile()
+    return flow
+
+
+def zuko_flow(nets: list[nn.Module], spec: Vectors) -> nn.Module:
+    """Couplings of zuko, with networks of nflows."""
+    lazy = importlib.import_module("zuko.flows.coupling").GeneralCouplingTransform
+    spline = importlib.import_module("zuko.transforms").MonotonicRQSTransform
+    layers: list[nn.Module] = []
+    for net in nets:
+        layers.append(
+            lazy(
+                spec.dims,
+                mask=torch.arange(spec.dims) < spec.dims // 2,
+                univariate=partial(spline, bound=BOUND),
+                shapes=[(BINS,), (BINS,), (BINS - 1,)],
+            )
+        )
+        layers[-1].hyper = net
+    return ZukoFlow(layers)
+
+
+NFLOWS = partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform")
+NORMFLOWS = partial(
+    piecewise, "normflows.flows.neural_spline.coupling", "PiecewiseRationalQuadraticCoupling"
+)
 
 # Each flow, and the peer in float64 that it must agree with.
-VARIANTS: dict[str, tuple[Callable[[list[nn.Module], Vectors], nn.Module], str]] = {
+VARIANTS: dict[str, tuple[Build, str]] = {
     "mflow_kernels": (lambda nets, spec: fused(nets, spec, temperature=spec.width**0.5), "nflows"),
     "mflow_kernels, zuko's form": (
         lambda nets, spec: fused(nets, spec, kind="exp", min_width=0.0, min_height=0.0),
         "zuko",
     ),
-    "nflows": (
-        partial(piecewise, "nflows.transforms", "PiecewiseRationalQuadraticCouplingTransform"),
-        "nflows",
-    ),
-    "normflows": (
-        partial(
-            piecewise,
-            "normflows.flows.neural_spline.coupling",
-            "PiecewiseRationalQuadraticCoupling",
-        ),
-        "nflows",
-    ),
+    "nflows": (NFLOWS, "nflows"),
+    "normflows": (NORMFLOWS, "nflows"),
     "zuko": (zuko_flow, "zuko"),
+    "nflows, compiled": (compiled, "nflows"),
+    "accelerated nflows": (partial(accelerated, NFLOWS), "nflows"),
+    "accelerated normflows": (partial(accelerated, NORMFLOWS), "nflows"),
+    "accelerated zuko": (partial(accelerated, zuko_flow), "zuko"),
 }
 ALONE = "networks alone"
+COMPILED = "nflows, compiled"
 NAMES = (*VARIANTS, ALONE)
 
 
@@ -242,23 +264,35 @@ def measure(bench: Bench, spec: Vectors, task: str) -> Measured:
             raise Missing(f"nflows is not installed ({error})") from None
         x = torch.randn(spec.batch, spec.dims).to(bench.device)
     calls: dict[str, Call] = {}
+    extra: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
     for variant, (build, peer) in VARIANTS.items():
+        if variant == COMPILED and (task != "train" or bench.size == "tiny"):
+            measured.fault(variant, Missing("it is compiled for training steps only, not if tiny"))
+            continue
+        began = time.perf_counter()
         try:
             flow = build(copy.deepcopy(nets), spec).to(bench.device)
             exact = VARIANTS[peer][0](copy.deepcopy(nets), spec).to(bench.device).double()
+            if variant == COMPILED:
+                train(flow, x)
+                extra[variant]["compile_s"] = time.perf_counter() - began
             check(flow, exact, x, variant)
         except ImportError as error:
             measured.fault(variant, Missing(f"{variant} is not installed ({error})"))
             continue
         except Exception as error:
-            measured.fault(variant, error)
-            continue
+            if variant != COMPILED or not isinstance(error, AssertionError):
+                measured.fault(variant, error)
+                continue
+            extra[variant]["disagrees"] = str(error)  # wrong gradients, in torch 2.13
         calls[variant] = task_of(task, flow, x)
     calls[ALONE] = alone(task, nn.ModuleList(copy.deepcopy(nets)).to(bench.device), x)
     for variant, call in calls.items():
         measured.extra[variant] = {
-            **spec._asdict(), "spec": str(spec), "task": task, "calls": calls_of(call),
+            **spec._asdict(), "spec": str(spec), "task": task, **extra[variant],
         }  # fmt: skip
+        if variant != COMPILED:  # it would run without its compiler
+            measured.extra[variant]["calls"] = calls_of(call)
     if not bench.check_only:
         prepares = {variant: (lambda call=call: call) for variant, call in calls.items()}
         measured.seconds = interleaved(prepares, bench.rounds(ROUNDS), bench.device, bench.clock)

@@ -49,6 +49,9 @@ CHOSEN = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED], config.stash[CHOSEN] = [], []
+    # Each group prints its own lines, which pytest-benchmark's table of long names would repeat.
+    if hasattr(config.option, "benchmark_quiet"):
+        config.option.benchmark_quiet = True
     # Treat SIGTERM, which `timeout` sends, like Ctrl-C: pytest then saves the results so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

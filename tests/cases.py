@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness.table import OPERATORS, Draw, Operator
+from benchmarks.harness.inputs import Draw
+from benchmarks.harness.table import OPERATORS, Operator
 from mflow_kernels.ops.launch import KERNELS_ON_CPU
 from mflow_kernels.ops.layouts import dense_pixels, pixels
 from mflow_kernels.ops.precision import accumulator
@@ -23,6 +24,8 @@ Module = TypeVar("Module", bound=nn.Module)
 # Marks tests of compilers, which see operators and not their kernels. `test_opcheck` compares what
 # operators declare with what their kernels return.
 compiles = pytest.mark.skipif(KERNELS_ON_CPU, reason="compilers do not see the kernels")
+# Marks tests that say nothing about kernels that other tests do not say.
+not_about_kernels = pytest.mark.skipif(KERNELS_ON_CPU, reason="other tests compare the kernels")
 # With kernels, `opcheck` makes only the checks that depend on what computes the results.
 OPCHECKS: dict[str, Any] = (
     {"test_utils": ("test_schema", "test_faketensor")} if KERNELS_ON_CPU else {}
@@ -207,6 +210,13 @@ def sample(
 ) -> dict[str, Tensor]:
     """Draw inputs that require gradients, for a state of `shape` in `layout`."""
     return op.draw(Draw(shape, dtypes, device, LAYOUTS[layout]))
+
+
+def skip_if_slow(op: Operator, shape: tuple[int, ...]) -> None:
+    """Skip splines of many elements in interpreters, which take seconds for each. Their tiles are
+    those of the other elementwise operators."""
+    if KERNELS_ON_CPU and "numbers" in op.inputs and math.prod(shape) > 300:
+        pytest.skip("slow in interpreters")
 
 
 def learned(inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -13,9 +13,9 @@ from PIL import Image
 # Options of mflow train: two stages of three steps on ten images of 8x8.
 TINY = [
     *("--image-size", "8", "--levels", "1", "--steps", "1", "--width", "8"),
-    *("--manifold-dim", "6", "--stage-dims", "4", "--stage-steps", "1", "--stage-width", "8"),
+    *("--manifold-dim", "6", "--stage-dim", "4", "--stage-steps", "1", "--stage-width", "8"),
     *("--batch-size", "4", "--max-steps", "3", "--device", "cpu"),
-    *("--learning-rate", "0.002", "--stage-learning-rate", "--weight", "1000"),
+    *("--learning-rate", "0.002", "--stage-learning-rate", "null", "--weight", "1000"),
 ]
 
 

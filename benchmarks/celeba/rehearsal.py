@@ -29,7 +29,7 @@ from mflow_kernels.training.callbacks import read_metrics
 IMAGES = 2000
 STEPS = 160
 SCALED = shlex.split(
-    "--preset celeba64 --steps 4 --width 32 --manifold-dim 32 --stage-dims --batch-size 16 "
+    "--preset celeba64 --steps 4 --width 32 --manifold-dim 32 --stages [] --batch-size 16 "
     f"--max-steps {STEPS} --warm-up 20 --save-steps 20 --precision float32 --device cpu"
 )
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.table import OPERATORS, Draw, Operator
+from benchmarks.harness.inputs import Draw
+from benchmarks.harness.table import OPERATORS, Operator
 from benchmarks.reports.cases import backward_of
 from mflow_kernels.ops.coupling_network import layer, layer_backward
 from mflow_kernels.testing import assert_close, tolerance

@@ -4,19 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.harness.output import markdown_table
-from benchmarks.harness.saved_runs import Row, ratio, spread
+from benchmarks.harness.saved_runs import Row, format_time, ratio, spread
 
 MIB = 2**20
 PACKAGE = "mflow_kernels"
 STORED = f"{PACKAGE}, stored"  # stores activations, as the peers do
 TASKS = {"train": "Training step", "forward": "Forward", "sample": "Sampling"}
 Tables = Callable[[Sequence[Row]], Iterator[str]]
-
-
-def format_time(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _spread(row: Row) -> str:

@@ -80,6 +80,12 @@ def runs(content: dict[str, Any]) -> Runs:
     return Runs(rows, content["not_measured"], content["commands"])
 
 
+def format_time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Return the first and third quartiles."""
     if len(values) < 2:

@@ -5,10 +5,11 @@ import platform
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import mflow_kernels
 from benchmarks.harness.measurements import REPLAY, copy_bandwidth
 from benchmarks.harness.output import commit
 from benchmarks.harness.processes import Died
+from benchmarks.harness.saved_runs import format_time
 
 
 class Missing(Exception):
@@ -64,7 +66,10 @@ class Measured:
 
 @dataclass
 class Bench:
-    """The options of a run, its environment, and the group of variants measured last."""
+    """The options of a run, its environment, and the group of variants measured last.
+
+    `say` shows a line to the user.
+    """
 
     device: torch.device
     size: str  # tiny, default or full
@@ -74,6 +79,7 @@ class Bench:
     time_limit: float
     chosen_rounds: int | None
     check_only: bool = False
+    say: Callable[[str], None] = field(default=lambda line: None)
     started: float = field(default_factory=time.monotonic)
     last: tuple[object, Measured | Exception] | None = None
 
@@ -95,11 +101,16 @@ class Bench:
             self.last = None
             if time.monotonic() - self.started > self.time_limit:
                 pytest.skip(f"the time limit of {self.time_limit:g} s was reached")
+            self.say(f"\n{benchmark.group}")
             try:
-                self.last = key, measure()
+                found = measure()
+                self.last = key, found
+                for line in lines(found, self.check_only):
+                    self.say(line)
             except Exception as error:  # every variant reports it; none measures again
                 traceback.clear_frames(error.__traceback__)
                 self.last = key, error
+                self.say(f"  not measured: {error}")
         measured = self.last[1]
         fault = measured if isinstance(measured, Exception) else measured.faults.get(variant)
         if isinstance(fault, Missing):
@@ -114,6 +125,26 @@ class Bench:
         benchmark.extra_info.update(
             {**self.environment, "variant": variant, **measured.extra.get(variant, {})}
         )
+
+
+def lines(measured: Measured, check_only: bool = False) -> Iterator[str]:
+    """Yield a line for each variant of a group: time, its ratio to the first one's, peak memory,
+    and whether its results agree with the reference, or why it was not measured."""
+    first = next(iter(measured.seconds.values()), [])
+    for variant, seconds in measured.seconds.items():
+        if variant in measured.faults:
+            continue
+        ratio = median(a / b for a, b in zip(seconds, first, strict=False))
+        peak = measured.extra.get(variant, {}).get("peak_bytes")
+        memory = "" if peak is None else f"{peak / 2**20:.1f} MiB"
+        time = format_time(median(seconds))
+        yield f"  {variant:30} {time:>9} {ratio:7.2f} {memory:>12}   agrees"
+    for variant, error in measured.faults.items():
+        kind = "skipped" if isinstance(error, Missing) else "failed"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        yield f"  {variant:30} {kind}: {reason.removeprefix(f'{variant}: ')}"
+    if check_only and not measured.faults:
+        yield "  every variant agrees"
 
 
 def slug(*names: str) -> str:
@@ -166,4 +197,18 @@ def open_bench(config: pytest.Config) -> Bench:
     # The default set must end within ten minutes on slow machines too.
     limit = option("--time-limit") or (540 if size == "default" else float("inf"))
     return Bench(device, size, option("--clock"), option("--threads"), environment, limit,
-                 option("--rounds"), option("--check"))  # fmt: skip
+                 option("--rounds"), option("--check"), _writer(config))  # fmt: skip
+
+
+def _writer(config: pytest.Config) -> Callable[[str], None]:
+    """Return a function that writes a line to the terminal while tests run."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
+            reporter.flush()
+
+    return say if reporter is not None else lambda line: None

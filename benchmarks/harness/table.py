@@ -1,17 +1,17 @@
-"""The table of operators: each with its reference in plain torch, and the inputs to try it on.
+"""The table of operators, each with its reference in plain torch.
 
 Tests, benchmarks and the reports without a GPU run every row, so a new operator needs one row here.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness.inputs import INPUTS, SPLINE, SPLINE_OPTIONS, Draw
 from mflow_kernels.ops.actnorm import actnorm, actnorm_inverse, actnorm_ref
 from mflow_kernels.ops.conv1x1 import conv1x1, conv1x1_inverse, conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling, affine_coupling_inverse, affine_coupling_ref
@@ -20,7 +20,6 @@ from mflow_kernels.ops.coupling_network import coupling_network, coupling_networ
 from mflow_kernels.ops.layouts import is_channels_last, pixels
 from mflow_kernels.ops.logdet import accumulate_logdet, accumulate_logdet_ref
 from mflow_kernels.ops.masked_penalty import masked_penalty_gaussian, masked_penalty_ref
-from mflow_kernels.ops.precision import accumulator
 from mflow_kernels.ops.rational_quadratic import rational_quadratic, rational_quadratic_inverse
 from mflow_kernels.ops.rebuild_conv1x1 import (
     Halves,
@@ -31,110 +30,10 @@ from mflow_kernels.ops.rebuild_conv1x1 import (
 )
 from mflow_kernels.ops.rebuild_coupling import rebuild_coupling, rebuild_coupling_ref
 from mflow_kernels.ops.scale import ScaleFunction
-from mflow_kernels.ops.spline import Spline, SplineOptions, bins_ref, spline_ref
+from mflow_kernels.ops.spline import bins_ref, spline_ref
 from mflow_kernels.ops.spline_coupling import spline_coupling, spline_coupling_inverse
 
-Numbers = Callable[[tuple[int, ...]], Tensor]
 DEFAULT_SCALE = ScaleFunction("tanh")
-# The least bin is a twentieth of the interval, so rounding moves x by few eps of its bin.
-SPLINE_OPTIONS: SplineOptions = {"min_width": 0.05, "min_height": 0.05, "min_slope": 0.1}
-SPLINE = Spline(8, 3.0, **SPLINE_OPTIONS)
-
-
-def normal_numbers(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def rotation(
-    channels: int, dtype: torch.dtype = torch.float32, numbers: Numbers = normal_numbers
-) -> Tensor:
-    """A (C, C) matrix near a rotation, whose inverse is accurate in float32."""
-    q = torch.linalg.qr(numbers((channels, channels)))[0]
-    return (q + 0.1 * numbers((channels, channels)) / channels).to(dtype)
-
-
-def params_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a coupling's params for a state of `shape`."""
-    n, c, *spatial = shape
-    return (n, 2 * (c - c // 2), *spatial)
-
-
-def numbers_shape(shape: tuple[int, ...], identity: int) -> tuple[int, ...]:
-    """The shape of the raw numbers of splines for a state of `shape`."""
-    n, c, *spatial = shape
-    return (n, (c - identity) * SPLINE.numbers, *spatial)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Draws the inputs of operators for a state x of one shape.
-
-    Attributes:
-        shape: of x, (N, C, *spatial).
-        dtypes: of states, and of params, weights and biases.
-        device: of all inputs.
-        layout: converts a state to its memory layout.
-        numbers: draws float64 numbers of a given shape; all inputs are made from them.
-        width: hidden channels of the coupling network.
-    """
-
-    shape: tuple[int, ...]
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
-    device: torch.device | str = "cpu"
-    layout: Callable[[Tensor], Tensor] = Tensor.contiguous
-    numbers: Numbers = field(default=normal_numbers)
-    width: int = 32
-
-    @property
-    def c(self) -> int:
-        return self.shape[1]
-
-    def state(self, channels: int, dtype: torch.dtype) -> Tensor:
-        n, _, *spatial = self.shape
-        return self.layout(self.numbers((n, channels, *spatial)).to(self.device, dtype))
-
-    def other(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * self.numbers(shape)).to(self.device, self.dtypes[1])
-
-    def weight(self, rows: int, columns: int, side: int) -> Tensor:
-        """The weight of a layer of a coupling network, whose results are of order one."""
-        kernel = (side, side) if len(self.shape) == 4 else ()
-        return self.other(rows, columns, *kernel, scale=(columns * math.prod(kernel)) ** -0.5)
-
-
-# How to draw each input. `Operator.draw` makes them require gradients.
-INPUTS: dict[str, Callable[[Draw], Tensor]] = {
-    "x": lambda draw: draw.state(draw.c, draw.dtypes[0]),
-    "dx": lambda draw: draw.state(draw.c, draw.dtypes[0]),
-    "params": lambda draw: draw.state(params_shape(draw.shape)[1], draw.dtypes[1]),
-    "numbers": lambda draw: draw.state(numbers_shape(draw.shape, 0)[1], draw.dtypes[1]),
-    "numbers_b": lambda draw: draw.state(numbers_shape(draw.shape, draw.c // 2)[1], draw.dtypes[1]),
-    "weight": lambda draw: rotation(draw.c, draw.dtypes[1], draw.numbers).to(draw.device),
-    "bias": lambda draw: draw.other(draw.c),
-    "log_scale": lambda draw: draw.other(draw.c, scale=0.5),
-    # A coupling changes the second half, z_b.
-    "z_b": lambda draw: draw.state(draw.c - draw.c // 2, draw.dtypes[0]),
-    "dz_b": lambda draw: draw.state(draw.c - draw.c // 2, draw.dtypes[0]),
-    "dlogdet": lambda draw: _wide(draw, draw.shape[0]),
-    "ledger": lambda draw: _wide(draw, draw.shape[0], max(1, math.prod(draw.shape[2:]) // 64)),
-    "constant": lambda draw: _wide(draw),
-    "target": lambda draw: draw.state(draw.c, draw.dtypes[0]),
-    "mask": lambda draw: draw.numbers(draw.shape[2:]).to(draw.device) < 0,
-    # The coupling network reads the first half of x.
-    "x_a": lambda draw: draw.state(max(1, draw.c // 2), draw.dtypes[0]),
-    "w1": lambda draw: draw.weight(draw.width, max(1, draw.c // 2), 3),
-    "b1": lambda draw: draw.other(draw.width),
-    "w2": lambda draw: draw.weight(draw.width, draw.width, 1),
-    "b2": lambda draw: draw.other(draw.width),
-    "w3": lambda draw: draw.weight(params_shape(draw.shape)[1], draw.width, 3),
-    "b3": lambda draw: draw.other(params_shape(draw.shape)[1]),
-}
-
-
-def _wide(draw: Draw, *shape: int) -> Tensor:
-    return draw.numbers(shape).to(draw.device, accumulator(draw.dtypes[0]))
-
-
 Terms = Callable[[int, int, int], dict[str, int]]
 
 
@@ -146,7 +45,7 @@ class Operator:
         name: the operator's name, the same for both directions.
         function: takes `inputs` by position and `options` by name.
         reference: the same function in plain torch, differentiable.
-        inputs: names in INPUTS.
+        inputs: names in INPUTS (`inputs.py`).
         results: names of the results. A result "y" is a state like x.
         terms: called with N, C and P. Returns, by name, the number of products in the longest sum
             behind one element of each result, and of the gradient of each input.
@@ -381,150 +280,70 @@ def _rebuilt(n: int, c: int, p: int) -> dict[str, int]:
     return states | dict.fromkeys(("dweight", "dbias"), n * p)
 
 
+def _both(
+    name: str,
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inverse: Callable[..., Any],
+    inverse_reference: Callable[..., Any],
+    inputs: tuple[str, ...],
+    results: tuple[str, ...],
+    terms: Terms,
+    **others: Any,
+) -> tuple[Operator, Operator]:
+    """Return the rows of an operator and of its inverse."""
+    return (
+        Operator(name, function, reference, inputs, results, terms, **others),
+        Operator(name, inverse, inverse_reference, inputs, results, terms, **others, inverse=True),
+    )
+
+
+def _splines(
+    name: str, function: Callable[..., Any], inverse: Callable[..., Any], numbers: str
+) -> Iterator[Operator]:
+    """Yield the rows of an operator of splines and of its inverse."""
+    couples = numbers == "numbers_b"
+    for call, terms, backward in ((function, _splined, False), (inverse, _splined_inverse, True)):
+        yield Operator(
+            name,
+            _spline(call),
+            _spline_ref(couples, backward),
+            ("x", numbers),
+            STATE,
+            terms,
+            inverse=backward,
+            reads_half=couples,
+            adjust=_away_from_knots(backward),
+        )
+
+
 STATE = ("y", "logdet")
 CHANNELWISE = ("x", "bias", "log_scale")
 COUPLED = ("x", "params", "weight", "bias")
 NETWORK = ("x_a", "w1", "b1", "w2", "b2", "w3", "b3")
 
 OPERATORS = (
-    Operator("actnorm", actnorm, _actnorm, CHANNELWISE, STATE, _elementwise),
-    Operator(
-        "actnorm", actnorm_inverse, _actnorm_inverse, CHANNELWISE, STATE, _elementwise, inverse=True
-    ),
-    Operator(
-        "conv1x1", conv1x1, conv1x1_ref, ("x", "weight", "bias"), ("y",), _product, ("precision",)
-    ),
-    Operator(
-        "conv1x1",
-        conv1x1_inverse,
-        _conv1x1_inverse,
-        ("x", "weight", "bias"),
-        ("y",),
-        _product,
-        ("precision",),
-        inverse=True,
-    ),
-    Operator(
-        "affine_coupling",
-        affine_coupling,
-        _coupling(False),
-        ("x", "params"),
-        STATE,
-        _elementwise,
-        ("scale",),
-        reads_half=True,
-    ),
-    Operator(
-        "affine_coupling",
-        affine_coupling_inverse,
-        _coupling(True),
-        ("x", "params"),
-        STATE,
-        _elementwise,
-        ("scale",),
-        inverse=True,
-        reads_half=True,
-    ),
-    Operator(
-        "coupling_conv1x1",
-        coupling_conv1x1,
-        _coupling(False),
-        COUPLED,
-        STATE,
-        _product,
-        ("scale", "precision"),
-    ),
-    Operator(
-        "coupling_conv1x1",
-        coupling_inverse_conv1x1,
-        _coupling(True),
-        COUPLED,
-        STATE,
-        _product,
-        ("scale", "precision"),
-        inverse=True,
-    ),
-    Operator(
-        "rational_quadratic",
-        _spline(rational_quadratic),
-        _spline_ref(False, False),
-        ("x", "numbers"),
-        STATE,
-        _splined,
-        adjust=_away_from_knots(False),
-    ),
-    Operator(
-        "rational_quadratic",
-        _spline(rational_quadratic_inverse),
-        _spline_ref(False, True),
-        ("x", "numbers"),
-        STATE,
-        _splined_inverse,
-        inverse=True,
-        adjust=_away_from_knots(True),
-    ),
-    Operator(
-        "spline_coupling",
-        _spline(spline_coupling),
-        _spline_ref(True, False),
-        ("x", "numbers_b"),
-        STATE,
-        _splined,
-        reads_half=True,
-        adjust=_away_from_knots(False),
-    ),
-    Operator(
-        "spline_coupling",
-        _spline(spline_coupling_inverse),
-        _spline_ref(True, True),
-        ("x", "numbers_b"),
-        STATE,
-        _splined_inverse,
-        inverse=True,
-        reads_half=True,
-        adjust=_away_from_knots(True),
-    ),
-    Operator(
-        "accumulate_logdet",
-        accumulate_logdet,
-        accumulate_logdet_ref,
-        ("ledger", "constant"),
-        ("logdet",),
-        _sums,
-    ),
-    Operator(
-        "masked_penalty",
-        _masked_penalty,
-        _masked_penalty_ref,
-        ("x", "target", "mask"),
-        ("penalty", "gaussian"),
-        _sums,
-    ),
-    Operator(
-        "coupling_network",
-        coupling_network,
-        _network_ref,
-        NETWORK,
-        ("params",),
-        _network_terms,
-        dtype=torch.bfloat16,
-    ),
-    Operator(
-        "rebuild_coupling",
-        _rebuild_coupling(rebuild_coupling),
-        _rebuild_coupling(rebuild_coupling_ref),
-        ("z_b", "dz_b", "dlogdet", "params"),
-        ("x_b", "dx_b", "dparams"),
-        _rebuilt,
-        differentiable=False,
-    ),
-    Operator(
-        "rebuild_conv1x1",
-        _rebuild_conv1x1,
-        _rebuild_conv1x1_ref,
-        ("x", "dx", "weight", "bias"),
-        ("x_a", "x_b", "dx_a", "dx_b", "dweight", "dbias"),
-        _rebuilt,
-        differentiable=False,
-    ),
-)
+    *_both("actnorm", actnorm, _actnorm, actnorm_inverse, _actnorm_inverse, CHANNELWISE, STATE,
+           _elementwise),
+    *_both("conv1x1", conv1x1, conv1x1_ref, conv1x1_inverse, _conv1x1_inverse,
+           ("x", "weight", "bias"), ("y",), _product, options=("precision",)),
+    *_both("affine_coupling", affine_coupling, _coupling(False), affine_coupling_inverse,
+           _coupling(True), ("x", "params"), STATE, _elementwise, options=("scale",),
+           reads_half=True),
+    *_both("coupling_conv1x1", coupling_conv1x1, _coupling(False), coupling_inverse_conv1x1,
+           _coupling(True), COUPLED, STATE, _product, options=("scale", "precision")),
+    *_splines("rational_quadratic", rational_quadratic, rational_quadratic_inverse, "numbers"),
+    *_splines("spline_coupling", spline_coupling, spline_coupling_inverse, "numbers_b"),
+    Operator("accumulate_logdet", accumulate_logdet, accumulate_logdet_ref, ("ledger", "constant"),
+             ("logdet",), _sums),
+    Operator("masked_penalty", _masked_penalty, _masked_penalty_ref, ("x", "target", "mask"),
+             ("penalty", "gaussian"), _sums),
+    Operator("coupling_network", coupling_network, _network_ref, NETWORK, ("params",),
+             _network_terms, dtype=torch.bfloat16),
+    Operator("rebuild_coupling", _rebuild_coupling(rebuild_coupling),
+             _rebuild_coupling(rebuild_coupling_ref), ("z_b", "dz_b", "dlogdet", "params"),
+             ("x_b", "dx_b", "dparams"), _rebuilt, differentiable=False),
+    Operator("rebuild_conv1x1", _rebuild_conv1x1, _rebuild_conv1x1_ref,
+             ("x", "dx", "weight", "bias"), ("x_a", "x_b", "dx_a", "dx_b", "dweight", "dbias"),
+             _rebuilt, differentiable=False),
+)  # fmt: skip

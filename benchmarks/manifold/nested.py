@@ -65,7 +65,7 @@ def measure(run: Run) -> Row:
     assert isinstance(image_flow, ManifoldFlow)
     flow = image_flow.flow
     rows: dict[str, dict[str, float]] = {}
-    for count, stage in enumerate(run.config.stages, start=1):
+    for count, stage in enumerate(run.config.flows, start=1):
         d = stage.dim
         chosen = manifold_mask_from_data(flow, train[:IMPORTANCE_IMAGES], d, generator=generator)
         charts = {

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser("benchmarks.manifold.ood", __doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="folders of mflow train on digits")
     parser.add_argument("--images", type=int, default=500, help="images of each set (500)")
-    parser.add_argument("--quick", action="store_true", help="leave out the score with Jacobians")
+    parser.add_argument("--quick", action="store_true", help="leave out the scores with Jacobians")
     parser.add_argument("--no-faces", action="store_true", help="train no models of faces")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/tables"), help="folder for the tables"
@@ -104,8 +104,8 @@ def _scored(
 ) -> Row:
     """Return {"auroc": {set: {score: AUROC}}}; the sets are uint8 images like those of training."""
     n_bits = 8 if model.n_bits is None else model.n_bits
-    training = training_scores(model, train, n_bits)
     progress = None if quick else lambda count: None  # with a function, the scores have Jacobians
+    training = training_scores(model, train, n_bits, progress)
     scores = {
         name: score_images(model, images, n_bits, training, progress)
         for name, images in {"held out": held_out, **sets}.items()

@@ -79,7 +79,8 @@ def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG of few colours, which is several times smaller."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    image = Image.open(buffer).convert("RGB").quantize(COLOURS)
+    # The default method would merge the colours of small markers.
+    image = Image.open(buffer).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
     write_atomically(path, lambda temporary: image.save(temporary, format="png", optimize=True))
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.table import OPERATORS, Draw
+from benchmarks.harness.inputs import Draw
+from benchmarks.harness.table import OPERATORS
 from mflow_kernels.layers import FlowStep, ReversibleChain
 from mflow_kernels.ops import ScaleFunction
 from mflow_kernels.ops.precision import accumulator

@@ -133,7 +133,7 @@ def networks_of(preset: str, **options: Any) -> list[Counter[Network]]:
     # The penalty in the data domain would run each network of the image flow in two passes.
     changed = {**preset_options(preset), "domain": "latent", **options}
     config = resolve_config(TrainConfig(**changed), None, gpu=True)
-    stages = [_Networks() for _ in config.stages]
+    stages = [_Networks() for _ in config.flows]
     for stage, networks in enumerate(stages):
         step_of(config, stage, account=networks)
     return [networks.found for networks in stages]
@@ -166,7 +166,7 @@ class Model:
 def preset_model(name: str, chain: str, network: torch.dtype) -> Model:
     """A preset with just enough steps to make every kind of launch."""
     config = resolve_config(TrainConfig(**preset_options(name)), None, gpu=True)
-    dims, steps = zip(*((stage.dim, stage.steps) for stage in config.stages), strict=True)
+    dims, steps = zip(*((stage.dim, stage.steps) for stage in config.flows), strict=True)
     steps = tuple(min(SOME if chain == "checkpointed" else FEW, k) for k in steps)
     dtypes = (torch.float32, network)
     return Model(name, config.image_shape, config.levels, dims, steps, chain, dtypes)

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.evaluation.classes import context_of
 from mflow_kernels.evaluation.likelihood import evaluation_batch_size
-from mflow_kernels.models import HierarchicalFlow
+from mflow_kernels.models import HierarchicalFlow, local_dimension
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.models.chart import normal_score, off_manifold_score
 from mflow_kernels.models.volume import Method
@@ -28,12 +28,14 @@ SCORES = {
     "distance": ("distance", ".3f"),
     "latent_score": ("latent score", ".1f"),
     "ood_score": ("OOD score", ".1f"),
+    "bits_or_dimension": ("bits or local dimension", ".2f"),
 }
 DENSITY_BATCH = 8  # images between two updates of the progress bar; a batch may take minutes
 # Largest D x d float64 Jacobian, in bytes, for which the exact method is used.
 _JACOBIAN_BYTES = 2**30
 _DENSITY_IMAGES = 64  # most images of each set whose density is computed
 _DENSITY_WORK = 2**31  # most elements in all Jacobians of a set together
+_TINY = 1e-12  # in place of the standard deviation of equal numbers
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,58 @@ class TrainingScores(NamedTuple):
 
     Attributes:
         deviation: their deviation from the manifold, as `Chart.deviation` computes it.
-        bits_per_dim: their bits per dimension.
+        bits_per_dim, bits_spread: their bits per dimension, and the standard deviation of these.
+        dimension, dimension_spread: the same for their local dimension at the scale `deviation`,
+            of the first `density_images` images; None if it was not computed.
     """
 
     deviation: float
     bits_per_dim: float
+    bits_spread: float = 1.0
+    dimension: float | None = None
+    dimension_spread: float = 1.0
 
 
-def training_scores(model: HierarchicalFlow, images: Tensor, n_bits: int) -> TrainingScores:
-    """Compute TrainingScores from uint8 images (N, C, H, W) that the model was trained on."""
+def training_scores(
+    model: HierarchicalFlow,
+    images: Tensor,
+    n_bits: int,
+    progress: Callable[[int], None] | None = None,
+) -> TrainingScores:
+    """Compute TrainingScores from uint8 images (N, C, H, W) that the model was trained on.
+
+    `progress` is called with the number of images whose local dimension is done. None leaves it
+    out.
+    """
     scores = score_images(model, images, n_bits, None)
     off = math.prod(model.input_shape) - model.manifold_dim
     deviation = math.sqrt(scores["distance"].square().mean().item() / off) if off else 0.0
-    return TrainingScores(deviation, scores["bits_per_dim"].mean().item())
+    bits = scores["bits_per_dim"]
+    found = TrainingScores(deviation, bits.mean().item(), bits.std(correction=0).item())
+    count = density_images(model)
+    if not deviation or not count or progress is None:
+        return found
+    generator = stream_generator(0, Stream.OOD_NOISE, device=next(model.parameters()).device)
+    dimensions: list[Tensor] = []
+    for batch in images[:count].split(DENSITY_BATCH):
+        x = dequantize(batch.to(generator.device), n_bits, generator)
+        dimensions.append(_dimension(model, x, deviation, context_of(model, x), generator))
+        progress(sum(map(len, dimensions)))
+    each = torch.cat(dimensions)
+    return found._replace(
+        dimension=each.mean().item(), dimension_spread=each.std(correction=0).item()
+    )
+
+
+def _dimension(
+    model: HierarchicalFlow,
+    x: Tensor,
+    deviation: float,
+    context: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor:
+    how: dict[str, Any] = {"method": density_method(model), "generator": generator}
+    return local_dimension(model, x, deviation, context=context, **how).value.double()
 
 
 def density_images(model: HierarchicalFlow) -> int:
@@ -104,17 +145,22 @@ def score_images(
         distance        to the projection on the manifold, on the [0, 1] scale.
         latent_score    `Chart.ood_score` without its volume term, in nats.
         ood_score       `Chart.ood_score` in nats, of the first `density_images` images.
+        bits_or_dimension  of the same images: how many standard deviations the bits_per_dim are
+                        above, or the local dimension is below, its mean over training images,
+                        whichever is more. Kamkari et al. (arXiv 2403.18910) call an image out of
+                        distribution if its likelihood or its local dimension is low. They set the
+                        two thresholds separately; in one score they have one unit.
 
-    All scores but the last take three passes through the flow together.
+    All scores but the last two take three passes through the flow together.
 
     Args:
         model: model in evaluation mode.
         images: images on any device.
         n_bits: bits of each colour channel that the model was trained on.
         training: scores of training images; None leaves out the scores that need them: typicality,
-            latent_score and ood_score.
-        progress: called with the number of images whose ood_score is done. None leaves ood_score
-            out.
+            latent_score, ood_score and bits_or_dimension.
+        progress: called with the number of images whose ood_score is done. None leaves out the
+            last two scores.
 
     Returns:
         float64 tensors (N,) on the CPU, by the names of SCORES.
@@ -149,6 +195,11 @@ def score_images(
             method = density_method(model)
             score = model.ood_score(part, deviation, context=own, method=method, generator=probes)
             parts["ood_score"].append(score)
+            if training is not None and training.dimension is not None:
+                above = (bits[rows] - training.bits_per_dim) / max(training.bits_spread, _TINY)
+                below = training.dimension - _dimension(model, part, deviation, own, probes)
+                below = below / max(training.dimension_spread, _TINY)
+                parts["bits_or_dimension"].append(torch.maximum(above, below))
             left -= len(part)
             assert progress is not None
             progress(sum(map(len, parts["ood_score"])))

@@ -18,7 +18,7 @@ _DPI = 100
 COLUMNS = 12  # images in a row
 _TILE = 64  # small images are enlarged by a whole factor, to at most this many pixels
 _GAP = 4
-_LEAST_WIDTH = 640  # pixels that a title needs
+_GLYPH = {9: 7.5, 10: 8.3, 12: 10.0}  # font size -> upper bound of a character's mean pixels
 _LONGEST = 80  # characters of a text that are drawn
 
 
@@ -40,17 +40,20 @@ def draw_images(
     names, images = zip(*(rows.items() if isinstance(rows, Mapping) else rows), strict=True)
     mosaic = _mosaic(images)
     height, width = mosaic.shape[:2]
-    left, right, top, bottom = 130, 16, 44, 34 if footer else 12
-    total = (max(left + width + right, _LEAST_WIDTH), bottom + height + top)
+    title, names = _plain(title), tuple(map(_plain, names))
+    left = 16 + math.ceil(max(len(name) for name in names) * _GLYPH[10])
+    right, top, bottom = 16, 44, 34 if footer else 12
+    texts = len(title) * _GLYPH[12], len(footer or "") * _GLYPH[9]
+    total = (left + max(width, *map(math.ceil, texts)) + right, bottom + height + top)
     figure = Figure(figsize=(total[0] / _DPI, total[1] / _DPI), dpi=_DPI, facecolor="white")
     axes = figure.add_axes(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
     )
     axes.imshow(mosaic, interpolation="nearest")
-    figure.text(left / total[0], 1 - 28 / total[1], _plain(title), fontsize=12, parse_math=False)
+    figure.text(left / total[0], 1 - 28 / total[1], title, fontsize=12, parse_math=False)
     row_height = (height + _GAP) / len(names)
     centres = [(row + 0.5) * row_height - _GAP / 2 for row in range(len(names))]
-    axes.set_yticks(centres, [_plain(name) for name in names], fontsize=10, parse_math=False)
+    axes.set_yticks(centres, names, fontsize=10, parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -146,16 +149,21 @@ def draw_spectrum(path: Path, estimate: IntrinsicDimension) -> None:
 
 
 def draw_histograms(path: Path, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Draw histograms side by side.
+    """Draw histograms side by side, in two rows if there are more than three.
 
     Args:
         path: PNG file to write.
         panels: for each panel, by its axis label, the values (N,) of each set by name. Values that
             are not finite are left out.
     """
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), dpi=_DPI, layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (label, sets) in zip(row, panels.items(), strict=True):
+    lines = 1 if len(panels) <= 3 else 2
+    columns = math.ceil(len(panels) / lines)
+    size = (4.2 * columns, 3.6 * lines)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (label, sets) in zip(places, panels.items(), strict=False):
         finite = {name: values[values.isfinite()].numpy() for name, values in sets.items()}
         together = np.concatenate([*finite.values(), np.zeros(0)])
         low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)

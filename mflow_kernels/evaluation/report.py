@@ -102,12 +102,17 @@ def describe_work(run: Trained, images: ImageSet, options: ReportOptions) -> str
         most = "" if method == "exact" else "at most "
         what = f"density on the manifold at {measured:,} images ({method})"
         lines.append(_work(what, measured * passes, most))
+        # The sets of the OOD score, and training images.
+        measured += min(dense, SCORED_IMAGES) - min(dense, count)
+        what = f"local dimension at {measured:,} images ({method})"
+        lines.append(_work(what, measured * passes, "at most "))
     if _why_no_spectrum(run) is None and not options.quick:
         dims = math.prod(model.input_shape)
         lines.append(_work("intrinsic dimension", min(_SPECTRUM_IMAGES, count) * dims))
     if options.quick:
         lines.append(
-            "  left out by --quick: density on the manifold, OOD score, intrinsic dimension"
+            "  left out by --quick: density on the manifold, OOD score, local dimension, intrinsic "
+            "dimension"
         )
     return "\n".join(["evaluation, with the passes of an image through the image flow:", *lines])
 
@@ -148,14 +153,14 @@ def write_report(
     density = spectrum = None
     if options.quick:
         missing.append(
-            "OOD score, density on the manifold and intrinsic dimension: left out by --quick"
+            "OOD score, density on the manifold, local and intrinsic dimension: left out by --quick"
         )
     else:
         if not density_images(model):
-            missing.append("OOD score: it needs the density on the manifold")
+            missing.append("OOD score and local dimension: an image needs too large a Jacobian")
         density = _manifold_log_prob(run, images, missing)
         spectrum = _spectrum(run, images, missing)
-    training = _training_scores(run, missing)
+    training = _training_scores(run, missing, options.quick)
     others = f"images of {printable(evaluation.data)}"
     name, kind = ("held out", "held-out images") if options.held_out else (others, others)
     scores = _score_sets(run, images, name, options, training)
@@ -239,8 +244,8 @@ def _sample_batches(
         yield to_image(x)
 
 
-def _training_scores(run: Trained, missing: list[str]) -> TrainingScores | None:
-    without = "typicality, latent score and OOD score: "
+def _training_scores(run: Trained, missing: list[str], quick: bool) -> TrainingScores | None:
+    without = "typicality, latent score, OOD score and local dimension: "
     if run.config is None:
         missing.append(f"{without}an export does not say which images the model was trained on")
         return None
@@ -252,7 +257,11 @@ def _training_scores(run: Trained, missing: list[str]) -> TrainingScores | None:
         missing.append(f"{without}the images that the run was trained on cannot be read ({error})")
         return None
     batch = train.first(SCORED_IMAGES)
-    return training_scores(run.model, batch, run.n_bits)
+    if quick:
+        return training_scores(run.model, batch, run.n_bits)
+    count = min(len(batch), density_images(run.model))
+    with progress_bar("local dimension of training images", count) as progress:
+        return training_scores(run.model, batch, run.n_bits, progress)
 
 
 def _score_sets(

@@ -18,7 +18,7 @@ def accelerate(
     like: Mapping[type, type] | None = None,
     even_if_slower: bool = False,
 ) -> Report:
-    """Make the layers of a normflows, nflows or FrEIA model compute with our kernels, in place.
+    """Make a model of normflows, nflows, zuko or FrEIA compute with our kernels, in place.
 
     Modules, parameters, buffers, names and interfaces stay the same, and therefore state
     dictionaries, optimizers and copies do too; only the computation changes. A layer is left

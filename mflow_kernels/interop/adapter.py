@@ -11,7 +11,7 @@ from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import FusedSequence
 
 # Folder of each library's adapter, by the name under which the library is imported.
-LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia"}
+LIBRARIES = {"normflows": "normflows", "nflows": "nflows", "FrEIA": "freia", "zuko": "zuko"}
 
 PartsOf = Callable[[Any], tuple[Part, ...] | str]
 """Maps a layer to its parts, data -> latent, or to the reason why our kernels cannot compute it."""
@@ -59,6 +59,8 @@ class Adapter(Protocol):
             with `implementation_of(self)`.
         fingerprints: for each module of the library, the fingerprints of the versions that the
             tests ran against (see `fingerprints.py`).
+        functions: for classes of modules that compute with functions of another module of the
+            library, the name of that module.
         repaired: the report's text for kinds of layers that the library's own code still computes,
             with a bug fixed, when they stand alone.
     """
@@ -68,6 +70,7 @@ class Adapter(Protocol):
     containers: tuple[type[nn.Module], ...]
     methods: Mapping[str, Methods]
     fingerprints: dict[str, set[str]]
+    functions: Mapping[type, str] = {}
     repaired: Mapping[str, str] = {}
 
     def is_layer(self, module: nn.Module) -> bool:
@@ -93,7 +96,9 @@ class Adapter(Protocol):
         """Make a container, an instance of `kind` in `containers`, run fused sequences.
 
         `fuser.fuse_sequences` finds them; `accelerate_module` replaces the container's methods.
+        A library without `containers` needs no such method.
         """
+        return None
 
     def notes(self, modules: Sequence[nn.Module]) -> list[str]:
         """Say how these accelerated modules differ from the library's on purpose."""

@@ -1,7 +1,7 @@
-"""Where a library's own code costs less than ours: those layers and runs are left.
+"""Rules that say when a library's own code costs less than ours; `accelerate` leaves such layers.
 
 The limits were measured once for each kind, on one core of a CPU, with eight couplings
-(docs/interop.md has the numbers). No limit is known for a GPU, where all layers are replaced.
+(`benchmarks/bench_interop.py`). No limit is known for a GPU, where all layers are replaced.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mflow_kernels.interop.linear import Linear
-from mflow_kernels.interop.parts import Coupling, Part
+from mflow_kernels.interop.parts import Coupling, Elementwise, Part
+from mflow_kernels.ops.spline import Spline
 
-VECTOR_CHANNELS = 256  # fewest channels of vectors (N, C) whose couplings gain
+VECTOR_CHANNELS = 512  # fewest channels of vectors (N, C) whose couplings gain
 LEARNED_CHANNELS = 128  # most channels of a learned matrix that gains
 
 # A reversible run holds the states of about four couplings and one network's activations at a time,
@@ -30,28 +31,35 @@ def why_slower(parts: Sequence[Part], channels: int | None, device: str) -> str:
     if device != "cpu":
         return ""
     nets = [part.net for part in parts if isinstance(part, Coupling)]
-    if not nets:
+    splines = any(
+        isinstance(part, Elementwise)
+        or (isinstance(part, Coupling) and isinstance(part.scale, Spline))
+        for part in parts
+    )
+    if not nets and not splines:
         return "without a coupling it gains nothing on a CPU"
     if channels is None:
         return ""
     of_pixels = any("Conv" in type(m).__name__ for net in nets for m in net.modules())
-    if not of_pixels and channels < VECTOR_CHANNELS:
+    matrices = [p for p in parts if isinstance(p, Linear) and not (p.permutes or p.scales)]
+    if not of_pixels and not splines and channels < VECTOR_CHANNELS:
         return f"vectors of fewer than {VECTOR_CHANNELS} numbers gain nothing on a CPU"
-    learned = any(
-        isinstance(part, Linear) and not (part.permutes or part.scales or part.fixed)
-        for part in parts
-    )
-    if learned and channels > LEARNED_CHANNELS:
+    if not of_pixels and not splines and matrices:
+        return "a matrix between couplings of vectors costs more on a CPU"
+    if channels > LEARNED_CHANNELS and not all(p.fixed for p in matrices):
         return f"a learned matrix of more than {LEARNED_CHANNELS} channels costs more on a CPU"
     return ""
 
 
-def rebuilding_gains(x: Tensor, couplings: int, weights: int) -> bool:
+def rebuilding_gains(x: Tensor, couplings: int, weights: int, passes: bool) -> bool:
     """Whether rebuilding the states of a run takes less memory than storing them.
 
     Args:
         x: the state.
         weights: the number of trained weights of the run's networks.
+        passes: whether an inverse needs a pass of its network for each channel.
     """
+    if passes:
+        return False
     enough = couplings >= REVERSIBLE_COUPLINGS
     return enough and weights <= REVERSIBLE_WEIGHTS * couplings * x.numel()

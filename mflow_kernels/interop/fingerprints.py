@@ -15,7 +15,10 @@ from torch import nn
 
 
 def why_untested(
-    tested: Mapping[str, set[str]], kind: type, modules: Iterable[nn.Module] = ()
+    tested: Mapping[str, set[str]],
+    kind: type,
+    modules: Iterable[nn.Module] = (),
+    functions: Iterable[str] = (),
 ) -> str:
     """Say which code of a class and of the modules in a layer is untested; "" if none is.
 
@@ -23,11 +26,14 @@ def why_untested(
 
     Args:
         tested: the fingerprints of the tested versions of each module of the library.
+        functions: the library's modules with functions that the layer calls.
     """
     names = {cls.__module__ for m in modules for cls in type(m).__mro__} & tested.keys()
     names |= {cls.__module__ for cls in kind.__mro__} & tested.keys() | {kind.__module__}
     untested = sorted(
-        name for name in names if source_fingerprint(name) not in tested.get(name, ())
+        name
+        for name in names.union(functions)
+        if source_fingerprint(name) not in tested.get(name, ())
     )
     return f"the source of {untested[0]} is not that of a tested version" if untested else ""
 

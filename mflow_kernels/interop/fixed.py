@@ -21,6 +21,7 @@ from mflow_kernels.ops.registration import eager_function
 from mflow_kernels.reversible.instructions import (
     FoldedWeights,
     ForwardPass,
+    Gradients,
     Instruction,
     Pair,
     Rearrange,
@@ -218,12 +219,12 @@ class FixedMatrix(Instruction):
         eager = torch.is_grad_enabled() and not (transformed() or torch.compiler.is_compiling())
         forward.x = (_product_eager if eager else _product)(forward.x, folded.weight)
 
-    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Pair | None:
+    def undo(self, backward: "BackwardPass", folded: Pair | None) -> Gradients | None:
         assert folded is not None
         weight, inverse = folded
         y, dy = backward.whole()
         backward.set(_product(y, inverse), _product(dy, weight.mT))
-        return None, None  # type: ignore[return-value]
+        return None, None
 
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}

@@ -17,7 +17,7 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.layouts import is_channels_last
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.reversible.instructions import FoldedWeights
-from mflow_kernels.reversible.steps import LinearMap
+from mflow_kernels.reversible.linear_maps import LinearMap
 
 
 class Affine(NamedTuple):
@@ -25,8 +25,8 @@ class Affine(NamedTuple):
 
     Attributes:
         weight: (K, C, C); or (K, C), a diagonal; or integers (K, C), a permutation: channel i of y
-            is channel weight[k, i] of x.
-        bias: (K, C).
+            is channel weight[k, i] of x. A diagonal (K, 1) is one factor for all channels.
+        bias: (K, C), or (K, 1) with such a diagonal.
         log_det: (K,), log |det W| for one pixel; None stands for 0.
         inverse: (K, C, C), W^-1 if it is known without inverting W.
     """
@@ -61,6 +61,7 @@ class Linear:
     Attributes:
         what: its kind, as the report names it.
         fixed: whether its matrix is not trained, and `read` knows the inverse.
+        fits: whether it is one map of channels for a state; None if it is for every state.
     """
 
     module: nn.Module
@@ -68,6 +69,7 @@ class Linear:
     what: str = "1x1 convolution"
     data_init: DataInit | None = None
     fixed: bool = False
+    fits: Callable[[Tensor], bool] | None = None
 
     @property
     def permutes(self) -> bool:
@@ -76,7 +78,7 @@ class Linear:
     @property
     def scales(self) -> bool:
         """Whether it scales and shifts each channel."""
-        return self.what == "actnorm"
+        return self.what in ("actnorm", "scale and shift")
 
     def kind(self) -> Any:
         return self.read
@@ -180,6 +182,32 @@ class OfMatrix:
         return Listed(self._order)(channels)
 
 
+class SameBuffers:
+    """Whether buffers of a module, such as a mask, have the values that they had when it was made.
+
+    They are compared after each change, as a checkpoint makes one.
+    """
+
+    def __init__(self, module: nn.Module, *names: str) -> None:
+        self.module, self.names = module, names
+        self._values = [getattr(module, name).detach().clone() for name in names]
+        self._read_from: list[tuple[int, int]] | None = None
+        self._same = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read_from": None}
+
+    def __call__(self, x: Tensor) -> bool:
+        buffers: list[Tensor] = [getattr(self.module, name) for name in self.names]
+        if torch.compiler.is_compiling() or transformed() or any(b.is_meta for b in buffers):
+            return self._same
+        key = [(id(b), -1 if b.is_inference() else b._version) for b in buffers]
+        if key != self._read_from:
+            pairs = zip(buffers, self._values, strict=True)
+            self._same, self._read_from = all(torch.equal(b.cpu(), v.cpu()) for b, v in pairs), key
+        return self._same
+
+
 def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
@@ -245,7 +273,15 @@ def read_parts(parts: Sequence[Linear | Reorder], channels: int, device: torch.d
     if isinstance(parts[0], Reorder):
         orders = [part.order(channels) for part in parts if isinstance(part, Reorder)]
         return Affine(stack([constant(order, device) for order in orders]))
-    return parts[0].read([part.module for part in parts if isinstance(part, Linear)])
+    step = parts[0].read([part.module for part in parts if isinstance(part, Linear)])
+    if step.weight.dim() == 2 and step.weight.shape[1] == 1 < channels:
+        weight, bias, log_det, _ = step
+        return Affine(
+            weight.expand(-1, channels),
+            None if bias is None else bias.expand(-1, channels),
+            None if log_det is None else channels * log_det,
+        )
+    return step
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,30 +3,49 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.ops.scale import ScaleFunction
+from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """An affine coupling that changes the last channels, given the first ones.
+    """A coupling that changes the last channels, given the first ones.
 
     Attributes:
-        net: maps the unchanged channels to params, raw scales first.
-        inverse: whether data -> latent is the inverse of `affine_coupling`.
+        net: maps the unchanged channels to params: raw scales first, or the raw numbers of splines.
+        scale: of an affine coupling; or the splines of a spline coupling.
+        inverse: whether data -> latent is the inverse of `affine_coupling` or `spline_coupling`.
         unchanged: maps the number of channels to the number of unchanged channels.
+        fits: whether it is this coupling still; None if it cannot change.
     """
 
     net: nn.Module
-    scale: ScaleFunction
+    scale: ScaleFunction | Spline
     inverse: bool
     unchanged: Callable[[int], int]
+    fits: Callable[[Tensor], bool] | None = None
 
 
-Part = Linear | Reorder | Coupling | SpaceToDepth
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """Splines of elements that are no coupling: autoregressive ones, or of fixed params.
+
+    Attributes:
+        layer: computes them, and its `inverse` the inverse; see `interop/splines.py`.
+        what: its kind, as the report names it.
+        inverse: whether data -> latent is the inverse of the layer.
+    """
+
+    layer: nn.Module
+    what: str
+    inverse: bool = False
+
+
+Part = Linear | Reorder | Coupling | Elementwise | SpaceToDepth
 """A part of what a layer does; the kernels have an operation for each of these types."""
 
 
@@ -58,6 +77,8 @@ def why_not(parts: Sequence[Part], channels: int) -> str:
             channels *= 4
         elif isinstance(part, Coupling):
             unchanged = part.unchanged(channels)
+            if isinstance(part.scale, Spline):
+                continue
             if channels < 2 or unchanged != channels // 2:
                 return (
                     f"its coupling keeps {unchanged} of {channels} channels, "

@@ -16,13 +16,16 @@ from mflow_kernels import ops
 from mflow_kernels.interop.costs import rebuilding_gains
 from mflow_kernels.interop.fixed import FixedMatrix, Permute, ScaledPermutation
 from mflow_kernels.interop.linear import Linear, OfMatrix, Reorder, Row
-from mflow_kernels.interop.parts import Coupling, Part, why_not
+from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
+from mflow_kernels.interop.splines import AutoregressiveSplines, SplineMap
 from mflow_kernels.ops.layouts import flow_state
+from mflow_kernels.ops.logdet import sum_ledger
+from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.apply import apply_reversibly, apply_stored
-from mflow_kernels.reversible.instructions import Instruction
+from mflow_kernels.reversible.instructions import Instruction, Layer
 from mflow_kernels.reversible.program import Program
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
-from mflow_kernels.reversible.steps import AffineCouple, Step, Steps
+from mflow_kernels.reversible.steps import AffineCouple, SplineCouple, Step, Steps
 
 # The most channels whose permutations and fixed matrices run as one matrix with the actnorms around
 # them, inside the launch of a coupling. With more channels they run apart, without dense gradients.
@@ -46,12 +49,22 @@ def _program(parts: Sequence[Part], channels: int, device: torch.device) -> Prog
         instructions += _linear(row, channels, device)
         row = []
         if isinstance(part, Coupling):
-            couple = AffineCouple(part.net, part.scale, part.inverse)
-            instructions.append(Steps([Step(None, couple)]))
+            instructions.append(_couple(part, channels))
+        elif isinstance(part, Elementwise):
+            instructions.append(Layer(part.layer, part.inverse))
         elif isinstance(part, SpaceToDepth):
             instructions.append(part)
             channels = 4 * channels
     return Program(instructions)
+
+
+def _couple(part: Coupling, channels: int) -> Instruction:
+    if not isinstance(part.scale, Spline):
+        return Steps([Step(None, AffineCouple(part.net, part.scale, part.inverse))])
+    kept = part.unchanged(channels)
+    if kept == channels // 2 > 0:
+        return Steps([Step(None, SplineCouple(part.net, part.scale, part.inverse))])
+    return Layer(SplineMap(part.net, part.scale, kept), part.inverse)
 
 
 def _linear(
@@ -78,6 +91,11 @@ def _linear(
     return [Steps([Step(Row(row, channels, device), None)])]
 
 
+def per_sample(x: Tensor, log_det: Tensor) -> Tensor:
+    """The log-determinants (N,) that `FusedSequence` returned for the state x."""
+    return log_det if log_det.dim() else log_det.expand(len(x))
+
+
 class FusedSequence:
     """Layers in sequence, computed by our kernels.
 
@@ -101,6 +119,11 @@ class FusedSequence:
         self.drift: Tensor | None = None
         nets = [part.net for part in parts if isinstance(part, Coupling)]
         self._couplings, self.has_couplings = len(nets), bool(nets)
+        self._scales = any(isinstance(part, Linear) and not part.permutes for part in parts)
+        self._passes = any(
+            isinstance(p, Elementwise) and isinstance(p.layer, AutoregressiveSplines) for p in parts
+        )
+        self._has_ledger = any(isinstance(part, (Coupling, Elementwise)) for part in parts)
         trained = {id(p): p for net in nets for p in net.parameters() if p.requires_grad}
         self._weights = sum(p.numel() for p in trained.values())
         self._initialized_by_data = [
@@ -109,6 +132,7 @@ class FusedSequence:
         self._matrices = [
             p.order for p in parts if isinstance(p, Reorder) and isinstance(p.order, OfMatrix)
         ]
+        self._fits = [p.fits for p in parts if isinstance(p, (Linear, Coupling)) and p.fits]
         self._squeezes = sum(isinstance(part, SpaceToDepth) for part in parts)
         self._programs: dict[Any, Program] = {}
         self._initialized: list[tuple[int, int]] | None = None
@@ -123,6 +147,8 @@ class FusedSequence:
         """Whether our kernels compute what the layers do now, for the number of channels of x."""
         if self._matrices and not all(matrix.holds() for matrix in self._matrices):
             return False
+        if not all(fits(x) for fits in self._fits):
+            return False
         return not self.has_couplings or not why_not(self.parts, self._data_channels(x, inverse))
 
     def __call__(
@@ -132,13 +158,16 @@ class FusedSequence:
         x = flow_state("x", x)
         self.initialize_from(x, context, inverse=inverse)
         program = self._program_for(x, inverse)
-        gains = self.always or rebuilding_gains(x, self._couplings, self._weights)
-        if self.reversible and gains:
+        costs = self._couplings, self._weights, self._passes
+        if self.reversible and (self.always or rebuilding_gains(x, *costs)):
             every, record = self.checkpoint_every, self.record_drift
             x, _, ledger, log_det = apply_reversibly(program, x, (), context, every, record)
         else:
             x, _, ledger, log_det = apply_stored(program, x, (), context)
-        return x, ops.accumulate_logdet(ledger, log_det) if self.has_couplings else log_det
+        if not self._has_ledger:
+            return x, log_det
+        scales = self._scales  # otherwise log_det is 0
+        return x, ops.accumulate_logdet(ledger, log_det) if scales else sum_ledger(ledger)
 
     def _data_channels(self, x: Tensor, inverse: bool) -> int:
         return x.shape[1] // 4**self._squeezes if inverse else x.shape[1]

@@ -15,11 +15,13 @@ from mflow_kernels.interop.costs import why_slower
 from mflow_kernels.interop.fingerprints import original_of, why_untested
 from mflow_kernels.interop.linear import Linear, Reorder
 from mflow_kernels.interop.params import Pair, Params
-from mflow_kernels.interop.parts import Coupling, Part, why_not
+from mflow_kernels.interop.parts import Coupling, Elementwise, Part, why_not
 from mflow_kernels.interop.report import Left, Replaced
 from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.splines import AutoregressiveSplines
 from mflow_kernels.interop.subclasses import accelerate_module, is_accelerated
 from mflow_kernels.layers.networks import has_hooks
+from mflow_kernels.ops.spline import Spline
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 
@@ -133,7 +135,9 @@ class Visitor:
         adapter, cls = self.adapter, self._class_of(layer)
         if cls not in adapter.layers:
             return adapter.why_left(layer)
-        if why := why_untested(adapter.fingerprints, cls, layer.modules()):
+        modules = list(layer.modules())
+        functions = {adapter.functions[type(m)] for m in modules if type(m) in adapter.functions}
+        if why := why_untested(adapter.fingerprints, cls, modules, functions):
             return why
         if type(layer) in self.like and (why := self._why_unlike(layer, cls)):
             return why
@@ -195,13 +199,17 @@ def _given(part: Part, conditions: tuple[int, ...]) -> Part:
 def _bypassed(layer: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
     """Return the modules of a layer that are no longer called: all but its networks."""
     networks = {id(m) for p in parts if isinstance(p, Coupling) for m in p.net.modules()}
+    for part in parts:
+        if isinstance(part, Elementwise) and isinstance(part.layer, AutoregressiveSplines):
+            networks |= {id(m) for m in part.layer.net.modules()}
     return [m for m in layer.modules() if id(m) not in networks]
 
 
 def _only_permutes(parts: Sequence[Part]) -> bool:
     """Whether the parts only permute values, so that a launch would gain nothing."""
     return all(
-        isinstance(p, SpaceToDepth) or (not isinstance(p, Coupling) and p.permutes) for p in parts
+        isinstance(p, SpaceToDepth) or (isinstance(p, (Linear, Reorder)) and p.permutes)
+        for p in parts
     )
 
 
@@ -214,7 +222,9 @@ def describe(parts: Sequence[Part]) -> str:
 def _word(part: Part) -> str:
     if isinstance(part, SpaceToDepth):
         return "squeeze"
-    if isinstance(part, (Linear, Reorder)):
+    if isinstance(part, (Linear, Reorder, Elementwise)):
         return part.what
+    if isinstance(part.scale, Spline):
+        return "spline coupling"
     additive = isinstance(part.net, Params) and part.net.raw is None
     return "additive coupling" if additive else f"affine {part.scale.kind} coupling"

@@ -3,7 +3,8 @@
 import functools
 import inspect
 import math
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 from mflow_kernels.layers.bijection import Bijection
 from mflow_kernels.layers.coupling import AffineCoupling
 from mflow_kernels.layers.distribution import FlowDistribution
-from mflow_kernels.layers.model import Model
+from mflow_kernels.layers.model import Context, Model
+from mflow_kernels.layers.spline import SplineCoupling
 from mflow_kernels.ops.checks import check_count
+from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.penalty_functions import HALF_LOG_2PI
-
-# One context for each sample, or one for all: a class, a tensor without axes, or one of length 1.
-Context: TypeAlias = Tensor | int
 
 
 class Flow(Bijection, Model):
@@ -24,8 +24,10 @@ class Flow(Bijection, Model):
 
     A `context` is a tensor with one entry for each sample, and is passed to the coupling networks.
     One entry serves all samples: an int (a class), a tensor without axes, or one of length 1.
-    `flow(x, context)`, `inverse` and `initialize` take it by position, as every `Bijection` does;
-    the other methods take it as a keyword.
+    Built-in networks with K context channels get classes, integers (N,) from 0 to K - 1, as one-hot
+    vectors. If the model has `class_names`, a class may be a name, and a list may have one for each
+    sample. `flow(x, context)`, `inverse` and `initialize` take it by position, as every `Bijection`
+    does; the other methods take it as a keyword.
 
     Attributes:
         input_shape: shape of x without N; None if the flow takes any.
@@ -108,7 +110,7 @@ class Flow(Bijection, Model):
         """
         if self.input_shape is None:
             raise _no_input_shape()
-        return FlowDistribution(self, self.input_shape, context, generator)
+        return FlowDistribution(self, self.input_shape, numbered(context, self), generator)
 
     def _draw(
         self, n: int, temperature: float, generator: torch.Generator | None
@@ -121,34 +123,86 @@ class Flow(Bijection, Model):
         )
 
 
-def for_each(context: Any, x: Tensor) -> Any:
-    """Return the context with one entry for each sample of x; see `Flow`.
+_COUPLINGS = (AffineCoupling, SplineCoupling)
 
-    None, and objects that are no tensors, are returned unchanged.
+
+def numbered(context: Any, model: nn.Module) -> Any:
+    """Return the context with numbers in place of the names of classes.
+
+    Raises:
+        ValueError: a name is none of the model's `class_names`.
     """
-    if isinstance(context, int) and not isinstance(context, bool):
-        context = torch.tensor(context, device=x.device)
+    names = [context] if isinstance(context, str) else context
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        return context
+    models = (m for m in model.modules() if isinstance(m, Model))
+    known = next((m.class_names for m in models if m.class_names), ())
+    for name in names:
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "no name without class_names"
+            raise ValueError(f"context: expected {expected}, got {name!r}")
+    numbers = [known.index(name) for name in names]
+    return numbers[0] if isinstance(context, str) else torch.tensor(numbers, dtype=torch.int64)
+
+
+def for_each(context: Any, x: Tensor, model: nn.Module) -> Any:
+    """Return the context of a model with one entry for each sample of x; see `Flow`.
+
+    None, and objects of other types, are returned unchanged.
+    """
+    if isinstance(context, (int, str, Sequence)) and not isinstance(context, bool):
+        context = numbered(context, model)
+        if isinstance(context, (int, Tensor)):
+            context = torch.as_tensor(context, device=x.device)
     if isinstance(context, Tensor) and (context.dim() == 0 or len(context) == 1 != len(x)):
         return context.expand(len(x), *context.shape[1:])
     return context
 
 
 def given(context: Any, x: Tensor, flow: nn.Module) -> tuple[Any, ...]:
-    """Return `for_each(context, x)` as further arguments of a flow: none or one.
+    """Return `for_each(context, x, flow)` as further arguments of a flow: none or one.
+
+    Classes become one-hot vectors, in x's dtype, if the flow's first network has context channels.
 
     Raises:
         TypeError: there is no context, but the flow's first network requires one.
+        ValueError: a class is out of range, or their number is not that of the samples.
     """
     if context is not None:
-        return (for_each(context, x),)
+        own = for_each(context, x, flow)
+        if isinstance(own, Tensor) and own.dim() == 1 and not own.is_floating_point():
+            classes = getattr(_first_network(flow), "context_channels", 0)
+            return (_one_hot(own, x, classes) if classes else own,)
+        return (own,)
     if not torch.compiler.is_compiling():
-        net = next((type(m.net) for m in flow.modules() if isinstance(m, AffineCoupling)), None)
-        required = _required(getattr(net, "forward", None))
+        net = _first_network(flow)
+        required = _required(getattr(type(net), "forward", None))
         if net is not None and required is not None:
             raise TypeError(
-                f"context: expected the argument {required!r} of {net.__name__}, got none"
+                f"context: expected the argument {required!r} of {type(net).__name__}, got none"
             )
     return ()
+
+
+def _first_network(flow: nn.Module) -> nn.Module | None:
+    return next((m.net for m in flow.modules() if isinstance(m, _COUPLINGS)), None)
+
+
+def _one_hot(own: Tensor, x: Tensor, classes: int) -> Tensor:
+    """Return the classes (N,) of the samples x as vectors (N, classes)."""
+    if own.shape != (len(x),):
+        raise ValueError(
+            f"context: expected one class for each of {len(x)} samples, got {tuple(own.shape)}"
+        )
+    # Only where reading values costs no synchronization, and breaks no transform or graph.
+    plain = not transformed() and not torch.compiler.is_compiling()
+    if plain and own.device.type == "cpu" and len(own):
+        low, high = (int(bound) for bound in own.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"context: expected classes from 0 to {classes - 1}, got {low} to {high}"
+            )
+    return (own[:, None] == torch.arange(classes, device=own.device)).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from mflow_kernels.ops.launch import transformed
 from mflow_kernels.ops.precision import without_autocast
 from mflow_kernels.ops.registration import refuse_second_derivative
 from mflow_kernels.reversible.instructions import FoldedWeights
-from mflow_kernels.reversible.steps import LinearMap
+from mflow_kernels.reversible.linear_maps import LinearMap
 
 
 class ActNormConv(LinearMap):

@@ -2,13 +2,18 @@
 
 import importlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 _M = TypeVar("_M", bound="Model")
+
+# One context for each sample (a tensor, or names of classes), or one for all: a class as a number
+# or a name, a tensor without axes, or one of length 1.
+Context: TypeAlias = Tensor | int | str | Sequence[str]
 
 
 class Model:
@@ -20,11 +25,22 @@ class Model:
         crop: side of the square that is cut out of an image first, as for CelebA; None stands for
             the largest square.
         class_names: names of the classes, if the context is a class, in the order of their numbers.
+            A context may then be a name. Setting it also sets it on the flows inside the model.
     """
 
     n_bits: int | None = None
     crop: int | None = None
-    class_names: tuple[str, ...] = ()
+    _class_names: tuple[str, ...] = ()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str]) -> None:
+        for module in cast(nn.Module, self).modules():
+            if isinstance(module, Model):
+                module._class_names = tuple(names)
 
     def describe_images(
         self, n_bits: int | None, crop: int | None, class_names: tuple[str, ...]
@@ -78,7 +94,7 @@ class Model:
         self,
         images: Any,
         *,
-        context: Tensor | None = None,
+        context: Context | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the bits per dimension of images, (N,): an upper bound of -log2 p(image) / D.

@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mflow_kernels.ops.checks import check_channels, check_count, check_device, check_tensor
+from mflow_kernels.ops.checks import (
+    STATE_DTYPES,
+    check_channels,
+    check_count,
+    check_device,
+    check_tensor,
+)
 from mflow_kernels.ops.coupling_network import coupling_network, has_epilogues, implementation
 from mflow_kernels.ops.launch import transformed, uses_triton
 from mflow_kernels.ops.precision import autocast_dtype
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def coupling_net(
@@ -53,8 +61,9 @@ class CouplingNetwork(nn.Sequential):
     Args:
         layers: the layers, in order.
         context_channels: K. If positive, calls take a context, a vector (N, K) or a map
-            (N, K, *sides), which becomes further channels of x. A vector is repeated at every
-            pixel. The sides of a map must be multiples of those of x; it is averaged to x's size.
+            (N, K, *sides), also of integers, which becomes further channels of x. A vector is
+            repeated at every pixel. The sides of a map must be multiples of those of x; it is
+            averaged to x's size.
 
     Raises:
         TypeError, ValueError: in a call, a context that is missing, not expected, or does not fit.
@@ -80,7 +89,7 @@ def with_context(x: Tensor, context: object, channels: int) -> Tensor:
         raise TypeError("context: expected none, because the networks have no context_channels")
     if context is None:
         raise TypeError(f"context: expected a tensor (N, {channels}) or a map, got none")
-    given = check_tensor("context", context).to(x.dtype)
+    given = check_tensor("context", context, (*STATE_DTYPES, *_INTEGERS)).to(x.dtype)
     n, sides = len(x), x.shape[2:]
     is_map = given.dim() == x.dim() > 2
     divides = is_map and all(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mflow_kernels.layers.distribution import FlowDistribution
-from mflow_kernels.layers.flow import Context, for_each, sample_normal
+from mflow_kernels.layers.flow import Context, for_each, numbered, sample_normal
 from mflow_kernels.layers.model import Model
 from mflow_kernels.models.volume import Estimate, Method, log_volume
 from mflow_kernels.ops.checks import check_choice, check_count
@@ -114,7 +114,7 @@ class Chart(nn.Module, Model):
             u,
             dimensions,
             method,
-            context=for_each(context, u),
+            context=for_each(context, u, self),
             probes=probes,
             iterations=iterations,
             generator=generator,
@@ -146,7 +146,7 @@ class Chart(nn.Module, Model):
         u0, u1 = self.encode(x0, context=context), self.encode(x1, context=context)
         t = torch.linspace(0, 1, steps, dtype=u0.dtype, device=u0.device).view(-1, 1, 1)
         path = torch.lerp(u0, u1, t)
-        each = for_each(context, x0)
+        each = for_each(context, x0, self)
         repeated = None if each is None else torch.cat([each] * steps)
         return self.decode(path.flatten(0, 1), context=repeated).unflatten(0, (steps, len(u0)))
 
@@ -316,7 +316,7 @@ class Chart(nn.Module, Model):
         Its samples have random v, as those of `sample_and_log_prob`. The rest is as for
         `Flow.distribution`.
         """
-        return FlowDistribution(self, self.input_shape, context, generator)
+        return FlowDistribution(self, self.input_shape, numbered(context, self), generator)
 
 
 def check_manifold_dim(manifold_dim: int, latent_shapes: tuple[tuple[int, ...], ...]) -> None:

@@ -10,6 +10,9 @@ model has not seen. This module takes x = f^-1(z) to first order, so rho_r is a 
 mean x - J z and covariance J J^T + r^2, where J = dx/dz. With the eigenpairs (l_i, v_i) of J^T J,
 
     d = sum_i l_i / (l_i + r^2) + sum_i r^2 l_i (v_i . z)^2 / (l_i + r^2)^2.
+
+The first sum is a trace and the second a quadratic form in z. For a large d, products of J^T J with
+random vectors and with z estimate both, by Lanczos quadrature (`models/volume.py`).
 """
 
 import math
@@ -19,10 +22,25 @@ import torch
 from torch import Tensor
 
 from mflow_kernels.layers.bijection import Bijection
+from mflow_kernels.layers.flow import Context, for_each
 from mflow_kernels.models.chart import Chart
 from mflow_kernels.models.selection import all_on_manifold
-from mflow_kernels.models.volume import jacobians
+from mflow_kernels.models.volume import (
+    PASS_ELEMENTS,
+    Decode,
+    Estimate,
+    Method,
+    for_each_context,
+    jacobians,
+    lanczos,
+    mean_over_probes,
+    metric,
+    random_signs,
+)
+from mflow_kernels.ops.checks import check_choice, check_count
 from mflow_kernels.ops.precision import without_autocast
+
+LARGEST_EXACT = 1024  # coordinates up to which the default method is exact
 
 
 @torch.no_grad()
@@ -31,10 +49,14 @@ def local_dimension(
     x: Tensor,
     scale: float,
     *,
-    context: Tensor | None = None,
+    context: Context | None = None,
+    method: Method | None = None,
+    probes: int = 16,
+    iterations: int = 64,
+    generator: torch.Generator | None = None,
     max_bytes: int = 2**30,
-) -> Tensor:
-    """Return the dimension of the model's density near each sample, (N,).
+) -> Estimate:
+    """Return the dimension of the model's density near each sample, (N,), and its error.
 
     The first sum of the formula counts the directions in which the density is wider than `scale`,
     each between 0 and 1. The second grows for samples that are unusual in a direction of about that
@@ -46,43 +68,84 @@ def local_dimension(
         x: (N, *input_shape), N >= 1.
         scale: r, the deviation of the noise, in units of x, > 0. Directions thinner than that do
             not count; for 8-bit images 1 / 256 is the width of a level.
-        context: one for each sample.
-        max_bytes: memory that the Jacobian of one sample may use; it takes 8 D d bytes, and d
-            products.
+        context: one for each sample, or one for all.
+        method: "exact" takes d products with the Jacobian of a sample. "hutchinson" estimates the
+            result by random projections. By default d decides: "exact" up to 1024.
+        probes, iterations, generator: of an estimate, as for `Chart.manifold_log_prob`.
+        max_bytes: memory that the Jacobian of one sample may use; it takes 8 D d bytes.
+
+    Returns:
+        `value` and `error`, (N,) each. The error is the standard error over the probes, plus an
+        extrapolation of what further steps would change; it is 0 for "exact".
 
     Raises:
-        ValueError: the scale is not a finite number > 0, x has no samples, or a Jacobian needs more
-            than max_bytes.
+        ValueError: the scale is not a finite number > 0, x has no samples, a Jacobian needs more
+            than max_bytes, probes or iterations is out of range, or the method is unknown.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+    if method is not None:
+        check_choice("method", method, ("exact", "hutchinson"))
+    check_count("probes", probes, 2)
+    check_count("iterations", iterations, 1)
     chart: Any = model if isinstance(model, Chart) else all_on_manifold(model, x)
     if not len(x):
         raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
-    if context is not None:  # a Jacobian decodes a sample many times, with its own context
-        rows = []
-        for sample, own in zip(x.split(1), context.split(1), strict=True):
-            u = chart.encode(sample, context=own)
+    each: Tensor | None = for_each(context, x, model)
+    u, dimensions = chart.encode(x, context=each), math.prod(chart.input_shape)
 
-            def decode(u: Tensor, own: Tensor = own) -> Tensor:
-                return chart.decode(u, context=own.expand(len(u), *own.shape[1:]))
+    def estimate(decode: Decode, u: Tensor) -> Estimate:
+        if (method or ("exact" if u.shape[1] <= LARGEST_EXACT else "hutchinson")) == "exact":
+            value = _exact(decode, u, scale, dimensions, max_bytes)
+            return Estimate(value, torch.zeros_like(value))
+        parts = u.split(max(1, PASS_ELEMENTS // (dimensions * (probes + 1))))
+        found = [_estimate(decode, part, scale, probes, iterations, generator) for part in parts]
+        value, error = (torch.cat(column).to(u.dtype) for column in zip(*found, strict=True))
+        return Estimate(value, error)
 
-            rows.append(_of_latents(decode, u, chart, scale, max_bytes))
-        return torch.cat(rows)
-    return _of_latents(chart.decode, chart.encode(x), chart, scale, max_bytes)
+    with without_autocast(u):
+        if each is None:
+            return estimate(chart.decode, u)
+        return for_each_context(estimate, chart.decode, u, each)
 
 
-def _of_latents(decode: Any, u: Tensor, chart: Chart, scale: float, max_bytes: int) -> Tensor:
+def _exact(decode: Decode, u: Tensor, scale: float, dimensions: int, max_bytes: int) -> Tensor:
     """Return the local dimension (N,) at the latents u (N, d)."""
     found, start = [], 0
-    with without_autocast(u):
-        for jacobian in jacobians(decode, u, math.prod(chart.input_shape), max_bytes):
-            z = u[start : start + len(jacobian)].double()
-            start += len(jacobian)
-            _, singular, vectors = torch.linalg.svd(jacobian, full_matrices=False)
-            # l / (l + r^2) and r^2 / (l + r^2), without overflow.
-            share = 1 / (1 + (scale / singular).square())
-            rest = 1 / (1 + (singular / scale).square())
-            along = (vectors @ z[:, :, None])[..., 0]
-            found.append((share + share * rest * along.square()).sum(1))
+    for jacobian in jacobians(decode, u, dimensions, max_bytes):
+        z = u[start : start + len(jacobian)].double()
+        start += len(jacobian)
+        _, singular, vectors = torch.linalg.svd(jacobian, full_matrices=False)
+        share, between = _shares(singular, scale)
+        along = (vectors @ z[:, :, None])[..., 0]
+        found.append((share + between * along.square()).sum(1))
     return torch.cat(found).to(u.dtype)
+
+
+def _estimate(
+    decode: Decode,
+    u: Tensor,
+    scale: float,
+    probes: int,
+    iterations: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Return an estimate of the local dimension at u (n, d) and its error, (n,) each."""
+    n, d = u.shape
+    signs = random_signs(n * probes, u, generator).view(n, probes, d)
+    first = torch.cat([signs, u[:, None]], dim=1).flatten(0, 1)  # the probes of a sample, then z
+
+    def of_quadrature(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        share, between = _shares(nodes.clamp(min=0).sqrt(), scale)
+        trace, form = ((weights * f).sum(1).view(n, probes + 1) for f in (share, between))
+        value, error = mean_over_probes(trace[:, :-1])
+        return value + form[:, -1], error
+
+    rows = u.repeat_interleave(probes + 1, 0)
+    return lanczos(metric(decode, rows), first, of_quadrature, iterations)[:2]
+
+
+def _shares(singular: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return l / (l + r^2) and r^2 l / (l + r^2)^2 for l = singular^2, without overflow."""
+    share = 1 / (1 + (scale / singular).square())
+    return share, share / (1 + (singular / scale).square())

@@ -87,27 +87,10 @@ class ChainFlow(Flow):
         return _channels_last(x)
 
     def _for_networks(self, context: Context | None, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the networks' extra arguments: classes (N,) become one-hot vectors."""
+        """Return the networks' further arguments; see `given`."""
         if context is None and self.context_channels is not None:
             return ()  # built-in networks check that they need none
-        arguments = given(context, x, self)
-        classes = self.context_channels
-        if not classes or not isinstance(arguments[0], Tensor):
-            return arguments  # the networks check it
-        own, n = arguments[0], len(x)
-        if own.dim() != 1 or own.is_floating_point():
-            return (own,)
-        if own.shape != (n,):
-            raise ValueError(
-                f"context: expected one class for each of {n} samples, got {tuple(own.shape)}"
-            )
-        like = next(self.parameters())
-        if _can_read(own) and n and not 0 <= own.min() <= own.max() < classes:
-            raise ValueError(
-                f"context: expected classes from 0 to {classes - 1}, got "
-                f"{own.min().item()} to {own.max().item()}"
-            )
-        return ((own[:, None] == torch.arange(classes, device=like.device)).to(like.dtype),)
+        return given(context, x, self)
 
     def _like_parameters(self, name: str, value: object) -> Tensor:
         """Check that `value` is a tensor on the parameters' device and, outside autocast, of their
@@ -143,8 +126,8 @@ class Glow(ChainFlow):
         bins: number of bins of each spline.
         scale: scale function of the affine couplings, as for `AffineCoupling`.
         context_channels: M. If positive, the flow is conditional, and the context is one of three:
-            integers (N,), the classes from 0 to M - 1; vectors (N, M); or maps (N, M, H, W), which
-            are averaged to the size of each level.
+            classes, integers (N,) from 0 to M - 1 or their names; vectors (N, M); or maps
+            (N, M, H, W), which are averaged to the size of each level.
         network: makes the network of each coupling, instead of the built-in ones:
             `network(in_channels, out_channels)` is a module from (N, in_channels, *spatial) to
             (N, out_channels, *spatial). If a context is given, the module gets it as second
@@ -295,12 +278,6 @@ def _net(
     if network is None:
         return {"width": width, "context_channels": context_channels}
     return {"net": network(channels // 2, numbers * (channels - channels // 2))}
-
-
-def _can_read(values: Tensor) -> bool:
-    """Whether reading values costs no synchronization and breaks no transform or graph."""
-    plain = not transformed() and not torch.compiler.is_compiling()
-    return plain and values.device.type == "cpu"
 
 
 def _channels_last(x: Tensor) -> Tensor:

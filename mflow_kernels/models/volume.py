@@ -12,7 +12,7 @@ operators and chains run as plain torch in it. The model's own backward pass com
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -62,15 +62,9 @@ def log_volume(
     if n == 0 or d == 0:
         return Estimate(u.new_zeros(n), u.new_zeros(n))
     if context is not None:
-        # Both methods decode each sample many times, so treat one sample and its context at a time.
-        rows = []
-        for row, own in zip(u.split(1), context.split(1), strict=True):
-
-            def decode_row(u: Tensor, own: Tensor = own) -> Tensor:
-                return decode(u, context=own.expand(len(u), *own.shape[1:]))
-
-            each = log_volume(
-                decode_row,
+        return for_each_context(
+            lambda own, row: log_volume(
+                own,
                 row,
                 dimensions,
                 method,
@@ -78,9 +72,11 @@ def log_volume(
                 iterations=iterations,
                 generator=generator,
                 max_bytes=max_bytes,
-            )
-            rows.append(each)
-        return Estimate(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+            ),
+            decode,
+            u,
+            context,
+        )
     with without_autocast(u):  # autocast's rounding would spoil the volume
         if method == "exact":
             hint = "; method='hutchinson' estimates the log-determinant in less memory"
@@ -88,8 +84,28 @@ def log_volume(
             value = torch.cat([_log_volume_of(j) for j in found]).to(u.dtype)
             return Estimate(value, torch.zeros_like(value))
         parts = u.split(max(1, PASS_ELEMENTS // (dimensions * probes)))
-        estimates = [_stochastic(decode, part, probes, iterations, generator) for part in parts]
-    return Estimate(*(torch.cat(parts) for parts in zip(*estimates, strict=True)))
+        return _joined([_stochastic(decode, part, probes, iterations, generator) for part in parts])
+
+
+def for_each_context(
+    estimate: Callable[[Decode, Tensor], Estimate], decode: Decode, u: Tensor, context: Tensor
+) -> Estimate:
+    """Return `estimate(decode, u)`, for one sample and its context (N, *) at a time.
+
+    An estimate decodes each sample many times.
+    """
+    rows = []
+    for row, own in zip(u.split(1), context.split(1), strict=True):
+
+        def decode_row(u: Tensor, own: Tensor = own) -> Tensor:
+            return decode(u, context=own.expand(len(u), *own.shape[1:]))
+
+        rows.append(estimate(decode_row, row))
+    return _joined(rows)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Estimate:
+    return Estimate(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def jacobians(
@@ -142,11 +158,15 @@ def _stochastic(
     decode: Decode, u: Tensor, probes: int, iterations: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return the estimate and its error, (N,) each; the estimate carries the gradient."""
-    n, d = u.shape
-    bits = torch.randint(0, 2, (n * probes, d), generator=generator, device=u.device)
-    z = (2 * bits - 1).to(u.dtype)
+    n = len(u)
+    z = random_signs(n * probes, u, generator)
     rows = u.repeat_interleave(probes, 0)
-    value, error, solution = _lanczos(_metric(decode, rows.detach()), z, probes, iterations)
+
+    def half_log(nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        logs = nodes.clamp(min=torch.finfo(nodes.dtype).tiny).log()
+        return mean_over_probes((weights * logs).sum(1).view(n, probes) / 2)
+
+    value, error, solution = lanczos(metric(decode, rows.detach()), z, half_log, iterations)
     value, error = value.to(u.dtype), error.to(u.dtype)
     if torch.is_grad_enabled():
         with torch.no_grad():
@@ -157,7 +177,13 @@ def _stochastic(
     return value, error
 
 
-def _metric(decode: Decode, u: Tensor) -> Callable[[Tensor], Tensor]:
+def random_signs(rows: int, u: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw Rademacher probes (rows, d) for latents u (N, d)."""
+    bits = torch.randint(0, 2, (rows, u.shape[1]), generator=generator, device=u.device)
+    return (2 * bits - 1).to(u.dtype)
+
+
+def metric(decode: Decode, u: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the function v -> J^T J v at u; v and its image are (N, d)."""
     with torch.enable_grad():
         u_leaf = u.clone().requires_grad_()
@@ -171,17 +197,28 @@ def _metric(decode: Decode, u: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _lanczos(
-    multiply: Callable[[Tensor], Tensor], z: Tensor, probes: int, iterations: int
+def lanczos(
+    multiply: Callable[[Tensor], Tensor],
+    z: Tensor,
+    estimate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return 1/2 log det M (N,) and its error, both float64, and M^-1 z.
+    """Return an estimate from z^T f(M) z and its error, (N,) float64 each, and M^-1 z.
 
-    Each row of z (N * probes, d) is a probe. Every Lanczos vector is orthogonalized against all
-    earlier ones. The iteration stops when further steps would change no estimate by more than a
-    tenth of its standard error; the remaining change is added to the error.
+    Every Lanczos vector is orthogonalized against all earlier ones. The iteration stops when
+    further steps would change no estimate by more than a tenth of its error; the remaining change
+    is added to the error.
+
+    Args:
+        multiply: maps v to M v; both are (rows, d).
+        z: (rows, d), the first vectors.
+        estimate: maps the nodes and weights (rows, k) of Gauss quadrature to the estimate and its
+            error, (N,) each: for any function f, z^T f(M) z is about the sum of weights * f(nodes).
     """
     rows, d = z.shape
-    q = z / math.sqrt(d)
+    length = z.norm(dim=1)
+    any_direction = torch.full_like(z, 1 / math.sqrt(d))  # of the weight 0
+    q = torch.where(length[:, None] > 0, z / length[:, None], any_direction)
     basis: list[Tensor] = []
     values: list[Tensor] = []
     t = z.new_zeros((rows, 0, 0), dtype=torch.float64)
@@ -192,9 +229,11 @@ def _lanczos(
         basis.append(q)
         w = multiply(q)
         diagonal = (w * q).sum(1).double()
-        # If a row's Krylov space is exhausted, append a decoupled 1: it adds log 1 = 0.
+        # If a row's Krylov space is exhausted, append a decoupled 1, whose weight is 0.
         t = _extended(t, torch.where(active, diagonal, 1.0), off_diagonal)
-        value, error = _quadrature(t, d, probes)
+        nodes, vectors = torch.linalg.eigh(t)
+        weights = (length[:, None] * vectors[:, 0]).square()
+        value, error = estimate(nodes, weights)
         values.append(value)
         span = torch.stack(basis, 1)
         for _ in range(2):
@@ -209,9 +248,9 @@ def _lanczos(
         off_diagonal = torch.where(active, norm, 0.0)
         q = torch.where(active, 1 / norm, 0.0).to(z.dtype)[:, None] * w
     first = torch.zeros_like(t[:, :, 0])
-    first[:, 0] = math.sqrt(d)
-    weights = torch.linalg.solve(t, first).to(z.dtype)
-    return value, error + missing, (weights[:, None] @ torch.stack(basis, 1)).squeeze(1)
+    first[:, 0] = length
+    along = torch.linalg.solve(t, first).to(z.dtype)
+    return value, error + missing, (along[:, None] @ torch.stack(basis, 1)).squeeze(1)
 
 
 def _missing(values: list[Tensor]) -> Tensor:
@@ -237,11 +276,6 @@ def _extended(t: Tensor, diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
     return extended
 
 
-def _quadrature(t: Tensor, d: int, probes: int) -> tuple[Tensor, Tensor]:
-    """Compute 1/2 z^T log(M) z by Gauss quadrature: its mean over each sample's probes, and the
-    standard error of that mean."""
-    nodes, vectors = torch.linalg.eigh(t)
-    tiny = torch.finfo(t.dtype).tiny
-    each = d / 2 * (vectors[:, 0].square() * nodes.clamp(min=tiny).log()).sum(1)
-    each = each.view(-1, probes)
-    return each.mean(1), each.std(1) / math.sqrt(probes)
+def mean_over_probes(each: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of (N, probes) over the probes, and the standard error of that mean."""
+    return each.mean(1), each.std(1) / math.sqrt(each.shape[1])

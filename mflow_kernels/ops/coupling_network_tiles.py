@@ -161,19 +161,19 @@ def forward_tile(s: Shape, arch: int) -> Tile:
     columns = block(s.tap_rows * s.c_out, 256 if s.taps > 1 else 128)
     if s.itemsize == 4:
         block_d = 128 if s.width <= 128 and columns <= 64 else 64
-        return Tile(32 if columns <= 128 else 16, block(s.width, block_d), 32, columns, 8)
+        return Tile(32 if columns <= 128 else 16, block(s.width, block_d), 32, columns, 8, 3)
     if s.width <= 128:
         block_d = block(s.width)
         if columns > 64:
-            return Tile(32 if columns > 128 else 64, block_d, 32, columns, 8)
+            return Tile(32 if columns > 128 else 64, block_d, 32, columns, 8, 3)
         if columns > 32:  # 8 warps spill on sm_100
-            return Tile(64, block_d, 32, columns, 4)
-        return Tile(64, block_d, 64, columns, 8)
+            return Tile(64, block_d, 32, columns, 4, 3)
+        return Tile(64, block_d, 64, columns, 8, 3)
     if columns > 128:
-        return Tile(32, 64, 32, columns, 8)
+        return Tile(32, 64, 32, columns, 8, 3)
     if columns > 64:  # on sm_90, images spill with blocks of 32, and vectors with blocks of 64
-        return Tile(32, 128, 64 if s.taps > 1 else 32, columns, 8)
-    return Tile(64, 256, 64, columns, 8) if s.width <= 256 else Tile(64, 128, 32, columns, 8)
+        return Tile(32, 128, 64 if s.taps > 1 else 32, columns, 8, 3)
+    return Tile(64, 256, 64, columns, 8, 3) if s.width <= 256 else Tile(64, 128, 32, columns, 8, 3)
 
 
 def halo(s: Shape, block_p: int) -> int:

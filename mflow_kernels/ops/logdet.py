@@ -89,6 +89,8 @@ def accumulate_logdet(ledger: Tensor, constant: Tensor) -> Tensor:
         raise ValueError(f"ledger: expected shape (N, T), got {tuple(ledger.shape)}")
     check_shape("constant", constant, ())
     check_device("constant", constant, ledger)
+    if ledger.shape[1] == 1:
+        return ledger[:, 0] + constant
     return operator(accumulate_logdet_op, _forward)(ledger, constant)
 
 

@@ -72,10 +72,12 @@ def keep_layout(state: Tensor) -> None:
     """Convert the gradient of `state` to the memory layout of `state` when it arrives.
 
     A loss may return a gradient in another layout, which every later launch would read slowly. One
-    copy here avoids that. It does nothing under compilers, which choose layouts themselves, and in
-    transforms of torch.func.
+    copy here avoids that. It does nothing under compilers, which choose layouts themselves, in
+    transforms of torch.func, and for vectors, whose layout matters less than a hook costs.
     """
-    if not state.requires_grad or transformed() or torch.compiler.is_compiling():
+    if not state.requires_grad or state.dim() == 2:
+        return
+    if transformed() or torch.compiler.is_compiling():
         return
     like = torch.empty_like(state, device="meta")
     state.register_hook(lambda gradient: None if gradient is None else in_layout_of(like, gradient))

@@ -3,35 +3,128 @@
 import dataclasses
 import inspect
 import re
-from typing import Any, get_args, get_type_hints
+from argparse import SUPPRESS, ArgumentTypeError
+from typing import Any, get_type_hints
 
-from jsonargparse import ActionYesNo, ArgumentParser
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
 from mflow_kernels.data.named import LABELS, NAMED_DATASETS
 from mflow_kernels.runs.options import (
+    SHORT_STAGE_OPTIONS,
     DataOptions,
     HierarchyOptions,
     MemoryOptions,
     ModelOptions,
     ObjectiveOptions,
+    StageOptions,
     TrainingOptions,
 )
-from mflow_kernels.runs.parser import OptionParser, parse_yaml, with_docstring
+from mflow_kernels.runs.parser import OptionParser, explain, load_yaml, with_docstring
 
 
 def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
-    """Return the options of RunConfig that a YAML file sets; see `parse_yaml`."""
+    """Return the options of RunConfig that a YAML file sets. `source` names it in messages.
+
+    Raises:
+        ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
+            wrong type.
+    """
     parser = OptionParser()
     add_options(parser)
     # RunConfig has these beyond TrainConfig.
     parser.add_argument("--channels", type=int)
     parser.add_argument("--crop", type=int | None)
     parser.add_argument("--class_names", type=list[str])
-    return parse_yaml(parser, text, source)
+    try:
+        given = load_yaml(text)
+        if given is None:  # the file is empty or has only comments
+            return {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
+        for name, value in given.items():
+            # A few lines of YAML aliases can expand to more nested lists than fit in memory.
+            items = value if isinstance(value, list) else [value]
+            nested = [item.values() if isinstance(item, dict) else [item] for item in items]
+            if any(isinstance(inner, list | dict) for values in nested for inner in values):
+                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
+        given = _with_stages(given)
+        # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
+        values = vars(parser.parse_object(given))
+        return {name: values[name] for name in given}
+    except RecursionError:
+        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
+    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {explain(error)}") from None
+
+
+class StagesError(ArgumentTypeError, TypeError):
+    """An error whose message argparse and jsonargparse both pass on."""
+
+
+def read_stages(value: Any) -> list[StageOptions]:
+    """Return the further flows of a list, or of its YAML text.
+
+    Raises:
+        StagesError: the value is no list of mappings, or an option is unknown or has a value
+            of the wrong type.
+    """
+    try:
+        found = load_yaml(value) if isinstance(value, str) else value
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
+        raise StagesError(f"expected a list in YAML ({explain(error)})") from None
+    if not isinstance(found, list):
+        raise StagesError(f"expected a list such as [{{dim: 32}}], got {value}")
+    parser, stages = OptionParser(), []
+    parser.add_class_arguments(with_docstring(StageOptions))
+    names = list(vars(StageOptions()))
+    for number, each in enumerate(found):
+        values = vars(each) if isinstance(each, StageOptions) else each
+        if not isinstance(values, dict):
+            raise StagesError(f"[{number}]: expected options such as {{dim: 32}}, got {each}")
+        for name in {**values}.keys() - names:
+            raise StagesError(f"[{number}]: expected {', '.join(names)}, got {name}")
+        try:
+            stages.append(StageOptions(**vars(parser.parse_object(values))))
+        except (ArgumentError, TypeError, ValueError) as error:
+            raise StagesError(f"[{number}].{explain(error)}") from None
+    return stages
+
+
+def with_short_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with those for all further flows, such as stage_dim, set in `stages`."""
+    rest = {name: value for name, value in options.items() if not name.startswith("stage_")}
+    given = {name[6:]: value for name, value in options.items() if name not in rest}
+    return rest | {"stages": [dataclasses.replace(stage, **given) for stage in rest["stages"]]}
+
+
+def _with_stages(given: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the options of a file with `stages`. Earlier versions wrote lists such as stage_steps
+    instead, with a value for each further flow, one for all, or none."""
+    old = [name for name in given if str(name).startswith("stage_")]
+    if not old:
+        return given
+    if "stages" in given:
+        raise ValueError(f"{old[0]}: expected its values in the list stages")
+    lists: dict[str, Any] = {"dim": given.get("stage_dims", [None]), "coupling": ["affine"]}
+    lists |= {name[6:]: given[name] for name in old if name != "stage_dims"}
+    if "channels" in given:  # a whole configuration, from before these options
+        lists = {"delta": [1.0], "learning_rate": []} | lists
+        if "classes" not in given and lists.get("weight") == []:
+            lists["weight"] = [given.get("weight")]
+    count = len(lists["dim"]) if isinstance(lists["dim"], list) else 1
+    for name, values in lists.items():
+        if not isinstance(values, list) or len(values) not in {0, 1, count}:
+            raise ValueError(f"stage_{name}: expected a list of 1 or {count}, got {values}")
+        if len(values) < 2:
+            lists[name] = (values or [2.0 if name == "delta" else None]) * count
+    stages = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    return {name: given[name] for name in given if name not in old} | {"stages": stages}
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add every option of TrainConfig to `parser`, in groups."""
+    """Add every option of TrainConfig to `parser`, in groups, and the short ones for all further
+    flows. A short option that is not given is absent from the parsed values."""
     for options in (
         DataOptions,
         ModelOptions,
@@ -40,8 +133,8 @@ def add_options(parser: ArgumentParser) -> None:
         MemoryOptions,
         TrainingOptions,
     ):
-        # Added by hand, because jsonargparse expects lists as "[64,32]", which shells expand, and
-        # booleans as "--reversible false", and takes a folder named "null" for no folder.
+        # Added by hand, because jsonargparse expects booleans as "--reversible false", takes a
+        # folder named "null" for no folder, and explains a bad list of stages in many lines.
         by_hand = {
             option.name: option
             for option in dataclasses.fields(options)
@@ -62,9 +155,15 @@ def add_options(parser: ArgumentParser) -> None:
             elif name == "init_from":
                 how = {"type": str, "metavar": "RUN"}
             else:
-                (kind,) = get_args(types[name])
-                how = {"nargs": "*", "type": kind, "metavar": name.split("_")[-1].upper()}
+                how = {"type": read_stages, "metavar": "LIST"}
             group.add_argument(f"--{name}", default=_default(option), help=texts[name], **how)
+        if options is not HierarchyOptions:
+            continue
+        texts, types = argument_texts(with_docstring(StageOptions)), get_type_hints(StageOptions)
+        for name in SHORT_STAGE_OPTIONS:
+            default = getattr(StageOptions(), name)
+            text = texts[name] if default is None else f"{texts[name]} (default: {default})"
+            group.add_argument(f"--stage_{name}", type=types[name], default=SUPPRESS, help=text)
 
 
 def _named_datasets() -> str:

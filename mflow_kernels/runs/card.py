@@ -36,7 +36,7 @@ def model_card(config: RunConfig, parameters: int, images: int | None, evaluatio
     data = f"{number} of {_text(config.data_name)}: {size}x{size}, {colours}, {config.n_bits} bits"
     if config.class_names:
         data += f", of the classes {', '.join(map(_text, config.class_names))}"
-    dims = " in ".join(str(stage.dim) for stage in reversed(config.stages))
+    dims = " in ".join(str(stage.dim) for stage in reversed(config.flows))
     return f"""---
 library_name: mflow_kernels
 tags:
@@ -87,7 +87,7 @@ def train_command(config: RunConfig) -> list[str]:
         if isinstance(value, bool):
             command.append(name if value else f"--no-{name[2:]}")
         elif isinstance(value, list):
-            command += [name, *map(str, value)]
+            command += [name, f"[{', '.join(map(str, value))}]"]
         elif (option.name == "data" and value not in NAMED_DATASETS) or option.name == "init_from":
             command += [name, Path(value).name]
         else:

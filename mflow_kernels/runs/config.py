@@ -1,7 +1,7 @@
 """The configuration of a run: its options, and the checks that need neither images nor torch."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import yaml
 from mflow_kernels.data.named import NAMED_DATASETS
 from mflow_kernels.runs.arguments import parse_config
 from mflow_kernels.runs.options import (
+    MAX_BINS,
     DataOptions,
     Domain,
     HierarchyOptions,
@@ -19,16 +20,13 @@ from mflow_kernels.runs.options import (
     ObjectiveOptions,
     Precision,
     Rho,
+    StageOptions,
     TrainingOptions,
     Weight,
     check_at_least,
     check_positive,
 )
 
-# The default of --stage-delta. The coordinates u have unit variance, so this is twice the deviation
-# of a coordinate that is dropped. The default of --delta, 0.1, is about twice the deviation of an
-# image's errors.
-_STAGE_DELTA = 2.0
 # Options that the files of earlier versions lack, with the values that these versions used.
 _ADDED_LATER: dict[str, Any] = {
     "final_weight": None,
@@ -36,12 +34,8 @@ _ADDED_LATER: dict[str, Any] = {
     "error_bound": None,
     "delta": 1.0,
     "sigma": 0.1,
-    "stage_final_weight": [],
-    "stage_weight_steps": [],
-    "stage_error_bound": [],
-    "stage_delta": [1.0],
-    "stage_sigma": [],
-    "stage_learning_rate": [],
+    "coupling": "affine",
+    "bins": 8,
     "init_from": None,
     "accumulate": 1,
     "classes": None,
@@ -51,23 +45,17 @@ _ADDED_LATER: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One flow of the hierarchy: manifold dimension, size of the networks, objective, training."""
+class Stage(StageOptions):
+    """One flow of the hierarchy, with the values that its options leave to the flow before it or to
+    the options of the image flow."""
 
-    dim: int
-    steps: int
-    width: int
-    domain: Domain
-    rho: Rho
-    weight: Weight
-    final_weight: float | None
-    weight_steps: int | None
-    error_bound: float | None
-    delta: float
-    sigma: float
-    learning_rate: float
-    epochs: int
-    max_steps: int | None
+    dim: int = 0
+    domain: Domain = "data"
+    rho: Rho = "l2"
+    weight: Weight = 1.0
+    sigma: float = 1.0
+    learning_rate: float = 0.0
+    epochs: int = 0
 
     def optimizer_steps(self, batches_per_pass: int) -> int:
         """Return the number of optimizer steps, given the number of batches in a pass."""
@@ -85,16 +73,8 @@ class TrainConfig(
 
         The models check what depends on the images' shape, such as the number of levels.
         """
-        model = ("image_size", "levels", "steps", "width", "manifold_dim", "checkpoint_every")
-        training = (
-            "batch_size",
-            "accumulate",
-            "epochs",
-            "max_steps",
-            "warm_up",
-            "max_skipped",
-            "save_steps",
-        )
+        model = ("image_size", "levels", "manifold_dim", "checkpoint_every")
+        training = ("batch_size", "accumulate", "warm_up", "max_skipped", "save_steps")
         for name in (*model, *training):
             if getattr(self, name) is not None:
                 check_at_least(name, getattr(self, name), 1)
@@ -108,56 +88,51 @@ class TrainConfig(
         check_at_least("seed", self.seed, 0)
         if not 1 <= self.n_bits <= 8:
             raise ValueError(f"n_bits: expected 1 to 8, got {self.n_bits}")
-        for name in ("learning_rate", "clip_norm", "loss_spike", "max_drift", "save_minutes"):
+        for name in ("clip_norm", "loss_spike", "max_drift", "save_minutes"):
             check_positive(name, getattr(self, name))
-        for rate in self.stage_learning_rate:
-            check_positive("stage_learning_rate", rate)
         if self.max_condition is not None and not self.max_condition >= 1:
             raise ValueError(f"max_condition: expected at least 1, got {self.max_condition}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 to less than 1, got {self.ema_decay}")
-        for name in ("stage_steps", "stage_width", "stage_epochs", "stage_max_steps"):
-            for value in getattr(self, name):
-                check_at_least(name, value, 1)
-        stages = self.stages
-        for number, stage in enumerate(stages):
-            _check_objective("stage_" if number else "", stage)
-        for outer, inner in pairwise(stages):
+        flows = self.flows
+        for number, flow in enumerate(flows):
+            _check_flow(f"stages[{number - 1}]." if number else "", flow)
+        for number, (outer, inner) in enumerate(pairwise(flows)):
             if not 1 <= inner.dim <= outer.dim:
                 raise ValueError(
-                    f"stage_dims: expected dimensions from 1 to the {outer.dim} of the stage "
-                    f"before, got {inner.dim}"
+                    f"stages[{number}].dim: expected dimensions from 1 to the {outer.dim} of the "
+                    f"stage before, got {inner.dim}"
                 )
 
     @property
-    def stages(self) -> "list[Stage]":
+    def part_size(self) -> int:
+        """Images of a batch that are computed together."""
+        return max(1, self.batch_size // self.accumulate)
+
+    @property
+    def flows(self) -> list[Stage]:
         """The image flow, then each further flow."""
-        count = len(self.stage_dims)
-        defaults = {
-            "steps": None,
-            "width": None,
-            "domain": self.domain,
-            "rho": self.rho,
-            "weight": "variance" if self.weight == "variance" else 1.0,
-            "final_weight": None,
-            "weight_steps": None,
-            "error_bound": None,
-            "delta": _STAGE_DELTA,
-            "sigma": self.sigma,
-            "learning_rate": self.learning_rate,
-            "epochs": self.epochs,
-            # --max-steps does not override --stage-epochs.
-            "max_steps": None if self.stage_epochs else self.max_steps,
-        }
-        first = Stage(self.manifold_dim, *(getattr(self, name) for name in defaults))
-        columns = [
-            _for_each(f"stage_{name}", getattr(self, f"stage_{name}"), count, default)
-            for name, default in defaults.items()
-        ]
-        further = zip(self.stage_dims, *columns, strict=True)
-        return [first, *(Stage(*values) for values in further)]
+        image = {o.name: getattr(self, o.name) for o in fields(Stage) if o.name != "dim"}
+        flows = [Stage(dim=self.manifold_dim, **image)]
+        left = {name: image[name] for name in ("domain", "rho", "sigma", "learning_rate", "epochs")}
+        left["weight"] = "variance" if self.weight == "variance" else 1.0
+        for stage in self.stages:
+            own = {name: value for name, value in vars(stage).items() if value is not None}
+            left["dim"] = flows[-1].dim
+            # --max-steps does not override a stage's own epochs.
+            left["max_steps"] = self.max_steps if stage.epochs is None else None
+            flows.append(Stage(**left | own))
+        return flows
+
+    def values(self) -> dict[str, Any]:
+        """Every value by its name in messages, such as "stages[0].dim" for those of a further flow;
+        `stages` is the number of further flows."""
+        found = dict(vars(self)) | {"stages": len(self.stages)}
+        for number, stage in enumerate(self.stages):
+            found |= {f"stages[{number}].{name}": value for name, value in vars(stage).items()}
+        return found
 
     @property
     def data_name(self) -> str:
@@ -178,7 +153,7 @@ class TrainConfig(
         class_names: tuple[str, ...] = (),
     ) -> "RunConfig":
         """Return a RunConfig with the values that come from the data, and absolute paths."""
-        values = dataclasses.asdict(self)
+        values = dict(vars(self))
         values["image_size"] = image_shape[1]
         if self.data not in NAMED_DATASETS:
             values["data"] = str(Path(self.data).resolve())
@@ -223,9 +198,7 @@ class RunConfig(TrainConfig):
                 range.
         """
         values = parse_config(text, source)
-        if "classes" not in values and values.get("stage_weight") == [] and "weight" in values:
-            values["stage_weight"] = [values["weight"]]  # the default of earlier versions
-        for option in dataclasses.fields(cls):
+        for option in fields(cls):
             if option.name in _ADDED_LATER:
                 values.setdefault(option.name, _ADDED_LATER[option.name])
             elif option.name not in values:  # the default may not fit the run's model
@@ -257,20 +230,13 @@ def check_cuda_graphs(cuda_graphs: bool, device: str) -> None:
         raise ValueError(f"cuda_graphs: expected a CUDA device, got {device}")
 
 
-def _for_each(name: str, values: list[Any], count: int, default: Any) -> list[Any]:
-    """Return one value per further flow. `values` holds none (the default is used), one or all."""
-    if not values and default is None and name in ("stage_steps", "stage_width"):
-        raise ValueError(f"{name}: expected at least one value, got none")
-    if len(values) > 1 and len(values) != count:
-        expected = "one value" if count < 2 else f"one value, or {count} as in stage_dims"
-        raise ValueError(f"{name}: expected {expected}, got {len(values)}")
-    if len(values) == count:
-        return values
-    return (values or [default]) * count
-
-
-def _check_objective(prefix: str, stage: Stage) -> None:
-    """Check the penalty of a stage, whose options start with `prefix`."""
+def _check_flow(prefix: str, stage: Stage) -> None:
+    """Check the values of a flow, whose names in messages start with `prefix`."""
+    for name in ("steps", "width", "epochs", "max_steps", "weight_steps"):
+        if getattr(stage, name) is not None:
+            check_at_least(f"{prefix}{name}", getattr(stage, name), 1)
+    if not 2 <= stage.bins <= MAX_BINS:
+        raise ValueError(f"{prefix}bins: expected 2 to {MAX_BINS}, got {stage.bins}")
     varying = stage.final_weight is not None or stage.error_bound is not None
     if stage.weight == "variance":
         if stage.domain == "latent":
@@ -282,7 +248,7 @@ def _check_objective(prefix: str, stage: Stage) -> None:
                 f"{prefix}weight: expected a number with a final weight or an error bound, "
                 "got variance"
             )
-    for name in ("weight", "final_weight", "error_bound", "delta", "sigma"):
+    for name in ("weight", "final_weight", "error_bound", "delta", "sigma", "learning_rate"):
         value = getattr(stage, name)
         if value not in (None, "variance"):
             check_positive(f"{prefix}{name}", value)
@@ -296,5 +262,3 @@ def _check_objective(prefix: str, stage: Stage) -> None:
         if stage.final_weight is None:
             there, lacks = lacks, there
         raise ValueError(f"{prefix}{there}: expected {prefix}{lacks} too, got none")
-    if stage.weight_steps is not None:
-        check_at_least(f"{prefix}weight_steps", stage.weight_steps, 1)

@@ -4,8 +4,9 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -98,8 +99,7 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            "width, stage_width, steps, stage_steps: expected a model that fits in memory "
-            f"({reason[:120]})"
+            f"width, steps, stages: expected a model that fits in memory ({reason[:120]})"
         ) from None
     model.describe_images(config.n_bits, config.crop, tuple(config.class_names))
     return model
@@ -107,12 +107,12 @@ def build_model(config: RunConfig) -> HierarchicalFlow:
 
 def architecture(config: RunConfig) -> dict[str, Any]:
     """Return the description of a configuration's model, as `models.architecture` takes it."""
-    how: dict[str, Any] = {"coupling": "affine", "bins": 8, "scale": "tanh"}
-    how["context_channels"] = len(config.class_names)
+    how: dict[str, Any] = {"scale": "tanh", "context_channels": len(config.class_names)}
     how |= {name: getattr(config, name) for name in ("reversible", "checkpoint_every")}
     stages: list[dict[str, Any]] = []
-    for stage in config.stages:
-        flow: dict[str, Any] = {"class": "VectorFlow", "steps": stage.steps, "width": stage.width}
+    for stage in config.flows:
+        flow = {name: getattr(stage, name) for name in ("steps", "width", "coupling", "bins")}
+        flow["class"] = "VectorFlow"
         if stages:
             flow["dim"] = stages[-1]["manifold_dim"]
         else:
@@ -330,17 +330,17 @@ def changed_options(asked: RunConfig, recorded: RunConfig) -> list[Change]:
         ValueError: one of them may not change on resume. The message lists those that may.
     """
     changes = []
-    for option in fields(RunConfig):
-        want, have = getattr(asked, option.name), getattr(recorded, option.name)
-        if want == have:
+    wanted, had = asked.values(), recorded.values()
+    for name, want in wanted.items():
+        if want == (have := had.get(name)):
             continue
-        if option.name not in CHANGEABLE_OPTIONS:
+        if re.sub(r"^stages\[\d+\].", "stage_", name) not in CHANGEABLE_OPTIONS:
             raise ValueError(
-                f"{option.name}: cannot change on resume (the run has {have}, got {want}); "
+                f"{name}: cannot change on resume (the run has {have}, got {want}); "
                 f"{', '.join(map(as_option, CHANGEABLE_OPTIONS))} can; --init-from starts a new "
                 "run from the weights of this one"
             )
-        changes.append(Change(option.name, have, want))
+        changes.append(Change(name, have, want))
     return changes
 
 

@@ -3,7 +3,7 @@
 The docstrings are the help texts. Nothing here imports torch, so that --help is fast.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -11,6 +11,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Domain = Literal["latent", "data"]
 Rho = Literal["l2", "l1", "huber"]
 Weight = float | Literal["variance"]
+Coupling = Literal["affine", "spline"]
+MAX_BINS = 64
 
 
 @dataclass
@@ -42,6 +44,8 @@ class ModelOptions:
 
     Args:
         levels: Levels of the image flow. Each halves the image, so 2^levels must divide its size.
+        coupling: Couplings of the image flow's steps, affine or monotone splines.
+        bins: Bins of each spline, 2 to 64.
         steps: Flow steps in each level.
         width: Hidden channels of the image flow's coupling networks.
         manifold_dim: Dimensions of the manifold, taken from the coarsest latents first. A number
@@ -49,9 +53,70 @@ class ModelOptions:
     """
 
     levels: int = 2
+    coupling: Coupling = "affine"
+    bins: int = 8
     steps: int = 4
     width: int = 64
     manifold_dim: int = 64
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """A further flow, trained on the manifold coordinates of the flow before it.
+
+    Args:
+        dim: Manifold dimensions; by default those of the flow before.
+        coupling: Couplings of the flow, affine or monotone splines.
+        bins: Bins of each spline, 2 to 64.
+        steps: Flow steps.
+        width: Hidden units of the coupling networks.
+        domain: Domain of the penalty; by default that of the image flow.
+        rho: Shape of the penalty; by default that of the image flow.
+        weight: Weight of the penalty; by default 1, which fits coordinates of unit variance, or
+            "variance" if --weight is.
+        final_weight: Last weight of a schedule; by default the weight is constant.
+        weight_steps: Steps in which the weight reaches final_weight.
+        error_bound: Bound on the mean squared error, in units of the coordinates.
+        delta: Difference at which the penalty huber turns from quadratic to linear, in units of
+            the coordinates, so that 2 is two standard deviations.
+        sigma: Standard deviation off the manifold; by default that of the image flow.
+        learning_rate: Highest learning rate; null stands for that of --learning-rate.
+        epochs: Passes over the training images; by default those of --epochs.
+        max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
+    """
+
+    dim: int | None = None
+    coupling: Coupling = "affine"
+    bins: int = 8
+    steps: int = 12
+    width: int = 128
+    domain: Domain | None = None
+    rho: Rho | None = None
+    weight: Weight | None = None
+    final_weight: float | None = None
+    weight_steps: int | None = None
+    error_bound: float | None = None
+    delta: float = 2.0
+    sigma: float | None = None
+    learning_rate: float | None = 1e-2
+    epochs: int | None = None
+    max_steps: int | None = None
+
+    def __str__(self) -> str:
+        """The values that are not the defaults, as YAML in one line."""
+        import yaml
+
+        values = {o.name: getattr(self, o.name) for o in fields(self)}
+        own = {o.name: values[o.name] for o in fields(self) if values[o.name] != o.default}
+        text: str = yaml.safe_dump(own, default_flow_style=True, sort_keys=False, width=1000)
+        return text.strip()
+
+
+# The values of a further flow that have an option on the command line, such as --stage-dim.
+SHORT_STAGE_OPTIONS = (
+    *("dim", "coupling", "bins", "steps", "width", "weight"),
+    *("learning_rate", "epochs", "max_steps"),
+)
 
 
 @dataclass
@@ -59,43 +124,14 @@ class HierarchyOptions:
     """Hierarchy: further flows, each trained on the manifold coordinates of the flow before it.
 
     Args:
-        stage_dims: Manifold dimensions of each further flow; without a value, there are no further
-            flows. The other stage options take one value for all further flows, or one for each.
-        stage_steps: Flow steps.
-        stage_width: Hidden units of the coupling networks.
-        stage_epochs: Passes over the training images; by default those of --epochs.
-        stage_max_steps: Optimizer steps, instead of epochs; by default those of --max-steps.
-        stage_domain: Domain of the penalty; by default that of --domain.
-        stage_rho: Shape of the penalty; by default that of --rho.
-        stage_weight: Weight of the penalty; by default 1, which fits coordinates of unit variance,
-            or "variance" if --weight is.
-        stage_final_weight: Last weight of a schedule, as for --final-weight; by default the weight
-            is constant.
-        stage_weight_steps: Steps in which the weight reaches --stage-final-weight.
-        stage_error_bound: Bound on the mean squared error, in units of the coordinates; by default
-            there is none.
-        stage_delta: Difference at which the penalty huber turns from quadratic to linear, in units
-            of the coordinates; by default 2, two standard deviations.
-        stage_sigma: Standard deviation off the manifold; by default that of --sigma.
-        stage_learning_rate: Highest learning rate; without a value, that of --learning-rate.
+        stages: The further flows, as a list in YAML such as "[{dim: 32}, {dim: 16, steps: 4}]", or
+            "[]" for none. What an entry leaves out has its default. The --stage options hold for
+            every further flow of the list, which has one entry by default.
         release: Train each further flow together with the earlier flows, at its learning rate, on
             the joint likelihood and all penalties; by default the earlier flows are frozen.
     """
 
-    stage_dims: list[int] = field(default_factory=lambda: [64])
-    stage_steps: list[int] = field(default_factory=lambda: [12])
-    stage_width: list[int] = field(default_factory=lambda: [128])
-    stage_epochs: list[int] = field(default_factory=list)
-    stage_max_steps: list[int] = field(default_factory=list)
-    stage_domain: list[Domain] = field(default_factory=list)
-    stage_rho: list[Rho] = field(default_factory=list)
-    stage_weight: list[Weight] = field(default_factory=list)
-    stage_final_weight: list[float] = field(default_factory=list)
-    stage_weight_steps: list[int] = field(default_factory=list)
-    stage_error_bound: list[float] = field(default_factory=list)
-    stage_delta: list[float] = field(default_factory=list)
-    stage_sigma: list[float] = field(default_factory=list)
-    stage_learning_rate: list[float] = field(default_factory=lambda: [1e-2])
+    stages: list[StageOptions] = field(default_factory=lambda: [StageOptions()])
     release: bool = False
 
 
@@ -159,7 +195,8 @@ class TrainingOptions:
     Args:
         batch_size: Images per step.
         accumulate: Parts of a batch that are computed one after another, so that memory is that of
-            one part. Their gradients are added.
+            one part. Their gradients are added. The first batch of each stage also passes through
+            its flow whole, without gradients, to initialize the scales.
         epochs: Passes over the training images in each stage: first the image flow, then each
             further flow.
         max_steps: Optimizer steps in each stage, instead of epochs.

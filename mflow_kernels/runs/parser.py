@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -26,7 +26,7 @@ class _Formatter(DefaultHelpFormatter):
         if default is True:
             default = action.option_strings[0]
         if isinstance(default, list):
-            default = " ".join(map(str, default))
+            default = f"[{', '.join(map(str, default))}]"
         return f"{text} (default: {default})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
@@ -35,7 +35,8 @@ class _Formatter(DefaultHelpFormatter):
 
 def as_option(name: str) -> str:
     """Return the spelling of an argument on the command line."""
-    return "--" + name.replace("_", "-")
+    option, dot, rest = name.partition(".")  # of a value such as stages[0].max_steps
+    return "--" + option.replace("_", "-") + dot + rest
 
 
 class OptionParser(ArgumentParser):
@@ -61,36 +62,9 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
-def parse_yaml(parser: ArgumentParser, text: str | bytes, source: str) -> dict[str, Any]:
-    """Return the options that a YAML file sets, checked by `parser`. Other options are left out.
-
-    Args:
-        parser: has the options and their types.
-        text: the content of the file.
-        source: the name of the file in error messages.
-
-    Raises:
-        ValueError: the text is not YAML or not a mapping, an option is unknown, or a value has the
-            wrong type.
-    """
-    try:
-        given = yaml.load(text, _Loader)
-        if given is None:  # the file is empty or has only comments
-            return {}
-        if not isinstance(given, dict):
-            raise ValueError(f"expected options and their values, got a {type(given).__name__}")
-        for name, value in given.items():
-            # A few lines of YAML aliases can expand to more nested lists than fit in memory.
-            items = value if isinstance(value, list) else [value]
-            if any(isinstance(item, list | dict) for item in items):
-                raise ValueError(f"{name}: expected a value or a list of values, got deep nesting")
-        # Not parse_string: jsonargparse takes more texts for numbers than PyYAML, which wrote them.
-        values = vars(parser.parse_object(given))
-        return {name: values[name] for name in given}
-    except RecursionError:
-        raise ValueError(f"{source}: expected options and their values, got deep nesting") from None
-    except (ArgumentError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {explain(error)}") from None
+def load_yaml(text: str | bytes) -> Any:
+    """Read YAML, with dates as text."""
+    return yaml.load(text, _Loader)
 
 
 def with_docstring(thing: Any) -> Any:
@@ -117,9 +91,12 @@ def explain(error: Exception) -> str:
     if "arguments are required: " in text:
         names = re.findall(r"\w+\.(\w+)", text.partition("required: ")[2])
         return f"{names[0]}: expected a value, got none"
+    stages = re.fullmatch(r'(?:Parser key "|argument --)(stages)"?: (\S.*)', text)
+    if stages:  # of `read_stages`; "[0].steps: ..." is about one value
+        return f"{stages[1]}{'' if stages[2][0] == '[' else ': '}{stages[2]}"
     key = re.search(r'Parser key "(\w+)"', text)
     came = re.search(r"(?:Got|Given) value: (.*)", text)
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|$)", text)
+    expected = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value|\n|$)", text)
     if not (key and came and expected):
         return " ".join(text.split())
     kinds = [_in_words(kind) for kind in expected if "NoneType" not in kind]

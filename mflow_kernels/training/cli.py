@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -113,6 +112,8 @@ def _check(argv: list[str]) -> Work:
     Raises:
         ArgumentError, ValueError, TypeError: an argument is bad.
     """
+    from mflow_kernels.runs.arguments import with_short_options
+
     parser, trainer, planner = _parsers()
     chosen = parser.parse_args(argv)
     preset = chosen[chosen.subcommand].get("preset") if chosen.subcommand else None
@@ -136,12 +137,9 @@ def _check(argv: list[str]) -> Work:
             # The recorded options become the defaults, so only options that are given can differ.
             trainer.set_defaults(_recorded(options))
             options = vars(parser.parse_args(argv).train)
-        given = parser.parse_args(argv, defaults=False)[chosen.subcommand]
-        if "stage_dims" not in given:
-            # A stage has at most the dimensions of the stage before.
-            dims = accumulate([options["manifold_dim"], *options["stage_dims"]], min)
-            options["stage_dims"] = [*dims][1:]
         options.pop("preset")
+        options = with_short_options(options)
+        given = parser.parse_args(argv, defaults=False)[chosen.subcommand]
         if chosen.subcommand == "plan" and given.get("data") is not None:
             from mflow_kernels.data.cache import check_exists
 
@@ -266,15 +264,15 @@ def _function_parser(command: Callable[..., Work], out: str | None = None) -> "O
 
 
 def _recorded(options: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import asdict
+    from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
     from mflow_kernels.runs.folder import read_config
 
-    names = {*options} - _OF_TRAIN
+    names = [option.name for option in fields(TrainConfig)]
     config = TrainConfig(**{name: options[name] for name in names})
     folder = Path(options["run_dir"] or config.default_run_dir())
-    recorded = asdict(read_config(folder, "run_dir"))
+    recorded = vars(read_config(folder, "run_dir"))
     return {name: recorded[name] for name in names}
 
 
@@ -294,9 +292,18 @@ def _as_typed(message: str, argv: list[str]) -> str:
     from dataclasses import fields
 
     from mflow_kernels.runs.config import TrainConfig
+    from mflow_kernels.runs.options import SHORT_STAGE_OPTIONS
     from mflow_kernels.runs.parser import as_option
 
     start, colon, rest = message.partition(":")
+    if start.startswith("stages["):
+
+        def of_stage(found: re.Match[str]) -> str:
+            short = as_option(f"stage_{found[1]}")
+            typed = any(word.partition("=")[0] == short for word in argv)
+            return short if typed else f"--{found[0]}"
+
+        return re.sub(r"stages\[\d+\](?:\.(\w+))?", of_stage, message)
     if (*argv[:1], start) in {("prepare", "data"), ("presets", "preset")}:
         return message  # these two are positional
     if start == "image_shape":
@@ -305,6 +312,7 @@ def _as_typed(message: str, argv: list[str]) -> str:
     options |= {"out", "workers", "gpu_memory", "channels", "images"}
     options |= {"files", "draws", "features", "feature_weights", "feature_images", "missing", "ood"}
     options |= {option.name for option in fields(TrainConfig)}
+    options |= {f"stage_{name}" for name in SHORT_STAGE_OPTIONS}
     names = start.split(", ")
     if not options.issuperset(names):
         return message

@@ -82,7 +82,7 @@ def _find_learning_rate(config: "TrainConfig", resume: bool) -> Work:
         except SystemExit:
             print("interrupted; nothing was written", file=sys.stderr)
             raise
-        print(describe_tests(tests))
+        print(describe_tests(tests, loaded.config.stages))
 
     return work
 

@@ -84,7 +84,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
     with torch.device("meta"):  # run the models' own checks without allocating their tensors
         shapes = Glow(resolved.image_shape, config.levels, steps=1, width=1).latent_shapes
         check_manifold_dim(config.manifold_dim, shapes)
-        for outer in config.stages[:-1]:
+        for outer in config.flows[:-1]:
             VectorFlow(outer.dim, steps=1, width=1)
     return resolved
 
@@ -92,7 +92,7 @@ def resolve_config(config: TrainConfig, channels: int | None, *, gpu: bool) -> R
 def walk(config: RunConfig) -> list[Step]:
     """Walk through a training step of each stage of a configuration."""
     model = empty_model(config)
-    return [step_of(config, stage, model) for stage in range(len(config.stages))]
+    return [step_of(config, stage, model) for stage in range(len(config.flows))]
 
 
 def highest(steps: Sequence[Step]) -> Step:

@@ -20,7 +20,7 @@ from mflow_kernels.data.batches import (
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import Splits
-from mflow_kernels.layers import AffineCoupling, ReversibleChain
+from mflow_kernels.layers import AffineCoupling, ReversibleChain, SplineCoupling
 from mflow_kernels.models import HierarchicalFlow, ManifoldFlow
 from mflow_kernels.models.bits import bits_per_dimension
 from mflow_kernels.runs.checkpoints import Checkpoint
@@ -77,7 +77,7 @@ class FlowTraining(LightningModule):
         self.schedule = Schedule(
             config, len(splits.train), checkpoint.progress if checkpoint else None
         )
-        self._highest_rates = [stage.learning_rate for stage in config.stages]
+        self._highest_rates = [stage.learning_rate for stage in config.flows]
         self.log_interval = min(50, max(1, self.schedule.total_steps // 500))
         self._dims = math.prod(splits.train.image_shape)
         self._chains = [
@@ -147,7 +147,7 @@ class FlowTraining(LightningModule):
         return BatchStream(self._splits.train, config.batch_size, config.seed, position)
 
     def val_dataloader(self) -> OrderedBatches:
-        return OrderedBatches(self._splits.valid, self._config.batch_size)
+        return OrderedBatches(self._splits.valid, self._config.part_size)
 
     def configure_optimizers(self) -> Any:
         groups, rates = [], []
@@ -405,7 +405,7 @@ class FlowTraining(LightningModule):
 
 def compile_networks(model: nn.Module, **options: Any) -> None:
     """Compile every coupling network of a model in place; `options` are torch.compile's."""
-    networks = [m.net for m in model.modules() if isinstance(m, AffineCoupling)]
+    networks = _networks(model)
     # Dynamo limits the recompilations of a function, and all networks share one forward function.
     # Each network shape compiles twice, with and without gradients.
     torch._dynamo.config.recompile_limit = max(64, 4 * len(networks))
@@ -416,9 +416,13 @@ def compile_networks(model: nn.Module, **options: Any) -> None:
 def parameter_groups(stage: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split a stage's parameters into the weights of its coupling networks, to which weight decay
     applies, and all others."""
-    networks = [m.net for m in stage.modules() if isinstance(m, AffineCoupling)]
-    weights = {id(p) for net in networks for p in net.parameters() if p.dim() > 1}
+    weights = {id(p) for net in _networks(stage) for p in net.parameters() if p.dim() > 1}
     parameters = list(stage.parameters())
     return [p for p in parameters if id(p) in weights], [
         p for p in parameters if id(p) not in weights
     ]
+
+
+def _networks(model: nn.Module) -> list[nn.Module]:
+    """The coupling networks of a model."""
+    return [m.net for m in model.modules() if isinstance(m, AffineCoupling | SplineCoupling)]

@@ -24,8 +24,8 @@ ROOFLINE_SHARE = 0.5  # assumed ratio of the lower bound of a step's time to its
 def optimizer_steps(config: RunConfig, stage: int, images: int | None) -> int | None:
     """Return a stage's optimizer steps; None if they depend on an unknown number of images."""
     if images is None:
-        return config.stages[stage].max_steps
-    return config.stages[stage].optimizer_steps(images // min(config.batch_size, images))
+        return config.flows[stage].max_steps
+    return config.flows[stage].optimizer_steps(images // min(config.batch_size, images))
 
 
 def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
@@ -43,18 +43,24 @@ def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
         else f"rebuilt, one in {config.checkpoint_every} kept"
     )
     size = config.image_size
+    parts = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     lines = [
-        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}; "
-        f"{config.levels} levels of {config.steps} steps, width {config.width}",
+        f"Batches of {counted(config.batch_size, 'image')} of {config.channels}x{size}x{size}"
+        f"{parts}; {config.levels} levels of {config.steps} steps, width {config.width}",
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f", while stage {peak.stage + 1} trains" if config.stage_dims else ""),
+        + (f", while stage {peak.stage + 1} trains" if config.stages else ""),
     ]
     rows = {label: value for label, value in peak.peak.items() if value}
     rows["total"] = peak.total
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
+    if parts:
+        first = evaluation_memory(config, config.batch_size) + peak.average + peak.optimizer
+        lines.append(
+            f"The first batch of a stage passes whole, without gradients: {readable(first)}"
+        )
     batch = evaluation_batch_size(config.image_shape)
     evaluated = readable(evaluation_memory(config, batch))
     lines += [

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mflow_kernels.data.progress import progress_bar
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training.checks import Loaded
 from mflow_kernels.training.conditions import singular_means_divergence
 from mflow_kernels.training.loops import resume_loops
@@ -50,8 +51,10 @@ class RangeTest(NamedTuple):
         return self.best_rate / 3 if self.best_rate >= 3 * LOWEST else None
 
 
-def describe_tests(tests: Sequence[RangeTest]) -> str:
+def describe_tests(tests: Sequence[RangeTest], stages: Sequence[StageOptions]) -> str:
     """Return a table with one row per stage, and the options for training at the rates found.
+
+    `stages` are the further flows that were tested.
 
     For a stage without a suggested rate, the text says what to try instead of the options.
     """
@@ -68,8 +71,13 @@ def describe_tests(tests: Sequence[RangeTest]) -> str:
             )
     if "none" not in rates:
         first, *further = rates
-        stages = ["--stage-learning-rate", *further] if further else []
-        options = " ".join(["--learning-rate", first, *stages])
+        options = f"--learning-rate {first}"
+        if len(further) == 1:
+            options += f" --stage-learning-rate {further[0]}"
+        elif further:
+            pairs = zip(stages, map(float, further), strict=True)
+            found = ", ".join(str(dataclasses.replace(s, learning_rate=rate)) for s, rate in pairs)
+            options += f" --stages '[{found}]'"
         lines.append(f"To train with them: mflow train {options} ...")
     return "\n".join(lines)
 
@@ -130,9 +138,8 @@ def find_learning_rates(loaded: Loaded) -> list[RangeTest]:
     Raises:
         FloatingPointError: a stage has no finite loss.
     """
-    config = dataclasses.replace(
-        loaded.config, max_steps=STEPS, stage_max_steps=[], stage_epochs=[], loss_spike=1e30
-    )
+    stages = [dataclasses.replace(s, epochs=None, max_steps=None) for s in loaded.config.stages]
+    config = dataclasses.replace(loaded.config, max_steps=STEPS, stages=stages, loss_spike=1e30)
     training = _GrowingRate(loaded.model, loaded.splits, config)
     tests = []
     with progress_bar(

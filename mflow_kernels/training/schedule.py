@@ -35,7 +35,7 @@ class Schedule:
         current = len(start.begins) - 1
         self.begins = [*start.begins]
         self.ends = [*start.begins[1:]]
-        for number, stage in enumerate(config.stages[current:], start=current):
+        for number, stage in enumerate(config.flows[current:], start=current):
             steps = stage.optimizer_steps(per_pass)
             if number > current:
                 self.begins.append(self.ends[-1])

@@ -4,10 +4,13 @@ import dataclasses
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
 
-from benchmarks.manifold import points, tables, training
+from benchmarks.manifold import pictures, points, tables, training
 from benchmarks.manifold.__main__ import main
 from benchmarks.manifold.comparison import about_runs
 from benchmarks.manifold.factors import elbow
@@ -247,6 +250,25 @@ def test_documents_take_the_tables_between_their_marks(tmp_path):
         expected = text.format("digits", "| new |\n") + text.format("other", "kept\n") + picture
         assert document.read_text() == expected
     assert (document.parent / "pictures" / "frontier.png").read_bytes() == b"picture"
+
+
+def test_the_frontier_shows_every_method_in_its_colour(tmp_path):
+    """Made-up runs of every method, a seed each. A file of few colours must not merge them."""
+    runs = [
+        {"method": name, "seed": 0, "weight": 1.0, "squared_error": 0.01 * (i + 1), "bits": 3.0 + i,
+         "frechet_on_1.0": 5.0 + i, "frechet_off_1.0": None}
+        for i, name in enumerate(RECIPES)
+    ]  # fmt: skip
+    weights = [
+        run | {"weight": 2.0, "bits": 4.0} for run in runs if RECIPES[run["method"]].weighted
+    ]
+    rows, others = {"digits": runs, "patches": runs}, {"digits": weights, "patches": []}
+    pictures.draw_frontier(tmp_path / "frontier.png", rows, others)
+    with Image.open(tmp_path / "frontier.png") as image:
+        drawn = torch.tensor(np.array(image.convert("RGB"))).view(-1, 3).unique(dim=0)
+    for recipe in RECIPES.values():
+        colour = 255 * torch.tensor(to_rgb(recipe.colour))
+        assert (drawn - colour).abs().amax(1).min() <= 16, recipe.colour
 
 
 @pytest.mark.parametrize("name", SETS)

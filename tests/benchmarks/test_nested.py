@@ -14,7 +14,7 @@ from mflow_kernels.runs.folder import load_run
 def test_a_run_has_errors_of_its_stages_and_of_selections_of_the_same_size(trained):
     run = load_run(trained)
     row = measure(run)
-    assert [int(d) for d in row["errors"]] == [6, 4] == [stage.dim for stage in run.config.stages]
+    assert [int(d) for d in row["errors"]] == [6, 4] == [flow.dim for flow in run.config.flows]
     assert row["seed"] == 0
     # The first stage takes the coarsest latents, and 4 of these are among its 6.
     first, second = row["errors"].values()

@@ -188,6 +188,9 @@ cases = {
         rebuild(48, 8, float32, None),
     ],
 }
+aot.choose_tiles_of("sm_100")
+network = aot.capture(lambda: static.run_network(12, 512, bfloat16, (2, 64)))
+cases["sm_100"] += [launch for launch in network if launch.kernel.__name__ == "_network_kernel"]
 static.NATIVE = []
 static.network_launches = lambda size, target: []
 for target, launches in cases.items():
@@ -199,7 +202,7 @@ for target, launches in cases.items():
 
 
 def test_launches_that_once_spilled_do_not(tmp_path: Path) -> None:
-    """The quick set's states have too few channels for most of these five launches."""
+    """The quick set's states and networks have too few channels for most of these launches."""
     script = tmp_path / "mended.py"
     script.write_text(MENDED)
     done = run_python(str(script))

@@ -81,7 +81,7 @@ class TestNamed:
         assert (config.data, config.data_name) == ("stripes", "stripes")
 
     def test_the_planner_knows_its_shape(self):
-        config = TrainConfig(data="stripes", manifold_dim=8, stage_dims=[4])
+        config = TrainConfig(data="stripes", manifold_dim=8)
         assert resolve_config(config, None, gpu=False).image_shape == (3, 12, 12)
 
     def test_help_and_errors_list_it(self, tmp_path, capsys):

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mflow_kernels import local_dimension
 from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.generators import Stream, stream_generator
 from mflow_kernels.data.splits import ImageSet, load_evaluation_set
 from mflow_kernels.evaluation import likelihood as evaluation
+from mflow_kernels.evaluation import ood
 from mflow_kernels.evaluation.likelihood import (
     evaluate_model,
     evaluation_batch_size,
@@ -102,7 +104,8 @@ class TestScores:
     def test_scores_follow_the_formulas(self, loaded, faces):
         images = faces.batch(range(5))
         done = []
-        found = score_images(loaded.model, images, 8, TrainingScores(0.1, 3.0), done.append)
+        training = TrainingScores(0.1, 3.0, 0.5, 4.0, 0.25)
+        found = score_images(loaded.model, images, 8, training, done.append)
         assert {name: values.shape for name, values in found.items()} == dict.fromkeys(SCORES, (5,))
         assert done == [5]
         # Without training images, the same noise gives the same distances.
@@ -122,13 +125,19 @@ class TestScores:
         volume = -(u.square() / 2 + math.log(2 * math.pi) / 2).sum(1) - log_prob
         difference = (found["ood_score"] - found["latent_score"]).tolist()
         assert difference == pytest.approx(volume.tolist(), rel=1e-4, abs=1e-3)
+        dimension = local_dimension(loaded.model, x, 0.1).value.double()
+        scores = (found["bits_per_dim"] - 3.0) / 0.5, (4.0 - dimension) / 0.25
+        assert torch.allclose(found["bits_or_dimension"], torch.maximum(*scores))
         cheap = loaded.model.ood_score(x, 0.1, volume=False)
         assert cheap.tolist() == pytest.approx(found["latent_score"].tolist(), rel=1e-5)
 
     def test_a_score_of_all_images_computes_no_jacobian(self, loaded, faces, monkeypatch):
         monkeypatch.setattr(type(loaded.model), "manifold_log_prob", None)
-        found = score_images(loaded.model, faces.batch(range(5)), 8, TrainingScores(0.1, 3.0))
-        assert set(found) == set(SCORES) - {"ood_score"}
+        monkeypatch.setattr(ood, "local_dimension", None)
+        images = faces.batch(range(5))
+        training = training_scores(loaded.model, images, 8)._replace(dimension=4.0)
+        found = score_images(loaded.model, images, 8, training)
+        assert set(found) == set(SCORES) - {"ood_score", "bits_or_dimension"}
 
     def test_png_bits_are_those_of_the_file(self, faces):
         images = faces.batch(range(3))
@@ -148,6 +157,15 @@ class TestScores:
         assert found.bits_per_dim == scores["bits_per_dim"].mean().item()
         x = dequantize(images, 8, stream_generator(0, Stream.OOD_NOISE))
         assert found.deviation == pytest.approx(loaded.model.deviation(x), rel=1e-5)
+        assert found.bits_spread == scores["bits_per_dim"].std(correction=0).item()
+        assert found.dimension is None
+        done: list[int] = []
+        found = training_scores(loaded.model, images, 8, done.append)
+        dimension = local_dimension(loaded.model, x, found.deviation).value.double()
+        assert done == [5]
+        assert found.dimension == pytest.approx(dimension.mean().item(), rel=1e-5)
+        spread = dimension.std(correction=0).item()
+        assert found.dimension_spread == pytest.approx(spread, rel=1e-4)
 
     def test_auroc_counts_pairs(self):
         inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1e9, math.nan])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,20 @@ def test_images_are_drawn_at_whole_pixels(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         colours = dict((colour, count) for count, colour in image.convert("RGB").getcolors(1 << 16))
     assert colours[255, 0, 0] == colours[0, 0, 255] == 4 * 64 * 64
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_no_text_is_cut(tmp_path, count):
+    images = torch.full((count, 1, 8, 8), 255, dtype=torch.uint8)
+    wide = "W" * 15  # 80 letters W are wider than any text
+    text = "Manifold Samples Before and After the Hierarchical Stages at a Temperature, 0.85"
+    draw_images(tmp_path / "a.png", text, {wide: images, text: images}, footer=text)
+    with Image.open(tmp_path / "a.png") as image:
+        grey = torch.tensor(np.array(image.convert("L")))
+    assert len(text) == 80
+    assert (grey[:, :8] == 255).all()
+    assert (grey[:, -8:] == 255).all()
+    assert (grey < 128).any()
 
 
 def test_long_rows_are_broken_and_the_last_is_filled():
@@ -55,3 +70,10 @@ def test_histograms_are_drawn_of_any_values(tmp_path, first, second):
         assert image.width == 840
         blue_seen = (142, 186, 217) in {c[:3] for _, c in image.getcolors(1 << 20)}  # half of C0
     assert blue_seen
+
+
+def test_many_histograms_take_two_rows(tmp_path):
+    values = {"a": torch.arange(9).double(), "b": torch.arange(9).double() + 5}
+    draw_histograms(tmp_path / "a.png", {str(i): values for i in range(7)})
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (4 * 420, 2 * 360)

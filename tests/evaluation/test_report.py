@@ -144,8 +144,9 @@ class TestMissingParts:
         assert capsys.readouterr().out.splitlines()[-1] == str(run / "report-faces" / "report.html")
         metrics = json.loads((run / "report-faces" / "figures.json").read_text())
         page = Page((run / "report-faces" / "report.html").read_text())
-        starts = ["FID and KID", "OOD score", "density on the manifold", "intrinsic dimension"]
-        starts.append("typicality, latent score and OOD score")
+        starts = ["FID and KID", "OOD score and local dimension", "density on the manifold"]
+        starts.append("intrinsic dimension")
+        starts.append("typicality, latent score, OOD score and local dimension")
         assert [line.partition(":")[0] for line in metrics["missing"]] == starts
         assert str(gone) in metrics["missing"][-1]
         assert "--feature-weights FILE" in metrics["missing"][0]
@@ -219,6 +220,7 @@ class TestWork:
         # Two more passes find the coordinates and the density at them.
         assert 2 * dim <= passes[0] <= 2 * dim + 4
         assert f"density on the manifold at 8 images (exact): {8 * dim} passes" in text
+        assert f"local dimension at 70 images (exact): at most {70 * dim} passes" in text
         assert f"intrinsic dimension: {2 * 64} passes" in text
 
     def test_quick_computes_no_jacobian(self, trained, tmp_path, monkeypatch, capsys):
@@ -249,9 +251,7 @@ class TestImages:
     ):
         """A file that is added later draws another split, whose training images differ."""
         seen = []
-        monkeypatch.setattr(
-            report, "training_scores", lambda model, batch, n_bits: seen.append(batch)
-        )
+        monkeypatch.setattr(report, "training_scores", lambda model, batch, *_: seen.append(batch))
         data = tmp_path / "faces"
         shutil.copytree(images, data)
         config = run / "config.yaml"

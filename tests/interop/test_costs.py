@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from interop.test_freia import convolutional, fully_connected
+from interop.test_nflows import real_nvp, splines
 from mflow_kernels.interop import accelerate, costs
 from mflow_kernels.interop.subclasses import implementation_of
 
@@ -35,8 +36,14 @@ def wide(channels):
 
 
 LEFT = {
-    "vectors": (moons, "vectors of fewer than 256 numbers"),
-    "wide vectors": (lambda: freia(256, blocks=2, net=fully_connected), ""),
+    "vectors": (moons, "vectors of fewer than 512 numbers"),
+    "vectors in a composite": (real_nvp, "vectors of fewer than 512 numbers"),
+    "splines": (splines, ""),
+    "wide vectors": (lambda: freia(512, blocks=2, net=fully_connected), ""),
+    "rotated vectors": (
+        lambda: freia(512, blocks=2, net=fully_connected, permute_soft=True),
+        "a matrix between couplings of vectors",
+    ),
     "images": (lambda: freia(4, 8, 8), ""),
     "learned matrices": (lambda: wide(130), "a learned matrix of more than 128 channels"),
     "narrow learned matrices": (lambda: wide(128), ""),

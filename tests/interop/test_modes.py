@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from interop import peers
-from interop.test_normflows import MODELS, couplings, images, initialized, vectors
+from interop.test_normflows import (
+    MODELS,
+    couplings,
+    images,
+    initialized,
+    sample_of,
+    splines,
+    vectors,
+)
 from mflow_kernels.interop import accelerate, linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
@@ -74,15 +82,16 @@ def test_built_in_inference_mode():
         torch.testing.assert_close(fast.log_prob(images(), y), model.log_prob(images(), y))
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize("make", [lambda: couplings(layers=2), splines], ids=["affine", "splines"])
+def test_compiles_whole(make):
     torch.compiler.reset()
-    model = initialized(lambda: couplings(layers=2))
+    model = initialized(make)
     fast = copy.deepcopy(model)
     accelerate(fast)
     compiled = torch.compile(fast.log_prob, backend="aot_eager", fullgraph=True)
     gradients = []
     for log_prob, m in ((compiled, fast), (model.log_prob, model)):
-        x = vectors(2).requires_grad_()
+        x = sample_of(model).requires_grad_()
         value = log_prob(x)
         gradients.append([value, *torch.autograd.grad(value.sum(), [x, *m.parameters()])])
     for got, want in zip(*gradients, strict=True):
@@ -110,3 +119,6 @@ def test_exports():
     z, _ = model.inverse_and_log_det(images())
     peers.assert_exports(model.inverse_and_log_det, images())
     peers.assert_exports(model.forward_and_log_det, [latent.detach() for latent in z])
+    model = initialized(splines)
+    accelerate(model)
+    peers.assert_exports(model.inverse_and_log_det, sample_of(model))

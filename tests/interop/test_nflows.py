@@ -1,6 +1,7 @@
 """Accelerated flows of nflows, built as in its README, tests and image examples."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -55,7 +56,39 @@ def conditional(features=4):
     return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
 
 
-def images(channels=1, size=8, steps=2):
+def splines(features=5, tails="linear", bound=1.5, own=True):
+    """A chain like those of sbi: a z-score, then splines with linear maps between.
+
+    The masks of couplings keep the smaller or the larger part.
+    """
+    layers = [nt.PointwiseAffineTransform(torch.linspace(-0.1, 0.1, features), torch.tensor(0.9))]
+    options = {"tails": tails, "tail_bound": bound}
+    for k in range(4):
+        layers += [
+            nt.PiecewiseRationalQuadraticCouplingTransform(
+                torch.arange(k, k + features) % 2,
+                vector_net(3),
+                num_bins=3 + k,
+                apply_unconditional_transform=own and k < 2,
+                **options,
+            ),
+            nt.LULinear(features, identity_init=False)
+            if tails
+            else nt.ReversePermutation(features),
+        ]
+    layers += [
+        nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, 8, context_features=3, num_blocks=1, **options
+        ),
+        nt.RandomPermutation(features),
+    ]
+    return Flow(nt.CompositeTransform(layers), StandardNormal([features]))
+
+
+SPLINES = partial(nt.PiecewiseRationalQuadraticCouplingTransform, tails="linear")
+
+
+def images(channels=1, size=8, steps=2, coupling=nt.AffineCouplingTransform):
     """The multi-scale image flow of nflows' experiments, with nested composites."""
     transform = nt.MultiscaleCompositeTransform(num_transforms=2)
     c, h = channels, size
@@ -64,11 +97,7 @@ def images(channels=1, size=8, steps=2):
         c, h, _ = squeeze.get_output_shape(c, h, h)
         blocks = [
             nt.CompositeTransform(
-                [
-                    nt.ActNorm(c),
-                    nt.OneByOneConvolution(c),
-                    nt.AffineCouplingTransform(halves(c), image_net),
-                ]
+                [nt.ActNorm(c), nt.OneByOneConvolution(c), coupling(halves(c), image_net)]
             )
             for _ in range(steps)
         ]
@@ -82,8 +111,15 @@ MODELS = {
     "real nvp, only shifts": lambda: real_nvp(use_volume_preserving=True),
     "real nvp, batch norm between": lambda: real_nvp(batch_norm_between_layers=True),
     "conditional": conditional,
+    "splines": splines,
+    "splines of an interval": lambda: splines(4, None),
     "images": images,
+    "images, splines": lambda: images(coupling=SPLINES),
 }
+
+
+def features_of(model):
+    return next(m.features for m in model.modules() if hasattr(m, "identity_features"))
 
 
 def inputs_of(model, dtype, n=16, seed=3):
@@ -91,7 +127,9 @@ def inputs_of(model, dtype, n=16, seed=3):
     c = torch.randn(n, 3, generator=generator).to(dtype)
     if isinstance(model._transform, nt.MultiscaleCompositeTransform):
         return torch.rand(n, 1, 8, 8, generator=generator).to(dtype), None
-    x = torch.randn(n, 4, generator=generator).to(dtype)
+    x = torch.randn(n, features_of(model), generator=generator).to(dtype)
+    if any(getattr(m, "tails", "linear") is None for m in model.modules()):
+        x = 0.2 + 0.5 * x.sigmoid()
     takes = any(getattr(m, "context_features", None) for m in model.modules())
     return x, c if takes else None
 
@@ -131,7 +169,7 @@ def test_equals_the_original(name, reversible):
     model = initialized(MODELS[name]).double()
     fast = peers.assert_equals_original(model, results(torch.float64), 1, reversible=reversible)
     if not reversible:
-        terms = 4096 if name == "images" else 256
+        terms = 4096 if "images" in name else 256
         peers.assert_equals_original(initialized(MODELS[name]), results(torch.float32), terms)
     decelerate(fast)
     assert peers.classes(fast) == peers.classes(model)
@@ -183,6 +221,11 @@ def test_report():
         "2 affine sigmoid couplings" in str(report)
     )
     assert not report.left
+    (replaced,) = accelerate(splines()).replaced
+    assert replaced.by == (
+        "scale and shift, 11 permutations, 4 spline couplings, 2 elementwise splines, "
+        "4 1x1 convolutions, autoregressive spline"
+    )
     report = accelerate(real_nvp(batch_norm_between_layers=True))
     assert {left.layer for left in report.left} == {"BatchNorm"}
     assert len(report.replaced) == 4
@@ -194,13 +237,28 @@ def test_checkpoints_and_copies():
     peers.assert_checkpoints_and_copies(model, fast, lambda m: m.log_prob(x))
 
 
+@pytest.mark.parametrize(
+    "layer", [nt.AffineCouplingTransform, nt.PiecewiseRationalQuadraticCouplingTransform]
+)
+def test_a_checkpoint_may_bring_another_mask(layer):
+    torch.manual_seed(0)
+    options = {} if layer is nt.AffineCouplingTransform else {"tails": "linear"}
+    fast, other = (layer(halves(4, turned), vector_net(), **options) for turned in (False, True))
+    x = torch.randn(5, 4)
+    assert accelerate(fast).replaced
+    fast(x)
+    fast.load_state_dict(other.state_dict())
+    for got, want in zip(fast(x), other(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_untested_code_is_left(monkeypatch):
     peers.assert_untested_code_is_left(ADAPTER, monkeypatch, images())
 
 
 def test_unsupported_layers_are_left():
     def more(features):
-        return nt.PointwiseAffineTransform(scale=2.0)
+        return nt.QRLinear(features, 2)
 
     layers = [
         nt.AffineCouplingTransform(torch.tensor([1, -1, -1]), vector_net()),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from normflows.flows import mixing_test
 from normflows.flows.affine import coupling_test, glow_test
+from normflows.flows.neural_spline import wrapper_test
 
 from interop import peers
 from mflow_kernels.interop import accelerate, decelerate
@@ -71,6 +72,32 @@ def mixed(size=4):
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
 
 
+def splines(size=5, **options):
+    """Splines of both kinds, and linear maps."""
+    flows = []
+    for k in range(3):
+        bins = {"num_bins": 3 + k, "tail_bound": 1.5, "reverse_mask": bool(k)}
+        flows += [
+            nf.flows.CoupledRationalQuadraticSpline(size, 1, 8, **bins, **options),
+            nf.flows.LULinearPermute(size),
+        ]
+    flows.append(
+        nf.flows.AutoregressiveRationalQuadraticSpline(size, 1, 8, init_identity=False, **options)
+    )
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(size), flows)
+
+
+def neural_spline_flow(layers=16):
+    """examples/neural_spline_flow.ipynb."""
+    flows = []
+    for _ in range(layers):
+        flows += [
+            nf.flows.AutoregressiveRationalQuadraticSpline(2, 2, 128),
+            nf.flows.LULinearPermute(2),
+        ]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(2, trainable=False), flows)
+
+
 def vectors(size, n=64):
     return torch.randn(n, size, generator=torch.Generator().manual_seed(3))
 
@@ -91,6 +118,7 @@ MODELS = {
     "real nvp": real_nvp,
     "real nvp of 4": lambda: real_nvp(size=4),
     "mixed": mixed,
+    "splines": splines,
 }
 
 
@@ -163,7 +191,12 @@ def test_training_equals_the_original(make, reversible):
         peers.assert_equals_original(fast, results(torch.float64), 1)
 
 
-THEIR_TESTS = [glow_test.GlowTest, coupling_test.CouplingTest, mixing_test.MixingTest]
+THEIR_TESTS = [
+    glow_test.GlowTest,
+    coupling_test.CouplingTest,
+    mixing_test.MixingTest,
+    wrapper_test.NsfWrapperTest,
+]
 
 
 @pytest.mark.parametrize("case", THEIR_TESTS, ids=lambda c: c.__name__)
@@ -220,6 +253,33 @@ def test_single_layers_keep_their_interface():
             assert log_det.shape == log_want.shape
 
 
+def test_the_example_of_splines():
+    torch.manual_seed(0)
+    model = peers.perturbed(neural_spline_flow(), 0.02).double()
+    with peers.default_dtype(torch.float64):
+        fast = peers.assert_equals_original(model, results(torch.float64), 1)
+    (replaced,) = accelerate(fast).replaced
+    assert replaced.by == (
+        "one run of 16 permutations, 16 1x1 convolutions, 16 autoregressive splines"
+    )
+
+
+def test_splines_of_a_condition():
+    """A conditional model calls its layers with the condition."""
+    torch.manual_seed(0)
+    flows = list(splines(num_context_channels=3).flows)[::2]
+    model = nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(5), flows).double()
+    x, context = vectors(5).double(), vectors(3).double()
+    fast = copy.deepcopy(peers.perturbed(model))
+    assert len(accelerate(fast).replaced) == len(flows)
+    with peers.default_dtype(torch.float64):
+        for method in ("inverse_and_log_det", "forward_and_log_det"):
+            for got, want in zip(
+                getattr(fast, method)(x, context), getattr(model, method)(x, context), strict=True
+            ):
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_checkpoints_and_copies():
     model, fast = initialized(MODELS["glow"]), initialized(MODELS["glow"])
     x, y = images(), torch.arange(4) % 3
@@ -232,7 +292,7 @@ def test_untested_code_is_left(monkeypatch):
 
 def test_unsupported_layers_are_left():
     flows = [
-        nf.flows.AutoregressiveRationalQuadraticSpline(2, 1, 8),
+        nf.flows.CircularAutoregressiveRationalQuadraticSpline(3, 1, 8, [0]),
         nf.flows.MaskedAffineFlow(torch.tensor([1.0, 0.0, 1.0])),
         nf.flows.AffineCouplingBlock(nf.nets.MLP([2, 4, 2])),  # keeps 2 of 3 channels
         nf.flows.GlowBlock(4, 8, split_mode="checkerboard").flows[0],
@@ -250,7 +310,7 @@ def test_models_of_no_library():
     model = torch.nn.Linear(2, 2)
     report = accelerate(model)
     assert type(model) is torch.nn.Linear
-    assert "no layer of normflows, nflows or FrEIA" in str(report)
+    assert "no layer of normflows, nflows, FrEIA or zuko" in str(report)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got list"):
         accelerate([model])
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import compiles, perturbed
+from cases import compiles, not_about_kernels, perturbed
 from torch import Tensor, nn
 
 from layers.chains import assert_all_close, both_gradients, chain_of, gradients, levels, loss_of
@@ -65,6 +65,7 @@ def test_a_mode_switched_before_the_backward_pass() -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@not_about_kernels
 def test_autocast_keeps_the_state_in_float32() -> None:
     """Networks run in low precision on a float32 state. Stored inputs repeat their bits, so that
     rebuilding adds far less error than the low precision itself."""

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from cases import normal, perturbed
+from cases import normal, not_about_kernels, perturbed
 
 from mflow_kernels import FlowStep, InvertibleConv1x1, ReversibleChain, Squeeze
 from mflow_kernels.testing import assert_close, check_bijection
@@ -123,6 +123,7 @@ def test_condition_number_of_a_weight_that_is_not_finite():
         assert layer.condition_number() == float("inf")
 
 
+@not_about_kernels
 @pytest.mark.parametrize("limit", [1.0, 3.0, 100.0])
 @pytest.mark.parametrize("channels", [2, 12, 48])
 def test_bounding_the_condition(channels, limit):

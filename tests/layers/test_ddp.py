@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import perturbed
+from cases import not_about_kernels, perturbed
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
@@ -119,6 +119,7 @@ def test_a_static_graph_and_sharded_weights(tmp_path: Path) -> None:
             assert_close(found, p.grad, terms=1000)
 
 
+@not_about_kernels
 def test_gradients_and_initialization_are_those_of_the_joined_batch(tmp_path: Path) -> None:
     """Gradients are exchanged level by level, during the backward pass."""
     torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=RANKS)

@@ -143,7 +143,7 @@ def losses(model: Glow, images: Tensor, steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("reversible", [False, True], ids=["stored", "reversible"])
-def test_fifty_steps_beside_torchs_layers(
+def test_twenty_steps_beside_torchs_layers(
     kernel_device: torch.device, reversible: bool, monkeypatch: pytest.MonkeyPatch,
     fused: list[int],
 ) -> None:  # fmt: skip
@@ -152,9 +152,9 @@ def test_fifty_steps_beside_torchs_layers(
     curves = []
     for choice in ("fused", "torch"):
         monkeypatch.setenv(VARIABLE, choice)
-        curves.append(losses(glow(reversible, kernel_device), images, 50))
+        curves.append(losses(glow(reversible, kernel_device), images, 20))
     by_kernels, by_torch = curves
-    assert len(fused) >= 50
+    assert len(fused) >= 20
     assert by_torch[-1] < by_torch[0] - 1.0  # it learns
     size = by_torch.abs().max()
     assert (by_kernels - by_torch).abs().max() <= tolerance(BF16) * size

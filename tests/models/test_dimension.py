@@ -1,12 +1,14 @@
 """The local dimension, against derivatives of normal densities."""
 
+import math
+
 import pytest
 import torch
 from cases import normal, perturbed
 from torch.distributions import MultivariateNormal
 
 from mflow_kernels import Glow, HierarchicalFlow, ManifoldFlow, VectorFlow, local_dimension
-from mflow_kernels.testing import assert_close
+from mflow_kernels.testing import assert_close, tolerance
 from models.flows import Scale
 
 
@@ -51,14 +53,52 @@ def test_it_is_the_derivative_of_the_density_of_noisy_data(name, scale):
         jacobian = torch.autograd.functional.jacobian(flat, u[0].detach())
         expected = by_derivative(point, u[0].detach(), jacobian, scale)
         # The derivative is subtracted from D.
-        assert_close(found[i], expected, terms=1000, scale=len(jacobian))
+        assert_close(found.value[i], expected, terms=1000, scale=len(jacobian))
+    assert (found.error == 0).all()
+
+
+def test_one_context_serves_all_samples():
+    model = perturbed(VectorFlow(4, 2, 8, context_channels=2)).double().eval()
+    model.class_names = ("circle", "square")
+    x = normal(3, 4, dtype=torch.float64)
+    each = local_dimension(model, x, 0.5, context=torch.ones(3, dtype=torch.int64)).value
+    for one in (1, "square", ["square"] * 3):
+        assert torch.equal(local_dimension(model, x, 0.5, context=one).value, each)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_agrees_with_the_exact_result(name):
+    """Lanczos quadrature with as many steps as coordinates is exact but for the probes."""
+    model = perturbed(MODELS[name]()).double().eval()
+    x = normal(3, *model.input_shape, dtype=torch.float64)
+    context = torch.tensor([0, 1, 1]) if name.startswith("conditional") else None
+    for scale in (0.05, 1.0, 30.0):
+        exact = local_dimension(model, x, scale, context=context).value
+        generator = torch.Generator().manual_seed(0)
+        how = {"method": "hutchinson", "probes": 256, "generator": generator}
+        found = local_dimension(model, x, scale, context=context, **how)
+        rounding = tolerance(torch.float64, terms=1000) * math.prod(model.input_shape)
+        assert ((found.value - exact).abs() <= 5 * found.error + rounding).all()
+        assert (found.error <= 0.5).all()
+
+
+def test_many_coordinates_are_estimated():
+    d = 1200
+    flow = Scale([1.0] * 300 + [0.001] * (d - 300))
+    x = normal(2, d, dtype=torch.float64) * flow.deviation.detach()
+    found = local_dimension(flow, x, 0.05, generator=torch.Generator().manual_seed(0))
+    # The diagonal matrix has no variance over random signs.
+    assert found.value.tolist() == pytest.approx([300, 300], abs=2)
+    at_zero = local_dimension(flow, torch.zeros_like(x), 0.05).value
+    assert at_zero.tolist() == pytest.approx([300, 300], abs=2)
 
 
 def test_it_counts_the_directions_that_are_wider_than_the_scale():
     flow = Scale([1.0, 2.0, 0.001, 0.002])
     x = normal(100, 4, dtype=torch.float64) * flow.deviation.detach()
     for scale, dimension in ((1e-5, 4), (0.05, 2), (100.0, 0)):
-        assert local_dimension(flow, x, scale).mean().item() == pytest.approx(dimension, abs=0.02)
+        mean = local_dimension(flow, x, scale).value.mean().item()
+        assert mean == pytest.approx(dimension, abs=0.02)
 
 
 def test_bad_arguments():
@@ -71,3 +111,7 @@ def test_bad_arguments():
             local_dimension(model, torch.zeros(0, 3), 1.0)
     with pytest.raises(ValueError, match="max_bytes: expected at least 72"):
         local_dimension(flow, torch.zeros(1, 3), 1.0, max_bytes=71)
+    with pytest.raises(ValueError, match="method: expected"):
+        local_dimension(flow, torch.zeros(1, 3), 1.0, method="random")
+    with pytest.raises(ValueError, match="probes: expected"):
+        local_dimension(flow, torch.zeros(1, 3), 1.0, probes=1)

@@ -103,6 +103,7 @@ def test_arguments_have_one_place_and_one_default(kind):
 
 ONE_FOR_ALL = {
     "int": 1,
+    "name": "square",
     "no axes": torch.tensor(1),
     "length 1": torch.tensor([1]),
     "vector": vector(torch.tensor([1])),
@@ -111,13 +112,8 @@ ONE_FOR_ALL = {
 
 @pytest.mark.parametrize("one", ONE_FOR_ALL.values(), ids=ONE_FOR_ALL)
 def test_one_context_serves_all_samples(model, x, one):
+    model.class_names = ("circle", "square")
     each = torch.ones(4, dtype=torch.int64)
-    if isinstance(model, ReversibleChain) or isinstance(
-        getattr(model, "flow", None), ReversibleChain
-    ):  # its networks take vectors
-        if not (isinstance(one, Tensor) and one.is_floating_point()):
-            pytest.skip("a chain has no classes")
-        each = vector(each)
     calls = {
         "log_prob": lambda c: model.log_prob(x, context=c),
         "sample": lambda c: model.sample(4, context=c, generator=seeded()),
@@ -141,8 +137,11 @@ def test_one_context_serves_all_samples(model, x, one):
             "inverse": lambda c: model.inverse(z, c)[0],
             "initialize": lambda c: model.initialize(x, c)[1],
         }
+    names, one_hot = ["square"] * 4, F.one_hot(each, K)  # integers
     for name, call in calls.items():
         assert torch.equal(call(one), call(each)), name
+        assert torch.equal(call(names), call(each)), name
+        assert torch.equal(call(one_hot), call(each)), name
         if name != "interpolate":
             assert not torch.allclose(call(one), call(1 - each)), name
 
@@ -302,6 +301,25 @@ class TestDistribution:
         step = FlowStep(3, width=4, spatial_dims=0)
         with pytest.raises(ValueError, match=r"input_shape: .* give it to the constructor"):
             ReversibleChain([step]).distribution()
+
+
+def test_names_of_classes(model, x):
+    for expected, call in (
+        ("no name without class_names, got 'circle'", lambda: model.sample(1, context="circle")),
+        ("no name without class_names, got 'circle'", lambda: model.distribution("circle")),
+    ):
+        with pytest.raises(ValueError, match=f"context: expected {expected}"):
+            call()
+    model.class_names = ["circle", "square"]
+    for context in ("cube", ["circle", "cube", "circle", "circle"]):
+        with pytest.raises(ValueError, match="context: expected one of circle, square, got 'cube'"):
+            model.log_prob(x, context=context)
+    with pytest.raises(ValueError, match="context: expected "):
+        model.log_prob(x, context=["circle", "square"])  # for four samples
+    p = model.distribution(["circle", "square", "square", "circle"])
+    assert p.batch_shape == (4,)
+    assert torch.equal(p.log_prob(x), model.log_prob(x, context=torch.tensor([0, 1, 1, 0])))
+    assert torch.equal(model.distribution("square").log_prob(x), model.log_prob(x, context=1))
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from cases import DTYPES, FLOW_OPERATORS, assert_matches, launched, normal, on_tensor_cores, sample
 from torch.torch_version import TorchVersion
 
-from benchmarks.harness.table import rotation
+from benchmarks.harness.inputs import rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import channel_products
 from mflow_kernels.ops.compiler import tl, triton

@@ -6,7 +6,7 @@ from cases import FLOW_OPERATORS, SCALES, assert_matches, growth, normal, sample
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
-from benchmarks.harness.table import params_shape
+from benchmarks.harness.inputs import params_shape
 from mflow_kernels import ops
 from mflow_kernels.ops.coupling import launch_coupling
 from mflow_kernels.ops.scale import ScaleFunction

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import FLOW_OPERATORS, growth, launched, normal
 
-from benchmarks.harness.table import params_shape, rotation
+from benchmarks.harness.inputs import params_shape, rotation
 from mflow_kernels import ops
 from mflow_kernels.ops import ScaleFunction, channel_products
 from mflow_kernels.testing import assert_close

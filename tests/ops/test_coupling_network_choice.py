@@ -8,7 +8,7 @@ from cases import DIFFERENTIABLE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.harness.table import Draw
+from benchmarks.harness.inputs import Draw
 from mflow_kernels.ops import coupling_network as module
 from mflow_kernels.ops.coupling_network import coupling_network_ref
 

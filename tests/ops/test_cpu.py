@@ -1,4 +1,4 @@
-"""What is particular to the CPU loops. `test_values.py` and `test_rebuild.py` compare their results
+"""Tests of the CPU loops alone. `test_values.py` and `test_rebuild.py` compare their results
 with the references."""
 
 import math
@@ -13,7 +13,8 @@ import torch
 from cases import FLOW_OPERATORS, REBUILDING, learned, normal, options, sample
 from torch import Tensor
 
-from benchmarks.harness.table import Operator, params_shape, rotation
+from benchmarks.harness.inputs import params_shape, rotation
+from benchmarks.harness.table import Operator
 from mflow_kernels.ops import cpu
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, conv1x1_ref
 from mflow_kernels.ops.coupling import affine_coupling_ref, coupling_eager

@@ -13,7 +13,8 @@ import torch
 from cases import DTYPES, FLOW_OPERATORS, SCALES
 from torch import Tensor
 
-from benchmarks.harness.table import Operator, params_shape, rotation
+from benchmarks.harness.inputs import params_shape, rotation
+from benchmarks.harness.table import Operator
 from mflow_kernels import ops
 from mflow_kernels.ops.conv1x1 import conv1x1_ref
 from mflow_kernels.ops.launch import KERNELS_ON_CPU

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, normal, sample
+from cases import FLOW_OPERATORS, IMAGES, IN_PLACE, LAYOUTS, normal, not_about_kernels, sample
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mflow_kernels.ops.actnorm import _actnorm_bwd_kernel
@@ -117,6 +117,7 @@ def test_the_number_of_a_column_fits_in_32_bits():
     assert tile_columns(2**26, 64, 64).programs == 2**26  # a tile for each sample
 
 
+@not_about_kernels
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("op", FLOW_OPERATORS.values(), ids=lambda op: op.id)
 def test_fake_tensors_are_launched_nowhere(monkeypatch, op, device):

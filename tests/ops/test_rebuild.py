@@ -8,7 +8,7 @@ import torch
 from cases import LONG_SHAPES, SCALES, SHAPES, growth, layouts_of, normal
 from torch import Tensor
 
-from benchmarks.harness.table import params_shape, rotation
+from benchmarks.harness.inputs import params_shape, rotation
 from mflow_kernels.ops.channel_products import weight_gradient_splits
 from mflow_kernels.ops.compiler import tl
 from mflow_kernels.ops.launch import KERNELS_ON_CPU

@@ -17,6 +17,7 @@ from cases import (
     normal,
     options,
     sample,
+    skip_if_slow,
 )
 
 from mflow_kernels.ops.conv1x1 import conv1x1_eager, spread
@@ -43,6 +44,7 @@ every_other = pytest.mark.parametrize(
 def test_shapes(op, shape, device):
     if "weight" in op.inputs and shape[1] > 130:
         pytest.skip("as 130 channels, and slow")
+    skip_if_slow(op, shape)
     assert_matches(op, sample(op, shape, device=device))
     if shape in LONG_SHAPES:
         assert_matches(op, sample(op, shape, (torch.float64, torch.float64), device))
@@ -57,6 +59,7 @@ def test_one_channel(op, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", IMAGES + [s for s in LONG_SHAPES if len(s) == 4], ids=str)
 def test_layouts(op, shape, layout, device):
+    skip_if_slow(op, shape)
     assert_matches(op, sample(op, shape, device=device, layout=layout))
 
 

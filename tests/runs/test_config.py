@@ -1,39 +1,49 @@
 import dataclasses
 import inspect
+import re
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 from hostile_names import NAMES
 
+from mflow_kernels.layers.step import CouplingKind
+from mflow_kernels.ops import spline
 from mflow_kernels.ops.penalty_functions import RHOS
 from mflow_kernels.ops.penalty_functions import Rho as OperatorRho
-from mflow_kernels.runs.arguments import argument_texts, parse_config
+from mflow_kernels.runs.arguments import argument_texts, parse_config, read_stages
 from mflow_kernels.runs.config import RunConfig, TrainConfig
-from mflow_kernels.runs.options import ModelOptions, Rho, TrainingOptions
+from mflow_kernels.runs.options import (
+    MAX_BINS,
+    Coupling,
+    ModelOptions,
+    Rho,
+    StageOptions,
+    TrainingOptions,
+)
 
 
-def test_the_command_line_offers_every_rho():
-    """`runs.options` repeats the names, because it does not import torch."""
+def test_the_command_line_offers_what_operators_and_layers_do():
+    """`runs.options` repeats these, because it does not import torch."""
     assert RHOS == get_args(OperatorRho) == get_args(Rho)
+    assert get_args(CouplingKind) == get_args(Coupling)
+    assert spline.MAX_BINS == MAX_BINS
 
 
 def test_a_configuration_is_read_back_from_its_yaml():
-    config = TrainConfig(data="celeba", classes="Smiling,Male", stage_dims=[32, 16], max_steps=7)
+    stages = [StageOptions(dim=32), StageOptions(dim=16)]
+    config = TrainConfig(data="celeba", classes="Smiling,Male", stages=stages, max_steps=7)
     resolved = config.resolve((3, 64, 64), 148, ("not Smiling", "yes: no", "3"))
     read = RunConfig.from_yaml(resolved.to_yaml(), "config.yaml")
     assert read == resolved
-    assert (read.image_shape, read.stage_dims) == ((3, 64, 64), [32, 16])
+    assert (read.image_shape, read.stages) == ((3, 64, 64), stages)
     assert (read.crop, read.class_names) == (148, ["not Smiling", "yes: no", "3"])
 
 
 # A value other than the default for each option that is neither text nor a choice.
 OTHER = {
     **{"image_size": 64, "n_bits": 5, "flips": True, "levels": 3, "steps": 5, "width": 65},
-    **{"manifold_dim": 63, "stage_dims": [32, 16], "stage_steps": [3], "stage_width": [8, 9]},
-    **{"stage_epochs": [1, 2], "stage_max_steps": [5], "stage_domain": ["data"]},
-    **{"stage_rho": ["l1", "huber"], "stage_weight": [1e-30, 1e22], "stage_final_weight": [0.1]},
-    **{"stage_weight_steps": [7], "stage_error_bound": [1e-7], "stage_delta": [0.3]},
-    **{"stage_sigma": [0.7], "stage_learning_rate": [1e-05, 3e4], "release": True},
+    **{"manifold_dim": 63, "bins": 4, "release": True},
     **{"weight": 1e16, "final_weight": 2.0, "weight_steps": 3, "error_bound": 0.1},
     **{"delta": 1 / 3, "sigma": 1e-12, "reversible": False, "checkpoint_every": None},
     **{
@@ -52,15 +62,39 @@ TEXTS = [
     *({"data": name, "init_from": name, "classes": name} for name in NAMES.values()),
     {"class_names": list(NAMES.values())},
 ]
-CHOICES = [
-    {option: choice}
-    for option, kind in get_type_hints(RunConfig).items()
-    if get_origin(kind) is Literal
-    for choice in get_args(kind)
-]
+# The same for the options of a further flow.
+OTHER_OF_STAGES = {
+    **{"dim": 32, "bins": 5, "steps": 3, "width": 9, "weight": 1e22, "final_weight": 0.1},
+    **{"weight_steps": 7, "error_bound": 1e-7, "delta": 0.3, "sigma": 0.7, "epochs": 2},
+    **{"learning_rate": 1e-05, "max_steps": 5},
+}
 
 
-@pytest.mark.parametrize("values", [*({n: v} for n, v in OTHER.items()), *TEXTS, *CHOICES])
+def choices(cls):
+    """Each value of each option that is a choice."""
+    kinds = {name: (kind, *get_args(kind)) for name, kind in get_type_hints(cls).items()}
+    return [
+        {option: choice}
+        for option, alternatives in kinds.items()
+        for kind in alternatives
+        if get_origin(kind) is Literal
+        for choice in get_args(kind)
+    ]
+
+
+STAGES = [*({n: v} for n, v in OTHER_OF_STAGES.items()), *choices(StageOptions)]
+STAGES += [{"learning_rate": None}]
+CHOICES = choices(RunConfig)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({n: v} for n, v in OTHER.items()),
+        *({"stages": [StageOptions(), StageOptions(**values)]} for values in STAGES),
+        *({"stages": []}, *TEXTS, *CHOICES),
+    ],
+)
 def test_every_option_is_read_back(values, monkeypatch):
     """Checks of values and their combinations are left out: `check` would refuse some of these."""
     monkeypatch.setattr(RunConfig, "check", lambda config: None)
@@ -68,28 +102,103 @@ def test_every_option_is_read_back(values, monkeypatch):
     text = config.to_yaml()
     assert text.isascii()  # the same file under every locale
     assert RunConfig.from_yaml(text, "config.yaml") == config
+    assert read_stages(f"[{', '.join(map(str, config.stages))}]") == config.stages
 
 
 def test_every_option_has_a_value_above():
-    values = [{name: value} for name, value in OTHER.items()] + TEXTS + CHOICES
+    values = [{name: value} for name, value in OTHER.items()] + TEXTS + CHOICES + [{"stages": []}]
     named = {name for value in values for name in value}
     assert named == {option.name for option in dataclasses.fields(RunConfig)}
-    default = TrainConfig().resolve((1, 28, 28))
-    assert not [name for name, value in OTHER.items() if getattr(default, name) == value]
+    assert {n for values in STAGES for n in values} == {*vars(StageOptions())}
+    for others, default in (
+        (OTHER, TrainConfig().resolve((1, 28, 28))),
+        (OTHER_OF_STAGES, StageOptions()),
+    ):
+        assert not [name for name, value in others.items() if getattr(default, name) == value]
 
 
 def test_a_date_without_quotes_is_text():
     assert parse_config("data: 2024-01-01", "preset") == {"data": "2024-01-01"}
 
 
-def test_further_flows_of_earlier_versions_have_the_weight_of_images():
-    """Their files have no classes, and their default for --stage-weight was --weight."""
-    lines = TrainConfig(weight=50.0).resolve((1, 28, 28)).to_yaml().splitlines(keepends=True)
-    added = ("classes:", "crop:", "class_names:")
-    older = "".join(line for line in lines if not line.startswith(added))
-    assert [s.weight for s in RunConfig.from_yaml(older, "config.yaml").stages] == [50.0, 50.0]
-    newer = RunConfig.from_yaml("".join(lines), "config.yaml")
-    assert [s.weight for s in newer.stages] == [50.0, 1.0]
+EARLIER = """
+stage_dims: [32, 16]
+stage_steps: [3]
+stage_width: [8, 9]
+stage_epochs: []
+stage_max_steps: [5]
+stage_domain: []
+stage_rho: [l1, huber]
+stage_weight: []
+stage_final_weight: []
+stage_weight_steps: []
+stage_error_bound: []
+stage_delta: []
+stage_sigma: []
+stage_learning_rate: []
+"""
+
+
+class TestFilesOfEarlierVersions:
+    """They have lists of values for the further flows."""
+
+    def read(self, *without: str, lists: str = EARLIER) -> RunConfig:
+        """Read a whole configuration of an earlier version, without these options."""
+        values = yaml.safe_load(TrainConfig(weight=50.0).resolve((1, 28, 28)).to_yaml())
+        values |= yaml.safe_load(lists)
+        for name in ("stages", "coupling", "bins", *without):
+            del values[name]
+        return RunConfig.from_yaml(yaml.safe_dump(values), "config.yaml")
+
+    def test_each_list_has_one_value_for_all_or_one_each_or_none(self):
+        shared = StageOptions(coupling="affine", steps=3, max_steps=5, learning_rate=None)
+        assert self.read().stages == [
+            dataclasses.replace(shared, dim=32, width=8, rho="l1"),
+            dataclasses.replace(shared, dim=16, width=9, rho="huber"),
+        ]
+        assert self.read(lists=EARLIER.replace("[32, 16]", "[]").replace("[8, 9]", "[8]").replace(
+            "[l1, huber]", "[]")).stages == []  # fmt: skip
+
+    def test_options_that_came_later_have_the_values_of_before(self):
+        added = ("delta", "sigma", "stage_delta", "stage_sigma", "stage_learning_rate")
+        flows = self.read(*added).flows
+        assert [(f.delta, f.sigma, f.learning_rate) for f in flows] == [(1.0, 0.1, 2e-2)] * 3
+
+    def test_further_flows_have_the_weight_of_images_if_there_are_no_classes(self):
+        """The default for --stage-weight was --weight."""
+        flows = self.read("classes", "crop", "class_names").flows
+        assert [flow.weight for flow in flows] == [50.0, 50.0, 50.0]
+        assert [flow.weight for flow in self.read().flows] == [50.0, 1.0, 1.0]
+
+    def test_they_are_presets_with_some_of_the_lists(self):
+        def stages(text):
+            return parse_config(text, "preset")["stages"]
+
+        affine = StageOptions(coupling="affine")
+        both = [dataclasses.replace(affine, dim=dim) for dim in (32, 16)]
+        assert stages("stage_dims: [32, 16]") == both
+        assert stages("stage_steps: [3]") == [dataclasses.replace(affine, steps=3)]
+        assert stages("stage_dims: []") == []
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("stage_steps: 3", "stage_steps: expected a list of 1 or 1, got 3"),
+            (
+                "stage_dims: [8, 4]\nstage_width: [1, 2, 3]",
+                "stage_width: expected a list of 1 or 2",
+            ),
+            ("stage_dims: [x]", r"stages\[0\]\.dim: expected a whole number, got x"),
+            (
+                "stages: [{}]\nstage_width: [8]",
+                "stage_width: expected its values in the list stages",
+            ),
+            ("stage_colour: [red]", r"stages\[0\]: expected dim, .*, got colour"),
+        ],
+    )
+    def test_bad_lists(self, text, message):
+        with pytest.raises(ValueError, match=f"^own: {message}"):
+            parse_config(text, "own")
 
 
 def test_folders_are_recorded_by_their_whole_path(tmp_path, monkeypatch):
@@ -110,7 +219,11 @@ WHOLE = TrainConfig().resolve((1, 28, 28)).to_yaml()
             WHOLE.replace("image_size: 28", "image_size: null"),
             "image_size: expected a whole number",
         ),
-        ("stage_dims: [a]", "stage_dims: expected a whole number, got a"),
+        ("stages: 3", "stages: expected a list such as"),
+        ("stages: [3]", r"stages\[0\]: expected options such as"),
+        ("stages: [{dim: a}]", r"stages\[0\]\.dim: expected a whole number, got a"),
+        ("stages: [{}, {stepz: 3}]", r"stages\[1\]: expected dim, .*, got stepz"),
+        ("stages: [{steps: [3]}]", "stages: expected a value or a list of values, got deep nest"),
         ("rho: l3", f"rho: expected one of {', '.join(RHOS)}, got l3"),
         ("colour: red", "colour"),
         ("[1, 2]", "expected options and their values, got a list"),
@@ -136,63 +249,44 @@ def test_a_file_cut_off_anywhere_is_not_filled_with_defaults(end):
         RunConfig.from_yaml(WHOLE[:end], "config.yaml")
 
 
-def test_a_file_of_an_earlier_version_has_the_scales_of_that_version():
-    lines = WHOLE.splitlines()
-    added = ("delta", "sigma", "stage_delta", "stage_sigma")
-    old = [line for line in lines if line.split(":")[0] not in added]
-    assert len(old) == len(lines) - len(added)
-    config = RunConfig.from_yaml("\n".join(old), "config.yaml")
-    assert [(s.delta, s.sigma) for s in config.stages] == [(1.0, 0.1), (1.0, 0.1)]
-
-
 def test_max_steps_take_the_place_of_epochs():
-    def budgets(**options):
-        return [s.optimizer_steps(batches_per_pass=10) for s in TrainConfig(**options).stages]
+    def budgets(*stages, **options):
+        config = TrainConfig(stages=[StageOptions(**stage) for stage in stages], **options)
+        return [flow.optimizer_steps(batches_per_pass=10) for flow in config.flows]
 
-    assert budgets(epochs=3) == [30, 30]
-    assert budgets(epochs=3, max_steps=7) == [7, 7]
-    two = {"stage_dims": [8, 4], "max_steps": 7}
-    assert budgets(**two, stage_epochs=[2]) == [7, 20, 20]
-    assert budgets(**two, stage_max_steps=[5, 6]) == [7, 5, 6]
+    assert budgets({}, epochs=3) == [30, 30]
+    assert budgets({}, epochs=3, max_steps=7) == [7, 7]
+    assert budgets({"epochs": 2}, {"max_steps": 6}, {}, max_steps=7) == [7, 20, 6, 7]
 
 
-def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
-    config = TrainConfig(
-        stage_dims=[32, 16],
-        stage_steps=[3],
-        stage_width=[8, 9],
-        stage_rho=["l1", "huber"],
-        stage_learning_rate=[0.03, 0.001],
-        weight=7.0,
-        domain="data",
-        stage_domain=["latent"],
-    )
+def test_further_flows_have_values_of_their_own_or_those_of_the_image_flow():
+    own = StageOptions(32, steps=3, rho="l1", domain="latent", learning_rate=0.03, sigma=2.0)
+    config = TrainConfig(stages=[own, StageOptions(learning_rate=None)], weight=7.0, rho="huber")
     config.check()
-    image, *further = config.stages
-    assert (image.dim, image.steps, image.rho, image.domain) == (64, 4, "l2", "data")
-    found = [(s.dim, s.steps, s.width, s.rho, s.weight, s.domain) for s in further]
-    assert [s.learning_rate for s in config.stages] == [2e-2, 0.03, 0.001]
-    own = TrainConfig(learning_rate=0.5, stage_learning_rate=[])
-    assert [s.learning_rate for s in own.stages] == [0.5, 0.5]
-    # u has unit variance, which the weight of images does not fit.
-    assert found == [(32, 3, 8, "l1", 1.0, "latent"), (16, 3, 9, "huber", 1.0, "latent")]
-    assert [s.delta for s in config.stages] == [0.1, 2.0, 2.0]  # nor do deltas of images
-    assert TrainConfig(weight="variance").stages[1].weight == "variance"
-    assert TrainConfig(stage_weight=[3.0]).stages[1].weight == 3.0
+    names = ("dim", "steps", "rho", "domain", "learning_rate", "sigma", "weight", "delta")
+    assert [tuple(getattr(flow, name) for name in names) for flow in config.flows] == [
+        (64, 4, "huber", "data", 2e-2, 1.0, 7.0, 0.1),
+        # u has unit variance, which neither the weight nor the delta of images fits.
+        (32, 3, "l1", "latent", 0.03, 2.0, 1.0, 2.0),
+        (32, 12, "huber", "data", 2e-2, 1.0, 1.0, 2.0),
+    ]
+    assert TrainConfig(weight="variance").flows[1].weight == "variance"
+    assert TrainConfig(stages=[StageOptions(weight=3.0)], weight="variance").flows[1].weight == 3.0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"stage_width": [1, 2, 3]},
-            "stage_width: expected one value, or 2 as in stage_dims, got 3",
-        ),
-        ({"stage_steps": []}, "stage_steps: expected at least one value, got none"),
-        ({"stage_epochs": [0]}, "stage_epochs: expected at least 1, got 0"),
-        ({"stage_weight": [1.0, -1.0]}, "stage_weight: expected a finite number > 0, got -1"),
-        ({"stage_learning_rate": [0.1, 0.0]}, "stage_learning_rate: expected a finite number"),
-        ({"stage_weight": ["variance"], "stage_domain": ["latent"]}, "stage_weight: expected a"),
+        ({"stage": {"steps": 0}}, "steps: expected at least 1, got 0"),
+        ({"stage": {"width": 0}}, "width: expected at least 1, got 0"),
+        ({"stage": {"epochs": 0}}, "epochs: expected at least 1, got 0"),
+        ({"stage": {"max_steps": 0}}, "max_steps: expected at least 1, got 0"),
+        ({"stage": {"dim": 65}}, "dim: expected dimensions from 1 to the 64 of the stage before"),
+        ({"stage": {"bins": 65}}, "bins: expected 2 to 64, got 65"),
+        ({"bins": 1}, "bins: expected 2 to 64, got 1"),
+        ({"stage": {"weight": -1.0}}, "weight: expected a finite number > 0, got -1"),
+        ({"stage": {"learning_rate": 0.0}}, "learning_rate: expected a finite number"),
+        ({"stage": {"weight": "variance", "domain": "latent"}}, "weight: expected a number in the"),
         ({"weight": "variance", "error_bound": 0.1}, "weight: expected a number with a final weig"),
         ({"error_bound": 0.0}, "error_bound: expected a finite number > 0, got 0"),
         ({"error_bound": 0.1, "domain": "latent"}, "error_bound: expected none in the latent dom"),
@@ -201,21 +295,23 @@ def test_stages_take_one_value_for_all_or_one_each_or_those_of_the_image_flow():
             "error_bound: expected none together with final_weight",
         ),
         ({"final_weight": 2.0}, "final_weight: expected weight_steps too, got none"),
-        (
-            {"stage_weight_steps": [2]},
-            "stage_weight_steps: expected stage_final_weight too, got none",
-        ),
+        ({"stage": {"weight_steps": 2}}, "weight_steps: expected stages[1].final_weight too, got"),
         ({"learning_rate": float("inf")}, "learning_rate: expected a finite number > 0, got inf"),
         ({"final_weight": 2.0, "weight_steps": 0}, "weight_steps: expected at least 1, got 0"),
-        ({"stage_delta": [0.0]}, "stage_delta: expected a finite number > 0, got 0"),
+        ({"stage": {"delta": 0.0}}, "delta: expected a finite number > 0, got 0"),
         ({"weight": "variance", "domain": "latent"}, "weight: expected a number in the latent"),
         ({"ema_decay": 1.0}, "ema_decay: expected 0 to less than 1, got 1.0"),
         ({"clip_norm": 0.0}, "clip_norm: expected a finite number > 0, got 0"),
     ],
 )
 def test_bad_values(options, message):
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(stage_dims=[8, 4], **options).check()
+    if "stage" in options:
+        options, message = (
+            {"stages": [StageOptions(), StageOptions(**options["stage"])]},
+            (f"stages[1].{message}"),
+        )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        TrainConfig(**options).check()
 
 
 def test_the_default_folder_tells_runs_apart():
@@ -234,7 +330,7 @@ def test_help_does_not_depend_on_how_python_keeps_docstrings(
     monkeypatch: pytest.MonkeyPatch, clean: bool
 ) -> None:
     """Python 3.13 removes the indentation of docstrings; earlier versions keep it."""
-    for options in (ModelOptions, TrainingOptions):
+    for options in (ModelOptions, StageOptions, TrainingOptions):
         text = inspect.cleandoc(options.__doc__ or "")
         indented = text.replace("\n", "\n    ")
         monkeypatch.setattr(options, "__doc__", text if clean else indented)

@@ -49,12 +49,12 @@ class TestPresets:
 
     def test_options_on_the_command_line_override_them(self, command, tmp_path, capsys):
         own = tmp_path / "own.yaml"
-        own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstage_dims: []\n")
+        own.write_text("levels: 1\nsteps: 1\nwidth: 4\nrho: l1\nepochs: 9\nstages: []\n")
         command += ["--preset", str(own)]
         assert main(command) == 0
         config = read_config(tmp_path / "run")
         assert (config.rho, config.epochs) == ("l1", 9)
-        assert (config.width, config.stage_dims) == (8, [4])
+        assert (config.width, config.stages) == (8, [])
         # A resumed run keeps its options, so a preset would be ignored.
         line = refused([*command, "--resume"], tmp_path, capsys)
         assert "--preset: expected none with --resume" in line

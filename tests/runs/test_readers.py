@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, metrics, refused
 
@@ -294,14 +295,23 @@ def test_the_first_tensor_that_does_not_fit_is_named(export):
         HierarchicalFlow.from_pretrained(export)
 
 
+def make_earlier(path, *without):
+    """Write a configuration as earlier versions did: with a list for each option of the further
+    flows, and without these options."""
+    values = yaml.safe_load(path.read_text())
+    (stage,) = values.pop("stages")
+    stage["dims"] = stage.pop("dim")
+    lists = {f"stage_{n}": [] if value is None else [value] for n, value in stage.items()}
+    values = lists | values
+    for name in (*without, "coupling", "bins", "stage_coupling", "stage_bins"):
+        del values[name]
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
 def test_a_run_without_a_changing_weight_resumes(run):
     """Its files lack the options for a changing weight and for delta, and the weight's column."""
     later = ("final_weight", "weight_steps", "error_bound", "delta")
-    config = run / "config.yaml"
-    lines = config.read_text().splitlines()
-    old = [line for line in lines if line.split(":")[0].removeprefix("stage_") not in later]
-    assert len(old) == len(lines) - 2 * len(later)
-    config.write_text("\n".join(old) + "\n")
+    make_earlier(run / "config.yaml", *later, *(f"stage_{name}" for name in later))
     path = run / "metrics.csv"
     rows = [line.rpartition(",") for line in path.read_text().splitlines()]
     assert rows[0][2] == "penalty_weight"
@@ -345,11 +355,7 @@ def test_files_keep_their_own_selection_of_latents(run, export, tmp_path):
 def test_a_run_of_an_earlier_version_resumes(run, trained):
     """Its configuration has fewer options, its checkpoint no progress, and its metrics are in nats
     under shorter names."""
-    config = run / "config.yaml"
-    later = ("init_from:", "stage_learning_rate:")
-    lines = config.read_text().splitlines(keepends=True)
-    assert sum(line.startswith(later) for line in lines) == 2
-    config.write_text("".join(line for line in lines if not line.startswith(later)))
+    make_earlier(run / "config.yaml", "init_from", "stage_learning_rate")
     (run / "last.ckpt").unlink()
     older = torch.load(run / "previous.ckpt", weights_only=True)
     del older["progress"]

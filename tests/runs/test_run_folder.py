@@ -74,7 +74,7 @@ class TestPlan:
         assert "--batch-size: expected at least 2 images in a step, because stage 2" in message
 
     def test_one_image_is_enough_for_the_image_flow(self, command):
-        assert main([*command, "--batch-size", "1", "--stage-dims"]) == 0
+        assert main([*command, "--batch-size", "1", "--stages", "[]"]) == 0
 
 
 class TestFolders:

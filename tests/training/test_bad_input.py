@@ -24,8 +24,27 @@ class TestBadInput:
             ("--manifold-dim 0", "--manifold-dim: expected at least 1, got 0"),
             ("--manifold-dim 65", "--manifold-dim: expected 1 to 64"),
             ("--manifold-dim 1000000", "--manifold-dim: expected 1 to 64"),
-            ("--stage-dims 7", "--stage-dims: expected dimensions from 1 to the 6"),
-            ("--stage-dims x", "--stage-dims: expected a whole number, got x"),
+            ("--stage-dim 7", "--stage-dim: expected dimensions from 1 to the 6"),
+            ("--stage-dim x", "--stage-dim: expected a whole number, got x"),
+            (
+                "--stage-coupling cubic",
+                "--stage-coupling: expected one of affine, spline, got cubic",
+            ),
+            ("--stage-bins 1", "--stage-bins: expected 2 to 64, got 1"),
+            ("--stage-steps=0", "--stage-steps: expected at least 1, got 0"),
+            ("--stage-learning-rate 0", "--stage-learning-rate: expected a finite number > 0, got"),
+            ("--stage-dims 4 3", "arguments: --stage-dims 4 3 (did you mean --stage-dim?)"),
+            ("--stages [{'bins':1}]", "--stages[0].bins: expected 2 to 64, got 1"),
+            ("--stages [{},{'epochs':x}]", "--stages[1].epochs: expected a whole number, got x"),
+            (
+                "--stages [{'weight_steps':2}]",
+                "--stages[0].weight_steps: expected --stages[0].final_weight too, got none",
+            ),
+            ("--stages [{'stepz':1}]", "--stages[0]: expected dim, coupling, "),
+            ("--stages [3]", "--stages[0]: expected options such as {dim: 32}, got 3"),
+            ("--stages {}", "--stages: expected a list such as [{dim: 32}], got {}"),
+            ("--stages [", "--stages: expected a list in YAML ("),
+            (f"--stages {'[' * 9999}", "--stages: expected a list in YAML ("),
             ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
             ("--max-steps 0", "--max-steps: expected at least 1, got 0"),
             ("--max-steps 1.5", "--max-steps: expected a whole number, got 1.5"),
@@ -49,14 +68,7 @@ class TestBadInput:
                 "--error-bound 1 --final-weight 2 --weight-steps 3",
                 "--error-bound: expected none together with --final-weight",
             ),
-            (
-                "--stage-dims 4 4 4 --stage-steps 1 2",
-                "--stage-steps: expected one value, or 3 as in --stage-dims, got 2",
-            ),
-            (
-                "--width 100000000",
-                "--width, --stage-width, --steps, --stage-steps: expected a model that fits in",
-            ),
+            ("--width 100000000", "--width, --steps, --stages: expected a model that fits in"),
             ("--width 1099511627776", "expected a model that fits in memory"),
             ("--stage-width 1099511627776", "expected a model that fits in memory"),
             ("--levels 99999999999", "--levels: expected at most 31, got 99999999999"),
@@ -184,7 +196,7 @@ class TestBadInput:
         assert message in refused(command, tmp_path, capsys)
 
     def test_missing_pixels_without_a_manifold(self, command, tmp_path, capsys):
-        assert main([*command, "--manifold-dim", "64", "--stage-dims"]) == 0
+        assert main([*command, "--manifold-dim", "64", "--stages", "[]"]) == 0
         message = "--missing: expected a model whose manifold has fewer dimensions than its images"
         reconstruct = ["reconstruct", str(tmp_path / "run"), "--missing", "half"]
         assert message in refused(reconstruct, tmp_path, capsys)

@@ -17,10 +17,12 @@ from tiny_runs import TINY, checkpoint, listing, metrics, refused, weights, writ
 
 import mflow_kernels
 from mflow_kernels import HierarchicalFlow
+from mflow_kernels.layers import SplineCoupling
+from mflow_kernels.runs.folder import load_run
 from mflow_kernels.training import cli
 from mflow_kernels.training.cli import main
-from mflow_kernels.training.module import FlowTraining
-from training.stopped_runs import assert_same_run
+from mflow_kernels.training.module import FlowTraining, parameter_groups
+from training.stopped_runs import assert_same_run, train_until
 
 PICTURES = ("curves.png", "samples.png", "projections.png", "hierarchy.png")
 
@@ -67,7 +69,7 @@ class TestTrain:
                 assert image.width >= 600
 
     def test_the_output_names_the_pictures(self, command, tmp_path, capsys):
-        assert main([*command, "--stage-dims"]) == 0
+        assert main([*command, "--stages", "[]"]) == 0
         out, err = capsys.readouterr()
         assert "bits per dimension" in out
         assert str(tmp_path / "run" / "samples.png") in out
@@ -256,6 +258,37 @@ class TestExports:
         assert main([*command, "--overwrite", "--init-from", str(export), "--learning-rate",
                      "1e-30", "--stage-learning-rate", "1e-30"]) == 0  # fmt: skip
         torch.testing.assert_close(weights(run), expected, rtol=0, atol=0)
+
+
+def test_flows_with_splines_train_resume_sample_and_export(command, tmp_path, monkeypatch):
+    """The run stops in the first step of its second stage."""
+    command += [
+        "--coupling",
+        "spline",
+        "--bins",
+        "3",
+        "--stage-coupling",
+        "spline",
+        "--stage-bins",
+        "4",
+    ]
+    run = tmp_path / "run"
+    assert main(command) == 0
+    whole = run.rename(tmp_path / "whole")
+    train_until(4, [*command, "--save-steps", "1"], monkeypatch)
+    assert main([*command, "--resume"]) == 0
+    assert_same_run(run, whole)
+    assert main(["sample", str(run), "--number", "2"]) == 0
+    assert main(["evaluate", str(run), "--quick"]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+    model = HierarchicalFlow.from_pretrained(tmp_path / "export")
+    assert [(s.flow.coupling, s.flow.bins) for s in model.stages] == [("spline", 3), ("spline", 4)]
+    x = torch.rand(3, 1, 8, 8) - 0.5
+    with torch.no_grad():
+        assert torch.equal(model.log_prob(x), load_run(str(run), "cpu").model.log_prob(x))
+    networks = [m.net for m in model.modules() if isinstance(m, SplineCoupling)]
+    decayed = {p for stage in model.stages for p in parameter_groups(stage)[0]}
+    assert decayed >= {p for net in networks for p in net.parameters() if p.dim() > 1}
 
 
 def test_a_terminal_that_cannot_show_a_name(run, tmp_path):

@@ -19,7 +19,7 @@ from training.stopped_runs import assert_same_run, train_until
 @pytest.mark.parametrize(
     "options",
     [
-        "--error-bound 0.01 --stage-dims 4 --stage-final-weight 9 --stage-weight-steps 2",
+        "--error-bound 0.01 --stages [{'final_weight':9,'weight_steps':2}]",
         "--weight variance --release",
         "--domain latent --no-reversible --precision bfloat16",
     ],

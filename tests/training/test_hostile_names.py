@@ -12,7 +12,7 @@ from mflow_kernels.data.files import shortened
 from mflow_kernels.runs.folder import read_config
 from mflow_kernels.training.cli import main
 
-SMALL = [*TINY, "--stage-dims", "--max-steps", "1"]
+SMALL = [*TINY, "--stages", "[]", "--max-steps", "1"]
 PATHS = ["a number", "nearly all of these", "a long name of wide characters", "a leading dash"]
 
 

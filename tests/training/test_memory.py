@@ -28,6 +28,7 @@ from mflow_kernels.reversible.instructions import Call
 from mflow_kernels.reversible.rerun import RerunCall
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training import checks, train
 from mflow_kernels.training import memory as memory_module
 from mflow_kernels.training.account import Account, counting
@@ -65,20 +66,25 @@ CASES = {
     "low precision": {"steps": 4, "width": 64, "precision": "bfloat16"},
     "low precision, stored": {"width": 64, "precision": "bfloat16", "reversible": False},
     "wide levels": {"steps": 4, "width": 8, "levels": 4},
-    "another stage": {"steps": 1, "width": 8, "stage_dims": [16], "stage_width": [256]},
-    "whole stage": {"steps": 1, "width": 8, "stage_dims": [32], "stage_width": [256]},
+    "another stage": {"steps": 1, "width": 8, "stages": [StageOptions(16, width=256)]},
+    "whole stage": {"steps": 1, "width": 8, "stages": [StageOptions(32, width=256)]},
+    "accumulated": {"steps": 4, "width": 64, "accumulate": 4, "reversible": False},
+    "splines": {"steps": 4, "width": 64, "coupling": "spline"},
+    "splines in another stage": {
+        "steps": 1,
+        "width": 8,
+        "stages": [StageOptions(16, width=256, coupling="spline")],
+    },
     "released": {
         "steps": 4,
         "width": 32,
-        "stage_dims": [16, 8],
-        "stage_width": [128],
+        "stages": [StageOptions(16, width=128), StageOptions(8, width=128)],
         "release": True,
     },
     "released, stored": {
         "steps": 2,
         "width": 16,
-        "stage_dims": [16],
-        "stage_width": [64],
+        "stages": [StageOptions(16, width=64)],
         "release": True,
         "reversible": False,
     },
@@ -88,14 +94,14 @@ CASES = {
 EVALUATED = {
     "wide": {"width": 128},
     "deep": {"width": 16, "steps": 8},
-    "another stage": {"width": 16, "stage_dims": [16], "stage_width": [256]},
+    "another stage": {"width": 16, "stages": [StageOptions(16, width=256)]},
     "wide levels": {"width": 8, "levels": 4, "steps": 8, "manifold_dim": 768},
 }
 
 
 @pytest.mark.parametrize("case", EVALUATED)
 def test_the_predicted_memory_of_evaluation_is_the_measured_one(case):
-    options = {"levels": 2, "steps": 2, "stage_dims": [], **BASE, **EVALUATED[case]}
+    options = {"levels": 2, "steps": 2, "stages": [], **BASE, **EVALUATED[case]}
     config = TrainConfig(**options).resolve((3, 16, 16))
     images = ImageSet(torch.randint(256, (24, 3, 16, 16)).byte())
     gc.collect()
@@ -154,10 +160,10 @@ LATENT = ("reversible", "deep", "keeps all", "stored", "released")
     [*((case, "data") for case in CASES), *((case, "latent") for case in LATENT)],
 )
 def test_the_predicted_peak_is_the_measured_one(case, domain, tmp_path):
-    config = TrainConfig(**{**BASE, "stage_dims": [], **CASES[case], "domain": domain})
+    config = TrainConfig(**{**BASE, "stages": [], **CASES[case], "domain": domain})
     predicted = highest(walk(config.resolve((3, 16, 16))))
     assert predicted.total == pytest.approx(measured(config, tmp_path / "run"), rel=0.1)
-    assert predicted.stage == len(config.stage_dims)
+    assert predicted.stage == len(config.stages)
 
 
 FUSED_CASES = [
@@ -176,7 +182,7 @@ def test_the_predicted_peak_of_the_fused_kernels_is_the_measured_one(monkeypatch
         return torch.empty(len(a), b.shape[1], device=a.device)
 
     monkeypatch.setattr(coupling_network_launches, "product_in_float32", product)
-    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stage_dims": []}
+    base = {"levels": 2, "steps": 2, "batch_size": 16, "manifold_dim": 64, "stages": []}
     base |= {"precision": "bfloat16", "domain": "latent", "device": "cuda"}
     for case in FUSED_CASES:
         config = TrainConfig(**{**base, **case}).resolve((3, 32, 32))
@@ -253,7 +259,8 @@ def test_the_predicted_peak_of_other_flows_is_the_measured_one(build, shape, dom
 
 @pytest.mark.parametrize("classes", [None, "Smiling,Male"])
 def test_parameters_and_buffers_are_those_of_the_model(classes):
-    options = TrainConfig(image_size=24, steps=3, levels=3, stage_dims=[7, 5], classes=classes)
+    stages = [StageOptions(7), StageOptions(5, coupling="spline", bins=3)]
+    options = TrainConfig(image_size=24, steps=3, levels=3, stages=stages, classes=classes)
     config = resolve_config(dataclasses.replace(options, data=""), 3, gpu=False)
     assert len(config.class_names) == (0 if classes is None else 4)
     model = build_model(config)
@@ -276,7 +283,7 @@ def test_the_largest_batch_nearly_fills_the_memory(memory):
 
 def test_reversible_memory_grows_with_depth_by_its_parameters_alone():
     def growth(reversible: bool) -> float:
-        options = {"domain": "latent", "stage_dims": [], "checkpoint_every": None}
+        options = {"domain": "latent", "stages": [], "checkpoint_every": None}
         configs = [
             TrainConfig(steps=steps, reversible=reversible, **options).resolve((3, 64, 64))
             for steps in (4, 32)
@@ -291,7 +298,7 @@ def test_reversible_memory_grows_with_depth_by_its_parameters_alone():
 
 
 def test_parts_of_a_batch_take_the_memory_of_one_part():
-    config = TrainConfig(batch_size=32, domain="latent", stage_dims=[], width=64)
+    config = TrainConfig(batch_size=32, domain="latent", stages=[], width=64)
     config = config.resolve((3, 32, 32))
     whole, halves = (step_of(dataclasses.replace(config, accumulate=n), 0) for n in (1, 2))
     smaller = step_of(dataclasses.replace(config, batch_size=16), 0)
@@ -362,7 +369,7 @@ class TestCommand:
             ("--classes labels", "--classes: expected a named data set or a file of mflow prepare"),
             ("--levels 7", "divisible by 2 ** levels = 128, got 64x64"),
             ("--manifold-dim 12289", "--manifold-dim: expected 1 to 12288"),
-            ("--stage-dims 65", "--stage-dims: expected dimensions from 1 to the 64"),
+            ("--stage-dim 65", "--stage-dim: expected dimensions from 1 to the 64"),
             ("--checkpoint-every 0", "--checkpoint-every: expected at least 1, got 0"),
             ("--device cpu --precision float16", "--precision: expected float32 or bfloat16"),
             ("--run-dir x", "unrecognized arguments: --run-dir x"),

@@ -12,6 +12,7 @@ from mflow_kernels.data.dequantization import dequantize
 from mflow_kernels.data.splits import count_training_images, load_splits
 from mflow_kernels.runs.config import TrainConfig
 from mflow_kernels.runs.folder import build_model, read_config
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.presets import preset_options
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.cli import main
@@ -25,7 +26,7 @@ def test_the_kernels_of_a_walk_are_those_of_whole_steps(precision, reversible):
     """A walk on meta tensors counts what `whole_steps` counts of a step on real ones."""
     options = {"levels": 3, "steps": 2, "width": 128, "batch_size": 8, "manifold_dim": 64}
     options |= {"precision": precision, "domain": "latent", "reversible": reversible}
-    config = resolve_config(TrainConfig(image_size=32, **options), 3, gpu=True)
+    config = resolve_config(TrainConfig(image_size=32, stages=[], **options), 3, gpu=True)
     model = build_model(config)
     images = torch.zeros(config.batch_size, *config.image_shape, dtype=torch.uint8)
 
@@ -43,7 +44,8 @@ def test_the_kernels_of_a_walk_are_those_of_whole_steps(precision, reversible):
 
 class TestTrainingStep:
     CONFIG = TrainConfig(
-        manifold_dim=32, stage_dims=[16], domain="latent", width=128, precision="bfloat16",
+        manifold_dim=32, stages=[StageOptions(16)], domain="latent", width=128,
+        precision="bfloat16",
     ).resolve((3, 32, 32))  # fmt: skip
 
     def flops(self, stage, **changed) -> int:
@@ -69,7 +71,8 @@ class TestTrainingStep:
 
 
 def test_steps_are_those_of_training():
-    config = TrainConfig(batch_size=64, epochs=3, stage_epochs=[2]).resolve((3, 64, 64))
+    config = TrainConfig(batch_size=64, epochs=3, stages=[StageOptions(epochs=2)])
+    config = config.resolve((3, 64, 64))
     assert optimizer_steps(config, 0, 1000) == 3 * 15  # the last 40 images of a pass are left out
     assert optimizer_steps(config, 1, 1000) == 2 * 15
     assert optimizer_steps(config, 0, 10) == 3

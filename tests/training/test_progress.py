@@ -17,7 +17,7 @@ def test_without_a_terminal_lines_are_printed(command, monkeypatch, capsys):
     assert lines[1].startswith("training: 2 of 6 steps, stage 1 of 2, bits/dim ")
     assert "training: 2 of 6 steps, stage 1 of 2, validating, bits/dim " in "\n".join(lines)
     first = next(line for line in lines if "weight" in line)
-    assert ", weight 1010, " in first  # 1000 exp(2 * 0.005), after two steps
+    assert ", weight 1005, " in first  # 1000 exp(0.005): that of the step before the shown one
     assert lines[-1].startswith("training: 6 of 6 steps, stage 2 of 2, bits/dim ")
     for figure in (", penalty (bits/dim) ", ", weight 7, ", ", images/s ", ", held-out bits/dim "):
         assert figure in lines[-1]

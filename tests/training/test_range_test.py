@@ -1,12 +1,15 @@
 """The range test of learning rates."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from tiny_runs import listing, refused
 
+from mflow_kernels.runs.arguments import read_stages
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.training import range_test
 from mflow_kernels.training.cli import main
 from mflow_kernels.training.module import FlowTraining
@@ -26,10 +29,14 @@ def test_the_suggestion_is_below_the_rate_of_the_lowest_loss():
     assert rate_at(60) < test.best_rate < rate_at(70)
     assert test.suggestion == test.best_rate / 3
     falling = RangeTest(tuple(float(-step) for step in range(20)))
-    text = describe_tests([test, falling])
+    text = describe_tests([test, falling], [StageOptions()])
     assert f"1  {test.best_rate:19.2g}  {test.suggestion:14.2g}" in text
     rates = f"--learning-rate {test.suggestion:.2g} --stage-learning-rate {rate_at(19) / 3:.2g}"
     assert text.endswith(f"mflow train {rates} ...")
+    text = describe_tests([test, falling, falling], [StageOptions(dim=9), StageOptions(dim=4)])
+    (options,) = re.findall(" --stages '(.*)' ...", text)
+    rate = float(f"{falling.suggestion:.2g}")
+    assert read_stages(options) == [StageOptions(dim, learning_rate=rate) for dim in (9, 4)]
 
 
 @pytest.mark.parametrize("fall", [1, 5])
@@ -39,7 +46,7 @@ def test_no_rate_is_suggested_for_a_loss_that_rises_from_the_start(fall):
     assert rising.best_rate / 3 < rate_at(0)
     assert rising.suggestion is None
     falling = RangeTest(tuple(float(-step) for step in range(20)))
-    text = describe_tests([falling, rising])
+    text = describe_tests([falling, rising], [StageOptions()])
     assert f"1  {falling.best_rate:19.2g}  {falling.suggestion:14.2g}\n" in text
     assert f"2  {rising.best_rate:19.2g}            none\n" in text
     assert "The loss of stage 2 rose from the lowest tested rates on (from 1e-05)" in text

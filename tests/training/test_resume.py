@@ -77,7 +77,7 @@ class TestChanges:
         message = capsys.readouterr().err
         for line in ("--learning-rate 0.002 -> 0.0001", "--batch-size 4 -> 3"):
             assert f"from step 4 on: {line}" in message
-        assert "--stage-max-steps [] -> [4]" in message
+        assert "--stages[0].max_steps null -> 4" in message
 
     def test_a_changed_run_resumes_with_the_same_bits(self, run, tmp_path, monkeypatch):
         """The change comes at step 6, in the middle of a pass; the interruption, at step 9."""
@@ -90,9 +90,17 @@ class TestChanges:
         assert checkpoint(run)["global_step"] == 12
         assert_same_run(run, other)
 
-    def test_the_refusal_lists_what_may_change(self, run, tmp_path, capsys):
-        resume = ["train", "--run-dir", str(run), "--resume", "--width", "16"]
-        message = "--width: cannot change on resume (the run has 8, got 16); --learning-rate, "
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--width 16", "--width: cannot change on resume (the run has 8, got 16); --learning-"),
+            ("--stage-steps 2", "--stage-steps: cannot change on resume (the run has 1, got 2)"),
+            ("--stages [{}]", "--stages[0].dim: cannot change on resume (the run has 4, got None)"),
+            ("--stages [{},{}]", "--stages: cannot change on resume (the run has 1, got 2)"),
+        ],
+    )
+    def test_the_refusal_lists_what_may_change(self, options, message, run, tmp_path, capsys):
+        resume = ["train", "--run-dir", str(run), "--resume", *options.split()]
         assert message in refused(resume, tmp_path, capsys)
 
 
@@ -135,13 +143,13 @@ class TestInitFrom:
         assert (
             main([*command, *other, "--overwrite", "--manifold-dim", "5"]) == 2
         )  # stage 2 differs
-        alone = ["--overwrite", "--manifold-dim", "5", "--stage-dims"]
+        alone = ["--overwrite", "--manifold-dim", "5", "--stages", "[]"]
         assert main([*command, *other, *alone]) == 0
 
     def test_it_may_have_other_stages(self, trained, command, tmp_path, capsys):
-        more = ["--init-from", str(trained), "--stage-dims", "4", "3"]
-        assert main([*command, *more]) == 0
-        assert main([*command, "--overwrite", "--init-from", str(trained), "--stage-dims"]) == 0
+        for stages in ("[{}, {}]", "[]"):
+            options = ["--init-from", str(trained), "--stages", stages]
+            assert main([*command, "--overwrite", *options]) == 0
 
     def test_before_the_first_checkpoint_a_resumed_run_starts_there_again(
         self, trained, command, tmp_path, monkeypatch
@@ -179,14 +187,16 @@ class TestPreset:
         assert main(["plan", *preset, "--images", "10"]) == 0
         assert "8x8" in capsys.readouterr().out
 
-    def test_stage_dimensions_that_were_not_typed_follow(self, tmp_path, command, capsys):
-        (tmp_path / "own.yaml").write_text("stage_dims: [5, 6]")
-        at = command.index("--stage-dims")
+    def test_stages_that_set_no_dimension_have_that_of_the_flow_before(
+        self, command, tmp_path, capsys
+    ):
+        own = tmp_path / "own.yaml"
+        own.write_text("stages: [{}, {dim: 2}, {}]")
+        at = command.index("--stage-dim")
         plain = [*command[:at], *command[at + 2 :], "--manifold-dim", "3", "--max-steps", "1"]
-        assert main(plain) == 0
-        assert read_config(tmp_path / "run").stage_dims == [3]
-        assert main([*plain, "--preset", str(tmp_path / "own.yaml"), "--overwrite"]) == 0
-        assert read_config(tmp_path / "run").stage_dims == [3, 3]
-        capsys.readouterr()
-        message = "--stage-dims: expected dimensions from 1 to the 3 of the stage before, got 4"
-        assert message in refused([*plain, "--overwrite", "--stage-dims", "4"], tmp_path, capsys)
+        assert main([*plain, "--preset", str(own)]) == 0
+        assert [flow.dim for flow in read_config(tmp_path / "run").flows] == [3, 3, 2, 2]
+        own.write_text("stages: [{}, {dim: 4}]")
+        message = "--stages[1].dim: expected dimensions from 1 to the 3 of the stage before, got 4"
+        line = refused([*plain, "--overwrite", "--preset", str(own)], tmp_path, capsys)
+        assert message in line

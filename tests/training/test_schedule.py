@@ -6,6 +6,7 @@ import pytest
 
 from mflow_kernels.data.batches import Position
 from mflow_kernels.runs.config import TrainConfig
+from mflow_kernels.runs.options import StageOptions
 from mflow_kernels.runs.progress import Progress
 from mflow_kernels.training.schedule import Schedule
 
@@ -13,10 +14,10 @@ IMAGES = 10
 
 
 def config(**options):
-    return TrainConfig(**{"batch_size": 2, "stage_dims": [4], "epochs": 3, **options})
+    return TrainConfig(**{"batch_size": 2, "epochs": 3, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"max_steps": 7}, {"stage_max_steps": [1]}])
+@pytest.mark.parametrize("options", [{}, {"max_steps": 7}, {"stages": [StageOptions(max_steps=1)]}])
 def test_a_run_that_resumes_anywhere_follows_the_same_schedule(options):
     whole = Schedule(config(**options), IMAGES)
     for step in range(whole.total_steps + 1):

@@ -178,13 +178,18 @@ class TestAverage:
 
 
 class TestStages:
-    OPTIONS = (
-        "--stage-dims 5 4 --stage-max-steps 2 4 --stage-domain latent data "
-        "--stage-weight 9 variance"
-    )
+    FIRST = "{dim: 5, steps: 1, width: 8, max_steps: 2, domain: latent, weight: 9}"
+    SECOND = "{dim: 4, steps: 1, width: 8, max_steps: 4, domain: data, weight: variance}"
+    OPTIONS = ("--stages", f"[{FIRST}, {SECOND}]")
+
+    @pytest.fixture
+    def command(self, command):
+        """Without TINY's values for all further flows."""
+        short = [at for at, word in enumerate(command) if word.startswith("--stage-")]
+        return [w for at, w in enumerate(command) if at not in short and at - 1 not in short]
 
     def test_each_has_its_own_budget_and_objective(self, command, tmp_path):
-        assert main([*command, *self.OPTIONS.split()]) == 0
+        assert main([*command, *self.OPTIONS]) == 0
         stages = [float(row["stage"]) for row in rows(tmp_path / "run")]
         assert stages == [0, 0, 0, 1, 1, 2, 2, 2, 2]
         objectives = [s.objective for s in load_run(str(tmp_path / "run")).model.stages]
@@ -194,9 +199,8 @@ class TestStages:
 
     def test_the_weight_follows_a_bound_or_a_schedule(self, command, tmp_path):
         """The weights are in the checkpoint and in the metrics."""
-        options = "--error-bound 1e-6"
-        options += " --stage-weight 1000 --stage-final-weight 10 --stage-weight-steps 2"
-        assert main([*command, *options.split()]) == 0
+        schedule = "[{dim: 4, weight: 1000, final_weight: 10, weight_steps: 2}]"
+        assert main([*command, "--error-bound", "1e-6", "--stages", schedule]) == 0
         # The error stays above e times the bound, so that each step multiplies w by e^0.005.
         expected = [1000 * math.exp(0.005 * step) for step in (1, 2, 3)] + [100.0, 10.0, 10.0]
         logged = [float(row["penalty_weight"]) for row in rows(tmp_path / "run")]
@@ -220,8 +224,9 @@ class TestStages:
             seen.append([group["lr"] for group in optimizer.param_groups[::2]])
 
         spy(monkeypatch, torch.optim.AdamW, "step", note)
-        rates = ["--learning-rate", "0.02", "--stage-learning-rate", "0.003", "0.0005"]
-        options = ["--stage-dims", "5", "4", "--warm-up", "1", *(["--release"] if release else [])]
+        stages = "[{dim: 5, learning_rate: 0.003}, {dim: 4, learning_rate: 0.0005}]"
+        rates = ["--learning-rate", "0.02", "--stages", stages]
+        options = ["--warm-up", "1", *(["--release"] if release else [])]
         assert main([*command, *options, *rates]) == 0
         first_steps = seen[::3]
         earlier = (0.003, 0.0005) if release else (0.0, 0.0)
@@ -233,7 +238,7 @@ class TestStages:
 
     @pytest.mark.parametrize("stop", [4, 7])
     def test_a_run_resumes_inside_any_stage(self, stop, command, tmp_path, monkeypatch):
-        command = [*command, *self.OPTIONS.split(), "--release", "--error-bound", "0.001"]
+        command = [*command, *self.OPTIONS, "--release", "--error-bound", "0.001"]
         assert main(command) == 0
         whole = (tmp_path / "run").rename(tmp_path / "whole")
         train_until(stop, [*command, "--save-steps", "1"], monkeypatch)
@@ -285,7 +290,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(domain, command, tmp
 
 
 def test_a_trainer_that_accumulates_is_refused(trained):
-    values = dataclasses.asdict(read_config(trained))
+    values = vars(read_config(trained))
     config = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
     run = checks.load(config)
     trainer = lightning.Trainer(accelerator="cpu", accumulate_grad_batches=2, logger=False)

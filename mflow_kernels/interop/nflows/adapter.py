@@ -19,6 +19,7 @@ from mflow_kernels.interop.linear import (
     Linear,
     Listed,
     Reorder,
+    SameBuffers,
     inverse_of,
     lu_linears,
     one_linear,
@@ -26,7 +27,8 @@ from mflow_kernels.interop.linear import (
 from mflow_kernels.interop.params import Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, why_not
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.sequence import FusedSequence, per_sample
+from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
     FusedLayers,
@@ -39,14 +41,18 @@ from mflow_kernels.reversible.rearrangements import SpaceToDepth
 
 # Release 0.14, see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
+    "nflows.transforms.autoregressive": {"206fab392fd1"},
     "nflows.transforms.base": {"1e7189db9cca"},
     "nflows.transforms.conv": {"d25c64424048"},
     "nflows.transforms.coupling": {"95cdd65ed1f6"},
     "nflows.transforms.linear": {"4eea9c6d8259"},
     "nflows.transforms.lu": {"6461862c2d76"},
+    "nflows.transforms.nonlinearities": {"1ae23a507c39"},
     "nflows.transforms.normalization": {"15a59aa508ae"},
     "nflows.transforms.permutations": {"db20ec3d915a"},
     "nflows.transforms.reshape": {"14ee2ee3508a"},
+    "nflows.transforms.splines.rational_quadratic": {"d633e48678a3"},
+    "nflows.transforms.standard": {"17acd0852a3f"},
 }
 
 # Linear transforms, data -> latent.
@@ -65,6 +71,12 @@ def _naive_linears(modules: Sequence[Any]) -> Affine:
 
 def _permutations(modules: Sequence[Any]) -> Affine:
     return Affine(torch.stack([m._permutation for m in modules]))
+
+
+def _pointwise_affines(modules: Sequence[Any]) -> Affine:
+    numbers = [t.flatten().double() for m in modules for t in (m._scale, m._shift)]
+    scale, shift = torch.stack(torch.broadcast_tensors(*numbers)).unflatten(0, (-1, 2)).unbind(1)
+    return Affine(scale, shift, scale.log().sum(1))
 
 
 def _is_pending(layer: Any) -> bool:
@@ -106,17 +118,35 @@ def _coupling(layer: Any) -> tuple[Part, ...] | str:
         return "it also transforms the features that our couplings leave alone"
     unchanged, transformed = layer.identity_features.tolist(), layer.transform_features.tolist()
     n = len(transformed)
+    fits = SameBuffers(layer, "identity_features", "transform_features")
     if type(layer) is nt.AdditiveCouplingTransform:
         net = Params(layer.transform_net, None, slice(None), passing="argument")
         scale = ScaleFunction("exp", order="scale-shift")
     else:
         net = Params(layer.transform_net, slice(n, None), slice(0, n), passing="argument")
         scale = ScaleFunction("sigmoid", offset=2.0, eps=1e-3, order="scale-shift")
-    coupling = Coupling(net, scale, False, Exactly(len(unchanged)))
+    coupling = Coupling(net, scale, False, Exactly(len(unchanged)), fits)
     order = (*unchanged, *transformed)
     if order == tuple(range(len(order))):
         return (coupling,)
     return (Reorder(Listed(order)), coupling, Reorder(Listed(inverse_of(order))))
+
+
+def _pointwise(layer: Any) -> tuple[Part, ...] | str:
+    shape = torch.broadcast_shapes(layer._shift.shape, layer._scale.shape)
+    if any(n != 1 for n in shape[1:]) or (len(shape) > 1 and shape[0] == 1):
+        return f"its scale of shape {tuple(shape)} is not one number a channel"
+    # The scale of a vector belongs to the last axis of images.
+    fits = _is_vector if len(shape) == 1 and shape[0] > 1 else None
+    return (Linear(layer, _pointwise_affines, "scale and shift", fits=fits),)
+
+
+def _is_vector(x: Tensor) -> bool:
+    return x.dim() == 2
+
+
+def _spline_coupling(layer: Any) -> tuple[Part, ...] | str:
+    return coupling_parts(layer, nt.PiecewiseRationalQuadraticCDF)
 
 
 def _squeeze(layer: Any) -> tuple[Part, ...] | str:
@@ -149,6 +179,9 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nt.ReversePermutation: _permute,
     nt.AffineCouplingTransform: _coupling,
     nt.AdditiveCouplingTransform: _coupling,
+    nt.PiecewiseRationalQuadraticCouplingTransform: _spline_coupling,
+    nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: autoregressive_parts,
+    nt.PointwiseAffineTransform: _pointwise,
     nt.SqueezeTransform: _squeeze,
     nt.CompositeTransform: _composite,
 }
@@ -159,6 +192,11 @@ def _channels_of(layer: Any) -> int | None:
         return len(layer.shift)
     if isinstance(layer, nt.Permutation):
         return len(layer._permutation)
+    if isinstance(layer, nt.CompositeTransform):
+        children: list[Any] = list(layer._transforms)
+        if any(isinstance(m, nt.SqueezeTransform) for m in children):
+            return None
+        return next((n for n in map(_channels_of, children) if n is not None), None)
     features = getattr(layer, "features", None)
     return features if isinstance(features, int) else None
 
@@ -190,7 +228,7 @@ def _apply(
     sequence: FusedSequence, x: Tensor, context: Any, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     x, log_det = sequence(x, () if context is None else (context,), inverse=inverse)
-    return x, log_det.expand(len(x))
+    return x, per_sample(x, log_det)
 
 
 def _transform_method(name: str, inverse: bool) -> Callable[..., Any]:
@@ -238,6 +276,14 @@ class NflowsAdapter(Adapter):
     containers = (nt.CompositeTransform,)
     methods = METHODS
     fingerprints = FINGERPRINTS
+    functions = dict.fromkeys(
+        (
+            nt.PiecewiseRationalQuadraticCouplingTransform,
+            nt.MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+            nt.PiecewiseRationalQuadraticCDF,
+        ),
+        "nflows.transforms.splines.rational_quadratic",
+    )
     channels_of = staticmethod(_channels_of)
 
     def is_layer(self, module: nn.Module) -> bool:
@@ -273,6 +319,11 @@ class NflowsAdapter(Adapter):
             notes.append(
                 "ActNorm keeps the scale of a channel that is constant in its first batch; nflows' "
                 "turns to NaN."
+            )
+        transforms = [m for m in modules if isinstance(m, nt.Transform)]
+        if any(getattr(m, "tails", "linear") is None for m in transforms):
+            notes.append(
+                "A spline of [0, 1] returns NaN for an element outside; nflows raises an error."
             )
         if any(isinstance(m, nt.NaiveLinear) for m in modules):
             notes.append(

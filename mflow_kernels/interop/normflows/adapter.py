@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mflow_kernels import ops
 from mflow_kernels.interop.actnorm_initialization import samples_note
 from mflow_kernels.interop.adapter import Adapter, Fuser
-from mflow_kernels.interop.normflows.layers import LAYERS, channels_of
+from mflow_kernels.interop.normflows.layers import LAYERS, SPLINES, channels_of
 from mflow_kernels.interop.report import Left
-from mflow_kernels.interop.sequence import FusedSequence
+from mflow_kernels.interop.sequence import FusedSequence, per_sample
 from mflow_kernels.interop.subclasses import (
     FusedContainer,
     FusedLayers,
@@ -29,13 +29,18 @@ from mflow_kernels.ops.layouts import pixels
 # Releases 1.7.0 to 1.7.3 and the development branch at c6616b1, see `interop/fingerprints.py`.
 FINGERPRINTS: dict[str, set[str]] = {
     "normflows.core": {"e3c18e2d0536", "b15b268b1a0c", "fbfd5a0fb76c"},
+    "normflows.flows.affine.autoregressive": {"904c414a5a2b", "dd09c0bcc755"},
     "normflows.flows.affine.coupling": {"2d15f2291305", "125df0e5894a"},
     "normflows.flows.affine.glow": {"f7431e0626d8"},
+    "normflows.flows.neural_spline.autoregressive": {"4fc9a0667615"},
+    "normflows.flows.neural_spline.coupling": {"4553e7f099f1"},
+    "normflows.flows.neural_spline.wrapper": {"9e48651a7627", "14517864a466", "9d4f809ebd94"},
     "normflows.flows.mixing": {"67e059c2ebe2", "d4aaac22037c", "054f98c56e9d"},
     "normflows.flows.normalization": {"59c81946ef8b"},
     "normflows.flows.reshape": {"2f0c071c401a"},
     "normflows.nets.cnn": {"795b7764d029"},
     "normflows.nets.mlp": {"ae0867dade37"},
+    "normflows.utils.splines": {"34287d0614c0", "e65d0b2a8172"},
 }
 
 
@@ -51,7 +56,7 @@ class FusedFlow(FusedLayers):
     def _run(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.sequence.supports(z, inverse):
             z, log_det = self.sequence(z, inverse=inverse)
-            return z, log_det.expand(len(z))
+            return z, per_sample(z, log_det)
         total = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         layers: Any = self.layers
         for layer in layers if inverse else reversed(layers):
@@ -73,7 +78,9 @@ def _layer_methods(shape: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Calla
                 own = getattr(super(type(self), self), name)
                 returned: tuple[Tensor, Tensor] = own(z, *context, **named)
                 return returned
-            x, log_det = sequence(z, inverse=inverse)
+            condition = context[0] if context else named.get("context")
+            passed = () if condition is None else (condition,)
+            x, log_det = sequence(z, passed, inverse=inverse)
             return x, shape(x, log_det)
 
         return call
@@ -101,7 +108,7 @@ _MODEL_METHODS = (
 )
 CONTAINERS = (nf.NormalizingFlow, nf.ClassCondFlow, nf.MultiscaleFlow, nf.NormalizingFlowVAE)
 METHODS: dict[str, dict[str, Callable[..., Any]]] = {
-    "per sample": _layer_methods(lambda x, log_det: log_det.expand(len(x))),
+    "per sample": _layer_methods(per_sample),
     "scalar": _layer_methods(lambda x, log_det: log_det),
     "actnorm": {
         "forward": lambda self, z: _actnorm(self, z, inverse=True),
@@ -135,6 +142,7 @@ class NormflowsAdapter(Adapter):
     containers = CONTAINERS
     methods = METHODS
     fingerprints = FINGERPRINTS
+    functions = dict.fromkeys(SPLINES, "normflows.utils.splines")
     channels_of = staticmethod(channels_of)
 
     def is_layer(self, module: nn.Module) -> bool:

@@ -9,6 +9,13 @@ from typing import Any
 import normflows as nf
 import torch
 from normflows.flows.affine.coupling import AffineConstFlow
+from normflows.flows.neural_spline.autoregressive import (
+    MaskedPiecewiseRationalQuadraticAutoregressive,
+)
+from normflows.flows.neural_spline.coupling import (
+    PiecewiseRationalQuadraticCDF,
+    PiecewiseRationalQuadraticCoupling,
+)
 from torch import Tensor, nn
 
 from mflow_kernels.interop.actnorm_initialization import (
@@ -23,11 +30,13 @@ from mflow_kernels.interop.linear import (
     Listed,
     Reorder,
     Rotated,
+    SameBuffers,
     inverse_of,
     lu_linears,
 )
 from mflow_kernels.interop.params import Masked, Params
 from mflow_kernels.interop.parts import Coupling, Exactly, Part, larger_half, smaller_half
+from mflow_kernels.interop.splines import autoregressive_parts, coupling_parts, inverted
 from mflow_kernels.layers.conv1x1 import plu
 from mflow_kernels.ops.scale import ScaleFunction
 from mflow_kernels.reversible.rearrangements import SpaceToDepth
@@ -172,7 +181,7 @@ def _masked(layer: Any) -> tuple[Part, ...] | str:
     scale = ScaleFunction("exp", order="scale-shift")
     return (
         Reorder(Listed(order)),
-        Coupling(params, scale, True, Exactly(len(unchanged))),
+        Coupling(params, scale, True, Exactly(len(unchanged)), SameBuffers(layer, "b")),
         Reorder(Listed(inverse_of(order))),
     )
 
@@ -185,6 +194,20 @@ def _glow_block(layer: Any) -> tuple[Part, ...] | str:
             return own
         parts += own
     return tuple(parts)
+
+
+# The inner layers of splines go data -> latent in `forward` for their wrappers' `inverse`, and the
+# other way in a model of their own.
+
+SPLINES = (
+    PiecewiseRationalQuadraticCoupling,
+    PiecewiseRationalQuadraticCDF,
+    MaskedPiecewiseRationalQuadraticAutoregressive,
+)
+
+
+def _spline_coupling(layer: Any) -> tuple[Part, ...] | str:
+    return coupling_parts(layer, PiecewiseRationalQuadraticCDF)
 
 
 def _squeeze(layer: Any) -> tuple[Part, ...]:
@@ -202,6 +225,10 @@ LAYERS: dict[type, Callable[[Any], tuple[Part, ...] | str]] = {
     nf.flows.MaskedAffineFlow: _masked,
     nf.flows.GlowBlock: _glow_block,
     nf.flows.Squeeze: _squeeze,
+    nf.flows.CoupledRationalQuadraticSpline: lambda layer: _spline_coupling(layer.prqct),
+    nf.flows.AutoregressiveRationalQuadraticSpline: lambda m: autoregressive_parts(m.mprqat),
+    PiecewiseRationalQuadraticCoupling: lambda layer: inverted(_spline_coupling(layer)),
+    MaskedPiecewiseRationalQuadraticAutoregressive: lambda m: inverted(autoregressive_parts(m)),
 }
 
 
@@ -219,6 +246,8 @@ def channels_of(layer: Any) -> int | None:
             return int(m.s.shape[1])
         if isinstance(m, (nf.flows.Permute, nf.flows.Invertible1x1Conv, nf.flows.InvertibleAffine)):
             return int(m.num_channels)
+        if isinstance(m, PiecewiseRationalQuadraticCoupling):
+            return int(m.features)
         if isinstance(m, nf.flows.AffineCouplingBlock) and m is layer:
             net = m.flows[1].param_map
             ends = [w.shape for w in net.parameters() if w.dim() > 1]
