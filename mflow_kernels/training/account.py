@@ -72,6 +72,8 @@ class Kernel:
 
 def nbytes(x: Tensor) -> int:
     """Return the bytes of the memory behind a tensor's elements: an expanded axis counts once."""
+    if 0 not in x.stride():
+        return x.nbytes
     numbers = math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s or n < 2)
     return numbers * x.element_size()
 
@@ -96,6 +98,7 @@ class Account(TorchDispatchMode):
         self.held, self.at_peak = Counter[str](), Counter[str]()
         self.changes: list[int] = []
         self._total = self._peak = 0
+        self._forms: dict[Any, Any] = {}  # of operators' results, by that of their arguments
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def add(
@@ -161,7 +164,15 @@ class Account(TorchDispatchMode):
         rule = _rule(function)
         if rule.in_place:
             return args[0] if rule.returns else None
-        return function(*args, **kwargs)
+        # Some operators take 1 ms on meta tensors, so the form of their result is computed once.
+        key = function, _form(args), _form([*kwargs.items()])
+        if rule.is_new and (form := self._forms.get(key)) is not None:
+            shape, stride, dtype, device = form
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        out = function(*args, **kwargs)
+        if isinstance(out, Tensor) and out.is_meta:
+            self._forms[key] = _form(out)
+        return out
 
     def _any(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         rule, out = _rule(function), self.run(function, args, kwargs)
@@ -308,6 +319,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
                 yield from _tensors(part)
 
 
+def _form(tree: Any) -> Any:
+    """What the form of an operator's results depends on in its arguments, or that of a result."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, list | tuple):
+        return tuple(map(_form, tree))
+    return type(tree), tree
+
+
 class _Rule(NamedTuple):
     """How to count an operator.
 
@@ -316,6 +336,7 @@ class _Rule(NamedTuple):
         is_view: its result has the memory of its argument.
         is_free: it reads and writes no memory.
         in_place: it changes numbers of its first argument, and returns it if `returns`.
+        is_new: its results have memory of their own.
     """
 
     name: str
@@ -324,6 +345,7 @@ class _Rule(NamedTuple):
     is_free: bool
     in_place: bool
     returns: bool
+    is_new: bool
 
 
 @cache
@@ -339,6 +361,7 @@ def _rule(function: Any) -> _Rule:
         is_view or name.startswith(FREE),
         in_place and name not in _RESHAPES and not is_view,
         bool(schema.returns),
+        name != "_unsafe_view" and not any(a.alias_info for a in schema.arguments),
     )
 
 

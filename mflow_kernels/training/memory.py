@@ -44,6 +44,7 @@ class Step:
         weights: bytes of the parameters and buffers of all stages.
         kernels: what a GPU launches, the optimizer included.
         peak: bytes in use when most are, by `PURPOSES`.
+        model: that took the step, on meta tensors.
     """
 
     stage: int
@@ -51,6 +52,7 @@ class Step:
     weights: int
     kernels: list[Kernel]
     peak: dict[str, int]
+    model: HierarchicalFlow
 
     @property
     def total(self) -> int:
@@ -133,12 +135,13 @@ def step_of(
         images, context = _batch(config)
         x = dequantize(images, config.n_bits)
         parts = [t.chunk(config.accumulate) for t in ((x,) if context is None else (x, context))]
-        for part in zip(*parts, strict=True):
-            account.purpose = FORWARD
+        for part in [*zip(*parts, strict=True)][:2]:  # any later part is like the second
+            first, account.purpose = len(account.kernels), FORWARD
             loss = _loss(config, model, stage, *part)
             account.purpose = BACKWARD
             loss.backward()
             del loss
+        account.kernels += account.kernels[first:] * (config.accumulate - 2)
         gradients = [cast(Tensor, p.grad) for p in parameters]
         account.add("norm of the gradients", gradients, [])
         account.add("clip", gradients, gradients)
@@ -150,7 +153,7 @@ def step_of(
         model.zero_grad()
     count = sum(p.numel() for p in stages[stage].parameters())
     peak = {purpose: account.at_peak[purpose] for purpose in PURPOSES}
-    return Step(stage, count, sum(nbytes(t) for t in average), account.kernels, peak)
+    return Step(stage, count, sum(nbytes(t) for t in average), account.kernels, peak, model)
 
 
 def empty_model(config: RunConfig) -> HierarchicalFlow:
@@ -212,15 +215,15 @@ def largest_batch(config: RunConfig, memory: int, steps: Sequence[Step]) -> int:
     Args:
         steps: `walk(config)`.
     """
-    size = config.batch_size
+    size, parts = config.batch_size, config.accumulate
 
     def fitting(step: Step) -> float:
         growing = step.peak[FORWARD] + step.peak[BACKWARD]
         return size * (memory - step.total + growing) / growing
 
     here = min(steps, key=fitting)
-    other = max(2, int(fitting(here)))
-    other += other == size
-    there = step_of(dataclasses.replace(config, batch_size=other, accumulate=1), here.stage)
-    for_one = (there.total - here.total) / (other - size)
-    return max(0, int(size + (memory - here.total) / for_one))
+    other = parts * max(1, int(fitting(here) / parts))
+    other += parts * (other == size)
+    changed = dataclasses.replace(config, batch_size=other)
+    for_one = (step_of(changed, here.stage, here.model).total - here.total) / (other - size)
+    return max(0, int((size + (memory - here.total) / for_one) / parts)) * parts

@@ -10,6 +10,8 @@ from mflow_kernels.evaluation.likelihood import evaluation_batch_size
 from mflow_kernels.runs.config import RunConfig
 from mflow_kernels.training.cards import CARDS
 from mflow_kernels.training.memory import (
+    AVERAGE,
+    OPTIMIZER,
     Step,
     checkpoint_bytes,
     evaluation_memory,
@@ -34,7 +36,7 @@ def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
     Args:
         steps: `walk(config)`.
     """
-    peak, gpu = highest(steps), config.device != "cpu"
+    step, gpu = highest(steps), config.device != "cpu"
     states = (
         "stored"
         if not config.reversible
@@ -50,14 +52,15 @@ def describe_peak(config: RunConfig, steps: Sequence[Step]) -> str:
         f"States {states}; networks in {config.precision}; penalty in the {config.domain} domain",
         "",
         f"Predicted peak of a training step on a {'GPU' if gpu else 'CPU'}"
-        + (f", while stage {peak.stage + 1} trains" if config.stages else ""),
+        + (f", while stage {step.stage + 1} trains" if config.stages else ""),
     ]
-    rows = {label: value for label, value in peak.peak.items() if value}
-    rows["total"] = peak.total
+    rows = {label: value for label, value in step.peak.items() if value}
+    rows["total"] = step.total
     width = max(map(len, rows)) + 2
     lines += [f"  {label:{width}}{readable(value):>10}" for label, value in rows.items()]
     if parts:
-        first = evaluation_memory(config, config.batch_size) + peak.average + peak.optimizer
+        first = evaluation_memory(config, config.batch_size)
+        first += step.peak[AVERAGE] + step.peak[OPTIMIZER]
         lines.append(
             f"The first batch of a stage passes whole, without gradients: {readable(first)}"
         )

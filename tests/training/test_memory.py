@@ -306,6 +306,9 @@ def test_parts_of_a_batch_take_the_memory_of_one_part():
     # The gradients of the first part stay, and so do the images of the others.
     kept = smaller.parameters * 4 + 16 * 3 * 32 * 32 * 5
     assert smaller.total <= halves.total <= 1.01 * (smaller.total + kept)
+    eighths = step_of(dataclasses.replace(config, accumulate=8), 0)
+    products, same = (sum(k.flops for k in step.kernels) for step in (eighths, whole))
+    assert products == pytest.approx(same, rel=0.01)
 
 
 @pytest.mark.parametrize(
