@@ -15,23 +15,18 @@ def written_arguments(kernel: Any) -> tuple[bool, ...]:
     function: Callable[..., Any] = getattr(kernel, "fn", kernel)  # Triton wraps it
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(tree, ast.FunctionDef)
-    names = [argument.arg for argument in tree.args.args]
-    behind: dict[str, set[str]] = {
-        name: set() for name in names
-    }  # names that a variable is made of
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in (name for target in targets for name in _addresses(target)):
-                behind.setdefault(name, set()).update(_addresses(node.value))
+    made_of: dict[str, set[str]] = {}  # a variable, and the names that it is computed from
     written: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            for name in (
-                name for address in _stored(node, function) for name in _addresses(address)
-            ):
-                written |= _closure(name, behind)
-    return tuple(name in written for name in names)
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                for name in _addresses(target):
+                    made_of.setdefault(name, set()).update(_addresses(node.value))
+        elif isinstance(node, ast.Call):
+            written.update(*map(_addresses, _stored(node, function)))
+    while not written >= (more := set().union(*(made_of.get(name, ()) for name in written))):
+        written |= more
+    return tuple(argument.arg in written for argument in tree.args.args)
 
 
 def _stored(call: ast.Call, function: Callable[..., Any]) -> list[ast.expr]:
@@ -51,13 +46,4 @@ def _addresses(expression: ast.AST) -> set[str]:
         return {expression.id}
     if isinstance(expression, ast.Call) and getattr(expression.func, "attr", "") == "load":
         return set()
-    return {name for child in ast.iter_child_nodes(expression) for name in _addresses(child)}
-
-
-def _closure(name: str, behind: dict[str, set[str]]) -> set[str]:
-    found, waiting = {name}, [name]
-    while waiting:
-        new = behind.get(waiting.pop(), set()) - found
-        found |= new
-        waiting += new
-    return found
+    return set().union(*map(_addresses, ast.iter_child_nodes(expression)))

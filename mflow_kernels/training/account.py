@@ -88,7 +88,6 @@ class Account(TorchDispatchMode):
         kernels: what a GPU launches, in order.
         purpose: of the memory that is allocated next.
         held: bytes in use now, by purpose; `at_peak` at the moment when most were in use.
-        changes: bytes that were allocated (positive) and freed (negative), in order.
     """
 
     def __init__(self, gpu: bool) -> None:
@@ -96,7 +95,6 @@ class Account(TorchDispatchMode):
         self.gpu, self.purpose = gpu, ""
         self.kernels: list[Kernel] = []
         self.held, self.at_peak = Counter[str](), Counter[str]()
-        self.changes: list[int] = []
         self._total = self._peak = 0
         self._forms: dict[Any, Any] = {}  # of operators' results, by that of their arguments
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}
@@ -123,7 +121,6 @@ class Account(TorchDispatchMode):
             size = -(-size // UNIT) * UNIT
         self._alive[key] = weakref.ref(storage, lambda _: self._freed(key)), self.purpose, size
         self.held[self.purpose] += size
-        self.changes.append(size)
         self._total += size
         if self._total > self._peak:
             self._peak, self.at_peak = self._total, self.held.copy()
@@ -131,7 +128,6 @@ class Account(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         _, purpose, size = self._alive.pop(key)
         self.held[purpose] -= size
-        self.changes.append(-size)
         self._total -= size
 
     def belongs(self, x: Tensor, purpose: str) -> None:
